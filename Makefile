@@ -1,0 +1,50 @@
+# Each target does its own set-up, in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# What the machine has decides which pinned set is installed; ACCELERATOR=cpu or gpu overrules.
+ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+PINS := requirements/$(ACCELERATOR).txt
+STAMP := .venv/.installed-$(ACCELERATOR)
+# PyTorch publishes its CPU build here; PyPI's build needs CUDA's packages.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo fmt lint types test check pins
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+setup: $(STAMP) ## install everything into .venv, for the CPU or the GPU of this machine
+
+$(STAMP): $(PINS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is $$($(PYTHON) -V); raydpo needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	@echo "Installing $(PINS) into .venv: about two minutes, 4 GB"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifeq ($(ACCELERATOR),cpu)
+	@$(BIN)/pip install --quiet --no-deps --extra-index-url $(TORCH_CPU_INDEX) "$$(grep '^torch==' $(PINS))"
+endif
+	@$(BIN)/pip install --quiet --no-deps --requirement $(PINS)
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@rm -f .venv/.installed-* && touch $@
+
+demo: setup ## the whole service on this machine: two jobs, before and after (KEEP=1, MODEL=…, DATA=…)
+	@$(BIN)/python -m demo
+
+fmt: setup ## format and mend what can be mended
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: setup ## style, and who imports whom
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
+
+types: setup ## mypy, strict
+	@$(BIN)/mypy
+
+test: setup ## every test
+	@$(BIN)/pytest
+
+check: lint types test ## all that CI runs before the demo
+
+pins: setup ## compile requirements/*.txt anew from pyproject.toml
+	@$(BIN)/python requirements/compile.py

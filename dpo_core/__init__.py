@@ -1,0 +1,1 @@
+"""Preference optimization in plain torch. Knows no cluster and no web."""

@@ -1,0 +1,1 @@
+"""The service around dpo_core: control plane, training, serving, and the raydpo command."""

@@ -1,0 +1,154 @@
+"""Every type that crosses a process: jobs, attempts, events, checkpoints, deployments.
+
+Pydantic models and nothing else. Both ends of every wire read these, so a field is
+spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
+"""
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dpo_core.config import TrainConfig
+
+
+class Contract(BaseModel):
+    """A value that crosses a process: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- a model that Ray Serve runs ---------------------------------------------------------
+
+
+class Deployment(Contract):
+    """One Serve application: the argument of `services.serving.app:build`."""
+
+    app_name: str  # letters, digits and dashes: the application and its route `/<app_name>`
+    model_id: str  # what clients call it: `tiny`, `ft:tiny:org::ab12cd34`
+    source: str  # storage URI, local folder, or hub id
+    dtype: Literal["float32", "bfloat16", "auto"]
+    max_model_len: int | None = None  # None: the model's own limit
+    num_gpus: float = 0  # 0: vLLM's CPU build
+
+
+class Score(NamedTuple):
+    """What the reference says of one completion. A tuple: thousands of them cross in one call."""
+
+    logp: float  # sum over the completion's tokens, in nats
+    num_tokens: int
+
+
+# --- a job, as the driver sees it --------------------------------------------------------
+
+
+class JobSpec(Contract):
+    """What a user asked for, checked. Stored with the job; never changes."""
+
+    model: str  # a base model's name or an `ft:` id
+    training_file: str
+    suffix: str | None = None
+    metadata: dict[str, str] | None = None
+    config: TrainConfig
+    num_workers: int = Field(default=1, ge=1, le=1024)
+
+
+class AttemptSpec(Contract):
+    """All that a driver needs for one attempt. Written to `run_uri/attempts/<attempt>.json` before launching."""
+
+    job_id: str
+    attempt: int  # rises from 1; a later attempt fences the earlier ones
+    config: TrainConfig
+    num_workers: int
+    num_gpus_per_worker: float = 0
+    training_uri: str  # the uploaded file
+    model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
+    reference: str | None = None  # app_name of the deployment that scores; None: the objective needs none
+    run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
+    events_url: str  # POST batches of events here with the attempt's token
+
+
+# --- what an attempt reports -------------------------------------------------------------
+
+
+class Message(Contract):
+    """A sentence for the user."""
+
+    kind: Literal["message"] = "message"
+    level: Literal["info", "warn", "error"] = "info"
+    message: str
+
+
+Stage = Literal["encoding", "loading reference", "scoring", "training", "exporting"]
+
+
+class Progress(Contract):
+    """How far a stage is: encoding and scoring count rows, loading counts nothing (total 0)."""
+
+    kind: Literal["progress"] = "progress"
+    stage: Stage
+    done: int
+    total: int
+
+
+class Started(Contract):
+    """Data is ready and training begins. `config` is resolved."""
+
+    kind: Literal["started"] = "started"
+    config: TrainConfig
+    num_groups: int
+    total_steps: int
+    resumed_from: int = 0  # the checkpoint's step; 0 for a fresh start
+
+
+class StepMetrics(Contract):
+    """One optimizer step, with metric keys as TRL logs them."""
+
+    kind: Literal["metrics"] = "metrics"
+    step: int  # from 1
+    total_steps: int
+    metrics: dict[str, float]
+
+
+class CheckpointSaved(Contract):
+    """A complete checkpoint stands at `uri`; `uri/model` is a Hugging Face folder."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    uri: str
+    metrics: dict[str, float]
+
+
+class Succeeded(Contract):
+    """The last event of an attempt that finished: the trained policy stands at `model_uri`."""
+
+    kind: Literal["succeeded"] = "succeeded"
+    model_uri: str
+    trained_tokens: int
+
+
+class Failed(Contract):
+    """The last event of an attempt that cannot be mended by another attempt."""
+
+    kind: Literal["failed"] = "failed"
+    code: str
+    message: str
+    param: str | None = None
+
+
+Report = Annotated[
+    Message | Progress | Started | StepMetrics | CheckpointSaved | Succeeded | Failed, Field(discriminator="kind")
+]
+
+
+class JobEvent(Contract):
+    """A report with its place: (job, attempt, seq) is unique, so delivery may repeat."""
+
+    seq: int  # from 0, without gaps, per attempt
+    created_at: float
+    report: Report
+
+
+class EventBatch(Contract):
+    """One segment of the spool, and the body of a post to `events_url`."""
+
+    events: list[JobEvent]

@@ -1,0 +1,116 @@
+"""The control plane's parts, wired together. Nobody else builds them."""
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.control_plane.errors import ApiError, envelope
+from services.control_plane.inference import Inference
+from services.control_plane.launcher import Launcher
+from services.control_plane.reconciler import Reconciler
+from services.control_plane.routes import attempts, files, fine_tuning, health, inference, models
+from services.control_plane.routes.dependencies import require_key
+from services.control_plane.schemas import refused
+from services.control_plane.settings import Settings
+from services.control_plane.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service for one database and one Ray cluster. The database's schema must be up to date."""
+    app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app.state.settings = settings
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+    for routes in (files, fine_tuning, models, inference):
+        v1.include_router(routes.router)
+    app.include_router(v1)
+    app.include_router(attempts.router)
+    app.include_router(health.router)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_crash)
+    app.add_middleware(StandardHeaders)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings = app.state.settings
+    store, launcher = Store(settings.database_url), Launcher(settings)
+    app.state.store, app.state.inference = store, Inference(store, launcher, settings)
+    holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+    reconciling = asyncio.create_task(Reconciler(store, launcher, settings, holder=holder).run())
+    try:
+        yield
+    finally:
+        reconciling.cancel()
+        with suppress(asyncio.CancelledError):
+            await reconciling
+        await app.state.inference.close()
+        await launcher.close()
+        await store.close()
+
+
+async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's 422 as OpenAI's 400. The first part of a location is where it was: body, query, path."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        message = f"The body is not valid JSON: {first['ctx']['error']}."
+        return JSONResponse(envelope(message, "invalid_request_error"), 400)
+    refusal = refused(first, tuple(first["loc"][1:]))
+    return JSONResponse(refusal.body(), refusal.status)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
+
+
+async def _on_crash(request: Request, error: Exception) -> JSONResponse:
+    message = "The server had an error while processing your request; its log says more under the request id."
+    return JSONResponse(envelope(message, "server_error"), 500)
+
+
+class StandardHeaders:
+    """The headers every answer carries: a request id, which the client shows, and how long it took."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                milliseconds = round((time.perf_counter() - started) * 1000)
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
+                    (b"openai-processing-ms", str(milliseconds).encode()),
+                    (b"openai-version", b"2020-10-01"),
+                ]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)

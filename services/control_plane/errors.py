@@ -1,0 +1,68 @@
+"""Errors as OpenAI words them: a status, and an envelope whose four keys are always present.
+
+ApiError
+  InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Fenced 409 · TooLarge 413 · Unavailable 503
+"""
+
+from typing import Any, ClassVar
+
+
+def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of every answer that is not a success."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class ApiError(Exception):
+    """An answer that is not a success; `code` and `param` are what the client's exception shows."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code = message, param, code
+        self.headers: dict[str, str] = {}
+
+    def body(self) -> dict[str, Any]:
+        return envelope(self.message, self.kind, self.param, self.code)
+
+
+class InvalidRequest(ApiError):
+    """The caller's mistake. Logical conflicts are this too: a client resends a 409 three times."""
+
+    status, kind = 400, "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class Unauthorized(ApiError):
+    status, kind = 401, "authentication_error"
+
+
+class Forbidden(ApiError):
+    status, kind = 403, "permission_error"
+
+
+class NotFound(ApiError):
+    status, kind = 404, "invalid_request_error"
+
+
+class Fenced(ApiError):
+    """An attempt that a newer one replaced, or that ended, may not report."""
+
+    status, kind = 409, "invalid_request_error"
+
+
+class TooLarge(ApiError):
+    status, kind = 413, "invalid_request_error"
+
+
+class Unavailable(ApiError):
+    """Come back in `retry_after` seconds."""
+
+    status, kind = 503, "server_error"
+
+    def __init__(self, message: str, *, retry_after: int, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.headers = {"retry-after": str(retry_after)}

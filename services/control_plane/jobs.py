@@ -1,0 +1,291 @@
+"""The life of a job: every move it can make, and the only writer of what an attempt reports.
+
+    queued ──► running ──► succeeded | failed
+       └─────────┴───────► cancelled
+
+A move is one UPDATE whose WHERE names the states it may come from; it and its event share a transaction.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, assert_never
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services import storage
+from services.contract import (
+    CheckpointSaved,
+    Failed,
+    JobEvent,
+    JobSpec,
+    Message,
+    Progress,
+    Started,
+    StepMetrics,
+    Succeeded,
+)
+from services.control_plane import models
+from services.control_plane.errors import Fenced, InvalidRequest, NotFound
+from services.control_plane.models import NamedModel
+from services.control_plane.settings import Settings
+from services.control_plane.tables import TERMINAL, Attempt, Checkpoint, Event, Job
+
+MOVES = {  # to: from
+    "running": ("queued",),
+    "succeeded": ("running",),
+    "failed": ("queued", "running"),
+    "cancelled": ("queued", "running"),
+}
+
+
+async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel) -> Job:
+    """Write the job and its first events."""
+    job = Job(
+        id=f"ftjob-{secrets.token_hex(12)}",
+        spec=spec.model_dump(mode="json"),
+        model_source=model.source,
+        model_root=model.root,
+    )
+    session.add(job)
+    await session.flush()
+    tell(session, job.id, f"Created fine-tuning job: {job.id}")
+    tell(session, job.id, f"Files validated, moving job to queued state: {spec.training_file}")
+    await session.flush()
+    await session.refresh(job)
+    return job
+
+
+async def find(session: AsyncSession, job_id: str) -> Job:
+    job = await session.get(Job, job_id)
+    if job is None:
+        raise NotFound(f"Could not find fine tune: {job_id}", param="fine_tuning_job_id", code="fine_tune_not_found")
+    return job
+
+
+async def lock(session: AsyncSession, job: Job) -> Job:
+    """The job as it is now; nobody moves it before this transaction ends."""
+    return await session.get_one(Job, job.id, with_for_update=True, populate_existing=True)
+
+
+async def cancel(session: AsyncSession, job_id: str) -> Job:
+    """Wish the job cancelled; one that never started is cancelled at once."""
+    job = await lock(session, await find(session, job_id))
+    if job.observed in TERMINAL:
+        raise InvalidRequest(f"Job {job_id} has already {job.observed}; only a live job can be cancelled.")
+    if job.desired != "cancel":
+        job.desired = "cancel"
+        tell(session, job_id, "Cancellation requested")
+    if job.observed == "queued":
+        await move(session, job_id, "cancelled", event="The job was cancelled")
+    await session.flush()
+    await session.refresh(job)
+    return job
+
+
+async def move(
+    session: AsyncSession,
+    job_id: str,
+    to: str,
+    values: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    event: str,
+    level: str = "info",
+) -> bool:
+    """Move the job if it is where it may move from, and tell it; False if it is elsewhere by now."""
+    closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
+    statement = update(Job).where(Job.id == job_id, Job.observed.in_(MOVES[to]))
+    statement = statement.values(observed=to, version=Job.version + 1, **closing, **values)
+    if (await session.execute(statement.returning(Job.id))).first() is None:
+        return False
+    tell(session, job_id, event, level=level)
+    return True
+
+
+def tell(
+    session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
+) -> None:
+    """An event of the service's own."""
+    session.add(Event(public_id=_event_id(), job_id=job_id, level=level, message=message, data=data))
+
+
+def _event_id() -> str:
+    return f"ftevent-{secrets.token_hex(12)}"
+
+
+# --- attempts --------------------------------------------------------------------------------
+
+
+async def open_attempt(session: AsyncSession, job_id: str, number: int, reference: str | None) -> Attempt:
+    """Write the attempt before it is launched, so that no launch is ever unknown."""
+    attempt = Attempt(job_id=job_id, number=number, reference=reference, token=secrets.token_urlsafe(32), next_seq=0)
+    session.add(attempt)
+    await session.flush()
+    return attempt
+
+
+async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    await session.execute(statement.where(Attempt.state == "launching").values(state="running"))
+
+
+async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> None:
+    """Close the attempt; from here on its reports are refused."""
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    await session.execute(statement.values(state="ended", ended_at=func.now(), reason=reason, failed=failed))
+
+
+async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:
+    """Raises Fenced unless the token is this open attempt's."""
+    attempt = await session.get(Attempt, (job_id, number))
+    if attempt is None or attempt.state == "ended" or not secrets.compare_digest(attempt.token, token):
+        raise Fenced(f"Attempt {number} of {job_id} is not open, or the token is not its own; it must stop.")
+
+
+async def record(
+    session: AsyncSession, job_id: str, number: int, events: Sequence[JobEvent], settings: Settings
+) -> None:
+    """Record what an attempt reports: in order, each report once, however often it is sent."""
+    attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
+    if attempt is None or attempt.state == "ended":
+        raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
+    for event in events:
+        if event.seq > attempt.next_seq:
+            raise InvalidRequest(f"Report {event.seq} came before report {attempt.next_seq}; send that one first.")
+        if event.seq == attempt.next_seq:
+            await _record_one(session, attempt, event, settings)
+            attempt.next_seq += 1
+    attempt.reported_at = datetime.now(UTC)
+
+
+async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, settings: Settings) -> None:
+    report = event.report
+    match report:
+        case Message():
+            await _tell_reported(session, attempt, event, report.message, level=report.level)
+        case Progress():
+            await _set_progress(session, attempt.job_id, report.stage, report.done, report.total, event.created_at)
+        case Started():
+            attempt.reference = None  # its scores are in: the deployment may go
+            await session.execute(
+                update(Job).where(Job.id == attempt.job_id).values(training=report.model_dump(mode="json"))
+            )
+            await _tell_reported(session, attempt, event, _started(report))
+        case StepMetrics():
+            await _set_progress(session, attempt.job_id, "training", report.step, report.total_steps, event.created_at)
+            await _tell_reported(session, attempt, event, _step(report), data=_step_data(report), step=report.step)
+        case CheckpointSaved():
+            await _add_checkpoint(session, attempt, event, report, settings)
+        case Succeeded() | Failed():
+            attempt.outcome = report.model_dump(mode="json")
+        case _:
+            assert_never(report)
+
+
+async def _tell_reported(
+    session: AsyncSession,
+    attempt: Attempt,
+    event: JobEvent,
+    message: str,
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+    step: int | None = None,
+) -> None:
+    row = insert(Event).values(
+        public_id=_event_id(),
+        job_id=attempt.job_id,
+        attempt=attempt.number,
+        seq=event.seq,
+        created_at=datetime.fromtimestamp(event.created_at, UTC),
+        level=level,
+        type="message" if step is None else "metrics",
+        message=message,
+        data=data,
+        step=step,
+    )
+    await session.execute(row.on_conflict_do_nothing())  # a resumed attempt repeats steps after its checkpoint
+
+
+async def _set_progress(session: AsyncSession, job_id: str, stage: str, done: int, total: int, at: float) -> None:
+    """`since` and `start` are where the stage began, so that a reader can tell its rate."""
+    job = await session.get_one(Job, job_id)
+    known = job.progress if job.progress and job.progress["stage"] == stage and job.progress["done"] <= done else None
+    began = {"since": known["since"], "start": known["start"]} if known else {"since": at, "start": done}
+    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began}
+
+
+async def _add_checkpoint(
+    session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
+) -> None:
+    job = await session.get_one(Job, attempt.job_id)
+    name = checkpoint_name(fine_tuned_name(job, settings), report.step)
+    row = insert(Checkpoint).values(
+        id=f"ftckpt_{secrets.token_hex(12)}",
+        job_id=job.id,
+        step=report.step,
+        uri=report.uri,
+        model_id=name,
+        metrics=report.metrics,
+    )
+    added = await session.execute(row.on_conflict_do_nothing().returning(Checkpoint.id))
+    if added.first() is not None:
+        await models.add(session, name, storage.join(report.uri, "model"), job.model_root, job.id)
+        await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
+
+
+def fine_tuned_name(job: Job, settings: Settings) -> str:
+    """`ft:base:org:suffix:xxxxxxxx`, a function of the job, so that it is known before training ends."""
+    digest = hashlib.sha256(job.id.encode()).hexdigest()[:8]
+    return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digest}"
+
+
+def checkpoint_name(fine_tuned_model: str, step: int) -> str:
+    return f"{fine_tuned_model}:ckpt-step-{step}"
+
+
+def _started(report: Started) -> str:
+    resumed = f", resuming after step {report.resumed_from}" if report.resumed_from else ""
+    return f"Fine-tuning job started: {report.num_groups} examples, {report.total_steps} steps{resumed}"
+
+
+def _step(report: StepMetrics) -> str:
+    metrics = report.metrics
+    words = [f"training loss={metrics['loss']:.4f}"]
+    if "rewards/margins" in metrics:
+        words += [f"margin={metrics['rewards/margins']:.4f}", f"accuracy={metrics['rewards/accuracies']:.3f}"]
+    return f"Step {report.step}/{report.total_steps}: {', '.join(words)}"
+
+
+WIRE_NAMES = {  # our metric keys, as OpenAI's events, checkpoints and result files spell them
+    "loss": "train_loss",
+    "mean_token_accuracy": "train_mean_token_accuracy",
+    "rewards/accuracies": "train_reward_accuracy",
+    "rewards/margins": "train_reward_margin",
+    "rewards/chosen": "rewards_chosen",
+    "rewards/rejected": "rewards_rejected",
+    "logps/chosen": "logps_chosen",
+    "logps/rejected": "logps_rejected",
+    "grad_norm": "grad_norm",
+    "lr": "learning_rate",
+    "tokens_per_second": "tokens_per_second",
+}
+
+
+def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics by the names that existing parsers look for; ours without such a name keep theirs."""
+    return {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
+
+
+def _step_data(report: StepMetrics) -> dict[str, Any]:
+    return {"step": report.step, "total_steps": report.total_steps, **wire_metrics(report.metrics)}
+
+
+async def metrics_of(session: AsyncSession, job_id: str) -> list[dict[str, Any]]:
+    """The data of every metrics event, by step."""
+    query = select(Event.data).where(Event.job_id == job_id, Event.step.is_not(None)).order_by(Event.step)
+    return [data for data in await session.scalars(query) if data is not None]

@@ -1,0 +1,135 @@
+"""Ray over HTTP: its Jobs API runs attempts, its Serve API runs models. The control plane imports no ray."""
+
+import asyncio
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import httpx
+
+from services.contract import Deployment
+from services.control_plane.settings import Settings
+
+AttemptStatus = Literal["live", "ended", "absent", "unknown"]
+
+SERVE_PORT = 8000  # Ray's own default
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
+
+
+@dataclass(frozen=True)
+class Application:
+    """A Serve application as Serve reports it."""
+
+    state: Literal["loading", "running", "failed", "stopping"]
+    message: str
+
+
+@dataclass(frozen=True)
+class ServeView:
+    """One look at Ray Serve."""
+
+    applications: dict[str, Application]
+    base_url: str | None  # of its HTTP proxy; None while Serve is not up
+    seen_at: float
+
+
+class Launcher:
+    """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing."""
+
+    def __init__(self, settings: Settings) -> None:
+        token = settings.ray_token
+        headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+        self._ray = httpx.AsyncClient(base_url=settings.ray_url, headers=headers, timeout=10)
+        self._settings = settings
+        self._view: ServeView | None = None
+        self._looking = asyncio.Lock()
+
+    async def close(self) -> None:
+        await self._ray.aclose()
+
+    # --- attempts ---------------------------------------------------------------------------
+
+    async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
+        """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once."""
+        body = {
+            "entrypoint": f"exec python -m services.training.driver {shlex.quote(spec_uri)}",
+            "submission_id": submission_id,
+            "runtime_env": {"env_vars": {"RAYDPO_ATTEMPT_TOKEN": token}},
+        }
+        # Ray sets up the driver's environment before it answers.
+        (await self._ray.post("/api/jobs/", json=body, timeout=60)).raise_for_status()
+
+    async def status(self, submission_id: str) -> AttemptStatus:
+        """`absent` only on Ray's own word that it does not know the id; any doubt is `unknown`."""
+        try:
+            answer = await self._ray.get(f"/api/jobs/{submission_id}")
+        except httpx.HTTPError:
+            return "unknown"
+        if answer.status_code == 404 and "does not exist" in answer.text:
+            return "absent"
+        if answer.status_code != 200:
+            return "unknown"
+        return "live" if answer.json()["status"] in ("PENDING", "RUNNING") else "ended"
+
+    async def stop(self, submission_id: str) -> None:
+        """Ask Ray to stop the attempt: SIGTERM, then SIGKILL."""
+        (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
+
+    # --- models -----------------------------------------------------------------------------
+
+    async def serve(self, deployments: Sequence[Deployment]) -> None:
+        """Make these, and no others, the running applications. Unchanged ones are left alone by Serve."""
+        applications = [
+            {
+                "name": deployment.app_name,
+                "route_prefix": f"/{deployment.app_name}",
+                "import_path": "services.serving.app:build",
+                "args": deployment.model_dump(mode="json"),
+            }
+            for deployment in deployments
+        ]
+        body = {
+            "applications": applications,
+            "proxy_location": "HeadOnly",
+            "http_options": self._http_options(),
+        }
+        answer = await self._ray.put("/api/serve/applications/", json=body, timeout=60)
+        answer.raise_for_status()
+        self._view = None
+
+    async def look(self) -> ServeView:
+        """Serve's applications, at most half a second old."""
+        async with self._looking:
+            if self._view is None or time.monotonic() - self._view.seen_at > VIEW_SECONDS:
+                answer = await self._ray.get("/api/serve/applications/")
+                answer.raise_for_status()
+                self._view = self._read(answer.json())
+            return self._view
+
+    def _http_options(self) -> dict[str, Any]:
+        """Where Serve listens if it has to be started: on loopback if Ray does."""
+        url = urlsplit(self._settings.serve_url or self._settings.ray_url)
+        host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"
+        return {"host": host, "port": url.port if self._settings.serve_url else SERVE_PORT}
+
+    def _read(self, status: dict[str, Any]) -> ServeView:
+        applications = {name: _application(app) for name, app in status["applications"].items()}
+        base_url = self._settings.serve_url
+        http = status.get("http_options") or {}
+        if base_url is None and http.get("port"):
+            base_url = f"http://{urlsplit(self._settings.ray_url).hostname}:{http['port']}"
+        return ServeView(applications, base_url, time.monotonic())
+
+
+def _application(app: dict[str, Any]) -> Application:
+    states: dict[str, Literal["loading", "running", "failed", "stopping"]] = {
+        "RUNNING": "running",
+        "DEPLOY_FAILED": "failed",
+        "DELETING": "stopping",
+    }
+    details = [app.get("message", "")] + [d.get("message", "") for d in app.get("deployments", {}).values()]
+    return Application(states.get(app["status"], "loading"), " ".join(filter(None, details)))

@@ -1,0 +1,130 @@
+"""Rows as OpenAI's client reads them. Times are Unix seconds, integers; what is ours stands in `x_raydpo`."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from services.control_plane.jobs import wire_metrics
+from services.control_plane.models import NamedModel
+from services.control_plane.settings import Settings
+from services.control_plane.tables import TERMINAL, Checkpoint, Event, File, Job
+
+
+def seconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def listing(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """One page; the client asks for the next with `after=last_id`."""
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"object": "list", "data": list(data), "has_more": has_more, **ends}
+
+
+def deleted(kind: str, name: str) -> dict[str, Any]:
+    return {"id": name, "object": kind, "deleted": True}
+
+
+def file_object(row: File) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "file",
+        "bytes": row.num_bytes,
+        "created_at": seconds(row.created_at),
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": "processed",  # rows are checked before the upload is answered
+        "x_raydpo": {"sha256": row.sha256, "report": row.report},
+    }
+
+
+def job_object(row: Job, settings: Settings) -> dict[str, Any]:
+    resolved = (row.training or {}).get("config")
+    config = resolved or row.spec["config"]
+    objective = dict(config["objective"])
+    kind = objective.pop("type")
+    schedule = {
+        "n_epochs": config["n_epochs"] or "auto",
+        "batch_size": config["batch_size"] or "auto",
+        "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
+    }
+    hyperparameters = {**objective, **schedule}
+    if rate := config["optim"]["learning_rate"]:
+        hyperparameters["learning_rate"] = rate
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job",
+        "created_at": seconds(row.created_at),
+        "error": row.error,
+        "estimated_finish": _estimated_finish(row),
+        "fine_tuned_model": row.fine_tuned_model,
+        "finished_at": seconds(row.finished_at),
+        "hyperparameters": schedule,
+        "integrations": [],
+        "metadata": row.spec["metadata"],
+        "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
+        "model": row.spec["model"],
+        "organization_id": settings.organization,
+        "result_files": [row.result_file] if row.result_file else [],
+        "seed": config["seed"],
+        "status": row.observed,
+        "trained_tokens": row.trained_tokens,
+        "training_file": row.spec["training_file"],
+        "user_provided_suffix": row.spec["suffix"],
+        "validation_file": None,
+        "x_raydpo": {"num_workers": row.spec["num_workers"], "progress": _progress(row)},
+    }
+
+
+def _eta_seconds(row: Job) -> float | None:
+    """At the rate of the stage so far; None while there is none."""
+    progress = row.progress or {}
+    done = progress.get("done", 0) - progress.get("start", 0)
+    if done <= 0 or progress["total"] <= 0:
+        return None
+    return float((progress["at"] - progress["since"]) / done * (progress["total"] - progress["done"]))
+
+
+def _progress(row: Job) -> dict[str, Any] | None:
+    if row.progress is None or row.observed in TERMINAL:
+        return None
+    return {key: row.progress[key] for key in ("stage", "done", "total")} | {"eta_seconds": _eta_seconds(row)}
+
+
+def _estimated_finish(row: Job) -> int | None:
+    """Known once training runs: earlier stages tell nothing of its length."""
+    eta = _eta_seconds(row) if row.progress and row.progress["stage"] == "training" else None
+    return None if eta is None or row.progress is None else int(row.progress["at"] + eta)
+
+
+def event_object(row: Event) -> dict[str, Any]:
+    return {
+        "id": row.public_id,
+        "object": "fine_tuning.job.event",
+        "created_at": seconds(row.created_at),
+        "level": row.level,
+        "message": row.message,
+        "type": row.type,
+        "data": row.data,
+    }
+
+
+def checkpoint_object(row: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": seconds(row.created_at),
+        "fine_tuned_model_checkpoint": row.model_id,
+        "fine_tuning_job_id": row.job_id,
+        "step_number": row.step,
+        "metrics": {"step": row.step, **wire_metrics(row.metrics)},
+    }
+
+
+def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": seconds(model.created_at),
+        "owned_by": settings.organization,
+        "x_raydpo": {"root": model.root, "job": model.job_id},
+    }

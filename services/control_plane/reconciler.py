@@ -1,0 +1,303 @@
+"""Compares what is wanted with what is observed, and acts. Level-triggered: a missed tick loses nothing.
+
+Deciding is a pure function; carrying out may be done twice without harm. Unknown is never failed: without Ray's own
+word on an attempt, nothing changes.
+"""
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum, auto
+
+import anyio.to_thread
+import httpx
+from sqlalchemy.exc import SQLAlchemyError
+
+from services import storage
+from services.contract import AttemptSpec, EventBatch, JobSpec
+from services.control_plane import deployments, files, jobs, models, store
+from services.control_plane.launcher import AttemptStatus, Launcher
+from services.control_plane.models import NamedModel
+from services.control_plane.results import results_csv
+from services.control_plane.settings import Settings
+from services.control_plane.store import Store
+from services.control_plane.tables import Attempt, File, Job
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+LEASE_SECONDS = 10.0
+QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
+
+
+class Decision(Enum):
+    WAIT = auto()
+    OPEN = auto()  # write a new attempt
+    LAUNCH = auto()  # submit the written attempt
+    ADOPT = auto()  # it runs, though we never heard the launch's answer
+    STOP = auto()
+    COLLECT = auto()  # it ended: read its last reports, then decide again
+    FINISH = auto()  # close the job as the attempt's outcome says
+    LOSE = auto()  # the attempt is dead without an outcome
+    CANCEL = auto()
+    GIVE_UP = auto()
+
+
+@dataclass(frozen=True)
+class Past:
+    """What else a decision rests on."""
+
+    slot: bool  # the job may start, or has started
+    failures: int  # attempts that died by themselves
+    limit: int  # of such attempts
+
+
+def decide(job: Job, attempt: Attempt | None, status: AttemptStatus, past: Past, *, collected: bool) -> Decision:
+    """What to do next for a live job. `status` is Ray's word on the open attempt; `collected`: its spool was read."""
+    cancelling = job.desired == "cancel"
+    if attempt is None:
+        if cancelling:
+            return Decision.CANCEL
+        if past.failures >= past.limit:
+            return Decision.GIVE_UP
+        return Decision.OPEN if past.slot else Decision.WAIT
+    if attempt.outcome is not None:
+        return Decision.FINISH
+    if status == "unknown":
+        return Decision.WAIT
+    if status == "absent" and attempt.state == "launching" and not cancelling:
+        return Decision.LAUNCH
+    if status == "live":
+        if cancelling:
+            return Decision.STOP
+        return Decision.ADOPT if attempt.state == "launching" else Decision.WAIT
+    if not collected:
+        return Decision.COLLECT
+    return Decision.LOSE
+
+
+class Reconciler:
+    """One runs in every control plane; the holder of the lease acts."""
+
+    def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
+        self._store, self._launcher, self._settings = store, launcher, settings
+        self._holder = holder  # this control plane's name in the lease
+
+    async def run(self) -> None:
+        """Tick until cancelled; then hand the lease back."""
+        try:
+            while True:
+                try:
+                    await self.tick()
+                except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
+                    log.warning("A tick failed and is tried again: %s", error)
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            with suppress(SQLAlchemyError, OSError):
+                await self.release()
+
+    async def release(self) -> None:
+        """Hand the lease back, so that another need not wait for its end."""
+        async with self._store.begin() as session:
+            await store.release_lease(session, "reconciler", self._holder)
+
+    async def tick(self) -> None:
+        async with self._store.begin() as session:
+            if not await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS):
+                return
+            live, attempts = await store.live_jobs(session), await store.open_attempts(session)
+        running = sum(job.observed == "running" for job in live)
+        for job in live:
+            slot = job.observed == "running" or running < self._settings.max_running_jobs
+            try:
+                opened = await self._reconcile(job, attempts.get(job.id), slot)
+            except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
+                # One job's trouble is not the others': it is looked at again in the next tick.
+                log.warning("Job %s is left as it is for now: %s", job.id, error)
+                continue
+            running += opened and job.observed == "queued"
+        await self._serve_models()
+
+    async def _reconcile(self, job: Job, attempt: Attempt | None, slot: bool) -> bool:
+        """One decision for one job, carried out. True if an attempt was opened."""
+        status: AttemptStatus = "unknown"
+        if attempt is not None:
+            status = await self._launcher.status(_submission_id(attempt))
+            if status == "live" and _is_quiet(attempt):
+                attempt = await self._collect(job, attempt)
+        async with self._store.begin() as session:
+            total, failures = await store.past_attempts(session, job.id)
+        past = Past(slot=slot, failures=failures, limit=self._settings.max_attempts)
+        decision = decide(job, attempt, status, past, collected=False)
+        if decision is Decision.COLLECT and attempt is not None:
+            attempt = await self._collect(job, attempt)
+            decision = decide(job, attempt, status, past, collected=True)
+        if decision is not Decision.WAIT:
+            log.info("Job %s: %s", job.id, decision.name.lower())
+        await self._carry_out(decision, job, attempt, total, status)
+        return decision is Decision.OPEN
+
+    async def _carry_out(
+        self, decision: Decision, job: Job, attempt: Attempt | None, total: int, status: AttemptStatus
+    ) -> None:
+        match decision:
+            case Decision.WAIT:
+                return
+            case Decision.OPEN:
+                await self._launch(job, await self._open(job, total + 1))
+            case Decision.CANCEL:
+                async with self._store.begin() as session:
+                    await jobs.move(session, job.id, "cancelled", event="The job was cancelled")
+            case Decision.GIVE_UP:
+                await self._give_up(job)
+            case _:
+                assert attempt is not None
+                await self._carry_out_on(decision, job, attempt, status)
+
+    async def _carry_out_on(self, decision: Decision, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
+        match decision:
+            case Decision.LAUNCH:
+                await self._launch(job, attempt)
+            case Decision.ADOPT:
+                async with self._store.begin() as session:
+                    await jobs.mark_launched(session, attempt)
+            case Decision.STOP:
+                await self._launcher.stop(_submission_id(attempt))
+            case Decision.FINISH:
+                await self._finish(job, attempt)
+            case Decision.LOSE:
+                await self._lose(job, attempt, status)
+
+    # --- attempts ---------------------------------------------------------------------------
+
+    async def _open(self, job: Job, number: int) -> Attempt:
+        """Write the attempt, and wish its reference served, in one transaction."""
+        start = NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
+        reference = start.app_name if job.spec["config"]["objective"]["type"] in NEEDS_REFERENCE else None
+        async with self._store.begin() as session:
+            attempt = await jobs.open_attempt(session, job.id, number, reference)
+            if reference is not None:
+                await deployments.use(session, start)
+            await jobs.move(session, job.id, "running", event="The job is starting on the cluster")
+        return attempt
+
+    async def _launch(self, job: Job, attempt: Attempt) -> None:
+        """Write what the driver reads, and submit it. Ray takes one submission id once."""
+        async with self._store.begin() as session:
+            file = await session.get_one(File, job.spec["training_file"])
+        spec = JobSpec.model_validate(job.spec)
+        run_uri = self._run_uri(job)
+        attempt_spec = AttemptSpec(
+            job_id=job.id,
+            attempt=attempt.number,
+            config=spec.config,
+            num_workers=spec.num_workers,
+            num_gpus_per_worker=self._settings.num_gpus_per_worker,
+            training_uri=file.uri,
+            model_source=job.model_source,
+            reference=attempt.reference,
+            run_uri=run_uri,
+            events_url=f"{self._settings.advertised_url}/internal/attempts/{job.id}/{attempt.number}/events",
+        )
+        spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
+        await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
+        await self._launcher.submit(_submission_id(attempt), spec_uri, attempt.token)
+        async with self._store.begin() as session:
+            await jobs.mark_launched(session, attempt)
+
+    async def _collect(self, job: Job, attempt: Attempt) -> Attempt:
+        """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
+        spool = storage.join(self._run_uri(job), "spool", str(attempt.number))
+        for segment in await anyio.to_thread.run_sync(_segments_from, spool, attempt.next_seq):
+            batch = EventBatch.model_validate_json(await anyio.to_thread.run_sync(storage.read_bytes, segment))
+            async with self._store.begin() as session:
+                await jobs.record(session, job.id, attempt.number, batch.events, self._settings)
+        async with self._store.begin() as session:
+            return await session.get_one(Attempt, (job.id, attempt.number))
+
+    async def _lose(self, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
+        """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
+        failed = status == "ended" and job.desired == "run"
+        reason = "it died before it finished" if status == "ended" else "the cluster it ran on is gone"
+        async with self._store.begin() as session:
+            await jobs.end_attempt(session, attempt, reason, failed=failed)
+            if job.desired == "run":
+                jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}", level="warn")
+
+    def _run_uri(self, job: Job) -> str:
+        return storage.join(self._settings.storage_url, "runs", job.id)
+
+    # --- ends -------------------------------------------------------------------------------
+
+    async def _finish(self, job: Job, attempt: Attempt) -> None:
+        """Close the job as the attempt's last report says."""
+        outcome = attempt.outcome or {}
+        if outcome["kind"] == "succeeded":
+            await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
+            return
+        error = {key: outcome[key] for key in ("code", "message", "param")}
+        await self._fail(job, error, attempt)
+
+    async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
+        """The policy, the result file and the move, told in one transaction."""
+        name = jobs.fine_tuned_name(job, self._settings)
+        async with self._store.begin() as session:
+            csv = results_csv(await jobs.metrics_of(session, job.id))
+        results = await files.store_results(csv, "step_metrics.csv", self._settings)
+        async with self._store.begin() as session:
+            if (await jobs.lock(session, job)).observed != "running":
+                return  # another control plane closed it
+            session.add(results)
+            await models.add(session, name, model_uri, job.model_root, job.id)
+            await jobs.end_attempt(session, attempt, "succeeded")
+            jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
+            jobs.tell(session, job.id, f"Completed results file: {results.id}")
+            await session.flush()
+            closed = {"fine_tuned_model": name, "trained_tokens": trained_tokens, "result_file": results.id}
+            await jobs.move(session, job.id, "succeeded", closed, event="The job has successfully completed")
+
+    async def _give_up(self, job: Job) -> None:
+        message = (
+            f"The job died {self._settings.max_attempts} times on the cluster without finishing; "
+            "the logs of its attempts say why. Submit it again once that is mended."
+        )
+        await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
+
+    async def _fail(self, job: Job, error: dict[str, str | None], attempt: Attempt | None) -> None:
+        async with self._store.begin() as session:
+            if attempt is not None:
+                await jobs.end_attempt(session, attempt, "failed")
+            event = f"The job failed: {error['message']}"
+            await jobs.move(session, job.id, "failed", {"error": error}, event=event, level="error")
+
+    # --- models -----------------------------------------------------------------------------
+
+    async def _serve_models(self) -> None:
+        """Make Ray Serve run what is wanted, and nothing else."""
+        applications = (await self._launcher.look()).applications
+        present = {name for name, app in applications.items() if app.state != "stopping"}
+        async with self._store.begin() as session:
+            wanted = await deployments.wanted(session, self._settings, present)
+        if {deployment.app_name for deployment in wanted} != present:
+            await self._launcher.serve(wanted)
+
+
+NEEDS_REFERENCE = {"dpo"}
+
+
+def _submission_id(attempt: Attempt) -> str:
+    return f"{attempt.job_id}-{attempt.number}"
+
+
+def _is_quiet(attempt: Attempt) -> bool:
+    return (datetime.now(UTC) - attempt.reported_at).total_seconds() > QUIET_SECONDS
+
+
+def _segments_from(spool: str, next_seq: int) -> list[str]:
+    """The spool's segments that may hold `next_seq` or later; each is named by its first report."""
+    segments = [uri for uri in storage.list_uris(spool) if uri.endswith(".json")]
+    firsts = [int(uri.rsplit("/", 1)[-1].removesuffix(".json")) for uri in segments]
+    start = max((i for i, first in enumerate(firsts) if first <= next_seq), default=0)
+    return segments[start:]

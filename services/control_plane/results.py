@@ -1,0 +1,27 @@
+"""The result file of a job: a CSV of its step metrics, with the columns that OpenAI's users parse."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLUMNS = {  # column: key in a metrics event's data
+    "step": "step",
+    "train_loss": "train_loss",
+    "train_accuracy": "train_mean_token_accuracy",
+    "valid_loss": "valid_loss",
+    "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+    "train_reward_accuracy": "train_reward_accuracy",
+    "train_reward_margin": "train_reward_margin",
+}
+
+
+def results_csv(metrics: Sequence[Mapping[str, Any]]) -> bytes:
+    """One row a step: OpenAI's columns first, then every other metric under its own name; absent ones are empty."""
+    others = sorted({key for row in metrics for key in row} - set(COLUMNS.values()) - {"total_steps"})
+    columns = {**COLUMNS, **{key: key for key in others}}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([row.get(key, "") for key in columns.values()] for row in metrics)
+    return text.getvalue().encode()

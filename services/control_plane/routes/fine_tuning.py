@@ -1,0 +1,105 @@
+"""/v1/fine_tuning/jobs"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from sqlalchemy import select
+
+from services.control_plane import files, jobs, models
+from services.control_plane.errors import InvalidRequest
+from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
+from services.control_plane.routes.dependencies import SettingsPart, StorePart
+from services.control_plane.schemas import CreateJob
+from services.control_plane.store import page
+from services.control_plane.tables import Checkpoint, Event, File, Job
+
+router = APIRouter(prefix="/fine_tuning/jobs")
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+KINDS = {"supervised": "demonstrations", "dpo": "pairs"}
+MIN_EXAMPLES = 10
+
+
+@router.post("")
+async def create(store: StorePart, settings: SettingsPart, body: CreateJob) -> dict[str, Any]:
+    spec = body.spec()
+    async with store.begin() as session:
+        model = await models.find(session, settings, spec.model)
+        file = await files.find(session, spec.training_file, param="training_file")
+        _check_file(file, spec.config.objective.type)
+        job = await jobs.submit(session, spec, model)
+    return job_object(job, settings)
+
+
+def _check_file(file: File, objective: str) -> None:
+    """The file's rows must be of the kind that the objective learns from, and enough of them."""
+    report = file.report
+    if report is None:
+        message = f"{file.id} has purpose '{file.purpose}'; training needs one uploaded with '{files.TRAINING}'."
+        raise InvalidRequest(message, param="training_file", code="invalid_training_file")
+    if report["kind"] != KINDS[objective]:
+        message = f"{file.id} holds {report['kind']}; method '{objective}' learns from {KINDS[objective]}."
+        raise InvalidRequest(message, param="training_file", code="invalid_training_file")
+    if report["num_rows"] < MIN_EXAMPLES:
+        message = f"Training file has {report['num_rows']} example(s), but must have at least {MIN_EXAMPLES} examples"
+        raise InvalidRequest(message, param="training_file", code="invalid_n_examples")
+
+
+@router.get("")
+async def list_jobs(
+    request: Request, store: StorePart, settings: SettingsPart, after: str | None = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """Newest first; `metadata[k]=v` keeps the jobs that carry it, `metadata=null` those that carry none."""
+    query = select(Job)
+    for name, value in request.query_params.multi_items():
+        if name == "metadata" and value == "null":
+            query = query.where(Job.spec["metadata"].astext.is_(None))
+        elif name.startswith("metadata[") and name.endswith("]"):
+            query = query.where(Job.spec["metadata"][name[9:-1]].astext == value)
+        elif name not in ("after", "limit"):
+            raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    async with store.begin() as session:
+        keys = [Job.created_at, Job.id]
+        rows, more = await page(session, query, keys, cursor=Job.id, after=after, limit=limit)
+    return listing([job_object(row, settings) for row in rows], more)
+
+
+@router.get("/{job_id}")
+async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
+    async with store.begin() as session:
+        return job_object(await jobs.find(session, job_id), settings)
+
+
+@router.post("/{job_id}/cancel")
+async def cancel(store: StorePart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
+    async with store.begin() as session:
+        return job_object(await jobs.cancel(session, job_id), settings)
+
+
+@router.post("/{job_id}/{action}")
+async def act(store: StorePart, job_id: str, action: str) -> None:
+    """`pause` and `resume` of OpenAI's surface are refused by name."""
+    async with store.begin() as session:
+        await jobs.find(session, job_id)
+    message = f"'{action}' is not supported; a job can be cancelled."
+    raise InvalidRequest(message, param="action", code="unsupported_value")
+
+
+@router.get("/{job_id}/events")
+async def events(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
+    """Newest first."""
+    async with store.begin() as session:
+        await jobs.find(session, job_id)
+        query = select(Event).where(Event.job_id == job_id)
+        rows, more = await page(session, query, [Event.id], cursor=Event.public_id, after=after, limit=limit)
+    return listing([event_object(row) for row in rows], more)
+
+
+@router.get("/{job_id}/checkpoints")
+async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
+    """Newest first."""
+    async with store.begin() as session:
+        await jobs.find(session, job_id)
+        query = select(Checkpoint).where(Checkpoint.job_id == job_id)
+        rows, more = await page(session, query, [Checkpoint.step], cursor=Checkpoint.id, after=after, limit=limit)
+    return listing([checkpoint_object(row) for row in rows], more)

@@ -1,0 +1,18 @@
+"""/v1/chat/completions and /v1/completions, forwarded to Ray Serve."""
+
+from fastapi import APIRouter, Response
+
+from services.control_plane.routes.dependencies import InferencePart
+from services.control_plane.schemas import InferenceBody
+
+router = APIRouter()
+
+
+@router.post("/chat/completions")
+async def chat_completions(inference: InferencePart, body: InferenceBody) -> Response:
+    return await inference.forward("chat/completions", body.model_dump(exclude_unset=True))
+
+
+@router.post("/completions")
+async def completions(inference: InferencePart, body: InferenceBody) -> Response:
+    return await inference.forward("completions", body.model_dump(exclude_unset=True))

@@ -1,0 +1,146 @@
+"""What a request body may hold. Unknown fields are refused by name, values by their limits."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from dpo_core.config import Dpo, InvalidOption, Optim, Supervised, TrainConfig
+from services.contract import JobSpec
+from services.control_plane.errors import InvalidRequest
+
+OBJECTIVES: dict[str, type[Supervised] | type[Dpo]] = {"supervised": Supervised, "dpo": Dpo}
+
+# Where each option of a training run stands in a request; those of the objective join the first.
+HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
+EXTENSIONS = {"max_length", "max_tokens_per_pack", "checkpoint_steps", "num_workers"} | {
+    field.name for field in fields(Optim)
+} - HYPERPARAMETERS
+
+Workers = Annotated[int, Field(ge=1, le=1024)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class Method(BaseModel):
+    """`{"type": "dpo", "dpo": {"hyperparameters": {…}}}`: the second key is named by the first."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+    def hyperparameters(self) -> dict[str, Any]:
+        options = dict(self.__pydantic_extra__ or {})
+        _refuse_unknown(options, {self.type}, "method")
+        own = _parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
+        _refuse_unknown(own, {"hyperparameters"}, f"method.{self.type}")
+        return _parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
+
+
+class CreateJob(BaseModel):
+    """Body of POST /fine_tuning/jobs."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Text
+    training_file: Text
+    method: Method | None = None
+    hyperparameters: dict[str, Any] | None = None  # the older place for those of `supervised`
+    suffix: Suffix | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Metadata | None = None
+    x_raydpo: dict[str, Any] | None = None
+    # OpenAI's, not offered here: null passes, a value is refused by name.
+    validation_file: Any = None
+    integrations: Any = None
+
+    def spec(self) -> JobSpec:
+        """The job asked for, every value checked. Raises InvalidRequest naming the field."""
+        for name in ("validation_file", "integrations"):
+            if getattr(self, name):
+                raise InvalidRequest(f"{name} is not supported; leave it out.", param=name, code="unsupported_value")
+        kind = self.method.type if self.method else "supervised"
+        if kind not in OBJECTIVES:
+            message = f"method.type '{kind}' is not supported; it must be one of {', '.join(OBJECTIVES)}."
+            raise InvalidRequest(message, param="method.type", code="unsupported_value")
+        if self.method and self.hyperparameters:
+            message = "hyperparameters is the older spelling of method.<type>.hyperparameters; send one of them."
+            raise InvalidRequest(message, param="hyperparameters")
+        given = self.method.hyperparameters() if self.method else self.hyperparameters or {}
+        where = f"method.{kind}.hyperparameters" if self.method else "hyperparameters"
+        extension = self.x_raydpo or {}
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        config = train_config(kind, given, where, extension, seed)
+        workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
+        named = self.model_dump(include={"model", "training_file", "suffix", "metadata"})
+        return JobSpec(**named, config=config, num_workers=workers)
+
+
+def train_config(
+    kind: str, hyperparameters: Mapping[str, Any], where: str, extension: Mapping[str, Any], seed: int
+) -> TrainConfig:
+    """The run that a request describes; `auto` means the same as leaving the option out."""
+    objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
+    _refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)
+    _refuse_unknown(extension, EXTENSIONS, "x_raydpo")
+    given = {key: value for key, value in {**hyperparameters, **extension}.items() if value != "auto"}
+    paths = {key: f"{where}.{key}" for key in hyperparameters} | {key: f"x_raydpo.{key}" for key in extension}
+
+    def part(names: set[str]) -> dict[str, Any]:
+        return {key: value for key, value in given.items() if key in names}
+
+    of_optim = {field.name for field in fields(Optim)}
+    objective = _parse(OBJECTIVES[kind], part(objective_options), where, paths)
+    optim = _parse(Optim, part(of_optim), where, paths)
+    rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})
+    return _parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
+
+
+class InferenceBody(BaseModel):
+    """The part of an inference body that the control plane reads; the rest is the server's to judge."""
+
+    model_config = ConfigDict(extra="allow")
+    model: Text
+    stream: bool | None = False
+
+
+# --- refusals ------------------------------------------------------------------------------
+
+Parsed = TypeVar("Parsed")
+
+
+def _parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise refused(first, first["loc"], where, paths) from None
+
+
+def refused(
+    error: Mapping[str, Any], location: Sequence[str | int], where: str = "", paths: Mapping[str, str] | None = None
+) -> InvalidRequest:
+    """A pydantic error as OpenAI words it: the dotted path of the field, a code, and what is wrong."""
+    cause = error.get("ctx", {}).get("error")
+    path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
+    param = (paths or {}).get(path[-1]) if path else None
+    param = param or ".".join([*([where] if where else []), *path])
+    if error["type"] == "extra_forbidden":
+        return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+    if error["type"] == "missing":
+        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    reason = str(cause) if cause else f"{error['msg']}, but it is {error['input']!r:.80}."
+    return InvalidRequest(f"Invalid value for '{param}': {reason}", param=param)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(
+                f"Unknown parameter: '{where}.{name}'. Known here: {', '.join(sorted(known))}.",
+                param=f"{where}.{name}",
+                code="unknown_parameter",
+            )

@@ -1,0 +1,64 @@
+"""The control plane's settings: command line over environment over settings file over defaults."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+
+def _model_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(f"model name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
+    return name
+
+
+class Settings(BaseSettings):
+    """Read from `RAYDPO_*` (and `DATABASE_URL`), then from the TOML file; unknown keys in the file are refused."""
+
+    model_config = SettingsConfigDict(env_prefix="RAYDPO_", extra="forbid", frozen=True, populate_by_name=True)
+
+    home: Path = Field(default=Path("~/.raydpo"), description="state of the embedded stack; settings file raydpo.toml")
+    settings_file: Path | None = Field(default=None, description="TOML; None: raydpo.toml in home")
+    database_url: str = Field(validation_alias="DATABASE_URL", description="postgresql://…")
+    storage_url: str = Field(description="file://, s3:// or gs:// folder of files, runs and models")
+    api_key: SecretStr
+    advertised_url: str = Field(description="where training inside the cluster reaches this service")
+    ray_url: str = Field(description="Ray's dashboard, http://host:8265")
+    ray_token: SecretStr | None = None
+    serve_url: str | None = Field(
+        default=None, description="Ray Serve's proxy; None: Ray's host, port as Serve reports"
+    )
+
+    models: dict[Annotated[str, AfterValidator(_model_name)], str] = Field(
+        default_factory=dict, description="base models: name = local folder, storage URI or hub id"
+    )
+    organization: str = Field(default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="second part of ft: names")
+
+    max_upload_bytes: int = Field(default=512 * 2**20, gt=0)
+    max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
+    max_attempts: int = Field(default=3, gt=0, description="launches of one job before infrastructure failures fail it")
+    max_loaded_models: int = Field(default=2, gt=0, description="models served at once; the least recently used stops")
+    model_wait_seconds: float = Field(default=180, gt=0, description="a request waits so long for a loading model")
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    num_gpus_per_worker: float = Field(default=0, ge=0)
+    num_gpus_per_model: float = Field(default=0, ge=0)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        given = init_settings()
+        home = Path(given.get("home") or os.environ.get("RAYDPO_HOME") or "~/.raydpo").expanduser()
+        named = given.get("settings_file") or os.environ.get("RAYDPO_SETTINGS_FILE")
+        if named and not Path(named).is_file():
+            raise FileNotFoundError(f"settings file {named} does not exist; RAYDPO_SETTINGS_FILE names it")
+        file = TomlConfigSettingsSource(settings_cls, toml_file=named or home / "raydpo.toml")
+        return (init_settings, env_settings, file)

@@ -1,0 +1,111 @@
+"""The database, and the queries that more than one noun asks. They take an open session and never commit."""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import ColumnElement, Select, delete, func, literal, or_, select, text, tuple_
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import InstrumentedAttribute
+
+from services.control_plane.errors import InvalidRequest
+from services.control_plane.tables import TERMINAL, Attempt, Base, Job, Lease
+
+Row = TypeVar("Row", bound=Base)
+
+
+def _sqlalchemy_url(database_url: str) -> str:
+    return make_url(database_url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def migrate(database_url: str) -> None:
+    """Bring the database to the newest schema. Safe to run from several replicas at once."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["database_url"] = _sqlalchemy_url(database_url)
+    command.upgrade(config, "head")
+
+
+class Store:
+    """The database: a pool of connections, one transaction per `begin`."""
+
+    def __init__(self, database_url: str) -> None:
+        # Pre-ping: a connection that died with a restarted database is replaced before it is used.
+        self._engine = create_async_engine(_sqlalchemy_url(database_url), pool_size=20, pool_pre_ping=True)
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+
+    def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
+        return self._sessions.begin()
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+
+async def ping(session: AsyncSession) -> None:
+    await session.execute(text("SELECT 1"))
+
+
+async def page(
+    session: AsyncSession,
+    query: Select[Row],
+    keys: Sequence[InstrumentedAttribute[Any]],
+    *,
+    cursor: InstrumentedAttribute[str],
+    after: str | None,
+    limit: int,
+    descending: bool = True,
+) -> tuple[list[Row], bool]:
+    """One page of `query` in the order of `keys` (together unique), and whether more rows follow.
+
+    `after` is the `cursor` of a row of the same query; any other is refused.
+    """
+    if after is not None:
+        last = await session.scalar(query.where(cursor == after))
+        if last is None:
+            raise InvalidRequest(f"No such item to list after: {after}", param="after")
+        bounds = tuple_(*(literal(getattr(last, key.key), key.type) for key in keys))
+        beyond: ColumnElement[bool] = tuple_(*keys) < bounds if descending else tuple_(*keys) > bounds
+        query = query.where(beyond)
+    query = query.order_by(*(key.desc() if descending else key.asc() for key in keys))
+    rows = list(await session.scalars(query.limit(limit + 1)))
+    return rows[:limit], len(rows) > limit
+
+
+async def live_jobs(session: AsyncSession) -> list[Job]:
+    """Every job that is not terminal, oldest first."""
+    return list(
+        await session.scalars(select(Job).where(Job.observed.not_in(TERMINAL)).order_by(Job.created_at, Job.id))
+    )
+
+
+async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
+    """The attempt in progress of each job that has one, by job id."""
+    return {row.job_id: row for row in await session.scalars(select(Attempt).where(Attempt.state != "ended"))}
+
+
+async def past_attempts(session: AsyncSession, job_id: str) -> tuple[int, int]:
+    """How many attempts the job has had, and how many of them died by themselves."""
+    counts = select(func.count(), func.count().filter(Attempt.failed)).where(Attempt.job_id == job_id)
+    total, failed = (await session.execute(counts)).one()
+    return total, failed
+
+
+async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
+    """Take or renew a lease by the database's clock; False while another holds it."""
+    until = func.clock_timestamp() + timedelta(seconds=seconds)
+    statement = insert(Lease).values(name=name, holder=holder, expires_at=until)
+    free = or_(Lease.holder == holder, Lease.expires_at < func.clock_timestamp())
+    statement = statement.on_conflict_do_update(
+        index_elements=[Lease.name], set_={"holder": holder, "expires_at": until}, where=free
+    )
+    return (await session.execute(statement.returning(Lease.name))).first() is not None
+
+
+async def release_lease(session: AsyncSession, name: str, holder: str) -> None:
+    await session.execute(delete(Lease).where(Lease.name == name, Lease.holder == holder))

@@ -1,0 +1,56 @@
+"""/v1/files, with the unmodified client."""
+
+import openai
+import pytest
+
+from tests.services.control_plane.conftest import pair, pairs
+
+
+def test_an_upload_is_processed_listed_read_back_and_deleted(client: openai.OpenAI) -> None:
+    created = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    assert client.files.wait_for_processing(created.id).status == "processed"
+    assert created.bytes == len(pairs())
+    assert created.id in [file.id for file in client.files.list(limit=2)]
+    assert client.files.content(created.id).read() == pairs()
+    assert client.files.delete(created.id).deleted
+    with pytest.raises(openai.NotFoundError, match=created.id):
+        client.files.retrieve(created.id)
+
+
+def test_a_broken_line_is_refused_by_its_number_and_what_is_wrong(client: openai.OpenAI) -> None:
+    lines = [pair(number) for number in range(12)]
+    lines[6] = b'{"input": {"messages": []}'
+    with pytest.raises(openai.BadRequestError, match="Line 7") as refused:
+        client.files.create(file=("pairs.jsonl", b"\n".join(lines)), purpose="fine-tune")
+    assert refused.value.param == "file"
+    lines[6] = pair(6).replace(b"preferred_output", b"preferred", 1)
+    with pytest.raises(openai.BadRequestError, match=r"Line 7.*preferred"):
+        client.files.create(file=("pairs.jsonl", b"\n".join(lines)), purpose="fine-tune")
+
+
+def test_pages_follow_each_other_in_both_orders_without_repeating(client: openai.OpenAI) -> None:
+    made = [client.files.create(file=(f"{i}.jsonl", pairs()), purpose="fine-tune").id for i in range(5)]
+    ours = [file.id for file in client.files.list(limit=2, order="asc") if file.id in made]
+    assert ours == made
+    assert [file.id for file in client.files.list(limit=2, order="desc") if file.id in made] == made[::-1]
+
+
+def test_a_cursor_that_names_nothing_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.list(after="file-none")
+    assert refused.value.param == "after"
+
+
+def test_other_purposes_are_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="purpose 'batch'") as refused:
+        client.files.create(file=("a.jsonl", pairs()), purpose="batch")
+    assert refused.value.code == "unsupported_value"
+
+
+def test_a_file_that_a_live_job_needs_stays(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
+    with pytest.raises(openai.BadRequestError, match=job.id):
+        client.files.delete(file.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    assert client.files.delete(file.id).deleted

@@ -1,0 +1,125 @@
+"""/v1/fine_tuning/jobs: what is taken, what is refused and how; no cluster answers, so jobs stay queued."""
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.services.control_plane.conftest import API_KEY, pairs
+
+
+@pytest.fixture(scope="module")
+def training_file(client: openai.OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+
+
+def dpo(**hyperparameters: Any) -> Any:
+    return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+
+
+def create(client: openai.OpenAI, file_id: str, **changes: Any) -> Any:
+    body = {"model": "tiny", "training_file": file_id, "method": dpo(beta=0.2)} | changes
+    return client.fine_tuning.jobs.create(**body)
+
+
+def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, training_file: str) -> None:
+    job = create(
+        client, training_file, method=dpo(beta=0.2, n_epochs="auto"), suffix="nice", seed=7, metadata={"team": "a"}
+    )
+    assert (job.status, job.error, job.fine_tuned_model, job.seed) == ("queued", None, None, 7)
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    assert job.method.dpo.hyperparameters.n_epochs == "auto"
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert messages[-1] == f"Created fine-tuning job: {job.id}"  # newest first
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "param", "code"),
+    [
+        ({"model": "unknown"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"training_file": "file-none"}, openai.NotFoundError, "training_file", "file_not_found"),
+        ({"method": dpo(beta=-1)}, openai.BadRequestError, "method.dpo.hyperparameters.beta", "invalid_value"),
+        ({"method": dpo(beta="much")}, openai.BadRequestError, "method.dpo.hyperparameters.beta", "invalid_value"),
+        ({"method": dpo(betta=1)}, openai.BadRequestError, "method.dpo.hyperparameters.betta", "unknown_parameter"),
+        ({"method": dpo(n_epochs=51)}, openai.BadRequestError, "method.dpo.hyperparameters.n_epochs", "invalid_value"),
+        ({"method": {"type": "kto"}}, openai.BadRequestError, "method.type", "unsupported_value"),
+        ({"method": {"type": "dpo", "kto": {}}}, openai.BadRequestError, "method.kto", "unknown_parameter"),
+        ({"method": {"type": "supervised"}}, openai.BadRequestError, "training_file", "invalid_training_file"),
+        ({"validation_file": "file-x"}, openai.BadRequestError, "validation_file", "unsupported_value"),
+        ({"suffix": "a b"}, openai.BadRequestError, "suffix", "invalid_value"),
+        ({"seed": -1}, openai.BadRequestError, "seed", "invalid_value"),
+        ({"extra_body": {"betta": 1}}, openai.BadRequestError, "betta", "unknown_parameter"),
+        ({"extra_body": {"x_raydpo": {"lora": 8}}}, openai.BadRequestError, "x_raydpo.lora", "unknown_parameter"),
+        (
+            {"extra_body": {"x_raydpo": {"num_workers": 0}}},
+            openai.BadRequestError,
+            "x_raydpo.num_workers",
+            "invalid_value",
+        ),
+        (
+            {"method": dpo(learning_rate=1e-5, learning_rate_multiplier=2)},
+            openai.BadRequestError,
+            "method.dpo.hyperparameters.learning_rate_multiplier",
+            "invalid_value",
+        ),
+    ],
+)
+def test_bad_requests_are_refused_by_name(
+    client: openai.OpenAI,
+    training_file: str,
+    changes: dict[str, Any],
+    error: type[openai.APIStatusError],
+    param: str,
+    code: str,
+) -> None:
+    with pytest.raises(error) as refused:
+        create(client, training_file, **changes)
+    assert (refused.value.param, refused.value.code, refused.value.type) == (param, code, "invalid_request_error")
+
+
+def test_too_few_examples_are_refused_with_both_numbers(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("few.jsonl", pairs(3)), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError, match=r"has 3 example\(s\), but must have at least 10"):
+        create(client, file.id)
+
+
+def test_a_queued_job_is_cancelled_at_once_and_only_once(client: openai.OpenAI, training_file: str) -> None:
+    job = create(client, training_file)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="already cancelled"):
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_jobs_page_and_filter_by_metadata(client: openai.OpenAI, training_file: str) -> None:
+    made = [create(client, training_file, metadata={"of": "paging"}).id for _ in range(5)]
+    found = [job.id for job in client.fine_tuning.jobs.list(limit=2, metadata={"of": "paging"})]
+    assert found == made[::-1]
+
+
+def test_every_error_has_the_envelope(base_url: str) -> None:
+    with httpx.Client(base_url=base_url, headers={"Authorization": f"Bearer {API_KEY}"}) as http:
+        answers = [
+            http.get("/v1/nothing"),
+            http.put("/v1/files"),
+            http.post("/v1/fine_tuning/jobs", content=b"{"),
+            http.post("/v1/fine_tuning/jobs", json={}),
+            http.get("/v1/files", params={"limit": 0}),
+            http.post("/v1/fine_tuning/jobs/ftjob-none/cancel"),
+        ]
+    assert [answer.status_code for answer in answers] == [404, 405, 400, 400, 400, 404]
+    for answer in answers:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert answer.headers["x-request-id"].startswith("req_")
+    assert answers[3].json()["error"]["code"] == "missing_required_parameter"
+
+
+def test_a_wrong_key_and_no_key_are_refused(base_url: str) -> None:
+    wrong = openai.OpenAI(base_url=f"{base_url}/v1", api_key="rd-wrong", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError) as refused:
+        wrong.models.list()
+    assert refused.value.code == "invalid_api_key"
+    assert httpx.get(f"{base_url}/v1/models").status_code == 401
+    assert httpx.get(f"{base_url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{base_url}/readyz").json() == {"status": "ready"}

@@ -1,0 +1,284 @@
+"""The life of a job against a Ray that lies, dies and loses answers; the database and the storage are real."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from sqlalchemy import func, update
+
+from dpo_core.config import TrainConfig
+from services import storage
+from services.contract import (
+    AttemptSpec,
+    CheckpointSaved,
+    EventBatch,
+    Failed,
+    JobEvent,
+    Report,
+    Started,
+    StepMetrics,
+    Succeeded,
+)
+from services.control_plane.launcher import Launcher
+from services.control_plane.reconciler import Reconciler
+from services.control_plane.settings import Settings
+from services.control_plane.store import Store
+from services.control_plane.tables import Lease
+from tests.services.control_plane.conftest import pairs
+
+
+class FakeRay:
+    """Ray's Jobs and Serve REST APIs. It trains nothing: a test says what became of each submission."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, str] = {}
+        self.submissions: list[dict[str, Any]] = []
+        self.applications: list[str] = []
+        self.lose_answers = False
+        self.down = False
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(*fake.get(self.path))
+
+            def do_POST(self) -> None:
+                self._answer(*fake.post(self.path, self._body()))
+
+            def do_PUT(self) -> None:
+                fake.applications = [app["name"] for app in self._body()["applications"]]
+                self._answer(200, "")
+
+            def _body(self) -> Any:
+                return json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)) or b"{}")
+
+            def _answer(self, status: int, body: Any) -> None:
+                status = 500 if fake.down else status
+                data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        if path.startswith("/api/serve"):
+            apps = {name: {"status": "RUNNING", "message": "", "deployments": {}} for name in self.applications}
+            return 200, {"applications": apps, "http_options": {"port": 8000}}
+        name = path.rsplit("/", 1)[-1]
+        if name not in self.jobs:
+            return 404, f"Job {name} does not exist"
+        return 200, {"status": self.jobs[name]}
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path.endswith("/stop"):
+            self.jobs[path.split("/")[-2]] = "STOPPED"
+            return 200, {"stopped": True}
+        if body["submission_id"] in self.jobs:
+            return 400, "already exists"
+        self.jobs[body["submission_id"]] = "RUNNING"
+        self.submissions.append(body)
+        return (500, "lost") if self.lose_answers else (200, {})
+
+
+@pytest.fixture(scope="module")
+def fake_ray() -> Iterator[FakeRay]:
+    fake = FakeRay()
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+
+
+@pytest.fixture
+def ray(fake_ray: FakeRay) -> FakeRay:
+    fake_ray.jobs.clear()
+    fake_ray.submissions.clear()
+    fake_ray.lose_answers = fake_ray.down = False
+    return fake_ray
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
+    """The service's own, and those of the reconcilers here."""
+    return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
+
+
+@pytest.fixture
+def job_id(client: openai.OpenAI, settings: Settings, ray: FakeRay) -> Iterator[str]:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    ticks(settings, 1)
+    yield client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
+    # Whatever a test left alive would take the slot of the next one.
+    for job in client.fine_tuning.jobs.list():
+        assert job.status in ("succeeded", "failed", "cancelled")
+
+
+def ticks(settings: Settings, count: int, *, planes: int = 1) -> None:
+    """Tick so often, here alone: the lease is taken from the service's own reconciler."""
+
+    async def run() -> None:
+        store, launcher = Store(settings.database_url), Launcher(settings)
+        reconcilers = [Reconciler(store, launcher, settings, holder=f"test-{i}") for i in range(planes)]
+        async with store.begin() as session:
+            await session.execute(update(Lease).values(holder="test-0", expires_at=func.now() + timedelta(hours=1)))
+        for _ in range(count):
+            # A tick that Ray's silence ends is tried again, as `run` does.
+            done = await asyncio.gather(*(reconciler.tick() for reconciler in reconcilers), return_exceptions=True)
+            assert all(isinstance(outcome, httpx.HTTPError | None) for outcome in done), done
+        async with store.begin() as session:
+            await session.execute(update(Lease).values(expires_at=func.now() + timedelta(hours=1)))
+        await launcher.close()
+        await store.close()
+
+    asyncio.run(run())
+
+
+def spool(settings: Settings, job_id: str, attempt: int, reports: list[Report], *, first: int = 0) -> EventBatch:
+    """Lay reports where an attempt's driver would have left them."""
+    events = [JobEvent(seq=first + i, created_at=time.time(), report=report) for i, report in enumerate(reports)]
+    batch = EventBatch(events=events)
+    uri = storage.join(settings.storage_url, "runs", job_id, "spool", str(attempt), f"{first:08}.json")
+    storage.write_bytes(uri, batch.model_dump_json().encode())
+    return batch
+
+
+def reports(settings: Settings, job_id: str, steps: int = 3) -> list[Report]:
+    run = storage.join(settings.storage_url, "runs", job_id)
+    metrics = {"loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 0.75}
+    config = TrainConfig().resolved(12)
+    return [
+        Started(config=config, num_groups=12, total_steps=steps),
+        *(StepMetrics(step=step, total_steps=steps, metrics=metrics) for step in range(1, steps + 1)),
+        CheckpointSaved(step=steps, uri=f"{run}/checkpoints/step-{steps:06}", metrics=metrics),
+        Succeeded(model_uri=f"{run}/export", trained_tokens=1234),
+    ]
+
+
+def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    assert len(ray.applications) == 1  # the reference
+    spec_uri = ray.submissions[0]["entrypoint"].split()[-1]
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
+    assert (spec.job_id, spec.attempt, spec.reference) == (job_id, 1, ray.applications[0])
+
+    spool(settings, job_id, 1, reports(settings, job_id))
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert (job.status, job.trained_tokens, len(ray.submissions)) == ("succeeded", 1234, 1)
+    assert job.method is not None
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    assert job.method.dpo.hyperparameters.n_epochs == 1  # resolved
+    csv = client.files.content(job.result_files[0]).text.splitlines()
+    assert csv[0].startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy")
+    assert len(csv) == 4
+    names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in client.fine_tuning.jobs.checkpoints.list(job_id)]
+    assert names == [f"{job.fine_tuned_model}:ckpt-step-3"]
+    assert {job.fine_tuned_model, *names} <= {model.id for model in client.models.list()}
+
+
+def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    url = f"{base_url}/internal/attempts/{job_id}/1/events"
+    batch = spool(settings, job_id, 1, reports(settings, job_id)[:-1]).model_dump(mode="json")
+
+    def post(body: dict[str, Any], key: str = token) -> int:
+        return httpx.post(url, json=body, headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert post({"events": batch["events"][2:]}) == 400  # a gap
+    assert [post(batch), post(batch)] == [204, 204]
+    assert post(batch, "another") == 409
+    steps = [e.data for e in client.fine_tuning.jobs.list_events(job_id, limit=100) if e.type == "metrics"]
+    assert [data["step"] for data in steps] == [3, 2, 1]
+    assert steps[0]["train_loss"] == 0.5
+    assert steps[0]["train_reward_margin"] == 1.0
+
+    ray.jobs[f"{job_id}-1"] = "FAILED"
+    ticks(settings, 2)  # the attempt is lost, a second one launched
+    assert post(batch) == 409
+    # A resumed attempt computes some steps again: they are told once.
+    spool(settings, job_id, 2, reports(settings, job_id))
+    ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    events = client.fine_tuning.jobs.list_events(job_id, limit=100).data
+    assert sum(event.type == "metrics" for event in events) == 3
+
+
+def test_a_lost_answer_to_the_launch_launches_nothing_twice(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ray.lose_answers = True
+    ticks(settings, 4)
+    assert len(ray.submissions) == 1
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+
+
+def test_unknown_is_never_failed_and_a_lost_cluster_counts_against_nobody(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    ray.down = True
+    ticks(settings, 3)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    ray.down = False
+    for number in range(1, 6):  # more often than attempts may fail
+        ray.jobs.clear()  # a new cluster knows none of the old one's jobs
+        ticks(settings, 2)
+        assert list(ray.jobs) == [f"{job_id}-{number + 1}"]
+    spool(settings, job_id, 6, [Failed(code="invalid_training_file", message="It is bad.", param="training_file")])
+    ray.jobs[f"{job_id}-6"] = "FAILED"
+    ticks(settings, 2)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error.code, job.error.message, job.error.param) == (
+        "invalid_training_file",
+        "It is bad.",
+        "training_file",
+    )
+
+
+def test_a_job_whose_attempts_keep_dying_fails_and_says_that_it_was_not_the_user(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    for number in range(1, 4):
+        ticks(settings, 2)
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+    ticks(settings, 3)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.error is not None
+    assert (job.status, job.error.code, len(ray.submissions)) == ("failed", "infrastructure_failure", 3)
+
+
+def test_several_control_planes_act_as_one(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 3, planes=3)
+    assert len(ray.submissions) == 1
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3, planes=3)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
