@@ -20,6 +20,10 @@ setup: $(STAMP) ## install everything into .venv, for the CPU or the GPU of this
 $(STAMP): $(PINS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is $$($(PYTHON) -V); raydpo needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+ifeq ($(ACCELERATOR),cpu)
+	@ldconfig -p | grep -q 'libnuma\.so\.1' \
+		|| { echo "vLLM's CPU build needs libnuma.so.1: apt-get install libnuma1, or your system's numactl-libs"; exit 1; }
+endif
 	@echo "Installing $(PINS) into .venv: about two minutes, 4 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifeq ($(ACCELERATOR),cpu)

@@ -60,12 +60,12 @@ class Inference:
         """The proxy's URL once the model is up. Raises Unavailable after `model_wait_seconds`, or if it cannot load."""
         deadline = time.monotonic() + self._settings.model_wait_seconds
         while time.monotonic() < deadline:
-            await self._touch(model)
             try:
                 view = await self._launcher.look()
             except httpx.HTTPError:
                 raise self._unavailable(model, "cannot be reached: the Ray cluster does not answer") from None
             app = view.applications.get(model.app_name)
+            await self._touch(model, again=app is None)
             if app and app.state == "running" and view.base_url:
                 return view.base_url
             if app and app.state == "failed":
@@ -75,8 +75,9 @@ class Inference:
             await asyncio.sleep(0.5)
         raise self._unavailable(model, f"is still loading after {self._settings.model_wait_seconds:.0f} seconds")
 
-    async def _touch(self, model: NamedModel) -> None:
-        if time.monotonic() - self._touched.get(model.app_name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
+    async def _touch(self, model: NamedModel, *, again: bool) -> None:
+        """Mark the model as in use; `again` at once, since it may have been forgotten for another."""
+        if again or time.monotonic() - self._touched.get(model.app_name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
             async with self._store.begin() as session:
                 await deployments.use(session, model)
             self._touched[model.app_name] = time.monotonic()

@@ -221,8 +221,11 @@ class Reconciler:
         """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
         failed = status == "ended" and job.desired == "run"
         reason = "it died before it finished" if status == "ended" else "the cluster it ran on is gone"
+        reference = (await self._launcher.look()).applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.end_attempt(session, attempt, reason, failed=failed)
+            if attempt.reference and reference and reference.state == "failed":
+                await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
             if job.desired == "run":
                 jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}", level="warn")
 

@@ -1,0 +1,55 @@
+"""Writes the chart's README: every value of values.yaml with its caption.
+
+python deploy/chart_readme.py > deploy/chart/README.md
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+VALUES = Path(__file__).parent / "chart" / "values.yaml"
+
+HEAD = """\
+# The Helm chart of raydpo
+
+The control plane, its migration and a Ray cluster.
+How to install it is in [docs/kubernetes.md](../../docs/kubernetes.md).
+This file is made from `values.yaml` by `deploy/chart_readme.py`.
+
+| value | default | meaning |
+|---|---|---|
+"""
+
+
+def captions(text: str) -> dict[str, str]:
+    """The comment above each value of the first two levels, by dotted name. Raises ValueError where there is none."""
+    found, group, comment = {}, "", ""
+    for line in text.splitlines():
+        if match := re.match(r" *# (.*)", line):
+            comment = f"{comment} {match[1]}".strip()
+        elif match := re.match(r"(  )?(\w+):", line):
+            nested, key = match.groups()
+            group = group if nested else key
+            name = f"{group}.{key}" if nested else key
+            if not comment:
+                raise ValueError(f"{name} has no caption in values.yaml; write one above it")
+            found[name], comment = comment, ""
+    return found
+
+
+def readme(text: str) -> str:
+    values = yaml.safe_load(text)
+    lines = []
+    for name, caption in captions(text).items():
+        group, _, leaf = name.partition(".")
+        value = values[group][leaf] if leaf else values[group]
+        named = f"`{name}` | `{json.dumps(value)}`" if leaf or not value else f"**{name}** |"
+        lines.append(f"| {named} | {caption} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(readme(VALUES.read_text()))

@@ -1,0 +1,334 @@
+"""What the chart promises: its values, its names, its security, and parts that find each other."""
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import pytest
+import typer
+import yaml
+
+from services.control_plane.routes import health
+from services.control_plane.settings import Settings
+
+CHART = Path(__file__).parents[2] / "deploy" / "chart"
+PYPROJECT = tomllib.loads((CHART.parents[1] / "pyproject.toml").read_text())
+
+Manifest = dict[str, Any]
+Render = Callable[..., list[Manifest]]
+
+
+def one(manifests: list[Manifest], kind: str, component: str = "") -> Manifest:
+    """The only object of this kind, or the one of this component."""
+    of_kind = [manifest for manifest in manifests if manifest["kind"] == kind]
+    (found,) = [manifest for manifest in of_kind if not component or labels(manifest)[COMPONENT] == component]
+    return found
+
+
+COMPONENT = "app.kubernetes.io/component"
+
+
+def labels(manifest: Manifest) -> dict[str, str]:
+    return dict(manifest["metadata"]["labels"])
+
+
+def ray_groups(manifests: list[Manifest]) -> dict[str, Manifest]:
+    spec = one(manifests, "RayCluster")["spec"]
+    return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+
+
+def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
+    ray = {name: group["template"] for name, group in ray_groups(manifests).items()}
+    return {
+        "control-plane": one(manifests, "Deployment")["spec"]["template"],
+        "migration": one(manifests, "Job")["spec"]["template"],
+        **ray,
+    }
+
+
+def container(template: Manifest) -> Manifest:
+    (only,) = template["spec"]["containers"]
+    return dict(only)
+
+
+def environment(template: Manifest) -> dict[str, Any]:
+    return {entry["name"]: entry for entry in container(template)["env"]}
+
+
+def test_helm_lint_finds_only_that_there_is_no_icon(values: dict[str, Any]) -> None:
+    report = helm_python.lint(CHART, values, strict=True)
+    assert report["errors"] == []
+    assert [message["error"] for message in report["messages"]] == ["icon is recommended"]
+
+
+@pytest.mark.parametrize("missing", ["database.existingSecret", "storage.url", "api.existingSecret"])
+def test_a_missing_value_is_named_in_a_sentence(render: Render, minimal: dict[str, Any], missing: str) -> None:
+    group, name = missing.split(".")
+    del minimal[group][name]
+    with pytest.raises(helm_python.HelmRenderError, match=rf"{re.escape(missing)} must "):
+        render(minimal)
+
+
+def test_an_unknown_value_is_refused_by_name(chart: helm_python.Chart, render: Render, minimal: dict[str, Any]) -> None:
+    for group in [None, *chart.values]:
+        if group == "models":  # its names are the user's
+            continue
+        given = {name: dict(value) for name, value in minimal.items()}
+        (given.setdefault(group, {}) if group else given)["mistyped"] = 1
+        with pytest.raises(helm_python.HelmValuesError, match="'mistyped' not allowed"):
+            render(given)
+
+
+@pytest.mark.parametrize("url", ["/tmp/raydpo", "file:///raydpo", "s3://key:secret@bucket/raydpo"])
+def test_storage_is_a_bucket_without_credentials_in_its_url(render: Render, minimal: dict[str, Any], url: str) -> None:
+    minimal["storage"]["url"] = url
+    with pytest.raises(helm_python.HelmValuesError, match="/storage/url"):
+        render(minimal)
+
+
+def test_no_value_is_missing_from_the_values_file(chart: helm_python.Chart) -> None:
+    schema = chart.schema
+    assert schema is not None
+    assert set(schema["properties"]) == set(chart.values)
+    for group in set(chart.values) - {"models", "settings"}:
+        assert set(schema["properties"][group]["properties"]) == set(chart.values[group])
+
+
+def test_the_control_plane_reads_every_variable_and_the_file(
+    manifests: list[Manifest], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    template = pod_templates(manifests)["control-plane"]
+    file = tmp_path / "raydpo.toml"
+    file.write_text(one(manifests, "ConfigMap")["data"]["raydpo.toml"])
+    for name, entry in environment(template).items():
+        monkeypatch.setenv(name, entry.get("value", "secret"))
+    monkeypatch.setenv("RAYDPO_SETTINGS_FILE", str(file))
+
+    settings = Settings(ray_url="http://head:8265")
+
+    known = {field.validation_alias or f"RAYDPO_{name.upper()}" for name, field in Settings.model_fields.items()}
+    assert set(environment(template)) <= known
+    assert settings.models == values.get("models", {})
+    assert {name: getattr(settings, name) for name in values.get("settings", {})} == values.get("settings", {})
+    assert settings.storage_url == values["storage"]["url"]
+
+
+def test_the_chart_takes_the_settings_that_it_does_not_make_itself(chart: helm_python.Chart) -> None:
+    schema = chart.schema
+    assert schema is not None
+    made = {"home", "settings_file", "database_url", "storage_url", "api_key", "advertised_url", "models"}
+    found = {"ray_url", "ray_token", "serve_url"}
+    assert set(schema["properties"]["settings"]["properties"]) == set(Settings.model_fields) - made - found
+
+
+def test_every_container_is_confined(manifests: list[Manifest]) -> None:
+    autoscaler = one(manifests, "RayCluster")["spec"]["autoscalerOptions"]
+    for template in pod_templates(manifests).values():
+        pod = template["spec"]["securityContext"]
+        assert pod["runAsNonRoot"] is True
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        for confined in (container(template), autoscaler):
+            context = confined["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert "/tmp" in {mount["mountPath"] for mount in confined["volumeMounts"]}
+
+
+def test_every_container_is_limited(manifests: list[Manifest]) -> None:
+    for template in pod_templates(manifests).values():
+        resources = container(template)["resources"]
+        assert resources["requests"].keys() == resources["limits"].keys() >= {"cpu", "memory"}
+        assert all(volume["emptyDir"]["sizeLimit"] for volume in template["spec"]["volumes"] if "emptyDir" in volume)
+
+
+def test_only_the_head_may_speak_to_kubernetes(manifests: list[Manifest]) -> None:
+    templates = pod_templates(manifests)
+    assert [name for name in templates if templates[name]["spec"]["automountServiceAccountToken"]] == ["head"]
+
+
+def test_secrets_are_references(manifests: list[Manifest]) -> None:
+    assert "Secret" not in {manifest["kind"] for manifest in manifests}
+    for template in pod_templates(manifests).values():
+        for name, entry in environment(template).items():
+            if re.search("DATABASE_URL|KEY|TOKEN|SECRET|PASSWORD", name):
+                assert set(entry) == {"name", "valueFrom"}, name
+                assert set(entry["valueFrom"]) == {"secretKeyRef"}, name
+
+
+def test_storage_credentials_reach_whoever_touches_storage(render: Render, full: dict[str, Any]) -> None:
+    templates = pod_templates(render(full))
+    given = {name for name in templates if container(templates[name]).get("envFrom")}
+    assert given == {"control-plane", "head", "cpu", "gpu"}
+
+
+def admitted(manifests: list[Manifest], pod: Manifest, port: int, peer: dict[str, str]) -> bool:
+    """Whether NetworkPolicies let pods with the labels `peer` reach this port of `pod`."""
+    names = {entry["containerPort"]: entry["name"] for entry in container(pod).get("ports", [])}
+
+    def selects(selector: Manifest, chosen: dict[str, str]) -> bool:
+        return selector["matchLabels"].items() <= chosen.items()
+
+    def allows(rule: Manifest) -> bool:
+        ports = {entry["port"] for entry in rule.get("ports", [{"port": port}])}
+        peers = [entry["podSelector"] for entry in rule.get("from", [])]
+        return bool(ports & {port, names.get(port)}) and (not peers or any(selects(each, peer) for each in peers))
+
+    policies = [manifest["spec"] for manifest in manifests if manifest["kind"] == "NetworkPolicy"]
+    bound = [policy for policy in policies if selects(policy["podSelector"], labels(pod))]
+    return not bound or any(allows(rule) for policy in bound for rule in policy["ingress"])
+
+
+def test_strangers_reach_the_api_and_nothing_else(render: Render, minimal: dict[str, Any]) -> None:
+    manifests = render(minimal)
+    pods, stranger = pod_templates(manifests), {"app": "stranger"}
+    assert admitted(manifests, pods["control-plane"], 8000, stranger)
+    assert not admitted(manifests, pods["control-plane"], 9999, stranger)
+    for name in ("head", "cpu", "gpu"):
+        assert not any(admitted(manifests, pods[name], port, stranger) for port in (6379, 8000, 8265, 10001, 52365))
+
+
+def test_the_control_plane_reaches_the_dashboard_and_the_serve_proxy_only(manifests: list[Manifest]) -> None:
+    pods = pod_templates(manifests)
+    reached = {
+        port
+        for port in (6379, 8000, 8265, 10001)
+        if admitted(manifests, pods["head"], port, labels(pods["control-plane"]))
+    }
+    assert reached == {8000, 8265}
+
+
+def test_ray_reaches_ray_and_posts_events(manifests: list[Manifest]) -> None:
+    pods = pod_templates(manifests)
+    for worker in ("cpu", "gpu"):
+        assert admitted(manifests, pods["head"], 6379, labels(pods[worker]))
+        assert admitted(manifests, pods[worker], 40000, labels(pods["head"]))
+        assert admitted(manifests, pods["control-plane"], 8000, labels(pods[worker]))
+
+
+def test_callers_can_be_named(render: Render, full: dict[str, Any]) -> None:
+    manifests = render(full)
+    control_plane = pod_templates(manifests)["control-plane"]
+    assert admitted(manifests, control_plane, 8000, {"app": "web"})
+    assert not admitted(manifests, control_plane, 8000, {"app": "stranger"})
+
+
+def test_the_control_plane_finds_ray_and_holds_its_token(manifests: list[Manifest]) -> None:
+    cluster = one(manifests, "RayCluster")
+    name, auth = cluster["metadata"]["name"], cluster["spec"]["authOptions"]
+    control_plane = pod_templates(manifests)["control-plane"]
+    assert container(control_plane)["args"][-2:] == ["--ray-address", f"http://{name}-head-svc:8265"]
+    assert auth["mode"] == "token"
+    token = environment(control_plane)["RAYDPO_RAY_TOKEN"]["valueFrom"]["secretKeyRef"]
+    # KubeRay names a Secret that it makes after the cluster, and the key is always this one.
+    assert token == {"name": auth.get("secretName", name), "key": "auth_token"}
+
+
+def test_training_finds_the_control_plane(manifests: list[Manifest]) -> None:
+    service, template = one(manifests, "Service"), pod_templates(manifests)["control-plane"]
+    (port,) = service["spec"]["ports"]
+    advertised = environment(template)["RAYDPO_ADVERTISED_URL"]["value"]
+    assert advertised == f"http://{service['metadata']['name']}.ml.svc:{port['port']}"
+    assert service["spec"]["selector"].items() <= labels(template).items()
+    (http,) = container(template)["ports"]
+    assert (http["name"], str(http["containerPort"])) == (port["targetPort"], container(template)["args"][4])
+
+
+def test_probes_ask_routes_that_the_control_plane_has(manifests: list[Manifest]) -> None:
+    probed = container(pod_templates(manifests)["control-plane"])
+    liveness, readiness = probed["livenessProbe"]["httpGet"]["path"], probed["readinessProbe"]["httpGet"]["path"]
+    assert liveness != readiness  # a database that is away must not restart the pods
+    assert {liveness, readiness} <= {route.path for route in health.router.routes}  # type: ignore[attr-defined]
+
+
+def test_containers_run_commands_that_raydpo_has(manifests: list[Manifest]) -> None:
+    cli = pytest.importorskip("services.cli", reason="the raydpo command is not there yet")
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for component in ("control-plane", "migration"):
+        run = container(pod_templates(manifests)[component])
+        name, *options = run["args"]
+        assert run["command"] == ["raydpo"]
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {option for option in options if option.startswith("--")} <= known
+
+
+def test_the_migration_needs_nothing_of_the_release(manifests: list[Manifest]) -> None:
+    job = one(manifests, "Job")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    spec = job["spec"]["template"]["spec"]
+    assert "serviceAccountName" not in spec
+    assert [set(volume) for volume in spec["volumes"]] == [{"name", "emptyDir"}]
+    assert set(environment(job["spec"]["template"])) == {"DATABASE_URL"}
+
+
+def test_settings_that_change_restart_the_control_plane(render: Render, minimal: dict[str, Any]) -> None:
+    before = pod_templates(render(minimal))["control-plane"]
+    after = pod_templates(render(minimal | {"models": {"tiny": "s3://bucket/tiny"}}))["control-plane"]
+    assert before["metadata"]["annotations"] != after["metadata"]["annotations"]
+
+
+def test_one_replica_can_be_evicted_and_of_several_one_at_a_time(
+    render: Render, minimal: dict[str, Any], full: dict[str, Any]
+) -> None:
+    assert "PodDisruptionBudget" not in {manifest["kind"] for manifest in render(minimal)}
+    budget = one(render(full), "PodDisruptionBudget")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"]["matchLabels"].items() <= labels(pod_templates(render(full))["control-plane"]).items()
+
+
+def test_gpus_are_asked_for_by_the_gpu_group_alone(render: Render, full: dict[str, Any]) -> None:
+    groups = ray_groups(render(full))
+    gpus = {
+        name: container(group["template"])["resources"]["limits"].get("nvidia.com/gpu")
+        for name, group in groups.items()
+    }
+    assert gpus == {"head": None, "cpu": None, "gpu": 8}
+    assert groups["gpu"]["template"]["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert container(groups["gpu"]["template"])["image"].endswith("-gpu")
+
+
+def test_workers_come_and_go_between_their_bounds(render: Render, full: dict[str, Any]) -> None:
+    manifests = render(full)
+    groups = ray_groups(manifests)
+    assert one(manifests, "RayCluster")["spec"]["enableInTreeAutoscaling"] is True
+    bounds = {name: (groups[name]["minReplicas"], groups[name]["maxReplicas"]) for name in ("cpu", "gpu")}
+    assert bounds == {"cpu": (2, 20), "gpu": (1, 8)}
+    assert not any("replicas" in group for group in groups.values())  # an upgrade would undo the autoscaler
+
+
+@pytest.mark.parametrize("release", ["raydpo", "1st", "123", "a.b", "r" * 53, "raydpo-" + "x" * 46])
+def test_names_are_dns_labels_that_kuberay_does_not_cut(render: Render, minimal: dict[str, Any], release: str) -> None:
+    manifests = render(minimal | {"controlPlane": {"replicas": 2}}, release)
+    names = [manifest["metadata"]["name"] for manifest in manifests]
+    assert all(re.fullmatch("[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in names)
+    assert {labels(manifest)["app.kubernetes.io/instance"] for manifest in manifests} == {release}
+    assert len(one(manifests, "RayCluster")["metadata"]["name"] + "-head-svc") <= 50
+
+
+def test_everything_is_labelled(manifests: list[Manifest]) -> None:
+    common = {f"app.kubernetes.io/{name}" for name in ("name", "instance", "component")}
+    release = common | {f"app.kubernetes.io/{name}" for name in ("version", "part-of", "managed-by")}
+    assert all(labels(manifest).keys() >= release for manifest in manifests)
+    assert all(labels(template).keys() >= common for template in pod_templates(manifests).values())
+
+
+def test_versions_are_those_of_the_project(chart: helm_python.Chart, manifests: list[Manifest]) -> None:
+    version = PYPROJECT["project"]["version"]
+    assert chart.metadata["appVersion"] == version
+    defaults = chart.values["images"]
+    assert [defaults[name].split(":")[1] for name in ("controlPlane", "ray", "rayGpu")] == [
+        version,
+        f"{version}-cpu",
+        f"{version}-gpu",
+    ]
+    pins = " ".join(PYPROJECT["project"]["optional-dependencies"]["cluster"])
+    assert f"=={one(manifests, 'RayCluster')['spec']['rayVersion']} " in re.search(r"ray\[.*?\]\S+ ", pins)[0]  # type: ignore[index]
+
+
+def test_the_values_of_the_guide_render(render: Render) -> None:
+    guide = (CHART.parents[1] / "docs" / "kubernetes.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    assert render(yaml.safe_load(example))
