@@ -1,0 +1,130 @@
+"""Groups become packs: one stream of tokens under a budget, no padding, each prompt once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_core.encode import EncodedGroup
+
+
+def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
+    """Which groups go where: `[rank][pack]` -> indices into `lengths`.
+
+    Every rank gets the same number of packs, some perhaps empty, and about the same number of
+    tokens. A group over the budget stands alone in its pack. Pure, so all ranks plan alike.
+    """
+    costs = [min(length, max_tokens_per_pack) for length in lengths]
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    packs_per_rank = max(1, -(-sum(costs) // (num_ranks * max_tokens_per_pack)))
+    while True:
+        packs = _balance(costs, longest_first, num_ranks * packs_per_rank)
+        if all(sum(costs[i] for i in pack) <= max_tokens_per_pack for pack in packs):
+            break
+        packs_per_rank += 1
+    packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
+    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    for turn, pack in enumerate(packs):  # dealt there and back, so that no rank always gets the heavier
+        back, rank = divmod(turn, num_ranks)
+        ranks[num_ranks - 1 - rank if back % 2 else rank].append(pack)
+    return ranks
+
+
+def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int) -> list[list[int]]:
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    loads = [0] * num_packs
+    for i in longest_first:
+        lightest = loads.index(min(loads))
+        packs[lightest].append(i)
+        loads[lightest] += costs[i]
+    return packs
+
+
+class Segment(NamedTuple):
+    """Tokens [start, stop) of the stream attend causally to themselves and, before that, to all of
+    [prefix_start, prefix_stop): the prompt that the completion shares with an earlier one."""
+
+    prefix_start: int
+    prefix_stop: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pack. T tokens in the stream, R completion tokens, K completions, G groups.
+
+    The last token of a completion predicts nothing and is left out of the stream.
+    """
+
+    input_ids: Tensor  # [T]
+    position_ids: Tensor  # [T]; every completion restarts after its prompt
+    segments: tuple[Segment, ...]  # cover the stream in its order
+    rows: Tensor  # [R] place in the stream whose hidden state predicts the target
+    targets: Tensor  # [R] token ids of the completions
+    completion_of_row: Tensor  # [R] in 0..K-1
+    num_completion_tokens: Tensor  # [K]
+    group_starts: Tensor  # [G] the best completion of each group; the others follow it
+    ref_logps: Tensor | None  # [K] float32
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.num_completion_tokens)
+
+    def to(self, device: torch.device) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True) -> Batch:
+    """Lay groups end to end. Without sharing, the prompt stands before each of its completions."""
+    ids: list[Sequence[int]] = []
+    positions: list[range] = []
+    segments: list[Segment] = []
+    rows: list[Sequence[int]] = []
+    stop = 0
+    for group in groups:
+        prompt = len(group.prompt_ids)
+        first = stop  # where the prompt at hand begins
+        for j, completion in enumerate(group.completion_ids):
+            shared = share_prompts and j > 0
+            if not shared:
+                first = stop
+                ids.append(group.prompt_ids)
+                positions.append(range(prompt))
+                stop += prompt
+            start, stop = stop, stop + len(completion) - 1
+            ids.append(completion[:-1])
+            positions.append(range(prompt, prompt + len(completion) - 1))
+            rows += [[first + prompt - 1], range(start, stop)]
+            if not shared:
+                segments.append(Segment(first, first, first, stop))
+            elif stop > start:
+                segments.append(Segment(first, first + prompt, start, stop))
+    completions = [completion for group in groups for completion in group.completion_ids]
+    lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.int64)
+    sizes = [len(group.completion_ids) for group in groups]
+    return Batch(
+        input_ids=_joined(ids),
+        position_ids=_joined(positions),
+        segments=tuple(segments),
+        rows=_joined(rows),
+        targets=_joined(completions),
+        completion_of_row=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        num_completion_tokens=lengths,
+        group_starts=torch.tensor([0, *accumulate(sizes)][:-1], dtype=torch.int64),
+        ref_logps=_ref_logps(groups),
+    )
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
+
+
+def _ref_logps(groups: Sequence[EncodedGroup]) -> Tensor | None:
+    known = [group.ref_logps for group in groups if group.ref_logps is not None]
+    return torch.tensor(list(chain.from_iterable(known)), dtype=torch.float32) if len(known) == len(groups) else None

@@ -1,0 +1,143 @@
+"""The policy and the reference: loading them, and what they say of completions.
+
+Weights come as safetensors only, and no code that travels with a model is run.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_core.attention import shared_prompts
+from dpo_core.batch import Batch, collate, plan
+from dpo_core.encode import EncodedGroup
+from dpo_core.logps import sum_by_completion, token_logps
+
+logger = logging.getLogger(__name__)
+
+
+def load_policy(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off."""
+    policy: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+    )
+    policy.to(device).eval()
+    return cast(PreTrainedModel, policy)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+
+
+class Scorer:
+    """Log-probabilities of a batch's completion tokens under a model.
+
+    Shares each prompt between its completions where the architecture allows it; that is tried once,
+    on a few tokens, against the model's own forward. Where it does not, every completion runs
+    through the model's own forward behind its own copy of the prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.shares_prompts = _can_share(model)
+
+    def count_tokens(self, group: EncodedGroup) -> int:
+        """What the group costs of a pack's budget."""
+        copies = 1 if self.shares_prompts else len(group.completion_ids)
+        return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
+
+    def plan(
+        self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
+    ) -> list[list[list[int]]]:
+        lengths = [self.count_tokens(group) for group in groups]
+        return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
+
+    def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
+        return collate(groups, share_prompts=self.shares_prompts).to(self.model.device)
+
+    def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[R] log-probabilities, and whether each target was the likeliest token."""
+        return (_shared_logps if self.shares_prompts else _plain_logps)(self.model, batch)
+
+
+def reference_logps(
+    reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
+) -> list[tuple[float, ...]]:
+    """For each group the summed log-probabilities of its completions, in nats: its `ref_logps`."""
+    scorer = Scorer(reference)
+    found: dict[int, tuple[float, ...]] = {}
+    for pack in scorer.plan(groups, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:
+        members = [groups[i] for i in pack]
+        batch = scorer.collate(members)
+        with torch.no_grad():
+            logps, _ = scorer.token_logps(batch)
+        sums = iter(sum_by_completion(logps, batch.completion_of_row, batch.num_completions).tolist())
+        found |= {i: tuple(next(sums) for _ in group.completion_ids) for i, group in zip(pack, members, strict=True)}
+    return [found[i] for i in range(len(groups))]
+
+
+def _shared_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    with shared_prompts(model):
+        hidden = model.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            segments=batch.segments,
+            use_cache=False,
+        ).last_hidden_state[0]
+    head = cast(Any, model).get_output_embeddings()
+    return token_logps(hidden.index_select(0, batch.rows), head.weight, getattr(head, "bias", None), batch.targets)
+
+
+def _plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    logps, correct = [], []
+    rows, targets = batch.rows, batch.targets
+    sizes = batch.num_completion_tokens.tolist()
+    for segment, own_rows, ids in zip(
+        batch.segments, rows.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True
+    ):
+        stream = batch.input_ids[None, segment.start : segment.stop]
+        logits = model(input_ids=stream, use_cache=False).logits[0, own_rows - segment.start].float()
+        logps.append(logits.log_softmax(1).gather(1, ids[:, None])[:, 0])
+        correct.append(logits.argmax(1) == ids)
+    return torch.cat(logps), torch.cat(correct)
+
+
+# What architectures raise on arguments that they do not know.
+_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _can_share(model: PreTrainedModel) -> bool:
+    reason = _reads_the_whole_stream(model.config.get_text_config()) or _answers_differ(model)
+    if reason:
+        logger.warning("%s cannot share prompts (%s); each completion runs alone.", type(model).__name__, reason)
+    return not reason
+
+
+def _reads_the_whole_stream(config: PretrainedConfig) -> str:
+    """What of an architecture depends on the stream as a whole, in ways that a small example may not show."""
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    ropes = {part.get("rope_type") for part in by_layer} & {"dynamic", "longrope"}
+    return ", ".join(sorted(layers | {f"{kind} positions" for kind in ropes}))
+
+
+@torch.no_grad()
+def _answers_differ(model: PreTrainedModel) -> str:
+    """How shared prompts depart from this model's own answers on a small example; empty where they do not."""
+    ids = [i % model.config.get_text_config().vocab_size for i in range(3, 24)]
+    example = [EncodedGroup(ids[:7], (ids[7:11], ids[11:16]), None, 1), EncodedGroup(ids[16:17], (ids[17:],), None, 2)]
+    try:
+        shared, _ = _shared_logps(model, collate(example).to(model.device))
+    except _REFUSALS as error:
+        return f"{type(error).__name__}: {error}"
+    plain, _ = _plain_logps(model, collate(example, share_prompts=False).to(model.device))
+    difference = (shared - plain).abs().max().item()
+    tolerated = 2e-4 if model.dtype == torch.float32 else 0.3
+    return "" if difference < tolerated else f"log-probabilities differ by {difference:.2g}"

@@ -1,0 +1,120 @@
+"""A small random policy, a tokenizer trained on the spot, and groups to train on."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_core.encode import EncodedGroup
+from dpo_core.model import reference_logps
+
+VOCABULARY = 320
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog\n\n"] * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def build_policy(seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A two-layer Llama. Its weights are wide, so that a wrong mask or position shows."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(sizes | overrides))).eval()
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., PreTrainedModel]:
+    return build_policy
+
+
+@pytest.fixture
+def policy() -> PreTrainedModel:
+    return build_policy()
+
+
+def build_groups(num_groups: int, num_completions: int, *, seed: int = 0) -> list[EncodedGroup]:
+    """Groups of uneven lengths; every completion of the first has one token."""
+    rng = random.Random(seed)
+
+    def ids(most: int) -> list[int]:
+        return [rng.randrange(5, VOCABULARY) for _ in range(rng.randint(1, most))]
+
+    groups = [
+        EncodedGroup(ids(20), tuple(ids(12) for _ in range(num_completions)), None, line + 1)
+        for line in range(num_groups)
+    ]
+    return [replace(groups[0], completion_ids=tuple(c[:1] for c in groups[0].completion_ids)), *groups[1:]]
+
+
+def score(groups: list[EncodedGroup], reference: PreTrainedModel) -> list[EncodedGroup]:
+    ref_logps = reference_logps(reference, groups, max_tokens_per_pack=8192)
+    return [replace(group, ref_logps=logps) for group, logps in zip(groups, ref_logps, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def make_groups() -> Callable[..., list[EncodedGroup]]:
+    return build_groups
+
+
+@pytest.fixture(scope="session")
+def scored() -> Callable[[list[EncodedGroup], PreTrainedModel], list[EncodedGroup]]:
+    return score
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[EncodedGroup]:
+    """Eight pairs, scored by a reference that is not the policy."""
+    return score(build_groups(8, 2), build_policy(1))
+
+
+@pytest.fixture(scope="session")
+def demonstrations() -> list[EncodedGroup]:
+    return build_groups(8, 1)
+
+
+@pytest.fixture(scope="session")
+def plain_token_logps() -> Callable[[PreTrainedModel, EncodedGroup], list[torch.Tensor]]:
+    """What transformers itself says: one forward of each full sequence, with all its logits."""
+
+    def logps(policy: PreTrainedModel, group: EncodedGroup) -> list[torch.Tensor]:
+        found = []
+        for completion in group.completion_ids:
+            whole = torch.tensor([[*group.prompt_ids, *completion]])
+            logps = policy(input_ids=whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+            found.append(logps[len(group.prompt_ids) - 1 :])
+        return found
+
+    return logps

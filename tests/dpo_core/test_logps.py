@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from dpo_core.logps import sum_by_completion, token_logps
+
+
+def example(
+    dtype: torch.dtype, bias: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=dtype, generator=g, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=dtype, generator=g, requires_grad=True)
+    shift = torch.randn(11, dtype=dtype, generator=g, requires_grad=True) if bias else None
+    return hidden, weight, shift, torch.randint(11, (7,), generator=g)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tile_rows", [1, 3, 7, 100])
+def test_gradients_pass_gradcheck(tile_rows, bias):
+    hidden, weight, shift, targets = example(torch.float64, bias)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: token_logps(h, w, b, targets, tile_rows=tile_rows)[0], (hidden, weight, shift)
+    )
+
+
+@pytest.mark.parametrize("tile_rows", [1, 3, 100])
+def test_tile_size_changes_nothing(tile_rows):
+    hidden, weight, bias, targets = example(torch.float32)
+    logps, correct = token_logps(hidden, weight, bias, targets, tile_rows=tile_rows)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    expected = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    assert correct.tolist() == (logits.argmax(1) == targets).tolist()
+    upstream = torch.linspace(-1, 1, 7)
+    ours = torch.autograd.grad(logps @ upstream, (hidden, weight, bias))
+    theirs = torch.autograd.grad(expected @ upstream, (hidden, weight, bias))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_far_from_zero_neither_overflow_nor_vanish():
+    hidden, weight, _, targets = example(torch.float32)
+    logps, _ = token_logps(hidden * 1000, weight, None, targets)
+    expected = (hidden * 1000 @ weight.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, _, targets = example(torch.float32, bias=False)
+    logps, _ = token_logps(hidden, weight.detach(), None, targets)
+    logps.sum().backward()
+    assert hidden.grad is not None
+
+
+def test_rows_times_vocabulary_is_never_held():
+    rows, vocabulary, tile = 512, 8192, 16
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    biggest = 0
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal biggest
+        biggest = max(biggest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logps, _ = token_logps(hidden, weight, None, torch.zeros(rows, dtype=torch.int64), tile_rows=tile)
+    logps.sum().backward()
+    assert biggest <= vocabulary * 8  # the head itself
+
+
+def test_sums_follow_the_completions():
+    sums = sum_by_completion(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]), 3)
+    assert sums.tolist() == [1, 0, 6]

@@ -1,0 +1,139 @@
+import logging
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dpo_core.model import Scorer, load_policy, load_tokenizer, reference_logps
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+ARCHITECTURES = {
+    "qwen2": (Qwen2Config(**SIZES), True),
+    "qwen3 with tied embeddings": (Qwen3Config(**SIZES, tie_word_embeddings=True), True),
+    "mistral with a window of 6": (MistralConfig(**SIZES, sliding_window=6), True),
+    "gemma3": (Gemma3TextConfig(**SIZES, sliding_window=6), True),
+    "gpt2": (GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3), True),
+    "gemma2, which caps logits": (Gemma2Config(**SIZES), False),
+    "positions that stretch with the stream": (
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        False,
+    ),
+    "mamba, which has a state": (
+        MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, initializer_range=0.3),
+        False,
+    ),
+}
+
+
+def gradients(policy: PreTrainedModel, objective: torch.Tensor) -> torch.Tensor:
+    policy.zero_grad()
+    objective.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+def assert_same_as_plain(policy, groups, logps, plain_token_logps):
+    """1e-5 in values, 1e-4 relative in gradients; every completion weighs differently."""
+    expected = torch.cat([logps for group in groups for logps in plain_token_logps(policy, group)])
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(-1, 1, len(expected))
+    ours, theirs = gradients(policy, logps @ weights), gradients(policy, expected @ weights)
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("num_completions", [1, 2, 4])
+def test_sharing_prompts_in_a_pack_changes_nothing(policy, make_groups, num_completions, plain_token_logps):
+    groups = make_groups(6, num_completions)
+    scorer = Scorer(policy)
+    assert scorer.shares_prompts
+    logps, _ = scorer.token_logps(scorer.collate(groups))
+    assert_same_as_plain(policy, groups, logps, plain_token_logps)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_share_or_run_plainly_and_agree(name, pairs, plain_token_logps, caplog):
+    config, shares = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config).eval()
+    with caplog.at_level(logging.WARNING, "dpo_core.model"):
+        scorer = Scorer(policy)
+    assert scorer.shares_prompts == shares
+    assert sum(record.name == "dpo_core.model" for record in caplog.records) == (0 if shares else 1)
+    logps, _ = scorer.token_logps(scorer.collate(pairs))
+    assert_same_as_plain(policy, pairs, logps, plain_token_logps)
+
+
+def test_order_within_a_pack_changes_nothing(policy, pairs):
+    scorer = Scorer(policy)
+    forwards, _ = scorer.token_logps(scorer.collate(pairs))
+    backwards, _ = scorer.token_logps(scorer.collate(pairs[::-1]))
+    sizes = [sum(map(len, group.completion_ids)) for group in pairs]
+    reordered = torch.cat(backwards.split(sizes[::-1])[::-1])
+    torch.testing.assert_close(forwards, reordered, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_that_is_the_likeliest_token_counts_as_correct(policy, demonstrations):
+    scorer = Scorer(policy)
+    group = demonstrations[1]
+    ids = torch.tensor([[*group.prompt_ids, *group.completion_ids[0]]])
+    likeliest = policy(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1].argmax(-1)
+    _, correct = scorer.token_logps(scorer.collate([group]))
+    assert correct.tolist() == (likeliest == torch.tensor(group.completion_ids[0])).tolist()
+
+
+@pytest.mark.parametrize("budget", [1, 60, 8192])
+def test_reference_logps_are_the_sums_in_the_order_of_the_groups(policy, make_groups, plain_token_logps, budget):
+    groups = make_groups(5, 3)
+    found = reference_logps(policy, groups, max_tokens_per_pack=budget)
+    expected = [[logps.sum().item() for logps in plain_token_logps(policy, group)] for group in groups]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_a_loaded_policy_is_float32_and_has_no_dropout(make_policy, tokenizer, tmp_path):
+    make_policy(0, attention_dropout=0.5).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    assert policy.dtype == torch.float32
+    assert not policy.training
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+
+
+def test_pickled_weights_are_refused(policy, tmp_path):
+    policy.config.save_pretrained(tmp_path)
+    torch.save(policy.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_policy(tmp_path)
+
+
+def test_code_that_travels_with_a_model_is_not_run(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    trap = config.replace('"llama"', '"trap"').replace("{", '{"auto_map": {"AutoConfig": "trap.Trap"},', 1)
+    (tmp_path / "config.json").write_text(trap)
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Trap: pass\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_policy(tmp_path)
+    assert not (tmp_path / "sprung").exists()

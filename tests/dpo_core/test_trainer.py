@@ -1,0 +1,155 @@
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_core.config import Dpo, Optim, Supervised, TrainConfig
+from dpo_core.encode import EncodedGroup
+from dpo_core.trainer import train
+
+DPO = TrainConfig(
+    objective=Dpo(beta=0.5), optim=Optim(learning_rate=1e-2, schedule="cosine"), batch_size=4, n_epochs=1, max_length=64
+)
+SUPERVISED = replace(DPO, objective=Supervised())
+
+
+def run(config, policy, tokenizer, batches, folder, **kwargs):
+    kwargs = {"total_steps": len(batches)} | kwargs
+    config = replace(config, checkpoint_steps=config.checkpoint_steps or 1000)
+    return list(train(config, policy, tokenizer, batches, checkpoint_dir=folder, **kwargs))
+
+
+def assert_same_policy(ours, theirs, **tolerance):
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()), **tolerance)
+
+
+def numbers(results):
+    return [{k: v for k, v in r.metrics.items() if k != "tokens_per_second"} for r in results]
+
+
+def test_a_policy_equal_to_its_reference_has_margins_0_and_loss_ln_2(policy, tokenizer, pairs, scored, tmp_path):
+    first = run(DPO, policy, tokenizer, [scored(pairs, policy)], tmp_path)[0]
+    assert first.metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first.metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_training_prefers_what_was_chosen(policy, tokenizer, pairs, scored, tmp_path):
+    results = run(DPO, policy, tokenizer, [scored(pairs, policy)] * 8, tmp_path)
+    assert results[-1].metrics["loss"] < results[0].metrics["loss"] / 2
+    assert results[-1].metrics["rewards/accuracies"] == 1
+
+
+def test_swapping_chosen_and_rejected_negates_margins(make_policy, tokenizer, pairs, tmp_path):
+    swapped = [replace(g, completion_ids=g.completion_ids[::-1], ref_logps=g.ref_logps[::-1]) for g in pairs]
+    as_is = run(DPO, make_policy(), tokenizer, [pairs], tmp_path)[0].metrics
+    other = run(DPO, make_policy(), tokenizer, [swapped], tmp_path)[0].metrics
+    assert other["rewards/margins"] == pytest.approx(-as_is["rewards/margins"], abs=1e-5)
+
+
+def test_dpo_on_bradley_terry_preferences_converges_to_the_reference_tilted_by_the_reward(
+    make_policy, tokenizer, scored, tmp_path
+):
+    """arXiv 2305.18290, equation 4: the optimum is pi_ref exp(r / beta) / Z. Two tokens twice make four completions;
+    their rewards make every preference 1:1, 3:1 or 9:1, so that a few rows hold them exactly."""
+    beta, prompt = 0.5, [0, 1, 1]
+    completions = list(itertools.product((0, 1), repeat=2))
+    rewards = [0.0, math.log(3), math.log(3), 2 * math.log(3)]
+    rows = [
+        EncodedGroup(prompt, (list(completions[i]), list(completions[j])), None, 1)
+        for i, j in itertools.permutations(range(4), 2)
+        for _ in range(round(math.exp(max(0, rewards[i] - rewards[j]))))
+    ]
+    sizes = {"vocab_size": 2, "hidden_size": 16, "num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 1}
+    policy = make_policy(0, **sizes)
+    every = [EncodedGroup(prompt, tuple(map(list, completions)), None, 1)]
+    reference = torch.tensor(scored(every, policy)[0].ref_logps)
+    config = replace(DPO, objective=Dpo(beta=beta), optim=Optim(learning_rate=2e-3, warmup_ratio=0.0))
+    run(config, policy, tokenizer, [scored(rows, policy)] * 100, tmp_path)
+    found = torch.tensor(scored(every, policy)[0].ref_logps)
+    optimum = (reference + torch.tensor(rewards) / beta).log_softmax(0)
+    divergence = (found.exp() * (found - optimum)).sum().item()
+    before = (reference.exp() * (reference - optimum)).sum().item()
+    assert before > 0.1
+    assert divergence < 1e-2
+
+
+@pytest.mark.parametrize("config", [DPO, SUPERVISED], ids=["dpo", "supervised"])
+def test_one_pack_of_eight_trains_as_many_packs_do(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
+    batch = pairs if config is DPO else demonstrations
+    whole, cut = make_policy(), make_policy()
+    one = run(replace(config, max_tokens_per_pack=8192), whole, tokenizer, [batch] * 3, tmp_path / "one")
+    many = run(replace(config, max_tokens_per_pack=64), cut, tokenizer, [batch] * 3, tmp_path / "many")
+    for ours, theirs in zip(numbers(one), numbers(many), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert_same_policy(whole, cut, rtol=1e-3, atol=1e-4)
+
+
+def test_supervised_means_over_the_tokens_of_the_global_batch(
+    policy, tokenizer, demonstrations, plain_token_logps, tmp_path
+):
+    token_logps = torch.cat([plain_token_logps(policy, group)[0] for group in demonstrations])
+    first = run(replace(SUPERVISED, max_tokens_per_pack=64), policy, tokenizer, [demonstrations], tmp_path)[0]
+    assert first.metrics["loss"] == pytest.approx(-token_logps.mean().item(), rel=1e-5)
+    assert 0 <= first.metrics["mean_token_accuracy"] < 1
+
+
+def test_dropout_is_off(make_policy, tokenizer, pairs, tmp_path):
+    dropping = make_policy(0, attention_dropout=0.5).train()
+    ours = run(DPO, dropping, tokenizer, [pairs] * 2, tmp_path / "dropping")
+    theirs = run(DPO, make_policy(), tokenizer, [pairs] * 2, tmp_path / "plain")
+    assert numbers(ours) == numbers(theirs)
+
+
+@pytest.mark.parametrize("config", [DPO, SUPERVISED], ids=["dpo", "supervised"])
+def test_resuming_repeats_the_run_bit_for_bit(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
+    groups = pairs if config is DPO else demonstrations
+    batches = [groups[:4], groups[4:], groups[2:6], groups[1:5], groups[:3], groups[3:]]
+    config = replace(config, checkpoint_steps=3)
+    straight, resumed = make_policy(0), make_policy(7)
+    whole = run(config, straight, tokenizer, batches, tmp_path / "straight")
+    saved = [result.checkpoint for result in whole if result.checkpoint]
+    assert [path.name for path in saved] == ["step-000003", "step-000006"]
+    rest = run(config, resumed, tokenizer, batches[3:], tmp_path / "resumed", total_steps=6, resume=saved[0])
+    assert numbers(rest) == numbers(whole[3:])
+    assert [(r.step, r.num_tokens) for r in rest] == [(r.step, r.num_tokens) for r in whole[3:]]
+    assert_same_policy(resumed, straight, rtol=0, atol=0)
+    for name in ("model/model.safetensors", "optimizer.safetensors"):
+        assert (rest[-1].checkpoint / name).read_bytes() == (saved[1] / name).read_bytes()
+
+
+def test_the_checkpoint_serves_as_a_model_with_identical_logits(policy, tokenizer, pairs, tmp_path):
+    results = run(DPO, policy, tokenizer, [pairs], tmp_path)
+    model = results[-1].checkpoint / "model"
+    served = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([pairs[3].prompt_ids])
+    assert torch.equal(served(input_ids=ids).logits, policy(input_ids=ids).logits)
+    assert AutoTokenizer.from_pretrained(model).chat_template == tokenizer.chat_template
+
+
+def test_tokens_are_counted_once_per_prompt(policy, tokenizer, pairs, tmp_path):
+    expected = sum(len(g.prompt_ids) + sum(map(len, g.completion_ids)) for g in pairs)
+    assert [r.num_tokens for r in run(DPO, policy, tokenizer, [pairs] * 2, tmp_path)] == [expected, 2 * expected]
+
+
+def test_too_few_batches_are_refused(policy, tokenizer, pairs, tmp_path):
+    with pytest.raises(ValueError, match="No groups came for step 2 of 3"):
+        run(DPO, policy, tokenizer, [pairs], tmp_path, total_steps=3)
+
+
+def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(policy, tokenizer, pairs, tmp_path):
+    broken = [replace(pairs[0], ref_logps=(math.nan, 0.0)), *pairs[1:]]
+    config = replace(DPO, checkpoint_steps=1)
+    results = train(config, policy, tokenizer, [broken], total_steps=1, checkpoint_dir=tmp_path)
+    first = next(results)
+    assert math.isnan(first.metrics["loss"])
+    with pytest.raises(FloatingPointError, match="diverged at step 1"):
+        next(results)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_in_half_precision_is_refused(policy, tokenizer, pairs, tmp_path):
+    with pytest.raises(ValueError, match="bfloat16"):
+        run(DPO, policy.to(torch.bfloat16), tokenizer, [pairs], tmp_path)
