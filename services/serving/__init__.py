@@ -1,0 +1,1 @@
+"""What runs inside Ray Serve: one vLLM application per model, which answers and scores."""

@@ -1,0 +1,86 @@
+"""The Serve application of one model: what its replica asks of the cluster, and what it answers.
+
+Serve builds an application in a process of its own before a replica starts. Importing vLLM takes
+ten seconds and 700 MB, so this module leaves that to the replica.
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from safetensors import SafetensorError, safe_open
+
+from services import storage
+from services.contract import Deployment, Score
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The import path of every model; `args` are the fields of a `Deployment`."""
+    deployment = Deployment.model_validate(args)
+    options = {
+        "name": "policy",
+        "ray_actor_options": {"num_cpus": 1},
+        "placement_group_bundles": _bundles(deployment.num_gpus),
+        # One node for all of it: the replica fetches the weights that the workers on the GPUs read.
+        "placement_group_strategy": "STRICT_PACK",
+        "max_ongoing_requests": 256,  # the engine has a queue of its own
+        "max_constructor_retry_count": 1,  # a model that cannot be loaded is reported, not loaded again and again
+    }
+    return serve.deployment(Policy).options(**options).bind(deployment)
+
+
+def _bundles(num_gpus: float) -> list[dict[str, float]]:
+    """What one replica reserves: a CPU for itself, and a GPU for each worker of its engine."""
+    if num_gpus == 0:
+        return [{"CPU": 1}]
+    if num_gpus > 1 and num_gpus % 1:
+        raise ValueError(f"num_gpus is {num_gpus}; it must be below 1 or a whole number.")
+    return [{"CPU": 1, "GPU": min(num_gpus, 1)}] + [{"GPU": 1}] * (int(num_gpus) - 1)
+
+
+@serve.ingress()
+class Policy:
+    """A replica: OpenAI's routes over HTTP, and `score` through the application's handle."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """The replica is ready when this returns."""
+        source = await asyncio.to_thread(_local, self._deployment.source)
+        from services.serving import policy
+
+        self._server = await policy.start(self._deployment, source)
+        return await self._server.__serve_build_asgi_app__()
+
+    async def check_health(self) -> None:
+        await self._server.check_health()
+
+    async def score(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[Score]:
+        """Log-probabilities of completions, row by row, each after its own prompt."""
+        return await self._server.reference.score(prompt_ids, completion_ids)
+
+
+def _local(source: str) -> str:
+    """A folder of weights on this node, or the hub id that `source` is.
+
+    What is wrong with the files is said here: of an engine that fails to load them, Serve's status
+    does not say why.
+    """
+    folder = storage.fetch(source)
+    if not folder.is_absolute():
+        return source
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{source} lacks config.json or *.safetensors; give the folder of a Hugging Face model."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):
+                continue
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} in {source} is damaged, {error}; publish it again.") from error
+    return str(folder)

@@ -1,0 +1,93 @@
+"""A policy in vLLM: how its engine is set up, on CPUs and on GPUs. Only replicas import this module."""
+
+import os
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+
+from services.contract import Deployment
+from services.serving.reference import Reference
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+
+# Tokens of one step. Scoring holds their logits in float32, which vLLM's memory profile does not
+# count: 2 GB with a vocabulary of 128k.
+MAX_NUM_BATCHED_TOKENS = 2048
+
+
+class PolicyServer(LLMServer):  # type: ignore[misc]
+    """One engine that generates and scores."""
+
+    reference: Reference
+
+    async def _start_engine(self) -> None:
+        """Less than the base class does: that starts an actor of 400 MB for Ray's usage statistics."""
+        await self.engine.start()
+        self.reference = Reference(self.engine._engine_client, max_tokens_in_flight=2 * MAX_NUM_BATCHED_TOKENS)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """vLLM's own server, less the routes that steer the engine."""
+        app: FastAPI = await super().__serve_build_asgi_app__()
+        app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
+        return app
+
+
+class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
+    """vLLM's scheduler and worker in one process. They are two by default, each worth 10 s and 700 MB.
+
+    LLMServer takes its engine by injection, but the class to derive from has no public name.
+    """
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        vllm_engine_config.parallel_config.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
+async def start(deployment: Deployment, source: str) -> PolicyServer:
+    """`source` is a local folder or a hub id."""
+    on_cpus = deployment.num_gpus == 0
+    hardware, engine_kwargs = _cpus() if on_cpus else _gpus(deployment.num_gpus)
+    config = LLMConfig(
+        model_loading_config={"model_id": deployment.model_id, "model_source": source},
+        engine_kwargs={
+            "dtype": deployment.dtype,
+            "max_model_len": deployment.max_model_len or -1,  # -1: the model's limit, or what the cache can hold
+            "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+            "enable_prefix_caching": False,
+            "load_format": "safetensors",
+            **engine_kwargs,
+        },
+        **hardware,
+    )
+    config.get_or_create_callback().ctx.run_init_node = False  # no download: what Ray would fetch is there
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    server: PolicyServer = PolicyServer.sync_init(config, engine_cls=EngineOnCpus if on_cpus else VLLMEngine)
+    await server.start()
+    return server
+
+
+def _cpus() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of LLMConfig and of vLLM; sets the environment that the engine's process inherits."""
+    node_id = ray.get_runtime_context().get_node_id()
+    reserved = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    # Ray gives an actor as many threads as it reserves CPUs: one. Passive, or they spin while others train.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, min(os.cpu_count() or 1, int(reserved))))
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    # Eager as well, or the first request waits 15 s for the sampler to be compiled.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    engine_kwargs = {"enforce_eager": True, "max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30}
+    return {"accelerator_config": {"kind": "cpu"}}, engine_kwargs
+
+
+def _gpus(num_gpus: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of LLMConfig and of vLLM: one worker per GPU, or a share of one."""
+    share = min(num_gpus, 1)
+    engine_kwargs = {
+        "tensor_parallel_size": max(1, int(num_gpus)),
+        "gpu_memory_utilization": 0.85 * share,  # the rest is for scoring's logits
+    }
+    return {"placement_group_config": {"bundle_per_worker": {"GPU": share}}}, engine_kwargs

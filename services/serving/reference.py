@@ -1,0 +1,86 @@
+"""Scoring: what the model in an engine thinks of completions that others wrote."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from functools import partial
+from uuid import uuid4
+
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+
+from services.contract import Score
+
+CERTAIN = 1e9  # a bias that outweighs every logit
+
+
+class Reference:
+    """Scores rows with an engine that answers requests as well.
+
+    All calls together keep at most `max_tokens_in_flight` in the engine: what comes from elsewhere
+    waits behind no more than that.
+    """
+
+    def __init__(self, engine: EngineClient, *, max_tokens_in_flight: int) -> None:
+        self._engine = engine
+        self._max_tokens_in_flight = max_tokens_in_flight
+        self._tokens_in_flight = 0
+        self._released = asyncio.Event()
+
+    async def score(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list[Score]:
+        """Row by row, each completion after its own prompt; together at most the model's length."""
+        if len(prompt_ids) != len(completion_ids):
+            raise ValueError(f"{len(prompt_ids)} prompts came with {len(completion_ids)} completions; send pairs.")
+        rows = list(zip(prompt_ids, completion_ids, strict=True))
+        for index, row in enumerate(rows):
+            self._check(index, *row)
+        tasks = []
+        async with asyncio.TaskGroup() as group:  # cancelled or failing, it takes all its rows out of the engine
+            for prompt, completion in rows:
+                num_tokens = len(prompt) + len(completion)
+                await self._reserve(num_tokens)
+                tasks.append(group.create_task(self._score_row(prompt, completion)))
+                tasks[-1].add_done_callback(partial(self._release, num_tokens))
+        return [task.result() for task in tasks]
+
+    def _check(self, index: int, prompt: list[int], completion: list[int]) -> None:
+        config = self._engine.model_config
+        num_tokens, limit, vocabulary = len(prompt) + len(completion), config.max_model_len, config.get_vocab_size()
+        if not prompt or not completion:
+            raise ValueError(f"Row {index}: {len(prompt)} prompt and {len(completion)} completion tokens; give both.")
+        if num_tokens > limit:
+            raise ValueError(f"Row {index} has {num_tokens} tokens; the model takes {limit}: shorten or drop it.")
+        if min(*prompt, *completion) < 0 or max(*prompt, *completion) >= vocabulary:
+            raise ValueError(f"Row {index} holds an id outside the vocabulary of {vocabulary}; check the tokenizer.")
+
+    async def _reserve(self, num_tokens: int) -> None:
+        while self._tokens_in_flight and self._tokens_in_flight + num_tokens > self._max_tokens_in_flight:
+            self._released.clear()
+            await self._released.wait()
+        self._tokens_in_flight += num_tokens
+
+    def _release(self, num_tokens: int, _: asyncio.Task[Score]) -> None:
+        self._tokens_in_flight -= num_tokens
+        self._released.set()
+
+    async def _score_row(self, prompt: list[int], completion: list[int]) -> Score:
+        """vLLM must generate a token. It is made to generate the completion's last one, so that no room is
+        needed beyond the row's own length; what it reports are the log-probabilities before the bias."""
+        *head, last = completion
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            logit_bias={last: CERTAIN},
+            logprobs=0,
+            prompt_logprobs=0 if head else None,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        (answer,) = [it async for it in self._engine.generate(tokens_input([*prompt, *head]), params, uuid4().hex)]
+        (output,) = answer.outputs
+        assert list(output.token_ids) == [last]
+        token_logps = answer.prompt_logprobs.logprobs[-len(head) :] if head else []
+        return Score(math.fsum([*token_logps, output.cumulative_logprob]), len(completion))

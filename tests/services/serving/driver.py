@@ -1,0 +1,27 @@
+"""A driver on the cluster: reads rows as JSON lines, has them scored, writes what comes back as JSON lines."""
+
+import json
+import sys
+import time
+
+import ray
+from ray import serve
+from ray.serve.exceptions import RequestCancelledError
+
+ray.init(logging_level="ERROR", log_to_driver=False)
+handle = serve.get_app_handle(sys.argv[1])
+
+for line in sys.stdin:
+    request = json.loads(line)
+    answer = handle.score.remote(request["prompt_ids"], request["completion_ids"])
+    if "cancel_after" in request:
+        time.sleep(request["cancel_after"])
+        answer.cancel()
+    try:
+        said = {"scores": answer.result()}
+    except RequestCancelledError:
+        said = {"scores": None}
+    except ValueError as error:
+        said = {"error": str(error).rpartition("ValueError: ")[2]}
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.flush()

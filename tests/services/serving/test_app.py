@@ -1,0 +1,75 @@
+"""Applications: built, reported when broken, removed with all their processes."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from openai import OpenAI
+from pydantic import ValidationError
+
+from tests.services.serving.conftest import PLAIN, POLICY, Serving
+
+DEPLOYMENT = {**POLICY, "source": "base/model", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def build() -> Callable[[dict[str, object]], object]:
+    with warnings.catch_warnings(action="ignore"):  # Ray Serve's own
+        from services.serving.app import build
+    return build
+
+
+def test_an_unknown_field_is_refused(build: Callable[[dict[str, object]], object]) -> None:
+    with pytest.raises(ValidationError, match="max_tokens"):
+        build(DEPLOYMENT | {"max_tokens": 5})
+
+
+def test_one_and_a_half_gpus_are_refused(build: Callable[[dict[str, object]], object]) -> None:
+    with pytest.raises(ValueError, match=r"num_gpus is 1\.5"):
+        build(DEPLOYMENT | {"num_gpus": 1.5})
+
+
+def broken_copy(model_folder: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    return folder
+
+
+@pytest.mark.ray
+def test_a_damaged_model_fails_with_the_files_name(serving: Serving, model_folder: Path, tmp_path: Path) -> None:
+    source = broken_copy(model_folder, tmp_path / "broken").as_uri()
+    serving.deploy({"app_name": "broken", "model_id": "broken", "source": source, "dtype": "float32"})
+    apps = serving.wait(lambda apps: apps["broken"]["status"] == "DEPLOY_FAILED")
+    serving.remove("broken")
+    assert "model.safetensors in file://" in apps["broken"]["deployments"]["policy"]["message"]
+    assert apps["policy-1"]["status"] == "RUNNING"
+    serving.wait(lambda apps: "broken" not in apps)
+
+
+@pytest.mark.ray
+def test_chat_without_a_chat_template_is_refused(serving: Serving) -> None:
+    with (
+        OpenAI(base_url=f"{serving.route('plain')}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.BadRequestError, match="chat template"),
+    ):
+        client.chat.completions.create(model=PLAIN["model_id"], messages=[{"role": "user", "content": "fox"}])
+
+
+@pytest.mark.ray
+def test_a_removed_application_takes_its_processes_along(serving: Serving, client: OpenAI) -> None:
+    (replica,) = serving.status()["plain"]["deployments"]["policy"]["replicas"]
+    process = psutil.Process(replica["pid"])
+    processes = [process, *process.children(recursive=True)]
+    assert len(processes) >= 2, "the replica and its engine"
+    serving.remove("plain")
+    serving.wait(lambda apps: "plain" not in apps)
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+    assert client.models.list().data[0].id == POLICY["model_id"]

@@ -1,0 +1,126 @@
+"""Scores against a plain float32 forward of the same rows."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from openai import OpenAI
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from services.contract import Score
+from tests.services.serving.conftest import MODEL_LENGTH, POLICY, VOCABULARY, Driver
+
+pytestmark = pytest.mark.ray
+
+Rows = tuple[list[list[int]], list[list[int]]]
+
+
+def rows_of(*lengths: tuple[int, int], seed: int = 0) -> Rows:
+    """Random prompts and completions of these lengths."""
+    rng = random.Random(seed)
+    ids = [[[rng.randrange(VOCABULARY) for _ in range(length)] for length in row] for row in lengths]
+    return [prompt for prompt, _ in ids], [completion for _, completion in ids]
+
+
+def many_rows(count: int) -> Rows:
+    rng = random.Random(count)
+    return rows_of(*((rng.randint(1, 100), rng.randint(1, 100)) for _ in range(count)), seed=count)
+
+
+@pytest.fixture(scope="module")
+def plain_forward(model_folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def expected(model: PreTrainedModel, rows: Rows) -> list[Score]:
+    scores = []
+    for prompt, completion in zip(*rows, strict=True):
+        logps = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        own = logps.gather(1, torch.tensor(completion)[:, None])
+        scores.append(Score(own.double().sum().item(), len(completion)))
+    return scores
+
+
+def agree(scores: list[Score], wanted: list[Score]) -> bool:
+    same_lengths = [score.num_tokens for score in scores] == [score.num_tokens for score in wanted]
+    return same_lengths and [score.logp for score in scores] == pytest.approx(
+        [score.logp for score in wanted], abs=1e-3, rel=0
+    )
+
+
+def test_scores_equal_a_plain_forward(driver: Driver, plain_forward: PreTrainedModel) -> None:
+    rows = rows_of((1, 1), (1, 2), (2, 1), (30, 1), (1, 90), (64, 64), (17, 130))
+    assert agree(driver.score(*rows), expected(plain_forward, rows))
+
+
+def test_rows_as_long_as_the_model_are_scored(driver: Driver, plain_forward: PreTrainedModel) -> None:
+    rows = rows_of((1, MODEL_LENGTH - 1), (MODEL_LENGTH - 1, 1), (100, MODEL_LENGTH - 100))
+    assert agree(driver.score(*rows), expected(plain_forward, rows))
+
+
+def test_more_rows_than_fit_into_the_engine_keep_their_order(driver: Driver, plain_forward: PreTrainedModel) -> None:
+    rows = many_rows(150)
+    assert agree(driver.score(*rows), expected(plain_forward, rows))
+
+
+def test_requests_beside_it_do_not_change_scores(
+    driver: Driver, plain_forward: PreTrainedModel, client: OpenAI
+) -> None:
+    rows = many_rows(60)
+
+    def chat(seed: int) -> str | None:
+        answer = client.chat.completions.create(
+            model=POLICY["model_id"],
+            messages=[{"role": "user", "content": "fox"}],
+            max_tokens=150,
+            seed=seed,
+            logprobs=True,
+            top_logprobs=3,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.choices[0].logprobs
+        assert answer.choices[0].logprobs.content
+        assert all(len(token.top_logprobs) >= 3 for token in answer.choices[0].logprobs.content)
+        return answer.choices[0].message.content
+
+    alone = chat(7)
+    with ThreadPoolExecutor() as pool:
+        beside = [pool.submit(chat, 7) for _ in range(4)]
+        scores = driver.score(*rows)
+        assert all(answer.result() == alone for answer in beside)
+    assert agree(scores, expected(plain_forward, rows))
+
+
+def test_no_rows_no_scores(driver: Driver) -> None:
+    assert driver.score([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (rows_of((1, 1), (MODEL_LENGTH, 1)), f"Row 1 has {MODEL_LENGTH + 1} tokens; the model takes {MODEL_LENGTH}"),
+        (([[]], [[5]]), "Row 0: 0 prompt and 1 completion tokens"),
+        (([[5]], [[]]), "Row 0: 1 prompt and 0 completion tokens"),
+        (([[5]], [[VOCABULARY]]), f"outside the vocabulary of {VOCABULARY}"),
+        (([[-1]], [[5]]), f"outside the vocabulary of {VOCABULARY}"),
+        (([[5], [5]], [[5]]), "2 prompts came with 1 completions"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused(driver: Driver, rows: Rows, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        driver.score(*rows)
+
+
+def test_a_cancelled_call_leaves_the_engine_free(driver: Driver) -> None:
+    rows = many_rows(400)
+    started = time.monotonic()
+    driver.score(*rows)
+    whole = time.monotonic() - started
+    driver.cancel(*rows, after_seconds=whole / 10)
+    started = time.monotonic()
+    driver.score([[5]], [[6]])
+    assert time.monotonic() - started < whole / 3
