@@ -1,0 +1,150 @@
+"""Files at URIs: `file://`, `s3://`, `gs://`, or a plain local path. A file appears whole or not at all.
+
+Folders that must be whole as well (checkpoints, prepared data) carry a `manifest.json`, which
+`publish` writes last: a folder without one is not there yet.
+"""
+
+import hashlib
+import io
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote
+
+from pyarrow import fs
+
+MANIFEST = "manifest.json"
+
+
+def join(uri: str, *parts: str) -> str:
+    """`parts` below `uri`. They are names, not URIs: what must be escaped in a URI is escaped here."""
+    if "://" not in uri:
+        return "/".join([uri.rstrip("/"), *parts])
+    folder, mark, query = uri.partition("?")  # Arrow's filesystem options, such as endpoint_override
+    return "/".join([folder.rstrip("/"), *map(quote, parts)]) + mark + query
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    write_stream(uri, io.BytesIO(data))
+
+
+def write_file(uri: str, file: Path) -> None:
+    """Copies a local file to `uri`."""
+    with file.open("rb") as source:
+        write_stream(uri, source)
+
+
+def write_stream(uri: str, source: BinaryIO) -> None:
+    """Copies what is left to read of `source` to `uri`."""
+    filesystem, path = _resolve(uri)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as sink:  # an object appears when its stream is closed
+            shutil.copyfileobj(source, sink, 1 << 20)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        with beside.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name with nothing behind it
+        beside.rename(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Raises FileNotFoundError where nothing stands."""
+    with open_input(uri) as source:
+        return source.read()
+
+
+def open_input(uri: str) -> BinaryIO:
+    """A seekable reader; iterating over it gives lines."""
+    filesystem, path = _resolve(uri)
+    return io.BufferedReader(filesystem.open_input_file(path), 1 << 20)
+
+
+def exists(uri: str) -> bool:
+    return bool(_info(uri).type != fs.FileType.NotFound)
+
+
+def list_uris(uri: str) -> list[str]:
+    """The files and folders directly below the folder `uri`, sorted; none where there is no folder."""
+    filesystem, path = _resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [join(uri, name) for name in sorted(info.base_name for info in infos) if not name.startswith(".")]
+
+
+def delete(uri: str) -> None:
+    """Removes a file, or a folder with all below it. What is not there is removed already."""
+    filesystem, path = _resolve(uri)
+    kind = _info(uri).type
+    if kind == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif kind == fs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def publish(folder: Path, uri: str) -> None:
+    """Copies a local folder to `uri`, its manifest last. What stands there is overwritten file by file."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: (file == Path(MANIFEST), file)):
+        write_file(join(uri, *file.parts), folder / file)
+
+
+def fetch(uri: str, cache: Path | None = None) -> Path:
+    """`uri` as a local path: itself if local already, else downloaded once into `cache`.
+
+    What is fetched must not change afterwards; the name in the cache is made of the URI alone.
+    """
+    if "://" not in uri:
+        return Path(uri)
+    filesystem, path = _resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return Path(path)
+    if cache is None:
+        cache = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+        if cache.stat().st_uid != os.getuid():
+            raise PermissionError(f"{cache} belongs to user {cache.stat().st_uid}; set TMPDIR to a folder of your own.")
+    target = cache / hashlib.sha256(uri.encode()).hexdigest()[:16] / Path(path).name
+    if not target.exists():
+        _download(filesystem, path, target)
+    return target
+
+
+def _download(filesystem: fs.FileSystem, path: str, target: Path) -> None:
+    beside = target.parent.with_name(f".{target.parent.name}.{secrets.token_hex(4)}")
+    (info,) = filesystem.get_file_info([path])
+    selector = fs.FileSelector(path, recursive=True)
+    files = filesystem.get_file_info(selector) if info.type == fs.FileType.Directory else [info]
+    try:
+        for file in files:
+            if file.type == fs.FileType.Directory:
+                continue
+            local = beside / target.name / Path(file.path).relative_to(path)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with filesystem.open_input_stream(file.path) as source, local.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+        beside.rename(target.parent)
+    except OSError:
+        if not target.exists():  # otherwise another process was faster
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    filesystem, path = fs.FileSystem.from_uri(uri if "://" in uri else os.path.abspath(uri))
+    return filesystem, path
+
+
+def _info(uri: str) -> fs.FileInfo:
+    filesystem, path = _resolve(uri)
+    (info,) = filesystem.get_file_info([path])
+    return info

@@ -1,0 +1,1 @@
+"""What runs inside a Ray job: one driver, Ray Data, and the Ray Train workers."""

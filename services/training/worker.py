@@ -1,0 +1,151 @@
+"""One of the workers of a training run: the `for` around `dpo_core.trainer.train`."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from dpo_core.checkpoint import DamagedCheckpoint, read_manifest, verify
+from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.trainer import StepResult, train
+from services import storage
+from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Report, Started, StepMetrics, Succeeded
+from services.training.dataset import Dataset, global_batches, num_steps
+
+LN2_TOLERANCE = 1e-3
+STEP_METRICS = "metrics.json"  # in a checkpoint, so that a resuming attempt can report it again
+
+
+def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Failed:
+    """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend.
+
+    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 uses it.
+    """
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(_num_threads())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    total_steps = num_steps(dataset.num_groups, spec.config)
+    with tempfile.TemporaryDirectory(prefix="raydpo-worker-") as folder:
+        scratch = Path(folder)
+        resume = _agree_on_checkpoint(spec, scratch, reporter, device)
+        step, num_tokens = 0, 0
+        if resume:
+            manifest = read_manifest(resume)
+            step, num_tokens = manifest.step, manifest.num_tokens
+        if dist.get_rank() == 0:
+            started = Started(config=spec.config, num_groups=dataset.num_groups, total_steps=total_steps)
+            _report_start(started.model_copy(update={"resumed_from": step}), resume, spec, reporter)
+        source = storage.fetch(spec.model_source)
+        results = train(
+            spec.config,
+            load_policy(source, device=device),
+            load_tokenizer(source),
+            global_batches(dataset, spec.config, after_step=step),
+            total_steps=total_steps,
+            checkpoint_dir=scratch / "checkpoints",
+            resume=resume,
+        )
+        for result in results:
+            if failed := hopeless(result, spec):
+                return failed
+            if dist.get_rank() == 0:
+                _report_step(result, spec, reporter)
+            num_tokens = result.num_tokens
+    return Succeeded(model_uri=storage.join(checkpoint_uri(spec, total_steps), "model"), trained_tokens=num_tokens)
+
+
+def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
+    """Why it makes no sense to go on after this step. Metrics are global, so all workers decide alike."""
+    loss = result.metrics["loss"]
+    for key, value in result.metrics.items():
+        if not math.isfinite(value):
+            rate = result.metrics["lr"]
+            sentence = f"{key} is {value} at step {result.step} with the learning rate {rate:.3g}; lower it."
+            return Failed(code="training_diverged", message=sentence, param="hyperparameters")
+    if is_gated(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
+        sentence = (
+            f"The first loss is {loss:.6f} and not ln 2 = {math.log(2):.6f} within {LN2_TOLERANCE}: "
+            f"the reference {spec.reference} and the policy disagree; deploy the same weights in float32."
+        )
+        return Failed(code="reference_mismatch", message=sentence)
+    return None
+
+
+def is_gated(result: StepResult, spec: AttemptSpec) -> bool:
+    """Before its first step the policy is the reference, so DPO's loss is ln 2, whatever the data."""
+    return result.step == 1 and spec.config.objective.type == "dpo"
+
+
+def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
+    """The URI of the newest checkpoint that is complete and undamaged."""
+    for uri in reversed(storage.list_uris(storage.join(run_uri, "checkpoints"))):
+        if not storage.exists(storage.join(uri, storage.MANIFEST)):
+            continue  # its attempt died while publishing
+        try:
+            verify(storage.fetch(uri, cache))
+        except DamagedCheckpoint as error:
+            report(Message(level="warn", message=f"A checkpoint is damaged and left out: {error}"))
+        else:
+            return uri
+    return None
+
+
+def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
+    """Rank 0 chooses, every worker has it as a local folder."""
+    choice: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        choice = [newest_checkpoint(spec.run_uri, cache, reporter.report.remote)]
+    dist.broadcast_object_list(choice, src=0, device=device)
+    return storage.fetch(choice[0], cache) if choice[0] else None
+
+
+def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, reporter: Any) -> None:
+    reporter.report.remote(started)
+    if resume:
+        step = started.resumed_from
+        reporter.report.remote(Message(message=f"Resumed from checkpoint at step {step}."))
+        # Its attempt may have died before its own report of it was spooled.
+        metrics = json.loads((resume / STEP_METRICS).read_bytes())
+        reporter.report.remote(CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=metrics))
+
+
+def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
+    """Reports the step and publishes its checkpoint, in an order that loses neither if this process dies."""
+    if is_gated(result, spec):
+        sentence = f"The first loss is {result.metrics['loss']:.6f}, ln 2 as it must be: reference and policy agree."
+        reporter.report.remote(Message(message=sentence))
+    metrics = StepMetrics(step=result.step, total_steps=result.total_steps, metrics=result.metrics)
+    reporter.report.remote(metrics)
+    if result.checkpoint:
+        ray.get(reporter.flush.remote())  # whoever resumes from here never runs these steps
+        (result.checkpoint / STEP_METRICS).write_text(json.dumps(result.metrics))
+        uri = checkpoint_uri(spec, result.step)
+        storage.publish(result.checkpoint, uri)
+        shutil.rmtree(result.checkpoint)
+        reporter.report.remote(CheckpointSaved(step=result.step, uri=uri, metrics=result.metrics))
+
+
+def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
+    return storage.join(spec.run_uri, "checkpoints", f"step-{step:06d}")
+
+
+def _num_threads() -> int:
+    """This worker's share of its node's cores: Ray sets OMP_NUM_THREADS to the one CPU that a worker reserves.
+
+    Ray may have been told of more CPUs than there are, and a container may have fewer than its machine.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    num_workers: int = ray.train.get_context().get_local_world_size()
+    return max(1, min(os.cpu_count() or 1, int(logical)) // num_workers)

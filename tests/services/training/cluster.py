@@ -1,0 +1,46 @@
+"""A Ray of its own with one deployment, for as long as standard input is open: `cluster.py <temp folder> <model>`.
+
+The deployment scores as services.serving does, by a plain forward of transformers.
+"""
+
+import sys
+
+import ray
+import torch
+from ray import serve
+from transformers import AutoModelForCausalLM
+
+from services.contract import Score
+
+
+@serve.deployment(name="policy", ray_actor_options={"num_cpus": 1})
+class Reference:
+    def __init__(self, model_source: str) -> None:
+        torch.set_num_threads(1)
+        self.model = AutoModelForCausalLM.from_pretrained(model_source, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def score(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[Score]:
+        return [self._score(*row) for row in zip(prompt_ids, completion_ids, strict=True)]
+
+    def _score(self, prompt: list[int], completion: list[int]) -> Score:
+        logits = self.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
+        return Score(logps.sum().item(), len(completion))
+
+
+if __name__ == "__main__":
+    temp_folder, model_source = sys.argv[1:]
+    context = ray.init(
+        num_cpus=6,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=temp_folder,
+    )
+    serve.start(proxy_location="Disabled")
+    serve.run(Reference.bind(model_source), name="tiny", route_prefix=None)
+    sys.stdout.write(f"address {context.address_info['gcs_address']}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    ray.shutdown()

@@ -1,0 +1,173 @@
+"""A control plane on loopback, which misbehaves as it is told; a small model; pairs for it."""
+
+import functools
+import json
+import string
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dpo_core.config import TrainConfig
+from services.contract import AttemptSpec, EventBatch, Report
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ray.serve  # noqa: F401 - its own models use what pydantic has deprecated
+
+
+class ControlPlane(ThreadingHTTPServer):
+    """`script` holds the next answers: a status, or None to take the events and drop the answer."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/events"
+        self.script: list[int | None] = []
+        self.default = 200
+        self.token = "token-of-the-attempt"
+        self.tokens: set[str] = set()
+        self.posts: list[EventBatch] = []
+
+    def seqs(self) -> list[int]:
+        """The events that arrived, in order of arrival, without repetitions."""
+        return list(dict.fromkeys(event.seq for batch in self.posts for event in batch.events))
+
+    def reports(self) -> list[Report]:
+        events = {event.seq: event.report for batch in self.posts for event in batch.events}
+        return [events[seq] for seq in sorted(events)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: ControlPlane
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = self.server.script.pop(0) if self.server.script else self.server.default
+        if answer is None or answer < 300:
+            self.server.tokens.add(self.headers["Authorization"])
+            self.server.posts.append(EventBatch.model_validate_json(body))
+        if answer is None:
+            self.connection.close()
+            return
+        self.send_response(answer)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ValueError, OSError):  # the connection that was dropped
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def running_control_plane() -> Iterator[ControlPlane]:
+    server = ControlPlane()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def control_plane() -> Iterator[ControlPlane]:
+    with running_control_plane() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def lasting_control_plane() -> Iterator[ControlPlane]:
+    with running_control_plane() as server:
+        yield server
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_model(folder: Path, seed: int) -> str:
+    """A two-layer Llama with 128 positions and a tokenizer of letters."""
+    letters = {token: i for i, token in enumerate(["</s>", "<|user|>", "<|assistant|>", *string.printable])}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT_TEMPLATE)
+    fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(letters), max_position_embeddings=128, initializer_range=0.2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model_source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def build_pair(number: int) -> dict[str, Any]:
+    def message(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}]
+
+    return {
+        "input": {"messages": message("user", f"What is {number} and {number % 7}?")},
+        "preferred_output": message("assistant", f"It is {number + number % 7}."),
+        "non_preferred_output": message("assistant", "no idea" + "!" * (number % 5)),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_pair() -> Callable[[int], dict[str, Any]]:
+    return build_pair
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of a file of 24 short pairs."""
+    file = tmp_path_factory.mktemp("files") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(build_pair(number)) + "\n" for number in range(24)))
+    return file.as_uri()
+
+
+@pytest.fixture(scope="session")
+def make_spec_in(model_source: str, pairs: str) -> Callable[..., AttemptSpec]:
+    """An attempt on `pairs` with one worker, of a job in that folder; keywords replace fields."""
+
+    def make(folder: Path, **fields: Any) -> AttemptSpec:
+        given: dict[str, Any] = {
+            "job_id": "ftjob-1",
+            "attempt": 1,
+            "config": TrainConfig(),
+            "num_workers": 1,
+            "training_uri": pairs,
+            "model_source": model_source,
+            "run_uri": (folder / "run").as_uri(),
+            "events_url": "http://127.0.0.1:9/events",
+        }
+        return AttemptSpec(**(given | fields))
+
+    return make
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path, make_spec_in: Callable[..., AttemptSpec]) -> Callable[..., AttemptSpec]:
+    return functools.partial(make_spec_in, tmp_path)

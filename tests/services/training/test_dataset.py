@@ -1,0 +1,85 @@
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from dpo_core.config import TrainConfig
+from dpo_core.encode import EncodedGroup
+from services import storage
+from services.training import dataset
+from services.training.dataset import DamagedPart, Dataset, find, global_batches, num_steps, save, windows, write_part
+
+
+def group(number: int) -> EncodedGroup:
+    return EncodedGroup([number, 1], ([2, 3], [4]), (-0.1 * number, -1 / 3), number)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Dataset:
+    """23 groups in parts of 5, 10 and 8."""
+    uri = (tmp_path / "run/prepared").as_uri()
+    ranges = [range(5), range(5, 15), range(15, 23)]
+    folder = storage.join(uri, "1")
+    parts = tuple(write_part(folder, f"{i}.parquet", [group(n) for n in r]) for i, r in enumerate(ranges))
+    made = Dataset(uri=folder, parts=parts)
+    save(made, uri)
+    return made
+
+
+def epoch(data: Dataset, seed: int, number: int) -> list[int]:
+    return [group.line for group in dataset._epoch(data, seed, number, skip=0)]
+
+
+def test_what_is_prepared_is_found_again(data: Dataset, tmp_path: Path) -> None:
+    assert find((tmp_path / "run/prepared").as_uri()) == data
+    assert find((tmp_path / "elsewhere").as_uri()) is None
+    assert list(dataset.read_groups(data)) == [group(n) for n in range(23)]
+    assert data.num_groups == 23
+    assert [part.num_tokens for part in data.parts] == [25, 50, 40]
+
+
+def test_groups_without_reference_stay_without(tmp_path: Path) -> None:
+    part = write_part(str(tmp_path), "0.parquet", [EncodedGroup([1], ([2],), None, 1)])
+    assert list(dataset.read_groups(Dataset(uri=str(tmp_path), parts=(part,)))) == [EncodedGroup([1], ([2],), None, 1)]
+
+
+def test_a_damaged_part_is_refused_by_name(data: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run/prepared/1/1.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedPart, match=r"1\.parquet has another sha256"):
+        find((tmp_path / "run/prepared").as_uri())
+    path.unlink()
+    with pytest.raises(DamagedPart, match=r"1\.parquet is missing"):
+        find((tmp_path / "run/prepared").as_uri())
+
+
+@pytest.mark.parametrize("window_tokens", [1, 80, 2**26])
+def test_an_epoch_has_every_row_once_in_an_order_of_seed_and_epoch(
+    data: Dataset, window_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "WINDOW_TOKENS", window_tokens)
+    orders = [epoch(data, seed, number) for seed in (0, 1) for number in (0, 1)]
+    assert all(sorted(order) == list(range(23)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert epoch(data, 0, 1) == orders[1]
+    assert list(range(23)) not in orders
+
+
+def test_memory_is_bounded_by_windows(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "WINDOW_TOKENS", 80)
+    for parts, rows in windows(data.parts, seed=0, epoch=0):
+        assert sum(part.num_tokens for part in parts) <= 80
+        assert sorted(rows) == list(range(sum(part.num_groups for part in parts)))
+
+
+def test_batches_after_any_step_are_the_rest_of_the_run(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "WINDOW_TOKENS", 80)
+    config = TrainConfig(batch_size=4, n_epochs=3).resolved(data.num_groups)
+    batches = list(global_batches(data, config, after_step=0))
+    assert len(batches) == num_steps(data.num_groups, config) == 18
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3] * 3
+    assert Counter(group.line for group in chain(*batches)) == dict.fromkeys(range(23), 3)
+    for step in range(19):
+        assert list(global_batches(data, config, after_step=step)) == batches[step:]

@@ -1,0 +1,242 @@
+"""Whole attempts: the driver as Ray Jobs starts it, on a Ray of its own, killed and started again."""
+
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_core.config import Optim, Supervised, TrainConfig
+from dpo_core.model import load_policy
+from services import storage
+from services.contract import (
+    AttemptSpec,
+    CheckpointSaved,
+    EventBatch,
+    Failed,
+    Message,
+    Progress,
+    Report,
+    Started,
+    StepMetrics,
+    Succeeded,
+)
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[3]
+MakeSpec = Callable[..., AttemptSpec]
+CONFIG = TrainConfig(
+    batch_size=4, n_epochs=40, checkpoint_steps=40, optim=Optim(learning_rate=1e-3)
+)  # 240 steps of milliseconds: long enough to be killed in
+NUM_STEPS = 240
+
+
+@pytest.fixture(scope="module")
+def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
+    """The environment of a driver. The folder's name is short, for the sockets in it."""
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("cluster.py")), folder, model_source]
+    log = Path(folder, "cluster.log")
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as cluster,
+    ):
+        assert cluster.stdout
+        address = next((line.split()[1] for line in cluster.stdout if line.startswith("address ")), None)
+        assert address, log.read_text()
+        yield environment | {"RAY_ADDRESS": address}
+        cluster.communicate(timeout=60)  # closes its standard input
+    shutil.rmtree(folder)
+
+
+class Driver:
+    def __init__(self, spec: AttemptSpec, environment: dict[str, str], token: str) -> None:
+        uri = storage.join(spec.run_uri, "attempts", f"{spec.attempt}.json")
+        storage.write_bytes(uri, spec.model_dump_json().encode())
+        self.spec = spec
+        self.log = storage.fetch(spec.run_uri) / f"{spec.attempt}.log"
+        command = [sys.executable, "-m", "services.training.driver", uri]
+        environment = environment | {"RAYDPO_ATTEMPT_TOKEN": token}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def wait(self, seconds: float = 240) -> int:
+        return self.process.wait(seconds)
+
+    def reports(self) -> list[Report]:
+        segments = storage.list_uris(storage.join(self.spec.run_uri, "spool", str(self.spec.attempt)))
+        batches = [EventBatch.model_validate_json(storage.read_bytes(uri)) for uri in segments]
+        events = [event for batch in batches for event in batch.events]
+        assert [event.seq for event in events] == list(range(len(events)))
+        return [event.report for event in events]
+
+    def reported(self, kind: type[Report], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not only(kind, self.reports()):
+            assert self.process.poll() is None, self.log.read_text()[-5000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def start(ray_environment: dict[str, str], control_plane: Any) -> Iterator[Callable[[AttemptSpec], Driver]]:
+    drivers: list[Driver] = []
+
+    def start(spec: AttemptSpec) -> Driver:
+        drivers.append(Driver(spec, ray_environment, control_plane.token))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.process.kill()
+        driver.process.wait()
+
+
+def only(kind: Any, reports: list[Report]) -> list[Any]:
+    return [report for report in reports if isinstance(report, kind)]
+
+
+def figures(reports: list[Report]) -> dict[int, dict[str, float]]:
+    """The metrics of each step, without the one that is a duration."""
+    steps = only(StepMetrics, reports)
+    return {s.step: {key: s.metrics[key] for key in s.metrics if key != "tokens_per_second"} for s in steps}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    make_spec_in: MakeSpec,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_environment: dict[str, str],
+    lasting_control_plane: Any,
+) -> Driver:
+    """An attempt that ran from its beginning to its end."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    spec = make_spec_in(folder, config=CONFIG, reference="tiny", events_url=lasting_control_plane.url)
+    driver = Driver(spec, ray_environment, lasting_control_plane.token)
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    assert lasting_control_plane.reports() == driver.reports()
+    return driver
+
+
+def test_an_attempt_reports_all_its_stages_and_exports_the_policy(uninterrupted: Driver, model_source: str) -> None:
+    reports, run_uri = uninterrupted.reports(), uninterrupted.spec.run_uri
+    stages = list(dict.fromkeys(report.stage for report in only(Progress, reports)))
+    assert stages == ["encoding", "scoring", "exporting"]
+    messages = [report.message for report in only(Message, reports)]
+    assert messages[0] == "Training file has 24 pairs (OpenAI preference format)."
+    assert messages[1].startswith("The first loss is 0.69314")
+    (started,) = only(Started, reports)
+    assert (started.num_groups, started.total_steps, started.resumed_from) == (24, NUM_STEPS, 0)
+    assert list(figures(reports)) == list(range(1, NUM_STEPS + 1))
+    assert figures(reports)[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert figures(reports)[NUM_STEPS]["loss"] < 0.1
+    saved = only(CheckpointSaved, reports)
+    assert [checkpoint.step for checkpoint in saved] == [40, 80, 120, 160, 200, 240]
+    assert reports[-1] == Succeeded(model_uri=f"{run_uri}/export", trained_tokens=reports[-1].trained_tokens)
+    exported, start = (load_policy(source) for source in (storage.fetch(f"{run_uri}/export"), model_source))
+    last = load_policy(storage.fetch(f"{saved[-1].uri}/model"))
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), last.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(exported.parameters(), start.parameters(), strict=True))
+
+
+def test_a_killed_attempt_is_continued_by_the_next_bit_for_bit(
+    uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    spec = make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url)
+    first = start(spec)
+    first.reported(CheckpointSaved)
+    first.process.send_signal(signal.SIGKILL)
+    first.wait()
+    prepared = storage.read_bytes(f"{spec.run_uri}/prepared/manifest.json")
+
+    second = start(spec.model_copy(update={"attempt": 2}))
+    assert second.wait() == 0, second.log.read_text()[-5000:]
+    before, after = first.reports(), second.reports()
+    (started,) = only(Started, after)
+    assert 0 < started.resumed_from < NUM_STEPS
+    assert Message(message=f"Resumed from checkpoint at step {started.resumed_from}.") in after
+    assert only(CheckpointSaved, after)[0].step == started.resumed_from, "its first report may have been lost"
+    assert list(figures(after)) == list(range(started.resumed_from + 1, NUM_STEPS + 1))
+    assert set(figures(before)) >= set(range(1, started.resumed_from + 1)), "what is not run again was spooled"
+    assert figures(before) | figures(after) == figures(uninterrupted.reports())
+    for step, found in figures(before).items():
+        assert found == figures(uninterrupted.reports())[step]
+    assert after[-1].trained_tokens == uninterrupted.reports()[-1].trained_tokens
+    assert storage.read_bytes(f"{spec.run_uri}/prepared/manifest.json") == prepared
+    assert not [report for report in only(Progress, after) if report.stage in ("encoding", "scoring")]
+
+
+def test_two_workers_equal_one(
+    uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    driver = start(make_spec(config=CONFIG, num_workers=2, reference="tiny", events_url=control_plane.url))
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    one, two = figures(uninterrupted.reports()), figures(driver.reports())
+    for step in range(1, 41):  # later, float32 sums in another order have grown into another path
+        assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-3)
+
+
+def test_a_reference_of_other_weights_fails_the_job(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], other_model_source: str, control_plane: Any
+) -> None:
+    spec = make_spec(model_source=other_model_source, reference="tiny", events_url=control_plane.url)
+    driver = start(spec)
+    assert driver.wait() == 1, driver.log.read_text()[-5000:]
+    last = control_plane.reports()[-1]
+    assert isinstance(last, Failed)
+    assert last.code == "reference_mismatch"
+    assert "not ln 2 = 0.693147 within 0.001" in last.message
+
+
+def test_a_fenced_attempt_stops(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    control_plane.default = 409
+    driver = start(make_spec(config=CONFIG, reference="a-reference-that-never-comes", events_url=control_plane.url))
+    assert driver.wait() == 3, driver.log.read_text()[-5000:]
+
+
+def test_sigterm_ends_an_attempt_before_sigkill_would(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    driver = start(make_spec(config=CONFIG, reference="a-reference-that-never-comes", events_url=control_plane.url))
+    driver.reported(Progress)
+    started = time.monotonic()
+    driver.process.terminate()
+    assert driver.wait() == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 3
+    assert not only(Failed, driver.reports())
+
+
+def test_supervised_needs_no_reference(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "What is 1 and 1?"}, {"role": "assistant", "content": "It is 2."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    config = TrainConfig(objective=Supervised(), n_epochs=3, optim=Optim(learning_rate=1e-3))
+    driver = start(make_spec(config=config, training_uri=str(tmp_path / "chat.jsonl"), events_url=control_plane.url))
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    losses = [found["loss"] for found in figures(driver.reports()).values()]
+    assert losses[0] > losses[1] > losses[2]

@@ -1,0 +1,116 @@
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_core.config import TrainConfig
+from services import storage
+from services.contract import AttemptSpec, EventBatch, Message
+from services.training.reporting import Reporter
+
+
+@pytest.fixture
+def spec(tmp_path: Path, control_plane: Any) -> AttemptSpec:
+    return AttemptSpec(
+        job_id="ftjob-1",
+        attempt=2,
+        config=TrainConfig(),
+        num_workers=1,
+        training_uri="",
+        model_source="",
+        run_uri=(tmp_path / "run").as_uri(),
+        events_url=control_plane.url,
+    )
+
+
+def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def spooled(reporter: Reporter) -> list[int]:
+    segments = storage.list_uris(reporter.spool_uri)
+    batches = [EventBatch.model_validate_json(storage.read_bytes(uri)) for uri in segments]
+    for uri, batch in zip(segments, batches, strict=True):
+        assert uri.endswith(f"/spool/2/{batch.events[0].seq:08d}.json")
+    return [event.seq for batch in batches for event in batch.events]
+
+
+def test_every_report_is_spooled_and_shipped_once_in_order(spec: AttemptSpec, control_plane: Any) -> None:
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    for number in range(1200):
+        reporter.report(Message(message=str(number)))
+    until(lambda: len(control_plane.seqs()) == 1200)
+    reporter.report(Message(message="last"))
+    assert reporter.close(timeout_seconds=10)
+    assert spooled(reporter) == control_plane.seqs() == list(range(1201))
+    assert sum(len(batch.events) for batch in control_plane.posts) == 1201
+    assert control_plane.tokens == {f"Bearer {control_plane.token}"}
+
+
+def test_dropped_answers_and_errors_are_retried_until_all_arrived(spec: AttemptSpec, control_plane: Any) -> None:
+    control_plane.script = [None, 503, 401, 200, None]
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    for number in range(5):
+        reporter.report(Message(message=str(number)))
+        reporter.flush()
+    assert reporter.close(timeout_seconds=30)
+    assert control_plane.seqs() == spooled(reporter) == list(range(5))
+    assert len(control_plane.posts) == 7, "two posts were taken and their answers dropped: each is sent again"
+
+
+def test_a_control_plane_that_is_away_delays_nothing_and_the_spool_keeps_all(
+    spec: AttemptSpec, control_plane: Any
+) -> None:
+    spec = spec.model_copy(update={"events_url": "http://127.0.0.1:9/events"})
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    started = time.monotonic()
+    for number in range(100):
+        reporter.report(Message(message=str(number)))
+    assert not reporter.close(timeout_seconds=0.5)
+    assert time.monotonic() - started < 2
+    assert spooled(reporter) == list(range(100))
+
+
+def test_a_fenced_attempt_learns_it_and_ships_no_more(spec: AttemptSpec, control_plane: Any) -> None:
+    control_plane.script = [409]
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    reporter.report(Message(message="too late"))
+    until(reporter.fenced)
+    reporter.report(Message(message="much too late"))
+    assert not reporter.close(timeout_seconds=10)
+    assert control_plane.posts == []
+
+
+def test_a_full_disk_loses_no_report(spec: AttemptSpec, control_plane: Any, tmp_path: Path) -> None:
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    (tmp_path / "run").write_text("the disk fails")
+    reporter.report(Message(message="one"))
+    with pytest.raises(OSError, match="run"):
+        reporter.flush()
+    reporter.report(Message(message="two"))
+    (tmp_path / "run").unlink()
+    until(lambda: storage.list_uris(reporter.spool_uri))
+    assert reporter.close(timeout_seconds=10)
+    assert spooled(reporter) == [0, 1]
+
+
+def test_an_attempt_number_is_used_once(spec: AttemptSpec, control_plane: Any) -> None:
+    reporter = Reporter(spec, control_plane.token)
+    reporter.report(Message(message="one"))
+    reporter.close(timeout_seconds=10)
+    with pytest.raises(FileExistsError, match="Attempt 2 has reported before"):
+        Reporter(spec, control_plane.token)
+
+
+def test_text_that_is_no_unicode_fails_its_reporter_and_leaves_no_gap(spec: AttemptSpec, control_plane: Any) -> None:
+    reporter = Reporter(spec, control_plane.token)
+    with pytest.raises(ValueError, match="surrogate"):
+        reporter.report(Message(message="\ud800"))
+    reporter.report(Message(message="fine"))
+    reporter.close(timeout_seconds=10)
+    assert spooled(reporter) == [0]

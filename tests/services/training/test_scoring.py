@@ -1,0 +1,103 @@
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from dpo_core.encode import EncodedGroup
+from dpo_core.model import load_policy, reference_logps
+from services.contract import Progress, Report, Score
+from services.training import dataset, scoring
+from services.training.dataset import Dataset, write_part
+from services.training.scoring import score
+
+
+def build_group(number: int) -> EncodedGroup:
+    return EncodedGroup([1 + number % 5, 3, 4], ([5, 6 + number % 9], [7 + number % 11]), None, number)
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> Dataset:
+    uri = str(tmp_path / "encoded")
+    ranges = [range(30), range(30, 37)]
+    parts = [write_part(uri, f"{i}.parquet", [build_group(n) for n in numbers]) for i, numbers in enumerate(ranges)]
+    return Dataset(uri=uri, parts=tuple(parts))
+
+
+class Reference:
+    """Answers as a deployment does, from a thread; `deaths` calls find their replica dead."""
+
+    def __init__(self, model_source: str, deaths: int = 0) -> None:
+        self.model = load_policy(model_source)
+        self.pool = ThreadPoolExecutor(1)
+        self.deaths = deaths
+        self.calls: list[Future[list[Score]]] = []
+        self.connections = self.most_in_flight = 0
+
+    def connect(self) -> Callable[..., Future[list[Score]]]:
+        self.connections += 1
+        return self.ask
+
+    def ask(self, prompts: list[list[int]], completions: list[list[int]]) -> Future[list[Score]]:
+        self.calls.append(self.pool.submit(self._score, prompts, completions))
+        self.most_in_flight = max(self.most_in_flight, sum(not call.done() for call in self.calls))
+        return self.calls[-1]
+
+    def _score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Score]:
+        if self.deaths:
+            self.deaths -= 1
+            raise RayActorError
+        rows = zip(prompts, completions, strict=True)
+        groups = [EncodedGroup(prompt, (completion,), None, 0) for prompt, completion in rows]
+        logps = reference_logps(self.model, groups, max_tokens_per_pack=1000)
+        return [Score(logp, len(ids)) for (logp,), ids in zip(logps, completions, strict=True)]
+
+
+@pytest.fixture
+def expected(model_source: str, encoded: Dataset) -> list[EncodedGroup]:
+    groups = list(dataset.read_groups(encoded))
+    logps = reference_logps(load_policy(model_source), groups, max_tokens_per_pack=1000)
+    return [replace(group, ref_logps=own) for group, own in zip(groups, logps, strict=True)]
+
+
+def scored(encoded: Dataset, reference: Reference, reports: list[Report]) -> list[EncodedGroup]:
+    made = score(encoded, f"{encoded.uri}-scored", reference.connect, reports.append)
+    assert [(part.name, part.num_groups, part.num_tokens) for part in made.parts] == [
+        (part.name, part.num_groups, part.num_tokens) for part in encoded.parts
+    ]
+    return list(dataset.read_groups(made))
+
+
+def assert_same(groups: list[EncodedGroup], expected: list[EncodedGroup]) -> None:
+    assert [replace(group, ref_logps=None) for group in groups] == [replace(g, ref_logps=None) for g in expected]
+    for group, other in zip(groups, expected, strict=True):
+        assert group.ref_logps == pytest.approx(other.ref_logps, abs=1e-4)
+
+
+def test_every_group_gets_its_own_logps_with_many_calls_in_flight(
+    model_source: str, encoded: Dataset, expected: list[EncodedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "GROUPS_PER_CALL", 2)
+    monkeypatch.setattr(scoring, "CALLS_IN_FLIGHT", 5)
+    reference, reports = Reference(model_source), list[Any]()
+    assert_same(scored(encoded, reference, reports), expected)
+    assert len(reference.calls) == 19
+    assert 1 < reference.most_in_flight <= 5
+    assert all(isinstance(report, Progress) and report.stage == "scoring" for report in reports)
+    assert (reports[0].done, reports[-1].done, reports[-1].total) == (0, 37, 37)
+
+
+def test_a_call_whose_replica_died_is_sent_again(
+    model_source: str, encoded: Dataset, expected: list[EncodedGroup]
+) -> None:
+    reference = Reference(model_source, deaths=3)
+    assert_same(scored(encoded, reference, []), expected)
+    assert reference.connections == 4
+
+
+def test_a_reference_that_keeps_dying_ends_the_attempt(model_source: str, encoded: Dataset) -> None:
+    with pytest.raises(RayActorError):
+        scored(encoded, Reference(model_source, deaths=100), [])

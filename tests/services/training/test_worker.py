@@ -1,0 +1,97 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_core.checkpoint import save_checkpoint
+from dpo_core.config import Supervised, TrainConfig
+from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.optim import make_optimizer
+from dpo_core.trainer import StepResult
+from services import storage
+from services.contract import AttemptSpec, Message, Report
+from services.training.worker import checkpoint_uri, hopeless, newest_checkpoint
+
+MakeSpec = Callable[..., AttemptSpec]
+LN2 = math.log(2)
+
+
+def result(step: int = 1, **metrics: float) -> StepResult:
+    return StepResult(step, 10, {"loss": LN2, "lr": 1e-6} | metrics, None, 100)
+
+
+def test_dpo_that_does_not_begin_at_ln_2_is_stopped_with_both_figures(make_spec: MakeSpec) -> None:
+    spec = make_spec(reference="tiny-reference")
+    assert hopeless(result(loss=LN2 + 0.9e-3), spec) is None
+    failed = hopeless(result(loss=LN2 + 1.1e-3), spec)
+    assert failed is not None
+    assert failed.code == "reference_mismatch"
+    for part in ("0.694247", "0.693147", "0.001", "tiny-reference"):
+        assert part in failed.message
+
+
+def test_later_steps_and_other_objectives_begin_anywhere(make_spec: MakeSpec) -> None:
+    assert hopeless(result(step=2, loss=0.1), make_spec()) is None
+    assert hopeless(result(loss=5.0), make_spec(config=TrainConfig(objective=Supervised()))) is None
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str, value: float) -> None:
+    failed = hopeless(result(step=7, **{key: value}), make_spec())
+    assert failed is not None
+    assert failed.code == "training_diverged"
+    assert failed.message == f"{key} is {value} at step 7 with the learning rate 1e-06; lower it."
+
+
+@pytest.fixture
+def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[str]:
+    """URIs of three checkpoints, of the steps 10, 20 and 30."""
+    policy, spec = load_policy(model_source), make_spec()
+    optimizer = make_optimizer(policy, spec.config.resolved(24).optim)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for step in (10, 20, 30):
+        folder = tmp_path / "scratch" / f"step-{step:06d}"
+        save_checkpoint(
+            folder,
+            policy=policy,
+            tokenizer=load_tokenizer(model_source),
+            optimizer=optimizer,
+            config=spec.config,
+            step=step,
+            total_steps=30,
+            num_tokens=step,
+        )
+        storage.publish(folder, checkpoint_uri(spec, step))
+    return [checkpoint_uri(spec, step) for step in (10, 20, 30)]
+
+
+def test_the_newest_complete_checkpoint_is_resumed(checkpoints: list[str], make_spec: MakeSpec, tmp_path: Path) -> None:
+    reports: list[Report] = []
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, reports.append) == checkpoints[2]
+    storage.delete(storage.join(checkpoints[2], storage.MANIFEST))  # died while publishing
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, reports.append) == checkpoints[1]
+    assert reports == []
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    checkpoints: list[str], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    weights = storage.fetch(storage.join(checkpoints[2], "model", "model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    storage.delete(storage.join(checkpoints[1], "optimizer.safetensors"))
+    reports: list[Message] = []
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, reports.append) == checkpoints[0]
+    assert [report.level for report in reports] == ["warn", "warn"]
+    assert "step-000030/model/model.safetensors" in reports[0].message
+    assert "step-000020/optimizer.safetensors is missing" in reports[1].message
+
+
+def test_a_fresh_run_has_no_checkpoint(make_spec: MakeSpec, tmp_path: Path) -> None:
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, lambda report: None) is None
