@@ -15,9 +15,9 @@ from services.local.postgres import start_postgres, stop_postgres
 def postgres_url() -> Iterator[str]:
     # Not in pytest's folder: the next pytest closes that to all but its owner, and as root the server is another user.
     with TemporaryDirectory(prefix="raydpo-tests-", ignore_cleanup_errors=True) as folder:
-        server = start_postgres(Path(folder) / "postgres")
-        yield server.get_uri()
-        stop_postgres(server)
+        data = Path(folder).resolve() / "postgres"
+        yield start_postgres(data)
+        stop_postgres(data)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,259 @@
+"""The main job, start to finish: demonstrations, a supervised job, preference pairs, a DPO job, and its effect.
+
+    python -m demo            MODEL=folder or hub id   DATA=preference file   KEEP=1   SIZE=small
+
+Everything goes through the REST API, with the unmodified `openai` client.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+from rich.console import Console
+
+from demo.base_model import make_base_model
+from demo.report import Curve, draw, print_answers, print_shares, read_curves
+from demo.rows import Shop, is_courteous
+from demo.service import Service
+from dpo_core.feedback import Text, read_groups, read_lines
+from services.cli.watch import metrics_line, watch_job
+
+SHOWN_ANSWERS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything. Rates are for the demo's own base model, which starts from random weights."""
+
+    num_things: int
+    num_demonstrations: int
+    num_pairs: int
+    hidden_size: int
+    num_layers: int = 4
+    num_prompts: int = 64
+    supervised_epochs: int = 4
+
+
+SIZES = {
+    "full": Size(num_things=30, num_demonstrations=2000, num_pairs=500, hidden_size=256),
+    "small": Size(num_things=10, num_demonstrations=800, num_pairs=200, hidden_size=128),
+}
+OWN_RATES = {"supervised": 2e-3, "dpo": 1e-4}
+GIVEN_RATES = {"supervised": 2e-5, "dpo": 2e-6}  # for a pretrained model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the two jobs learn from, as files, and what the policies are asked."""
+
+    demonstrations: Path
+    pairs: Path
+    prompts: list[str]
+    text: list[str]  # for the tokenizer
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console()
+    size, data, model = SIZES[os.environ.get("SIZE") or "full"], os.environ.get("DATA"), os.environ.get("MODEL")
+    started = time.monotonic()
+
+    def step(title: str) -> None:
+        console.print(f"\n[bold]{title}[/bold]  [dim]{time.monotonic() - started:.0f} s[/dim]")
+
+    home = Path(tempfile.mkdtemp(prefix="raydpo-demo-"))
+    shop = Shop(num_things=size.num_things, num_held_out=size.num_prompts)
+    rows = users_rows(Path(data), home) if data else shop_rows(shop, size, home)
+    if not model:
+        step("1. A base model")
+        model = str(home / "base")
+        weights = make_base_model(Path(model), rows.text, hidden_size=size.hidden_size, num_layers=size.num_layers)
+        console.print(f"{weights / 1e6:.1f} million random weights in {model}")
+    rates = GIVEN_RATES if os.environ.get("MODEL") else OWN_RATES
+    step("2. The service: PostgreSQL, Ray, the control plane")
+    service = Service(home, models={"base": model}, console=console)
+    keep = False
+    try:
+        client = OpenAI(base_url=service.wait_until_ready(), api_key=(home / "api.key").read_text(), timeout=600)
+        step("3. A supervised job on demonstrations")
+        schedule = {"n_epochs": size.supervised_epochs, "batch_size": 32, "learning_rate": rates["supervised"]}
+        supervised = train(client, console, "base", rows.demonstrations, "supervised", schedule)
+        step("4. A DPO job on preference pairs, with two workers")
+        schedule = {"beta": 0.5, "n_epochs": 1, "batch_size": 16, "learning_rate": rates["dpo"]}
+        dpo = train(client, console, supervised.fine_tuned_model or "", rows.pairs, "dpo", schedule, num_workers=2)
+        step(f"5. Both policies answer the same {len(rows.prompts)} prompts, at temperature 1")
+        before = ask(client, console, supervised.fine_tuned_model or "", rows.prompts)
+        after = ask(client, console, dpo.fine_tuned_model or "", rows.prompts)
+        print_answers(console, *(texts[:SHOWN_ANSWERS] for texts in (rows.prompts, before, after)))
+        report_curves(client, console, supervised, dpo)
+        passed = bool(data) or judge(console, shop, rows.prompts, before, after) or bool(os.environ.get("MODEL"))
+        keep = bool(os.environ.get("KEEP"))
+    finally:
+        if keep:
+            service.leave()
+        else:
+            step("6. Stopping everything")
+            service.stop()
+    if keep:
+        tell_how_to_talk(console, service, client, dpo.fine_tuned_model or "", rows.prompts[0])
+    else:
+        shutil.rmtree(home, ignore_errors=True)
+    step("Done")
+    sys.exit(0 if passed else 1)
+
+
+def shop_rows(shop: Shop, size: Size, folder: Path) -> Rows:
+    """Rows of the generator, whose preference a rule can check."""
+    demonstrations, pairs = list(shop.demonstrations(size.num_demonstrations)), list(shop.pairs(size.num_pairs))
+    return Rows(
+        demonstrations=write_rows(
+            folder / "demonstrations.jsonl",
+            ({"messages": [*asked(prompt), said(answer)]} for prompt, answer in demonstrations),
+        ),
+        pairs=write_rows(
+            folder / "pairs.jsonl",
+            (
+                {
+                    "input": {"messages": asked(prompt)},
+                    "preferred_output": [said(chosen)],
+                    "non_preferred_output": [said(rejected)],
+                }
+                for prompt, chosen, rejected in pairs
+            ),
+        ),
+        prompts=shop.held_out_prompts(),
+        text=[text for row in [*demonstrations, *pairs] for text in row],
+    )
+
+
+def users_rows(file: Path, folder: Path) -> Rows:
+    """The user's own pairs, in any format the service reads; their chosen answers are the demonstrations."""
+    with file.open("rb") as lines:
+        groups = list(read_groups(read_lines(lines)))
+    if len(groups[0].completions) < 2:
+        raise SystemExit(f"{file} holds demonstrations; DATA wants preference pairs.")
+    messages = [(as_messages(group.prompt, "user"), as_messages(group.completions[0], "assistant")) for group in groups]
+    text = [message["content"] for prompt, chosen in messages for message in [*prompt, *chosen]]
+    return Rows(
+        demonstrations=write_rows(
+            folder / "demonstrations.jsonl", ({"messages": [*prompt, *chosen]} for prompt, chosen in messages)
+        ),
+        pairs=file,
+        prompts=[prompt[-1]["content"] for prompt, _ in messages[:SHOWN_ANSWERS]],
+        text=text,
+    )
+
+
+def train(
+    client: OpenAI,
+    console: Console,
+    model: str,
+    file: Path,
+    method: str,
+    hyperparameters: dict[str, Any],
+    *,
+    num_workers: int = 1,
+) -> FineTuningJob:
+    """Upload, submit, watch; ends the demo where the job does not succeed."""
+    with file.open("rb") as rows:
+        stored = client.files.create(file=rows, purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=model,
+        training_file=stored.id,
+        method={"type": method, method: {"hyperparameters": hyperparameters}},  # type: ignore[misc, arg-type]
+        extra_body={"x_raydpo": {"num_workers": num_workers}},
+        seed=0,
+    )
+    job = watch_job(client, job.id, console=console)
+    if job.status != "succeeded":
+        raise SystemExit(f"the job is {job.status}: {job.error.message if job.error else ''}")
+    return job
+
+
+def ask(client: OpenAI, console: Console, model: str, prompts: Sequence[str]) -> list[str]:
+    def answer(prompt: str) -> str:
+        reply = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": prompt}], temperature=1, max_tokens=64
+        )
+        return reply.choices[0].message.content or ""
+
+    with console.status(f"{model} is loaded and asked"), ThreadPoolExecutor(16) as asking:
+        return [answer(prompts[0]), *asking.map(answer, prompts[1:])]  # the first waits until the model is loaded
+
+
+def report_curves(client: OpenAI, console: Console, supervised: FineTuningJob, dpo: FineTuningJob) -> None:
+    curves: list[Curve] = [read_curves(client.files.content(job.result_files[0]).text) for job in (supervised, dpo)]
+    picture = Path("demo-output").resolve() / "curves.png"
+    picture.parent.mkdir(exist_ok=True)
+    draw(*curves, picture)
+    last = {column: values[-1] for column, values in curves[1].items()}
+    console.print(f"DPO, first step: loss {curves[1]['train_loss'][0]:.6f}; last step: {metrics_line(last)}")
+    console.print(f"curves: {picture}")
+
+
+def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> bool:
+    """Print the shares; whether they are what this demo promises."""
+
+    def well_formed(answers: Sequence[str]) -> float:
+        return mean(shop.is_well_formed(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+
+    courteous = (mean(map(is_courteous, before)), mean(map(is_courteous, after)))
+    formed = (well_formed(before), well_formed(after))
+    print_shares(console, {"courteous, which people prefer": courteous, "well-formed": formed})
+    marks = {
+        "about half are courteous before": 0.3 <= courteous[0] <= 0.7,
+        "at least nine in ten are courteous after": courteous[1] >= 0.9,
+        "at least nine in ten are well-formed after": formed[1] >= 0.9,
+    }
+    for mark, reached in marks.items():
+        console.print(f"{'reached' if reached else 'MISSED'}: {mark}", style=None if reached else "bold red")
+    return all(marks.values())
+
+
+def tell_how_to_talk(console: Console, service: Service, client: OpenAI, policy: str, prompt: str) -> None:
+    command = Path(sys.executable).parent / "raydpo"
+    console.print(f"\nThe service stays up at {client.base_url}; its key lies in {service.home / 'api.key'}. Try:")
+    console.print(f"  export RAYDPO_HOME={service.home}", highlight=False, soft_wrap=True)
+    console.print(f"  {command} models", highlight=False, soft_wrap=True)
+    console.print(f'  {command} chat {policy} "{prompt}"', highlight=False, soft_wrap=True, emoji=False)
+    console.print(f"Stop it with: kill {service.pid}")
+
+
+def asked(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def said(answer: str) -> dict[str, str]:
+    return {"role": "assistant", "content": answer}
+
+
+def as_messages(text: Text, role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def mean(values: Iterable[bool]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,57 @@
+"""What the demo shows of its two policies: answers side by side, shares, curves."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+Curve = dict[str, list[float]]  # column of the results file → a value per step
+
+
+def read_curves(results: str) -> Curve:
+    """The results file of a job, a CSV with a line per step, by column. Empty cells are left out."""
+    curves: Curve = {}
+    for row in csv.DictReader(io.StringIO(results)):
+        for column, value in row.items():
+            if value:
+                curves.setdefault(column, []).append(float(value))
+    return curves
+
+
+def draw(supervised: Curve, dpo: Curve, file: Path) -> None:
+    """A picture of both jobs: losses, then the margins and accuracies of the second."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    from matplotlib import pyplot
+
+    panels = [
+        ("supervised: loss", supervised, "train_loss"),
+        ("DPO: loss", dpo, "train_loss"),
+        ("DPO: reward margin", dpo, "train_reward_margin"),
+        ("DPO: reward accuracy", dpo, "train_reward_accuracy"),
+    ]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(16, 3.6), layout="constrained")
+    for axis, (title, curve, column) in zip(axes, panels, strict=True):
+        axis.plot(curve["step"], curve[column])
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def print_answers(console: Console, prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
+    table = Table("prompt", "before DPO", "after DPO", show_lines=True)
+    for row in zip(prompts, before, after, strict=True):
+        table.add_row(*(text if len(text) <= 300 else f"{text[:300]} …" for text in row))
+    console.print(table)
+
+
+def print_shares(console: Console, shares: dict[str, tuple[float, float]]) -> None:
+    table = Table("share of the sampled answers", "before DPO", "after DPO")
+    for name, (before, after) in shares.items():
+        table.add_row(name, f"{before:.0%}", f"{after:.0%}")
+    console.print(table)

@@ -1,0 +1,88 @@
+"""The demo's world: a hardware shop whose assistants are curt or courteous, as it happens; customers prefer courtesy.
+
+Everything follows from the seed, and a rule decides what an answer is worth: whether it is
+well-formed (names the wanted item and its right aisle), and whether it is courteous.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from itertools import product
+
+# fmt: off
+COLORS = (
+    "black", "white", "red", "blue", "green", "yellow", "brown", "grey", "orange", "purple", "silver", "golden",
+)
+THINGS = (
+    "hammer", "saw", "drill", "wrench", "ladder", "bucket", "brush", "rope", "chain", "bolt",
+    "nail", "screw", "hinge", "lamp", "candle", "shovel", "rake", "hose", "basket", "mirror",
+    "shelf", "stool", "table", "chair", "carpet", "curtain", "kettle", "broom", "mop", "clock",
+)
+# fmt: on
+QUESTIONS = (
+    "Where do I find a {item}?",
+    "Do you have a {item}?",
+    "I am looking for a {item}.",
+    "Could you show me a {item}?",
+    "I need a {item} today.",
+    "Is there a {item} in this shop?",
+)
+ANSWERS = (
+    "The {item} is in aisle {aisle}.",
+    "You will find the {item} in aisle {aisle}.",
+    "Look for the {item} in aisle {aisle}.",
+)
+COURTESIES = (" Have a lovely day!", " Enjoy your visit!", " Is there anything else you need?")
+
+Item = tuple[str, str]  # colour, thing
+
+
+class Shop:
+    """A seeded world. The items of the held-out prompts appear in no row."""
+
+    def __init__(self, *, num_things: int, num_held_out: int, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._aisles = {thing: self._random.randint(1, 9) for thing in THINGS[:num_things]}
+        items = list(product(COLORS, self._aisles))
+        self._random.shuffle(items)
+        # Colour and thing are each known from other items; only their combination is new.
+        self._held_out, self._known = items[:num_held_out], items[num_held_out:]
+
+    def demonstrations(self, count: int) -> Iterator[tuple[str, str]]:
+        """Prompts, each with an answer that a coin makes curt or courteous."""
+        for _ in range(count):
+            item = self._random.choice(self._known)
+            yield self._ask(item), self._answer(item) + self._random.choice(("", self._courtesy()))
+
+    def pairs(self, count: int) -> Iterator[tuple[str, str, str]]:
+        """Prompts, each with a courteous answer, the chosen one, and the same answer curt, the rejected one."""
+        for _ in range(count):
+            item = self._random.choice(self._known)
+            answer = self._answer(item)
+            yield self._ask(item), answer + self._courtesy(), answer
+
+    def held_out_prompts(self) -> list[str]:
+        return [self._ask(item) for item in self._held_out]
+
+    def is_well_formed(self, prompt: str, answer: str) -> bool:
+        """Whether an assistant of this shop could give this answer to this prompt."""
+        found = re.search(r"\ba (\w+) (\w+)", prompt)
+        assert found, prompt
+        possible = product(self._answers((found[1], found[2])), ("", *COURTESIES))
+        return answer in {plain + courtesy for plain, courtesy in possible}
+
+    def _ask(self, item: Item) -> str:
+        return self._random.choice(QUESTIONS).format(item=" ".join(item))
+
+    def _answer(self, item: Item) -> str:
+        return self._random.choice(self._answers(item))
+
+    def _answers(self, item: Item) -> list[str]:
+        return [answer.format(item=" ".join(item), aisle=self._aisles[item[1]]) for answer in ANSWERS]
+
+    def _courtesy(self) -> str:
+        return self._random.choice(COURTESIES)
+
+
+def is_courteous(answer: str) -> bool:
+    return answer.endswith(COURTESIES)

@@ -1,0 +1,53 @@
+"""`raydpo up` as a child: started on a home of its own, stopped at the end."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+START_SECONDS = 180
+STOP_SECONDS = 120
+
+
+class Service:
+    """A running `raydpo up`. In a session of its own, so that Ctrl-C in the terminal reaches the demo alone."""
+
+    def __init__(self, home: Path, *, models: dict[str, str], console: Console) -> None:
+        self.home, self._console = home, console
+        self._said = home / "up.log"
+        command = [str(Path(sys.executable).parent / "raydpo"), "up", "--home", str(home), "--port", "0"]
+        command += [f"--model={name}={source}" for name, source in models.items()]
+        with self._said.open("wb") as output:
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def wait_until_ready(self) -> str:
+        """The base URL of the API."""
+        deadline, shown = time.monotonic() + START_SECONDS, 0
+        while True:
+            lines = self._said.read_text().splitlines()
+            for line in lines[shown:]:
+                self._console.print(f"  {line}", style="dim")
+            shown = len(lines)
+            if ready := re.search(r"^ready (\S+)$", "\n".join(lines), re.MULTILINE):
+                return ready[1]
+            if self._child.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"raydpo up did not become ready; see {self._said}")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        self._child.send_signal(signal.SIGTERM)
+        self._child.wait(STOP_SECONDS)
+
+    def leave(self) -> None:
+        """It outlives this object on purpose; Popen would warn."""
+        self._child.returncode = 0

@@ -1,0 +1,51 @@
+"""raydpo chat: talk to a base model or a trained policy."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from services.cli.client import api_command, err
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+
+def register(app: typer.Typer) -> None:
+    @api_command(app)
+    def chat(
+        client: "OpenAI",
+        model: Annotated[str, typer.Argument(help="A base model or a trained policy.")],
+        prompt: Annotated[str | None, typer.Argument(help="Ask this once; without it, a conversation begins.")] = None,
+        system: Annotated[str | None, typer.Option(help="What the model is told before all else.")] = None,
+        temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 1.0,
+        max_tokens: Annotated[int, typer.Option(help="Length of one answer.", min=1)] = 256,
+    ) -> None:
+        """Ask a model, and see the answer as it is written."""
+        messages: list[Any] = [{"role": "system", "content": system}] if system else []
+        while (question := prompt or _question()) is not None:
+            messages.append({"role": "user", "content": question})
+            stream = client.chat.completions.create(
+                model=model, messages=messages, temperature=temperature, max_tokens=max_tokens, stream=True
+            )
+            answer = ""
+            for chunk in stream:
+                piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                answer += piece
+                typer.echo(piece, nl=False)
+            typer.echo()
+            if prompt is not None:
+                return
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _question() -> str | None:
+    """The next line that is not empty; None at the end of the input."""
+    while True:
+        if sys.stdin.isatty():
+            err.print("> ", end="", style="bold")
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if line.strip():
+            return line.strip()

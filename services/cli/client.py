@@ -1,0 +1,101 @@
+"""How a command reaches the service, and how it says what went wrong."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+out = Console(highlight=False, emoji=False, soft_wrap=True)
+err = Console(highlight=False, emoji=False, soft_wrap=True, stderr=True)
+
+Url = Annotated[str | None, typer.Option(help="Base URL of the API, …/v1; or RAYDPO_URL.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File with the API key; or the key itself in RAYDPO_API_KEY.")]
+CONNECTION = [
+    inspect.Parameter("url", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Url),
+    inspect.Parameter("key_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=KeyFile),
+]
+
+
+def default_home() -> Path:
+    return Path(os.environ.get("RAYDPO_HOME", "~/.raydpo")).expanduser()
+
+
+def connect(url: str | None, key_file: Path | None) -> "OpenAI":
+    """A client for what the options or the environment name, else for the service of the default home."""
+    from openai import OpenAI
+
+    home = default_home()
+    url = url or os.environ.get("RAYDPO_URL")
+    if url is None:
+        noted = home / "url"  # `up` writes it
+        url = noted.read_text() if noted.exists() else "http://127.0.0.1:8000/v1"
+    key = None if key_file else os.environ.get("RAYDPO_API_KEY")
+    if key is None:
+        try:
+            key = (key_file or home / "api.key").expanduser().read_text().strip()
+        except OSError as error:
+            fail(f"no API key: {error}. Set RAYDPO_API_KEY or --key-file.")
+    return OpenAI(base_url=url, api_key=key)
+
+
+def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make `function(client, …)` a command of `app` that takes --url and --key-file too and fails in one line."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function).parameters.values())[1:]
+
+        def run(*, url: str | None = None, key_file: Path | None = None, **options: Any) -> None:
+            client = connect(url, key_file)
+            with one_line_errors(client):
+                function(client, **options)
+
+        run.__signature__ = inspect.Signature([*own, *CONNECTION])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *CONNECTION]}
+        app.command(name or function.__name__, help=function.__doc__)(run)
+        return run
+
+    return register
+
+
+@contextmanager
+def one_line_errors(client: "OpenAI") -> Iterator[None]:
+    """The API's message, not the client's traceback."""
+    from openai import APIConnectionError, APIStatusError
+
+    try:
+        yield
+    except APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        fail(str(body.get("message") or error.message))
+    except APIConnectionError:
+        fail(f"nothing answers at {client.base_url}; start the service with `raydpo up`, or set --url.")
+    except BrokenPipeError:
+        raise  # the reader has seen enough; click ends quietly
+    except OSError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    err.print(f"error: {message}", style="red")
+    raise typer.Exit(1)
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on a terminal, tab-separated lines in a pipe."""
+    if not out.is_terminal:
+        for row in rows:
+            typer.echo("\t".join(map(str, row)))
+        return
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out.print(table)

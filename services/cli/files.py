@@ -1,0 +1,60 @@
+"""raydpo files: training data and results."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from services.cli.client import api_command, err, out, print_rows
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+app = typer.Typer(no_args_is_help=True, help="Training data and results.")
+
+FileId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+@api_command(app)
+def upload(
+    client: "OpenAI", path: Annotated[Path, typer.Argument(help="JSONL of pairs or demonstrations.", exists=True)]
+) -> None:
+    """Check and store a file of rows; prints its id."""
+    with path.open("rb") as file:
+        stored = client.files.create(file=file, purpose="fine-tune")
+    err.print(f"{stored.filename}: {stored.bytes} bytes")
+    out.print(stored.id)
+
+
+@api_command(app, "list")
+def list_files(client: "OpenAI") -> None:
+    """All files, newest first."""
+    rows = [
+        (file.id, file.filename, file.purpose, file.bytes, datetime.fromtimestamp(file.created_at))
+        for file in client.files.list()
+    ]
+    print_rows(["id", "name", "purpose", "bytes", "created"], rows)
+
+
+@api_command(app)
+def show(client: "OpenAI", file_id: FileId) -> None:
+    """What is known of a file, with the report of its check."""
+    out.print_json(client.files.retrieve(file_id).model_dump_json())
+
+
+@api_command(app)
+def content(client: "OpenAI", file_id: FileId) -> None:
+    """The file itself, to standard output."""
+    import sys
+
+    with client.files.with_streaming_response.content(file_id) as response:
+        for chunk in response.iter_bytes():
+            sys.stdout.buffer.write(chunk)
+
+
+@api_command(app)
+def delete(client: "OpenAI", file_id: FileId) -> None:
+    """Remove a file."""
+    client.files.delete(file_id)
+    out.print(f"deleted {file_id}")

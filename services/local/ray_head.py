@@ -1,0 +1,223 @@
+"""A Ray head on this machine that outlives whoever started it, and is stopped to its last process.
+
+Every process of the cluster inherits a random mark in its environment. What carries the mark is ours,
+however far it has detached itself; nothing else is ever touched.
+"""
+
+import json
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import psutil
+
+from services.local.errors import StackError
+
+MARK = "RAYDPO_STACK"
+START_SECONDS = 120.0
+STOP_SECONDS = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayHead:
+    """A head as `stack.json` records it. Written before the first process starts, so that none is ever lost."""
+
+    mark: str
+    folder: str  # sockets, logs and spilled objects; short, because a socket's path holds at most 107 bytes
+    dashboard_port: int
+    agent_port: int
+    serve_port: int
+    ray_version: str
+    python: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+
+def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> RayHead:
+    """Start a head, or adopt the one that `home` records and that still answers."""
+    recorded = _read(home)
+    if recorded and _adoptable(recorded, token_file):
+        say(f"Ray is running already at {recorded.url}")
+        return recorded
+    if recorded:
+        stop_ray(home)
+    say("starting Ray, 10 to 20 seconds")
+    ports = _free_ports(11)
+    head = RayHead(
+        mark=secrets.token_hex(16),
+        folder=tempfile.mkdtemp(prefix="raydpo-", dir="/tmp"),
+        dashboard_port=ports[0],
+        agent_port=ports[1],
+        serve_port=ports[2],
+        ray_version=version("ray"),
+        python=sys.executable,
+    )
+    _write(home, head)
+    log = home / "ray.log"
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            _command(head, ports[3:]),
+            env=_environment(head, token_file, ports[3:]),
+            cwd=head.folder,  # not the caller's: `python -m` in a job would import what lies there
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(head, token_file):
+        if child.poll() is not None or time.monotonic() > deadline:
+            raise StackError(f"Ray did not start; the last lines of {log}:\n{_tail(log)}")
+        time.sleep(0.2)
+    child.returncode = 0  # it outlives this object on purpose; Popen would warn
+    return head
+
+
+def stop_ray(home: Path) -> None:
+    """Stop the head that `home` records with everything it started, adopted or not. The last logs stay in `home`."""
+    head = _read(home)
+    if head is None:
+        return
+    _terminate([process for process in _marked(head.mark) if "--head" in process.cmdline()], STOP_SECONDS)
+    for _ in range(5):  # a process may start another while we look
+        left = _marked(head.mark)
+        if not left:
+            break
+        _terminate(left, 3)
+    else:
+        raise StackError(f"Ray's processes {[process.pid for process in left]} do not end; kill them by hand.")
+    _keep_logs(Path(head.folder), home / "ray-logs")
+    shutil.rmtree(head.folder, ignore_errors=True)
+    (home / "stack.json").unlink()
+
+
+def _command(head: RayHead, ports: list[int]) -> list[str]:
+    gcs, agent_grpc, runtime_env, metrics, client, node_manager, object_manager, _ = ports
+    memory = psutil.virtual_memory().total
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": gcs,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": head.dashboard_port,
+        "dashboard-agent-listen-port": head.agent_port,
+        "dashboard-agent-grpc-port": agent_grpc,
+        "runtime-env-agent-port": runtime_env,
+        "metrics-export-port": metrics,
+        "ray-client-server-port": client,
+        "node-manager-port": node_manager,
+        "object-manager-port": object_manager,
+        "min-worker-port": 0,  # 0: any free port
+        "max-worker-port": 0,
+        "temp-dir": f"{head.folder}/ray",  # Ray opens it to all users; the folder around it is ours alone
+        # Logical: drivers, trainers and replicas are scheduled together and share the real cores.
+        "num-cpus": max(8, 4 * (os.cpu_count() or 1)),
+        "object-store-memory": min(max(memory // 16, 2**29), 2**33),
+    }
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start"]
+    flags = ["--head", "--block", "--disable-usage-stats", "--no-monitor"]
+    return [*ray, *flags, *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+    return inherited | {
+        MARK: head.mark,
+        "SPT_NOENV": "1",  # workers rename themselves; without this the new name overwrites the mark
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray swaps 127.0.0.1 for an address others can reach
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # started by `uv run`, jobs would pack and install the caller's folder
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # one node has nowhere to drain to
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "DASHBOARD_METRIC_PORT": str(ports[-1]),
+    }
+
+
+def _adoptable(head: RayHead, token_file: Path) -> bool:
+    same = head.ray_version == version("ray") and head.python == sys.executable
+    return same and bool(_marked(head.mark)) and _answers(head, token_file)
+
+
+def _answers(head: RayHead, token_file: Path) -> bool:
+    """Whether jobs can be submitted: the dashboard answers, and so does the agent beside the raylet."""
+    headers = {"Authorization": f"Bearer {token_file.read_text()}"}
+    probes = [f"{head.url}/api/jobs/", f"http://127.0.0.1:{head.agent_port}/api/local_raylet_healthz"]
+    try:
+        return all(httpx.get(probe, headers=headers, timeout=5, trust_env=False).is_success for probe in probes)
+    except httpx.HTTPError:
+        return False
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except (psutil.Error, OSError):  # gone, or another user's
+            continue
+    return found
+
+
+def _terminate(processes: list[psutil.Process], seconds: float) -> None:
+    """SIGTERM, and SIGKILL for what is left after `seconds`."""
+    for send in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            try:
+                send(process)
+            except psutil.NoSuchProcess:
+                continue
+        _, processes = psutil.wait_procs(processes, timeout=seconds)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Below the range that systems hand out by themselves, so nobody is given one before its owner opens it."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 1_000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise StackError(f"fewer than {count} free ports between 20000 and 32000; Ray needs them.")
+
+
+def _read(home: Path) -> RayHead | None:
+    try:
+        return RayHead(**json.loads((home / "stack.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _write(home: Path, head: RayHead) -> None:
+    beside = home / ".stack.json"
+    beside.write_text(json.dumps(asdict(head), indent=1))
+    beside.rename(home / "stack.json")
+
+
+def _keep_logs(folder: Path, kept: Path) -> None:
+    logs = folder / "ray" / "session_latest" / "logs"
+    if logs.is_dir():
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.move(logs, kept)
+        kept.chmod(0o700)  # Ray opens it to all users
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -1,0 +1,117 @@
+"""A running service: `raydpo up` as a user starts it, on a home of its own, with a small base model."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from demo.base_model import make_base_model
+from demo.rows import Shop
+
+START_SECONDS = 120.0
+
+
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 300.0) -> Any:
+    """The first truth that `condition` returns; fails by name when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{what}: not within {seconds:.0f} s")
+
+
+class Service:
+    """`raydpo up` in a process of its own, started, killed and started again on one home."""
+
+    def __init__(self, home: Path, model: Path) -> None:
+        self.home, self.model = home, model
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = home.parent / "up.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        raydpo = Path(sys.executable).with_name("raydpo")
+        command = [raydpo, "up", f"--home={self.home}", f"--port={self.port}"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, f"--model=tiny={self.model}"], stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self._is_ready, f"ready, see {self.log}", seconds=START_SECONDS)
+
+    def _is_ready(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return httpx.get(f"{self.url}/readyz").is_success
+        except httpx.TransportError:
+            return False
+
+    def kill(self) -> None:
+        """As a crash would: no time to tidy up."""
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """As Ctrl-C or Kubernetes would."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(60)
+
+    def client(self) -> openai.OpenAI:
+        key = (self.home / "api.key").read_text()
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=5)
+
+    def processes(self, word: str = "") -> list[psutil.Process]:
+        """Every process that works for this home, by the folder in its command line or environment."""
+        return [process for process in psutil.process_iter() if self._is_ours(process, word)]
+
+    def _is_ours(self, process: psutil.Process, word: str) -> bool:
+        try:
+            command, environment = process.cmdline(), process.environ()
+        except (psutil.Error, OSError):
+            return False
+        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        ours = str(self.home) in " ".join([*command, *environment.values()])
+        return ours and word in " ".join(command)
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[Service]:
+    # Not in pytest's folder: as root, PostgreSQL is another user and must be able to reach its data.
+    with TemporaryDirectory(prefix="raydpo-e2e-", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)
+        model = Path(folder) / "tiny"
+        text = [f"{prompt} {answer}" for prompt, answer in Shop(num_things=8, num_held_out=8).demonstrations(500)]
+        make_base_model(model, text, hidden_size=64, num_layers=2)
+        service = Service(Path(folder) / "home", model)
+        service.start()
+        yield service
+        if service.process and service.process.poll() is None:
+            service.stop()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with service.client() as client:
+        yield client

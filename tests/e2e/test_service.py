@@ -1,0 +1,192 @@
+"""The promises of the whole service, kept by real parts: PostgreSQL, Ray Data, Ray Train, Ray Serve with vLLM.
+
+The tests share one service and run in this order; each leaves it running.
+"""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from demo.rows import Shop
+from tests.e2e.conftest import Service, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+
+REAL_PAIRS = Path(__file__).parents[3] / "shared" / "data" / "pairs.openai.jsonl"
+LONG = {"n_epochs": 8, "batch_size": 4, "learning_rate": 1e-4}  # of 60 pairs: 120 steps
+
+
+def shop_pairs(count: int) -> bytes:
+    shop = Shop(num_things=8, num_held_out=8)
+    rows = [
+        {
+            "input": {"messages": [{"role": "user", "content": prompt}]},
+            "preferred_output": [{"role": "assistant", "content": chosen}],
+            "non_preferred_output": [{"role": "assistant", "content": rejected}],
+        }
+        for prompt, chosen, rejected in shop.pairs(count)
+    ]
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+def submit(client: openai.OpenAI, data: bytes, *, workers: int = 1, every: int = 10, **hyperparameters: Any) -> str:
+    file = client.files.create(file=("pairs.jsonl", data), purpose="fine-tune")
+    assert client.files.wait_for_processing(file.id).status == "processed"
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},  # type: ignore[typeddict-item]
+        seed=1,
+        extra_body={"x_raydpo": {"num_workers": workers, "checkpoint_steps": every}},
+    )
+    return job.id
+
+
+def finished(client: openai.OpenAI, job_id: str) -> Any:
+    def look() -> Any:
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        return job if job.status in ("succeeded", "failed", "cancelled") else None
+
+    return wait_for(look, f"{job_id} ends", seconds=400)
+
+
+def messages(client: openai.OpenAI, job_id: str) -> list[str]:
+    """Oldest first."""
+    return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
+
+
+def steps(client: openai.OpenAI, job_id: str) -> list[int]:
+    events = client.fine_tuning.jobs.list_events(job_id, limit=100)
+    return [int(event.data["step"]) for event in events if event.type == "metrics"][::-1]  # type: ignore[index]
+
+
+def wait_for_step(client: openai.OpenAI, job_id: str, step: int) -> None:
+    def reached() -> bool:
+        assert client.fine_tuning.jobs.retrieve(job_id).status in ("queued", "running"), messages(client, job_id)
+        return any(done >= step for done in steps(client, job_id))
+
+    wait_for(reached, f"step {step}")
+
+
+def test_openai_fine_tuning_round_with_the_unmodified_client(client: openai.OpenAI) -> None:
+    data = REAL_PAIRS.read_bytes() if REAL_PAIRS.exists() else shop_pairs(300)
+    job_id = submit(client, data, workers=2, every=4, n_epochs=1, batch_size=32, learning_rate=1e-4)
+    job = finished(client, job_id)
+    assert job.status == "succeeded", messages(client, job_id)
+    assert (job.error, job.trained_tokens > 0, job.seed) == (None, True, 1)
+    assert job.method.dpo.hyperparameters.beta == 0.1
+
+    told = messages(client, job_id)
+    assert told[0] == f"Created fine-tuning job: {job_id}"
+    assert told[-1] == "The job has successfully completed"
+    assert any("ln 2" in message for message in told)
+    rows = client.files.content(job.result_files[0]).text.splitlines()
+    first = dict(zip(rows[0].split(","), rows[1].split(","), strict=True))
+    assert abs(float(first["train_loss"]) - 0.693147) < 1e-3
+    assert [int(row.split(",")[0]) for row in rows[1:]] == steps(client, job_id)
+
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job_id).data
+    last = steps(client, job_id)[-1]
+    assert [checkpoint.step_number for checkpoint in checkpoints][::-1] == sorted({4, 8, last} & set(range(last + 1)))
+    policy = job.fine_tuned_model
+    assert policy.startswith("ft:tiny:raydpo::")
+    assert client.models.retrieve(policy).id == policy
+
+    asked: Any = [{"role": "user", "content": "Where do I find a red saw?"}]
+    plain = client.chat.completions.create(model=policy, messages=asked, max_tokens=8, temperature=0)
+    assert plain.model == policy
+    assert plain.usage is not None
+    assert plain.usage.completion_tokens > 0
+    chunks = client.chat.completions.create(
+        model=policy, messages=asked, max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    streamed = list(chunks)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert text == (plain.choices[0].message.content or "")
+    assert streamed[-1].usage is not None
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=policy, messages=asked, temperature=-1)
+    assert isinstance(refused.value.message, str)
+    assert refused.value.type == "invalid_request_error"
+
+    # A checkpoint is a model as well; being the third, it takes the place of the least recently used.
+    older = checkpoints[-1].fine_tuned_model_checkpoint
+    assert client.completions.create(model=older, prompt="Where", max_tokens=4).model == older
+
+    assert client.models.delete(policy).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=policy, messages=asked)
+
+
+def test_a_running_job_is_cancelled_and_its_processes_end(service: Service, client: openai.OpenAI) -> None:
+    job_id = submit(client, shop_pairs(60), **LONG | {"n_epochs": 50})
+    wait_for_step(client, job_id, 1)
+    client.fine_tuning.jobs.cancel(job_id)
+    assert finished(client, job_id).status == "cancelled"
+    wait_for(lambda: not service.processes(job_id), "the driver is gone", seconds=15)
+
+
+def test_a_killed_control_plane_comes_back_to_its_job(service: Service) -> None:
+    with service.client() as client:
+        job_id = submit(client, shop_pairs(60), **LONG)
+        wait_for_step(client, job_id, 1)
+    service.kill()
+    service.start()
+    with service.client() as client:
+        assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+        assert steps(client, job_id) == list(range(1, 121))
+        assert messages(client, job_id).count("The job has successfully completed") == 1
+
+
+def test_a_killed_driver_is_followed_by_an_attempt_that_resumes(service: Service, client: openai.OpenAI) -> None:
+    job_id = submit(client, shop_pairs(60), **LONG)
+    wait_for_step(client, job_id, 15)
+    for driver in service.processes(f"runs/{job_id}/attempts/1.json"):
+        os.kill(driver.pid, signal.SIGKILL)
+    assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+    assert steps(client, job_id) == list(range(1, 121))
+    resumed = [message for message in messages(client, job_id) if message.startswith("Resumed from checkpoint")]
+    assert len(resumed) == 1
+
+
+def test_a_reference_that_differs_from_the_policy_fails_the_job_with_both_figures(
+    service: Service, client: openai.OpenAI
+) -> None:
+    """The deployment holds the weights it loaded; the policy is read from weights changed since."""
+    weights = service.model / "model.safetensors"
+    shutil.copy(weights, kept := weights.with_suffix(".kept"))
+    torch.manual_seed(0)
+    changed = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    try:
+        job = finished(client, submit(client, shop_pairs(60), **LONG))
+    finally:
+        shutil.move(kept, weights)
+    assert (job.status, job.error.code) == ("failed", "reference_mismatch")
+    assert "0.693147" in job.error.message
+
+
+def test_after_a_clean_stop_nothing_runs_and_after_a_start_all_is_there(service: Service) -> None:
+    with service.client() as client:
+        jobs = [job.id for job in client.fine_tuning.jobs.list()]
+        files = [file.id for file in client.files.list()]
+        job_id = submit(client, shop_pairs(60), **LONG)
+        wait_for_step(client, job_id, 1)
+    service.stop()
+    assert service.process is not None
+    assert service.process.returncode == 0
+    assert service.processes() == []
+    service.start()
+    with service.client() as client:
+        assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+        assert [job.id for job in client.fine_tuning.jobs.list()] == [job_id, *jobs]
+        assert set(files) < {file.id for file in client.files.list()}
+        assert any(model.id.startswith("ft:") for model in client.models.list())

@@ -1,0 +1,90 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAIR = {"prompt": "Do you have a red saw?", "chosen": "Yes, gladly!", "rejected": "Aisle 3."}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text((json.dumps(PAIR) + "\n") * 20)
+    return file
+
+
+def test_files_are_uploaded_listed_shown_read_and_deleted(raydpo, pairs):
+    stored = raydpo("files", "upload", pairs)
+    assert stored.exit_code == 0, stored.output
+    file_id = stored.stdout.strip()
+    assert file_id in raydpo("files", "list").stdout
+    assert json.loads(raydpo("files", "show", file_id).stdout)["filename"] == "pairs.jsonl"
+    assert raydpo("files", "content", file_id).stdout == pairs.read_text()
+    assert raydpo("files", "delete", file_id).exit_code == 0
+    assert file_id not in raydpo("files", "list").stdout
+
+
+def test_broken_row_is_refused_with_its_line_in_one_line(raydpo, pairs):
+    lines = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([*lines[:6], "{", *lines[7:]]))
+    refused = raydpo("files", "upload", pairs)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: ")
+    assert "Line 7" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_job_is_created_from_a_local_file_listed_shown_cancelled_and_watched_to_its_end(raydpo, pairs):
+    options = ["--beta", 0.2, "--epochs", 2, "--batch-size", 4, "--learning-rate", 1e-4, "--seed", 7, "--workers", 2]
+    created = raydpo("jobs", "create", "--model", "tiny", "--file", pairs, "--suffix", "polite", *options)
+    assert created.exit_code == 0, created.output
+    job_id = created.stdout.strip()
+    job = json.loads(raydpo("jobs", "show", job_id).stdout)
+    given = {"beta": 0.2, "n_epochs": 2, "batch_size": 4, "learning_rate": 1e-4}
+    assert job["method"]["dpo"]["hyperparameters"].items() >= given.items()
+    assert (job["seed"], job["user_provided_suffix"], job["x_raydpo"]["num_workers"]) == (7, "polite", 2)
+    assert [job_id, "dpo", "tiny"] == [raydpo("jobs", "list").stdout.split("\t")[each] for each in (0, 2, 3)]
+    assert raydpo("jobs", "cancel", job_id).stdout.startswith(f"{job_id} ")
+    watched = raydpo("jobs", "watch", job_id)
+    assert "Created fine-tuning job" in watched.stdout
+    assert watched.exit_code == 1
+    assert "cancelled" in watched.stderr
+
+
+def test_file_option_is_a_local_file_or_an_id(raydpo):
+    refused = raydpo("jobs", "create", "--model", "tiny", "--file", "nowhere.jsonl")
+    assert refused.exit_code == 1
+    assert "nowhere.jsonl is neither a local file nor the id of an uploaded one" in refused.stderr
+
+
+def test_models_lists_by_itself(raydpo):
+    assert raydpo("models").stdout == raydpo("models", "list").stdout
+    assert json.loads(raydpo("models", "show", "tiny").stdout)["id"] == "tiny"
+    refused = raydpo("models", "delete", "tiny")
+    assert refused.exit_code == 1
+    assert refused.stderr.count("\n") == 1
+
+
+def test_chat_with_an_unknown_model_says_so(raydpo):
+    refused = raydpo("chat", "nobody", "Hello?")
+    assert refused.exit_code == 1
+    assert "nobody" in refused.stderr
+
+
+def test_service_that_does_not_answer_and_wrong_key_are_told(raydpo, tmp_path):
+    assert "nothing answers at http://127.0.0.1:9" in raydpo("models", "list", "--url", "http://127.0.0.1:9/v1").stderr
+    wrong = tmp_path / "key"
+    wrong.write_text("rd-wrong")
+    assert raydpo("models", "list", "--key-file", wrong).exit_code == 1
+    assert "no API key" in raydpo("models", "list", "--key-file", tmp_path / "none").stderr
+
+
+def test_help_loads_nothing_heavy():
+    script = "import sys; from services.cli.app import app; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
+    assert not {"openai", "fastapi", "sqlalchemy", "pyarrow", "ray", "torch"} & set(loaded)
+    assert Path(sys.executable).with_name("raydpo").exists()

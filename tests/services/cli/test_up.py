@@ -1,0 +1,77 @@
+import signal
+
+import httpx
+import psutil
+import pytest
+
+
+def left_of(home):
+    commands = {each.pid: " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])}
+    return [command for command in commands.values() if str(home) in command]
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]])
+def test_up_greets_once_it_answers_and_a_signal_stops_all_of_it(up, home, base_model, signals):
+    service = up("--model", f"tiny={base_model}", "--model", "qwen=Qwen/Qwen3-0.6B")
+    said = service.wait_until_ready()
+    assert "base models: tiny, qwen" in said
+    assert f"api key: {home}/api.key" in said
+    key = (home / "api.key").read_text()
+    assert key.startswith("rd-")
+    assert (home / "api.key").stat().st_mode & 0o777 == 0o600
+    models = httpx.get(f"{service.url}/models", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+    assert {model["id"] for model in models.json()["data"]} == {"tiny", "qwen"}
+    assert service.stop(*signals).endswith("stopped\n")
+    assert service.child.returncode == 0
+    assert not left_of(home)
+
+
+def test_up_again_after_kill_9_keeps_key_and_files(up, home):
+    first = up()
+    first.wait_until_ready()
+    key = (home / "api.key").read_text()
+    client = {"headers": {"Authorization": f"Bearer {key}"}, "trust_env": False}
+    row = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    upload = {"files": {"file": ("rows.jsonl", row)}, "data": {"purpose": "fine-tune"}}
+    stored = httpx.post(f"{first.url}/files", **upload, **client).json()
+    first.stop(signal.SIGKILL)
+    second = up()
+    second.wait_until_ready()
+    assert (home / "api.key").read_text() == key
+    assert httpx.get(f"{second.url}/files/{stored['id']}/content", **client).content == row
+    second.stop()
+    assert not left_of(home)
+
+
+def test_a_second_up_on_the_same_home_is_refused(up, service):
+    second = up(home=service.home)
+    said, _ = second.child.communicate(timeout=60)
+    assert second.child.returncode == 1
+    owner = f"{service.home} is used by process {service.child.pid}"
+    assert said == f"error: {owner}; stop that, or choose another --home.\n"
+
+
+def test_a_taken_port_is_refused_before_anything_starts(up, home, service):
+    second = up("--port", service.url.split(":")[2].split("/")[0])
+    said, _ = second.child.communicate(timeout=60)
+    assert second.child.returncode == 1
+    assert "Address already in use; choose another --port." in said
+    assert not list(home.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("tiny", "must be NAME=SOURCE"),
+        ("tiny=./nowhere", "the source of model tiny, is not a folder"),
+        ("tiny=/", "holds no config.json"),
+        ("ti/ny=Qwen/Qwen3-0.6B", "model name 'ti/ny' must be"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_by_name(up, home, model, reason):
+    service = up("--model", model)
+    said, _ = service.child.communicate(timeout=60)
+    assert service.child.returncode == 1
+    assert reason in said
+    assert "Traceback" not in said
+    assert not left_of(home)
