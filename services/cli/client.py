@@ -54,8 +54,7 @@ def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable
         own = list(inspect.signature(function).parameters.values())[1:]
 
         def run(*, url: str | None = None, key_file: Path | None = None, **options: Any) -> None:
-            client = connect(url, key_file)
-            with one_line_errors(client):
+            with connect(url, key_file) as client, one_line_errors(client):
                 function(client, **options)
 
         run.__signature__ = inspect.Signature([*own, *CONNECTION])  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ Every process of the cluster inherits a random mark in its environment. What car
 however far it has detached itself; nothing else is ever touched.
 """
 
+import getpass
 import json
 import os
 import random
@@ -138,10 +139,12 @@ def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str,
         MARK: head.mark,
         "SPT_NOENV": "1",  # workers rename themselves; without this the new name overwrites the mark
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "TMPDIR": head.folder,  # what killed processes leave behind goes with the folder
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",  # compiled code stays
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray swaps 127.0.0.1 for an address others can reach
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # started by `uv run`, jobs would pack and install the caller's folder
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else, under `uv run`, jobs would pack the caller's folder
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # one node has nowhere to drain to
         "RAY_USAGE_STATS_ENABLED": "0",
         "DASHBOARD_METRIC_PORT": str(ports[-1]),

@@ -10,7 +10,7 @@ def left_of(home):
     return [command for command in commands.values() if str(home) in command]
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]])
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]])
 def test_up_greets_once_it_answers_and_a_signal_stops_all_of_it(up, home, base_model, signals):
     service = up("--model", f"tiny={base_model}", "--model", "qwen=Qwen/Qwen3-0.6B")
     said = service.wait_until_ready()
