@@ -1,5 +1,6 @@
 """The command's parts, wired together. What is heavy is imported by the command that needs it."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,16 @@ app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 chat.register(app)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database that DATABASE_URL names to the newest schema."""
+    from services.control_plane.store import migrate
+
+    if not (database_url := os.environ.get("DATABASE_URL")):
+        fail("DATABASE_URL is not set; it names the database, postgresql://user:password@host/name.")
+    migrate(database_url)
 
 
 @app.command()

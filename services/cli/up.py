@@ -42,7 +42,6 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
     try:
         with running_stack(home, ray_address=ray_address, database_url=database_url, say=out.print) as stack:
             _log_to(home / "raydpo.log")
-            write_secret(home / "api.key", f"rd-{secrets.token_urlsafe(32)}")
             settings = _settings(home, stack, sources, url)
             migrate(settings.database_url)
             asyncio.run(_serve(settings, listening, url))
@@ -75,7 +74,8 @@ async def _announce(settings: Settings, url: str) -> None:
             await asyncio.sleep(0.1)
     (settings.home / "url").write_text(f"{url}/v1")
     out.print(f"ready {url}/v1")
-    out.print(f"api key: {settings.home / 'api.key'}")
+    key_file = settings.home / "api.key"
+    out.print(f"api key: {'as configured' if _configured(settings.home, 'api_key') else key_file}")
     out.print("base models: " + (", ".join(settings.models) or "none; start with --model NAME=SOURCE"))
 
 
@@ -92,9 +92,10 @@ def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Se
         "home": home,
         "database_url": stack.database_url,
         "ray_url": stack.ray_url,
-        "api_key": (home / "api.key").read_text(),
         "models": sources,
     }
+    if _configured(home, "api_key") is None:
+        given["api_key"] = write_secret(home / "api.key", f"rd-{secrets.token_urlsafe(32)}").read_text()
     if stack.ray_token_file is not None:
         given |= {"ray_token": stack.ray_token_file.read_text(), "serve_url": stack.serve_url}
     defaults = {"storage_url": (home / "storage").as_uri(), "advertised_url": url}

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.local.errors import StackError
-from services.local.postgres import start_postgres, stop_postgres
-from services.local.ray_head import start_ray, stop_ray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +36,17 @@ def running_stack(
     home = home.expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(home), ExitStack() as stops:
+        # Imported where they are started: the control plane's image carries neither.
         if database_url is None:
+            from services.local.postgres import start_postgres, stop_postgres
+
             stops.callback(stop_postgres, home / "postgres")
             database_url = start_postgres(home / "postgres")
         if ray_address is not None:
             yield Stack(database_url=database_url, ray_url=ray_address, ray_token_file=None, serve_url=None)
             return
+        from services.local.ray_head import start_ray, stop_ray
+
         token_file = write_secret(home / "ray.token", secrets.token_hex(32))
         stops.callback(stop_ray, home)  # before the start, which may be interrupted halfway
         head = start_ray(home, token_file, say=say)

