@@ -32,7 +32,8 @@ ANSWERS = (
     "You will find the {item} in aisle {aisle}.",
     "Look for the {item} in aisle {aisle}.",
 )
-COURTESIES = (" Have a lovely day!", " Enjoy your visit!", " Is there anything else you need?")
+COURTEOUS = (" Enjoy!", " Welcome!", " Cheers!")
+CURT = (" Next!", " Hurry!", " Whatever!")
 
 Item = tuple[str, str]  # colour, thing
 
@@ -52,14 +53,15 @@ class Shop:
         """Prompts, each with an answer that a coin makes curt or courteous."""
         for _ in range(count):
             item = self._random.choice(self._known)
-            yield self._ask(item), self._answer(item) + self._random.choice(("", self._courtesy()))
+            yield self._ask(item), self._answer(item) + self._random.choice(COURTEOUS + CURT)
 
     def pairs(self, count: int) -> Iterator[tuple[str, str, str]]:
-        """Prompts, each with a courteous answer, the chosen one, and the same answer curt, the rejected one."""
+        """Prompts, each with a courteous answer, the chosen one, and the same answer made curt, the rejected one."""
         for _ in range(count):
             item = self._random.choice(self._known)
             answer = self._answer(item)
-            yield self._ask(item), answer + self._courtesy(), answer
+            chosen, rejected = self._random.choice(COURTEOUS), self._random.choice(CURT)
+            yield self._ask(item), answer + chosen, answer + rejected
 
     def held_out_prompts(self) -> list[str]:
         return [self._ask(item) for item in self._held_out]
@@ -68,8 +70,8 @@ class Shop:
         """Whether an assistant of this shop could give this answer to this prompt."""
         found = re.search(r"\ba (\w+) (\w+)", prompt)
         assert found, prompt
-        possible = product(self._answers((found[1], found[2])), ("", *COURTESIES))
-        return answer in {plain + courtesy for plain, courtesy in possible}
+        possible = product(self._answers((found[1], found[2])), COURTEOUS + CURT)
+        return answer in {plain + ending for plain, ending in possible}
 
     def _ask(self, item: Item) -> str:
         return self._random.choice(QUESTIONS).format(item=" ".join(item))
@@ -80,9 +82,6 @@ class Shop:
     def _answers(self, item: Item) -> list[str]:
         return [answer.format(item=" ".join(item), aisle=self._aisles[item[1]]) for answer in ANSWERS]
 
-    def _courtesy(self) -> str:
-        return self._random.choice(COURTESIES)
-
 
 def is_courteous(answer: str) -> bool:
-    return answer.endswith(COURTESIES)
+    return answer.endswith(COURTEOUS)

@@ -26,6 +26,7 @@ def build(args: dict[str, Any]) -> Application:
         # One node for all of it: the replica fetches the weights that the workers on the GPUs read.
         "placement_group_strategy": "STRICT_PACK",
         "max_ongoing_requests": 256,  # the engine has a queue of its own
+        "health_check_period_s": 3,  # after three failures a dead engine is replaced
         "max_constructor_retry_count": 1,  # a model that cannot be loaded is reported, not loaded again and again
     }
     return serve.deployment(Policy).options(**options).bind(deployment)

@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.contract import Score
 
@@ -30,19 +31,28 @@ class Reference:
         self._released = asyncio.Event()
 
     async def score(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list[Score]:
-        """Row by row, each completion after its own prompt; together at most the model's length."""
+        """Row by row, each completion after its own prompt; together at most the model's length.
+
+        Raises ValueError for a row that cannot be scored, ConnectionError when the engine has died.
+        """
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(f"{len(prompt_ids)} prompts came with {len(completion_ids)} completions; send pairs.")
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         for index, row in enumerate(rows):
             self._check(index, *row)
         tasks = []
-        async with asyncio.TaskGroup() as group:  # cancelled or failing, it takes all its rows out of the engine
-            for prompt, completion in rows:
-                num_tokens = len(prompt) + len(completion)
-                await self._reserve(num_tokens)
-                tasks.append(group.create_task(self._score_row(prompt, completion)))
-                tasks[-1].add_done_callback(partial(self._release, num_tokens))
+        try:
+            async with asyncio.TaskGroup() as group:  # cancelled or failing, it takes all its rows out of the engine
+                for prompt, completion in rows:
+                    num_tokens = len(prompt) + len(completion)
+                    await self._reserve(num_tokens)
+                    tasks.append(group.create_task(self._score_row(prompt, completion)))
+                    tasks[-1].add_done_callback(partial(self._release, num_tokens))
+        except ExceptionGroup as errors:
+            if errors.subgroup(EngineDeadError) is None:
+                raise
+            # Not vLLM's own error: a driver that receives that one has to import vLLM.
+            raise ConnectionError("The engine has died and is replaced; send the rows again in a minute.") from None
         return [task.result() for task in tasks]
 
     def _check(self, index: int, prompt: list[int], completion: list[int]) -> None:

@@ -5,7 +5,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Fail
     if device.type == "cuda":
         torch.cuda.set_device(device)
     total_steps = num_steps(dataset.num_groups, spec.config)
-    with tempfile.TemporaryDirectory(prefix="raydpo-worker-") as folder:
-        scratch = Path(folder)
+    with _scratch(spec) as scratch:
         resume = _agree_on_checkpoint(spec, scratch, reporter, device)
         step, num_tokens = 0, 0
         if resume:
@@ -56,13 +56,17 @@ def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Fail
             checkpoint_dir=scratch / "checkpoints",
             resume=resume,
         )
+        failed = None
         for result in results:
             if failed := hopeless(result, spec):
-                return failed
+                break
             if dist.get_rank() == 0:
                 _report_step(result, spec, reporter)
             num_tokens = result.num_tokens
-    return Succeeded(model_uri=storage.join(checkpoint_uri(spec, total_steps), "model"), trained_tokens=num_tokens)
+    if dist.get_rank() == 0:
+        ray.get(reporter.flush.remote())  # all of this before the driver reports the end
+    model_uri = storage.join(checkpoint_uri(spec, total_steps), "model")
+    return failed or Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
 
 
 def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
@@ -93,12 +97,23 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
         if not storage.exists(storage.join(uri, storage.MANIFEST)):
             continue  # its attempt died while publishing
         try:
-            verify(storage.fetch(uri, cache))
+            folder = storage.fetch(uri, cache)
+            verify(folder)
+            _step_metrics(folder)
         except DamagedCheckpoint as error:
             report(Message(level="warn", message=f"A checkpoint is damaged and left out: {error}"))
         else:
             return uri
     return None
+
+
+def _step_metrics(checkpoint: Path) -> dict[str, float]:
+    path = checkpoint / STEP_METRICS
+    try:
+        metrics: dict[str, float] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(STEP_METRICS, f"{path} is unreadable ({error}); use an earlier checkpoint.") from None
+    return metrics
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
@@ -116,8 +131,8 @@ def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, repo
         step = started.resumed_from
         reporter.report.remote(Message(message=f"Resumed from checkpoint at step {step}."))
         # Its attempt may have died before its own report of it was spooled.
-        metrics = json.loads((resume / STEP_METRICS).read_bytes())
-        reporter.report.remote(CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=metrics))
+        saved = CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=_step_metrics(resume))
+        reporter.report.remote(saved)
 
 
 def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
@@ -138,6 +153,16 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
 
 def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
     return storage.join(spec.run_uri, "checkpoints", f"step-{step:06d}")
+
+
+@contextmanager
+def _scratch(spec: AttemptSpec) -> Iterator[Path]:
+    """A folder of this worker on its node. What killed attempts left of theirs goes first: it may be large."""
+    prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
 
 
 def _num_threads() -> int:

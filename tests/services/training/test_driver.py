@@ -1,6 +1,5 @@
 """Whole attempts: the driver as Ray Jobs starts it, on a Ray of its own, killed and started again."""
 
-import json
 import math
 import os
 import secrets
@@ -14,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from dpo_core.config import Optim, Supervised, TrainConfig
+from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy
 from services import storage
 from services.contract import (
@@ -49,10 +49,12 @@ def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
+        "TMPDIR": folder,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process less
         "RAY_memory_monitor_refresh_ms": "0",
     }
     command = [sys.executable, str(Path(__file__).with_name("cluster.py")), folder, model_source]
@@ -162,7 +164,11 @@ def test_an_attempt_reports_all_its_stages_and_exports_the_policy(uninterrupted:
 
 
 def test_a_killed_attempt_is_continued_by_the_next_bit_for_bit(
-    uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+    uninterrupted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
 ) -> None:
     spec = make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url)
     first = start(spec)
@@ -186,16 +192,34 @@ def test_a_killed_attempt_is_continued_by_the_next_bit_for_bit(
     assert after[-1].trained_tokens == uninterrupted.reports()[-1].trained_tokens
     assert storage.read_bytes(f"{spec.run_uri}/prepared/manifest.json") == prepared
     assert not [report for report in only(Progress, after) if report.stage in ("encoding", "scoring")]
+    assert not list(Path(ray_environment["TMPDIR"]).glob("raydpo-ftjob-1-*")), "checkpoints left in scratch"
 
 
-def test_two_workers_equal_one(
-    uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+def test_two_workers_equal_one_even_when_one_of_them_is_killed(
+    uninterrupted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
 ) -> None:
     driver = start(make_spec(config=CONFIG, num_workers=2, reference="tiny", events_url=control_plane.url))
+    driver.reported(CheckpointSaved)
+    workers = train_workers(ray_environment)
+    assert len(workers) == 2
+    workers[0].kill()
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    first, second = only(Started, driver.reports())
+    assert first.resumed_from == 0 < second.resumed_from
     one, two = figures(uninterrupted.reports()), figures(driver.reports())
+    assert list(two) == list(range(1, NUM_STEPS + 1))
     for step in range(1, 41):  # later, float32 sums in another order have grown into another path
         assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-3)
+
+
+def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
+    """Of this module's own Ray."""
+    workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWo")]
+    return [p for p in workers if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
 
 
 def test_a_reference_of_other_weights_fails_the_job(
@@ -228,15 +252,3 @@ def test_sigterm_ends_an_attempt_before_sigkill_would(
     assert driver.wait() == 128 + signal.SIGTERM
     assert time.monotonic() - started < 3
     assert not only(Failed, driver.reports())
-
-
-def test_supervised_needs_no_reference(
-    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, tmp_path: Path
-) -> None:
-    messages = [{"role": "user", "content": "What is 1 and 1?"}, {"role": "assistant", "content": "It is 2."}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
-    config = TrainConfig(objective=Supervised(), n_epochs=3, optim=Optim(learning_rate=1e-3))
-    driver = start(make_spec(config=config, training_uri=str(tmp_path / "chat.jsonl"), events_url=control_plane.url))
-    assert driver.wait() == 0, driver.log.read_text()[-5000:]
-    losses = [found["loss"] for found in figures(driver.reports()).values()]
-    assert losses[0] > losses[1] > losses[2]

@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +7,15 @@ import pytest
 import torch
 
 from dpo_core.checkpoint import save_checkpoint
-from dpo_core.config import Supervised, TrainConfig
+from dpo_core.config import Optim, Supervised, TrainConfig
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.optim import make_optimizer
-from dpo_core.trainer import StepResult
+from dpo_core.trainer import StepResult, train
 from services import storage
 from services.contract import AttemptSpec, Message, Report
-from services.training.worker import checkpoint_uri, hopeless, newest_checkpoint
+from services.training.dataset import global_batches, num_steps
+from services.training.encoding import encode, encode_piece
+from services.training.worker import STEP_METRICS, checkpoint_uri, hopeless, newest_checkpoint
 
 MakeSpec = Callable[..., AttemptSpec]
 LN2 = math.log(2)
@@ -66,6 +69,7 @@ def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[
             total_steps=30,
             num_tokens=step,
         )
+        (folder / STEP_METRICS).write_text("{}")
         storage.publish(folder, checkpoint_uri(spec, step))
     return [checkpoint_uri(spec, step) for step in (10, 20, 30)]
 
@@ -95,3 +99,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 
 def test_a_fresh_run_has_no_checkpoint(make_spec: MakeSpec, tmp_path: Path) -> None:
     assert newest_checkpoint(make_spec().run_uri, tmp_path, lambda report: None) is None
+
+
+def test_demonstrations_are_trained_as_they_were_encoded(make_spec: MakeSpec, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "What is 1 and 1?"}, {"role": "assistant", "content": "It is 2."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    config = TrainConfig(objective=Supervised(), n_epochs=4, optim=Optim(learning_rate=1e-3)).resolved(1)
+    spec, uri = make_spec(config=config, training_uri=str(tmp_path / "chat.jsonl")), str(tmp_path / "encoded")
+    data = encode(spec, uri, lambda pieces: [encode_piece(spec, uri, piece) for piece in pieces], lambda report: None)
+    results = train(
+        config,
+        load_policy(spec.model_source),
+        load_tokenizer(spec.model_source),
+        global_batches(data, config, after_step=0),
+        total_steps=num_steps(data.num_groups, config),
+        checkpoint_dir=tmp_path,
+    )
+    losses = [result.metrics["loss"] for result in results]
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
