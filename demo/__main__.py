@@ -30,6 +30,7 @@ from dpo_core.feedback import Text, read_groups, read_lines
 from services.cli.watch import metrics_line, watch_job
 
 SHOWN_ANSWERS = 6
+TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +39,18 @@ class Size:
 
     num_things: int
     num_demonstrations: int
-    num_pairs: int
-    hidden_size: int
-    num_layers: int = 4
+    num_pairs: int = 640
+    hidden_size: int = 384
+    num_layers: int = 3
     num_prompts: int = 64
     supervised_epochs: int = 4
 
 
 SIZES = {
-    "full": Size(num_things=30, num_demonstrations=2000, num_pairs=500, hidden_size=256),
-    "small": Size(num_things=10, num_demonstrations=800, num_pairs=200, hidden_size=128),
+    "full": Size(num_things=30, num_demonstrations=2000),
+    "small": Size(num_things=15, num_demonstrations=1600),
 }
-OWN_RATES = {"supervised": 2e-3, "dpo": 1e-4}
+OWN_RATES = {"supervised": 2e-3, "dpo": 6e-5}
 GIVEN_RATES = {"supervised": 2e-5, "dpo": 2e-6}  # for a pretrained model
 
 
@@ -92,7 +93,7 @@ def main() -> None:
         step("4. A DPO job on preference pairs, with two workers")
         schedule = {"beta": 0.5, "n_epochs": 1, "batch_size": 16, "learning_rate": rates["dpo"]}
         dpo = train(client, console, supervised.fine_tuned_model or "", rows.pairs, "dpo", schedule, num_workers=2)
-        step(f"5. Both policies answer the same {len(rows.prompts)} prompts, at temperature 1")
+        step(f"5. Both policies answer the same {len(rows.prompts)} prompts, at temperature {TEMPERATURE}")
         before = ask(client, console, supervised.fine_tuned_model or "", rows.prompts)
         after = ask(client, console, dpo.fine_tuned_model or "", rows.prompts)
         print_answers(console, *(texts[:SHOWN_ANSWERS] for texts in (rows.prompts, before, after)))
@@ -184,7 +185,7 @@ def train(
 def ask(client: OpenAI, console: Console, model: str, prompts: Sequence[str]) -> list[str]:
     def answer(prompt: str) -> str:
         reply = client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": prompt}], temperature=1, max_tokens=64
+            model=model, messages=[{"role": "user", "content": prompt}], temperature=TEMPERATURE, max_tokens=64
         )
         return reply.choices[0].message.content or ""
 
@@ -212,7 +213,7 @@ def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence
     formed = (well_formed(before), well_formed(after))
     print_shares(console, {"courteous, which people prefer": courteous, "well-formed": formed})
     marks = {
-        "about half are courteous before": 0.3 <= courteous[0] <= 0.7,
+        "about half are courteous before": 0.25 <= courteous[0] <= 0.75,
         "at least nine in ten are courteous after": courteous[1] >= 0.9,
         "at least nine in ten are well-formed after": formed[1] >= 0.9,
     }

@@ -34,6 +34,7 @@ def make_base_model(folder: Path, text: Iterable[str], *, hidden_size: int, num_
             intermediate_size=hidden_size * 8 // 3,
             num_hidden_layers=num_layers,
             num_attention_heads=hidden_size // 64,
+            initializer_range=hidden_size**-0.5,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             bos_token_id=None,

@@ -27,13 +27,9 @@ QUESTIONS = (
     "I need a {item} today.",
     "Is there a {item} in this shop?",
 )
-ANSWERS = (
-    "The {item} is in aisle {aisle}.",
-    "You will find the {item} in aisle {aisle}.",
-    "Look for the {item} in aisle {aisle}.",
-)
-COURTEOUS = (" Enjoy!", " Welcome!", " Cheers!")
-CURT = (" Next!", " Hurry!", " Whatever!")
+ANSWERS = ("the {item} is in aisle {aisle}.", "you will find the {item} in aisle {aisle}.")
+COURTEOUS = ("Certainly, ", "Gladly, ", "Welcome, ")
+CURT = ("Well, ", "Look, ", "Listen, ")
 
 Item = tuple[str, str]  # colour, thing
 
@@ -53,7 +49,7 @@ class Shop:
         """Prompts, each with an answer that a coin makes curt or courteous."""
         for _ in range(count):
             item = self._random.choice(self._known)
-            yield self._ask(item), self._answer(item) + self._random.choice(COURTEOUS + CURT)
+            yield self._ask(item), self._random.choice(COURTEOUS + CURT) + self._answer(item)
 
     def pairs(self, count: int) -> Iterator[tuple[str, str, str]]:
         """Prompts, each with a courteous answer, the chosen one, and the same answer made curt, the rejected one."""
@@ -61,7 +57,7 @@ class Shop:
             item = self._random.choice(self._known)
             answer = self._answer(item)
             chosen, rejected = self._random.choice(COURTEOUS), self._random.choice(CURT)
-            yield self._ask(item), answer + chosen, answer + rejected
+            yield self._ask(item), chosen + answer, rejected + answer
 
     def held_out_prompts(self) -> list[str]:
         return [self._ask(item) for item in self._held_out]
@@ -70,8 +66,8 @@ class Shop:
         """Whether an assistant of this shop could give this answer to this prompt."""
         found = re.search(r"\ba (\w+) (\w+)", prompt)
         assert found, prompt
-        possible = product(self._answers((found[1], found[2])), COURTEOUS + CURT)
-        return answer in {plain + ending for plain, ending in possible}
+        possible = product(COURTEOUS + CURT, self._answers((found[1], found[2])))
+        return answer in {opening + plain for opening, plain in possible}
 
     def _ask(self, item: Item) -> str:
         return self._random.choice(QUESTIONS).format(item=" ".join(item))
@@ -84,4 +80,4 @@ class Shop:
 
 
 def is_courteous(answer: str) -> bool:
-    return answer.endswith(COURTEOUS)
+    return answer.startswith(COURTEOUS)

@@ -1,6 +1,7 @@
 """Ray over HTTP: its Jobs API runs attempts, its Serve API runs models. The control plane imports no ray."""
 
 import asyncio
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -101,6 +102,14 @@ class Launcher:
         answer.raise_for_status()
         self._view = None
 
+    async def is_reachable(self) -> bool:
+        """Whether Ray answers. Nothing is launched into the dark: what may run there cannot be cancelled either."""
+        try:
+            await self.look()
+        except httpx.HTTPError:
+            return False
+        return True
+
     async def look(self) -> ServeView:
         """Serve's applications, at most half a second old."""
         async with self._looking:
@@ -131,5 +140,11 @@ def _application(app: dict[str, Any]) -> Application:
         "DEPLOY_FAILED": "failed",
         "DELETING": "stopping",
     }
-    details = [app.get("message", "")] + [d.get("message", "") for d in app.get("deployments", {}).values()]
-    return Application(states.get(app["status"], "loading"), " ".join(filter(None, details)))
+    messages = [deployment.get("message", "") for deployment in app.get("deployments", {}).values()]
+    return Application(states.get(app["status"], "loading"), _cause("\n".join([app.get("message", ""), *messages])))
+
+
+def _cause(message: str) -> str:
+    """What a user can act on of Serve's message: the last error that its tracebacks name."""
+    errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return errors[-1] if errors else message.strip()[-300:]

@@ -49,7 +49,7 @@ class Decision(Enum):
 class Past:
     """What else a decision rests on."""
 
-    slot: bool  # the job may start, or has started
+    slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
     failures: int  # attempts that died by themselves
     limit: int  # of such attempts
 
@@ -109,8 +109,9 @@ class Reconciler:
                 return
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
         running = sum(job.observed == "running" for job in live)
+        reachable = await self._launcher.is_reachable()
         for job in live:
-            slot = job.observed == "running" or running < self._settings.max_running_jobs
+            slot = reachable and (job.observed == "running" or running < self._settings.max_running_jobs)
             try:
                 opened = await self._reconcile(job, attempts.get(job.id), slot)
             except (SQLAlchemyError, httpx.HTTPError, OSError) as error:

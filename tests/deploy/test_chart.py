@@ -11,6 +11,7 @@ import pytest
 import typer
 import yaml
 
+from services.cli.app import app
 from services.control_plane.routes import health
 from services.control_plane.settings import Settings
 
@@ -245,8 +246,7 @@ def test_probes_ask_routes_that_the_control_plane_has(manifests: list[Manifest])
 
 
 def test_containers_run_commands_that_raydpo_has(manifests: list[Manifest]) -> None:
-    cli = pytest.importorskip("services.cli", reason="the raydpo command is not there yet")
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for component in ("control-plane", "migration"):
         run = container(pod_templates(manifests)[component])
         name, *options = run["args"]

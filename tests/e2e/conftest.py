@@ -96,7 +96,7 @@ class Service:
         return ours and word in " ".join(command)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     # Not in pytest's folder: as root, PostgreSQL is another user and must be able to reach its data.
     with TemporaryDirectory(prefix="raydpo-e2e-", ignore_cleanup_errors=True) as folder:
