@@ -1,0 +1,26 @@
+"""Parts of OpenAI's surface that are not offered, each refused by its name instead of by a bare 404."""
+
+from fastapi import APIRouter, Request
+
+from services.control_plane.errors import InvalidRequest
+
+router = APIRouter()
+
+INSTEAD = {
+    "/uploads": "send the file in one piece to /v1/files",
+    "/fine_tuning/checkpoints": "every key sees every checkpoint",
+    "/fine_tuning/alpha": "there are no graders",
+    "/webhook_endpoints": "poll the job, or list its events",
+}
+
+
+async def refuse(request: Request) -> None:
+    """Raises InvalidRequest naming the part and what to do instead."""
+    part = next(part for part in INSTEAD if request.url.path.startswith(f"/v1{part}"))
+    message = f"{part.removeprefix('/')} is not supported: {INSTEAD[part]}."
+    raise InvalidRequest(message, param=part.removeprefix("/"), code="unsupported_value")
+
+
+for part in INSTEAD:
+    for path in (part, f"{part}/{{rest:path}}"):
+        router.add_api_route(path, refuse, methods=["GET", "POST", "DELETE"], include_in_schema=False)
