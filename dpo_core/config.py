@@ -28,6 +28,10 @@ class Supervised:
     """Negative log-likelihood of the completion, a mean over the tokens of the global batch."""
 
     __pydantic_config__: ClassVar = REFUSE_UNKNOWN_KEYS
+    learns_from: ClassVar = "demonstrations"
+    needs_reference: ClassVar = False
+    default_learning_rate: ClassVar = 2e-5
+    default_epochs: ClassVar = 3
     type: Literal["supervised"] = "supervised"
 
 
@@ -36,6 +40,10 @@ class Dpo:
     """Direct Preference Optimization, arXiv 2305.18290, equation 7."""
 
     __pydantic_config__: ClassVar = REFUSE_UNKNOWN_KEYS
+    learns_from: ClassVar = "pairs"
+    needs_reference: ClassVar = True
+    default_learning_rate: ClassVar = 1e-6
+    default_epochs: ClassVar = 1
     type: Literal["dpo"] = "dpo"
     beta: float = 0.1  # strength of the anchor: higher stays closer to the reference
 
@@ -44,9 +52,7 @@ class Dpo:
 
 
 Objective = Supervised | Dpo
-
-DEFAULT_LEARNING_RATES = {"supervised": 2e-5, "dpo": 1e-6}
-DEFAULT_EPOCHS = {"supervised": 3, "dpo": 1}
+OBJECTIVES: dict[str, type[Objective]] = {"supervised": Supervised, "dpo": Dpo}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +116,10 @@ class TrainConfig:
 
     def resolved(self, num_groups: int) -> "TrainConfig":
         """This run with every `None` decided for `num_groups` rows of data."""
-        kind = self.objective.type
         batch = min(self.batch_size or max(8, min(64, num_groups // 50)), num_groups)
-        epochs = self.n_epochs or DEFAULT_EPOCHS[kind]
-        rate = self.optim.learning_rate or DEFAULT_LEARNING_RATES[kind] * (self.optim.learning_rate_multiplier or 1)
+        epochs = self.n_epochs or self.objective.default_epochs
+        default_rate = self.objective.default_learning_rate * (self.optim.learning_rate_multiplier or 1)
+        rate = self.optim.learning_rate or default_rate
         every = self.checkpoint_steps or max(1, -(-epochs * -(-num_groups // batch) // 4))
         optim = replace(self.optim, learning_rate=rate, learning_rate_multiplier=None)
         return replace(self, optim=optim, n_epochs=epochs, batch_size=batch, checkpoint_steps=every)

@@ -24,7 +24,6 @@ class Definition:
     losses: Callable[[Any, Batch, Tensor], Tensor]  # (its config, batch, token_logps [R]) -> one loss per unit
     count_units: Callable[[Sequence[EncodedGroup]], int]
     num_completions: int  # that every group must have
-    needs_reference: bool
 
 
 def supervised(objective: config.Supervised, batch: Batch, token_logps: Tensor) -> Tensor:
@@ -45,8 +44,8 @@ def _count_completion_tokens(groups: Sequence[EncodedGroup]) -> int:
 
 
 OBJECTIVES = {
-    "supervised": Definition(supervised, _count_completion_tokens, num_completions=1, needs_reference=False),
-    "dpo": Definition(dpo, len, num_completions=2, needs_reference=True),
+    "supervised": Definition(supervised, _count_completion_tokens, num_completions=1),
+    "dpo": Definition(dpo, len, num_completions=2),
 }
 
 
@@ -59,5 +58,5 @@ def check_groups(objective: config.Objective, groups: Sequence[EncodedGroup]) ->
                 f"Line {group.line} has {len(group.completion_ids)} completions; "
                 f"{objective.type} takes {definition.num_completions}."
             )
-        if definition.needs_reference and group.ref_logps is None:
+        if objective.needs_reference and group.ref_logps is None:
             raise ValueError(f"Line {group.line} has no ref_logps; score it with the reference before training.")

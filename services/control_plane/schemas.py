@@ -7,11 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from dpo_core.config import Dpo, InvalidOption, Optim, Supervised, TrainConfig
+from dpo_core.config import OBJECTIVES, InvalidOption, Optim, TrainConfig
 from services.contract import JobSpec
 from services.control_plane.errors import InvalidRequest
-
-OBJECTIVES: dict[str, type[Supervised] | type[Dpo]] = {"supervised": Supervised, "dpo": Dpo}
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}

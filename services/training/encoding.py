@@ -76,10 +76,10 @@ def _check_first_row(spec: AttemptSpec) -> FeedbackReport:
         found = check(lines)
     except InvalidRow as error:
         raise _invalid_file(str(error)) from None
-    method = spec.config.objective.type
-    wanted = "demonstrations" if method == "supervised" else "pairs"
-    if found.kind != wanted:
-        raise _invalid_file(f"The file holds {found.kind} ({found.format} format); method {method} needs {wanted}.")
+    objective = spec.config.objective
+    if found.kind != objective.learns_from:
+        held = f"{found.kind} ({found.format} format)"
+        raise _invalid_file(f"The file holds {held}; method {objective.type} needs {objective.learns_from}.")
     return found
 
 

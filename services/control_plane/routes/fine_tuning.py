@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import select
 
+from dpo_core.config import Objective
 from services.control_plane import files, jobs, models
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
@@ -16,7 +17,6 @@ from services.control_plane.tables import Checkpoint, Event, File, Job
 router = APIRouter(prefix="/fine_tuning/jobs")
 
 Limit = Annotated[int, Query(ge=1, le=100)]
-KINDS = {"supervised": "demonstrations", "dpo": "pairs"}
 MIN_EXAMPLES = 10
 
 
@@ -26,19 +26,19 @@ async def create(store: StorePart, settings: SettingsPart, body: CreateJob) -> d
     async with store.begin() as session:
         model = await models.find(session, settings, spec.model)
         file = await files.find(session, spec.training_file, param="training_file")
-        _check_file(file, spec.config.objective.type)
+        _check_file(file, spec.config.objective)
         job = await jobs.submit(session, spec, model)
     return job_object(job, settings)
 
 
-def _check_file(file: File, objective: str) -> None:
+def _check_file(file: File, objective: Objective) -> None:
     """The file's rows must be of the kind that the objective learns from, and enough of them."""
     report = file.report
     if report is None:
         message = f"{file.id} has purpose '{file.purpose}'; training needs one uploaded with '{files.TRAINING}'."
         raise InvalidRequest(message, param="training_file", code="invalid_training_file")
-    if report["kind"] != KINDS[objective]:
-        message = f"{file.id} holds {report['kind']}; method '{objective}' learns from {KINDS[objective]}."
+    if report["kind"] != objective.learns_from:
+        message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {objective.learns_from}."
         raise InvalidRequest(message, param="training_file", code="invalid_training_file")
     if report["num_rows"] < MIN_EXAMPLES:
         message = f"Training file has {report['num_rows']} example(s), but must have at least {MIN_EXAMPLES} examples"
