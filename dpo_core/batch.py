@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +66,8 @@ class Batch:
     rows: Tensor  # [R] place in the stream whose hidden state predicts the target
     targets: Tensor  # [R] token ids of the completions
     completion_of_row: Tensor  # [R] in 0..K-1
+    in_head: Tensor  # [R] whether the token is no later than the group's shortest completion is long
     num_completion_tokens: Tensor  # [K]
-    group_starts: Tensor  # [G] the best completion of each group; the others follow it
-    ref_logps: Tensor | None  # [K] float32
 
     @property
     def num_completions(self) -> int:
@@ -107,7 +106,7 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True) -> Ba
                 segments.append(Segment(first, first + prompt, start, stop))
     completions = [completion for group in groups for completion in group.completion_ids]
     lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.int64)
-    sizes = [len(group.completion_ids) for group in groups]
+    heads = [place < group.head_length for group in groups for ids in group.completion_ids for place in range(len(ids))]
     return Batch(
         input_ids=_joined(ids),
         position_ids=_joined(positions),
@@ -115,16 +114,10 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True) -> Ba
         rows=_joined(rows),
         targets=_joined(completions),
         completion_of_row=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        in_head=torch.tensor(heads, dtype=torch.bool),
         num_completion_tokens=lengths,
-        group_starts=torch.tensor([0, *accumulate(sizes)][:-1], dtype=torch.int64),
-        ref_logps=_ref_logps(groups),
     )
 
 
 def _joined(parts: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
-
-
-def _ref_logps(groups: Sequence[EncodedGroup]) -> Tensor | None:
-    known = [group.ref_logps for group in groups if group.ref_logps is not None]
-    return torch.tensor(list(chain.from_iterable(known)), dtype=torch.float32) if len(known) == len(groups) else None

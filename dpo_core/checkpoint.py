@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Manifest:
     num_tokens: int  # trained on up to and with this step, over all ranks
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
+    statistics: dict[str, float]  # of the objective
 
 
 def save_checkpoint(
@@ -62,6 +64,7 @@ def save_checkpoint(
     step: int,
     total_steps: int,
     num_tokens: int,
+    statistics: Mapping[str, float],
 ) -> None:
     """Write beside `folder`, then rename, so that a folder of that name is always whole."""
     partial = folder.with_name(f".{folder.name}.partial")
@@ -72,7 +75,7 @@ def save_checkpoint(
     save_file(_moments(policy, optimizer), partial / "optimizer.safetensors")
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
     files = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, _sha256(path)) for path in paths}
-    manifest = Manifest(step, total_steps, num_tokens, asdict(config), files)
+    manifest = Manifest(step, total_steps, num_tokens, asdict(config), files, dict(statistics))
     (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
     shutil.rmtree(folder, ignore_errors=True)  # an earlier attempt's
     os.rename(partial, folder)

@@ -22,6 +22,20 @@ class EncodedGroup:
     completion_ids: tuple[Sequence[int], ...]
     ref_logps: tuple[float, ...] | None  # of each completion, summed, in nats; None: not scored
     line: int
+    ref_head_logps: tuple[float, ...] | None = None  # summed over `head_length` tokens
+    ratings: tuple[float, ...] | None = None  # higher is better; None: the order says it; nan: of another prompt
+    weight: float = 1.0  # of the group's loss
+    margin: float | None = None  # by which the chosen completion should lead
+
+    @property
+    def head_length(self) -> int:
+        """Tokens of the shortest completion."""
+        return min(map(len, self.completion_ids))
+
+    def ranked(self) -> tuple[float, ...]:
+        """A rating for each completion. By order alone the last has 0 and a single one has 1."""
+        last = max(1, len(self.completion_ids) - 1)
+        return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
 
     @property
     def num_tokens(self) -> int:

@@ -22,11 +22,6 @@ def token_logps(
     return found
 
 
-def sum_by_completion(values: Tensor, completion_of_row: Tensor, num_completions: int) -> Tensor:
-    """[R] values to [K] sums."""
-    return values.new_zeros(num_completions).index_add(0, completion_of_row, values)
-
-
 class _TiledLogps(torch.autograd.Function):
     """Holds rows x vocabulary for one tile only. Backward computes each tile's logits again and turns them
     into their gradient in place: d logp / d logits = onehot(target) - softmax(logits)."""

@@ -5,6 +5,7 @@ Weights come as safetensors only, and no code that travels with a model is run.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from dpo_core.attention import shared_prompts
 from dpo_core.batch import Batch, collate, plan
 from dpo_core.encode import EncodedGroup
-from dpo_core.logps import sum_by_completion, token_logps
+from dpo_core.logps import token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -61,25 +62,30 @@ class Scorer:
     def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
         return collate(groups, share_prompts=self.shares_prompts).to(self.model.device)
 
+    def measure(self, batch: Batch) -> Tensor:
+        """[K, 3] of each completion: log-probability, that of its head, and tokens that were the likeliest."""
+        logps, correct = self.token_logps(batch)
+        columns = torch.stack([logps, logps * batch.in_head, correct.to(logps.dtype)], 1)
+        return columns.new_zeros(batch.num_completions, 3).index_add(0, batch.completion_of_row, columns)
+
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """[R] log-probabilities, and whether each target was the likeliest token."""
         return (_shared_logps if self.shares_prompts else _plain_logps)(self.model, batch)
 
 
-def reference_logps(
+@torch.no_grad()
+def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
-) -> list[tuple[float, ...]]:
-    """For each group the summed log-probabilities of its completions, in nats: its `ref_logps`."""
+) -> list[EncodedGroup]:
+    """The groups with what the reference says of their completions."""
     scorer = Scorer(reference)
-    found: dict[int, tuple[float, ...]] = {}
+    scored = list(groups)
     for pack in scorer.plan(groups, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:
-        members = [groups[i] for i in pack]
-        batch = scorer.collate(members)
-        with torch.no_grad():
-            logps, _ = scorer.token_logps(batch)
-        sums = iter(sum_by_completion(logps, batch.completion_of_row, batch.num_completions).tolist())
-        found |= {i: tuple(next(sums) for _ in group.completion_ids) for i, group in zip(pack, members, strict=True)}
-    return [found[i] for i in range(len(groups))]
+        measures = iter(scorer.measure(scorer.collate([groups[i] for i in pack])).tolist())
+        for i in pack:
+            logps, head_logps, _ = zip(*(next(measures) for _ in groups[i].completion_ids), strict=True)
+            scored[i] = replace(groups[i], ref_logps=logps, ref_head_logps=head_logps)
+    return scored
 
 
 def _shared_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_core.checkpoint import restore, save_checkpoint
 from dpo_core.config import TrainConfig
 from dpo_core.encode import EncodedGroup
-from dpo_core.metrics import MEASURES
+from dpo_core.metrics import measure
 from dpo_core.model import Scorer
-from dpo_core.objectives import OBJECTIVES, check_groups
+from dpo_core.objectives import Statistics, check_groups, count_units, losses
 from dpo_core.optim import Gradients, learning_rate, make_optimizer
+from dpo_core.scores import NUM_MEASURES, Scores
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ def train(
         raise ValueError(f"The policy is {policy.dtype}, where small updates are lost; load it in torch.float32.")
     policy.train(False)
     optimizer = make_optimizer(policy, config.optim)
-    done, num_tokens = 0, 0
+    done, num_tokens, statistics = 0, 0, Statistics()
     if resume is not None:
         manifest = restore(resume, policy=policy, optimizer=optimizer, config=config, total_steps=total_steps)
         done, num_tokens = manifest.step, manifest.num_tokens
+        statistics = Statistics(**manifest.statistics)
     _agree_on_weights(policy)
     gradients = Gradients(policy)
     scorer = Scorer(policy)
@@ -68,14 +71,16 @@ def train(
         check_groups(config.objective, groups)
         started = time.perf_counter()
         gradients.zero()
-        sums = _accumulate(config, scorer, groups)
-        _add_up_over_ranks(gradients.flat, sums)
+        _check_fingerprints(groups, step, policy.device)
+        found, loss = _accumulate(config, scorer, groups, statistics)
+        _add_up_over_ranks(gradients.flat)
         grad_norm = gradients.clip(config.optim.max_grad_norm)
         rate = learning_rate(config.optim, step, total_steps)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
         optimizer.step()
-        metrics = _read_metrics(config, groups, step, sums, grad_norm)
+        scalars = {"loss": loss, **measure(config.objective, Scores(groups, found)), "grad_norm": grad_norm}
+        metrics = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
         tokens = sum(group.num_tokens for group in groups)
         num_tokens += tokens
         metrics |= {"lr": rate, "tokens_per_second": tokens / (time.perf_counter() - started)}
@@ -93,54 +98,68 @@ def train(
                     step=step,
                     total_steps=total_steps,
                     num_tokens=num_tokens,
+                    statistics=vars(statistics),
                 )
             if dist.is_initialized():
                 dist.barrier()
         yield StepResult(step, total_steps, metrics, checkpoint, num_tokens)
         if diverged:
-            found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-            raise FloatingPointError(f"Training diverged at step {step} ({found}); lower the learning rate.")
+            values = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+            raise FloatingPointError(f"Training diverged at step {step} ({values}); lower the learning rate.")
 
 
-def _accumulate(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup]) -> Tensor:
-    """Forward and backward of this rank's packs. Returns its sums: fingerprint, losses, then each metric."""
-    objective = config.objective
-    losses_of, (keys, measure) = OBJECTIVES[objective.type].losses, MEASURES[objective.type]
-    num_units = _count_units(config, groups)
-    sums = torch.zeros(2 + len(keys), device=scorer.model.device)
+def _accumulate(
+    config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup], statistics: Statistics
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of this rank's packs: what the policy says of all completions, and the loss."""
     ranks = scorer.plan(groups, num_ranks=_num_ranks(), max_tokens_per_pack=config.max_tokens_per_pack)
-    for pack in ranks[_rank()]:
-        if not pack:
-            continue  # other ranks have more; nothing collective happens inside a pack
-        batch = scorer.collate([groups[i] for i in pack])
-        token_logps, correct = scorer.token_logps(batch)
-        losses = losses_of(objective, batch, token_logps)
-        (losses.sum() / num_units).backward()  # type: ignore[no-untyped-call]
-        measured = measure(objective, batch, token_logps.detach(), correct)
-        sums[1:] += torch.cat([losses.detach().sum()[None], measured])
-    sums[0] = _fingerprint(groups)
-    return sums
+    packs = [pack for pack in ranks[_rank()] if pack]  # other ranks have more; nothing inside a pack is collective
+    starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
+    found = torch.zeros(starts[-1], NUM_MEASURES, device=scorer.model.device)
+
+    def places(pack: list[int]) -> list[int]:
+        return [place for i in pack for place in range(starts[i], starts[i + 1])]
+
+    if not config.objective.traits.needs_whole_batch:
+        for pack in packs:
+            own = [groups[i] for i in pack]
+            measured = scorer.measure(scorer.collate(own))
+            found[places(pack)] = measured.detach()
+            _loss(config, Scores(own, measured), groups, statistics).backward()  # type: ignore[no-untyped-call]
+        _add_up_over_ranks(found)
+        return found, _loss(config, Scores(groups, found), groups, statistics)
+    # The loss joins completions of all ranks: find all, then give each pack its part of the gradient.
+    kept = {}
+    with torch.set_grad_enabled(len(ranks[0]) == 1):  # one pack is not computed again
+        for number, pack in enumerate(packs):
+            kept[number] = scorer.measure(scorer.collate([groups[i] for i in pack]))
+            found[places(pack)] = kept[number].detach()
+    _add_up_over_ranks(found)
+    leaf = found.clone().requires_grad_()
+    loss = _loss(config, Scores(groups, leaf), groups, statistics)
+    (slope,) = torch.autograd.grad(loss, leaf)
+    for number, pack in enumerate(packs):
+        measured = kept[number] if len(ranks[0]) == 1 else scorer.measure(scorer.collate([groups[i] for i in pack]))
+        measured.backward(slope[places(pack)])  # type: ignore[no-untyped-call]
+    return found, loss.detach()
 
 
-def _read_metrics(
-    config: TrainConfig, groups: Sequence[EncodedGroup], step: int, sums: Tensor, grad_norm: Tensor
-) -> dict[str, float]:
-    """Sums become means over the global batch. The step's only wait for the device."""
-    fingerprints, *values, norm = torch.cat([sums, grad_norm[None]]).tolist()
-    if fingerprints != _num_ranks() * _fingerprint(groups):
-        raise RuntimeError(f"Ranks were given different global batches for step {step}; give each the same groups.")
-    num_units = _count_units(config, groups)
-    means = zip(("loss", *MEASURES[config.objective.type][0]), (value / num_units for value in values), strict=True)
-    return {**dict(means), "grad_norm": norm}
+def _loss(config: TrainConfig, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics) -> Tensor:
+    """The share of these groups in the loss of the global batch."""
+    weights = torch.tensor([group.weight for group in scores.groups]).to(scores.found.device)
+    return (losses(config.objective, scores, statistics) * weights).sum() / count_units(config.objective, global_batch)
+
+
+def _check_fingerprints(groups: Sequence[EncodedGroup], step: int, device: torch.device) -> None:
+    if dist.is_initialized():
+        own = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+        if own.sum().item():
+            raise RuntimeError(f"Ranks were given different global batches for step {step}; give each the same groups.")
 
 
 def _fingerprint(groups: Sequence[EncodedGroup]) -> int:
-    """Of a global batch; so small that float32 adds it up exactly over 256 ranks."""
-    return zlib.crc32(repr([(group.line, group.num_tokens) for group in groups]).encode()) % 2**16
-
-
-def _count_units(config: TrainConfig, groups: Sequence[EncodedGroup]) -> int:
-    return OBJECTIVES[config.objective.type].count_units(groups)
+    return zlib.crc32(repr([(group.line, group.num_tokens) for group in groups]).encode())
 
 
 def _agree_on_weights(policy: PreTrainedModel) -> None:

@@ -22,7 +22,9 @@ def create(
     client: "OpenAI",
     model: Annotated[str, typer.Option(help="A base model, or a policy to go on from.")],
     file: Annotated[str, typer.Option(help="A local file, which is uploaded, or the id of an uploaded one.")],
-    method: Annotated[str, typer.Option(help="The objective: supervised, dpo.")] = "dpo",
+    method: Annotated[
+        str, typer.Option(help="The objective: supervised, dpo, ipo, simpo, … as docs/api.md lists them.")
+    ] = "dpo",
     beta: Annotated[float | None, typer.Option(help="dpo: how strongly the reference holds.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step, over all workers.")] = None,

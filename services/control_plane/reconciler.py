@@ -176,7 +176,7 @@ class Reconciler:
     async def _open(self, job: Job, number: int) -> Attempt:
         """Write the attempt, and wish its reference served, in one transaction."""
         start = NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
-        reference = start.app_name if JobSpec.model_validate(job.spec).config.objective.needs_reference else None
+        reference = start.app_name if JobSpec.model_validate(job.spec).config.objective.traits.needs_reference else None
         async with self._store.begin() as session:
             attempt = await jobs.open_attempt(session, job.id, number, reference)
             if reference is not None:

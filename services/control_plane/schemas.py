@@ -7,7 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from dpo_core.config import OBJECTIVES, InvalidOption, Optim, TrainConfig
+from dpo_core.config import Optim, TrainConfig
+from dpo_core.options import OBJECTIVES, InvalidOption
 from services.contract import JobSpec
 from services.control_plane.errors import InvalidRequest
 
@@ -23,6 +24,11 @@ Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
+
+
+# Of kto a job would need completions under other prompts, of ld_dpo the reference's own scores of their
+# beginnings, which no job prepares yet; an mpo is not yet a flat set of hyperparameters.
+METHODS = [kind for kind in OBJECTIVES if kind not in ("kto", "ld_dpo", "mpo")]
 
 
 class Method(BaseModel):
@@ -61,8 +67,8 @@ class CreateJob(BaseModel):
             if getattr(self, name):
                 raise InvalidRequest(f"{name} is not supported; leave it out.", param=name, code="unsupported_value")
         kind = self.method.type if self.method else "supervised"
-        if kind not in OBJECTIVES:
-            message = f"method.type '{kind}' is not supported; it must be one of {', '.join(OBJECTIVES)}."
+        if kind not in METHODS:
+            message = f"method.type '{kind}' is not supported; it must be one of {', '.join(METHODS)}."
             raise InvalidRequest(message, param="method.type", code="unsupported_value")
         if self.method and self.hyperparameters:
             message = "hyperparameters is the older spelling of method.<type>.hyperparameters; send one of them."

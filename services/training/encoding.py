@@ -77,9 +77,11 @@ def _check_first_row(spec: AttemptSpec) -> FeedbackReport:
     except InvalidRow as error:
         raise _invalid_file(str(error)) from None
     objective = spec.config.objective
-    if found.kind != objective.learns_from:
+    if found.kind not in objective.traits.learns_from:
         held = f"{found.kind} ({found.format} format)"
-        raise _invalid_file(f"The file holds {held}; method {objective.type} needs {objective.learns_from}.")
+        raise _invalid_file(
+            f"The file holds {held}; method {objective.type} needs {' or '.join(objective.traits.learns_from)}."
+        )
     return found
 
 

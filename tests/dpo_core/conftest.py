@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_core.encode import EncodedGroup
-from dpo_core.model import reference_logps
+from dpo_core.model import score_reference
 
 VOCABULARY = 320
 
@@ -83,8 +83,7 @@ def build_groups(num_groups: int, num_completions: int, *, seed: int = 0) -> lis
 
 
 def score(groups: list[EncodedGroup], reference: PreTrainedModel) -> list[EncodedGroup]:
-    ref_logps = reference_logps(reference, groups, max_tokens_per_pack=8192)
-    return [replace(group, ref_logps=logps) for group, logps in zip(groups, ref_logps, strict=True)]
+    return score_reference(reference, groups, max_tokens_per_pack=8192)
 
 
 @pytest.fixture(scope="session")

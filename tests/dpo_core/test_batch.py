@@ -51,10 +51,8 @@ def test_the_last_prompt_token_predicts_the_first_token_of_every_completion():
     assert batch.rows.tolist() == [2, 3, 2, 4, 5, 6]
     assert batch.targets.tolist() == [4, 5, 6, 7, 8, 10]
     assert batch.completion_of_row.tolist() == [0, 0, 1, 1, 1, 2]
+    assert batch.in_head.tolist() == [True, True, True, True, False, True]
     assert batch.num_completion_tokens.tolist() == [2, 3, 1]
-    assert batch.group_starts.tolist() == [0, 2]
-    assert batch.ref_logps is not None
-    assert batch.ref_logps.tolist() == [-1, -2, -3]
 
 
 def test_without_sharing_the_prompt_stands_before_each_completion():
@@ -76,5 +74,3 @@ def test_a_second_completion_of_one_token_needs_no_segment():
 def test_a_batch_moves_to_the_device_whole():
     moved = collate([PAIR]).to(torch.device("cuda"))
     assert moved.input_ids.is_cuda
-    assert moved.ref_logps is not None
-    assert moved.ref_logps.is_cuda

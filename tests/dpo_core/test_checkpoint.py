@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dpo_core.checkpoint import DamagedCheckpoint, read_manifest, verify
-from dpo_core.config import Dpo, Optim, TrainConfig
+from dpo_core.config import Optim, TrainConfig
+from dpo_core.options import Dpo
 from dpo_core.trainer import train
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
@@ -24,7 +25,7 @@ def checkpoint(policy, tokenizer, pairs, tmp_path) -> Path:
 def test_the_manifest_tells_the_step_the_config_and_every_file(checkpoint):
     manifest = verify(checkpoint)
     assert (manifest.step, manifest.total_steps) == (1, 3)
-    assert manifest.config["objective"] == {"type": "dpo", "beta": 0.1}
+    assert manifest.config["objective"] == {"type": "dpo", "beta": 0.1, "mean_over_choices": False}
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert files - {"manifest.json"} == set(manifest.files)
     assert {"optimizer.safetensors", "model/config.json", "model/model.safetensors"} <= files

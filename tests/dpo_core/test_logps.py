@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_core.logps import sum_by_completion, token_logps
+from dpo_core.logps import token_logps
 
 
 def example(
@@ -73,8 +73,3 @@ def test_rows_times_vocabulary_is_never_held():
         logps, _ = token_logps(hidden, weight, None, targets, tile_rows=tile)
         logps.sum().backward()
     assert largest.numel == tile * vocabulary
-
-
-def test_sums_follow_the_completions():
-    sums = sum_by_completion(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]), 3)
-    assert sums.tolist() == [1, 0, 6]

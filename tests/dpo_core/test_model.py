@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_core.model import Scorer, load_policy, load_tokenizer, reference_logps
+from dpo_core.model import Scorer, load_policy, load_tokenizer, score_reference
 
 SIZES = {
     "vocab_size": 320,
@@ -105,11 +105,16 @@ def test_a_target_that_is_the_likeliest_token_counts_as_correct(policy, demonstr
 
 
 @pytest.mark.parametrize("budget", [1, 60, 8192])
-def test_reference_logps_are_the_sums_in_the_order_of_the_groups(policy, make_groups, plain_token_logps, budget):
+def test_the_reference_gives_sums_and_those_of_heads_in_the_order_of_the_groups(
+    policy, make_groups, plain_token_logps, budget
+):
     groups = make_groups(5, 3)
-    found = reference_logps(policy, groups, max_tokens_per_pack=budget)
-    expected = [[logps.sum().item() for logps in plain_token_logps(policy, group)] for group in groups]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    found = score_reference(policy, groups, max_tokens_per_pack=budget)
+    for group, scored in zip(groups, found, strict=True):
+        plain = plain_token_logps(policy, group)
+        assert scored.ref_logps == pytest.approx([logps.sum().item() for logps in plain], rel=1e-5, abs=1e-4)
+        heads = [logps[: group.head_length].sum().item() for logps in plain]
+        assert scored.ref_head_logps == pytest.approx(heads, rel=1e-5, abs=1e-4)
 
 
 def test_a_loaded_policy_is_float32_and_has_no_dropout(make_policy, tokenizer, tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_core.config import Dpo, Optim, Supervised, TrainConfig
+from dpo_core.config import Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
+from dpo_core.options import Aot, Bco, Dpo, Kto, Mpo, Supervised
 from dpo_core.trainer import train
 
 DPO = TrainConfig(
@@ -76,6 +77,55 @@ def test_dpo_on_bradley_terry_preferences_converges_to_the_reference_tilted_by_t
     assert divergence < 1e-2
 
 
+def test_dpo_on_rankings_of_four_converges_to_the_same_optimum(make_policy, tokenizer, scored, tmp_path):
+    """arXiv 2305.18290, A.3. Every order of four completions, weighing what Plackett-Luce gives it."""
+    beta, prompt = 0.5, [0, 1, 1]
+    completions = [list(ids) for ids in itertools.product((0, 1), repeat=2)]
+    rewards = [0.0, 1.0, 0.5, 1.5]
+
+    def probability(order: tuple[int, ...]) -> float:
+        odds = [math.exp(rewards[i]) for i in order]
+        return math.prod(odds[place] / sum(odds[place:]) for place in range(4))
+
+    rows = [
+        EncodedGroup(prompt, tuple(completions[i] for i in order), None, 1, weight=24 * probability(order))
+        for order in itertools.permutations(range(4))
+    ]
+    sizes = {"vocab_size": 2, "hidden_size": 16, "num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 1}
+    policy = make_policy(0, **sizes)
+    every = [EncodedGroup(prompt, tuple(completions), None, 1)]
+    reference = torch.tensor(scored(every, policy)[0].ref_logps)
+    config = replace(DPO, objective=Dpo(beta=beta), optim=Optim(learning_rate=2e-3, warmup_ratio=0.0))
+    run(config, policy, tokenizer, [scored(rows, policy)] * 100, tmp_path)
+    found = torch.tensor(scored(every, policy)[0].ref_logps)
+    optimum = (reference + torch.tensor(rewards) / beta).log_softmax(0)
+    assert (reference.exp() * (reference - optimum)).sum() > 0.1
+    assert (found.exp() * (found - optimum)).sum() < 1e-2
+
+
+def with_completions_of_other_prompts(pairs: list[EncodedGroup], scored, reference) -> list[EncodedGroup]:
+    others = [pairs[i - 1].completion_ids[0] for i in range(len(pairs))]
+    groups = [
+        replace(pair, completion_ids=(*pair.completion_ids, other), ratings=(1.0, 0.0, math.nan))
+        for pair, other in zip(pairs, others, strict=True)
+    ]
+    return scored(groups, reference)
+
+
+@pytest.mark.parametrize("objective", [Aot(), Aot(paired=False), Bco(), Kto(), Mpo()], ids=lambda o: o.type)
+def test_a_loss_over_the_whole_batch_is_the_same_in_one_pack_and_in_many(
+    objective, make_policy, tokenizer, pairs, scored, tmp_path
+):
+    if objective.type == "kto":
+        pairs = with_completions_of_other_prompts(pairs, scored, make_policy(1))
+    config, whole, cut = replace(DPO, objective=objective), make_policy(), make_policy()
+    one = run(replace(config, max_tokens_per_pack=8192), whole, tokenizer, [pairs] * 3, tmp_path / "one")
+    many = run(replace(config, max_tokens_per_pack=64), cut, tokenizer, [pairs] * 3, tmp_path / "many")
+    for ours, theirs in zip(numbers(one), numbers(many), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert_same_policy(whole, cut, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("config", [DPO, SUPERVISED], ids=["dpo", "supervised"])
 def test_one_pack_of_eight_trains_as_many_packs_do(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
     batch = pairs if config is DPO else demonstrations
@@ -103,9 +153,9 @@ def test_dropout_is_off(make_policy, tokenizer, pairs, tmp_path):
     assert numbers(ours) == numbers(theirs)
 
 
-@pytest.mark.parametrize("config", [DPO, SUPERVISED], ids=["dpo", "supervised"])
+@pytest.mark.parametrize("config", [DPO, SUPERVISED, replace(DPO, objective=Bco())], ids=["dpo", "supervised", "bco"])
 def test_resuming_repeats_the_run_bit_for_bit(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
-    groups = pairs if config is DPO else demonstrations
+    groups = demonstrations if config is SUPERVISED else pairs
     batches = [groups[:4], groups[4:], groups[2:6], groups[1:5], groups[:3], groups[3:]]
     config = replace(config, checkpoint_steps=3)
     straight, resumed = make_policy(0), make_policy(7)

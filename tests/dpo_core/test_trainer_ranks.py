@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from dpo_core.config import Dpo, Optim, TrainConfig
+from dpo_core.config import Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.options import Dpo, Mpo
 from dpo_core.trainer import train
 
 CONFIG = TrainConfig(
@@ -27,6 +28,7 @@ CONFIG = TrainConfig(
     max_tokens_per_pack=64,
     checkpoint_steps=2,
 )
+OBJECTIVES = {"dpo": Dpo(beta=0.5), "mpo": Mpo()}  # the losses of the second join completions of both ranks
 
 
 def read_pairs(folder: Path) -> list[EncodedGroup]:
@@ -40,7 +42,8 @@ def train_in(folder: Path) -> None:
     if folder.name == "rank1":
         torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
     batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves a rank without a pack
-    steps = train(CONFIG, policy, load_tokenizer(model), batches, total_steps=3, checkpoint_dir=folder)
+    config = replace(CONFIG, objective=OBJECTIVES[folder.parent.name])
+    steps = train(config, policy, load_tokenizer(model), batches, total_steps=3, checkpoint_dir=folder)
     results = [(r.step, r.num_tokens, str(r.checkpoint and r.checkpoint.name), r.metrics) for r in steps]
     folder.mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -75,7 +78,10 @@ def two_ranks(folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
             rank.wait()
 
 
-def test_two_ranks_train_as_one_does(policy, tokenizer, pairs, tmp_path):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_ranks_train_as_one_does(objective, policy, tokenizer, pairs, tmp_path):
+    tmp_path /= objective
+    tmp_path.mkdir()
     policy.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))

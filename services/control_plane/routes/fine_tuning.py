@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import select
 
-from dpo_core.config import Objective
+from dpo_core.options import Objective
 from services.control_plane import files, jobs, models
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
@@ -37,8 +37,10 @@ def _check_file(file: File, objective: Objective) -> None:
     if report is None:
         message = f"{file.id} has purpose '{file.purpose}'; training needs one uploaded with '{files.TRAINING}'."
         raise InvalidRequest(message, param="training_file", code="invalid_training_file")
-    if report["kind"] != objective.learns_from:
-        message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {objective.learns_from}."
+    learns_from = objective.traits.learns_from
+    if report["kind"] not in learns_from:
+        kinds = " or ".join(learns_from)
+        message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}."
         raise InvalidRequest(message, param="training_file", code="invalid_training_file")
     if report["num_rows"] < MIN_EXAMPLES:
         message = f"Training file has {report['num_rows']} example(s), but must have at least {MIN_EXAMPLES} examples"

@@ -1,12 +1,18 @@
 """/v1/fine_tuning/jobs: what is taken, what is refused and how; no cluster answers, so jobs stay queued."""
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from dpo_core.options import OBJECTIVES
+from services.control_plane.schemas import METHODS
 from tests.services.control_plane.conftest import API_KEY, pairs
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +83,27 @@ def test_bad_requests_are_refused_by_name(
     with pytest.raises(error) as refused:
         create(client, training_file, **changes)
     assert (refused.value.param, refused.value.code, refused.value.type) == (param, code, "invalid_request_error")
+
+
+def test_other_objectives_are_taken_with_their_own_options_and_echoed(
+    client: openai.OpenAI, training_file: str
+) -> None:
+    method = {"type": "simpo", "simpo": {"hyperparameters": {"gamma_beta_ratio": 0.3}}}
+    job = create(client, training_file, method=method)
+    echoed = job.method.to_dict()
+    assert echoed["type"] == "simpo"
+    assert (
+        echoed["simpo"]["hyperparameters"] | {"beta": 2.5, "gamma_beta_ratio": 0.3}
+        == echoed["simpo"]["hyperparameters"]
+    )
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_every_objective_and_its_options_are_documented() -> None:
+    documented = (ROOT / "docs" / "api.md").read_text()
+    for kind in METHODS:
+        options = [f"`{field.name}` {field.default}" for field in fields(OBJECTIVES[kind]) if field.name != "type"]
+        assert f"| `{kind}` | {', '.join(options) or '—'} |" in documented
 
 
 def test_too_few_examples_are_refused_with_both_numbers(client: openai.OpenAI) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from dpo_core.config import Supervised, TrainConfig
+from dpo_core.config import TrainConfig
 from dpo_core.encode import EncodedGroup, encode_group
 from dpo_core.feedback import read_groups
 from dpo_core.model import load_tokenizer
+from dpo_core.options import Supervised
 from services import storage
 from services.contract import AttemptSpec, Message, Progress, Report
 from services.training import dataset, encoding

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from dpo_core.encode import EncodedGroup
-from dpo_core.model import load_policy, reference_logps
+from dpo_core.model import load_policy, score_reference
 from services.contract import Progress, Report, Score
 from services.training import dataset, scoring
 from services.training.dataset import Dataset, write_part
@@ -52,15 +52,17 @@ class Reference:
             raise RayActorError
         rows = zip(prompts, completions, strict=True)
         groups = [EncodedGroup(prompt, (completion,), None, 0) for prompt, completion in rows]
-        logps = reference_logps(self.model, groups, max_tokens_per_pack=1000)
-        return [Score(logp, len(ids)) for (logp,), ids in zip(logps, completions, strict=True)]
+        scored = score_reference(self.model, groups, max_tokens_per_pack=1000)
+        return [Score(sum(group.ref_logps), len(group.completion_ids[0])) for group in scored]
+
+
+UNSCORED = {"ref_logps": None, "ref_head_logps": None}
 
 
 @pytest.fixture
 def expected(model_source: str, encoded: Dataset) -> list[EncodedGroup]:
     groups = list(dataset.read_groups(encoded))
-    logps = reference_logps(load_policy(model_source), groups, max_tokens_per_pack=1000)
-    return [replace(group, ref_logps=own) for group, own in zip(groups, logps, strict=True)]
+    return score_reference(load_policy(model_source), groups, max_tokens_per_pack=1000)
 
 
 def scored(encoded: Dataset, reference: Reference, reports: list[Report]) -> list[EncodedGroup]:
@@ -72,7 +74,7 @@ def scored(encoded: Dataset, reference: Reference, reports: list[Report]) -> lis
 
 
 def assert_same(groups: list[EncodedGroup], expected: list[EncodedGroup]) -> None:
-    assert [replace(group, ref_logps=None) for group in groups] == [replace(g, ref_logps=None) for g in expected]
+    assert [replace(group, **UNSCORED) for group in groups] == [replace(g, **UNSCORED) for g in expected]
     for group, other in zip(groups, expected, strict=True):
         assert group.ref_logps == pytest.approx(other.ref_logps, abs=1e-4)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dpo_core.checkpoint import save_checkpoint
-from dpo_core.config import Optim, Supervised, TrainConfig
+from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.optim import make_optimizer
+from dpo_core.options import Supervised
 from dpo_core.trainer import StepResult, train
 from services import storage
 from services.contract import AttemptSpec, Message, Report
@@ -68,6 +69,7 @@ def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[
             step=step,
             total_steps=30,
             num_tokens=step,
+            statistics={},
         )
         (folder / STEP_METRICS).write_text("{}")
         storage.publish(folder, checkpoint_uri(spec, step))

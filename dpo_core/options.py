@@ -1,0 +1,453 @@
+"""The objectives by name, each with its options and the paper they are from. Standard library only.
+
+`beta` is the strength of the anchor throughout: a higher one keeps the policy closer to its reference.
+Formulas and the code that computes them are in `dpo_core.objectives`.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, TypeVar, dataclass_transform
+
+REFUSE_UNKNOWN_KEYS = {"extra": "forbid"}
+Kind = Literal["demonstrations", "pairs", "rankings", "ratings", "unpaired"]
+T = TypeVar("T")
+
+
+class InvalidOption(ValueError):
+    """A value that training cannot use. `field` is the option's name."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def check(valid: bool, field: str, value: object, limit: str) -> None:
+    if not valid:
+        raise InvalidOption(field, f"{field} is {value}; it must be {limit}.")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def options(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass, of which pydantic refuses unknown keys."""
+    cls.__pydantic_config__ = REFUSE_UNKNOWN_KEYS  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the rest of the system must know of an objective."""
+
+    learns_from: tuple[Kind, ...]
+    needs_reference: bool = True
+    takes_margins: bool = False
+    needs_whole_batch: bool = False  # a loss depends on other groups of the global batch
+    default_learning_rate: float = 1e-6
+    default_epochs: int = 1
+
+
+ON_PAIRS = Traits(learns_from=("pairs",))
+ON_RANKINGS = replace(ON_PAIRS, learns_from=("pairs", "rankings", "ratings"))
+WITHOUT_REFERENCE = replace(ON_PAIRS, needs_reference=False)
+ON_LABELS = Traits(learns_from=("unpaired", "pairs"), needs_whole_batch=True)
+
+
+def _positive(name: str, value: float) -> None:
+    check(0 < value < math.inf, name, value, "greater than 0 and finite")
+
+
+def _not_negative(name: str, value: float) -> None:
+    check(0 <= value < math.inf, name, value, "0 or more and finite")
+
+
+def _beta(value: float) -> None:
+    check(0 < value <= 100, "beta", value, "greater than 0 and at most 100")
+
+
+def _smoothing(value: float) -> None:
+    check(0 < value < 0.5, "label_smoothing", value, "greater than 0 and less than 0.5")
+
+
+@options
+class Supervised:
+    """Negative log-likelihood of the completion, a mean over the tokens of the global batch."""
+
+    traits: ClassVar = Traits(
+        learns_from=("demonstrations",), needs_reference=False, default_learning_rate=2e-5, default_epochs=3
+    )
+    type: Literal["supervised"] = "supervised"
+
+
+@options
+class Dpo:
+    """Direct Preference Optimization, arXiv 2305.18290, equation 7; on rankings its Plackett-Luce form, A.3.
+
+    Rows with a margin want the chosen reward ahead by as much (arXiv 2402.10571).
+    """
+
+    traits: ClassVar = replace(ON_RANKINGS, takes_margins=True)
+    type: Literal["dpo"] = "dpo"
+    beta: float = 0.1
+    mean_over_choices: bool = False  # of a ranking; the paper's likelihood is the sum
+
+    def __post_init__(self) -> None:
+        check(0 < self.beta <= 2, "beta", self.beta, "greater than 0 and at most 2")
+
+
+@options
+class Cdpo:
+    """Conservative DPO: labels are wrong with probability `label_smoothing`. ericmitchell.ai/cdpo.pdf."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["cdpo"] = "cdpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _smoothing(self.label_smoothing)
+
+
+@options
+class RobustDpo:
+    """Robust DPO: unbiased where labels are flipped with probability `label_smoothing`. arXiv 2403.00409."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["robust_dpo"] = "robust_dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _smoothing(self.label_smoothing)
+
+
+@options
+class Ipo:
+    """Identity Preference Optimization, arXiv 2310.12036, equation 17; `beta` is its tau."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["ipo"] = "ipo"
+    beta: float = 0.1
+    length_average: bool = True  # log-ratios per token, as the paper's results were made; else summed
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class Hinge:
+    """Hinge loss on the margin: SLiC, arXiv 2305.10425, as normalized by RSO, arXiv 2309.06657."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["hinge"] = "hinge"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class DpoNorm:
+    """Length-normalized DPO, arXiv 2411.15124 (Tülu 3), section 5.1."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["dpo_norm"] = "dpo_norm"
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class Kto:
+    """Kahneman-Tversky Optimization, arXiv 2402.01306: completions that are desirable or not."""
+
+    traits: ClassVar = ON_LABELS
+    type: Literal["kto"] = "kto"
+    beta: float = 0.1
+    desirable_weight: float = 1.0  # the paper's lambda_D
+    undesirable_weight: float = 1.0  # lambda_U
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _positive("desirable_weight", self.desirable_weight)
+        _positive("undesirable_weight", self.undesirable_weight)
+
+
+@options
+class Bco:
+    """Binary Classifier Optimization, arXiv 2404.04656; its delta is a running mean of rewards."""
+
+    traits: ClassVar = ON_LABELS
+    type: Literal["bco"] = "bco"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class Orpo:
+    """Odds Ratio Preference Optimization, arXiv 2403.07691, equation 6."""
+
+    traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6)
+    type: Literal["orpo"] = "orpo"
+    odds_weight: float = 0.1  # the paper's lambda
+
+    def __post_init__(self) -> None:
+        _positive("odds_weight", self.odds_weight)
+
+
+@options
+class Cpo:
+    """Contrastive Preference Optimization, arXiv 2401.08417."""
+
+    traits: ClassVar = WITHOUT_REFERENCE
+    type: Literal["cpo"] = "cpo"
+    beta: float = 0.1
+    nll_weight: float = 1.0  # alpha
+    length_average: bool = True  # the likelihood term per token, as the published code; else summed, as its equation
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _not_negative("nll_weight", self.nll_weight)
+
+
+@options
+class Simpo:
+    """Simple Preference Optimization, arXiv 2405.14734, equation 6.
+
+    The field writes the target margin as gamma or as gamma / beta. This is the ratio, as in the
+    paper's published configurations: the loss subtracts `beta * gamma_beta_ratio`.
+    """
+
+    traits: ClassVar = WITHOUT_REFERENCE
+    type: Literal["simpo"] = "simpo"
+    beta: float = 2.5
+    gamma_beta_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _not_negative("gamma_beta_ratio", self.gamma_beta_ratio)
+
+
+@options
+class ApoZero:
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 7: chosen is better than the policy's own."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["apo_zero"] = "apo_zero"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class ApoDown:
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 8: chosen is worse than the policy's own."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["apo_down"] = "apo_down"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class Nca:
+    """Noise Contrastive Alignment on pairs, arXiv 2402.05369."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["nca"] = "nca"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class Exo:
+    """Efficient Exact Optimization on pairs, arXiv 2402.00856, equation 16."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["exo"] = "exo"
+    beta: float = 0.1
+    label_smoothing: float = 1e-3  # its logarithm is taken, so it is never 0
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _smoothing(self.label_smoothing)
+
+
+@options
+class Sppo:
+    """Self-Play Preference Optimization with hard labels, arXiv 2405.00675, equation 4.7; `beta` is its 1 / eta."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["sppo"] = "sppo"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+@options
+class Aot:
+    """Alignment via Optimal Transport, arXiv 2406.05882: sorted over the global batch."""
+
+    traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
+    type: Literal["aot"] = "aot"
+    beta: float = 0.1
+    paired: bool = True  # the policy's margins against the reference's; else chosen log-ratios against rejected
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        check(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
+
+
+@options
+class Discopop:
+    """The objective that a language model discovered: log-ratio modulated loss, arXiv 2406.08414, equation 5."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["discopop"] = "discopop"
+    beta: float = 0.1
+    tau: float = 0.05
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _positive("tau", self.tau)
+
+
+@options
+class Dpop:
+    """DPO-Positive (Smaug), arXiv 2402.13228: chosen log-ratios below 0 are penalized."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["dpop"] = "dpop"
+    beta: float = 0.1
+    penalty: float = 50.0  # lambda
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _not_negative("penalty", self.penalty)
+
+
+@options
+class Rpo:
+    """DPO and the likelihood of the chosen completion per token, arXiv 2404.19733."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["rpo"] = "rpo"
+    beta: float = 0.1
+    nll_weight: float = 1.0  # alpha
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _not_negative("nll_weight", self.nll_weight)
+
+
+@options
+class LdDpo:
+    """Length-desensitized DPO, arXiv 2409.06411, for policy and reference alike."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["ld_dpo"] = "ld_dpo"
+    beta: float = 0.1
+    tail_weight: float = 0.5  # alpha: of the tokens past the shorter completion's length
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        check(0 <= self.tail_weight <= 1, "tail_weight", self.tail_weight, "from 0 to 1")
+
+
+@options
+class RDpo:
+    """Length-regularized DPO, arXiv 2403.19159."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["r_dpo"] = "r_dpo"
+    beta: float = 0.1
+    length_weight: float = 0.01  # alpha, per token
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        _not_negative("length_weight", self.length_weight)
+
+
+@options
+class FDpo:
+    """DPO under another f-divergence, arXiv 2309.16240."""
+
+    traits: ClassVar = ON_PAIRS
+    type: Literal["f_dpo"] = "f_dpo"
+    beta: float = 0.1
+    divergence: Literal["forward_kl", "jensen_shannon", "alpha"] = "jensen_shannon"
+    alpha: float = 0.5  # of the divergence `alpha`
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+        check(0 < self.alpha < 1, "alpha", self.alpha, "greater than 0 and less than 1")
+        if self.divergence != "alpha" and self.alpha != 0.5:
+            raise InvalidOption("alpha", f"alpha belongs to divergence alpha, not to {self.divergence}; leave it out.")
+
+
+@options
+class Lipo:
+    """Listwise Preference Optimization (LiPO-lambda), arXiv 2402.01878."""
+
+    traits: ClassVar = ON_RANKINGS
+    type: Literal["lipo"] = "lipo"
+    beta: float = 0.05
+
+    def __post_init__(self) -> None:
+        _beta(self.beta)
+
+
+PairObjective = (
+    Dpo | Cdpo | RobustDpo | Ipo | Hinge | DpoNorm | Kto | Bco | Orpo | Cpo | Simpo | ApoZero | ApoDown | Nca | Exo
+    | Sppo | Aot | Discopop | Dpop | Rpo | LdDpo | RDpo | FDpo | Lipo
+)  # fmt: skip
+
+
+@options
+class Mpo:
+    """A weighted sum of objectives on the same pairs (Mixed Preference Optimization, arXiv 2411.10442).
+
+    Within it `supervised` is the likelihood of the chosen completion per token.
+    """
+
+    type: Literal["mpo"] = "mpo"
+    objectives: tuple[PairObjective | Supervised, ...] = field(default_factory=lambda: (Dpo(), Bco(), Supervised()))
+    weights: tuple[float, ...] = (0.8, 0.2, 1.0)
+
+    def __post_init__(self) -> None:
+        if not self.objectives or len(self.objectives) != len(self.weights):
+            many = f"{len(self.objectives)} objectives and {len(self.weights)} weights"
+            raise InvalidOption("weights", f"mpo has {many}; give each objective one weight.")
+        for weight in self.weights:
+            _positive("weights", weight)
+        if all(part.type == "supervised" for part in self.objectives):
+            raise InvalidOption("objectives", "mpo has no preference objective; use supervised instead.")
+
+    @property
+    def traits(self) -> Traits:
+        parts = [part.traits for part in self.objectives]
+        return replace(
+            ON_PAIRS,
+            needs_reference=any(part.needs_reference for part in parts),
+            needs_whole_batch=any(part.needs_whole_batch for part in parts),
+        )
+
+
+Objective = Supervised | PairObjective | Mpo
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.__dataclass_fields__["type"].default: cls
+    for cls in (
+        Supervised, Dpo, Cdpo, RobustDpo, Ipo, Hinge, DpoNorm, Kto, Bco, Orpo, Cpo, Simpo, ApoZero, ApoDown, Nca, Exo,
+        Sppo, Aot, Discopop, Dpop, Rpo, LdDpo, RDpo, FDpo, Lipo, Mpo,
+    )
+}  # fmt: skip

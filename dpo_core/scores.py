@@ -1,0 +1,110 @@
+"""What policy and reference say of the completions of some groups: what objectives and metrics read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dpo_core.encode import EncodedGroup
+
+NUM_MEASURES = 3  # columns of what a policy finds: logps, head_logps, num_correct
+
+
+@dataclass(frozen=True)
+class Completions:
+    """One completion of each group, or any n of them."""
+
+    logps: Tensor  # [n] summed over the completion, in nats
+    head_logps: Tensor  # [n] summed over no more tokens than the group's shortest completion has
+    lengths: Tensor  # [n] tokens
+    ref_logps: Tensor | None  # [n]
+    ref_head_logps: Tensor | None  # [n]
+
+    @property
+    def logratios(self) -> Tensor:
+        assert self.ref_logps is not None  # `check_groups` has seen it
+        return self.logps - self.ref_logps
+
+    @property
+    def mean_logratios(self) -> Tensor:
+        return self.logratios / self.lengths
+
+    @property
+    def mean_logps(self) -> Tensor:
+        return self.logps / self.lengths
+
+    def __getitem__(self, which: Tensor) -> "Completions":
+        ref = None if self.ref_logps is None else self.ref_logps[which]
+        ref_head = None if self.ref_head_logps is None else self.ref_head_logps[which]
+        return Completions(self.logps[which], self.head_logps[which], self.lengths[which], ref, ref_head)
+
+
+class Scores:
+    """G groups whose K completions stand end to end, the best of each group first.
+
+    `found` is [K, NUM_MEASURES].
+    """
+
+    def __init__(self, groups: Sequence[EncodedGroup], found: Tensor) -> None:
+        self.groups = groups
+        self.found = found
+        self.sizes = [len(group.completion_ids) for group in groups]
+
+    @cached_property
+    def all(self) -> Completions:
+        logps, head_logps = self.found[:, 0], self.found[:, 1]
+        lengths = self._of_completions([len(ids) for group in self.groups for ids in group.completion_ids])
+        return Completions(logps, head_logps, lengths, self._known("ref_logps"), self._known("ref_head_logps"))
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """[G] the best completion of each group."""
+        sizes = torch.tensor([0, *self.sizes[:-1]])
+        return sizes.cumsum(0).to(self.found.device)
+
+    @property
+    def chosen(self) -> Completions:
+        return self.all[self.starts]
+
+    @property
+    def rejected(self) -> Completions:
+        """Of pairs."""
+        return self.all[self.starts + 1]
+
+    @cached_property
+    def ratings(self) -> Tensor:
+        """[K] higher is better; nan for a completion of another prompt."""
+        return self._of_completions([rating for group in self.groups for rating in group.ranked()])
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """[G] by how much the chosen completion must lead; 0 where nobody said."""
+        return self._of_completions([group.margin or 0.0 for group in self.groups])
+
+    @cached_property
+    def num_correct(self) -> Tensor:
+        """[K] tokens that were the policy's likeliest."""
+        return self.found[:, 2]
+
+    def by_group(self, values: Tensor, fill: float) -> Tensor:
+        """[K] to [G, most completions], padded with `fill`."""
+        most = max(self.sizes)
+        if all(size == most for size in self.sizes):
+            return values.view(-1, most)
+        padded: Tensor = torch.nn.utils.rnn.pad_sequence(
+            list(values.split_with_sizes(self.sizes)), batch_first=True, padding_value=fill
+        )
+        return padded
+
+    def group_sums(self, values: Tensor) -> Tensor:
+        """[K] to [G] sums."""
+        return self.by_group(values, 0.0).sum(1)
+
+    def _known(self, name: str) -> Tensor | None:
+        values = [getattr(group, name) for group in self.groups]
+        return None if None in values else self._of_completions([value for each in values for value in each])
+
+    def _of_completions(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=self.found.dtype).to(self.found.device, non_blocking=True)
