@@ -1,1 +1,45 @@
-"""Preference optimization in plain torch. Knows no cluster and no web."""
+"""Preference optimization in plain torch. Knows no cluster and no web.
+
+    from dpo_core import TrainConfig, encode_group, load_policy, load_tokenizer, read_groups, score_reference, train
+
+Each name is imported from its own file when it is first used: importing `dpo_core` loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpo_core.config import Optim, TrainConfig
+    from dpo_core.encode import EncodedGroup, encode_group
+    from dpo_core.feedback import Group, read_groups
+    from dpo_core.model import load_policy, load_tokenizer, score_reference
+    from dpo_core.trainer import StepResult, train
+
+__all__ = [
+    "EncodedGroup",
+    "Group",
+    "Optim",
+    "StepResult",
+    "TrainConfig",
+    "encode_group",
+    "load_policy",
+    "load_tokenizer",
+    "read_groups",
+    "score_reference",
+    "train",
+]
+
+_FILES = {
+    "config": ("Optim", "TrainConfig"),
+    "encode": ("EncodedGroup", "encode_group"),
+    "feedback": ("Group", "read_groups"),
+    "model": ("load_policy", "load_tokenizer", "score_reference"),
+    "trainer": ("StepResult", "train"),
+}
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILE_OF:
+        raise AttributeError(f"module 'dpo_core' has no attribute {name!r}")
+    return getattr(import_module(f"dpo_core.{_FILE_OF[name]}"), name)
