@@ -96,8 +96,17 @@ def _shared_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]
             segments=batch.segments,
             use_cache=False,
         ).last_hidden_state[0]
-    head = cast(Any, model).get_output_embeddings()
-    return token_logps(hidden.index_select(0, batch.rows), head.weight, getattr(head, "bias", None), batch.targets)
+    head, config = cast(Any, model).get_output_embeddings(), model.config.get_text_config()
+    # The names that architectures have for a factor of the logits: Cohere's multiplies, Granite's divides.
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    rows = hidden.index_select(0, batch.rows)
+    return token_logps(
+        rows if scale == 1 else rows * scale,
+        head.weight,
+        getattr(head, "bias", None),
+        batch.targets,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def _plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,16 @@ def test_gradients_pass_gradcheck(tile_rows, bias):
     )
 
 
+def test_a_soft_cap_bends_logits_and_gradients_alike():
+    hidden, weight, bias, targets = example(torch.float64)
+    logps, _ = token_logps(hidden, weight, bias, targets, soft_cap=2.0, tile_rows=3)
+    capped = 2 * torch.tanh(torch.nn.functional.linear(hidden, weight, bias) / 2)
+    torch.testing.assert_close(logps, capped.log_softmax(1).gather(1, targets[:, None])[:, 0])
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: token_logps(h, w, b, targets, soft_cap=2.0, tile_rows=3)[0], (hidden, weight, bias)
+    )
+
+
 @pytest.mark.parametrize("tile_rows", [1, 3, 100])
 def test_tile_size_changes_nothing(tile_rows):
     hidden, weight, bias, targets = example(torch.float32)

@@ -4,15 +4,21 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from dpo_core.model import Scorer, load_policy, load_tokenizer, score_reference
@@ -36,8 +42,18 @@ ARCHITECTURES = {
     "qwen3 with tied embeddings": (Qwen3Config(**SIZES, tie_word_embeddings=True), True),
     "mistral with a window of 6": (MistralConfig(**SIZES, sliding_window=6), True),
     "gemma3": (Gemma3TextConfig(**SIZES, sliding_window=6), True),
+    "gemma3 with capped logits": (Gemma3TextConfig(**SIZES, final_logit_softcapping=5.0), True),
+    "olmo2": (Olmo2Config(**SIZES), True),
+    "phi3": (Phi3Config(**SIZES), True),
+    "cohere, which scales logits": (CohereConfig(**SIZES, logit_scale=0.25), True),
+    "granite, which divides logits": (GraniteConfig(**SIZES, logits_scaling=4.0), True),
+    "mixtral, a mixture of experts": (MixtralConfig(**SIZES, num_local_experts=4), True),
+    "qwen3 moe": (
+        Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True),
+        True,
+    ),
     "gpt2": (GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3), True),
-    "gemma2, which caps logits": (Gemma2Config(**SIZES), False),
+    "gemma2, which caps attention": (Gemma2Config(**SIZES), False),
     "positions that stretch with the stream": (
         LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         False,
