@@ -10,7 +10,7 @@ STAMP := .venv/.installed-$(ACCELERATOR)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fmt lint types test check pins
+.PHONY: help setup demo bench fmt lint types test check pins
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -35,6 +35,9 @@ endif
 
 demo: setup ## the whole service on this machine: two jobs, before and after (KEEP=1, MODEL=…, DATA=…)
 	@$(BIN)/python -m demo
+
+bench: setup ## the engine against TRL on this machine, half an hour on two cores
+	@$(BIN)/python benchmarks/vs_trl.py
 
 fmt: setup ## format and mend what can be mended
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
