@@ -36,7 +36,7 @@ endif
 demo: setup ## the whole service on this machine: two jobs, before and after (KEEP=1, MODEL=…, DATA=…)
 	@$(BIN)/python -m demo
 
-bench: setup ## the engine against TRL on this machine, half an hour on two cores
+bench: setup ## the engine against TRL on this machine
 	@$(BIN)/python benchmarks/vs_trl.py
 
 fmt: setup ## format and mend what can be mended
