@@ -28,7 +28,6 @@ TRL = {
     "TRL at its best": {
         "gradient_checkpointing": False,
         "precompute_ref_log_probs": True,
-        "train_sampling_strategy": "group_by_length",
     },
 }
 COLUMNS = [*TRL, "raydpo"]
@@ -153,7 +152,7 @@ def _run_trl(args: argparse.Namespace) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    options: dict[str, Any] = {"train_sampling_strategy": "sequential", **TRL[args.column]}
+    options: dict[str, Any] = dict(TRL[args.column])
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -168,6 +167,7 @@ def _run_trl(args: argparse.Namespace) -> tuple[float, float]:
             bf16=False,
             use_cpu=_device() == "cpu",
             disable_tqdm=True,
+            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length: its columns hold no lengths
             **options,
         )
         rows = Dataset.from_list([json.loads(line) for line in args.data.open()])
