@@ -1,59 +1,41 @@
 """The model and the rows of a benchmark, where the caller brings none: random words in dialogue lengths."""
 
 import random
+from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from demo.base_model import make_base_model
 
-VOCABULARY = 32_000
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+Row = dict[str, Any]
 
 
-def dialogue_pairs(num_pairs: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Conversational rows of about 126 prompt, 41 chosen and 53 rejected tokens, log-normal around them."""
+def dialogues(num_rows: int, *, num_completions: int, seed: int = 0) -> list[Row]:
+    """Prompts of about 126 tokens, best answers of 41, others of 53, log-normal around them."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(3000)]
 
-    def text(mean: float) -> str:
-        return " ".join(rng.choices(words, k=max(1, round(mean * rng.lognormvariate(-0.18, 0.6)))))
+    def message(role: str, mean: float) -> Row:
+        count = max(1, round(mean * rng.lognormvariate(-0.18, 0.6)))
+        return {"role": role, "content": " ".join(rng.choices(words, k=count))}
 
     return [
         {
-            "prompt": [{"role": "user", "content": text(123)}],
-            "chosen": [{"role": "assistant", "content": text(40)}],
-            "rejected": [{"role": "assistant", "content": text(52)}],
+            "prompt": [message("user", 123)],
+            "completions": [[message("assistant", 40 if place == 0 else 52)] for place in range(num_completions)],
         }
-        for _ in range(num_pairs)
+        for _ in range(num_rows)
     ]
 
 
-def save_model(folder: Path, rows: list[dict[str, Any]], *, layers: int = 8, width: int = 512) -> None:
-    """A random Llama of 40M parameters, and a tokenizer in which each of the rows' words is about one token."""
-    texts = [row[side][0]["content"] for row in rows for side in ("prompt", "chosen", "rejected")]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special))
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    made.chat_template = TEMPLATE
-    made.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3 // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+def as_pairs(row: Row) -> Iterator[Row]:
+    """What a trainer of pairs is given for a ranking: each completion before each worse one."""
+    for chosen, rejected in combinations(row["completions"], 2):
+        yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+
+
+def save_model(folder: Path, rows: list[Row]) -> None:
+    """A random Llama of 40M weights and a vocabulary of 32k, in which each of the rows' words is about one token."""
+    texts = [m["content"] for row in rows for message in (row["prompt"], *row["completions"]) for m in message]
+    make_base_model(folder, texts, hidden_size=512, num_layers=8, vocabulary=32_000)

@@ -2,9 +2,10 @@
 
     python benchmarks/vs_trl.py --pairs 64 --batch-size 8 --repeats 3 --json results.json
 
-It needs torch, transformers and trl, and neither Ray nor the service. Columns run interleaved, forth and
-back. `reference` is the time that scoring takes where it is apart, `train` that of the steps; set-up
-is in neither. Memory is the process's peak: VmHWM, or what CUDA allocated.
+It needs torch, transformers, datasets and trl; where Ray is installed, the engine also runs inside a Ray
+Train worker. Columns run interleaved, forth and back. `reference` is the time of scoring where that is
+apart, `train` that of the steps; set-up is in neither. Memory is the process's peak: VmHWM, or what
+CUDA allocated. With `--kind ranked` a row has four completions, and TRL is given its six pairs.
 """
 
 import argparse
@@ -14,67 +15,62 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-RATE, BETA = 1e-6, 0.1
-TRL = {
-    "TRL as it comes": {},
-    "TRL, checkpointing off": {"gradient_checkpointing": False},
-    "TRL at its best": {
-        "gradient_checkpointing": False,
-        "precompute_ref_log_probs": True,
-    },
-}
-COLUMNS = [*TRL, "raydpo"]
+from benchmarks.columns import BEST, OURS, Figures, columns
+from benchmarks.rows import dialogues, save_model
+
+NUM_COMPLETIONS = {"pairs": 2, "ranked": 4}
 
 
 def main() -> None:
     args = _arguments()
     if args.column:
-        print("RESULT " + json.dumps(_run_column(args)))
+        print("RESULT " + json.dumps(columns(args)[args.column](args)))
         return
+    names = list(columns(args))
+    runs: dict[str, list[Figures]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         _prepare(args, Path(folder))
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in COLUMNS}
         for repeat in range(args.repeats):
-            for name in COLUMNS if repeat % 2 == 0 else COLUMNS[::-1]:
-                runs[name].append(_in_its_own_process(args, name))
+            for name in names if repeat % 2 == 0 else names[::-1]:
+                runs[name].append(_in_its_own_process(args, name, Path(folder)))
                 print(f"{name}: {runs[name][-1]}", flush=True)
-    medians = {
-        name: {key: statistics.median(r[key] for r in found) for key in found[0]} for name, found in runs.items()
-    }
+        medians = {name: _median(found) for name, found in runs.items()}
+        for name, difference in _weight_differences(args.model, Path(folder), names).items():
+            medians[name]["weights_difference"] = difference
     _print_table(medians)
     if args.json:
-        args.json.write_text(
-            json.dumps({"arguments": vars(args) | {"json": None}, "medians": medians, "runs": runs}, default=str)
-        )
-
-
-def _median(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        asked = {"kind": args.kind, "dtype": args.dtype, "rows": args.pairs, "batch_size": args.batch_size}
+        args.json.write_text(json.dumps({"arguments": asked, "medians": medians, "runs": runs}, indent=1))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="prompt/chosen/rejected messages, JSON Lines; else made up")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; else a random Llama of 40M parameters")
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--kind", choices=NUM_COMPLETIONS, default="pairs")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--pairs", type=int, default=64, help="rows to train on")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows in an optimizer step")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ablate", action="store_true", help="also ours with a part at a time taken away")
     parser.add_argument("--json", type=Path, help="where to write every figure")
-    parser.add_argument("--column", choices=COLUMNS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--column", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.data and args.kind == "ranked":
+        parser.error("--data holds pairs; --kind ranked makes its rows up.")
+    return args
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> None:
-    from benchmarks.rows import dialogue_pairs, save_model
-
-    rows = [json.loads(line) for line in args.data.open()] if args.data else dialogue_pairs(args.pairs)
+    """The rows and the model of all runs, in `folder`."""
+    rows = _read_pairs(args.data) if args.data else dialogues(args.pairs, num_completions=NUM_COMPLETIONS[args.kind])
     if len(rows) < args.pairs:
         raise SystemExit(f"{args.data} has {len(rows)} rows; --pairs asks for {args.pairs}.")
     args.data = folder / "rows.jsonl"
@@ -84,123 +80,58 @@ def _prepare(args: argparse.Namespace, folder: Path) -> None:
         save_model(args.model, rows)
 
 
-def _in_its_own_process(args: argparse.Namespace, column: str) -> dict[str, float]:
-    given = ["--data", args.data, "--model", args.model, "--pairs", args.pairs, "--batch-size", args.batch_size]
-    command = [sys.executable, __file__, *map(str, given), "--column", column]
+def _read_pairs(path: Path) -> list[dict[str, Any]]:
+    pairs = [json.loads(line) for line in path.open()]
+    return [{"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]]} for pair in pairs]
+
+
+def _in_its_own_process(args: argparse.Namespace, column: str, folder: Path) -> Figures:
+    given = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "model", "dtype", "batch-size")]
+    ablate = ["--ablate"] if args.ablate else []
+    weights = folder / f"{column}.pt"
+    command = [sys.executable, __file__, *given, *ablate, "--column", column, "--weights", str(weights)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{column} failed:\n{run.stderr}")
-    found: dict[str, float] = json.loads(run.stdout.rpartition("RESULT ")[2])
+    found: Figures = json.loads(run.stdout.rpartition("RESULT ")[2])
     return found
 
 
-def _run_column(args: argparse.Namespace) -> dict[str, float]:
+def _median(runs: list[Figures]) -> Figures:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def _weight_differences(model: Path, folder: Path, names: list[str]) -> Figures:
+    """How far each column's weights end from ours, as a share of the way that ours went."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    run = _run_ours if args.column == "raydpo" else _run_trl
-    reference, train = run(args)
-    return {
-        "reference_seconds": reference,
-        "train_seconds": train,
-        "pairs_per_second": args.pairs / train,
-        "pairs_per_second_with_reference": args.pairs / (reference + train),
-        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_bytes(),
-    }
+    start = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    before = torch.cat([p.detach().flatten() for p in start.parameters()])
+    ours = torch.load(folder / f"{OURS}.pt")
+    way = (ours - before).norm()
+    return {name: ((torch.load(folder / f"{name}.pt") - ours).norm() / way).item() for name in names}
 
 
-def _peak_bytes() -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
-def _run_ours(args: argparse.Namespace) -> tuple[float, float]:
-    from dpo_core import Optim, TrainConfig, encode_group, load_policy, load_tokenizer, read_groups, score_reference
-
-    tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, device=_device())
-    groups = [encode_group(group, tokenizer) for group in read_groups(args.data.open("rb"))]
-    started = time.perf_counter()
-    groups = score_reference(policy, groups, max_tokens_per_pack=4096)
-    scored = time.perf_counter()
-    batches = [groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size)]
-    optim = Optim(learning_rate=RATE, warmup_ratio=0.0)
-    config = TrainConfig(optim=optim, batch_size=args.batch_size, max_tokens_per_pack=4096, max_length=2048)
-    config = config.resolved(len(groups))
-    with tempfile.TemporaryDirectory() as folder:
-        elapsed = _time_steps(config, policy, tokenizer, batches, Path(folder))
-    return scored - started, elapsed
-
-
-def _time_steps(config: Any, policy: Any, tokenizer: Any, batches: list[Any], folder: Path) -> float:
-    """Seconds of all steps without the last checkpoint: one more step is announced than is taken."""
-    from dataclasses import replace
-
-    from dpo_core import train
-
-    config = replace(config, checkpoint_steps=len(batches) + 1)
-    started = time.perf_counter()
-    steps: Iterator[Any] = train(
-        config, policy, tokenizer, batches, total_steps=len(batches) + 1, checkpoint_dir=folder
-    )
-    for _ in batches:
-        next(steps)
-    return time.perf_counter() - started
-
-
-def _run_trl(args: argparse.Namespace) -> tuple[float, float]:
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    options: dict[str, Any] = dict(TRL[args.column])
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder,
-            beta=BETA,
-            learning_rate=RATE,
-            num_train_epochs=1,
-            per_device_train_batch_size=args.batch_size,
-            max_length=2048,
-            logging_steps=10,
-            save_strategy="no",
-            report_to=[],
-            bf16=False,
-            use_cpu=_device() == "cpu",
-            disable_tqdm=True,
-            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length: its columns hold no lengths
-            **options,
-        )
-        rows = Dataset.from_list([json.loads(line) for line in args.data.open()])
-        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        trainer = DPOTrainer(policy, None, config, train_dataset=rows, processing_class=tokenizer)
-        started = time.perf_counter()
-        trainer.get_train_dataloader()  # scores the reference, where that is done before training
-        scored = time.perf_counter()
-        trainer.train()
-        return scored - started, trainer.state.log_history[-1]["train_runtime"]
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _print_table(medians: dict[str, dict[str, float]]) -> None:
-    print(f"\n{'':24}{'pairs/s':>10}{'with reference':>16}{'peak GB':>10}{'ours, with reference':>22}{'memory':>8}")
-    ours = medians["raydpo"]
+def _print_table(medians: dict[str, Figures]) -> None:
+    ours = medians[OURS]
+    head = ("rows/s", "with ref.", "tokens/s", "peak GB", "ours, with ref.", "memory", "matmul", "weights")
+    print(f"\n{'':26}" + "".join(f"{title:>17}" for title in head))
     for name, found in medians.items():
-        ratio = ours["pairs_per_second_with_reference"] / found["pairs_per_second_with_reference"]
-        memory = ours["peak_bytes"] / found["peak_bytes"]
-        print(
-            f"{name:24}{found['pairs_per_second']:10.2f}{found['pairs_per_second_with_reference']:16.2f}"
-            f"{found['peak_bytes'] / 1e9:10.2f}{ratio:20.2f} x{memory:8.2f}"
+        share = f"{found['matmul_share']:.0%}" if "matmul_share" in found else "-"
+        cells = (
+            f"{found['rows_per_second']:.2f}",
+            f"{found['rows_per_second_with_reference']:.2f}",
+            f"{ours['tokens'] / found['train_seconds']:.0f}",
+            f"{found['peak_bytes'] / 1e9:.2f}",
+            f"{ours['rows_per_second_with_reference'] / found['rows_per_second_with_reference']:.2f} x",
+            f"{ours['peak_bytes'] / found['peak_bytes']:.2f}",
+            share,
+            f"{found['weights_difference']:.1e}",
         )
-    best = ours["pairs_per_second"] / medians["TRL at its best"]["pairs_per_second"]
-    print(f"Training alone, against TRL at its best: {best:.2f} x")
+        print(f"{name:26}" + "".join(f"{cell:>17}" for cell in cells))
+    print(f"Training alone, against {BEST}: {ours['rows_per_second'] / medians[BEST]['rows_per_second']:.2f} x")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     main()

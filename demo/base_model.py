@@ -1,4 +1,4 @@
-"""A base model to start from: a few million random weights and a tokenizer made for the demo's text."""
+"""A base model to start from: random weights and a tokenizer made for the text at hand."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,14 +10,31 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def make_base_model(folder: Path, text: Iterable[str], *, hidden_size: int, num_layers: int, seed: int = 0) -> int:
-    """Write a Hugging Face folder: Llama architecture, safetensors, chat template. Returns the number of weights."""
+def make_base_model(
+    folder: Path,
+    text: Iterable[str],
+    *,
+    hidden_size: int,
+    num_layers: int,
+    vocabulary: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Write a Hugging Face folder: Llama architecture, safetensors, chat template. Returns the number of weights.
+
+    The model has an embedding for each token of the tokenizer, or for `vocabulary` of them.
+    """
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(text, vocab_size=2048, min_frequency=2, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    bpe.train_from_iterator(
+        text,
+        vocab_size=vocabulary or 2048,
+        min_frequency=2,
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer,
         eos_token="<|end|>",
@@ -29,7 +46,7 @@ def make_base_model(folder: Path, text: Iterable[str], *, hidden_size: int, num_
     torch.manual_seed(seed)
     policy = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary or len(tokenizer),
             hidden_size=hidden_size,
             intermediate_size=hidden_size * 8 // 3,
             num_hidden_layers=num_layers,

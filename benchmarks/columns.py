@@ -1,0 +1,224 @@
+"""What a benchmark compares: one training run each, in a process of its own."""
+
+import json
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.rows import as_pairs
+
+RATE, BETA, MAX_LENGTH, MAX_TOKENS_PER_PACK = 1e-6, 0.1, 2048, 4096
+Figures = dict[str, float]
+OURS, BEST = "raydpo", "TRL at its best"
+
+
+def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
+    """The columns of this run by name; each is given the arguments and leaves its weights at `args.weights`."""
+    off = {"gradient_checkpointing": False}
+    found: dict[str, Callable[[Namespace], Figures]] = {
+        "TRL as it comes": partial(run_trl, options={}),
+        "TRL, checkpointing off": partial(run_trl, options=off),
+        BEST: partial(run_trl, options=off | {"precompute_ref_log_probs": True}),
+        OURS: run_ours,
+    }
+    if args.dtype != "float32":
+        found["raydpo in float32"] = partial(run_ours, dtype="float32")
+    if find_spec("ray"):
+        found["raydpo in Ray Train"] = run_in_ray
+    if args.ablate:
+        found |= {f"raydpo without {part}": partial(run_ours, without=part) for part in ABLATIONS}
+    return found
+
+
+# --- ours ----------------------------------------------------------------------------------
+
+
+def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
+    from dpo_core import Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
+    from dpo_core.feedback import Group
+    from dpo_core.flops import count_flops, matmul_rate
+    from dpo_core.model import Scorer
+
+    rows = [json.loads(line) for line in args.data.open()]
+    tokenizer = load_tokenizer(args.model)
+    policy = load_policy(args.model, device=device(), dtype=getattr(torch, dtype or args.dtype))
+    groups = [
+        encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)
+    ]
+    optim = Optim(learning_rate=RATE, warmup_ratio=0.0)
+    config = TrainConfig(
+        optim=optim, batch_size=args.batch_size, max_tokens_per_pack=MAX_TOKENS_PER_PACK, max_length=MAX_LENGTH
+    ).resolved(len(groups))
+    with tempfile.TemporaryDirectory() as folder, ABLATIONS[without]() if without else nullcontext():
+        started = time.perf_counter()
+        groups = score_reference(policy, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK)
+        scored = time.perf_counter()
+        batches = [groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size)]
+        config = replace(config, checkpoint_steps=len(batches) + 1)
+        # One more step is announced than is taken: the last one saves a checkpoint, which TRL does not.
+        steps = train(config, policy, tokenizer, batches, total_steps=len(batches) + 1, checkpoint_dir=Path(folder))
+        for _ in batches:
+            next(steps)
+        synchronize()
+        trained = time.perf_counter()
+    keep_weights(policy, args.weights)
+    scorer = Scorer(policy)
+    flops = sum(count_flops(policy, scorer.collate(batch)) for batch in batches)
+    tokens = sum(len(g.prompt_ids) * len(g.completion_ids) + sum(map(len, g.completion_ids)) for g in groups)
+    return figures(scored - started, trained - scored, len(rows)) | {
+        "tokens": tokens,
+        "matmul_share": flops / (trained - scored) / matmul_rate(policy.dtype, policy.device),
+    }
+
+
+def run_in_ray(args: Namespace) -> Figures:
+    """The same inside one Ray Train worker."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    def work() -> None:
+        import ray.train
+
+        torch.set_num_threads(num_threads)
+        Path(args.weights).with_suffix(".json").write_text(json.dumps(run_ours(args)))
+        ray.train.report({})
+
+    num_threads = torch.get_num_threads()
+    source = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source})
+    scaling = ScalingConfig(num_workers=1, use_gpu=device() == "cuda", resources_per_worker={"CPU": num_threads})
+    with tempfile.TemporaryDirectory() as folder:
+        TorchTrainer(work, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
+    ray.shutdown()
+    found: Figures = json.loads(Path(args.weights).with_suffix(".json").read_text())
+    return found
+
+
+# --- ours, a part at a time taken away -------------------------------------------------------
+
+
+def _without_sharing() -> Any:
+    from dpo_core import batch, model
+
+    def count_tokens(self: Any, group: Any) -> int:
+        return len(group.completion_ids) * len(group.prompt_ids) + sum(map(len, group.completion_ids))
+
+    def collate(self: Any, groups: Any) -> Any:
+        return batch.collate(groups, share_prompts=False).to(self.model.device)
+
+    return patch.multiple(model.Scorer, count_tokens=count_tokens, collate=collate)
+
+
+def _without_packing() -> Any:
+    """Each group is a pack."""
+    from dpo_core import model
+
+    def plan(self: Any, groups: Any, **kwargs: Any) -> list[list[list[int]]]:
+        return [[[i] for i in range(len(groups))]]
+
+    return patch.object(model.Scorer, "plan", plan)
+
+
+def _without_tiles() -> Any:
+    """All logits of the completions at once, and PyTorch's own gradient."""
+    from dpo_core import model
+
+    def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        return logits.log_softmax(1).gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets
+
+    return patch.object(model, "token_logps", token_logps)
+
+
+ABLATIONS: dict[str, Callable[[], Any]] = {
+    "sharing": _without_sharing,
+    "packing": _without_packing,
+    "tiles": _without_tiles,
+}
+
+# --- TRL -----------------------------------------------------------------------------------
+
+
+def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        reference_seconds = 0.0
+
+        def _precompute_ref_logps(self, *args: Any) -> Any:  # called while the trainer is made
+            started = time.perf_counter()
+            found = super()._precompute_ref_logps(*args)
+            self.reference_seconds = time.perf_counter() - started
+            return found
+
+    rows = [json.loads(line) for line in args.data.open()]
+    pairs = [pair for row in rows for pair in as_pairs(row)]
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            beta=BETA,
+            learning_rate=RATE,
+            num_train_epochs=1,
+            per_device_train_batch_size=args.batch_size * len(pairs) // len(rows),
+            max_length=MAX_LENGTH,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            bf16=args.dtype == "bfloat16",
+            use_cpu=device() == "cpu",
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length: its columns hold no lengths
+            **options,
+        )
+        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        trainer = Trainer(policy, None, config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+        trainer.train()
+        synchronize()
+    keep_weights(policy, args.weights)
+    (seconds,) = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    return figures(trainer.reference_seconds, seconds, len(rows))
+
+
+# --- what all report -------------------------------------------------------------------------
+
+
+def figures(reference_seconds: float, train_seconds: float, num_rows: int) -> Figures:
+    return {
+        "reference_seconds": reference_seconds,
+        "train_seconds": train_seconds,
+        "rows_per_second": num_rows / train_seconds,
+        "rows_per_second_with_reference": num_rows / (reference_seconds + train_seconds),
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_bytes(),
+    }
+
+
+def _peak_bytes() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def keep_weights(policy: torch.nn.Module, path: Path) -> None:
+    torch.save(torch.cat([p.detach().float().flatten().cpu() for p in policy.parameters()]), path)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
