@@ -9,31 +9,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpo_core.config import Optim, TrainConfig
+    from dpo_core.checkpoint import latest_checkpoint
+    from dpo_core.config import Lora, Optim, TrainConfig
     from dpo_core.encode import EncodedGroup, encode_group
     from dpo_core.feedback import Group, read_groups
-    from dpo_core.model import load_policy, load_tokenizer, score_reference
+    from dpo_core.model import load_policy, load_reward_model, load_tokenizer, merge_adapter
+    from dpo_core.scorer import score_reference
     from dpo_core.trainer import StepResult, train
 
 __all__ = [
     "EncodedGroup",
     "Group",
+    "Lora",
     "Optim",
     "StepResult",
     "TrainConfig",
     "encode_group",
+    "latest_checkpoint",
     "load_policy",
+    "load_reward_model",
     "load_tokenizer",
+    "merge_adapter",
     "read_groups",
     "score_reference",
     "train",
 ]
 
 _FILES = {
-    "config": ("Optim", "TrainConfig"),
+    "checkpoint": ("latest_checkpoint",),
+    "config": ("Lora", "Optim", "TrainConfig"),
     "encode": ("EncodedGroup", "encode_group"),
     "feedback": ("Group", "read_groups"),
-    "model": ("load_policy", "load_tokenizer", "score_reference"),
+    "model": ("load_policy", "load_reward_model", "load_tokenizer", "merge_adapter"),
+    "scorer": ("score_reference",),
     "trainer": ("StepResult", "train"),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}

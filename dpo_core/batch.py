@@ -55,9 +55,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One pack. T tokens in the stream, R completion tokens, K completions, G groups.
+    """One pack. T tokens in the stream, R completion tokens, K completions.
 
-    The last token of a completion predicts nothing and is left out of the stream.
+    The last token of a completion predicts nothing and is left out of the stream, unless `with_ends`:
+    a reward is read there.
     """
 
     input_ids: Tensor  # [T]
@@ -68,6 +69,7 @@ class Batch:
     completion_of_row: Tensor  # [R] in 0..K-1
     in_head: Tensor  # [R] whether the token is no later than the group's shortest completion is long
     num_completion_tokens: Tensor  # [K]
+    ends: Tensor  # [K] place in the stream of the last token of each completion; empty without ends
 
     @property
     def num_completions(self) -> int:
@@ -79,12 +81,13 @@ class Batch:
         return replace(self, **tensors)
 
 
-def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True) -> Batch:
+def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_ends: bool = False) -> Batch:
     """Lay groups end to end. Without sharing, the prompt stands before each of its completions."""
     ids: list[Sequence[int]] = []
     positions: list[range] = []
     segments: list[Segment] = []
     rows: list[Sequence[int]] = []
+    ends: list[int] = []
     stop = 0
     for group in groups:
         prompt = len(group.prompt_ids)
@@ -96,26 +99,31 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True) -> Ba
                 ids.append(group.prompt_ids)
                 positions.append(range(prompt))
                 stop += prompt
-            start, stop = stop, stop + len(completion) - 1
-            ids.append(completion[:-1])
-            positions.append(range(prompt, prompt + len(completion) - 1))
-            rows += [[first + prompt - 1], range(start, stop)]
+            kept = completion if with_ends else completion[:-1]
+            start, stop = stop, stop + len(kept)
+            ids.append(kept)
+            positions.append(range(prompt, prompt + len(kept)))
+            rows += [[first + prompt - 1], range(start, start + len(completion) - 1)]
+            ends += [stop - 1] if with_ends else []
             if not shared:
                 segments.append(Segment(first, first, first, stop))
             elif stop > start:
                 segments.append(Segment(first, first + prompt, start, stop))
     completions = [completion for group in groups for completion in group.completion_ids]
     lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.int64)
-    heads = [place < group.head_length for group in groups for ids in group.completion_ids for place in range(len(ids))]
+    completion_of_row = torch.repeat_interleave(torch.arange(len(completions)), lengths)
+    heads = torch.tensor([group.head_length for group in groups for _ in group.completion_ids], dtype=torch.int64)
+    places = torch.arange(len(completion_of_row)) - (lengths.cumsum(0) - lengths)[completion_of_row]
     return Batch(
         input_ids=_joined(ids),
         position_ids=_joined(positions),
         segments=tuple(segments),
         rows=_joined(rows),
         targets=_joined(completions),
-        completion_of_row=torch.repeat_interleave(torch.arange(len(completions)), lengths),
-        in_head=torch.tensor(heads, dtype=torch.bool),
+        completion_of_row=completion_of_row,
+        in_head=places < heads[completion_of_row],
         num_completion_tokens=lengths,
+        ends=torch.tensor(ends, dtype=torch.int64),
     )
 
 

@@ -1,30 +1,44 @@
 """A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
 
-    manifest.json            step, counters, config, files
-    model/                   a Hugging Face folder: config, safetensors, tokenizer
-    optimizer.safetensors    AdamW's moments by parameter name
+    manifest.json                           step, counters, metrics, config, files
+    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
+    optimizer-00001-of-00002.safetensors    one rank's part of AdamW's moments and of float32 masters, by parameter name
 
 No pickles. Nothing in a step draws random numbers and the learning rate is a function of the step,
-so weights, moments and the step are all that resuming needs to repeat a run bit for bit.
+so weights, moments and the step are all that resuming needs to repeat a run bit for bit. A run may go on
+with another number of ranks than it was saved with.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.config import TrainConfig
+from dpo_core.model import has_adapter
+from dpo_core.ranks import num_ranks, rank
+from dpo_core.weights import Weights
 
 MANIFEST = "manifest.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Publish = Callable[[int, Path], None]  # step and folder
+logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
@@ -49,36 +63,107 @@ class Manifest:
     step: int
     total_steps: int
     num_tokens: int  # trained on up to and with this step, over all ranks
+    metrics: dict[str, float]  # of this step
+    statistics: dict[str, float]  # of the objective
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
-    statistics: dict[str, float]  # of the objective
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.AdamW,
-    config: TrainConfig,
-    step: int,
-    total_steps: int,
-    num_tokens: int,
-    statistics: Mapping[str, float],
-) -> None:
-    """Write beside `folder`, then rename, so that a folder of that name is always whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    policy.save_pretrained(partial / "model")
-    tokenizer.save_pretrained(partial / "model")
-    save_file(_moments(policy, optimizer), partial / "optimizer.safetensors")
-    paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    files = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, _sha256(path)) for path in paths}
-    manifest = Manifest(step, total_steps, num_tokens, asdict(config), files, dict(statistics))
-    (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier attempt's
-    os.rename(partial, folder)
+class Writer:
+    """Writes checkpoints `folder/step-000012` while training goes on, one at a time, each whole or not at all.
+
+    A save waits for the one before it. What fails in the background is raised by the next call.
+    Every rank that holds a part writes it, to a `folder` that is shared or its own. `publish` is called
+    on each of them with the checkpoint's folder once its part is written; on rank 0 last, and with the
+    manifest. As a context manager: leaves when all is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: Weights,
+        publish: Publish | None = None,
+    ) -> None:
+        self._folder, self._policy, self._tokenizer, self._weights = folder, policy, tokenizer, weights
+        self._publish = publish or (lambda step, folder: None)
+        self._part, self._num_parts = _part(weights)
+        self._others = dist.new_group(backend="gloo") if self._num_parts > 1 else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, manifest: Manifest, optimizer: torch.optim.AdamW) -> None:
+        """Copy what the checkpoint holds, and return. `manifest` lacks its files."""
+        self.wait()
+        model = _model_state(self._policy, self._weights)
+        if self._part is not None or self._others:
+            state = _optimizer_state(self._weights, optimizer)
+            self._pending = self._pool.submit(self._write, manifest, model, state)
+
+    def check(self) -> None:
+        """Raises what a write has failed with."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        whole = self._folder / f"step-{manifest.step:06d}"
+        partial = whole.with_name(f".{whole.name}.partial")
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if self._others:
+            dist.barrier(self._others)
+        partial.mkdir(parents=True, exist_ok=True)
+        paths = []
+        if self._part is not None:
+            paths = [partial / f"optimizer-{self._part + 1:05d}-of-{self._num_parts:05d}.safetensors"]
+            save_file(state, paths[0])
+        if rank() == 0:
+            self._policy.save_pretrained(partial / "model", state_dict=model)
+            self._tokenizer.save_pretrained(partial / "model")
+            paths += sorted(path for path in (partial / "model").rglob("*") if path.is_file())
+        files = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, _sha256(path)) for path in paths}
+        if paths and rank() > 0:
+            self._publish(manifest.step, partial)
+        files = self._gather(files)
+        if rank() == 0:
+            (partial / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1))
+            shutil.rmtree(whole, ignore_errors=True)  # an earlier attempt's
+            os.rename(partial, whole)
+            self._publish(manifest.step, whole)
+
+    def _gather(self, files: dict[str, FileDigest]) -> dict[str, FileDigest]:
+        """The files of all ranks; on rank 0."""
+        if self._others is None:
+            return files
+        parts: list[Any] = [None] * num_ranks()
+        dist.gather_object(files, parts if rank() == 0 else None, group=self._others)
+        return {name: digest for part in parts for name, digest in (part or {}).items()}
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint in a folder of them; a damaged one is named in a warning and passed over."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            verify(candidate)
+        except DamagedCheckpoint as error:
+            logger.warning("A checkpoint is damaged and passed over: %s", error)
+        else:
+            return candidate
+    return None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,37 +194,84 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def restore(
-    folder: Path, *, policy: PreTrainedModel, optimizer: torch.optim.AdamW, config: TrainConfig, total_steps: int
-) -> Manifest:
-    """Put a checkpoint's weights and moments into `policy` and `optimizer`."""
+def resumable(folder: Path, *, config: TrainConfig, total_steps: int) -> tuple[Manifest, TrainConfig]:
+    """The manifest of a checkpoint that this run can go on from, and `config` with what that run had decided."""
     manifest = verify(folder)
     if manifest.total_steps != total_steps:
         raise ValueError(f"{folder} is of a run of {manifest.total_steps} steps, this one has {total_steps}.")
+    wanted = asdict(config)
     for key in ("objective", "optim", "n_epochs", "batch_size", "seed"):
-        before, now = manifest.config[key], asdict(config)[key]
-        if before != now:
-            raise ValueError(f"{folder} was trained with {key} {before}, this run has {now}; use the same config.")
-    saved = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=policy.dtype, use_safetensors=True)
-    policy.load_state_dict(saved.state_dict())
-    moments = load_file(folder / "optimizer.safetensors")
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(manifest.step), device=parameter.device),
-                "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
-                "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
-            }
-    return manifest
-
-
-def _moments(policy: PreTrainedModel, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    return {
-        f"{name}.{moment}": optimizer.state[parameter][moment].cpu().contiguous()
-        for name, parameter in policy.named_parameters()
-        if parameter.requires_grad
-        for moment in ("exp_avg", "exp_avg_sq")
+        before = manifest.config[key]
+        if before != json.loads(json.dumps(wanted[key])):
+            message = f"{folder} was trained with {key} {before}, this run has {wanted[key]}; use the same config."
+            raise ValueError(message)
+    decided = {
+        key: manifest.config[key]
+        for key, open_value in (("max_tokens_per_pack", None), ("activation_checkpointing", "auto"))
+        if wanted[key] == open_value
     }
+    return manifest, replace(config, **decided)
+
+
+def load(
+    folder: Path, manifest: Manifest, *, policy: PreTrainedModel, weights: Weights, optimizer: torch.optim.AdamW
+) -> None:
+    """Put a checkpoint's weights and moments into place."""
+    if has_adapter(policy):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy, load_file(folder / "model" / "adapter_model.safetensors"))
+    else:
+        saved = type(policy).from_pretrained(folder / "model", dtype="auto", use_safetensors=True)
+        set_model_state_dict(policy, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
+    parts: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*.safetensors"))]
+    for name, parameter in weights.stepped.items():
+
+        def saved_as(kind: str, like: Tensor = parameter, name: str = name) -> Tensor:
+            whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in parts])
+            if isinstance(like, DTensor):
+                return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+            return whole.to(like.device)
+
+        if name in weights.masters:
+            parameter.data.copy_(saved_as("master"))
+        optimizer.state[parameter] = {moment: saved_as(moment) for moment in MOMENTS} | {
+            "step": torch.tensor(float(manifest.step), device=parameter.device)
+        }
+
+
+def _part(weights: Weights) -> tuple[int | None, int]:
+    """Which part of the optimizer's state this rank writes, and how many there are. Of copies, the first is written."""
+    first = next(iter(weights.stepped.values()))
+    if not isinstance(first, DTensor):
+        return (0 if rank() == 0 else None), 1
+    place = first.device_mesh.get_coordinate()
+    assert place is not None
+    (dimension,) = [i for i, placement in enumerate(first.placements) if isinstance(placement, Shard)]
+    is_first = all(at == 0 for i, at in enumerate(place) if i != dimension)
+    return (place[dimension] if is_first else None), first.device_mesh.size(dimension)
+
+
+def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
+    """Copies of the trained weights on the CPU, whole; of an adapter alone, if there is one. Empty on other ranks."""
+    if not weights.is_sharded:
+        kept = weights.trained if has_adapter(policy) else policy.state_dict()
+        return {name: _copy(tensor) for name, tensor in kept.items()} if rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
+    return cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
+
+
+def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Copies of this rank's moments and masters on the CPU."""
+    state = {f"{name}.master": _copy(master) for name, master in weights.masters.items()}
+    for name, parameter in weights.stepped.items():
+        state |= {f"{name}.{moment}": _copy(optimizer.state[parameter][moment]) for moment in MOMENTS}
+    return state
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().to("cpu", copy=True).contiguous()
 
 
 def _sha256(path: Path) -> str:

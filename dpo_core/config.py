@@ -41,6 +41,25 @@ class Optim:
 
 
 @options
+class Lora:
+    """Low-rank adapters, arXiv 2106.09685, trained in place of the weights they are added to."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv 2312.03732; else by alpha / r
+    use_dora: bool = False  # train magnitudes apart from directions, arXiv 2402.09353
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # all but the head
+
+    def __post_init__(self) -> None:
+        check(1 <= self.r <= 1024, "r", self.r, "from 1 to 1024")
+        check(0 < self.lora_alpha < float("inf"), "lora_alpha", self.lora_alpha, "greater than 0 and finite")
+        check(bool(self.target_modules), "target_modules", self.target_modules, '"all-linear" or names of modules')
+
+
+Sharding = Literal["auto", "replicated", "full", "hybrid"]
+
+
+@options
 class TrainConfig:
     """One training run. `None` means: decided by `resolved` once the data is known."""
 
@@ -49,7 +68,9 @@ class TrainConfig:
     n_epochs: int | None = None
     batch_size: int | None = None  # groups per optimizer step, over all ranks
     max_length: int = 2048  # tokens of a prompt and one completion; longer groups are dropped and counted
-    max_tokens_per_pack: int = 8192  # tokens of one forward and backward on one rank
+    max_tokens_per_pack: int | None = None  # of one forward and backward on one rank; None: what memory holds
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: only if max_length would not fit
+    sharding: Sharding = "auto"  # of weights over ranks
     checkpoint_steps: int | None = None  # steps between checkpoints; None: about four in a run
     seed: int = 0
 
@@ -60,7 +81,7 @@ class TrainConfig:
         check(every is None or every >= 1, "checkpoint_steps", every, "at least 1")
         check(2 <= self.max_length <= 1_048_576, "max_length", self.max_length, "from 2 to 1048576")
         check(
-            self.max_tokens_per_pack >= self.max_length,
+            self.max_tokens_per_pack is None or self.max_tokens_per_pack >= self.max_length,
             "max_tokens_per_pack",
             self.max_tokens_per_pack,
             f"at least max_length, {self.max_length}",

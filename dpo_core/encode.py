@@ -1,5 +1,6 @@
 """Text becomes token ids, prompt and completions apart, once and for all."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -27,6 +28,15 @@ class EncodedGroup:
     weight: float = 1.0  # of the group's loss
     margin: float | None = None  # by which the chosen completion should lead
 
+    def __post_init__(self) -> None:
+        if not self.prompt_ids or not self.completion_ids or not all(map(len, self.completion_ids)):
+            raise ValueError(f"Line {self.line} has a prompt or a completion of no tokens; give it some.")
+        for name in ("ref_logps", "ref_head_logps", "ratings"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.completion_ids):
+                many = f"{len(values)} {name} for {len(self.completion_ids)} completions"
+                raise ValueError(f"Line {self.line} has {many}; give each completion one.")
+
     @property
     def head_length(self) -> int:
         """Tokens of the shortest completion."""
@@ -36,6 +46,10 @@ class EncodedGroup:
         """A rating for each completion. By order alone the last has 0 and a single one has 1."""
         last = max(1, len(self.completion_ids) - 1)
         return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
+
+    def rated(self) -> list[float]:
+        """The ratings of the prompt's own completions."""
+        return [rating for rating in self.ranked() if not math.isnan(rating)]
 
     @property
     def num_tokens(self) -> int:

@@ -1,42 +1,45 @@
 """The floor of a step's time: its floating-point operations, and how many of them the device does in a second."""
 
 import time
+from collections.abc import Iterable
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_core.batch import Batch
 
 
-def count_flops(policy: PreTrainedModel, batch: Batch) -> int:
-    """Of the matrix products in one forward and backward of the pack: a multiplication and an addition count two.
+class Flops:
+    """Of the matrix products in a forward and backward; a multiplication and an addition are two (arXiv 2204.02311, B).
 
-    As in Megatron's count (arXiv 2205.05198, appendix A) attention is taken as causal. The head's tiles are
-    computed twice, and so are attention's scores; frozen weights have no gradient to compute.
+    Attention is causal. The head's tiles and attention's scores are computed twice. Frozen weights have no gradient.
     """
-    config = policy.config.get_text_config()
-    num_tokens, head = len(batch.input_ids), policy.get_output_embeddings()
-    flops = num_tokens * sum(_flops_per_token(p) for m in policy.modules() if m is not head for p in _matrices(m))
-    routed = getattr(config, "num_experts_per_tok", 0) / (getattr(config, "num_local_experts", 0) or 1)
-    flops += round(routed * num_tokens * sum(_flops_per_token(p) for p in policy.parameters() if p.ndim == 3))
-    if head is not None:
-        flops += len(batch.rows) * (_flops_per_token(head.weight) + 2 * head.weight.numel())
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    seen = sum(
-        (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
-        for prefix_start, prefix_stop, start, stop in batch.segments
-    )
-    return flops + config.num_hidden_layers * 14 * config.num_attention_heads * head_width * seen
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config, head = model.config.get_text_config(), model.get_output_embeddings()
+        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        experts = [p for p in model.parameters() if p.ndim == 3]
+        num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+        routed = getattr(config, "num_experts_per_tok", None) or 1
+        self.per_token: int = _of_matrices(linear) + _of_matrices(experts) * routed // num_experts
+        self.per_row: int = 0 if head is None else _of_matrices([head.weight]) + 2 * head.weight.numel()
+        heads: int = getattr(config, "num_attention_heads", 0)  # a state-space model has none
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
+        self.per_seen_token: int = 14 * width * config.num_hidden_layers
+
+    def of(self, batch: Batch) -> int:
+        seen = sum(
+            (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
+            for prefix_start, prefix_stop, start, stop in batch.segments
+        )
+        rows = 0 if len(batch.ends) else len(batch.rows)
+        return self.per_token * len(batch.input_ids) + self.per_row * rows + self.per_seen_token * seen
 
 
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    return [module.weight] if isinstance(module, nn.Linear) else []
-
-
-def _flops_per_token(weight: nn.Parameter) -> int:
-    return (6 if weight.requires_grad else 4) * weight.numel()
+def _of_matrices(weights: Iterable[Tensor]) -> int:
+    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
 
 
 @cache

@@ -1,158 +1,134 @@
-"""The policy and the reference: loading them, and what they say of completions.
+"""Models from Hugging Face folders: policies, with or without an adapter, reward models, and tokenizers.
 
 Weights come as safetensors only, and no code that travels with a model is run.
 """
 
-import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from dpo_core.attention import shared_prompts
-from dpo_core.batch import Batch, collate, plan
-from dpo_core.encode import EncodedGroup
-from dpo_core.logps import token_logps
-
-logger = logging.getLogger(__name__)
+from dpo_core.config import Lora
+from dpo_core.options import InvalidOption
 
 
 def load_policy(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    adapter: Lora | None = None,
 ) -> PreTrainedModel:
-    """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off."""
-    policy: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-    )
-    policy.to(device).eval()
-    return cast(PreTrainedModel, policy)
+    """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
+
+    With an `adapter` all else is frozen. Raises InvalidOption where the model has none of its target modules.
+    """
+    return _load(AutoModelForCausalLM, source, dtype, device, adapter)
+
+
+def load_reward_model(
+    source: str | Path,
+    *,
+    num_outputs: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    adapter: Lora | None = None,
+) -> PreTrainedModel:
+    """The same weights with a linear head in place of the vocabulary's, new unless `source` is a reward model.
+
+    A head has one output, the reward; for `reward_gaussian` two, its mean and the logarithm of its variance.
+    """
+    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, num_labels=num_outputs)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
 
 
-class Scorer:
-    """Log-probabilities of a batch's completion tokens under a model.
-
-    Shares each prompt between its completions where the architecture allows it; that is tried once,
-    on a few tokens, against the model's own forward. Where it does not, every completion runs
-    through the model's own forward behind its own copy of the prompt.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.shares_prompts = _can_share(model)
-
-    def count_tokens(self, group: EncodedGroup) -> int:
-        """What the group costs of a pack's budget."""
-        copies = 1 if self.shares_prompts else len(group.completion_ids)
-        return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
-
-    def plan(
-        self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
-    ) -> list[list[list[int]]]:
-        lengths = [self.count_tokens(group) for group in groups]
-        return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
-
-    def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
-        return collate(groups, share_prompts=self.shares_prompts).to(self.model.device)
-
-    def measure(self, batch: Batch) -> Tensor:
-        """[K, 3] of each completion: log-probability, that of its head, and tokens that were the likeliest."""
-        logps, correct = self.token_logps(batch)
-        columns = torch.stack([logps, logps * batch.in_head, correct.to(logps.dtype)], 1)
-        return columns.new_zeros(batch.num_completions, 3).index_add(0, batch.completion_of_row, columns)
-
-    def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[R] log-probabilities, and whether each target was the likeliest token."""
-        return (_shared_logps if self.shares_prompts else _plain_logps)(self.model, batch)
-
-
-@torch.no_grad()
-def score_reference(
-    reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
-) -> list[EncodedGroup]:
-    """The groups with what the reference says of their completions."""
-    scorer = Scorer(reference)
-    scored = list(groups)
-    for pack in scorer.plan(groups, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:
-        measures = iter(scorer.measure(scorer.collate([groups[i] for i in pack])).tolist())
-        for i in pack:
-            logps, head_logps, _ = zip(*(next(measures) for _ in groups[i].completion_ids), strict=True)
-            scored[i] = replace(groups[i], ref_logps=logps, ref_head_logps=head_logps)
-    return scored
-
-
-def _shared_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    with shared_prompts(model):
-        hidden = model.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            segments=batch.segments,
-            use_cache=False,
-        ).last_hidden_state[0]
-    head, config = cast(Any, model).get_output_embeddings(), model.config.get_text_config()
-    # The names that architectures have for a factor of the logits: Cohere's multiplies, Granite's divides.
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    rows = hidden.index_select(0, batch.rows)
-    return token_logps(
-        rows if scale == 1 else rows * scale,
-        head.weight,
-        getattr(head, "bias", None),
-        batch.targets,
-        soft_cap=getattr(config, "final_logit_softcapping", None),
+def _load(
+    kind: Any,
+    source: str | Path,
+    dtype: torch.dtype | str,
+    device: str | torch.device,
+    adapter: Lora | None,
+    **options: int,
+) -> PreTrainedModel:
+    model = kind.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
     )
+    model.to(device).eval()
+    if adapter is not None:
+        _attach(model, adapter)
+    return cast(PreTrainedModel, model)
 
 
-def _plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    logps, correct = [], []
-    rows, targets = batch.rows, batch.targets
-    sizes = batch.num_completion_tokens.tolist()
-    for segment, own_rows, ids in zip(
-        batch.segments, rows.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True
-    ):
-        stream = batch.input_ids[None, segment.start : segment.stop]
-        logits = model(input_ids=stream, use_cache=False).logits[0, own_rows - segment.start].float()
-        logps.append(logits.log_softmax(1).gather(1, ids[:, None])[:, 0])
-        correct.append(logits.argmax(1) == ids)
-    return torch.cat(logps), torch.cat(correct)
+def _attach(model: Any, adapter: Lora) -> None:
+    from peft import LoraConfig
+    from peft.utils.error import NoMatchingPeftModuleError
 
-
-# What architectures raise on arguments that they do not know.
-_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-
-
-def _can_share(model: PreTrainedModel) -> bool:
-    reason = _reads_the_whole_stream(model.config.get_text_config()) or _answers_differ(model)
-    if reason:
-        logger.warning("%s cannot share prompts (%s); each completion runs alone.", type(model).__name__, reason)
-    return not reason
-
-
-def _reads_the_whole_stream(config: PretrainedConfig) -> str:
-    """What of an architecture depends on the stream as a whole, in ways that a small example may not show."""
-    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    ropes = {part.get("rope_type") for part in by_layer} & {"dynamic", "longrope"}
-    return ", ".join(sorted(layers | {f"{kind} positions" for kind in ropes}))
-
-
-@torch.no_grad()
-def _answers_differ(model: PreTrainedModel) -> str:
-    """How shared prompts depart from this model's own answers on a small example; empty where they do not."""
-    ids = [i % model.config.get_text_config().vocab_size for i in range(3, 24)]
-    example = [EncodedGroup(ids[:7], (ids[7:11], ids[11:16]), None, 1), EncodedGroup(ids[16:17], (ids[17:],), None, 2)]
+    targets = adapter.target_modules
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="SEQ_CLS" if is_reward_model(model) else "CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
     try:
-        shared, _ = _shared_logps(model, collate(example).to(model.device))
-    except _REFUSALS as error:
-        return f"{type(error).__name__}: {error}"
-    plain, _ = _plain_logps(model, collate(example, share_prompts=False).to(model.device))
-    difference = (shared - plain).abs().max().item()
-    tolerated = 2e-4 if model.dtype == torch.float32 else 0.3
-    return "" if difference < tolerated else f"log-probabilities differ by {difference:.2g}"
+        model.add_adapter(config)
+    except NoMatchingPeftModuleError:
+        message = (
+            f"target_modules is {targets}, of which {type(model).__name__} has none; name some of its linear layers."
+        )
+        raise InvalidOption("target_modules", message) from None
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Within, a policy with an adapter is its own reference."""
+    if not has_adapter(model):
+        yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def merge_adapter(adapter: Path, folder: Path) -> None:
+    """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder."""
+    from peft import PeftConfig, PeftModel
+
+    config: Any = PeftConfig.from_pretrained(adapter)
+    kind = AutoModelForSequenceClassification if config.task_type == "SEQ_CLS" else AutoModelForCausalLM
+    base: Any = _load(kind, config.base_model_name_or_path, "auto", "cpu", None)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    merged.save_pretrained(folder)
+    load_tokenizer(adapter).save_pretrained(folder)
+
+
+def is_reward_model(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that the architecture repeats."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

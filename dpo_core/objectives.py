@@ -54,9 +54,8 @@ def dpo(objective: o.Dpo, scores: Scores) -> Tensor:
     Of a pair this is -log sigmoid(beta (h_w - h_l)), equation 7. A tie says nothing about its members.
     """
     rewards = scores.by_group(objective.beta * scores.all.logratios, NEVER)
-    worse = _is_worse(scores)
-    rivals = rewards[:, None, :].masked_fill(~worse, NEVER).logsumexp(2) + scores.margins[:, None]
-    chosen_from = worse.any(2)  # the worst completion is the only one left
+    rivals = rewards[:, None, :].masked_fill(~scores.worse, NEVER).logsumexp(2) + scores.margins[:, None]
+    chosen_from = scores.worse.any(2)  # the worst completion is the only one left
     found = (softplus(rivals - rewards) * chosen_from).sum(1)
     return found / chosen_from.sum(1) if objective.mean_over_choices else found
 
@@ -73,14 +72,8 @@ def lipo(objective: o.Lipo, scores: Scores) -> Tensor:
     gains = 2 ** ((ratings - lowest) / (highest - lowest)).nan_to_num(0.0) - 1
     ranks = s.detach().argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     discounts = 1 / torch.log1p(ranks.to(s.dtype))
-    weights = _differences(gains).abs() * _differences(discounts).abs() * _is_worse(scores)
+    weights = _differences(gains).abs() * _differences(discounts).abs() * scores.worse
     return (weights * softplus(-_differences(s))).sum((1, 2))
-
-
-def _is_worse(scores: Scores) -> Tensor:
-    """[G, k, k] whether completion j is rated lower than completion i."""
-    ratings = scores.by_group(scores.ratings, math.nan)
-    return ratings[:, :, None] > ratings[:, None, :]
 
 
 def _differences(values: Tensor) -> Tensor:
@@ -324,23 +317,34 @@ def count_units(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
 
 
 def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None:
-    """Raises ValueError for the first group that the objective cannot learn from."""
+    """Raises ValueError for a global batch, or for its first group, that the objective cannot learn from."""
     for group in groups:
         if problem := _problem(objective, group):
             raise ValueError(f"Line {group.line} {problem}")
+    if objective.traits.needs_other_prompts and all(len(g.rated()) == len(g.completion_ids) for g in groups):
+        raise ValueError(
+            f"The global batch has no completions of other prompts, which {objective.type} needs; add some, rated nan."
+        )
 
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
     traits = objective.traits
-    rated = [rating for rating in group.ranked() if not math.isnan(rating)]
+    unpaired = "unpaired" in traits.learns_from
+    ratings, rated = group.ranked(), group.rated()
+    if len(rated) < len(ratings) and not (unpaired or traits.needs_other_prompts):
+        return f"rates a completion nan; {objective.type} takes none of other prompts."
     many = f"has {len(rated)} completions; {objective.type} takes"
-    if traits.learns_from == ("demonstrations",):
-        return None if len(rated) == 1 else f"{many} 1."
+    if traits.learns_from == ("demonstrations",) and len(rated) != 1:
+        return f"{many} 1."
     if traits.learns_from == ("pairs",) and len(rated) != 2:
         return f"{many} 2."
     if "rankings" in traits.learns_from and len(rated) < 2:
         return f"{many} at least 2."
-    if "unpaired" not in traits.learns_from and len(set(rated)) == 1:
+    if unpaired and not rated:
+        return f"{many} at least 1."
+    if list(ratings[: len(rated)]) != (rated if unpaired else sorted(rated, reverse=True)):
+        return "has its completions out of order; put the best first, those rated nan last."
+    if not unpaired and len(set(rated)) == 1 < len(rated):
         return "rates all its completions alike; leave it out, it prefers none."
     if group.margin and not (traits.takes_margins and len(rated) == 2):
         return f"has a margin; {objective.type} takes none here."

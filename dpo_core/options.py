@@ -5,8 +5,9 @@ Formulas and the code that computes them are in `dpo_core.objectives`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, TypeVar, dataclass_transform
+from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 REFUSE_UNKNOWN_KEYS = {"extra": "forbid"}
 Kind = Literal["demonstrations", "pairs", "rankings", "ratings", "unpaired"]
@@ -26,9 +27,33 @@ def check(valid: bool, field: str, value: object, limit: str) -> None:
         raise InvalidOption(field, f"{field} is {value}; it must be {limit}.")
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What an option annotated with it must be."""
+
+    words: str
+    admits: Callable[[float], bool]
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass, of which pydantic refuses unknown keys."""
+    """A frozen, keyword-only dataclass, of which pydantic refuses unknown keys.
+
+    It checks the `Limit` of each option, then whatever its own `__post_init__` says of several together.
+    """
+    limits = [
+        (name, limit) for name, kind in cls.__annotations__.items() for limit in getattr(kind, "__metadata__", ())
+    ]
+    check_joint_rules = getattr(cls, "__post_init__", None)
+
+    def post_init(self: T) -> None:
+        for name, limit in limits:
+            value = getattr(self, name)
+            check(limit.admits(value), name, value, limit.words)
+        if check_joint_rules:
+            check_joint_rules(self)
+
+    cls.__post_init__ = post_init  # type: ignore[attr-defined]
     cls.__pydantic_config__ = REFUSE_UNKNOWN_KEYS  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True)(cls)
 
@@ -41,6 +66,7 @@ class Traits:
     needs_reference: bool = True
     takes_margins: bool = False
     needs_whole_batch: bool = False  # a loss depends on other groups of the global batch
+    needs_other_prompts: bool = False  # the global batch has completions of other prompts, rated nan
     default_learning_rate: float = 1e-6
     default_epochs: int = 1
 
@@ -51,20 +77,10 @@ WITHOUT_REFERENCE = replace(ON_PAIRS, needs_reference=False)
 ON_LABELS = Traits(learns_from=("unpaired", "pairs"), needs_whole_batch=True)
 
 
-def _positive(name: str, value: float) -> None:
-    check(0 < value < math.inf, name, value, "greater than 0 and finite")
-
-
-def _not_negative(name: str, value: float) -> None:
-    check(0 <= value < math.inf, name, value, "0 or more and finite")
-
-
-def _beta(value: float) -> None:
-    check(0 < value <= 100, "beta", value, "greater than 0 and at most 100")
-
-
-def _smoothing(value: float) -> None:
-    check(0 < value < 0.5, "label_smoothing", value, "greater than 0 and less than 0.5")
+Positive = Annotated[float, Limit("greater than 0 and finite", lambda x: 0 < x < math.inf)]
+NotNegative = Annotated[float, Limit("0 or more and finite", lambda x: 0 <= x < math.inf)]
+Beta = Annotated[float, Limit("greater than 0 and at most 100", lambda x: 0 < x <= 100)]
+Smoothing = Annotated[float, Limit("greater than 0 and less than 0.5", lambda x: 0 < x < 0.5)]
 
 
 @options
@@ -86,11 +102,8 @@ class Dpo:
 
     traits: ClassVar = replace(ON_RANKINGS, takes_margins=True)
     type: Literal["dpo"] = "dpo"
-    beta: float = 0.1
+    beta: Annotated[float, Limit("greater than 0 and at most 2", lambda x: 0 < x <= 2)] = 0.1
     mean_over_choices: bool = False  # of a ranking; the paper's likelihood is the sum
-
-    def __post_init__(self) -> None:
-        check(0 < self.beta <= 2, "beta", self.beta, "greater than 0 and at most 2")
 
 
 @options
@@ -99,12 +112,8 @@ class Cdpo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["cdpo"] = "cdpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _smoothing(self.label_smoothing)
+    beta: Beta = 0.1
+    label_smoothing: Smoothing = 0.1
 
 
 @options
@@ -113,12 +122,8 @@ class RobustDpo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["robust_dpo"] = "robust_dpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _smoothing(self.label_smoothing)
+    beta: Beta = 0.1
+    label_smoothing: Smoothing = 0.1
 
 
 @options
@@ -127,11 +132,8 @@ class Ipo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["ipo"] = "ipo"
-    beta: float = 0.1
+    beta: Beta = 0.1
     length_average: bool = True  # log-ratios per token, as the paper's results were made; else summed
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
 
 
 @options
@@ -140,10 +142,7 @@ class Hinge:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["hinge"] = "hinge"
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 0.1
 
 
 @options
@@ -152,26 +151,18 @@ class DpoNorm:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["dpo_norm"] = "dpo_norm"
-    beta: float = 5.0
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 5.0
 
 
 @options
 class Kto:
     """Kahneman-Tversky Optimization, arXiv 2402.01306: completions that are desirable or not."""
 
-    traits: ClassVar = ON_LABELS
+    traits: ClassVar = replace(ON_LABELS, needs_other_prompts=True)
     type: Literal["kto"] = "kto"
-    beta: float = 0.1
-    desirable_weight: float = 1.0  # the paper's lambda_D
-    undesirable_weight: float = 1.0  # lambda_U
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _positive("desirable_weight", self.desirable_weight)
-        _positive("undesirable_weight", self.undesirable_weight)
+    beta: Beta = 0.1
+    desirable_weight: Positive = 1.0  # the paper's lambda_D
+    undesirable_weight: Positive = 1.0  # lambda_U
 
 
 @options
@@ -180,10 +171,7 @@ class Bco:
 
     traits: ClassVar = ON_LABELS
     type: Literal["bco"] = "bco"
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 0.1
 
 
 @options
@@ -192,10 +180,7 @@ class Orpo:
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6)
     type: Literal["orpo"] = "orpo"
-    odds_weight: float = 0.1  # the paper's lambda
-
-    def __post_init__(self) -> None:
-        _positive("odds_weight", self.odds_weight)
+    odds_weight: Positive = 0.1  # the paper's lambda
 
 
 @options
@@ -204,13 +189,9 @@ class Cpo:
 
     traits: ClassVar = WITHOUT_REFERENCE
     type: Literal["cpo"] = "cpo"
-    beta: float = 0.1
-    nll_weight: float = 1.0  # alpha
+    beta: Beta = 0.1
+    nll_weight: NotNegative = 1.0  # alpha
     length_average: bool = True  # the likelihood term per token, as the published code; else summed, as its equation
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _not_negative("nll_weight", self.nll_weight)
 
 
 @options
@@ -223,12 +204,8 @@ class Simpo:
 
     traits: ClassVar = WITHOUT_REFERENCE
     type: Literal["simpo"] = "simpo"
-    beta: float = 2.5
-    gamma_beta_ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _not_negative("gamma_beta_ratio", self.gamma_beta_ratio)
+    beta: Beta = 2.5
+    gamma_beta_ratio: NotNegative = 0.5
 
 
 @options
@@ -237,10 +214,7 @@ class ApoZero:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_zero"] = "apo_zero"
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 0.1
 
 
 @options
@@ -249,10 +223,7 @@ class ApoDown:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_down"] = "apo_down"
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 0.1
 
 
 @options
@@ -261,10 +232,7 @@ class Nca:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["nca"] = "nca"
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 0.1
 
 
 @options
@@ -273,12 +241,8 @@ class Exo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["exo"] = "exo"
-    beta: float = 0.1
-    label_smoothing: float = 1e-3  # its logarithm is taken, so it is never 0
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _smoothing(self.label_smoothing)
+    beta: Beta = 0.1
+    label_smoothing: Smoothing = 1e-3  # its logarithm is taken, so it is never 0
 
 
 @options
@@ -287,10 +251,7 @@ class Sppo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["sppo"] = "sppo"
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 0.1
 
 
 @options
@@ -299,13 +260,9 @@ class Aot:
 
     traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
     type: Literal["aot"] = "aot"
-    beta: float = 0.1
+    beta: Beta = 0.1
     paired: bool = True  # the policy's margins against the reference's; else chosen log-ratios against rejected
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        check(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
+    label_smoothing: Annotated[float, Limit("in [0, 0.5)", lambda x: 0 <= x < 0.5)] = 0.0
 
 
 @options
@@ -314,12 +271,8 @@ class Discopop:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["discopop"] = "discopop"
-    beta: float = 0.1
-    tau: float = 0.05
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _positive("tau", self.tau)
+    beta: Beta = 0.1
+    tau: Positive = 0.05
 
 
 @options
@@ -328,12 +281,8 @@ class Dpop:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["dpop"] = "dpop"
-    beta: float = 0.1
-    penalty: float = 50.0  # lambda
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _not_negative("penalty", self.penalty)
+    beta: Beta = 0.1
+    penalty: NotNegative = 50.0  # lambda
 
 
 @options
@@ -342,12 +291,8 @@ class Rpo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["rpo"] = "rpo"
-    beta: float = 0.1
-    nll_weight: float = 1.0  # alpha
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _not_negative("nll_weight", self.nll_weight)
+    beta: Beta = 0.1
+    nll_weight: NotNegative = 1.0  # alpha
 
 
 @options
@@ -356,12 +301,9 @@ class LdDpo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["ld_dpo"] = "ld_dpo"
-    beta: float = 0.1
-    tail_weight: float = 0.5  # alpha: of the tokens past the shorter completion's length
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        check(0 <= self.tail_weight <= 1, "tail_weight", self.tail_weight, "from 0 to 1")
+    beta: Beta = 0.1
+    # alpha: of the tokens past the shorter completion's length
+    tail_weight: Annotated[float, Limit("from 0 to 1", lambda x: 0 <= x <= 1)] = 0.5
 
 
 @options
@@ -370,12 +312,8 @@ class RDpo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["r_dpo"] = "r_dpo"
-    beta: float = 0.1
-    length_weight: float = 0.01  # alpha, per token
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
-        _not_negative("length_weight", self.length_weight)
+    beta: Beta = 0.1
+    length_weight: NotNegative = 0.01  # alpha, per token
 
 
 @options
@@ -384,13 +322,12 @@ class FDpo:
 
     traits: ClassVar = ON_PAIRS
     type: Literal["f_dpo"] = "f_dpo"
-    beta: float = 0.1
+    beta: Beta = 0.1
     divergence: Literal["forward_kl", "jensen_shannon", "alpha"] = "jensen_shannon"
-    alpha: float = 0.5  # of the divergence `alpha`
+    # of the divergence `alpha`
+    alpha: Annotated[float, Limit("greater than 0 and less than 1", lambda x: 0 < x < 1)] = 0.5
 
     def __post_init__(self) -> None:
-        _beta(self.beta)
-        check(0 < self.alpha < 1, "alpha", self.alpha, "greater than 0 and less than 1")
         if self.divergence != "alpha" and self.alpha != 0.5:
             raise InvalidOption("alpha", f"alpha belongs to divergence alpha, not to {self.divergence}; leave it out.")
 
@@ -401,10 +338,7 @@ class Lipo:
 
     traits: ClassVar = ON_RANKINGS
     type: Literal["lipo"] = "lipo"
-    beta: float = 0.05
-
-    def __post_init__(self) -> None:
-        _beta(self.beta)
+    beta: Beta = 0.05
 
 
 PairObjective = (
@@ -429,7 +363,7 @@ class Mpo:
             many = f"{len(self.objectives)} objectives and {len(self.weights)} weights"
             raise InvalidOption("weights", f"mpo has {many}; give each objective one weight.")
         for weight in self.weights:
-            _positive("weights", weight)
+            check(0 < weight < math.inf, "weights", weight, "greater than 0 and finite")
         if all(part.type == "supervised" for part in self.objectives):
             raise InvalidOption("objectives", "mpo has no preference objective; use supervised instead.")
 
@@ -440,6 +374,7 @@ class Mpo:
             ON_PAIRS,
             needs_reference=any(part.needs_reference for part in parts),
             needs_whole_batch=any(part.needs_whole_batch for part in parts),
+            needs_other_prompts=any(part.needs_other_prompts for part in parts),
         )
 
 

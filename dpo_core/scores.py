@@ -1,8 +1,10 @@
 """What policy and reference say of the completions of some groups: what objectives and metrics read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,14 +63,13 @@ class Scores:
     @cached_property
     def starts(self) -> Tensor:
         """[G] the best completion of each group."""
-        sizes = torch.tensor([0, *self.sizes[:-1]])
-        return sizes.cumsum(0).to(self.found.device)
+        return self.places([0, *accumulate(self.sizes[:-1])])
 
-    @property
+    @cached_property
     def chosen(self) -> Completions:
         return self.all[self.starts]
 
-    @property
+    @cached_property
     def rejected(self) -> Completions:
         """Of pairs."""
         return self.all[self.starts + 1]
@@ -77,6 +78,12 @@ class Scores:
     def ratings(self) -> Tensor:
         """[K] higher is better; nan for a completion of another prompt."""
         return self._of_completions([rating for group in self.groups for rating in group.ranked()])
+
+    @cached_property
+    def worse(self) -> Tensor:
+        """[G, k, k] whether completion j is rated lower than completion i."""
+        ratings = self.by_group(self.ratings, math.nan)
+        return ratings[:, :, None] > ratings[:, None, :]
 
     @cached_property
     def margins(self) -> Tensor:
@@ -90,17 +97,25 @@ class Scores:
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:
         """[K] to [G, most completions], padded with `fill`."""
-        most = max(self.sizes)
-        if all(size == most for size in self.sizes):
-            return values.view(-1, most)
-        padded: Tensor = torch.nn.utils.rnn.pad_sequence(
-            list(values.split_with_sizes(self.sizes)), batch_first=True, padding_value=fill
-        )
-        return padded
+        num_groups, most = len(self.sizes), max(self.sizes)
+        if len(values) == num_groups * most:
+            return values.view(num_groups, most)
+        padded = values.new_full((num_groups * most,), fill)
+        return padded.index_copy(0, self._places_by_group, values).view(num_groups, most)
 
     def group_sums(self, values: Tensor) -> Tensor:
         """[K] to [G] sums."""
         return self.by_group(values, 0.0).sum(1)
+
+    def places(self, places: Sequence[int]) -> Tensor:
+        """An index of completions, on the device that has them."""
+        return torch.tensor(places).to(self.found.device, non_blocking=True)
+
+    @cached_property
+    def _places_by_group(self) -> Tensor:
+        """[K] where each completion stands once all groups are padded to the size of the largest."""
+        most = max(self.sizes)
+        return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 
     def _known(self, name: str) -> Tensor | None:
         values = [getattr(group, name) for group in self.groups]

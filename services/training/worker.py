@@ -1,6 +1,5 @@
 """One of the workers of a training run: the `for` around `dpo_core.trainer.train`."""
 
-import json
 import math
 import os
 import shutil
@@ -24,7 +23,6 @@ from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Rep
 from services.training.dataset import Dataset, global_batches, num_steps
 
 LN2_TOLERANCE = 1e-3
-STEP_METRICS = "metrics.json"  # in a checkpoint, so that a resuming attempt can report it again
 
 
 def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Failed:
@@ -55,6 +53,7 @@ def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Fail
             total_steps=total_steps,
             checkpoint_dir=scratch / "checkpoints",
             resume=resume,
+            publish=lambda step, folder: _publish(step, folder, spec, reporter),
         )
         failed = None
         for result in results:
@@ -99,21 +98,11 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
         try:
             folder = storage.fetch(uri, cache)
             verify(folder)
-            _step_metrics(folder)
         except DamagedCheckpoint as error:
             report(Message(level="warn", message=f"A checkpoint is damaged and left out: {error}"))
         else:
             return uri
     return None
-
-
-def _step_metrics(checkpoint: Path) -> dict[str, float]:
-    path = checkpoint / STEP_METRICS
-    try:
-        metrics: dict[str, float] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(STEP_METRICS, f"{path} is unreadable ({error}); use an earlier checkpoint.") from None
-    return metrics
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
@@ -131,24 +120,32 @@ def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, repo
         step = started.resumed_from
         reporter.report.remote(Message(message=f"Resumed from checkpoint at step {step}."))
         # Its attempt may have died before its own report of it was spooled.
-        saved = CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=_step_metrics(resume))
+        metrics = read_manifest(resume).metrics
+        saved = CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=metrics)
         reporter.report.remote(saved)
 
 
 def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
-    """Reports the step and publishes its checkpoint, in an order that loses neither if this process dies."""
     if is_gated(result, spec):
         sentence = f"The first loss is {result.metrics['loss']:.6f}, ln 2 as it must be: reference and policy agree."
         reporter.report.remote(Message(message=sentence))
     metrics = StepMetrics(step=result.step, total_steps=result.total_steps, metrics=result.metrics)
     reporter.report.remote(metrics)
-    if result.checkpoint:
+
+
+def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
+    """This worker's part of a checkpoint goes to storage, while training goes on.
+
+    Rank 0 is the last, and in an order that loses neither reports nor checkpoint if this process dies.
+    """
+    uri = checkpoint_uri(spec, step)
+    if dist.get_rank() == 0:
         ray.get(reporter.flush.remote())  # whoever resumes from here never runs these steps
-        (result.checkpoint / STEP_METRICS).write_text(json.dumps(result.metrics))
-        uri = checkpoint_uri(spec, result.step)
-        storage.publish(result.checkpoint, uri)
-        shutil.rmtree(result.checkpoint)
-        reporter.report.remote(CheckpointSaved(step=result.step, uri=uri, metrics=result.metrics))
+        metrics = read_manifest(folder).metrics
+    storage.publish(folder, uri)
+    shutil.rmtree(folder)
+    if dist.get_rank() == 0:
+        reporter.report.remote(CheckpointSaved(step=step, uri=uri, metrics=metrics))
 
 
 def checkpoint_uri(spec: AttemptSpec, step: int) -> str:

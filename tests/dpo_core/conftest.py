@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_core.encode import EncodedGroup
-from dpo_core.model import score_reference
+from dpo_core.scorer import score_reference
 
 VOCABULARY = 320
 

@@ -56,3 +56,10 @@ def test_supervised_counts_tokens_that_were_the_likeliest():
     groups = [EncodedGroup([1], ([2, 3],), None, 1), EncodedGroup([1], ([2],), None, 2)]
     found = values(Supervised(), groups, torch.tensor([[0.0, 0, 2], [0.0, 0, 0]]))
     assert found == {"mean_token_accuracy": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize("objective", [Dpo(), Kto(), Supervised()], ids=lambda o: o.type)
+def test_measuring_waits_for_no_device(objective):
+    groups = [*GROUPS, EncodedGroup([1], ([2], [3], [4]), (0.0, 0.0, 0.0), 3, ratings=(2.0, 1.0, 1.0))]
+    found = torch.zeros(7, 3, device="meta")  # which has no values to wait for
+    assert all(value.shape == () for value in measure(objective, Scores(groups, found)).values())

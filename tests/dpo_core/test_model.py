@@ -21,7 +21,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from dpo_core.model import Scorer, load_policy, load_tokenizer, score_reference
+from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.scorer import Scorer, score_reference
 
 SIZES = {
     "vocab_size": 320,
@@ -94,10 +95,10 @@ def test_other_architectures_share_or_run_plainly_and_agree(name, pairs, plain_t
     config, shares = ARCHITECTURES[name]
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(config).eval()
-    with caplog.at_level(logging.WARNING, "dpo_core.model"):
+    with caplog.at_level(logging.WARNING, "dpo_core.scorer"):
         scorer = Scorer(policy)
     assert scorer.shares_prompts == shares
-    assert sum(record.name == "dpo_core.model" for record in caplog.records) == (0 if shares else 1)
+    assert sum(record.name == "dpo_core.scorer" for record in caplog.records) == (0 if shares else 1)
     logps, _ = scorer.token_logps(scorer.collate(pairs))
     assert_same_as_plain(policy, pairs, logps, plain_token_logps)
 

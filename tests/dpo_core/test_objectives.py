@@ -12,6 +12,8 @@ from dpo_core.objectives import LOSSES, Statistics, check_groups, count_units, l
 from dpo_core.scores import Scores
 
 PAIR = EncodedGroup([1], ([2, 3], [4]), (-5.0, -7.0), 1, ref_head_logps=(-2.0, -7.0))
+SINGLE = EncodedGroup([1], ([2, 3],), None, 1)
+OTHER_PROMPT = EncodedGroup([1], ([2], [4], [5]), (-5, -7, -1), 1, ratings=(1.0, 0.0, math.nan))
 LOGPS = st.floats(-50, -0.01)
 LN2 = pytest.approx(math.log(2))
 
@@ -144,7 +146,7 @@ def test_orpo_is_equation_6():
 
 @pytest.mark.parametrize("name", [*LOSSES, "bco", "mpo"])
 def test_gradients_are_those_of_finite_differences(name):
-    group = replace(PAIR, completion_ids=([2, 3],)) if name == "supervised" else PAIR
+    group = SINGLE if name == "supervised" else PAIR
     found = torch.tensor([[-4.0, -1.7, 0], [-6.4, -6.4, 0]], dtype=torch.float64)[: len(group.completion_ids)]
     objective = o.OBJECTIVES[name]()
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
@@ -167,14 +169,62 @@ def test_units_are_tokens_for_supervised_and_groups_for_the_others():
     ("objective", "group", "message"),
     [
         (o.Supervised(), PAIR, "Line 1 has 2 completions; supervised takes 1"),
-        (o.Ipo(), replace(PAIR, completion_ids=([1], [2], [3])), "Line 1 has 3 completions; ipo takes 2"),
-        (o.Dpo(), replace(PAIR, completion_ids=([1],)), "Line 1 has 1 completions; dpo takes at least 2"),
+        (o.Ipo(), EncodedGroup([1], ([1], [2], [3]), None, 1), "Line 1 has 3 completions; ipo takes 2"),
+        (o.Dpo(), SINGLE, "Line 1 has 1 completions; dpo takes at least 2"),
         (o.Dpo(), replace(PAIR, ref_logps=None), "Line 1 has no ref_logps; score it"),
         (o.LdDpo(), replace(PAIR, ref_head_logps=None), "Line 1 has no ref_head_logps; score it"),
         (o.Dpo(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 rates all its completions alike"),
         (o.Simpo(), replace(PAIR, margin=1.0), "Line 1 has a margin; simpo takes none"),
+        (
+            o.Supervised(),
+            replace(SINGLE, margin=1.0),
+            "Line 1 has a margin; supervised takes none",
+        ),
+        (o.Dpo(), replace(PAIR, ratings=(0.0, 1.0)), "Line 1 has its completions out of order; put the best first"),
+        (o.Kto(), replace(OTHER_PROMPT, ratings=(1.0, math.nan, 0.0)), "Line 1 has its completions out of order"),
+        (o.Ipo(), OTHER_PROMPT, "Line 1 rates a completion nan; ipo takes none of other prompts"),
+        (
+            o.Supervised(),
+            replace(PAIR, ratings=(1.0, math.nan)),
+            "Line 1 rates a completion nan; supervised takes none",
+        ),
+        (o.Bco(), replace(PAIR, ratings=(math.nan, math.nan)), "Line 1 has 0 completions; bco takes at least 1"),
     ],
 )
 def test_a_group_that_the_objective_cannot_learn_from_is_refused_by_line(objective, group, message):
     with pytest.raises(ValueError, match=message):
         check_groups(objective, [group])
+
+
+def test_an_unpaired_objective_reads_ratings_in_any_order():
+    check_groups(o.Bco(), [replace(PAIR, ratings=(0.0, 1.0))])
+
+
+@pytest.mark.parametrize("objective", [o.Kto(), o.Mpo(objectives=(o.Dpo(), o.Kto()), weights=(1.0, 1.0))])
+def test_kto_wants_completions_of_other_prompts_somewhere_in_the_global_batch(objective):
+    with pytest.raises(ValueError, match=f"which {objective.type} needs; add some, rated nan"):
+        check_groups(objective, [PAIR, PAIR])
+    check_groups(objective, [PAIR, OTHER_PROMPT])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_waits_for_the_device(name):
+    found = torch.zeros(4, 3, device="meta")  # which has no values to wait for
+    groups = [PAIR, replace(PAIR, ratings=(1.0, 0.0))]
+    assert losses(o.OBJECTIVES[name](), Scores(groups, found), Statistics()).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "message"),
+    [
+        (lambda: o.Dpo(beta=3), "beta", "beta is 3; it must be greater than 0 and at most 2."),
+        (lambda: o.Kto(undesirable_weight=0), "undesirable_weight", "greater than 0 and finite"),
+        (lambda: o.Rpo(nll_weight=math.nan), "nll_weight", "0 or more and finite"),
+        (lambda: o.FDpo(divergence="alpha", alpha=1), "alpha", "greater than 0 and less than 1"),
+        (lambda: o.FDpo(alpha=0.3), "alpha", "alpha belongs to divergence alpha, not to jensen_shannon"),
+    ],
+)
+def test_an_option_beyond_its_limit_is_refused_by_name(make, field, message):
+    with pytest.raises(o.InvalidOption, match=message) as refused:
+        make()
+    assert refused.value.field == field

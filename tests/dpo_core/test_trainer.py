@@ -28,7 +28,7 @@ def assert_same_policy(ours, theirs, **tolerance):
 
 
 def numbers(results):
-    return [{k: v for k, v in r.metrics.items() if k != "tokens_per_second"} for r in results]
+    return [{k: v for k, v in r.metrics.items() if k not in ("tokens_per_second", "hfu")} for r in results]
 
 
 def test_a_policy_equal_to_its_reference_has_margins_0_and_loss_ln_2(policy, tokenizer, pairs, scored, tmp_path):
@@ -106,7 +106,7 @@ def test_dpo_on_rankings_of_four_converges_to_the_same_optimum(make_policy, toke
 def with_completions_of_other_prompts(pairs: list[EncodedGroup], scored, reference) -> list[EncodedGroup]:
     others = [pairs[i - 1].completion_ids[0] for i in range(len(pairs))]
     groups = [
-        replace(pair, completion_ids=(*pair.completion_ids, other), ratings=(1.0, 0.0, math.nan))
+        EncodedGroup(pair.prompt_ids, (*pair.completion_ids, other), None, pair.line, ratings=(1.0, 0.0, math.nan))
         for pair, other in zip(pairs, others, strict=True)
     ]
     return scored(groups, reference)
@@ -160,19 +160,19 @@ def test_resuming_repeats_the_run_bit_for_bit(config, make_policy, tokenizer, pa
     config = replace(config, checkpoint_steps=3)
     straight, resumed = make_policy(0), make_policy(7)
     whole = run(config, straight, tokenizer, batches, tmp_path / "straight")
-    saved = [result.checkpoint for result in whole if result.checkpoint]
+    saved = sorted((tmp_path / "straight").iterdir())
     assert [path.name for path in saved] == ["step-000003", "step-000006"]
     rest = run(config, resumed, tokenizer, batches[3:], tmp_path / "resumed", total_steps=6, resume=saved[0])
     assert numbers(rest) == numbers(whole[3:])
     assert [(r.step, r.num_tokens) for r in rest] == [(r.step, r.num_tokens) for r in whole[3:]]
     assert_same_policy(resumed, straight, rtol=0, atol=0)
-    for name in ("model/model.safetensors", "optimizer.safetensors"):
-        assert (rest[-1].checkpoint / name).read_bytes() == (saved[1] / name).read_bytes()
+    for name in ("model/model.safetensors", "optimizer-00001-of-00001.safetensors"):
+        assert (tmp_path / "resumed" / saved[1].name / name).read_bytes() == (saved[1] / name).read_bytes()
 
 
 def test_the_checkpoint_serves_as_a_model_with_identical_logits(policy, tokenizer, pairs, tmp_path):
-    results = run(DPO, policy, tokenizer, [pairs], tmp_path)
-    model = results[-1].checkpoint / "model"
+    run(DPO, policy, tokenizer, [pairs], tmp_path)
+    model = tmp_path / "step-000001" / "model"
     served = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([pairs[3].prompt_ids])
     assert torch.equal(served(input_ids=ids).logits, policy(input_ids=ids).logits)
@@ -198,8 +198,3 @@ def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(p
     with pytest.raises(FloatingPointError, match="diverged at step 1"):
         next(results)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_policy_in_half_precision_is_refused(policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(ValueError, match="bfloat16"):
-        run(DPO, policy.to(torch.bfloat16), tokenizer, [pairs], tmp_path)

@@ -1,19 +1,22 @@
-"""`train` on two gloo ranks: each is a process that runs this file."""
+"""`train` on two and on four gloo ranks: each is a process that runs this file, one case after another."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.checkpoint import verify
+from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.options import Dpo, Mpo
@@ -28,81 +31,150 @@ CONFIG = TrainConfig(
     max_tokens_per_pack=64,
     checkpoint_steps=2,
 )
-OBJECTIVES = {"dpo": Dpo(beta=0.5), "mpo": Mpo()}  # the losses of the second join completions of both ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    num_ranks: int
+    config: TrainConfig
+    adapter: Lora | None = None
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "copies": Case(2, CONFIG),
+    "copies, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo())),
+    "copies of an adapter": Case(2, CONFIG, adapter=Lora(r=4)),
+    "shards": Case(2, replace(CONFIG, sharding="full")),
+    "shards, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo(), sharding="full")),
+    "shards, activations computed again": Case(2, replace(CONFIG, sharding="full", activation_checkpointing="on")),
+    "shards that compute in bfloat16": Case(2, replace(CONFIG, sharding="full"), dtype=torch.bfloat16),
+    "four shards": Case(4, replace(CONFIG, sharding="full")),
+    "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
+}
+SHARDED = [name for name, case in CASES.items() if case.config.sharding != "auto" and case.dtype == torch.float32]
 
 
 def read_pairs(folder: Path) -> list[EncodedGroup]:
     return [EncodedGroup(**fields) for fields in json.loads((folder / "pairs.json").read_text())]
 
 
-def train_in(folder: Path) -> None:
-    """Train what stands beside `folder`; leave metrics, weights and checkpoints in it."""
-    model, pairs = folder.parent / "model", read_pairs(folder.parent)
-    policy = load_policy(model)
+def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None, after_step: int = 0) -> None:
+    """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
+    pairs = read_pairs(home)
+    torch.manual_seed(0)  # of a new adapter
+    policy = load_policy(home / "model", adapter=case.adapter, dtype=case.dtype)
     if folder.name == "rank1":
         torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
-    batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves a rank without a pack
-    config = replace(CONFIG, objective=OBJECTIVES[folder.parent.name])
-    steps = train(config, policy, load_tokenizer(model), batches, total_steps=3, checkpoint_dir=folder)
-    results = [(r.step, r.num_tokens, str(r.checkpoint and r.checkpoint.name), r.metrics) for r in steps]
-    folder.mkdir(exist_ok=True)
+    batches = [pairs, pairs[:1], pairs[1:4]][after_step:]  # the second leaves ranks without a pack
+    steps = train(
+        case.config, policy, load_tokenizer(home / "model"), batches,
+        total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
+    )  # fmt: skip
+    results = [(r.step, r.num_tokens, r.metrics) for r in steps]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
-    save_file({name: p.detach() for name, p in policy.named_parameters()}, folder / "weights.safetensors")
+    whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in policy.named_parameters()}
+    save_file({name: tensor.float() for name, tensor in whole.items()}, folder / "weights.safetensors")
 
 
 def disagree_in(folder: Path) -> None:
     """Give each rank other groups: both must notice, and neither hang."""
-    model, pairs = folder.parent / "model", read_pairs(folder.parent)
-    own = pairs[: 3 + dist.get_rank()]
+    model, own = folder / "model", read_pairs(folder)[: 3 + dist.get_rank()]
     with pytest.raises(RuntimeError, match="different global batches for step 1"):
         list(train(CONFIG, load_policy(model), load_tokenizer(model), [own], total_steps=1, checkpoint_dir=folder))
 
 
-def run_rank(rank: int, folder: Path) -> None:
+def run_rank(rank: int, num_ranks: int, home: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    train_in(folder / f"rank{rank}")
-    disagree_in(folder / f"disagreement{rank}")
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous{num_ranks}", rank=rank, world_size=num_ranks)
+    for name, case in CASES.items():
+        if case.num_ranks == num_ranks:
+            train_in(home, home / name / f"rank{rank}", case)
+    if num_ranks == 4:  # from another number of ranks
+        shards = CASES["four shards"]
+        train_in(
+            home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002", after_step=2
+        )
+    else:
+        disagree_in(home)
     dist.destroy_process_group()
 
 
 @contextmanager
-def two_ranks(folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Both processes; those still alive at the end are killed."""
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)]
+def ranks(home: Path, num_ranks: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Their processes; those still alive at the end are killed."""
+    started = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(num_ranks), str(home)]) for rank in range(num_ranks)
+    ]
     try:
-        yield ranks
+        yield started
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        for process in started:
+            process.kill()
+            process.wait()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_ranks_train_as_one_does(objective, policy, tokenizer, pairs, tmp_path):
-    tmp_path /= objective
-    tmp_path.mkdir()
-    policy.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
-    with two_ranks(tmp_path) as ranks:
-        train_in(tmp_path / "alone")
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+@pytest.fixture(scope="module")
+def home(make_policy, tokenizer, pairs, tmp_path_factory) -> Path:
+    """What all ranks of all cases left."""
+    home = tmp_path_factory.mktemp("ranks")
+    make_policy().save_pretrained(home / "model")
+    tokenizer.save_pretrained(home / "model")
+    (home / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
+    for num_ranks in (2, 4):
+        with ranks(home, num_ranks) as processes:
+            assert [process.wait(timeout=100) for process in processes] == [0] * num_ranks
+    return home
 
-    alone, *both = (tmp_path / name for name in ("alone", "rank0", "rank1"))
-    expected = json.loads((alone / "results.json").read_text())
-    for folder in both:
-        found = json.loads((folder / "results.json").read_text())
-        for (*counts, name, metrics), (*their_counts, their_name, theirs) in zip(found, expected, strict=True):
+
+def results(folder: Path) -> list[tuple[list[int], dict[str, float]]]:
+    """Steps and tokens, and the metrics that do not depend on the clock."""
+    steps = json.loads((folder / "results.json").read_text())
+    return [(counts, {k: v for k, v in m.items() if k not in ("tokens_per_second", "hfu")}) for *counts, m in steps]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_train_as_one_does(name, home):
+    case = CASES[name]
+    train_in(home, home / name / "alone" / "rank0", replace(case, config=replace(case.config, sharding="auto")))
+    alone, *every = (home / name / folder for folder in ("alone/rank0", *(f"rank{r}" for r in range(case.num_ranks))))
+    tolerance = 0.1 if case.dtype == torch.bfloat16 else 1e-4
+    for folder in every:
+        for (counts, metrics), (their_counts, theirs) in zip(results(folder), results(alone), strict=True):
             assert counts == their_counts
-            assert name == (their_name if folder.name == "rank0" else "None")
-            theirs["tokens_per_second"] = metrics["tokens_per_second"]
-            assert metrics == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    weights = [load_file(folder / "weights.safetensors") for folder in (alone, *both)]
-    torch.testing.assert_close(weights[1], weights[2], rtol=0, atol=0)
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
-    assert not list(both[1].glob("step-*"))
+            assert metrics == pytest.approx(theirs, rel=tolerance, abs=tolerance / 10)
+    expected, *found = (load_file(folder / "weights.safetensors") for folder in (alone, *every))
+    for weights in found:
+        torch.testing.assert_close(weights, found[0], rtol=0, atol=0)
+    if case.dtype == torch.float32:
+        torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_checkpoint_of_shards_is_whole_and_resumed_by_one(name, home):
+    case = CASES[name]
+    checkpoint = home / name / "step-000002"
+    parts = [path for path in verify(checkpoint).files if path.startswith("optimizer-")]
+    assert len(parts) == (4 if name == "four shards" else 2)
+    alone = replace(case, config=replace(case.config, sharding="auto"))
+    train_in(home, home / name / "resumed" / "rank0", alone, resume=checkpoint, after_step=2)
+    resumed, straight = (load_file(home / name / f / "weights.safetensors") for f in ("resumed/rank0", "rank0"))
+    torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+def test_four_ranks_go_on_where_two_were(home):
+    resumed, straight = (
+        load_file(home / name / "weights.safetensors") for name in ("resumed by four/rank0", "shards/rank0")
+    )
+    torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+def test_of_copies_one_is_saved(home):
+    assert list((home / "copies" / "rank0").glob("step-*"))
+    assert not list((home / "copies" / "rank1").glob("step-*"))
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

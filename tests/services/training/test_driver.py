@@ -123,7 +123,7 @@ def only(kind: Any, reports: list[Report]) -> list[Any]:
 def figures(reports: list[Report]) -> dict[int, dict[str, float]]:
     """The metrics of each step, without the one that is a duration."""
     steps = only(StepMetrics, reports)
-    return {s.step: {key: s.metrics[key] for key in s.metrics if key != "tokens_per_second"} for s in steps}
+    return {s.step: {key: s.metrics[key] for key in s.metrics if key not in ("tokens_per_second", "hfu")} for s in steps}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from dpo_core.encode import EncodedGroup
-from dpo_core.model import load_policy, score_reference
+from dpo_core.model import load_policy
+from dpo_core.scorer import score_reference
 from services.contract import Progress, Report, Score
 from services.training import dataset, scoring
 from services.training.dataset import Dataset, write_part

@@ -1,29 +1,30 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
-from dpo_core.checkpoint import save_checkpoint
+from dpo_core.checkpoint import Manifest, Writer
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.optim import make_optimizer
 from dpo_core.options import Supervised
 from dpo_core.trainer import StepResult, train
+from dpo_core.weights import Weights
 from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.dataset import global_batches, num_steps
 from services.training.encoding import encode, encode_piece
-from services.training.worker import STEP_METRICS, checkpoint_uri, hopeless, newest_checkpoint
+from services.training.worker import checkpoint_uri, hopeless, newest_checkpoint
 
 MakeSpec = Callable[..., AttemptSpec]
 LN2 = math.log(2)
 
 
 def result(step: int = 1, **metrics: float) -> StepResult:
-    return StepResult(step, 10, {"loss": LN2, "lr": 1e-6} | metrics, None, 100)
+    return StepResult(step, 10, {"loss": LN2, "lr": 1e-6} | metrics, 100)
 
 
 def test_dpo_that_does_not_begin_at_ln_2_is_stopped_with_both_figures(make_spec: MakeSpec) -> None:
@@ -54,25 +55,17 @@ def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str,
 def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[str]:
     """URIs of three checkpoints, of the steps 10, 20 and 30."""
     policy, spec = load_policy(model_source), make_spec()
-    optimizer = make_optimizer(policy, spec.config.resolved(24).optim)
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    weights = Weights(policy)
+    optimizer = make_optimizer(weights.stepped.values(), spec.config.resolved(24).optim)
+    weights.collect_gradients(max_norm=1.0)
     optimizer.step()
-    for step in (10, 20, 30):
-        folder = tmp_path / "scratch" / f"step-{step:06d}"
-        save_checkpoint(
-            folder,
-            policy=policy,
-            tokenizer=load_tokenizer(model_source),
-            optimizer=optimizer,
-            config=spec.config,
-            step=step,
-            total_steps=30,
-            num_tokens=step,
-            statistics={},
-        )
-        (folder / STEP_METRICS).write_text("{}")
+
+    def publish(step: int, folder: Path) -> None:
         storage.publish(folder, checkpoint_uri(spec, step))
+
+    with Writer(tmp_path / "scratch", policy, load_tokenizer(model_source), weights, publish) as writer:
+        for step in (10, 20, 30):
+            writer.save(Manifest(step, 30, step, {}, {}, asdict(spec.config), {}), optimizer)
     return [checkpoint_uri(spec, step) for step in (10, 20, 30)]
 
 
@@ -91,12 +84,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    storage.delete(storage.join(checkpoints[1], "optimizer.safetensors"))
+    storage.delete(storage.join(checkpoints[1], "optimizer-00001-of-00001.safetensors"))
     reports: list[Message] = []
     assert newest_checkpoint(make_spec().run_uri, tmp_path, reports.append) == checkpoints[0]
     assert [report.level for report in reports] == ["warn", "warn"]
     assert "step-000030/model/model.safetensors" in reports[0].message
-    assert "step-000020/optimizer.safetensors is missing" in reports[1].message
+    assert "step-000020/optimizer-00001-of-00001.safetensors is missing" in reports[1].message
 
 
 def test_a_fresh_run_has_no_checkpoint(make_spec: MakeSpec, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""From the groups of a step to the gradient of their loss, pack by pack."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dpo_core.batch import Batch
+from dpo_core.encode import EncodedGroup
+from dpo_core.objectives import Statistics, count_units, losses
+from dpo_core.options import Objective
+from dpo_core.ranks import add_up, num_ranks, rank
+from dpo_core.scorer import Scorer
+from dpo_core.scores import NUM_MEASURES, Scores
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Some of a step's groups. An empty one computes a group of another pack, for nothing but company."""
+
+    groups: Sequence[EncodedGroup]
+    places: list[int]  # its completions among those of the step
+    batch: Batch
+
+
+def make_packs(
+    scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, everywhere: bool
+) -> list[Pack]:
+    """This rank's packs. `everywhere`: as many as on every other rank, for a forward that is a joint work of all."""
+    indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
+    starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
+    packs = []
+    for pack in indices:
+        if pack or everywhere:
+            own = [groups[i] for i in pack]
+            places = [place for i in pack for place in range(starts[i], starts[i + 1])]
+            packs.append(Pack(own, places, scorer.collate(own or groups[:1])))
+    return packs
+
+
+def backward(
+    objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
+) -> tuple[Scores, Tensor]:
+    """Add this rank's share to the gradients. Returns what the policy says of all completions, and their loss."""
+    found = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
+    if objective.traits.needs_whole_batch:
+        return _backward_of_whole_batch(objective, scorer, groups, packs, statistics, found)
+    for pack in packs:
+        measured = scorer(pack.batch)
+        slope = torch.zeros_like(measured)
+        if pack.groups:
+            found[pack.places] = measured.detach()
+            _, slope = _differentiate(objective, Scores(pack.groups, measured.detach()), groups, statistics)
+        measured.backward(slope)
+    add_up(found)
+    scores = Scores(groups, found)
+    return scores, _loss(objective, scores, groups, statistics)
+
+
+def _backward_of_whole_batch(
+    objective: Objective,
+    scorer: Scorer,
+    groups: Sequence[EncodedGroup],
+    packs: Sequence[Pack],
+    statistics: Statistics,
+    found: Tensor,
+) -> tuple[Scores, Tensor]:
+    """The loss joins completions of all packs: find all of them first. A single pack is not computed again."""
+    once = len(packs) == 1
+    kept = []
+    with torch.set_grad_enabled(once):
+        for pack in packs:
+            measured = scorer(pack.batch)
+            found[pack.places] = measured.detach()[: len(pack.places)]
+            kept.append(measured)
+    add_up(found)
+    scores = Scores(groups, found)
+    loss, slopes = _differentiate(objective, scores, groups, statistics)
+    for pack, before in zip(packs, kept, strict=True):
+        measured = before if once else scorer(pack.batch)
+        slope = torch.zeros_like(measured)
+        slope[: len(pack.places)] = slopes[pack.places]
+        measured.backward(slope)
+    return scores, loss
+
+
+def _differentiate(
+    objective: Objective, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by what was found."""
+    leaf = scores.found.clone().requires_grad_()
+    loss = _loss(objective, Scores(scores.groups, leaf), global_batch, statistics)
+    (slope,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), slope
+
+
+def _loss(objective: Objective, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics) -> Tensor:
+    """The share of these groups in the loss of the global batch."""
+    weights = torch.tensor([group.weight for group in scores.groups]).to(scores.found.device)
+    return (losses(objective, scores, statistics) * weights).sum() / count_units(objective, global_batch)

@@ -1,0 +1,104 @@
+"""How many tokens a pack may have: as many as the device holds, within what keeps it busy."""
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from dpo_core.attention import shared_prompts
+from dpo_core.config import TrainConfig
+from dpo_core.encode import EncodedGroup
+from dpo_core.model import decoder_layers
+from dpo_core.ranks import lowest, num_ranks
+from dpo_core.scorer import Scorer
+
+logger = logging.getLogger(__name__)
+
+MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # more keep the device no busier
+ASSUMED_TOKENS = 8192  # where the system does not tell its memory
+SHARE = 0.6  # of what is free, for what backward needs; the rest is for passing buffers
+STATE_BYTES = 12  # of a trained weight: its gradient and AdamW's moments, float32
+
+
+def fit(config: TrainConfig, scorer: Scorer) -> TrainConfig:
+    """`config` with `max_tokens_per_pack` and `activation_checkpointing` decided, alike on all ranks.
+
+    Powers of two, so that a little more or less free memory decides the same.
+    """
+    if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
+        return config
+    model, least = scorer.model, config.max_length
+    most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
+    budget = _budget(model)
+    kept = _bytes_per_token(scorer)
+    layers = max(1, len(decoder_layers(model)))
+    kept_at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    wanted = config.activation_checkpointing
+    recompute = budget is not None and budget // kept < (config.max_tokens_per_pack or least)
+    choice = wanted if wanted != "auto" else ("on" if recompute else "off")
+    fits = most if budget is None else min(most, budget // (kept_at_borders if choice == "on" else kept))
+    if fits < least:
+        logger.warning("A pack of max_length, %d tokens, may not fit into memory: about %d tokens do.", least, fits)
+    tokens = config.max_tokens_per_pack or max(least, 1 << max(0, fits.bit_length() - 1))
+    return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=choice)
+
+
+def checkpoint_activations(scorer: Scorer) -> None:
+    """Keep only what enters a layer; compute the rest again in backward."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), shared_prompts(scorer.model) if scorer.shares_prompts else nullcontext()
+
+    for layer in decoder_layers(scorer.model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _budget(model: PreTrainedModel) -> int | None:
+    """Bytes for the tokens of a pack, once gradients and optimizer are there; the smallest of all ranks."""
+    free = _free_bytes(model.device)
+    if free is None:
+        return None
+    state = STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return lowest(int(max(0, free - state) * SHARE), model.device)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Of a GPU, or this rank's part of what its machine, or container, has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
+    except (OSError, ValueError):
+        return None
+    free = int(line.split()[1]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+
+
+def _bytes_per_token(scorer: Scorer) -> int:
+    """What autograd keeps of a forward for each token, weights aside, as seen on a small example."""
+    vocabulary = scorer.model.config.get_text_config().vocab_size
+    ids = [i % vocabulary for i in range(64)]
+    example = EncodedGroup(ids, (ids, ids), None, 1)
+    weights = {p.untyped_storage().data_ptr() for p in scorer.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = scorer(scorer.collate([example]))
+    del found
+    return -(-sum(kept.values()) // scorer.count_tokens(example))

@@ -1,0 +1,33 @@
+"""The processes that train together; one process is a group of its own."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Sums over ranks, in place; of many tensors in one message per dtype."""
+    if num_ranks() == 1:
+        return
+    for dtype in {tensor.dtype for tensor in tensors}:
+        own = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in own])
+        dist.all_reduce(flat)
+        for tensor, part in zip(own, flat.split_with_sizes([tensor.numel() for tensor in own]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def lowest(value: int, device: torch.device) -> int:
+    """The smallest over ranks."""
+    found = torch.tensor(value, device=device)
+    if num_ranks() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found.item())
