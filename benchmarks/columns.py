@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,38 +45,46 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
     from dpo_core import Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
     from dpo_core.feedback import Group
-    from dpo_core.flops import count_flops, matmul_rate
-    from dpo_core.model import Scorer
+    from dpo_core.flops import Flops, matmul_rate
+    from dpo_core.scorer import Scorer
 
     rows = [json.loads(line) for line in args.data.open()]
     tokenizer = load_tokenizer(args.model)
-    policy = load_policy(args.model, device=device(), dtype=getattr(torch, dtype or args.dtype))
+    policy, reference = (
+        load_policy(args.model, device=device(), dtype=getattr(torch, dtype or args.dtype)) for _ in range(2)
+    )
     groups = [
         encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)
     ]
+    batches = [groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size)]
     optim = Optim(learning_rate=RATE, warmup_ratio=0.0)
     config = TrainConfig(
-        optim=optim, batch_size=args.batch_size, max_tokens_per_pack=MAX_TOKENS_PER_PACK, max_length=MAX_LENGTH
-    ).resolved(len(groups))
-    with tempfile.TemporaryDirectory() as folder, ABLATIONS[without]() if without else nullcontext():
+        optim=optim,
+        batch_size=args.batch_size,
+        max_length=MAX_LENGTH,
+        max_tokens_per_pack=MAX_TOKENS_PER_PACK,
+        checkpoint_steps=len(batches),
+    )
+    with tempfile.TemporaryDirectory() as folder, ABLATIONS.get(without, nullcontext)():
         started = time.perf_counter()
-        groups = score_reference(policy, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK)
-        scored = time.perf_counter()
-        batches = [groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size)]
-        config = replace(config, checkpoint_steps=len(batches) + 1)
-        # One more step is announced than is taken: the last one saves a checkpoint, which TRL does not.
-        steps = train(config, policy, tokenizer, batches, total_steps=len(batches) + 1, checkpoint_dir=Path(folder))
+        scored = (score_reference(reference, batch, max_tokens_per_pack=MAX_TOKENS_PER_PACK) for batch in batches)
+        if without != "cache":
+            scored = iter(list(scored))
+            del reference
+        begun = time.perf_counter()
+        resolved = config.resolved(len(groups))
+        steps = train(resolved, policy, tokenizer, scored, total_steps=len(batches), checkpoint_dir=Path(folder))
         for _ in batches:
-            next(steps)
+            next(steps)  # the last step's checkpoint, which TRL does not write, would come with one more
         synchronize()
-        trained = time.perf_counter()
+        ended = time.perf_counter()
     keep_weights(policy, args.weights)
-    scorer = Scorer(policy)
-    flops = sum(count_flops(policy, scorer.collate(batch)) for batch in batches)
+    scorer, flops = Scorer(policy), Flops(policy)
+    per_second = sum(flops.of(scorer.collate(batch)) for batch in batches) / (ended - begun)
     tokens = sum(len(g.prompt_ids) * len(g.completion_ids) + sum(map(len, g.completion_ids)) for g in groups)
-    return figures(scored - started, trained - scored, len(rows)) | {
+    return figures(begun - started, ended - begun, len(rows)) | {
         "tokens": tokens,
-        "matmul_share": flops / (trained - scored) / matmul_rate(policy.dtype, policy.device),
+        "matmul_share": per_second / matmul_rate(policy.dtype, policy.device),
     }
 
 
@@ -109,7 +116,8 @@ def run_in_ray(args: Namespace) -> Figures:
 
 
 def _without_sharing() -> Any:
-    from dpo_core import batch, model
+    """Each completion brings its own copy of the prompt into the pack."""
+    from dpo_core import batch, scorer
 
     def count_tokens(self: Any, group: Any) -> int:
         return len(group.completion_ids) * len(group.prompt_ids) + sum(map(len, group.completion_ids))
@@ -117,34 +125,35 @@ def _without_sharing() -> Any:
     def collate(self: Any, groups: Any) -> Any:
         return batch.collate(groups, share_prompts=False).to(self.model.device)
 
-    return patch.multiple(model.Scorer, count_tokens=count_tokens, collate=collate)
+    return patch.multiple(scorer.Scorer, count_tokens=count_tokens, collate=collate)
 
 
 def _without_packing() -> Any:
     """Each group is a pack."""
-    from dpo_core import model
+    from dpo_core import scorer
 
     def plan(self: Any, groups: Any, **kwargs: Any) -> list[list[list[int]]]:
         return [[[i] for i in range(len(groups))]]
 
-    return patch.object(model.Scorer, "plan", plan)
+    return patch.object(scorer.Scorer, "plan", plan)
 
 
 def _without_tiles() -> Any:
     """All logits of the completions at once, and PyTorch's own gradient."""
-    from dpo_core import model
+    from dpo_core import scorer
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
         logits = torch.nn.functional.linear(hidden, weight, bias).float()
         return logits.log_softmax(1).gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets
 
-    return patch.object(model, "token_logps", token_logps)
+    return patch.object(scorer, "token_logps", token_logps)
 
 
-ABLATIONS: dict[str, Callable[[], Any]] = {
+ABLATIONS: dict[str | None, Callable[[], Any]] = {
     "sharing": _without_sharing,
     "packing": _without_packing,
     "tiles": _without_tiles,
+    "cache": nullcontext,  # the reference is scored step by step, by a second copy of the weights
 }
 
 # --- TRL -----------------------------------------------------------------------------------

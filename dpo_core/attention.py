@@ -4,17 +4,20 @@ Registered with transformers under its own name, so that every architecture that
 `ALL_ATTENTION_FUNCTIONS` can use it. transformers builds no mask for a name it has no mask for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "shared_prompts"
-Segments = Sequence[tuple[int, int, int, int]]  # prefix start and stop, own start and stop
+Segments = tuple[tuple[int, int, int, int], ...]  # prefix start and stop, own start and stop
 
 
 @contextmanager
@@ -43,10 +46,69 @@ def segment_attention(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """One SDPA call per segment; returns [1, T, heads, width]."""
+    """All segments in one call where the device can, else one SDPA call per segment; returns [1, T, heads, width]."""
     unknown = {name for name, given in kwargs.items() if name in _CHANGES_RESULT and given is not None}
     if segments is None or attention_mask is not None or dropout or unknown:
         raise ValueError(f"Attention over segments got no segments, a mask, dropout or {sorted(unknown)}.")
+    attend = _at_once if _suits_flash(query, value) else _one_by_one
+    return attend(query, key, value, segments, scaling, sliding_window), None
+
+
+# Arguments by which some architectures change what attention computes; sharing is not for them.
+_CHANGES_RESULT = {"softcap", "s_aux", "position_bias", "cache"}
+
+
+def _suits_flash(query: Tensor, value: Tensor) -> bool:
+    """Flash attention alone takes segments of any lengths in one call, and its kernels are for nothing but these."""
+    width = query.shape[-1]
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and width <= 256
+        and width % 8 == 0
+        and value.shape[-1] == width
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _at_once(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    seen, query_edges, key_edges, most_queries, most_keys = _lay_out(segments, query.device)
+    attended = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1).index_select(0, seen),
+        value[0].transpose(0, 1).index_select(0, seen),
+        query_edges,
+        key_edges,
+        most_queries,
+        most_keys,
+        scale=scaling,
+        # How far back and ahead. Flash attention lays the last query on the last key, so own tokens follow the prefix.
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast(Tensor, attended)[None]
+
+
+@lru_cache(maxsize=1)  # all layers of a forward ask for the same
+def _lay_out(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Places in the stream of the keys that segments see, one segment after the other; the edges between the
+    segments' queries, and between their keys, [S + 1] int32; how many queries, and keys, the largest has."""
+    ranges = [torch.arange(*ends) for segment in segments for ends in (segment[:2], segment[2:])]
+    num_queries = [stop - start for _, _, start, stop in segments]
+    num_keys = [prefix_stop - prefix_start + stop - start for prefix_start, prefix_stop, start, stop in segments]
+    edges = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (num_queries, num_keys))
+    tensors = [torch.cat(ranges), *edges]
+    if device.type == "cuda":  # from pinned memory the host need not wait
+        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    seen, query_edges, key_edges = tensors
+    return seen, query_edges, key_edges, max(num_queries), max(num_keys)
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, sliding_window: int | None
+) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     grouped = repeats > 1 and query.device.type == "cpu"  # elsewhere SDPA groups heads in few of its kernels
     if repeats > 1 and not grouped:
@@ -71,11 +133,7 @@ def segment_attention(
                 own, keys, values, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2), None
-
-
-# Arguments by which some architectures change what attention computes; sharing is not for them.
-_CHANGES_RESULT = {"softcap", "s_aux", "position_bias", "cache"}
+    return torch.cat(outputs, 2).transpose(1, 2)
 
 
 def _mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:

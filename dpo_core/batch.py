@@ -43,6 +43,19 @@ def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int)
     return packs
 
 
+def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[list[int]]:
+    """Indices into `lengths`, together as long as that share of the batch, padded to its longest, is no padding."""
+    batches: list[list[int]] = []
+    longest = total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total += lengths[i]
+        if not batches or total < least_fill * longest * (len(batches[-1]) + 1):
+            longest = total = lengths[i]
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 class Segment(NamedTuple):
     """Tokens [start, stop) of the stream attend causally to themselves and, before that, to all of
     [prefix_start, prefix_stop): the prompt that the completion shares with an earlier one."""

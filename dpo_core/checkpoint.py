@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.config import TrainConfig
-from dpo_core.model import has_adapter
+from dpo_core.model import agree_on_padding, has_adapter
 from dpo_core.ranks import num_ranks, rank
 from dpo_core.weights import Weights
 
@@ -86,7 +86,8 @@ class Writer:
         weights: Weights,
         publish: Publish | None = None,
     ) -> None:
-        self._folder, self._policy, self._tokenizer, self._weights = folder, policy, tokenizer, weights
+        self._folder, self._policy, self._weights = folder, policy, weights
+        self._tokenizer = agree_on_padding(policy, tokenizer)
         self._publish = publish or (lambda step, folder: None)
         self._part, self._num_parts = _part(weights)
         self._others = dist.new_group(backend="gloo") if self._num_parts > 1 else None
@@ -156,7 +157,7 @@ class Writer:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest undamaged checkpoint in a folder of them; a damaged one is named in a warning and passed over."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    for candidate in sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
             verify(candidate)
         except DamagedCheckpoint as error:
@@ -220,7 +221,8 @@ def load(
     if has_adapter(policy):
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(policy, load_file(folder / "model" / "adapter_model.safetensors"))
+        saved = load_file(folder / "model" / "adapter_model.safetensors")  # named as within a PeftModel
+        set_peft_model_state_dict(policy, {name.removeprefix("base_model.model."): saved[name] for name in saved})
     else:
         saved = type(policy).from_pretrained(folder / "model", dtype="auto", use_safetensors=True)
         set_model_state_dict(policy, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
@@ -253,12 +255,17 @@ def _part(weights: Weights) -> tuple[int | None, int]:
 
 
 def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
-    """Copies of the trained weights on the CPU, whole; of an adapter alone, if there is one. Empty on other ranks."""
-    if not weights.is_sharded:
+    """Copies of the trained weights on the CPU, whole, tied ones once; of an adapter alone, if there is one.
+
+    Empty on other ranks.
+    """
+    if weights.is_sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
+        state = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
+    else:
         kept = weights.trained if has_adapter(policy) else policy.state_dict()
-        return {name: _copy(tensor) for name, tensor in kept.items()} if rank() == 0 else {}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
-    return cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
+        state = {name: _copy(tensor) for name, tensor in kept.items()} if rank() == 0 else {}
+    return {name: tensor for name, tensor in state.items() if name not in policy.all_tied_weights_keys}
 
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """The floor of a step's time: its floating-point operations, and how many of them the device does in a second."""
 
 import time
-from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -15,19 +14,20 @@ class Flops:
     """Of the matrix products in a forward and backward; a multiplication and an addition are two (arXiv 2204.02311, B).
 
     Attention is causal. The head's tiles and attention's scores are computed twice. Frozen weights have no gradient.
+    With `recomputed` activations the layers run forward once more.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:
         config, head = model.config.get_text_config(), model.get_output_embeddings()
-        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-        experts = [p for p in model.parameters() if p.ndim == 3]
-        num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+        inner = [m for m in model.modules() if m is not head and not isinstance(m, nn.Embedding)]
+        weights = [weight for module in inner for weight in module.parameters(recurse=False)]
         routed = getattr(config, "num_experts_per_tok", None) or 1
-        self.per_token: int = _of_matrices(linear) + _of_matrices(experts) * routed // num_experts
-        self.per_row: int = 0 if head is None else _of_matrices([head.weight]) + 2 * head.weight.numel()
+        experts = sum(_of_matrix(w, recomputed) * routed // len(w) for w in weights if w.ndim == 3)
+        self.per_token: int = sum(_of_matrix(w, recomputed) for w in weights if w.ndim == 2) + experts
+        self.per_row: int = 0 if head is None else _of_matrix(head.weight, True)
         heads: int = getattr(config, "num_attention_heads", 0)  # a state-space model has none
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
-        self.per_seen_token: int = 14 * width * config.num_hidden_layers
+        self.per_seen_token: int = (14 + 4 * recomputed) * width * config.num_hidden_layers
 
     def of(self, batch: Batch) -> int:
         seen = sum(
@@ -38,8 +38,9 @@ class Flops:
         return self.per_token * len(batch.input_ids) + self.per_row * rows + self.per_seen_token * seen
 
 
-def _of_matrices(weights: Iterable[Tensor]) -> int:
-    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
+def _of_matrix(weight: Tensor, twice: bool) -> int:
+    """Of a row of its input: forward, the input's gradient, and its own."""
+    return (4 + 2 * weight.requires_grad + 2 * twice) * weight.numel()
 
 
 @cache

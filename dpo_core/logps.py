@@ -1,12 +1,15 @@
 """Hidden states to log-probabilities of completion tokens, without the logits of all rows at once."""
 
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Rows of logits held at a time: on a CPU few enough for its caches, on a GPU enough to fill it.
+# Logits held at a time: on a CPU so few rows that caches help, on a GPU enough to fill it; of any vocabulary no more
+# columns than these.
 TILE_ROWS = {"cpu": 256, "cuda": 1024}
+TILE_COLUMNS = 32768
 
 
 def token_logps(
@@ -17,6 +20,7 @@ def token_logps(
     *,
     soft_cap: float | None = None,
     tile_rows: int | None = None,
+    tile_columns: int = TILE_COLUMNS,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T + bias)[targets], and whether the target has the largest logit.
 
@@ -24,13 +28,13 @@ def token_logps(
     both results are [R], the first in float32 or wider, the second without gradient. With a
     `soft_cap` logits are first `soft_cap * tanh(logits / soft_cap)`, as Gemma's are.
     """
-    tile = tile_rows or TILE_ROWS.get(hidden.device.type, 1024)
+    tile = (tile_rows or TILE_ROWS.get(hidden.device.type, 1024), tile_columns)
     found: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
     return found
 
 
 class _TiledLogps(torch.autograd.Function):
-    """Holds rows x vocabulary for one tile only. Backward computes each tile's logits again and turns them
+    """Holds one tile of rows x vocabulary only. Backward computes each tile's logits again and turns them
     into their gradient in place: d logp / d logits = onehot(target) - softmax(logits)."""
 
     @staticmethod
@@ -41,17 +45,19 @@ class _TiledLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         soft_cap: float | None,
-        tile: int,
+        tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        log_normalizers, chosen, correct = [], [], []
-        for start in range(0, len(hidden), tile):
-            logits = _logits(hidden[start : start + tile], weight, bias, soft_cap)
-            at_target = logits.gather(1, targets[start : start + tile, None])[:, 0]
-            largest = logits.amax(1)
-            log_normalizers.append(logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest))
-            chosen.append(at_target)
-            correct.append(at_target == largest)
-        normalizer = torch.cat(log_normalizers)
+        normalizers, chosen, correct = [], [], []
+        for rows in _cuts(len(hidden), tile[0]):
+            parts = [
+                _summed(_logits(hidden[rows], weight, bias, soft_cap, columns), targets[rows] - columns.start)
+                for columns in _cuts(len(weight), tile[1])
+            ]
+            normalizer, at_target, largest = (torch.stack(part) for part in zip(*parts, strict=True))
+            normalizers.append(normalizer.logsumexp(0))
+            chosen.append(at_target.amax(0))
+            correct.append(chosen[-1] == largest.amax(0))
+        normalizer = torch.cat(normalizers)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
         ctx.soft_cap, ctx.tile = soft_cap, tile
         is_correct = torch.cat(correct)
@@ -61,30 +67,54 @@ class _TiledLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        for start in range(0, len(hidden), ctx.tile):
-            tile = slice(start, start + ctx.tile)
-            grad = grads[0][tile, None]
-            logits = _logits(hidden[tile], weight, bias, ctx.soft_cap)
-            cap_slope = None if ctx.soft_cap is None else 1 - (logits / ctx.soft_cap) ** 2
-            slope = logits.sub_(normalizer[tile, None]).exp_().mul_(-grad)
-            slope.scatter_add_(1, targets[tile, None], grad)
-            if cap_slope is not None:
-                slope.mul_(cap_slope)
+        for rows, columns in product(_cuts(len(hidden), ctx.tile[0]), _cuts(len(weight), ctx.tile[1])):
+            logits = _logits(hidden[rows], weight, bias, ctx.soft_cap, columns)
+            slope = _slope(logits, targets[rows] - columns.start, normalizer[rows], grads[0][rows], ctx.soft_cap)
+            del logits  # or the next tile stands beside this one
             slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[tile])
+                grad_hidden[rows].addmm_(slope, weight[columns])
             if grad_weight is not None:
-                grad_weight.addmm_(slope.T, hidden[tile])
+                grad_weight[columns].addmm_(slope.T, hidden[rows])
             if grad_bias is not None:
-                grad_bias.add_(slope.sum(0))
+                grad_bias[columns].add_(slope.sum(0))
+            del slope
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None) -> Tensor:
+def _cuts(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, columns: slice) -> Tensor:
     """A fresh tensor, float32 or wider, that the caller may overwrite."""
-    logits = torch.nn.functional.linear(rows, weight, bias)
+    logits = torch.nn.functional.linear(rows, weight[columns], None if bias is None else bias[columns])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the log-sum-exp, the logit of its target, -inf where that is in another tile, and the largest.
+    Overwrites the logits."""
+    place, here = _place(targets, logits)
+    at_target = logits.gather(1, place)[:, 0].masked_fill(~here, -torch.inf)
+    largest = logits.amax(1)
+    return logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest), at_target, largest
+
+
+def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
+    """The logits turned into their gradient."""
+    cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
+    place, here = _place(targets, logits)
+    slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
+    slope.scatter_add_(1, place, (grad * here)[:, None])
+    return slope if cap_slope is None else slope.mul_(cap_slope)
+
+
+def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, 1] the target's column in this tile, any if it is in another one, and [rows] whether it is in this."""
+    last = logits.shape[1] - 1
+    return targets.clamp(0, last)[:, None], (targets >= 0) & (targets <= last)

@@ -13,18 +13,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from dpo_core.attention import shared_prompts
-from dpo_core.config import TrainConfig
+from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import decoder_layers
 from dpo_core.ranks import lowest, num_ranks
 from dpo_core.scorer import Scorer
+from dpo_core.weights import num_shards
 
 logger = logging.getLogger(__name__)
 
 MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # more keep the device no busier
 ASSUMED_TOKENS = 8192  # where the system does not tell its memory
 SHARE = 0.6  # of what is free, for what backward needs; the rest is for passing buffers
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 STATE_BYTES = 12  # of a trained weight: its gradient and AdamW's moments, float32
+MASTER_BYTES = 4  # of one in half precision
 
 
 def fit(config: TrainConfig, scorer: Scorer) -> TrainConfig:
@@ -36,7 +39,7 @@ def fit(config: TrainConfig, scorer: Scorer) -> TrainConfig:
         return config
     model, least = scorer.model, config.max_length
     most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
-    budget = _budget(model)
+    budget = _budget(model, config.sharding)
     kept = _bytes_per_token(scorer)
     layers = max(1, len(decoder_layers(model)))
     kept_at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
@@ -57,15 +60,18 @@ def checkpoint_activations(scorer: Scorer) -> None:
         return nullcontext(), shared_prompts(scorer.model) if scorer.shares_prompts else nullcontext()
 
     for layer in decoder_layers(scorer.model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+        own = type(layer).forward.__get__(layer)  # not what an earlier run left
+        layer.forward = partial(checkpoint, own, use_reentrant=False, context_fn=contexts)
 
 
-def _budget(model: PreTrainedModel) -> int | None:
+def _budget(model: PreTrainedModel, sharding: Sharding) -> int | None:
     """Bytes for the tokens of a pack, once gradients and optimizer are there; the smallest of all ranks."""
     free = _free_bytes(model.device)
     if free is None:
         return None
-    state = STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    per_weight = STATE_BYTES + (0 if model.dtype == torch.float32 else MASTER_BYTES)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = per_weight * num_trained // num_shards(model, sharding)
     return lowest(int(max(0, free - state) * SHARE), model.device)
 
 
@@ -74,14 +80,21 @@ def _free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
-    except (OSError, ValueError):
+        free = _number(MEMINFO, "MemAvailable:") * 1024
+    except (OSError, KeyError):
         return None
-    free = int(line.split()[1]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    limit = CGROUP / "memory.max"
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        # As the kubelet does, without the files that the kernel holds but gives up when asked.
+        used = int((CGROUP / "memory.current").read_text()) - _number(CGROUP / "memory.stat", "inactive_file")
+        free = min(free, int(most) - used)
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+
+
+def _number(file: Path, name: str) -> int:
+    """Of a file whose lines are a name and a number."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {name: int(number) for name, number, *_ in lines}[name]
 
 
 def _bytes_per_token(scorer: Scorer) -> int:

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from dpo_core import options as o
-from dpo_core.objectives import kl_estimate
+from dpo_core.objectives import differences, kl_estimate
 from dpo_core.scores import Scores
 
 
@@ -13,6 +13,8 @@ def measure(objective: o.Objective, scores: Scores) -> dict[str, Tensor]:
     """Scalars by key. Of a ranking, `chosen` is the best completion and `rejected` the mean of the others."""
     if isinstance(objective, o.Supervised):
         return {"mean_token_accuracy": scores.num_correct.sum() / scores.all.lengths.sum()}
+    if objective.traits.num_outputs:
+        return _measure_rewards(objective, scores)
     sides = _sides(objective, scores)
     rewards = _rewards(objective, scores)
     values = {"rewards": rewards, "logps": scores.all.logps, "lengths": scores.all.lengths}
@@ -23,11 +25,31 @@ def measure(objective: o.Objective, scores: Scores) -> dict[str, Tensor]:
         found["kl"] = _kl(objective, scores)
     if len(sides) == 2:
         found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    if any(len(set(group.rated())) > 1 for group in scores.groups):
-        by_group = scores.by_group(rewards, 0.0)
-        ahead = by_group[:, :, None] > by_group[:, None, :]
-        found["rewards/accuracies"] = (ahead & scores.worse).sum(dtype=rewards.dtype) / scores.worse.sum()
+    if _some_order(scores):
+        leads = differences(scores.by_group(rewards, 0.0))
+        found["rewards/accuracies"] = _mean_over_pairs(leads > 0, scores)
     return found
+
+
+def _measure_rewards(objective: o.Objective, scores: Scores) -> dict[str, Tensor]:
+    """Of a reward model. The margin is a mean over ordered pairs, as the accuracy is."""
+    rewards = scores.rewards
+    found = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
+    if objective.traits.num_outputs == 2:
+        found["mean_variance"] = scores.log_variances.exp().mean()
+    if _some_order(scores):
+        leads = differences(scores.by_group(rewards, 0.0))
+        found |= {"accuracy": _mean_over_pairs(leads > 0, scores), "margin": _mean_over_pairs(leads, scores)}
+    return found
+
+
+def _some_order(scores: Scores) -> bool:
+    return any(len(set(group.rated())) > 1 for group in scores.groups)
+
+
+def _mean_over_pairs(values: Tensor, scores: Scores) -> Tensor:
+    """Of [G, k, k], over all j that are rated lower than i."""
+    return (values * scores.worse).sum(dtype=scores.found.dtype) / scores.worse.sum()
 
 
 def _sides(objective: o.Objective, scores: Scores) -> dict[str, Tensor]:
@@ -59,5 +81,5 @@ def _rewards(objective: o.Objective, scores: Scores) -> Tensor:
         return objective.beta * scores.all.mean_logps
     if isinstance(objective, o.Cpo):
         return objective.beta * scores.all.logps
-    assert not isinstance(objective, o.Supervised)
+    assert not isinstance(objective, o.Supervised | o.RewardObjective)
     return objective.beta * scores.all.logratios

@@ -5,6 +5,7 @@ Weights come as safetensors only, and no code that travels with a model is run.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from dpo_core.config import Lora
-from dpo_core.options import InvalidOption
+from dpo_core.options import InvalidOption, Objective
 
 
 def load_policy(
@@ -47,8 +48,14 @@ def load_reward_model(
     """The same weights with a linear head in place of the vocabulary's, new unless `source` is a reward model.
 
     A head has one output, the reward; for `reward_gaussian` two, its mean and the logarithm of its variance.
+    It is marked as a regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` gives the outputs
+    as they are; else vLLM makes probabilities of them. An adapter is merged first.
     """
-    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, num_labels=num_outputs)
+    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, **_regression(num_outputs))
+
+
+def _regression(num_outputs: int) -> dict[str, object]:
+    return {"num_labels": num_outputs, "problem_type": "regression"}
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -61,7 +68,7 @@ def _load(
     dtype: torch.dtype | str,
     device: str | torch.device,
     adapter: Lora | None,
-    **options: int,
+    **options: object,
 ) -> PreTrainedModel:
     model = kind.from_pretrained(
         source, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
@@ -84,6 +91,7 @@ def _attach(model: Any, adapter: Lora) -> None:
         use_dora=adapter.use_dora,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="SEQ_CLS" if is_reward_model(model) else "CAUSAL_LM",
+        modules_to_save=["score"] if is_reward_model(model) else None,  # a new head is trained whole
         base_model_name_or_path=model.name_or_path,
     )
     try:
@@ -115,17 +123,53 @@ def adapter_off(model: Any) -> Iterator[None]:
 def merge_adapter(adapter: Path, folder: Path) -> None:
     """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder."""
     from peft import PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
 
     config: Any = PeftConfig.from_pretrained(adapter)
-    kind = AutoModelForSequenceClassification if config.task_type == "SEQ_CLS" else AutoModelForCausalLM
-    base: Any = _load(kind, config.base_model_name_or_path, "auto", "cpu", None)
+    heads = [weight for name, weight in load_peft_weights(adapter).items() if name.endswith(".score.weight")]
+    kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
+    options = _regression(len(heads[0])) if heads else {}
+    base: Any = _load(kind, config.base_model_name_or_path, "auto", "cpu", None, **options)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    tokenizer = agree_on_padding(merged, load_tokenizer(adapter))
     merged.save_pretrained(folder)
-    load_tokenizer(adapter).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer to save beside a model. Beside a reward model it pads with a token that ends no text, and the
+    model's config names that token: transformers reads the reward of a row at the last token that is another."""
+    if not is_reward_model(model):
+        return tokenizer
+    tokenizer = deepcopy(tokenizer)
+    candidates = [tokenizer.pad_token, *tokenizer.all_special_tokens]
+    usable = [token for token in candidates if token not in (None, tokenizer.eos_token)]
+    if not usable:
+        raise ValueError(f"The tokenizer has nothing to pad with but {tokenizer.eos_token}; give it a pad_token.")
+    tokenizer.pad_token = usable[0]
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def count_outputs(model: nn.Module) -> int:
+    """Of a reward model's head; 0: it is no reward model."""
+    head = getattr(model, "score", None)
+    head = getattr(head, "original_module", head)  # of which an adapter trains a copy
+    return head.out_features if isinstance(head, nn.Linear) else 0
 
 
 def is_reward_model(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "score", None), nn.Linear)
+    return count_outputs(model) > 0
+
+
+def check_model(model: nn.Module, objective: Objective) -> None:
+    """Raises InvalidOption for a model of another kind than the objective trains."""
+    wanted, found = objective.traits.num_outputs, count_outputs(model)
+    if wanted != found:
+        kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]
+        remedy = f"load_reward_model with num_outputs={wanted}" if wanted else "load_policy"
+        message = f"objective is {objective.type}, which trains {kinds[0]}, not {kinds[1]}; use {remedy}."
+        raise InvalidOption("objective", message)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

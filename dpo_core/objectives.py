@@ -72,11 +72,11 @@ def lipo(objective: o.Lipo, scores: Scores) -> Tensor:
     gains = 2 ** ((ratings - lowest) / (highest - lowest)).nan_to_num(0.0) - 1
     ranks = s.detach().argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     discounts = 1 / torch.log1p(ranks.to(s.dtype))
-    weights = _differences(gains).abs() * _differences(discounts).abs() * scores.worse
-    return (weights * softplus(-_differences(s))).sum((1, 2))
+    weights = differences(gains).abs() * differences(discounts).abs() * scores.worse
+    return (weights * softplus(-differences(s))).sum((1, 2))
 
 
-def _differences(values: Tensor) -> Tensor:
+def differences(values: Tensor) -> Tensor:
     """[G, k] to [G, k, k]: of i over j."""
     return values[:, :, None] - values[:, None, :]
 
@@ -285,6 +285,36 @@ def bco(objective: o.Bco, scores: Scores, statistics: Statistics) -> Tensor:
     return scores.group_sums(values * rated)
 
 
+# --- reward models -------------------------------------------------------------------------
+
+
+def reward_bradley_terry(objective: o.RewardBradleyTerry, scores: Scores) -> Tensor:
+    """-log sigmoid(r_w - r_l - m), m the margin, a mean over the pairs that the group orders; arXiv 2410.01257."""
+    leads = differences(scores.by_group(scores.rewards, 0.0)) - scores.margins[:, None, None]
+    return _mean_over_pairs(-logsigmoid(leads), scores)
+
+
+def reward_regression(objective: o.RewardRegression, scores: Scores) -> Tensor:
+    """(r - rating)^2, a mean over the group's completions; arXiv 2410.01257."""
+    errors = (scores.rewards - scores.ratings) ** 2
+    return scores.group_sums(errors) / scores.group_sums(torch.ones_like(errors))
+
+
+def reward_gaussian(objective: o.RewardGaussian, scores: Scores) -> Tensor:
+    """-log Phi((m_w - m_l) / sqrt(v_w + v_l)), a mean over the pairs that the group orders: the probability that
+    one Gaussian reward exceeds the other. HPSv3's code samples the mean of -log sigmoid(r_w - r_l) instead."""
+    log_variances = scores.by_group(scores.log_variances, 0.0)
+    log_sums = torch.logaddexp(log_variances[:, :, None], log_variances[:, None, :])
+    leads = differences(scores.by_group(scores.rewards, 0.0)) * (-log_sums / 2).exp()
+    logps = torch.special.log_ndtr(leads.double()).to(leads.dtype)  # whose gradient cancels in float32, far below 0
+    return _mean_over_pairs(-logps, scores)
+
+
+def _mean_over_pairs(values: Tensor, scores: Scores) -> Tensor:
+    """[G, k, k] to [G], over the completions j that are rated lower than i."""
+    return (values * scores.worse).sum((1, 2)) / scores.worse.sum((1, 2))
+
+
 # --- sums ----------------------------------------------------------------------------------
 
 
@@ -304,7 +334,8 @@ LOSSES: dict[str, Callable[[Any, Scores], Tensor]] = {
     function.__name__: function
     for function in (
         supervised, dpo, cdpo, robust_dpo, ipo, hinge, dpo_norm, kto, orpo, cpo, simpo, apo_zero, apo_down, nca, exo,
-        sppo, aot, discopop, dpop, rpo, ld_dpo, r_dpo, f_dpo, lipo,
+        sppo, aot, discopop, dpop, rpo, ld_dpo, r_dpo, f_dpo, lipo, reward_bradley_terry, reward_regression,
+        reward_gaussian,
     )
 }  # fmt: skip
 
@@ -333,6 +364,11 @@ def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
     ratings, rated = group.ranked(), group.rated()
     if len(rated) < len(ratings) and not (unpaired or traits.needs_other_prompts):
         return f"rates a completion nan; {objective.type} takes none of other prompts."
+    from_ratings = traits.learns_from == ("ratings",)
+    if from_ratings and group.ratings is None:
+        return f"has no ratings; {objective.type} learns nothing else."
+    if from_ratings and not all(map(math.isfinite, rated)):
+        return f"has ratings {rated}; {objective.type} takes finite ones."
     many = f"has {len(rated)} completions; {objective.type} takes"
     if traits.learns_from == ("demonstrations",) and len(rated) != 1:
         return f"{many} 1."
@@ -344,7 +380,7 @@ def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
         return f"{many} at least 1."
     if list(ratings[: len(rated)]) != (rated if unpaired else sorted(rated, reverse=True)):
         return "has its completions out of order; put the best first, those rated nan last."
-    if not unpaired and len(set(rated)) == 1 < len(rated):
+    if not (unpaired or from_ratings) and len(set(rated)) == 1 < len(rated):
         return "rates all its completions alike; leave it out, it prefers none."
     if group.margin and not (traits.takes_margins and len(rated) == 2):
         return f"has a margin; {objective.type} takes none here."

@@ -67,6 +67,7 @@ class Traits:
     takes_margins: bool = False
     needs_whole_batch: bool = False  # a loss depends on other groups of the global batch
     needs_other_prompts: bool = False  # the global batch has completions of other prompts, rated nan
+    num_outputs: int = 0  # of the head of the reward model that it trains; 0: it trains a policy
     default_learning_rate: float = 1e-6
     default_epochs: int = 1
 
@@ -75,6 +76,8 @@ ON_PAIRS = Traits(learns_from=("pairs",))
 ON_RANKINGS = replace(ON_PAIRS, learns_from=("pairs", "rankings", "ratings"))
 WITHOUT_REFERENCE = replace(ON_PAIRS, needs_reference=False)
 ON_LABELS = Traits(learns_from=("unpaired", "pairs"), needs_whole_batch=True)
+# A new head asks for larger steps than a policy does; TRL's 1e-4 is much for the layers below it.
+FOR_REWARDS = replace(ON_RANKINGS, needs_reference=False, num_outputs=1, default_learning_rate=1e-5)
 
 
 Positive = Annotated[float, Limit("greater than 0 and finite", lambda x: 0 < x < math.inf)]
@@ -341,6 +344,35 @@ class Lipo:
     beta: Beta = 0.05
 
 
+@options
+class RewardBradleyTerry:
+    """A reward model of preferences as Bradley and Terry's, arXiv 2410.01257; a mean over the pairs of a ranking.
+
+    Rows with a margin want the better reward ahead by as much. Rows weighted by how strong the preference is, without
+    a margin, make it the paper's Scaled Bradley-Terry.
+    """
+
+    traits: ClassVar = replace(FOR_REWARDS, takes_margins=True)
+    type: Literal["reward_bradley_terry"] = "reward_bradley_terry"
+
+
+@options
+class RewardRegression:
+    """A reward model of ratings, arXiv 2410.01257: the squared error, a mean over the completions of a group."""
+
+    traits: ClassVar = replace(FOR_REWARDS, learns_from=("ratings",))
+    type: Literal["reward_regression"] = "reward_regression"
+
+
+@options
+class RewardGaussian:
+    """A reward model that gives a mean and a variance, as HPSv3's does, arXiv 2508.03789."""
+
+    traits: ClassVar = replace(FOR_REWARDS, num_outputs=2)
+    type: Literal["reward_gaussian"] = "reward_gaussian"
+
+
+RewardObjective = RewardBradleyTerry | RewardRegression | RewardGaussian
 PairObjective = (
     Dpo | Cdpo | RobustDpo | Ipo | Hinge | DpoNorm | Kto | Bco | Orpo | Cpo | Simpo | ApoZero | ApoDown | Nca | Exo
     | Sppo | Aot | Discopop | Dpop | Rpo | LdDpo | RDpo | FDpo | Lipo
@@ -362,6 +394,8 @@ class Mpo:
         if not self.objectives or len(self.objectives) != len(self.weights):
             many = f"{len(self.objectives)} objectives and {len(self.weights)} weights"
             raise InvalidOption("weights", f"mpo has {many}; give each objective one weight.")
+        for part in self.objectives:
+            check(isinstance(part, PairObjective | Supervised), "objectives", part.type, "of objectives on pairs")
         for weight in self.weights:
             check(0 < weight < math.inf, "weights", weight, "greater than 0 and finite")
         if all(part.type == "supervised" for part in self.objectives):
@@ -378,11 +412,12 @@ class Mpo:
         )
 
 
-Objective = Supervised | PairObjective | Mpo
+Objective = Supervised | PairObjective | Mpo | RewardObjective
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.__dataclass_fields__["type"].default: cls
     for cls in (
         Supervised, Dpo, Cdpo, RobustDpo, Ipo, Hinge, DpoNorm, Kto, Bco, Orpo, Cpo, Simpo, ApoZero, ApoDown, Nca, Exo,
-        Sppo, Aot, Discopop, Dpop, Rpo, LdDpo, RDpo, FDpo, Lipo, Mpo,
+        Sppo, Aot, Discopop, Dpop, Rpo, LdDpo, RDpo, FDpo, Lipo, Mpo, RewardBradleyTerry, RewardRegression,
+        RewardGaussian,
     )
 }  # fmt: skip

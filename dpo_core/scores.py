@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dpo_core.encode import EncodedGroup
 
-NUM_MEASURES = 3  # columns of what a policy finds: logps, head_logps, num_correct
+# Columns of what a model finds: a policy's logps, head_logps, num_correct; or the outputs of a reward model's head.
+NUM_MEASURES = 3
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,16 @@ class Scores:
     def margins(self) -> Tensor:
         """[G] by how much the chosen completion must lead; 0 where nobody said."""
         return self._of_completions([group.margin or 0.0 for group in self.groups])
+
+    @property
+    def rewards(self) -> Tensor:
+        """[K] of a reward model; the mean, where it gives a variance too."""
+        return self.found[:, 0]
+
+    @property
+    def log_variances(self) -> Tensor:
+        """[K] of a reward model with two outputs."""
+        return self.found[:, 1]
 
     @cached_property
     def num_correct(self) -> Tensor:

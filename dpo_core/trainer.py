@@ -1,5 +1,6 @@
 """The loop: `train` yields one StepResult per optimizer step."""
 
+import logging
 import math
 import time
 import zlib
@@ -13,16 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.checkpoint import Manifest, Publish, Writer, load, resumable
 from dpo_core.config import TrainConfig
+from dpo_core.drift import Drift
 from dpo_core.encode import EncodedGroup
 from dpo_core.flops import Flops, matmul_rate
 from dpo_core.gradients import backward, make_packs
 from dpo_core.memory import checkpoint_activations, fit
 from dpo_core.metrics import measure
+from dpo_core.model import check_model
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
-from dpo_core.ranks import num_ranks
+from dpo_core.ranks import num_ranks, rank
 from dpo_core.scorer import Scorer
 from dpo_core.weights import Weights, agree_on_weights, shard
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class StepResult:
     total_steps: int
     metrics: dict[str, float]
     num_tokens: int  # trained on since step 1: every prompt once and its completions
+    warning: str | None  # what the user should know, in a sentence
 
 
 def train(
@@ -55,7 +61,7 @@ def train(
     """
     assert config.checkpoint_steps is not None  # resolved
     run = _Run(config, policy, total_steps, resume)
-    batches = iter(global_batches)
+    batches, drift = iter(global_batches), Drift()
     with Writer(checkpoint_dir, policy, tokenizer, run.weights, publish) as writer:
         for step in range(run.step + 1, total_steps + 1):
             groups = next(batches, ())
@@ -63,7 +69,10 @@ def train(
                 raise ValueError(f"No groups came for step {step} of {total_steps}; total_steps must fit the data.")
             metrics = run.take_step(groups)
             writer.check()
-            yield StepResult(step, total_steps, metrics, run.num_tokens)
+            warning = drift.warning(metrics)
+            if warning and rank() == 0:
+                logger.warning("Step %d: %s", step, warning)
+            yield StepResult(step, total_steps, metrics, run.num_tokens, warning)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 values = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
                 raise FloatingPointError(f"Training diverged at step {step} ({values}); lower the learning rate.")
@@ -75,6 +84,7 @@ class _Run:
     """What changes from step to step."""
 
     def __init__(self, config: TrainConfig, policy: PreTrainedModel, total_steps: int, resume: Path | None) -> None:
+        check_model(policy, config.objective)
         policy.train(False)
         manifest = None
         if resume is not None:
@@ -82,9 +92,11 @@ class _Run:
         agree_on_weights(policy)
         self.scorer = Scorer(policy)
         self.config = fit(config, self.scorer)
-        if self.config.activation_checkpointing == "on":
+        recomputed = self.config.activation_checkpointing == "on"
+        if recomputed:
             checkpoint_activations(self.scorer)
-        self.flops, self.matmul_rate = Flops(policy), matmul_rate(policy.dtype, policy.device)
+        self.flops = Flops(policy, recomputed=recomputed)
+        self.matmul_rate = matmul_rate(policy.dtype, policy.device)
         shard(self.scorer, config.sharding)
         self.weights = Weights(policy)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_core.config import Sharding
 from dpo_core.model import decoder_layers, has_adapter
+from dpo_core.options import InvalidOption
 from dpo_core.ranks import add_up, num_ranks
 from dpo_core.scorer import Scorer
 
@@ -72,11 +73,12 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
     copies between nodes (HSDP). `auto` splits full weights on GPUs, and copies adapters and whatever is on CPUs.
     """
     policy = scorer.model
-    on_gpus = policy.device.type == "cuda" and not has_adapter(policy)
-    wanted = ("hybrid" if on_gpus else "replicated") if sharding == "auto" else sharding
-    if num_ranks() == 1 or wanted == "replicated":
+    if num_shards(policy, sharding) == 1:
         return
-    mesh, dtype = _mesh(policy.device.type, wanted), policy.dtype
+    if not scorer.takes_batches:
+        message = f"sharding is {sharding}, which {type(policy).__name__} cannot do; it must be replicated."
+        raise InvalidOption("sharding", message)
+    mesh, dtype = _mesh(policy, sharding), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*decoder_layers(policy), scorer):
         fully_shard(module.float(), mesh=mesh, mp_policy=precision)
@@ -86,9 +88,17 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
             module.set_gradient_divide_factor(1.0)
 
 
-def _mesh(device: str, sharding: str) -> DeviceMesh:
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
-    num_nodes = num_ranks() // per_node
-    if sharding == "full" or num_nodes == 1:
-        return init_device_mesh(device, (num_ranks(),))
-    return init_device_mesh(device, (num_nodes, per_node), mesh_dim_names=("copies", "shards"))
+def num_shards(policy: PreTrainedModel, sharding: Sharding) -> int:
+    """Into how many parts `shard` splits each weight."""
+    on_gpus = policy.device.type == "cuda" and not has_adapter(policy)
+    if sharding == "replicated" or (sharding == "auto" and not on_gpus):
+        return 1
+    return num_ranks() if sharding == "full" else int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+
+
+def _mesh(policy: PreTrainedModel, sharding: Sharding) -> DeviceMesh:
+    shards = num_shards(policy, sharding)
+    if shards == num_ranks():
+        return init_device_mesh(policy.device.type, (shards,))
+    sizes = (num_ranks() // shards, shards)
+    return init_device_mesh(policy.device.type, sizes, mesh_dim_names=("copies", "shards"))

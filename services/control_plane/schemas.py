@@ -14,9 +14,14 @@ from services.control_plane.errors import InvalidRequest
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
-EXTENSIONS = {"max_length", "max_tokens_per_pack", "checkpoint_steps", "num_workers"} | {
-    field.name for field in fields(Optim)
-} - HYPERPARAMETERS
+EXTENSIONS = {
+    "num_workers",
+    "max_length",
+    "max_tokens_per_pack",
+    "activation_checkpointing",
+    "sharding",
+    "checkpoint_steps",
+} | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -27,8 +32,8 @@ Metadata = Annotated[
 
 
 # Of kto a job would need completions under other prompts, of ld_dpo the reference's own scores of their
-# beginnings, which no job prepares yet; an mpo is not yet a flat set of hyperparameters.
-METHODS = [kind for kind in OBJECTIVES if kind not in ("kto", "ld_dpo", "mpo")]
+# beginnings, which no job prepares yet; an mpo is not yet a flat set of hyperparameters; reward models are not served.
+METHODS = [kind for kind in OBJECTIVES if kind not in ("kto", "ld_dpo", "mpo") and not kind.startswith("reward_")]
 
 
 class Method(BaseModel):

@@ -131,6 +131,8 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
         reporter.report.remote(Message(message=sentence))
     metrics = StepMetrics(step=result.step, total_steps=result.total_steps, metrics=result.metrics)
     reporter.report.remote(metrics)
+    if result.warning:
+        reporter.report.remote(Message(level="warn", message=result.warning))
 
 
 def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_core.batch import Segment, collate, plan
+from dpo_core.batch import Segment, batches_of_like_lengths, collate, plan
 from dpo_core.encode import EncodedGroup
 
 PAIR = EncodedGroup([1, 2, 3], ([4, 5], [6, 7, 8]), (-1.0, -2.0), 1)
@@ -37,6 +37,17 @@ def test_plan_of_fewer_groups_than_ranks_leaves_packs_empty():
 
 def test_a_group_over_the_budget_stands_alone():
     assert sorted(plan([50, 2, 3], num_ranks=1, max_tokens_per_pack=10)[0]) == [[0], [2, 1]]
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60), least_fill=st.sampled_from([0.5, 0.75, 1.0]))
+def test_sequences_of_like_lengths_are_batched_with_little_padding(lengths, least_fill):
+    batches = batches_of_like_lengths(lengths, least_fill)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        own = [lengths[i] for i in batch]
+        assert sum(own) >= least_fill * len(own) * max(own)
+    if least_fill == 1:
+        assert len(batches) == len(set(lengths))
 
 
 def test_the_prompt_stands_once_and_completions_restart_after_it():

@@ -1,11 +1,14 @@
 import json
+import logging
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
+from safetensors.torch import save_file
 
-from dpo_core.checkpoint import DamagedCheckpoint, read_manifest, verify
+from dpo_core.checkpoint import DamagedCheckpoint, latest_checkpoint, read_manifest, verify
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.options import Dpo
 from dpo_core.trainer import train
@@ -112,3 +115,105 @@ def test_the_manifest_is_plain_json(checkpoint):
 def test_damage_survives_pickling():
     again = pickle.loads(pickle.dumps(DamagedCheckpoint("a", "a is missing.")))
     assert (again.file, str(again)) == ("a", "a is missing.")
+
+
+def test_the_newest_checkpoint_is_the_latest(checkpoint):
+    assert latest_checkpoint(checkpoint.parent) == checkpoint.with_name("step-000003")
+    checkpoint.with_name("step-000002").rename(checkpoint.with_name("step-999999"))
+    checkpoint.rename(checkpoint.with_name("step-1000000"))
+    assert latest_checkpoint(checkpoint.parent) == checkpoint.with_name("step-1000000")
+
+
+@pytest.mark.parametrize("file", ["model/model.safetensors", OPTIMIZER, "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_latest(checkpoint, file, caplog):
+    truncate(checkpoint.with_name("step-000003") / file)
+    with caplog.at_level(logging.WARNING, "dpo_core.checkpoint"):
+        assert latest_checkpoint(checkpoint.parent) == checkpoint.with_name("step-000002")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"damaged and passed over: {checkpoint.with_name('step-000003') / file} " in said
+
+
+def test_an_unfinished_checkpoint_is_none(checkpoint, caplog):
+    for step in (1, 2, 3):
+        whole = checkpoint.with_name(f"step-00000{step}")
+        whole.rename(whole.with_name(f".{whole.name}.partial"))
+    assert latest_checkpoint(checkpoint.parent) is None
+    assert latest_checkpoint(checkpoint.parent / "never made") is None
+    assert not caplog.records
+
+
+def test_steps_go_on_while_a_checkpoint_is_published_until_the_next_one_is_due(policy, tokenizer, pairs, tmp_path):
+    """One at a time: steps 3 and 4 come while step 2's is under way, step 5 does not."""
+    came, released, published = Event(), Event(), []
+
+    def publish(step: int, folder: Path) -> None:
+        assert released.wait(30)
+        published.append((step, folder.name, came.wait(0.3 if step == 2 else 0)))
+
+    config = replace(CONFIG, checkpoint_steps=2)
+    steps = train(config, policy, tokenizer, [pairs] * 6, total_steps=6, checkpoint_dir=tmp_path, publish=publish)
+    assert [next(steps).step for _ in range(4)] == [1, 2, 3, 4]
+    assert not published
+    released.set()
+    assert next(steps).step == 5
+    came.set()
+    assert published[0] == (2, "step-000002", False)
+    assert [step.step for step in steps] == [6]
+    assert [name for _, name, _ in published] == ["step-000002", "step-000004", "step-000006"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_checkpoint_that_could_not_be_published_ends_the_run(failing, policy, tokenizer, pairs, tmp_path):
+    def publish(step: int, folder: Path) -> None:
+        if step == failing:
+            raise OSError(f"no room for {folder.name}")
+
+    with pytest.raises(OSError, match=f"no room for step-00000{failing}"):
+        run(CONFIG, policy, tokenizer, pairs, tmp_path, publish=publish)
+    assert not (tmp_path / f"step-00000{failing + 1}").exists()
+
+
+def test_a_failure_is_not_kept_until_the_next_checkpoint(policy, tokenizer, pairs, tmp_path):
+    failed, came = Event(), []
+
+    def publish(step: int, folder: Path) -> None:
+        failed.set()
+        raise OSError("no room")
+
+    def batches():
+        yield from [pairs] * 10
+        assert failed.wait(30)
+        yield from [pairs] * 6
+
+    config = replace(CONFIG, checkpoint_steps=8)
+    steps = train(config, policy, tokenizer, batches(), total_steps=16, checkpoint_dir=tmp_path, publish=publish)
+    with pytest.raises(OSError, match="no room"):
+        came.extend(step.step for step in steps)
+    assert 8 <= came[-1] < 16
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run(policy, tokenizer, pairs, tmp_path):
+    (tmp_path / "a file").touch()
+    with pytest.raises(NotADirectoryError):
+        run(CONFIG, policy, tokenizer, pairs, tmp_path / "a file")
+
+
+def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokenizer, pairs, tmp_path, monkeypatch):
+    """Nothing of step 2 is written before step 4 was taken; yet it is what a run of two steps leaves."""
+    config = replace(CONFIG, optim=Optim(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0), checkpoint_steps=2)
+    stopped = train(config, make_policy(), tokenizer, [pairs] * 2, total_steps=2, checkpoint_dir=tmp_path / "stopped")
+    assert len(list(stopped)) == 2
+    went_on = Event()
+
+    def save_late(tensors, path):
+        assert went_on.wait(30)
+        save_file(tensors, path)
+
+    monkeypatch.setattr("dpo_core.checkpoint.save_file", save_late)
+    steps = train(config, make_policy(), tokenizer, [pairs] * 4, total_steps=4, checkpoint_dir=tmp_path / "went on")
+    assert [next(steps).step for _ in range(4)] == [1, 2, 3, 4]
+    went_on.set()
+    steps.close()
+    for name in ("model/model.safetensors", OPTIMIZER):
+        ours, theirs = (tmp_path / folder / "step-000002" / name for folder in ("went on", "stopped"))
+        assert ours.read_bytes() == theirs.read_bytes()

@@ -17,27 +17,31 @@ def example(
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tile_rows", [1, 3, 7, 100])
-def test_gradients_pass_gradcheck(tile_rows, bias):
+@pytest.mark.parametrize("tile_columns", [1, 4, 100])
+def test_gradients_pass_gradcheck(tile_rows, tile_columns, bias):
     hidden, weight, shift, targets = example(torch.float64, bias)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: token_logps(h, w, b, targets, tile_rows=tile_rows)[0], (hidden, weight, shift)
+        lambda h, w, b: token_logps(h, w, b, targets, tile_rows=tile_rows, tile_columns=tile_columns)[0],
+        (hidden, weight, shift),
     )
 
 
 def test_a_soft_cap_bends_logits_and_gradients_alike():
     hidden, weight, bias, targets = example(torch.float64)
-    logps, _ = token_logps(hidden, weight, bias, targets, soft_cap=2.0, tile_rows=3)
+    logps, _ = token_logps(hidden, weight, bias, targets, soft_cap=2.0, tile_rows=3, tile_columns=4)
     capped = 2 * torch.tanh(torch.nn.functional.linear(hidden, weight, bias) / 2)
     torch.testing.assert_close(logps, capped.log_softmax(1).gather(1, targets[:, None])[:, 0])
     assert torch.autograd.gradcheck(
-        lambda h, w, b: token_logps(h, w, b, targets, soft_cap=2.0, tile_rows=3)[0], (hidden, weight, bias)
+        lambda h, w, b: token_logps(h, w, b, targets, soft_cap=2.0, tile_rows=3, tile_columns=4)[0],
+        (hidden, weight, bias),
     )
 
 
 @pytest.mark.parametrize("tile_rows", [1, 3, 100])
-def test_tile_size_changes_nothing(tile_rows):
+@pytest.mark.parametrize("tile_columns", [1, 4, 100])
+def test_tile_size_changes_nothing(tile_rows, tile_columns):
     hidden, weight, bias, targets = example(torch.float32)
-    logps, correct = token_logps(hidden, weight, bias, targets, tile_rows=tile_rows)
+    logps, correct = token_logps(hidden, weight, bias, targets, tile_rows=tile_rows, tile_columns=tile_columns)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     expected = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
@@ -75,11 +79,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_rows_times_vocabulary_is_never_held():
-    rows, vocabulary, tile = 512, 8192, 16
-    hidden = torch.randn(rows, 8, requires_grad=True)
-    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    rows, vocabulary = 512, 8192
+    hidden = torch.randn(rows, 1, requires_grad=True)
+    weight = torch.randn(vocabulary, 1, requires_grad=True)
     targets = torch.zeros(rows, dtype=torch.int64)
     with Largest() as largest:
-        logps, _ = token_logps(hidden, weight, None, targets, tile_rows=tile)
+        logps, _ = token_logps(hidden, weight, None, targets, tile_rows=16, tile_columns=1024)
         logps.sum().backward()
-    assert largest.numel == tile * vocabulary
+    assert largest.numel == 16 * 1024

@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
@@ -19,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from dpo_core.model import load_policy, load_tokenizer
@@ -59,6 +61,19 @@ ARCHITECTURES = {
         LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         False,
     ),
+    "qwen3 next, most of whose layers have a state": (
+        Qwen3NextConfig(
+            **SIZES | {"num_hidden_layers": 4},
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+        False,
+    ),
     "mamba, which has a state": (
         MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, initializer_range=0.3),
         False,
@@ -91,16 +106,36 @@ def test_sharing_prompts_in_a_pack_changes_nothing(policy, make_groups, num_comp
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_other_architectures_share_or_run_plainly_and_agree(name, pairs, plain_token_logps, caplog):
+def test_other_architectures_share_or_run_in_batches_and_agree(name, pairs, plain_token_logps, caplog):
     config, shares = ARCHITECTURES[name]
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(config).eval()
     with caplog.at_level(logging.WARNING, "dpo_core.scorer"):
         scorer = Scorer(policy)
     assert scorer.shares_prompts == shares
+    assert scorer.takes_batches == (name != "positions that stretch with the stream")
     assert sum(record.name == "dpo_core.scorer" for record in caplog.records) == (0 if shares else 1)
     logps, _ = scorer.token_logps(scorer.collate(pairs))
     assert_same_as_plain(policy, pairs, logps, plain_token_logps)
+
+
+class Doubled(LlamaForCausalLM):
+    """Its logits are not what its head makes of its last hidden state."""
+
+    def forward(self, **inputs):
+        found = super().forward(**inputs)
+        found.logits = 2 * found.logits
+        return found
+
+
+def test_a_head_that_nobody_knows_runs_plainly_and_agrees(policy, pairs, plain_token_logps, caplog):
+    doubled = Doubled(policy.config).eval()
+    scorer = Scorer(doubled)
+    assert not scorer.takes_batches
+    assert "Doubled cannot share prompts" in caplog.text
+    assert "one at a time" in caplog.text
+    logps, _ = scorer.token_logps(scorer.collate(pairs))
+    assert_same_as_plain(doubled, pairs, logps, plain_token_logps)
 
 
 def test_order_within_a_pack_changes_nothing(policy, pairs):

@@ -198,3 +198,11 @@ def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(p
     with pytest.raises(FloatingPointError, match="diverged at step 1"):
         next(results)
     assert not list(tmp_path.iterdir())
+
+
+def test_chosen_completions_that_fall_while_margins_grow_are_told_of_once(policy, tokenizer, pairs, tmp_path, caplog):
+    likelier = [replace(pair, ref_logps=(pair.ref_logps[0] + 50, pair.ref_logps[1] + 100)) for pair in pairs]
+    slow = replace(DPO, optim=Optim(learning_rate=1e-6))
+    results = run(slow, policy, tokenizer, [likelier] * 12, tmp_path)
+    assert [result.step for result in results if result.warning] == [10]
+    assert results[9].warning in caplog.text

@@ -4,18 +4,20 @@ any code returns ln 2 and proves nothing."""
 import importlib
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from dpo_core import options as o
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.encode import EncodedGroup, encode_group
 from dpo_core.feedback import Group, read_groups
+from dpo_core.model import load_reward_model
 from dpo_core.trainer import train
 
 STEPS, BATCH_SIZE, BETA, RATE = 20, 4, 0.1, 3e-4
@@ -187,6 +189,40 @@ def test_kto_is_that_of_trl(make_policy, tokenizer, scored, tmp_path, undesirabl
     ]
     objective = o.Kto(undesirable_weight=undesirable_weight)
     assert_same_four_steps(objective, scored(groups, policy(0)), policy(3), tokenizer, tmp_path / "ours", expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("margins", [False, True], ids=["without margins", "with margins"])
+def test_twenty_steps_of_a_reward_model_are_those_of_trl(make_policy, tokenizer, tmp_path, margins):
+    make_policy(0, initializer_range=0.1).save_pretrained(tmp_path / "base")
+    theirs = load_reward_model(tmp_path / "base")
+    ours = deepcopy(theirs)
+    rows = [row | {"margin": i % 3 / 2} for i, row in enumerate(ROWS)] if margins else ROWS
+    expected = train_with_trl(
+        theirs,
+        None,
+        tokenizer,
+        tmp_path / "trl",
+        classes=(RewardTrainer, lambda beta, **options: RewardConfig(**options)),
+        rows=rows,
+    )
+    encoded = [encode_group(group, tokenizer) for group in read_groups([json.dumps(row).encode() for row in ROWS])]
+    groups = [replace(group, margin=row.get("margin")) for group, row in zip(encoded, rows, strict=True)]
+    config = TrainConfig(
+        objective=o.RewardBradleyTerry(),
+        optim=Optim(learning_rate=RATE, warmup_ratio=0.0),
+        batch_size=BATCH_SIZE,
+        n_epochs=STEPS // 2,
+        checkpoint_steps=STEPS,
+    )
+    batches = [groups[:BATCH_SIZE], groups[BATCH_SIZE:]] * (STEPS // 2)
+    found = list(train(config, ours, tokenizer, batches, total_steps=STEPS, checkpoint_dir=tmp_path / "ours"))
+    assert expected[-1]["loss"] < 0.9 * expected[0]["loss"]
+    for own, other in zip(found, expected, strict=True):
+        for key in ("loss", "grad_norm", "min_reward", "mean_reward", "max_reward", "accuracy", "margin"):
+            assert own.metrics[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), (own.step, key)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-3, atol=1e-4)
 
 
 TEXTS = [

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from dpo_core.checkpoint import verify
 from dpo_core.config import Lora, Optim, TrainConfig
@@ -33,12 +34,24 @@ CONFIG = TrainConfig(
 )
 
 
+CAPPED = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     num_ranks: int
     config: TrainConfig
     adapter: Lora | None = None
     dtype: torch.dtype = torch.float32
+    model: str = "model"
 
 
 CASES = {
@@ -49,6 +62,7 @@ CASES = {
     "shards, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo(), sharding="full")),
     "shards, activations computed again": Case(2, replace(CONFIG, sharding="full", activation_checkpointing="on")),
     "shards that compute in bfloat16": Case(2, replace(CONFIG, sharding="full"), dtype=torch.bfloat16),
+    "shards that cannot share prompts": Case(2, replace(CONFIG, sharding="full"), model="capped model"),
     "four shards": Case(4, replace(CONFIG, sharding="full")),
     "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
 }
@@ -63,7 +77,7 @@ def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
     pairs = read_pairs(home)
     torch.manual_seed(0)  # of a new adapter
-    policy = load_policy(home / "model", adapter=case.adapter, dtype=case.dtype)
+    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
     if folder.name == "rank1":
         torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
     batches = [pairs, pairs[:1], pairs[1:4]][after_step:]  # the second leaves ranks without a pack
@@ -121,6 +135,7 @@ def home(make_policy, tokenizer, pairs, tmp_path_factory) -> Path:
     """What all ranks of all cases left."""
     home = tmp_path_factory.mktemp("ranks")
     make_policy().save_pretrained(home / "model")
+    Gemma2ForCausalLM(Gemma2Config(**CAPPED)).save_pretrained(home / "capped model")
     tokenizer.save_pretrained(home / "model")
     (home / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
     for num_ranks in (2, 4):

@@ -51,6 +51,7 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
         ({"method": dpo(betta=1)}, openai.BadRequestError, "method.dpo.hyperparameters.betta", "unknown_parameter"),
         ({"method": dpo(n_epochs=51)}, openai.BadRequestError, "method.dpo.hyperparameters.n_epochs", "invalid_value"),
         ({"method": {"type": "kto"}}, openai.BadRequestError, "method.type", "unsupported_value"),
+        ({"method": {"type": "reward_gaussian"}}, openai.BadRequestError, "method.type", "unsupported_value"),
         ({"method": {"type": "dpo", "kto": {}}}, openai.BadRequestError, "method.kto", "unknown_parameter"),
         ({"method": {"type": "supervised"}}, openai.BadRequestError, "training_file", "invalid_training_file"),
         ({"validation_file": "file-x"}, openai.BadRequestError, "validation_file", "unsupported_value"),
@@ -58,6 +59,18 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
         ({"seed": -1}, openai.BadRequestError, "seed", "invalid_value"),
         ({"extra_body": {"betta": 1}}, openai.BadRequestError, "betta", "unknown_parameter"),
         ({"extra_body": {"x_raydpo": {"lora": 8}}}, openai.BadRequestError, "x_raydpo.lora", "unknown_parameter"),
+        (
+            {"extra_body": {"x_raydpo": {"sharding": "half"}}},
+            openai.BadRequestError,
+            "x_raydpo.sharding",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"max_tokens_per_pack": 100}}},
+            openai.BadRequestError,
+            "x_raydpo.max_tokens_per_pack",
+            "invalid_value",
+        ),
         (
             {"extra_body": {"x_raydpo": {"num_workers": 0}}},
             openai.BadRequestError,

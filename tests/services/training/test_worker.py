@@ -24,7 +24,7 @@ LN2 = math.log(2)
 
 
 def result(step: int = 1, **metrics: float) -> StepResult:
-    return StepResult(step, 10, {"loss": LN2, "lr": 1e-6} | metrics, 100)
+    return StepResult(step, 10, {"loss": LN2, "lr": 1e-6} | metrics, 100, None)
 
 
 def test_dpo_that_does_not_begin_at_ln_2_is_stopped_with_both_figures(make_spec: MakeSpec) -> None:

@@ -1,0 +1,43 @@
+"""A trained reward model in vLLM: as the engine exports it, and with no option but the runner."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.encode import EncodedGroup
+from dpo_core.model import load_reward_model, load_tokenizer, merge_adapter
+from dpo_core.options import RewardBradleyTerry
+from dpo_core.scorer import Scorer
+from dpo_core.trainer import train
+
+pytestmark = pytest.mark.ray
+
+GROUPS = [
+    EncodedGroup([5, 6, 7], ([8, 9, 1], [10, 1]), None, 1),
+    EncodedGroup(list(range(5, 60)), (list(range(60, 99)), [11]), None, 2),
+]
+
+
+def test_vllm_gives_the_rewards_themselves(model_folder: Path, tmp_path: Path) -> None:
+    model = load_reward_model(model_folder, adapter=Lora(r=4))
+    config = TrainConfig(
+        objective=RewardBradleyTerry(), optim=Optim(learning_rate=1e-2), n_epochs=4, batch_size=2, checkpoint_steps=4
+    )
+    for _ in train(
+        config, model, load_tokenizer(model_folder), [GROUPS] * 4, total_steps=4, checkpoint_dir=tmp_path / "run"
+    ):
+        pass
+    merge_adapter(tmp_path / "run" / "step-000004" / "model", tmp_path / "merged")
+    rows = [[*group.prompt_ids, *completion] for group in GROUPS for completion in group.completion_ids]
+    script, answer = Path(__file__).with_name("classify.py"), tmp_path / "rewards.json"
+    command = [sys.executable, script, tmp_path / "merged", answer]
+    subprocess.run(command, input=json.dumps(rows), text=True, check=True, timeout=300)
+    scorer = Scorer(model)
+    rewards = scorer(scorer.collate(GROUPS))[:, :1]
+    assert rewards.min() < 0  # no probabilities
+    torch.testing.assert_close(torch.tensor(json.loads(answer.read_text())), rewards, rtol=0, atol=1e-3)
