@@ -43,8 +43,7 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
-    from dpo_core import Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
-    from dpo_core.feedback import Group
+    from dpo_core import Group, Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
     from dpo_core.flops import Flops, matmul_rate
     from dpo_core.scorer import Scorer
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from dpo_core.checkpoint import latest_checkpoint
     from dpo_core.config import Lora, Optim, TrainConfig
     from dpo_core.encode import EncodedGroup, encode_group
-    from dpo_core.feedback import Group, read_groups
+    from dpo_core.feedback import read_groups
+    from dpo_core.formats import Group
     from dpo_core.model import load_policy, load_reward_model, load_tokenizer, merge_adapter
     from dpo_core.scorer import score_reference
     from dpo_core.trainer import StepResult, train
@@ -39,7 +40,8 @@ _FILES = {
     "checkpoint": ("latest_checkpoint",),
     "config": ("Lora", "Optim", "TrainConfig"),
     "encode": ("EncodedGroup", "encode_group"),
-    "feedback": ("Group", "read_groups"),
+    "feedback": ("read_groups",),
+    "formats": ("Group",),
     "model": ("load_policy", "load_reward_model", "load_tokenizer", "merge_adapter"),
     "scorer": ("score_reference",),
     "trainer": ("StepResult", "train"),

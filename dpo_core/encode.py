@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from dpo_core.feedback import Group, InvalidRow, Message, Text
+from dpo_core.formats import Group
+from dpo_core.jsonl import InvalidRow
+from dpo_core.messages import Message, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +72,7 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
     completion_ids = tuple(_completion_ids(prompt, prompt_ids, text, tokenizer) for text in texts)
     if not all(completion_ids):
         raise _invalid(group, "empty_completion", "a completion has no tokens; give it some text.")
-    return EncodedGroup(prompt_ids, completion_ids, None, group.line)
+    return EncodedGroup(prompt_ids, completion_ids, None, group.line, ratings=group.ratings)
 
 
 def _completion_text(group: Group, prompt: str, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -11,7 +11,8 @@ import anyio.to_thread
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core.feedback import InvalidRow, check, read_lines
+from dpo_core.feedback import check
+from dpo_core.jsonl import InvalidRow, read_lines
 from services import storage
 from services.control_plane.errors import InvalidRequest, NotFound, TooLarge
 from services.control_plane.settings import Settings

@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
         "prompt_ids": pa.list_(pa.int32()),
         "completion_ids": pa.list_(pa.list_(pa.int32())),
         "ref_logps": pa.list_(pa.float64()),  # one per completion, in nats; null: the objective needs no reference
+        "ratings": pa.list_(pa.float64()),  # one per completion; null: their order says it
         "line": pa.int64(),
     }
 )
@@ -71,10 +72,7 @@ def save(dataset: Dataset, uri: str) -> None:
 
 
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup]) -> Part:
-    rows = [
-        {"prompt_ids": g.prompt_ids, "completion_ids": g.completion_ids, "ref_logps": g.ref_logps, "line": g.line}
-        for g in groups
-    ]
+    rows = [{name: getattr(group, name) for name in SCHEMA.names} for group in groups]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
@@ -153,5 +151,6 @@ def _read(uri: str, part: Part) -> pa.Table:
 
 
 def _group(table: Any, row: int) -> EncodedGroup:
-    prompt_ids, completion_ids, ref_logps, line = (column[row].as_py() for column in table.columns)
-    return EncodedGroup(prompt_ids, tuple(completion_ids), ref_logps and tuple(ref_logps), line)
+    values = {name: table[name][row].as_py() for name in SCHEMA.names}
+    per_completion = ("completion_ids", "ref_logps", "ratings")
+    return EncodedGroup(**values | {name: values[name] and tuple(values[name]) for name in per_completion})

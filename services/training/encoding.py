@@ -2,11 +2,12 @@
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dpo_core.encode import NoChatTemplate, encode_group
-from dpo_core.feedback import FeedbackReport, InvalidRow, check, read_groups, read_lines
+from dpo_core.feedback import FeedbackReport, check, is_tied, read_groups
+from dpo_core.jsonl import InvalidRow, read_lines
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Report
 from services.training.dataset import Dataset, Part, write_part
@@ -34,8 +35,9 @@ class Encoded(Contract):
     """What became of a piece."""
 
     num_rows: int
-    part: Part | None = None  # None: none of its groups was short enough
+    part: Part | None = None  # None: none of its groups could be used
     too_long: tuple[tuple[int, int], ...] = ()  # line, and tokens of the prompt and the longest completion
+    tied: tuple[int, ...] = ()  # lines that rate all their completions alike
     limit: int = 0  # tokens that a group may have: max_length, or what the model has positions for
     refused: tuple[int, Failed] | None = None  # the line that cannot be used
 
@@ -89,7 +91,9 @@ def _report_counts(
     spec: AttemptSpec, found: FeedbackReport, results: list[Encoded], report: Callable[[Report], None]
 ) -> None:
     too_long = sorted(row for result in results for row in result.too_long)
-    count = len(too_long) + sum(result.part.num_groups for result in results if result.part)
+    tied = sorted(line for result in results for line in result.tied)
+    kept = sum(result.part.num_groups for result in results if result.part)
+    count = kept + len(too_long) + len(tied)
     limit = results[0].limit
     remedy = "raise max_length or shorten them" if limit == spec.config.max_length else "the model takes no more"
     if len(too_long) == count:
@@ -97,12 +101,23 @@ def _report_counts(
         raise _invalid_file(
             f"All {count} {found.kind} are longer than {limit} tokens, the shortest has {shortest}; {remedy}."
         )
+    alike = "rate all their completions alike, which says nothing of an order"
+    if not kept:
+        longer = f"{len(too_long)} are longer than {limit} tokens"
+        raise _invalid_file(f"Of {count} {found.kind} {longer} and {len(tied)} {alike}: none is left.")
     report(Message(message=f"Training file has {count} {found.kind} ({found.format} format)."))
     if too_long:
-        lines = ", ".join(str(line) for line, _ in too_long[:LINES_NAMED])
-        more = f" and {len(too_long) - LINES_NAMED} more" if len(too_long) > LINES_NAMED else ""
         left_out = f"Left out {len(too_long)} of {count} {found.kind}, longer than {limit} tokens"
-        report(Message(level="warn", message=f"{left_out} (line {lines}{more}); {remedy}."))
+        where = _named([line for line, _ in too_long])
+        report(Message(level="warn", message=f"{left_out} ({where}); {remedy}."))
+    if tied:
+        left_out = f"Left out {len(tied)} of {count} {found.kind} that {alike} ({_named(tied)})."
+        report(Message(level="warn", message=left_out))
+
+
+def _named(lines: Sequence[int]) -> str:
+    more = f" and {len(lines) - LINES_NAMED} more" if len(lines) > LINES_NAMED else ""
+    return f"line {', '.join(map(str, lines[:LINES_NAMED]))}{more}"
 
 
 def _invalid_file(message: str) -> JobFailed:
@@ -129,9 +144,12 @@ def encode_piece(spec: AttemptSpec, folder_uri: str, piece: Piece) -> Encoded:
     with storage.open_input(spec.training_uri) as file:
         file.seek(piece.start)
         lines = read_lines(io.BytesIO(file.read(piece.size)))
-    kept, too_long = [], []
+    kept, too_long, tied = [], [], []
     try:
         for group in read_groups(lines, first_line=piece.first_line):
+            if is_tied(group):
+                tied.append(group.line)
+                continue
             encoded = encode_group(group, tokenizer)
             length = len(encoded.prompt_ids) + max(map(len, encoded.completion_ids))
             if length > limit:
@@ -148,6 +166,7 @@ def encode_piece(spec: AttemptSpec, folder_uri: str, piece: Piece) -> Encoded:
         num_rows=piece.num_rows,
         part=write_part(folder_uri, f"{piece.number:05d}.parquet", kept) if kept else None,
         too_long=tuple(too_long),
+        tied=tuple(tied),
         limit=limit,
     )
 

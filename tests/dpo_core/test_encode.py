@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from dpo_core.encode import encode_group
-from dpo_core.feedback import Group, InvalidRow, read_groups
+from dpo_core.feedback import read_groups
+from dpo_core.formats import Group
+from dpo_core.jsonl import InvalidRow
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 

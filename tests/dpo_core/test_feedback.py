@@ -1,17 +1,17 @@
-import copy
 import io
 import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_core.feedback import MAX_LINE_BYTES, Group, InvalidRow, check, read_groups, read_lines
+from dpo_core.feedback import check, read_groups
+from dpo_core.formats import Group
+from dpo_core.jsonl import MAX_LINE_BYTES, InvalidRow, read_lines
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -246,24 +246,6 @@ def test_rows_before_the_bad_one_have_been_read():
     assert next(reader).line == 1
     with pytest.raises(InvalidRow):
         next(reader)
-
-
-def variations(value: object) -> Iterator[object]:
-    """The value with each of its parts, in turn, replaced by something it should not be."""
-    yield from (None, True, 3, 0.5, "", "x", [], ["x"], [[]], {}, {"role": "user"}, {"type": "text"})
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        for other in variations(part):
-            changed = copy.copy(value)
-            changed[key] = other
-            yield changed
-
-
-@pytest.mark.parametrize("row", [PREFERENCE, CHAT, CONVERSATIONS, TEXTS], ids=["preference", "chat", "pairs", "texts"])
-def test_whatever_stands_in_a_row_it_is_read_or_refused(row):
-    for varied in variations(row):
-        refused = refusal_of(lines(varied))
-        assert refused is None or (refused.line == 1 and refused.code)
 
 
 @given(st.lists(st.binary(max_size=50), max_size=3))

@@ -83,6 +83,26 @@ def test_long_groups_are_left_out_and_named(make_spec: MakeSpec, run: Any) -> No
     )
 
 
+def test_rankings_of_real_shape_keep_their_ratings_and_those_without_an_order_are_left_out(
+    make_spec: MakeSpec, run: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "Sky?", "completions": [" Green.", " Blue."], "ranks": [2, 1]},
+        {"prompt": "Sun?", "completions": [" Green.", " Blue."], "ranks": [1, 1]},
+        {"prompt": "Sea?", "completions": [" Red.", " Blue.", " Blue!"], "ranks": [2, 1, 1]},
+    ]
+    (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    groups, reports = run(make_spec(training_uri=str(tmp_path / "ranked.jsonl")))
+    assert [(group.line, group.ratings) for group in groups] == [(1, (-1.0, -2.0)), (3, (-1.0, -1.0, -2.0))]
+    assert reports[-2].message == "Training file has 3 rankings (prompt/completions/ranks format)."
+    assert reports[-1].message == (
+        "Left out 1 of 3 rankings that rate all their completions alike, which says nothing of an order (line 2)."
+    )
+    (tmp_path / "tied.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(JobFailed, match=r"0 are longer than .* and 1 rate all .* none is left"):
+        run(make_spec(training_uri=str(tmp_path / "tied.jsonl")))
+
+
 def test_nothing_short_enough_is_the_users_to_mend(make_spec: MakeSpec, run: Any) -> None:
     with pytest.raises(JobFailed) as failure:
         run(make_spec(config=TrainConfig(max_length=8)))

@@ -1,0 +1,324 @@
+"""Rows to groups: the shapes in which preference data are published. Standard library only.
+
+The keys of a row and the kinds of their values tell its format; nothing is guessed from texts but the
+`\n\nHuman:` that begins a dialogue.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from dpo_core.jsonl import Row, pointer_to
+from dpo_core.messages import (
+    TOOL_KEYS,
+    Message,
+    Text,
+    completion_of,
+    dialogue_of,
+    messages_of,
+    number_of,
+    numbers_of,
+    prompt_of,
+    refuse_empty,
+    refuse_tools,
+    shown,
+    string_of,
+)
+from dpo_core.options import Kind
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its completions, best first: one is a demonstration, two are a pair."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    line: int  # where it stands in the file, from 1
+    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str
+    kind: Kind
+    keys: frozenset[str]  # what its reader uses
+    matches: Callable[[dict[str, object]], bool]
+    read: Callable[[Row], Iterator[Group]]
+
+
+def detect(row: Row) -> Format:
+    """Raises InvalidRow for a row of no known format."""
+    for form in FORMATS:
+        if form.matches(row.value):
+            return form
+    known = ", ".join(form.name for form in FORMATS)
+    raise row.invalid("", "unknown_format", f"{keys_of(row)}, of none of the known formats: {known}.")
+
+
+def keys_of(row: Row) -> str:
+    return "its keys are " + (", ".join(key[:40] for key in sorted(row.value)[:10]) or "none")
+
+
+# --- demonstrations --------------------------------------------------------------------------
+
+
+def _read_chat(row: Row) -> Iterator[Group]:
+    refuse_tools(row, "", row.value)
+    messages = messages_of(row, "/messages", row.value["messages"])
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _weight(row, i) != 0]
+    if not trained:
+        raise row.invalid("/messages", "nothing_to_train", "has no assistant message whose weight is not 0.")
+    for i in trained:
+        if i == 0:
+            raise row.invalid("/messages/0", "empty_prompt", "is an assistant message with nothing before it.")
+        if messages[i - 1]["role"] == "assistant":
+            raise row.invalid(
+                f"/messages/{i}", "invalid_order", "follows an assistant message; put the user's between."
+            )
+        refuse_empty(row, f"/messages/{i}/content", messages[i]["content"])
+        yield Group(messages[:i], ([messages[i]],), row.line)
+
+
+def _weight(row: Row, index: int) -> object:
+    messages = row.value["messages"]
+    assert isinstance(messages, list)  # `messages_of` has seen it
+    return messages[index].get("weight")
+
+
+# --- pairs -----------------------------------------------------------------------------------
+
+
+def _read_preference(row: Row) -> Iterator[Group]:
+    given = row.value.get("input")
+    if not isinstance(given, dict):
+        raise row.invalid("/input", "wrong_type", "must be a dictionary with messages.")
+    for key in given:
+        if key not in TOOL_KEYS | {"messages"}:
+            raise row.invalid(pointer_to(("input", key)), "unknown_key", "is not a key of input.")
+    refuse_tools(row, "/input", given)
+    prompt = prompt_of(row, "/input/messages", given.get("messages"))
+    outputs = [_either(row, f"{side}_output", f"{side}_completion") for side in ("preferred", "non_preferred")]
+    yield Group(prompt, tuple(completion_of(row, f"/{key}", row.value[key]) for key in outputs), row.line)
+
+
+def _either(row: Row, key: str, alias: str) -> str:
+    present = [name for name in (key, alias) if name in row.value]
+    if len(present) == 1:
+        return present[0]
+    if present:
+        raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
+    raise row.invalid(f"/{key}", "missing_key", "is missing.")
+
+
+def _read_explicit(row: Row) -> Iterator[Group]:
+    refuse_tools(row, "", row.value)
+    prompt = _prompt(row, "/prompt", row.value["prompt"])
+    yield Group(prompt, tuple(_completion(row, f"/{side}", row.value[side], prompt) for side in _SIDES), row.line)
+
+
+def _read_conversations(row: Row) -> Iterator[Group]:
+    """What both conversations begin with is the prompt."""
+    refuse_tools(row, "", row.value)
+    yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in _SIDES])
+
+
+def _read_dialogues(row: Row) -> Iterator[Group]:
+    texts = (string_of(row, f"/{side}", row.value[side]) for side in _SIDES)
+    yield _split_conversations(
+        row, [dialogue_of(row, f"/{side}", text) for side, text in zip(_SIDES, texts, strict=True)]
+    )
+
+
+def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
+    (*prompt, _), other = sides
+    if not prompt or other[:-1] != prompt:
+        what = "and chosen must begin with the same messages, the prompt, and differ in the last, the assistant's."
+        raise row.invalid("/rejected", "different_prompts", what)
+    asked = row.value.get("prompt")
+    if asked is not None and asked != prompt[-1]["content"]:
+        raise row.invalid("/prompt", "different_prompts", "must be the message before the last one of chosen.")
+    for side, messages in zip(_SIDES, sides, strict=True):
+        last = f"/{side}/{len(messages) - 1}"
+        if messages[-1]["role"] != "assistant":
+            raise row.invalid(last, "invalid_completion", "must be a message of the assistant.")
+        refuse_empty(row, last, messages[-1]["content"])
+    if prompt[-1]["role"] == "assistant":
+        raise row.invalid(f"/chosen/{len(prompt) - 1}", "invalid_order", "ends the prompt; end it with the user's.")
+    return Group(prompt, tuple([messages[-1]] for messages in sides), row.line)
+
+
+def _read_implicit(row: Row) -> Iterator[Group]:
+    """What both texts begin with is the prompt, up to the last space before they differ, as in TRL."""
+    texts = [string_of(row, f"/{side}", row.value[side]) for side in _SIDES]
+    prompt = commonprefix(texts).removesuffix(" ")  # noqa: RUF071 (characters are meant)
+    if not prompt:
+        raise row.invalid("", "empty_prompt", "chosen and rejected begin differently; give the row a prompt.")
+    for side, text in zip(_SIDES, texts, strict=True):
+        refuse_empty(row, f"/{side}", text[len(prompt) :])
+    yield Group(prompt, tuple(text[len(prompt) :] for text in texts), row.line)
+
+
+# --- ratings, rankings and labels --------------------------------------------------------------
+
+
+def _read_unpaired(row: Row) -> Iterator[Group]:
+    refuse_tools(row, "", row.value)
+    prompt = _prompt(row, "/prompt", row.value["prompt"])
+    completion = _completion(row, "/completion", row.value["completion"], prompt)
+    label = row.value["label"]
+    if not isinstance(label, bool):
+        raise row.invalid("/label", "wrong_type", f"is {shown(label)}; it must be true or false.")
+    yield Group(prompt, (completion,), row.line, (float(label),))
+
+
+def _read_ranked(row: Row) -> Iterator[Group]:
+    prompt = _prompt(row, "/prompt", row.value["prompt"])
+    given = _list(row, "/completions", row.value["completions"])
+    completions = [_completion(row, f"/completions/{i}", item, prompt) for i, item in enumerate(given)]
+    if "ranks" in row.value and "scores" in row.value:
+        raise row.invalid("/scores", "duplicate_key", "and ranks say the same; send one.")
+    key = "ranks" if "ranks" in row.value else "scores"
+    numbers = numbers_of(row, f"/{key}", row.value[key], count=len(completions))
+    yield _best_first(row, prompt, completions, [-n for n in numbers] if key == "ranks" else numbers)
+
+
+def _read_ultrafeedback(row: Row) -> Iterator[Group]:
+    instruction = string_of(row, "/instruction", row.value["instruction"])
+    completions, ratings = [], []
+    for i, item in enumerate(_list(row, "/completions", row.value["completions"])):
+        fields = _fields(row, f"/completions/{i}", item, ("response", "overall_score"))
+        completions.append(_answer(row, f"/completions/{i}/response", fields["response"]))
+        ratings.append(number_of(row, f"/completions/{i}/overall_score", fields["overall_score"]))
+    yield _best_first(row, [{"role": "user", "content": instruction}], completions, ratings)
+
+
+def _read_nectar(row: Row) -> Iterator[Group]:
+    prompt = dialogue_of(row, "/prompt", string_of(row, "/prompt", row.value["prompt"]))
+    if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
+        raise row.invalid("/prompt", "invalid_order", 'must end with "\\n\\nAssistant:", where the answers go.')
+    completions, ratings = [], []
+    for i, item in enumerate(_list(row, "/answers", row.value["answers"])):
+        fields = _fields(row, f"/answers/{i}", item, ("answer", "rank"))
+        completions.append(_answer(row, f"/answers/{i}/answer", fields["answer"]))
+        ratings.append(-number_of(row, f"/answers/{i}/rank", fields["rank"]))
+    yield _best_first(row, prompt[:-1], completions, ratings)
+
+
+def _best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
+    order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
+    if len(order) < 2:
+        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs two.")
+    return Group(prompt, tuple(completions[i] for i in order), row.line, tuple(ratings[i] for i in order))
+
+
+def _list(row: Row, pointer: str, value: object) -> list[object]:
+    if not isinstance(value, list) or not value:
+        raise row.invalid(pointer, "wrong_type", "must be a list of completions.")
+    return value
+
+
+def _fields(row: Row, pointer: str, value: object, names: Sequence[str]) -> dict[str, object]:
+    if not isinstance(value, dict) or not value.keys() >= set(names):
+        raise row.invalid(pointer, "wrong_type", f"must be a dictionary with {' and '.join(names)}.")
+    return value
+
+
+def _answer(row: Row, pointer: str, value: object) -> list[Message]:
+    text = string_of(row, pointer, value)
+    refuse_empty(row, pointer, text)
+    return [{"role": "assistant", "content": text}]
+
+
+# --- prompts and completions, as texts or as messages ---------------------------------------------
+
+
+def _prompt(row: Row, pointer: str, value: object) -> Text:
+    return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
+
+
+def _completion(row: Row, pointer: str, value: object, prompt: Text) -> Text:
+    """In the form of its prompt."""
+    if isinstance(prompt, list):
+        return completion_of(row, pointer, value)
+    text = string_of(row, pointer, value)
+    refuse_empty(row, pointer, text)
+    return text
+
+
+_SIDES = ("chosen", "rejected")
+
+
+def _is_dialogues(row: dict[str, object]) -> bool:
+    return all(isinstance(text := row.get(side), str) and text.startswith("\n\nHuman:") for side in _SIDES)
+
+
+def _has(*keys: str, **kinds: type) -> Callable[[dict[str, object]], bool]:
+    """Whether a row has the keys, and values of these kinds."""
+    wanted = {*keys, *kinds}
+    return lambda row: row.keys() >= wanted and all(isinstance(row[key], kind) for key, kind in kinds.items())
+
+
+FORMATS = (
+    Format(
+        "OpenAI preference",
+        "pairs",
+        frozenset(
+            {"input", "preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"}
+        ),
+        _has("input"),
+        _read_preference,
+    ),
+    Format(
+        "prompt/chosen/rejected conversations",
+        "pairs",
+        TOOL_KEYS | {"prompt", *_SIDES},
+        _has(*_SIDES, prompt=list),
+        _read_explicit,
+    ),
+    Format(
+        "chosen/rejected conversations that hold their prompt",
+        "pairs",
+        TOOL_KEYS | {"prompt", *_SIDES},
+        _has(chosen=list, rejected=list),
+        _read_conversations,
+    ),
+    Format(
+        "prompt/chosen/rejected texts",
+        "pairs",
+        TOOL_KEYS | {"prompt", *_SIDES},
+        _has("prompt", *_SIDES),
+        _read_explicit,
+    ),
+    Format("HH-RLHF dialogues", "pairs", frozenset(_SIDES), _is_dialogues, _read_dialogues),
+    Format("chosen/rejected texts that hold their prompt", "pairs", frozenset(_SIDES), _has(*_SIDES), _read_implicit),
+    Format(
+        "prompt/completion/label",
+        "unpaired",
+        TOOL_KEYS | {"prompt", "completion", "label"},
+        _has("prompt", "completion", "label"),
+        _read_unpaired,
+    ),
+    Format(
+        "prompt/completions/ranks",
+        "rankings",
+        frozenset({"prompt", "completions", "ranks", "scores"}),
+        _has("prompt", "completions", "ranks"),
+        _read_ranked,
+    ),
+    Format(
+        "prompt/completions/scores",
+        "ratings",
+        frozenset({"prompt", "completions", "ranks", "scores"}),
+        _has("prompt", "completions", "scores"),
+        _read_ranked,
+    ),
+    Format(
+        "UltraFeedback",
+        "ratings",
+        frozenset({"instruction", "completions"}),
+        _has("instruction", "completions"),
+        _read_ultrafeedback,
+    ),
+    Format("Nectar", "rankings", frozenset({"prompt", "answers"}), _has("prompt", "answers"), _read_nectar),
+    Format("OpenAI chat", "demonstrations", TOOL_KEYS | {"messages"}, _has("messages"), _read_chat),
+)

@@ -1,0 +1,147 @@
+"""JSON Lines to rows: what is no JSON dictionary in UTF-8 is refused by line. Standard library only.
+
+A leading byte order mark, CRLF and blank lines are harmless and accepted.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+MAX_LINE_BYTES = 32 * 2**20
+MAX_DEPTH = 64  # arrays and objects inside each other; a message needs five
+
+
+class InvalidRow(ValueError):
+    """A row that cannot be used: its line from 1, a JSON pointer into it, a code, and a sentence."""
+
+    def __init__(self, line: int, pointer: str, code: str, message: str) -> None:
+        super().__init__(line, pointer, code, message)  # all four, so that it survives pickling
+        self.line = line
+        self.pointer = pointer
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Row:
+    """One parsed line."""
+
+    def __init__(self, line: int, value: dict[str, object]) -> None:
+        self.line = line
+        self.value = value
+
+    def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
+        where = f"Line {self.line}, {pointer}" if pointer else f"Line {self.line}"
+        return InvalidRow(self.line, pointer, code, f"{where}: {what}")
+
+
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, never holding more than the longest line that `read_groups` takes."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+
+
+def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row]:
+    """Every line that is not blank. Raises InvalidRow on reaching one that is no row."""
+    for number, line in enumerate(lines, first_line):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield _parse(number, line)
+
+
+@dataclass(frozen=True)
+class _Flaw:
+    """Stands where JSON was parsed but must not be accepted, until its pointer is known."""
+
+    code: str
+    what: str
+    key: str | None = None
+
+
+_CAN_BE_FLAWED = (str, list, dict, _Flaw)
+
+
+def _parse(number: int, line: bytes) -> Row:
+    if len(line) > MAX_LINE_BYTES:
+        limit = f"Line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; split or shorten the row."
+        raise InvalidRow(number, "", "line_too_long", limit)
+    try:
+        value = json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidRow(
+            number, "", "invalid_utf8", f"Line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8."
+        ) from None
+    except RecursionError:
+        raise InvalidRow(number, "", "too_deep", f"Line {number} nests more than {MAX_DEPTH} levels.") from None
+    except json.JSONDecodeError as error:
+        raise _not_jsonl(number, line, f"is not valid JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:  # Python converts integers of at most 4300 digits
+        raise _not_jsonl(number, line, "holds a number that is too long") from None
+    if not isinstance(value, dict | _Flaw):
+        raise _not_jsonl(number, line, "is not a dictionary")
+    row = Row(number, value if isinstance(value, dict) else {})
+    _refuse_flaws(row, value)
+    return row
+
+
+def _not_jsonl(number: int, line: bytes, what: str) -> InvalidRow:
+    start = line[:200].decode(errors="replace").strip()[:40]
+    start = "".join(c if c.isprintable() else "\ufffd" for c in start)
+    return InvalidRow(
+        number,
+        "",
+        "invalid_jsonl",
+        "Expected file to have JSONL format, where every line is a JSON dictionary. "
+        f'Line {number} {what} (HINT: line starts with: "{start}").',
+    )
+
+
+def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    seen: set[str] = set()
+    twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return _Flaw("duplicate_key", "this key stands twice; keep one.", twice)
+
+
+def _constant(name: str) -> _Flaw:
+    return _Flaw("invalid_number", f"{name} is not a JSON number.")
+
+
+def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> None:
+    """Refuse the first flaw, in the order of the text. Pointers are built only for it: a line may hold millions."""
+    if len(path) >= MAX_DEPTH:
+        raise row.invalid("", "too_deep", f"nests more than {MAX_DEPTH} levels.")
+    if isinstance(value, _Flaw):
+        raise row.invalid(pointer_to(path if value.key is None else (*path, value.key)), value.code, value.what)
+    if isinstance(value, str):
+        _refuse_unusable_text(row, path, value)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if isinstance(item, _CAN_BE_FLAWED):
+                _refuse_flaws(row, item, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_unusable_text(row, path, key)
+            if isinstance(item, _CAN_BE_FLAWED):
+                _refuse_flaws(row, item, (*path, key))
+
+
+def _refuse_unusable_text(row: Row, path: tuple[str | int, ...], text: str) -> None:
+    if "\0" in text:
+        raise row.invalid(pointer_to(path), "invalid_text", "holds a NUL character; remove it.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise row.invalid(pointer_to(path), "invalid_text", "holds half of a surrogate pair; remove it.") from None
+
+
+def pointer_to(path: tuple[str | int, ...]) -> str:
+    """A JSON pointer, RFC 6901; a lone surrogate in a key must not travel further."""
+    keys = (str(key).replace("~", "~0").replace("/", "~1") for key in path)
+    return "".join("/" + key for key in keys).encode(errors="replace").decode()

@@ -1,0 +1,224 @@
+"""Rows in the shapes in which their sources publish them, and what is made of them."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_core.feedback import check, read_groups
+from dpo_core.formats import Group
+from dpo_core.jsonl import InvalidRow, read_lines
+
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+BEGINNING = "\n\nHuman: What is a pangolin?\n\nAssistant: An animal.\n\nHuman: Does it bite?\n\nAssistant:"
+HH = {"chosen": f"{BEGINNING} No.", "rejected": f"{BEGINNING} Why, yes."}
+ULTRAFEEDBACK_BINARIZED = {
+    "prompt": "Name a red fruit.",
+    "prompt_id": "5f1c",
+    "chosen": [user("Name a red fruit."), assistant("The strawberry.")],
+    "rejected": [user("Name a red fruit."), assistant("The banana.")],
+    "messages": [user("Name a red fruit."), assistant("The strawberry.")],
+    "score_chosen": 8.5,
+    "score_rejected": 3.0,
+}
+ULTRAFEEDBACK = {
+    "source": "sharegpt",
+    "instruction": "Name a red fruit.",
+    "models": ["a", "b", "c"],
+    "completions": [
+        {"model": "a", "response": "The banana.", "overall_score": 3.0, "annotations": {}},
+        {"model": "b", "response": "The strawberry.", "overall_score": 8.5, "annotations": {}},
+        {"model": "c", "response": "The lemon.", "overall_score": 3, "annotations": {}},
+    ],
+    "correct_answers": ["None"],
+}
+NECTAR = {
+    "prompt": "\n\nHuman: Name a red fruit.\n\nAssistant: ",
+    "answers": [
+        {"answer": "The banana.", "model": "a", "rank": 2.0},
+        {"answer": "The strawberry.", "model": "b", "rank": 1.0},
+        {"answer": "The lemon.", "model": "c", "rank": 3.0},
+    ],
+    "turns": 1,
+    "num_responses": 3,
+    "source": ["lmsys-chat-1m"],
+    "good_natured": True,
+}
+IMPLICIT_TEXTS = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+IMPLICIT_CONVERSATIONS = {
+    "chosen": [user("What colour is the sky?"), assistant("Blue.")],
+    "rejected": [user("What colour is the sky?"), assistant("Green.")],
+}
+KTO = {"prompt": [user("What colour is the sky?")], "completion": [assistant("Green.")], "label": False}
+RANKED = {"prompt": "The sky is", "completions": [" green.", " blue.", " grey."], "ranks": [2, 1, 1]}
+SCORED = {"prompt": [user("Sky?")], "completions": [[assistant("Green.")], [assistant("Blue.")]], "scores": [1, 4.5]}
+
+ASKED = [user("What is a pangolin?"), assistant("An animal."), user("Does it bite?")]
+FRUIT = [user("Name a red fruit.")]
+STRAWBERRY, BANANA, LEMON = ([assistant(f"The {fruit}.")] for fruit in ("strawberry", "banana", "lemon"))
+
+CASES = {
+    "HH-RLHF dialogues": (HH, "pairs", Group(ASKED, ([assistant("No.")], [assistant("Why, yes.")]), 1)),
+    "chosen/rejected conversations that hold their prompt": (
+        IMPLICIT_CONVERSATIONS,
+        "pairs",
+        Group([user("What colour is the sky?")], ([assistant("Blue.")], [assistant("Green.")]), 1),
+    ),
+    "chosen/rejected texts that hold their prompt": (
+        IMPLICIT_TEXTS,
+        "pairs",
+        Group("The sky is", (" blue.", " green."), 1),
+    ),
+    "UltraFeedback": (
+        ULTRAFEEDBACK,
+        "ratings",
+        Group(FRUIT, (STRAWBERRY, BANANA, LEMON), 1, (8.5, 3.0, 3.0)),
+    ),
+    "Nectar": (NECTAR, "rankings", Group(FRUIT, (STRAWBERRY, BANANA, LEMON), 1, (-1.0, -2.0, -3.0))),
+    "prompt/completion/label": (
+        KTO,
+        "unpaired",
+        Group([user("What colour is the sky?")], ([assistant("Green.")],), 1, (0.0,)),
+    ),
+    "prompt/completions/ranks": (
+        RANKED,
+        "rankings",
+        Group("The sky is", (" blue.", " grey.", " green."), 1, (-1.0, -1.0, -2.0)),
+    ),
+    "prompt/completions/scores": (
+        SCORED,
+        "ratings",
+        Group([user("Sky?")], ([assistant("Blue.")], [assistant("Green.")]), 1, (4.5, 1.0)),
+    ),
+}
+
+
+def lines(*rows: object) -> list[bytes]:
+    return [json.dumps(row).encode() + b"\n" for row in rows]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_as_its_source_publishes_it_is_read(name):
+    row, kind, group = CASES[name]
+    report = check(lines(row))
+    assert (report.format, report.kind) == (name, kind)
+    assert list(read_groups(lines(row))) == [group]
+
+
+def test_binarized_ultrafeedback_is_pairs_whose_conversations_hold_the_prompt():
+    report = check(lines(ULTRAFEEDBACK_BINARIZED))
+    assert report.kind == "pairs"
+    assert report.ignored_keys == ("messages", "prompt_id", "score_chosen", "score_rejected")
+    assert list(read_groups(lines(ULTRAFEEDBACK_BINARIZED))) == [Group(FRUIT, (STRAWBERRY, BANANA), 1)]
+
+
+def test_a_prompt_and_completion_may_be_texts_with_a_label():
+    (group,) = read_groups(lines({"prompt": "The sky is", "completion": " blue.", "label": True}))
+    assert group == Group("The sky is", (" blue.",), 1, (1.0,))
+
+
+def test_the_report_counts_rankings_that_are_all_ties():
+    assert check(lines(RANKED, {**RANKED, "ranks": [1, 1, 1]})).num_tied == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "pointer", "code"),
+    [
+        ({**HH, "rejected": "\n\nHuman: Hello?\n\nAssistant: Yes."}, "/rejected", "different_prompts"),
+        ({**HH, "chosen": HH["chosen"][: -len("No.")]}, "/chosen/3", "empty_completion"),
+        ({**HH, "chosen": HH["chosen"] + "\n\nHuman: Ok."}, "/rejected", "different_prompts"),
+        (
+            {"chosen": "\n\nHuman: A\n\nHuman: B", "rejected": "\n\nHuman: A\n\nHuman: C"},
+            "/chosen/1",
+            "invalid_completion",
+        ),
+        ({**IMPLICIT_TEXTS, "rejected": "Green."}, "", "empty_prompt"),
+        ({**IMPLICIT_TEXTS, "rejected": IMPLICIT_TEXTS["chosen"]}, "/chosen", "empty_completion"),
+        ({**IMPLICIT_CONVERSATIONS, "rejected": [assistant("Green.")]}, "/rejected", "different_prompts"),
+        ({"chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]}, "/rejected", "different_prompts"),
+        ({**ULTRAFEEDBACK_BINARIZED, "prompt": "Name a fruit."}, "/prompt", "different_prompts"),
+        ({**ULTRAFEEDBACK, "completions": [{"response": "Yes."}]}, "/completions/0", "wrong_type"),
+        ({**ULTRAFEEDBACK, "completions": ULTRAFEEDBACK["completions"][:1]}, "", "too_few_completions"),
+        ({**ULTRAFEEDBACK, "instruction": ["x"]}, "/instruction", "wrong_type"),
+        (
+            {**ULTRAFEEDBACK, "completions": [{"response": "", "overall_score": 1}]},
+            "/completions/0/response",
+            "empty_completion",
+        ),
+        ({**NECTAR, "prompt": "\n\nHuman: Name a red fruit."}, "/prompt", "invalid_order"),
+        ({**NECTAR, "prompt": "Name a red fruit."}, "/prompt", "wrong_type"),
+        ({**NECTAR, "answers": [{"answer": "A", "rank": "1"}]}, "/answers/0/rank", "wrong_type"),
+        ({**KTO, "label": "good"}, "/label", "wrong_type"),
+        ({**KTO, "label": 1}, "/label", "wrong_type"),
+        ({**KTO, "completion": "Green."}, "/completion", "wrong_type"),
+        ({**RANKED, "ranks": [1, 2]}, "/ranks", "wrong_type"),
+        ({**RANKED, "ranks": [1, 2, True]}, "/ranks/2", "wrong_type"),
+        ({**RANKED, "scores": [1, 2, 3]}, "/scores", "duplicate_key"),
+        ({**SCORED, "scores": [1, 1e300]}, "/scores/1", "invalid_number"),
+        ({**SCORED, "completions": []}, "/completions", "wrong_type"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
+    with pytest.raises(InvalidRow) as caught:
+        check(lines(row))
+    assert (caught.value.line, caught.value.pointer, caught.value.code) == (1, pointer, code)
+
+
+def variations(value: object) -> Iterator[object]:
+    """The value with each of its parts, in turn, replaced by something it should not be."""
+    yield from (None, True, 3, 0.5, "", "x", [], ["x"], [[]], {}, {"role": "user"}, {"type": "text"})
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        for other in variations(part):
+            changed = copy.copy(value)
+            changed[key] = other
+            yield changed
+
+
+PREFERENCE = {"input": {"messages": FRUIT}, "preferred_output": STRAWBERRY, "non_preferred_output": BANANA}
+CHAT = {"messages": [*FRUIT, *STRAWBERRY, *FRUIT, *BANANA]}
+CONVERSATIONS = {"prompt": FRUIT, "chosen": STRAWBERRY, "rejected": BANANA}
+TEXTS = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
+ROWS = [PREFERENCE, CHAT, CONVERSATIONS, TEXTS, ULTRAFEEDBACK_BINARIZED, *(row for row, _, _ in CASES.values())]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: ",".join(row)[:40])
+def test_whatever_stands_in_a_row_it_is_read_or_refused(row):
+    for varied in variations(row):
+        refused = refusal_of(varied)
+        assert refused is None or (refused.line == 1 and refused.code)
+
+
+def refusal_of(row: object) -> InvalidRow | None:
+    try:
+        list(read_groups(lines(row)))
+    except InvalidRow as refused:
+        return refused
+    return None
+
+
+def test_what_is_of_no_known_format_is_told_which_there_are():
+    with pytest.raises(
+        InvalidRow, match=r"its keys are question, of none of the known formats: OpenAI preference, .*KTO|Nectar"
+    ):
+        check(lines({"question": "Why?"}))
+
+
+def test_real_unpaired_feedback_is_read_whole():
+    if not SHARED_DATA.exists():
+        pytest.skip(f"{SHARED_DATA} does not exist")
+    with (SHARED_DATA / "feedback.kto.jsonl").open("rb") as file:
+        report = check(read_lines(file))
+    assert (report.kind, report.num_rows, report.num_groups) == ("unpaired", 300, 300)
