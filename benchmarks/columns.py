@@ -101,8 +101,9 @@ def run_in_ray(args: Namespace) -> Figures:
         ray.train.report({})
 
     num_threads = torch.get_num_threads()
-    source = {"PYTHONPATH": str(Path(__file__).parents[1])}
-    ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source})
+    # Threads that wait must not spin, as Ray's processes need the cores too; the service sets the same.
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}
+    ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     scaling = ScalingConfig(num_workers=1, use_gpu=device() == "cuda", resources_per_worker={"CPU": num_threads})
     with tempfile.TemporaryDirectory() as folder:
         TorchTrainer(work, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()

@@ -12,8 +12,9 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.feedback import check
-from dpo_core.jsonl import InvalidRow, read_lines
+from dpo_core.jsonl import InvalidRow
 from services import storage
+from services.containers import json_lines
 from services.control_plane.errors import InvalidRequest, NotFound, TooLarge
 from services.control_plane.settings import Settings
 from services.control_plane.tables import TERMINAL, File, Job
@@ -34,9 +35,8 @@ def _upload(source: BinaryIO, filename: str, settings: Settings) -> File:
             f"The file has {num_bytes} bytes; the limit is {settings.max_upload_bytes}. Split it into several files.",
             param="file",
         )
-    source.seek(0)
     try:
-        report = check(read_lines(source))
+        report = check(json_lines(source))
     except InvalidRow as error:
         raise InvalidRequest(str(error), param="file", code="invalid_file_format") from None
     source.seek(0)

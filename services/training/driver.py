@@ -24,7 +24,7 @@ from services import storage
 from services.contract import AttemptSpec, Failed, Message, Progress, Report, Succeeded
 from services.training import dataset
 from services.training.dataset import DamagedPart, Dataset
-from services.training.encoding import Encoded, Piece, encode, encode_piece
+from services.training.encoding import Encoded, Piece, encode, encode_piece, unpack
 from services.training.reporting import JobFailed, Reporter
 from services.training.scoring import await_reference, score
 
@@ -78,8 +78,10 @@ def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Dataset:
     except DamagedPart as error:
         report(Message(level="warn", message=f"Prepared data are damaged and made again: {error}"))
     own = storage.join(uri, str(spec.attempt))  # an attempt that does not know yet that it is fenced writes elsewhere
-    encoded_uri = storage.join(own, "encoded")
-    data = encode(spec, encoded_uri, lambda pieces: _encode_pieces(spec, encoded_uri, pieces), report)
+    encoded_uri, unpacked_uri = storage.join(own, "encoded"), storage.join(own, "unpacked")
+    plain = unpack(spec, unpacked_uri)
+    data = encode(plain, encoded_uri, lambda pieces: _encode_pieces(plain, encoded_uri, pieces), report)
+    storage.delete(unpacked_uri)
     if reference := spec.reference:
         data = score(data, storage.join(own, "scored"), lambda: await_reference(reference, report), report)
         storage.delete(encoded_uri)

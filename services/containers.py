@@ -1,0 +1,88 @@
+"""Training files in their containers: JSON Lines plain, in gzip or in zstd, Parquet, Arrow. All come out as JSON Lines.
+
+A file's first bytes tell its container. A row of a table becomes a line; what is null in it is left out.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_core.jsonl import InvalidRow, read_lines
+
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+TABLES = {
+    b"PAR1": lambda file: pq.ParquetFile(file).iter_batches(ROWS_AT_A_TIME),
+    b"ARROW1": lambda file: _batches(pa.ipc.open_file(file)),
+    b"\xff\xff\xff\xff": lambda file: pa.ipc.open_stream(file),  # what `datasets` keeps on disk
+}
+ROWS_AT_A_TIME = 1000
+MOST_TIMES = 1000  # its own size that a file may unpack to: more is no text
+
+
+def is_plain(file: BinaryIO) -> bool:
+    """Whether it is JSON Lines already. The file stands at its start, before and after."""
+    start = file.read(8)
+    file.seek(0)
+    return not start.startswith((*COMPRESSIONS, *TABLES))
+
+
+def json_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file that stands at its start. Raises InvalidRow where it is damaged or unpacks to too much."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    number = total = 0
+    try:
+        for number, line in enumerate(_lines(file), 1):
+            total += len(line)
+            if total > MOST_TIMES * size:
+                message = f"The file unpacks to more than {MOST_TIMES} times its {size} bytes; send it unpacked."
+                raise InvalidRow(number, "", "file_too_large", message)
+            yield line
+    except (OSError, pa.ArrowException) as error:
+        message = f"The file cannot be read beyond line {number}: {error}; pack it again."
+        raise InvalidRow(number + 1, "", "damaged_file", message) from None
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    start = file.read(8)
+    file.seek(0)
+    for magic, compression in COMPRESSIONS.items():
+        if start.startswith(magic):
+            unpacked: Any = pa.CompressedInputStream(file, compression)
+            return read_lines(io.BufferedReader(unpacked))
+    for magic, batches in TABLES.items():
+        if start.startswith(magic):
+            return chain.from_iterable(map(_rows, batches(file)))
+    return read_lines(file)
+
+
+def _batches(file: Any) -> Iterator[Any]:
+    return (file.get_batch(i) for i in range(file.num_record_batches))
+
+
+def _rows(batch: Any) -> Iterator[bytes]:
+    for row in batch.to_pylist():
+        present = {name: value for name, value in row.items() if value is not None}
+        yield json.dumps(present, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+class Reader(io.RawIOBase):
+    """Lines as a file."""
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or next(self._lines, b"")
+        taken, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
