@@ -72,7 +72,15 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
     completion_ids = tuple(_completion_ids(prompt, prompt_ids, text, tokenizer) for text in texts)
     if not all(completion_ids):
         raise _invalid(group, "empty_completion", "a completion has no tokens; give it some text.")
-    return EncodedGroup(prompt_ids, completion_ids, None, group.line, ratings=group.ratings)
+    return EncodedGroup(
+        prompt_ids,
+        completion_ids,
+        None,
+        group.line,
+        ratings=group.ratings,
+        weight=group.weight,
+        margin=group.margin,
+    )
 
 
 def _completion_text(group: Group, prompt: str, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -21,12 +21,13 @@ class FeedbackReport:
     num_groups: int
     num_identical: int  # groups whose completions are all the same: they teach nothing
     num_tied: int  # groups whose completions are all rated alike: they say nothing of an order
+    num_margins: int  # groups that say by how much the first completion should lead
     ignored_keys: tuple[str, ...]  # columns that no reader uses
 
 
 def check(lines: Iterable[bytes]) -> FeedbackReport:
     """Read every row. Raises InvalidRow at the first that cannot be used."""
-    form, rows, groups, identical, tied, ignored = None, 0, 0, 0, 0, set[str]()
+    form, rows, groups, identical, tied, margins, ignored = None, 0, 0, 0, 0, 0, set[str]()
     for form, row in _read_rows(lines, 1):
         rows += 1
         ignored.update(row.value.keys() - form.keys)
@@ -34,9 +35,10 @@ def check(lines: Iterable[bytes]) -> FeedbackReport:
             groups += 1
             identical += len(group.completions) > 1 and all(c == group.completions[0] for c in group.completions)
             tied += is_tied(group)
+            margins += group.margin is not None
     if form is None:
         raise InvalidRow(1, "", "empty_file", "The file holds no rows; it needs at least one JSON dictionary.")
-    return FeedbackReport(form.name, form.kind, rows, groups, identical, tied, tuple(sorted(ignored)))
+    return FeedbackReport(form.name, form.kind, rows, groups, identical, tied, margins, tuple(sorted(ignored)))
 
 
 def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:

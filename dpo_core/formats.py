@@ -5,7 +5,7 @@ The keys of a row and the kinds of their values tell its format; nothing is gues
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from dpo_core.jsonl import Row, pointer_to
@@ -35,6 +35,8 @@ class Group:
     completions: tuple[Text, ...]
     line: int  # where it stands in the file, from 1
     ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
+    weight: float = 1.0  # of its loss
+    margin: float | None = None  # by which the first completion should lead
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Format:
     kind: Kind
     keys: frozenset[str]  # what its reader uses
     matches: Callable[[dict[str, object]], bool]
-    read: Callable[[Row], Iterator[Group]]
+    reader: Callable[[Row], Iterator[Group]]
+
+    def read(self, row: Row) -> Iterator[Group]:
+        """The groups of a row. Raises InvalidRow."""
+        weight, margin = (_extra(row, name) if name in self.keys else None for name in ("weight", "margin"))
+        for group in self.reader(row):
+            yield replace(group, weight=1.0 if weight is None else weight, margin=margin)
 
 
 def detect(row: Row) -> Format:
@@ -229,6 +237,16 @@ def _answer(row: Row, pointer: str, value: object) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
+def _extra(row: Row, name: str) -> float | None:
+    """What people say of the row as a whole."""
+    if row.value.get(name) is None:
+        return None
+    number = number_of(row, f"/{name}", row.value[name])
+    if number <= 0:
+        raise row.invalid(f"/{name}", "invalid_number", f"is {number:g}; it must be greater than 0.")
+    return number
+
+
 # --- prompts and completions, as texts or as messages ---------------------------------------------
 
 
@@ -246,6 +264,7 @@ def _completion(row: Row, pointer: str, value: object, prompt: Text) -> Text:
 
 
 _SIDES = ("chosen", "rejected")
+_EXTRAS = {"weight", "margin"}
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:
@@ -271,44 +290,50 @@ FORMATS = (
     Format(
         "prompt/chosen/rejected conversations",
         "pairs",
-        TOOL_KEYS | {"prompt", *_SIDES},
+        TOOL_KEYS | {"prompt", *_SIDES} | _EXTRAS,
         _has(*_SIDES, prompt=list),
         _read_explicit,
     ),
     Format(
         "chosen/rejected conversations that hold their prompt",
         "pairs",
-        TOOL_KEYS | {"prompt", *_SIDES},
+        TOOL_KEYS | {"prompt", *_SIDES} | _EXTRAS,
         _has(chosen=list, rejected=list),
         _read_conversations,
     ),
     Format(
         "prompt/chosen/rejected texts",
         "pairs",
-        TOOL_KEYS | {"prompt", *_SIDES},
+        TOOL_KEYS | {"prompt", *_SIDES} | _EXTRAS,
         _has("prompt", *_SIDES),
         _read_explicit,
     ),
-    Format("HH-RLHF dialogues", "pairs", frozenset(_SIDES), _is_dialogues, _read_dialogues),
-    Format("chosen/rejected texts that hold their prompt", "pairs", frozenset(_SIDES), _has(*_SIDES), _read_implicit),
+    Format("HH-RLHF dialogues", "pairs", frozenset(_SIDES) | _EXTRAS, _is_dialogues, _read_dialogues),
+    Format(
+        "chosen/rejected texts that hold their prompt",
+        "pairs",
+        frozenset(_SIDES) | _EXTRAS,
+        _has(*_SIDES),
+        _read_implicit,
+    ),
     Format(
         "prompt/completion/label",
         "unpaired",
-        TOOL_KEYS | {"prompt", "completion", "label"},
+        TOOL_KEYS | {"prompt", "completion", "label", "weight"},
         _has("prompt", "completion", "label"),
         _read_unpaired,
     ),
     Format(
         "prompt/completions/ranks",
         "rankings",
-        frozenset({"prompt", "completions", "ranks", "scores"}),
+        frozenset({"prompt", "completions", "ranks", "scores", "weight"}),
         _has("prompt", "completions", "ranks"),
         _read_ranked,
     ),
     Format(
         "prompt/completions/scores",
         "ratings",
-        frozenset({"prompt", "completions", "ranks", "scores"}),
+        frozenset({"prompt", "completions", "ranks", "scores", "weight"}),
         _has("prompt", "completions", "scores"),
         _read_ranked,
     ),

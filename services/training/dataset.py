@@ -25,6 +25,8 @@ SCHEMA = pa.schema(
         "completion_ids": pa.list_(pa.list_(pa.int32())),
         "ref_logps": pa.list_(pa.float64()),  # one per completion, in nats; null: the objective needs no reference
         "ratings": pa.list_(pa.float64()),  # one per completion; null: their order says it
+        "weight": pa.float64(),
+        "margin": pa.float64(),
         "line": pa.int64(),
     }
 )

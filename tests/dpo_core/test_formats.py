@@ -129,6 +129,14 @@ def test_a_prompt_and_completion_may_be_texts_with_a_label():
     assert group == Group("The sky is", (" blue.",), 1, (1.0,))
 
 
+def test_weights_and_margins_of_rows_are_kept():
+    row = {"prompt": "Hi", "chosen": "Hello!", "rejected": "No.", "weight": 0.5, "margin": 2}
+    assert list(read_groups(lines(row))) == [Group("Hi", ("Hello!", "No."), 1, weight=0.5, margin=2.0)]
+    report = check(lines(row, {**row, "margin": None}))
+    assert (report.num_margins, report.ignored_keys) == (1, ())
+    assert check(lines({**KTO, "margin": 1})).ignored_keys == ("margin",)
+
+
 def test_the_report_counts_rankings_that_are_all_ties():
     assert check(lines(RANKED, {**RANKED, "ranks": [1, 1, 1]})).num_tied == 1
 
@@ -163,6 +171,8 @@ def test_the_report_counts_rankings_that_are_all_ties():
         ({**KTO, "label": "good"}, "/label", "wrong_type"),
         ({**KTO, "label": 1}, "/label", "wrong_type"),
         ({**KTO, "completion": "Green."}, "/completion", "wrong_type"),
+        ({**KTO, "weight": 0}, "/weight", "invalid_number"),
+        ({**HH, "margin": "large"}, "/margin", "wrong_type"),
         ({**RANKED, "ranks": [1, 2]}, "/ranks", "wrong_type"),
         ({**RANKED, "ranks": [1, 2, True]}, "/ranks/2", "wrong_type"),
         ({**RANKED, "scores": [1, 2, 3]}, "/scores", "duplicate_key"),

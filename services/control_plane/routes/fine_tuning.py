@@ -42,6 +42,9 @@ def _check_file(file: File, objective: Objective) -> None:
         kinds = " or ".join(learns_from)
         message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}."
         raise InvalidRequest(message, param="training_file", code="invalid_training_file")
+    if report.get("num_margins") and not objective.traits.takes_margins:
+        message = f"{file.id} has margins; method '{objective.type}' takes none. Remove them, or use dpo."
+        raise InvalidRequest(message, param="training_file", code="invalid_training_file")
     if report["num_rows"] < MIN_EXAMPLES:
         message = f"Training file has {report['num_rows']} example(s), but must have at least {MIN_EXAMPLES} examples"
         raise InvalidRequest(message, param="training_file", code="invalid_n_examples")

@@ -1,5 +1,7 @@
 """/v1/fine_tuning/jobs: what is taken, what is refused and how; no cluster answers, so jobs stay queued."""
 
+import gzip
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,30 @@ def test_too_few_examples_are_refused_with_both_numbers(client: openai.OpenAI) -
     file = client.files.create(file=("few.jsonl", pairs(3)), purpose="fine-tune")
     with pytest.raises(openai.BadRequestError, match=r"has 3 example\(s\), but must have at least 10"):
         create(client, file.id)
+
+
+def upload(client: openai.OpenAI, row: dict[str, Any]) -> str:
+    packed = gzip.compress(b"\n".join([json.dumps(row).encode()] * 10))
+    return client.files.create(file=("rows.jsonl.gz", packed), purpose="fine-tune").id
+
+
+@pytest.mark.parametrize(
+    ("row", "takes", "refuses"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, "dpo", "simpo"),
+        ({"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 2, 2]}, "lipo", "ipo"),
+        ({"prompt": "a", "completion": "b", "label": True}, "bco", "dpo"),
+    ],
+    ids=["margins", "rankings", "unpaired"],
+)
+def test_a_file_is_for_the_objectives_that_learn_from_what_it_holds(
+    client: openai.OpenAI, row: dict[str, Any], takes: str, refuses: str
+) -> None:
+    file_id = upload(client, row)
+    client.fine_tuning.jobs.cancel(create(client, file_id, method={"type": takes}).id)
+    with pytest.raises(openai.BadRequestError, match=f"{file_id} ha.* method '{refuses}'") as refused:
+        create(client, file_id, method={"type": refuses})
+    assert refused.value.code == "invalid_training_file"
 
 
 def test_a_queued_job_is_cancelled_at_once_and_only_once(client: openai.OpenAI, training_file: str) -> None:

@@ -90,13 +90,14 @@ def test_rankings_of_real_shape_keep_their_ratings_and_those_without_an_order_ar
     make_spec: MakeSpec, run: Any, tmp_path: Path
 ) -> None:
     rows = [
-        {"prompt": "Sky?", "completions": [" Green.", " Blue."], "ranks": [2, 1]},
+        {"prompt": "Sky?", "completions": [" Green.", " Blue."], "ranks": [2, 1], "weight": 0.5},
         {"prompt": "Sun?", "completions": [" Green.", " Blue."], "ranks": [1, 1]},
         {"prompt": "Sea?", "completions": [" Red.", " Blue.", " Blue!"], "ranks": [2, 1, 1]},
     ]
     (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
     groups, reports = run(make_spec(training_uri=str(tmp_path / "ranked.jsonl")))
-    assert [(group.line, group.ratings) for group in groups] == [(1, (-1.0, -2.0)), (3, (-1.0, -1.0, -2.0))]
+    found = [(group.line, group.ratings, group.weight) for group in groups]
+    assert found == [(1, (-1.0, -2.0), 0.5), (3, (-1.0, -1.0, -2.0), 1.0)]
     assert reports[-2].message == "Training file has 3 rankings (prompt/completions/ranks format)."
     assert reports[-1].message == (
         "Left out 1 of 3 rankings that rate all their completions alike, which says nothing of an order (line 2)."
