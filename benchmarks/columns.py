@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -47,6 +47,9 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
     from dpo_core.flops import Flops, matmul_rate
     from dpo_core.scorer import Scorer
 
+    def in_batches(groups: list[Any]) -> Iterator[list[Any]]:
+        return (groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size))
+
     rows = [json.loads(line) for line in args.data.open()]
     tokenizer = load_tokenizer(args.model)
     policy, reference = (
@@ -55,7 +58,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
     groups = [
         encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)
     ]
-    batches = [groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size)]
+    batches = list(in_batches(groups))
     optim = Optim(learning_rate=RATE, warmup_ratio=0.0)
     config = TrainConfig(
         optim=optim,
@@ -66,10 +69,10 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
     )
     with tempfile.TemporaryDirectory() as folder, ABLATIONS.get(without, nullcontext)():
         started = time.perf_counter()
-        scored = (score_reference(reference, batch, max_tokens_per_pack=MAX_TOKENS_PER_PACK) for batch in batches)
-        if without != "cache":
-            scored = iter(list(scored))
-            del reference
+        if without == "cache":
+            scored = (score_reference(reference, batch, max_tokens_per_pack=MAX_TOKENS_PER_PACK) for batch in batches)
+        else:
+            scored = in_batches(score_reference(reference, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK))
         begun = time.perf_counter()
         resolved = config.resolved(len(groups))
         steps = train(resolved, policy, tokenizer, scored, total_steps=len(batches), checkpoint_dir=Path(folder))
