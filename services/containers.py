@@ -5,7 +5,7 @@ A file's first bytes tell its container. A row of a table becomes a line; what i
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dpo_core.jsonl import InvalidRow, read_lines
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-TABLES = {
+TABLES: dict[bytes, Callable[[BinaryIO], Iterable[Any]]] = {
     b"PAR1": lambda file: pq.ParquetFile(file).iter_batches(ROWS_AT_A_TIME),
     b"ARROW1": lambda file: _batches(pa.ipc.open_file(file)),
     b"\xff\xff\xff\xff": lambda file: pa.ipc.open_stream(file),  # what `datasets` keeps on disk
