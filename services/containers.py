@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dpo_core.jsonl import InvalidRow, read_lines
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-TABLES: dict[bytes, Callable[[BinaryIO], Iterable[Any]]] = {
+TABLES: dict[bytes, Callable[[io.RawIOBase], Iterable[Any]]] = {
     b"PAR1": lambda file: pq.ParquetFile(file).iter_batches(ROWS_AT_A_TIME),
     b"ARROW1": lambda file: _batches(pa.ipc.open_file(file)),
     b"\xff\xff\xff\xff": lambda file: pa.ipc.open_stream(file),  # what `datasets` keeps on disk
@@ -53,11 +53,11 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
     file.seek(0)
     for magic, compression in COMPRESSIONS.items():
         if start.startswith(magic):
-            unpacked: Any = pa.CompressedInputStream(file, compression)
+            unpacked: Any = pa.CompressedInputStream(_Kept(file), compression)
             return read_lines(io.BufferedReader(unpacked))
     for magic, batches in TABLES.items():
         if start.startswith(magic):
-            return chain.from_iterable(map(_rows, batches(file)))
+            return chain.from_iterable(map(_rows, batches(_Kept(file))))
     return read_lines(file)
 
 
@@ -69,6 +69,30 @@ def _rows(batch: Any) -> Iterator[bytes]:
     for row in batch.to_pylist():
         present = {name: value for name, value in row.items() if value is not None}
         yield json.dumps(present, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+class _Kept(io.RawIOBase):
+    """A file that stays open when Arrow, done with it, closes this."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 class Reader(io.RawIOBase):

@@ -43,6 +43,7 @@ def test_whatever_a_file_is_packed_in_its_lines_are_the_same(name: str) -> None:
     file = io.BytesIO(PACKED[name])
     assert not is_plain(file)
     assert b"".join(json_lines(file)) == PLAIN
+    assert not file.closed
 
 
 def test_a_plain_file_is_read_as_it_is() -> None:
