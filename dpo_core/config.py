@@ -5,9 +5,9 @@ These very classes are the fields of a job and the body of a request: pydantic r
 """
 
 from dataclasses import field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from dpo_core.options import Dpo, InvalidOption, Objective, check, options
+from dpo_core.options import Dpo, InvalidOption, Limit, Objective, Positive, check, options
 
 
 @options
@@ -44,15 +44,13 @@ class Optim:
 class Lora:
     """Low-rank adapters, arXiv 2106.09685, trained in place of the weights they are added to."""
 
-    r: int = 16
-    lora_alpha: float = 32
+    r: Annotated[int, Limit("from 1 to 1024", lambda x: 1 <= x <= 1024)] = 16
+    lora_alpha: Positive = 32
     use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv 2312.03732; else by alpha / r
     use_dora: bool = False  # train magnitudes apart from directions, arXiv 2402.09353
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # all but the head
 
     def __post_init__(self) -> None:
-        check(1 <= self.r <= 1024, "r", self.r, "from 1 to 1024")
-        check(0 < self.lora_alpha < float("inf"), "lora_alpha", self.lora_alpha, "greater than 0 and finite")
         check(bool(self.target_modules), "target_modules", self.target_modules, '"all-linear" or names of modules')
 
 

@@ -192,24 +192,16 @@ def _read_ranked(row: Row) -> Iterator[Group]:
 
 def _read_ultrafeedback(row: Row) -> Iterator[Group]:
     instruction = string_of(row, "/instruction", row.value["instruction"])
-    completions, ratings = [], []
-    for i, item in enumerate(_list(row, "/completions", row.value["completions"])):
-        fields = _fields(row, f"/completions/{i}", item, ("response", "overall_score"))
-        completions.append(_answer(row, f"/completions/{i}/response", fields["response"]))
-        ratings.append(number_of(row, f"/completions/{i}/overall_score", fields["overall_score"]))
-    yield _best_first(row, [{"role": "user", "content": instruction}], completions, ratings)
+    completions, scores = _answers(row, "completions", text="response", number="overall_score")
+    yield _best_first(row, [{"role": "user", "content": instruction}], completions, scores)
 
 
 def _read_nectar(row: Row) -> Iterator[Group]:
     prompt = dialogue_of(row, "/prompt", string_of(row, "/prompt", row.value["prompt"]))
     if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
         raise row.invalid("/prompt", "invalid_order", 'must end with "\\n\\nAssistant:", where the answers go.')
-    completions, ratings = [], []
-    for i, item in enumerate(_list(row, "/answers", row.value["answers"])):
-        fields = _fields(row, f"/answers/{i}", item, ("answer", "rank"))
-        completions.append(_answer(row, f"/answers/{i}/answer", fields["answer"]))
-        ratings.append(-number_of(row, f"/answers/{i}/rank", fields["rank"]))
-    yield _best_first(row, prompt[:-1], completions, ratings)
+    completions, ranks = _answers(row, "answers", text="answer", number="rank")
+    yield _best_first(row, prompt[:-1], completions, [-rank for rank in ranks])
 
 
 def _best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
@@ -225,16 +217,16 @@ def _list(row: Row, pointer: str, value: object) -> list[object]:
     return value
 
 
-def _fields(row: Row, pointer: str, value: object, names: Sequence[str]) -> dict[str, object]:
-    if not isinstance(value, dict) or not value.keys() >= set(names):
-        raise row.invalid(pointer, "wrong_type", f"must be a dictionary with {' and '.join(names)}.")
-    return value
-
-
-def _answer(row: Row, pointer: str, value: object) -> list[Message]:
-    text = string_of(row, pointer, value)
-    refuse_empty(row, pointer, text)
-    return [{"role": "assistant", "content": text}]
+def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text], list[float]]:
+    """Of a list of dictionaries, the assistant's messages and the numbers they were given."""
+    answers: list[Text] = []
+    numbers = []
+    for i, item in enumerate(_list(row, f"/{key}", row.value[key])):
+        if not isinstance(item, dict) or not item.keys() >= {text, number}:
+            raise row.invalid(f"/{key}/{i}", "wrong_type", f"must be a dictionary with {text} and {number}.")
+        answers.append([{"role": "assistant", "content": _filled(row, f"/{key}/{i}/{text}", item[text])}])
+        numbers.append(number_of(row, f"/{key}/{i}/{number}", item[number]))
+    return answers, numbers
 
 
 def _extra(row: Row, name: str) -> float | None:
@@ -256,15 +248,19 @@ def _prompt(row: Row, pointer: str, value: object) -> Text:
 
 def _completion(row: Row, pointer: str, value: object, prompt: Text) -> Text:
     """In the form of its prompt."""
-    if isinstance(prompt, list):
-        return completion_of(row, pointer, value)
+    return completion_of(row, pointer, value) if isinstance(prompt, list) else _filled(row, pointer, value)
+
+
+def _filled(row: Row, pointer: str, value: object) -> str:
     text = string_of(row, pointer, value)
     refuse_empty(row, pointer, text)
     return text
 
 
 _SIDES = ("chosen", "rejected")
-_EXTRAS = {"weight", "margin"}
+_SIDES_KEYS = frozenset({*_SIDES, "weight", "margin"})
+_PAIR_KEYS = _SIDES_KEYS | TOOL_KEYS | {"prompt"}
+_RANKED_KEYS = frozenset({"prompt", "completions", "ranks", "scores", "weight"})
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:
@@ -290,29 +286,29 @@ FORMATS = (
     Format(
         "prompt/chosen/rejected conversations",
         "pairs",
-        TOOL_KEYS | {"prompt", *_SIDES} | _EXTRAS,
+        _PAIR_KEYS,
         _has(*_SIDES, prompt=list),
         _read_explicit,
     ),
     Format(
         "chosen/rejected conversations that hold their prompt",
         "pairs",
-        TOOL_KEYS | {"prompt", *_SIDES} | _EXTRAS,
+        _PAIR_KEYS,
         _has(chosen=list, rejected=list),
         _read_conversations,
     ),
     Format(
         "prompt/chosen/rejected texts",
         "pairs",
-        TOOL_KEYS | {"prompt", *_SIDES} | _EXTRAS,
+        _PAIR_KEYS,
         _has("prompt", *_SIDES),
         _read_explicit,
     ),
-    Format("HH-RLHF dialogues", "pairs", frozenset(_SIDES) | _EXTRAS, _is_dialogues, _read_dialogues),
+    Format("HH-RLHF dialogues", "pairs", _SIDES_KEYS, _is_dialogues, _read_dialogues),
     Format(
         "chosen/rejected texts that hold their prompt",
         "pairs",
-        frozenset(_SIDES) | _EXTRAS,
+        _SIDES_KEYS,
         _has(*_SIDES),
         _read_implicit,
     ),
@@ -323,20 +319,8 @@ FORMATS = (
         _has("prompt", "completion", "label"),
         _read_unpaired,
     ),
-    Format(
-        "prompt/completions/ranks",
-        "rankings",
-        frozenset({"prompt", "completions", "ranks", "scores", "weight"}),
-        _has("prompt", "completions", "ranks"),
-        _read_ranked,
-    ),
-    Format(
-        "prompt/completions/scores",
-        "ratings",
-        frozenset({"prompt", "completions", "ranks", "scores", "weight"}),
-        _has("prompt", "completions", "scores"),
-        _read_ranked,
-    ),
+    Format("prompt/completions/ranks", "rankings", _RANKED_KEYS, _has("prompt", "completions", "ranks"), _read_ranked),
+    Format("prompt/completions/scores", "ratings", _RANKED_KEYS, _has("prompt", "completions", "scores"), _read_ranked),
     Format(
         "UltraFeedback",
         "ratings",

@@ -1,7 +1,6 @@
 """How many tokens a pack may have: as many as the device holds, within what keeps it busy."""
 
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from dpo_core.attention import shared_prompts
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import decoder_layers
-from dpo_core.ranks import lowest, num_ranks
+from dpo_core.ranks import lowest, num_local_ranks
 from dpo_core.scorer import Scorer
 from dpo_core.weights import num_shards
 
@@ -88,7 +87,7 @@ def _free_bytes(device: torch.device) -> int | None:
         # As the kubelet does, without the files that the kernel holds but gives up when asked.
         used = int((CGROUP / "memory.current").read_text()) - _number(CGROUP / "memory.stat", "inactive_file")
         free = min(free, int(most) - used)
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+    return free // num_local_ranks()
 
 
 def _number(file: Path, name: str) -> int:

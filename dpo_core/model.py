@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -170,6 +171,11 @@ def check_model(model: nn.Module, objective: Objective) -> None:
         remedy = f"load_reward_model with num_outputs={wanted}" if wanted else "load_policy"
         message = f"objective is {objective.type}, which trains {kinds[0]}, not {kinds[1]}; use {remedy}."
         raise InvalidOption("objective", message)
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Every forward is a joint work of all ranks then."""
+    return isinstance(next(model.parameters()), DTensor)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,5 +1,7 @@
 """The processes that train together; one process is a group of its own."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +13,11 @@ def rank() -> int:
 
 def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def num_local_ranks() -> int:
+    """Those of this node, as its launcher says; else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
 
 
 def add_up(*tensors: Tensor) -> None:

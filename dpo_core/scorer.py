@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,7 +15,7 @@ from dpo_core.attention import shared_prompts
 from dpo_core.batch import Batch, batches_of_like_lengths, collate, plan
 from dpo_core.encode import EncodedGroup
 from dpo_core.logps import token_logps
-from dpo_core.model import adapter_off, is_reward_model
+from dpo_core.model import adapter_off, is_reward_model, is_sharded
 from dpo_core.scores import NUM_MEASURES
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Scorer(nn.Module):
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
         lengths = [self.count_tokens(group) for group in groups]
-        if not self.shares_prompts and _is_sharded(self.model):  # one padded batch
+        if not self.shares_prompts and is_sharded(self.model):  # a pack is one forward, on every rank
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
             lengths = [longest * len(group.completion_ids) for group in groups]
         return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
@@ -124,16 +123,11 @@ def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
     lengths = [segment.stop - segment.start for segment in batch.segments]
     streams = batch.input_ids.split_with_sizes(lengths)
     found: dict[int, Tensor] = {}
-    for places in batches_of_like_lengths(lengths, 0.0 if _is_sharded(model) else LEAST_FILL):
+    for places in batches_of_like_lengths(lengths, 0.0 if is_sharded(model) else LEAST_FILL):
         ids = pad_sequence([streams[i] for i in places], batch_first=True)
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found |= {i: state[: lengths[i]] for i, state in zip(places, states, strict=True)}
     return torch.cat([found[i] for i in range(len(lengths))])
-
-
-def _is_sharded(model: PreTrainedModel) -> bool:
-    """Every forward is a joint work of all ranks then: a pack must be one on each of them."""
-    return isinstance(next(model.parameters()), DTensor)
 
 
 def _rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:

@@ -1,6 +1,5 @@
 """The trained parameters: how ranks hold them, and what the optimizer steps on."""
 
-import os
 from itertools import chain
 from typing import cast
 
@@ -13,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_core.config import Sharding
-from dpo_core.model import decoder_layers, has_adapter
+from dpo_core.model import decoder_layers, has_adapter, is_sharded
 from dpo_core.options import InvalidOption
-from dpo_core.ranks import add_up, num_ranks
+from dpo_core.ranks import add_up, num_local_ranks, num_ranks
 from dpo_core.scorer import Scorer
 
 
@@ -28,7 +27,7 @@ class Weights:
 
     def __init__(self, policy: PreTrainedModel) -> None:
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.is_sharded = any(isinstance(p, DTensor) for p in self.trained.values())
+        self.is_sharded = is_sharded(policy)
         for parameter in self.trained.values():
             if parameter.dtype != torch.float32:
                 parameter.grad_dtype = torch.float32
@@ -93,7 +92,7 @@ def num_shards(policy: PreTrainedModel, sharding: Sharding) -> int:
     on_gpus = policy.device.type == "cuda" and not has_adapter(policy)
     if sharding == "replicated" or (sharding == "auto" and not on_gpus):
         return 1
-    return num_ranks() if sharding == "full" else int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+    return num_ranks() if sharding == "full" else num_local_ranks()
 
 
 def _mesh(policy: PreTrainedModel, sharding: Sharding) -> DeviceMesh:

@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 
 from dpo_core.jsonl import InvalidRow, read_lines
 
-COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-TABLES: dict[bytes, Callable[[io.RawIOBase], Iterable[Any]]] = {
-    b"PAR1": lambda file: pq.ParquetFile(file).iter_batches(ROWS_AT_A_TIME),
-    b"ARROW1": lambda file: _batches(pa.ipc.open_file(file)),
-    b"\xff\xff\xff\xff": lambda file: pa.ipc.open_stream(file),  # what `datasets` keeps on disk
+Unpack = Callable[[io.RawIOBase], Iterator[bytes]]
+CONTAINERS: dict[bytes, Unpack] = {
+    b"\x1f\x8b": lambda file: _decompressed(file, "gzip"),
+    b"\x28\xb5\x2f\xfd": lambda file: _decompressed(file, "zstd"),
+    b"PAR1": lambda file: _rows(pq.ParquetFile(file).iter_batches(ROWS_AT_A_TIME)),
+    b"ARROW1": lambda file: _rows(_batches(pa.ipc.open_file(file))),
+    b"\xff\xff\xff\xff": lambda file: _rows(pa.ipc.open_stream(file)),  # what `datasets` keeps on disk
 }
 ROWS_AT_A_TIME = 1000
 MOST_TIMES = 1000  # its own size that a file may unpack to: more is no text
@@ -26,9 +28,7 @@ MOST_TIMES = 1000  # its own size that a file may unpack to: more is no text
 
 def is_plain(file: BinaryIO) -> bool:
     """Whether it is JSON Lines already. The file stands at its start, before and after."""
-    start = file.read(8)
-    file.seek(0)
-    return not start.startswith((*COMPRESSIONS, *TABLES))
+    return _unpacker(file) is None
 
 
 def json_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -49,24 +49,27 @@ def json_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
+    unpack = _unpacker(file)
+    return read_lines(file) if unpack is None else unpack(_Kept(file))
+
+
+def _unpacker(file: BinaryIO) -> Unpack | None:
     start = file.read(8)
     file.seek(0)
-    for magic, compression in COMPRESSIONS.items():
-        if start.startswith(magic):
-            unpacked: Any = pa.CompressedInputStream(_Kept(file), compression)
-            return read_lines(io.BufferedReader(unpacked))
-    for magic, batches in TABLES.items():
-        if start.startswith(magic):
-            return chain.from_iterable(map(_rows, batches(_Kept(file))))
-    return read_lines(file)
+    return next((unpack for magic, unpack in CONTAINERS.items() if start.startswith(magic)), None)
+
+
+def _decompressed(file: io.RawIOBase, compression: str) -> Iterator[bytes]:
+    unpacked: Any = pa.CompressedInputStream(file, compression)
+    return read_lines(io.BufferedReader(unpacked))
 
 
 def _batches(file: Any) -> Iterator[Any]:
     return (file.get_batch(i) for i in range(file.num_record_batches))
 
 
-def _rows(batch: Any) -> Iterator[bytes]:
-    for row in batch.to_pylist():
+def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
+    for row in chain.from_iterable(batch.to_pylist() for batch in batches):
         present = {name: value for name, value in row.items() if value is not None}
         yield json.dumps(present, ensure_ascii=False, default=str).encode() + b"\n"
 

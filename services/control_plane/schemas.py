@@ -3,12 +3,12 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from dpo_core.config import Optim, TrainConfig
-from dpo_core.options import OBJECTIVES, InvalidOption
+from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
 from services.contract import JobSpec
 from services.control_plane.errors import InvalidRequest
 
@@ -33,7 +33,7 @@ Metadata = Annotated[
 
 # Of kto a job would need completions under other prompts, of ld_dpo the reference's own scores of their
 # beginnings, which no job prepares yet; an mpo is not yet a flat set of hyperparameters; reward models are not served.
-METHODS = [kind for kind in OBJECTIVES if kind not in ("kto", "ld_dpo", "mpo") and not kind.startswith("reward_")]
+METHODS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Kto, LdDpo, Mpo, *get_args(RewardObjective))]
 
 
 class Method(BaseModel):

@@ -153,6 +153,6 @@ def _read(uri: str, part: Part) -> pa.Table:
 
 
 def _group(table: Any, row: int) -> EncodedGroup:
-    values = {name: table[name][row].as_py() for name in SCHEMA.names}
+    values = dict(zip(SCHEMA.names, (column[row].as_py() for column in table.columns), strict=True))
     per_completion = ("completion_ids", "ref_logps", "ratings")
     return EncodedGroup(**values | {name: values[name] and tuple(values[name]) for name in per_completion})

@@ -14,6 +14,15 @@ from dpo_core.encode import EncodedGroup
 from dpo_core.scorer import score_reference
 
 VOCABULARY = 320
+SIZES = {  # of small models of any architecture
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
@@ -46,16 +55,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def build_policy(seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A two-layer Llama. Its weights are wide, so that a wrong mask or position shows."""
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | overrides))).eval()
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"initializer_range": 0.3} | overrides))).eval()
+
+
+@pytest.fixture(scope="session")
+def sizes() -> dict[str, int]:
+    return SIZES
 
 
 @pytest.fixture(scope="session")

@@ -135,20 +135,10 @@ def test_one_call_for_all_segments_is_one_call_for_each_in_values_and_gradients(
     torch.testing.assert_close(found, expected)
 
 
-def test_one_call_serves_layers_with_and_without_windows_and_lays_segments_out_once(pairs):
+def test_one_call_serves_layers_with_and_without_windows_and_lays_segments_out_once(pairs, sizes):
     torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        sliding_window=6,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
+    own = {"num_hidden_layers": 4, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = Gemma3TextConfig(**(sizes | {"initializer_range": 0.3} | own))
     scorer = Scorer(AutoModelForCausalLM.from_config(config).eval())
     batch = scorer.collate(pairs)
     expected, _ = scorer.token_logps(batch)

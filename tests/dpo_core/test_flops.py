@@ -22,18 +22,9 @@ from dpo_core.memory import checkpoint_activations
 from dpo_core.model import load_policy
 from dpo_core.scorer import Scorer
 from dpo_core.trainer import train
+from tests.dpo_core import conftest
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = conftest.SIZES | {"bos_token_id": 1, "eos_token_id": 2}
 EAGER = {"experts_implementation": "eager"}  # products that the counter knows
 SMALL = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 MODELS = {

@@ -16,6 +16,7 @@ from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy
 from dpo_core.scorer import Scorer
 from dpo_core.trainer import train
+from tests.dpo_core import conftest
 
 MB, GB = 2**20, 2**30
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=4, max_length=256)
@@ -129,18 +130,7 @@ def test_ranks_divide_what_their_machine_or_container_has_left(policy, tmp_path,
     assert memory._free_bytes(policy.device) == free_bytes // 4
 
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = conftest.SIZES | {"num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def with_adapter(make_policy, folder):

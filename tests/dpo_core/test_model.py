@@ -25,20 +25,9 @@ from transformers import (
 
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.scorer import Scorer, score_reference
+from tests.dpo_core import conftest
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = conftest.SIZES | {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 ARCHITECTURES = {
     "qwen2": (Qwen2Config(**SIZES), True),

@@ -34,17 +34,6 @@ CONFIG = TrainConfig(
 )
 
 
-CAPPED = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-
-
 @dataclass(frozen=True)
 class Case:
     num_ranks: int
@@ -131,11 +120,11 @@ def ranks(home: Path, num_ranks: int) -> Iterator[list[subprocess.Popen[bytes]]]
 
 
 @pytest.fixture(scope="module")
-def home(make_policy, tokenizer, pairs, tmp_path_factory) -> Path:
+def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
     """What all ranks of all cases left."""
     home = tmp_path_factory.mktemp("ranks")
     make_policy().save_pretrained(home / "model")
-    Gemma2ForCausalLM(Gemma2Config(**CAPPED)).save_pretrained(home / "capped model")
+    Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(home / "capped model")
     tokenizer.save_pretrained(home / "model")
     (home / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
     for num_ranks in (2, 4):
