@@ -55,6 +55,7 @@ class Lora:
 
 
 Sharding = Literal["auto", "replicated", "full", "hybrid"]
+Truncation = Literal["drop", "keep_start", "keep_end"]
 
 
 @options
@@ -65,7 +66,8 @@ class TrainConfig:
     optim: Optim = field(default_factory=Optim)
     n_epochs: int | None = None
     batch_size: int | None = None  # groups per optimizer step, over all ranks
-    max_length: int = 2048  # tokens of a prompt and one completion; longer groups are dropped and counted
+    max_length: int = 2048  # tokens of a prompt and one completion
+    truncation: Truncation = "drop"  # of longer groups; keep_start cuts completions' ends, keep_end the prompt's start
     max_tokens_per_pack: int | None = None  # of one forward and backward on one rank; None: what memory holds
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: only if max_length would not fit
     sharding: Sharding = "auto"  # of weights over ranks

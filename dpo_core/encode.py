@@ -1,8 +1,9 @@
 """Text becomes token ids, prompt and completions apart, once and for all."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from dpo_core.formats import Group
@@ -11,6 +12,8 @@ from dpo_core.messages import Message, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
 
 
 class NoChatTemplate(ValueError):
@@ -61,52 +64,85 @@ class EncodedGroup:
 
 def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedGroup:
     """Raises InvalidRow for a group that the chat template or the tokenizer cannot take apart."""
-    if isinstance(group.prompt, str):
-        prompt = _with_bos(group.prompt, tokenizer)
-    else:
-        prompt = _render(group, group.prompt, tokenizer)
-    prompt_ids = _ids(prompt, tokenizer)
+    (encoded,) = encode_groups([group], tokenizer)
+    if isinstance(encoded, InvalidRow):
+        raise encoded
+    return encoded
+
+
+def encode_groups(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> Iterator[EncodedGroup | InvalidRow]:
+    """Each group's ids in turn, or why it has none. Raises NoChatTemplate.
+
+    The tokenizer is called for all of them together, and reads each prompt once.
+    """
+    written = [_write(group, tokenizer) for group in groups]
+    texts = [text for text in written if isinstance(text, _Written)]
+    prompts = _ids([text.prompt for text in texts], tokenizer)
+    tails = [_tail(text.prompt, ids, tokenizer) for text, ids in zip(texts, prompts, strict=True)]
+    behind = [
+        tail.text + completion for text, tail in zip(texts, tails, strict=True) for completion in text.completions
+    ]
+    wholes = iter(_ids(behind, tokenizer))
+    ready = zip(texts, prompts, tails, strict=True)
+    for group, text in zip(groups, written, strict=True):
+        if isinstance(text, InvalidRow):
+            yield text
+            continue
+        _, prompt_ids, tail = next(ready)
+        completion_ids = tuple(
+            _behind(tail.ids, next(wholes), completion, tokenizer) for completion in text.completions
+        )
+        yield _encoded(group, prompt_ids, completion_ids)
+
+
+def _encoded(
+    group: Group, prompt_ids: Sequence[int], completion_ids: tuple[Sequence[int], ...]
+) -> EncodedGroup | InvalidRow:
     if not prompt_ids:
-        raise _invalid(group, "empty_prompt", "the prompt has no tokens; give it some text.")
-    texts = [_completion_text(group, prompt, completion, tokenizer) for completion in group.completions]
-    completion_ids = tuple(_completion_ids(prompt, prompt_ids, text, tokenizer) for text in texts)
+        return _invalid(group, "empty_prompt", "the prompt has no tokens; give it some text.")
     if not all(completion_ids):
-        raise _invalid(group, "empty_completion", "a completion has no tokens; give it some text.")
-    return EncodedGroup(
-        prompt_ids,
-        completion_ids,
-        None,
-        group.line,
-        ratings=group.ratings,
-        weight=group.weight,
-        margin=group.margin,
-    )
+        return _invalid(group, "empty_completion", "a completion has no tokens; give it some text.")
+    ratings, weight, margin = group.ratings, group.weight, group.margin
+    return EncodedGroup(prompt_ids, completion_ids, None, group.line, ratings=ratings, weight=weight, margin=margin)
 
 
-def _completion_text(group: Group, prompt: str, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
+# --- texts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A group in the words of the model."""
+
+    prompt: str
+    completions: list[str]
+
+
+def _write(group: Group, tokenizer: "PreTrainedTokenizerBase") -> _Written | InvalidRow:
+    try:
+        if isinstance(group.prompt, str):
+            prompt = _with_bos(group.prompt, tokenizer)
+        else:
+            prompt = _render(group, group.prompt, tokenizer)
+        return _Written(prompt, [_completion(group, prompt, text, tokenizer) for text in group.completions])
+    except InvalidRow as error:
+        return error
+
+
+def _completion(group: Group, prompt: str, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What follows the prompt. It ends with one EOS: the text's own, or ours; a template writes its own."""
+    eos = tokenizer.eos_token or ""
     if isinstance(completion, str):
-        eos = tokenizer.eos_token or ""
         return completion if completion.endswith(eos) else completion + eos
     assert isinstance(group.prompt, list)
-    whole = _render(group, group.prompt + completion, tokenizer)
+    *before, last = completion
+    content = last.get("content")
+    if eos and isinstance(content, str) and content.endswith(eos):
+        last = last | {"content": content.removesuffix(eos)}
+    whole = _render(group, [*group.prompt, *before, last], tokenizer)
     if not whole.startswith(prompt):
-        raise _invalid(
-            group,
-            "template_not_prefix",
-            "the chat template renders the prompt differently once the completion follows; fix the template.",
-        )
+        what = "the chat template renders the prompt differently once the completion follows; fix the template."
+        raise _invalid(group, "template_not_prefix", what)
     return whole[len(prompt) :]
-
-
-def _completion_ids(
-    prompt: str, prompt_ids: list[int], text: str, tokenizer: "PreTrainedTokenizerBase"
-) -> Sequence[int]:
-    """The ids that follow the prompt's. Where a token would span the border, the text is encoded by itself,
-    as a served policy has only ever the prompt's own ids before it."""
-    whole = _ids(prompt + text, tokenizer)
-    if whole[: len(prompt_ids)] == prompt_ids:
-        return whole[len(prompt_ids) :]
-    return _ids(text, tokenizer)
 
 
 def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -126,13 +162,63 @@ def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokeniz
 def _with_bos(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The prompt behind the BOS token, where the tokenizer wants one and the text does not bring it."""
     bos = tokenizer.bos_token
-    wanted = bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return prompt if not wanted or prompt.startswith(bos) else bos + prompt
+    return prompt if not _wants_bos(tokenizer) or prompt.startswith(bos) else bos + prompt
 
 
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
+@lru_cache(maxsize=8)
+def _wants_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
 
 def _invalid(group: Group, code: str, what: str) -> InvalidRow:
     return InvalidRow(group.line, "", code, f"Line {group.line}: {what}")
+
+
+# --- ids -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """A prompt's end, in words and ids. What is read behind it is read as behind the whole prompt."""
+
+    text: str
+    ids: Sequence[int]
+
+
+def _tail(prompt: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> _Tail:
+    """From the last special token on: tokenizers cut a text there before anything else. Else the whole prompt."""
+    markers = _markers(tokenizer)
+    place = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] in markers), 0)
+    if place:
+        text = prompt[prompt.rfind(markers[ids[place]]) :]
+        if _few_ids(text, tokenizer) == tuple(ids[place:]):
+            return _Tail(text, ids[place:])
+    return _Tail(prompt, ids)
+
+
+@lru_cache(maxsize=8)
+def _markers(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {number: token.content for number, token in added if token.special and not token.single_word}
+
+
+@lru_cache(maxsize=MOST_TAILS)
+def _few_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    return tuple(_ids([text], tokenizer)[0])
+
+
+def _behind(
+    tail_ids: Sequence[int], whole: Sequence[int], completion: str, tokenizer: "PreTrainedTokenizerBase"
+) -> Sequence[int]:
+    """The ids that follow the tail's. Where a token would span the border, the text is encoded by itself,
+    as a served policy has only ever the prompt's own ids before it."""
+    if whole[: len(tail_ids)] == tail_ids:
+        return whole[len(tail_ids) :]
+    return _ids([completion], tokenizer)[0]
+
+
+def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return cast(list[list[int]], tokenizer(texts, **options).input_ids)

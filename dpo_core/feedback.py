@@ -1,53 +1,41 @@
-"""What people said about completions: the groups of a file, and what it holds. Standard library only.
+"""What people said about completions: the groups of a file, row by row. Standard library only.
 
 A file is JSON Lines in UTF-8. Its first row decides the format; a row of another format is refused.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dpo_core.formats import Format, Group, detect, keys_of
 from dpo_core.jsonl import InvalidRow, Row, read_rows
-from dpo_core.options import Kind
 
 
 @dataclass(frozen=True)
-class FeedbackReport:
-    """What a file holds."""
+class Record:
+    """One row of a file: its groups, or the first thing that is wrong with it."""
 
-    format: str
-    kind: Kind
-    num_rows: int
-    num_groups: int
-    num_identical: int  # groups whose completions are all the same: they teach nothing
-    num_tied: int  # groups whose completions are all rated alike: they say nothing of an order
-    num_margins: int  # groups that say by how much the first completion should lead
-    ignored_keys: tuple[str, ...]  # columns that no reader uses
+    line: int
+    format: Format | None  # None: the row is none, or of none of the formats
+    groups: Sequence[Group]
+    ignored_keys: frozenset[str]  # that no reader uses
+    problem: InvalidRow | None
 
 
-def check(lines: Iterable[bytes]) -> FeedbackReport:
-    """Read every row. Raises InvalidRow at the first that cannot be used."""
-    form, rows, groups, identical, tied, margins, ignored = None, 0, 0, 0, 0, 0, set[str]()
-    for form, row in _read_rows(lines, 1):
-        rows += 1
-        ignored.update(row.value.keys() - form.keys)
-        for group in form.read(row):
-            groups += 1
-            identical += len(group.completions) > 1 and all(c == group.completions[0] for c in group.completions)
-            tied += is_tied(group)
-            margins += group.margin is not None
-    if form is None:
-        raise InvalidRow(1, "", "empty_file", "The file holds no rows; it needs at least one JSON dictionary.")
-    return FeedbackReport(form.name, form.kind, rows, groups, identical, tied, margins, tuple(sorted(ignored)))
+def read_records(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Record]:
+    """Every row of a file, in its order. A part of a file is read alike, when `first_line` says where it begins."""
+    form = None
+    for row in read_rows(lines, first_line):
+        record = _read(row, form)
+        form = form or record.format
+        yield record
 
 
 def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:
-    """The groups of a file, in its order. Raises InvalidRow on reaching a row that cannot be used.
-
-    A part of a file is read alike, when `first_line` says where it begins.
-    """
-    for form, row in _read_rows(lines, first_line):
-        yield from form.read(row)
+    """The groups of a file, in its order. Raises InvalidRow on reaching a row that cannot be used."""
+    for record in read_records(lines, first_line=first_line):
+        if record.problem:
+            raise record.problem
+        yield from record.groups
 
 
 def is_tied(group: Group) -> bool:
@@ -55,11 +43,15 @@ def is_tied(group: Group) -> bool:
     return len(group.completions) > 1 and group.ratings is not None and len(set(group.ratings)) == 1
 
 
-def _read_rows(lines: Iterable[bytes], first_line: int) -> Iterator[tuple[Format, Row]]:
+def _read(row: Row | InvalidRow, expected: Format | None) -> Record:
     form = None
-    for row in read_rows(lines, first_line):
-        own = detect(row)
-        form = form or own
-        if own is not form:
-            raise row.invalid("", "mixed_formats", f"must be {form.name}, as the first row is; {keys_of(row)}.")
-        yield form, row
+    try:
+        if isinstance(row, InvalidRow):
+            raise row
+        form = detect(row)
+        if expected and form is not expected:
+            what = f"must be {expected.name}, as the first row is; {keys_of(row)}."
+            raise row.invalid("", "mixed_formats", what)
+        return Record(row.line, form, list(form.read(row)), frozenset(row.value.keys() - form.keys), None)
+    except InvalidRow as error:
+        return Record(row.line, form, (), frozenset(), error)

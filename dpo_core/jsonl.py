@@ -44,13 +44,16 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row]:
-    """Every line that is not blank. Raises InvalidRow on reaching one that is no row."""
+def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | InvalidRow]:
+    """Every line that is not blank, or why it is no row."""
     for number, line in enumerate(lines, first_line):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield _parse(number, line)
+            try:
+                yield _parse(number, line)
+            except InvalidRow as error:
+                yield error
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,23 @@ def score_reference(
     return scored
 
 
+@torch.no_grad()
+def reference_token_logps(
+    reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
+) -> list[list[list[float]]]:
+    """Of each group, completion and token, in nats; an adapter on the reference is off meanwhile."""
+    scorer = Scorer(reference)
+    found: list[list[list[float]]] = [[] for _ in groups]
+    for pack in scorer.plan(groups, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:
+        batch = scorer.collate([groups[i] for i in pack])
+        with adapter_off(reference):
+            logps, _ = scorer.token_logps(batch)
+        rows = iter(logps.split_with_sizes(batch.num_completion_tokens.tolist()))
+        for i in pack:
+            found[i] = [next(rows).tolist() for _ in groups[i].completion_ids]
+    return found
+
+
 def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
     """[T, H] behind the last layer."""
     if not shared:

@@ -40,6 +40,9 @@ class Score(NamedTuple):
 
 # --- a job, as the driver sees it --------------------------------------------------------
 
+ReferenceSource = Literal["auto", "serve", "trainer"]
+"""Who scores the reference: its deployment, the trainer's own forward, or (auto) the first if the two agree."""
+
 
 class JobSpec(Contract):
     """What a user asked for, checked. Stored with the job; never changes."""
@@ -50,6 +53,7 @@ class JobSpec(Contract):
     metadata: dict[str, str] | None = None
     config: TrainConfig
     num_workers: int = Field(default=1, ge=1, le=1024)
+    reference_source: ReferenceSource = "auto"
 
 
 class AttemptSpec(Contract):
@@ -62,8 +66,12 @@ class AttemptSpec(Contract):
     num_gpus_per_worker: float = 0
     training_uri: str  # the uploaded file
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
-    reference: str | None = None  # app_name of the deployment that scores; None: the objective needs none
+    reference: str | None = None  # app_name of the deployment that scores; None: none does
+    reference_source: ReferenceSource = "auto"
+    reference_dtype: str = "float32"  # that its deployment computes in
+    validation_share: float = 0.0  # of the training file, held out
     run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
+    cache_uri: str  # prepared data, shared by all jobs; may be deleted at any time
     events_url: str  # POST batches of events here with the attempt's token
 
 
@@ -88,6 +96,12 @@ class Progress(Contract):
     stage: Stage
     done: int
     total: int
+
+
+class ReferenceReleased(Contract):
+    """The attempt needs the deployment of its reference no more."""
+
+    kind: Literal["reference released"] = "reference released"
 
 
 class Started(Contract):
@@ -136,7 +150,8 @@ class Failed(Contract):
 
 
 Report = Annotated[
-    Message | Progress | Started | StepMetrics | CheckpointSaved | Succeeded | Failed, Field(discriminator="kind")
+    Message | Progress | ReferenceReleased | Started | StepMetrics | CheckpointSaved | Succeeded | Failed,
+    Field(discriminator="kind"),
 ]
 
 

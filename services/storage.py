@@ -63,7 +63,7 @@ def read_bytes(uri: str) -> bytes:
         return source.read()
 
 
-def open_input(uri: str) -> BinaryIO:
+def open_input(uri: str) -> io.BufferedReader:
     """A seekable reader; iterating over it gives lines."""
     filesystem, path = _resolve(uri)
     return io.BufferedReader(filesystem.open_input_file(path), 1 << 20)

@@ -11,8 +11,7 @@ import anyio.to_thread
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core.feedback import check
-from dpo_core.jsonl import InvalidRow
+from dpo_core.survey import survey
 from services import storage
 from services.containers import json_lines
 from services.control_plane.errors import InvalidRequest, NotFound, TooLarge
@@ -35,10 +34,9 @@ def _upload(source: BinaryIO, filename: str, settings: Settings) -> File:
             f"The file has {num_bytes} bytes; the limit is {settings.max_upload_bytes}. Split it into several files.",
             param="file",
         )
-    try:
-        report = check(json_lines(source))
-    except InvalidRow as error:
-        raise InvalidRequest(str(error), param="file", code="invalid_file_format") from None
+    report = survey(json_lines(source))
+    if report.refusal:
+        raise InvalidRequest(report.refusal, param="file", code="invalid_file_format")
     source.seek(0)
     return _store(source, num_bytes, filename, TRAINING, settings, report=asdict(report))
 

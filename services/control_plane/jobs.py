@@ -25,6 +25,7 @@ from services.contract import (
     JobSpec,
     Message,
     Progress,
+    ReferenceReleased,
     Started,
     StepMetrics,
     Succeeded,
@@ -169,8 +170,9 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await _tell_reported(session, attempt, event, report.message, level=report.level)
         case Progress():
             await _set_progress(session, attempt.job_id, report.stage, report.done, report.total, event.created_at)
+        case ReferenceReleased():
+            attempt.reference = None
         case Started():
-            attempt.reference = None  # its scores are in: the deployment may go
             await session.execute(
                 update(Job).where(Job.id == attempt.job_id).values(training=report.model_dump(mode="json"))
             )

@@ -176,7 +176,9 @@ class Reconciler:
     async def _open(self, job: Job, number: int) -> Attempt:
         """Write the attempt, and wish its reference served, in one transaction."""
         start = NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
-        reference = start.app_name if JobSpec.model_validate(job.spec).config.objective.traits.needs_reference else None
+        spec = JobSpec.model_validate(job.spec)
+        served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
+        reference = start.app_name if served else None
         async with self._store.begin() as session:
             attempt = await jobs.open_attempt(session, job.id, number, reference)
             if reference is not None:
@@ -199,7 +201,10 @@ class Reconciler:
             training_uri=file.uri,
             model_source=job.model_source,
             reference=attempt.reference,
+            reference_source=spec.reference_source,
+            reference_dtype=self._settings.dtype,
             run_uri=run_uri,
+            cache_uri=storage.join(self._settings.storage_url, "prepared"),
             events_url=f"{self._settings.advertised_url}/internal/attempts/{job.id}/{attempt.number}/events",
         )
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")

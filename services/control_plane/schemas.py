@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
-from services.contract import JobSpec
+from services.contract import JobSpec, ReferenceSource
 from services.control_plane.errors import InvalidRequest
 
 # Where each option of a training run stands in a request; those of the objective join the first.
@@ -17,6 +17,8 @@ HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_mul
 EXTENSIONS = {
     "num_workers",
     "max_length",
+    "truncation",
+    "reference",
     "max_tokens_per_pack",
     "activation_checkpointing",
     "sharding",
@@ -48,6 +50,13 @@ class Method(BaseModel):
         own = _parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
         _refuse_unknown(own, {"hyperparameters"}, f"method.{self.type}")
         return _parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
+
+
+class Reference(BaseModel):
+    """`x_raydpo.reference`."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: ReferenceSource = "auto"
 
 
 class CreateJob(BaseModel):
@@ -84,8 +93,9 @@ class CreateJob(BaseModel):
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         config = train_config(kind, given, where, extension, seed)
         workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
+        reference = _parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
         named = self.model_dump(include={"model", "training_file", "suffix", "metadata"})
-        return JobSpec(**named, config=config, num_workers=workers)
+        return JobSpec(**named, config=config, num_workers=workers, reference_source=reference.source)
 
 
 def train_config(

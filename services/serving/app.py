@@ -63,6 +63,10 @@ class Policy:
         """Log-probabilities of completions, row by row, each after its own prompt."""
         return await self._server.reference.score(prompt_ids, completion_ids)
 
+    async def token_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[list[float]]:
+        """The same, of each token."""
+        return await self._server.reference.token_logps(prompt_ids, completion_ids)
+
 
 def _local(source: str) -> str:
     """A folder of weights on this node, or the hub id that `source` is.

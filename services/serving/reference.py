@@ -31,7 +31,14 @@ class Reference:
         self._released = asyncio.Event()
 
     async def score(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list[Score]:
-        """Row by row, each completion after its own prompt; together at most the model's length.
+        """Of each completion, summed."""
+        rows = await self.token_logps(prompt_ids, completion_ids)
+        return [Score(math.fsum(row), len(row)) for row in rows]
+
+    async def token_logps(
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
+    ) -> list[list[float]]:
+        """In nats, row by row, each completion after its own prompt; together at most the model's length.
 
         Raises ValueError for a row that cannot be scored, ConnectionError when the engine has died.
         """
@@ -71,11 +78,11 @@ class Reference:
             await self._released.wait()
         self._tokens_in_flight += num_tokens
 
-    def _release(self, num_tokens: int, _: asyncio.Task[Score]) -> None:
+    def _release(self, num_tokens: int, _: asyncio.Task[list[float]]) -> None:
         self._tokens_in_flight -= num_tokens
         self._released.set()
 
-    async def _score_row(self, prompt: list[int], completion: list[int]) -> Score:
+    async def _score_row(self, prompt: list[int], completion: list[int]) -> list[float]:
         """vLLM must generate a token. It is made to generate the completion's last one, so that no room is
         needed beyond the row's own length; what it reports are the log-probabilities before the bias."""
         *head, last = completion
@@ -93,4 +100,4 @@ class Reference:
         (output,) = answer.outputs
         assert list(output.token_ids) == [last]
         token_logps = answer.prompt_logprobs.logprobs[-len(head) :] if head else []
-        return Score(math.fsum([*token_logps, output.cumulative_logprob]), len(completion))
+        return [*token_logps, output.cumulative_logprob]

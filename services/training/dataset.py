@@ -1,13 +1,14 @@
-"""Prepared data: encoded groups in Parquet parts, and the order in which training reads them.
+"""Prepared data: encoded groups in Parquet parts, the reference's scores beside them, and the order of training.
 
-`run_uri/prepared/manifest.json` is written last and names each part with its sha256. The order is a pure function of
-seed and epoch, and every worker reads all of it, so global batches do not depend on the number of
-workers, and resuming is starting at a later row.
+Parts are named by their manifest with their sha256. The order is a pure function of seed and epoch, and every worker
+reads all of it, so global batches do not depend on the number of workers, and resuming is starting at a
+later row.
 """
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -19,17 +20,17 @@ from dpo_core.encode import EncodedGroup
 from services import storage
 from services.contract import Contract
 
-SCHEMA = pa.schema(
+IDS = pa.schema(
     {
         "prompt_ids": pa.list_(pa.int32()),
         "completion_ids": pa.list_(pa.list_(pa.int32())),
-        "ref_logps": pa.list_(pa.float64()),  # one per completion, in nats; null: the objective needs no reference
         "ratings": pa.list_(pa.float64()),  # one per completion; null: their order says it
         "weight": pa.float64(),
         "margin": pa.float64(),
         "line": pa.int64(),
     }
 )
+SCORES = pa.schema({"ref_logps": pa.list_(pa.float64())})  # one per completion, in nats
 WINDOW_TOKENS = 2**26  # rows are shuffled within so much of an epoch: 256 MiB of ids in memory
 
 
@@ -38,60 +39,63 @@ class DamagedPart(ValueError):
 
 
 class Part(Contract):
-    """One Parquet file."""
+    """One Parquet file, and the one of its scores, which has the same name."""
 
     name: str
     num_groups: int
     num_tokens: int  # every prompt once and its completions
     sha256: str
+    scores_sha256: str | None = None
 
 
 class Dataset(Contract):
-    """Parts in one folder; also the manifest."""
+    """Parts in one folder, their scores in another."""
 
     uri: str
     parts: tuple[Part, ...]
+    scores_uri: str | None = None  # None: the objective needs no reference
 
     @property
     def num_groups(self) -> int:
         return sum(part.num_groups for part in self.parts)
 
 
-def find(uri: str) -> Dataset | None:
-    """The prepared data at `uri`, every part checked; None where none is complete. Raises DamagedPart."""
-    manifest = storage.join(uri, storage.MANIFEST)
-    if not storage.exists(manifest):
-        return None
-    dataset = Dataset.model_validate_json(storage.read_bytes(manifest))
-    for part in dataset.parts:
-        _read(dataset.uri, part)
-    return dataset
-
-
-def save(dataset: Dataset, uri: str) -> None:
-    """Makes `dataset` the prepared data of `uri`."""
-    storage.write_bytes(storage.join(uri, storage.MANIFEST), dataset.model_dump_json().encode())
-
-
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup]) -> Part:
-    rows = [{name: getattr(group, name) for name in SCHEMA.names} for group in groups]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
-    data = sink.getvalue().to_pybytes()
-    storage.write_bytes(storage.join(uri, name), data)
-    return Part(
-        name=name,
-        num_groups=len(groups),
-        num_tokens=sum(group.num_tokens for group in groups),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
+    rows = [{name: getattr(group, name) for name in IDS.names} for group in groups]
+    num_tokens = sum(group.num_tokens for group in groups)
+    sha256 = _write(storage.join(uri, name), pa.Table.from_pylist(rows, IDS))
+    return Part(name=name, num_groups=len(groups), num_tokens=num_tokens, sha256=sha256)
+
+
+def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup]) -> Part:
+    """The part, now that its groups are scored."""
+    table = pa.table({"ref_logps": [group.ref_logps for group in groups]}, SCORES)
+    return part.model_copy(update={"scores_sha256": _write(storage.join(uri, part.name), table)})
+
+
+def find_scores(uri: str, part: Part) -> Part | None:
+    """The part, if scores of it stand in the folder `uri`: a file appears whole or not at all."""
+    try:
+        data = storage.read_bytes(storage.join(uri, part.name))
+    except FileNotFoundError:
+        return None
+    return part.model_copy(update={"scores_sha256": hashlib.sha256(data).hexdigest()})
+
+
+def check(dataset: Dataset) -> None:
+    """Raises DamagedPart if any part is not what it was."""
+    for part in dataset.parts:
+        _read(dataset, part)
 
 
 def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
     """All groups, part by part. Raises DamagedPart."""
     for part in dataset.parts:
-        table = _read(dataset.uri, part)
-        yield from (_group(table, row) for row in range(table.num_rows))
+        yield from read_part(dataset, part)
+
+
+def read_part(dataset: Dataset, part: Part) -> Iterator[EncodedGroup]:
+    return _Groups(_read(dataset, part)).take(range(part.num_groups))
 
 
 def num_steps(num_groups: int, config: TrainConfig) -> int:
@@ -119,8 +123,8 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 def _epoch(dataset: Dataset, seed: int, epoch: int, skip: int) -> Iterator[EncodedGroup]:
     for parts, rows in windows(dataset.parts, seed, epoch):
         if skip < len(rows):
-            table = pa.concat_tables([_read(dataset.uri, part) for part in parts]).combine_chunks()
-            yield from (_group(table, row) for row in rows[skip:])
+            table = pa.concat_tables([_read(dataset, part) for part in parts])
+            yield from _Groups(table).take(rows[skip:])
         skip = max(0, skip - len(rows))
 
 
@@ -141,18 +145,68 @@ def windows(parts: Sequence[Part], seed: int, epoch: int) -> Iterator[tuple[list
         yield window, rows
 
 
-def _read(uri: str, part: Part) -> pa.Table:
-    where = storage.join(uri, part.name)
+def _write(uri: str, table: Any) -> str:
+    """The file's sha256."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue()
+    storage.write_bytes(uri, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(dataset: Dataset, part: Part) -> Any:
+    table = _read_file(storage.join(dataset.uri, part.name), part.sha256)
+    if dataset.scores_uri is not None and part.scores_sha256 is not None:
+        scores = _read_file(storage.join(dataset.scores_uri, part.name), part.scores_sha256)
+        table = table.append_column("ref_logps", scores["ref_logps"])
+    return table
+
+
+def _read_file(uri: str, sha256: str) -> Any:
     try:
-        data = storage.read_bytes(where)
+        data = storage.read_bytes(uri)
     except FileNotFoundError:
-        raise DamagedPart(f"{where} is missing; prepare the data again.") from None
-    if hashlib.sha256(data).hexdigest() != part.sha256:
-        raise DamagedPart(f"{where} has another sha256 than its manifest says; prepare the data again.")
+        raise DamagedPart(f"{uri} is missing; prepare the data again.") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedPart(f"{uri} has another sha256 than its manifest says; prepare the data again.")
     return pq.read_table(pa.BufferReader(data))
 
 
-def _group(table: Any, row: int) -> EncodedGroup:
-    values = dict(zip(SCHEMA.names, (column[row].as_py() for column in table.columns), strict=True))
-    per_completion = ("completion_ids", "ref_logps", "ratings")
-    return EncodedGroup(**values | {name: values[name] and tuple(values[name]) for name in per_completion})
+class _Groups:
+    """A table's rows by number. Ids are cut out of whole columns: asking Arrow for each list takes 30 times longer."""
+
+    def __init__(self, table: Any) -> None:
+        self._prompts, self._completions = _Lists(table["prompt_ids"]), _Lists(table["completion_ids"])
+        self._ids = _Lists(self._completions.values)
+        self._rest = {name: table[name].to_pylist() for name in table.column_names if not name.endswith("_ids")}
+
+    def take(self, rows: Iterable[int]) -> Iterator[EncodedGroup]:
+        for row in rows:
+            own = {name: values[row] for name, values in self._rest.items()}
+            per_completion = {name: own.get(name) and tuple(own[name]) for name in ("ref_logps", "ratings")}
+            yield EncodedGroup(
+                prompt_ids=self._prompts.ids(row),
+                completion_ids=tuple(map(self._ids.ids, self._completions.places(row))),
+                **own | per_completion,
+            )
+
+
+class _Lists:
+    """A column of lists."""
+
+    def __init__(self, column: Any) -> None:
+        lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        self.values = lists.values
+        self._offsets = lists.offsets.to_pylist()
+
+    def places(self, row: int) -> range:
+        """Where the row's values stand."""
+        return range(self._offsets[row], self._offsets[row + 1])
+
+    def ids(self, row: int) -> list[int]:
+        ids: list[int] = self._numbers[self._offsets[row] : self._offsets[row + 1]].tolist()
+        return ids
+
+    @cached_property
+    def _numbers(self) -> Any:
+        return self.values.to_numpy()

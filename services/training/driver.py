@@ -11,22 +11,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
-import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
-from services.contract import AttemptSpec, Failed, Message, Progress, Report, Succeeded
-from services.training import dataset
-from services.training.dataset import DamagedPart, Dataset
-from services.training.encoding import Encoded, Piece, encode, encode_piece, unpack
+from services.contract import AttemptSpec, Failed, Progress, Report, Succeeded
+from services.training.preparation import Prepared, prepare
 from services.training.reporting import JobFailed, Reporter
-from services.training.scoring import await_reference, score
 
 logger = logging.getLogger(__name__)
 
@@ -60,54 +55,16 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded:
     def report(report: Report) -> None:
         ray.get(reporter.report.remote(report))
 
-    data = prepare(spec, report)
-    spec = spec.model_copy(update={"config": spec.config.resolved(data.num_groups)})
-    trained = train(spec, data, reporter)
+    prepared = prepare(spec, report)
+    spec = spec.model_copy(update={"config": spec.config.resolved(prepared.training.num_groups)})
+    trained = train(spec, prepared, reporter)
     report(Progress(stage="exporting", done=0, total=1))
     exported = export(spec, trained)
     report(Progress(stage="exporting", done=1, total=1))
     return exported
 
 
-def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Dataset:
-    """The data of an earlier attempt, or encoded and scored now."""
-    uri = storage.join(spec.run_uri, "prepared")
-    try:
-        if found := dataset.find(uri):
-            return found
-    except DamagedPart as error:
-        report(Message(level="warn", message=f"Prepared data are damaged and made again: {error}"))
-    own = storage.join(uri, str(spec.attempt))  # an attempt that does not know yet that it is fenced writes elsewhere
-    encoded_uri, unpacked_uri = storage.join(own, "encoded"), storage.join(own, "unpacked")
-    plain = unpack(spec, unpacked_uri)
-    data = encode(plain, encoded_uri, lambda pieces: _encode_pieces(plain, encoded_uri, pieces), report)
-    storage.delete(unpacked_uri)
-    if reference := spec.reference:
-        data = score(data, storage.join(own, "scored"), lambda: await_reference(reference, report), report)
-        storage.delete(encoded_uri)
-    dataset.save(data, uri)
-    return data
-
-
-def _encode_pieces(spec: AttemptSpec, folder_uri: str, pieces: list[Piece]) -> Iterator[Encoded]:
-    """By Ray Data, in the order in which they get done."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    # Not by Ray's logical CPUs: each process loads a tokenizer, and more of them than real cores only wait.
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    size = min(len(pieces), num_nodes * (os.cpu_count() or 1))
-
-    def encode_row(row: dict[str, str]) -> dict[str, str]:
-        encoded = encode_piece(spec, folder_uri, Piece.model_validate_json(row["piece"]))
-        return {"encoded": encoded.model_dump_json()}
-
-    items = [{"piece": piece.model_dump_json()} for piece in pieces]
-    rows = ray.data.from_items(items, override_num_blocks=len(items))
-    for row in rows.map(encode_row, compute=ray.data.TaskPoolStrategy(size=size)).iter_rows():
-        yield Encoded.model_validate_json(row["encoded"])
-
-
-def train(spec: AttemptSpec, data: Dataset, reporter: Any) -> Succeeded:
+def train(spec: AttemptSpec, prepared: Prepared, reporter: Any) -> Succeeded:
     """The last checkpoint's policy. Workers publish checkpoints themselves, so Ray Train stores nothing of worth."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -115,7 +72,7 @@ def train(spec: AttemptSpec, data: Dataset, reporter: Any) -> Succeeded:
     def work_here() -> Succeeded | Failed:
         from services.training.worker import work
 
-        return work(spec, data, reporter)
+        return work(spec, prepared.training, reporter)
 
     resources = {"CPU": 1.0} | ({"GPU": spec.num_gpus_per_worker} if spec.num_gpus_per_worker else {})
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:

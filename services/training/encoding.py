@@ -1,17 +1,21 @@
-"""The uploaded file becomes encoded groups, piece by piece in tasks: text never passes through the driver."""
+"""The training file becomes encoded groups, piece by piece in tasks: text never passes through the driver."""
 
 import functools
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dpo_core.encode import NoChatTemplate, encode_group
-from dpo_core.feedback import FeedbackReport, check, is_tied, read_groups
+from dpo_core.encode import EncodedGroup, NoChatTemplate, encode_groups
+from dpo_core.feedback import is_tied, read_groups, read_records
+from dpo_core.formats import Group
 from dpo_core.jsonl import InvalidRow, read_lines
+from dpo_core.truncation import truncate
 from services import storage
 from services.containers import Reader, is_plain, json_lines
 from services.contract import AttemptSpec, Contract, Failed, Message, Report
 from services.training.dataset import Dataset, Part, write_part
+from services.training.report import TIED, TOO_LONG, EncodingReport, Tally, left_out, lengths_in_words, merge
 from services.training.reporting import JobFailed, progress
 
 if TYPE_CHECKING:
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
 
 ROWS_PER_PIECE = 1000
 BYTES_PER_PIECE = 8 * 2**20
-LINES_NAMED = 10
 
 
 class Piece(Contract):
@@ -35,12 +38,22 @@ class Piece(Contract):
 class Encoded(Contract):
     """What became of a piece."""
 
-    num_rows: int
-    part: Part | None = None  # None: none of its groups could be used
-    too_long: tuple[tuple[int, int], ...] = ()  # line, and tokens of the prompt and the longest completion
-    tied: tuple[int, ...] = ()  # lines that rate all their completions alike
+    report: EncodingReport
     limit: int = 0  # tokens that a group may have: max_length, or what the model has positions for
+    training: Part | None = None  # None: it has no such groups
+    held_out: Part | None = None
     refused: tuple[int, Failed] | None = None  # the line that cannot be used
+
+
+class Encoding(Contract):
+    """What became of a file."""
+
+    training: Dataset
+    held_out: Dataset
+    report: EncodingReport
+    limit: int
+    kind: str
+    format: str
 
 
 def unpack(spec: AttemptSpec, folder_uri: str) -> AttemptSpec:
@@ -58,81 +71,88 @@ def encode(
     folder_uri: str,
     encode_pieces: Callable[[list[Piece]], Iterable[Encoded]],
     report: Callable[[Report], None],
-) -> Dataset:
-    """Writes the groups of the training file to `folder_uri`, and says what the file holds.
+) -> Encoding:
+    """Writes the groups of the training file to `folder_uri`.
 
     `encode_pieces` calls `encode_piece` on each, somewhere and in any order. Raises JobFailed for a
     file that cannot be used.
     """
-    found = _check_first_row(spec)
+    format, kind = _look_at_first_row(spec)
     pieces = list(split(spec.training_uri))
     done = progress(report, "encoding", sum(piece.num_rows for piece in pieces))
     results: list[Encoded] = []
+    num_rows = 0
     for result in encode_pieces(pieces):
         results.append(result)
-        done(sum(result.num_rows for result in results))
+        num_rows += result.report.num_rows
+        done(num_rows)
     if refusals := [result.refused for result in results if result.refused]:
         raise JobFailed(min(refusals, key=lambda refusal: refusal[0])[1])
-    parts = sorted((result.part for result in results if result.part), key=lambda part: part.name)
-    _report_counts(spec, found, results, report)
-    return Dataset(uri=folder_uri, parts=tuple(parts))
+    encoding = Encoding(
+        training=_dataset(folder_uri, (result.training for result in results)),
+        held_out=_dataset(folder_uri, (result.held_out for result in results)),
+        report=merge(result.report for result in results),
+        limit=results[0].limit,
+        kind=kind,
+        format=format,
+    )
+    _refuse_nothing(spec, encoding)
+    return encoding
 
 
-def _check_first_row(spec: AttemptSpec) -> FeedbackReport:
+def tell(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> None:
+    """Says what the file holds, and what becomes of it."""
+    found, config = encoding.report, spec.config
+    report(Message(message=f"Training file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
+    report(Message(message=lengths_in_words(found, encoding.limit, config.truncation)))
+    for sentence in left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding)):
+        report(Message(level="warn", message=sentence))
+    if found.num_held_out:
+        report(Message(message=f"Held out {found.num_held_out} of them, by their prompts, to validate on."))
+
+
+def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
+    """Its format, and the kind of feedback that the objective must learn from."""
     with storage.open_input(spec.training_uri) as file:
-        lines: list[bytes] = []
-        for line in read_lines(file):
-            lines.append(line)
-            if line.strip():
-                break
-    try:
-        found = check(lines)
-    except InvalidRow as error:
-        raise _invalid_file(str(error)) from None
+        first = next(read_records(read_lines(file)), None)
+    if first is None:
+        raise _invalid_file("The file holds no rows; it needs at least one JSON dictionary.")
+    if first.problem or first.format is None:
+        raise _invalid_file(str(first.problem))
+    format, kind = first.format.name, first.format.kind
     objective = spec.config.objective
-    if found.kind not in objective.traits.learns_from:
-        held = f"{found.kind} ({found.format} format)"
-        raise _invalid_file(
-            f"The file holds {held}; method {objective.type} needs {' or '.join(objective.traits.learns_from)}."
-        )
-    return found
+    if kind not in objective.traits.learns_from:
+        needed = " or ".join(objective.traits.learns_from)
+        raise _invalid_file(f"The file holds {kind} ({format} format); method {objective.type} needs {needed}.")
+    return format, kind
 
 
-def _report_counts(
-    spec: AttemptSpec, found: FeedbackReport, results: list[Encoded], report: Callable[[Report], None]
-) -> None:
-    too_long = sorted(row for result in results for row in result.too_long)
-    tied = sorted(line for result in results for line in result.tied)
-    kept = sum(result.part.num_groups for result in results if result.part)
-    count = kept + len(too_long) + len(tied)
-    limit = results[0].limit
-    remedy = "raise max_length or shorten them" if limit == spec.config.max_length else "the model takes no more"
-    if len(too_long) == count:
-        shortest = min(length for _, length in too_long)
-        raise _invalid_file(
-            f"All {count} {found.kind} are longer than {limit} tokens, the shortest has {shortest}; {remedy}."
-        )
-    alike = "rate all their completions alike, which says nothing of an order"
-    if not kept:
-        longer = f"{len(too_long)} are longer than {limit} tokens"
-        raise _invalid_file(f"Of {count} {found.kind} {longer} and {len(tied)} {alike}: none is left.")
-    report(Message(message=f"Training file has {count} {found.kind} ({found.format} format)."))
-    if too_long:
-        left_out = f"Left out {len(too_long)} of {count} {found.kind}, longer than {limit} tokens"
-        where = _named([line for line, _ in too_long])
-        report(Message(level="warn", message=f"{left_out} ({where}); {remedy}."))
-    if tied:
-        left_out = f"Left out {len(tied)} of {count} {found.kind} that {alike} ({_named(tied)})."
-        report(Message(level="warn", message=left_out))
+def _refuse_nothing(spec: AttemptSpec, encoding: Encoding) -> None:
+    """Nothing to train on is the user's to mend."""
+    found, kind, limit = encoding.report, encoding.kind, encoding.limit
+    if found.num_kept:
+        return
+    long = found.dropped.get(TOO_LONG)
+    if long and long.count == found.num_groups:
+        shortest = f"the shortest has {found.shortest_too_long}"
+        remedy = _remedy(spec, encoding)
+        raise _invalid_file(f"All {long.count} {kind} are longer than {limit} tokens, {shortest}; {remedy}.")
+    reasons = " ".join(left_out(found, kind, limit, _remedy(spec, encoding)))
+    raise _invalid_file(f"Of {found.num_groups} {kind} none is left to train on. {reasons}")
 
 
-def _named(lines: Sequence[int]) -> str:
-    more = f" and {len(lines) - LINES_NAMED} more" if len(lines) > LINES_NAMED else ""
-    return f"line {', '.join(map(str, lines[:LINES_NAMED]))}{more}"
+def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
+    if encoding.limit < spec.config.max_length:
+        return "the model takes no more"
+    return "raise max_length, choose another truncation, or shorten them"
 
 
 def _invalid_file(message: str) -> JobFailed:
     return JobFailed(Failed(code="invalid_training_file", message=message, param="training_file"))
+
+
+def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
+    return Dataset(uri=uri, parts=tuple(sorted((part for part in parts if part), key=lambda part: part.name)))
 
 
 def split(uri: str) -> Iterator[Piece]:
@@ -152,34 +172,67 @@ def split(uri: str) -> Iterator[Piece]:
 def encode_piece(spec: AttemptSpec, folder_uri: str, piece: Piece) -> Encoded:
     tokenizer, positions = _load(spec.model_source)
     limit = min(spec.config.max_length, positions)
-    with storage.open_input(spec.training_uri) as file:
-        file.seek(piece.start)
-        lines = read_lines(io.BytesIO(file.read(piece.size)))
-    kept, too_long, tied = [], [], []
+    tally = Tally(piece.num_rows)
     try:
-        for group in read_groups(lines, first_line=piece.first_line):
-            if is_tied(group):
-                tied.append(group.line)
-                continue
-            encoded = encode_group(group, tokenizer)
-            length = len(encoded.prompt_ids) + max(map(len, encoded.completion_ids))
-            if length > limit:
-                too_long.append((group.line, length))
-            else:
-                kept.append(encoded)
+        groups = list(_with_an_order(_read(spec.training_uri, piece), tally))
+        kept, held_out = _encode(groups, tokenizer, spec, limit, tally)
     except InvalidRow as error:
         failed = Failed(code="invalid_training_file", message=str(error), param="training_file")
-        return Encoded(num_rows=piece.num_rows, refused=(error.line, failed))
+        return Encoded(report=tally.report(), refused=(error.line, failed))
     except NoChatTemplate as error:
         failed = Failed(code="invalid_model", message=str(error), param="model")
-        return Encoded(num_rows=piece.num_rows, refused=(piece.first_line, failed))
+        return Encoded(report=tally.report(), refused=(piece.first_line, failed))
     return Encoded(
-        num_rows=piece.num_rows,
-        part=write_part(folder_uri, f"{piece.number:05d}.parquet", kept) if kept else None,
-        too_long=tuple(too_long),
-        tied=tuple(tied),
+        report=tally.report(),
         limit=limit,
+        training=write_part(folder_uri, f"{piece.number:05d}.parquet", kept) if kept else None,
+        held_out=write_part(folder_uri, f"{piece.number:05d}.held-out.parquet", held_out) if held_out else None,
     )
+
+
+def _read(uri: str, piece: Piece) -> Iterator[Group]:
+    with storage.open_input(uri) as file:
+        file.seek(piece.start)
+        lines = read_lines(io.BytesIO(file.read(piece.size)))
+    return read_groups(lines, first_line=piece.first_line)
+
+
+def _with_an_order(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
+    for group in groups:
+        if is_tied(group):
+            tally.drop(TIED, group.line)
+        else:
+            yield group
+
+
+def _encode(
+    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", spec: AttemptSpec, limit: int, tally: Tally
+) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
+    """Those to train on, and those held out."""
+    kept: list[EncodedGroup] = []
+    held_out: list[EncodedGroup] = []
+    for encoded in encode_groups(groups, tokenizer):
+        if isinstance(encoded, InvalidRow):
+            tally.drop(encoded.code, encoded.line)
+            continue
+        tally.see(encoded)
+        cut = truncate(encoded, limit, spec.config.truncation)
+        if cut is None:
+            tokens = len(encoded.prompt_ids) + max(map(len, encoded.completion_ids))
+            tally.drop(TOO_LONG, encoded.line, tokens=tokens)
+            continue
+        aside = _is_held_out(encoded.prompt_ids, spec.validation_share)
+        tally.keep(encoded, cut, held_out=aside)
+        (held_out if aside else kept).append(cut)
+    return kept, held_out
+
+
+def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
+    """By the prompt: what is asked in training is not asked in validation."""
+    if not share:
+        return False
+    digest = hashlib.blake2b(repr(list(prompt_ids)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 @functools.cache

@@ -1,19 +1,22 @@
-"""What the reference says of the completions: waiting for its deployment, and many calls in flight to it."""
+"""What the reference says of the completions: by its deployment, with many calls in flight, or by the trainer.
+
+A part's scores are one file, and a part that has them is not scored again.
+"""
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from ray import serve
 from ray.exceptions import RayActorError
 
 from dpo_core.encode import EncodedGroup
 from services.contract import Message, Progress, Report, Score
-from services.training.dataset import Dataset, Part, read_groups, write_part
+from services.training.dataset import Dataset, Part, find_scores, read_part, write_scores
 from services.training.reporting import progress
 
 logger = logging.getLogger(__name__)
@@ -28,14 +31,47 @@ REPORT_SECONDS = 5.0
 class Answer(Protocol):
     """A call in flight."""
 
-    def result(self) -> list[Score]: ...
+    def result(self) -> Any: ...
 
 
 # Prompts' and completions' ids, row by row; what comes back has their order.
 Ask = Callable[[list[list[int]], list[list[int]]], Answer]
 
 
-def await_reference(app_name: str, report: Callable[[Report], None]) -> Ask:
+@dataclass(frozen=True)
+class Reference:
+    """A deployment that answers."""
+
+    score: Ask  # with a Score for each row
+    token_logps: Ask  # with a list for each row
+
+
+Connect = Callable[[], Reference]
+ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Iterator[Part]]
+"""Writes the scores of parts to a folder, yields each part once it is there, and is told how many groups are done."""
+
+
+def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
+    """The data with scores, which stand in the folder `uri`; those that stand there already are used."""
+    found = [find_scores(uri, part) for part in encoded.parts]
+    scored = {part.name: part for part in found if part}
+    left = [part for part in encoded.parts if part.name not in scored]
+    count = encoded.num_groups - sum(part.num_groups for part in left)
+    done = progress(report, "scoring", encoded.num_groups)
+
+    def add(groups: int) -> None:
+        nonlocal count
+        count += groups
+        done(count)
+
+    scored |= {part.name: part for part in score_parts(encoded, uri, left, add)}
+    return encoded.model_copy(update={"scores_uri": uri, "parts": tuple(scored[part.name] for part in encoded.parts)})
+
+
+# --- by a deployment ---------------------------------------------------------------------------------
+
+
+def await_reference(app_name: str, report: Callable[[Report], None]) -> Reference:
     """Returns when the deployment answers. Raises RuntimeError if it cannot be loaded, or not in time."""
     deadline = time.monotonic() + LOADING_SECONDS
     next_report = 0.0
@@ -43,8 +79,8 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Ask:
         application = serve.status().applications.get(app_name)
         status = application.status if application else None
         if status == "RUNNING":
-            ask: Ask = serve.get_app_handle(app_name).score.remote
-            return ask
+            handle = serve.get_app_handle(app_name)
+            return Reference(handle.score.remote, handle.token_logps.remote)
         if application and status == "DEPLOY_FAILED":
             sentence = f"The reference {app_name} could not be loaded: {application.message}"
             report(Message(level="error", message=sentence))
@@ -59,31 +95,45 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Ask:
         time.sleep(0.5)
 
 
-def score(encoded: Dataset, uri: str, connect: Callable[[], Ask], report: Callable[[Report], None]) -> Dataset:
-    """Copies the data to the folder `uri`, with `ref_logps`."""
-    ask = connect()
-    done = progress(report, "scoring", encoded.num_groups)
-    scored = _ask_all(read_groups(encoded), ask, connect)
-    parts: list[Part] = []
-    count = 0
-    for part in encoded.parts:
-        groups = []
-        for group in islice(scored, part.num_groups):
-            groups.append(group)
-            count += 1
-            done(count)
-        parts.append(write_part(uri, part.name, groups))
-    return Dataset(uri=uri, parts=tuple(parts))
+def by_deployment(connect: Connect) -> ScoreParts:
+    """Sums are taken in the replica; a call whose replica dies is sent again."""
+
+    def score_parts(dataset: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
+        scored = _scored((group for part in parts for group in read_part(dataset, part)), connect)
+        for part in parts:
+            groups = []
+            for group in islice(scored, part.num_groups):
+                groups.append(group)
+                done(1)
+            yield write_scores(uri, part, groups)
+
+    return score_parts
 
 
-def _ask_all(groups: Iterator[EncodedGroup], ask: Ask, connect: Callable[[], Ask]) -> Iterator[EncodedGroup]:
+def _scored(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[EncodedGroup]:
+    for group, scores in _ask_all(groups, connect, lambda reference: reference.score):
+        own: list[Score] = [Score(*score) for score in scores]
+        assert [score.num_tokens for score in own] == [len(ids) for ids in group.completion_ids]
+        yield replace(group, ref_logps=tuple(score.logp for score in own))
+
+
+def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
+    """Of each group, completion and token, in nats."""
+    return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
+
+
+def _ask_all(
+    groups: Iterator[EncodedGroup], connect: Connect, which: Callable[[Reference], Ask]
+) -> Iterator[tuple[EncodedGroup, list[Any]]]:
+    """Each group with the answers on its completions."""
+    ask = which(connect())
     in_flight: deque[tuple[list[EncodedGroup], Answer]] = deque()
     while chunk := list(islice(groups, GROUPS_PER_CALL)):
         if len(in_flight) == CALLS_IN_FLIGHT:
-            yield from _answered(*in_flight.popleft(), connect)
+            yield from _answered(*in_flight.popleft(), lambda: which(connect()))
         in_flight.append((chunk, _send(ask, chunk)))
     while in_flight:
-        yield from _answered(*in_flight.popleft(), connect)
+        yield from _answered(*in_flight.popleft(), lambda: which(connect()))
 
 
 def _send(ask: Ask, groups: list[EncodedGroup]) -> Answer:
@@ -91,10 +141,12 @@ def _send(ask: Ask, groups: list[EncodedGroup]) -> Answer:
     return ask([prompt for prompt, _ in rows], [completion for _, completion in rows])
 
 
-def _answered(groups: list[EncodedGroup], answer: Answer, connect: Callable[[], Ask]) -> Iterator[EncodedGroup]:
+def _answered(
+    groups: list[EncodedGroup], answer: Answer, connect: Callable[[], Ask]
+) -> Iterator[tuple[EncodedGroup, list[Any]]]:
     for sends in range(1, SENDS + 1):
         try:
-            scores = iter(answer.result())
+            answers = iter(answer.result())
             break
         except RayActorError as error:  # a replica died; Serve starts another
             if sends == SENDS:
@@ -102,6 +154,4 @@ def _answered(groups: list[EncodedGroup], answer: Answer, connect: Callable[[], 
             logger.warning("A call to the reference is sent again: %r", error)
             answer = _send(connect(), groups)
     for group in groups:
-        own = [next(scores) for _ in group.completion_ids]
-        assert [score.num_tokens for score in own] == [len(ids) for ids in group.completion_ids]
-        yield replace(group, ref_logps=tuple(score.logp for score in own))
+        yield group, [next(answers) for _ in group.completion_ids]

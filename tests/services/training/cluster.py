@@ -3,6 +3,7 @@
 The deployment scores as services.serving does, by a plain forward of transformers.
 """
 
+import math
 import sys
 
 import ray
@@ -19,14 +20,16 @@ class Reference:
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(model_source, dtype=torch.float32).eval()
 
-    @torch.inference_mode()
     def score(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[Score]:
-        return [self._score(*row) for row in zip(prompt_ids, completion_ids, strict=True)]
+        return [Score(math.fsum(row), len(row)) for row in self.token_logps(prompt_ids, completion_ids)]
 
-    def _score(self, prompt: list[int], completion: list[int]) -> Score:
+    @torch.inference_mode()
+    def token_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[list[float]]:
+        return [self._logps(*row) for row in zip(prompt_ids, completion_ids, strict=True)]
+
+    def _logps(self, prompt: list[int], completion: list[int]) -> list[float]:
         logits = self.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        logps = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
-        return Score(logps.sum().item(), len(completion))
+        return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ def make_spec_in(model_source: str, pairs: str) -> Callable[..., AttemptSpec]:
             "training_uri": pairs,
             "model_source": model_source,
             "run_uri": (folder / "run").as_uri(),
+            "cache_uri": (folder / "cache").as_uri(),
             "events_url": "http://127.0.0.1:9/events",
         }
         return AttemptSpec(**(given | fields))

@@ -6,9 +6,18 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from dpo_core.encode import EncodedGroup
-from services import storage
 from services.training import dataset
-from services.training.dataset import DamagedPart, Dataset, find, global_batches, num_steps, save, windows, write_part
+from services.training.dataset import (
+    DamagedPart,
+    Dataset,
+    check,
+    find_scores,
+    global_batches,
+    num_steps,
+    windows,
+    write_part,
+    write_scores,
+)
 
 
 def group(number: int) -> EncodedGroup:
@@ -17,23 +26,20 @@ def group(number: int) -> EncodedGroup:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Dataset:
-    """23 groups in parts of 5, 10 and 8."""
-    uri = (tmp_path / "run/prepared").as_uri()
-    ranges = [range(5), range(5, 15), range(15, 23)]
-    folder = storage.join(uri, "1")
-    parts = tuple(write_part(folder, f"{i}.parquet", [group(n) for n in r]) for i, r in enumerate(ranges))
-    made = Dataset(uri=folder, parts=parts)
-    save(made, uri)
-    return made
+    """23 scored groups in parts of 5, 10 and 8."""
+    uri, scores_uri = (tmp_path / "ids").as_uri(), (tmp_path / "scores").as_uri()
+    parts = []
+    for i, numbers in enumerate([range(5), range(5, 15), range(15, 23)]):
+        groups = [group(n) for n in numbers]
+        parts.append(write_scores(scores_uri, write_part(uri, f"{i}.parquet", groups), groups))
+    return Dataset(uri=uri, parts=tuple(parts), scores_uri=scores_uri)
 
 
 def epoch(data: Dataset, seed: int, number: int) -> list[int]:
     return [group.line for group in dataset._epoch(data, seed, number, skip=0)]
 
 
-def test_what_is_prepared_is_found_again(data: Dataset, tmp_path: Path) -> None:
-    assert find((tmp_path / "run/prepared").as_uri()) == data
-    assert find((tmp_path / "elsewhere").as_uri()) is None
+def test_what_is_written_is_read_again(data: Dataset) -> None:
     assert list(dataset.read_groups(data)) == [group(n) for n in range(23)]
     assert data.num_groups == 23
     assert [part.num_tokens for part in data.parts] == [25, 50, 40]
@@ -44,15 +50,32 @@ def test_groups_without_reference_stay_without(tmp_path: Path) -> None:
     assert list(dataset.read_groups(Dataset(uri=str(tmp_path), parts=(part,)))) == [EncodedGroup([1], ([2],), None, 1)]
 
 
-def test_a_damaged_part_is_refused_by_name(data: Dataset, tmp_path: Path) -> None:
-    path = tmp_path / "run/prepared/1/1.parquet"
+def test_all_that_people_said_is_kept(tmp_path: Path) -> None:
+    groups = [
+        EncodedGroup([1, 2], ([3], [4, 5], [6]), None, 7, ratings=(2.0, 1.0, float(1)), weight=0.5),
+        EncodedGroup([1], ([2], [3]), None, 9, margin=0.25),
+    ]
+    part = write_part(str(tmp_path), "0.parquet", groups)
+    assert list(dataset.read_groups(Dataset(uri=str(tmp_path), parts=(part,)))) == groups
+
+
+@pytest.mark.parametrize("folder", ["ids", "scores"])
+def test_a_damaged_part_is_refused_by_name(data: Dataset, tmp_path: Path, folder: str) -> None:
+    path = tmp_path / folder / "1.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DamagedPart, match=r"1\.parquet has another sha256"):
-        find((tmp_path / "run/prepared").as_uri())
+    with pytest.raises(DamagedPart, match=rf"{folder}/1\.parquet has another sha256"):
+        check(data)
     path.unlink()
-    with pytest.raises(DamagedPart, match=r"1\.parquet is missing"):
-        find((tmp_path / "run/prepared").as_uri())
+    with pytest.raises(DamagedPart, match=rf"{folder}/1\.parquet is missing"):
+        check(data)
+
+
+def test_scores_that_are_there_are_found(data: Dataset, tmp_path: Path) -> None:
+    bare = data.parts[1].model_copy(update={"scores_sha256": None})
+    assert data.scores_uri
+    assert find_scores(data.scores_uri, bare) == data.parts[1]
+    assert find_scores((tmp_path / "elsewhere").as_uri(), bare) is None
 
 
 @pytest.mark.parametrize("window_tokens", [1, 80, 2**26])

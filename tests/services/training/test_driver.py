@@ -27,6 +27,7 @@ from services.contract import (
     Failed,
     Message,
     Progress,
+    ReferenceReleased,
     Report,
     Started,
     StepMetrics,
@@ -148,7 +149,9 @@ def test_an_attempt_reports_all_its_stages_and_exports_the_policy(uninterrupted:
     assert stages == ["encoding", "scoring", "exporting"]
     messages = [report.message for report in only(Message, reports)]
     assert messages[0] == "Training file has 24 pairs (OpenAI preference format)."
-    assert messages[1].startswith("The first loss is 0.69314")
+    assert messages[1].startswith("Tokens, on average: prompt 19")
+    assert messages[2].startswith("The reference's deployment agrees with the trainer: 24 rows, ")
+    assert messages[3].startswith("The first loss is 0.69314")
     (started,) = only(Started, reports)
     assert (started.num_groups, started.total_steps, started.resumed_from) == (24, NUM_STEPS, 0)
     assert list(figures(reports)) == list(range(1, NUM_STEPS + 1))
@@ -222,16 +225,56 @@ def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
     return [p for p in workers if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
 
 
-def test_a_reference_of_other_weights_fails_the_job(
+def test_a_second_job_on_the_same_bytes_finds_ids_and_scores(
+    uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    given = {"config": CONFIG, "events_url": control_plane.url, "cache_uri": uninterrupted.spec.cache_uri}
+    driver = start(make_spec(**given, reference="a-reference-that-never-comes"))
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    messages = [report.message for report in only(Message, driver.reports())]
+    assert messages[0] == "The file's token ids were found in the cache."
+    assert messages[1] == "Training file has 24 pairs (OpenAI preference format)."
+    assert messages[3] == "The reference's scores were found in the cache."
+    assert [report.stage for report in only(Progress, driver.reports())] == ["exporting"] * 2
+    assert figures(driver.reports()) == figures(uninterrupted.reports())
+
+
+def test_of_two_jobs_at_once_one_prepares(
+    make_spec_in: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, tmp_path: Path
+) -> None:
+    config, cache = TrainConfig(batch_size=8, n_epochs=1), (tmp_path / "cache").as_uri()
+    given = {"config": config, "reference": "tiny", "events_url": control_plane.url, "cache_uri": cache}
+    drivers = [start(make_spec_in(tmp_path / name, job_id=f"ftjob-{name}", **given)) for name in "ab"]
+    assert [driver.wait() for driver in drivers] == [0, 0], [d.log.read_text()[-3000:] for d in drivers]
+    prepared = [{report.stage for report in only(Progress, driver.reports())} - {"exporting"} for driver in drivers]
+    assert sum("encoding" in stages for stages in prepared) == 1
+    assert sum("scoring" in stages for stages in prepared) == 1
+
+
+def test_the_trainer_scores_where_the_deployment_departs(
     make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], other_model_source: str, control_plane: Any
 ) -> None:
     spec = make_spec(model_source=other_model_source, reference="tiny", events_url=control_plane.url)
     driver = start(spec)
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    warnings = [report.message for report in only(Message, driver.reports()) if report.level == "warn"]
+    assert warnings[0].startswith("The reference's deployment departs from the trainer: 24 rows, ")
+    assert warnings[1] == "The trainer's own forward scores the reference instead."
+    released = driver.reports().index(ReferenceReleased())
+    assert "scoring" in {report.stage for report in only(Progress, driver.reports()[released:])}
+    assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_deployment_that_departs_fails_a_job_that_insists_on_it(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], other_model_source: str, control_plane: Any
+) -> None:
+    given = {"reference": "tiny", "reference_source": "serve", "events_url": control_plane.url}
+    driver = start(make_spec(model_source=other_model_source, **given))
     assert driver.wait() == 1, driver.log.read_text()[-5000:]
     last = control_plane.reports()[-1]
     assert isinstance(last, Failed)
     assert last.code == "reference_mismatch"
-    assert "not ln 2 = 0.693147 within 0.001" in last.message
+    assert "per token mean" in last.message
 
 
 def test_a_fenced_attempt_stops(

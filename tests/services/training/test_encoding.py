@@ -2,6 +2,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from operator import gt, ne
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dpo_core.options import Supervised
 from services import storage
 from services.contract import AttemptSpec, Message, Progress, Report
 from services.training import dataset, encoding
-from services.training.encoding import Encoded, Piece, encode, encode_piece, split, unpack
+from services.training.encoding import Encoded, Piece, encode, encode_piece, split, tell, unpack
 from services.training.reporting import JobFailed
 
 MakeSpec = Callable[..., AttemptSpec]
@@ -40,7 +41,8 @@ def run(tmp_path: Path) -> Callable[[AttemptSpec], tuple[list[EncodedGroup], lis
             return (encode_piece(spec, uri, piece) for piece in reversed(pieces))
 
         made = encode(spec, uri, encode_pieces, reports.append)
-        return list(dataset.read_groups(made)), reports
+        tell(spec, made, reports.append)
+        return list(dataset.read_groups(made.training)), reports
 
     return run
 
@@ -66,7 +68,13 @@ def test_groups_come_in_the_order_of_the_file_with_their_lines(make_spec: MakeSp
     tokenizer = load_tokenizer(make_spec().model_source)
     with storage.open_input(pairs) as file:
         assert groups == [encode_group(group, tokenizer) for group in read_groups(file)]
-    assert reports[-1] == Message(message="Training file has 24 pairs (OpenAI preference format).")
+    assert reports[-2] == Message(message="Training file has 24 pairs (OpenAI preference format).")
+    chosen, rejected = ([len(group.completion_ids[i]) for group in groups] for i in (0, 1))
+    bias = sum(map(gt, chosen, rejected)) / sum(map(ne, chosen, rejected))
+    assert reports[-1].message == (
+        f"Tokens, on average: prompt 19 (at most 19), chosen 10 (at most {max(chosen)}), rejected 10 (at most 12); "
+        f"limit 128, drop. The chosen answer is the longer one in {bias:.0%}."
+    )
     progress = [report for report in reports if isinstance(report, Progress)]
     assert (progress[0].done, progress[-1].done, progress[-1].total) == (0, 24, 24)
 
@@ -82,7 +90,7 @@ def test_long_groups_are_left_out_and_named(make_spec: MakeSpec, run: Any) -> No
     assert reports[-1] == Message(
         level="warn",
         message=f"Left out {len(long)} of 24 pairs, longer than {limit} tokens "
-        f"(line {lines} and {len(long) - 10} more); raise max_length or shorten them.",
+        f"(line {lines} and {len(long) - 10} more); raise max_length, choose another truncation, or shorten them.",
     )
 
 
@@ -98,12 +106,12 @@ def test_rankings_of_real_shape_keep_their_ratings_and_those_without_an_order_ar
     groups, reports = run(make_spec(training_uri=str(tmp_path / "ranked.jsonl")))
     found = [(group.line, group.ratings, group.weight) for group in groups]
     assert found == [(1, (-1.0, -2.0), 0.5), (3, (-1.0, -1.0, -2.0), 1.0)]
-    assert reports[-2].message == "Training file has 3 rankings (prompt/completions/ranks format)."
+    assert reports[-3].message == "Training file has 3 rankings (prompt/completions/ranks format)."
     assert reports[-1].message == (
-        "Left out 1 of 3 rankings that rate all their completions alike, which says nothing of an order (line 2)."
+        "Left out 1 of 3 rankings, that rate all their completions alike, which says nothing of an order (line 2)."
     )
     (tmp_path / "tied.jsonl").write_text(json.dumps(rows[1]))
-    with pytest.raises(JobFailed, match=r"0 are longer than .* and 1 rate all .* none is left"):
+    with pytest.raises(JobFailed, match=r"Of 1 rankings none is left to train on. Left out 1 of 1 rankings, that rate"):
         run(make_spec(training_uri=str(tmp_path / "tied.jsonl")))
 
 
@@ -126,7 +134,7 @@ def test_nothing_short_enough_is_the_users_to_mend(make_spec: MakeSpec, run: Any
         run(make_spec(config=TrainConfig(max_length=8)))
     assert failure.value.report.code == "invalid_training_file"
     assert failure.value.report.message.startswith("All 24 pairs are longer than 8 tokens, the shortest has ")
-    assert failure.value.report.message.endswith("; raise max_length or shorten them.")
+    assert failure.value.report.message.endswith("; raise max_length, choose another truncation, or shorten them.")
 
 
 def test_the_models_positions_are_a_limit_too(make_spec: MakeSpec, run: Any, make_pair: Any, tmp_path: Path) -> None:
@@ -168,3 +176,61 @@ def test_a_model_without_chat_template_is_refused(
     with pytest.raises(JobFailed, match="no chat template") as failure:
         run(make_spec(model_source=str(tmp_path / "mute")))
     assert (failure.value.report.code, failure.value.report.param) == ("invalid_model", "model")
+
+
+@pytest.mark.parametrize(
+    ("truncation", "side", "kept"), [("keep_start", "chosen", "It is"), ("keep_end", "prompt", "r three?<|assistant|>")]
+)
+def test_long_groups_are_cut_where_the_config_says_and_named(
+    make_spec: MakeSpec, run: Any, tmp_path: Path, truncation: str, side: str, kept: str
+) -> None:
+    tokenizer = load_tokenizer(make_spec().model_source)
+    rows = [{"prompt": [{"role": "user", "content": "one, two or three?"}]}] * 2
+    sides = [{"chosen": "It is two.", "rejected": "no"}, {"chosen": "a", "rejected": "b"}]
+    rows = [
+        row | {name: [{"role": "assistant", "content": text}] for name, text in both.items()}
+        for row, both in zip(rows, sides, strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = make_spec(training_uri=str(tmp_path / "rows.jsonl"))
+    whole = run(spec)[0]
+    limit = len(whole[0].prompt_ids) + (5 if side == "chosen" else 0)
+    spec = spec.model_copy(update={"config": TrainConfig(max_length=limit, truncation=truncation)})
+    groups, reports = run(spec)
+    assert groups[1] == whole[1] or side == "prompt"
+    found = groups[0].prompt_ids if side == "prompt" else groups[0].completion_ids[0]
+    assert "".join(tokenizer.convert_ids_to_tokens(found)).endswith(kept)
+    assert len(groups[0].prompt_ids) + len(groups[0].completion_ids[0]) == limit
+    assert f"Cut the {side} of" in reports[-1].message
+    assert f"to {limit} tokens (line 1" in reports[-1].message
+
+
+def test_a_share_is_held_out_by_prompts(make_spec: MakeSpec, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n % 100}?", "chosen": f" yes {n}", "rejected": " no"} for n in range(400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = make_spec(training_uri=str(tmp_path / "rows.jsonl"), validation_share=0.25)
+    uri, reports = str(tmp_path / "encoded"), list[Report]()
+    made = encode(spec, uri, lambda pieces: (encode_piece(spec, uri, piece) for piece in pieces), reports.append)
+    tell(spec, made, reports.append)
+    training, held_out = list(dataset.read_groups(made.training)), list(dataset.read_groups(made.held_out))
+    assert sorted(group.line for group in training + held_out) == list(range(1, 401))
+    prompts = [{tuple(group.prompt_ids) for group in groups} for groups in (training, held_out)]
+    assert not prompts[0] & prompts[1]
+    assert 10 <= len(prompts[1]) <= 40
+    assert reports[-1] == Message(message=f"Held out {len(held_out)} of them, by their prompts, to validate on.")
+
+
+def test_rows_that_a_template_refuses_are_left_out_and_named(
+    make_spec: MakeSpec, run: Any, model_source: str, tmp_path: Path, make_pair: Any
+) -> None:
+    shutil.copytree(model_source, tmp_path / "strict")
+    template = tmp_path / "strict/chat_template.jinja"
+    template.write_text(
+        "{% if 'odd' in messages[0].content %}{{ raise_exception('odd') }}{% endif %}" + template.read_text()
+    )
+    rows = [make_pair(n) for n in range(3)]
+    rows[1]["input"]["messages"][0]["content"] = "odd"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    groups, reports = run(make_spec(model_source=str(tmp_path / "strict"), training_uri=str(tmp_path / "rows.jsonl")))
+    assert [group.line for group in groups] == [1, 3]
+    assert reports[-1].message == "Left out 1 of 3 pairs, that the chat template refuses (line 2)."

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,11 @@ from ray.exceptions import RayActorError
 
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy
-from dpo_core.scorer import score_reference
+from dpo_core.scorer import reference_token_logps, score_reference
 from services.contract import Progress, Report, Score
 from services.training import dataset, scoring
 from services.training.dataset import Dataset, write_part
-from services.training.scoring import score
+from services.training.scoring import by_deployment, score, served_token_logps
 
 
 def build_group(number: int) -> EncodedGroup:
@@ -37,19 +36,28 @@ class Reference:
         self.deaths = deaths
         self.calls: list[Future[list[Score]]] = []
         self.connections = self.most_in_flight = 0
+        self.calls_left = 10**6  # beyond them every replica is dead
 
-    def connect(self) -> Callable[..., Future[list[Score]]]:
+    def connect(self) -> scoring.Reference:
         self.connections += 1
-        return self.ask
+        return scoring.Reference(self.ask, self.ask_tokens)
+
+    def ask_tokens(self, prompts: list[list[int]], completions: list[list[int]]) -> Future[list[list[float]]]:
+        return self.pool.submit(self._token_logps, prompts, completions)
 
     def ask(self, prompts: list[list[int]], completions: list[list[int]]) -> Future[list[Score]]:
         self.calls.append(self.pool.submit(self._score, prompts, completions))
         self.most_in_flight = max(self.most_in_flight, sum(not call.done() for call in self.calls))
         return self.calls[-1]
 
+    def _token_logps(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        groups = [EncodedGroup(p, (c,), None, 0) for p, c in zip(prompts, completions, strict=True)]
+        return [logps for (logps,) in reference_token_logps(self.model, groups, max_tokens_per_pack=1000)]
+
     def _score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Score]:
-        if self.deaths:
-            self.deaths -= 1
+        self.calls_left -= 1
+        if self.deaths or self.calls_left < 0:
+            self.deaths = max(0, self.deaths - 1)
             raise RayActorError
         rows = zip(prompts, completions, strict=True)
         groups = [EncodedGroup(prompt, (completion,), None, 0) for prompt, completion in rows]
@@ -67,7 +75,7 @@ def expected(model_source: str, encoded: Dataset) -> list[EncodedGroup]:
 
 
 def scored(encoded: Dataset, reference: Reference, reports: list[Report]) -> list[EncodedGroup]:
-    made = score(encoded, f"{encoded.uri}-scored", reference.connect, reports.append)
+    made = score(encoded, f"{encoded.uri}-scored", by_deployment(reference.connect), reports.append)
     assert [(part.name, part.num_groups, part.num_tokens) for part in made.parts] == [
         (part.name, part.num_groups, part.num_tokens) for part in encoded.parts
     ]
@@ -104,3 +112,27 @@ def test_a_call_whose_replica_died_is_sent_again(
 def test_a_reference_that_keeps_dying_ends_the_attempt(model_source: str, encoded: Dataset) -> None:
     with pytest.raises(RayActorError):
         scored(encoded, Reference(model_source, deaths=100), [])
+
+
+def test_parts_that_have_their_scores_are_not_scored_again(
+    model_source: str, encoded: Dataset, expected: list[EncodedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "CALLS_IN_FLIGHT", 1)
+    dying = Reference(model_source)
+    dying.calls_left = 2  # of 16 groups each
+    with pytest.raises(RayActorError):
+        scored(encoded, dying, [])
+    second, reports = Reference(model_source), list[Any]()
+    assert_same(scored(encoded, second, reports), expected)
+    assert (reports[0].done, reports[-1].done) == (0, 37)
+    assert len(second.calls) == 1, "the 30 groups of the first part were scored before"
+
+
+def test_the_logps_of_tokens_are_those_that_the_sums_are_made_of(
+    model_source: str, encoded: Dataset, expected: list[EncodedGroup]
+) -> None:
+    groups = list(dataset.read_groups(encoded))
+    found = served_token_logps(groups, Reference(model_source).connect)
+    for group, logps in zip(expected, found, strict=True):
+        assert [len(row) for row in logps] == [len(ids) for ids in group.completion_ids]
+        assert [sum(row) for row in logps] == pytest.approx(group.ref_logps, abs=1e-4)

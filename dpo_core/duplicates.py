@@ -1,0 +1,81 @@
+"""Groups that a file holds again, or the other way round. Standard library only.
+
+Texts are kept as 64-bit digests, in a database on disk that is gone with its object: a billion rows need no memory.
+"""
+
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+
+from dpo_core.formats import Group
+from dpo_core.messages import Text
+
+AT_A_TIME = 10_000
+LINES_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Named:
+    """So many, and the lines of the first ten."""
+
+    count: int
+    lines: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    prompts: Named  # groups whose prompt stood before, with whatever completions
+    groups: Named  # groups that stood before, word for word
+    contradictions: Named  # groups that prefer what an earlier one, with the same prompt, liked less
+
+
+def find_duplicates(groups: Iterable[Group]) -> Duplicates:
+    database = sqlite3.connect("")  # a file that SQLite names and removes
+    try:
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("CREATE TABLE groups (line, prompt, best, worst, completions)")
+        rows = map(_row, groups)
+        while some := list(islice(rows, AT_A_TIME)):
+            database.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?)", some)
+        return Duplicates(
+            prompts=_named(database, _AGAIN.format(what="prompt")),
+            groups=_named(database, _AGAIN.format(what="prompt, completions")),
+            contradictions=_named(database, _TURNED),
+        )
+    finally:
+        database.close()
+
+
+_AGAIN = """
+    SELECT line FROM (SELECT line, row_number() OVER (PARTITION BY {what} ORDER BY line, rowid) AS place FROM groups)
+    WHERE place > 1
+"""
+_TURNED = """
+    SELECT line FROM (
+        SELECT line, best, first_value(best) OVER (
+            PARTITION BY prompt, min(best, worst), max(best, worst) ORDER BY line, rowid
+        ) AS first FROM groups WHERE best != worst
+    )
+    WHERE best != first
+"""
+
+
+def _named(database: sqlite3.Connection, query: str) -> Named:
+    (count,) = database.execute(f"SELECT count(*) FROM ({query})").fetchone()
+    lines = database.execute(f"{query} ORDER BY line LIMIT {LINES_NAMED}") if count else ()
+    return Named(count, tuple(line for (line,) in lines))
+
+
+def _row(group: Group) -> tuple[int, int, int, int, int]:
+    best, worst = _digest(group.completions[0]), _digest(group.completions[-1])
+    if len(group.completions) == 1:  # a label of its own: good against none, or none against bad
+        best, worst = (0, best) if group.ratings and not group.ratings[0] else (best, 0)
+    everything = _digest(repr((group.completions, group.ratings)))
+    return group.line, _digest(group.prompt), best, worst, everything
+
+
+def _digest(text: Text) -> int:
+    digest = blake2b(repr(text).encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

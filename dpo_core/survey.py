@@ -1,0 +1,127 @@
+"""What a file of feedback holds, and all that is wrong with it. Standard library only."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from dpo_core.duplicates import LINES_NAMED, Duplicates, Named, find_duplicates
+from dpo_core.feedback import Record, is_tied, read_records
+from dpo_core.formats import Group
+from dpo_core.jsonl import InvalidRow
+from dpo_core.messages import Text
+from dpo_core.options import Kind
+
+KEYS_NAMED = 100  # about: a hostile file has others in every row
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows that cannot be used, all for one reason. Pointer and message are those of the first."""
+
+    code: str
+    pointer: str  # RFC 6901
+    message: str
+    rows: Named
+
+
+@dataclass(frozen=True)
+class FeedbackReport:
+    """What a file holds."""
+
+    format: str | None  # None: no row of a known format was found
+    kind: Kind | None
+    num_rows: int
+    num_groups: int
+    num_identical: int  # groups whose completions are all the same: they teach nothing
+    num_tied: int  # groups whose completions are all rated alike: they say nothing of an order
+    num_margins: int  # groups that say by how much the first completion should lead
+    num_chosen_longer: int  # groups whose best completion has more characters than its worst
+    num_rejected_longer: int
+    ignored_keys: tuple[str, ...]  # columns that no reader uses
+    duplicates: Duplicates
+    problems: tuple[Problem, ...]  # in the order of the file
+
+    @property
+    def refusal(self) -> str | None:
+        """In a sentence, why the file cannot be used; None: it can."""
+        if not self.problems:
+            return None
+        first = self.problems[0]
+        others = sum(problem.rows.count for problem in self.problems) - 1
+        rest = ", ".join(f"{problem.rows.count} {problem.code}" for problem in self.problems)
+        return first.message + (f" {others + 1} rows cannot be used: {rest}." if others else "")
+
+
+def survey(lines: Iterable[bytes]) -> FeedbackReport:
+    """Reads every row, whatever is wrong with the others."""
+    counts = _Counts()
+    duplicates = find_duplicates(counts.groups(read_records(lines)))
+    if not counts.rows and not counts.problems:
+        empty = InvalidRow(1, "", "empty_file", "The file holds no rows; it needs at least one JSON dictionary.")
+        counts.add_problem(empty)
+    return counts.report(duplicates)
+
+
+@dataclass
+class _Counts:
+    """What is counted while the rows pass."""
+
+    format: str | None = None
+    kind: Kind | None = None
+    rows: int = 0
+    of_groups: Counter[str] = field(default_factory=Counter)
+    ignored: set[str] = field(default_factory=set)
+    problems: dict[str, Problem] = field(default_factory=dict)
+
+    def groups(self, records: Iterable[Record]) -> Iterator[Group]:
+        try:
+            for record in records:
+                self.rows += 1
+                self._look_at(record)
+                for group in record.groups:
+                    self._count(group)
+                    yield group
+        except InvalidRow as damage:  # of the container: nothing can be read behind it
+            self.add_problem(damage)
+
+    def _look_at(self, record: Record) -> None:
+        if self.format is None and record.format:
+            self.format, self.kind = record.format.name, record.format.kind
+        if len(self.ignored) < KEYS_NAMED:
+            self.ignored |= record.ignored_keys
+        if record.problem:
+            self.add_problem(record.problem)
+
+    def _count(self, group: Group) -> None:
+        best, worst = _length(group.completions[0]), _length(group.completions[-1])
+        self.of_groups.update(
+            num_groups=1,
+            num_identical=len(group.completions) > 1 and all(c == group.completions[0] for c in group.completions),
+            num_tied=is_tied(group),
+            num_margins=group.margin is not None,
+            num_chosen_longer=best > worst,
+            num_rejected_longer=worst > best,
+        )
+
+    def add_problem(self, found: InvalidRow) -> None:
+        known = self.problems.get(found.code)
+        rows = known.rows if known else Named(0, ())
+        lines = rows.lines if len(rows.lines) == LINES_NAMED else (*rows.lines, found.line)
+        first = known or Problem(found.code, found.pointer, found.message, rows)
+        self.problems[found.code] = Problem(first.code, first.pointer, first.message, Named(rows.count + 1, lines))
+
+    def report(self, duplicates: Duplicates) -> FeedbackReport:
+        names = ("num_groups", "num_identical", "num_tied", "num_margins", "num_chosen_longer", "num_rejected_longer")
+        return FeedbackReport(
+            format=self.format,
+            kind=self.kind,
+            num_rows=self.rows,
+            **{name: self.of_groups[name] for name in names},
+            ignored_keys=tuple(sorted(self.ignored)),
+            duplicates=duplicates,
+            problems=tuple(self.problems.values()),
+        )
+
+
+def _length(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(str(message["content"])) for message in text)

