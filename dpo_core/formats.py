@@ -16,15 +16,11 @@ from dpo_core.messages import (
     completion_of,
     dialogue_of,
     messages_of,
-    number_of,
-    numbers_of,
     prompt_of,
-    refuse_empty,
     refuse_tools,
-    shown,
-    string_of,
 )
 from dpo_core.options import Kind
+from dpo_core.values import number_of, numbers_of, refuse_empty, shown, string_of
 
 
 @dataclass(frozen=True)

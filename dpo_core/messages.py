@@ -1,12 +1,12 @@
-"""Values of a row: texts, numbers and messages, each refused by its pointer where it is none. Standard library only."""
+"""Messages of a row, each refused by its pointer where it is none. Standard library only."""
 
 import re
 
 from dpo_core.jsonl import Row, pointer_to
+from dpo_core.values import refuse_empty, shown, string_of
 
 Message = dict[str, str]  # "role", "content" and, if sent, "name"
 Text = str | list[Message]
-LARGEST = 1e9  # of numbers that people give
 TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -74,28 +74,10 @@ def _content(row: Row, pointer: str, value: object) -> str:
     return "".join(texts)
 
 
-def string_of(row: Row, pointer: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
-    return value
-
-
 def refuse_tools(row: Row, pointer: str, value: dict[str, object]) -> None:
     for key in ("tools", "functions"):
         if value.get(key):
             raise row.invalid(f"{pointer}/{key}", "unsupported", "is not supported yet; remove it.")
-
-
-def refuse_empty(row: Row, pointer: str, text: str) -> None:
-    if not text.strip():
-        raise row.invalid(pointer, "empty_completion", "is empty; a completion needs text.")
-
-
-def shown(value: object) -> str:
-    if isinstance(value, str):
-        return repr(value[:40])
-    names = {dict: "a dictionary", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "missing or null")
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
@@ -108,17 +90,3 @@ def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
         {"role": _SPEAKERS[speaker], "content": content.strip()}
         for speaker, content in zip(speakers, contents, strict=True)
     ]
-
-
-def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:
-    if not isinstance(value, list) or len(value) != count:
-        raise row.invalid(pointer, "wrong_type", f"must be a list of {count} numbers, one for each completion.")
-    return [number_of(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
-
-
-def number_of(row: Row, pointer: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a number.")
-    if not abs(value) <= LARGEST:
-        raise row.invalid(pointer, "invalid_number", f"is {value}; it must be from {-LARGEST:g} to {LARGEST:g}.")
-    return float(value)
