@@ -153,7 +153,9 @@ def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokeniz
     try:
         return cast(
             str,
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=messages is group.prompt),
+            tokenizer.apply_chat_template(
+                messages, tools=group.tools, tokenize=False, add_generation_prompt=messages is group.prompt
+            ),
         )
     except TemplateError as error:
         raise _invalid(group, "template_refused", f"the chat template refuses the messages: {error}.") from None

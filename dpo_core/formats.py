@@ -10,21 +10,17 @@ from os.path import commonprefix
 
 from dpo_core.jsonl import Row, pointer_to
 from dpo_core.messages import (
-    TOOL_KEYS,
     Message,
     Text,
     completion_of,
     dialogue_of,
     messages_of,
-    number_of,
-    numbers_of,
     prompt_of,
-    refuse_empty,
-    refuse_tools,
-    shown,
-    string_of,
+    refuse_empty_message,
 )
 from dpo_core.options import Kind
+from dpo_core.tools import TOOL_KEYS, Tool, tools_of
+from dpo_core.values import number_of, numbers_of, refuse_empty, shown, string_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Group:
     ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
     weight: float = 1.0  # of its loss
     margin: float | None = None  # by which the first completion should lead
+    tools: list[Tool] | None = None  # that the prompt offers, for the chat template
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,11 @@ class Format:
     def read(self, row: Row) -> Iterator[Group]:
         """The groups of a row. Raises InvalidRow."""
         weight, margin = (_extra(row, name) if name in self.keys else None for name in ("weight", "margin"))
+        tools = tools_of(row, "", row.value) if self.keys >= TOOL_KEYS else None
         for group in self.reader(row):
-            yield replace(group, weight=1.0 if weight is None else weight, margin=margin)
+            if tools and isinstance(group.prompt, str):
+                raise row.invalid("/tools", "unsupported", "is for prompts of messages; write them into the text.")
+            yield replace(group, weight=1.0 if weight is None else weight, margin=margin, tools=group.tools or tools)
 
 
 def detect(row: Row) -> Format:
@@ -71,7 +71,6 @@ def keys_of(row: Row) -> str:
 
 
 def _read_chat(row: Row) -> Iterator[Group]:
-    refuse_tools(row, "", row.value)
     messages = messages_of(row, "/messages", row.value["messages"])
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _weight(row, i) != 0]
     if not trained:
@@ -80,10 +79,9 @@ def _read_chat(row: Row) -> Iterator[Group]:
         if i == 0:
             raise row.invalid("/messages/0", "empty_prompt", "is an assistant message with nothing before it.")
         if messages[i - 1]["role"] == "assistant":
-            raise row.invalid(
-                f"/messages/{i}", "invalid_order", "follows an assistant message; put the user's between."
-            )
-        refuse_empty(row, f"/messages/{i}/content", messages[i]["content"])
+            what = "follows an assistant message; put the user's or a tool's between."
+            raise row.invalid(f"/messages/{i}", "invalid_order", what)
+        refuse_empty_message(row, f"/messages/{i}/content", messages[i])
         yield Group(messages[:i], ([messages[i]],), row.line)
 
 
@@ -103,10 +101,10 @@ def _read_preference(row: Row) -> Iterator[Group]:
     for key in given:
         if key not in TOOL_KEYS | {"messages"}:
             raise row.invalid(pointer_to(("input", key)), "unknown_key", "is not a key of input.")
-    refuse_tools(row, "/input", given)
     prompt = prompt_of(row, "/input/messages", given.get("messages"))
     outputs = [_either(row, f"{side}_output", f"{side}_completion") for side in ("preferred", "non_preferred")]
-    yield Group(prompt, tuple(completion_of(row, f"/{key}", row.value[key]) for key in outputs), row.line)
+    completions = tuple(completion_of(row, f"/{key}", row.value[key]) for key in outputs)
+    yield Group(prompt, completions, row.line, tools=tools_of(row, "/input", given))
 
 
 def _either(row: Row, key: str, alias: str) -> str:
@@ -119,14 +117,12 @@ def _either(row: Row, key: str, alias: str) -> str:
 
 
 def _read_explicit(row: Row) -> Iterator[Group]:
-    refuse_tools(row, "", row.value)
     prompt = _prompt(row, "/prompt", row.value["prompt"])
     yield Group(prompt, tuple(_completion(row, f"/{side}", row.value[side], prompt) for side in _SIDES), row.line)
 
 
 def _read_conversations(row: Row) -> Iterator[Group]:
     """What both conversations begin with is the prompt."""
-    refuse_tools(row, "", row.value)
     yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in _SIDES])
 
 
@@ -149,9 +145,10 @@ def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
         last = f"/{side}/{len(messages) - 1}"
         if messages[-1]["role"] != "assistant":
             raise row.invalid(last, "invalid_completion", "must be a message of the assistant.")
-        refuse_empty(row, last, messages[-1]["content"])
+        refuse_empty_message(row, last, messages[-1])
     if prompt[-1]["role"] == "assistant":
-        raise row.invalid(f"/chosen/{len(prompt) - 1}", "invalid_order", "ends the prompt; end it with the user's.")
+        what = "ends the prompt; end it with the user's or a tool's."
+        raise row.invalid(f"/chosen/{len(prompt) - 1}", "invalid_order", what)
     return Group(prompt, tuple([messages[-1]] for messages in sides), row.line)
 
 
@@ -170,7 +167,6 @@ def _read_implicit(row: Row) -> Iterator[Group]:
 
 
 def _read_unpaired(row: Row) -> Iterator[Group]:
-    refuse_tools(row, "", row.value)
     prompt = _prompt(row, "/prompt", row.value["prompt"])
     completion = _completion(row, "/completion", row.value["completion"], prompt)
     label = row.value["label"]
@@ -260,7 +256,7 @@ def _filled(row: Row, pointer: str, value: object) -> str:
 _SIDES = ("chosen", "rejected")
 _SIDES_KEYS = frozenset({*_SIDES, "weight", "margin"})
 _PAIR_KEYS = _SIDES_KEYS | TOOL_KEYS | {"prompt"}
-_RANKED_KEYS = frozenset({"prompt", "completions", "ranks", "scores", "weight"})
+_RANKED_KEYS = TOOL_KEYS | {"prompt", "completions", "ranks", "scores", "weight"}
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 MAX_LINE_BYTES = 32 * 2**20
-MAX_DEPTH = 64  # arrays and objects inside each other; a message needs five
+MAX_DEPTH = 64  # arrays and objects inside each other; a message with a call needs eight
 
 
 class InvalidRow(ValueError):
@@ -73,7 +73,7 @@ def _parse(number: int, line: bytes) -> Row:
         limit = f"Line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; split or shorten the row."
         raise InvalidRow(number, "", "line_too_long", limit)
     try:
-        value = json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_constant)
+        value = _loads(line.decode())
     except UnicodeDecodeError as error:
         raise InvalidRow(
             number, "", "invalid_utf8", f"Line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8."
@@ -89,6 +89,22 @@ def _parse(number: int, line: bytes) -> Row:
     row = Row(number, value if isinstance(value, dict) else {})
     _refuse_flaws(row, value)
     return row
+
+
+def parse_within(row: Row, pointer: str, text: str) -> object:
+    """The JSON that a text of the row holds, under the rules of rows. `pointer` is of plain keys."""
+    try:
+        value = _loads(text)
+    except RecursionError:
+        raise row.invalid(pointer, "too_deep", f"nests more than {MAX_DEPTH} levels.") from None
+    except ValueError:
+        raise row.invalid(pointer, "invalid_json", "is a text that is not valid JSON.") from None
+    _refuse_flaws(row, value, tuple(pointer.split("/")[1:]))
+    return value
+
+
+def _loads(text: str) -> object:
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _not_jsonl(number: int, line: bytes, what: str) -> InvalidRow:

@@ -1,40 +1,70 @@
-"""Values of a row: texts, numbers and messages, each refused by its pointer where it is none. Standard library only."""
+"""Messages of a row, in OpenAI's chat format, each refused by its pointer where it is none. Standard library only."""
 
 import re
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 from dpo_core.jsonl import Row, pointer_to
+from dpo_core.tools import ToolCall, calls_of
+from dpo_core.values import refuse_empty, shown, string_of
 
-Message = dict[str, str]  # "role", "content" and, if sent, "name"
+
+class Message(TypedDict):
+    role: str
+    content: str  # empty where there are only calls: templates print None, and vLLM gives them "" too
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]  # of the assistant
+    tool_call_id: NotRequired[str]  # of a tool: the call that it answers
+
+
 Text = str | list[Message]
-LARGEST = 1e9  # of numbers that people give
-TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_UNBUILT_ROLES = {"tool", "function"}
-_UNBUILT_KEYS = {"tool_calls", "tool_call_id", "function_call", "refusal", "audio"}
-_MESSAGE_KEYS = {"role", "content", "name", "weight"} | _UNBUILT_KEYS
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_OWNERS = {"tool_calls": "assistant", "tool_call_id": "tool"}
+_REMEDIES = {
+    "function_call": "is the older form; send tool_calls.",
+    "refusal": "is not supported yet; remove it.",
+    "audio": "is not supported yet; remove it.",
+}
+_MESSAGE_KEYS = {"role", "content", "name", "weight", *_OWNERS, *_REMEDIES}
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
-    messages = messages_of(row, pointer, value)
+    messages = _list_of(row, pointer, value)
+    last = f"{pointer}/{len(messages) - 1}"
     if messages[-1]["role"] == "assistant":
-        last = f"{pointer}/{len(messages) - 1}"
-        raise row.invalid(last, "invalid_order", "ends the prompt with an assistant message; end it with the user's.")
+        what = "ends the prompt with an assistant message; end it with the user's or a tool's."
+        raise row.invalid(last, "invalid_order", what)
+    if unanswered := _unanswered(row, pointer, messages):
+        raise row.invalid(last, "invalid_order", f"ends the prompt too early; {_needed(unanswered)}")
     return messages
 
 
 def completion_of(row: Row, pointer: str, value: object) -> list[Message]:
-    messages = messages_of(row, pointer, value)
+    messages = _list_of(row, pointer, value)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise row.invalid(pointer, "invalid_completion", "must hold exactly one message, of the assistant.")
-    refuse_empty(row, f"{pointer}/0/content", messages[0]["content"])
+        what = "must hold exactly one message, the assistant's: text, tool calls or both; make later turns other rows."
+        raise row.invalid(pointer, "invalid_completion", what)
+    refuse_empty_message(row, f"{pointer}/0/content", messages[0])
     return messages
 
 
 def messages_of(row: Row, pointer: str, value: object) -> list[Message]:
+    """A conversation. Its last calls may be without answers."""
+    messages = _list_of(row, pointer, value)
+    _unanswered(row, pointer, messages)
+    return messages
+
+
+def refuse_empty_message(row: Row, pointer: str, message: Message) -> None:
+    if not message.get("tool_calls"):
+        refuse_empty(row, pointer, message["content"])
+
+
+def _list_of(row: Row, pointer: str, value: object) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise row.invalid(pointer, "wrong_type", "must be a list of at least one message.")
     return [_message(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
@@ -43,24 +73,43 @@ def messages_of(row: Row, pointer: str, value: object) -> list[Message]:
 def _message(row: Row, pointer: str, value: object) -> Message:
     if not isinstance(value, dict):
         raise row.invalid(pointer, "wrong_type", "must be a message: a dictionary with role and content.")
-    for key, item in value.items():
-        if key not in _MESSAGE_KEYS:
-            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
-        if key in _UNBUILT_KEYS and item not in (None, []):
-            raise row.invalid(f"{pointer}/{key}", "unsupported", "is not supported yet; remove it.")
-    role = value.get("role")
-    if isinstance(role, str) and role in _UNBUILT_ROLES:
-        raise row.invalid(f"{pointer}/role", "unsupported", f"{role} messages are not supported yet; remove the row.")
-    if not isinstance(role, str) or role not in _ROLES:
-        known = "system, developer, user or assistant"
-        raise row.invalid(f"{pointer}/role", "unknown_role", f"is {shown(role)}; it must be {known}.")
+    role = _role(row, pointer, value.get("role"))
+    _refuse_keys(row, pointer, value, role)
     weight = value.get("weight")
     if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
         raise row.invalid(f"{pointer}/weight", "invalid_weight", "must be 0 or 1, on an assistant message.")
-    message = {"role": _ROLES[role], "content": _content(row, f"{pointer}/content", value.get("content"))}
+    calls = calls_of(row, f"{pointer}/tool_calls", value.get("tool_calls"))
+    content = "" if calls and value.get("content") is None else value.get("content")
+    message: Message = {"role": role, "content": _content(row, f"{pointer}/content", content)}
     if value.get("name") is not None:
         message["name"] = string_of(row, f"{pointer}/name", value["name"])
+    if calls:
+        message["tool_calls"] = calls
+    if value.get("tool_call_id") is not None:
+        message["tool_call_id"] = string_of(row, f"{pointer}/tool_call_id", value["tool_call_id"])
     return message
+
+
+def _role(row: Row, pointer: str, role: object) -> str:
+    if role == "function":
+        what = "is function, the older form; send role tool with its tool_call_id."
+        raise row.invalid(f"{pointer}/role", "unsupported", what)
+    if not isinstance(role, str) or role not in _ROLES:
+        known = "system, developer, user, assistant or tool"
+        raise row.invalid(f"{pointer}/role", "unknown_role", f"is {shown(role)}; it must be {known}.")
+    return _ROLES[role]
+
+
+def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) -> None:
+    for key, item in value.items():
+        if key not in _MESSAGE_KEYS:
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
+        if item in (None, []):
+            continue
+        if key in _REMEDIES:
+            raise row.invalid(f"{pointer}/{key}", "unsupported", _REMEDIES[key])
+        if _OWNERS.get(key, role) != role:
+            raise row.invalid(f"{pointer}/{key}", "unknown_key", f"is not a key of a message of role {role}.")
 
 
 def _content(row: Row, pointer: str, value: object) -> str:
@@ -74,28 +123,30 @@ def _content(row: Row, pointer: str, value: object) -> str:
     return "".join(texts)
 
 
-def string_of(row: Row, pointer: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
-    return value
+def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[ToolCall]:
+    """The calls that are open at the end. All others were answered before anybody else spoke."""
+    calls: list[ToolCall] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            calls.remove(_answered(row, f"{pointer}/{index}", message, calls))
+        elif calls:
+            raise row.invalid(f"{pointer}/{index}", "invalid_order", f"comes too early; {_needed(calls)}")
+        else:
+            calls = list(message.get("tool_calls", ()))
+    return calls
 
 
-def refuse_tools(row: Row, pointer: str, value: dict[str, object]) -> None:
-    for key in ("tools", "functions"):
-        if value.get(key):
-            raise row.invalid(f"{pointer}/{key}", "unsupported", "is not supported yet; remove it.")
+def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall]) -> ToolCall:
+    """The call that a tool message answers: the first with its id, and with its name where it says one."""
+    for call in calls:
+        if call.get("id") == message.get("tool_call_id") and message.get("name") in (None, call["function"]["name"]):
+            return call
+    what = "and name fit no unanswered call of the assistant message before; repeat that call's id."
+    raise row.invalid(f"{pointer}/tool_call_id", "unknown_tool_call", what)
 
 
-def refuse_empty(row: Row, pointer: str, text: str) -> None:
-    if not text.strip():
-        raise row.invalid(pointer, "empty_completion", "is empty; a completion needs text.")
-
-
-def shown(value: object) -> str:
-    if isinstance(value, str):
-        return repr(value[:40])
-    names = {dict: "a dictionary", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "missing or null")
+def _needed(calls: Sequence[ToolCall]) -> str:
+    return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
@@ -108,17 +159,3 @@ def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
         {"role": _SPEAKERS[speaker], "content": content.strip()}
         for speaker, content in zip(speakers, contents, strict=True)
     ]
-
-
-def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:
-    if not isinstance(value, list) or len(value) != count:
-        raise row.invalid(pointer, "wrong_type", f"must be a list of {count} numbers, one for each completion.")
-    return [number_of(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
-
-
-def number_of(row: Row, pointer: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a number.")
-    if not abs(value) <= LARGEST:
-        raise row.invalid(pointer, "invalid_number", f"is {value}; it must be from {-LARGEST:g} to {LARGEST:g}.")
-    return float(value)

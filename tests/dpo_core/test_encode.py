@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,59 @@ def test_a_token_across_the_border_leaves_the_prompts_ids_whole(tokenizer):
     encoded = encode_group(Group("fox\n", ("\njumps",), 1), tokenizer)
     assert encoded.prompt_ids == prompt
     assert tokenizer.decode([*encoded.prompt_ids, *encoded.completion_ids[0]]) == "fox\n\njumps</s>"
+
+
+HERMES_TEMPLATE = (
+    "{% if tools %}<|system|>\nTools:{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}</s>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if messages[loop.index0 - 1].role != 'tool' %}<|user|>{% endif %}"
+    "{{ '\n' }}<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}</s>\n{% endif %}"
+    "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% for call in m.tool_calls %}{{ '\n' }}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}</s>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "jump", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def calls(*arguments: str) -> dict[str, object]:
+    made = [
+        {"id": f"call_{i}", "type": "function", "function": {"name": "jump", "arguments": text}}
+        for i, text in enumerate(arguments)
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": made}
+
+
+def answer(id: str) -> dict[str, str]:
+    return {"role": "tool", "tool_call_id": id, "content": "over the dog"}
+
+
+def test_prompt_and_completion_are_the_templates_rendering_of_the_whole_conversation_with_tools(own_tokenizer):
+    own_tokenizer.chat_template = HERMES_TEMPLATE
+    asked = [USER, calls('{"over": "dog"}', '{"über": ["ü", 1.5, null]}'), answer("call_0"), answer("call_1")]
+    row = {
+        "input": {"messages": asked, "tools": TOOLS},
+        "preferred_output": [GOOD],
+        "non_preferred_output": [calls('{"over": "fox", "by": {"foot": true}}')],
+    }
+    (group,) = read_groups([json.dumps(row).encode()])
+    encoded = encode_group(group, own_tokenizer)
+    for ids, completion in zip(encoded.completion_ids, group.completions, strict=True):
+        whole = own_tokenizer.apply_chat_template([*group.prompt, *completion], tools=TOOLS, return_dict=False)
+        assert [*encoded.prompt_ids, *ids] == whole
+    prompt, rejected = own_tokenizer.decode(encoded.prompt_ids), own_tokenizer.decode(encoded.completion_ids[1])
+    assert prompt.startswith(f"<|system|>\nTools:\n{json.dumps(TOOLS[0])}</s>\n<|user|>\nthe quick fox</s>\n")
+    assert '{"name": "jump", "arguments": {"über": ["ü", 1.5, null]}}' in prompt
+    assert prompt.endswith("<tool_response>\nover the dog\n</tool_response></s>\n<|assistant|>\n")
+    assert rejected == (
+        '\n<tool_call>\n{"name": "jump", "arguments": {"over": "fox", "by": {"foot": true}}}\n</tool_call></s>\n'
+    )
+
+
+def test_a_group_without_tools_is_rendered_without_them(own_tokenizer):
+    own_tokenizer.chat_template = HERMES_TEMPLATE
+    assert "Tools:" not in own_tokenizer.decode(encode_group(PAIR, own_tokenizer).prompt_ids)
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused_by_line(own_tokenizer):

@@ -185,6 +185,10 @@ def test_a_line_longer_than_the_limit_is_never_held_whole():
 # --- refusals of rows ---
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com"}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+ANSWER = {"role": "tool", "tool_call_id": "a", "content": "Nothing."}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com"}}
         ({**PREFERENCE, "input": [USER]}, "/input", "wrong_type"),
         ({**PREFERENCE, "input": {"messages": []}}, "/input/messages", "wrong_type"),
         ({**PREFERENCE, "input": {"messages": [USER], "tool": 1}}, "/input/tool", "unknown_key"),
-        ({**PREFERENCE, "input": {"messages": [USER], "tools": [{}]}}, "/input/tools", "unsupported"),
+        ({**PREFERENCE, "input": {"messages": [USER], "tools": [{}]}}, "/input/tools/0/type", "unsupported"),
+        ({**PREFERENCE, "input": {"messages": [USER], "functions": [{}]}}, "/input/functions", "unsupported"),
         ({**PREFERENCE, "input": {"messages": [USER, GOOD]}}, "/input/messages/1", "invalid_order"),
         ({**PREFERENCE, "preferred_completion": [GOOD]}, "/preferred_completion", "duplicate_key"),
         ({"input": {"messages": [USER]}, "preferred_output": [GOOD]}, "/non_preferred_output", "missing_key"),
@@ -211,9 +216,14 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com"}}
         ({**CONVERSATIONS, "prompt": [{"content": "Hi"}]}, "/prompt/0/role", "unknown_role"),
         ({**CONVERSATIONS, "prompt": [{**USER, "role": "owner"}]}, "/prompt/0/role", "unknown_role"),
         ({**CONVERSATIONS, "prompt": [{**USER, "role": ["user"]}]}, "/prompt/0/role", "unknown_role"),
-        ({**CONVERSATIONS, "prompt": [{**USER, "role": "tool"}]}, "/prompt/0/role", "unsupported"),
+        ({**CONVERSATIONS, "prompt": [{**USER, "role": "tool"}]}, "/prompt/0/tool_call_id", "unknown_tool_call"),
+        ({**CONVERSATIONS, "prompt": [{**USER, "role": "function"}]}, "/prompt/0/role", "unsupported"),
         ({**CONVERSATIONS, "prompt": [{**USER, "tone": "warm"}]}, "/prompt/0/tone", "unknown_key"),
-        ({**CONVERSATIONS, "prompt": [{**USER, "tool_calls": [{}]}]}, "/prompt/0/tool_calls", "unsupported"),
+        ({**CONVERSATIONS, "prompt": [{**USER, "tool_calls": [{}]}]}, "/prompt/0/tool_calls", "unknown_key"),
+        ({**CONVERSATIONS, "prompt": [{**USER, "tool_call_id": "a"}]}, "/prompt/0/tool_call_id", "unknown_key"),
+        ({**CONVERSATIONS, "chosen": [{**GOOD, "function_call": {}}]}, "/chosen/0/function_call", "unsupported"),
+        ({**CONVERSATIONS, "chosen": [{**GOOD, "refusal": "No."}]}, "/chosen/0/refusal", "unsupported"),
+        ({**CONVERSATIONS, "chosen": [{**GOOD, "audio": {"id": "a"}}]}, "/chosen/0/audio", "unsupported"),
         ({**CONVERSATIONS, "prompt": [{**USER, "weight": 1}]}, "/prompt/0/weight", "invalid_weight"),
         ({**CONVERSATIONS, "prompt": [{**USER, "name": 3}]}, "/prompt/0/name", "wrong_type"),
         ({**CONVERSATIONS, "prompt": [{"role": "user"}]}, "/prompt/0/content", "wrong_type"),
@@ -223,6 +233,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com"}}
         ({**TEXTS, "chosen": ""}, "/chosen", "empty_completion"),
         ({**TEXTS, "rejected": None}, "/rejected", "wrong_type"),
         ({**TEXTS, "prompt": 3}, "/prompt", "wrong_type"),
+        ({**TEXTS, "tools": [TOOL]}, "/tools", "unsupported"),
+        ({**CHAT, "parallel_tool_calls": 1}, "/parallel_tool_calls", "wrong_type"),
         ({"messages": [USER]}, "/messages", "nothing_to_train"),
         ({"messages": [GOOD]}, "/messages/0", "empty_prompt"),
         ({"messages": [USER, GOOD, BAD]}, "/messages/2", "invalid_order"),
@@ -234,6 +246,117 @@ def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     found = refusal(*lines(row))
     assert (found.line, found.pointer, found.code) == (1, pointer, code)
     assert str(found).startswith(f"Line 1, {pointer}: " if pointer else "Line 1: ")
+
+
+def called(**changes: object) -> dict[str, object]:
+    return {"role": "assistant", "tool_calls": [{**CALL, **changes}]}
+
+
+def arguments(given: object) -> dict[str, object]:
+    return called(function={"name": "look", "arguments": given})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "pointer", "code"),
+    [
+        ({**CALLS, "tool_calls": {}}, "", "wrong_type"),
+        ({**CALLS, "tool_calls": ["look"]}, "/0", "wrong_type"),
+        ({**CALLS, "tool_calls": [CALL, CALL]}, "", "duplicate_id"),
+        ({**CALLS, "tool_calls": [CALL] * 129}, "", "too_many_calls"),
+        (called(id=3), "/0/id", "wrong_type"),
+        (called(index=0), "/0/index", "unknown_key"),
+        (called(type="custom"), "/0/type", "unsupported"),
+        (called(type=None), "/0/type", "unsupported"),
+        (called(function="look"), "/0/function", "wrong_type"),
+        (called(function={"name": "look"}), "/0/function/arguments", "wrong_type"),
+        (called(function={"name": None, "arguments": "{}"}), "/0/function/name", "wrong_type"),
+        (called(function={"name": " ", "arguments": "{}"}), "/0/function/name", "empty_name"),
+        (called(function={"name": "look", "arguments": "{}", "a/b": 1}), "/0/function/a~1b", "unknown_key"),
+        (arguments(""), "/0/function/arguments", "invalid_json"),
+        (arguments('{"where": '), "/0/function/arguments", "invalid_json"),
+        (arguments('{"n": ' + "9" * 5000 + "}"), "/0/function/arguments", "invalid_json"),
+        (arguments("[1]"), "/0/function/arguments", "wrong_type"),
+        (arguments('"here"'), "/0/function/arguments", "wrong_type"),
+        (arguments([1]), "/0/function/arguments", "wrong_type"),
+        (arguments('{"where": [0, NaN]}'), "/0/function/arguments/where/1", "invalid_number"),
+        (arguments('{"where": 1, "where": 2}'), "/0/function/arguments/where", "duplicate_key"),
+        (arguments('{"where": "a\\u0000b"}'), "/0/function/arguments/where", "invalid_text"),
+        (arguments("[" * 70 + "]" * 70), None, "too_deep"),
+        (arguments('{"a":' * 10**5 + "1" + "}" * 10**5), None, "too_deep"),
+    ],
+)
+def test_a_tool_call_that_cannot_be_used_is_refused_by_pointer(chosen, pointer, code):
+    found = refusal(*lines({**CONVERSATIONS, "chosen": [chosen]}))
+    assert found.code == code
+    assert pointer is None or found.pointer == f"/chosen/0/tool_calls{pointer}"
+    assert len(str(found)) < 300
+
+
+def described(**changes: object) -> list[object]:
+    return [TOOL, {"type": "function", "function": {**TOOL["function"], **changes}}]
+
+
+@pytest.mark.parametrize(
+    ("tools", "pointer", "code"),
+    [
+        ({"look": {}}, "", "wrong_type"),
+        ("look", "", "invalid_json"),
+        ('{"look": {}}', "", "wrong_type"),
+        ('[{"type": "function", "type": "function"}]', "/0/type", "duplicate_key"),
+        (["look"], "/0", "wrong_type"),
+        ([{"type": "web_search"}], "/0/type", "unsupported"),
+        ([{"name": "look", "parameters": {}}], "/0/name", "unknown_key"),
+        ([{"type": "function"}], "/0/function", "wrong_type"),
+        (described(name=None), "/1/function/name", "wrong_type"),
+        (described(name=""), "/1/function/name", "empty_name"),
+        (described(description=1), "/1/function/description", "wrong_type"),
+        (described(parameters="{}"), "/1/function/parameters", "wrong_type"),
+        (described(params={}), "/1/function/params", "unknown_key"),
+    ],
+)
+@pytest.mark.parametrize("row", [PREFERENCE, CHAT, CONVERSATIONS], ids=["preference", "chat", "conversations"])
+def test_a_tool_that_cannot_be_used_is_refused_by_pointer(row, tools, pointer, code):
+    where = "/input/tools" if "input" in row else "/tools"
+    given = {**row, "input": {**row["input"], "tools": tools}} if "input" in row else {**row, "tools": tools}
+    found = refusal(*lines(given))
+    assert (found.pointer, found.code) == (f"{where}{pointer}", code)
+
+
+@pytest.mark.parametrize(
+    ("messages", "pointer", "code"),
+    [
+        ([USER, CALLS, {**ANSWER, "tool_call_id": "b"}, GOOD], "/2/tool_call_id", "unknown_tool_call"),
+        ([USER, CALLS, {**ANSWER, "tool_call_id": None}, GOOD], "/2/tool_call_id", "unknown_tool_call"),
+        ([USER, CALLS, {**ANSWER, "name": "hear"}, GOOD], "/2/tool_call_id", "unknown_tool_call"),
+        ([USER, CALLS, {**ANSWER, "tool_call_id": 3}, GOOD], "/2/tool_call_id", "wrong_type"),
+        ([USER, CALLS, {**ANSWER, "content": None}, GOOD], "/2/content", "wrong_type"),
+        ([USER, CALLS, ANSWER, ANSWER, GOOD], "/3/tool_call_id", "unknown_tool_call"),
+        ([USER, CALLS, ANSWER, GOOD, ANSWER, GOOD], "/4/tool_call_id", "unknown_tool_call"),
+        ([USER, ANSWER, CALLS, GOOD], "/1/tool_call_id", "unknown_tool_call"),
+        ([USER, CALLS, USER, ANSWER, GOOD], "/2", "invalid_order"),
+        ([USER, CALLS, GOOD], "/2", "invalid_order"),
+        ([USER, {**CALLS, "tool_calls": [CALL, {**CALL, "id": "b"}]}, ANSWER, GOOD], "/3", "invalid_order"),
+        ([USER, {**CALLS, "tool_calls": []}], "/1/content", "wrong_type"),
+    ],
+)
+def test_a_conversation_of_calls_without_their_answers_is_refused_by_pointer(messages, pointer, code):
+    found = refusal(*lines({"messages": messages}))
+    assert (found.pointer, found.code) == (f"/messages{pointer}", code)
+
+
+def test_a_prompt_ends_only_when_all_its_calls_are_answered():
+    both = {**CALLS, "tool_calls": [CALL, {**CALL, "id": "b"}]}
+    found = refusal(*lines({**CONVERSATIONS, "prompt": [USER, both, ANSWER]}))
+    assert (found.pointer, found.code) == ("/prompt/2", "invalid_order")
+    assert "answer, in a tool message, the call of 'look'" in str(found)
+
+
+@pytest.mark.parametrize("completion", [[CALLS, ANSWER, GOOD], [GOOD, GOOD], [ANSWER]])
+def test_a_completion_of_several_messages_is_told_that_it_must_be_one(completion):
+    row = {**PREFERENCE, "input": {"messages": [USER]}, "preferred_output": completion}
+    found = refusal(*lines(row))
+    assert (found.pointer, found.code) == ("/preferred_output", "invalid_completion")
+    assert "exactly one message, the assistant's: text, tool calls or both" in str(found)
 
 
 def test_a_row_of_another_format_than_the_first_is_refused():

@@ -186,6 +186,143 @@ def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     assert (caught.value.line, caught.value.pointer, caught.value.code) == (1, pointer, code)
 
 
+# --- tools, as OpenAI and TRL publish them ---
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_current_weather",
+        "description": "Get the current weather",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "location": {"type": "string", "description": "The city and country, e.g. San Francisco, USA"},
+                "format": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["location", "format"],
+        },
+    },
+}
+
+
+def weather_call(id: str, arguments: object) -> dict[str, object]:
+    return {"id": id, "type": "function", "function": {"name": "get_current_weather", "arguments": arguments}}
+
+
+def calling(*calls: dict[str, object], content: str = "") -> dict[str, object]:
+    """An assistant message as groups hold it."""
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+PARIS = {"location": "Paris, France", "format": "celsius"}
+OPENAI_CHAT = {
+    "messages": [
+        user("How warm is Paris?"),
+        {"role": "assistant", "tool_calls": [weather_call("call_1", json.dumps(PARIS))]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "21"},
+        assistant("21 degrees."),
+    ],
+    "parallel_tool_calls": False,
+    "tools": [WEATHER],
+}
+OPENAI_PREFERENCE = {
+    "input": {"messages": [user("How warm is Paris?")], "tools": [WEATHER], "parallel_tool_calls": True},
+    "preferred_output": [{"role": "assistant", "content": None, "tool_calls": [weather_call("a", json.dumps(PARIS))]}],
+    "non_preferred_output": [assistant("I cannot know.")],
+}
+LIGHT = {  # as transformers.utils.get_json_schema writes it
+    "type": "function",
+    "function": {
+        "name": "control_light",
+        "description": "Controls the lights in a room.",
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"type": "string", "description": "The name of the room."}},
+            "required": ["room"],
+        },
+        "return": {"type": "string", "description": "A message."},
+    },
+}
+LIT = {"type": "function", "function": {"name": "control_light", "arguments": {"room": "living room"}}}
+DIMMED = {"type": "function", "function": {"name": "dim", "arguments": {"by": 0.5}}}
+TRL_PROMPT = [
+    user("Turn on the living room lights."),
+    {"role": "assistant", "tool_calls": [LIT, DIMMED]},
+    {"role": "tool", "name": "dim", "content": "Dimmed."},
+    {"role": "tool", "name": "control_light", "content": "The lights are on."},
+]
+TRL = {"prompt": TRL_PROMPT, "chosen": [assistant("Done!")], "rejected": [assistant("No.")], "tools": [LIGHT]}
+TRL_IMPLICIT = {
+    "chosen": [*TRL_PROMPT, assistant("Done!")],
+    "rejected": [*TRL_PROMPT, {"role": "assistant", "content": "Again.", "tool_calls": [DIMMED]}],
+    "tools": [LIGHT],
+}
+TOOL_ROWS = [OPENAI_CHAT, OPENAI_PREFERENCE, TRL, TRL_IMPLICIT]
+
+
+def test_openai_chats_teach_the_call_and_the_answer_after_it():
+    asked, _, answer, said = OPENAI_CHAT["messages"]
+    call = calling(weather_call("call_1", PARIS))
+    assert list(read_groups(lines(OPENAI_CHAT))) == [
+        Group([asked], ([call],), 1, tools=[WEATHER]),
+        Group([asked, call, answer], ([said],), 1, tools=[WEATHER]),
+    ]
+
+
+def test_openai_preferences_hold_tools_and_calls():
+    assert list(read_groups(lines(OPENAI_PREFERENCE))) == [
+        Group(
+            [user("How warm is Paris?")],
+            ([calling(weather_call("a", PARIS))], [assistant("I cannot know.")]),
+            1,
+            tools=[WEATHER],
+        )
+    ]
+
+
+def test_trl_rows_have_calls_without_ids_and_their_answers_go_by_name():
+    prompt = [TRL_PROMPT[0], calling(LIT, DIMMED), *TRL_PROMPT[2:]]
+    assert list(read_groups(lines(TRL))) == [
+        Group(prompt, ([assistant("Done!")], [assistant("No.")]), 1, tools=[LIGHT])
+    ]
+    assert list(read_groups(lines(TRL_IMPLICIT))) == [
+        Group(prompt, ([assistant("Done!")], [calling(DIMMED, content="Again.")]), 1, tools=[LIGHT])
+    ]
+
+
+@pytest.mark.parametrize("row", [TRL, TRL_IMPLICIT, OPENAI_CHAT], ids=["TRL", "TRL implicit", "OpenAI chat"])
+def test_tools_as_json_text_are_the_same_tools(row):
+    assert list(read_groups(lines({**row, "tools": json.dumps(row["tools"])}))) == list(read_groups(lines(row)))
+    assert check(lines(row)).ignored_keys == ()
+
+
+RANKED_CHATS = {"prompt": SCORED["prompt"], "completions": SCORED["completions"], "ranks": [2, 1]}
+
+
+@pytest.mark.parametrize("row", [KTO, SCORED, RANKED_CHATS], ids=["KTO", "scored", "ranked"])
+def test_unpaired_and_ranked_rows_have_tools_too(row):
+    (group,) = read_groups(lines({**row, "tools": [LIGHT]}))
+    assert group.tools == [LIGHT]
+    assert check(lines({**row, "tools": [LIGHT]})).ignored_keys == ()
+
+
+@pytest.mark.parametrize("nothing", [None, [], "[]", "null"])
+def test_a_row_of_no_tools_has_none(nothing):
+    (group,) = read_groups(lines({**TRL, "tools": nothing, "functions": None, "parallel_tool_calls": None}))
+    assert group.tools is None
+
+
+def test_keys_that_columnar_files_fill_with_null_are_absent():
+    nulls = {"name": None, "tool_calls": None, "tool_call_id": None, "function_call": None, "refusal": None}
+    filled = {side: [nulls | message for message in TRL[side]] for side in ("prompt", "chosen", "rejected")}
+    assert list(read_groups(lines({**TRL, **filled}))) == list(read_groups(lines(TRL)))
+
+
+def test_a_call_says_enough_without_text():
+    row = {**OPENAI_PREFERENCE, "non_preferred_output": [{**calling(LIT), "content": " "}]}
+    assert check(lines(row)).num_groups == 1
+
+
 def variations(value: object) -> Iterator[object]:
     """The value with each of its parts, in turn, replaced by something it should not be."""
     yield from (None, True, 3, 0.5, "", "x", [], ["x"], [[]], {}, {"role": "user"}, {"type": "text"})
@@ -201,7 +338,15 @@ PREFERENCE = {"input": {"messages": FRUIT}, "preferred_output": STRAWBERRY, "non
 CHAT = {"messages": [*FRUIT, *STRAWBERRY, *FRUIT, *BANANA]}
 CONVERSATIONS = {"prompt": FRUIT, "chosen": STRAWBERRY, "rejected": BANANA}
 TEXTS = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
-ROWS = [PREFERENCE, CHAT, CONVERSATIONS, TEXTS, ULTRAFEEDBACK_BINARIZED, *(row for row, _, _ in CASES.values())]
+ROWS = [
+    PREFERENCE,
+    CHAT,
+    CONVERSATIONS,
+    TEXTS,
+    ULTRAFEEDBACK_BINARIZED,
+    *(row for row, _, _ in CASES.values()),
+    *TOOL_ROWS,
+]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: ",".join(row)[:40])

@@ -1,0 +1,37 @@
+"""Values of a row: texts and numbers, each refused by its pointer where it is none. Standard library only."""
+
+from dpo_core.jsonl import Row
+
+LARGEST = 1e9  # of numbers that people give
+
+
+def string_of(row: Row, pointer: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
+    return value
+
+
+def refuse_empty(row: Row, pointer: str, text: str) -> None:
+    if not text.strip():
+        raise row.invalid(pointer, "empty_completion", "is empty; a completion needs text.")
+
+
+def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:
+    if not isinstance(value, list) or len(value) != count:
+        raise row.invalid(pointer, "wrong_type", f"must be a list of {count} numbers, one for each completion.")
+    return [number_of(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
+
+
+def number_of(row: Row, pointer: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a number.")
+    if not abs(value) <= LARGEST:
+        raise row.invalid(pointer, "invalid_number", f"is {value}; it must be from {-LARGEST:g} to {LARGEST:g}.")
+    return float(value)
+
+
+def shown(value: object) -> str:
+    if isinstance(value, str):
+        return repr(value[:40])
+    names = {dict: "a dictionary", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "missing or null")
