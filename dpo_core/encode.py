@@ -135,14 +135,16 @@ def _completion(group: Group, prompt: str, completion: Text, tokenizer: "PreTrai
         return completion if completion.endswith(eos) else completion + eos
     assert isinstance(group.prompt, list)
     *before, last = completion
-    content = last.get("content")
-    if eos and isinstance(content, str) and content.endswith(eos):
-        last = last | {"content": content.removesuffix(eos)}
+    if eos and last["content"].endswith(eos):
+        last = {**last, "content": last["content"].removesuffix(eos)}
     whole = _render(group, [*group.prompt, *before, last], tokenizer)
     if not whole.startswith(prompt):
         what = "the chat template renders the prompt differently once the completion follows; fix the template."
         raise _invalid(group, "template_not_prefix", what)
-    return whole[len(prompt) :]
+    text = whole[len(prompt) :]
+    if any(call["function"]["name"] not in text for call in last.get("tool_calls", ())):
+        raise _invalid(group, "template_drops_calls", "the chat template leaves tool calls out; use one that has them.")
+    return text
 
 
 def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -157,7 +159,7 @@ def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokeniz
                 messages, tools=group.tools, tokenize=False, add_generation_prompt=messages is group.prompt
             ),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template that joins text with what is none
         raise _invalid(group, "template_refused", f"the chat template refuses the messages: {error}.") from None
 
 

@@ -124,4 +124,4 @@ class _Counts:
 
 
 def _length(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(len(str(message["content"])) for message in text)
+    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)

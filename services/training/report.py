@@ -145,6 +145,7 @@ TOO_LONG, TIED = "too_long", "tied"
 _REASONS = {
     TIED: "that rate all their completions alike, which says nothing of an order",
     "template_refused": "that the chat template refuses",
+    "template_drops_calls": "whose tool calls the chat template leaves out",
     "template_not_prefix": "whose prompt the chat template renders differently once a completion follows",
     "empty_prompt": "whose prompt has no tokens",
     "empty_completion": "with a completion of no tokens",

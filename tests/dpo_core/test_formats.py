@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.feedback import check, read_groups
+from dpo_core.feedback import read_groups
 from dpo_core.formats import Group
 from dpo_core.jsonl import InvalidRow, read_lines
+from dpo_core.survey import survey
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -112,13 +113,13 @@ def lines(*rows: object) -> list[bytes]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_row_as_its_source_publishes_it_is_read(name):
     row, kind, group = CASES[name]
-    report = check(lines(row))
+    report = survey(lines(row))
     assert (report.format, report.kind) == (name, kind)
     assert list(read_groups(lines(row))) == [group]
 
 
 def test_binarized_ultrafeedback_is_pairs_whose_conversations_hold_the_prompt():
-    report = check(lines(ULTRAFEEDBACK_BINARIZED))
+    report = survey(lines(ULTRAFEEDBACK_BINARIZED))
     assert report.kind == "pairs"
     assert report.ignored_keys == ("messages", "prompt_id", "score_chosen", "score_rejected")
     assert list(read_groups(lines(ULTRAFEEDBACK_BINARIZED))) == [Group(FRUIT, (STRAWBERRY, BANANA), 1)]
@@ -132,13 +133,13 @@ def test_a_prompt_and_completion_may_be_texts_with_a_label():
 def test_weights_and_margins_of_rows_are_kept():
     row = {"prompt": "Hi", "chosen": "Hello!", "rejected": "No.", "weight": 0.5, "margin": 2}
     assert list(read_groups(lines(row))) == [Group("Hi", ("Hello!", "No."), 1, weight=0.5, margin=2.0)]
-    report = check(lines(row, {**row, "margin": None}))
+    report = survey(lines(row, {**row, "margin": None}))
     assert (report.num_margins, report.ignored_keys) == (1, ())
-    assert check(lines({**KTO, "margin": 1})).ignored_keys == ("margin",)
+    assert survey(lines({**KTO, "margin": 1})).ignored_keys == ("margin",)
 
 
 def test_the_report_counts_rankings_that_are_all_ties():
-    assert check(lines(RANKED, {**RANKED, "ranks": [1, 1, 1]})).num_tied == 1
+    assert survey(lines(RANKED, {**RANKED, "ranks": [1, 1, 1]})).num_tied == 1
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_the_report_counts_rankings_that_are_all_ties():
 )
 def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     with pytest.raises(InvalidRow) as caught:
-        check(lines(row))
+        list(read_groups(lines(row)))
     assert (caught.value.line, caught.value.pointer, caught.value.code) == (1, pointer, code)
 
 
@@ -293,7 +294,7 @@ def test_trl_rows_have_calls_without_ids_and_their_answers_go_by_name():
 @pytest.mark.parametrize("row", [TRL, TRL_IMPLICIT, OPENAI_CHAT], ids=["TRL", "TRL implicit", "OpenAI chat"])
 def test_tools_as_json_text_are_the_same_tools(row):
     assert list(read_groups(lines({**row, "tools": json.dumps(row["tools"])}))) == list(read_groups(lines(row)))
-    assert check(lines(row)).ignored_keys == ()
+    assert survey(lines(row)).ignored_keys == ()
 
 
 RANKED_CHATS = {"prompt": SCORED["prompt"], "completions": SCORED["completions"], "ranks": [2, 1]}
@@ -303,7 +304,7 @@ RANKED_CHATS = {"prompt": SCORED["prompt"], "completions": SCORED["completions"]
 def test_unpaired_and_ranked_rows_have_tools_too(row):
     (group,) = read_groups(lines({**row, "tools": [LIGHT]}))
     assert group.tools == [LIGHT]
-    assert check(lines({**row, "tools": [LIGHT]})).ignored_keys == ()
+    assert survey(lines({**row, "tools": [LIGHT]})).ignored_keys == ()
 
 
 @pytest.mark.parametrize("nothing", [None, [], "[]", "null"])
@@ -320,7 +321,7 @@ def test_keys_that_columnar_files_fill_with_null_are_absent():
 
 def test_a_call_says_enough_without_text():
     row = {**OPENAI_PREFERENCE, "non_preferred_output": [{**calling(LIT), "content": " "}]}
-    assert check(lines(row)).num_groups == 1
+    assert survey(lines(row)).num_groups == 1
 
 
 def variations(value: object) -> Iterator[object]:
@@ -368,12 +369,12 @@ def test_what_is_of_no_known_format_is_told_which_there_are():
     with pytest.raises(
         InvalidRow, match=r"its keys are question, of none of the known formats: OpenAI preference, .*KTO|Nectar"
     ):
-        check(lines({"question": "Why?"}))
+        list(read_groups(lines({"question": "Why?"})))
 
 
 def test_real_unpaired_feedback_is_read_whole():
     if not SHARED_DATA.exists():
         pytest.skip(f"{SHARED_DATA} does not exist")
     with (SHARED_DATA / "feedback.kto.jsonl").open("rb") as file:
-        report = check(read_lines(file))
+        report = survey(read_lines(file))
     assert (report.kind, report.num_rows, report.num_groups) == ("unpaired", 300, 300)
