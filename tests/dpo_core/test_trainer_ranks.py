@@ -21,7 +21,9 @@ from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.options import Dpo, Mpo
+from dpo_core.scorer import Scorer
 from dpo_core.trainer import train
+from dpo_core.weights import shard
 
 CONFIG = TrainConfig(
     objective=Dpo(beta=0.5),
@@ -88,6 +90,15 @@ def disagree_in(folder: Path) -> None:
         list(train(CONFIG, load_policy(model), load_tokenizer(model), [own], total_steps=1, checkpoint_dir=folder))
 
 
+def compute_unlike_completions_in(home: Path) -> None:
+    """Lengths that one rank could compute in one padded batch, and the other could not."""
+    scorer = Scorer(load_policy(home / "capped model"))
+    shard(scorer, "full")
+    lengths = ((1, 30), (5, 5))[dist.get_rank()]
+    group = EncodedGroup([5], tuple([6] * length for length in lengths), None, 1)
+    scorer(scorer.collate([group])).sum().backward()
+
+
 def run_rank(rank: int, num_ranks: int, home: Path) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = "2"
@@ -102,6 +113,7 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
         )
     else:
         disagree_in(home)
+        compute_unlike_completions_in(home)
     dist.destroy_process_group()
 
 
