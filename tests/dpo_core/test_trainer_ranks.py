@@ -75,6 +75,7 @@ def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
         total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
+        validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]],
     )  # fmt: skip
     results = [(r.step, r.num_tokens, r.metrics) for r in steps]
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +86,15 @@ def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None
 
 def disagree_in(folder: Path) -> None:
     """Give each rank other groups: both must notice, and neither hang."""
-    model, own = folder / "model", read_pairs(folder)[: 3 + dist.get_rank()]
-    with pytest.raises(RuntimeError, match="different global batches for step 1"):
-        list(train(CONFIG, load_policy(model), load_tokenizer(model), [own], total_steps=1, checkpoint_dir=folder))
+    model, pairs = folder / "model", read_pairs(folder)
+    own = pairs[: 3 + dist.get_rank()]
+    for batch, what in ((own, "global batches for step 1"), (pairs, "groups to evaluate on")):
+        results = train(
+            CONFIG, load_policy(model), load_tokenizer(model), [batch],
+            total_steps=1, checkpoint_dir=folder, validation=lambda: [own],
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"different {what}"):
+            list(results)
 
 
 def compute_unlike_completions_in(home: Path) -> None:
