@@ -46,6 +46,8 @@ class JobSpec(Contract):
 
     model: str  # a base model's name or an `ft:` id
     training_file: str
+    validation_file: str | None = None
+    validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     config: TrainConfig
@@ -61,6 +63,8 @@ class AttemptSpec(Contract):
     num_workers: int
     num_gpus_per_worker: float = 0
     training_uri: str  # the uploaded file
+    validation_uri: str | None = None  # likewise
+    validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
     reference: str | None = None  # app_name of the deployment that scores; None: the objective needs none
     run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
