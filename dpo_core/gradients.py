@@ -1,14 +1,17 @@
 """From the groups of a step to the gradient of their loss, pack by pack."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpo_core.batch import Batch
 from dpo_core.encode import EncodedGroup
+from dpo_core.model import is_sharded
 from dpo_core.objectives import Statistics, count_units, losses
 from dpo_core.options import Objective
 from dpo_core.ranks import add_up, num_ranks, rank
@@ -25,10 +28,9 @@ class Pack:
     batch: Batch
 
 
-def make_packs(
-    scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, everywhere: bool
-) -> list[Pack]:
-    """This rank's packs. `everywhere`: as many as on every other rank, for a forward that is a joint work of all."""
+def make_packs(scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int) -> list[Pack]:
+    """This rank's packs; as many as on every other rank, where a forward is a joint work of all."""
+    everywhere = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
     packs = []
@@ -56,7 +58,7 @@ def backward(
         measured.backward(slope)
     add_up(found)
     scores = Scores(groups, found)
-    return scores, _loss(objective, scores, groups, statistics)
+    return scores, share_of_loss(objective, scores, groups, statistics)
 
 
 def _backward_of_whole_batch(
@@ -91,12 +93,27 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient by what was found."""
     leaf = scores.found.clone().requires_grad_()
-    loss = _loss(objective, Scores(scores.groups, leaf), global_batch, statistics)
+    loss = share_of_loss(objective, Scores(scores.groups, leaf), global_batch, statistics)
     (slope,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), slope
 
 
-def _loss(objective: Objective, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics) -> Tensor:
+def share_of_loss(
+    objective: Objective, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics
+) -> Tensor:
     """The share of these groups in the loss of the global batch."""
     weights = torch.tensor([group.weight for group in scores.groups]).to(scores.found.device)
     return (losses(objective, scores, statistics) * weights).sum() / count_units(objective, global_batch)
+
+
+def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:
+    """Raises RuntimeError where ranks were given different groups, before they wait for each other for ever."""
+    if num_ranks() > 1:
+        own = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+        if own.sum().item():
+            raise RuntimeError(f"Ranks were given different {what}; give each the same groups.")
+
+
+def _fingerprint(groups: Sequence[EncodedGroup]) -> int:
+    return zlib.crc32(repr([(group.line, group.num_tokens) for group in groups]).encode())

@@ -175,7 +175,8 @@ def check_model(model: nn.Module, objective: Objective) -> None:
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Every forward is a joint work of all ranks then."""
-    return isinstance(next(model.parameters()), DTensor)
+    # Within a forward those of the root are whole, but the layers are gathered one by one.
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -3,27 +3,26 @@
 import logging
 import math
 import time
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.checkpoint import Manifest, Publish, Writer, load, resumable
 from dpo_core.config import TrainConfig
 from dpo_core.drift import Drift
 from dpo_core.encode import EncodedGroup
+from dpo_core.evaluation import Batches, evaluate
 from dpo_core.flops import Flops, matmul_rate
-from dpo_core.gradients import backward, make_packs
+from dpo_core.gradients import backward, check_agreement, make_packs
 from dpo_core.memory import checkpoint_activations, fit
 from dpo_core.metrics import measure
 from dpo_core.model import check_model
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
-from dpo_core.ranks import num_ranks, rank
+from dpo_core.ranks import rank
 from dpo_core.scorer import Scorer
 from dpo_core.weights import Weights, agree_on_weights, shard
 
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, as seen over all ranks. Metrics are of the policy before the step."""
+    """One optimizer step, as seen over all ranks. Metrics are of the policy before the step, `eval/` ones after it."""
 
     step: int  # from 1
     total_steps: int
@@ -51,6 +50,7 @@ def train(
     checkpoint_dir: Path,
     resume: Path | None = None,
     publish: Publish | None = None,
+    validation: Callable[[], Batches] | None = None,
 ) -> Iterator[StepResult]:
     """Train `policy` in place, with dropout off: all its weights, or its adapter.
 
@@ -58,6 +58,9 @@ def train(
     step after `resume`'s, and computes its own share. Once a step's result was taken, its checkpoint is written to
     `checkpoint_dir/step-000012` while the next steps run, and then given to `publish`; all are there when the
     iterator ends. A step whose loss or gradient is no finite number is yielded without one, and then ends the run.
+
+    `validation` gives held-out groups in batches of any sizes, anew whenever a checkpoint is due. What the policy
+    of that checkpoint makes of them joins its step's metrics, `eval/loss` and so on. Training goes on as without.
     """
     assert config.checkpoint_steps is not None  # resolved
     run = _Run(config, policy, total_steps, resume)
@@ -72,11 +75,13 @@ def train(
             warning = drift.warning(metrics)
             if warning and rank() == 0:
                 logger.warning("Step %d: %s", step, warning)
+            is_due = step % config.checkpoint_steps == 0 or step == total_steps
+            if validation and is_due and not _broken(metrics):
+                metrics |= run.evaluate(validation())
             yield StepResult(step, total_steps, metrics, run.num_tokens, warning)
-            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                values = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+            if values := _broken(metrics):
                 raise FloatingPointError(f"Training diverged at step {step} ({values}); lower the learning rate.")
-            if step % config.checkpoint_steps == 0 or step == total_steps:
+            if is_due:
                 writer.save(run.manifest(metrics), run.optimizer)
 
 
@@ -113,13 +118,8 @@ class _Run:
         objective, optim, scorer = self.config.objective, self.config.optim, self.scorer
         assert self.config.max_tokens_per_pack is not None  # fitted
         check_groups(objective, groups)
-        _check_fingerprints(groups, self.step, scorer.model.device)
-        packs = make_packs(
-            scorer,
-            groups,
-            max_tokens_per_pack=self.config.max_tokens_per_pack,
-            everywhere=self.weights.is_sharded,
-        )
+        check_agreement(groups, f"global batches for step {self.step}", scorer.model.device)
+        packs = make_packs(scorer, groups, max_tokens_per_pack=self.config.max_tokens_per_pack)
         scores, loss = backward(objective, scorer, groups, packs, self.statistics)
         grad_norm = self.weights.collect_gradients(optim.max_grad_norm)
         rate = learning_rate(optim, self.step, self.total_steps)
@@ -140,6 +140,11 @@ class _Run:
             "tokens/shared": sum(scorer.count_shared_tokens(group) for group in groups),
         }
 
+    def evaluate(self, batches: Batches) -> dict[str, float]:
+        tokens = self.config.max_tokens_per_pack
+        assert tokens is not None  # fitted
+        return evaluate(self.config.objective, self.scorer, batches, self.statistics, max_tokens_per_pack=tokens)
+
     def manifest(self, metrics: dict[str, float]) -> Manifest:
         return Manifest(
             step=self.step,
@@ -152,13 +157,7 @@ class _Run:
         )
 
 
-def _check_fingerprints(groups: Sequence[EncodedGroup], step: int, device: torch.device) -> None:
-    if num_ranks() > 1:
-        own = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
-        dist.all_reduce(own, dist.ReduceOp.MAX)
-        if own.sum().item():
-            raise RuntimeError(f"Ranks were given different global batches for step {step}; give each the same groups.")
-
-
-def _fingerprint(groups: Sequence[EncodedGroup]) -> int:
-    return zlib.crc32(repr([(group.line, group.num_tokens) for group in groups]).encode())
+def _broken(metrics: dict[str, float]) -> str:
+    """Those that must be finite numbers and are not, in words."""
+    values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
+    return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))

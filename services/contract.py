@@ -49,6 +49,8 @@ class JobSpec(Contract):
 
     model: str  # a base model's name or an `ft:` id
     training_file: str
+    validation_file: str | None = None
+    validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     config: TrainConfig
@@ -65,11 +67,12 @@ class AttemptSpec(Contract):
     num_workers: int
     num_gpus_per_worker: float = 0
     training_uri: str  # the uploaded file
+    validation_uri: str | None = None  # likewise
+    validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
     reference: str | None = None  # app_name of the deployment that scores; None: none does
     reference_source: ReferenceSource = "auto"
     reference_dtype: str = "float32"  # that its deployment computes in
-    validation_share: float = 0.0  # of the training file, held out
     run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
     cache_uri: str  # prepared data, shared by all jobs; may be deleted at any time
     events_url: str  # POST batches of events here with the attempt's token

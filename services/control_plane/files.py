@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import BinaryIO
 
 import anyio.to_thread
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.survey import survey
@@ -81,8 +81,9 @@ async def find(session: AsyncSession, file_id: str, *, param: str | None = None)
 async def remove(session: AsyncSession, file_id: str) -> File:
     """Forget the file, unless a job still needs it. The caller deletes its bytes after the commit."""
     row = await find(session, file_id)
-    using = select(Job.id).where(Job.observed.not_in(TERMINAL), Job.spec["training_file"].astext == file_id)
+    named = [Job.spec[name].astext == file_id for name in ("training_file", "validation_file")]
+    using = select(Job.id).where(Job.observed.not_in(TERMINAL), or_(*named))
     if (job_id := await session.scalar(using.limit(1))) is not None:
-        raise InvalidRequest(f"{file_id} is the training file of {job_id}, which has not ended; cancel the job first.")
+        raise InvalidRequest(f"{file_id} is needed by {job_id}, which has not ended; cancel the job first.")
     row.deleted_at = datetime.now(UTC)
     return row

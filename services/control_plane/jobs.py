@@ -260,6 +260,8 @@ def _step(report: StepMetrics) -> str:
     words = [f"training loss={metrics['loss']:.4f}"]
     if "rewards/margins" in metrics:
         words += [f"margin={metrics['rewards/margins']:.4f}", f"accuracy={metrics['rewards/accuracies']:.3f}"]
+    if "eval/loss" in metrics:
+        words.append(f"full validation loss={metrics['eval/loss']:.4f}")
     return f"Step {report.step}/{report.total_steps}: {', '.join(words)}"
 
 
@@ -275,12 +277,21 @@ WIRE_NAMES = {  # our metric keys, as OpenAI's events, checkpoints and result fi
     "grad_norm": "grad_norm",
     "lr": "learning_rate",
     "tokens_per_second": "tokens_per_second",
+    "eval/loss": "full_valid_loss",
+    "eval/mean_token_accuracy": "full_valid_mean_token_accuracy",
+    "eval/rewards/accuracies": "full_valid_reward_accuracy",
+    "eval/rewards/margins": "full_valid_reward_margin",
 }
 
 
 def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics by the names that existing parsers look for; ours without such a name keep theirs."""
-    return {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
+    """Metrics by the names that existing parsers look for; ours without such a name keep theirs.
+
+    OpenAI evaluates a sample at most steps and all of the validation file at some; here it is always all,
+    which therefore stands under the sample's names, too.
+    """
+    found = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
+    return found | {key.removeprefix("full_"): value for key, value in found.items() if key.startswith("full_valid_")}
 
 
 def _step_data(report: StepMetrics) -> dict[str, Any]:

@@ -70,8 +70,12 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "trained_tokens": row.trained_tokens,
         "training_file": row.spec["training_file"],
         "user_provided_suffix": row.spec["suffix"],
-        "validation_file": None,
-        "x_raydpo": {"num_workers": row.spec["num_workers"], "progress": _progress(row)},
+        "validation_file": row.spec.get("validation_file"),  # which the oldest jobs lack
+        "x_raydpo": {
+            "num_workers": row.spec["num_workers"],
+            "validation_share": row.spec.get("validation_share") or None,
+            "progress": _progress(row),
+        },
     }
 
 

@@ -188,9 +188,10 @@ class Reconciler:
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
         """Write what the driver reads, and submit it. Ray takes one submission id once."""
-        async with self._store.begin() as session:
-            file = await session.get_one(File, job.spec["training_file"])
         spec = JobSpec.model_validate(job.spec)
+        async with self._store.begin() as session:
+            file = await session.get_one(File, spec.training_file)
+            held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
         run_uri = self._run_uri(job)
         attempt_spec = AttemptSpec(
             job_id=job.id,
@@ -199,6 +200,8 @@ class Reconciler:
             num_workers=spec.num_workers,
             num_gpus_per_worker=self._settings.num_gpus_per_worker,
             training_uri=file.uri,
+            validation_uri=held_out.uri if held_out else None,
+            validation_share=spec.validation_share,
             model_source=job.model_source,
             reference=attempt.reference,
             reference_source=spec.reference_source,

@@ -13,6 +13,8 @@ COLUMNS = {  # column: key in a metrics event's data
     "valid_mean_token_accuracy": "valid_mean_token_accuracy",
     "train_reward_accuracy": "train_reward_accuracy",
     "train_reward_margin": "train_reward_margin",
+    "valid_reward_accuracy": "valid_reward_accuracy",
+    "valid_reward_margin": "valid_reward_margin",
 }
 
 

@@ -23,9 +23,11 @@ EXTENSIONS = {
     "activation_checkpointing",
     "sharding",
     "checkpoint_steps",
+    "validation_share",
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
+Share = Annotated[float, Field(gt=0, le=0.5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Metadata = Annotated[
@@ -65,21 +67,23 @@ class CreateJob(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: Text
     training_file: Text
+    validation_file: Text | None = None
     method: Method | None = None
     hyperparameters: dict[str, Any] | None = None  # the older place for those of `supervised`
     suffix: Suffix | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
     x_raydpo: dict[str, Any] | None = None
-    # OpenAI's, not offered here: null passes, a value is refused by name.
-    validation_file: Any = None
-    integrations: Any = None
+    integrations: Any = None  # OpenAI's, not offered here: null passes, a value is refused by name
 
     def spec(self) -> JobSpec:
         """The job asked for, every value checked. Raises InvalidRequest naming the field."""
-        for name in ("validation_file", "integrations"):
-            if getattr(self, name):
-                raise InvalidRequest(f"{name} is not supported; leave it out.", param=name, code="unsupported_value")
+        if self.integrations:
+            message = "integrations is not supported; leave it out."
+            raise InvalidRequest(message, param="integrations", code="unsupported_value")
+        if self.validation_file == self.training_file:
+            message = f"validation_file is the training file, {self.training_file}; send one with other rows."
+            raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
         kind = self.method.type if self.method else "supervised"
         if kind not in METHODS:
             message = f"method.type '{kind}' is not supported; it must be one of {', '.join(METHODS)}."
@@ -94,8 +98,23 @@ class CreateJob(BaseModel):
         config = train_config(kind, given, where, extension, seed)
         workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
         reference = _parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
-        named = self.model_dump(include={"model", "training_file", "suffix", "metadata"})
-        return JobSpec(**named, config=config, num_workers=workers, reference_source=reference.source)
+        named = self.model_dump(include={"model", "training_file", "validation_file", "suffix", "metadata"})
+        return JobSpec(
+            **named,
+            config=config,
+            num_workers=workers,
+            reference_source=reference.source,
+            validation_share=self._validation_share(),
+        )
+
+    def _validation_share(self) -> float:
+        share = (self.x_raydpo or {}).get("validation_share")
+        if share is None:
+            return 0.0
+        where = "x_raydpo.validation_share"
+        if self.validation_file:
+            raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
+        return _parse(Share, share, where)
 
 
 def train_config(

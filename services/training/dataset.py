@@ -110,8 +110,13 @@ def global_batches(dataset: Dataset, config: TrainConfig, *, after_step: int) ->
     first_epoch, steps = divmod(after_step, num_steps(dataset.num_groups, config) // n_epochs)
     for epoch in range(first_epoch, n_epochs):
         groups = _epoch(dataset, config.seed, epoch, skip=steps * batch_size if epoch == first_epoch else 0)
-        while batch := list(islice(groups, batch_size)):
-            yield batch
+        yield from batched(groups, batch_size)
+
+
+def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[EncodedGroup]]:
+    """The last batch may be smaller."""
+    while batch := list(islice(groups, batch_size)):
+        yield batch
 
 
 def _decided(config: TrainConfig) -> tuple[int, int]:

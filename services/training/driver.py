@@ -72,7 +72,7 @@ def train(spec: AttemptSpec, prepared: Prepared, reporter: Any) -> Succeeded:
     def work_here() -> Succeeded | Failed:
         from services.training.worker import work
 
-        return work(spec, prepared.training, reporter)
+        return work(spec, prepared.training, reporter, prepared.validation)
 
     resources = {"CPU": 1.0} | ({"GPU": spec.num_gpus_per_worker} if spec.num_gpus_per_worker else {})
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:

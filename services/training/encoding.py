@@ -100,14 +100,14 @@ def encode(
     return encoding
 
 
-def tell(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> None:
+def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
     """Says what the file holds, and what becomes of it."""
     found, config = encoding.report, spec.config
-    report(Message(message=f"Training file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
+    report(Message(message=f"{purpose} file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(found, encoding.limit, config.truncation)))
     for sentence in left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding)):
         report(Message(level="warn", message=sentence))
-    if found.num_held_out:
+    if spec.validation_share:
         report(Message(message=f"Held out {found.num_held_out} of them, by their prompts, to validate on."))
 
 

@@ -50,22 +50,36 @@ def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Prepared:
     uri = storage.join(spec.run_uri, "prepared")
     if found := cache.find(uri, Prepared, _check_prepared, report):
         return found
-    training, held_out = _prepare_file(spec, report)
+    training, held_out = _prepare_file(spec, "Training", report)
+    if spec.validation_uri:
+        held_out = _prepare_validation_file(spec, spec.validation_uri, report)
     prepared = Prepared(training=training, validation=held_out if held_out.parts else None)
     cache.save(uri, prepared)
     report(ReferenceReleased())
     return prepared
 
 
-def _prepare_file(spec: AttemptSpec, report: Callable[[Report], None]) -> tuple[Dataset, Dataset]:
+def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
+    """All of it, in the same way."""
+    alone = spec.model_copy(update={"training_uri": uri, "validation_share": 0.0})
+    try:
+        return _prepare_file(alone, "Validation", report)[0]
+    except JobFailed as failure:
+        if failure.report.param != "training_file":
+            raise
+        changed = {"code": "invalid_validation_file", "param": "validation_file"}
+        raise JobFailed(failure.report.model_copy(update=changed)) from None
+
+
+def _prepare_file(spec: AttemptSpec, purpose: str, report: Callable[[Report], None]) -> tuple[Dataset, Dataset]:
     """Those to train on, and those held out."""
     encoding_uri = storage.join(spec.cache_uri, _encoding_key(spec))
     encoding, known = cache.once(
         encoding_uri, Encoding, lambda: _encode(spec, encoding_uri, report), _check_encoding, report
     )
     if known:
-        report(Message(message="The file's token ids were found in the cache."))
-    tell(spec, encoding, report)
+        report(Message(message=f"{purpose} file: token ids were found in the cache."))
+    tell(spec, encoding, purpose, report)
     if not spec.config.objective.traits.needs_reference:
         return encoding.training, encoding.held_out
     scored = _score(spec, encoding, report)

@@ -16,19 +16,22 @@ import torch
 import torch.distributed as dist
 
 from dpo_core.checkpoint import DamagedCheckpoint, read_manifest, verify
+from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.trainer import StepResult, train
 from services import storage
 from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Report, Started, StepMetrics, Succeeded
-from services.training.dataset import Dataset, global_batches, num_steps
+from services.training.dataset import Dataset, batched, global_batches, num_steps, read_groups
 
 LN2_TOLERANCE = 1e-3
+GROUPS_PER_EVALUATION = 256  # read at a time, and dealt to all workers
 
 
-def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Failed:
+def work(spec: AttemptSpec, dataset: Dataset, reporter: Any, validation: Dataset | None = None) -> Succeeded | Failed:
     """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend.
 
-    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 uses it.
+    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 uses it. Every checkpoint is
+    evaluated on `validation`.
     """
     device = ray.train.torch.get_device()
     torch.set_num_threads(_num_threads())
@@ -54,6 +57,7 @@ def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Fail
             checkpoint_dir=scratch / "checkpoints",
             resume=resume,
             publish=lambda step, folder: _publish(step, folder, spec, reporter),
+            validation=held_out(validation),
         )
         failed = None
         for result in results:
@@ -66,6 +70,11 @@ def work(spec: AttemptSpec, dataset: Dataset, reporter: Any) -> Succeeded | Fail
         ray.get(reporter.flush.remote())  # all of this before the driver reports the end
     model_uri = storage.join(checkpoint_uri(spec, total_steps), "model")
     return failed or Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
+
+
+def held_out(validation: Dataset | None) -> Callable[[], Iterator[list[EncodedGroup]]] | None:
+    """How `train` reads the groups to evaluate on."""
+    return (lambda: batched(read_groups(validation), GROUPS_PER_EVALUATION)) if validation else None
 
 
 def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:

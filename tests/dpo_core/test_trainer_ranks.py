@@ -21,7 +21,9 @@ from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.options import Dpo, Mpo
+from dpo_core.scorer import Scorer
 from dpo_core.trainer import train
+from dpo_core.weights import shard
 
 CONFIG = TrainConfig(
     objective=Dpo(beta=0.5),
@@ -73,6 +75,7 @@ def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
         total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
+        validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]],
     )  # fmt: skip
     results = [(r.step, r.num_tokens, r.metrics) for r in steps]
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,9 +86,24 @@ def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None
 
 def disagree_in(folder: Path) -> None:
     """Give each rank other groups: both must notice, and neither hang."""
-    model, own = folder / "model", read_pairs(folder)[: 3 + dist.get_rank()]
-    with pytest.raises(RuntimeError, match="different global batches for step 1"):
-        list(train(CONFIG, load_policy(model), load_tokenizer(model), [own], total_steps=1, checkpoint_dir=folder))
+    model, pairs = folder / "model", read_pairs(folder)
+    own = pairs[: 3 + dist.get_rank()]
+    for batch, what in ((own, "global batches for step 1"), (pairs, "groups to evaluate on")):
+        results = train(
+            CONFIG, load_policy(model), load_tokenizer(model), [batch],
+            total_steps=1, checkpoint_dir=folder, validation=lambda: [own],
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"different {what}"):
+            list(results)
+
+
+def compute_unlike_completions_in(home: Path) -> None:
+    """Lengths that one rank could compute in one padded batch, and the other could not."""
+    scorer = Scorer(load_policy(home / "capped model"))
+    shard(scorer, "full")
+    lengths = ((1, 30), (5, 5))[dist.get_rank()]
+    group = EncodedGroup([5], tuple([6] * length for length in lengths), None, 1)
+    scorer(scorer.collate([group])).sum().backward()
 
 
 def run_rank(rank: int, num_ranks: int, home: Path) -> None:
@@ -102,6 +120,7 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
         )
     else:
         disagree_in(home)
+        compute_unlike_completions_in(home)
     dist.destroy_process_group()
 
 

@@ -26,27 +26,35 @@ async def create(store: StorePart, settings: SettingsPart, body: CreateJob) -> d
     async with store.begin() as session:
         model = await models.find(session, settings, spec.model)
         file = await files.find(session, spec.training_file, param="training_file")
-        _check_file(file, spec.config.objective)
+        _check_file(file, spec.config.objective, "training_file")
+        _check_size(file)
+        if spec.validation_file:
+            held_out = await files.find(session, spec.validation_file, param="validation_file")
+            _check_file(held_out, spec.config.objective, "validation_file")
         job = await jobs.submit(session, spec, model)
     return job_object(job, settings)
 
 
-def _check_file(file: File, objective: Objective) -> None:
-    """The file's rows must be of the kind that the objective learns from, and enough of them."""
-    report = file.report
+def _check_file(file: File, objective: Objective, param: str) -> None:
+    """The file's rows must be of the kind that the objective learns from."""
+    code, report = f"invalid_{param}", file.report
     if report is None:
-        message = f"{file.id} has purpose '{file.purpose}'; training needs one uploaded with '{files.TRAINING}'."
-        raise InvalidRequest(message, param="training_file", code="invalid_training_file")
+        message = f"{file.id} has purpose '{file.purpose}'; {param} needs one uploaded with '{files.TRAINING}'."
+        raise InvalidRequest(message, param=param, code=code)
     learns_from = objective.traits.learns_from
     if report["kind"] not in learns_from:
         kinds = " or ".join(learns_from)
         message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}."
-        raise InvalidRequest(message, param="training_file", code="invalid_training_file")
+        raise InvalidRequest(message, param=param, code=code)
     if report.get("num_margins") and not objective.traits.takes_margins:
         message = f"{file.id} has margins; method '{objective.type}' takes none. Remove them, or use dpo."
-        raise InvalidRequest(message, param="training_file", code="invalid_training_file")
-    if report["num_rows"] < MIN_EXAMPLES:
-        message = f"Training file has {report['num_rows']} example(s), but must have at least {MIN_EXAMPLES} examples"
+        raise InvalidRequest(message, param=param, code=code)
+
+
+def _check_size(file: File) -> None:
+    if file.report and file.report["num_rows"] < MIN_EXAMPLES:
+        rows = file.report["num_rows"]
+        message = f"Training file has {rows} example(s), but must have at least {MIN_EXAMPLES} examples"
         raise InvalidRequest(message, param="training_file", code="invalid_n_examples")
 
 

@@ -48,9 +48,12 @@ def test_other_purposes_are_refused_by_name(client: openai.OpenAI) -> None:
 
 
 def test_a_file_that_a_live_job_needs_stays(client: openai.OpenAI) -> None:
-    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
-    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
-    with pytest.raises(openai.BadRequestError, match=job.id):
-        client.files.delete(file.id)
+    files = [client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id for _ in range(2)]
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=files[0], validation_file=files[1], method={"type": "dpo"}
+    )
+    for file_id in files:
+        with pytest.raises(openai.BadRequestError, match=job.id):
+            client.files.delete(file_id)
     client.fine_tuning.jobs.cancel(job.id)
-    assert client.files.delete(file.id).deleted
+    assert all(client.files.delete(file_id).deleted for file_id in files)

@@ -56,7 +56,8 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
         ({"method": {"type": "reward_gaussian"}}, openai.BadRequestError, "method.type", "unsupported_value"),
         ({"method": {"type": "dpo", "kto": {}}}, openai.BadRequestError, "method.kto", "unknown_parameter"),
         ({"method": {"type": "supervised"}}, openai.BadRequestError, "training_file", "invalid_training_file"),
-        ({"validation_file": "file-x"}, openai.BadRequestError, "validation_file", "unsupported_value"),
+        ({"validation_file": "file-none"}, openai.NotFoundError, "validation_file", "file_not_found"),
+        ({"integrations": [{"type": "wandb"}]}, openai.BadRequestError, "integrations", "unsupported_value"),
         ({"suffix": "a b"}, openai.BadRequestError, "suffix", "invalid_value"),
         ({"seed": -1}, openai.BadRequestError, "seed", "invalid_value"),
         ({"extra_body": {"betta": 1}}, openai.BadRequestError, "betta", "unknown_parameter"),
@@ -77,6 +78,12 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
             {"extra_body": {"x_raydpo": {"num_workers": 0}}},
             openai.BadRequestError,
             "x_raydpo.num_workers",
+            "invalid_value",
+        ),
+        (
+            {"validation_file": "file-x", "extra_body": {"x_raydpo": {"validation_share": 0.1}}},
+            openai.BadRequestError,
+            "x_raydpo.validation_share",
             "invalid_value",
         ),
         (
@@ -149,6 +156,40 @@ def test_a_file_is_for_the_objectives_that_learn_from_what_it_holds(
     with pytest.raises(openai.BadRequestError, match=f"{file_id} (holds|has) .* method '{refuses}'") as refused:
         create(client, file_id, method={"type": refuses})
     assert refused.value.code == "invalid_training_file"
+
+
+def test_a_validation_file_is_echoed_and_must_not_be_the_training_file(
+    client: openai.OpenAI, training_file: str
+) -> None:
+    held_out = client.files.create(file=("held_out.jsonl", pairs(1)), purpose="fine-tune").id
+    job = create(client, training_file, validation_file=held_out)
+    assert client.fine_tuning.jobs.cancel(job.id).validation_file == held_out
+    with pytest.raises(openai.BadRequestError, match=f"is the training file, {training_file}") as refused:
+        create(client, training_file, validation_file=training_file)
+    assert (refused.value.param, refused.value.code) == ("validation_file", "invalid_validation_file")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}],
+    ids=["another kind", "margins"],
+)
+def test_a_validation_file_holds_what_the_objective_learns_from(
+    client: openai.OpenAI, training_file: str, row: dict[str, Any]
+) -> None:
+    file_id = upload(client, row)
+    with pytest.raises(openai.BadRequestError, match=f"{file_id} (holds|has) .* method 'ipo'") as refused:
+        create(client, training_file, method={"type": "ipo"}, validation_file=file_id)
+    assert (refused.value.param, refused.value.code) == ("validation_file", "invalid_validation_file")
+
+
+def test_a_share_to_hold_out_is_echoed_and_refused_beyond_its_limits(client: openai.OpenAI, training_file: str) -> None:
+    job = create(client, training_file, extra_body={"x_raydpo": {"validation_share": 0.5}})
+    assert client.fine_tuning.jobs.cancel(job.id).to_dict()["x_raydpo"]["validation_share"] == 0.5
+    for share, limit in ((0, "greater than 0"), (0.51, "less than or equal to 0.5")):
+        with pytest.raises(openai.BadRequestError, match=f"{limit}, but it is {share}") as refused:
+            create(client, training_file, extra_body={"x_raydpo": {"validation_share": share}})
+        assert (refused.value.param, refused.value.code) == ("x_raydpo.validation_share", "invalid_value")
 
 
 def test_a_queued_job_is_cancelled_at_once_and_only_once(client: openai.OpenAI, training_file: str) -> None:

@@ -1,6 +1,7 @@
 """The life of a job against a Ray that lies, dies and loses answers; the database and the storage are real."""
 
 import asyncio
+import csv
 import json
 import threading
 import time
@@ -186,12 +187,44 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     assert job.method.dpo is not None
     assert job.method.dpo.hyperparameters is not None
     assert job.method.dpo.hyperparameters.n_epochs == 1  # resolved
-    csv = client.files.content(job.result_files[0]).text.splitlines()
-    assert csv[0].startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy")
-    assert len(csv) == 4
+    lines = client.files.content(job.result_files[0]).text.splitlines()
+    assert lines[0].startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy")
+    assert len(lines) == 4
     names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in client.fine_tuning.jobs.checkpoints.list(job_id)]
     assert names == [f"{job.fine_tuned_model}:ckpt-step-3"]
     assert {job.fine_tuned_model, *names} <= {model.id for model in client.models.list()}
+
+
+def test_held_out_rows_reach_the_attempt_and_what_it_makes_of_them_reaches_the_user(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    files = [client.files.create(file=("pairs.jsonl", pairs(count)), purpose="fine-tune").id for count in (12, 3)]
+    ticks(settings, 1)
+    job_id = client.fine_tuning.jobs.create(
+        model="tiny", training_file=files[0], validation_file=files[1], method={"type": "dpo"}
+    ).id
+    ticks(settings, 1)
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    assert spec.validation_uri is not None
+    assert (storage.read_bytes(spec.validation_uri), spec.validation_share) == (pairs(3), 0.0)
+
+    started, *steps, saved, succeeded = reports(settings, job_id, steps=2)
+    found = {"eval/loss": 0.6, "eval/rewards/accuracies": 0.5, "eval/rewards/margins": 0.25, "eval/kl": 0.125}
+    steps[-1], saved = (r.model_copy(update={"metrics": r.metrics | found}) for r in (steps[-1], saved))
+    spool(settings, job_id, 1, [started, *steps, saved, succeeded])
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    told = {"valid_loss": 0.6, "valid_reward_accuracy": 0.5, "valid_reward_margin": 0.25}
+    told |= {f"full_{name}": value for name, value in told.items()} | {"eval/kl": 0.125}
+    last, first = [e for e in client.fine_tuning.jobs.list_events(job_id, limit=100) if e.type == "metrics"]
+    assert last.message.endswith("full validation loss=0.6000")
+    assert told.items() <= dict(last.data).items()
+    assert not told.keys() & dict(first.data)
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job_id)
+    assert told.items() <= checkpoint.metrics.to_dict().items()
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
+    assert [[row[name] for name in told] for row in rows] == [[""] * len(told), [str(v) for v in told.values()]]
 
 
 def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(

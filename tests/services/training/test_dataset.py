@@ -10,6 +10,7 @@ from services.training import dataset
 from services.training.dataset import (
     DamagedPart,
     Dataset,
+    batched,
     check,
     find_scores,
     global_batches,
@@ -95,6 +96,11 @@ def test_memory_is_bounded_by_windows(data: Dataset, monkeypatch: pytest.MonkeyP
     for parts, rows in windows(data.parts, seed=0, epoch=0):
         assert sum(part.num_tokens for part in parts) <= 80
         assert sorted(rows) == list(range(sum(part.num_groups for part in parts)))
+
+
+def test_groups_are_read_in_order_in_batches(data: Dataset) -> None:
+    batches = list(batched(dataset.read_groups(data), 10))
+    assert [[group.line for group in batch] for batch in batches] == [[*range(10)], [*range(10, 20)], [20, 21, 22]]
 
 
 def test_batches_after_any_step_are_the_rest_of_the_run(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

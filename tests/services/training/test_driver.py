@@ -1,5 +1,6 @@
 """Whole attempts: the driver as Ray Jobs starts it, on a Ray of its own, killed and started again."""
 
+import json
 import math
 import os
 import secrets
@@ -225,6 +226,21 @@ def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
     return [p for p in workers if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
 
 
+def test_a_validation_file_is_prepared_alike_and_evaluated_with_every_checkpoint(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, make_pair: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(make_pair(n)) + "\n" for n in range(100, 107)))
+    config = TrainConfig(batch_size=8, n_epochs=2, checkpoint_steps=2)
+    given = {"config": config, "reference": "tiny", "events_url": control_plane.url}
+    driver = start(make_spec(**given, validation_uri=str(tmp_path / "held.jsonl")))
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    messages = [report.message for report in only(Message, driver.reports())]
+    assert "Validation file has 7 pairs (OpenAI preference format)." in messages
+    evaluated = [step for step, metrics in figures(driver.reports()).items() if "eval/loss" in metrics]
+    assert evaluated == [2, 4, 6]
+    assert all("eval/rewards/margins" in saved.metrics for saved in only(CheckpointSaved, driver.reports()))
+
+
 def test_a_second_job_on_the_same_bytes_finds_ids_and_scores(
     uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
 ) -> None:
@@ -232,7 +248,7 @@ def test_a_second_job_on_the_same_bytes_finds_ids_and_scores(
     driver = start(make_spec(**given, reference="a-reference-that-never-comes"))
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     messages = [report.message for report in only(Message, driver.reports())]
-    assert messages[0] == "The file's token ids were found in the cache."
+    assert messages[0] == "Training file: token ids were found in the cache."
     assert messages[1] == "Training file has 24 pairs (OpenAI preference format)."
     assert messages[3] == "The reference's scores were found in the cache."
     assert [report.stage for report in only(Progress, driver.reports())] == ["exporting"] * 2

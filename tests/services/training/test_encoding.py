@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Callable[[AttemptSpec], tuple[list[EncodedGroup], lis
             return (encode_piece(spec, uri, piece) for piece in reversed(pieces))
 
         made = encode(spec, uri, encode_pieces, reports.append)
-        tell(spec, made, reports.append)
+        tell(spec, made, "Training", reports.append)
         return list(dataset.read_groups(made.training)), reports
 
     return run
@@ -211,7 +211,7 @@ def test_a_share_is_held_out_by_prompts(make_spec: MakeSpec, tmp_path: Path) -> 
     spec = make_spec(training_uri=str(tmp_path / "rows.jsonl"), validation_share=0.25)
     uri, reports = str(tmp_path / "encoded"), list[Report]()
     made = encode(spec, uri, lambda pieces: (encode_piece(spec, uri, piece) for piece in pieces), reports.append)
-    tell(spec, made, reports.append)
+    tell(spec, made, "Training", reports.append)
     training, held_out = list(dataset.read_groups(made.training)), list(dataset.read_groups(made.held_out))
     assert sorted(group.line for group in training + held_out) == list(range(1, 401))
     prompts = [{tuple(group.prompt_ids) for group in groups} for groups in (training, held_out)]

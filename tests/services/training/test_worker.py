@@ -17,7 +17,7 @@ from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.dataset import global_batches, num_steps
 from services.training.encoding import encode, encode_piece
-from services.training.worker import checkpoint_uri, hopeless, newest_checkpoint
+from services.training.worker import checkpoint_uri, held_out, hopeless, newest_checkpoint
 
 MakeSpec = Callable[..., AttemptSpec]
 LN2 = math.log(2)
@@ -96,12 +96,15 @@ def test_a_fresh_run_has_no_checkpoint(make_spec: MakeSpec, tmp_path: Path) -> N
     assert newest_checkpoint(make_spec().run_uri, tmp_path, lambda report: None) is None
 
 
-def test_demonstrations_are_trained_as_they_were_encoded(make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_demonstrations_are_trained_as_they_were_encoded_and_evaluated_alike(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
     messages = [{"role": "user", "content": "What is 1 and 1?"}, {"role": "assistant", "content": "It is 2."}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
     config = TrainConfig(objective=Supervised(), n_epochs=4, optim=Optim(learning_rate=1e-3)).resolved(1)
     spec, uri = make_spec(config=config, training_uri=str(tmp_path / "chat.jsonl")), str(tmp_path / "encoded")
-    data = encode(spec, uri, lambda pieces: [encode_piece(spec, uri, piece) for piece in pieces], lambda report: None)
+    made = encode(spec, uri, lambda pieces: [encode_piece(spec, uri, piece) for piece in pieces], lambda report: None)
+    data = made.training
     results = train(
         config,
         load_policy(spec.model_source),
@@ -109,7 +112,16 @@ def test_demonstrations_are_trained_as_they_were_encoded(make_spec: MakeSpec, tm
         global_batches(data, config, after_step=0),
         total_steps=num_steps(data.num_groups, config),
         checkpoint_dir=tmp_path,
+        validation=held_out(data),
     )
-    losses = [result.metrics["loss"] for result in results]
+    metrics = [result.metrics for result in results]
+    losses = [step["loss"] for step in metrics]
     assert len(losses) == 4
     assert losses == sorted(losses, reverse=True)
+    # The held-out groups being those of every step, a policy makes of them what the next step begins with.
+    assert [step["eval/loss"] for step in metrics[:-1]] == pytest.approx(losses[1:])
+    assert metrics[-1]["eval/loss"] < losses[-1]
+
+
+def test_without_held_out_groups_nothing_is_evaluated() -> None:
+    assert held_out(None) is None
