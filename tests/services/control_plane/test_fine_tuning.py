@@ -63,6 +63,24 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
         ({"extra_body": {"betta": 1}}, openai.BadRequestError, "betta", "unknown_parameter"),
         ({"extra_body": {"x_raydpo": {"lora": 8}}}, openai.BadRequestError, "x_raydpo.lora", "unknown_parameter"),
         (
+            {"extra_body": {"x_raydpo": {"reference": {"source": "teacher"}}}},
+            openai.BadRequestError,
+            "x_raydpo.reference.source",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"reference": {"by": "serve"}}}},
+            openai.BadRequestError,
+            "x_raydpo.reference.by",
+            "unknown_parameter",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"truncation": "middle"}}},
+            openai.BadRequestError,
+            "x_raydpo.truncation",
+            "invalid_value",
+        ),
+        (
             {"extra_body": {"x_raydpo": {"sharding": "half"}}},
             openai.BadRequestError,
             "x_raydpo.sharding",

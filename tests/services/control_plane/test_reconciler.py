@@ -23,6 +23,7 @@ from services.contract import (
     EventBatch,
     Failed,
     JobEvent,
+    ReferenceReleased,
     Report,
     Started,
     StepMetrics,
@@ -177,6 +178,7 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     spec_uri = ray.submissions[0]["entrypoint"].split()[-1]
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
     assert (spec.job_id, spec.attempt, spec.reference) == (job_id, 1, ray.applications[0])
+    assert (spec.reference_source, spec.cache_uri) == ("auto", storage.join(settings.storage_url, "prepared"))
 
     spool(settings, job_id, 1, reports(settings, job_id))
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
@@ -193,6 +195,27 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in client.fine_tuning.jobs.checkpoints.list(job_id)]
     assert names == [f"{job.fine_tuned_model}:ckpt-step-3"]
     assert {job.fine_tuned_model, *names} <= {model.id for model in client.models.list()}
+
+
+def test_no_reference_is_served_to_a_job_whose_trainer_scores(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    ticks(settings, 1)
+    job_id = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        method={"type": "dpo"},
+        extra_body={"x_raydpo": {"reference": {"source": "trainer"}, "truncation": "keep_end"}},
+    ).id
+    ticks(settings, 1)
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    assert (spec.reference, spec.reference_source, spec.config.truncation) == (None, "trainer", "keep_end")
+    assert not ray.applications
+    spool(settings, job_id, 1, [ReferenceReleased(), *reports(settings, job_id)])
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
 
 
 def test_held_out_rows_reach_the_attempt_and_what_it_makes_of_them_reaches_the_user(

@@ -1,9 +1,13 @@
+import tempfile
 from collections import Counter
-from itertools import chain
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dpo_core.batch import plan
 from dpo_core.config import TrainConfig
 from dpo_core.encode import EncodedGroup
 from services.training import dataset
@@ -112,3 +116,40 @@ def test_batches_after_any_step_are_the_rest_of_the_run(data: Dataset, monkeypat
     assert Counter(group.line for group in chain(*batches)) == dict.fromkeys(range(23), 3)
     for step in range(19):
         assert list(global_batches(data, config, after_step=step)) == batches[step:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    batch_size=st.integers(1, 9),
+    window=st.integers(1, 120),
+    seed=st.integers(0, 2**31 - 1),
+    num_ranks=st.integers(1, 5),
+    data=st.data(),
+)
+def test_no_row_is_lost_or_doubled_whatever_the_sizes_workers_seeds_and_kills(
+    sizes: list[int], batch_size: int, window: int, seed: int, num_ranks: int, data: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "WINDOW_TOKENS", window)
+        ends = list(accumulate(sizes, initial=0))
+        parts = [
+            write_part(
+                folder, f"{i}.parquet", [EncodedGroup([n + 1] * (1 + n % 3), ([2],), None, n) for n in range(*both)]
+            )
+            for i, both in enumerate(pairwise(ends))
+        ]
+        made = Dataset(uri=folder, parts=tuple(parts))
+        config = TrainConfig(batch_size=min(batch_size, ends[-1]), n_epochs=2, seed=seed).resolved(ends[-1])
+        killed_after = data.draw(st.integers(0, num_steps(ends[-1], config)), "killed_after")
+        before = list(islice(global_batches(made, config, after_step=0), killed_after))
+        batches = [*before, *global_batches(made, config, after_step=killed_after)]
+    lines = [group.line for batch in batches for group in computed_by(num_ranks, batch)]
+    assert sorted(lines[: ends[-1]]) == sorted(lines[ends[-1] :]) == list(range(ends[-1]))
+
+
+def computed_by(num_ranks: int, batch: list[EncodedGroup]) -> list[EncodedGroup]:
+    """What the ranks compute of a batch, together."""
+    ranks = plan([group.num_tokens for group in batch], num_ranks=num_ranks, max_tokens_per_pack=8)
+    assert len(ranks) == num_ranks
+    return [batch[i] for packs in ranks for pack in packs for i in pack]
