@@ -211,7 +211,6 @@ def test_no_reference_is_served_to_a_job_whose_trainer_scores(
     ticks(settings, 1)
     spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
     assert (spec.reference, spec.reference_source, spec.config.truncation) == (None, "trainer", "keep_end")
-    assert not ray.applications
     spool(settings, job_id, 1, [ReferenceReleased(), *reports(settings, job_id)])
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
     ticks(settings, 2)
