@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo_core.config import TrainConfig
@@ -92,6 +93,15 @@ def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
     for part in dataset.parts:
         table = _read(dataset.uri, part)
         yield from (_group(table, row) for row in range(table.num_rows))
+
+
+def first_margin(dataset: Dataset) -> int | None:
+    """The line of the first group that has a margin; None where none has. Raises DamagedPart."""
+    for part in dataset.parts:
+        table = _read(dataset.uri, part)
+        if table["margin"].null_count < table.num_rows:
+            return int(table.filter(pc.is_valid(table["margin"]))["line"][0].as_py())
+    return None
 
 
 def num_steps(num_groups: int, config: TrainConfig) -> int:

@@ -22,9 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
 from services.contract import AttemptSpec, Failed, Message, Progress, Report, Succeeded
-from services.training import dataset
+from services.training import dataset, source
 from services.training.dataset import DamagedPart, Dataset
-from services.training.encoding import Encoded, Piece, encode, encode_piece, unpack
+from services.training.encoding import Encoded, Piece, encode, encode_piece
 from services.training.reporting import JobFailed, Reporter
 from services.training.scoring import await_reference, score
 
@@ -39,6 +39,7 @@ WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the l
 
 def main(spec_uri: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, and some are signed
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": _environment()})
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
@@ -78,10 +79,10 @@ def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Dataset:
     except DamagedPart as error:
         report(Message(level="warn", message=f"Prepared data are damaged and made again: {error}"))
     own = storage.join(uri, str(spec.attempt))  # an attempt that does not know yet that it is fenced writes elsewhere
-    encoded_uri, unpacked_uri = storage.join(own, "encoded"), storage.join(own, "unpacked")
-    plain = unpack(spec, unpacked_uri)
-    data = encode(plain, encoded_uri, lambda pieces: _encode_pieces(plain, encoded_uri, pieces), report)
-    storage.delete(unpacked_uri)
+    encoded_uri = storage.join(own, "encoded")
+    with source.as_plain_file(spec, storage.join(own, "source"), report) as plain:
+        data = encode(plain, encoded_uri, lambda pieces: _encode_pieces(plain, encoded_uri, pieces), report)
+    source.check_margins(spec, data)
     if reference := spec.reference:
         data = score(data, storage.join(own, "scored"), lambda: await_reference(reference, report), report)
         storage.delete(encoded_uri)

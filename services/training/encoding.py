@@ -9,7 +9,6 @@ from dpo_core.encode import NoChatTemplate, encode_group
 from dpo_core.feedback import FeedbackReport, check, is_tied, read_groups
 from dpo_core.jsonl import InvalidRow, read_lines
 from services import storage
-from services.containers import Reader, is_plain, json_lines
 from services.contract import AttemptSpec, Contract, Failed, Message, Report
 from services.training.dataset import Dataset, Part, write_part
 from services.training.reporting import JobFailed, progress
@@ -41,16 +40,6 @@ class Encoded(Contract):
     tied: tuple[int, ...] = ()  # lines that rate all their completions alike
     limit: int = 0  # tokens that a group may have: max_length, or what the model has positions for
     refused: tuple[int, Failed] | None = None  # the line that cannot be used
-
-
-def unpack(spec: AttemptSpec, folder_uri: str) -> AttemptSpec:
-    """The attempt with its training file as plain JSON Lines: in `folder_uri`, unless it is that already."""
-    with storage.open_input(spec.training_uri) as file:
-        if is_plain(file):
-            return spec
-        uri = storage.join(folder_uri, "training.jsonl")
-        storage.write_stream(uri, io.BufferedReader(Reader(json_lines(file))))
-    return spec.model_copy(update={"training_uri": uri})
 
 
 def encode(

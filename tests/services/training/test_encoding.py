@@ -1,12 +1,9 @@
-import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from dpo_core.config import TrainConfig
@@ -17,7 +14,7 @@ from dpo_core.options import Supervised
 from services import storage
 from services.contract import AttemptSpec, Message, Progress, Report
 from services.training import dataset, encoding
-from services.training.encoding import Encoded, Piece, encode, encode_piece, split, unpack
+from services.training.encoding import Encoded, Piece, encode, encode_piece, split
 from services.training.reporting import JobFailed
 
 MakeSpec = Callable[..., AttemptSpec]
@@ -105,20 +102,6 @@ def test_rankings_of_real_shape_keep_their_ratings_and_those_without_an_order_ar
     (tmp_path / "tied.jsonl").write_text(json.dumps(rows[1]))
     with pytest.raises(JobFailed, match=r"0 are longer than .* and 1 rate all .* none is left"):
         run(make_spec(training_uri=str(tmp_path / "tied.jsonl")))
-
-
-@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.parquet"])
-def test_a_packed_file_is_encoded_as_the_plain_one(
-    make_spec: MakeSpec, run: Any, pairs: str, tmp_path: Path, name: str
-) -> None:
-    plain, packed = storage.read_bytes(pairs), tmp_path / name
-    if name.endswith("gz"):
-        packed.write_bytes(gzip.compress(plain))
-    else:
-        pq.write_table(pa.Table.from_pylist([json.loads(line) for line in plain.splitlines()]), packed)
-    spec = unpack(make_spec(training_uri=str(packed)), str(tmp_path / "unpacked"))
-    assert run(spec) == run(make_spec())
-    assert unpack(make_spec(), str(tmp_path / "not needed")) == make_spec()
 
 
 def test_nothing_short_enough_is_the_users_to_mend(make_spec: MakeSpec, run: Any) -> None:
