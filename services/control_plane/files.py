@@ -13,11 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.feedback import check
 from dpo_core.jsonl import InvalidRow
-from services import storage
+from services import outbound, storage
 from services.containers import json_lines
 from services.control_plane.errors import InvalidRequest, NotFound, TooLarge
 from services.control_plane.settings import Settings
 from services.control_plane.tables import TERMINAL, File, Job
+from services.uri import InvalidUri, admitted, is_folder
 
 TRAINING = "fine-tune"
 RESULTS = "fine-tune-results"
@@ -41,6 +42,22 @@ def _upload(source: BinaryIO, filename: str, settings: Settings) -> File:
         raise InvalidRequest(str(error), param="file", code="invalid_file_format") from None
     source.seek(0)
     return _store(source, num_bytes, filename, TRAINING, settings, report=asdict(report))
+
+
+async def check_uri(uri: str, settings: Settings) -> None:
+    """What can be told of a user's URI before anything is connected to. Raises InvalidRequest."""
+    try:
+        await anyio.to_thread.run_sync(_check_uri, uri, settings)
+    except InvalidUri as error:
+        raise InvalidRequest(str(error), param="x_raydpo.dataset", code="invalid_training_file") from None
+
+
+def _check_uri(uri: str, settings: Settings) -> None:
+    place = admitted(uri, settings.dataset_uris)
+    if place.startswith(("https:", "http:")):
+        outbound.check_literal(place, settings.dataset_uris)
+    if place.startswith("file:") and not is_folder(uri) and storage.version(place) is None:
+        raise InvalidUri(f"{uri} is no file here; one for a folder ends with '/'.")
 
 
 async def store_results(data: bytes, filename: str, settings: Settings) -> File:

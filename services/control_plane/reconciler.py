@@ -186,9 +186,11 @@ class Reconciler:
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
         """Write what the driver reads, and submit it. Ray takes one submission id once."""
-        async with self._store.begin() as session:
-            file = await session.get_one(File, job.spec["training_file"])
         spec = JobSpec.model_validate(job.spec)
+        training_uri = spec.training_file
+        if not spec.is_at_uri:
+            async with self._store.begin() as session:
+                training_uri = (await session.get_one(File, spec.training_file)).uri
         run_uri = self._run_uri(job)
         attempt_spec = AttemptSpec(
             job_id=job.id,
@@ -196,7 +198,8 @@ class Reconciler:
             config=spec.config,
             num_workers=spec.num_workers,
             num_gpus_per_worker=self._settings.num_gpus_per_worker,
-            training_uri=file.uri,
+            training_uri=training_uri,
+            dataset_uris=tuple(self._settings.dataset_uris) if spec.is_at_uri else None,
             model_source=job.model_source,
             reference=attempt.reference,
             run_uri=run_uri,

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy import select
 
 from dpo_core.options import Objective
+from services.contract import MIN_EXAMPLES
 from services.control_plane import files, jobs, models
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
@@ -17,22 +18,24 @@ from services.control_plane.tables import Checkpoint, Event, File, Job
 router = APIRouter(prefix="/fine_tuning/jobs")
 
 Limit = Annotated[int, Query(ge=1, le=100)]
-MIN_EXAMPLES = 10
 
 
 @router.post("")
 async def create(store: StorePart, settings: SettingsPart, body: CreateJob) -> dict[str, Any]:
     spec = body.spec()
+    if spec.is_at_uri:
+        await files.check_uri(spec.training_file, settings)
     async with store.begin() as session:
         model = await models.find(session, settings, spec.model)
-        file = await files.find(session, spec.training_file, param="training_file")
-        _check_file(file, spec.config.objective)
+        if not spec.is_at_uri:
+            file = await files.find(session, spec.training_file, param="training_file")
+            _check_file(file, spec.config.objective)
         job = await jobs.submit(session, spec, model)
     return job_object(job, settings)
 
 
 def _check_file(file: File, objective: Objective) -> None:
-    """The file's rows must be of the kind that the objective learns from, and enough of them."""
+    """An upload's rows must be of the kind that the objective learns from, and enough of them; a job checks a URI's."""
     report = file.report
     if report is None:
         message = f"{file.id} has purpose '{file.purpose}'; training needs one uploaded with '{files.TRAINING}'."

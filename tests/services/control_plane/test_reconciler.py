@@ -176,6 +176,7 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     spec_uri = ray.submissions[0]["entrypoint"].split()[-1]
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
     assert (spec.job_id, spec.attempt, spec.reference) == (job_id, 1, ray.applications[0])
+    assert spec.dataset_uris is None
 
     spool(settings, job_id, 1, reports(settings, job_id))
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
@@ -192,6 +193,20 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in client.fine_tuning.jobs.checkpoints.list(job_id)]
     assert names == [f"{job.fine_tuned_model}:ckpt-step-3"]
     assert {job.fine_tuned_model, *names} <= {model.id for model in client.models.list()}
+
+
+def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    uri = "s3://bucket/rows/a.jsonl"
+    body: Any = {"x_raydpo": {"dataset": uri}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uri, method={"type": "dpo"}, extra_body=body)
+    ticks(settings, 1)
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    assert (spec.training_uri, spec.dataset_uris) == (uri, tuple(settings.dataset_uris))
+    client.fine_tuning.jobs.cancel(job.id)
+    ticks(settings, 3)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
 
 
 def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(
