@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
-EVERYTHING = ["--extra=cluster", "--extra=local", "--extra=dev"]
+EVERYTHING = ["--extra=cluster", "--extra=local", "--extra=dev", f"--override={HERE / 'overrides.txt'}"]
 # Where torch's CPU build is to be had: PyTorch's own index, or wheels at hand.
 TORCH_CPU = (
     ["--find-links", wheels]

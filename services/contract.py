@@ -44,11 +44,14 @@ ReferenceSource = Literal["auto", "serve", "trainer"]
 """Who scores the reference: its deployment, the trainer's own forward, or (auto) the first if the two agree."""
 
 
+MIN_EXAMPLES = 10  # rows of a training file
+
+
 class JobSpec(Contract):
     """What a user asked for, checked. Stored with the job; never changes."""
 
     model: str  # a base model's name or an `ft:` id
-    training_file: str
+    training_file: str  # an uploaded file's id, or the URI of x_raydpo.dataset
     validation_file: str | None = None
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     suffix: str | None = None
@@ -56,6 +59,11 @@ class JobSpec(Contract):
     config: TrainConfig
     num_workers: int = Field(default=1, ge=1, le=1024)
     reference_source: ReferenceSource = "auto"
+
+    @property
+    def is_at_uri(self) -> bool:
+        """Whether the training file is the user's own, and was not uploaded."""
+        return "://" in self.training_file
 
 
 class AttemptSpec(Contract):
@@ -66,8 +74,9 @@ class AttemptSpec(Contract):
     config: TrainConfig
     num_workers: int
     num_gpus_per_worker: float = 0
-    training_uri: str  # the uploaded file
-    validation_uri: str | None = None  # likewise
+    training_uri: str  # the uploaded file, or what the user named
+    dataset_uris: tuple[str, ...] | None = None  # prefixes that a URI of the user's must keep to; None: it is an upload
+    validation_uri: str | None = None  # an uploaded file
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
     reference: str | None = None  # app_name of the deployment that scores; None: none does
@@ -89,11 +98,11 @@ class Message(Contract):
     message: str
 
 
-Stage = Literal["encoding", "loading reference", "scoring", "training", "exporting"]
+Stage = Literal["downloading", "encoding", "loading reference", "scoring", "training", "exporting"]
 
 
 class Progress(Contract):
-    """How far a stage is: encoding and scoring count rows, loading counts nothing (total 0)."""
+    """How far a stage is: downloading counts bytes, encoding and scoring rows, loading nothing. Total 0: not known."""
 
     kind: Literal["progress"] = "progress"
     stage: Stage

@@ -41,7 +41,8 @@ def write_stream(uri: str, source: BinaryIO) -> None:
     """Copies what is left to read of `source` to `uri`."""
     filesystem, path = _resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as sink:  # an object appears when its stream is closed
+        # An object appears when its stream is closed. Left to itself, Arrow packs what is called .gz once more.
+        with filesystem.open_output_stream(path, compression=None) as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
         return
     target = Path(path)
@@ -75,9 +76,18 @@ def exists(uri: str) -> bool:
 
 def list_uris(uri: str) -> list[str]:
     """The files and folders directly below the folder `uri`, sorted; none where there is no folder."""
-    filesystem, path = _resolve(uri)
-    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return [join(uri, name) for name in sorted(info.base_name for info in infos) if not name.startswith(".")]
+    return [join(uri, info.base_name) for info in _list(uri)]
+
+
+def list_files(uri: str) -> list[str]:
+    """The names of the files directly below the folder `uri`, sorted; none where there is no folder."""
+    return [info.base_name for info in _list(uri) if info.type == fs.FileType.File]
+
+
+def version(uri: str) -> tuple[int, int] | None:
+    """Bytes and time of the last change of a file, which tell that it changed; None where no file stands."""
+    info = _info(uri)
+    return (info.size, info.mtime_ns) if info.type == fs.FileType.File else None
 
 
 def delete(uri: str) -> None:
@@ -129,7 +139,7 @@ def _download(filesystem: fs.FileSystem, path: str, target: Path) -> None:
                 continue
             local = beside / target.name / Path(file.path).relative_to(path)
             local.parent.mkdir(parents=True, exist_ok=True)
-            with filesystem.open_input_stream(file.path) as source, local.open("wb") as sink:
+            with filesystem.open_input_stream(file.path, compression=None) as source, local.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
         beside.rename(target.parent)
     except OSError:
@@ -142,6 +152,12 @@ def _download(filesystem: fs.FileSystem, path: str, target: Path) -> None:
 def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     filesystem, path = fs.FileSystem.from_uri(uri if "://" in uri else os.path.abspath(uri))
     return filesystem, path
+
+
+def _list(uri: str) -> list[fs.FileInfo]:
+    filesystem, path = _resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted((info for info in infos if not info.base_name.startswith(".")), key=lambda info: info.base_name)
 
 
 def _info(uri: str) -> fs.FileInfo:

@@ -21,7 +21,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID")]
 def create(
     client: "OpenAI",
     model: Annotated[str, typer.Option(help="A base model, or a policy to go on from.")],
-    file: Annotated[str, typer.Option(help="A local file, which is uploaded, or the id of an uploaded one.")],
+    file: Annotated[str, typer.Option(help="A local file, which is uploaded, the id of an uploaded one, or a URI.")],
     method: Annotated[
         str, typer.Option(help="The objective: supervised, dpo, ipo, simpo, … as docs/api.md lists them.")
     ] = "dpo",
@@ -43,8 +43,9 @@ def create(
         "method": {"type": method, method: {"hyperparameters": hyperparameters}},
     }
     request |= {name: value for name, value in {"suffix": suffix, "seed": seed}.items() if value is not None}
-    extension = {} if workers is None else {"x_raydpo": {"num_workers": workers}}
-    job = client.fine_tuning.jobs.create(**request, extra_body=extension)
+    extension = {"num_workers": workers, "dataset": file if "://" in file else None}
+    given = {name: value for name, value in extension.items() if value is not None}
+    job = client.fine_tuning.jobs.create(**request, extra_body={"x_raydpo": given} if given else {})
     out.print(job.id)
     if watch:
         _watch(client, job.id)
@@ -93,8 +94,8 @@ def _file_id(client: "OpenAI", file: str) -> str:
             stored = client.files.create(file=rows, purpose="fine-tune")
         err.print(f"{file} uploaded as {stored.id}")
         return stored.id
-    if not file.startswith("file-"):
-        fail(f"{file} is neither a local file nor the id of an uploaded one.")
+    if not file.startswith("file-") and "://" not in file:
+        fail(f"{file} is neither a local file nor the id of an uploaded one, nor a URI.")
     return file
 
 

@@ -12,11 +12,12 @@ from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.survey import survey
-from services import storage
+from services import outbound, storage
 from services.containers import json_lines
 from services.control_plane.errors import InvalidRequest, NotFound, TooLarge
 from services.control_plane.settings import Settings
 from services.control_plane.tables import TERMINAL, File, Job
+from services.uri import InvalidUri, admitted, is_folder
 
 TRAINING = "fine-tune"
 RESULTS = "fine-tune-results"
@@ -39,6 +40,22 @@ def _upload(source: BinaryIO, filename: str, settings: Settings) -> File:
         raise InvalidRequest(report.refusal, param="file", code="invalid_file_format")
     source.seek(0)
     return _store(source, num_bytes, filename, TRAINING, settings, report=asdict(report))
+
+
+async def check_uri(uri: str, settings: Settings) -> None:
+    """What can be told of a user's URI before anything is connected to. Raises InvalidRequest."""
+    try:
+        await anyio.to_thread.run_sync(_check_uri, uri, settings)
+    except InvalidUri as error:
+        raise InvalidRequest(str(error), param="x_raydpo.dataset", code="invalid_training_file") from None
+
+
+def _check_uri(uri: str, settings: Settings) -> None:
+    place = admitted(uri, settings.dataset_uris)
+    if place.startswith(("https:", "http:")):
+        outbound.check_literal(place, settings.dataset_uris)
+    if place.startswith("file:") and not is_folder(uri) and storage.version(place) is None:
+        raise InvalidUri(f"{uri} is no file here; one for a folder ends with '/'.")
 
 
 async def store_results(data: bytes, filename: str, settings: Settings) -> File:

@@ -55,7 +55,8 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel) -> Job
     session.add(job)
     await session.flush()
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
-    tell(session, job.id, f"Files validated, moving job to queued state: {spec.training_file}")
+    validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"
+    tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
     await session.flush()
     await session.refresh(job)
     return job

@@ -189,8 +189,10 @@ class Reconciler:
     async def _launch(self, job: Job, attempt: Attempt) -> None:
         """Write what the driver reads, and submit it. Ray takes one submission id once."""
         spec = JobSpec.model_validate(job.spec)
+        training_uri = spec.training_file
         async with self._store.begin() as session:
-            file = await session.get_one(File, spec.training_file)
+            if not spec.is_at_uri:
+                training_uri = (await session.get_one(File, spec.training_file)).uri
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
         run_uri = self._run_uri(job)
         attempt_spec = AttemptSpec(
@@ -199,7 +201,8 @@ class Reconciler:
             config=spec.config,
             num_workers=spec.num_workers,
             num_gpus_per_worker=self._settings.num_gpus_per_worker,
-            training_uri=file.uri,
+            training_uri=training_uri,
+            dataset_uris=tuple(self._settings.dataset_uris) if spec.is_at_uri else None,
             validation_uri=held_out.uri if held_out else None,
             validation_share=spec.validation_share,
             model_source=job.model_source,

@@ -15,6 +15,7 @@ from services.control_plane.errors import InvalidRequest
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
 EXTENSIONS = {
+    "dataset",
     "num_workers",
     "max_length",
     "truncation",
@@ -66,7 +67,7 @@ class CreateJob(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: Text
-    training_file: Text
+    training_file: Text | None = None  # may be left out where x_raydpo.dataset says it, or repeat that
     validation_file: Text | None = None
     method: Method | None = None
     hyperparameters: dict[str, Any] | None = None  # the older place for those of `supervised`
@@ -81,7 +82,7 @@ class CreateJob(BaseModel):
         if self.integrations:
             message = "integrations is not supported; leave it out."
             raise InvalidRequest(message, param="integrations", code="unsupported_value")
-        if self.validation_file == self.training_file:
+        if self.validation_file and self.validation_file == self.training_file:
             message = f"validation_file is the training file, {self.training_file}; send one with other rows."
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
         kind = self.method.type if self.method else "supervised"
@@ -98,9 +99,10 @@ class CreateJob(BaseModel):
         config = train_config(kind, given, where, extension, seed)
         workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
         reference = _parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
-        named = self.model_dump(include={"model", "training_file", "validation_file", "suffix", "metadata"})
+        named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
         return JobSpec(
             **named,
+            training_file=self._training_file(),
             config=config,
             num_workers=workers,
             reference_source=reference.source,
@@ -115,6 +117,25 @@ class CreateJob(BaseModel):
         if self.validation_file:
             raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
         return _parse(Share, share, where)
+
+    def _training_file(self) -> str:
+        """The id of an uploaded file, or a URI."""
+        if (given := (self.x_raydpo or {}).get("dataset")) is not None:
+            uri = _parse(Text, given, "x_raydpo.dataset")
+            if "://" not in uri:
+                message = f"x_raydpo.dataset is '{uri:.80}', which is no URI; an uploaded file goes into training_file."
+                raise InvalidRequest(message, param="x_raydpo.dataset")
+            if self.training_file not in (None, uri):
+                message = "training_file and x_raydpo.dataset differ; leave one out, or send the URI in both."
+                raise InvalidRequest(message, param="training_file")
+            return uri
+        if self.training_file is None:
+            message = "Missing required parameter: 'training_file'."
+            raise InvalidRequest(message, param="training_file", code="missing_required_parameter")
+        if "://" in self.training_file:
+            message = "training_file is a URI; send it in x_raydpo.dataset as well."
+            raise InvalidRequest(message, param="training_file")
+        return self.training_file
 
 
 def train_config(

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from services.uri import check_prefix
+
 
 def _model_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
@@ -37,6 +39,9 @@ class Settings(BaseSettings):
     )
     organization: str = Field(default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="second part of ft: names")
 
+    dataset_uris: list[Annotated[str, AfterValidator(check_prefix)]] = Field(
+        default=["https://", "hf://datasets/"], description="prefixes of the URIs that a job may train on"
+    )
     max_upload_bytes: int = Field(default=512 * 2**20, gt=0)
     max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
     max_attempts: int = Field(default=3, gt=0, description="launches of one job before infrastructure failures fail it")

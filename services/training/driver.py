@@ -34,6 +34,7 @@ WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the l
 
 def main(spec_uri: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, and some are signed
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": _environment()})
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])

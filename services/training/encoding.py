@@ -12,7 +12,6 @@ from dpo_core.formats import Group
 from dpo_core.jsonl import InvalidRow, read_lines
 from dpo_core.truncation import truncate
 from services import storage
-from services.containers import Reader, is_plain, json_lines
 from services.contract import AttemptSpec, Contract, Failed, Message, Report
 from services.training.dataset import Dataset, Part, write_part
 from services.training.report import TIED, TOO_LONG, EncodingReport, Tally, left_out, lengths_in_words, merge
@@ -56,16 +55,6 @@ class Encoding(Contract):
     format: str
 
 
-def unpack(spec: AttemptSpec, folder_uri: str) -> AttemptSpec:
-    """The attempt with its training file as plain JSON Lines: in `folder_uri`, unless it is that already."""
-    with storage.open_input(spec.training_uri) as file:
-        if is_plain(file):
-            return spec
-        uri = storage.join(folder_uri, "training.jsonl")
-        storage.write_stream(uri, io.BufferedReader(Reader(json_lines(file))))
-    return spec.model_copy(update={"training_uri": uri})
-
-
 def encode(
     spec: AttemptSpec,
     folder_uri: str,
@@ -78,6 +67,7 @@ def encode(
     file that cannot be used.
     """
     format, kind = _look_at_first_row(spec)
+    _check_kind(spec, kind, format)
     pieces = list(split(spec.training_uri))
     done = progress(report, "encoding", sum(piece.num_rows for piece in pieces))
     results: list[Encoded] = []
@@ -88,7 +78,7 @@ def encode(
         done(num_rows)
     if refusals := [result.refused for result in results if result.refused]:
         raise JobFailed(min(refusals, key=lambda refusal: refusal[0])[1])
-    encoding = Encoding(
+    return Encoding(
         training=_dataset(folder_uri, (result.training for result in results)),
         held_out=_dataset(folder_uri, (result.held_out for result in results)),
         report=merge(result.report for result in results),
@@ -96,8 +86,6 @@ def encode(
         kind=kind,
         format=format,
     )
-    _refuse_nothing(spec, encoding)
-    return encoding
 
 
 def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
@@ -112,24 +100,30 @@ def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[
 
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
-    """Its format, and the kind of feedback that the objective must learn from."""
+    """Its format, and the kind of feedback that it holds."""
     with storage.open_input(spec.training_uri) as file:
         first = next(read_records(read_lines(file)), None)
     if first is None:
         raise _invalid_file("The file holds no rows; it needs at least one JSON dictionary.")
     if first.problem or first.format is None:
         raise _invalid_file(str(first.problem))
-    format, kind = first.format.name, first.format.kind
+    return first.format.name, first.format.kind
+
+
+def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
     objective = spec.config.objective
     if kind not in objective.traits.learns_from:
         needed = " or ".join(objective.traits.learns_from)
         raise _invalid_file(f"The file holds {kind} ({format} format); method {objective.type} needs {needed}.")
-    return format, kind
 
 
-def _refuse_nothing(spec: AttemptSpec, encoding: Encoding) -> None:
-    """Nothing to train on is the user's to mend."""
-    found, kind, limit = encoding.report, encoding.kind, encoding.limit
+def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
+    """Raises JobFailed where the objective cannot learn from the file, or nothing is left of it."""
+    found, kind, limit, objective = encoding.report, encoding.kind, encoding.limit, spec.config.objective
+    _check_kind(spec, kind, encoding.format)
+    if found.margins.count and not objective.traits.takes_margins:
+        where = f"{found.margins.count} {kind} have a margin ({found.margins})"
+        raise _invalid_file(f"{where}; method '{objective.type}' takes none. Remove them, or use dpo.")
     if found.num_kept:
         return
     long = found.dropped.get(TOO_LONG)

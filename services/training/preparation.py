@@ -12,9 +12,9 @@ import ray.data
 from dpo_core.encode import EncodedGroup
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, ReferenceReleased, Report
-from services.training import cache, dataset, forward, parity
+from services.training import cache, dataset, forward, parity, source
 from services.training.dataset import Dataset, Part
-from services.training.encoding import Encoded, Encoding, Piece, encode, encode_piece, tell, unpack
+from services.training.encoding import Encoded, Encoding, Piece, encode, encode_piece, refuse_unusable, tell
 from services.training.reporting import JobFailed
 from services.training.scoring import (
     Reference,
@@ -61,7 +61,7 @@ def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Prepared:
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
     """All of it, in the same way."""
-    alone = spec.model_copy(update={"training_uri": uri, "validation_share": 0.0})
+    alone = spec.model_copy(update={"training_uri": uri, "validation_share": 0.0, "dataset_uris": None})
     try:
         return _prepare_file(alone, "Validation", report)[0]
     except JobFailed as failure:
@@ -73,10 +73,11 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
 
 def _prepare_file(spec: AttemptSpec, purpose: str, report: Callable[[Report], None]) -> tuple[Dataset, Dataset]:
     """Those to train on, and those held out."""
-    encoding_uri = storage.join(spec.cache_uri, _encoding_key(spec))
-    encoding, known = cache.once(
-        encoding_uri, Encoding, lambda: _encode(spec, encoding_uri, report), _check_encoding, report
-    )
+    folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
+    with source.as_plain_file(spec, folder, report) as plain:
+        uri = storage.join(spec.cache_uri, _encoding_key(plain))
+        encoding, known = cache.once(uri, Encoding, lambda: _encode(plain, uri, report), _check_encoding, report)
+    refuse_unusable(spec, encoding)
     if known:
         report(Message(message=f"{purpose} file: token ids were found in the cache."))
     tell(spec, encoding, purpose, report)
@@ -118,15 +119,10 @@ def _encoding_key(spec: AttemptSpec) -> str:
 
 
 def _encode(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Encoding:
-    unpacked_uri = storage.join(spec.run_uri, "unpacked", str(spec.attempt))
-    plain = unpack(spec, unpacked_uri)
-
     def encode_pieces(pieces: list[Piece]) -> Iterator[Encoded]:
-        return _in_tasks(lambda piece: encode_piece(plain, uri, piece), pieces, Encoded)
+        return _in_tasks(lambda piece: encode_piece(spec, uri, piece), pieces, Encoded)
 
-    encoding = encode(plain, uri, encode_pieces, report)
-    storage.delete(unpacked_uri)
-    return encoding
+    return encode(spec, uri, encode_pieces, report)
 
 
 # --- scores --------------------------------------------------------------------------------------------
@@ -141,13 +137,13 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
     weights = cache.model_digest(spec.model_source, weights=True)
     own_uri = _scores_uri(encoding, weights, by="trainer", dtype="float32", packages=("torch", "transformers"))
     served_uri = _scores_uri(encoding, weights, by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
-    reference, source = spec.reference, spec.reference_source
-    if reference is None or (source == "auto" and cache.find(own_uri, Scored, _check_scored, report)):
+    reference, choice = spec.reference, spec.reference_source
+    if reference is None or (choice == "auto" and cache.find(own_uri, Scored, _check_scored, report)):
         return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
     try:
         return _score_once(served_uri, encoding, lambda: _by_deployment(spec, reference, encoding, report), report)
     except _Departs as departure:
-        if source == "serve":
+        if choice == "serve":
             message = f"The reference {reference} and the policy disagree ({departure}); deploy it in float32."
             raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
     report(Message(level="warn", message="The trainer's own forward scores the reference instead."))
@@ -166,10 +162,10 @@ def _vllm() -> str:
 
 
 def _score_once(
-    uri: str, encoding: Encoding, source: Callable[[], ScoreParts], report: Callable[[Report], None]
+    uri: str, encoding: Encoding, begin: Callable[[], ScoreParts], report: Callable[[Report], None]
 ) -> Scored:
     def make() -> Scored:
-        score_parts = source()
+        score_parts = begin()
         return Scored(
             training=score(encoding.training, uri, score_parts, report),
             held_out=score(encoding.held_out, uri, score_parts, report),

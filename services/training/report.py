@@ -43,6 +43,7 @@ class EncodingReport(Contract):
     num_groups: int = 0  # in those rows
     num_kept: int = 0  # to train on
     num_held_out: int = 0  # to validate on
+    margins: Lines = Lines()  # groups that have one
     dropped: dict[str, Lines] = Field(default_factory=dict)  # by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
     lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
@@ -64,6 +65,7 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
     shortest = [n for n in (a.shortest_too_long, b.shortest_too_long) if n is not None]
     return EncodingReport(
         **{name: getattr(a, name) + getattr(b, name) for name in counts},
+        margins=_add_lines(a.margins, b.margins),
         dropped={key: _add_lines(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
         truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
         lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
@@ -89,6 +91,7 @@ class Tally:
         self._counts = Counter(num_rows=num_rows)
         self._dropped: dict[str, list[int]] = {}
         self._truncated: dict[str, list[int]] = {}
+        self._margins: list[int] = []
         self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
         self._too_long: list[int] = []
 
@@ -103,6 +106,8 @@ class Tally:
 
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
         self._counts.update(num_groups=1, num_kept=not held_out, num_held_out=held_out)
+        if before.margin is not None:
+            self._margins.append(before.line)
         now = _sides(after)
         for side, length in _sides(before).items():
             if now[side] < length:
@@ -118,6 +123,7 @@ class Tally:
     def report(self) -> EncodingReport:
         return EncodingReport(
             **self._counts,
+            margins=_named(self._margins),
             dropped={code: _named(lines) for code, lines in self._dropped.items()},
             truncated={side: _named(lines) for side, lines in self._truncated.items()},
             lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},

@@ -42,6 +42,7 @@ def full() -> dict[str, Any]:
             "dtype": "bfloat16",
             "num_gpus_per_worker": 1,
             "num_gpus_per_model": 0.5,
+            "dataset_uris": ["https://", "gs://bucket/rows/"],
             "max_upload_bytes": 2**34,
         },
         "images": {

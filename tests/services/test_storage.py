@@ -91,3 +91,22 @@ def test_fetch_downloads_once_and_whole(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(FileNotFoundError):
         storage.fetch("far://missing", cache=tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_a_packed_file_is_stored_and_fetched_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distant = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    monkeypatch.setattr(storage, "_resolve", lambda uri: (distant, uri.removeprefix("far://")))
+    storage.write_bytes("far://rows.gz", b"\x1f\x8b and more")
+    assert storage.read_bytes("far://rows.gz") == b"\x1f\x8b and more"
+    assert storage.fetch("far://rows.gz", cache=tmp_path / "cache").read_bytes() == b"\x1f\x8b and more"
+
+
+def test_only_files_are_listed_as_files_and_have_a_version(folder: str) -> None:
+    storage.write_bytes(storage.join(folder, "b", "c"), b"1")
+    storage.write_bytes(storage.join(folder, "a 1"), b"1")
+    assert storage.list_files(folder) == ["a 1"]
+    assert storage.version(storage.join(folder, "b")) is None
+    assert storage.version(storage.join(folder, "none")) is None
+    first = storage.version(storage.join(folder, "a 1"))
+    storage.write_bytes(storage.join(folder, "a 1"), b"12")
+    assert storage.version(storage.join(folder, "a 1")) != first

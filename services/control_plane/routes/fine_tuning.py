@@ -6,6 +6,7 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy import select
 
 from dpo_core.options import Objective
+from services.contract import MIN_EXAMPLES
 from services.control_plane import files, jobs, models
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
@@ -17,17 +18,19 @@ from services.control_plane.tables import Checkpoint, Event, File, Job
 router = APIRouter(prefix="/fine_tuning/jobs")
 
 Limit = Annotated[int, Query(ge=1, le=100)]
-MIN_EXAMPLES = 10
 
 
 @router.post("")
 async def create(store: StorePart, settings: SettingsPart, body: CreateJob) -> dict[str, Any]:
     spec = body.spec()
+    if spec.is_at_uri:
+        await files.check_uri(spec.training_file, settings)
     async with store.begin() as session:
         model = await models.find(session, settings, spec.model)
-        file = await files.find(session, spec.training_file, param="training_file")
-        _check_file(file, spec.config.objective, "training_file")
-        _check_size(file)
+        if not spec.is_at_uri:
+            file = await files.find(session, spec.training_file, param="training_file")
+            _check_file(file, spec.config.objective, "training_file")
+            _check_size(file)
         if spec.validation_file:
             held_out = await files.find(session, spec.validation_file, param="validation_file")
             _check_file(held_out, spec.config.objective, "validation_file")
@@ -36,7 +39,7 @@ async def create(store: StorePart, settings: SettingsPart, body: CreateJob) -> d
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
-    """The file's rows must be of the kind that the objective learns from."""
+    """An upload's rows must be of the kind that the objective learns from; a job checks a URI's."""
     code, report = f"invalid_{param}", file.report
     if report is None:
         message = f"{file.id} has purpose '{file.purpose}'; {param} needs one uploaded with '{files.TRAINING}'."

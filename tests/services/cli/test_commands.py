@@ -59,6 +59,14 @@ def test_file_option_is_a_local_file_or_an_id(raydpo):
     assert "nowhere.jsonl is neither a local file nor the id of an uploaded one" in refused.stderr
 
 
+def test_file_option_takes_a_uri_too(raydpo):
+    created = raydpo("jobs", "create", "--model", "tiny", "--file", "hf://datasets/org/name/rows.jsonl")
+    assert created.exit_code == 0, created.output
+    job = json.loads(raydpo("jobs", "show", created.stdout.strip()).stdout)
+    assert job["training_file"] == "hf://datasets/org/name/rows.jsonl"
+    raydpo("jobs", "cancel", job["id"])
+
+
 def test_models_lists_by_itself(raydpo):
     assert raydpo("models").stdout == raydpo("models", "list").stdout
     assert json.loads(raydpo("models", "show", "tiny").stdout)["id"] == "tiny"

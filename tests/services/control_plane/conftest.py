@@ -48,6 +48,7 @@ def offline(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Sett
         ray_url=f"http://127.0.0.1:{free_port()}",
         models={"tiny": "/nowhere/tiny"},
         model_wait_seconds=0.2,
+        dataset_uris=["https://", "hf://datasets/", "s3://bucket/rows/", f"{home.as_uri()}/data/"],
     )
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from dpo_core.options import OBJECTIVES
 from services.control_plane.schemas import METHODS
+from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pairs
 
 ROOT = Path(__file__).parents[3]
@@ -208,6 +210,109 @@ def test_a_share_to_hold_out_is_echoed_and_refused_beyond_its_limits(client: ope
         with pytest.raises(openai.BadRequestError, match=f"{limit}, but it is {share}") as refused:
             create(client, training_file, extra_body={"x_raydpo": {"validation_share": share}})
         assert (refused.value.param, refused.value.code) == ("x_raydpo.validation_share", "invalid_value")
+
+
+def create_at(client: openai.OpenAI, uri: Any, **changes: Any) -> Any:
+    return create(client, uri, extra_body={"x_raydpo": {"dataset": uri}}, **changes)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://example.com/rows.jsonl?token=x",
+        "hf://datasets/org/name@v1/data/*.parquet",
+        "s3://bucket/rows/a.jsonl",
+        "s3://bucket/rows/",
+    ],
+)
+def test_a_job_trains_on_a_uri_and_echoes_it(client: openai.OpenAI, uri: str) -> None:
+    job = create_at(client, uri)
+    assert (job.status, job.training_file) == ("queued", uri)
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert messages[0] == f"Files are validated when it runs, moving job to queued state: {uri}"
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_over_plain_http_training_file_may_be_left_out_but_not_both(base_url: str) -> None:
+    body = {"model": "tiny", "method": dpo(), "x_raydpo": {"dataset": "https://example.com/rows.jsonl"}}
+    with httpx.Client(base_url=f"{base_url}/v1", headers={"Authorization": f"Bearer {API_KEY}"}) as http:
+        job = http.post("/fine_tuning/jobs", json=body).json()
+        assert job["training_file"] == "https://example.com/rows.jsonl"
+        assert http.post(f"/fine_tuning/jobs/{job['id']}/cancel").is_success
+        refused = http.post("/fine_tuning/jobs", json={"model": "tiny", "method": dpo()})
+    assert refused.json()["error"]["code"] == "missing_required_parameter"
+    assert refused.json()["error"]["param"] == "training_file"
+
+
+def test_a_local_file_must_be_admitted_and_be_there(client: openai.OpenAI, settings: Settings) -> None:
+    data = settings.home / "data"
+    data.mkdir()
+    (data / "rows.jsonl").write_bytes(pairs())
+    (data / "link.jsonl").symlink_to(settings.home / "secret.jsonl")
+    (settings.home / "secret.jsonl").write_bytes(pairs())
+    client.fine_tuning.jobs.cancel(create_at(client, f"{data.as_uri()}/rows.jsonl").id)
+    client.fine_tuning.jobs.cancel(create_at(client, f"{data.as_uri()}/*.jsonl").id)
+    for name, message in [
+        ("missing.jsonl", "is no file"),
+        ("../secret.jsonl", "is not admitted"),
+        ("%2e%2e/secret.jsonl", "is not admitted"),
+        ("link.jsonl", "is not admitted"),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message) as refused:
+            create_at(client, f"{data.as_uri()}/{name}")
+        assert (refused.value.param, refused.value.code) == ("x_raydpo.dataset", "invalid_training_file")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://bucket/other.jsonl", "the setting dataset_uris admits https://, hf://datasets/, s3://bucket/rows/"),
+        ("s3://bucket/rows/a.jsonl?endpoint_override=127.0.0.1:1", "is not admitted"),
+        ("gs://bucket/a.jsonl", "is not admitted"),
+        ("file:///etc/passwd", "is not admitted"),
+        ("http://example.com/rows.jsonl", "is not admitted"),
+        ("https://user:secret@example.com/rows.jsonl", "no credentials"),
+        ("https://example.com/rows/", "names a folder"),
+        ("https://127.0.0.1/rows.jsonl", "not public"),
+        ("https://2130706433/rows.jsonl", "not public"),
+        ("https://0x7f.1/rows.jsonl", "not public"),
+        ("https://0177.0.0.1/rows.jsonl", "not public"),
+        ("https://[::ffff:10.0.0.1]/rows.jsonl", "not public"),
+        ("https://[2002:a00:1::]/rows.jsonl", "not public"),
+        ("https://169.254.169.254/latest/meta-data", "not public"),
+    ],
+)
+def test_a_uri_that_may_not_be_read_is_refused_at_the_door(client: openai.OpenAI, uri: str, message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create_at(client, uri)
+    assert (refused.value.param, refused.value.code) == ("x_raydpo.dataset", "invalid_training_file")
+    assert message in refused.value.message
+    assert "secret" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("training_file", "dataset", "param"),
+    [
+        ("file-x", "https://example.com/rows.jsonl", "training_file"),
+        ("https://example.com/a.jsonl", "https://example.com/b.jsonl", "training_file"),
+        ("https://example.com/a.jsonl", None, "training_file"),
+        ("file-x", "file-x", "x_raydpo.dataset"),
+        ("file-x", "", "x_raydpo.dataset"),
+        ("file-x", 7, "x_raydpo.dataset"),
+    ],
+)
+def test_a_file_and_a_uri_exclude_each_other(
+    client: openai.OpenAI, training_file: str, dataset: Any, param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, training_file, extra_body={"x_raydpo": {"dataset": dataset}})
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("prefix", ["ftp://", "rows/", "https://user:secret@example.com/", "s3://bucket/../other/"])
+def test_a_prefix_that_admits_nothing_is_refused_at_the_start(settings: Settings, prefix: str) -> None:
+    with pytest.raises(ValidationError, match="dataset_uris"):
+        Settings.model_validate(settings.model_dump() | {"dataset_uris": [prefix]})
 
 
 def test_a_queued_job_is_cancelled_at_once_and_only_once(client: openai.OpenAI, training_file: str) -> None:

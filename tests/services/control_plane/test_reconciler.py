@@ -179,6 +179,7 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
     assert (spec.job_id, spec.attempt, spec.reference) == (job_id, 1, ray.applications[0])
     assert (spec.reference_source, spec.cache_uri) == ("auto", storage.join(settings.storage_url, "prepared"))
+    assert spec.dataset_uris is None
 
     spool(settings, job_id, 1, reports(settings, job_id))
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
@@ -247,6 +248,20 @@ def test_held_out_rows_reach_the_attempt_and_what_it_makes_of_them_reaches_the_u
     job = client.fine_tuning.jobs.retrieve(job_id)
     rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
     assert [[row[name] for name in told] for row in rows] == [[""] * len(told), [str(v) for v in told.values()]]
+
+
+def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    uri = "s3://bucket/rows/a.jsonl"
+    body: Any = {"x_raydpo": {"dataset": uri}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uri, method={"type": "dpo"}, extra_body=body)
+    ticks(settings, 1)
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    assert (spec.training_uri, spec.dataset_uris) == (uri, tuple(settings.dataset_uris))
+    client.fine_tuning.jobs.cancel(job.id)
+    ticks(settings, 3)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
 
 
 def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(

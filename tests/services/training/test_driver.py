@@ -1,5 +1,6 @@
 """Whole attempts: the driver as Ray Jobs starts it, on a Ray of its own, killed and started again."""
 
+import gzip
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import torch
 
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy
+from dpo_core.options import Orpo
 from services import storage
 from services.contract import (
     AttemptSpec,
@@ -34,6 +36,7 @@ from services.contract import (
     StepMetrics,
     Succeeded,
 )
+from tests.services.web import running_web
 
 pytestmark = pytest.mark.ray
 
@@ -291,6 +294,35 @@ def test_a_deployment_that_departs_fails_a_job_that_insists_on_it(
     assert isinstance(last, Failed)
     assert last.code == "reference_mismatch"
     assert "per token mean" in last.message
+
+
+def test_an_attempt_trains_on_rows_from_the_web(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, pairs: str
+) -> None:
+    with running_web() as web:
+        web.files["/rows.jsonl.gz"] = gzip.compress(storage.read_bytes(pairs))
+        web.cuts = [100]
+        config = TrainConfig(objective=Orpo(), batch_size=8, n_epochs=1)
+        uri, prefixes = f"{web.url}/rows.jsonl.gz", (f"{web.url}/",)
+        spec = make_spec(config=config, training_uri=uri, dataset_uris=prefixes, events_url=control_plane.url)
+        driver = start(spec)
+        assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    reports = driver.reports()
+    stages = list(dict.fromkeys(report.stage for report in only(Progress, reports)))
+    assert stages == ["downloading", "encoding", "exporting"]
+    assert len(only(StepMetrics, reports)) == 3
+    assert isinstance(reports[-1], Succeeded)
+
+
+def test_a_uri_that_may_not_be_read_fails_the_job(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    spec = make_spec(training_uri="http://localhost:9/rows.jsonl", dataset_uris=("http://",))
+    driver = start(spec.model_copy(update={"events_url": control_plane.url}))
+    assert driver.wait() == 1, driver.log.read_text()[-5000:]
+    last = control_plane.reports()[-1]
+    assert (last.kind, last.code, last.param) == ("failed", "invalid_training_file", "x_raydpo.dataset")
+    assert "not public" in last.message
 
 
 def test_a_fenced_attempt_stops(

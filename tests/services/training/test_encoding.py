@@ -1,4 +1,3 @@
-import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -6,19 +5,17 @@ from operator import gt, ne
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from dpo_core.config import TrainConfig
 from dpo_core.encode import EncodedGroup, encode_group
 from dpo_core.feedback import read_groups
 from dpo_core.model import load_tokenizer
-from dpo_core.options import Supervised
+from dpo_core.options import Simpo, Supervised
 from services import storage
 from services.contract import AttemptSpec, Message, Progress, Report
 from services.training import dataset, encoding
-from services.training.encoding import Encoded, Piece, encode, encode_piece, split, tell, unpack
+from services.training.encoding import Encoded, Piece, encode, encode_piece, refuse_unusable, split, tell
 from services.training.reporting import JobFailed
 
 MakeSpec = Callable[..., AttemptSpec]
@@ -41,6 +38,7 @@ def run(tmp_path: Path) -> Callable[[AttemptSpec], tuple[list[EncodedGroup], lis
             return (encode_piece(spec, uri, piece) for piece in reversed(pieces))
 
         made = encode(spec, uri, encode_pieces, reports.append)
+        refuse_unusable(spec, made)
         tell(spec, made, "Training", reports.append)
         return list(dataset.read_groups(made.training)), reports
 
@@ -113,20 +111,6 @@ def test_rankings_of_real_shape_keep_their_ratings_and_those_without_an_order_ar
     (tmp_path / "tied.jsonl").write_text(json.dumps(rows[1]))
     with pytest.raises(JobFailed, match=r"Of 1 rankings none is left to train on. Left out 1 of 1 rankings, that rate"):
         run(make_spec(training_uri=str(tmp_path / "tied.jsonl")))
-
-
-@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.parquet"])
-def test_a_packed_file_is_encoded_as_the_plain_one(
-    make_spec: MakeSpec, run: Any, pairs: str, tmp_path: Path, name: str
-) -> None:
-    plain, packed = storage.read_bytes(pairs), tmp_path / name
-    if name.endswith("gz"):
-        packed.write_bytes(gzip.compress(plain))
-    else:
-        pq.write_table(pa.Table.from_pylist([json.loads(line) for line in plain.splitlines()]), packed)
-    spec = unpack(make_spec(training_uri=str(packed)), str(tmp_path / "unpacked"))
-    assert run(spec) == run(make_spec())
-    assert unpack(make_spec(), str(tmp_path / "not needed")) == make_spec()
 
 
 def test_nothing_short_enough_is_the_users_to_mend(make_spec: MakeSpec, run: Any) -> None:
@@ -234,3 +218,16 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
     groups, reports = run(make_spec(model_source=str(tmp_path / "strict"), training_uri=str(tmp_path / "rows.jsonl")))
     assert [group.line for group in groups] == [1, 3]
     assert reports[-1].message == "Left out 1 of 3 pairs, that the chat template refuses (line 2)."
+
+
+def test_margins_are_refused_by_line_where_the_objective_takes_none(
+    make_spec: MakeSpec, run: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": f"{n}?", "chosen": " a", "rejected": " b"} | ({"margin": 2} if n % 4 == 1 else {}) for n in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = make_spec(training_uri=str(tmp_path / "rows.jsonl"))
+    assert [group.margin for group in run(spec)[0]] == [None, 2.0, None, None, None, 2.0]
+    with pytest.raises(JobFailed, match=r"2 pairs have a margin \(line 2, 6\); method 'simpo' takes none"):
+        run(spec.model_copy(update={"config": TrainConfig(objective=Simpo())}))

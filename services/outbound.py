@@ -1,0 +1,107 @@
+"""HTTP to hosts that users name: nothing of this network is reached, unless a listed prefix names it.
+
+A name may resolve to another address each time it is asked for. So it is asked once, here, and the
+connection goes to the address that was checked.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import httpx
+
+from services.uri import PORTS, InvalidUri, check, named_hosts
+
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+UNICAST = ipaddress.IPv6Network("2000::/3")
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # of it, the last four bytes are the IPv4 address that is meant
+
+
+def client(prefixes: Sequence[str]) -> httpx.Client:
+    """Every request of it, redirects too, keeps to `prefixes` and to public addresses. It uses no proxy."""
+
+    def check_request(request: httpx.Request) -> None:
+        check(str(request.url), prefixes)
+
+    return httpx.Client(
+        transport=_Transport(named_hosts(prefixes)),
+        event_hooks={"request": [check_request]},
+        timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        trust_env=False,
+    )
+
+
+def check_literal(url: str, prefixes: Sequence[str]) -> None:
+    """Raises InvalidUri for a host that is an address, in whatever spelling, and not public. Asks no name server."""
+    split = urlsplit(url)
+    host, port = split.hostname or "", split.port or PORTS[split.scheme]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return  # a name
+    if (host, port) not in named_hosts(prefixes):
+        _refuse_own(host, port, [str(entry[4][0]) for entry in found])
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether it is one host on the open internet, not hidden in an address of another kind."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast
+    if address in NAT64:
+        return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return address in UNICAST and address.is_global and not (address.sixtofour or address.teredo)
+
+
+class _Transport(httpx.BaseTransport):
+    def __init__(self, named: set[tuple[str, int]]) -> None:
+        self._named = named
+        # No connection is used twice: kept ones are known by address, and hosts that share one must not share them.
+        self._inner = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        host, port = request.url.raw_host.decode(), request.url.port or PORTS[request.url.scheme]
+        addresses = _resolve(host, port)
+        if (host, port) not in self._named:
+            _refuse_own(host, port, addresses)
+        for address in addresses[:-1]:
+            try:
+                return self._connect(request, host, address)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue
+        return self._connect(request, host, addresses[-1])
+
+    def _connect(self, request: httpx.Request, host: str, address: str) -> httpx.Response:
+        """The Host header stays as it is, and certificates are checked against the host."""
+        pinned = httpx.Request(
+            request.method,
+            request.url.copy_with(host=address),
+            headers=request.headers,
+            stream=request.stream,
+            extensions=request.extensions | {"sni_hostname": host},
+        )
+        return self._inner.handle_request(pinned)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        raise InvalidUri(f"{host!r:.200} is no host.") from None
+    except socket.gaierror as error:
+        if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+            raise InvalidUri(f"The host {host} does not exist.") from None
+        raise httpx.ConnectError(f"{host}: {error}") from error
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _refuse_own(host: str, port: int, addresses: Sequence[str]) -> None:
+    for address in addresses:
+        if not is_public(ipaddress.ip_address(address.partition("%")[0])):
+            raise InvalidUri(
+                f"{host} is at {address}, which is not public; "
+                f"a prefix in the setting dataset_uris must name {host} and port {port}."
+            )

@@ -1,0 +1,124 @@
+"""URIs that users name, and whether the service may read them for one.
+
+It reads with its own rights, which are more than a user's: a URI must stand under one of the
+prefixes that the setting `dataset_uris` lists. `https://` alone admits every host; which
+addresses of it are reached is `services.outbound`'s affair.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+PORTS = {"http": 80, "https": 443}
+SCHEMES = ("https", "http", "hf", "s3", "gs", "file")
+HUB_PATH = re.compile(r"/[\w.-]+/[\w.-]+(@[^/]+)?(/.*)?")
+MAX_LENGTH = 8192  # signed URLs, to which servers redirect, are long
+
+
+class InvalidUri(ValueError):
+    """It cannot be read, or must not be; the message says why, and what to do."""
+
+
+class _Place(NamedTuple):
+    """What a prefix and a URI are compared by."""
+
+    path: str  # with scheme and host
+    options: list[tuple[str, str]]  # of the filesystem, such as endpoint_override
+
+
+def check_prefix(prefix: str) -> str:
+    """`prefix` itself. Raises InvalidUri where it is none."""
+    _place(prefix)
+    return prefix
+
+
+def admitted(uri: str, prefixes: Sequence[str]) -> str:
+    """`uri` of one file or many, a local one with `..` and symlinks resolved. Raises InvalidUri where it is refused."""
+    check(uri, prefixes)
+    split = urlsplit(uri)
+    if split.scheme != "file" and not split.hostname:
+        raise InvalidUri(f"{uri} names no {'host' if split.scheme in PORTS else 'bucket'}.")
+    if split.scheme in PORTS and is_folder(uri):
+        raise InvalidUri(f"{uri} names a folder, and {split.scheme} has no list of one; name a file.")
+    if split.scheme == "hf" and not (split.netloc == "datasets" and HUB_PATH.fullmatch(split.path)):
+        raise InvalidUri(f"{uri} must be hf://datasets/<organization>/<name>[@<revision>]/<path>.")
+    return _place(uri).path if split.scheme == "file" else uri
+
+
+def check(uri: str, prefixes: Sequence[str]) -> None:
+    """Raises InvalidUri where no prefix admits `uri`."""
+    place = _place(uri)
+    if not any(_is_under(place, _place(prefix)) for prefix in prefixes):
+        listed = f"admits {', '.join(prefixes)}" if prefixes else "admits none"
+        raise InvalidUri(
+            f"{uri} is not admitted: the setting dataset_uris {listed}; add its prefix, or upload the file."
+        )
+
+
+def is_folder(uri: str) -> bool:
+    """Whether it means all files of a folder, or those that a `*` in its last part matches."""
+    name = urlsplit(uri).path.rpartition("/")[2]
+    return not name or "*" in name
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the last part of a folder's URI means the file `name`; never one that begins with a dot or underscore."""
+    expression = ".*".join(re.escape(part) for part in (pattern or "*").split("*"))
+    return "/" not in name and not name.startswith((".", "_")) and bool(re.fullmatch(expression, name))
+
+
+def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
+    """The hosts, with their ports, that web prefixes name: those are reached wherever they are."""
+    splits = [urlsplit(prefix) for prefix in prefixes]
+    return {(s.hostname, s.port or PORTS[s.scheme]) for s in splits if s.scheme in PORTS and s.hostname}
+
+
+def _is_under(place: _Place, prefix: _Place) -> bool:
+    if place.options != prefix.options or not place.path.startswith(prefix.path):
+        return False
+    rest = place.path[len(prefix.path) :]
+    return not rest or prefix.path.endswith("/") or rest[0] == "/" or (rest[0] == "@" and prefix.path.startswith("hf:"))
+
+
+def _place(uri: str) -> _Place:
+    split = _split(uri)
+    path = unquote(split.path)
+    if "\0" in path:
+        raise InvalidUri(f"{uri!r:.200} has a NUL character in its path.")
+    if split.scheme == "file":
+        if split.netloc or split.query:
+            raise InvalidUri(f"{uri} must be file:///<path>.")
+        return _Place(Path(path or "/").resolve().as_uri(), [])
+    if {".", ".."} & set(path.split("/")):
+        raise InvalidUri(f"{uri} has '.' or '..' in its path; spell the path out.")
+    if split.scheme in PORTS:
+        port = "" if split.port in (None, PORTS[split.scheme]) else f":{split.port}"
+        host = split.hostname or ""
+        return _Place(f"{split.scheme}://{f'[{host}]' if ':' in host else host}{port}{split.path}", [])
+    if split.scheme == "hf":
+        if split.query:
+            raise InvalidUri(f"{uri} must end with its path.")
+        return _Place(f"hf://{split.netloc}{split.path}", [])
+    return _Place(f"{split.scheme}://{split.netloc}{path}", sorted(parse_qsl(split.query, keep_blank_values=True)))
+
+
+def _split(uri: str) -> SplitResult:
+    """Refuses what two parsers might read differently, and what must not be kept: a job shows its URI."""
+    if len(uri) > MAX_LENGTH:
+        raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}.")
+    if not uri.isprintable() or "\\" in uri or "#" in uri:
+        raise InvalidUri(f"{uri!r:.200} has a backslash, a '#' or a control character; percent-encode it.")
+    try:
+        split = urlsplit(uri)
+        split.port  # noqa: B018 - it raises
+    except ValueError as error:
+        raise InvalidUri(f"{uri!r:.200} is no URI: {error}.") from None
+    if split.scheme not in SCHEMES or "://" not in uri:
+        raise InvalidUri(f"{uri!r:.200} must begin with one of {', '.join(f'{s}://' for s in SCHEMES)}.")
+    if "@" in split.netloc:
+        raise InvalidUri(f"A URI must hold no credentials, but that of host {split.hostname} does; take them out.")
+    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]*", split.netloc):
+        raise InvalidUri(f"{split.netloc!r} is no host; write it in ASCII.")
+    return split
