@@ -13,13 +13,14 @@ from collections.abc import Callable
 import httpx
 
 from services import storage
-from services.contract import AttemptSpec, Failed, JobEvent, Progress, Report, Stage
+from services.contract import AttemptSpec, Failed, JobEvent, Message, Progress, Report, Stage
 
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_SEGMENT = 500
 POST_TIMEOUT_SECONDS = 10.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 15.0
+SENTENCE_SECONDS = 60.0  # between two messages on one stage
 
 
 class JobFailed(Exception):
@@ -30,17 +31,27 @@ class JobFailed(Exception):
         self.report = report
 
 
-def progress(report: Callable[[Report], None], stage: Stage, total: int) -> Callable[[int], None]:
-    """A function that reports how many of `total` are done: at once, then about once a second, and when all are."""
+def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
+    """A function that reports how many of `total` are done: at once, then about once a second, and when all are.
+
+    `start` were done before. Once a minute a sentence says so as well, with the time that is left at the rate so far.
+    """
+    began = told = time.monotonic()
     last = float("-inf")
 
     def done(number: int) -> None:
-        nonlocal last
-        if number == total or time.monotonic() - last >= 1:
-            last = time.monotonic()
+        nonlocal last, told
+        now = time.monotonic()
+        if number == total or now - last >= 1:
+            last = now
             report(Progress(stage=stage, done=number, total=total))
+        if now - told >= SENTENCE_SECONDS and start < number < total:
+            told = now
+            minutes = (now - began) / (number - start) * (total - number) / 60
+            share = f"{number} of {total} ({number / total:.0%})"
+            report(Message(message=f"{stage.capitalize()}: {share} done, about {minutes:.0f} min left."))
 
-    done(0)
+    done(start)
     return done
 
 

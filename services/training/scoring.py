@@ -57,7 +57,7 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
     scored = {part.name: part for part in found if part}
     left = [part for part in encoded.parts if part.name not in scored]
     count = encoded.num_groups - sum(part.num_groups for part in left)
-    done = progress(report, "scoring", encoded.num_groups)
+    done = progress(report, "scoring", encoded.num_groups, start=count)
 
     def add(groups: int) -> None:
         nonlocal count

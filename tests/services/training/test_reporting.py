@@ -7,8 +7,9 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from services import storage
-from services.contract import AttemptSpec, EventBatch, Message
-from services.training.reporting import Reporter
+from services.contract import AttemptSpec, EventBatch, Message, Progress, Report
+from services.training import reporting
+from services.training.reporting import Reporter, progress
 
 
 @pytest.fixture
@@ -114,3 +115,18 @@ def test_text_that_is_no_unicode_fails_its_reporter_and_leaves_no_gap(spec: Atte
     reporter.report(Message(message="fine"))
     reporter.close(timeout_seconds=10)
     assert spooled(reporter) == [0]
+
+
+def test_progress_is_told_in_a_sentence_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: now)
+    reports: list[Report] = []
+    done = progress(reports.append, "scoring", 100, start=10)
+    for number in range(11, 101):
+        now += 4
+        done(number)
+    assert [report.done for report in reports if isinstance(report, Progress)] == list(range(10, 101))
+    assert [report.message for report in reports if isinstance(report, Message)][:2] == [
+        "Scoring: 25 of 100 (25%) done, about 5 min left.",
+        "Scoring: 40 of 100 (40%) done, about 4 min left.",
+    ]
