@@ -186,8 +186,10 @@ def _by_deployment(
         return await_reference(app_name, report)
 
     groups = parity.sample(encoding.training)
-    served = served_token_logps(groups, connect)
-    found = parity.compare(served, _own_token_logps(spec, groups))
+    if spec.num_gpus_per_worker:
+        connect()  # only then is it known which GPUs are left
+    own = _begin_own_token_logps(spec, groups)
+    found = parity.compare(served_token_logps(groups, connect), ray.get(own))
     if not found.holds:
         report(Message(level="warn", message=f"The reference's deployment departs from the trainer: {found}."))
         raise _Departs(str(found))
@@ -195,13 +197,12 @@ def _by_deployment(
     return by_deployment(connect)
 
 
-def _own_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> parity.Logps:
+def _begin_own_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
     """On a GPU if one is free: the deployment may have the only one."""
     free = ray.available_resources().get("GPU", 0) >= spec.num_gpus_per_worker
     here = spec if free else spec.model_copy(update={"num_gpus_per_worker": 0})
     task = ray.remote(forward.token_logps).options(num_cpus=1, num_gpus=here.num_gpus_per_worker)
-    logps: parity.Logps = ray.get(task.remote(here, groups))
-    return logps
+    return task.remote(here, groups)
 
 
 def _by_trainer(spec: AttemptSpec, report: Callable[[Report], None]) -> ScoreParts:

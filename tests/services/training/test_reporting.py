@@ -22,6 +22,7 @@ def spec(tmp_path: Path, control_plane: Any) -> AttemptSpec:
         training_uri="",
         model_source="",
         run_uri=(tmp_path / "run").as_uri(),
+        cache_uri=str(tmp_path / "cache"),
         events_url=control_plane.url,
     )
 
