@@ -85,7 +85,8 @@ def find_scores(uri: str, part: Part) -> Part | None:
 def check(dataset: Dataset) -> None:
     """Raises DamagedPart if any part is not what it was."""
     for part in dataset.parts:
-        _read(dataset, part)
+        for uri, sha256 in _files(dataset, part):
+            _read_bytes(uri, sha256)
 
 
 def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
@@ -143,8 +144,10 @@ def windows(parts: Sequence[Part], seed: int, epoch: int) -> Iterator[tuple[list
     generator.shuffle(left)
     while left:
         window = [left.pop()]
-        while left and sum(part.num_tokens for part in window) + left[-1].num_tokens <= WINDOW_TOKENS:
+        room = WINDOW_TOKENS - window[0].num_tokens
+        while left and left[-1].num_tokens <= room:
             window.append(left.pop())
+            room -= window[-1].num_tokens
         rows = list(range(sum(part.num_groups for part in window)))
         generator.shuffle(rows)
         yield window, rows
@@ -159,22 +162,28 @@ def _write(uri: str, table: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read(dataset: Dataset, part: Part) -> Any:
-    table = _read_file(storage.join(dataset.uri, part.name), part.sha256)
+def _files(dataset: Dataset, part: Part) -> Iterator[tuple[str, str]]:
+    """Each with its sha256: the ids, then the scores, if there are any."""
+    yield storage.join(dataset.uri, part.name), part.sha256
     if dataset.scores_uri is not None and part.scores_sha256 is not None:
-        scores = _read_file(storage.join(dataset.scores_uri, part.name), part.scores_sha256)
+        yield storage.join(dataset.scores_uri, part.name), part.scores_sha256
+
+
+def _read(dataset: Dataset, part: Part) -> Any:
+    table, *others = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in _files(dataset, part))
+    for scores in others:
         table = table.append_column("ref_logps", scores["ref_logps"])
     return table
 
 
-def _read_file(uri: str, sha256: str) -> Any:
+def _read_bytes(uri: str, sha256: str) -> bytes:
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError:
         raise DamagedPart(f"{uri} is missing; prepare the data again.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedPart(f"{uri} has another sha256 than its manifest says; prepare the data again.")
-    return pq.read_table(pa.BufferReader(data))
+    return data
 
 
 class _Groups:

@@ -53,6 +53,8 @@ ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Ite
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
     """The data with scores, which stand in the folder `uri`; those that stand there already are used."""
+    if not encoded.parts:
+        return encoded
     found = [find_scores(uri, part) for part in encoded.parts]
     scored = {part.name: part for part in found if part}
     left = [part for part in encoded.parts if part.name not in scored]
