@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
+from dpo_core.deadline import deadline
 from dpo_core.formats import Group
 from dpo_core.jsonl import InvalidRow
 from dpo_core.messages import Message, Text
@@ -13,11 +14,12 @@ from dpo_core.messages import Message, Text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+RENDER_SECONDS = 10.0  # of processor time, for one conversation: templates take milliseconds
 MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
 
 
-class NoChatTemplate(ValueError):
-    """The rows hold messages, and the model does not say how to write them."""
+class UnusableTemplate(ValueError):
+    """The rows hold messages, and the model does not say how to write them, or never ends to."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
 
 
 def encode_groups(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> Iterator[EncodedGroup | InvalidRow]:
-    """Each group's ids in turn, or why it has none. Raises NoChatTemplate.
+    """Each group's ids in turn, or why it has none. Raises UnusableTemplate.
 
     The tokenizer is called for all of them together, and reads each prompt once.
     """
@@ -148,19 +150,22 @@ def _completion(group: Group, prompt: str, completion: Text, tokenizer: "PreTrai
 
 
 def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
-        raise NoChatTemplate("The tokenizer has no chat template; send texts instead of messages, or add a template.")
+        raise UnusableTemplate("The tokenizer has no chat template; send texts instead of messages, or add a template.")
+    endless = f"The chat template computes on line {group.line} for more than {RENDER_SECONDS:g} seconds; mend it."
     try:
-        return cast(
-            str,
-            tokenizer.apply_chat_template(
-                messages, tools=group.tools, tokenize=False, add_generation_prompt=messages is group.prompt
-            ),
-        )
-    except (TemplateError, TypeError) as error:  # a template that joins text with what is none
-        raise _invalid(group, "template_refused", f"the chat template refuses the messages: {error}.") from None
+        with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
+            return cast(
+                str,
+                tokenizer.apply_chat_template(
+                    messages, tools=group.tools, tokenize=False, add_generation_prompt=messages is group.prompt
+                ),
+            )
+    except UnusableTemplate:
+        raise
+    except Exception as error:  # a template is a stranger's program, and fails in every way
+        reason = f"the chat template refuses the messages: {str(error)[:200]}."
+        raise _invalid(group, "template_refused", reason) from None
 
 
 def _with_bos(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:

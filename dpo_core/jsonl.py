@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 MAX_LINE_BYTES = 32 * 2**20
+POINTER_SHOWN, REASON_SHOWN = 200, 1000  # characters of a message: a key or a number may fill a line
 MAX_DEPTH = 64  # arrays and objects inside each other; a message with a call needs eight
 
 
@@ -34,8 +35,13 @@ class Row:
         self.value = value
 
     def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
+        pointer, what = _shortened(pointer, POINTER_SHOWN), _shortened(what, REASON_SHOWN)
         where = f"Line {self.line}, {pointer}" if pointer else f"Line {self.line}"
         return InvalidRow(self.line, pointer, code, f"{where}: {what}")
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 from dpo_core.duplicates import LINES_NAMED, Duplicates, Named, find_duplicates
 from dpo_core.feedback import Record, is_tied, read_records
@@ -11,7 +12,7 @@ from dpo_core.jsonl import InvalidRow
 from dpo_core.messages import Text
 from dpo_core.options import Kind
 
-KEYS_NAMED = 100  # about: a hostile file has others in every row
+KEYS_NAMED, KEY_SHOWN = 100, 100  # a hostile file has others in every row, of any length
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class _Counts:
         if self.format is None and record.format:
             self.format, self.kind = record.format.name, record.format.kind
         if len(self.ignored) < KEYS_NAMED:
-            self.ignored |= record.ignored_keys
+            self.ignored |= {key[:KEY_SHOWN] for key in nsmallest(KEYS_NAMED, record.ignored_keys)}
         if record.problem:
             self.add_problem(record.problem)
 
@@ -117,7 +118,7 @@ class _Counts:
             kind=self.kind,
             num_rows=self.rows,
             **{name: self.of_groups[name] for name in names},
-            ignored_keys=tuple(sorted(self.ignored)),
+            ignored_keys=tuple(nsmallest(KEYS_NAMED, self.ignored)),
             duplicates=duplicates,
             problems=tuple(self.problems.values()),
         )

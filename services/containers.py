@@ -18,11 +18,12 @@ Unpack = Callable[[io.RawIOBase], Iterator[bytes]]
 CONTAINERS: dict[bytes, Unpack] = {
     b"\x1f\x8b": lambda file: _decompressed(file, "gzip"),
     b"\x28\xb5\x2f\xfd": lambda file: _decompressed(file, "zstd"),
-    b"PAR1": lambda file: _rows(pq.ParquetFile(file).iter_batches(ROWS_AT_A_TIME)),
+    b"PAR1": lambda file: _rows(_parquet(file)),
     b"ARROW1": lambda file: _rows(_batches(pa.ipc.open_file(file))),
     b"\xff\xff\xff\xff": lambda file: _rows(pa.ipc.open_stream(file)),  # what `datasets` keeps on disk
 }
 ROWS_AT_A_TIME = 1000
+BYTES_AT_A_TIME = 2**26
 MOST_TIMES = 1000  # its own size that a file may unpack to: more is no text
 
 
@@ -43,8 +44,9 @@ def json_lines(file: BinaryIO) -> Iterator[bytes]:
                 message = f"The file unpacks to more than {MOST_TIMES} times its {size} bytes; send it unpacked."
                 raise InvalidRow(number, "", "file_too_large", message)
             yield line
-    except (OSError, pa.ArrowException) as error:
-        message = f"The file cannot be read beyond line {number}: {error}; pack it again."
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        message = f"The file cannot be read beyond line {number}: {reason}; pack it again."
         raise InvalidRow(number + 1, "", "damaged_file", message) from None
 
 
@@ -68,10 +70,38 @@ def _batches(file: Any) -> Iterator[Any]:
     return (file.get_batch(i) for i in range(file.num_record_batches))
 
 
+def _parquet(file: io.RawIOBase) -> Iterator[Any]:
+    """Texts stay dictionaries, as they are stored: a long one that a file repeats is in memory once."""
+    columns = pq.ParquetFile(file).schema
+    texts = [column.path for column in map(columns.column, range(len(columns))) if column.physical_type == "BYTE_ARRAY"]
+    batches: Iterator[Any] = pq.ParquetFile(file, read_dictionary=texts).iter_batches(ROWS_AT_A_TIME)
+    return batches
+
+
 def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
-    for row in chain.from_iterable(batch.to_pylist() for batch in batches):
+    for row in chain.from_iterable(map(_dictionaries, batches)):
         present = {name: value for name, value in row.items() if value is not None}
         yield json.dumps(present, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
+    """A few rows at a time: each may be as large as the whole batch, which holds once what its rows share."""
+    for field in batch.schema:
+        _refuse_sharing(field.type)
+    step = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME // max(1, batch.get_total_buffer_size())))
+    for start in range(0, batch.num_rows, step):
+        yield from batch.slice(start, step).to_pylist()
+
+
+def _refuse_sharing(kind: Any, *, shared: bool = False) -> None:
+    """Lists whose elements are shared, and share theirs in turn, grow without end when they are written out."""
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or (shared and kind.num_fields):
+        raise pa.ArrowNotImplementedError(f"a column is of {kind}, of which lines cannot be made")
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        _refuse_sharing(kind.value_type, shared=True)
+    else:
+        for index in range(kind.num_fields):
+            _refuse_sharing(kind.field(index).type)
 
 
 class _Kept(io.RawIOBase):

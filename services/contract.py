@@ -4,11 +4,11 @@ Pydantic models and nothing else. Both ends of every wire read these, so a field
 spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpo_core.config import TrainConfig
+from dpo_core.config import TrainConfig, Truncation
 
 
 class Contract(BaseModel):
@@ -87,6 +87,23 @@ class AttemptSpec(Contract):
     events_url: str  # POST batches of events here with the attempt's token
 
 
+class Recipe(Contract):
+    """How a training file becomes ids."""
+
+    training_uri: str
+    model_source: str
+    max_length: int  # tokens of a prompt and one completion
+    truncation: Truncation
+    validation_share: float = 0.0
+
+
+class CheckRequest(Contract):
+    """All that `services.training.checking` needs. It writes a CheckResult to `folder_uri/report.json`."""
+
+    recipe: Recipe
+    folder_uri: str
+
+
 # --- what an attempt reports -------------------------------------------------------------
 
 
@@ -159,6 +176,14 @@ class Failed(Contract):
     code: str
     message: str
     param: str | None = None
+
+
+class CheckResult(Contract):
+    """What a check leaves beside its request. One of `report` and `error` is there."""
+
+    finished_at: float
+    report: dict[str, Any] | None = None  # its tokens and its preview
+    error: Failed | None = None
 
 
 Report = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import chat, files, jobs, models
+from services.cli import chat, data, files, jobs, models
 from services.cli.client import default_home, fail
 
 app = typer.Typer(
@@ -14,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Preference optimization behind OpenAI's fine-tuning API.",
 )
+app.add_typer(data.app, name="data")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")

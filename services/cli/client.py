@@ -84,7 +84,7 @@ def one_line_errors(client: "OpenAI") -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    err.print(f"error: {message}", style="red")
+    err.print(f"error: {message}", style="red", markup=False)
     raise typer.Exit(1)
 
 

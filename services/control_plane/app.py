@@ -18,7 +18,7 @@ from services.control_plane.errors import ApiError, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.reconciler import Reconciler
-from services.control_plane.routes import attempts, files, fine_tuning, health, inference, models, unsupported
+from services.control_plane.routes import attempts, datasets, files, fine_tuning, health, inference, models, unsupported
 from services.control_plane.routes.dependencies import require_key
 from services.control_plane.schemas import refused
 from services.control_plane.settings import Settings
@@ -32,7 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
-    for routes in (files, fine_tuning, models, inference, unsupported):
+    for routes in (files, fine_tuning, models, datasets, inference, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -49,7 +49,8 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings = app.state.settings
     store, launcher = Store(settings.database_url), Launcher(settings)
-    app.state.store, app.state.inference = store, Inference(store, launcher, settings)
+    app.state.store, app.state.launcher = store, launcher
+    app.state.inference = Inference(store, launcher, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     reconciling = asyncio.create_task(Reconciler(store, launcher, settings, holder=holder).run())
     try:

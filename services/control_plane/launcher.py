@@ -56,10 +56,17 @@ class Launcher:
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
         """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once."""
+        await self._submit(submission_id, "services.training.driver", spec_uri, {"RAYDPO_ATTEMPT_TOKEN": token})
+
+    async def submit_check(self, submission_id: str, request_uri: str) -> None:
+        """Launch the check of a training file, likewise."""
+        await self._submit(submission_id, "services.training.checking", request_uri, {})
+
+    async def _submit(self, submission_id: str, program: str, uri: str, environment: dict[str, str]) -> None:
         body = {
-            "entrypoint": f"exec python -m services.training.driver {shlex.quote(spec_uri)}",
+            "entrypoint": f"exec python -m {program} {shlex.quote(uri)}",
             "submission_id": submission_id,
-            "runtime_env": {"env_vars": {"RAYDPO_ATTEMPT_TOKEN": token}},
+            "runtime_env": {"env_vars": environment},
         }
         # Ray sets up the driver's environment before it answers.
         (await self._ray.post("/api/jobs/", json=body, timeout=60)).raise_for_status()

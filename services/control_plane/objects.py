@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from services.contract import CheckResult
 from services.control_plane.jobs import wire_metrics
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
@@ -34,6 +35,19 @@ def file_object(row: File) -> dict[str, Any]:
         "purpose": row.purpose,
         "status": "processed",  # rows are checked before the upload is answered
         "x_raydpo": {"sha256": row.sha256, "report": row.report},
+    }
+
+
+def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
+    """A file's survey and, where a model was asked, what its check found."""
+    error = result.error if result else None
+    found = result.report or {} if result else {}
+    return {
+        "object": "dataset.check",
+        "id": check_id,
+        "status": "running" if running else "failed" if error else "completed",
+        "report": {"survey": file.report, **found},
+        "error": error and {"code": error.code, "message": error.message, "param": error.param},
     }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
 from services.contract import JobSpec, ReferenceSource
 from services.control_plane.errors import InvalidRequest
@@ -156,6 +156,25 @@ def train_config(
     optim = _parse(Optim, part(of_optim), where, paths)
     rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})
     return _parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
+
+
+class CheckDataset(BaseModel):
+    """Body of POST /x/datasets/check."""
+
+    model_config = ConfigDict(extra="forbid")
+    training_file: Text
+    model: Text | None = None
+    max_length: int | None = None
+    truncation: Truncation | None = None
+
+    def config(self) -> TrainConfig:
+        """What a job with these options would use. Raises InvalidRequest naming the field."""
+        given = self.model_dump(include={"max_length", "truncation"}, exclude_none=True)
+        if given and self.model is None:
+            (name, *_) = given
+            message = f"{name} is of tokens, and only a model tells these; send model too."
+            raise InvalidRequest(message, param=name)
+        return _parse(TrainConfig, given, "", {name: name for name in given})
 
 
 class InferenceBody(BaseModel):

@@ -6,15 +6,16 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dpo_core.encode import EncodedGroup, NoChatTemplate, encode_groups
+from dpo_core.encode import EncodedGroup, UnusableTemplate, encode_groups
 from dpo_core.feedback import is_tied, read_groups, read_records
 from dpo_core.formats import Group
 from dpo_core.jsonl import InvalidRow, read_lines
+from dpo_core.messages import Text
 from dpo_core.truncation import truncate
 from services import storage
-from services.contract import AttemptSpec, Contract, Failed, Message, Report
+from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training.dataset import Dataset, Part, write_part
-from services.training.report import TIED, TOO_LONG, EncodingReport, Tally, left_out, lengths_in_words, merge
+from services.training.report import TIED, TOO_LONG, EncodingReport, Tally, injected, left_out, lengths_in_words, merge
 from services.training.reporting import JobFailed, progress
 
 if TYPE_CHECKING:
@@ -55,6 +56,16 @@ class Encoding(Contract):
     format: str
 
 
+def recipe_of(spec: AttemptSpec) -> Recipe:
+    return Recipe(
+        training_uri=spec.training_uri,
+        model_source=spec.model_source,
+        max_length=spec.config.max_length,
+        truncation=spec.config.truncation,
+        validation_share=spec.validation_share,
+    )
+
+
 def encode(
     spec: AttemptSpec,
     folder_uri: str,
@@ -72,12 +83,10 @@ def encode(
     done = progress(report, "encoding", sum(piece.num_rows for piece in pieces))
     results: list[Encoded] = []
     num_rows = 0
-    for result in encode_pieces(pieces):
+    for result in unrefused(encode_pieces(pieces)):
         results.append(result)
         num_rows += result.report.num_rows
         done(num_rows)
-    if refusals := [result.refused for result in results if result.refused]:
-        raise JobFailed(min(refusals, key=lambda refusal: refusal[0])[1])
     return Encoding(
         training=_dataset(folder_uri, (result.training for result in results)),
         held_out=_dataset(folder_uri, (result.held_out for result in results)),
@@ -88,12 +97,27 @@ def encode(
     )
 
 
+def unrefused(results: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Raises JobFailed with the first line that cannot be used; at once if it is the model that cannot."""
+    refusals: list[tuple[int, Failed]] = []
+    for result in results:
+        if result.refused is None:
+            yield result
+        elif result.refused[1].param == "model":
+            raise JobFailed(result.refused[1])
+        else:
+            refusals.append(result.refused)
+    if refusals:
+        raise JobFailed(min(refusals, key=lambda refusal: refusal[0])[1])
+
+
 def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
     """Says what the file holds, and what becomes of it."""
     found, config = encoding.report, spec.config
     report(Message(message=f"{purpose} file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(found, encoding.limit, config.truncation)))
-    for sentence in left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding)):
+    warnings = left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding))
+    for sentence in warnings + injected(found, encoding.kind):
         report(Message(level="warn", message=sentence))
     if spec.validation_share:
         report(Message(message=f"Held out {found.num_held_out} of them, by their prompts, to validate on."))
@@ -163,28 +187,33 @@ def split(uri: str) -> Iterator[Piece]:
         yield piece
 
 
-def encode_piece(spec: AttemptSpec, folder_uri: str, piece: Piece) -> Encoded:
-    tokenizer, positions = _load(spec.model_source)
-    limit = min(spec.config.max_length, positions)
+def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
+    """`folder_uri` None: nothing is written."""
+    tokenizer, positions = load(recipe.model_source)
+    limit = min(recipe.max_length, positions)
     tally = Tally(piece.num_rows)
     try:
-        groups = list(_with_an_order(_read(spec.training_uri, piece), tally))
-        kept, held_out = _encode(groups, tokenizer, spec, limit, tally)
+        groups = list(_with_an_order(read_piece(recipe.training_uri, piece), tally))
+        kept, held_out = _encode(groups, tokenizer, recipe, limit, tally)
     except InvalidRow as error:
         failed = Failed(code="invalid_training_file", message=str(error), param="training_file")
         return Encoded(report=tally.report(), refused=(error.line, failed))
-    except NoChatTemplate as error:
+    except UnusableTemplate as error:
         failed = Failed(code="invalid_model", message=str(error), param="model")
         return Encoded(report=tally.report(), refused=(piece.first_line, failed))
     return Encoded(
         report=tally.report(),
         limit=limit,
-        training=write_part(folder_uri, f"{piece.number:05d}.parquet", kept) if kept else None,
-        held_out=write_part(folder_uri, f"{piece.number:05d}.held-out.parquet", held_out) if held_out else None,
+        training=_write(folder_uri, f"{piece.number:05d}.parquet", kept),
+        held_out=_write(folder_uri, f"{piece.number:05d}.held-out.parquet", held_out),
     )
 
 
-def _read(uri: str, piece: Piece) -> Iterator[Group]:
+def _write(folder_uri: str | None, name: str, groups: Sequence[EncodedGroup]) -> Part | None:
+    return write_part(folder_uri, name, groups) if folder_uri and groups else None
+
+
+def read_piece(uri: str, piece: Piece) -> Iterator[Group]:
     with storage.open_input(uri) as file:
         file.seek(piece.start)
         lines = read_lines(io.BytesIO(file.read(piece.size)))
@@ -200,25 +229,42 @@ def _with_an_order(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
 
 
 def _encode(
-    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", spec: AttemptSpec, limit: int, tally: Tally
+    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, limit: int, tally: Tally
 ) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
     """Those to train on, and those held out."""
     kept: list[EncodedGroup] = []
     held_out: list[EncodedGroup] = []
+    special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for group in groups:
+        if _holds(group, special_tokens, tokenizer):
+            tally.mark_special(group.line)
     for encoded in encode_groups(groups, tokenizer):
         if isinstance(encoded, InvalidRow):
             tally.drop(encoded.code, encoded.line)
             continue
         tally.see(encoded)
-        cut = truncate(encoded, limit, spec.config.truncation)
+        cut = truncate(encoded, limit, recipe.truncation)
         if cut is None:
             tokens = len(encoded.prompt_ids) + max(map(len, encoded.completion_ids))
             tally.drop(TOO_LONG, encoded.line, tokens=tokens)
             continue
-        aside = _is_held_out(encoded.prompt_ids, spec.validation_share)
+        aside = _is_held_out(encoded.prompt_ids, recipe.validation_share)
         tally.keep(encoded, cut, held_out=aside)
         (held_out if aside else kept).append(cut)
     return kept, held_out
+
+
+def _holds(group: Group, special_tokens: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether its own text would be read as more than text. The BOS and EOS that texts bring are theirs to bring."""
+    texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
+    texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
+    return any(token in text for text in texts for token in special_tokens)
+
+
+def _words(text: Text) -> str:
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{message['content']}{message.get('tool_calls', '')}" for message in text)
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
@@ -230,7 +276,7 @@ def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
 
 
 @functools.cache
-def _load(model_source: str) -> "tuple[PreTrainedTokenizerBase, int]":
+def load(model_source: str) -> "tuple[PreTrainedTokenizerBase, int]":
     """Once per process: the tokenizer, and how many tokens the model has positions for."""
     # Imported here because it takes eight seconds of a core, and the driver does without.
     from transformers import AutoConfig

@@ -1,20 +1,26 @@
 """A job's data, ready to train on: read, encoded and scored, each of these once for all jobs on the same bytes."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import distributions, version
-from typing import TypeVar
 
 import ray
-import ray.data
 
 from dpo_core.encode import EncodedGroup
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, ReferenceReleased, Report
 from services.training import cache, dataset, forward, parity, source
 from services.training.dataset import Dataset, Part
-from services.training.encoding import Encoded, Encoding, Piece, encode, encode_piece, refuse_unusable, tell
+from services.training.encoding import (
+    Encoded,
+    Encoding,
+    Piece,
+    encode,
+    encode_piece,
+    recipe_of,
+    refuse_unusable,
+    tell,
+)
 from services.training.reporting import JobFailed
 from services.training.scoring import (
     Reference,
@@ -24,11 +30,9 @@ from services.training.scoring import (
     score,
     served_token_logps,
 )
+from services.training.tasks import in_tasks
 
 ENCODING, SCORING = 1, 1  # raised when the same input becomes something else
-
-Item = TypeVar("Item", bound=Contract)
-Result = TypeVar("Result", bound=Contract)
 
 
 class Prepared(Contract):
@@ -119,8 +123,10 @@ def _encoding_key(spec: AttemptSpec) -> str:
 
 
 def _encode(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Encoding:
+    recipe = recipe_of(spec)
+
     def encode_pieces(pieces: list[Piece]) -> Iterator[Encoded]:
-        return _in_tasks(lambda piece: encode_piece(spec, uri, piece), pieces, Encoded)
+        return in_tasks(lambda piece: encode_piece(recipe, uri, piece), pieces, Encoded)
 
     return encode(spec, uri, encode_pieces, report)
 
@@ -210,33 +216,8 @@ def _by_trainer(spec: AttemptSpec, report: Callable[[Report], None]) -> ScorePar
 
     def score_parts(data: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
         score_part = partial(forward.score_part, spec, data, uri)
-        for part in _in_tasks(score_part, parts, Part, num_gpus=spec.num_gpus_per_worker):
+        for part in in_tasks(score_part, parts, Part, num_gpus=spec.num_gpus_per_worker):
             done(part.num_groups)
             yield part
 
     return score_parts
-
-
-# --- tasks ---------------------------------------------------------------------------------------------
-
-
-def _in_tasks(
-    work: Callable[[Item], Result], items: Sequence[Item], result: type[Result], *, num_gpus: float = 0
-) -> Iterator[Result]:
-    """The results, by Ray Data, in the order in which they get done."""
-    if not items:
-        return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    # Not by Ray's logical CPUs: each process loads a tokenizer or a model, and more of them than real cores only wait.
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    size = min(len(items), num_nodes * (os.cpu_count() or 1))
-    kind = type(items[0])
-
-    def work_on(row: dict[str, str]) -> dict[str, str]:
-        return {"result": work(kind.model_validate_json(row["item"])).model_dump_json()}
-
-    rows = ray.data.from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=len(items))
-    tasks = rows.map(work_on, compute=ray.data.TaskPoolStrategy(size=size), num_gpus=num_gpus or None)
-    for row in tasks.iter_rows():
-        yield result.model_validate_json(row["result"])

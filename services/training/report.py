@@ -46,6 +46,7 @@ class EncodingReport(Contract):
     margins: Lines = Lines()  # groups that have one
     dropped: dict[str, Lines] = Field(default_factory=dict)  # by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
+    special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
     lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
     chosen_longer: int = 0
     rejected_longer: int = 0
@@ -68,6 +69,7 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
         margins=_add_lines(a.margins, b.margins),
         dropped={key: _add_lines(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
         truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
+        special_tokens=_add_lines(a.special_tokens, b.special_tokens),
         lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
         shortest_too_long=min(shortest, default=None),
     )
@@ -93,7 +95,12 @@ class Tally:
         self._truncated: dict[str, list[int]] = {}
         self._margins: list[int] = []
         self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+        self._special_tokens: list[int] = []
         self._too_long: list[int] = []
+
+    def mark_special(self, line: int) -> None:
+        """A group whose own text holds special tokens."""
+        self._special_tokens.append(line)
 
     def see(self, group: EncodedGroup) -> None:
         """A group as it was encoded."""
@@ -126,6 +133,7 @@ class Tally:
             margins=_named(self._margins),
             dropped={code: _named(lines) for code, lines in self._dropped.items()},
             truncated={side: _named(lines) for side, lines in self._truncated.items()},
+            special_tokens=_named(self._special_tokens),
             lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},
             shortest_too_long=min(self._too_long, default=None),
         )
@@ -168,6 +176,15 @@ def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list
     for side, lines in report.truncated.items():
         told.append(f"Cut the {side} of {lines.count} of {report.num_groups} {kind} to {limit} tokens ({lines}).")
     return told
+
+
+def injected(report: EncodingReport, kind: str) -> list[str]:
+    """A sentence on texts that hold special tokens, where there are any."""
+    lines = report.special_tokens
+    if not lines.count:
+        return []
+    what = "hold special tokens of the model in their text, which it reads as such"
+    return [f"{lines.count} of {report.num_groups} {kind} {what} ({lines})."]
 
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:

@@ -50,6 +50,18 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
     storage.delete(folder_uri)
 
 
+def unpacked(uri: str, to_uri: str) -> str:
+    """Where an uploaded file stands as plain JSON Lines: `uri` itself, or `to_uri`, which is written.
+
+    Raises JobFailed for one that is damaged.
+    """
+    try:
+        return _joined([_File("training_file", uri)], to_uri, lambda report: None)
+    except InvalidUri as error:
+        failed = Failed(code="invalid_training_file", message=str(error), param="training_file")
+        raise JobFailed(failed) from error
+
+
 def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file") -> JobFailed:
     param = "training_file" if spec.dataset_uris is None else "x_raydpo.dataset"
     return JobFailed(Failed(code=code, message=message, param=param))

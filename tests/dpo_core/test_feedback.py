@@ -391,3 +391,59 @@ def test_reading_feedback_loads_nothing_heavy():
     heavy = {"torch", "transformers", "numpy", "pydantic"}
     code = f"import dpo_core.feedback, dpo_core.config, sys; sys.exit(bool({heavy!r} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- bounds ---
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**PREFERENCE, "input": {"messages": [USER], "k" * 10**6: 1}},
+        {"prompt": "a", "k" * 10**6: 1},
+        {"prompt": "a", "completions": ["b", "c"], "scores": [int("9" * 4000), 1]},
+        {**TEXTS, "chosen": {"k" * 10**6: 1}},
+        {**CONVERSATIONS, "prompt": [{**USER, "k" * 10**6: 1}]},
+    ],
+    ids=["pointer", "keys", "number", "value", "message"],
+)
+def test_a_refusal_is_short_however_long_the_row_is(row):
+    assert len(str(refusal(*lines(row)))) < 1300
+
+
+# A program that looks at a hostile file, and prints the first refusal and the megabytes and seconds that it cost.
+BOUNDED = """
+import resource, sys, time
+from dpo_core.survey import survey
+def megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+pair = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\\n'
+before, start = megabytes(), time.process_time()
+report = survey(LINES)
+print(report.problems[0].code if report.problems else None, report.problems[0].rows.lines if report.problems else None)
+print(megabytes() - before, time.process_time() - start)
+"""
+HOSTILE = {  # its lines, the refusal, megabytes
+    "a line of 100 MB": ("read_lines(io.BytesIO(pair + b'x' * 10**8))", "line_too_long (2, 3)", 250),
+    "a line of 9 MB, of lists": ("[pair, b'{\"a\": [' + b'[],' * 3 * 10**6 + b'1]}']", "unknown_format (2,)", 600),
+    "nesting, over and over": ("(b'{\"a\": ' + b'[' * 10**5 + b'\\n' for _ in range(200))", "too_deep", 30),
+    "other keys in every row": (
+        '(b\'{"k%d": 1, "prompt": "a", "chosen": "b", "rejected": "c"}\' % n for n in range(50000))',
+        "None",
+        60,
+    ),
+    "a key of 30 MB": ("[pair.replace(b'{', b'{\"' + b'k' * (30 * 2**20) + b'\": 1, ')]", "None", 400),
+    "nothing but breaks": ("(b'\\n' for _ in range(10**6))", "empty_file (1,)", 20),
+    "NUL": ("[pair, b'\\0' * 10**7]", "invalid_jsonl (2,)", 120),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_costs_bounded_memory_and_time(name):
+    source, code, most = HOSTILE[name]
+    program = "import io\nfrom dpo_core.jsonl import read_lines\n" + BOUNDED.replace("LINES", source)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    said, costs = done.stdout.splitlines()
+    megabytes, seconds = map(float, costs.split())
+    assert said.startswith(code)
+    assert megabytes < most
+    assert seconds < 30

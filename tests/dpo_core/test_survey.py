@@ -98,3 +98,8 @@ def test_the_report_agrees_with_the_reader():
     report = survey(lines(*rows))
     assert report.num_groups == len(list(read_groups(lines(*rows)))) == 200
     assert report.duplicates.prompts.count == 200 - len({row["prompt"] for row in rows})
+
+
+def test_long_ignored_keys_are_shortened():
+    (key,) = survey(lines({**PAIR, "k" * 10**6: 1})).ignored_keys
+    assert key == "k" * 100

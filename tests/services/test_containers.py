@@ -1,7 +1,10 @@
 import gzip
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -71,3 +74,92 @@ def test_a_file_that_unpacks_without_end_is_refused() -> None:
 
 def test_lines_are_a_file_again() -> None:
     assert io.BufferedReader(Reader(json_lines(io.BytesIO(PACKED["Parquet"])))).read() == PLAIN
+
+
+# --- bombs ---
+
+
+def packed(table: pa.Table, kind: str) -> bytes:
+    sink = io.BytesIO()
+    if kind == "Parquet":
+        pq.write_table(table, sink, compression="zstd")
+    else:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+def shared(depth: int) -> pa.Array:
+    """One row of 1000 ** depth texts, in a few kilobytes."""
+    values = pa.array(["x"] * 1000)
+    for _ in range(depth):
+        values = pa.ListViewArray.from_arrays(
+            pa.array([0] * 1000, pa.int32()), pa.array([1000] * 1000, pa.int32()), values
+        )
+    return values
+
+
+def repeated() -> pa.Array:
+    """A text of 8 MB, 100,000 times."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 2**23]))
+
+
+def endless() -> pa.Array:
+    return pa.RunEndEncodedArray.from_arrays(pa.array([10**9], pa.int32()), pa.array(["x"]))
+
+
+def nested(depth: int) -> pa.Array:
+    values = pa.array(["x"])
+    for _ in range(depth):
+        values = pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array([values.to_pylist()]))
+    return values
+
+
+BOMBS = {
+    "Parquet that repeats a text": lambda: packed(pa.table({"prompt": repeated()}), "Parquet"),
+    "Arrow that repeats a text": lambda: packed(pa.table({"prompt": repeated()}), "Arrow"),
+    "Arrow of nulls": lambda: packed(pa.table({"prompt": pa.nulls(10**9)}), "Arrow"),
+    "Arrow of one run": lambda: packed(pa.table({"prompt": endless()}), "Arrow"),
+    "Arrow whose lists share their elements": lambda: packed(pa.table({"prompt": shared(4)}), "Arrow"),
+    "Arrow whose runs are lists": lambda: packed(pa.table({"prompt": nested(1)}), "Arrow"),
+    "gzip of gigabytes": lambda: gzip.compress(b"x" * 2**20) * 1000,
+    "zstd of one line": lambda: pa.compress(b"x" * 2**27, codec="zstd", asbytes=True),
+}
+READ = """
+import resource, sys, time
+from services.containers import json_lines
+from dpo_core.survey import survey
+def megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, start = megabytes(), time.process_time()
+print(survey(json_lines(open(sys.argv[1], "rb"))).refusal)
+print(megabytes() - before, time.process_time() - start)
+"""
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_and_costs_bounded_memory_and_time(name: str, tmp_path: Path) -> None:
+    (tmp_path / "bomb").write_bytes(BOMBS[name]())
+    command = [sys.executable, "-c", READ, str(tmp_path / "bomb")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    refusal, costs = done.stdout.splitlines()
+    megabytes, seconds = map(float, costs.split())
+    assert refusal != "None"
+    assert len(refusal) < 600
+    assert megabytes < 600
+    assert seconds < 60
+
+
+def test_a_text_that_is_no_unicode_is_refused() -> None:
+    offsets = pa.array([0, 2], pa.int32()).buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    for kind in ("Parquet", "Arrow"):
+        with pytest.raises(InvalidRow, match="cannot be read beyond line 0: 'utf-8' codec"):
+            list(json_lines(io.BytesIO(packed(pa.table({"prompt": text}), kind))))
+
+
+def test_texts_that_a_table_keeps_as_dictionaries_are_texts() -> None:
+    messages = [[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Ho"}]] * 1500
+    rows = [{"messages": each, "note": "same"} for each in messages]
+    lines = list(json_lines(io.BytesIO(packed(pa.Table.from_pylist(rows), "Parquet"))))
+    assert [json.loads(line) for line in lines] == rows

@@ -8,6 +8,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from services.control_plane.errors import Unauthorized
 from services.control_plane.inference import Inference
+from services.control_plane.launcher import Launcher
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 
@@ -23,12 +24,17 @@ def _store(request: Request) -> Store:
     return cast(Store, request.app.state.store)
 
 
+def _launcher(request: Request) -> Launcher:
+    return cast(Launcher, request.app.state.launcher)
+
+
 def _inference(request: Request) -> Inference:
     return cast(Inference, request.app.state.inference)
 
 
 SettingsPart = Annotated[Settings, Depends(_settings)]
 StorePart = Annotated[Store, Depends(_store)]
+LauncherPart = Annotated[Launcher, Depends(_launcher)]
 InferencePart = Annotated[Inference, Depends(_inference)]
 
 

@@ -96,3 +96,9 @@ def test_help_loads_nothing_heavy():
     ).stdout.split()
     assert not {"openai", "fastapi", "sqlalchemy", "pyarrow", "ray", "torch"} & set(loaded)
     assert Path(sys.executable).with_name("raydpo").exists()
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(raydpo):
+    refused = raydpo("jobs", "create", "--model", "tiny", "--file", "[/red].jsonl")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: [/red].jsonl is neither")

@@ -57,3 +57,47 @@ def test_a_file_that_a_live_job_needs_stays(client: openai.OpenAI) -> None:
             client.files.delete(file_id)
     client.fine_tuning.jobs.cancel(job.id)
     assert all(client.files.delete(file_id).deleted for file_id in files)
+
+
+TEXTS = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+HOSTILE = {
+    "broken UTF-8": (b'{"prompt": "\xff"}', "Line 2 is not UTF-8"),
+    "NUL": (b'{"prompt": "a\\u0000b"}', "Line 2, /prompt: holds a NUL"),
+    "half a surrogate pair": (b'{"prompt": "\\ud83d"}', "Line 2, /prompt: holds half of a surrogate pair"),
+    "nesting": (b'{"prompt": ' + b"[" * 10**5, "Line 2 nests more than 64 levels"),
+    "a key twice": (b'{"prompt": "a", "prompt": "b"}', "Line 2, /prompt: this key stands twice"),
+    "NaN": (b'{"prompt": NaN}', "Line 2, /prompt: NaN is not a JSON number"),
+    "a long line": (b"x" * (33 * 2**20), "Line 2 is longer than 32 MiB"),
+    "a long key": (b'{"' + b"k" * 10**6 + b'": 1}', "Line 2: its keys are kkk"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_row_is_refused_by_line_in_a_short_message(client: openai.OpenAI, name: str) -> None:
+    row, says = HOSTILE[name]
+    with pytest.raises(openai.BadRequestError, match=says) as refused:
+        client.files.create(file=("hostile.jsonl", TEXTS + row), purpose="fine-tune")
+    assert refused.value.param == "file"
+    assert len(refused.value.message) < 1500
+
+
+def test_every_kind_of_problem_is_counted_in_a_short_message(client: openai.OpenAI) -> None:
+    rows = b"\n".join(row for row, _ in HOSTILE.values())
+    with pytest.raises(
+        openai.BadRequestError, match=r"Line 2 is not UTF-8.* rows cannot be used: 1 invalid_utf8"
+    ) as refused:
+        client.files.create(file=("hostile.jsonl", TEXTS + rows), purpose="fine-tune")
+    assert len(refused.value.message) < 2000
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_a_file_without_rows_is_refused(client: openai.OpenAI, content: bytes) -> None:
+    with pytest.raises(openai.BadRequestError, match="holds no rows"):
+        client.files.create(file=("empty.jsonl", content), purpose="fine-tune")
+
+
+def test_harmless_oddities_are_taken_and_reported(client: openai.OpenAI) -> None:
+    same = TEXTS.replace(b'"c"', b'"b"').strip() + b"\r\n"
+    stored = client.files.create(file=("odd.jsonl", b"\xef\xbb\xbf" + same), purpose="fine-tune")
+    report = stored.model_extra["x_raydpo"]["report"]  # type: ignore[index]
+    assert (report["num_rows"], report["num_identical"], report["problems"]) == (1, 1, [])

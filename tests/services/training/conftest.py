@@ -2,7 +2,13 @@
 
 import functools
 import json
+import os
+import secrets
+import shutil
 import string
+import subprocess
+import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +28,9 @@ from services.contract import AttemptSpec, EventBatch, Report
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray.serve  # noqa: F401 - its own models use what pydantic has deprecated
+
+
+ROOT = Path(__file__).parents[3]
 
 
 class ControlPlane(ThreadingHTTPServer):
@@ -172,3 +181,33 @@ def make_spec_in(model_source: str, pairs: str) -> Callable[..., AttemptSpec]:
 @pytest.fixture
 def make_spec(tmp_path: Path, make_spec_in: Callable[..., AttemptSpec]) -> Callable[..., AttemptSpec]:
     return functools.partial(make_spec_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
+    """The environment of a driver. The folder's name is short, for the sockets in it."""
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": folder,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process less
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("cluster.py")), folder, model_source]
+    log = Path(folder, "cluster.log")
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as cluster,
+    ):
+        assert cluster.stdout
+        address = next((line.split()[1] for line in cluster.stdout if line.startswith("address ")), None)
+        assert address, log.read_text()
+        yield environment | {"RAY_ADDRESS": address}
+        cluster.communicate(timeout=60)  # closes its standard input
+    shutil.rmtree(folder)

@@ -3,13 +3,9 @@
 import gzip
 import json
 import math
-import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,42 +36,11 @@ from tests.services.web import running_web
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[3]
 MakeSpec = Callable[..., AttemptSpec]
 CONFIG = TrainConfig(
     batch_size=4, n_epochs=40, checkpoint_steps=40, optim=Optim(learning_rate=1e-3)
 )  # 240 steps of milliseconds: long enough to be killed in
 NUM_STEPS = 240
-
-
-@pytest.fixture(scope="module")
-def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
-    """The environment of a driver. The folder's name is short, for the sockets in it."""
-    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "TMPDIR": folder,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process less
-        "RAY_memory_monitor_refresh_ms": "0",
-    }
-    command = [sys.executable, str(Path(__file__).with_name("cluster.py")), folder, model_source]
-    log = Path(folder, "cluster.log")
-    with (
-        log.open("wb") as stderr,
-        subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as cluster,
-    ):
-        assert cluster.stdout
-        address = next((line.split()[1] for line in cluster.stdout if line.startswith("address ")), None)
-        assert address, log.read_text()
-        yield environment | {"RAY_ADDRESS": address}
-        cluster.communicate(timeout=60)  # closes its standard input
-    shutil.rmtree(folder)
 
 
 class Driver:

@@ -16,7 +16,7 @@ from dpo_core.weights import Weights
 from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.dataset import global_batches, num_steps
-from services.training.encoding import encode, encode_piece
+from services.training.encoding import encode, encode_piece, recipe_of
 from services.training.worker import checkpoint_uri, held_out, hopeless, newest_checkpoint
 
 MakeSpec = Callable[..., AttemptSpec]
@@ -103,7 +103,8 @@ def test_demonstrations_are_trained_as_they_were_encoded_and_evaluated_alike(
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
     config = TrainConfig(objective=Supervised(), n_epochs=4, optim=Optim(learning_rate=1e-3)).resolved(1)
     spec, uri = make_spec(config=config, training_uri=str(tmp_path / "chat.jsonl")), str(tmp_path / "encoded")
-    made = encode(spec, uri, lambda pieces: [encode_piece(spec, uri, piece) for piece in pieces], lambda report: None)
+    recipe = recipe_of(spec)
+    made = encode(spec, uri, lambda pieces: [encode_piece(recipe, uri, piece) for piece in pieces], lambda report: None)
     data = made.training
     results = train(
         config,

@@ -1,0 +1,106 @@
+"""raydpo data: training files on this machine, without a service."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpo_core.config import TrainConfig, Truncation
+from dpo_core.options import InvalidOption
+from dpo_core.survey import FeedbackReport, survey
+from services.cli.client import err, fail
+from services.cli.findings import print_preview, print_survey, print_tokens
+
+if TYPE_CHECKING:
+    from services.training.checking import Check
+
+app = typer.Typer(no_args_is_help=True, help="Training files on this machine.")
+
+
+@app.callback()
+def data() -> None:
+    """Training files on this machine."""
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="JSON Lines, also in gzip or zstd; Parquet or Arrow.", exists=True)],
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER|HUB_ID", help="Also show what its tokenizer makes of the rows.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and one completion.")] = None,
+    truncation: Annotated[Truncation | None, typer.Option(help="What becomes of longer rows.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Say what a file holds and what is wrong with it, without a service. Exit status 1: it would be refused."""
+    from services.containers import json_lines
+
+    given = {"max_length": max_length, "truncation": truncation}
+    config = _config({name: value for name, value in given.items() if value is not None}, model)
+    if file.is_dir():
+        fail(f"{file} is a folder; name a file.")
+    with err.status(f"reading {file.name}"), file.open("rb") as lines:
+        found = survey(json_lines(lines))
+    checked = None
+    if model and not found.refusal:
+        with err.status(f"encoding {file.name}"):
+            checked = _encode(file, model, config)
+    if as_json:
+        report = {"survey": asdict(found)} | (checked.model_dump(mode="json") if checked else {})
+        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        _print(found, checked)
+    if found.refusal:
+        raise typer.Exit(1)
+    if checked and not checked.tokens.num_kept:
+        fail("no row is left to train on; raise --max-length, choose another --truncation, or mend the rows.")
+
+
+def _config(given: dict[str, object], model: str | None) -> TrainConfig:
+    if given and model is None:
+        fail(f"--{next(iter(given)).replace('_', '-')} is of tokens, and only a model tells these; add --model.")
+    try:
+        return TrainConfig(**given)  # type: ignore[arg-type]
+    except InvalidOption as error:
+        fail(str(error))
+
+
+def _encode(file: Path, model: str, config: TrainConfig) -> "Check":
+    """As training would, in this process."""
+    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
+        fail(f"--model needs {' and '.join(missing)}: pip install 'raydpo[cluster]', or leave --model out.")
+    from services.contract import Recipe
+    from services.training.checking import check, in_turn
+    from services.training.reporting import JobFailed
+
+    recipe = Recipe(
+        training_uri=file.resolve().as_uri(),
+        model_source=_source(model),
+        max_length=config.max_length,
+        truncation=config.truncation,
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="raydpo-") as folder:
+            return check(recipe, folder, in_turn)
+    except JobFailed as failure:
+        fail(failure.report.message)
+
+
+def _source(model: str) -> str:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if model.startswith((".", "/", "~")):
+        fail(f"{model} is not a folder; --model wants a Hugging Face folder or a hub id.")
+    return model
+
+
+def _print(found: FeedbackReport, checked: "Check | None") -> None:
+    print_survey(found)
+    if checked:
+        print_tokens(checked.tokens)
+        print_preview(checked.preview)

@@ -1,0 +1,67 @@
+"""Rows of a training file as the model will see them: cut to the limit, written by the chat template."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dpo_core.encode import EncodedGroup, encode_groups
+from dpo_core.feedback import is_tied
+from dpo_core.jsonl import InvalidRow, read_lines
+from dpo_core.truncation import truncate
+from services import storage
+from services.contract import Contract, Recipe
+from services.training.encoding import Piece, load, read_piece
+from services.training.report import TIED, TOO_LONG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_CHARACTERS = 2000  # of a side; of a longer one the middle is left out
+
+
+class Preview(Contract):
+    """The first group of a row. What is learned are the tokens of its completions."""
+
+    line: int
+    dropped: str | None = None  # the code of the reason; None: it is kept
+    prompt: str = ""
+    chosen: str = ""  # the best completion
+    rejected: str | None = None  # the worst; None: there is one only
+
+
+def sample(uri: str, num_rows: int, count: int) -> Iterator[Piece]:
+    """So many rows, spread over the `num_rows` of a file: each a piece by itself."""
+    wanted = {place * num_rows // count for place in range(min(count, num_rows))} if num_rows > count else None
+    place = start = 0
+    with storage.open_input(uri) as file:
+        for number, line in enumerate(read_lines(file), 1):
+            if line.strip():
+                if wanted is None or place in wanted:
+                    yield Piece(number=place, first_line=number, num_rows=1, start=start, size=len(line))
+                place += 1
+            start += len(line)
+
+
+def preview(recipe: Recipe, row: Piece) -> Preview:
+    """Raises UnusableTemplate."""
+    tokenizer, positions = load(recipe.model_source)
+    group = next(read_piece(recipe.training_uri, row))
+    if is_tied(group):
+        return Preview(line=group.line, dropped=TIED)
+    (encoded,) = encode_groups([group], tokenizer)
+    if isinstance(encoded, InvalidRow):
+        return Preview(line=group.line, dropped=encoded.code)
+    cut = truncate(encoded, min(recipe.max_length, positions), recipe.truncation)
+    return _written(cut or encoded, tokenizer, dropped=None if cut else TOO_LONG)
+
+
+def _written(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase", *, dropped: str | None) -> Preview:
+    def words(ids: Sequence[int]) -> str:
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        half = MOST_CHARACTERS // 2
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} […] {text[-half:]}"
+
+    best, *others = group.completion_ids
+    rejected = words(others[-1]) if others else None
+    return Preview(
+        line=group.line, dropped=dropped, prompt=words(group.prompt_ids), chosen=words(best), rejected=rejected
+    )

@@ -1,0 +1,115 @@
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from services.cli.app import app
+from tests.services.training.conftest import build_model
+
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": f"Is {n} a saw?"}],
+        "chosen": [{"role": "assistant", "content": "Yes."}],
+        "rejected": [{"role": "assistant", "content": "Aisle 3."}],
+    }
+    for n in range(20)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows):
+        file = tmp_path / "pairs.jsonl"
+        file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+        return file
+
+    return write
+
+
+def check(*arguments):
+    return CliRunner().invoke(app, ["data", "check", *map(str, arguments)])
+
+
+def test_a_good_file_is_told_without_a_service(write):
+    found = check(write(*PAIRS, PAIRS[0]))
+    assert found.exit_code == 0, found.output
+    assert "conversations: 21 rows, 21 pairs" in found.stdout
+    assert "1 that stood before word for word, line 21" in found.stdout
+    assert "the chosen completion is the longer one in 0%" in found.stdout
+
+
+def test_a_file_that_would_be_refused_is_told_with_lines_and_pointers(write):
+    found = check(write(PAIRS[0], {**PAIRS[1], "chosen": "Yes."}, "{"))
+    assert found.exit_code == 1
+    assert "✗ 1 × wrong_type, line 2\n    at /chosen\n" in found.stdout
+    assert "✗ 1 × invalid_jsonl, line 3" in found.stdout
+
+
+def test_with_a_model_the_rows_are_shown_as_it_will_see_them(write, model):
+    odd = {**PAIRS[0], "prompt": [{"role": "user", "content": "<|assistant|>"}]}
+    found = check(write(*PAIRS, odd), "--model", model, "--max-length", 20, "--truncation", "keep_start")
+    assert found.exit_code == 0, found.output
+    assert "1 with special tokens of the model in their text, line 21" in found.stdout
+    assert "limit 20 tokens, keep_start" in found.stdout
+    assert "⟦Y e s . </s>⟧" in found.stdout
+    assert found.stdout.count("\nline ") == 10
+    assert "with the rejected cut, line 1," in found.stdout
+
+
+@pytest.mark.parametrize("form", ["plain", "gzip"])
+def test_the_report_is_json_on_demand(write, model, form):
+    file = write(*PAIRS)
+    if form == "gzip":
+        file.write_bytes(gzip.compress(file.read_bytes()))
+    report = json.loads(check(file, "--json", "--model", model).stdout)
+    assert report["survey"]["num_rows"] == report["tokens"]["num_kept"] == 20
+    assert len(report["preview"]) == 10
+    assert list(json.loads(check(file, "--json").stdout)) == ["survey"]
+
+
+def test_nothing_left_to_train_on_is_a_failure(write, model):
+    found = check(write(*PAIRS), "--model", model, "--max-length", 4)
+    assert found.exit_code == 1
+    assert "no row is left to train on" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "./nowhere"], "./nowhere is not a folder"),
+        (["--model", os.sep], "The model cannot be used: "),
+        (["--max-length", 8], "--max-length is of tokens, and only a model tells these; add --model."),
+        (["--model", "x", "--max-length", 1], "max_length is 1; it must be from 2 to 1048576."),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_line(write, options, says):
+    found = check(write(*PAIRS), *options)
+    assert found.exit_code == 1
+    assert says in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_without_transformers_the_remedy_is_told(write, model):
+    program = "import sys; sys.modules['transformers'] = None; from services.cli.app import app; app()"
+    command = [sys.executable, "-c", program, "data", "check", str(write(*PAIRS))]
+    done = subprocess.run([*command, "--model", model], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "--model needs transformers: pip install 'raydpo[cluster]'" in done.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_what_a_terminal_would_obey_is_not_printed(write, model):
+    rows = [{**PAIRS[0], "\x1b]0;gotcha\x07": 1, "prompt": [{"role": "user", "content": "\x1b[31m[bold]red"}]}]
+    found = check(write(*rows), "--model", model)
+    assert "\x1b" not in found.stdout
+    assert "\x07" not in found.stdout
+    assert "]0;gotcha" in found.stdout

@@ -1,0 +1,218 @@
+"""/v1/x/datasets/check, against a Ray whose jobs the tests themselves end."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from services import storage
+from services.contract import CheckRequest, CheckResult, Failed
+from services.control_plane import datasets
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import API_KEY, pair, pairs
+from tests.services.control_plane.test_reconciler import FakeRay
+
+REPORT = {"tokens": {"num_kept": 12}, "preview": []}
+DONE = CheckResult(finished_at=0, report=REPORT)
+
+
+@pytest.fixture(scope="module")
+def fake_ray() -> Iterator[FakeRay]:
+    fake = FakeRay()
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
+    return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
+
+
+@pytest.fixture
+def ray(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
+    """Its jobs run until a test ends them, and a request waits for a moment only."""
+    monkeypatch.setattr(datasets, "WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(datasets, "POLL_SECONDS", 0.02)
+    fake_ray.jobs.clear()
+    fake_ray.submissions.clear()
+    yield fake_ray
+    fake_ray.lose_answers = fake_ray.down = False
+
+
+@pytest.fixture
+def file_id(client: openai.OpenAI) -> str:
+    """Of a file that no test checked before."""
+    content = pairs() + pair(time.time_ns())
+    return client.files.create(file=("pairs.jsonl", content), purpose="fine-tune").id
+
+
+@pytest.fixture
+def ask(base_url: str, file_id: str) -> Callable[..., httpx.Response]:
+    def ask(**body: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {API_KEY}"}
+        body = {"training_file": file_id} | body
+        return httpx.post(f"{base_url}/v1/x/datasets/check", json=body, headers=headers, timeout=30)
+
+    return ask
+
+
+def request_of(ray: FakeRay, submission: int = -1) -> CheckRequest:
+    uri = ray.submissions[submission]["entrypoint"].split()[-1]
+    return CheckRequest.model_validate_json(storage.read_bytes(uri))
+
+
+def finish(ray: FakeRay, result: CheckResult | None, submission: int = -1) -> None:
+    """The job ends, with this report or none."""
+    if result:
+        uri = storage.join(request_of(ray, submission).folder_uri, "report.json")
+        storage.write_bytes(uri, result.model_dump_json().encode())
+    ray.jobs[ray.submissions[submission]["submission_id"]] = "SUCCEEDED" if result else "FAILED"
+
+
+def test_without_a_model_the_survey_is_answered_at_once(ray: FakeRay, ask: Any) -> None:
+    answer = ask().json()
+    assert (answer["object"], answer["status"], answer["error"]) == ("dataset.check", "completed", None)
+    assert answer["report"]["survey"]["num_rows"] == 13
+    assert list(answer["report"]) == ["survey"]
+    assert not ray.submissions
+
+
+def test_with_a_model_one_job_runs_and_repeating_the_request_finds_its_result(ray: FakeRay, ask: Any) -> None:
+    running = ask(model="tiny", max_length=64, truncation="keep_end").json()
+    assert (running["status"], running["error"]) == ("running", None)
+    again = ask(model="tiny", max_length=64, truncation="keep_end").json()
+    assert again == running
+    (submission,) = ray.submissions
+    assert submission["entrypoint"].startswith("exec python -m services.training.checking file://")
+    assert submission["submission_id"] == f"{running['id']}-1"
+    recipe = request_of(ray).recipe
+    assert (recipe.model_source, recipe.max_length, recipe.truncation) == ("/nowhere/tiny", 64, "keep_end")
+    finish(ray, DONE)
+    done = ask(model="tiny", max_length=64, truncation="keep_end").json()
+    assert (done["id"], done["status"]) == (running["id"], "completed")
+    assert done["report"] == {"survey": running["report"]["survey"], **REPORT}
+    assert ask(model="tiny", max_length=63).json()["id"] != running["id"]
+    assert len(ray.submissions) == 2
+
+
+def test_a_request_waits_for_the_result(ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "WAIT_SECONDS", 20)
+
+    def end_it() -> None:
+        while not ray.submissions:
+            time.sleep(0.01)
+        finish(ray, DONE)
+
+    worker = threading.Thread(target=end_it)
+    worker.start()
+    assert ask(model="tiny").json()["status"] == "completed"
+    worker.join()
+
+
+def test_requests_at_the_same_moment_start_one_job(ray: FakeRay, ask: Any) -> None:
+    answers: list[dict[str, Any]] = []
+    threads = [threading.Thread(target=lambda: answers.append(ask(model="tiny").json())) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer["status"] for answer in answers] == ["running"] * 5
+    assert len(ray.submissions) == 1
+
+
+def test_a_lost_answer_to_the_submission_is_no_failure(ray: FakeRay, ask: Any) -> None:
+    ray.lose_answers = True
+    assert ask(model="tiny").json()["status"] == "running"
+    assert len(ray.submissions) == 1
+
+
+def test_a_job_that_dies_is_told_and_tried_again_under_a_new_id(ray: FakeRay, ask: Any) -> None:
+    check_id = ask(model="tiny").json()["id"]
+    finish(ray, None)
+    assert ask(model="tiny").json()["status"] == "running"
+    assert [each["submission_id"] for each in ray.submissions] == [f"{check_id}-1", f"{check_id}-2"]
+    finish(ray, DONE)
+    assert ask(model="tiny").json()["status"] == "completed"
+
+
+def test_a_job_that_dies_while_somebody_waits_is_a_failure(
+    ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "WAIT_SECONDS", 20)
+
+    def kill_it() -> None:
+        while not ray.submissions:
+            time.sleep(0.01)
+        finish(ray, None)
+
+    worker = threading.Thread(target=kill_it)
+    worker.start()
+    answer = ask(model="tiny").json()
+    worker.join()
+    assert (answer["status"], answer["error"]["code"]) == ("failed", "check_lost")
+    assert f"{answer['id']}-1" in answer["error"]["message"]
+
+
+def test_a_failure_is_told_and_tried_again_when_it_is_old(ray: FakeRay, ask: Any) -> None:
+    ask(model="tiny")
+    error = Failed(code="invalid_model", message="The tokenizer has no chat template.", param="model")
+    finish(ray, CheckResult(finished_at=time.time(), error=error))
+    for _ in range(2):
+        answer = ask(model="tiny").json()
+        assert answer["status"] == "failed"
+        assert answer["error"] == {"code": "invalid_model", "message": error.message, "param": "model"}
+    finish(ray, CheckResult(finished_at=time.time() - 100, error=error))
+    assert ask(model="tiny").json()["status"] == "running"
+    assert len(ray.submissions) == 2
+
+
+def test_a_cluster_that_does_not_answer_is_unavailable(ray: FakeRay, ask: Any) -> None:
+    ray.down = True
+    answer = ask(model="tiny")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "cluster_unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_who_hangs_up_ends_the_wait(ray: FakeRay, base_url: str, file_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "WAIT_SECONDS", 20)
+    looks: list[float] = []
+    get = ray.get
+    monkeypatch.setattr(ray, "get", lambda path: (looks.append(time.monotonic()), get(path))[1])
+    body, headers = {"training_file": file_id, "model": "tiny"}, {"authorization": f"Bearer {API_KEY}"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{base_url}/v1/x/datasets/check", json=body, headers=headers, timeout=0.5)
+    hung_up = time.monotonic()
+    time.sleep(1.5)
+    of_jobs = [at for at in looks if at > hung_up + 0.5]
+    assert len(of_jobs) <= 3  # the reconciler looks too, once a second
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        ({"modell": "tiny"}, 400, "modell", "unknown_parameter"),
+        ({"model": "other"}, 404, "model", "model_not_found"),
+        ({"training_file": "file-none"}, 404, "training_file", "file_not_found"),
+        ({"max_length": 8}, 400, "max_length", "invalid_value"),
+        ({"model": "tiny", "max_length": 1}, 400, "max_length", "invalid_value"),
+        ({"model": "tiny", "truncation": "both"}, 400, "truncation", "invalid_value"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    ray: FakeRay, ask: Any, body: dict[str, Any], status: int, param: str, code: str
+) -> None:
+    answer = ask(**body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
+    assert not ray.submissions
+
+
+def test_the_key_is_needed(base_url: str) -> None:
+    answer = httpx.post(f"{base_url}/v1/x/datasets/check", content=json.dumps({"training_file": "file-none"}))
+    assert answer.status_code == 401
