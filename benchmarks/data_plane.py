@@ -87,12 +87,15 @@ def _print_table(num_rows: int, found: dict[str, Figures]) -> None:
     tokens, size = found["encode"]["tokens"], found["survey"]["bytes_on_disk"]
     print(f"\n{num_rows:,} rows, {size / 1e9:.3f} GB, {tokens / num_rows:.0f} tokens to a row, {os.cpu_count()} cores")
     head = ("seconds", "rows/s", "tokens/s", "driver MB", "task MB", "disk MB")
-    print(f"{'':24}" + "".join(f"{title:>12}" for title in head))
-    units = {"seconds": 1, "rows_per_second": 1, "tokens_per_second": 1}
-    units |= {"driver_peak_bytes": 1e6, "task_peak_bytes": 1e6, "bytes_on_disk": 1e6}
+    print(f"{'':24}" + "".join(f"{title:>13}" for title in head))
+    units = {"seconds": (1, 2), "rows_per_second": (1, 0), "tokens_per_second": (1, 0)}  # and decimals
+    units |= {"driver_peak_bytes": (1e6, 0), "task_peak_bytes": (1e6, 0), "bytes_on_disk": (1e6, 1)}
     for name, figures in found.items():
-        cells = (f"{figures[key] / unit:,.1f}" if figures.get(key) else "-" for key, unit in units.items())
-        print(f"{name:24}" + "".join(f"{cell:>12}" for cell in cells))
+        cells = (
+            f"{figures[key] / unit:,.{decimals}f}" if figures.get(key) else "-"
+            for key, (unit, decimals) in units.items()
+        )
+        print(f"{name:24}" + "".join(f"{cell:>13}" for cell in cells))
     best = max(found[name]["tokens_per_second"] for name in (THREADS, PROCESSES))
     whole = tokens / sum(found[name]["seconds"] for name in WHOLE)
     print(f"Encoding has {found['encode']['tokens_per_second'] / best:.2f} of the tokenizer's better rate,", end=" ")
