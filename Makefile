@@ -10,10 +10,10 @@ STAMP := .venv/.installed-$(ACCELERATOR)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench fmt lint types test check pins
+.PHONY: help setup demo bench bench-data bench-scoring fmt lint types test check pins
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## install everything into .venv, for the CPU or the GPU of this machine
 
@@ -38,6 +38,12 @@ demo: setup ## the whole service on this machine: two jobs, before and after (KE
 
 bench: setup ## the engine against TRL on this machine
 	@$(BIN)/python benchmarks/vs_trl.py
+
+bench-data: setup ## a million rows from the uploaded file to the trainer, 2 GB of disk
+	@$(BIN)/python benchmarks/data_plane.py
+
+bench-scoring: setup ## the reference in Ray Serve against vLLM offline on this machine
+	@$(BIN)/python benchmarks/scoring.py
 
 fmt: setup ## format and mend what can be mended
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,0 +1,119 @@
+"""What a benchmark of scoring compares: one engine each, in a process of its own, that loads, warms up and scores.
+
+All compute in the same dtype with 1 GiB for keys and values.
+"""
+
+import json
+import os
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import below, family_peak
+from services.contract import Deployment, Report
+from services.training.dataset import Dataset, read_groups
+
+APP = "reference"
+OURS = "raydpo, Ray Serve"
+REPLICA = "ServeReplica"  # how Serve calls its process, which starts the engine's
+Figures = dict[str, float]
+
+# What the replica's engine is given (services/serving/policy.py), and answers without texts and dictionaries.
+BEST_ENGINE = {
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": 2048,
+    "max_num_seqs": 64,
+}
+BEST_ANSWERS = {"flat_logprobs": True, "detokenize": False}
+
+COLUMNS: dict[str, Callable[[Namespace], Figures]] = {
+    "vLLM as it comes": lambda args: run_offline(args, {}, {}),
+    "vLLM at its best": lambda args: run_offline(args, BEST_ENGINE, BEST_ANSWERS),
+    OURS: lambda args: run_served(args),
+}
+
+
+def run_served(args: Namespace) -> Figures:
+    """As a job has its reference scored: by the handle of a Serve application, many calls in flight."""
+    import ray
+    from ray import serve
+
+    from services.serving.app import build
+    from services.training.scoring import await_reference, by_deployment, score
+
+    def report(report: Report) -> None:
+        pass
+
+    ray.init(
+        address="local",
+        num_cpus=max(8, 4 * (os.cpu_count() or 1)),
+        object_store_memory=2**28,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}},
+    )
+    try:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+        deployment = Deployment(app_name=APP, model_id=APP, source=str(args.model), dtype=args.dtype)
+        serve.run(build(deployment.model_dump()), name=APP, route_prefix=None)
+        by_reference = by_deployment(partial(await_reference, APP, report))
+        with tempfile.TemporaryDirectory() as folder:
+            score(_read(args, "warm"), f"{folder}/warm", by_reference, report)
+            loaded = sum(map(family_peak, below(REPLICA)))
+            started = time.perf_counter()
+            scored = score(_read(args, "rows"), f"{folder}/rows", by_reference, report)
+            seconds = time.perf_counter() - started
+            found = sum(map(family_peak, below(REPLICA)))
+            _keep_sums(args, [logp for group in read_groups(scored) for logp in group.ref_logps or ()])
+        return {"seconds": seconds, "loaded_bytes": loaded, "peak_bytes": found}
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]) -> Figures:
+    """`LLM.generate` on all rows at once. Only that is in its time: not reading the rows, nor the sums."""
+    from vllm import LLM, SamplingParams
+
+    def rows(name: str) -> list[tuple[list[int], list[int]]]:
+        return [
+            (list(group.prompt_ids), list(ids))
+            for group in read_groups(_read(args, name))
+            for ids in group.completion_ids
+        ]
+
+    def generate(rows: list[tuple[list[int], list[int]]]) -> list[Any]:
+        prompts = [{"prompt_token_ids": prompt + completion} for prompt, completion in rows]
+        return llm.generate(prompts, params, use_tqdm=False)
+
+    llm = LLM(str(args.model), dtype=args.dtype, kv_cache_memory_bytes=1 << 30, **engine)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, **answers)
+    generate(rows("warm"))
+    loaded = family_peak()
+    asked = rows("rows")
+    started = time.perf_counter()
+    found = generate(asked)
+    seconds = time.perf_counter() - started
+    used = family_peak()
+    _keep_sums(args, [_sum(answer, len(row[1])) for answer, row in zip(found, asked, strict=True)])
+    return {"seconds": seconds, "loaded_bytes": loaded, "peak_bytes": used}
+
+
+def _sum(answer: Any, num_tokens: int) -> float:
+    """Over the last tokens of the prompt, which are the completion."""
+    ids, logprobs = answer.prompt_token_ids, answer.prompt_logprobs
+    return sum(logprobs[place][ids[place]].logprob for place in range(len(ids) - num_tokens, len(ids)))
+
+
+def _read(args: Namespace, name: str) -> Dataset:
+    return Dataset.model_validate_json((args.folder / f"{name}.json").read_bytes())
+
+
+def _keep_sums(args: Namespace, sums: list[float]) -> None:
+    (args.folder / f"{args.column}.sums.json").write_text(json.dumps(sums))

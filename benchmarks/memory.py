@@ -1,0 +1,62 @@
+"""The most memory that processes held: `VmHWM`, which Linux keeps for each of them, in bytes."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+WATCH_SECONDS = 0.5
+
+
+def peak(pid: int | None = None) -> int:
+    """Of this process, or of another; 0 of one that is gone, or that nobody has waited for."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def forget_peak() -> None:
+    """From here on, this process's peak begins at what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def family_peak(pid: int | None = None) -> int:
+    """The sum for a process and all that it started and that runs: what they share is counted for each."""
+    with suppress(psutil.NoSuchProcess):
+        return peak(pid) + sum(peak(child.pid) for child in psutil.Process(pid).children(recursive=True))
+    return 0
+
+
+def below(*titles: str) -> Iterator[int]:
+    """The ids of the processes that this one started, or that these started, and that have one of `titles`."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(title in " ".join(process.cmdline()) for title in titles):
+                yield process.pid
+
+
+class Watch:
+    """Looks at processes that may end before anyone asks them."""
+
+    def __init__(self, *titles: str) -> None:
+        self._titles = titles
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self.largest = 0  # peak of one process
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(WATCH_SECONDS):
+            self.largest = max(self.largest, *map(peak, below(*self._titles)), 0)

@@ -1,0 +1,136 @@
+"""What a job does with its training file, a stage at a time, in the process of a driver."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.memory import Watch, forget_peak, peak
+from dpo_core.survey import survey
+from services.containers import json_lines
+
+BATCH_SIZE = 64
+TASKS = ("ray::", "multiprocessing.spawn")  # titles of the processes that encode
+Figures = dict[str, float]
+
+Result = TypeVar("Result")
+
+
+def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[str, Figures]:
+    """The figures of each stage, in the order of a job."""
+    found: dict[str, Figures] = {}
+    report, found["survey"] = _measured(lambda: _survey(file))  # before Ray is imported: the control plane has none
+    if report.refusal:
+        raise SystemExit(report.refusal)
+    if not in_process:
+        _start_ray()
+    with Watch(*TASKS) as tasks:
+        encode = _encode_in_pool if in_process else _prepare
+        dataset, found["encode"] = _measured(lambda: encode(file, model, folder, "first"))
+    if not in_process:
+        again, found["cache"] = _measured(lambda: _prepare(file, model, folder, "second"))
+        assert again == dataset
+    found |= _train(dataset)
+    num_tokens = sum(part.num_tokens for part in dataset.parts)
+    for figures in found.values():
+        rows = figures.setdefault("rows", dataset.num_groups)
+        figures["rows_per_second"] = rows / figures["seconds"]
+        figures["tokens_per_second"] = figures["rows_per_second"] * num_tokens / dataset.num_groups
+    found["encode"] |= {"task_peak_bytes": tasks.largest, "tokens": num_tokens}
+    found["encode"]["bytes_on_disk"] = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
+    return found
+
+
+def _measured(work: Callable[[], Result]) -> tuple[Result, Figures]:
+    forget_peak()
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    return result, {"seconds": seconds, "driver_peak_bytes": peak()}
+
+
+def _survey(file: Path) -> Any:
+    with file.open("rb") as source:
+        return survey(json_lines(source))
+
+
+def _start_ray() -> None:
+    """A Ray of our own, as `raydpo up` starts it."""
+    import ray
+
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}
+    ray.init(
+        address="local",
+        num_cpus=max(8, 4 * (os.cpu_count() or 1)),
+        object_store_memory=2**29,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment},
+    )
+
+
+def _spec(file: Path, model: Path, folder: Path, job: str) -> Any:
+    """An objective without a reference: nothing is scored here."""
+    from dpo_core.options import Simpo
+    from services.contract import AttemptSpec
+
+    return AttemptSpec(
+        job_id=job,
+        attempt=1,
+        config=_config(objective=Simpo()),
+        num_workers=1,
+        training_uri=str(file),
+        model_source=str(model),
+        run_uri=str(folder / job),
+        cache_uri=str(folder / "cache"),
+        events_url="",
+    )
+
+
+def _config(**fields: Any) -> Any:
+    from dpo_core.config import TrainConfig
+
+    return TrainConfig(batch_size=BATCH_SIZE, n_epochs=1, **fields)
+
+
+def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
+    """As a driver does, in Ray's tasks. The second job on the same bytes finds what the first has made."""
+    from services.training.preparation import prepare
+
+    return prepare(_spec(file, model, folder, job), lambda report: None).training
+
+
+def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
+    """The same pieces in as many processes as there are cores, without Ray."""
+    from services.training.encoding import Encoded, Piece, encode, encode_piece
+
+    spec, uri = _spec(file, model, folder, job), str(folder / "cache")
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+
+        def encode_pieces(pieces: list[Piece]) -> Iterator[Encoded]:
+            return pool.map(partial(encode_piece, spec, uri), pieces)
+
+        return encode(spec, uri, encode_pieces, lambda report: None).training
+
+
+def _train(dataset: Any) -> dict[str, Figures]:
+    """A trainer that does nothing reads an epoch, and resumes it in the middle."""
+    from services.training.dataset import global_batches, num_steps
+
+    config = _config()
+    middle = num_steps(dataset.num_groups, config) // 2
+
+    def read(after_step: int) -> int:
+        return sum(len(batch) for batch in global_batches(dataset, config, after_step=after_step))
+
+    rows, epoch = _measured(lambda: read(0))
+    assert rows == dataset.num_groups
+    rows, resumed = _measured(lambda: read(middle))
+    assert rows == dataset.num_groups - middle * BATCH_SIZE
+    _, first = _measured(lambda: next(global_batches(dataset, config, after_step=middle)))
+    return {"epoch": epoch, "resumed epoch": resumed | {"rows": rows, "first_batch_seconds": first["seconds"]}}
