@@ -14,7 +14,7 @@ from dpo_core.messages import Message, Text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_SECONDS = 10.0  # of processor time, for one conversation: templates take milliseconds
+RENDER_SECONDS = 10.0  # of processor time, for one group: templates take milliseconds
 MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
 
 
@@ -120,12 +120,14 @@ class _Written:
 
 
 def _write(group: Group, tokenizer: "PreTrainedTokenizerBase") -> _Written | InvalidRow:
+    endless = f"The chat template computes on line {group.line} for more than {RENDER_SECONDS:g} seconds; mend it."
     try:
-        if isinstance(group.prompt, str):
-            prompt = _with_bos(group.prompt, tokenizer)
-        else:
-            prompt = _render(group, group.prompt, tokenizer)
-        return _Written(prompt, [_completion(group, prompt, text, tokenizer) for text in group.completions])
+        with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
+            if isinstance(group.prompt, str):
+                prompt = _with_bos(group.prompt, tokenizer)
+            else:
+                prompt = _render(group, group.prompt, tokenizer)
+            return _Written(prompt, [_completion(group, prompt, text, tokenizer) for text in group.completions])
     except InvalidRow as error:
         return error
 
@@ -152,15 +154,13 @@ def _completion(group: Group, prompt: str, completion: Text, tokenizer: "PreTrai
 def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
     if tokenizer.chat_template is None:
         raise UnusableTemplate("The tokenizer has no chat template; send texts instead of messages, or add a template.")
-    endless = f"The chat template computes on line {group.line} for more than {RENDER_SECONDS:g} seconds; mend it."
     try:
-        with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
-            return cast(
-                str,
-                tokenizer.apply_chat_template(
-                    messages, tools=group.tools, tokenize=False, add_generation_prompt=messages is group.prompt
-                ),
-            )
+        return cast(
+            str,
+            tokenizer.apply_chat_template(
+                messages, tools=group.tools, tokenize=False, add_generation_prompt=messages is group.prompt
+            ),
+        )
     except UnusableTemplate:
         raise
     except Exception as error:  # a template is a stranger's program, and fails in every way

@@ -67,21 +67,22 @@ def once(
     """
     waiting = False
     while True:
-        claim = _claim(uri)
-        if claim is None:
-            if not waiting:
-                report(Message(message="Another job prepares the same data; waiting for it."))
-            waiting = True
-            time.sleep(WAIT_SECONDS)
-            continue
-        try:
-            if found := find(uri, entry, check, report):
-                return found, True
-            made = make()
-            save(uri, made)
-            return made, False
-        finally:
-            ray.kill(claim)
+        if found := find(uri, entry, check, report):
+            return found, True
+        if claim := _claim(uri):
+            break
+        if not waiting:
+            report(Message(message="Another job prepares the same data; waiting for it."))
+        waiting = True
+        time.sleep(WAIT_SECONDS)
+    try:
+        if found := find(uri, entry, check, lambda _: None):  # made between the look and the claim
+            return found, True
+        made = make()
+        save(uri, made)
+        return made, False
+    finally:
+        ray.kill(claim)
 
 
 def find(

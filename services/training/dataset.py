@@ -129,8 +129,7 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 def _epoch(dataset: Dataset, seed: int, epoch: int, skip: int) -> Iterator[EncodedGroup]:
     for parts, rows in windows(dataset.parts, seed, epoch):
         if skip < len(rows):
-            table = pa.concat_tables([_read(dataset, part) for part in parts])
-            yield from _Groups(table).take(rows[skip:])
+            yield from _Groups(pa.concat_tables([_read(dataset, part) for part in parts])).take(rows[skip:])
         skip = max(0, skip - len(rows))
 
 

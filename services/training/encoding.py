@@ -21,8 +21,9 @@ from services.training.reporting import JobFailed, progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS_PER_PIECE = 1000
+ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
+MOST_PIECES = 20_000  # about; beyond them pieces grow
 
 
 class Piece(Contract):
@@ -174,17 +175,20 @@ def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
 
 
 def split(uri: str) -> Iterator[Piece]:
-    piece = Piece(number=0, first_line=1, num_rows=0, start=0, size=0)
+    """The pieces of a file, larger ones of a larger file: of a terabyte there are no more than of 160 GB."""
     with storage.open_input(uri) as file:
-        for number, line in enumerate(read_lines(file), 1):
-            rows, size = piece.num_rows + bool(line.strip()), piece.size + len(line)
-            piece = piece.model_copy(update={"num_rows": rows, "size": size})
-            if rows == ROWS_PER_PIECE or (rows and size >= BYTES_PER_PIECE):
-                yield piece
-                start = piece.start + piece.size
-                piece = Piece(number=piece.number + 1, first_line=number + 1, num_rows=0, start=start, size=0)
-    if piece.num_rows:
-        yield piece
+        scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
+        file.seek(0)
+        number = start = rows = size = 0
+        first_line = 1
+        for line_number, line in enumerate(read_lines(file), 1):
+            rows += bool(line.strip())
+            size += len(line)
+            if rows >= ROWS_PER_PIECE * scale or (rows and size >= BYTES_PER_PIECE * scale):
+                yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
+                number, first_line, start, rows, size = number + 1, line_number + 1, start + size, 0, 0
+    if rows:
+        yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
 
 
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
