@@ -33,7 +33,7 @@ LOOPBACK = [  # this machine, one way or another
     *["127.0.0.01", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]"],
     *["[0:0:0:0:0:0:0:1]", "[64:ff9b::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[64:ff9b:1::1]"],
 ]
-NAMES = ["localhost", "LOCALHOST", "localhost."]
+NAMES = ["localhost", "LOCALHOST"]
 
 
 @pytest.fixture
