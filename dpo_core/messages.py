@@ -113,6 +113,7 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
 
 
 def _content(row: Row, pointer: str, value: object) -> str:
+    """Parts are joined by a line feed, as vLLM joins them when the policy is asked."""
     if not isinstance(value, list):
         return string_of(row, pointer, value)
     texts = []
@@ -120,7 +121,7 @@ def _content(row: Row, pointer: str, value: object) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise row.invalid(f"{pointer}/{index}", "unsupported", "must be a text part; no other is supported yet.")
         texts.append(string_of(row, f"{pointer}/{index}/text", part.get("text")))
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[ToolCall]:

@@ -69,9 +69,12 @@ def test_an_assistant_message_of_weight_0_is_only_read():
     assert groups(silenced) == [Group([USER, GOOD, USER], ([BAD],), 1)]
 
 
-def test_text_parts_are_joined():
-    parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
-    assert groups({**PREFERENCE, "input": {"messages": [parts]}}) == groups(PREFERENCE)
+def test_text_parts_are_joined_as_the_server_of_the_policy_joins_them():
+    parts = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]}
+    whole = {"role": "user", "content": "Hi\nyou"}
+    assert groups({**PREFERENCE, "input": {"messages": [parts]}}) == groups(
+        {**PREFERENCE, "input": {"messages": [whole]}}
+    )
 
 
 def test_a_developer_is_a_system_message_and_names_are_kept():
