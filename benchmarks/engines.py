@@ -4,15 +4,14 @@ All compute in the same dtype with 1 GiB for keys and values.
 """
 
 import json
-import os
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from benchmarks.cluster import start_ray
 from benchmarks.memory import below, family_peak
 from services.contract import Deployment, Report
 from services.training.dataset import Dataset, read_groups
@@ -49,15 +48,7 @@ def run_served(args: Namespace) -> Figures:
     def report(report: Report) -> None:
         pass
 
-    ray.init(
-        address="local",
-        num_cpus=max(8, 4 * (os.cpu_count() or 1)),
-        object_store_memory=2**28,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}},
-    )
+    start_ray(object_store_memory=2**28)
     try:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         deployment = Deployment(app_name=APP, model_id=APP, source=str(args.model), dtype=args.dtype)

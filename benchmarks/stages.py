@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.cluster import start_ray
 from benchmarks.memory import Watch, forget_peak, peak
 from dpo_core.survey import survey
 from services.containers import json_lines
@@ -27,7 +28,7 @@ def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[s
     if report.refusal:
         raise SystemExit(report.refusal)
     if not in_process:
-        _start_ray()
+        start_ray(object_store_memory=2**29)
     with Watch(*TASKS) as tasks:
         encode = _encode_in_pool if in_process else _prepare
         dataset, found["encode"] = _measured(lambda: encode(file, model, folder, "first"))
@@ -56,22 +57,6 @@ def _measured(work: Callable[[], Result]) -> tuple[Result, Figures]:
 def _survey(file: Path) -> Any:
     with file.open("rb") as source:
         return survey(json_lines(source))
-
-
-def _start_ray() -> None:
-    """A Ray of our own, as `raydpo up` starts it."""
-    import ray
-
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}
-    ray.init(
-        address="local",
-        num_cpus=max(8, 4 * (os.cpu_count() or 1)),
-        object_store_memory=2**29,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environment},
-    )
 
 
 def _spec(file: Path, model: Path, folder: Path, job: str) -> Any:

@@ -23,6 +23,10 @@ class Named:
     count: int
     lines: tuple[int, ...]
 
+    def __str__(self) -> str:
+        more = f" and {self.count - len(self.lines)} more" if self.count > len(self.lines) else ""
+        return f"line {', '.join(map(str, self.lines))}{more}"
+
 
 @dataclass(frozen=True)
 class Duplicates:

@@ -1,11 +1,10 @@
 """What a check found, printed: colours on a terminal, plain words in a pipe. No text of a file reaches it raw."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from dpo_core.duplicates import Named
 from dpo_core.survey import FeedbackReport
 from services.cli.client import out
 
@@ -21,16 +20,16 @@ POINTER_SHOWN = 100
 def print_survey(found: FeedbackReport) -> None:
     _title(f"{found.format or 'no known format'}: {found.num_rows} rows, {found.num_groups} {found.kind or 'groups'}")
     for problem in found.problems:
-        _line(f"✗ {problem.rows.count} × {problem.code}, {_where(problem.rows)}", "red")
+        _line(f"✗ {problem.rows.count} × {problem.code}, {problem.rows}", "red")
         if problem.pointer:
             _line(f"    at {problem.pointer[:POINTER_SHOWN]}")
         _line(f"    {problem.message}")
     duplicates = found.duplicates
     _count(found.num_identical, "identical: their completions are all the same, and teach nothing")
     _count(found.num_tied, "tied: rated all alike, and left out of training")
-    _count(duplicates.prompts.count, f"with a prompt that stood before, {_where(duplicates.prompts)}")
-    _count(duplicates.groups.count, f"that stood before word for word, {_where(duplicates.groups)}")
-    turned = f"that prefer what an earlier one liked less, {_where(duplicates.contradictions)}"
+    _count(duplicates.prompts.count, f"with a prompt that stood before, {duplicates.prompts}")
+    _count(duplicates.groups.count, f"that stood before word for word, {duplicates.groups}")
+    turned = f"that prefer what an earlier one liked less, {duplicates.contradictions}"
     _count(duplicates.contradictions.count, turned)
     if compared := found.num_chosen_longer + found.num_rejected_longer:
         _line(f"  the chosen completion is the longer one in {found.num_chosen_longer / compared:.0%}, in characters")
@@ -87,15 +86,6 @@ def _special(lines: "Lines") -> None:
 def _count(count: int, what: str) -> None:
     if count:
         _line(f"  {count} {what}", "yellow")
-
-
-def _where(rows: Named) -> str:
-    more = f" and {rows.count - len(rows.lines)} more" if rows.count > len(rows.lines) else ""
-    return f"line {_joined(rows.lines)}{more}"
-
-
-def _joined(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _title(text: str) -> None:

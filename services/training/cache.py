@@ -111,7 +111,7 @@ class _Claim:
 
 def _claim(uri: str) -> Any:
     """None if another driver of the cluster has it."""
-    name = f"prepare {hashlib.sha256(uri.encode()).hexdigest()[:32]}"
+    name = f"prepare {key(uri=uri)}"
     try:
         claim = ray.remote(_Claim).options(name=name, namespace="raydpo", num_cpus=0).remote()
     except ValueError:

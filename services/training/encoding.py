@@ -16,7 +16,7 @@ from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training.dataset import Dataset, Part, write_part
 from services.training.report import TIED, TOO_LONG, EncodingReport, Tally, injected, left_out, lengths_in_words, merge
-from services.training.reporting import JobFailed, progress
+from services.training.reporting import JobFailed, invalid_file, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,9 +129,9 @@ def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
     with storage.open_input(spec.training_uri) as file:
         first = next(read_records(read_lines(file)), None)
     if first is None:
-        raise _invalid_file("The file holds no rows; it needs at least one JSON dictionary.")
+        raise JobFailed(invalid_file("The file holds no rows; it needs at least one JSON dictionary."))
     if first.problem or first.format is None:
-        raise _invalid_file(str(first.problem))
+        raise JobFailed(invalid_file(str(first.problem)))
     return first.format.name, first.format.kind
 
 
@@ -139,7 +139,9 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
     objective = spec.config.objective
     if kind not in objective.traits.learns_from:
         needed = " or ".join(objective.traits.learns_from)
-        raise _invalid_file(f"The file holds {kind} ({format} format); method {objective.type} needs {needed}.")
+        raise JobFailed(
+            invalid_file(f"The file holds {kind} ({format} format); method {objective.type} needs {needed}.")
+        )
 
 
 def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
@@ -148,26 +150,22 @@ def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
     _check_kind(spec, kind, encoding.format)
     if found.margins.count and not objective.traits.takes_margins:
         where = f"{found.margins.count} {kind} have a margin ({found.margins})"
-        raise _invalid_file(f"{where}; method '{objective.type}' takes none. Remove them, or use dpo.")
+        raise JobFailed(invalid_file(f"{where}; method '{objective.type}' takes none. Remove them, or use dpo."))
     if found.num_kept:
         return
     long = found.dropped.get(TOO_LONG)
     if long and long.count == found.num_groups:
         shortest = f"the shortest has {found.shortest_too_long}"
         remedy = _remedy(spec, encoding)
-        raise _invalid_file(f"All {long.count} {kind} are longer than {limit} tokens, {shortest}; {remedy}.")
+        raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens, {shortest}; {remedy}."))
     reasons = " ".join(left_out(found, kind, limit, _remedy(spec, encoding)))
-    raise _invalid_file(f"Of {found.num_groups} {kind} none is left to train on. {reasons}")
+    raise JobFailed(invalid_file(f"Of {found.num_groups} {kind} none is left to train on. {reasons}"))
 
 
 def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
     if encoding.limit < spec.config.max_length:
         return "the model takes no more"
     return "raise max_length, choose another truncation, or shorten them"
-
-
-def _invalid_file(message: str) -> JobFailed:
-    return JobFailed(Failed(code="invalid_training_file", message=message, param="training_file"))
 
 
 def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
@@ -200,8 +198,7 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
         groups = list(_with_an_order(read_piece(recipe.training_uri, piece), tally))
         kept, held_out = _encode(groups, tokenizer, recipe, limit, tally)
     except InvalidRow as error:
-        failed = Failed(code="invalid_training_file", message=str(error), param="training_file")
-        return Encoded(report=tally.report(), refused=(error.line, failed))
+        return Encoded(report=tally.report(), refused=(error.line, invalid_file(str(error))))
     except UnusableTemplate as error:
         failed = Failed(code="invalid_model", message=str(error), param="model")
         return Encoded(report=tally.report(), refused=(piece.first_line, failed))

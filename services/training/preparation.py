@@ -33,6 +33,7 @@ from services.training.scoring import (
 from services.training.tasks import in_tasks
 
 ENCODING, SCORING = 1, 1  # raised when the same input becomes something else
+SCORES_FOUND = "The reference's scores were found in the cache."
 
 
 class Prepared(Contract):
@@ -52,7 +53,7 @@ class Scored(Contract):
 def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Prepared:
     """The data of an earlier attempt, or what the cache has or is given now."""
     uri = storage.join(spec.run_uri, "prepared")
-    if found := cache.find(uri, Prepared, _check_prepared, report):
+    if found := cache.find(uri, Prepared, _check, report):
         return found
     training, held_out = _prepare_file(spec, "Training", report)
     if spec.validation_uri:
@@ -80,7 +81,7 @@ def _prepare_file(spec: AttemptSpec, purpose: str, report: Callable[[Report], No
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
     with source.as_plain_file(spec, folder, report) as plain:
         uri = storage.join(spec.cache_uri, _encoding_key(plain))
-        encoding, known = cache.once(uri, Encoding, lambda: _encode(plain, uri, report), _check_encoding, report)
+        encoding, known = cache.once(uri, Encoding, lambda: _encode(plain, uri, report), _check, report)
     refuse_unusable(spec, encoding)
     if known:
         report(Message(message=f"{purpose} file: token ids were found in the cache."))
@@ -91,20 +92,11 @@ def _prepare_file(spec: AttemptSpec, purpose: str, report: Callable[[Report], No
     return scored.training, scored.held_out
 
 
-def _check_prepared(prepared: Prepared) -> None:
-    for data in (prepared.training, prepared.validation):
-        if data is not None:
-            dataset.check(data)
-
-
-def _check_encoding(encoding: Encoding) -> None:
-    dataset.check(encoding.training)
-    dataset.check(encoding.held_out)
-
-
-def _check_scored(scored: Scored) -> None:
-    dataset.check(scored.training)
-    dataset.check(scored.held_out)
+def _check(entry: Contract) -> None:
+    """Raises DamagedPart if any of its data are not what they were."""
+    for _, value in entry:
+        if isinstance(value, Dataset):
+            dataset.check(value)
 
 
 # --- ids -----------------------------------------------------------------------------------------------
@@ -144,7 +136,10 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
     own_uri = _scores_uri(encoding, weights, by="trainer", dtype="float32", packages=("torch", "transformers"))
     served_uri = _scores_uri(encoding, weights, by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
     reference, choice = spec.reference, spec.reference_source
-    if reference is None or (choice == "auto" and cache.find(own_uri, Scored, _check_scored, report)):
+    if choice == "auto" and (found := cache.find(own_uri, Scored, _check, report)):
+        report(Message(message=SCORES_FOUND))
+        return found
+    if reference is None:
         return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
     try:
         return _score_once(served_uri, encoding, lambda: _by_deployment(spec, reference, encoding, report), report)
@@ -177,9 +172,9 @@ def _score_once(
             held_out=score(encoding.held_out, uri, score_parts, report),
         )
 
-    scored, known = cache.once(uri, Scored, make, _check_scored, report)
+    scored, known = cache.once(uri, Scored, make, _check, report)
     if known:
-        report(Message(message="The reference's scores were found in the cache."))
+        report(Message(message=SCORES_FOUND))
     return scored
 
 

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field
 
 from dpo_core.config import Truncation
+from dpo_core.duplicates import LINES_NAMED, Named
 from dpo_core.encode import EncodedGroup
 from services.contract import Contract
-
-LINES_NAMED = 10
 
 
 class Lines(Contract):
@@ -19,8 +18,7 @@ class Lines(Contract):
     first: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        more = f" and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
-        return f"line {', '.join(map(str, self.first))}{more}"
+        return str(Named(self.count, self.first))
 
 
 class Lengths(Contract):

@@ -31,6 +31,11 @@ class JobFailed(Exception):
         self.report = report
 
 
+def invalid_file(message: str) -> Failed:
+    """What is wrong with the training file."""
+    return Failed(code="invalid_training_file", message=message, param="training_file")
+
+
 def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
     """A function that reports how many of `total` are done: at once, then about once a second, and when all are.
 

@@ -16,7 +16,7 @@ from services.containers import Reader, is_plain, json_lines
 from services.contract import MIN_EXAMPLES, AttemptSpec, Failed, Message, Report
 from services.training import hub
 from services.training.download import Remote, download
-from services.training.reporting import JobFailed, progress
+from services.training.reporting import JobFailed, invalid_file, progress
 from services.uri import PORTS, InvalidUri, admitted, is_folder, matches
 
 FILES_NAMED = 10
@@ -58,8 +58,7 @@ def unpacked(uri: str, to_uri: str) -> str:
     try:
         return _joined([_File("training_file", uri)], to_uri, lambda report: None)
     except InvalidUri as error:
-        failed = Failed(code="invalid_training_file", message=str(error), param="training_file")
-        raise JobFailed(failed) from error
+        raise JobFailed(invalid_file(str(error))) from error
 
 
 def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file") -> JobFailed:

@@ -3,9 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 class Web(ThreadingHTTPServer):
@@ -68,11 +70,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running_web() -> Iterator[Web]:
-    web = Web()
-    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.05})
+def running(server: Server) -> Iterator[Server]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    yield web
-    web.shutdown()
-    web.server_close()
+    yield server
+    server.shutdown()
+    server.server_close()
     thread.join()
+
+
+def running_web() -> AbstractContextManager[Web]:
+    return running(Web())

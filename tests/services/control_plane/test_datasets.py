@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -14,19 +15,10 @@ from services import storage
 from services.contract import CheckRequest, CheckResult, Failed
 from services.control_plane import datasets
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import API_KEY, pair, pairs
-from tests.services.control_plane.test_reconciler import FakeRay
+from tests.services.control_plane.conftest import API_KEY, FakeRay, pair, pairs
 
 REPORT = {"tokens": {"num_kept": 12}, "preview": []}
 DONE = CheckResult(finished_at=0, report=REPORT)
-
-
-@pytest.fixture(scope="module")
-def fake_ray() -> Iterator[FakeRay]:
-    fake = FakeRay()
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +67,21 @@ def finish(ray: FakeRay, result: CheckResult | None, submission: int = -1) -> No
     ray.jobs[ray.submissions[submission]["submission_id"]] = "SUCCEEDED" if result else "FAILED"
 
 
+@contextmanager
+def ended_meanwhile(ray: FakeRay, result: CheckResult | None) -> Iterator[None]:
+    """The job that is submitted within ends so, as soon as it is."""
+
+    def end_it() -> None:
+        while not ray.submissions:
+            time.sleep(0.01)
+        finish(ray, result)
+
+    worker = threading.Thread(target=end_it)
+    worker.start()
+    yield
+    worker.join()
+
+
 def test_without_a_model_the_survey_is_answered_at_once(ray: FakeRay, ask: Any) -> None:
     answer = ask().json()
     assert (answer["object"], answer["status"], answer["error"]) == ("dataset.check", "completed", None)
@@ -104,15 +111,8 @@ def test_with_a_model_one_job_runs_and_repeating_the_request_finds_its_result(ra
 def test_a_request_waits_for_the_result(ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "WAIT_SECONDS", 20)
 
-    def end_it() -> None:
-        while not ray.submissions:
-            time.sleep(0.01)
-        finish(ray, DONE)
-
-    worker = threading.Thread(target=end_it)
-    worker.start()
-    assert ask(model="tiny").json()["status"] == "completed"
-    worker.join()
+    with ended_meanwhile(ray, DONE):
+        assert ask(model="tiny").json()["status"] == "completed"
 
 
 def test_requests_at_the_same_moment_start_one_job(ray: FakeRay, ask: Any) -> None:
@@ -146,15 +146,8 @@ def test_a_job_that_dies_while_somebody_waits_is_a_failure(
 ) -> None:
     monkeypatch.setattr(datasets, "WAIT_SECONDS", 20)
 
-    def kill_it() -> None:
-        while not ray.submissions:
-            time.sleep(0.01)
-        finish(ray, None)
-
-    worker = threading.Thread(target=kill_it)
-    worker.start()
-    answer = ask(model="tiny").json()
-    worker.join()
+    with ended_meanwhile(ray, None):
+        answer = ask(model="tiny").json()
     assert (answer["status"], answer["error"]["code"]) == ("failed", "check_lost")
     assert f"{answer['id']}-1" in answer["error"]["message"]
 

@@ -2,12 +2,9 @@
 
 import asyncio
 import csv
-import json
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -34,74 +31,7 @@ from services.control_plane.reconciler import Reconciler
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import Lease
-from tests.services.control_plane.conftest import pairs
-
-
-class FakeRay:
-    """Ray's Jobs and Serve REST APIs. It trains nothing: a test says what became of each submission."""
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, str] = {}
-        self.submissions: list[dict[str, Any]] = []
-        self.applications: list[str] = []
-        self.lose_answers = False
-        self.down = False
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._answer(*fake.get(self.path))
-
-            def do_POST(self) -> None:
-                self._answer(*fake.post(self.path, self._body()))
-
-            def do_PUT(self) -> None:
-                fake.applications = [app["name"] for app in self._body()["applications"]]
-                self._answer(200, "")
-
-            def _body(self) -> Any:
-                return json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)) or b"{}")
-
-            def _answer(self, status: int, body: Any) -> None:
-                status = 500 if fake.down else status
-                data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                return
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}).start()
-
-    def get(self, path: str) -> tuple[int, Any]:
-        if path.startswith("/api/serve"):
-            apps = {name: {"status": "RUNNING", "message": "", "deployments": {}} for name in self.applications}
-            return 200, {"applications": apps, "http_options": {"port": 8000}}
-        name = path.rsplit("/", 1)[-1]
-        if name not in self.jobs:
-            return 404, f"Job {name} does not exist"
-        return 200, {"status": self.jobs[name]}
-
-    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if path.endswith("/stop"):
-            self.jobs[path.split("/")[-2]] = "STOPPED"
-            return 200, {"stopped": True}
-        if body["submission_id"] in self.jobs:
-            return 400, "already exists"
-        self.jobs[body["submission_id"]] = "RUNNING"
-        self.submissions.append(body)
-        return (500, "lost") if self.lose_answers else (200, {})
-
-
-@pytest.fixture(scope="module")
-def fake_ray() -> Iterator[FakeRay]:
-    fake = FakeRay()
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
+from tests.services.control_plane.conftest import FakeRay, pairs
 
 
 @pytest.fixture

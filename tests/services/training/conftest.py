@@ -9,10 +9,8 @@ import string
 import subprocess
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_core.config import TrainConfig
 from services.contract import AttemptSpec, EventBatch, Report
+from tests.services.web import running
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -80,26 +79,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def running_control_plane() -> Iterator[ControlPlane]:
-    server = ControlPlane()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
 @pytest.fixture
 def control_plane() -> Iterator[ControlPlane]:
-    with running_control_plane() as server:
+    with running(ControlPlane()) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def lasting_control_plane() -> Iterator[ControlPlane]:
-    with running_control_plane() as server:
+    with running(ControlPlane()) as server:
         yield server
 
 
