@@ -17,14 +17,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.control_plane.errors import ApiError, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
+from services.control_plane.limits import Limits
 from services.control_plane.reconciler import Reconciler
-from services.control_plane.routes import attempts, datasets, files, fine_tuning, health, inference, models, unsupported
+from services.control_plane.routes import (
+    attempts,
+    datasets,
+    files,
+    fine_tuning,
+    health,
+    inference,
+    models,
+    unsupported,
+    uploads,
+)
 from services.control_plane.routes.dependencies import authenticate
 from services.control_plane.schemas import refused
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
+from services.control_plane.surveys import Surveyor
 
 log = logging.getLogger(__name__)
+
+JOINED_AT_ONCE = 4  # uploads: each holds a connection to the database while its parts are read and written
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -32,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for routes in (files, fine_tuning, models, datasets, inference, unsupported):
+    for routes in (files, uploads, fine_tuning, models, datasets, inference, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -41,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_crash)
+    app.add_middleware(Limits, settings=settings)
     app.add_middleware(StandardHeaders)
     return app
 
@@ -52,13 +67,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-    reconciling = asyncio.create_task(Reconciler(store, launcher, settings, holder=holder).run())
+    app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
+    parts = (Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder))
+    running = [asyncio.create_task(part.run()) for part in parts]
     try:
         yield
     finally:
-        reconciling.cancel()
-        with suppress(asyncio.CancelledError):
-            await reconciling
+        for task in running:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         await app.state.inference.close()
         await launcher.close()
         await store.close()
@@ -82,6 +100,8 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # while FastAPI read the body
+        return await _on_api_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
 

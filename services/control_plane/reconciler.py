@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
+from io import BytesIO
 
 import anyio.to_thread
 import httpx
@@ -23,6 +24,7 @@ from services.control_plane.models import NamedModel
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
+from services.control_plane.sweeper import Sweeper
 from services.control_plane.tables import Attempt, File, Job
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,8 @@ class Reconciler:
     def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
         self._store, self._launcher, self._settings = store, launcher, settings
         self._holder = holder  # this control plane's name in the lease
+        self._sweeper = Sweeper(store, settings)
+        self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Tick until cancelled; then hand the lease back."""
@@ -95,6 +99,8 @@ class Reconciler:
                     log.warning("A tick failed and is tried again: %s", error)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
+            if self._sweeping is not None:
+                self._sweeping.cancel()
             with suppress(SQLAlchemyError, OSError):
                 await self.release()
 
@@ -120,6 +126,12 @@ class Reconciler:
                 continue
             running += opened and job.observed == "queued"
         await self._serve_models()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
     async def _reconcile(self, job: Job, attempt: Attempt | None, slot: bool) -> bool:
         """One decision for one job, carried out. True if an attempt was opened."""
@@ -263,16 +275,16 @@ class Reconciler:
         name = jobs.fine_tuned_name(job, self._settings)
         async with self._store.begin() as session:
             csv = results_csv(await jobs.metrics_of(session, job.id))
-        results = await files.store_results(csv, "step_metrics.csv", self._settings)
+        stored = await files.store_file(BytesIO(csv), self._settings)
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            results.project_id = job.project_id
-            session.add(results)
+            results = await files.add(
+                session, stored, filename="step_metrics.csv", purpose=files.RESULTS, project_id=job.project_id
+            )
             await models.add(session, name, model_uri, job)
             await jobs.end_attempt(session, attempt, "succeeded")
             jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
             jobs.tell(session, job.id, f"Completed results file: {results.id}")
-            await session.flush()
             closed = {"fine_tuned_model": name, "trained_tokens": trained_tokens, "result_file": results.id}
             await jobs.move(
                 session, job, "succeeded", closed, actor=self._holder, event="The job has successfully completed"

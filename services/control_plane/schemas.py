@@ -3,14 +3,16 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, field_validator
 
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
 from services.contract import JobSpec, ReferenceSource
 from services.control_plane.errors import InvalidRequest
+from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
+from services.control_plane.uploads import MOST_PARTS
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
@@ -50,9 +52,9 @@ class Method(BaseModel):
     def hyperparameters(self) -> dict[str, Any]:
         options = dict(self.__pydantic_extra__ or {})
         _refuse_unknown(options, {self.type}, "method")
-        own = _parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
+        own = parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
         _refuse_unknown(own, {"hyperparameters"}, f"method.{self.type}")
-        return _parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
+        return parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
 
 
 class Reference(BaseModel):
@@ -97,8 +99,8 @@ class CreateJob(BaseModel):
         extension = self.x_raydpo or {}
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         config = train_config(kind, given, where, extension, seed)
-        workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
-        reference = _parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
+        workers = parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
+        reference = parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
         return JobSpec(
             **named,
@@ -116,12 +118,12 @@ class CreateJob(BaseModel):
         where = "x_raydpo.validation_share"
         if self.validation_file:
             raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
-        return _parse(Share, share, where)
+        return parse(Share, share, where)
 
     def _training_file(self) -> str:
         """The id of an uploaded file, or a URI."""
         if (given := (self.x_raydpo or {}).get("dataset")) is not None:
-            uri = _parse(Text, given, "x_raydpo.dataset")
+            uri = parse(Text, given, "x_raydpo.dataset")
             if "://" not in uri:
                 message = f"x_raydpo.dataset is '{uri:.80}', which is no URI; an uploaded file goes into training_file."
                 raise InvalidRequest(message, param="x_raydpo.dataset")
@@ -152,10 +154,10 @@ def train_config(
         return {key: value for key, value in given.items() if key in names}
 
     of_optim = {field.name for field in fields(Optim)}
-    objective = _parse(OBJECTIVES[kind], part(objective_options), where, paths)
-    optim = _parse(Optim, part(of_optim), where, paths)
+    objective = parse(OBJECTIVES[kind], part(objective_options), where, paths)
+    optim = parse(Optim, part(of_optim), where, paths)
     rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})
-    return _parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
+    return parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
 
 
 class CheckDataset(BaseModel):
@@ -174,7 +176,51 @@ class CheckDataset(BaseModel):
             (name, *_) = given
             message = f"{name} is of tokens, and only a model tells these; send model too."
             raise InvalidRequest(message, param=name)
-        return _parse(TrainConfig, given, "", {name: name for name in given})
+        return parse(TrainConfig, given, "", {name: name for name in given})
+
+
+class ExpiresAfter(BaseModel):
+    """How long a file lives. In forms its parts are `expires_after[anchor]` and `expires_after[seconds]`."""
+
+    model_config = ConfigDict(extra="forbid")
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=SHORTEST_LIFE, le=LONGEST_LIFE)]
+
+
+class CreateFile(BaseModel):
+    """The fields of POST /files beside the file itself."""
+
+    model_config = ConfigDict(extra="forbid")
+    purpose: Text
+    expires_after: ExpiresAfter | None = None
+
+    @field_validator("purpose")
+    @classmethod
+    def _check_purpose(cls, purpose: str) -> str:
+        if purpose != TRAINING:
+            message = f"purpose '{purpose:.80}' is not supported; it must be '{TRAINING}'."
+            raise InvalidRequest(message, param="purpose", code="unsupported_value")
+        return purpose
+
+    @property
+    def life_seconds(self) -> int | None:
+        return self.expires_after.seconds if self.expires_after else None
+
+
+class CreateUpload(CreateFile):
+    """Body of POST /uploads."""
+
+    filename: Text
+    bytes: Annotated[int, Field(ge=1)]
+    mime_type: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
+
+
+class CompleteUpload(BaseModel):
+    """Body of POST /uploads/{id}/complete. The parts in their order."""
+
+    model_config = ConfigDict(extra="forbid")
+    part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]
+    md5: Text | None = None
 
 
 class InferenceBody(BaseModel):
@@ -190,7 +236,7 @@ class InferenceBody(BaseModel):
 Parsed = TypeVar("Parsed")
 
 
-def _parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
+def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

@@ -42,7 +42,14 @@ class Settings(BaseSettings):
     dataset_uris: list[Annotated[str, AfterValidator(check_prefix)]] = Field(
         default=["https://", "hf://datasets/"], description="prefixes of the URIs that a job may train on"
     )
-    max_upload_bytes: int = Field(default=512 * 2**20, gt=0)
+    max_upload_bytes: int = Field(default=512 * 2**20, gt=0, description="of a file sent in one request")
+    max_file_bytes: int = Field(default=8 * 2**30, gt=0, description="of a file sent in parts")
+    max_json_bytes: int = Field(default=4 * 2**20, gt=0, description="of any other request body")
+    max_spool_bytes: int = Field(default=4 * 2**30, gt=0, description="of TMPDIR, for uploads that are being received")
+    max_requests: int = Field(
+        default=1000, gt=0, description="answered at once by one process; open streams not counted"
+    )
+    stall_seconds: float = Field(default=30, gt=0, description="a request that sends nothing for so long is ended")
     max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
     max_attempts: int = Field(default=3, gt=0, description="launches of one job before infrastructure failures fail it")
     max_loaded_models: int = Field(default=2, gt=0, description="models served at once; the least recently used stops")

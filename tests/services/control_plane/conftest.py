@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from services.control_plane.app import create_app
+from services.control_plane.protocol import server_options
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 
@@ -130,7 +131,8 @@ def settings(offline: Settings) -> Settings:
 def base_url(settings: Settings) -> Iterator[str]:
     migrate(settings.database_url)
     port = free_port()
-    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, log_level="warning", ws="none")
+    app = create_app(settings)
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", **server_options())
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
