@@ -91,7 +91,7 @@ class Limits:
         self._app, self.settings = app, settings
         self.memory = Budget(HELD_BYTES, "memory")
         self.disk = Budget(settings.max_spool_bytes, "disk")
-        self._answering = 0  # requests, without event streams: an open stream costs next to nothing
+        self.answering = 0  # requests, without event streams: an open stream costs next to nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
@@ -103,7 +103,7 @@ class Limits:
         body = Body(receive, Headers(scope=scope), self)
         scope.setdefault("state", {})["body"] = body
         with ExitStack() as counted, ExitStack() as held:
-            self._answering += 1
+            self.answering += 1
             counted.callback(self._leave)
             held.callback(body.give_back)
 
@@ -115,13 +115,13 @@ class Limits:
             await self._app(scope, body.receive, send_on)
 
     def _leave(self) -> None:
-        self._answering -= 1
+        self.answering -= 1
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
             return InvalidRequest("The URL holds a NUL character; remove it.")
-        if self._answering >= self.settings.max_requests:
-            message = f"{self._answering} requests are being answered, which is the limit; send this one again."
+        if self.answering >= self.settings.max_requests:
+            message = f"{self.answering} requests are being answered, which is the limit; send this one again."
             return Unavailable(message, retry_after=1, code="overloaded")
         return None
 

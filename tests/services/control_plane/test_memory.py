@@ -1,0 +1,79 @@
+"""The control plane as a process of its own: what it holds in memory while large files come in."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from services.control_plane.settings import Settings
+from services.control_plane.store import migrate
+from tests.services.control_plane.conftest import API_KEY, free_port
+
+MIB = 2**20
+SERVER = """
+import sys, uvicorn
+from services.control_plane.app import create_app
+from services.control_plane.protocol import server_options
+from services.control_plane.settings import Settings
+uvicorn.run(create_app(Settings()), port=int(sys.argv[1]), log_level="warning", **server_options())
+"""
+
+
+@pytest.fixture(scope="module")
+def server(offline: Settings) -> Iterator[tuple[psutil.Process, int]]:
+    migrate(offline.database_url)
+    port, root = free_port(), str(Path(__file__).parents[3])
+    names = ("home", "storage_url", "advertised_url", "ray_url")
+    environment = {f"RAYDPO_{name.upper()}": str(getattr(offline, name)) for name in names}
+    environment |= {"RAYDPO_API_KEY": API_KEY, "DATABASE_URL": offline.database_url, "PYTHONPATH": root}
+    process = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], env=os.environ | environment)
+    yield psutil.Process(process.pid), port
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 MiB of pairs with long answers, written once."""
+    row = {"prompt": "Why?", "chosen": "because " * 2**16, "rejected": "so " * 2**16}
+    line = json.dumps(row).encode() + b"\n"
+    path = tmp_path_factory.mktemp("rows") / "large.jsonl"
+    with path.open("wb") as file:
+        for _ in range(300 * MIB // len(line) + 1):
+            file.write(line)
+    return path
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    """The most that was resident at once, ever."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def test_memory_does_not_grow_with_what_is_sent(server: tuple[psutil.Process, int], large: Path) -> None:
+    process, port = server
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=API_KEY, max_retries=0) as client:
+        while True:
+            try:
+                client.files.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(0.2)
+        with ThreadPoolExecutor(2) as pool, large.open("rb") as first, large.open("rb") as second:
+            sent = [pool.submit(client.files.create, file=file, purpose="fine-tune") for file in (first, second)]
+            assert [one.result().bytes for one in sent] == [large.stat().st_size] * 2
+        done = client.uploads.upload_file_chunked(file=large, mime_type="application/jsonl", purpose="fine-tune")
+        assert done.file is not None
+        assert done.file.status == "processed"
+        with client.files.with_streaming_response.content(done.file.id) as answer:
+            assert sum(map(len, answer.iter_bytes(MIB))) == large.stat().st_size
+    assert peak_bytes(process) < 200 * MIB
