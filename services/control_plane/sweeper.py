@@ -16,6 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage
 from services.control_plane import files, once, uploads
+from services.control_plane.launcher import Launcher
+from services.control_plane.orphans import stop_orphans
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import File, Lease, Upload
@@ -29,11 +31,12 @@ GRACE_SECONDS = 86_400  # an older file that no row names is not about to get on
 class Sweeper:
     """Each sweep, and how often it is due, in seconds. What a control plane has not swept yet is due at once."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        self._store, self._settings = store, settings
+    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
+        self._store, self._launcher, self._settings = store, launcher, settings
         self._sweeps: list[tuple[float, Callable[[], Awaitable[None]]]] = [
             (30, self._expire_files),
             (30, self._expire_uploads),
+            (60, self._stop_orphans),
             (600, self._forget),
             (3600, self._remove_orphans),
             (3600, self._remove_parts),
@@ -60,6 +63,10 @@ class Sweeper:
         async with self._store.begin() as session:
             folders = await uploads.expire(session, MOST, self._settings)
         await _remove(folders)
+
+    async def _stop_orphans(self) -> None:
+        for submission_id in await stop_orphans(self._store, self._launcher):
+            log.warning("Stopped %s, whose attempt has ended", submission_id)
 
     async def _forget(self) -> None:
         async with self._store.begin() as session:

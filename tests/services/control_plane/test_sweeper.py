@@ -11,6 +11,7 @@ import openai
 import psycopg
 import pytest
 
+from services.control_plane.launcher import Launcher
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.sweeper import GRACE_SECONDS, Sweeper
@@ -32,8 +33,9 @@ def sweep(settings: Settings) -> None:
     """As a control plane does that begins to lead."""
 
     async def run() -> None:
-        store = Store(settings.database_url)
-        await Sweeper(store, settings).sweep()
+        store, launcher = Store(settings.database_url), Launcher(settings)
+        await Sweeper(store, launcher, settings).sweep()
+        await launcher.close()
         await store.close()
 
     asyncio.run(run())
