@@ -1,6 +1,7 @@
 """The control plane's parts, wired together. Nobody else builds them."""
 
 import asyncio
+import errno
 import logging
 import secrets
 import socket
@@ -14,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.control_plane.errors import ApiError, envelope
+from services.control_plane.errors import ApiError, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.limits import Limits
@@ -54,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(OSError, _on_full_disk)
     app.add_exception_handler(Exception, _on_crash)
     app.add_middleware(Limits, settings=settings)
     app.add_middleware(StandardHeaders)
@@ -104,6 +106,16 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         return await _on_api_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
+
+
+async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OSError)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    log.error("Storage or TMPDIR is full: %s", error)
+    message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
+    full = Unavailable(message, retry_after=30, code="storage_full")
+    return JSONResponse(full.body(), full.status, headers=full.headers)
 
 
 async def _on_crash(request: Request, error: Exception) -> JSONResponse:

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 IN_PROCESS_BYTES = 4 * 2**20  # 0.15 s at 28 MiB/s: starting a process takes longer
 AT_ONCE_BYTES = 512 * 2**20  # 20 s: proxies cut answers off after 60
 TICK_SECONDS = 1.0
-BEAT_SECONDS = 5.0
-LEASE_SECONDS = 30.0
+BEAT_SECONDS = 2.0
+LEASE_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 GIVEN_UP_AFTER = timedelta(days=1)
 

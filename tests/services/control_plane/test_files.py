@@ -1,6 +1,8 @@
 """/v1/files, with the unmodified client."""
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -8,6 +10,7 @@ import openai
 import psycopg
 import pytest
 
+from services import storage
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pair, pairs
 
@@ -234,3 +237,18 @@ def test_a_project_has_no_more_bytes_than_it_may(client: openai.OpenAI, settings
         assert sum(attempt.exception() is None for attempt in tried) == 1
     finally:
         set_limit(None)
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(
+    client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(uri: str, source: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(Path(settings.home, "storage", "files").iterdir())
+    monkeypatch.setattr(storage, "write_stream", full)
+    with pytest.raises(openai.InternalServerError, match="storage is full") as refused:
+        client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    assert (refused.value.status_code, refused.value.code) == (503, "storage_full")
+    assert refused.value.response.headers["retry-after"] == "30"
+    assert sorted(Path(settings.home, "storage", "files").iterdir()) == before
