@@ -50,5 +50,4 @@ def test_memory_does_not_grow_with_what_is_sent(server: tuple[psutil.Process, st
         assert done.file.status == "processed"
         with client.files.with_streaming_response.content(done.file.id) as answer:
             assert sum(map(len, answer.iter_bytes(MIB))) == large.stat().st_size
-    print("PEAK", peak_bytes(process)/MIB)
     assert peak_bytes(process) < 200 * MIB
