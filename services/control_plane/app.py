@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -56,6 +57,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(OSError, _on_full_disk)
+    for error in (OperationalError, InterfaceError, TimeoutError):
+        app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(Exception, _on_crash)
     app.add_middleware(Limits, settings=settings)
     app.add_middleware(StandardHeaders)
@@ -116,6 +119,15 @@ async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
     message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
     full = Unavailable(message, retry_after=30, code="storage_full")
     return JSONResponse(full.body(), full.status, headers=full.headers)
+
+
+async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+    """The database is down, or all connections to it are taken: the client comes back by itself."""
+    log.warning("The database does not answer: %s", error)
+    refusal = Unavailable(
+        "The database does not answer; nothing was changed.", retry_after=2, code="database_unavailable"
+    )
+    return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
 
 
 async def _on_crash(request: Request, error: Exception) -> JSONResponse:

@@ -45,13 +45,14 @@ class Body:
         self._declared = _declared(headers)
         self._most, self._remedy = limits.settings.max_json_bytes, "Send less."
         self._budget = limits.memory
-        self._received = 0
+        self._received = self._held = 0
         self._began: float | None = None
         self._complete = False
 
     def spool(self, most: int, remedy: str) -> None:
-        """The body goes to disk, and may have `most` bytes. Called before anything is read."""
+        """The body goes to disk, and may have `most` bytes. Room is kept for it before anything is read."""
         self._most, self._remedy, self._budget = most, remedy, self._limits.disk
+        self._hold(self._declared)
 
     async def receive(self) -> Message:
         """The application's `receive`. Raises TooLarge, Stalled and Unavailable."""
@@ -68,15 +69,20 @@ class Body:
         except TimeoutError:
             raise Stalled(f"The body stalled after {self._received} bytes; send it again.") from None
         if message["type"] == "http.request":
-            num_bytes = len(message.get("body", b""))
-            self._check(self._received + num_bytes)
-            self._budget.take(num_bytes)
-            self._received += num_bytes
+            self._received += len(message.get("body", b""))
+            self._hold(self._received)
             self._complete = not message.get("more_body", False)
         return message
 
     def give_back(self) -> None:
-        self._budget.taken -= self._received
+        self._budget.taken -= self._held
+        self._held = 0
+
+    def _hold(self, num_bytes: int) -> None:
+        self._check(num_bytes)
+        if num_bytes > self._held:
+            self._budget.take(num_bytes - self._held)
+            self._held = num_bytes
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self._most:

@@ -7,13 +7,16 @@ it, so that a check survives whoever dies, and none runs twice.
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import anyio
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -34,6 +37,9 @@ BEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 GIVEN_UP_AFTER = timedelta(days=1)
+
+
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("checks at once")
 
 
 class Died(Exception):
@@ -61,6 +67,20 @@ async def report_of(stored: Stored, *, param: str) -> dict[str, Any] | None:
 async def _survey(uri: str, num_bytes: int, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
     if num_bytes <= IN_PROCESS_BYTES:
         return await anyio.to_thread.run_sync(survey_file, uri)
+    async with _processes():
+        return await _survey_apart(uri, tell)
+
+
+def _processes() -> anyio.CapacityLimiter:
+    """So many checks run at once in this control plane; others wait."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        _limiter.set(anyio.CapacityLimiter(max(2, os.cpu_count() or 1)))
+        return _limiter.get()
+
+
+async def _survey_apart(uri: str, tell: Callable[[int], None] | None) -> dict[str, Any]:
     command = (sys.executable, "-m", "services.control_plane.surveying", uri)
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, limit=2**24)

@@ -51,6 +51,7 @@ async def read_form(request: Request, part: str, *, most: int, remedy: str) -> A
         yield Form(file.file, num_bytes, file.filename or "", fields)
     finally:
         await form.close()
+        body.give_back()
 
 
 def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:

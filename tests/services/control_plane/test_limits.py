@@ -23,6 +23,7 @@ KEY = {"Authorization": f"Bearer {API_KEY}"}
 @pytest.fixture(scope="module")
 def settings(offline: Settings) -> Settings:
     small = {"max_upload_bytes": 4 * MIB, "max_json_bytes": MIB, "stall_seconds": 2, "max_requests": 8}
+    small["max_spool_bytes"] = 4 * MIB
     return offline.model_copy(update=small)
 
 
@@ -211,8 +212,21 @@ def test_an_open_event_stream_is_not_counted(settings: Settings) -> None:
     assert asyncio.run(_open_stream(Limits(_event_stream, settings))) == [0, 0, 0]
 
 
-def test_requests_share_a_bounded_spool() -> None:
+def test_uploads_share_a_bounded_spool(base_url: str, client: openai.OpenAI) -> None:
+    url = httpx.URL(base_url)
+    with socket.create_connection((url.host, url.port or 80)) as sender:
+        kind = b"multipart/form-data; boundary=b"
+        sender.sendall(head("/v1/files", 3 * MIB).replace(b"application/json", kind))
+        time.sleep(0.5)
+        with pytest.raises(openai.InternalServerError, match=r"hold \d+ of 4194304 bytes of disk") as refused:
+            client.files.create(file=("a.jsonl", b" " * 2 * MIB), purpose="fine-tune")
+        assert (refused.value.status_code, refused.value.response.headers["retry-after"]) == (503, "2")
+    file = client.with_options(max_retries=5).files.create(file=("a.jsonl", pairs() * 500), purpose="fine-tune")
+    assert file.bytes > MIB
+
+
+def test_what_is_alone_is_not_refused() -> None:
     budget = Budget(100, "disk")
-    budget.take(200)  # nobody else waits for it
+    budget.take(200)
     with pytest.raises(Unavailable, match="200 of 100 bytes of disk"):
         budget.take(1)
