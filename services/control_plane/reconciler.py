@@ -89,6 +89,7 @@ class Reconciler:
     def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
         self._store, self._launcher, self._settings = store, launcher, settings
         self._holder = holder  # this control plane's name in the lease
+        self._leads = False
         self._sweeper = Sweeper(store, launcher, settings)
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -100,10 +101,13 @@ class Reconciler:
                     await self.tick()
                 except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
                     log.warning("A tick failed and is tried again: %s", error)
+                if self._leads:
+                    self._sweep()
                 await asyncio.sleep(TICK_SECONDS)
         finally:
             if self._sweeping is not None:
                 self._sweeping.cancel()
+                await asyncio.wait({self._sweeping})
             with suppress(SQLAlchemyError, OSError):
                 await self.release()
 
@@ -114,7 +118,8 @@ class Reconciler:
 
     async def tick(self) -> None:
         async with self._store.begin() as session:
-            if not await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS):
+            self._leads = await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS)
+            if not self._leads:
                 return
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
             limits = await store.running_limits(session)
@@ -133,7 +138,6 @@ class Reconciler:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
         await self._serve_models()
-        self._sweep()
 
     def _sweep(self) -> None:
         """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
