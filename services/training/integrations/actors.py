@@ -19,6 +19,7 @@ CLOSE_SECONDS = 30.0
 GRACE_SECONDS = 5.0  # beyond it, an actor that does not answer is left to itself
 ENVIRONMENT = {  # where the node does not say otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it may hold a password
     "WANDB_ERROR_REPORTING": "false",
     # A follower tries again by itself; MLflow alone would try for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

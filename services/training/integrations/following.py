@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,9 @@ class Follower:
                 self._warn(f"the cluster lacks the package {error.name}; its image needs raydpo's extra `cluster`")
                 return
             except Exception as error:  # of whatever kind: training must not know
-                logger.exception("%s failed.", self._name)
+                logger.warning(
+                    "%s failed: %s", self._name, _without_secrets("".join(traceback.format_exception(error)))
+                )
                 self._warn(f"{_reason(error)}; it is tried again every {RETRY_SECONDS:.0f} s")
             if last_try:
                 return
@@ -129,10 +132,13 @@ def _step(event: JobEvent, report: StepMetrics) -> Step:
 
 
 def _reason(error: Exception) -> str:
-    """In one line, without the cluster's secrets."""
-    text = " ".join(str(error).split()) or repr(error)
+    """In one line."""
+    return _without_secrets(" ".join(str(error).split()) or repr(error))[:300]
+
+
+def _without_secrets(text: str) -> str:
     for name in SECRETS:
         if secret := os.environ.get(name):
             for hidden in filter(None, (secret, urlsplit(secret).password)):
                 text = text.replace(hidden, f"${name}")
-    return text[:300]
+    return text

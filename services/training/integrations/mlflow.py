@@ -24,7 +24,7 @@ class MlflowSink:
         self._file = folder / "mlflow.db"
         self._uri = storage.join(spec.run_uri, "mlflow", self._file.name)
         server = os.environ.get("MLFLOW_TRACKING_URI")
-        self._local = server is None
+        self._local = not server
         if self._local and storage.exists(self._uri):
             self._file.write_bytes(storage.read_bytes(self._uri))
         self._client = MlflowClient(tracking_uri=server or f"sqlite:///{self._file}")

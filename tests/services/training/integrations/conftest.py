@@ -4,7 +4,7 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from services.contract import AttemptSpec, Integrations
-from services.training.integrations import following
+from services.training.integrations import actors, following
 from tests.services.training.spool import Spool
 
 
@@ -13,11 +13,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node on which no integration is set up, and whose libraries call nobody."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "WANDB_ERROR_REPORTING": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }.items():
+    for name, value in {**actors.ENVIRONMENT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
         monkeypatch.setenv(name, value)
 
 

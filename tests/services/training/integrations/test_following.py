@@ -111,7 +111,12 @@ def test_steps_are_written_in_bounded_parts(
 
 @pytest.mark.parametrize("num_calls_before", [0, 1, 2])
 def test_a_sink_that_raises_is_told_of_once_and_tried_until_it_has_all(
-    follow: Any, place: Place, spool: Spool, num_calls_before: int, monkeypatch: pytest.MonkeyPatch
+    follow: Any,
+    place: Place,
+    spool: Spool,
+    num_calls_before: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@host")
     failures: list[Any] = [None] * num_calls_before
@@ -125,6 +130,7 @@ def test_a_sink_that_raises_is_told_of_once_and_tried_until_it_has_all(
     assert place.calls[-1] == ("close", "succeeded")
     (warning,) = [report for report in told if report.level == "warn"]
     assert warning.message == "Place: no route to $MLFLOW_TRACKING_URI; it is tried again every 0 s. Training goes on."
+    assert "canary" not in caplog.text
 
 
 def _raise(passes: list[Any], errors: list[Exception]) -> None:
