@@ -19,7 +19,8 @@ class WandbSink:
         import wandb
 
         wandb.teardown()  # a run that could not be opened is still held under its id
-        self._spec, self._run_id = spec, run_id
+        self._spec = spec
+        self._folder_name = f"offline-run-{run_id}"  # by this name `wandb sync` knows it
         self._offline = os.environ.get("WANDB_MODE", "online") != "online" or not os.environ.get("WANDB_API_KEY")
         own = ["raydpo", f"raydpo/{spec.config.objective.type}", f"raydpo/{spec.job_id}"]
         self._run = wandb.init(
@@ -34,14 +35,7 @@ class WandbSink:
             settings=_settings(folder),
         )
         self.last_step = max(0, self._run.starting_step - 1)
-        self.where = str(self._run.url)
-        if self._offline:
-            path = f"runs/{spec.job_id}/wandb/{self._folder_name()}"
-            why = "WANDB_MODE is not online" if os.environ.get("WANDB_API_KEY") else "it has no WANDB_API_KEY"
-            self.where = (
-                f"the cluster is offline ({why}), so the run is written to {path} in the service's storage; "
-                f"whoever has a key sends it with `wandb sync {self._folder_name()}`"
-            )
+        self.where = self._where_offline() if self._offline else str(self._run.url)
 
     def begin(self, started: Started) -> None:
         facts = {"num_groups": started.num_groups, "total_steps": started.total_steps}
@@ -54,20 +48,25 @@ class WandbSink:
         self._publish()
 
     def close(self, status: Status | None) -> None:
-        if status is None and not self._offline:
-            return  # unfinished, which it is
-        if status is not None:
-            self._run.summary.update({"status": status})
-        self._run.finish(exit_code=1 if status == "failed" else 0)
+        import wandb
+
+        self._run.summary.update({"status": status or "interrupted"})
+        self._run.finish(exit_code=0 if status == "succeeded" else 1)
+        wandb.teardown()  # only then the file is whole
         self._publish()
 
     def _publish(self) -> None:
         if self._offline:
             file = Path(self._run.settings.sync_file)
-            storage.write_file(storage.join(self._spec.run_uri, "wandb", self._folder_name(), file.name), file)
+            storage.write_file(storage.join(self._spec.run_uri, "wandb", self._folder_name, file.name), file)
 
-    def _folder_name(self) -> str:
-        return f"offline-run-{self._run_id}"  # by this name `wandb sync` knows it
+    def _where_offline(self) -> str:
+        why = "WANDB_MODE is not online" if os.environ.get("WANDB_API_KEY") else "it has no WANDB_API_KEY"
+        return (
+            f"the cluster is offline ({why}), so the run is written to "
+            f"runs/{self._spec.job_id}/wandb/{self._folder_name} in the service's storage; "
+            f"whoever has a key sends it with `wandb sync {self._folder_name}`"
+        )
 
 
 def _settings(folder: Path) -> object:

@@ -8,11 +8,13 @@ from typing import Any
 
 import httpx
 import openai
+import psycopg
 import pytest
 from openai.types.fine_tuning import FineTuningJobWandbIntegrationObject
 from pydantic import ValidationError
 
 from dpo_core.options import OBJECTIVES
+from services.contract import Integrations, JobSpec
 from services.control_plane.schemas import METHODS
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pairs
@@ -149,6 +151,18 @@ def test_where_a_job_is_followed_is_echoed_as_asked(client: openai.OpenAI, train
         assert found.to_dict()["x_raydpo"] | {"tensorboard": True, "mlflow": mlflow} == found.to_dict()["x_raydpo"]
     job = create(client, training_file, integrations=None)
     assert client.fine_tuning.jobs.cancel(job.id).integrations == []
+
+
+def test_a_job_of_an_older_release_is_followed_nowhere(
+    client: openai.OpenAI, training_file: str, settings: Settings
+) -> None:
+    job = create(client, training_file, integrations=wandb(), **followed(tensorboard=True))
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE jobs SET spec = spec - 'integrations' WHERE id = %s", [job.id])
+        (spec,) = connection.execute("SELECT spec FROM jobs WHERE id = %s", [job.id]).fetchone() or ()
+    assert JobSpec.model_validate(spec).integrations == Integrations()
+    found = client.fine_tuning.jobs.cancel(job.id)
+    assert (found.integrations, found.to_dict()["x_raydpo"]["tensorboard"]) == ([], False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """A job's spool as its attempts would have written it."""
 
+import time
+from collections.abc import Callable
+from typing import Any
+
 from services import storage
 from services.contract import AttemptSpec, EventBatch, JobEvent, Report, Started, StepMetrics
 from services.training.reporting import segment_uri
@@ -35,3 +39,10 @@ def step(number: int) -> StepMetrics:
     held_out = {"eval/loss": 2 / number} if number % 3 == 0 else {}
     metrics = {"loss": 1 / number, "rewards/margins": number / 8, **held_out}
     return StepMetrics(step=number, total_steps=9, metrics=metrics)
+
+
+def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

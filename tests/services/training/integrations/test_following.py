@@ -12,7 +12,7 @@ from services.contract import AttemptSpec, Message, Report, Started
 from services.training.integrations import following
 from services.training.integrations.following import Follower
 from services.training.integrations.sink import Status, Step
-from tests.services.training.spool import STARTED_AT, Spool
+from tests.services.training.spool import STARTED_AT, Spool, until
 
 
 class Place:
@@ -63,13 +63,6 @@ def follow(spec: AttemptSpec, place: Place) -> Callable[[], tuple[Follower, list
         return Follower("Place", lambda spec, folder: PlaceSink(place), spec, told.append), told
 
     return follow
-
-
-def until(condition: Callable[[], Any], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def numbers(place: Place) -> list[int]:

@@ -15,6 +15,8 @@ from services.contract import AttemptSpec, Wandb
 from services.training.integrations.following import Follower
 from services.training.integrations.wandb import WandbSink
 from tests.services.training.spool import STARTED_AT, Spool
+from tests.services.training.wandb_server import WandbServer
+from tests.services.web import running
 
 OPTIONS = Wandb(project="my project", name="first", entity="team", tags=("a", "b"))
 
@@ -98,6 +100,27 @@ def test_the_operator_may_keep_a_cluster_with_a_key_offline(
     (message,) = follow(spec, "succeeded")
     assert "(WANDB_MODE is not online)" in message
     assert b"canary" not in written(spec).read_bytes()
+
+
+def test_a_resumed_run_is_one_run_on_the_server_with_each_step_once(
+    spec: AttemptSpec, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(WandbServer()) as server:
+        monkeypatch.setenv("WANDB_API_KEY", "canary" * 8)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        spool.add_steps(1, 5)
+        assert follow(spec.model_copy(update={"attempt": 1}), None) == [
+            f"W&B: {server.url}/team/my%20project/runs/ftjob-1"
+        ]
+        assert [row["_step"] for row in server.history] == [1, 2, 3, 4, 5]
+        assert (server.summary["status"], server.exit_code) == ("interrupted", 1)
+        spool.add_steps(4, 9, attempt=2)
+        follow(spec, "succeeded")
+    assert [row["_step"] for row in server.history] == list(range(1, 10))
+    assert [row["train/loss"] for row in server.history] == [1 / n for n in range(1, 10)]
+    assert (server.run["project"], server.run["entity"], server.run["displayName"]) == ("my project", "team", "first")
+    assert (server.summary["status"], server.exit_code) == ("succeeded", 0)
+    assert not storage.exists(storage.join(spec.run_uri, "wandb"))
 
 
 def test_a_server_that_cannot_be_reached_is_told_of_once_and_without_the_key(
