@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from services.contract import AttemptSpec, Message
+from services.contract import AttemptSpec, Message, Report
 from services.training.integrations.following import Follower, Open
 from services.training.integrations.mlflow import MlflowSink
 from services.training.integrations.sink import Status
@@ -45,7 +45,11 @@ def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     actor = ray.remote(Follower).options(num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment})
-    return [actor.remote(name, sink, spec, lambda report: reporter.report.remote(report)) for name, sink in sinks(spec)]
+
+    def report(report: Report) -> None:
+        ray.get(reporter.report.remote(report))  # so that what a follower told before it closed comes before the end
+
+    return [actor.remote(name, sink, spec, report) for name, sink in sinks(spec)]
 
 
 def close(followers: list[Any], status: Status, reporter: Any) -> None:

@@ -2,13 +2,13 @@
 
 import logging
 import os
+import re
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from services import storage
 from services.contract import AttemptSpec, EventBatch, JobEvent, Message, Report, Started, StepMetrics
@@ -21,7 +21,7 @@ PERIOD_SECONDS = 30.0  # between two looks into the spool
 RETRY_SECONDS = 60.0
 SLOW_SECONDS = 60.0  # for one call of a sink
 STEPS_PER_WRITE = 1000
-SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 Open = Callable[[AttemptSpec, Path], Sink]
 """Makes a sink, which may keep files in the folder while it lives."""
@@ -39,12 +39,13 @@ class Follower:
         self._thread.start()
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
-        """Gives the sink so long for what was spooled until now. `status`: see Sink.close."""
+        """Gives the sink so long for what was spooled until now. `status`: see Sink.close. Tells nothing afterwards."""
         self._status = status
         self._closing.set()
         self._thread.join(timeout_seconds)
-        if self._thread.is_alive():
+        if self._thread.is_alive() and status is not None:
             self._warn(f"it did not take the last steps within {timeout_seconds:.0f} s; they are missing there")
+        self._told = self._warned = True
 
     def _work(self) -> None:
         while True:
@@ -139,6 +140,5 @@ def _reason(error: Exception) -> str:
 def _without_secrets(text: str) -> str:
     for name in SECRETS:
         if secret := os.environ.get(name):
-            for hidden in filter(None, (secret, urlsplit(secret).password)):
-                text = text.replace(hidden, f"${name}")
-    return text
+            text = text.replace(secret, f"${name}")
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)  # a user and a password before a host

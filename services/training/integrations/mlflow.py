@@ -31,15 +31,7 @@ class MlflowSink:
         self._run_id = self._find(options, spec)
         history = self._client.get_metric_history(self._run_id, "train/loss")
         self.last_step = max((metric.step for metric in history), default=0)
-        self.where = (
-            self._link(server)
-            if server
-            else (
-                "the cluster has no tracking server (MLFLOW_TRACKING_URI), so the run is written to "
-                f"runs/{spec.job_id}/mlflow/{self._file.name} in the service's storage; "
-                f"see it with `mlflow server --backend-store-uri sqlite:///{self._file.name}`"
-            )
-        )
+        self.where = self._link(server) if server else self._where_local(spec.job_id)
 
     def begin(self, started: Started) -> None:
         from mlflow.entities import Param
@@ -97,6 +89,13 @@ class MlflowSink:
             return f"run {run.run_id}"
         host = url.netloc.rpartition("@")[2]  # without a password
         return f"{url.scheme}://{host}{url.path.rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+    def _where_local(self, job_id: str) -> str:
+        return (
+            "the cluster has no tracking server (MLFLOW_TRACKING_URI), so the run is written to "
+            f"runs/{job_id}/mlflow/{self._file.name} in the service's storage; "
+            f"see it with `mlflow server --backend-store-uri sqlite:///{self._file.name}`"
+        )
 
     def _publish(self) -> None:
         if self._local:

@@ -203,8 +203,22 @@ def test_a_killed_attempt_and_the_next_are_one_run_wherever_the_job_is_followed(
         assert event.value == pytest.approx(known[event.step]["loss"])
     assert storage.exists(f"{spec.run_uri}/wandb/offline-run-ftjob-1/run-ftjob-1.wandb")
     assert storage.exists(f"{spec.run_uri}/mlflow/mlflow.db")
-    left = [p for p in psutil.process_iter() if p.name() == "wandb-core" and p.status() != psutil.STATUS_ZOMBIE]
-    assert not [p for p in left if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
+    assert not ray_processes("wandb-core", ray_environment)
+
+
+def test_an_integration_that_dies_costs_the_job_nothing_but_a_warning(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, ray_environment: dict[str, str]
+) -> None:
+    followed = Integrations(tensorboard=True)
+    driver = start(make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url, integrations=followed))
+    driver.reported(CheckpointSaved)
+    (follower,) = ray_processes("ray::Follower", ray_environment)
+    follower.kill()
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    (warning,) = [report for report in only(Message, driver.reports()) if report.level == "warn"]
+    assert warning.message.startswith("An integration died, and lacks the last steps: ")
+    assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
+    assert isinstance(driver.reports()[-1], Succeeded)
 
 
 def test_two_workers_equal_one_even_when_one_of_them_is_killed(
@@ -216,7 +230,7 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
 ) -> None:
     driver = start(make_spec(config=CONFIG, num_workers=2, reference="tiny", events_url=control_plane.url))
     driver.reported(CheckpointSaved)
-    workers = train_workers(ray_environment)
+    workers = ray_processes("ray::RayTrainWo", ray_environment)
     assert len(workers) == 2
     workers[0].kill()
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
@@ -228,10 +242,10 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
         assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-3)
 
 
-def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
+def ray_processes(name: str, ray_environment: dict[str, str]) -> list[psutil.Process]:
     """Of this module's own Ray."""
-    workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWo")]
-    return [p for p in workers if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
+    found = [p for p in psutil.process_iter() if p.name().startswith(name) and p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in found if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
 
 
 def test_a_validation_file_is_prepared_alike_and_evaluated_with_every_checkpoint(
