@@ -230,7 +230,7 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
 ) -> None:
     driver = start(make_spec(config=CONFIG, num_workers=2, reference="tiny", events_url=control_plane.url))
     driver.reported(CheckpointSaved)
-    workers = ray_processes("ray::RayTrainWo", ray_environment)
+    workers = train_workers(ray_environment)
     assert len(workers) == 2
     workers[0].kill()
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
@@ -240,6 +240,10 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
     assert list(two) == list(range(1, NUM_STEPS + 1))
     for step in range(1, 41):  # later, float32 sums in another order have grown into another path
         assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-3)
+
+
+def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
+    return ray_processes("ray::RayTrainWo", ray_environment)
 
 
 def ray_processes(name: str, ray_environment: dict[str, str]) -> list[psutil.Process]:
