@@ -3,13 +3,22 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
-from services.contract import JobSpec, ReferenceSource
+from services.contract import Integrations, JobSpec, Mlflow, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
 from services.control_plane.uploads import MOST_PARTS
@@ -28,6 +37,8 @@ EXTENSIONS = {
     "sharding",
     "checkpoint_steps",
     "validation_share",
+    "tensorboard",
+    "mlflow",
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
@@ -54,9 +65,9 @@ class Method(BaseModel):
     def hyperparameters(self) -> dict[str, Any]:
         options = dict(self.__pydantic_extra__ or {})
         _refuse_unknown(options, {self.type}, "method")
-        own = parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
+        own = _parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
         _refuse_unknown(own, {"hyperparameters"}, f"method.{self.type}")
-        return parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
+        return _parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
 
 
 class Reference(BaseModel):
@@ -79,13 +90,10 @@ class CreateJob(BaseModel):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
     x_raydpo: dict[str, Any] | None = None
-    integrations: Any = None  # OpenAI's, not offered here: null passes, a value is refused by name
+    integrations: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] | None = None
 
     def spec(self) -> JobSpec:
         """The job asked for, every value checked. Raises InvalidRequest naming the field."""
-        if self.integrations:
-            message = "integrations is not supported; leave it out."
-            raise InvalidRequest(message, param="integrations", code="unsupported_value")
         if self.validation_file and self.validation_file == self.training_file:
             message = f"validation_file is the training file, {self.training_file}; send one with other rows."
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
@@ -101,9 +109,9 @@ class CreateJob(BaseModel):
         extension = self.x_raydpo or {}
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         config = train_config(kind, given, where, extension, seed)
-        workers = parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
-        reference = parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
-        priority = parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
+        workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
+        reference = _parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
+        priority = _parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
         return JobSpec(
             **named,
@@ -113,6 +121,16 @@ class CreateJob(BaseModel):
             priority=priority,
             reference_source=reference.source,
             validation_share=self._validation_share(),
+            integrations=self._integrations(),
+        )
+
+    def _integrations(self) -> Integrations:
+        extension = self.x_raydpo or {}
+        mlflow = extension.get("mlflow")
+        return Integrations(
+            wandb=self.integrations or (),
+            mlflow=None if mlflow is None else _parse(Mlflow, mlflow, "x_raydpo.mlflow"),
+            tensorboard=_parse(StrictBool, extension.get("tensorboard", False), "x_raydpo.tensorboard"),
         )
 
     def _validation_share(self) -> float:
@@ -122,12 +140,12 @@ class CreateJob(BaseModel):
         where = "x_raydpo.validation_share"
         if self.validation_file:
             raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
-        return parse(Share, share, where)
+        return _parse(Share, share, where)
 
     def _training_file(self) -> str:
         """The id of an uploaded file, or a URI."""
         if (given := (self.x_raydpo or {}).get("dataset")) is not None:
-            uri = parse(Text, given, "x_raydpo.dataset")
+            uri = _parse(Text, given, "x_raydpo.dataset")
             if "://" not in uri:
                 message = f"x_raydpo.dataset is '{uri:.80}', which is no URI; an uploaded file goes into training_file."
                 raise InvalidRequest(message, param="x_raydpo.dataset")
@@ -158,10 +176,10 @@ def train_config(
         return {key: value for key, value in given.items() if key in names}
 
     of_optim = {field.name for field in fields(Optim)}
-    objective = parse(OBJECTIVES[kind], part(objective_options), where, paths)
-    optim = parse(Optim, part(of_optim), where, paths)
+    objective = _parse(OBJECTIVES[kind], part(objective_options), where, paths)
+    optim = _parse(Optim, part(of_optim), where, paths)
     rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})
-    return parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
+    return _parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
 
 
 class CheckDataset(BaseModel):
@@ -180,7 +198,7 @@ class CheckDataset(BaseModel):
             (name, *_) = given
             message = f"{name} is of tokens, and only a model tells these; send model too."
             raise InvalidRequest(message, param=name)
-        return parse(TrainConfig, given, "", {name: name for name in given})
+        return _parse(TrainConfig, given, "", {name: name for name in given})
 
 
 class ExpiresAfter(BaseModel):
@@ -206,6 +224,10 @@ class CreateFile(BaseModel):
             raise InvalidRequest(message, param="purpose", code="unsupported_value")
         return purpose
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        return _parse(cls, fields, "")
+
     @property
     def life_seconds(self) -> int | None:
         return self.expires_after.seconds if self.expires_after else None
@@ -216,7 +238,7 @@ class CreateUpload(CreateFile):
 
     filename: Text
     bytes: Annotated[int, Field(ge=1)]
-    mime_type: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
+    mime_type: Annotated[str, StringConstraints(max_length=LONGEST_NAME, pattern=r"^[ -~]+$")]
 
 
 class CompleteUpload(BaseModel):
@@ -240,7 +262,7 @@ class InferenceBody(BaseModel):
 Parsed = TypeVar("Parsed")
 
 
-def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
+def _parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

@@ -17,7 +17,7 @@ from services.control_plane.errors import RangeNotSatisfiable
 from services.control_plane.objects import deleted, file_object, listing
 from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
 from services.control_plane.routes.forms import multipart, read_form
-from services.control_plane.schemas import CreateFile, parse
+from services.control_plane.schemas import CreateFile
 from services.control_plane.store import page
 from services.control_plane.tables import File
 
@@ -33,7 +33,7 @@ RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 async def create(request: Request, once: OncePart, store: StorePart, settings: SettingsPart) -> Response:
     """Store the file and check every row; a bad row is refused by its line."""
     async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
-        wanted = parse(CreateFile, form.fields, "")
+        wanted = CreateFile.of(form.fields)
         filename = files.clean_name(form.filename, "file")
         async with store.begin() as session:  # before it is checked; what counts is the one below
             await files.reserve(session, store.project_id, form.num_bytes, param="file")

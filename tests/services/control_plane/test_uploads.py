@@ -137,6 +137,11 @@ def test_limits_are_named(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         begin(client, expires_after={"anchor": "created_at", "seconds": 60})
     assert refused.value.param == "expires_after.seconds"
+    for name, value in (("filename", "a\0b"), ("filename", "a" * 256), ("mime_type", "a\0b"), ("bytes", 0)):
+        body: Any = {"filename": "a", "purpose": "fine-tune", "bytes": 1, "mime_type": "text/plain", name: value}
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.uploads.create(**body)
+        assert refused.value.param == name
     upload_id = begin(client, b"ab")
     send(client, upload_id, b"abc")
     with pytest.raises(openai.BadRequestError, match="have 6 bytes; twice the 2"):
