@@ -113,9 +113,8 @@ class Surveyor:
         while True:
             try:
                 await self.tick()
-            except (SQLAlchemyError, OSError, Died) as error:
-                log.warning("A check is tried again: %s", error)
-                await asyncio.sleep(RETRY_SECONDS)
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("The database does not answer; a check is tried again: %s", error)
             await asyncio.sleep(TICK_SECONDS)
 
     async def tick(self) -> None:
@@ -123,11 +122,17 @@ class Surveyor:
             row = await self._claim(session)
         if row is None:
             return
+        failed = False
         try:
             await self._check(row)
+        except (OSError, Died) as error:
+            log.warning("A check is tried again in %d s, others meanwhile: %s", RETRY_SECONDS, error)
+            failed = True
         finally:
             async with self._store.begin() as session:
                 await store.release_lease(session, _lease(row), self._holder)
+                if failed:
+                    await store.hold_lease(session, _lease(row), "nobody", seconds=RETRY_SECONDS)
 
     async def _claim(self, session: AsyncSession) -> File | None:
         await session.execute(

@@ -15,7 +15,7 @@ from services.control_plane.launcher import Launcher
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.sweeper import GRACE_SECONDS, Sweeper
-from tests.services.control_plane.conftest import pairs, serving
+from tests.services.control_plane.conftest import pairs
 
 
 @pytest.fixture
@@ -108,17 +108,3 @@ def test_old_answers_and_leases_are_forgotten(
     sweep(settings)
     assert rows.execute("SELECT count(*) FROM answers").fetchone() == (0,)
     assert rows.execute("SELECT count(*) FROM leases WHERE name = 'old'").fetchone() == (0,)
-
-
-def test_a_control_plane_sweeps_when_it_starts_though_no_cluster_answers(
-    client: openai.OpenAI, settings: Settings, folder: Path, rows: psycopg.Connection
-) -> None:
-    file = Path(folder, "files", create(client))
-    with rows.transaction():
-        rows.execute("UPDATE files SET expires_at = now()")
-        rows.execute("UPDATE leases SET holder = 'the dead', expires_at = now() WHERE name = 'reconciler'")
-    with serving(settings):
-        deadline = time.monotonic() + 60
-        while file.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)

@@ -223,10 +223,14 @@ def test_a_check_whose_control_plane_died_is_done_by_another(client: openai.Open
     assert client.files.wait_for_processing(file.id, poll_interval=0.1).status == "processed"
 
 
-def test_a_file_that_cannot_be_checked_is_given_up(client: openai.OpenAI, settings: Settings) -> None:
-    file = client.files.create(file=("pairs.jsonl", DATA), purpose="fine-tune")
-    Path(settings.home, "storage", "files", file.id).unlink()
-    with psycopg.connect(settings.database_url) as connection:
-        old = "UPDATE files SET report = NULL, created_at = now() - interval '25 hours' WHERE id = %s"
-        connection.execute(old, [file.id])
-    assert client.files.wait_for_processing(file.id, poll_interval=0.1).status == "error"
+def test_a_file_that_cannot_be_checked_keeps_no_other_waiting_and_is_given_up(
+    client: openai.OpenAI, settings: Settings
+) -> None:
+    lost, other = (client.files.create(file=("pairs.jsonl", DATA), purpose="fine-tune") for _ in range(2))
+    Path(settings.home, "storage", "files", lost.id).unlink()
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        connection.execute("UPDATE files SET report = NULL WHERE id IN (%s, %s)", [lost.id, other.id])
+        assert client.files.wait_for_processing(other.id, poll_interval=0.1).status == "processed"
+        assert client.files.retrieve(lost.id).status == "uploaded"
+        connection.execute("UPDATE files SET created_at = now() - interval '25 hours' WHERE id = %s", [lost.id])
+    assert client.files.wait_for_processing(lost.id, poll_interval=0.1).status == "error"
