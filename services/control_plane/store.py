@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWTransaction, with_loader_criteria
 
 from services.control_plane.errors import InvalidRequest
-from services.control_plane.tables import TERMINAL, Attempt, Base, Job, Lease, Owned
+from services.control_plane.tables import TERMINAL, Attempt, Base, CheckpointPermission, Job, Lease, Model, Owned
 
 Row = TypeVar("Row", bound=Base)
 
@@ -68,10 +68,16 @@ class ProjectStore:
 
 @event.listens_for(Session, "do_orm_execute")
 def _see_own_only(state: ORMExecuteState) -> None:
+    """A model is seen by those it is shared with, too; changed by its owner alone."""
     project_id = state.session.info.get("project_id")
-    if project_id is not None:
-        own = with_loader_criteria(Owned, lambda cls: cls.project_id == project_id, include_aliases=True)
-        state.statement = state.statement.options(own)
+    if project_id is None:
+        return
+    for kind in Owned.__subclasses__():
+        seen: ColumnElement[bool] = kind.project_id == project_id
+        if kind is Model and state.is_select:
+            shared = select(CheckpointPermission.model_id).where(CheckpointPermission.project_id == project_id)
+            seen = or_(seen, Model.id.in_(shared))
+        state.statement = state.statement.options(with_loader_criteria(kind, seen, include_aliases=True))
 
 
 @event.listens_for(Session, "before_flush")
@@ -83,6 +89,13 @@ def _write_own_only(session: Session, context: UOWTransaction, instances: object
         if isinstance(row, Owned):
             assert row.project_id in (None, project_id)
             row.project_id = project_id
+    for row in (*session.dirty, *session.deleted):
+        assert not isinstance(row, Owned) or row.project_id == project_id
+
+
+def owns(session: AsyncSession, row: Owned) -> bool:
+    """Whether the session may change what it sees."""
+    return session.info.get("project_id") in (None, row.project_id)
 
 
 async def ping(session: AsyncSession) -> None:

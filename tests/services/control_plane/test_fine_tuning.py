@@ -349,8 +349,6 @@ def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI, training_
     job = create(client, training_file)
     calls = {
         "uploads": lambda: client.uploads.cancel("upload_1"),
-        "fine_tuning/checkpoints": lambda: client.fine_tuning.checkpoints.permissions.list("ft:tiny:raydpo::1"),
-        "webhook_endpoints": lambda: client.get("/webhook_endpoints", cast_to=object),
         "action": lambda: client.fine_tuning.jobs.pause(job.id),
     }
     for param, call in calls.items():
