@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,14 @@ from sqlalchemy import ColumnElement, Select, delete, event, func, literal, or_,
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWTransaction, with_loader_criteria
+from sqlalchemy.orm import (
+    InstrumentedAttribute,
+    LoaderCriteriaOption,
+    ORMExecuteState,
+    Session,
+    UOWTransaction,
+    with_loader_criteria,
+)
 
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.tables import (
@@ -79,16 +87,21 @@ class ProjectStore:
 
 @event.listens_for(Session, "do_orm_execute")
 def _see_own_only(state: ORMExecuteState) -> None:
-    """A model is seen by those it is shared with, too; changed by its owner alone."""
     project_id = state.session.info.get("project_id")
-    if project_id is None:
-        return
-    for kind in Owned.__subclasses__():
-        seen: ColumnElement[bool] = kind.project_id == project_id
-        if kind is Model and state.is_select:
-            shared = select(CheckpointPermission.model_id).where(CheckpointPermission.project_id == project_id)
-            seen = or_(seen, Model.id.in_(shared))
-        state.statement = state.statement.options(with_loader_criteria(kind, seen, include_aliases=True))
+    if project_id is not None:
+        state.statement = state.statement.options(*_own(project_id, state.is_select))
+
+
+@lru_cache(maxsize=4096)  # to make them takes longer than the rest of a statement
+def _own(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
+    """A model is read by those it is shared with, too; changed by its owner alone."""
+    criteria: dict[type[Owned], ColumnElement[bool]] = {
+        kind: kind.project_id == project_id for kind in Owned.__subclasses__()
+    }
+    if reading:
+        shared = select(CheckpointPermission.model_id).where(CheckpointPermission.project_id == project_id)
+        criteria[Model] = or_(criteria[Model], Model.id.in_(shared))
+    return tuple(with_loader_criteria(kind, seen, include_aliases=True) for kind, seen in criteria.items())
 
 
 @event.listens_for(Session, "before_flush")
