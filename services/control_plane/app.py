@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.control_plane.errors import ApiError, Unavailable, envelope
+from services.control_plane.errors import ApiError, InvalidRequest, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.reconciler import Reconciler
@@ -55,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     for error in (OperationalError, InterfaceError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
+    app.add_exception_handler(DataError, _on_data_error)
     app.add_exception_handler(Exception, _on_crash)
     app.add_middleware(StandardHeaders)
     return app
@@ -113,6 +114,14 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
         "The database does not answer; nothing was changed.", retry_after=2, code="database_unavailable"
     )
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
+
+
+async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
+    """What the request says cannot be kept, nor be looked for."""
+    assert isinstance(error, DataError)
+    log.warning("A value was refused by the database: %s", error.orig)
+    refusal = InvalidRequest("A value in the request holds what cannot be kept, such as a NUL character; take it out.")
+    return JSONResponse(refusal.body(), refusal.status)
 
 
 async def _on_crash(request: Request, error: Exception) -> JSONResponse:

@@ -337,8 +337,10 @@ def test_every_error_has_the_envelope(base_url: str) -> None:
             http.post("/v1/fine_tuning/jobs", json={}),
             http.get("/v1/files", params={"limit": 0}),
             http.post("/v1/fine_tuning/jobs/ftjob-none/cancel"),
+            http.get("/v1/files/a%00b"),
+            http.get("/v1/fine_tuning/jobs", params={"after": "\0"}),
         ]
-    assert [answer.status_code for answer in answers] == [404, 405, 400, 400, 400, 404]
+    assert [answer.status_code for answer in answers] == [404, 405, 400, 400, 400, 404, 400, 400]
     for answer in answers:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert answer.headers["x-request-id"].startswith("req_")

@@ -101,6 +101,7 @@ def test_a_test_of_what_does_not_answer_says_so(strict: openai.OpenAI) -> None:
         ({"event_types": ["batch.completed"]}, "event_types", "unsupported_value", "fine_tuning.job.failed"),
         ({"event_types": []}, "event_types", "invalid_value", "at least 1"),
         ({"name": ""}, "name", "invalid_value", "at least 1"),
+        ({"name": "a\0b"}, None, "invalid_value", "NUL"),
         ({"url": "ftp://example.com/"}, "url", "invalid_value", "must begin with"),
         ({"url": "http://example.com/"}, "url", "invalid_value", "setting webhook_urls admits https://"),
         ({"url": "https://user:word@example.com/"}, "url", "invalid_value", "credentials"),
@@ -112,7 +113,7 @@ def test_a_test_of_what_does_not_answer_says_so(strict: openai.OpenAI) -> None:
     ],
 )
 def test_what_is_wrong_is_refused_by_name(
-    strict: openai.OpenAI, body: dict[str, Any], param: str, code: str, words: str
+    strict: openai.OpenAI, body: dict[str, Any], param: str | None, code: str, words: str
 ) -> None:
     good = {"name": "n", "url": "https://example.com/", "event_types": [FAILED]}
     made = strict.webhooks.create(**good)  # type: ignore[arg-type]
