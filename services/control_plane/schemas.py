@@ -5,22 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
 from services.contract import JobSpec, ReferenceSource
 from services.control_plane.errors import InvalidRequest
-from services.control_plane.webhooks import EVENT_TYPES
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
@@ -38,22 +28,11 @@ EXTENSIONS = {
     "validation_share",
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
-
-def _event_type(name: str, info: ValidationInfo) -> str:
-    if name not in EVENT_TYPES:
-        message = f"There are no events '{name:.80}' here; there are {', '.join(EVENT_TYPES)}."
-        raise InvalidRequest(message, param=info.field_name, code="unsupported_value")
-    return name
-
-
 Workers = Annotated[int, Field(ge=1, le=1024)]
 Priority = Annotated[int, Field(ge=-10, le=10)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-EventType = Annotated[str, AfterValidator(_event_type)]
-EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lambda given: sorted(set(given)))]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -200,45 +179,6 @@ class CheckDataset(BaseModel):
             message = f"{name} is of tokens, and only a model tells these; send model too."
             raise InvalidRequest(message, param=name)
         return _parse(TrainConfig, given, "", {name: name for name in given})
-
-
-class SharedWith(BaseModel):
-    """Body of POST /fine_tuning/checkpoints/{model}/permissions."""
-
-    model_config = ConfigDict(extra="forbid")
-    project_ids: Annotated[list[Text], Field(min_length=1, max_length=100)]
-
-
-class CreateWebhook(BaseModel):
-    """Body of POST /webhook_endpoints."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: Name
-    url: Text
-    event_types: EventTypes
-
-
-class UpdateWebhook(BaseModel):
-    """Body of POST /webhook_endpoints/{id}: what is left out stays."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: Name = ""
-    url: Text = ""
-    event_types: EventTypes = []
-
-
-class RotateSecret(BaseModel):
-    """Body of POST /webhook_endpoints/{id}/rotate_secret."""
-
-    model_config = ConfigDict(extra="forbid")
-    keep_old_secret_active_for_24_hours: bool = False
-
-
-class SendTest(BaseModel):
-    """Body of POST /webhook_endpoints/{id}/test."""
-
-    model_config = ConfigDict(extra="forbid")
-    event_type: EventType
 
 
 class InferenceBody(BaseModel):

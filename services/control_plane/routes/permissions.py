@@ -3,19 +3,27 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import models, permissions
 from services.control_plane.objects import deleted, listing, permission_object
 from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
-from services.control_plane.schemas import SharedWith
+from services.control_plane.schemas import Text
 from services.control_plane.store import page
 from services.control_plane.tables import CheckpointPermission
 
 router = APIRouter(prefix="/fine_tuning/checkpoints/{model_id:path}/permissions")
 
 Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+class SharedWith(BaseModel):
+    """Body of POST /fine_tuning/checkpoints/{model}/permissions."""
+
+    model_config = ConfigDict(extra="forbid")
+    project_ids: Annotated[list[Text], Field(min_length=1, max_length=100)]
 
 
 @router.post("")

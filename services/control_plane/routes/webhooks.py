@@ -3,13 +3,14 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import webhooks
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import deleted, listing, webhook_object
 from services.control_plane.routes.dependencies import OncePart, SenderPart, SettingsPart, StorePart
-from services.control_plane.schemas import CreateWebhook, RotateSecret, SendTest, UpdateWebhook
+from services.control_plane.schemas import Text
 from services.control_plane.sender import Unreachable
 from services.control_plane.store import page
 from services.control_plane.tables import WebhookEndpoint
@@ -17,6 +18,50 @@ from services.control_plane.tables import WebhookEndpoint
 router = APIRouter()
 
 Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+def _event_type(name: str, info: ValidationInfo) -> str:
+    if name not in webhooks.EVENT_TYPES:
+        message = f"There are no events '{name:.80}' here; there are {', '.join(webhooks.EVENT_TYPES)}."
+        raise InvalidRequest(message, param=info.field_name, code="unsupported_value")
+    return name
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+EventType = Annotated[str, AfterValidator(_event_type)]
+EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lambda given: sorted(set(given)))]
+
+
+class CreateWebhook(BaseModel):
+    """Body of POST /webhook_endpoints."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name
+    url: Text
+    event_types: EventTypes
+
+
+class UpdateWebhook(BaseModel):
+    """Body of POST /webhook_endpoints/{id}: what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name = ""
+    url: Text = ""
+    event_types: EventTypes = []
+
+
+class RotateSecret(BaseModel):
+    """Body of POST /webhook_endpoints/{id}/rotate_secret."""
+
+    model_config = ConfigDict(extra="forbid")
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class SendTest(BaseModel):
+    """Body of POST /webhook_endpoints/{id}/test."""
+
+    model_config = ConfigDict(extra="forbid")
+    event_type: EventType
 
 
 @router.get("/webhook_event_types")
