@@ -64,7 +64,9 @@ async def list_permissions(
 
 
 @router.delete("/{permission_id}")
-async def delete(store: StorePart, settings: SettingsPart, model_id: str, permission_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+async def delete(once: OncePart, settings: SettingsPart, model_id: str, permission_id: str) -> Response:
+    async def revoke(session: AsyncSession) -> dict[str, Any]:
         await permissions.revoke(session, await models.find_own(session, settings, model_id), permission_id)
-    return deleted("checkpoint.permission", permission_id)
+        return deleted("checkpoint.permission", permission_id)
+
+    return await once.act(revoke)

@@ -107,10 +107,12 @@ async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body:
 
 
 @router.delete("/webhook_endpoints/{endpoint_id}")
-async def delete(store: StorePart, endpoint_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+async def delete(once: OncePart, endpoint_id: str) -> Response:
+    async def remove(session: AsyncSession) -> dict[str, Any]:
         await webhooks.remove(session, endpoint_id)
-    return deleted("webhook_endpoint.deleted", endpoint_id)
+        return deleted("webhook_endpoint.deleted", endpoint_id)
+
+    return await once.act(remove)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/rotate_secret")

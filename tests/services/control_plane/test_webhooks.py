@@ -133,14 +133,17 @@ def test_a_name_of_our_own_is_found_out_when_it_is_connected_to(strict: openai.O
     assert len(receiver.received) == before
 
 
-def test_a_resend_of_create_makes_one_endpoint_with_one_secret(strict: openai.OpenAI) -> None:
+def test_a_resend_makes_one_endpoint_with_one_secret_and_deletes_it_once(strict: openai.OpenAI) -> None:
     def create() -> Any:
         return strict.webhooks.create(
             name="once", url="https://example.com/", event_types=[FAILED], extra_headers={"Idempotency-Key": "hook"}
         )
 
-    assert create() == create()
+    made = create()
+    assert create() == made
     assert len(list(strict.webhooks.list())) == 1
+    headers = [{"x-stainless-retry-count": count} for count in "01"]
+    assert all(strict.webhooks.delete(made.id, extra_headers=each).deleted for each in headers)
 
 
 def test_pages_neither_repeat_nor_loop_while_endpoints_come(strict: openai.OpenAI) -> None:
