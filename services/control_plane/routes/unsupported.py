@@ -7,9 +7,7 @@ from services.control_plane.errors import InvalidRequest
 router = APIRouter()
 
 INSTEAD = {
-    "/fine_tuning/checkpoints": "every key sees every checkpoint",
     "/fine_tuning/alpha": "there are no graders",
-    "/webhook_endpoints": "poll the job, or list its events",
 }
 
 
