@@ -14,12 +14,26 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.control_plane.authentication import Authentication
 from services.control_plane.errors import ApiError, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
+from services.control_plane.rates import Rates
 from services.control_plane.reconciler import Reconciler
-from services.control_plane.routes import attempts, datasets, files, fine_tuning, health, inference, models, unsupported
-from services.control_plane.routes.dependencies import authenticate
+from services.control_plane.routes import (
+    attempts,
+    audit,
+    datasets,
+    files,
+    fine_tuning,
+    health,
+    inference,
+    keys,
+    models,
+    projects,
+    unsupported,
+)
+from services.control_plane.routes.dependencies import admit
 from services.control_plane.schemas import refused
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -31,8 +45,8 @@ def create_app(settings: Settings) -> FastAPI:
     """The service for one database and one Ray cluster. The database's schema must be up to date."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for routes in (files, fine_tuning, models, datasets, inference, unsupported):
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
+    for routes in (files, fine_tuning, models, datasets, inference, keys, projects, audit, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -51,14 +65,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     store, launcher = Store(settings.database_url), Launcher(settings)
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
+    app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-    reconciling = asyncio.create_task(Reconciler(store, launcher, settings, holder=holder).run())
+    reconciler = Reconciler(store, launcher, settings, holder=holder)
+    running = [asyncio.create_task(part.run()) for part in (reconciler, app.state.authentication)]
     try:
         yield
     finally:
-        reconciling.cancel()
-        with suppress(asyncio.CancelledError):
-            await reconciling
+        for task in running:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         await app.state.inference.close()
         await launcher.close()
         await store.close()
@@ -101,16 +118,19 @@ class StandardHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
+        started, request_id = time.perf_counter(), f"req_{secrets.token_hex(12)}"
+        state = scope.setdefault("state", {})
+        state["request_id"], state["headers"] = request_id, {}  # to which a request's parts may add
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 milliseconds = round((time.perf_counter() - started) * 1000)
                 message["headers"] = [
                     *message["headers"],
-                    (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
+                    (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", str(milliseconds).encode()),
                     (b"openai-version", b"2020-10-01"),
+                    *((name.encode(), value.encode()) for name, value in state["headers"].items()),
                 ]
             await send(message)
 

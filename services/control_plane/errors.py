@@ -2,9 +2,11 @@
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Fenced, InFlight 409 · TooLarge 413
-  Unavailable 503
+  RateLimited, QuotaExceeded 429 · Unavailable 503
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -67,6 +69,27 @@ class InFlight(ApiError):
 
 class TooLarge(ApiError):
     status, kind = 413, "invalid_request_error"
+
+
+class RateLimited(ApiError):
+    """The key sent more than it may: come back in so many seconds."""
+
+    status, kind = 429, "rate_limit_error"
+
+    def __init__(self, message: str, *, seconds: float, headers: Mapping[str, str]) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        wait = {"retry-after-ms": str(math.ceil(seconds * 1000)), "retry-after": str(math.ceil(seconds))}
+        self.headers = {**headers, **wait}
+
+
+class QuotaExceeded(ApiError):
+    """The project may have no more. The client would send it again in vain."""
+
+    status, kind = 429, "insufficient_quota"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="insufficient_quota")
+        self.headers = {"x-should-retry": "false"}
 
 
 class Unavailable(ApiError):

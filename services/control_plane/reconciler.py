@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage
 from services.contract import AttemptSpec, EventBatch, JobSpec
-from services.control_plane import deployments, files, jobs, models, store
+from services.control_plane import deployments, files, jobs, models, quotas, store
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
 from services.control_plane.results import results_csv
@@ -108,10 +108,12 @@ class Reconciler:
             if not await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS):
                 return
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
+            out_of_hours = await quotas.out_of_hours(session)
         running = sum(job.observed == "running" for job in live)
         reachable = await self._launcher.is_reachable()
         for job in live:
             slot = reachable and (job.observed == "running" or running < self._settings.max_running_jobs)
+            slot = slot and job.project_id not in out_of_hours
             try:
                 opened = await self._reconcile(job, attempts.get(job.id), slot)
             except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
@@ -179,8 +181,9 @@ class Reconciler:
         spec = JobSpec.model_validate(job.spec)
         served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = start.app_name if served else None
+        accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
-            attempt = await jobs.open_attempt(session, job.id, number, reference)
+            attempt = await jobs.open_attempt(session, job.id, number, reference, num_accelerators=accelerators)
             if reference is not None:
                 await deployments.use(session, start)
             await jobs.move(session, job.id, "running", event="The job is starting on the cluster")

@@ -85,6 +85,11 @@ def _write_own_only(session: Session, context: UOWTransaction, instances: object
             row.project_id = project_id
 
 
+def project_of(session: AsyncSession) -> str:
+    """Whose session it is; one of the service's own has no project."""
+    return str(session.info["project_id"])
+
+
 async def ping(session: AsyncSession) -> None:
     await session.execute(text("SELECT 1"))
 
@@ -94,8 +99,8 @@ async def page(
     query: Select[Row],
     keys: Sequence[InstrumentedAttribute[Any]],
     *,
-    cursor: InstrumentedAttribute[str],
-    after: str | None,
+    cursor: InstrumentedAttribute[Any],
+    after: str | int | None,
     limit: int,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:

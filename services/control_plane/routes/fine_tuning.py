@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import Objective
 from services.contract import MIN_EXAMPLES, JobSpec
-from services.control_plane import files, jobs, models
+from services.control_plane import files, jobs, models, quotas
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
 from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
@@ -30,6 +30,7 @@ async def create(once: OncePart, settings: SettingsPart, body: CreateJob) -> Res
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
         await _check_files(session, spec)
+        await quotas.admit_job(session)
         return job_object(await jobs.submit(session, spec, model), settings)
 
     return await once.act(submit)

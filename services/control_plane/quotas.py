@@ -1,0 +1,85 @@
+"""What a project may use, and what it uses. Sums are taken while its row is locked, so that no limit is passed."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane import projects
+from services.control_plane.errors import QuotaExceeded
+from services.control_plane.store import project_of
+from services.control_plane.tables import JOB_STATES, Attempt, File, Job, Project, Upload, UploadPart
+
+HOURS = func.extract("epoch", func.coalesce(Attempt.ended_at, func.now()) - Attempt.created_at) / 3600
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one project."""
+
+    num_bytes: int
+    jobs: dict[str, int]  # by state
+    accelerator_hours: float
+
+
+async def usage(session: AsyncSession) -> Usage:
+    """Of the session's project."""
+    counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
+    jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
+    return Usage(await _num_bytes(session), jobs, await _accelerator_hours(session))
+
+
+async def admit_job(session: AsyncSession) -> None:
+    """Raises QuotaExceeded if the session's project may not submit another job now."""
+    project = await projects.lock(session, project_of(session))
+    limit = project.max_queued_jobs
+    if limit is not None:
+        queued = await session.scalar(select(func.count()).select_from(Job).where(Job.observed == "queued")) or 0
+        if queued >= limit:
+            remedy = "wait for one to start, cancel one, or ask an admin to raise max_queued_jobs"
+            raise QuotaExceeded(f"The project has {queued} queued jobs of {limit}; {remedy}.")
+    if project.max_accelerator_hours is not None:
+        used = await _accelerator_hours(session)
+        if used >= project.max_accelerator_hours:
+            raise QuotaExceeded(f"The project {_spent(used, project.max_accelerator_hours)}.")
+
+
+async def admit_bytes(session: AsyncSession, num_bytes: int) -> None:
+    """Raises QuotaExceeded if the session's project may not keep so many bytes more."""
+    project = await projects.lock(session, project_of(session))
+    if project.max_bytes is not None:
+        used = await _num_bytes(session)
+        if used + num_bytes > project.max_bytes:
+            remedy = "delete files that are no longer needed, or ask an admin to raise max_bytes"
+            raise QuotaExceeded(
+                f"The project keeps {used} bytes of {project.max_bytes}, and {num_bytes} more do not fit; {remedy}."
+            )
+
+
+async def out_of_hours(session: AsyncSession) -> dict[str, str]:
+    """The projects whose jobs may open no attempt: why not, in words, by project id."""
+    used = func.sum(Attempt.num_accelerators * HOURS)
+    query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
+    query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
+    rows = await session.execute(query.group_by(Project.id))
+    return {
+        project_id: f"its project {_spent(float(hours or 0), limit)}"
+        for project_id, hours, limit in rows
+        if limit is not None and (hours or 0) >= limit
+    }
+
+
+def _spent(used: float, limit: float) -> str:
+    return f"has used {used:.2f} of {limit:g} accelerator hours; ask an admin to raise max_accelerator_hours"
+
+
+async def _num_bytes(session: AsyncSession) -> int:
+    """Of files, and of parts of files that are still arriving."""
+    files = select(func.sum(File.num_bytes)).where(File.deleted_at.is_(None))
+    parts = select(func.sum(UploadPart.num_bytes)).join(Upload).where(Upload.state == "pending")
+    return int(await session.scalar(files) or 0) + int(await session.scalar(parts) or 0)
+
+
+async def _accelerator_hours(session: AsyncSession) -> float:
+    query: Select[float] = select(func.sum(Attempt.num_accelerators * HOURS)).join(Job, Job.id == Attempt.job_id)
+    return float(await session.scalar(query) or 0)
