@@ -62,10 +62,11 @@ class Issuer:
 
     async def _key(self, name: str) -> jwt.PyJWK:
         """The key that a token names. PyJWT's own client would hold all callers while it waits for the issuer."""
-        if self._is_due(name):
+        if self._is_due(name) and not (name in self._keys and self._asking.locked()):
             async with self._asking:
                 if self._is_due(name):
                     await self._ask()
+                    self._asked_at = time.monotonic()
         if key := self._keys.get(name):
             return key
         if not self._keys:
@@ -81,18 +82,17 @@ class Issuer:
     async def _ask(self) -> None:
         """Where the issuer publishes its keys, by its discovery document; and the keys."""
         issuer = self._settings.oidc_issuer or ""
-        self._asked_at = time.monotonic()
         try:
             about = await self._get(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
             if about["issuer"] != issuer:
                 raise ValueError(f"it calls itself {about['issuer']}")
             published = jwt.PyJWKSet.from_dict(await self._get(about["jwks_uri"]))
-        except (httpx.HTTPError, jwt.PyJWTError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, jwt.PyJWTError, ValueError, LookupError, TypeError, AttributeError) as error:
             log.warning("The issuer %s tells no keys: %r", issuer, error)
             return
         usable = [key for key in published.keys if key.public_key_use in ("sig", None)]
         self._keys = {key.key_id: key for key in usable if key.key_id}
-        self._fetched_at = self._asked_at
+        self._fetched_at = time.monotonic()
 
     async def _get(self, url: str) -> Any:
         return (await self._http.get(url)).raise_for_status().json()
