@@ -32,16 +32,16 @@ async def usage(session: AsyncSession) -> Usage:
 async def admit_job(session: AsyncSession) -> None:
     """Raises QuotaExceeded if the session's project may not submit another job now."""
     project = await projects.lock(session, project_of(session))
-    limit = project.max_queued_jobs
-    if limit is not None:
+    if project.max_queued_jobs is not None:
         queued = await session.scalar(select(func.count()).select_from(Job).where(Job.observed == "queued")) or 0
-        if queued >= limit:
+        if queued >= project.max_queued_jobs:
             remedy = "wait for one to start, cancel one, or ask an admin to raise max_queued_jobs"
-            raise QuotaExceeded(f"The project has {queued} queued jobs of {limit}; {remedy}.")
+            raise QuotaExceeded(f"The project has {queued} queued jobs of {project.max_queued_jobs}; {remedy}.")
     if project.max_accelerator_hours is not None:
         used = await _accelerator_hours(session)
-        if used >= project.max_accelerator_hours:
-            raise QuotaExceeded(f"The project {_spent(used, project.max_accelerator_hours)}.")
+        if used >= (limit := project.max_accelerator_hours):
+            remedy = "ask an admin to raise max_accelerator_hours"
+            raise QuotaExceeded(f"The project has used {used:.2f} of {limit:g} accelerator hours; {remedy}.")
 
 
 async def admit_bytes(session: AsyncSession, num_bytes: int) -> None:
@@ -57,20 +57,16 @@ async def admit_bytes(session: AsyncSession, num_bytes: int) -> None:
 
 
 async def out_of_hours(session: AsyncSession) -> dict[str, str]:
-    """The projects whose jobs may open no attempt: why not, in words, by project id."""
+    """The projects whose jobs may open no attempt: what these wait for, in words, by project id."""
     used = func.sum(Attempt.num_accelerators * HOURS)
     query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
     query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
     rows = await session.execute(query.group_by(Project.id))
     return {
-        project_id: f"its project {_spent(float(hours or 0), limit)}"
+        project_id: f"accelerator hours: its project has used its {limit:g}; an admin can raise max_accelerator_hours"
         for project_id, hours, limit in rows
         if limit is not None and (hours or 0) >= limit
     }
-
-
-def _spent(used: float, limit: float) -> str:
-    return f"has used {used:.2f} of {limit:g} accelerator hours; ask an admin to raise max_accelerator_hours"
 
 
 async def _num_bytes(session: AsyncSession) -> int:

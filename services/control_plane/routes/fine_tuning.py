@@ -11,7 +11,7 @@ from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane import files, jobs, models, quotas
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
-from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.routes.dependencies import CallerPart, OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import CreateJob
 from services.control_plane.store import page
 from services.control_plane.tables import Checkpoint, Event, File, Job
@@ -22,7 +22,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-async def create(once: OncePart, settings: SettingsPart, body: CreateJob) -> Response:
+async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
     spec = body.spec()
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
@@ -31,7 +31,7 @@ async def create(once: OncePart, settings: SettingsPart, body: CreateJob) -> Res
         model = await models.find(session, settings, spec.model)
         await _check_files(session, spec)
         await quotas.admit_job(session)
-        return job_object(await jobs.submit(session, spec, model), settings)
+        return job_object(await jobs.submit(session, spec, model, caller.key_id), settings)
 
     return await once.act(submit)
 
@@ -95,14 +95,14 @@ async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dic
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
+async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
     async def wish(session: AsyncSession) -> dict[str, Any]:
-        return job_object(await jobs.cancel(session, job_id), settings)
+        return job_object(await jobs.cancel(session, job_id, caller.key_id), settings)
 
     return await once.act(wish)
 
 
-@router.post("/{job_id}/{action}")
+@router.post("/{job_id}/{action}", include_in_schema=False)
 async def act(store: StorePart, job_id: str, action: str) -> None:
     """`pause` and `resume` of OpenAI's surface are refused by name."""
     async with store.begin() as session:
