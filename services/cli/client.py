@@ -65,6 +65,17 @@ def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable
     return register
 
 
+def pages(client: "OpenAI", path: str) -> Iterator[dict[str, Any]]:
+    """The items of one of our own lists, page by page."""
+    after: dict[str, object] = {}
+    while True:
+        page: Any = client.get(path, cast_to=object, options={"params": {"limit": 100, **after}})
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = {"after": page["last_id"]}
+
+
 @contextmanager
 def one_line_errors(client: "OpenAI") -> Iterator[None]:
     """The API's message, not the client's traceback."""
