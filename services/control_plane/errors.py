@@ -2,7 +2,7 @@
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Fenced, InFlight 409 · TooLarge 413
-  RateLimited, QuotaExceeded 429 · Unavailable 503
+  RateLimited, OverQuota 429 · Unavailable 503
 """
 
 import math
@@ -82,13 +82,13 @@ class RateLimited(ApiError):
         self.headers = {**headers, **wait}
 
 
-class QuotaExceeded(ApiError):
-    """The project may have no more. The client would send it again in vain."""
+class OverQuota(ApiError):
+    """What the project may have is used up; sending it again does not help."""
 
     status, kind = 429, "insufficient_quota"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="insufficient_quota")
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="exceeded_quota")
         self.headers = {"x-should-retry": "false"}
 
 

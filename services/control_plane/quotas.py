@@ -6,9 +6,9 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import projects
-from services.control_plane.errors import QuotaExceeded
+from services.control_plane.errors import OverQuota
 from services.control_plane.store import project_of
-from services.control_plane.tables import JOB_STATES, Attempt, File, Job, Project, Upload, UploadPart
+from services.control_plane.tables import JOB_STATES, Attempt, File, Job, Project, Upload
 
 HOURS = func.extract("epoch", func.coalesce(Attempt.ended_at, func.now()) - Attempt.created_at) / 3600
 
@@ -30,30 +30,18 @@ async def usage(session: AsyncSession) -> Usage:
 
 
 async def admit_job(session: AsyncSession) -> None:
-    """Raises QuotaExceeded if the session's project may not submit another job now."""
+    """Raises OverQuota if the session's project may not submit another job now."""
     project = await projects.lock(session, project_of(session))
     if project.max_queued_jobs is not None:
         queued = await session.scalar(select(func.count()).select_from(Job).where(Job.observed == "queued")) or 0
         if queued >= project.max_queued_jobs:
             remedy = "wait for one to start, cancel one, or ask an admin to raise max_queued_jobs"
-            raise QuotaExceeded(f"The project has {queued} queued jobs of {project.max_queued_jobs}; {remedy}.")
+            raise OverQuota(f"The project has {queued} queued jobs of {project.max_queued_jobs}; {remedy}.")
     if project.max_accelerator_hours is not None:
         used = await _accelerator_hours(session)
         if used >= (limit := project.max_accelerator_hours):
             remedy = "ask an admin to raise max_accelerator_hours"
-            raise QuotaExceeded(f"The project has used {used:.2f} of {limit:g} accelerator hours; {remedy}.")
-
-
-async def admit_bytes(session: AsyncSession, num_bytes: int) -> None:
-    """Raises QuotaExceeded if the session's project may not keep so many bytes more."""
-    project = await projects.lock(session, project_of(session))
-    if project.max_bytes is not None:
-        used = await _num_bytes(session)
-        if used + num_bytes > project.max_bytes:
-            remedy = "delete files that are no longer needed, or ask an admin to raise max_bytes"
-            raise QuotaExceeded(
-                f"The project keeps {used} bytes of {project.max_bytes}, and {num_bytes} more do not fit; {remedy}."
-            )
+            raise OverQuota(f"The project has used {used:.2f} of {limit:g} accelerator hours; {remedy}.")
 
 
 async def out_of_hours(session: AsyncSession) -> dict[str, str]:
@@ -70,10 +58,10 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
 
 
 async def _num_bytes(session: AsyncSession) -> int:
-    """Of files, and of parts of files that are still arriving."""
+    """Of files, and of files that are still arriving."""
     files = select(func.sum(File.num_bytes)).where(File.deleted_at.is_(None))
-    parts = select(func.sum(UploadPart.num_bytes)).join(Upload).where(Upload.state == "pending")
-    return int(await session.scalar(files) or 0) + int(await session.scalar(parts) or 0)
+    uploads = select(func.sum(Upload.num_bytes)).where(Upload.state == "pending")
+    return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
 
 
 async def _accelerator_hours(session: AsyncSession) -> float:
