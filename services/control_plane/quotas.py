@@ -6,7 +6,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import projects
-from services.control_plane.errors import OverQuota
+from services.control_plane.errors import Forbidden, OverQuota
 from services.control_plane.store import project_of
 from services.control_plane.tables import JOB_STATES, Attempt, File, Job, Project, Upload
 
@@ -30,8 +30,10 @@ async def usage(session: AsyncSession) -> Usage:
 
 
 async def admit_job(session: AsyncSession) -> None:
-    """Raises OverQuota if the session's project may not submit another job now."""
+    """Raises OverQuota if the session's project may not submit another job now; Forbidden if it is archived."""
     project = await projects.lock(session, project_of(session))
+    if project.archived_at is not None:  # since the key was looked up
+        raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
     if project.max_queued_jobs is not None:
         queued = await session.scalar(select(func.count()).select_from(Job).where(Job.observed == "queued")) or 0
         if queued >= project.max_queued_jobs:
