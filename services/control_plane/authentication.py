@@ -77,6 +77,8 @@ class Authentication:
 
     async def note_uses(self) -> None:
         used, self._used = self._used, set()
+        if not used:
+            return
         try:
             async with self._store.begin() as session:
                 await keys.note_uses(session, list(used))

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Select, func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.errors import Forbidden, InvalidRequest, NotFound
@@ -62,15 +63,13 @@ async def update(session: AsyncSession, caller: Caller, project_id: str, values:
 
 
 async def _write(session: AsyncSession, project: Project, values: Mapping[str, Any]) -> Project:
-    named = select(Project.id).where(Project.name == values.get("name"), Project.id != project.id)
-    with session.no_autoflush:
-        taken = await session.scalar(named)
-    if taken is not None:
-        message = f"Project {taken} has the name '{values['name']}' already; choose another."
-        raise InvalidRequest(message, param="name")
     for name, value in values.items():
         setattr(project, name, value)
-    await session.flush()
+    try:
+        await session.flush()
+    except IntegrityError:  # names are unique
+        message = f"There is a project with the name '{project.name}' already; choose another."
+        raise InvalidRequest(message, param="name") from None
     await session.refresh(project)
     return project
 

@@ -34,7 +34,7 @@ Workers = Annotated[int, Field(ge=1, le=1024)]
 Priority = Annotated[int, Field(ge=-10, le=10)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Limit = Annotated[int, Field(ge=0, lt=2**31)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Metadata = Annotated[

@@ -18,7 +18,7 @@ async def list_entries(
     store: StorePart,
     caller: CallerPart,
     project_id: str | None = None,
-    after: int | None = None,
+    after: Annotated[int, Query(ge=1, lt=2**63)] | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> dict[str, Any]:
     """Newest first: who changed what."""

@@ -115,6 +115,7 @@ def test_the_last_use_is_noted_apart_from_the_requests(api: httpx.Client, settin
     ("changes", "param"),
     [
         ({"name": ""}, "name"),
+        ({"name": "a\0b"}, "name"),
         ({"scopes": []}, "scopes"),
         ({"scopes": ["read", "root"]}, "scopes.1"),
         ({"requests_per_minute": 0}, "requests_per_minute"),

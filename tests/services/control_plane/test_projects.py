@@ -127,3 +127,17 @@ def test_accelerator_hours_are_counted_and_no_job_is_taken_beyond_them(
     refused = submit(own, file["id"])
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "exceeded_quota")
     assert "has used 2.00 of 2 accelerator hours; ask an admin" in refused.text
+
+
+def test_of_two_projects_that_want_one_name_at_once_one_gets_it(api: httpx.Client) -> None:
+    answers: list[httpx.Response] = []
+
+    def create() -> None:
+        answers.append(api.post("/x/projects", json={"name": "the same"}))
+
+    threads = [threading.Thread(target=create) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200, 400, 400, 400]
