@@ -47,7 +47,8 @@ async def admit(request: Request, settings: SettingsPart, credentials: Bearer) -
     if credentials is None or not credentials.credentials:
         message = "You didn't provide an API key. Send it in the header `Authorization: Bearer YOUR_KEY`."
         raise Unauthorized(message, code="invalid_api_key")
-    caller = await cast(Authentication, request.app.state.authentication).caller(credentials.credentials)
+    authentication = cast(Authentication, request.app.state.authentication)
+    caller = request.state.caller = await authentication.caller(credentials.credentials)
     _check_named(request, "organization", settings.organization)
     _check_named(request, "project", caller.project_id)
     if limit := caller.requests_per_minute or settings.requests_per_minute:
