@@ -9,7 +9,18 @@ from services.control_plane.jobs import wire_metrics
 from services.control_plane.models import NamedModel
 from services.control_plane.quotas import Usage
 from services.control_plane.settings import Settings
-from services.control_plane.tables import TERMINAL, AuditEntry, Checkpoint, Event, File, Job, Key, Project
+from services.control_plane.tables import (
+    TERMINAL,
+    AuditEntry,
+    Checkpoint,
+    CheckpointPermission,
+    Event,
+    File,
+    Job,
+    Key,
+    Project,
+    WebhookEndpoint,
+)
 
 
 def seconds(moment: datetime | None) -> int | None:
@@ -208,4 +219,28 @@ def audit_object(row: AuditEntry) -> dict[str, Any]:
         "action": row.action,
         "object_id": row.object_id,
         "status": row.status,
+    }
+
+
+def permission_object(row: CheckpointPermission) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "checkpoint.permission",
+        "created_at": seconds(row.created_at),
+        "project_id": row.project_id,
+    }
+
+
+def webhook_object(row: WebhookEndpoint, *, with_secret: bool = False) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "webhook_endpoint",
+        "created_at": seconds(row.created_at),
+        "updated_at": seconds(row.updated_at or row.created_at),
+        "name": row.name,
+        "url": row.url,
+        "event_types": row.event_types,
+        "signing_secret_hint": f"whsec_…{row.secret[-4:]}",
+        **({"signing_secret": row.secret} if with_secret else {}),
+        "x_raydpo": {"disabled_at": seconds(row.disabled_at)},
     }
