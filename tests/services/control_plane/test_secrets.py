@@ -15,6 +15,7 @@ from services.control_plane.tables import Base
 from tests.services.control_plane.conftest import API_KEY, EVERY_SCOPE, FakeRay, api_of, new_key, pairs
 from tests.services.control_plane.test_reconciler import reports, spool, ticks
 
+NO_RECEIVER = "http://127.0.0.1:9/"
 RAY_TOKEN = "canary-of-ray-0123456789"
 # Where a secret is kept so that it can be used. Keys are kept as digests only.
 KEPT = {"attempts": {"token"}, "webhook_endpoints": {"secret", "old_secret"}}
@@ -23,7 +24,7 @@ KEPT = {"attempts": {"token"}, "webhook_endpoints": {"secret", "old_secret"}}
 @pytest.fixture(scope="module")
 def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
     changes = {"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}", "ray_token": RAY_TOKEN}
-    return Settings(**{**offline.model_dump(), **changes})
+    return Settings(**{**offline.model_dump(), **changes, "webhook_urls": [NO_RECEIVER]})
 
 
 def rows_of(database_url: str) -> Iterator[str]:
@@ -57,6 +58,9 @@ def test_no_secret_is_told(
         made = new_key(api, scopes=EVERY_SCOPE)["value"]
     with api_of(base_url, made) as own:
         own.event_hooks = {"response": [remember]}
+        hook = {"name": "a", "url": NO_RECEIVER, "event_types": ["fine_tuning.job.succeeded"]}
+        endpoint = own.post("/webhook_endpoints", json=hook).json()
+        answers.clear()  # there, and only there, the signing secret is told
         file = own.post("/files", files={"file": ("pairs.jsonl", pairs())}, data={"purpose": "fine-tune"}).json()
         job = own.post(
             "/fine_tuning/jobs", json={"model": "tiny", "training_file": file["id"], "method": {"type": "dpo"}}
@@ -79,7 +83,12 @@ def test_no_secret_is_told(
         done = own.get(f"/fine_tuning/jobs/{job['id']}").json()
         assert done["status"] == "succeeded"
         for path in own.get(f"{base_url}/openapi.json").json()["paths"]:
-            ids = {"job_id": job["id"], "file_id": file["id"], "model_id": done["fine_tuned_model"]}
+            ids = {
+                "endpoint_id": endpoint["id"],
+                "job_id": job["id"],
+                "file_id": file["id"],
+                "model_id": done["fine_tuned_model"],
+            }
             if all(name in ids for name in _parameters(path)):
                 own.get(f"{base_url}{path.format(**ids)}")
         own.post("/chat/completions", json={"model": "none", "messages": []})
@@ -99,6 +108,9 @@ def test_no_secret_is_told(
     for secret in (made, API_KEY, RAY_TOKEN, *tokens):
         for name, texts in places.items():
             assert not [text for text in texts if secret in text], f"a secret is in the {name}"
+    # The answer that told the signing secret is kept for a retry, as the endpoint itself is.
+    kept = [text for texts in places.values() for text in texts if endpoint["signing_secret"] in text]
+    assert {text.split()[0] for text in kept} == {"answers"}
 
 
 def _parameters(path: str) -> list[str]:

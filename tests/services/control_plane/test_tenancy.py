@@ -44,9 +44,15 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     "POST /v1/completions": [("model", {"model": "model_id", "prompt": "Hello?"})],
     "POST /v1/x/keys": [("project_id", {"name": "a key", "project_id": "project_id"})],
     "POST /v1/x/projects/{project_id}": [(None, {"name": "taken over"})],
+    "POST /v1/fine_tuning/checkpoints/{model_id}/permissions": [(None, {"project_ids": ["proj_default"]})],
+    "POST /v1/webhook_endpoints/{endpoint_id}": [(None, {"name": "taken over"})],
+    "POST /v1/webhook_endpoints/{endpoint_id}/rotate_secret": [(None, {})],
+    "POST /v1/webhook_endpoints/{endpoint_id}/test": [(None, {"event_type": "fine_tuning.job.succeeded"})],
     "POST /internal/attempts/{job_id}/{number}/events": [(None, {"events": []})],
 }
-TAKE_NO_IDS = ("POST /v1/files", "POST /v1/x/projects")
+TAKE_NO_IDS = ("POST /v1/files", "POST /v1/webhook_endpoints", "POST /v1/x/projects")
+EVERYBODY_S = ("GET /v1/webhook_event_types",)
+HOOK = {"name": "a hook", "url": f"{NOWHERE}/a", "event_types": ["fine_tuning.job.succeeded"]}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ OPERATIONS = [
     if path not in OPEN
 ]
 NAMED = [each for each in OPERATIONS if each.parameters("path")]
-LISTS = [each for each in OPERATIONS if each.method == "GET" and not each.parameters("path")]
+READ = [each for each in OPERATIONS if each.method == "GET" and str(each) not in EVERYBODY_S]
+LISTS = [each for each in READ if not each.parameters("path")]
 PAGED = [each for each in OPERATIONS if "after" in each.parameters("query")]
 WITH_BODY = [each for each in OPERATIONS if "requestBody" in each.declared]
 CHANGES = [each for each in OPERATIONS if each.method != "GET" and each.path.startswith("/v1")]
@@ -86,7 +93,8 @@ def each_of(operations: list[Operation]) -> Any:
 
 @pytest.fixture(scope="module")
 def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
-    return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
+    ray_url = f"http://127.0.0.1:{fake_ray.server.server_port}"
+    return offline.model_copy(update={"ray_url": ray_url, "webhook_urls": [f"{NOWHERE}/"]})
 
 
 def upload(api: httpx.Client) -> str:
@@ -109,7 +117,7 @@ def b(api: httpx.Client, base_url: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def a_has(a: httpx.Client, settings: Settings, fake_ray: FakeRay) -> dict[str, str]:
+def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: FakeRay) -> dict[str, str]:
     """One of everything that a path or a body can name, by the parameter's name; and what else lists show."""
     file_id = upload(a)
     job_id = a.post("/fine_tuning/jobs", json={**JOB, "training_file": file_id}).json()["id"]
@@ -122,6 +130,8 @@ def a_has(a: httpx.Client, settings: Settings, fake_ray: FakeRay) -> dict[str, s
     events = a.get(f"/fine_tuning/jobs/{job_id}/events").json()["data"]
     checkpoints = a.get(f"/fine_tuning/jobs/{job_id}/checkpoints").json()["data"]
     key = a.get("/x/keys").json()["data"][0]
+    sharing = f"/fine_tuning/checkpoints/{job['fine_tuned_model']}/permissions"
+    shared = a.post(sharing, json={"project_ids": [new_project(api, "c")]}).json()["data"][0]
     return {
         "file_id": file_id,
         "job_id": job_id,
@@ -129,6 +139,8 @@ def a_has(a: httpx.Client, settings: Settings, fake_ray: FakeRay) -> dict[str, s
         "model_id": job["fine_tuned_model"],
         "key_id": key["id"],
         "project_id": key["project_id"],
+        "permission_id": shared["id"],
+        "endpoint_id": a.post("/webhook_endpoints", json=HOOK).json()["id"],
         "a result": job["result_files"][0],
         "an event": events[0]["id"],
         "a checkpoint": checkpoints[0]["id"],
@@ -234,8 +246,9 @@ def test_every_route_wants_a_key_and_its_scope(
 
 
 def test_every_change_is_answered_once_and_audited() -> None:
-    """Both are done by Once. Completions change nothing, and a check of a dataset leaves what anyone may repeat."""
+    """Both are done by Once. These ask only: what they leave, if anything, is the same when they are repeated."""
     asking = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/x/datasets/check"}
+    asking.add("POST /v1/webhook_endpoints/{endpoint_id}/test")
     once = {
         f"{method} {route.path_format}"
         for route in APP.routes
