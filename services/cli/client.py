@@ -82,6 +82,17 @@ def send_file(client: "OpenAI", path: Path) -> "FileObject":
     return checked
 
 
+def pages(client: "OpenAI", path: str) -> Iterator[dict[str, Any]]:
+    """The items of one of our own lists, page by page."""
+    after: dict[str, object] = {}
+    while True:
+        page: Any = client.get(path, cast_to=object, options={"params": {"limit": 100, **after}})
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = {"after": page["last_id"]}
+
+
 @contextmanager
 def one_line_errors(client: "OpenAI") -> Iterator[None]:
     """The API's message, not the client's traceback."""

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage
 from services.contract import AttemptSpec, EventBatch, JobSpec
-from services.control_plane import deployments, files, jobs, models, store
+from services.control_plane import deployments, files, jobs, models, quotas, store
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
 from services.control_plane.queue import what_each_waits_for
@@ -122,10 +122,14 @@ class Reconciler:
             if not self._leads:
                 return
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
-            limits = await store.running_limits(session)
+            limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
         reachable = await self._launcher.is_reachable()
-        waits = (
-            await self._schedule(live, limits) if reachable else dict.fromkeys((job.id for job in live), UNREACHABLE)
+        spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
+        contenders = [job for job in live if job.observed == "running" or job.id not in spent]
+        waits = spent | (
+            await self._schedule(contenders, limits)
+            if reachable
+            else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
         for job in live:
             slot = (waiting_for := waits.get(job.id)) is None
@@ -213,9 +217,10 @@ class Reconciler:
         spec = JobSpec.model_validate(job.spec)
         served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = start.app_name if served else None
+        accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            attempt = await jobs.open_attempt(session, job.id, number, reference)
+            attempt = await jobs.open_attempt(session, job.id, number, reference, num_accelerators=accelerators)
             if reference is not None:
                 await deployments.use(session, start)
             if job.observed == "queued":

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import Objective
 from services.contract import MIN_EXAMPLES, JobSpec
-from services.control_plane import files, jobs, models
+from services.control_plane import files, jobs, models, quotas
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
 from services.control_plane.routes.dependencies import CallerPart, OncePart, SettingsPart, StorePart
@@ -30,6 +30,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
         await _check_files(session, spec)
+        await quotas.admit_job(session)
         return job_object(await jobs.submit(session, spec, model, caller.key_id), settings)
 
     return await once.act(submit)
@@ -99,7 +100,7 @@ async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job
     return await once.act(wish)
 
 
-@router.post("/{job_id}/{action}")
+@router.post("/{job_id}/{action}", include_in_schema=False)
 async def act(store: StorePart, job_id: str, action: str) -> None:
     """`pause` and `resume` of OpenAI's surface are refused by name."""
     async with store.begin() as session:
