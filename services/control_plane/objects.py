@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from services.contract import CheckResult, Integrations
+from services.control_plane.files import TRAINING
 from services.control_plane.jobs import wire_metrics
 from services.control_plane.models import NamedModel
 from services.control_plane.quotas import Usage
@@ -19,6 +20,8 @@ from services.control_plane.tables import (
     Job,
     Key,
     Project,
+    Upload,
+    UploadPart,
     WebhookEndpoint,
 )
 
@@ -43,10 +46,41 @@ def file_object(row: File) -> dict[str, Any]:
         "object": "file",
         "bytes": row.num_bytes,
         "created_at": seconds(row.created_at),
+        "expires_at": seconds(row.expires_at),
         "filename": row.filename,
         "purpose": row.purpose,
-        "status": "processed",  # rows are checked before the upload is answered
-        "x_raydpo": {"sha256": row.sha256, "report": row.report},
+        "status": _file_status(row),
+        "status_details": row.refusal,
+        "x_raydpo": {"sha256": row.sha256, "report": row.report, "checked_bytes": row.num_checked},
+    }
+
+
+def _file_status(row: File) -> str:
+    if row.refusal is not None:
+        return "error"
+    return "uploaded" if row.purpose == TRAINING and row.report is None else "processed"
+
+
+def upload_object(row: Upload, state: str, file: File | None) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "upload",
+        "bytes": row.num_bytes,
+        "created_at": seconds(row.created_at),
+        "expires_at": seconds(row.expires_at),
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": state,
+        "file": file and file_object(file),
+    }
+
+
+def part_object(row: UploadPart) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "upload.part",
+        "created_at": seconds(row.created_at),
+        "upload_id": row.upload_id,
     }
 
 

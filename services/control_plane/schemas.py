@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,7 +21,9 @@ from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
 from services.contract import Integrations, JobSpec, Mlflow, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
+from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
 from services.control_plane.keys import Scope
+from services.control_plane.uploads import MOST_PARTS
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
@@ -201,6 +203,54 @@ class CheckDataset(BaseModel):
             message = f"{name} is of tokens, and only a model tells these; send model too."
             raise InvalidRequest(message, param=name)
         return _parse(TrainConfig, given, "", {name: name for name in given})
+
+
+class ExpiresAfter(BaseModel):
+    """How long a file lives. In forms its parts are `expires_after[anchor]` and `expires_after[seconds]`."""
+
+    model_config = ConfigDict(extra="forbid")
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=SHORTEST_LIFE, le=LONGEST_LIFE)]
+
+
+class CreateFile(BaseModel):
+    """The fields of POST /files beside the file itself."""
+
+    model_config = ConfigDict(extra="forbid")
+    purpose: Text
+    expires_after: ExpiresAfter | None = None
+
+    @field_validator("purpose")
+    @classmethod
+    def _check_purpose(cls, purpose: str) -> str:
+        if purpose != TRAINING:
+            message = f"purpose '{purpose:.80}' is not supported; it must be '{TRAINING}'."
+            raise InvalidRequest(message, param="purpose", code="unsupported_value")
+        return purpose
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        return _parse(cls, fields, "")
+
+    @property
+    def life_seconds(self) -> int | None:
+        return self.expires_after.seconds if self.expires_after else None
+
+
+class CreateUpload(CreateFile):
+    """Body of POST /uploads."""
+
+    filename: Text
+    bytes: Annotated[int, Field(ge=1)]
+    mime_type: Annotated[str, StringConstraints(max_length=LONGEST_NAME, pattern=r"^[ -~]+$")]
+
+
+class CompleteUpload(BaseModel):
+    """Body of POST /uploads/{id}/complete. The parts in their order."""
+
+    model_config = ConfigDict(extra="forbid")
+    part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]
+    md5: Text | None = None
 
 
 class CreateKey(BaseModel):

@@ -63,7 +63,14 @@ class Settings(BaseSettings):
     webhook_urls: list[Annotated[str, AfterValidator(_webhook_prefix)]] = Field(
         default=["https://"], description="prefixes of the URLs that webhooks may be sent to"
     )
-    max_upload_bytes: int = Field(default=512 * 2**20, gt=0)
+    max_upload_bytes: int = Field(default=512 * 2**20, gt=0, description="of a file sent in one request")
+    max_file_bytes: int = Field(default=8 * 2**30, gt=0, description="of a file sent in parts")
+    max_json_bytes: int = Field(default=4 * 2**20, gt=0, description="of any other request body")
+    max_spool_bytes: int = Field(default=4 * 2**30, gt=0, description="of TMPDIR, for uploads that are being received")
+    max_requests: int = Field(
+        default=1000, gt=0, description="answered at once by one process; open streams not counted"
+    )
+    stall_seconds: float = Field(default=30, gt=0, description="a request that sends nothing for so long is ended")
     max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict, description="what an autoscaling cluster may grow to; {}: it is as large as it is"

@@ -38,20 +38,18 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
 
 async def _check_files(session: AsyncSession, spec: JobSpec) -> None:
     if not spec.is_at_uri:
-        file = await files.find(session, spec.training_file, param="training_file")
+        file = await files.find_checked(session, spec.training_file, param="training_file")
         _check_file(file, spec.config.objective, "training_file")
         _check_size(file)
     if spec.validation_file:
-        held_out = await files.find(session, spec.validation_file, param="validation_file")
+        held_out = await files.find_checked(session, spec.validation_file, param="validation_file")
         _check_file(held_out, spec.config.objective, "validation_file")
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
     """An upload's rows must be of the kind that the objective learns from; a job checks a URI's."""
     code, report = f"invalid_{param}", file.report
-    if report is None:
-        message = f"{file.id} has purpose '{file.purpose}'; {param} needs one uploaded with '{files.TRAINING}'."
-        raise InvalidRequest(message, param=param, code=code)
+    assert report is not None
     learns_from = objective.traits.learns_from
     if report["kind"] not in learns_from:
         kinds = " or ".join(learns_from)
