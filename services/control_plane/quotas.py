@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import projects
@@ -26,7 +26,7 @@ async def usage(session: AsyncSession) -> Usage:
     """Of the session's project."""
     counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
     jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
-    return Usage(await _num_bytes(session), jobs, await _accelerator_hours(session))
+    return Usage(await num_bytes(session, project_of(session)), jobs, await _accelerator_hours(session))
 
 
 async def admit_job(session: AsyncSession) -> None:
@@ -59,10 +59,11 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
     }
 
 
-async def _num_bytes(session: AsyncSession) -> int:
-    """Of files, and of files that are still arriving."""
-    files = select(func.sum(File.num_bytes)).where(File.deleted_at.is_(None))
-    uploads = select(func.sum(Upload.num_bytes)).where(Upload.state == "pending")
+async def num_bytes(session: AsyncSession, project_id: str) -> int:
+    """Of a project's files, and of those that are still arriving."""
+    lives = or_(File.expires_at.is_(None), File.expires_at > func.clock_timestamp())
+    files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.deleted_at.is_(None), lives)
+    uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
     return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
 
 

@@ -48,10 +48,18 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     "POST /v1/webhook_endpoints/{endpoint_id}": [(None, {"name": "taken over"})],
     "POST /v1/webhook_endpoints/{endpoint_id}/rotate_secret": [(None, {})],
     "POST /v1/webhook_endpoints/{endpoint_id}/test": [(None, {"event_type": "fine_tuning.job.succeeded"})],
+    "POST /v1/uploads/{upload_id}/complete": [(None, {"part_ids": ["part_none"]})],
     "POST /internal/attempts/{job_id}/{number}/events": [(None, {"events": []})],
 }
-TAKE_NO_IDS = ("POST /v1/files", "POST /v1/webhook_endpoints", "POST /v1/x/projects")
+TAKE_NO_IDS = (
+    "POST /v1/files",
+    "POST /v1/uploads",
+    "POST /v1/uploads/{upload_id}/parts",
+    "POST /v1/webhook_endpoints",
+    "POST /v1/x/projects",
+)
 EVERYBODY_S = ("GET /v1/webhook_event_types",)
+UPLOAD = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 10, "mime_type": "application/jsonl"}
 HOOK = {"name": "a hook", "url": f"{NOWHERE}/a", "event_types": ["fine_tuning.job.succeeded"]}
 
 
@@ -140,6 +148,7 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
         "key_id": key["id"],
         "project_id": key["project_id"],
         "permission_id": shared["id"],
+        "upload_id": a.post("/uploads", json=UPLOAD).json()["id"],
         "endpoint_id": a.post("/webhook_endpoints", json=HOOK).json()["id"],
         "a result": job["result_files"][0],
         "an event": events[0]["id"],
