@@ -170,9 +170,7 @@ def test_resuming_repeats_the_run_bit_for_bit(config, make_policy, tokenizer, pa
         assert (tmp_path / "resumed" / saved[1].name / name).read_bytes() == (saved[1] / name).read_bytes()
 
 
-def test_a_run_that_stops_after_any_step_goes_on_as_if_it_had_not(
-    make_policy, tokenizer, pairs, scored, tmp_path
-):
+def test_a_run_that_stops_after_any_step_goes_on_as_if_it_had_not(make_policy, tokenizer, pairs, scored, tmp_path):
     straight = make_policy(0)
     batches = [scored(pairs[n : n + 4], straight) for n in range(4)]
     config = replace(DPO, objective=Bco(), checkpoint_steps=2)

@@ -25,6 +25,7 @@ from services.contract import (
     EventBatch,
     Failed,
     Message,
+    Paused,
     Progress,
     ReferenceReleased,
     Report,
@@ -308,3 +309,59 @@ def test_sigterm_ends_an_attempt_before_sigkill_would(
     assert driver.wait() == 128 + signal.SIGTERM
     assert time.monotonic() - started < 3
     assert not only(Failed, driver.reports())
+
+
+def resumed(first: Driver, start: Callable[[AttemptSpec], Driver], uninterrupted: Driver) -> None:
+    """The attempt was paused; the next one goes on, and the two together are the uninterrupted one."""
+    before = first.reports()
+    step = before[-1].step
+    assert before[-1] == Paused(step=step)
+    assert 0 < step < NUM_STEPS
+    assert only(CheckpointSaved, before)[-1].step == step
+    second = start(first.spec.model_copy(update={"attempt": 2}))
+    assert second.wait() == 0, second.log.read_text()[-5000:]
+    after = second.reports()
+    assert only(Started, after)[0].resumed_from == step
+    assert figures(before) | figures(after) == figures(uninterrupted.reports())
+    assert not figures(before).keys() & figures(after).keys()
+
+
+def test_a_paused_attempt_leaves_a_checkpoint_and_is_continued_bit_for_bit(
+    uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    first = start(make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url))
+    first.reported(StepMetrics)
+    control_plane.desired = "pause"
+    assert first.wait(30) == 4, first.log.read_text()[-5000:]
+    assert control_plane.reports()[-1] == first.reports()[-1]
+    control_plane.desired = "run"
+    resumed(first, start, uninterrupted)
+
+
+def test_sigterm_with_grace_leaves_a_checkpoint(
+    uninterrupted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ray_environment, "RAY_JOB_STOP_WAIT_TIME_S", "30")
+    first = start(make_spec(config=CONFIG, num_workers=1, reference="tiny", events_url=control_plane.url))
+    first.reported(StepMetrics)
+    first.process.terminate()
+    assert first.wait(30) == 4, first.log.read_text()[-5000:]
+    resumed(first, start, uninterrupted)
+
+
+def test_a_pause_while_data_is_prepared_stops_at_once_and_a_cancelled_attempt_as_well(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    spec = make_spec(config=CONFIG, reference="a-reference-that-never-comes", events_url=control_plane.url)
+    first = start(spec)
+    first.reported(Progress)
+    control_plane.desired = "pause"
+    assert first.wait(20) == 4, first.log.read_text()[-5000:]
+    assert first.reports()[-1] == control_plane.reports()[-1] == Paused(step=0)
+    control_plane.desired = "cancel"
+    assert start(spec.model_copy(update={"attempt": 2})).wait(60) == 5
