@@ -19,7 +19,7 @@ from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.reconciler import Reconciler
 from services.control_plane.routes import attempts, datasets, files, fine_tuning, health, inference, models, unsupported
-from services.control_plane.routes.dependencies import require_key
+from services.control_plane.routes.dependencies import authenticate
 from services.control_plane.schemas import refused
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -31,7 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
     """The service for one database and one Ray cluster. The database's schema must be up to date."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
     for routes in (files, fine_tuning, models, datasets, inference, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)

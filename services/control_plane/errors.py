@@ -1,7 +1,8 @@
 """Errors as OpenAI words them: a status, and an envelope whose four keys are always present.
 
 ApiError
-  InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Fenced 409 · TooLarge 413 · Unavailable 503
+  InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Fenced, InFlight 409 · TooLarge 413
+  Unavailable 503
 """
 
 from typing import Any, ClassVar
@@ -52,6 +53,16 @@ class Fenced(ApiError):
     """An attempt that a newer one replaced, or that ended, may not report."""
 
     status, kind = 409, "invalid_request_error"
+
+
+class InFlight(ApiError):
+    """The same request is being answered: the client sends it again by itself."""
+
+    status, kind = 409, "invalid_request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="idempotency_key_in_flight")
+        self.headers = {"retry-after-ms": "250", "x-should-retry": "true"}
 
 
 class TooLarge(ApiError):

@@ -15,7 +15,7 @@ from services.control_plane.errors import ApiError, InvalidRequest, NotFound, To
 from services.control_plane.launcher import Launcher
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import ProjectStore, Store
 
 RETRY_AFTER_SECONDS = 15
 TOUCH_SECONDS = 10.0  # a model in use is marked so at most this often
@@ -34,9 +34,10 @@ class Inference:
     async def close(self) -> None:
         await self._serve.aclose()
 
-    async def forward(self, path: str, body: dict[str, Any]) -> Response:
-        """Answer `POST /v1/<path>` from the model that `body` names; a stream stays a stream."""
-        model = await self._find(body["model"])
+    async def forward(self, caller: ProjectStore, path: str, body: dict[str, Any]) -> Response:
+        """Answer `POST /v1/<path>` from the caller's model that `body` names; a stream stays a stream."""
+        async with caller.begin() as session:
+            model = await models.find(session, self._settings, body["model"])
         base_url = await self._wait_until_served(model)
         request = self._serve.build_request("POST", f"{base_url}/{model.app_name}/v1/{path}", json=body)
         try:
@@ -51,10 +52,6 @@ class Inference:
         content = await answer.aread()
         await answer.aclose()
         return Response(content, media_type="application/json")
-
-    async def _find(self, model_id: str) -> NamedModel:
-        async with self._store.begin() as session:
-            return await models.find(session, self._settings, model_id)
 
     async def _wait_until_served(self, model: NamedModel) -> str:
         """The proxy's URL once the model is up. Raises Unavailable after `model_wait_seconds`, or if it cannot load."""

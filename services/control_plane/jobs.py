@@ -237,7 +237,7 @@ async def _add_checkpoint(
     )
     added = await session.execute(row.on_conflict_do_nothing().returning(Checkpoint.id))
     if added.first() is not None:
-        await models.add(session, name, storage.join(report.uri, "model"), job.model_root, job.id)
+        await models.add(session, name, storage.join(report.uri, "model"), job)
         await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
 
 

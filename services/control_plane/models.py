@@ -62,9 +62,11 @@ async def find(session: AsyncSession, settings: Settings, model_id: str) -> Name
     return _trained(row)
 
 
-async def add(session: AsyncSession, model_id: str, source: str, root: str, job_id: str) -> None:
+async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
     """Offer a trained policy. Doing it twice is harmless, and what a user deleted stays deleted."""
-    row = insert(Model).values(id=model_id, source=source, root=root, job_id=job_id)
+    row = insert(Model).values(
+        id=model_id, source=source, root=job.model_root, job_id=job.id, project_id=job.project_id
+    )
     await session.execute(row.on_conflict_do_nothing())
 
 

@@ -264,8 +264,9 @@ class Reconciler:
         async with self._store.begin() as session:
             if (await jobs.lock(session, job)).observed != "running":
                 return  # another control plane closed it
+            results.project_id = job.project_id
             session.add(results)
-            await models.add(session, name, model_uri, job.model_root, job.id)
+            await models.add(session, name, model_uri, job)
             await jobs.end_attempt(session, attempt, "succeeded")
             jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
             jobs.tell(session, job.id, f"Completed results file: {results.id}")

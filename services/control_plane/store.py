@@ -1,21 +1,22 @@
 """The database, and the queries that more than one noun asks. They take an open session and never commit."""
 
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import ColumnElement, Select, delete, func, literal, or_, select, text, tuple_
+from sqlalchemy import ColumnElement, Select, delete, event, func, literal, or_, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWTransaction, with_loader_criteria
 
 from services.control_plane.errors import InvalidRequest
-from services.control_plane.tables import TERMINAL, Attempt, Base, Job, Lease
+from services.control_plane.tables import TERMINAL, Attempt, Base, Job, Lease, Owned
 
 Row = TypeVar("Row", bound=Base)
 
@@ -41,10 +42,47 @@ class Store:
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
+        """A transaction of the service's own, which sees every project."""
         return self._sessions.begin()
+
+    @asynccontextmanager
+    async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
+        """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
+        async with self._sessions(info={"project_id": project_id}) as session, session.begin():
+            yield session
 
     async def close(self) -> None:
         await self._engine.dispose()
+
+
+@dataclass(frozen=True)
+class ProjectStore:
+    """The database as a caller may see it."""
+
+    store: Store
+    project_id: str
+
+    def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
+        return self.store.begin_for(self.project_id)
+
+
+@event.listens_for(Session, "do_orm_execute")
+def _see_own_only(state: ORMExecuteState) -> None:
+    project_id = state.session.info.get("project_id")
+    if project_id is not None:
+        own = with_loader_criteria(Owned, lambda cls: cls.project_id == project_id, include_aliases=True)
+        state.statement = state.statement.options(own)
+
+
+@event.listens_for(Session, "before_flush")
+def _write_own_only(session: Session, context: UOWTransaction, instances: object) -> None:
+    project_id = session.info.get("project_id")
+    if project_id is None:
+        return
+    for row in session.new:
+        if isinstance(row, Owned):
+            assert row.project_id in (None, project_id)
+            row.project_id = project_id
 
 
 async def ping(session: AsyncSession) -> None:

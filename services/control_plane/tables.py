@@ -3,12 +3,25 @@
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, UniqueConstraint, func, text
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
+DEFAULT_PROJECT = "proj_default"  # of the configured API key, and of all that was there before projects
 
 
 class Base(DeclarativeBase):
@@ -18,10 +31,66 @@ class Base(DeclarativeBase):
         datetime: DateTime(timezone=True),
         dict[str, Any]: JSONB(none_as_null=True),
         dict[str, str]: JSONB(none_as_null=True),
+        list[str]: ARRAY(Text()),
     }
 
 
-class File(Base):
+class Project(Base):
+    """Who owns what. A quota of None is no quota."""
+
+    __tablename__ = "projects"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    name: Mapped[str] = mapped_column(unique=True)
+    archived_at: Mapped[datetime | None]
+    max_running_jobs: Mapped[int | None]
+    max_queued_jobs: Mapped[int | None]
+    max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files
+    max_accelerator_hours: Mapped[float | None]
+
+
+class Owned:
+    """What belongs to a project: a store that is opened for a project sees and writes its own only."""
+
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+
+
+class Key(Base):
+    """An API key. Of its text only the digest is kept."""
+
+    __tablename__ = "keys"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    name: Mapped[str]
+    sha256: Mapped[str] = mapped_column(unique=True)
+    hint: Mapped[str]  # its last four characters
+    scopes: Mapped[list[str]]
+    requests_per_minute: Mapped[int | None]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class Answer(Owned, Base):
+    """The answer to a request that changed something, written in its transaction, so that a retry acts once."""
+
+    __tablename__ = "answers"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    idempotency_key: Mapped[str | None]
+    request: Mapped[str]  # sha256 of key id, method and path
+    content: Mapped[str]  # sha256 of what was sent
+    retry_count: Mapped[int]  # 0: the client's first send
+    body: Mapped[dict[str, Any]]
+    __table_args__ = (
+        UniqueConstraint("project_id", "idempotency_key"),
+        Index("answers_by_content", "content", "created_at"),
+        Index("answers_by_time", "created_at"),
+    )
+
+
+class File(Owned, Base):
     """An uploaded or produced file. `deleted_at` keeps the row so that jobs still name it."""
 
     __tablename__ = "files"
@@ -33,11 +102,43 @@ class File(Base):
     sha256: Mapped[str]
     uri: Mapped[str]
     report: Mapped[dict[str, Any] | None]  # FeedbackReport of a training file
+    expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index("files_by_time", "created_at", "id"),)
+    __table_args__ = (Index("files_by_time", "project_id", "created_at", "id"),)
 
 
-class Job(Base):
+class Upload(Owned, Base):
+    """A file that arrives in parts."""
+
+    __tablename__ = "uploads"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime]
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    mime_type: Mapped[str]
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    file_seconds: Mapped[int | None]  # how long the file shall live
+    state: Mapped[str] = mapped_column(default="pending")
+    file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    __table_args__ = (
+        CheckConstraint("state IN ('pending', 'completed', 'cancelled', 'expired')"),
+        CheckConstraint("(state = 'completed') = (file_id IS NOT NULL)"),
+    )
+
+
+class UploadPart(Base):
+    """Some bytes of an upload. Their order is told when it is completed."""
+
+    __tablename__ = "upload_parts"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    uri: Mapped[str]
+
+
+class Job(Owned, Base):
     """One fine-tuning job. `desired` is the user's wish, `observed` what is; every move raises `version`."""
 
     __tablename__ = "jobs"
@@ -46,9 +147,11 @@ class Job(Base):
     spec: Mapped[dict[str, Any]]  # JobSpec
     model_source: Mapped[str]  # pinned at submission, with the base it descends from
     model_root: Mapped[str]
+    priority: Mapped[int] = mapped_column(default=0)  # higher goes first
     desired: Mapped[str] = mapped_column(default="run")
     observed: Mapped[str] = mapped_column(default="queued")
     version: Mapped[int] = mapped_column(default=1)
+    waits_for: Mapped[str | None]  # what keeps a queued job from starting, in words
     training: Mapped[dict[str, Any] | None]  # Started, once known: the resolved config, steps
     progress: Mapped[dict[str, Any] | None]  # {stage, done, total, started_at}: where the running attempt is
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
@@ -57,14 +160,30 @@ class Job(Base):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     result_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     __table_args__ = (
-        CheckConstraint("desired IN ('run', 'cancel')"),
+        CheckConstraint("desired IN ('run', 'pause', 'cancel')"),
         CheckConstraint(f"observed IN {JOB_STATES}"),
         CheckConstraint(f"(observed IN {TERMINAL}) = (finished_at IS NOT NULL)"),
         CheckConstraint("(observed = 'succeeded') = (fine_tuned_model IS NOT NULL)"),
         CheckConstraint("(observed = 'failed') = (error IS NOT NULL)"),
-        Index("jobs_by_time", "created_at", "id"),
+        Index("jobs_by_time", "project_id", "created_at", "id"),
         Index("jobs_live", "created_at", postgresql_where=text(f"observed NOT IN {TERMINAL}")),
     )
+
+
+class Transition(Base):
+    """One move or wish of a job, never changed: replayed in order they give its state."""
+
+    __tablename__ = "transitions"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    version: Mapped[int]  # of the job, after it
+    desired: Mapped[str]
+    observed: Mapped[str]
+    attempt: Mapped[int | None]  # that was open
+    actor: Mapped[str]  # key id, or the control plane's name
+    reason: Mapped[str]
+    __table_args__ = (UniqueConstraint("job_id", "version"),)
 
 
 class Attempt(Base):
@@ -80,6 +199,7 @@ class Attempt(Base):
     reference: Mapped[str | None]  # app_name that must be served until its scores are in
     outcome: Mapped[dict[str, Any] | None]  # its Succeeded or Failed report
     reported_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    num_accelerators: Mapped[float] = mapped_column(default=0)
     ended_at: Mapped[datetime | None]
     failed: Mapped[bool] = mapped_column(default=False)  # died by itself: counts towards max_attempts
     reason: Mapped[str | None]  # why it ended, in words
@@ -126,7 +246,7 @@ class Checkpoint(Base):
     __table_args__ = (UniqueConstraint("job_id", "step"),)
 
 
-class Model(Base):
+class Model(Owned, Base):
     """A trained policy, by the name that clients use. Base models live in the settings."""
 
     __tablename__ = "models"
@@ -136,6 +256,64 @@ class Model(Base):
     root: Mapped[str]  # base model's name
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     deleted_at: Mapped[datetime | None]
+
+
+class CheckpointPermission(Base):
+    """Another project may use a model: a checkpoint, or a trained policy."""
+
+    __tablename__ = "checkpoint_permissions"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))  # which may
+    __table_args__ = (UniqueConstraint("model_id", "project_id"),)
+
+
+class WebhookEndpoint(Owned, Base):
+    """Where a project wants to be told of its jobs."""
+
+    __tablename__ = "webhook_endpoints"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime | None]
+    name: Mapped[str]
+    url: Mapped[str]
+    event_types: Mapped[list[str]]
+    secret: Mapped[str]
+    old_secret: Mapped[str | None]
+    old_secret_until: Mapped[datetime | None]
+    disabled_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+
+
+class Outbound(Base):
+    """An effect outside the database, written in the transaction that causes it: one webhook to one endpoint."""
+
+    __tablename__ = "outbox"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"))
+    event_id: Mapped[str]  # evt_…, the same for all endpoints
+    body: Mapped[dict[str, Any]]
+    num_sends: Mapped[int] = mapped_column(default=0)
+    due_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # None: delivered or given up
+    outcome: Mapped[str | None]  # of the last send, in words
+    __table_args__ = (Index("outbox_due", "due_at", postgresql_where=text("due_at IS NOT NULL")),)
+
+
+class AuditEntry(Base):
+    """Who did what. Never changed."""
+
+    __tablename__ = "audit_log"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    key_id: Mapped[str]
+    request_id: Mapped[str]
+    action: Mapped[str]  # method and route
+    object_id: Mapped[str | None]
+    status: Mapped[int]
+    __table_args__ = (Index("audit_log_by_project", "project_id", "id"),)
 
 
 class Deployment(Base):

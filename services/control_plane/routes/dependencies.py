@@ -1,16 +1,18 @@
 """What routes are given: the parts wired in `app`, and the caller's key checked."""
 
-import secrets
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from services.control_plane import keys
 from services.control_plane.errors import Unauthorized
 from services.control_plane.inference import Inference
+from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
+from services.control_plane.once import Once
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import ProjectStore, Store
 
 bearer = HTTPBearer(auto_error=False)
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
@@ -33,18 +35,32 @@ def _inference(request: Request) -> Inference:
 
 
 SettingsPart = Annotated[Settings, Depends(_settings)]
-StorePart = Annotated[Store, Depends(_store)]
+ServiceStorePart = Annotated[Store, Depends(_store)]
 LauncherPart = Annotated[Launcher, Depends(_launcher)]
 InferencePart = Annotated[Inference, Depends(_inference)]
 
 
-def require_key(settings: SettingsPart, credentials: Bearer) -> None:
-    """Raises Unauthorized unless the bearer token is the API key."""
-    given = credentials.credentials if credentials else ""
-    if not given:
+async def authenticate(store: ServiceStorePart, settings: SettingsPart, credentials: Bearer) -> Caller:
+    """Raises Unauthorized unless the bearer token is a live key."""
+    if credentials is None or not credentials.credentials:
         message = "You didn't provide an API key. Send it in the header `Authorization: Bearer YOUR_KEY`."
         raise Unauthorized(message, code="invalid_api_key")
-    if not secrets.compare_digest(given.encode(), settings.api_key.get_secret_value().encode()):
-        shown = f"{given[:3]}…{given[-4:]}" if len(given) >= 16 else "the one sent"
-        message = f"Incorrect API key provided: {shown}. The service printed where its key lies when it started."
-        raise Unauthorized(message, code="invalid_api_key")
+    async with store.begin() as session:
+        return await keys.authenticate(session, credentials.credentials, settings)
+
+
+CallerPart = Annotated[Caller, Depends(authenticate)]
+
+
+def _project_store(store: ServiceStorePart, caller: CallerPart) -> ProjectStore:
+    return ProjectStore(store, caller.project_id)
+
+
+StorePart = Annotated[ProjectStore, Depends(_project_store)]
+
+
+def _once(request: Request, store: StorePart, caller: CallerPart) -> Once:
+    return Once(request, store, caller)
+
+
+OncePart = Annotated[Once, Depends(_once)]

@@ -5,16 +5,17 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, UploadFile
+from fastapi import APIRouter, Query, Response, UploadFile
 from fastapi import Form as FormField
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import storage
 from services.control_plane import files
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import deleted, file_object, listing
-from services.control_plane.routes.dependencies import SettingsPart, StorePart
+from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
 from services.control_plane.store import page
 from services.control_plane.tables import File
 
@@ -25,13 +26,13 @@ CHUNK = 1 << 20
 
 @router.post("")
 async def create(
-    store: StorePart,
+    once: OncePart,
     settings: SettingsPart,
     file: UploadFile,
     purpose: Annotated[str, FormField()],
     expires_anchor: Annotated[str | None, FormField(alias="expires_after[anchor]")] = None,
     expires_seconds: Annotated[str | None, FormField(alias="expires_after[seconds]")] = None,
-) -> dict[str, Any]:
+) -> Response:
     """Check every row and store the file; a bad row is refused by its line."""
     if purpose != files.TRAINING:
         message = f"purpose '{purpose}' is not supported; it must be '{files.TRAINING}'."
@@ -40,9 +41,20 @@ async def create(
         message = "expires_after is not supported; leave it out and delete the file when it is no longer needed."
         raise InvalidRequest(message, param="expires_after", code="unsupported_value")
     row = await files.upload(file.file, file.filename or "upload.jsonl", settings)
-    async with store.begin() as session:
+    kept = False
+
+    async def keep(session: AsyncSession) -> dict[str, Any]:
+        nonlocal kept
         session.add(row)
-    return file_object(row)
+        await session.flush()
+        kept = True
+        return file_object(row)
+
+    try:
+        return await once.act(keep, content=f"{row.filename}\n{row.purpose}\n{row.num_bytes}\n{row.sha256}")
+    finally:
+        if not kept:
+            await anyio.to_thread.run_sync(storage.delete, row.uri)
 
 
 @router.get("")

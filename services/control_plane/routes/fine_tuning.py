@@ -2,15 +2,16 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import Objective
-from services.contract import MIN_EXAMPLES
+from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane import files, jobs, models
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
-from services.control_plane.routes.dependencies import SettingsPart, StorePart
+from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import CreateJob
 from services.control_plane.store import page
 from services.control_plane.tables import Checkpoint, Event, File, Job
@@ -21,21 +22,27 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-async def create(store: StorePart, settings: SettingsPart, body: CreateJob) -> dict[str, Any]:
+async def create(once: OncePart, settings: SettingsPart, body: CreateJob) -> Response:
     spec = body.spec()
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
-    async with store.begin() as session:
+
+    async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
-        if not spec.is_at_uri:
-            file = await files.find(session, spec.training_file, param="training_file")
-            _check_file(file, spec.config.objective, "training_file")
-            _check_size(file)
-        if spec.validation_file:
-            held_out = await files.find(session, spec.validation_file, param="validation_file")
-            _check_file(held_out, spec.config.objective, "validation_file")
-        job = await jobs.submit(session, spec, model)
-    return job_object(job, settings)
+        await _check_files(session, spec)
+        return job_object(await jobs.submit(session, spec, model), settings)
+
+    return await once.act(submit)
+
+
+async def _check_files(session: AsyncSession, spec: JobSpec) -> None:
+    if not spec.is_at_uri:
+        file = await files.find(session, spec.training_file, param="training_file")
+        _check_file(file, spec.config.objective, "training_file")
+        _check_size(file)
+    if spec.validation_file:
+        held_out = await files.find(session, spec.validation_file, param="validation_file")
+        _check_file(held_out, spec.config.objective, "validation_file")
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
@@ -87,9 +94,11 @@ async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dic
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(store: StorePart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+async def cancel(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
+    async def wish(session: AsyncSession) -> dict[str, Any]:
         return job_object(await jobs.cancel(session, job_id), settings)
+
+    return await once.act(wish)
 
 
 @router.post("/{job_id}/{action}")

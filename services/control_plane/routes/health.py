@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.errors import Unavailable
-from services.control_plane.routes.dependencies import StorePart
+from services.control_plane.routes.dependencies import ServiceStorePart
 from services.control_plane.store import ping
 
 router = APIRouter()
@@ -16,7 +16,7 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def readyz(store: StorePart) -> dict[str, str]:
+async def readyz(store: ServiceStorePart) -> dict[str, str]:
     """Ready means the database answers. Without Ray, jobs are taken and wait."""
     try:
         async with store.begin() as session:

@@ -2,17 +2,17 @@
 
 from fastapi import APIRouter, Response
 
-from services.control_plane.routes.dependencies import InferencePart
+from services.control_plane.routes.dependencies import InferencePart, StorePart
 from services.control_plane.schemas import InferenceBody
 
 router = APIRouter()
 
 
 @router.post("/chat/completions")
-async def chat_completions(inference: InferencePart, body: InferenceBody) -> Response:
-    return await inference.forward("chat/completions", body.model_dump(exclude_unset=True))
+async def chat_completions(inference: InferencePart, store: StorePart, body: InferenceBody) -> Response:
+    return await inference.forward(store, "chat/completions", body.model_dump(exclude_unset=True))
 
 
 @router.post("/completions")
-async def completions(inference: InferencePart, body: InferenceBody) -> Response:
-    return await inference.forward("completions", body.model_dump(exclude_unset=True))
+async def completions(inference: InferencePart, store: StorePart, body: InferenceBody) -> Response:
+    return await inference.forward(store, "completions", body.model_dump(exclude_unset=True))

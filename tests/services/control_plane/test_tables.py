@@ -1,9 +1,16 @@
 """The migrations lead to the tables as they are declared."""
 
+from pathlib import Path
+
+import psycopg
+import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
+from services.control_plane import store
 from services.control_plane.store import migrate
 from services.control_plane.tables import Base
 
@@ -18,3 +25,23 @@ def test_the_migrated_database_is_what_the_tables_declare(database_url: str) -> 
 
 def test_migrating_again_changes_nothing(database_url: str) -> None:
     migrate(database_url)
+
+
+def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> None:
+    """They belong to the default project then, and have a transition to start from."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(store.__file__).parent / "migrations"))
+    config.attributes["database_url"] = database_url.replace("postgresql://", "postgresql+psycopg://")
+    command.downgrade(config, "0001")
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "INSERT INTO jobs (id, spec, model_source, model_root, desired, observed, version)"
+            " VALUES ('ftjob-old', '{}', '/m', 'm', 'run', 'queued', 3)"
+        )
+    migrate(database_url)
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT project_id, priority FROM jobs").fetchall() == [("proj_default", 0)]
+        moves = connection.execute("SELECT job_id, version, desired, observed FROM transitions").fetchall()
+        assert moves == [("ftjob-old", 3, "run", "queued")]
+        with pytest.raises(psycopg.errors.RaiseException, match="append-only"):
+            connection.execute("DELETE FROM transitions")

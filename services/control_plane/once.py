@@ -1,0 +1,119 @@
+"""A retry acts once: what a request changed and the answer to it are written in one transaction.
+
+Two ways to know a retry: the header `Idempotency-Key`, and the count that OpenAI's clients send with each of their
+silent resends, `x-stainless-retry-count`.
+"""
+
+import json
+import time
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.errors import InFlight, InvalidRequest
+from services.control_plane.keys import Caller, digest
+from services.control_plane.store import ProjectStore
+from services.control_plane.tables import Answer
+
+KEPT = timedelta(hours=24)
+RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and a little before it sends again
+LONGEST_KEY = 255
+
+
+class Once:
+    """One request that changes something."""
+
+    def __init__(self, request: Request, store: ProjectStore, caller: Caller) -> None:
+        self._request, self._store = request, store
+        self._began = time.monotonic()
+        self._what = digest(f"{caller.key_id} {request.method} {request.url.path}")
+        self._retry_count = _retry_count(request)
+
+    async def act(
+        self, work: Callable[[AsyncSession], Awaitable[dict[str, Any]]], *, content: str | None = None
+    ) -> JSONResponse:
+        """The answer of `work`, or that of an earlier send of the same request.
+
+        `work` never commits; if it raises, nothing is kept. `content` stands for a body that is not JSON.
+        """
+        key = self._key()
+        sent = digest(content if content is not None else await self._body())
+        async with self._store.begin() as session:
+            if key is not None:
+                await self._take_key(session, key)
+                earlier = await self._answer_of(session, key, sent)
+            else:
+                await self._take_turn(session, sent)
+                earlier = await self._newest_of_same(session, sent)
+            if earlier is not None:
+                header = "x-raydpo-deduplicated" if key is None else "idempotent-replayed"
+                return JSONResponse(earlier.body, headers={header: "true"})
+            body = await work(session)
+            kept = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
+            kept.body = body
+            session.add(kept)
+        return JSONResponse(body)
+
+    async def _body(self) -> str:
+        """Without what does not matter: the order of keys, and spaces."""
+        raw = await self._request.body()
+        return json.dumps(json.loads(raw), sort_keys=True) if raw else ""
+
+    # --- Idempotency-Key ---------------------------------------------------------------------------
+
+    def _key(self) -> str | None:
+        key = self._request.headers.get("idempotency-key")
+        if key is not None and not 0 < len(key) <= LONGEST_KEY:
+            message = f"Idempotency-Key has {len(key)} characters; it must have 1 to {LONGEST_KEY}."
+            raise InvalidRequest(message, param="Idempotency-Key")
+        return key
+
+    async def _take_key(self, session: AsyncSession, key: str) -> None:
+        name = func.hashtextextended(f"{self._store.project_id} {key}", 0)
+        if not await session.scalar(select(func.pg_try_advisory_xact_lock(name))):
+            raise InFlight("A request with this Idempotency-Key is being answered; send it again.")
+
+    async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
+        alive = Answer.created_at > func.now() - KEPT
+        found = await session.scalar(select(Answer).where(Answer.idempotency_key == key))
+        if found is None or not await session.scalar(select(alive).where(Answer.id == found.id)):
+            await session.execute(delete(Answer).where(Answer.idempotency_key == key))
+            return None
+        if (found.request, found.content) != (self._what, sent):
+            message = f"Idempotency-Key '{key}' came with another request before; use a new key for a new request."
+            raise InvalidRequest(message, param="Idempotency-Key", code="idempotency_key_in_use")
+        return found
+
+    # --- silent resends ----------------------------------------------------------------------------
+
+    async def _take_turn(self, session: AsyncSession, sent: str) -> None:
+        """First sends do not wait for each other; a resend waits for all, and all for it."""
+        name = func.hashtextextended(f"{self._what} {sent}", 0)
+        lock = func.pg_advisory_xact_lock if self._retry_count else func.pg_advisory_xact_lock_shared
+        await session.execute(select(lock(name)))
+
+    async def _newest_of_same(self, session: AsyncSession, sent: str) -> Answer | None:
+        """What an earlier send led to; or a later one, if this one was overtaken."""
+        overtook = Answer.created_at > func.clock_timestamp() - timedelta(seconds=time.monotonic() - self._began)
+        same: ColumnElement[bool] = and_(Answer.retry_count > self._retry_count, overtook)
+        if self._retry_count:
+            lately = Answer.created_at > func.now() - RESENT_WITHIN
+            same = or_(same, and_(Answer.retry_count < self._retry_count, lately))
+        query = select(Answer).where(Answer.content == sent, Answer.request == self._what, same)
+        return (await session.scalars(query.order_by(Answer.id.desc()).limit(1))).first()
+
+
+def _retry_count(request: Request) -> int:
+    """0 for a first send, and for clients that do not say."""
+    given = request.headers.get("x-stainless-retry-count", "")
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
+
+
+async def forget_old(session: AsyncSession) -> None:
+    """Answers are kept for a day."""
+    await session.execute(delete(Answer).where(Answer.created_at < func.now() - KEPT))
