@@ -87,6 +87,20 @@ def cancel(client: "OpenAI", job_id: JobId) -> None:
     out.print(f"{job.id} {job.status}")
 
 
+@api_command(app)
+def pause(client: "OpenAI", job_id: JobId) -> None:
+    """Stop a job after the step it is at; it keeps a checkpoint and frees its workers."""
+    job = client.fine_tuning.jobs.pause(job_id)
+    out.print(f"{job.id} {job.status}")
+
+
+@api_command(app)
+def resume(client: "OpenAI", job_id: JobId) -> None:
+    """Let a paused job go on where it was."""
+    job = client.fine_tuning.jobs.resume(job_id)
+    out.print(f"{job.id} {job.status}")
+
+
 def _file_id(client: "OpenAI", file: str) -> str:
     path = Path(file)
     if path.is_file():

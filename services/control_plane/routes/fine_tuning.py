@@ -1,5 +1,6 @@
 """/v1/fine_tuning/jobs"""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,8 +12,10 @@ from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane import files, jobs, models
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
+from services.control_plane.once import Once
 from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import CreateJob
+from services.control_plane.settings import Settings
 from services.control_plane.store import page
 from services.control_plane.tables import Checkpoint, Event, File, Job
 
@@ -93,21 +96,28 @@ async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dic
         return job_object(await jobs.find(session, job_id), settings)
 
 
+async def _wish(
+    wish: Callable[[AsyncSession, str], Awaitable[Job]], once: Once, settings: Settings, job_id: str
+) -> Response:
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return job_object(await wish(session, job_id), settings)
+
+    return await once.act(act)
+
+
 @router.post("/{job_id}/cancel")
 async def cancel(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
-    async def wish(session: AsyncSession) -> dict[str, Any]:
-        return job_object(await jobs.cancel(session, job_id), settings)
-
-    return await once.act(wish)
+    return await _wish(jobs.cancel, once, settings, job_id)
 
 
-@router.post("/{job_id}/{action}")
-async def act(store: StorePart, job_id: str, action: str) -> None:
-    """`pause` and `resume` of OpenAI's surface are refused by name."""
-    async with store.begin() as session:
-        await jobs.find(session, job_id)
-    message = f"'{action}' is not supported; a job can be cancelled."
-    raise InvalidRequest(message, param="action", code="unsupported_value")
+@router.post("/{job_id}/pause")
+async def pause(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.pause, once, settings, job_id)
+
+
+@router.post("/{job_id}/resume")
+async def resume(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.resume, once, settings, job_id)
 
 
 @router.get("/{job_id}/events")
