@@ -4,14 +4,15 @@
        ├── paused ──┤
        └────────────┴────► cancelled
 
-A paused job goes back to queued. A move is one UPDATE whose WHERE names the states it may come from, and the wish
-that it fulfils; it and its event share a transaction.
+A paused job goes back to queued. A move is one UPDATE whose WHERE names the states it may come from and the
+version it was decided on; it, its event and its line in the log of transitions share a database transaction.
 """
 
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, assert_never
 
@@ -38,7 +39,7 @@ from services.control_plane import models
 from services.control_plane.errors import Fenced, InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
-from services.control_plane.tables import TERMINAL, Attempt, Checkpoint, Event, Job
+from services.control_plane.tables import TERMINAL, Attempt, Checkpoint, Event, Job, Transition
 
 MOVES = {  # to: from
     "queued": ("paused",),
@@ -48,10 +49,13 @@ MOVES = {  # to: from
     "failed": ("queued", "running"),
     "cancelled": ("queued", "running", "paused"),
 }
-FULFILS = {"queued": "run", "paused": "pause", "cancelled": "cancel"}  # a wish, which may have changed since
 
 
-async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel) -> Job:
+class Stale(Exception):
+    """The job is not what a decision rested on; decide again."""
+
+
+async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor: str) -> Job:
     """Write the job and its first events."""
     job = Job(
         id=f"ftjob-{secrets.token_hex(12)}",
@@ -61,6 +65,7 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel) -> Job
     )
     session.add(job)
     await session.flush()
+    _log(session, job.id, job.version, job.desired, job.observed, actor, "submitted")
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
     validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"
     tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
@@ -81,42 +86,49 @@ async def lock(session: AsyncSession, job: Job) -> Job:
     return await session.get_one(Job, job.id, with_for_update=True, populate_existing=True)
 
 
-async def cancel(session: AsyncSession, job_id: str) -> Job:
+async def confirm(session: AsyncSession, job: Job) -> None:
+    """Locks the job. Raises Stale unless it is in the version that a decision rested on."""
+    version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
+    if version != job.version:
+        raise Stale(f"{job.id} is in version {version}, not {job.version}")
+
+
+async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Wish the job cancelled; one that does not run is cancelled at once."""
     job = await lock(session, await find(session, job_id))
     if job.observed in TERMINAL:
         raise InvalidRequest(f"Job {job_id} has already {job.observed}; only a live job can be cancelled.")
     if job.desired != "cancel":
-        job.desired = "cancel"
-        tell(session, job_id, "Cancellation requested")
+        await wish(session, job, "cancel", actor=actor, event="Cancellation requested")
     if job.observed != "running":
-        await move(session, job_id, "cancelled", event="The job was cancelled")
-    return await _as_it_is(session, job)
+        await move(session, job, "cancelled", actor=actor, event="The job was cancelled")
+    await session.refresh(job)
+    return job
 
 
-async def pause(session: AsyncSession, job_id: str) -> Job:
+async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Wish the job paused; one that does not run yet is paused at once."""
     job = await lock(session, await find(session, job_id))
     if job.observed not in ("queued", "running") or job.desired == "cancel":
         raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a queued or a running job can be paused.")
     if job.desired != "pause":
-        job.desired = "pause"
-        tell(session, job_id, "Pause requested")
+        await wish(session, job, "pause", actor=actor, event="Pause requested")
     if job.observed == "queued":
-        await move(session, job_id, "paused", event="The job is paused")
-    return await _as_it_is(session, job)
+        await move(session, job, "paused", actor=actor, event="The job is paused")
+    await session.refresh(job)
+    return job
 
 
-async def resume(session: AsyncSession, job_id: str) -> Job:
+async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Wish the job run again. If it has not paused yet, it goes on."""
     job = await lock(session, await find(session, job_id))
     if job.desired != "pause":
         raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a paused job can be resumed.")
-    job.desired = "run"
-    tell(session, job_id, "Resumption requested")
+    await wish(session, job, "run", actor=actor, event="Resumption requested")
     if job.observed == "paused":
-        await move(session, job_id, "queued", {"progress": None}, event="The job is queued again")
-    return await _as_it_is(session, job)
+        await move(session, job, "queued", {"progress": None}, actor=actor, event="The job is queued again")
+    await session.refresh(job)
+    return job
 
 
 def _state(job: Job) -> str:
@@ -125,31 +137,57 @@ def _state(job: Job) -> str:
     return job.observed
 
 
-async def _as_it_is(session: AsyncSession, job: Job) -> Job:
+async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, event: str) -> None:
+    """What the user wants of a job that is locked."""
+    job.desired, job.version = desired, job.version + 1
+    _log(session, job.id, job.version, desired, job.observed, actor, event)
+    tell(session, job.id, event)
     await session.flush()
-    await session.refresh(job)
-    return job
 
 
 async def move(
     session: AsyncSession,
-    job_id: str,
+    job: Job,
     to: str,
     values: Mapping[str, Any] = MappingProxyType({}),
     *,
+    actor: str,
     event: str,
     level: str = "info",
-) -> bool:
-    """Move the job if it is where it may move from, and tell it; False if it is elsewhere by now."""
+) -> None:
+    """Move the job from where `job` saw it, and tell it. Raises Stale if it was moved or wished otherwise since."""
     closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
-    statement = update(Job).where(Job.id == job_id, Job.observed.in_(MOVES[to]))
-    if to in FULFILS:
-        statement = statement.where(Job.desired == FULFILS[to])
-    statement = statement.values(observed=to, version=Job.version + 1, **closing, **values)
-    if (await session.execute(statement.returning(Job.id))).first() is None:
-        return False
-    tell(session, job_id, event, level=level)
-    return True
+    statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)
+    statement = statement.values(observed=to, version=Job.version + 1, waits_for=None, **closing, **values)
+    moved = (await session.execute(statement.returning(Job.version, Job.desired))).first()
+    if moved is None:
+        raise Stale(f"{job.id} is no longer {job.observed} in version {job.version}")
+    _log(session, job.id, moved.version, moved.desired, to, actor, event)
+    tell(session, job.id, event, level=level)
+
+
+def _log(
+    session: AsyncSession, job_id: str, version: int, desired: str, observed: str, actor: str, reason: str
+) -> None:
+    row = Transition(job_id=job_id, version=version, desired=desired, observed=observed, actor=actor, reason=reason)
+    session.add(row)
+
+
+def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
+    """Where a job's log leads: desired, observed, version. Raises ValueError at a step that no rule allows."""
+    (first, *later) = transitions
+    for before, after in pairwise(transitions):
+        stays = before.observed == after.observed
+        if after.version != before.version + 1 or not (stays or before.observed in MOVES[after.observed]):
+            raise ValueError(f"{after.job_id}: no rule leads from {before.observed} to {after.observed}.")
+    last = later[-1] if later else first
+    return last.desired, last.observed, last.version
+
+
+async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
+    """Every wish and move of the job, in order."""
+    query = select(Transition).where(Transition.job_id == job_id).order_by(Transition.version)
+    return list(await session.scalars(query))
 
 
 def tell(
@@ -182,6 +220,7 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> None:
     """Close the attempt; from here on its reports are refused."""
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    statement = statement.where(Attempt.state != "ended")
     await session.execute(statement.values(state="ended", ended_at=func.now(), reason=reason, failed=failed))
 
 

@@ -79,7 +79,7 @@ class Reconciler:
             slot = reachable and (job.observed == "running" or running < self._settings.max_running_jobs)
             try:
                 opened = await self._reconcile(job, attempts.get(job.id), slot)
-            except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
+            except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
                 continue
@@ -125,14 +125,13 @@ class Reconciler:
             case Decision.WAIT:
                 return
             case Decision.OPEN:
-                if opened := await self._open(job, total + 1):
-                    await self._launch(job, opened)
+                await self._launch(job, await self._open(job, total + 1))
             case Decision.PAUSE:
                 async with self._store.begin() as session:
-                    await jobs.move(session, job.id, "paused", event="The job is paused")
+                    await jobs.move(session, job, "paused", actor=self._holder, event="The job is paused")
             case Decision.CANCEL:
                 async with self._store.begin() as session:
-                    await jobs.move(session, job.id, "cancelled", event="The job was cancelled")
+                    await jobs.move(session, job, "cancelled", actor=self._holder, event="The job was cancelled")
             case Decision.GIVE_UP:
                 await self._give_up(job)
             case _:
@@ -157,19 +156,20 @@ class Reconciler:
 
     # --- attempts ---------------------------------------------------------------------------
 
-    async def _open(self, job: Job, number: int) -> Attempt | None:
-        """Write the attempt, and wish its reference served, in one transaction. None if it is not wished any more."""
+    async def _open(self, job: Job, number: int) -> Attempt:
+        """Write the attempt, and wish its reference served, in one transaction."""
         start = NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
         spec = JobSpec.model_validate(job.spec)
         served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = start.app_name if served else None
         async with self._store.begin() as session:
-            if (await jobs.lock(session, job)).desired != "run":
-                return None
+            await jobs.confirm(session, job)
             attempt = await jobs.open_attempt(session, job.id, number, reference)
             if reference is not None:
                 await deployments.use(session, start)
-            await jobs.move(session, job.id, "running", event="The job is starting on the cluster")
+            if job.observed == "queued":
+                started = "The job is starting on the cluster"
+                await jobs.move(session, job, "running", actor=self._holder, event=started)
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
@@ -229,8 +229,11 @@ class Reconciler:
         step = (attempt.outcome or {})["step"]
         where = f" after step {step}" if step else ""
         async with self._store.begin() as session:
+            await jobs.confirm(session, job)
             await jobs.end_attempt(session, attempt, f"it was asked to stop, and did{where}")
-            if not await jobs.move(session, job.id, "paused", event=f"The job is paused{where}"):
+            if job.desired == "pause":
+                await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
+            else:
                 jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
@@ -267,8 +270,7 @@ class Reconciler:
             csv = results_csv(await jobs.metrics_of(session, job.id))
         results = await files.store_results(csv, "step_metrics.csv", self._settings)
         async with self._store.begin() as session:
-            if (await jobs.lock(session, job)).observed != "running":
-                return  # another control plane closed it
+            await jobs.confirm(session, job)
             results.project_id = job.project_id
             session.add(results)
             await models.add(session, name, model_uri, job)
@@ -277,7 +279,9 @@ class Reconciler:
             jobs.tell(session, job.id, f"Completed results file: {results.id}")
             await session.flush()
             closed = {"fine_tuned_model": name, "trained_tokens": trained_tokens, "result_file": results.id}
-            await jobs.move(session, job.id, "succeeded", closed, event="The job has successfully completed")
+            await jobs.move(
+                session, job, "succeeded", closed, actor=self._holder, event="The job has successfully completed"
+            )
 
     async def _give_up(self, job: Job) -> None:
         message = (
@@ -292,7 +296,7 @@ class Reconciler:
             if attempt is not None:
                 await jobs.end_attempt(session, attempt, "failed")
             event = f"The job failed: {error['message']}"
-            await jobs.move(session, job.id, "failed", {"error": error}, event=event, level="error")
+            await jobs.move(session, job, "failed", {"error": error}, actor=self._holder, event=event, level="error")
 
     # --- models -----------------------------------------------------------------------------
 

@@ -11,9 +11,10 @@ from dpo_core.options import Objective
 from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane import files, jobs, models
 from services.control_plane.errors import InvalidRequest
+from services.control_plane.keys import Caller
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
 from services.control_plane.once import Once
-from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.routes.dependencies import CallerPart, OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import CreateJob
 from services.control_plane.settings import Settings
 from services.control_plane.store import page
@@ -25,7 +26,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-async def create(once: OncePart, settings: SettingsPart, body: CreateJob) -> Response:
+async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
     spec = body.spec()
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
@@ -33,7 +34,7 @@ async def create(once: OncePart, settings: SettingsPart, body: CreateJob) -> Res
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
         await _check_files(session, spec)
-        return job_object(await jobs.submit(session, spec, model), settings)
+        return job_object(await jobs.submit(session, spec, model, caller.key_id), settings)
 
     return await once.act(submit)
 
@@ -97,27 +98,31 @@ async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dic
 
 
 async def _wish(
-    wish: Callable[[AsyncSession, str], Awaitable[Job]], once: Once, settings: Settings, job_id: str
+    wish: Callable[[AsyncSession, str, str], Awaitable[Job]],
+    once: Once,
+    caller: Caller,
+    settings: Settings,
+    job_id: str,
 ) -> Response:
     async def act(session: AsyncSession) -> dict[str, Any]:
-        return job_object(await wish(session, job_id), settings)
+        return job_object(await wish(session, job_id, caller.key_id), settings)
 
     return await once.act(act)
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.cancel, once, settings, job_id)
+async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.cancel, once, caller, settings, job_id)
 
 
 @router.post("/{job_id}/pause")
-async def pause(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.pause, once, settings, job_id)
+async def pause(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.pause, once, caller, settings, job_id)
 
 
 @router.post("/{job_id}/resume")
-async def resume(once: OncePart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.resume, once, settings, job_id)
+async def resume(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.resume, once, caller, settings, job_id)
 
 
 @router.get("/{job_id}/events")
