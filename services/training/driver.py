@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
 from services.contract import AttemptSpec, Failed, Paused, Progress, Report, Succeeded
+from services.training.logs import keep_logs
 from services.training.orders import PAUSED, Obedience
 from services.training.preparation import Prepared, prepare
 from services.training.reporting import WATCH, JobFailed, Reporter
@@ -33,6 +34,7 @@ def main(spec_uri: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, and some are signed
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
+    keep_logs(spec.run_uri, spec.attempt, "driver")
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": _environment()})
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
     obedience = Obedience(reporter)

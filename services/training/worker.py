@@ -32,6 +32,7 @@ from services.contract import (
     Succeeded,
 )
 from services.training.dataset import Dataset, batched, global_batches, num_steps, read_groups
+from services.training.logs import keep_logs
 from services.training.orders import listening
 
 LN2_TOLERANCE = 1e-3
@@ -47,6 +48,7 @@ def work(
     The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 reports to it. Every checkpoint
     is evaluated on `validation`.
     """
+    keep_logs(spec.run_uri, spec.attempt, f"worker-{dist.get_rank()}")
     device = ray.train.torch.get_device()
     torch.set_num_threads(_num_threads())
     if device.type == "cuda":
