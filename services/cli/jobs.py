@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from services.cli.client import api_command, err, fail, out, print_rows
+from services.cli.logs import read_logs
 from services.cli.watch import watch_job
 
 if TYPE_CHECKING:
@@ -99,6 +100,19 @@ def resume(client: "OpenAI", job_id: JobId) -> None:
     """Let a paused job go on where it was."""
     job = client.fine_tuning.jobs.resume(job_id)
     out.print(f"{job.id} {job.status}")
+
+
+@api_command(app)
+def logs(
+    client: "OpenAI",
+    job_id: JobId,
+    attempt: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    source: Annotated[str, typer.Option(help="driver, worker-0, worker-1, …")] = "driver",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
+) -> None:
+    """What driver and workers of a job printed."""
+    for line in read_logs(client, job_id, attempt=attempt, source=source, follow=follow):
+        out.print(line, markup=False)
 
 
 def _file_id(client: "OpenAI", file: str) -> str:

@@ -18,7 +18,17 @@ from services.control_plane.errors import ApiError, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.reconciler import Reconciler
-from services.control_plane.routes import attempts, datasets, files, fine_tuning, health, inference, models, unsupported
+from services.control_plane.routes import (
+    attempts,
+    datasets,
+    files,
+    fine_tuning,
+    health,
+    inference,
+    logs,
+    models,
+    unsupported,
+)
 from services.control_plane.routes.dependencies import authenticate
 from services.control_plane.schemas import refused
 from services.control_plane.settings import Settings
@@ -32,7 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for routes in (files, fine_tuning, models, datasets, inference, unsupported):
+    for routes in (files, fine_tuning, logs, models, datasets, inference, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)

@@ -16,8 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWTransaction, with_loader_criteria
 
 from services.control_plane.errors import InvalidRequest
-from services.control_plane.tables import TERMINAL, Attempt, Base, Job, Lease, Owned
+from services.control_plane.tables import TERMINAL, Attempt, Base, Job, Lease, Owned, Project
 
+QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
 Row = TypeVar("Row", bound=Base)
 
 
@@ -116,10 +117,17 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Every job that is not terminal, oldest first."""
-    return list(
-        await session.scalars(select(Job).where(Job.observed.not_in(TERMINAL)).order_by(Job.created_at, Job.id))
-    )
+    """Every job that is not terminal and not queued, and of the queue each project's head."""
+    others = select(Job).where(Job.observed.not_in((*TERMINAL, "queued"))).order_by(Job.created_at, Job.id)
+    place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
+    queued = select(Job.id, place.label("place")).where(Job.observed == "queued", Job.desired == "run").subquery()
+    head = select(Job).join(queued, Job.id == queued.c.id).where(queued.c.place <= QUEUE_HEAD)
+    return [*await session.scalars(others), *await session.scalars(head)]
+
+
+async def running_limits(session: AsyncSession) -> dict[str, int | None]:
+    """How many jobs of each project may run at once; None: as many as there is room for."""
+    return {row.id: row.max_running_jobs for row in await session.execute(select(Project.id, Project.max_running_jobs))}
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
