@@ -83,16 +83,20 @@ class Stopwatches:
     def __init__(self, *, gap_seconds: float, clock: Callable[[], float]) -> None:
         self._gap_seconds, self._clock = gap_seconds, clock
         self._since: dict[str, float] = {}
+        self._asked: set[str] = set()
         self._looked_at = float("-inf")
 
     def look(self) -> None:
-        """Now, and again before `gap_seconds` are over; else all start anew."""
-        if self._clock() - self._looked_at > self._gap_seconds:
-            self._since.clear()
-        self._looked_at = self._clock()
+        """Now, and again before `gap_seconds` are over; else all start anew, and what was not asked in between."""
+        in_time = self._clock() - self._looked_at <= self._gap_seconds
+        self._since = {what: since for what, since in self._since.items() if in_time and what in self._asked}
+        self._asked, self._looked_at = set(), self._clock()
 
-    def seconds(self, what: str, holds: bool) -> float:
-        if not holds:
+    def seconds(self, what: str, holds: bool | None) -> float:
+        """None: it is not known, which begins nothing and ends nothing."""
+        self._asked.add(what)
+        if holds:
+            self._since.setdefault(what, self._clock())
+        elif holds is False:
             self._since.pop(what, None)
-            return 0.0
-        return self._clock() - self._since.setdefault(what, self._clock())
+        return self._clock() - self._since.get(what, self._clock())

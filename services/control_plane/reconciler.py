@@ -141,9 +141,10 @@ class Reconciler:
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
         """Silence counts from when Ray first said, to this control plane, that the attempt runs."""
-        if attempt is None or status == "unknown":
+        if attempt is None:
             return False
-        running = self._stopwatches.seconds(f"{attempt.submission_id} runs", status == "running")
+        holds = None if status == "unknown" else status == "running"
+        running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
         return min(running, _silent_seconds(attempt)) > HUNG_SECONDS
 
     async def _carry_out(
