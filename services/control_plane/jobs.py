@@ -123,7 +123,7 @@ async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
 async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Wish the job run again. If it has not paused yet, it goes on."""
     job = await lock(session, await find(session, job_id))
-    if job.desired != "pause":
+    if job.desired != "pause" or job.observed in TERMINAL:
         raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a paused job can be resumed.")
     await wish(session, job, "run", actor=actor, event="Resumption requested")
     if job.observed == "paused":

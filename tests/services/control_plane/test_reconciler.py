@@ -441,6 +441,16 @@ def test_a_running_job_is_paused_when_its_attempt_is_and_another_attempt_goes_on
     assert [message for message in told(client, job_id) if message in sentences] == sentences
 
 
+def test_a_pause_that_comes_too_late_changes_nothing(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.pause(job_id)
+    succeed(client, settings, ray, job_id, 1)
+    with pytest.raises(openai.BadRequestError, match="is succeeded; only a paused job can be resumed"):
+        client.fine_tuning.jobs.resume(job_id)
+
+
 def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_another(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
