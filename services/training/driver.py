@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
 from services.contract import AttemptSpec, Failed, Paused, Progress, Report, Succeeded
+from services.training.integrations import actors
 from services.training.logs import keep_logs
 from services.training.orders import PAUSED, Obedience
 from services.training.preparation import Prepared, prepare
@@ -37,10 +38,12 @@ def main(spec_uri: str) -> int:
     keep_logs(spec.run_uri, spec.attempt, "driver")
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": _environment()})
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
-    obedience = Obedience(reporter)
+    followers = actors.start(spec, reporter)
+    obedience = Obedience(reporter, followers)
     try:
         outcome = run(spec, reporter)
         obedience.end()
+        actors.close(followers, None if outcome.kind == "paused" else outcome.kind, reporter)
         ray.get(reporter.report.remote(outcome))
     finally:
         if not ray.get(reporter.close.remote(CLOSE_SECONDS)):

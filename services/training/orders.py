@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -50,8 +50,8 @@ def listening(reporter: Any) -> Iterator[Callable[[], bool]]:
 class Obedience:
     """The driver's: it beats, and ends the attempt when it is told to, unless the attempt is ending by itself."""
 
-    def __init__(self, reporter: Any) -> None:
-        self._reporter = reporter
+    def __init__(self, reporter: Any, followers: Sequence[Any]) -> None:
+        self._reporter, self._followers = reporter, followers
         self._ending = threading.Lock()  # whoever holds it ends the attempt, and keeps it
         signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -98,7 +98,9 @@ class Obedience:
         try:
             if report:
                 self._reporter.report.remote(report)
-            ray.get(self._reporter.close.remote(CLOSE_SECONDS), timeout=2 * CLOSE_SECONDS)
+            closing = [each.close.remote(None, CLOSE_SECONDS) for each in self._followers if status != FENCED]
+            closing.append(self._reporter.close.remote(CLOSE_SECONDS))
+            ray.wait(closing, num_returns=len(closing), timeout=2 * CLOSE_SECONDS)
         finally:
             # Ray Data and Ray Train take longer to say goodbye than SIGKILL waits. Their actors die with the driver.
             os._exit(status)
