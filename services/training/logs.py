@@ -31,12 +31,13 @@ READ_BYTES = 2**20
 SECRET_NAMES = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD|CREDENTIAL)S?$", re.IGNORECASE)
 SHORTEST = 8  # a value that is kept secret
 LOOKS = (
+    (rb"\x1b\[[0-9;]*m", b""),  # colours are no secret, and no help
     (rb"(https?://[^\s?#'\"<>]*)\?[^\s'\"<>]*", rb"\1?***"),  # where signatures stand
     (rb"(\w://)[^\s/@'\"]+@", rb"\1***@"),
     (rb"(?i)\b(bearer)\s+[\w.~+/=-]+", rb"\1 ***"),
     (rb"\b(?:rd-|sk-|hf_)[\w-]{16,}", rb"***"),
 )
-RAYS_MARKS = (b":job_id:", b":actor_name:", b":task_name:")
+LEFT_OUT = (b":job_id:", b":actor_name:", b":task_name:", b"(ServeReplica:")  # Ray's marks, and served models' lines
 
 
 def keep_logs(run_uri: str, attempt: int, source: str) -> None:
@@ -68,8 +69,9 @@ def main(folder_uri: str, pid: int, files: Sequence[str]) -> None:
             for tail in tails:
                 log.skip(tail.catch_up())
                 for line in tail.lines(to_the_end=ended):
-                    if not line.startswith(RAYS_MARKS):
-                        log.add(blank(line, patterns))
+                    line = blank(line, patterns)
+                    if not line.startswith(LEFT_OUT):
+                        log.add(line)
             log.store()
 
 

@@ -139,7 +139,7 @@ def test_a_running_job_is_cancelled_and_its_processes_end(service: Service, clie
 def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
     service: Service, client: openai.OpenAI
 ) -> None:
-    job_id = submit(client, shop_pairs(60), every=1000, **LONG | {"n_epochs": 50})  # 750 steps
+    job_id = submit(client, shop_pairs(200), every=10_000, **LONG | {"n_epochs": 50})  # 2500 steps
     wait_for_step(client, job_id, 5)
     client.fine_tuning.jobs.pause(job_id)
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "paused", "paused", seconds=60)
@@ -161,7 +161,7 @@ def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
     ]
     resumed = [found[1] for found in (re.match("Resumed from checkpoint at step ([0-9]+)", m) for m in said) if found]
     assert resumed == [str(checkpoint.step_number), str(stopped)]
-    assert steps(client, job_id) == list(range(1, 751))
+    assert steps(client, job_id) == list(range(1, 2501))
     logs = client.get(f"/x/jobs/{job_id}/logs", cast_to=dict[str, Any])
     assert (logs["attempts"], logs["sources"]) == ([1, 2, 3], ["driver", "worker-0"])
     assert any("Started training worker group" in line for line in logs["data"])

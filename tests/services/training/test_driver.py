@@ -268,9 +268,9 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(
     ray_environment: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(ray_environment, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")  # and not ten minutes
+    monkeypatch.setitem(ray_environment, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "20")  # and not ten minutes
     driver = start(make_spec(config=CONFIG, num_workers=2, reference="tiny", events_url=control_plane.url))
-    driver.reported(CheckpointSaved)
+    driver.reported(CheckpointSaved, seconds=240)
     hangs = train_workers(ray_environment)[0]
     hangs.suspend()
     assert driver.wait() == 0, driver.log.read_text()[-5000:]

@@ -84,6 +84,13 @@ def test_no_secret_is_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_colours_and_what_served_models_print_are_left_out(tmp_path: Path) -> None:
+    said = ["\x1b[36m(ServeReplica:ft pid=1)\x1b[0m somebody's", "\x1b[36m(RayTrainWorker pid=2)\x1b[0m its own"]
+    with start(tmp_path, f"for line in {said!r}: print(line)"):
+        pass
+    assert until_kept(tmp_path / FOLDER, "its own") == "(RayTrainWorker pid=2) its own\n"
+
+
 def test_output_to_a_terminal_or_a_pipe_is_not_kept_and_said_so(tmp_path: Path) -> None:
     program = f"from services.training.logs import keep_logs; keep_logs('{tmp_path}', 1, 'driver')"
     done = subprocess.run(
