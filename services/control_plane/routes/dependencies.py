@@ -11,6 +11,7 @@ from services.control_plane.inference import Inference
 from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
 from services.control_plane.once import Once
+from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
 from services.control_plane.store import ProjectStore, Store
 
@@ -34,10 +35,15 @@ def _inference(request: Request) -> Inference:
     return cast(Inference, request.app.state.inference)
 
 
+def _sender(request: Request) -> Sender:
+    return cast(Sender, request.app.state.sender)
+
+
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
 LauncherPart = Annotated[Launcher, Depends(_launcher)]
 InferencePart = Annotated[Inference, Depends(_inference)]
+SenderPart = Annotated[Sender, Depends(_sender)]
 
 
 async def authenticate(store: ServiceStorePart, settings: SettingsPart, credentials: Bearer) -> Caller:
