@@ -56,8 +56,8 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
-    openais = (files, uploads, fine_tuning, permissions, models, inference, webhooks)
-    for routes in (*openais, datasets, keys, projects, audit, unsupported):
+    owned = (files, uploads, fine_tuning, permissions, models, datasets, inference, webhooks)
+    for routes in (*owned, keys, projects, audit, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -86,7 +86,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
     reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
-    tasks = [asyncio.create_task(part.run()) for part in (reconciler, surveyor, sender, app.state.authentication)]
+    parts = (reconciler, surveyor, sender, app.state.authentication)
+    tasks = [asyncio.create_task(part.run()) for part in parts]
     try:
         yield
     finally:

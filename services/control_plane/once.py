@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select
+from sqlalchemy import and_, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.errors import InFlight, InvalidRequest
@@ -117,12 +117,10 @@ class Once:
         await session.execute(select(lock(name)))
 
     async def _newest_of_same(self, session: AsyncSession, sent: str) -> Answer | None:
-        """What an earlier send led to; or a later one, if this one was overtaken."""
-        overtook = Answer.created_at > func.clock_timestamp() - timedelta(seconds=time.monotonic() - self._began)
-        same: ColumnElement[bool] = and_(Answer.retry_count > self._retry_count, overtook)
-        if self._retry_count:
-            lately = Answer.created_at > func.now() - RESENT_WITHIN
-            same = or_(same, and_(Answer.retry_count < self._retry_count, lately))
+        """What another send led to. A first send is another's only if one of its resends overtook it on the way."""
+        arrived = timedelta(seconds=time.monotonic() - self._began)
+        since = func.now() - RESENT_WITHIN if self._retry_count else func.clock_timestamp() - arrived
+        same = and_(Answer.retry_count != self._retry_count, Answer.created_at > since)
         query = select(Answer).where(Answer.content == sent, Answer.request == self._what, same)
         return (await session.scalars(query.order_by(Answer.id.desc()).limit(1))).first()
 
