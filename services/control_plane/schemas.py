@@ -1,10 +1,11 @@
 """What a request body may hold. Unknown fields are refused by name, values by their limits."""
 
+import functools
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -301,9 +302,14 @@ class InferenceBody(BaseModel):
 Parsed = TypeVar("Parsed")
 
 
+@functools.cache  # to make one takes milliseconds
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 def _parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return cast(Parsed, _adapter(kind).validate_python(value))
     except ValidationError as error:
         first = error.errors()[0]
         raise refused(first, first["loc"], where, paths) from None

@@ -56,11 +56,12 @@ class Store:
     """The database: a pool of connections, one transaction per `begin`."""
 
     def __init__(self, database_url: str) -> None:
-        # Pre-ping: a connection that died with a restarted database is replaced before it is used.
+        # The first error of a connection that died with the database drops all of them from the pool.
         self._engine = create_async_engine(
-            _sqlalchemy_url(database_url), pool_size=20, pool_pre_ping=True, connect_args={"connect_timeout": 10}
+            _sqlalchemy_url(database_url), pool_size=20, connect_args={"connect_timeout": 10}
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A transaction of the service's own, which sees every project."""
@@ -70,6 +71,12 @@ class Store:
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
         """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
+            yield session
+
+    @asynccontextmanager
+    async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
+        """As `begin_for`, to read: each statement is a transaction of its own, which saves two trips of three."""
+        async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
             yield session
 
     async def close(self) -> None:
@@ -85,6 +92,9 @@ class ProjectStore:
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         return self.store.begin_for(self.project_id)
+
+    def look(self) -> AbstractAsyncContextManager[AsyncSession]:
+        return self.store.look_for(self.project_id)
 
 
 @event.listens_for(Session, "do_orm_execute")

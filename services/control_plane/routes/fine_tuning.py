@@ -84,7 +84,7 @@ async def list_jobs(
             query = query.where(Job.spec["metadata"][name[9:-1]].astext == value)
         elif name not in ("after", "limit"):
             raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-    async with store.begin() as session:
+    async with store.look() as session:
         keys = [Job.created_at, Job.id]
         rows, more = await page(session, query, keys, cursor=Job.id, after=after, limit=limit)
     return listing([job_object(row, settings) for row in rows], more)
@@ -92,7 +92,7 @@ async def list_jobs(
 
 @router.get("/{job_id}")
 async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return job_object(await jobs.find(session, job_id), settings)
 
 
@@ -127,7 +127,7 @@ async def resume(once: OncePart, caller: CallerPart, settings: SettingsPart, job
 @router.get("/{job_id}/events")
 async def events(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
-    async with store.begin() as session:
+    async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Event).where(Event.job_id == job_id)
         rows, more = await page(session, query, [Event.id], cursor=Event.public_id, after=after, limit=limit)
@@ -137,7 +137,7 @@ async def events(store: StorePart, job_id: str, after: str | None = None, limit:
 @router.get("/{job_id}/checkpoints")
 async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
     """Newest first."""
-    async with store.begin() as session:
+    async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Checkpoint).where(Checkpoint.job_id == job_id)
         rows, more = await page(session, query, [Checkpoint.step], cursor=Checkpoint.id, after=after, limit=limit)

@@ -22,7 +22,7 @@ async def read(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> dict[str, Any]:
     """The first first; ask for the next page with `after=next`."""
-    async with store.begin() as session:
+    async with store.look() as session:
         await jobs.find(session, job_id)
     return await anyio.to_thread.run_sync(
         lambda: logs.page(settings, job_id, attempt=attempt, source=source, after=after, limit=limit)
