@@ -423,13 +423,9 @@ def test_every_error_has_the_envelope(base_url: str) -> None:
 
 
 def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI) -> None:
-    calls = {
-        "uploads": lambda: client.uploads.cancel("upload_1"),
-    }
-    for param, call in calls.items():
-        with pytest.raises(openai.BadRequestError) as refused:
-            call()
-        assert (refused.value.param, refused.value.code) == (param, "unsupported_value")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.alpha.graders.validate(grader={"type": "multi"})  # type: ignore[typeddict-item]
+    assert (refused.value.param, refused.value.code) == ("fine_tuning/alpha", "unsupported_value")
 
 
 def test_a_wrong_key_and_no_key_are_refused(base_url: str) -> None:
