@@ -260,7 +260,7 @@ class Reconciler:
         """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
         if job.desired != "cancel":
             late = "it did not pause in time" if job.desired == "pause" else None
-            reason = late or f"it gave no sign of life for {_silent_seconds(attempt):.0f} s, and was stopped"
+            reason = late or f"it gave no sign of life for {_silent_seconds(attempt):.0f} s"
             async with self._store.begin() as session:
                 await jobs.blame(session, attempt, reason)
         await self._launcher.stop(attempt.submission_id)
