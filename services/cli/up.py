@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from services.cli.client import out
 from services.control_plane.app import create_app
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 from services.local.errors import StackError
@@ -54,8 +55,8 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
 
 
 async def _serve(settings: Settings, listening: socket.socket, url: str) -> None:
-    config = uvicorn.Config(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    app = create_app(settings)
+    server = Server(app, uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
     announcing = asyncio.create_task(_announce(settings, url))
     try:
         await server.serve(sockets=[listening])

@@ -17,8 +17,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.control_plane.errors import ApiError, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
+from services.control_plane.live import Live
 from services.control_plane.reconciler import Reconciler
-from services.control_plane.routes import attempts, datasets, files, fine_tuning, health, inference, models, unsupported
+from services.control_plane.routes import (
+    attempts,
+    datasets,
+    files,
+    fine_tuning,
+    health,
+    inference,
+    models,
+    streams,
+    unsupported,
+)
 from services.control_plane.routes.dependencies import authenticate
 from services.control_plane.schemas import refused
 from services.control_plane.settings import Settings
@@ -32,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for routes in (files, fine_tuning, models, datasets, inference, unsupported):
+    for routes in (files, fine_tuning, models, datasets, inference, streams, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -51,14 +62,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     store, launcher = Store(settings.database_url), Launcher(settings)
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
+    app.state.live = Live(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-    reconciling = asyncio.create_task(Reconciler(store, launcher, settings, holder=holder).run())
+    reconciler = Reconciler(store, launcher, settings, holder=holder)
+    tasks = [asyncio.create_task(part.run()) for part in (reconciler, app.state.live)]
     try:
         yield
     finally:
-        reconciling.cancel()
-        with suppress(asyncio.CancelledError):
-            await reconciling
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         await app.state.inference.close()
         await launcher.close()
         await store.close()

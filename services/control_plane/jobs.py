@@ -88,6 +88,11 @@ async def confirm(session: AsyncSession, job: Job) -> None:
         raise Stale(f"{job.id} is in version {version}, not {job.version}")
 
 
+async def _hold(session: AsyncSession, job_id: str) -> None:
+    """Locks the job, as whoever writes its events does: always before its attempt, or two would wait for each other."""
+    await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
+
+
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
     """Wish the job cancelled; one that never started is cancelled at once."""
     job = await lock(session, await find(session, job_id))
@@ -154,6 +159,14 @@ async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
     return list(await session.scalars(query))
 
 
+async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
+    """Where an event of the job stands among them all."""
+    place = await session.scalar(select(Event.id).where(Event.public_id == event_id, Event.job_id == job_id))
+    if place is None:
+        raise InvalidRequest(f"{job_id} has no event '{event_id:.80}' to resume after.", param="Last-Event-ID")
+    return place
+
+
 def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
@@ -183,6 +196,7 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> None:
     """Close the attempt; from here on its reports are refused."""
+    await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.state != "ended")
     await session.execute(statement.values(state="ended", ended_at=func.now(), reason=reason, failed=failed))
@@ -199,6 +213,7 @@ async def record(
     session: AsyncSession, job_id: str, number: int, events: Sequence[JobEvent], settings: Settings
 ) -> None:
     """Record what an attempt reports: in order, each report once, however often it is sent."""
+    await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
     if attempt is None or attempt.state == "ended":
         raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")

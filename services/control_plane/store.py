@@ -1,22 +1,39 @@
 """The database, and the queries that more than one noun asks. They take an open session and never commit."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psycopg
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import ColumnElement, Select, delete, event, func, literal, or_, select, text, tuple_
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    Text,
+    column,
+    delete,
+    event,
+    func,
+    literal,
+    or_,
+    select,
+    text,
+    true,
+    tuple_,
+    values,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWTransaction, with_loader_criteria
 
 from services.control_plane.errors import InvalidRequest
-from services.control_plane.tables import TERMINAL, Attempt, Base, Job, Lease, Owned
+from services.control_plane.tables import TERMINAL, Attempt, Base, Event, Job, Lease, Owned
 
 Row = TypeVar("Row", bound=Base)
 
@@ -40,6 +57,7 @@ class Store:
         # Pre-ping: a connection that died with a restarted database is replaced before it is used.
         self._engine = create_async_engine(_sqlalchemy_url(database_url), pool_size=20, pool_pre_ping=True)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._database_url = database_url
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A transaction of the service's own, which sees every project."""
@@ -50,6 +68,21 @@ class Store:
         """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
             yield session
+
+    async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
+        """What is notified, on a connection of its own. None, at first and after so long a silence: look for yourself.
+
+        Raises psycopg.OperationalError when the connection is lost.
+        """
+        limits = {"connect_timeout": 10, "tcp_user_timeout": 10_000}  # a database that vanished is noticed
+        connect = psycopg.AsyncConnection.connect(self._database_url, autocommit=True, **limits)
+        async with await connect as connection:
+            await connection.execute(f"LISTEN {channel}")
+            while True:
+                yield None
+                async for notice in connection.notifies(timeout=quiet_seconds):
+                    yield notice.payload
+                await connection.execute("SELECT 1")
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -132,6 +165,29 @@ async def past_attempts(session: AsyncSession, job_id: str) -> tuple[int, int]:
     counts = select(func.count(), func.count().filter(Attempt.failed)).where(Attempt.job_id == job_id)
     total, failed = (await session.execute(counts)).one()
     return total, failed
+
+
+EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)
+
+
+async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
+    """Of each job the last `limit` events above the id that is given for it, in order."""
+    asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
+    newest = (
+        select(*EVENT)
+        .where(Event.job_id == asked.c.job_id, Event.id > asked.c.after)
+        .order_by(Event.id.desc())
+        .limit(limit)
+        .lateral("newest")
+    )
+    query = select(newest).select_from(asked).join(newest, true()).order_by(newest.c.id)
+    return (await session.execute(query)).all()
+
+
+async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
+    """The job's events that follow the one with the id `after`, in order."""
+    query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
+    return (await session.execute(query)).all()
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:

@@ -211,7 +211,10 @@ class Attempt(Base):
 
 
 class Event(Base):
-    """What a user sees of a job. (job, attempt, seq) is unique, so an attempt may send twice; attempt 0 is ours."""
+    """What a user sees of a job. (job, attempt, seq) is unique, so an attempt may send twice; attempt 0 is ours.
+
+    Ids of one job's events rise in the order in which they become visible: a trigger sees to it.
+    """
 
     __tablename__ = "events"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)

@@ -10,6 +10,7 @@ from services.control_plane.errors import Unauthorized
 from services.control_plane.inference import Inference
 from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
+from services.control_plane.live import Live
 from services.control_plane.once import Once
 from services.control_plane.settings import Settings
 from services.control_plane.store import ProjectStore, Store
@@ -34,10 +35,15 @@ def _inference(request: Request) -> Inference:
     return cast(Inference, request.app.state.inference)
 
 
+def _live(request: Request) -> Live:
+    return cast(Live, request.app.state.live)
+
+
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
 LauncherPart = Annotated[Launcher, Depends(_launcher)]
 InferencePart = Annotated[Inference, Depends(_inference)]
+LivePart = Annotated[Live, Depends(_live)]
 
 
 async def authenticate(store: ServiceStorePart, settings: SettingsPart, credentials: Bearer) -> Caller:

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from services.control_plane.app import create_app
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 
@@ -130,8 +131,8 @@ def settings(offline: Settings) -> Settings:
 def base_url(settings: Settings) -> Iterator[str]:
     migrate(settings.database_url)
     port = free_port()
-    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, log_level="warning", ws="none")
-    server = uvicorn.Server(config)
+    app = create_app(settings)
+    server = Server(app, uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
