@@ -206,13 +206,13 @@ async def read(options, url, key, jobs, stop, results) -> None:
 
     await asyncio.gather(*(connect(number) for number in range(options.streams)))
     results.put({"seconds": time.monotonic() - began})
-    while not stop.is_set():
-        await asyncio.sleep(0.1)
+    await asyncio.to_thread(stop.wait)
     for reader in readers:
         if reader.slow:
             reader.transport.resume_reading()
-    deadline = time.monotonic() + 60
-    while any(reader.next < options.events for reader in readers) and time.monotonic() < deadline:
+    for _ in range(300):
+        if all(reader.next == options.events for reader in readers):
+            break
         await asyncio.sleep(0.2)
     cuts = quantiles(Reader.latencies, n=100)
     results.put(
