@@ -59,6 +59,7 @@ class JobSpec(Contract):
     config: TrainConfig
     num_workers: int = Field(default=1, ge=1, le=1024)
     reference_source: ReferenceSource = "auto"
+    priority: int = Field(default=0, ge=-10, le=10)  # higher starts first
 
     @property
     def is_at_uri(self) -> bool:

@@ -57,6 +57,7 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor:
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
         model_root=model.root,
+        priority=spec.priority,
     )
     session.add(job)
     await session.flush()
@@ -135,6 +136,13 @@ async def move(
     tell(session, job.id, event, level=level)
 
 
+async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
+    """Say what keeps a queued job from starting, once."""
+    changed = update(Job).where(Job.id == job.id, Job.observed == "queued", Job.waits_for.is_distinct_from(what))
+    if (await session.execute(changed.values(waits_for=what).returning(Job.id))).first() is not None:
+        tell(session, job.id, f"Waiting for {what}")
+
+
 def _log(
     session: AsyncSession, job_id: str, version: int, desired: str, observed: str, actor: str, reason: str
 ) -> None:
@@ -147,7 +155,7 @@ def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
     (first, *later) = transitions
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed
-        if after.version != before.version + 1 or not (stays or before.observed in MOVES[after.observed]):
+        if after.version != before.version + 1 or not (stays or before.observed in MOVES.get(after.observed, ())):
             raise ValueError(f"{after.job_id}: no rule leads from {before.observed} to {after.observed}.")
     last = later[-1] if later else first
     return last.desired, last.observed, last.version

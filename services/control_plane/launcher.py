@@ -16,6 +16,7 @@ from services.control_plane.settings import Settings
 
 AttemptStatus = Literal["live", "ended", "absent", "unknown"]
 
+LIVE = ("PENDING", "RUNNING")
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
@@ -81,11 +82,29 @@ class Launcher:
             return "absent"
         if answer.status_code != 200:
             return "unknown"
-        return "live" if answer.json()["status"] in ("PENDING", "RUNNING") else "ended"
+        return "live" if answer.json()["status"] in LIVE else "ended"
 
     async def stop(self, submission_id: str) -> None:
         """Ask Ray to stop the attempt: SIGTERM, then SIGKILL."""
         (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
+
+    async def live_submissions(self) -> list[str]:
+        """The submission ids of all that runs, or waits to."""
+        answer = await self._ray.get("/api/jobs/")
+        answer.raise_for_status()
+        return [job["submission_id"] for job in answer.json() if job["status"] in LIVE and job["submission_id"]]
+
+    async def capacity(self) -> dict[str, float]:
+        """What the cluster has of each resource, or may grow to. Empty where Ray does not say."""
+        try:
+            nodes = (await self._ray.get("/api/v0/nodes")).raise_for_status().json()["data"]["result"]["result"]
+        except (httpx.HTTPError, KeyError, TypeError):
+            return {}
+        there = {str(name): amount for name, amount in self._settings.max_cluster.items()}
+        for name in ("CPU", "GPU"):
+            total = sum(node["resources_total"].get(name, 0) for node in nodes if node["state"] == "ALIVE")
+            there[name] = max(total, there.get(name, 0))
+        return there
 
     # --- models -----------------------------------------------------------------------------
 

@@ -87,6 +87,8 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "validation_file": row.spec.get("validation_file"),  # which the oldest jobs lack
         "x_raydpo": {
             "num_workers": row.spec["num_workers"],
+            "priority": row.priority,
+            "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,
             "progress": _progress(row),
         },

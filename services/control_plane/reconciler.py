@@ -6,6 +6,8 @@ word on an attempt, nothing changes.
 
 import asyncio
 import logging
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +22,8 @@ from services.contract import AttemptSpec, EventBatch, JobSpec
 from services.control_plane import deployments, files, jobs, models, store
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
+from services.control_plane.orphans import stop_orphans
+from services.control_plane.queue import what_each_waits_for
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -29,6 +33,8 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
+SWEEP_SECONDS = 60.0
+UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
 
 
@@ -83,6 +89,7 @@ class Reconciler:
 
     def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
         self._store, self._launcher, self._settings = store, launcher, settings
+        self._swept_at = time.monotonic()
         self._holder = holder  # this control plane's name in the lease
 
     async def run(self) -> None:
@@ -108,24 +115,48 @@ class Reconciler:
             if not await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS):
                 return
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
-        running = sum(job.observed == "running" for job in live)
+            limits = await store.running_limits(session)
         reachable = await self._launcher.is_reachable()
+        waits = (
+            await self._schedule(live, limits) if reachable else dict.fromkeys((job.id for job in live), UNREACHABLE)
+        )
         for job in live:
-            slot = reachable and (job.observed == "running" or running < self._settings.max_running_jobs)
+            slot = (waiting_for := waits.get(job.id)) is None
             try:
-                opened = await self._reconcile(job, attempts.get(job.id), slot)
+                if waiting_for and job.observed == "queued":
+                    await self._wait(job, waiting_for)
+                    continue
+                await self._reconcile(job, attempts.get(job.id), slot)
             except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
-                continue
-            running += opened and job.observed == "queued"
         await self._serve_models()
+        await self._sweep()
 
-    async def _reconcile(self, job: Job, attempt: Attempt | None, slot: bool) -> bool:
-        """One decision for one job, carried out. True if an attempt was opened."""
+    async def _sweep(self) -> None:
+        """Now and then: nothing waits for it."""
+        if time.monotonic() - self._swept_at > SWEEP_SECONDS:
+            self._swept_at = time.monotonic()
+            for submission_id in await stop_orphans(self._store, self._launcher):
+                log.warning("Stopped %s, whose attempt has ended", submission_id)
+
+    async def _schedule(self, live: Sequence[Job], limits: Mapping[str, int | None]) -> dict[str, str | None]:
+        """What each queued job waits for, if anything."""
+        if all(job.observed != "queued" for job in live):
+            return {}
+        capacity = await self._launcher.capacity()
+        return what_each_waits_for(live, limits, capacity, self._settings)
+
+    async def _wait(self, job: Job, what: str) -> None:
+        if job.waits_for != what:
+            async with self._store.begin() as session:
+                await jobs.wait_for(session, job, what)
+
+    async def _reconcile(self, job: Job, attempt: Attempt | None, slot: bool) -> None:
+        """One decision for one job, carried out."""
         status: AttemptStatus = "unknown"
         if attempt is not None:
-            status = await self._launcher.status(_submission_id(attempt))
+            status = await self._launcher.status(attempt.submission_id)
             if status == "live" and _is_quiet(attempt):
                 attempt = await self._collect(job, attempt)
         async with self._store.begin() as session:
@@ -138,7 +169,6 @@ class Reconciler:
         if decision is not Decision.WAIT:
             log.info("Job %s: %s", job.id, decision.name.lower())
         await self._carry_out(decision, job, attempt, total, status)
-        return decision is Decision.OPEN
 
     async def _carry_out(
         self, decision: Decision, job: Job, attempt: Attempt | None, total: int, status: AttemptStatus
@@ -165,7 +195,7 @@ class Reconciler:
                 async with self._store.begin() as session:
                     await jobs.mark_launched(session, attempt)
             case Decision.STOP:
-                await self._launcher.stop(_submission_id(attempt))
+                await self._launcher.stop(attempt.submission_id)
             case Decision.FINISH:
                 await self._finish(job, attempt)
             case Decision.LOSE:
@@ -218,7 +248,7 @@ class Reconciler:
         )
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
-        await self._launcher.submit(_submission_id(attempt), spec_uri, attempt.token)
+        await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
         async with self._store.begin() as session:
             await jobs.mark_launched(session, attempt)
 
@@ -302,10 +332,6 @@ class Reconciler:
             wanted = await deployments.wanted(session, self._settings, present)
         if {deployment.app_name for deployment in wanted} != present:
             await self._launcher.serve(wanted)
-
-
-def _submission_id(attempt: Attempt) -> str:
-    return f"{attempt.job_id}-{attempt.number}"
 
 
 def _is_quiet(attempt: Attempt) -> bool:

@@ -17,6 +17,7 @@ HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_mul
 EXTENSIONS = {
     "dataset",
     "num_workers",
+    "priority",
     "max_length",
     "truncation",
     "reference",
@@ -28,6 +29,7 @@ EXTENSIONS = {
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
+Priority = Annotated[int, Field(ge=-10, le=10)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -99,12 +101,14 @@ class CreateJob(BaseModel):
         config = train_config(kind, given, where, extension, seed)
         workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
         reference = _parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
+        priority = _parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
         return JobSpec(
             **named,
             training_file=self._training_file(),
             config=config,
             num_workers=workers,
+            priority=priority,
             reference_source=reference.source,
             validation_share=self._validation_share(),
         )

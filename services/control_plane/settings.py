@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(default=512 * 2**20, gt=0)
     max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
+    max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
+        default_factory=dict, description="what an autoscaling cluster may grow to; {}: it is as large as it is"
+    )
     max_attempts: int = Field(default=3, gt=0, description="launches of one job before infrastructure failures fail it")
     max_loaded_models: int = Field(default=2, gt=0, description="models served at once; the least recently used stops")
     model_wait_seconds: float = Field(default=180, gt=0, description="a request waits so long for a loading model")

@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psycopg
 from alembic import command
@@ -31,10 +31,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWTransaction, with_loader_criteria
+from sqlalchemy.pool import QueuePool
 
 from services.control_plane.errors import InvalidRequest
-from services.control_plane.tables import TERMINAL, Attempt, Base, Event, Job, Lease, Owned
+from services.control_plane.tables import TERMINAL, Attempt, Base, Event, Job, Lease, Owned, Project
 
+QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
 Row = TypeVar("Row", bound=Base)
 
 
@@ -58,6 +60,10 @@ class Store:
         self._engine = create_async_engine(_sqlalchemy_url(database_url), pool_size=20, pool_pre_ping=True)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._database_url = database_url
+
+    @property
+    def pool(self) -> QueuePool:
+        return cast(QueuePool, self._engine.pool)
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A transaction of the service's own, which sees every project."""
@@ -149,10 +155,17 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Every job that is not terminal, oldest first."""
-    return list(
-        await session.scalars(select(Job).where(Job.observed.not_in(TERMINAL)).order_by(Job.created_at, Job.id))
-    )
+    """Every job that is not terminal and not queued, and of the queue each project's head."""
+    others = select(Job).where(Job.observed.not_in((*TERMINAL, "queued"))).order_by(Job.created_at, Job.id)
+    place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
+    queued = select(Job.id, place.label("place")).where(Job.observed == "queued", Job.desired == "run").subquery()
+    head = select(Job).join(queued, Job.id == queued.c.id).where(queued.c.place <= QUEUE_HEAD)
+    return [*await session.scalars(others), *await session.scalars(head)]
+
+
+async def running_limits(session: AsyncSession) -> dict[str, int | None]:
+    """How many jobs of each project may run at once; None: as many as there is room for."""
+    return {row.id: row.max_running_jobs for row in await session.execute(select(Project.id, Project.max_running_jobs))}
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:

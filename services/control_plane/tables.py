@@ -209,6 +209,11 @@ class Attempt(Base):
         Index("attempts_one_open", "job_id", unique=True, postgresql_where=text("state <> 'ended'")),
     )
 
+    @property
+    def submission_id(self) -> str:
+        """Of its job in Ray."""
+        return f"{self.job_id}-{self.number}"
+
 
 class Event(Base):
     """What a user sees of a job. (job, attempt, seq) is unique, so an attempt may send twice; attempt 0 is ours.

@@ -115,12 +115,28 @@ def test_the_control_plane_reads_every_variable_and_the_file(
     assert settings.models == values.get("models", {})
     assert {name: getattr(settings, name) for name in values.get("settings", {})} == values.get("settings", {})
     assert settings.storage_url == values["storage"]["url"]
+    groups = [group["template"]["spec"] for group in one(manifests, "RayCluster")["spec"]["workerGroupSpecs"]]
+    most = [group["maxReplicas"] for group in one(manifests, "RayCluster")["spec"]["workerGroupSpecs"]]
+    limits = [group["containers"][0]["resources"]["limits"] for group in groups]
+    assert settings.max_cluster == {
+        "CPU": sum(n * float(limit["cpu"]) for n, limit in zip(most, limits, strict=True)),
+        "GPU": sum(n * float(limit.get("nvidia.com/gpu", 0)) for n, limit in zip(most, limits, strict=True)),
+    }
 
 
 def test_the_chart_takes_the_settings_that_it_does_not_make_itself(chart: helm_python.Chart) -> None:
     schema = chart.schema
     assert schema is not None
-    made = {"home", "settings_file", "database_url", "storage_url", "api_key", "advertised_url", "models"}
+    made = {
+        "home",
+        "settings_file",
+        "database_url",
+        "storage_url",
+        "api_key",
+        "advertised_url",
+        "models",
+        "max_cluster",
+    }
     found = {"ray_url", "ray_token", "serve_url"}
     assert set(schema["properties"]["settings"]["properties"]) == set(Settings.model_fields) - made - found
 

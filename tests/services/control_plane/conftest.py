@@ -46,6 +46,7 @@ class FakeRay:
         self.jobs: dict[str, str] = {}
         self.submissions: list[dict[str, Any]] = []
         self.applications: list[str] = []
+        self.resources = {"CPU": 8.0}
         self.lose_answers = False
         self.down = False
         fake = self
@@ -82,6 +83,10 @@ class FakeRay:
         if path.startswith("/api/serve"):
             apps = {name: {"status": "RUNNING", "message": "", "deployments": {}} for name in self.applications}
             return 200, {"applications": apps, "http_options": {"port": 8000}}
+        if path == "/api/v0/nodes":
+            return 200, {"data": {"result": {"result": [{"state": "ALIVE", "resources_total": self.resources}]}}}
+        if path == "/api/jobs/":
+            return 200, [{"submission_id": name, "status": status} for name, status in self.jobs.items()]
         name = path.rsplit("/", 1)[-1]
         if name not in self.jobs:
             return 404, f"Job {name} does not exist"

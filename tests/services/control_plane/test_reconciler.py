@@ -26,11 +26,13 @@ from services.contract import (
     StepMetrics,
     Succeeded,
 )
+from services.control_plane import jobs
 from services.control_plane.launcher import Launcher
+from services.control_plane.orphans import stop_orphans
 from services.control_plane.reconciler import Reconciler
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
-from services.control_plane.tables import Lease
+from services.control_plane.tables import Attempt, Job, Lease, Transition
 from tests.services.control_plane.conftest import FakeRay, pairs
 
 
@@ -39,6 +41,7 @@ def ray(fake_ray: FakeRay) -> FakeRay:
     fake_ray.jobs.clear()
     fake_ray.submissions.clear()
     fake_ray.lose_answers = fake_ray.down = False
+    fake_ray.resources = {"CPU": 8.0}
     return fake_ray
 
 
@@ -282,3 +285,71 @@ def test_several_control_planes_act_as_one(
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3, planes=3)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+
+
+def test_a_job_that_does_not_fit_waits_and_says_for_what(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    def waits_for() -> object:
+        return client.fine_tuning.jobs.retrieve(job_id).to_dict()["x_raydpo"]["waits_for"]  # type: ignore[index]
+
+    ray.resources = {"CPU": 0.0}
+    ticks(settings, 3)
+    assert (waits_for(), ray.submissions) == ("a larger cluster: it needs 1 CPU, and there are 0", [])
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
+    assert sum(message.startswith("Waiting for a larger cluster") for message in told) == 1
+    ray.resources = {"CPU": 8.0}
+    ticks(settings, 2)
+    assert (waits_for(), len(ray.submissions)) == (None, 1)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_left(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+    foreign = "ftjob-0123456789abcdef01234567-1"
+    ray.jobs |= {f"{job_id}-1": "RUNNING", foreign: "RUNNING"}  # the first was launched late, by whom it took an hour
+
+    async def sweep() -> list[str]:
+        store, launcher = Store(settings.database_url), Launcher(settings)
+        within_grace = await stop_orphans(store, launcher)
+        async with store.begin() as session:
+            await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
+        stopped = await stop_orphans(store, launcher)
+        await launcher.close()
+        await store.close()
+        return [*within_grace, "then", *stopped]
+
+    assert asyncio.run(sweep()) == ["then", f"{job_id}-1"]
+    assert ray.jobs == {f"{job_id}-1": "STOPPED", foreign: "RUNNING"}
+
+
+def test_the_log_of_a_job_replays_to_what_it_is_and_refuses_what_no_rule_allows(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+    async def read() -> tuple[Job, list[Transition]]:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            found = await session.get_one(Job, job_id), await jobs.log_of(session, job_id)
+        await store.close()
+        return found
+
+    job, log = asyncio.run(read())
+    assert [(line.desired, line.observed) for line in log] == [
+        ("run", "queued"),
+        ("run", "running"),
+        ("cancel", "running"),
+        ("cancel", "cancelled"),
+    ]
+    assert jobs.replay(log) == (job.desired, job.observed, job.version)
+    assert {line.actor for line in log} == {"key_configured", "test-0"}
+    with pytest.raises(ValueError, match="no rule leads from running to queued"):
+        jobs.replay([log[1], Transition(job_id=job_id, version=3, desired="run", observed="queued")])
