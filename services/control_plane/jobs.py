@@ -229,7 +229,8 @@ async def record(
         if event.seq > attempt.next_seq:
             raise InvalidRequest(f"Report {event.seq} came before report {attempt.next_seq}; send that one first.")
         if event.seq == attempt.next_seq:
-            await _record_one(session, attempt, event, settings)
+            with session.no_autoflush:  # of what changes with each report, the last is written
+                await _record_one(session, attempt, event, settings)
             attempt.next_seq += 1
     attempt.reported_at = datetime.now(UTC)
 

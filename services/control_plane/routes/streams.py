@@ -2,9 +2,9 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from services.control_plane import jobs
 from services.control_plane.live import KEEPALIVE
 from services.control_plane.routes.dependencies import LivePart, StorePart
+from services.control_plane.series import Range, series
 
 router = APIRouter(prefix="/x/jobs")
 
@@ -47,3 +48,10 @@ async def stream(
         await jobs.find(session, job_id)
         place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0
     return EventStream(live.follow(job_id, place))
+
+
+@router.get("/{job_id}/metrics")
+async def metrics(store: StorePart, job_id: str, asked: Annotated[Range, Query()]) -> dict[str, Any]:
+    async with store.begin() as session:
+        await jobs.find(session, job_id)
+        return {"object": "fine_tuning.job.metrics", "job_id": job_id, **await series(session, job_id, asked)}
