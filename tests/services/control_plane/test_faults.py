@@ -1,0 +1,158 @@
+"""The reconciler crashes before and after every commit and every request to Ray, each in turn, and is started again."""
+
+import asyncio
+import gc
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import event, func, select, update
+from sqlalchemy.orm import Session
+
+from services.contract import Deployment
+from services.control_plane import files, jobs, models
+from services.control_plane.launcher import Launcher
+from services.control_plane.reconciler import Reconciler
+from services.control_plane.schemas import CreateJob
+from services.control_plane.settings import Settings
+from services.control_plane.store import Store, migrate
+from services.control_plane.tables import DEFAULT_PROJECT, TERMINAL, Attempt, Job, Lease
+from tests.services.control_plane.conftest import FakeRay, pairs
+from tests.services.control_plane.test_reconciler import reports, spool
+
+MOST_TICKS = 20
+
+
+class Crash(BaseException):
+    """As SIGKILL: nothing handles it."""
+
+
+class Faults:
+    """Counts the points passed, and crashes at one of them."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def pass_point(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Crash
+
+
+@contextmanager
+def faults(at: int) -> Iterator[Faults]:
+    found = Faults(at)
+    for name in ("before_commit", "after_commit"):
+        event.listen(Session, name, found.pass_point)
+    yield found
+    for name in ("before_commit", "after_commit"):
+        event.remove(Session, name, found.pass_point)
+
+
+class FaultyLauncher(Launcher):
+    """Crashes before and after what it does to Ray."""
+
+    def __init__(self, settings: Settings, found: Faults) -> None:
+        super().__init__(settings)
+        self._found = found
+
+    async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
+        self._found.pass_point()
+        await super().submit(submission_id, spec_uri, token)
+        self._found.pass_point()
+
+    async def stop(self, submission_id: str) -> None:
+        self._found.pass_point()
+        await super().stop(submission_id)
+        self._found.pass_point()
+
+    async def serve(self, deployments: Sequence[Deployment]) -> None:
+        self._found.pass_point()
+        await super().serve(deployments)
+        self._found.pass_point()
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
+    migrate(offline.database_url)
+    return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
+
+
+async def new_job(store: Store, settings: Settings, folder: Any) -> str:
+    source = folder / "pairs.jsonl"
+    source.write_bytes(pairs())
+    with source.open("rb") as file:
+        row = await files.upload(file, "pairs.jsonl", settings)
+    async with store.begin_for(DEFAULT_PROJECT) as session:
+        session.add(row)
+        body = CreateJob.model_validate({"model": "tiny", "training_file": row.id, "method": {"type": "dpo"}})
+        model = await models.find(session, settings, "tiny")
+        return (await jobs.submit(session, body.spec(), model, "key")).id
+
+
+def live(ray: FakeRay, job_id: str) -> list[str]:
+    return [name for name, status in ray.jobs.items() if name.startswith(job_id) and status == "RUNNING"]
+
+
+async def play(settings: Settings, ray: FakeRay, job_id: str, story: str, store: Store) -> None:
+    """What happens outside: attempts end as the story has it, and the user may change their mind."""
+    for name in live(ray, job_id):
+        number = int(name.rsplit("-", 1)[1])
+        if story == "cancelled":
+            async with store.begin() as session:
+                if (await session.get_one(Job, job_id)).desired == "run":
+                    await jobs.cancel(session, job_id, "key")
+        elif story == "dies once" and number == 1:
+            ray.jobs[name] = "FAILED"
+        else:
+            spool(settings, job_id, number, reports(settings, job_id))
+            ray.jobs[name] = "SUCCEEDED"
+
+
+async def run_to_the_end(settings: Settings, ray: FakeRay, folder: Any, story: str, at: int) -> bool:
+    """The job's life with a crash at that point. Whether there was one."""
+    store = Store(settings.database_url)
+    job_id = await new_job(store, settings, folder)
+    crashed = False
+    for tick in range(MOST_TICKS):
+        with faults(at if not crashed else 0) as found:
+            launcher = FaultyLauncher(settings, found)
+            reconciler = Reconciler(store, launcher, settings, holder=f"{job_id} {tick if crashed else 'first'}")
+            try:
+                await reconciler.tick()
+            except Crash:
+                crashed = True
+            at = found.left
+        await launcher.close()
+        async with store.begin() as session:
+            await session.execute(update(Lease).values(expires_at=func.now()))  # as time would
+        assert len(live(ray, job_id)) <= 1
+        await play(settings, ray, job_id, story, store)
+        async with store.begin() as session:
+            job = await session.get_one(Job, job_id)
+            attempts = list(await session.scalars(select(Attempt).where(Attempt.job_id == job_id)))
+            if job.observed in TERMINAL:
+                break
+    assert job.observed == ("cancelled" if story == "cancelled" else "succeeded")
+    assert len(attempts) == (2 if story == "dies once" else 1)
+    assert all(attempt.state == "ended" for attempt in attempts)
+    async with store.begin() as session:
+        assert jobs.replay(await jobs.log_of(session, job_id)) == (job.desired, job.observed, job.version)
+    assert not live(ray, job_id)
+    await store.close()
+    return crashed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a crash closes no connection
+@pytest.mark.parametrize("story", ["succeeds", "dies once", "cancelled"])
+def test_a_crash_at_any_point_loses_and_doubles_nothing(
+    settings: Settings, fake_ray: FakeRay, tmp_path: Any, story: str
+) -> None:
+    fake_ray.resources = {"CPU": 8.0}
+    for at in itertools.count(1):
+        if not asyncio.run(run_to_the_end(settings, fake_ray, tmp_path, story, at)):
+            break
+    assert at > 15  # the points of a life
+    gc.collect()  # what crashes left open is complained of here
