@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.control_plane.errors import ApiError, envelope
+from services.control_plane.errors import ApiError, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.live import Live
@@ -51,6 +52,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
+    for error in (OperationalError, InterfaceError, TimeoutError):
+        app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(Exception, _on_crash)
     app.add_middleware(StandardHeaders)
     return app
@@ -98,6 +101,15 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
+
+
+async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+    """The database is down, or all connections to it are taken: the client comes back by itself."""
+    log.warning("The database does not answer: %s", error)
+    refusal = Unavailable(
+        "The database does not answer; nothing was changed.", retry_after=2, code="database_unavailable"
+    )
+    return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
 
 
 async def _on_crash(request: Request, error: Exception) -> JSONResponse:

@@ -57,7 +57,9 @@ class Store:
 
     def __init__(self, database_url: str) -> None:
         # Pre-ping: a connection that died with a restarted database is replaced before it is used.
-        self._engine = create_async_engine(_sqlalchemy_url(database_url), pool_size=20, pool_pre_ping=True)
+        self._engine = create_async_engine(
+            _sqlalchemy_url(database_url), pool_size=20, pool_pre_ping=True, connect_args={"connect_timeout": 10}
+        )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._database_url = database_url
 

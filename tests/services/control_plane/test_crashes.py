@@ -1,19 +1,25 @@
 """Control planes are killed at random moments; no job is lost, doubled or falsely failed."""
 
 import asyncio
+import itertools
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import openai
+import psutil
 import psycopg
 import pytest
 
 from services.control_plane import jobs
 from services.control_plane.store import Store, migrate
+from services.local.postgres import start_postgres, stop_postgres
 from tests.services.control_plane.conftest import API_KEY, pairs
 from tests.services.control_plane.crashes import STEPS, Balancer, LivelyRay, Plane, environment
 
@@ -44,6 +50,41 @@ class Service:
         self.balancer.close()
         self.ray.server.shutdown()
         self.ray.server.server_close()
+
+
+class Postgres:
+    """A server of the test's own, which may go away."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self.url = start_postgres(data)
+
+    def freeze(self, seconds: float) -> None:
+        server = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        time.sleep(seconds)
+        for process in processes:
+            process.resume()
+
+    def stop_for(self, seconds: float) -> None:
+        stop_postgres(self._data)
+        time.sleep(seconds)
+        start_postgres(self._data)
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    with TemporaryDirectory(prefix="raydpo-tests-") as folder:
+        data = Path(folder).resolve() / "postgres"
+        yield Postgres(data)
+        stop_postgres(data)
+
+
+@pytest.fixture
+def database_url(postgres: Postgres) -> str:
+    return postgres.url
 
 
 @pytest.fixture
@@ -137,3 +178,43 @@ def test_whichever_control_plane_is_killed_clients_notice_nothing_and_every_job_
         killing.result()
     wait_until_ended(service, count, seconds=120 if count < 50 else 900)
     check(service, job_ids)
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("how", ["stopped", "frozen"])
+def test_a_database_that_is_away_for_a_while_costs_no_job(
+    start: Callable[..., Service], postgres: Postgres, how: str, seconds: int
+) -> None:
+    service = start(planes=1, step_seconds=0.5)
+    file_id = upload(service)
+    with service.client(max_retries=10 + 2 * seconds) as client:
+        early = [submit(client, file_id, number) for number in range(4)]
+        with ThreadPoolExecutor(1) as pool:
+            away = pool.submit(postgres.freeze if how == "frozen" else postgres.stop_for, seconds)
+            late = [submit(client, file_id, 4 + number) for number in range(4)]
+            away.result()
+    wait_until_ended(service, 8, seconds=120)
+    check(service, early + late)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_thousand_submissions_while_the_service_restarts_every_two_seconds(start: Callable[..., Service]) -> None:
+    service = start()
+    file_id = upload(service)
+    stopped = threading.Event()
+
+    def restart() -> None:
+        for plane in itertools.cycle(service.planes):
+            if stopped.wait(2):
+                return
+            plane.kill(signal.SIGTERM)
+            plane.start()
+            plane.wait()
+
+    with ThreadPoolExecutor(9) as pool, service.client() as client:
+        restarting = pool.submit(restart)
+        job_ids = list(pool.map(lambda number: submit(client, file_id, number), range(1000)))
+        stopped.set()
+        restarting.result()
+    assert len(set(job_ids)) == count_jobs(service) == 1000
