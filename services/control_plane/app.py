@@ -4,7 +4,6 @@ import asyncio
 import logging
 import secrets
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -13,8 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.control_plane.access import Access
 from services.control_plane.errors import ApiError, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
@@ -27,6 +26,7 @@ from services.control_plane.routes import (
     fine_tuning,
     health,
     inference,
+    metrics,
     models,
     streams,
     unsupported,
@@ -35,6 +35,7 @@ from services.control_plane.routes.dependencies import authenticate
 from services.control_plane.schemas import refused
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
+from services.control_plane.telemetry import AUTH_FAILURES
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +50,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(v1)
     app.include_router(attempts.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     for error in (OperationalError, InterfaceError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
-    app.add_exception_handler(Exception, _on_crash)
-    app.add_middleware(StandardHeaders)
+    app.add_middleware(Access)
     return app
 
 
@@ -83,6 +84,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    if error.status == 401:
+        AUTH_FAILURES.labels(error.code).inc()
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
@@ -110,34 +113,3 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
         "The database does not answer; nothing was changed.", retry_after=2, code="database_unavailable"
     )
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
-
-
-async def _on_crash(request: Request, error: Exception) -> JSONResponse:
-    message = "The server had an error while processing your request; its log says more under the request id."
-    return JSONResponse(envelope(message, "server_error"), 500)
-
-
-class StandardHeaders:
-    """The headers every answer carries: a request id, which the client shows, and how long it took."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = time.perf_counter()
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                milliseconds = round((time.perf_counter() - started) * 1000)
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
-                    (b"openai-processing-ms", str(milliseconds).encode()),
-                    (b"openai-version", b"2020-10-01"),
-                ]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)

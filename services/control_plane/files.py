@@ -17,6 +17,7 @@ from services.containers import json_lines
 from services.control_plane.errors import InvalidRequest, NotFound, TooLarge
 from services.control_plane.settings import Settings
 from services.control_plane.tables import TERMINAL, File, Job
+from services.control_plane.telemetry import UPLOADED_BYTES
 from services.uri import InvalidUri, admitted, is_folder
 
 TRAINING = "fine-tune"
@@ -39,6 +40,7 @@ def _upload(source: BinaryIO, filename: str, settings: Settings) -> File:
     if report.refusal:
         raise InvalidRequest(report.refusal, param="file", code="invalid_file_format")
     source.seek(0)
+    UPLOADED_BYTES.inc(num_bytes)
     return _store(source, num_bytes, filename, TRAINING, settings, report=asdict(report))
 
 

@@ -32,7 +32,7 @@ from services.contract import (
     StepMetrics,
     Succeeded,
 )
-from services.control_plane import models
+from services.control_plane import models, telemetry
 from services.control_plane.errors import Fenced, InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
@@ -206,8 +206,12 @@ async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, f
     """Close the attempt; from here on its reports are refused."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
-    statement = statement.where(Attempt.state != "ended")
-    await session.execute(statement.values(state="ended", ended_at=func.now(), reason=reason, failed=failed))
+    statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
+    values = {"state": "ended", "ended_at": func.now(), "reason": reason, "failed": failed}
+    if (await session.execute(statement.values(**values))).first() is not None:
+        end = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
+        telemetry.ATTEMPTS_ENDED.labels(end).inc()
+        await session.execute(update(Job).where(Job.id == attempt.job_id).values(progress=None))
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:
@@ -232,6 +236,7 @@ async def record(
             with session.no_autoflush:  # of what changes with each report, the last is written
                 await _record_one(session, attempt, event, settings)
             attempt.next_seq += 1
+            telemetry.EVENTS.inc()
     attempt.reported_at = datetime.now(UTC)
 
 

@@ -23,6 +23,7 @@ from services.control_plane.objects import event_object, job_object
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store, newest_events, next_events
 from services.control_plane.tables import TERMINAL, Job
+from services.control_plane.telemetry import STREAM_TABLE_READS
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ class Live:
         state = {
             "object": "fine_tuning.job.progress",
             "status": row.observed,
+            "waits_for": row.waits_for,
             "progress": job["x_raydpo"]["progress"],
             "estimated_finish": job["estimated_finish"],
         }
@@ -189,6 +191,7 @@ class Live:
         """What follows `place` in the table, and where that ends."""
         async with self._reading, self._store.begin() as session:
             events = await next_events(session, job_id, place, limit=PAGE)
+        STREAM_TABLE_READS.inc()
         return events[-1].id, b"".join(_frame(event)[1] for event in events)
 
     def _join(self, job_id: str) -> Watched:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage
 from services.contract import AttemptSpec, EventBatch, JobSpec
-from services.control_plane import deployments, files, jobs, models, store
+from services.control_plane import deployments, files, jobs, logs, models, store, telemetry
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
 from services.control_plane.orphans import stop_orphans
@@ -97,8 +97,10 @@ class Reconciler:
         try:
             while True:
                 try:
-                    await self.tick()
+                    with telemetry.TICK_SECONDS.time():
+                        await self.tick()
                 except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
+                    telemetry.TICKS.labels("failed").inc()
                     log.warning("A tick failed and is tried again: %s", error)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
@@ -113,6 +115,7 @@ class Reconciler:
     async def tick(self) -> None:
         async with self._store.begin() as session:
             if not await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS):
+                telemetry.TICKS.labels("stood_by").inc()
                 return
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
             limits = await store.running_limits(session)
@@ -126,12 +129,14 @@ class Reconciler:
                 if waiting_for and job.observed == "queued":
                     await self._wait(job, waiting_for)
                     continue
-                await self._reconcile(job, attempts.get(job.id), slot)
+                with logs.about(job_id=job.id, attempt=attempts[job.id].number if job.id in attempts else None):
+                    await self._reconcile(job, attempts.get(job.id), slot)
             except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
         await self._serve_models()
         await self._sweep()
+        telemetry.TICKS.labels("acted").inc()
 
     async def _sweep(self) -> None:
         """Now and then: nothing waits for it."""
@@ -217,6 +222,8 @@ class Reconciler:
             if job.observed == "queued":
                 started = "The job is starting on the cluster"
                 await jobs.move(session, job, "running", actor=self._holder, event=started)
+        if number == 1:
+            telemetry.QUEUE_SECONDS.observe((datetime.now(UTC) - job.created_at).total_seconds())
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:

@@ -32,7 +32,7 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
     within = Event.step.between(asked.first, asked.last if asked.last is not None else 2**31 - 1)
     known = select(func.min(Event.step), func.max(Event.step)).where(Event.job_id == job_id, within)
     first, last = (await session.execute(known)).one()
-    if first is None:
+    if first is None or last is None:
         return {"bucket_steps": 1, "steps": [], "metrics": {}}
     width = -(-(last - first + 1) // asked.resolution)
     rows = (await session.execute(_buckets(job_id, first, last, width))).all()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from services.control_plane.logs import LogFormat
 from services.uri import check_prefix
 
 
@@ -32,6 +33,10 @@ class Settings(BaseSettings):
     ray_token: SecretStr | None = None
     serve_url: str | None = Field(
         default=None, description="Ray Serve's proxy; None: Ray's host, port as Serve reports"
+    )
+
+    log_format: LogFormat = Field(
+        default="text", description="text: to raydpo.log in home; json: an object a line, to standard error"
     )
 
     models: dict[Annotated[str, AfterValidator(_model_name)], str] = Field(

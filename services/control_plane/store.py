@@ -34,9 +34,22 @@ from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWT
 from sqlalchemy.pool import QueuePool
 
 from services.control_plane.errors import InvalidRequest
-from services.control_plane.tables import TERMINAL, Attempt, Base, Event, Job, Lease, Owned, Project
+from services.control_plane.tables import (
+    JOB_STATES,
+    TERMINAL,
+    Attempt,
+    Base,
+    Event,
+    Job,
+    Lease,
+    Outbound,
+    Owned,
+    Project,
+)
 
 QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
+MAX_OVERFLOW = 10  # connections beyond those that the pool keeps
+
 Row = TypeVar("Row", bound=Base)
 
 
@@ -58,7 +71,11 @@ class Store:
     def __init__(self, database_url: str) -> None:
         # Pre-ping: a connection that died with a restarted database is replaced before it is used.
         self._engine = create_async_engine(
-            _sqlalchemy_url(database_url), pool_size=20, pool_pre_ping=True, connect_args={"connect_timeout": 10}
+            _sqlalchemy_url(database_url),
+            pool_size=20,
+            max_overflow=MAX_OVERFLOW,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 10},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._database_url = database_url
@@ -66,6 +83,10 @@ class Store:
     @property
     def pool(self) -> QueuePool:
         return cast(QueuePool, self._engine.pool)
+
+    @property
+    def max_connections(self) -> int:
+        return self.pool.size() + MAX_OVERFLOW
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A transaction of the service's own, which sees every project."""
@@ -82,7 +103,10 @@ class Store:
 
         Raises psycopg.OperationalError when the connection is lost.
         """
-        limits = {"connect_timeout": 10, "tcp_user_timeout": 10_000}  # a database that vanished is noticed
+        limits: dict[str, Any] = {
+            "connect_timeout": 10,
+            "tcp_user_timeout": 10_000,
+        }  # a database that vanished is noticed
         connect = psycopg.AsyncConnection.connect(self._database_url, autocommit=True, **limits)
         async with await connect as connection:
             await connection.execute(f"LISTEN {channel}")
@@ -183,6 +207,26 @@ async def past_attempts(session: AsyncSession, job_id: str) -> tuple[int, int]:
 
 
 EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What there is, for all projects."""
+
+    jobs: Mapping[str, int]  # by state
+    lease_seconds: float  # until the reconciler's ends; NaN: nobody ever held it
+    outbox: int  # messages that wait
+    outbox_seconds: float  # since the oldest of them was written
+
+
+async def census(session: AsyncSession) -> Census:
+    by_state = (await session.execute(select(Job.observed, func.count().label("number")).group_by(Job.observed))).all()
+    left = func.extract("epoch", Lease.expires_at - func.clock_timestamp())
+    lease = await session.scalar(select(left).where(Lease.name == "reconciler"))
+    age = func.extract("epoch", func.now() - func.min(Outbound.created_at))
+    waiting, oldest = (await session.execute(select(func.count(), age).where(Outbound.due_at.is_not(None)))).one()
+    jobs = dict.fromkeys(JOB_STATES, 0) | {row.observed: row.number for row in by_state}
+    return Census(jobs, float("nan") if lease is None else float(lease), waiting, float(oldest or 0))
 
 
 async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:

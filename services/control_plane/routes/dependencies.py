@@ -46,13 +46,16 @@ InferencePart = Annotated[Inference, Depends(_inference)]
 LivePart = Annotated[Live, Depends(_live)]
 
 
-async def authenticate(store: ServiceStorePart, settings: SettingsPart, credentials: Bearer) -> Caller:
+async def authenticate(
+    request: Request, store: ServiceStorePart, settings: SettingsPart, credentials: Bearer
+) -> Caller:
     """Raises Unauthorized unless the bearer token is a live key."""
     if credentials is None or not credentials.credentials:
         message = "You didn't provide an API key. Send it in the header `Authorization: Bearer YOUR_KEY`."
         raise Unauthorized(message, code="invalid_api_key")
     async with store.begin() as session:
-        return await keys.authenticate(session, credentials.credentials, settings)
+        request.state.caller = await keys.authenticate(session, credentials.credentials, settings)
+    return cast(Caller, request.state.caller)
 
 
 CallerPart = Annotated[Caller, Depends(authenticate)]

@@ -92,6 +92,7 @@ def test_a_stream_tells_all_that_was_and_all_that_comes_and_ends_with_the_job(
         assert next(events)[1] == {
             "object": "fine_tuning.job.progress",
             "status": "queued",
+            "waits_for": None,
             "progress": None,
             "estimated_finish": None,
         }
@@ -143,6 +144,12 @@ def test_a_long_history_is_read_from_the_table_and_joins_what_is_in_memory(
 
 
 def test_progress_without_an_event_is_streamed(base_url: str, settings: Settings, job_id: str, attempt: int) -> None:
+    async def start(store: Store) -> None:
+        async with store.begin() as session:
+            job = await jobs.find(session, job_id)
+            await jobs.move(session, job, "running", actor="test", event="It starts")
+
+    with_store(settings, start)
     with streaming(base_url, job_id) as events:
         assert next(data for _, data in events if data["object"] == "fine_tuning.job.progress")["progress"] is None
         record(settings, job_id, 0, [Progress(stage="encoding", done=5, total=10)])
