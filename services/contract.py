@@ -6,7 +6,7 @@ spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` o
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from dpo_core.config import TrainConfig, Truncation
 
@@ -38,6 +38,42 @@ class Score(NamedTuple):
     num_tokens: int
 
 
+# --- where else a job is followed --------------------------------------------------------
+
+Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class Wandb(Contract):
+    """A run in Weights & Biases. Host and key are the cluster's own."""
+
+    project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
+    name: Line | None = None  # None: the job's id
+    entity: Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Za-z0-9_-]+$")] | None = None
+    tags: Annotated[tuple[Annotated[Line, StringConstraints(max_length=64)], ...], Field(max_length=64)] | None = None
+
+
+class WandbIntegration(Contract):
+    """As OpenAI spells it."""
+
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
+class Mlflow(Contract):
+    """A run in MLflow. Its tracking server is the cluster's own."""
+
+    experiment: Line
+    run_name: Line | None = None  # None: the job's id
+
+
+class Integrations(Contract):
+    """Where a job's metrics are told beside its events."""
+
+    wandb: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] = ()
+    mlflow: Mlflow | None = None
+    tensorboard: bool = False
+
+
 # --- a job, as the driver sees it --------------------------------------------------------
 
 ReferenceSource = Literal["auto", "serve", "trainer"]
@@ -59,6 +95,7 @@ class JobSpec(Contract):
     config: TrainConfig
     num_workers: int = Field(default=1, ge=1, le=1024)
     reference_source: ReferenceSource = "auto"
+    integrations: Integrations = Integrations()
     priority: int = Field(default=0, ge=-10, le=10)  # higher starts first
 
     @property
@@ -85,6 +122,8 @@ class AttemptSpec(Contract):
     reference_dtype: str = "float32"  # that its deployment computes in
     run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
     cache_uri: str  # prepared data, shared by all jobs; may be deleted at any time
+    integrations: Integrations = Integrations()
+    fine_tuned_model: str | None = None  # the name that the policy will have
     events_url: str  # POST batches of events here with the attempt's token
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from services.contract import CheckResult
+from services.contract import CheckResult, Integrations
 from services.control_plane.jobs import wire_metrics
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
@@ -63,6 +63,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
     }
     hyperparameters = {**objective, **schedule}
+    integrations = Integrations.model_validate(row.spec.get("integrations", {}))  # which the oldest jobs lack
     if rate := config["optim"]["learning_rate"]:
         hyperparameters["learning_rate"] = rate
     return {
@@ -74,7 +75,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "fine_tuned_model": row.fine_tuned_model,
         "finished_at": seconds(row.finished_at),
         "hyperparameters": schedule,
-        "integrations": [],
+        "integrations": [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb],
         "metadata": row.spec["metadata"],
         "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
         "model": row.spec["model"],
@@ -91,6 +92,8 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
             "priority": row.priority,
             "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,
+            "tensorboard": integrations.tensorboard,
+            "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
             "progress": _progress(row),
         },
     }

@@ -251,6 +251,8 @@ class Reconciler:
             reference_dtype=self._settings.dtype,
             run_uri=run_uri,
             cache_uri=storage.join(self._settings.storage_url, "prepared"),
+            integrations=spec.integrations,
+            fine_tuned_model=jobs.fine_tuned_name(job, self._settings),
             events_url=f"{self._settings.advertised_url}/internal/attempts/{job.id}/{attempt.number}/events",
         )
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, TypeAdapter, ValidationError
 
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
-from services.contract import JobSpec, ReferenceSource
+from services.contract import Integrations, JobSpec, Mlflow, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
 
 # Where each option of a training run stands in a request; those of the objective join the first.
@@ -26,6 +26,8 @@ EXTENSIONS = {
     "sharding",
     "checkpoint_steps",
     "validation_share",
+    "tensorboard",
+    "mlflow",
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
@@ -77,13 +79,10 @@ class CreateJob(BaseModel):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
     x_raydpo: dict[str, Any] | None = None
-    integrations: Any = None  # OpenAI's, not offered here: null passes, a value is refused by name
+    integrations: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] | None = None
 
     def spec(self) -> JobSpec:
         """The job asked for, every value checked. Raises InvalidRequest naming the field."""
-        if self.integrations:
-            message = "integrations is not supported; leave it out."
-            raise InvalidRequest(message, param="integrations", code="unsupported_value")
         if self.validation_file and self.validation_file == self.training_file:
             message = f"validation_file is the training file, {self.training_file}; send one with other rows."
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
@@ -111,6 +110,16 @@ class CreateJob(BaseModel):
             priority=priority,
             reference_source=reference.source,
             validation_share=self._validation_share(),
+            integrations=self._integrations(),
+        )
+
+    def _integrations(self) -> Integrations:
+        extension = self.x_raydpo or {}
+        mlflow = extension.get("mlflow")
+        return Integrations(
+            wandb=self.integrations or (),
+            mlflow=None if mlflow is None else _parse(Mlflow, mlflow, "x_raydpo.mlflow"),
+            tensorboard=_parse(StrictBool, extension.get("tensorboard", False), "x_raydpo.tensorboard"),
         )
 
     def _validation_share(self) -> float:

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
 from services.contract import AttemptSpec, Failed, Progress, Report, Succeeded
+from services.training.integrations import actors
 from services.training.preparation import Prepared, prepare
 from services.training.reporting import JobFailed, Reporter
 
@@ -38,12 +39,16 @@ def main(spec_uri: str) -> int:
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": _environment()})
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
-    _stop_on_sigterm(reporter)
+    followers = actors.start(spec, reporter)
+    _stop_on_sigterm(reporter, followers)
     status = 0
     try:
-        ray.get(reporter.report.remote(run(spec, reporter)))
+        succeeded = run(spec, reporter)
+        actors.close(followers, "succeeded", reporter)
+        ray.get(reporter.report.remote(succeeded))
     except JobFailed as failure:
         logger.error("%s", failure)
+        actors.close(followers, "failed", reporter)
         ray.get(reporter.report.remote(failure.report))
         status = FAILED
     finally:
@@ -120,14 +125,16 @@ def _start_reporter(spec: AttemptSpec, token: str) -> Any:
     return reporter
 
 
-def _stop_on_sigterm(reporter: Any) -> None:
+def _stop_on_sigterm(reporter: Any, followers: list[Any]) -> None:
     """SIGTERM ends the attempt; a fenced attempt sends it to itself."""
     fenced = threading.Event()
 
     def stop(signum: int, frame: FrameType | None) -> None:
         logger.warning("Stopping: %s.", "a later attempt has taken over" if fenced.is_set() else "SIGTERM")
         try:
-            ray.get(reporter.close.remote(STOP_SECONDS), timeout=2 * STOP_SECONDS)
+            closing = [each.close.remote(None, STOP_SECONDS) for each in followers if not fenced.is_set()]
+            closing.append(reporter.close.remote(STOP_SECONDS))
+            ray.wait(closing, num_returns=len(closing), timeout=2 * STOP_SECONDS)
         finally:
             # Ray Data and Ray Train take longer to say goodbye than SIGKILL waits. Their actors die with the driver.
             os._exit(FENCED if fenced.is_set() else 128 + signum)

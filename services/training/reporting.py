@@ -60,6 +60,10 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
     return done
 
 
+def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
+    return storage.join(run_uri, "spool", str(attempt), f"{first_seq:08d}.json")
+
+
 class Reporter:
     """One per attempt, because it numbers the events; in a job it is a Ray actor that driver and workers call."""
 
@@ -69,6 +73,7 @@ class Reporter:
             raise FileExistsError(
                 f"Attempt {spec.attempt} has reported before, to {self.spool_uri}; start another one."
             )
+        self._run_uri, self._attempt = spec.run_uri, spec.attempt
         self._events_url = spec.events_url
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._period_seconds = period_seconds
@@ -118,7 +123,7 @@ class Reporter:
     def _next_segment(self) -> tuple[str, bytes]:
         with self._changed:
             events = [self._pending.popleft() for _ in range(min(len(self._pending), EVENTS_PER_SEGMENT))]
-        uri = storage.join(self.spool_uri, f"{events[0][0]:08d}.json")
+        uri = segment_uri(self._run_uri, self._attempt, events[0][0])
         return uri, b'{"events":[' + b",".join(event for _, event in events) + b"]}"
 
     def _spool_periodically(self) -> None:

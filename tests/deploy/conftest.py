@@ -32,6 +32,7 @@ def full() -> dict[str, Any]:
             "existingSecret": "bucket",
             "serviceAccountAnnotations": {"iam.gke.io/gcp-service-account": "raydpo@example.iam.gserviceaccount.com"},
         },
+        "integrations": {"existingSecret": "followed"},
         "api": {
             "existingSecret": "api-key",
             "key": "bearer",

@@ -182,6 +182,15 @@ def test_storage_credentials_reach_whoever_touches_storage(render: Render, full:
     assert given == {"control-plane", "head", "cpu", "gpu"}
 
 
+def test_keys_of_integrations_reach_the_head_alone(render: Render, minimal: dict[str, Any]) -> None:
+    minimal["integrations"] = {"existingSecret": "followed"}
+    templates = pod_templates(render(minimal))
+    given = {name: container(templates[name]).get("envFrom", []) for name in templates}
+    assert {name: sources for name, sources in given.items() if sources} == {
+        "head": [{"secretRef": {"name": "followed"}}]
+    }
+
+
 def admitted(manifests: list[Manifest], pod: Manifest, port: int, peer: dict[str, str]) -> bool:
     """Whether NetworkPolicies let pods with the labels `peer` reach this port of `pod`."""
     names = {entry["containerPort"]: entry["name"] for entry in container(pod).get("ports", [])}

@@ -8,10 +8,13 @@ from typing import Any
 
 import httpx
 import openai
+import psycopg
 import pytest
+from openai.types.fine_tuning import FineTuningJobWandbIntegrationObject
 from pydantic import ValidationError
 
 from dpo_core.options import OBJECTIVES
+from services.contract import Integrations, JobSpec
 from services.control_plane.schemas import METHODS
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pairs
@@ -59,7 +62,6 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
         ({"method": {"type": "dpo", "kto": {}}}, openai.BadRequestError, "method.kto", "unknown_parameter"),
         ({"method": {"type": "supervised"}}, openai.BadRequestError, "training_file", "invalid_training_file"),
         ({"validation_file": "file-none"}, openai.NotFoundError, "validation_file", "file_not_found"),
-        ({"integrations": [{"type": "wandb"}]}, openai.BadRequestError, "integrations", "unsupported_value"),
         ({"suffix": "a b"}, openai.BadRequestError, "suffix", "invalid_value"),
         ({"seed": -1}, openai.BadRequestError, "seed", "invalid_value"),
         ({"extra_body": {"betta": 1}}, openai.BadRequestError, "betta", "unknown_parameter"),
@@ -125,6 +127,79 @@ def test_bad_requests_are_refused_by_name(
     with pytest.raises(error) as refused:
         create(client, training_file, **changes)
     assert (refused.value.param, refused.value.code, refused.value.type) == (param, code, "invalid_request_error")
+
+
+WANDB = {"project": "my project", "name": "first", "entity": "team_1", "tags": ["a", "b"]}
+
+
+def wandb(**changes: Any) -> list[dict[str, Any]]:
+    return [{"type": "wandb", "wandb": {"project": "p"} | changes}]
+
+
+def followed(**extension: Any) -> dict[str, Any]:
+    return {"extra_body": {"x_raydpo": extension}}
+
+
+def test_where_a_job_is_followed_is_echoed_as_asked(client: openai.OpenAI, training_file: str) -> None:
+    asked = [{"type": "wandb", "wandb": WANDB}, *wandb(name=None)]
+    mlflow = {"experiment": "préférences / dpo", "run_name": "first"}
+    job = create(client, training_file, integrations=asked, **followed(tensorboard=True, mlflow=mlflow))
+    for found in (job, client.fine_tuning.jobs.cancel(job.id)):
+        for integration in found.integrations:
+            FineTuningJobWandbIntegrationObject.model_validate(integration.to_dict(), strict=True)
+        assert [each.to_dict() for each in found.integrations] == [{"type": "wandb", "wandb": WANDB}, *wandb()]
+        assert found.to_dict()["x_raydpo"] | {"tensorboard": True, "mlflow": mlflow} == found.to_dict()["x_raydpo"]
+    job = create(client, training_file, integrations=None)
+    assert client.fine_tuning.jobs.cancel(job.id).integrations == []
+
+
+def test_a_job_of_an_older_release_is_followed_nowhere(
+    client: openai.OpenAI, training_file: str, settings: Settings
+) -> None:
+    job = create(client, training_file, integrations=wandb(), **followed(tensorboard=True))
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE jobs SET spec = spec - 'integrations' WHERE id = %s", [job.id])
+        (spec,) = connection.execute("SELECT spec FROM jobs WHERE id = %s", [job.id]).fetchone() or ()
+    assert JobSpec.model_validate(spec).integrations == Integrations()
+    found = client.fine_tuning.jobs.cancel(job.id)
+    assert (found.integrations, found.to_dict()["x_raydpo"]["tensorboard"]) == ([], False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"integrations": wandb() * 6}, "integrations", "invalid_value"),
+        ({"integrations": [{"type": "neptune"}]}, "integrations.0.type", "invalid_value"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0.wandb", "missing_required_parameter"),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {}}]},
+            "integrations.0.wandb.project",
+            "missing_required_parameter",
+        ),
+        ({"integrations": [*wandb(), *wandb(project="a/b")]}, "integrations.1.wandb.project", "invalid_value"),
+        ({"integrations": wandb(project="p" * 129)}, "integrations.0.wandb.project", "invalid_value"),
+        ({"integrations": wandb(entity="../team")}, "integrations.0.wandb.entity", "invalid_value"),
+        ({"integrations": wandb(name="a\x00b")}, "integrations.0.wandb.name", "invalid_value"),
+        ({"integrations": wandb(tags=["a", "b" * 65])}, "integrations.0.wandb.tags.1", "invalid_value"),
+        ({"integrations": wandb(tags=["a"] * 65)}, "integrations.0.wandb.tags", "invalid_value"),
+        ({"integrations": wandb(tags="ab")}, "integrations.0.wandb.tags", "invalid_value"),
+        ({"integrations": wandb(base_url="http://10.0.0.1")}, "integrations.0.wandb.base_url", "unknown_parameter"),
+        (followed(tensorboard={}), "x_raydpo.tensorboard", "invalid_value"),
+        (followed(mlflow={}), "x_raydpo.mlflow.experiment", "missing_required_parameter"),
+        (followed(mlflow={"experiment": ""}), "x_raydpo.mlflow.experiment", "invalid_value"),
+        (
+            followed(mlflow={"experiment": "e", "tracking_uri": "http://10.0.0.1"}),
+            "x_raydpo.mlflow.tracking_uri",
+            "unknown_parameter",
+        ),
+    ],
+)
+def test_where_a_job_may_not_be_followed_is_refused_by_name(
+    client: openai.OpenAI, training_file: str, changes: dict[str, Any], param: str, code: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, training_file, **changes)
+    assert (refused.value.param, refused.value.code) == (param, code)
 
 
 def test_other_objectives_are_taken_with_their_own_options_and_echoed(

@@ -19,12 +19,16 @@ from services.contract import (
     CheckpointSaved,
     EventBatch,
     Failed,
+    Integrations,
     JobEvent,
+    Mlflow,
     ReferenceReleased,
     Report,
     Started,
     StepMetrics,
     Succeeded,
+    Wandb,
+    WandbIntegration,
 )
 from services.control_plane import jobs
 from services.control_plane.launcher import Launcher
@@ -195,6 +199,29 @@ def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
     client.fine_tuning.jobs.cancel(job.id)
     ticks(settings, 3)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+
+
+def test_an_attempt_is_told_where_the_job_is_followed_and_what_its_policy_will_be_called(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    body: Any = {
+        "x_raydpo": {"dataset": "s3://bucket/rows/a.jsonl", "mlflow": {"experiment": "e"}, "tensorboard": True}
+    }
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file="s3://bucket/rows/a.jsonl",
+        method={"type": "dpo"},
+        suffix="nice",
+        integrations=[{"type": "wandb", "wandb": {"project": "p"}}],
+        extra_body=body,
+    )
+    ticks(settings, 1)
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    wandb = WandbIntegration(type="wandb", wandb=Wandb(project="p"))
+    assert spec.integrations == Integrations(wandb=(wandb,), mlflow=Mlflow(experiment="e"), tensorboard=True)
+    assert (spec.fine_tuned_model or "").startswith("ft:tiny:raydpo:nice:")
+    client.fine_tuning.jobs.cancel(job.id)
+    ticks(settings, 3)
 
 
 def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(

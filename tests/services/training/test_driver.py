@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy
@@ -24,13 +25,17 @@ from services.contract import (
     CheckpointSaved,
     EventBatch,
     Failed,
+    Integrations,
     Message,
+    Mlflow,
     Progress,
     ReferenceReleased,
     Report,
     Started,
     StepMetrics,
     Succeeded,
+    Wandb,
+    WandbIntegration,
 )
 from tests.services.web import running_web
 
@@ -167,6 +172,55 @@ def test_a_killed_attempt_is_continued_by_the_next_bit_for_bit(
     assert not list(Path(ray_environment["TMPDIR"]).glob("raydpo-ftjob-1-*")), "checkpoints left in scratch"
 
 
+def test_a_killed_attempt_and_the_next_are_one_run_wherever_the_job_is_followed(
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
+) -> None:
+    followed = Integrations(
+        tensorboard=True,
+        mlflow=Mlflow(experiment="dpo"),
+        wandb=(WandbIntegration(type="wandb", wandb=Wandb(project="dpo")),),
+    )
+    spec = make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url, integrations=followed)
+    first = start(spec)
+    first.reported(CheckpointSaved)
+    first.process.send_signal(signal.SIGKILL)
+    first.wait()
+    second = start(spec.model_copy(update={"attempt": 2}))
+    assert second.wait() == 0, second.log.read_text()[-5000:]
+    told = [report for report in only(Message, second.reports()) if "runs/ftjob-1/" in report.message]
+    assert {report.message.partition(":")[0] for report in told} == {"TensorBoard", "MLflow", "Weights & Biases"}
+    assert {report.level for report in told} == {"info"}
+    assert isinstance(second.reports()[-1], Succeeded)
+
+    events = EventAccumulator(str(storage.fetch(f"{spec.run_uri}/tensorboard")), size_guidance={"scalars": 0})
+    events.Reload()
+    known = figures(first.reports()) | figures(second.reports())
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, NUM_STEPS + 1))
+    for event in events.Scalars("train/loss"):
+        assert event.value == pytest.approx(known[event.step]["loss"])
+    assert storage.exists(f"{spec.run_uri}/wandb/offline-run-ftjob-1/run-ftjob-1.wandb")
+    assert storage.exists(f"{spec.run_uri}/mlflow/mlflow.db")
+    assert not ray_processes("wandb-core", ray_environment)
+
+
+def test_an_integration_that_dies_costs_the_job_nothing_but_a_warning(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, ray_environment: dict[str, str]
+) -> None:
+    followed = Integrations(tensorboard=True)
+    driver = start(make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url, integrations=followed))
+    driver.reported(CheckpointSaved)
+    (follower,) = ray_processes("ray::Follower", ray_environment)
+    follower.kill()
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    (warning,) = [report for report in only(Message, driver.reports()) if report.level == "warn"]
+    assert warning.message.startswith("An integration died, and lacks the last steps: ")
+    assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
+    assert isinstance(driver.reports()[-1], Succeeded)
+
+
 def test_two_workers_equal_one_even_when_one_of_them_is_killed(
     uninterrupted: Driver,
     make_spec: MakeSpec,
@@ -189,9 +243,13 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
 
 
 def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
+    return ray_processes("ray::RayTrainWo", ray_environment)
+
+
+def ray_processes(name: str, ray_environment: dict[str, str]) -> list[psutil.Process]:
     """Of this module's own Ray."""
-    workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWo")]
-    return [p for p in workers if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
+    found = [p for p in psutil.process_iter() if p.name().startswith(name) and p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in found if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
 
 
 def test_a_validation_file_is_prepared_alike_and_evaluated_with_every_checkpoint(

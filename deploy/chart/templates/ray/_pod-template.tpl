@@ -15,9 +15,11 @@ spec:
       env:
         - name: HOME
           value: /tmp
-      {{- with .root.Values.storage.existingSecret }}
+      {{- with list .root.Values.storage.existingSecret (.head | ternary .root.Values.integrations.existingSecret "") | compact }}
       envFrom:
+        {{- range . }}
         - secretRef: { name: {{ . | quote }} }
+        {{- end }}
       {{- end }}
       {{- if .head }}
       ports:

@@ -1,0 +1,65 @@
+"""The followers of an attempt, each a Ray actor beside its driver: what they need is in that node's environment."""
+
+import os
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from services.contract import AttemptSpec, Message, Report
+from services.training.integrations.following import Follower, Open
+from services.training.integrations.mlflow import MlflowSink
+from services.training.integrations.sink import Status
+from services.training.integrations.tensorboard import TensorboardSink
+from services.training.integrations.wandb import WandbSink
+
+CLOSE_SECONDS = 30.0
+GRACE_SECONDS = 5.0  # beyond it, an actor that does not answer is left to itself
+ENVIRONMENT = {  # where the node does not say otherwise
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it may hold a password
+    "WANDB_ERROR_REPORTING": "false",
+    # A follower tries again by itself; MLflow alone would try for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
+
+def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
+    """What the job asked for, each with its name in messages."""
+    found: list[tuple[str, Open]] = []
+    for number, integration in enumerate(spec.integrations.wandb):
+        run_id = f"{spec.job_id}-{number}" if number else spec.job_id
+        found.append(("Weights & Biases", partial(WandbSink, integration.wandb, run_id)))
+    if spec.integrations.mlflow:
+        found.append(("MLflow", partial(MlflowSink, spec.integrations.mlflow)))
+    if spec.integrations.tensorboard:
+        found.append(("TensorBoard", TensorboardSink))
+    return found
+
+
+def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
+    """Waits for none of them."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    actor = ray.remote(Follower).options(num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment})
+
+    def report(report: Report) -> None:
+        ray.get(reporter.report.remote(report))  # so that what a follower told before it closed comes before the end
+
+    return [actor.remote(name, sink, spec, report) for name, sink in sinks(spec)]
+
+
+def close(followers: list[Any], status: Status, reporter: Any) -> None:
+    """Before the attempt's last report, after which nothing may be told."""
+    if not followers:
+        return
+    ray.get(reporter.flush.remote())
+    for closing in [follower.close.remote(status, CLOSE_SECONDS) for follower in followers]:
+        try:
+            ray.get(closing, timeout=CLOSE_SECONDS + GRACE_SECONDS)
+        except RayError as error:
+            sentence = f"An integration died, and lacks the last steps: {str(error).splitlines()[0]:.200}"
+            reporter.report.remote(Message(level="warn", message=sentence))
