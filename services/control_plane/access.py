@@ -4,11 +4,13 @@ import logging
 import re
 import secrets
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services import tracing
 from services.control_plane import logs
 from services.control_plane.errors import envelope
 from services.control_plane.telemetry import REQUEST_SECONDS, REQUESTS
@@ -47,7 +49,7 @@ class Access:
                 ]
             await send(message)
 
-        with logs.about(request_id=request_id, **_given_id(scope)):
+        with logs.about(request_id=request_id, **_given_id(scope)), _span(scope) as span:
             try:
                 await self._app(scope, receive, send_with_headers)
             except Exception:
@@ -56,6 +58,9 @@ class Access:
                     await _crashed()(scope, receive, send_with_headers)
             finally:
                 _tell(scope, status, time.perf_counter() - started)
+                if span:
+                    span.update_name(f"{_method(scope)} {_route(scope)}")
+                    span.set_attributes({"http.route": _route(scope), "http.response.status_code": status})
 
 
 def _crashed() -> JSONResponse:
@@ -67,6 +72,12 @@ def _given_id(scope: Scope) -> dict[str, str]:
     """The client's own name of the request, if it is fit to be logged."""
     given = next((value for name, value in scope["headers"] if name == b"x-client-request-id"), b"")
     return {"client_request_id": given.decode()} if SANE.fullmatch(given) else {}
+
+
+def _span(scope: Scope) -> AbstractContextManager[Any]:
+    """Of what users ask, below the span that the client names in `traceparent`."""
+    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+    return tracing.span("request", parent=given) if scope["path"].startswith("/v1/") else nullcontext()
 
 
 def _route(scope: Scope) -> str:

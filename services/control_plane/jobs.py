@@ -19,7 +19,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services import storage
+from services import storage, tracing
 from services.contract import (
     CheckpointSaved,
     Failed,
@@ -57,6 +57,7 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor:
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
         model_root=model.root,
+        traceparent=tracing.current(),
         priority=spec.priority,
     )
     session.add(job)
@@ -211,7 +212,22 @@ async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, f
     if (await session.execute(statement.values(**values))).first() is not None:
         end = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
         telemetry.ATTEMPTS_ENDED.labels(end).inc()
+        await _trace(session, attempt, end)
         await session.execute(update(Job).where(Job.id == attempt.job_id).values(progress=None))
+
+
+async def _trace(session: AsyncSession, attempt: Attempt, end: str) -> None:
+    query = select(Job.traceparent, Attempt.created_at).join(Attempt, Attempt.job_id == Job.id)
+    query = query.where(Job.id == attempt.job_id, Attempt.number == attempt.number)
+    parent, began = (await session.execute(query)).one()
+    tracing.record(
+        "attempt",
+        parent=parent,
+        key=attempt.submission_id,
+        start=began.timestamp(),
+        end=datetime.now(UTC).timestamp(),
+        attributes={"raydpo.job": attempt.job_id, "raydpo.attempt": attempt.number, "raydpo.end": end},
+    )
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:

@@ -17,7 +17,7 @@ import anyio.to_thread
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from services import storage
+from services import storage, tracing
 from services.contract import AttemptSpec, EventBatch, JobSpec
 from services.control_plane import deployments, files, jobs, logs, models, store, telemetry
 from services.control_plane.launcher import AttemptStatus, Launcher
@@ -249,6 +249,7 @@ class Reconciler:
             reference=attempt.reference,
             reference_source=spec.reference_source,
             reference_dtype=self._settings.dtype,
+            traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
             run_uri=run_uri,
             cache_uri=storage.join(self._settings.storage_url, "prepared"),
             integrations=spec.integrations,

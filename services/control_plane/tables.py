@@ -151,6 +151,7 @@ class Job(Owned, Base):
     desired: Mapped[str] = mapped_column(default="run")
     observed: Mapped[str] = mapped_column(default="queued")
     version: Mapped[int] = mapped_column(default=1)
+    traceparent: Mapped[str | None]  # of the request that submitted it, where that was traced
     waits_for: Mapped[str | None]  # what keeps a queued job from starting, in words
     training: Mapped[dict[str, Any] | None]  # Started, once known: the resolved config, steps
     progress: Mapped[dict[str, Any] | None]  # {stage, done, total, started_at}: where the running attempt is

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import httpx
 
-from services import storage
+from services import storage, tracing
 from services.contract import AttemptSpec, Failed, JobEvent, Message, Progress, Report, Stage
+from services.training.stretches import Stretches
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Reporter:
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._period_seconds = period_seconds
         self._next_seq = 0
+        self._stretches = Stretches(spec.traceparent)
         self._pending: deque[tuple[int, bytes]] = deque()  # seq and event; reported, not yet in the spool
         self._segment: tuple[str, bytes] | None = None  # being written; kept unchanged until that succeeds
         self._unshipped: deque[str] = deque()  # segments' URIs
@@ -94,6 +96,7 @@ class Reporter:
             # Encoded here: text that is no Unicode fails its reporter, and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))
             self._next_seq += 1
+            self._stretches.see(report, event.created_at)
 
     def fenced(self) -> bool:
         """A later attempt has taken the job over: this one must stop."""
@@ -115,10 +118,13 @@ class Reporter:
         """Spools what is left and gives the shipper so much time for the rest. True if all arrived."""
         self.flush()
         with self._changed:
+            self._stretches.end()
             self._changed.wait_for(lambda: self._fenced or not self._unshipped, timeout_seconds)
             self._closing.set()
             self._changed.notify_all()
-            return not self._unshipped
+            arrived = not self._unshipped
+        tracing.flush()
+        return arrived
 
     def _next_segment(self) -> tuple[str, bytes]:
         with self._changed:

@@ -207,6 +207,7 @@ def upgrade() -> None:
         op.create_index(f"{table}_by_time", table, ["project_id", "created_at", "id"])
     op.add_column("files", sa.Column("expires_at", sa.DateTime(timezone=True)))
     op.add_column("jobs", sa.Column("waits_for", sa.String()))
+    op.add_column("jobs", sa.Column("traceparent", sa.String()))
     for table, column in (
         ("attempts", sa.Column("num_accelerators", sa.Double(), server_default="0", nullable=False)),
         ("jobs", sa.Column("priority", sa.Integer(), server_default="0", nullable=False)),
@@ -268,6 +269,7 @@ def downgrade() -> None:
     op.drop_column("attempts", "num_accelerators")
     op.drop_column("jobs", "priority")
     op.drop_column("jobs", "waits_for")
+    op.drop_column("jobs", "traceparent")
     op.drop_column("files", "expires_at")
     for table in ("checkpoint_permissions", "upload_parts", "uploads", "outbox", "webhook_endpoints", "transitions"):
         op.drop_table(table)
