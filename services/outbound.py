@@ -7,15 +7,20 @@ connection goes to the address that was checked.
 import ipaddress
 import socket
 from collections.abc import Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import urlsplit
 
+import anyio
+import anyio.to_thread
 import httpx
 
-from services.uri import PORTS, InvalidUri, check, named_hosts
+from services.uri import DATASETS, PORTS, InvalidUri, check, named_hosts
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 UNICAST = ipaddress.IPv6Network("2000::/3")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # of it, the last four bytes are the IPv4 address that is meant
+# No connection is used twice: kept ones are known by address, and hosts that share one must not share them.
+LIMITS = httpx.Limits(max_keepalive_connections=0)
 
 
 def client(prefixes: Sequence[str]) -> httpx.Client:
@@ -32,7 +37,22 @@ def client(prefixes: Sequence[str]) -> httpx.Client:
     )
 
 
-def check_literal(url: str, prefixes: Sequence[str]) -> None:
+def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> httpx.AsyncClient:
+    """The same for many senders at once, of whom at most `max_lookups` wait for a name server. It keeps no cookies."""
+
+    async def check_request(request: httpx.Request) -> None:
+        check(str(request.url), prefixes, setting)
+
+    return httpx.AsyncClient(
+        transport=_AsyncTransport(named_hosts(prefixes), setting, max_lookups),
+        event_hooks={"request": [check_request]},
+        timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        trust_env=False,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+    )
+
+
+def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
     """Raises InvalidUri for a host that is an address, in whatever spelling, and not public. Asks no name server."""
     split = urlsplit(url)
     host, port = split.hostname or "", split.port or PORTS[split.scheme]
@@ -41,7 +61,7 @@ def check_literal(url: str, prefixes: Sequence[str]) -> None:
     except (OSError, UnicodeError):
         return  # a name
     if (host, port) not in named_hosts(prefixes):
-        _refuse_own(host, port, [str(entry[4][0]) for entry in found])
+        _refuse_own(host, port, [str(entry[4][0]) for entry in found], setting)
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -56,34 +76,60 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 class _Transport(httpx.BaseTransport):
     def __init__(self, named: set[tuple[str, int]]) -> None:
         self._named = named
-        # No connection is used twice: kept ones are known by address, and hosts that share one must not share them.
-        self._inner = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
+        self._inner = httpx.HTTPTransport(limits=LIMITS)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        host, port = request.url.raw_host.decode(), request.url.port or PORTS[request.url.scheme]
-        addresses = _resolve(host, port)
-        if (host, port) not in self._named:
-            _refuse_own(host, port, addresses)
-        for address in addresses[:-1]:
+        *others, last = _addresses(request, self._named, DATASETS)
+        for address in others:
             try:
-                return self._connect(request, host, address)
+                return self._inner.handle_request(_pinned(request, address))
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 continue
-        return self._connect(request, host, addresses[-1])
-
-    def _connect(self, request: httpx.Request, host: str, address: str) -> httpx.Response:
-        """The Host header stays as it is, and certificates are checked against the host."""
-        pinned = httpx.Request(
-            request.method,
-            request.url.copy_with(host=address),
-            headers=request.headers,
-            stream=request.stream,
-            extensions=request.extensions | {"sni_hostname": host},
-        )
-        return self._inner.handle_request(pinned)
+        return self._inner.handle_request(_pinned(request, last))
 
     def close(self) -> None:
         self._inner.close()
+
+
+class _AsyncTransport(httpx.AsyncBaseTransport):
+    def __init__(self, named: set[tuple[str, int]], setting: str, max_lookups: int) -> None:
+        self._named, self._setting = named, setting
+        self._lookups = anyio.CapacityLimiter(max_lookups)
+        self._inner = httpx.AsyncHTTPTransport(limits=LIMITS)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        *others, last = await anyio.to_thread.run_sync(
+            _addresses, request, self._named, self._setting, abandon_on_cancel=True, limiter=self._lookups
+        )
+        for address in others:
+            try:
+                return await self._inner.handle_async_request(_pinned(request, address))
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue
+        return await self._inner.handle_async_request(_pinned(request, last))
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str) -> list[str]:
+    """Where the request may go: every address of its host, if each is public or the host is named."""
+    host, port = request.url.raw_host.decode(), request.url.port or PORTS[request.url.scheme]
+    addresses = _resolve(host, port)
+    if (host, port) not in named:
+        _refuse_own(host, port, addresses, setting)
+    return addresses
+
+
+def _pinned(request: httpx.Request, address: str) -> httpx.Request:
+    """The Host header stays as it is, and certificates are checked against the host."""
+    return httpx.Request(
+        request.method,
+        request.url.copy_with(host=address),
+        headers=request.headers,
+        stream=request.stream,
+        extensions=request.extensions | {"sni_hostname": request.url.raw_host.decode()},
+    )
 
 
 def _resolve(host: str, port: int) -> list[str]:
@@ -98,10 +144,10 @@ def _resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-def _refuse_own(host: str, port: int, addresses: Sequence[str]) -> None:
+def _refuse_own(host: str, port: int, addresses: Sequence[str], setting: str) -> None:
     for address in addresses:
         if not is_public(ipaddress.ip_address(address.partition("%")[0])):
             raise InvalidUri(
                 f"{host} is at {address}, which is not public; "
-                f"a prefix in the setting dataset_uris must name {host} and port {port}."
+                f"a prefix in the setting {setting} must name {host} and port {port}."
             )

@@ -1,7 +1,7 @@
 """URIs that users name, and whether the service may read them for one.
 
 It reads with its own rights, which are more than a user's: a URI must stand under one of the
-prefixes that the setting `dataset_uris` lists. `https://` alone admits every host; which
+prefixes that a setting lists, `dataset_uris` or that of webhooks. `https://` alone admits every host; which
 addresses of it are reached is `services.outbound`'s affair.
 """
 
@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 PORTS = {"http": 80, "https": 443}
 SCHEMES = ("https", "http", "hf", "s3", "gs", "file")
 HUB_PATH = re.compile(r"/[\w.-]+/[\w.-]+(@[^/]+)?(/.*)?")
+DATASETS = "dataset_uris"  # the setting that lists prefixes, unless another is named
 MAX_LENGTH = 8192  # signed URLs, to which servers redirect, are long
 
 
@@ -47,13 +48,13 @@ def admitted(uri: str, prefixes: Sequence[str]) -> str:
     return _place(uri).path if split.scheme == "file" else uri
 
 
-def check(uri: str, prefixes: Sequence[str]) -> None:
+def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
     """Raises InvalidUri where no prefix admits `uri`."""
     place = _place(uri)
     if not any(_is_under(place, _place(prefix)) for prefix in prefixes):
         listed = f"admits {', '.join(prefixes)}" if prefixes else "admits none"
         raise InvalidUri(
-            f"{uri} is not admitted: the setting dataset_uris {listed}; add its prefix, or upload the file."
+            f"{uri} is not admitted: the setting {setting} {listed}; name another URI, or have its prefix added."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import chat, data, files, jobs, models
+from services.cli import chat, data, files, jobs, models, webhooks
 from services.cli.client import default_home, fail
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(webhooks.app, name="webhooks")
 chat.register(app)
 
 

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
 from services.control_plane.access import Access
-from services.control_plane.errors import ApiError, Unavailable, envelope
+from services.control_plane.errors import ApiError, InvalidRequest, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.live import Live
@@ -28,11 +28,14 @@ from services.control_plane.routes import (
     inference,
     metrics,
     models,
+    permissions,
     streams,
     unsupported,
+    webhooks,
 )
 from services.control_plane.routes.dependencies import authenticate
 from services.control_plane.schemas import refused
+from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.telemetry import AUTH_FAILURES
@@ -45,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for routes in (files, fine_tuning, models, datasets, inference, streams, unsupported):
+    for routes in (files, fine_tuning, permissions, models, datasets, inference, webhooks, streams, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -56,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     for error in (OperationalError, InterfaceError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
+    app.add_exception_handler(DataError, _on_data_error)
     app.add_middleware(Access)
     return app
 
@@ -67,16 +71,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
     app.state.live = Live(store, settings)
+    sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     reconciler = Reconciler(store, launcher, settings, holder=holder)
-    tasks = [asyncio.create_task(part.run()) for part in (reconciler, app.state.live)]
+    tasks = [asyncio.create_task(part.run()) for part in (reconciler, sender, app.state.live)]
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
+        for task in tasks:
             with suppress(asyncio.CancelledError):
                 await task
+        await sender.close()
         await app.state.inference.close()
         await launcher.close()
         await store.close()
@@ -113,3 +120,11 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
         "The database does not answer; nothing was changed.", retry_after=2, code="database_unavailable"
     )
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
+
+
+async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
+    """What the request says cannot be kept, nor be looked for."""
+    assert isinstance(error, DataError)
+    log.warning("A value was refused by the database: %s", error.orig)
+    refusal = InvalidRequest("A value in the request holds what cannot be kept, such as a NUL character; take it out.")
+    return JSONResponse(refusal.body(), refusal.status)

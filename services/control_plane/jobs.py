@@ -32,7 +32,7 @@ from services.contract import (
     StepMetrics,
     Succeeded,
 )
-from services.control_plane import models, telemetry
+from services.control_plane import models, telemetry, webhooks
 from services.control_plane.errors import Fenced, InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
@@ -135,6 +135,7 @@ async def move(
         raise Stale(f"{job.id} is no longer {job.observed} in version {job.version}")
     _log(session, job.id, moved.version, moved.desired, to, actor, event)
     tell(session, job.id, event, level=level)
+    await webhooks.announce(session, job, to)
 
 
 async def wait_for(session: AsyncSession, job: Job, what: str) -> None:

@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-import psycopg
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -106,7 +105,7 @@ class Live:
                 async with aclosing(self._store.listen("jobs", quiet_seconds=QUIET_SECONDS)) as notices:
                     async for job_id in notices:
                         self._wake(self._watched if job_id is None else self._watched.keys() & {job_id})
-            except (psycopg.Error, OSError) as error:
+            except Exception as error:  # nobody watches this task: whatever it was, it is tried again
                 log.warning("The database cannot be listened to; watched jobs are looked at by turns: %s", error)
             await asyncio.sleep(DEAF_SECONDS)
             self._wake(self._watched)
@@ -124,7 +123,7 @@ class Live:
             try:
                 for start in range(0, len(changed), JOBS_AT_ONCE):
                     await self._look_at(changed[start : start + JOBS_AT_ONCE])
-            except (SQLAlchemyError, OSError) as error:
+            except Exception as error:
                 log.warning("Watched jobs could not be read, which is tried again: %s", error)
                 self._wake(changed)
                 await asyncio.sleep(DEAF_SECONDS)

@@ -5,13 +5,14 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.settings import Settings
-from services.control_plane.tables import TERMINAL, Job, Model
+from services.control_plane.store import owns
+from services.control_plane.tables import TERMINAL, CheckpointPermission, Job, Model
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,27 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
     await session.execute(row.on_conflict_do_nothing())
 
 
+async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
+    """A trained policy of the caller's own, locked. Raises Forbidden for what is only shared with the caller."""
+    if (await find(session, settings, model_id)).job_id is None:
+        raise Forbidden(f"'{model_id}' is a base model: every project has it, as the settings say.", param="model")
+    row = await session.get_one(Model, model_id, with_for_update={"key_share": True}, populate_existing=True)
+    if not owns(session, row):
+        message = f"'{model_id}' is shared by the project that owns it, which alone may delete and share it."
+        raise Forbidden(message, param="model")
+    return row
+
+
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Stop offering a trained policy, unless a job still trains from it."""
-    model = await find(session, settings, model_id)
-    if model.job_id is None:
-        raise Forbidden(f"'{model_id}' is a base model; take it out of the settings to remove it.", param="model")
-    using = select(Job.id).where(Job.observed.not_in(TERMINAL), Job.spec["model"].astext == model_id)
-    if (job_id := await session.scalar(using.limit(1))) is not None:
-        raise InvalidRequest(f"'{model_id}' is the start of {job_id}, which has not ended; cancel the job first.")
-    (await session.get_one(Model, model_id)).deleted_at = datetime.now(UTC)
-    return model
+    """Stop offering a trained policy, unless a job still trains from it; those it was shared with lose it, too."""
+    row = await find_own(session, settings, model_id)
+    jobs = Job.__table__.c  # of every project: those it was shared with have jobs, too
+    using = select(jobs.id, jobs.project_id).where(
+        jobs.observed.not_in(TERMINAL), jobs.spec["model"].astext == model_id
+    )
+    if (job := (await session.execute(using.limit(1))).first()) is not None:
+        name = job.id if job.project_id == row.project_id else "a job of a project that it is shared with"
+        raise InvalidRequest(f"'{model_id}' is the start of {name}, which has not ended; it must end first.")
+    await session.execute(delete(CheckpointPermission).where(CheckpointPermission.model_id == model_id))
+    row.deleted_at = datetime.now(UTC)
+    return _trained(row)

@@ -18,6 +18,12 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _webhook_prefix(prefix: str) -> str:
+    if not re.match("https://|http://[^/]", prefix):
+        raise ValueError(f"{prefix!r} must begin with https://, or with http:// and a host")
+    return check_prefix(prefix)
+
+
 class Settings(BaseSettings):
     """Read from `RAYDPO_*` (and `DATABASE_URL`), then from the TOML file; unknown keys in the file are refused."""
 
@@ -46,6 +52,9 @@ class Settings(BaseSettings):
 
     dataset_uris: list[Annotated[str, AfterValidator(check_prefix)]] = Field(
         default=["https://", "hf://datasets/"], description="prefixes of the URIs that a job may train on"
+    )
+    webhook_urls: list[Annotated[str, AfterValidator(_webhook_prefix)]] = Field(
+        default=["https://"], description="prefixes of the URLs that webhooks may be sent to"
     )
     max_upload_bytes: int = Field(default=512 * 2**20, gt=0)
     max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -30,7 +31,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import InstrumentedAttribute, ORMExecuteState, Session, UOWTransaction, with_loader_criteria
+from sqlalchemy.orm import (
+    InstrumentedAttribute,
+    LoaderCriteriaOption,
+    ORMExecuteState,
+    Session,
+    UOWTransaction,
+    with_loader_criteria,
+)
 from sqlalchemy.pool import QueuePool
 
 from services.control_plane.errors import InvalidRequest
@@ -39,9 +47,11 @@ from services.control_plane.tables import (
     TERMINAL,
     Attempt,
     Base,
+    CheckpointPermission,
     Event,
     Job,
     Lease,
+    Model,
     Outbound,
     Owned,
     Project,
@@ -135,8 +145,19 @@ class ProjectStore:
 def _see_own_only(state: ORMExecuteState) -> None:
     project_id = state.session.info.get("project_id")
     if project_id is not None:
-        own = with_loader_criteria(Owned, lambda cls: cls.project_id == project_id, include_aliases=True)
-        state.statement = state.statement.options(own)
+        state.statement = state.statement.options(*_own(project_id, state.is_select))
+
+
+@lru_cache(maxsize=4096)  # to make them takes longer than the rest of a statement
+def _own(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
+    """A model is read by those it is shared with, too; changed by its owner alone."""
+    criteria: dict[type[Owned], ColumnElement[bool]] = {
+        kind: kind.project_id == project_id for kind in Owned.__subclasses__()
+    }
+    if reading:
+        shared = select(CheckpointPermission.model_id).where(CheckpointPermission.project_id == project_id)
+        criteria[Model] = or_(criteria[Model], Model.id.in_(shared))
+    return tuple(with_loader_criteria(kind, seen, include_aliases=True) for kind, seen in criteria.items())
 
 
 @event.listens_for(Session, "before_flush")
@@ -148,6 +169,13 @@ def _write_own_only(session: Session, context: UOWTransaction, instances: object
         if isinstance(row, Owned):
             assert row.project_id in (None, project_id)
             row.project_id = project_id
+    for row in (*session.dirty, *session.deleted):
+        assert not isinstance(row, Owned) or row.project_id == project_id
+
+
+def owns(session: AsyncSession, row: Owned) -> bool:
+    """Whether the session may change what it sees."""
+    return session.info.get("project_id") in (None, row.project_id)
 
 
 async def ping(session: AsyncSession) -> None:

@@ -291,8 +291,9 @@ class WebhookEndpoint(Owned, Base):
     secret: Mapped[str]
     old_secret: Mapped[str | None]
     old_secret_until: Mapped[datetime | None]
-    disabled_at: Mapped[datetime | None]
+    disabled_at: Mapped[datetime | None]  # it answered that it is gone
     deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index("webhook_endpoints_by_time", "project_id", "created_at", "id"),)
 
 
 class Outbound(Base):

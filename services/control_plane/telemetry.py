@@ -25,6 +25,8 @@ QUEUE_SECONDS = Histogram(
 TICKS = Counter("raydpo_reconciler_ticks", "Ticks: acted, stood_by (another holds the lease), or failed.", ["outcome"])
 TICK_SECONDS = Histogram("raydpo_reconciler_tick_seconds", "Length of a tick that acted.")
 
+WEBHOOK_SENDS = Counter("raydpo_webhook_sends", "Sends by the class of the answer, or unreachable.", ["outcome"])
+
 # Read from the database when they are asked for: every replica tells the same.
 JOBS = Gauge("raydpo_jobs", "Jobs by state.", ["state"])
 LEASE_SECONDS = Gauge("raydpo_reconciler_lease_seconds", "Until the reconciler's lease ends; below 0 nobody acts.")

@@ -44,6 +44,7 @@ def full() -> dict[str, Any]:
             "num_gpus_per_worker": 1,
             "num_gpus_per_model": 0.5,
             "dataset_uris": ["https://", "gs://bucket/rows/"],
+            "webhook_urls": ["https://", "http://hooks.example.svc:8080/"],
             "max_upload_bytes": 2**34,
         },
         "observability": {

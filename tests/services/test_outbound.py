@@ -1,5 +1,6 @@
 """Nothing of this network is reached, in whatever spelling. Loopback stands for it; nothing leaves it."""
 
+import asyncio
 import ipaddress
 import socket
 import ssl
@@ -8,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from cryptography import x509
@@ -133,6 +135,58 @@ def test_the_connection_goes_to_the_address_that_was_checked(web: Web, monkeypat
     assert len(answers) == 2
 
 
+async def asked(urls: list[str], prefixes: list[str]) -> list[Any]:
+    """What an asynchronous client makes of these: the status, or the error."""
+    async with outbound.async_client(prefixes, "webhook_urls", max_lookups=4) as client:
+        return [await _asked(client, url) for url in urls]
+
+
+async def _asked(client: httpx.AsyncClient, url: str) -> Any:
+    try:
+        return (await client.get(url)).status_code
+    except (InvalidUri, httpx.HTTPError, httpx.InvalidURL) as error:
+        return error
+
+
+def test_an_asynchronous_client_connects_to_nothing_of_our_own_either(web: Web) -> None:
+    urls = [f"http://{host}:{web.port}/rows.jsonl" for host in [*LOOPBACK, *NAMES]]
+    answers = asyncio.run(asked(urls, EVERYWHERE))
+    assert all(isinstance(answer, InvalidUri | httpx.InvalidURL) for answer in answers)
+    assert all("webhook_urls must name" in str(a) for a in answers if isinstance(a, InvalidUri) and "public" in str(a))
+    assert not web.requests
+
+
+def test_an_asynchronous_client_reaches_what_is_named_follows_nothing_and_keeps_to_its_prefixes(web: Web) -> None:
+    web.redirects["/away"] = "/rows.jsonl"
+    url = f"http://localhost:{web.port}"
+    paths = [f"{url}/rows.jsonl", f"{url}/away", f"http://127.0.0.1:{web.port}/rows.jsonl"]
+    found, away, other = asyncio.run(asked(paths, [url]))
+    assert (found, away) == (200, 302)
+    assert "setting webhook_urls admits" in str(other)
+    assert [path for path, _ in web.requests] == ["/rows.jsonl", "/away"]
+    assert web.requests[0][1]["host"] == f"localhost:{web.port}"
+
+
+def test_an_asynchronous_client_connects_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [["8.8.8.8", "9.9.9.9"], ["127.0.0.1"], ["127.0.0.1"]]  # a name server that changes its mind
+    connected: list[Any] = []
+
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answers.pop(0)]
+
+    async def connect(remote_host: str, remote_port: int, **_: Any) -> None:
+        connected.append((remote_host, remote_port))
+        raise OSError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", resolve)
+        patch.setattr(anyio, "connect_tcp", connect)
+        (error,) = asyncio.run(asked(["http://rebinding.example/rows.jsonl"], EVERYWHERE))
+    assert isinstance(error, httpx.ConnectError)
+    assert connected == [("8.8.8.8", 80), ("9.9.9.9", 80)]
+    assert len(answers) == 2
+
+
 def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
     with outbound.client(EVERYWHERE) as client, monkeypatch.context() as patch:
@@ -182,3 +236,5 @@ def test_certificates_are_checked_against_the_name_though_the_address_is_pinned(
         else:
             with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                 client.get(f"{url}/rows.jsonl")
+    (answer,) = asyncio.run(asked([f"{url}/rows.jsonl"], [url]))
+    assert answer == 200 if name == "localhost" else "CERTIFICATE_VERIFY_FAILED" in str(answer)

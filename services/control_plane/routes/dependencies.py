@@ -12,6 +12,7 @@ from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
 from services.control_plane.live import Live
 from services.control_plane.once import Once
+from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
 from services.control_plane.store import ProjectStore, Store
 
@@ -39,11 +40,16 @@ def _live(request: Request) -> Live:
     return cast(Live, request.app.state.live)
 
 
+def _sender(request: Request) -> Sender:
+    return cast(Sender, request.app.state.sender)
+
+
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
 LauncherPart = Annotated[Launcher, Depends(_launcher)]
 InferencePart = Annotated[Inference, Depends(_inference)]
 LivePart = Annotated[Live, Depends(_live)]
+SenderPart = Annotated[Sender, Depends(_sender)]
 
 
 async def authenticate(

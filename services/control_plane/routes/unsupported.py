@@ -8,9 +8,7 @@ router = APIRouter()
 
 INSTEAD = {
     "/uploads": "send the file in one piece to /v1/files",
-    "/fine_tuning/checkpoints": "every key sees every checkpoint",
     "/fine_tuning/alpha": "there are no graders",
-    "/webhook_endpoints": "poll the job, or list its events",
 }
 
 

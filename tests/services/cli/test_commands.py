@@ -75,6 +75,23 @@ def test_models_lists_by_itself(raydpo):
     assert refused.stderr.count("\n") == 1
 
 
+def test_webhooks_are_created_listed_tested_and_deleted(raydpo):
+    created = raydpo("webhooks", "create", "https://127.0.0.1:9/")
+    assert created.exit_code == 1
+    assert "127.0.0.1, which is not public" in created.stderr
+    created = raydpo("webhooks", "create", "https://localhost:9/", "--name", "ours")
+    assert created.stderr.startswith("signing secret: whsec_")
+    endpoint_id = created.stdout.strip()
+    (row,) = raydpo("webhooks", "list").stdout.splitlines()
+    kinds = " ".join(f"fine_tuning.job.{state}" for state in ("cancelled", "failed", "succeeded"))
+    assert row.split("\t") == [endpoint_id, "ours", "https://localhost:9/", kinds, "enabled"]
+    refused = raydpo("webhooks", "test", endpoint_id)
+    assert refused.exit_code == 1
+    assert "was not reached" in refused.stderr
+    assert raydpo("webhooks", "delete", endpoint_id).exit_code == 0
+    assert raydpo("webhooks", "list").stdout == ""
+
+
 def test_chat_with_an_unknown_model_says_so(raydpo):
     refused = raydpo("chat", "nobody", "Hello?")
     assert refused.exit_code == 1

@@ -1,0 +1,54 @@
+"""Whose rows a project's session sees and changes, however the statement is written."""
+
+import asyncio
+
+import psycopg
+import pytest
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import aliased
+
+from services.control_plane.store import Store, migrate
+from services.control_plane.tables import Model
+
+OWN, SHARED, FOREIGN = "ft:own", "ft:shared", "ft:foreign"
+
+
+@pytest.fixture
+def store(database_url: str) -> Store:
+    """Three models: one of `proj_b`, two of `proj_a`, which shares one of them with `proj_b`."""
+    migrate(database_url)
+    with psycopg.connect(database_url) as connection:
+        connection.execute("INSERT INTO projects (id, name) VALUES ('proj_a', 'a'), ('proj_b', 'b')")
+        job = "'ftjob-1', 'proj_a', '{}', '/m', 'm', 0, 'run', 'queued', 1"
+        columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
+        connection.execute(f"INSERT INTO jobs ({columns}) VALUES ({job})")
+        for name, owner in ((OWN, "proj_b"), (SHARED, "proj_a"), (FOREIGN, "proj_a")):
+            row = (name, owner, "/m", "m", "ftjob-1")
+            connection.execute(
+                "INSERT INTO models (id, project_id, source, root, job_id) VALUES (%s, %s, %s, %s, %s)", row
+            )
+        connection.execute(
+            "INSERT INTO checkpoint_permissions (id, model_id, project_id) VALUES ('cp_1', %s, 'proj_b')", [SHARED]
+        )
+    return Store(database_url)
+
+
+def test_a_shared_model_is_read_and_only_an_own_one_changed(store: Store) -> None:
+    async def run() -> None:
+        other = aliased(Model)
+        async with store.begin_for("proj_b") as session:
+            for query in (select(Model.id), select(other.id), select(func.max(Model.id)).group_by(Model.id)):
+                assert set(await session.scalars(query)) == {OWN, SHARED}
+            assert await session.get(Model, FOREIGN) is None
+            changed = update(Model).values(root="x").returning(Model.id)
+            assert set(await session.scalars(changed)) == {OWN}
+            assert set(await session.scalars(delete(Model).returning(Model.id))) == {OWN}
+        with pytest.raises(AssertionError):
+            async with store.begin_for("proj_b") as session:
+                (await session.get_one(Model, SHARED)).root = "x"
+        async with store.begin_for("proj_a") as session:
+            assert set(await session.scalars(select(Model.id))) == {SHARED, FOREIGN}
+            assert {model.root for model in await session.scalars(select(Model))} == {"m"}
+        await store.close()
+
+    asyncio.run(run())
