@@ -36,7 +36,31 @@ LONGEST_SECONDS = 3600.0  # then the client comes again, with a key that still h
 QUIET_SECONDS = 30.0  # so long nothing is notified before all watched jobs are looked at
 DEAF_SECONDS = 2.0  # between two looks while the database cannot be listened to
 
+WOKEN_AT_ONCE = 200  # streams; what else is asked of this process is served in between
+
 KEEPALIVE = b": keepalive\n\n"
+
+
+class News:
+    """What waits is woken, a few at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def wait(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        try:
+            await future
+        finally:
+            self._waiting.discard(future)
+
+    async def tell(self) -> None:
+        for number, future in enumerate(list(self._waiting), start=1):
+            if not future.done():
+                future.set_result(None)
+            if number % WOKEN_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
 
 class Watched:
@@ -48,7 +72,7 @@ class Watched:
         self.seen: Any = None  # what `state` tells of
         self.state = b""  # the frame that says where the job is
         self.end: bytes | None = None  # the last frames, once the job is terminal
-        self.news = asyncio.Event()  # set for a moment
+        self.news = News()
         self.num_streams = 0
 
     def add(self, events: list[tuple[int, bytes]]) -> None:
@@ -87,11 +111,11 @@ class Live:
     def num_streams(self) -> int:
         return sum(watched.num_streams for watched in self._watched.values())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End every stream where it is; its client resumes elsewhere."""
         self._closed = True
-        for watched in self._watched.values():
-            _pulse(watched.news)
+        for watched in list(self._watched.values()):
+            await watched.news.tell()
 
     async def run(self) -> None:
         """Listen and look until cancelled."""
@@ -141,7 +165,7 @@ class Live:
             if watched := self._watched.get(row.id):
                 watched.add(events[row.id])
                 self._show(watched, row)
-                _pulse(watched.news)
+                await watched.news.tell()
 
     def _show(self, watched: Watched, row: Job) -> None:
         seen = (row.version, row.waits_for, row.progress)
@@ -214,11 +238,6 @@ async def _news(watched: Watched) -> bytes:
     except TimeoutError:
         return KEEPALIVE
     return b""
-
-
-def _pulse(event: asyncio.Event) -> None:
-    event.set()
-    event.clear()
 
 
 def _frame(event: Any) -> tuple[int, bytes]:

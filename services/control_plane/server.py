@@ -16,5 +16,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A moment later: nothing listens here by then, so that who resumes does so elsewhere.
-        asyncio.get_running_loop().call_soon(self._app.state.live.close)
+        closing = asyncio.create_task(self._app.state.live.close())
         await super().shutdown(sockets)
+        await closing

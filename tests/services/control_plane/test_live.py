@@ -131,9 +131,12 @@ def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
             while b"progress" not in await anext(stream):
                 pass
         assert store.pool.checkedout() == 0
-        assert [await anext(stream) for stream in streams[:2]] == [live.KEEPALIVE] * 2
-        hub.close()
-        assert [[frame async for frame in stream] for stream in streams] == [[]] * 50
+        for stream in streams[:2]:
+            while await anext(stream) != live.KEEPALIVE:
+                pass
+        await hub.close()
+        for stream in streams:
+            assert b"[DONE]" not in b"".join([frame async for frame in stream])
         task.cancel()
 
     run(settings, work)
