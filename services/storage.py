@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
@@ -84,6 +85,15 @@ def list_files(uri: str) -> list[str]:
     return [info.base_name for info in _list(uri) if info.type == fs.FileType.File]
 
 
+def list_ages(uri: str) -> list[tuple[str, float]]:
+    """Names of the files directly below the folder `uri`, with the seconds since each was written.
+
+    What is being written to a local folder, or was broken off, counts as well.
+    """
+    now = time.time()
+    return [(info.base_name, now - info.mtime_ns / 1e9) for info in _infos(uri) if info.type == fs.FileType.File]
+
+
 def version(uri: str) -> tuple[int, int] | None:
     """Bytes and time of the last change of a file, which tell that it changed; None where no file stands."""
     info = _info(uri)
@@ -154,10 +164,15 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, path
 
 
-def _list(uri: str) -> list[fs.FileInfo]:
+def _infos(uri: str) -> list[fs.FileInfo]:
     filesystem, path = _resolve(uri)
-    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted((info for info in infos if not info.base_name.startswith(".")), key=lambda info: info.base_name)
+    infos: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return infos
+
+
+def _list(uri: str) -> list[fs.FileInfo]:
+    shown = (info for info in _infos(uri) if not info.base_name.startswith("."))
+    return sorted(shown, key=lambda info: info.base_name)
 
 
 def _info(uri: str) -> fs.FileInfo:

@@ -13,6 +13,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types import FileObject
+
+ONE_REQUEST_BYTES = 512 * 2**20  # what a service takes in one request, if it was not told otherwise
 
 out = Console(highlight=False, emoji=False, soft_wrap=True)
 err = Console(highlight=False, emoji=False, soft_wrap=True, stderr=True)
@@ -63,6 +66,31 @@ def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable
         return run
 
     return register
+
+
+def pages(client: "OpenAI", path: str) -> Iterator[dict[str, Any]]:
+    """The items of one of our own lists, page by page."""
+    after: dict[str, object] = {}
+    while True:
+        page: Any = client.get(path, cast_to=object, options={"params": {"limit": 100, **after}})
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = {"after": page["last_id"]}
+
+
+def send_file(client: "OpenAI", path: Path) -> "FileObject":
+    """Upload rows, in parts if they are many, and wait until they are checked."""
+    if path.stat().st_size <= ONE_REQUEST_BYTES:
+        with path.open("rb") as file:
+            return client.files.create(file=file, purpose="fine-tune")
+    sent = client.uploads.upload_file_chunked(file=path, mime_type="application/jsonl", purpose="fine-tune").file
+    assert sent is not None
+    err.print(f"{path.name} is sent as {sent.id}; its rows are being checked")
+    checked = client.files.wait_for_processing(sent.id, max_wait_seconds=24 * 3600)
+    if checked.status == "error":
+        fail(str(checked.status_details))
+    return checked
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.client import api_command, err, out, print_rows
+from services.cli.client import api_command, err, out, print_rows, send_file
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -21,8 +21,7 @@ def upload(
     client: "OpenAI", path: Annotated[Path, typer.Argument(help="JSONL of pairs or demonstrations.", exists=True)]
 ) -> None:
     """Check and store a file of rows; prints its id."""
-    with path.open("rb") as file:
-        stored = client.files.create(file=file, purpose="fine-tune")
+    stored = send_file(client, path)
     err.print(f"{stored.filename}: {stored.bytes} bytes")
     out.print(stored.id)
 

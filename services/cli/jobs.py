@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, fail, out, print_rows
+from services.cli.client import api_command, err, fail, out, print_rows, send_file
 from services.cli.watch import watch_job
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ def cancel(client: "OpenAI", job_id: JobId) -> None:
 def _file_id(client: "OpenAI", file: str) -> str:
     path = Path(file)
     if path.is_file():
-        with path.open("rb") as rows:
-            stored = client.files.create(file=rows, purpose="fine-tune")
+        stored = send_file(client, path)
         err.print(f"{file} uploaded as {stored.id}")
         return stored.id
     if not file.startswith("file-") and "://" not in file:

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import httpx
-import uvicorn
 from pydantic import ValidationError
 
 from services.cli.client import out
@@ -54,8 +53,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
 
 
 async def _serve(settings: Settings, listening: socket.socket, url: str) -> None:
-    app = create_app(settings)
-    server = Server(app, uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
     announcing = asyncio.create_task(_announce(settings, url))
     try:
         await server.serve(sockets=[listening])

@@ -1,6 +1,7 @@
 """The control plane's parts, wired together. Nobody else builds them."""
 
 import asyncio
+import errno
 import logging
 import secrets
 import socket
@@ -14,41 +15,52 @@ from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutE
 from starlette.exceptions import HTTPException
 
 from services.control_plane.access import Access
+from services.control_plane.authentication import Authentication
 from services.control_plane.errors import ApiError, InvalidRequest, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
+from services.control_plane.limits import Limits
 from services.control_plane.live import Live
+from services.control_plane.rates import Rates
 from services.control_plane.reconciler import Reconciler
 from services.control_plane.routes import (
     attempts,
+    audit,
     datasets,
     files,
     fine_tuning,
     health,
     inference,
+    keys,
     metrics,
     models,
     permissions,
+    projects,
     streams,
     unsupported,
+    uploads,
     webhooks,
 )
-from services.control_plane.routes.dependencies import authenticate
+from services.control_plane.routes.dependencies import admit
 from services.control_plane.schemas import refused
 from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
+from services.control_plane.surveys import Surveyor
 from services.control_plane.telemetry import AUTH_FAILURES
 
 log = logging.getLogger(__name__)
+
+JOINED_AT_ONCE = 4  # uploads: each holds a connection to the database while its parts are read and written
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The service for one database and one Ray cluster. The database's schema must be up to date."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for routes in (files, fine_tuning, permissions, models, datasets, inference, webhooks, streams, unsupported):
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
+    owned = (files, uploads, fine_tuning, permissions, models, datasets, inference, webhooks, streams)
+    for routes in (*owned, keys, projects, audit, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -57,9 +69,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(OSError, _on_full_disk)
     for error in (OperationalError, InterfaceError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
+    app.add_middleware(Limits, settings=settings)
     app.add_middleware(Access)
     return app
 
@@ -70,11 +84,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     store, launcher = Store(settings.database_url), Launcher(settings)
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
-    app.state.live = Live(store, settings)
+    app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
+    live = app.state.live = Live(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-    reconciler = Reconciler(store, launcher, settings, holder=holder)
-    tasks = [asyncio.create_task(part.run()) for part in (reconciler, sender, app.state.live)]
+    app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
+    reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
+    parts = (reconciler, surveyor, sender, live, app.state.authentication)
+    tasks = [asyncio.create_task(part.run()) for part in parts]
     try:
         yield
     finally:
@@ -109,8 +126,20 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # while FastAPI read the body
+        return await _on_api_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
+
+
+async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OSError)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    log.error("Storage or TMPDIR is full: %s", error)
+    message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
+    full = Unavailable(message, retry_after=30, code="storage_full")
+    return JSONResponse(full.body(), full.status, headers=full.headers)
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:

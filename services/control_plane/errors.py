@@ -1,10 +1,12 @@
 """Errors as OpenAI words them: a status, and an envelope whose four keys are always present.
 
 ApiError
-  InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Fenced, InFlight 409 · TooLarge 413
-  Unavailable 503
+  InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409
+  TooLarge 413 · RangeNotSatisfiable 416 · RateLimited, OverQuota 429 · Unavailable 503
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -49,6 +51,16 @@ class NotFound(ApiError):
     status, kind = 404, "invalid_request_error"
 
 
+class Stalled(ApiError):
+    """The rest of the body did not come. Nothing is left to read, so that closing resets nothing."""
+
+    status, kind = 408, "invalid_request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = {"connection": "close"}
+
+
 class Fenced(ApiError):
     """An attempt that a newer one replaced, or that ended, may not report."""
 
@@ -67,6 +79,35 @@ class InFlight(ApiError):
 
 class TooLarge(ApiError):
     status, kind = 413, "invalid_request_error"
+
+
+class RangeNotSatisfiable(ApiError):
+    status, kind = 416, "invalid_request_error"
+
+    def __init__(self, message: str, num_bytes: int) -> None:
+        super().__init__(message, param="Range")
+        self.headers = {"content-range": f"bytes */{num_bytes}"}
+
+
+class RateLimited(ApiError):
+    """The key sent more than it may: come back in so many seconds."""
+
+    status, kind = 429, "rate_limit_error"
+
+    def __init__(self, message: str, *, seconds: float, headers: Mapping[str, str]) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        wait = {"retry-after-ms": str(math.ceil(seconds * 1000)), "retry-after": str(math.ceil(seconds))}
+        self.headers = {**headers, **wait}
+
+
+class OverQuota(ApiError):
+    """What the project may have is used up; sending it again does not help."""
+
+    status, kind = 429, "insufficient_quota"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="exceeded_quota")
+        self.headers = {"x-should-retry": "false"}
 
 
 class Unavailable(ApiError):

@@ -1,47 +1,226 @@
-"""Files: every row is checked at the door, then the file goes to storage and its row to the database."""
+"""Files: bytes in storage, and the rows that name them. What no row names is removed from storage in time."""
 
 import hashlib
+import logging
+import re
 import secrets
-from dataclasses import asdict
-from datetime import UTC, datetime
-from io import BytesIO
-from typing import BinaryIO
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core.survey import survey
 from services import outbound, storage
-from services.containers import json_lines
-from services.control_plane.errors import InvalidRequest, NotFound, TooLarge
+from services.control_plane import quotas
+from services.control_plane.errors import InvalidRequest, NotFound, OverQuota
 from services.control_plane.settings import Settings
-from services.control_plane.tables import TERMINAL, File, Job
+from services.control_plane.tables import TERMINAL, File, Job, Project
 from services.control_plane.telemetry import UPLOADED_BYTES
 from services.uri import InvalidUri, admitted, is_folder
 
+log = logging.getLogger(__name__)
+
 TRAINING = "fine-tune"
 RESULTS = "fine-tune-results"
+LONGEST_NAME = 255
+SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds that a file may be given
 
 
-async def upload(source: BinaryIO, filename: str, settings: Settings) -> File:
-    """Check and store a training file; the caller adds the row. Raises InvalidRequest naming the first bad line."""
-    return await anyio.to_thread.run_sync(_upload, source, filename, settings)
+# --- bytes -----------------------------------------------------------------------------------
 
 
-def _upload(source: BinaryIO, filename: str, settings: Settings) -> File:
-    num_bytes = source.seek(0, 2)
-    if num_bytes > settings.max_upload_bytes:
-        raise TooLarge(
-            f"The file has {num_bytes} bytes; the limit is {settings.max_upload_bytes}. Split it into several files.",
-            param="file",
+class Digesting:
+    """A source that is digested while it is read."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self.sha256, self.md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        self.num_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read(size)
+        self.sha256.update(data)
+        self.md5.update(data)
+        self.num_bytes += len(data)
+        return data
+
+
+@dataclass
+class Stored:
+    """Bytes in storage."""
+
+    id: str
+    uri: str
+    num_bytes: int
+    sha256: str
+    md5: str
+    named: bool = False  # by a row
+
+
+async def store(source: BinaryIO, folder: str, prefix: str) -> Stored:
+    """Copies what is left of `source` into a new file of the folder."""
+    name = prefix + secrets.token_hex(12)
+    uri = storage.join(folder, name)
+    digesting = Digesting(source)
+    await anyio.to_thread.run_sync(storage.write_stream, uri, cast(BinaryIO, digesting))
+    return Stored(name, uri, digesting.num_bytes, digesting.sha256.hexdigest(), digesting.md5.hexdigest())
+
+
+async def store_file(source: BinaryIO, settings: Settings) -> Stored:
+    """As the bytes of a file; the caller adds its row."""
+    return await store(source, storage.join(settings.storage_url, "files"), "file-")
+
+
+@asynccontextmanager
+async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
+    """Where what follows names them in no row, the bytes are removed."""
+    try:
+        yield
+    finally:
+        if not stored.named:
+            await remove_bytes(stored.uri)
+
+
+async def remove_bytes(uri: str) -> None:
+    """Where it fails, the sweeper removes them later."""
+    try:
+        await anyio.to_thread.run_sync(storage.delete, uri)
+    except OSError as error:
+        log.warning("What is deleted still lies at %s: %s", uri, error)
+
+
+def clean_name(name: str, param: str) -> str:
+    """The last part of a path, as RFC 7578 wants it. It names no file here; clients may store under it."""
+    name = re.split(r"[/\\]", name)[-1]
+    if name in ("", ".", "..") or len(name) > LONGEST_NAME or not name.isprintable():
+        shown = "".join(c if c.isprintable() else "\ufffd" for c in name[:40])
+        message = f"The file name '{shown}' must be 1 to {LONGEST_NAME} printable characters, and not '.' or '..'."
+        raise InvalidRequest(message, param=param)
+    return name
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+async def add(
+    session: AsyncSession,
+    stored: Stored,
+    *,
+    filename: str,
+    purpose: str,
+    project_id: str,
+    life_seconds: int | None = None,
+    report: dict[str, Any] | None = None,
+) -> File:
+    """The row that names the bytes. A training file without a report is checked in the background."""
+    now = await session.scalar(select(func.clock_timestamp()))
+    assert now is not None
+    row = File(
+        id=stored.id,
+        created_at=now,
+        expires_at=now + timedelta(seconds=life_seconds) if life_seconds else None,
+        filename=filename,
+        purpose=purpose,
+        project_id=project_id,
+        num_bytes=stored.num_bytes,
+        sha256=stored.sha256,
+        uri=stored.uri,
+        report=report,
+    )
+    session.add(row)
+    await session.flush()
+    stored.named = True
+    if purpose == TRAINING:
+        UPLOADED_BYTES.inc(stored.num_bytes)
+    return row
+
+
+def alive() -> ColumnElement[bool]:
+    """What callers see: an expired file is gone at once, by the database's clock."""
+    return File.deleted_at.is_(None) & (File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp()))
+
+
+async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -> File:
+    """The file by its id; NotFound where there is none, or no longer."""
+    return await _find(session, file_id, param, lock=None)
+
+
+async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
+    """A training file whose rows are checked. It stays until the caller's transaction ends, by a lock."""
+    row = await _find(session, file_id, param, lock="share")
+    if row.purpose != TRAINING:
+        message = f"{row.id} has purpose '{row.purpose}'; {param} needs one uploaded with '{TRAINING}'."
+    elif row.refusal:
+        message = f"{row.id} cannot be used: {row.refusal}"
+    elif row.report is None:
+        message = f"{row.id} is still being checked; wait for it with client.files.wait_for_processing('{row.id}')."
+    else:
+        return row
+    raise InvalidRequest(message, param=param, code=f"invalid_{param}")
+
+
+async def _find(session: AsyncSession, file_id: str, param: str, lock: str | None) -> File:
+    query = select(File).where(File.id == file_id, alive())
+    if lock is not None:
+        query = query.with_for_update(read=lock == "share")
+    if (row := await session.scalar(query)) is None:
+        raise NotFound(f"No such File object: {file_id}", param=param, code="file_not_found")
+    return row
+
+
+async def remove(session: AsyncSession, file_id: str) -> File:
+    """Forget the file, unless a job still needs it. The caller deletes its bytes after the commit."""
+    row = await _find(session, file_id, "file_id", lock="update")
+    if job_id := (await needed_by(session, [file_id])).get(file_id):
+        raise InvalidRequest(f"{file_id} is needed by {job_id}, which has not ended; cancel the job first.")
+    row.deleted_at = func.clock_timestamp()
+    return row
+
+
+async def expire(session: AsyncSession, most: int) -> list[str]:
+    """Forget expired files that no live job needs. Returns where the bytes lie, to be deleted after the commit."""
+    over = select(File).where(File.deleted_at.is_(None), File.expires_at <= func.clock_timestamp())
+    rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True)))
+    needed = await needed_by(session, [row.id for row in rows])
+    free = [row for row in rows if row.id not in needed]
+    for row in free:
+        row.deleted_at = func.clock_timestamp()
+    return [row.uri for row in free]
+
+
+async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str]:
+    """Of these files the ones that a live job trains on or validates with, and such a job.
+
+    Asked after the files are locked, so that no job takes one meanwhile.
+    """
+    needed: dict[str, str] = {}
+    for name in ("training_file", "validation_file"):
+        file_id = Job.spec[name].astext
+        query = select(file_id, Job.id).where(Job.observed.not_in(TERMINAL), file_id.in_(file_ids))
+        needed |= {row[0]: row[1] for row in await session.execute(query)}
+    return needed
+
+
+async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:
+    """Raises OverQuota if the project may not have so many bytes more. Until the commit no other file is admitted."""
+    limit = select(Project.max_bytes).where(Project.id == project_id)
+    most = await session.scalar(limit.with_for_update(key_share=True))
+    if most is None:
+        return
+    used = await quotas.num_bytes(session, project_id)
+    if used + num_bytes > most:
+        message = (
+            f"The project's files have {used} of {most} bytes, and {num_bytes} more do not fit; "
+            "delete files, or have the project's max_bytes raised."
         )
-    report = survey(json_lines(source))
-    if report.refusal:
-        raise InvalidRequest(report.refusal, param="file", code="invalid_file_format")
-    source.seek(0)
-    UPLOADED_BYTES.inc(num_bytes)
-    return _store(source, num_bytes, filename, TRAINING, settings, report=asdict(report))
+        raise OverQuota(message, param=param)
+
+
+# --- files that are the user's own ------------------------------------------------------------
 
 
 async def check_uri(uri: str, settings: Settings) -> None:
@@ -58,51 +237,3 @@ def _check_uri(uri: str, settings: Settings) -> None:
         outbound.check_literal(place, settings.dataset_uris)
     if place.startswith("file:") and not is_folder(uri) and storage.version(place) is None:
         raise InvalidUri(f"{uri} is no file here; one for a folder ends with '/'.")
-
-
-async def store_results(data: bytes, filename: str, settings: Settings) -> File:
-    """Store a file that the service made; the caller adds the row."""
-    return await anyio.to_thread.run_sync(
-        lambda: _store(BytesIO(data), len(data), filename, RESULTS, settings, report=None)
-    )
-
-
-def _store(
-    source: BinaryIO, num_bytes: int, filename: str, purpose: str, settings: Settings, report: dict[str, object] | None
-) -> File:
-    digest = hashlib.sha256()
-    while chunk := source.read(1 << 20):
-        digest.update(chunk)
-    source.seek(0)
-    file_id = f"file-{secrets.token_hex(12)}"
-    uri = storage.join(settings.storage_url, "files", file_id)
-    storage.write_stream(uri, source)
-    return File(
-        id=file_id,
-        filename=filename,
-        purpose=purpose,
-        num_bytes=num_bytes,
-        sha256=digest.hexdigest(),
-        uri=uri,
-        report=report,
-        created_at=datetime.now(UTC),
-    )
-
-
-async def find(session: AsyncSession, file_id: str, *, param: str | None = None) -> File:
-    """The file by its id; NotFound where there is none or it was deleted."""
-    row = await session.get(File, file_id)
-    if row is None or row.deleted_at is not None:
-        raise NotFound(f"No such File object: {file_id}", param=param or "file_id", code="file_not_found")
-    return row
-
-
-async def remove(session: AsyncSession, file_id: str) -> File:
-    """Forget the file, unless a job still needs it. The caller deletes its bytes after the commit."""
-    row = await find(session, file_id)
-    named = [Job.spec[name].astext == file_id for name in ("training_file", "validation_file")]
-    using = select(Job.id).where(Job.observed.not_in(TERMINAL), or_(*named))
-    if (job_id := await session.scalar(using.limit(1))) is not None:
-        raise InvalidRequest(f"{file_id} is needed by {job_id}, which has not ended; cancel the job first.")
-    row.deleted_at = datetime.now(UTC)
-    return row

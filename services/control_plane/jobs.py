@@ -191,9 +191,12 @@ def _event_id() -> str:
 # --- attempts --------------------------------------------------------------------------------
 
 
-async def open_attempt(session: AsyncSession, job_id: str, number: int, reference: str | None) -> Attempt:
+async def open_attempt(
+    session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
+) -> Attempt:
     """Write the attempt before it is launched, so that no launch is ever unknown."""
-    attempt = Attempt(job_id=job_id, number=number, reference=reference, token=secrets.token_urlsafe(32), next_seq=0)
+    attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
+    attempt.token, attempt.next_seq = secrets.token_urlsafe(32), 0
     session.add(attempt)
     await session.flush()
     return attempt

@@ -6,12 +6,12 @@ word on an attempt, nothing changes.
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
+from io import BytesIO
 
 import anyio.to_thread
 import httpx
@@ -19,21 +19,20 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage, tracing
 from services.contract import AttemptSpec, EventBatch, JobSpec
-from services.control_plane import deployments, files, jobs, logs, models, store, telemetry
+from services.control_plane import deployments, files, jobs, logs, models, quotas, store, telemetry
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
-from services.control_plane.orphans import stop_orphans
 from services.control_plane.queue import what_each_waits_for
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
+from services.control_plane.sweeper import Sweeper
 from services.control_plane.tables import Attempt, File, Job
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
-SWEEP_SECONDS = 60.0
 UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
 
@@ -89,8 +88,10 @@ class Reconciler:
 
     def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
         self._store, self._launcher, self._settings = store, launcher, settings
-        self._swept_at = time.monotonic()
         self._holder = holder  # this control plane's name in the lease
+        self._leads = False
+        self._sweeper = Sweeper(store, launcher, settings)
+        self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Tick until cancelled; then hand the lease back."""
@@ -102,8 +103,13 @@ class Reconciler:
                 except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
                     telemetry.TICKS.labels("failed").inc()
                     log.warning("A tick failed and is tried again: %s", error)
+                if self._leads:
+                    self._sweep()
                 await asyncio.sleep(TICK_SECONDS)
         finally:
+            if self._sweeping is not None:
+                self._sweeping.cancel()
+                await asyncio.wait({self._sweeping})
             with suppress(SQLAlchemyError, OSError):
                 await self.release()
 
@@ -114,14 +120,19 @@ class Reconciler:
 
     async def tick(self) -> None:
         async with self._store.begin() as session:
-            if not await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS):
+            self._leads = await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS)
+            if not self._leads:
                 telemetry.TICKS.labels("stood_by").inc()
                 return
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
-            limits = await store.running_limits(session)
+            limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
         reachable = await self._launcher.is_reachable()
-        waits = (
-            await self._schedule(live, limits) if reachable else dict.fromkeys((job.id for job in live), UNREACHABLE)
+        spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
+        contenders = [job for job in live if job.observed == "running" or job.id not in spent]
+        waits = spent | (
+            await self._schedule(contenders, limits)
+            if reachable
+            else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
         for job in live:
             slot = (waiting_for := waits.get(job.id)) is None
@@ -135,15 +146,12 @@ class Reconciler:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
         await self._serve_models()
-        await self._sweep()
         telemetry.TICKS.labels("acted").inc()
 
-    async def _sweep(self) -> None:
-        """Now and then: nothing waits for it."""
-        if time.monotonic() - self._swept_at > SWEEP_SECONDS:
-            self._swept_at = time.monotonic()
-            for submission_id in await stop_orphans(self._store, self._launcher):
-                log.warning("Stopped %s, whose attempt has ended", submission_id)
+    def _sweep(self) -> None:
+        """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
     async def _schedule(self, live: Sequence[Job], limits: Mapping[str, int | None]) -> dict[str, str | None]:
         """What each queued job waits for, if anything."""
@@ -214,9 +222,10 @@ class Reconciler:
         spec = JobSpec.model_validate(job.spec)
         served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = start.app_name if served else None
+        accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            attempt = await jobs.open_attempt(session, job.id, number, reference)
+            attempt = await jobs.open_attempt(session, job.id, number, reference, num_accelerators=accelerators)
             if reference is not None:
                 await deployments.use(session, start)
             if job.observed == "queued":
@@ -303,16 +312,16 @@ class Reconciler:
         name = jobs.fine_tuned_name(job, self._settings)
         async with self._store.begin() as session:
             csv = results_csv(await jobs.metrics_of(session, job.id))
-        results = await files.store_results(csv, "step_metrics.csv", self._settings)
+        stored = await files.store_file(BytesIO(csv), self._settings)
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            results.project_id = job.project_id
-            session.add(results)
+            results = await files.add(
+                session, stored, filename="step_metrics.csv", purpose=files.RESULTS, project_id=job.project_id
+            )
             await models.add(session, name, model_uri, job)
             await jobs.end_attempt(session, attempt, "succeeded")
             jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
             jobs.tell(session, job.id, f"Completed results file: {results.id}")
-            await session.flush()
             closed = {"fine_tuned_model": name, "trained_tokens": trained_tokens, "result_file": results.id}
             await jobs.move(
                 session, job, "succeeded", closed, actor=self._holder, event="The job has successfully completed"

@@ -1,16 +1,29 @@
 """What a request body may hold. Unknown fields are refused by name, values by their limits."""
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
 from services.contract import Integrations, JobSpec, Mlflow, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
+from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
+from services.control_plane.keys import Scope
+from services.control_plane.uploads import MOST_PARTS
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
@@ -34,6 +47,8 @@ Workers = Annotated[int, Field(ge=1, le=1024)]
 Priority = Annotated[int, Field(ge=-10, le=10)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Limit = Annotated[int, Field(ge=0, lt=2**31)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -188,6 +203,89 @@ class CheckDataset(BaseModel):
             message = f"{name} is of tokens, and only a model tells these; send model too."
             raise InvalidRequest(message, param=name)
         return _parse(TrainConfig, given, "", {name: name for name in given})
+
+
+class ExpiresAfter(BaseModel):
+    """How long a file lives. In forms its parts are `expires_after[anchor]` and `expires_after[seconds]`."""
+
+    model_config = ConfigDict(extra="forbid")
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=SHORTEST_LIFE, le=LONGEST_LIFE)]
+
+
+class CreateFile(BaseModel):
+    """The fields of POST /files beside the file itself."""
+
+    model_config = ConfigDict(extra="forbid")
+    purpose: Text
+    expires_after: ExpiresAfter | None = None
+
+    @field_validator("purpose")
+    @classmethod
+    def _check_purpose(cls, purpose: str) -> str:
+        if purpose != TRAINING:
+            message = f"purpose '{purpose:.80}' is not supported; it must be '{TRAINING}'."
+            raise InvalidRequest(message, param="purpose", code="unsupported_value")
+        return purpose
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        return _parse(cls, fields, "")
+
+    @property
+    def life_seconds(self) -> int | None:
+        return self.expires_after.seconds if self.expires_after else None
+
+
+class CreateUpload(CreateFile):
+    """Body of POST /uploads."""
+
+    filename: Text
+    bytes: Annotated[int, Field(ge=1)]
+    mime_type: Annotated[str, StringConstraints(max_length=LONGEST_NAME, pattern=r"^[ -~]+$")]
+
+
+class CompleteUpload(BaseModel):
+    """Body of POST /uploads/{id}/complete. The parts in their order."""
+
+    model_config = ConfigDict(extra="forbid")
+    part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]
+    md5: Text | None = None
+
+
+class CreateKey(BaseModel):
+    """Body of POST /x/keys."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name
+    project_id: Text | None = None  # the caller's own
+    scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "write", "inference"]
+    requests_per_minute: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
+    expires_at: Annotated[int, Field(lt=2**33)] | None = None  # Unix seconds
+
+    @field_validator("expires_at")
+    @classmethod
+    def _is_to_come(cls, value: int | None) -> int | None:
+        if value is not None and value <= time.time():
+            raise ValueError(f"{value} is past; it must be Unix seconds to come.")
+        return value
+
+
+class UpdateProject(BaseModel):
+    """Body of POST /x/projects/{id}: what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name = ""
+    max_running_jobs: Limit | None = None
+    max_queued_jobs: Limit | None = None
+    max_bytes: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    max_accelerator_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class CreateProject(UpdateProject):
+    """Body of POST /x/projects."""
+
+    name: Name
 
 
 class InferenceBody(BaseModel):

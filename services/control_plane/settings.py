@@ -3,9 +3,9 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from services.control_plane.logs import LogFormat
@@ -44,6 +44,17 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field(
         default="text", description="text: to raydpo.log in home; json: an object a line, to standard error"
     )
+    oidc_issuer: str | None = Field(
+        default=None,
+        pattern=r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])",
+        description="whose tokens are taken in place of keys; None: nobody's",
+    )
+    oidc_audience: str | None = Field(default=None, description="whom those tokens must be meant for")
+    oidc_project_claim: str = Field(default="project", description="claim that names a project by its id")
+    oidc_scopes_claim: str = Field(default="scope", description="claim that holds scopes: a list, or a text")
+    requests_per_minute: int | None = Field(
+        default=None, gt=0, description="of a key that has no limit of its own, in each replica; None: no limit"
+    )
 
     models: dict[Annotated[str, AfterValidator(_model_name)], str] = Field(
         default_factory=dict, description="base models: name = local folder, storage URI or hub id"
@@ -56,7 +67,14 @@ class Settings(BaseSettings):
     webhook_urls: list[Annotated[str, AfterValidator(_webhook_prefix)]] = Field(
         default=["https://"], description="prefixes of the URLs that webhooks may be sent to"
     )
-    max_upload_bytes: int = Field(default=512 * 2**20, gt=0)
+    max_upload_bytes: int = Field(default=512 * 2**20, gt=0, description="of a file sent in one request")
+    max_file_bytes: int = Field(default=8 * 2**30, gt=0, description="of a file sent in parts")
+    max_json_bytes: int = Field(default=4 * 2**20, gt=0, description="of any other request body")
+    max_spool_bytes: int = Field(default=4 * 2**30, gt=0, description="of TMPDIR, for uploads that are being received")
+    max_requests: int = Field(
+        default=1000, gt=0, description="answered at once by one process; open streams not counted"
+    )
+    stall_seconds: float = Field(default=30, gt=0, description="a request that sends nothing for so long is ended")
     max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict, description="what an autoscaling cluster may grow to; {}: it is as large as it is"
@@ -67,6 +85,12 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     num_gpus_per_worker: float = Field(default=0, ge=0)
     num_gpus_per_model: float = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _issuer_has_audience(self) -> Self:
+        if (self.oidc_issuer is None) != (self.oidc_audience is None):
+            raise ValueError("oidc_issuer and oidc_audience go together; set both, or neither")
+        return self
 
     @classmethod
     def settings_customise_sources(

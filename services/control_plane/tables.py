@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
+UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"  # of files
 DEFAULT_PROJECT = "proj_default"  # of the configured API key, and of all that was there before projects
 
 
@@ -101,10 +102,15 @@ class File(Owned, Base):
     num_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]
     uri: Mapped[str]
-    report: Mapped[dict[str, Any] | None]  # FeedbackReport of a training file
+    report: Mapped[dict[str, Any] | None]  # FeedbackReport of a training file, once its rows are checked
+    refusal: Mapped[str | None]  # why it cannot be used, in words
+    num_checked: Mapped[int | None] = mapped_column(BigInteger)  # bytes that a check in the background has read
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index("files_by_time", "project_id", "created_at", "id"),)
+    __table_args__ = (
+        Index("files_by_time", "project_id", "created_at", "id"),
+        Index("files_unchecked", "created_at", postgresql_where=text(UNCHECKED)),
+    )
 
 
 class Upload(Owned, Base):

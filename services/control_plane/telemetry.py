@@ -10,7 +10,7 @@ REQUEST_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180),
 )
 AUTH_FAILURES = Counter("raydpo_auth_failures", "Requests refused for their key.", ["code"])
-UPLOADED_BYTES = Counter("raydpo_uploaded_bytes", "Bytes of training files that were checked and stored.")
+UPLOADED_BYTES = Counter("raydpo_uploaded_bytes", "Bytes of training files that were stored.")
 
 OPEN_STREAMS = Gauge("raydpo_open_streams", "Streams of jobs that are open here.")
 STREAM_TABLE_READS = Counter("raydpo_stream_table_reads", "Pages that streams read from the table, not from memory.")

@@ -5,7 +5,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from services.control_plane import datasets, files, models
-from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import check_object
 from services.control_plane.routes.dependencies import LauncherPart, SettingsPart, StorePart
 from services.control_plane.schemas import CheckDataset
@@ -20,11 +19,8 @@ async def check(
     """What a training file holds, and with a model: what encoding would do with it. Repeat it while it is running."""
     config = body.config()
     async with store.begin() as session:
-        file = await files.find(session, body.training_file, param="training_file")
+        file = await files.find_checked(session, body.training_file, param="training_file")
         model = await models.find(session, settings, body.model) if body.model else None
-    if file.report is None:
-        message = f"{file.id} has purpose '{file.purpose}'; a check needs one uploaded with '{files.TRAINING}'."
-        raise InvalidRequest(message, param="training_file", code="invalid_training_file")
     if model is None:
         return check_object(f"check-{file.id}", file, None)
     asked = datasets.check_of(file, model, config, settings)

@@ -1,60 +1,62 @@
 """/v1/files"""
 
+import io
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Response, UploadFile
-from fastapi import Form as FormField
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import storage
-from services.control_plane import files
-from services.control_plane.errors import InvalidRequest
+from services.control_plane import files, surveys
+from services.control_plane.errors import RangeNotSatisfiable
 from services.control_plane.objects import deleted, file_object, listing
 from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.routes.forms import multipart, read_form
+from services.control_plane.schemas import CreateFile
 from services.control_plane.store import page
 from services.control_plane.tables import File
 
 router = APIRouter(prefix="/files")
 
 CHUNK = 1 << 20
+IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked."
+# One range, as RFC 9110 writes it. Any other `Range` may be ignored, and is.
+RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
-@router.post("")
-async def create(
-    once: OncePart,
-    settings: SettingsPart,
-    file: UploadFile,
-    purpose: Annotated[str, FormField()],
-    expires_anchor: Annotated[str | None, FormField(alias="expires_after[anchor]")] = None,
-    expires_seconds: Annotated[str | None, FormField(alias="expires_after[seconds]")] = None,
-) -> Response:
-    """Check every row and store the file; a bad row is refused by its line."""
-    if purpose != files.TRAINING:
-        message = f"purpose '{purpose}' is not supported; it must be '{files.TRAINING}'."
-        raise InvalidRequest(message, param="purpose", code="unsupported_value")
-    if expires_anchor or expires_seconds:
-        message = "expires_after is not supported; leave it out and delete the file when it is no longer needed."
-        raise InvalidRequest(message, param="expires_after", code="unsupported_value")
-    row = await files.upload(file.file, file.filename or "upload.jsonl", settings)
-    kept = False
+@router.post("", openapi_extra=multipart("file", "purpose", "expires_after[anchor]", "expires_after[seconds]"))
+async def create(request: Request, once: OncePart, store: StorePart, settings: SettingsPart) -> Response:
+    """Store the file and check every row; a bad row is refused by its line."""
+    async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
+        wanted = CreateFile.of(form.fields)
+        filename = files.clean_name(form.filename, "file")
+        async with store.begin() as session:  # before it is checked; what counts is the one below
+            await files.reserve(session, store.project_id, form.num_bytes, param="file")
+        stored = await files.store_file(form.source, settings)
 
-    async def keep(session: AsyncSession) -> dict[str, Any]:
-        nonlocal kept
-        session.add(row)
-        await session.flush()
-        kept = True
-        return file_object(row)
+    async with files.removed_unless_named(stored):
+        report = await surveys.report_of(stored, param="file")
 
-    try:
-        return await once.act(keep, content=f"{row.filename}\n{row.purpose}\n{row.num_bytes}\n{row.sha256}")
-    finally:
-        if not kept:
-            await anyio.to_thread.run_sync(storage.delete, row.uri)
+        async def keep(session: AsyncSession) -> dict[str, Any]:
+            await files.reserve(session, store.project_id, stored.num_bytes, param="file")
+            row = await files.add(
+                session,
+                stored,
+                filename=filename,
+                purpose=wanted.purpose,
+                project_id=store.project_id,
+                life_seconds=wanted.life_seconds,
+                report=report,
+            )
+            return file_object(row)
+
+        content = f"{filename}\n{wanted.purpose}\n{wanted.life_seconds}\n{stored.num_bytes}\n{stored.sha256}"
+        return await once.act(keep, content=content)
 
 
 @router.get("")
@@ -65,7 +67,7 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    query = select(File).where(File.deleted_at.is_(None))
+    query = select(File).where(files.alive())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     async with store.begin() as session:
@@ -83,30 +85,54 @@ async def retrieve(store: StorePart, file_id: str) -> dict[str, Any]:
 
 
 @router.get("/{file_id}/content")
-async def content(store: StorePart, file_id: str) -> StreamingResponse:
+async def content(request: Request, store: StorePart, file_id: str) -> Response:
     async with store.begin() as session:
         row = await files.find(session, file_id)
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", row.filename)
-    headers = {
-        "content-length": str(row.num_bytes),
-        "content-disposition": f'attachment; filename="{name}"',
-        "x-content-type-options": "nosniff",
-    }
-    return StreamingResponse(_read(row.uri), media_type="application/octet-stream", headers=headers)
+    span, headers = range(row.num_bytes), {"accept-ranges": "bytes", **_attached(row.filename)}
+    status = 200
+    if asked := RANGE.fullmatch(request.headers.get("range", "")):
+        span, status = _part(asked, row.num_bytes), 206
+        if not span:
+            raise RangeNotSatisfiable(f"The file has {row.num_bytes} bytes; none are in '{asked[0]}'.", row.num_bytes)
+        headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{row.num_bytes}"
+    headers["content-length"] = str(len(span))
+    source = await anyio.to_thread.run_sync(storage.open_input, row.uri)
+    return StreamingResponse(_read(source, span), status, headers, media_type="application/octet-stream")
 
 
-async def _read(uri: str) -> AsyncIterator[bytes]:
-    source = await anyio.to_thread.run_sync(storage.open_input, uri)
+def _attached(filename: str) -> dict[str, str]:
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", filename)
+    return {"content-disposition": f'attachment; filename="{name}"', "x-content-type-options": "nosniff"}
+
+
+def _part(asked: re.Match[str], num_bytes: int) -> range:
+    """The bytes asked for; empty where there are none."""
+    first, last = asked[1], asked[2]
+    if not first:  # so many from the end
+        return range(max(0, num_bytes - int(last)), num_bytes)
+    return range(int(first), min(int(last) + 1, num_bytes) if last else num_bytes)
+
+
+async def _read(source: io.BufferedReader, span: range) -> AsyncIterator[bytes]:
     try:
-        while chunk := await anyio.to_thread.run_sync(source.read, CHUNK):
+        source.seek(span.start)
+        left = len(span)
+        while left and (chunk := await anyio.to_thread.run_sync(source.read, min(left, CHUNK))):
+            left -= len(chunk)
             yield chunk
     finally:
         source.close()
 
 
 @router.delete("/{file_id}")
-async def delete(store: StorePart, file_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
-        row = await files.remove(session, file_id)
-    await anyio.to_thread.run_sync(storage.delete, row.uri)
-    return deleted("file", file_id)
+async def delete(once: OncePart, file_id: str) -> Response:
+    removed: list[File] = []
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        removed.append(await files.remove(session, file_id))
+        return deleted("file", file_id)
+
+    answer = await once.act(remove)
+    for row in removed:
+        await files.remove_bytes(row.uri)
+    return answer

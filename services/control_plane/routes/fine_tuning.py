@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dpo_core.options import Objective
 from services import tracing
 from services.contract import MIN_EXAMPLES, JobSpec
-from services.control_plane import files, jobs, models
+from services.control_plane import files, jobs, models, quotas
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
 from services.control_plane.routes.dependencies import CallerPart, OncePart, SettingsPart, StorePart
@@ -31,6 +31,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
         await _check_files(session, spec)
+        await quotas.admit_job(session)
         return job_object(await jobs.submit(session, spec, model, caller.key_id), settings)
 
     with tracing.span("submit job"):
@@ -39,20 +40,18 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
 
 async def _check_files(session: AsyncSession, spec: JobSpec) -> None:
     if not spec.is_at_uri:
-        file = await files.find(session, spec.training_file, param="training_file")
+        file = await files.find_checked(session, spec.training_file, param="training_file")
         _check_file(file, spec.config.objective, "training_file")
         _check_size(file)
     if spec.validation_file:
-        held_out = await files.find(session, spec.validation_file, param="validation_file")
+        held_out = await files.find_checked(session, spec.validation_file, param="validation_file")
         _check_file(held_out, spec.config.objective, "validation_file")
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
     """An upload's rows must be of the kind that the objective learns from; a job checks a URI's."""
     code, report = f"invalid_{param}", file.report
-    if report is None:
-        message = f"{file.id} has purpose '{file.purpose}'; {param} needs one uploaded with '{files.TRAINING}'."
-        raise InvalidRequest(message, param=param, code=code)
+    assert report is not None
     learns_from = objective.traits.learns_from
     if report["kind"] not in learns_from:
         kinds = " or ".join(learns_from)
@@ -103,7 +102,7 @@ async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job
     return await once.act(wish)
 
 
-@router.post("/{job_id}/{action}")
+@router.post("/{job_id}/{action}", include_in_schema=False)
 async def act(store: StorePart, job_id: str, action: str) -> None:
     """`pause` and `resume` of OpenAI's surface are refused by name."""
     async with store.begin() as session:

@@ -7,7 +7,6 @@ from services.control_plane.errors import InvalidRequest
 router = APIRouter()
 
 INSTEAD = {
-    "/uploads": "send the file in one piece to /v1/files",
     "/fine_tuning/alpha": "there are no graders",
 }
 

@@ -1,16 +1,21 @@
 """The control plane in this process, on a real database, without a Ray cluster: nothing answers at its address."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
-import uvicorn
 
 from services.control_plane.app import create_app
 from services.control_plane.server import Server
@@ -137,7 +142,7 @@ def base_url(settings: Settings) -> Iterator[str]:
     migrate(settings.database_url)
     port = free_port()
     app = create_app(settings)
-    server = Server(app, uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", ws="none"))
+    server = Server(app, host="127.0.0.1", port=port, log_level="warning")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -147,7 +152,66 @@ def base_url(settings: Settings) -> Iterator[str]:
     thread.join()
 
 
+SERVER = """
+import sys, uvicorn
+from services.control_plane import surveys
+from services.control_plane.app import create_app
+from services.control_plane.protocol import server_options
+from services.control_plane.settings import Settings
+surveys.AT_ONCE_BYTES = int(sys.argv[2])
+uvicorn.run(create_app(Settings()), port=int(sys.argv[1]), log_level="error", **server_options())
+"""
+
+
+@contextmanager
+def serving(settings: Settings, at_once_bytes: int = 2**29) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The control plane in a process of its own, which may be killed; and its URL."""
+    names = ("home", "storage_url", "advertised_url", "ray_url")
+    environment = {f"RAYDPO_{name.upper()}": str(getattr(settings, name)) for name in names}
+    environment |= {"RAYDPO_MODELS": '{"tiny": "/nowhere/tiny"}', "RAYDPO_API_KEY": API_KEY}
+    environment |= {"DATABASE_URL": settings.database_url, "PYTHONPATH": str(Path(__file__).parents[3])}
+    port = free_port()
+    command = [sys.executable, "-c", SERVER, str(port), str(at_once_bytes)]
+    process = subprocess.Popen(command, env=os.environ | environment)
+    while True:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        assert process.poll() is None
+        time.sleep(0.1)
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def client(base_url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{base_url}/v1", api_key=API_KEY, max_retries=0) as client:
         yield client
+
+
+def api_of(base_url: str, key: str) -> httpx.Client:
+    """For what the client of OpenAI has no word for."""
+    return httpx.Client(base_url=f"{base_url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def api(base_url: str) -> Iterator[httpx.Client]:
+    with api_of(base_url, API_KEY) as api:
+        yield api
+
+
+def new_project(api: httpx.Client, name: str, **limits: Any) -> str:
+    answer = api.post("/x/projects", json={"name": name, **limits})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def new_key(api: httpx.Client, **wanted: Any) -> dict[str, Any]:
+    answer = api.post("/x/keys", json={"name": "test", **wanted})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+EVERY_SCOPE = ["read", "write", "inference", "admin"]

@@ -53,7 +53,7 @@ def serve(settings: Settings, port: int, *, dies: bool) -> subprocess.Popen[byte
 async def open_attempt(settings: Settings, job_id: str) -> str:
     store = Store(settings.database_url)
     async with store.begin() as session:
-        attempt = await jobs.open_attempt(session, job_id, 1, None)
+        attempt = await jobs.open_attempt(session, job_id, 1, None, num_accelerators=0)
     await store.close()
     return attempt.token
 

@@ -1,9 +1,18 @@
 """/v1/files, with the unmodified client."""
 
+import errno
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
 import openai
+import psycopg
 import pytest
 
-from tests.services.control_plane.conftest import pair, pairs
+from services import storage
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import API_KEY, pair, pairs
 
 
 def test_an_upload_is_processed_listed_read_back_and_deleted(client: openai.OpenAI) -> None:
@@ -101,3 +110,145 @@ def test_harmless_oddities_are_taken_and_reported(client: openai.OpenAI) -> None
     stored = client.files.create(file=("odd.jsonl", b"\xef\xbb\xbf" + same), purpose="fine-tune")
     report = stored.model_extra["x_raydpo"]["report"]  # type: ignore[index]
     assert (report["num_rows"], report["num_identical"], report["problems"]) == (1, 1, [])
+
+
+# --- a life that ends -------------------------------------------------------------------------
+
+KEY = {"Authorization": f"Bearer {API_KEY}"}
+AN_HOUR: Any = {"anchor": "created_at", "seconds": 3600}
+
+
+def end_life_of(file_id: str, settings: Settings) -> None:
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE files SET expires_at = now() WHERE id = %s", [file_id])
+
+
+def test_an_expired_file_is_gone_at_once(client: openai.OpenAI, settings: Settings) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune", expires_after=AN_HOUR)
+    assert file.expires_at == file.created_at + 3600
+    assert client.files.retrieve(file.id).expires_at == file.expires_at
+    end_life_of(file.id, settings)
+    assert file.id not in [file.id for file in client.files.list()]
+    for wish in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError, match=file.id):
+            wish(file.id)
+    with pytest.raises(openai.BadRequestError, match="after"):
+        client.files.list(after=file.id)
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"anchor": "created_at", "seconds": 3599}, "expires_after.seconds"),
+        ({"anchor": "created_at", "seconds": 2_592_001}, "expires_after.seconds"),
+        ({"anchor": "created_at", "seconds": "soon"}, "expires_after.seconds"),
+        ({"anchor": "last_active_at", "seconds": 3600}, "expires_after.anchor"),
+        ({"seconds": 3600}, "expires_after.anchor"),
+    ],
+)
+def test_a_life_out_of_bounds_is_refused_by_name(client: openai.OpenAI, given: Any, param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune", expires_after=given)
+    assert refused.value.param == param
+
+
+# --- parts of the content ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "stop"),
+    [("bytes=0-9", 0, 10), ("bytes=10-", 10, None), ("bytes=-7", -7, None), ("bytes=5-99999999", 5, None)],
+)
+def test_a_range_is_answered_with_its_bytes(
+    base_url: str, client: openai.OpenAI, asked: str, start: int, stop: int | None
+) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    url = f"{base_url}/v1/files/{file.id}/content"
+    whole = httpx.get(url, headers=KEY)
+    assert whole.headers["accept-ranges"] == "bytes"
+    part = httpx.get(url, headers={**KEY, "Range": asked})
+    assert part.status_code == 206
+    assert part.content == pairs()[start:stop]
+    first = start % len(pairs())
+    assert part.headers["content-range"] == f"bytes {first}-{first + len(part.content) - 1}/{len(pairs())}"
+
+
+def test_a_range_behind_the_end_is_refused_and_one_of_many_parts_ignored(base_url: str, client: openai.OpenAI) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    url = f"{base_url}/v1/files/{file.id}/content"
+    for asked in (f"bytes={len(pairs())}-", "bytes=-0"):
+        answer = httpx.get(url, headers={**KEY, "Range": asked})
+        assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{len(pairs())}")
+        assert answer.json()["error"]["param"] == "Range"
+    for asked in ("bytes=0-1,5-6", "bytes=-", "rows=0-1"):
+        assert httpx.get(url, headers={**KEY, "Range": asked}).content == pairs()
+
+
+# --- pages -------------------------------------------------------------------------------------
+
+
+def test_files_of_the_same_moment_are_listed_once(client: openai.OpenAI, settings: Settings) -> None:
+    made = {client.files.create(file=(f"{i}.jsonl", pairs()), purpose="fine-tune").id for i in range(5)}
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE files SET created_at = date_trunc('day', created_at)")
+    for order in ("asc", "desc"):
+        listed = [file.id for file in client.files.list(limit=2, order=order)]  # type: ignore[arg-type]
+        assert len(listed) == len(set(listed))
+        assert made <= set(listed)
+
+
+def test_a_cursor_that_was_deleted_is_refused(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    client.files.delete(file.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.list(after=file.id)
+    assert refused.value.param == "after"
+
+
+# --- how much a project may have ---------------------------------------------------------------
+
+
+def test_a_project_has_no_more_bytes_than_it_may(client: openai.OpenAI, settings: Settings) -> None:
+    def used() -> int:
+        return sum(file.bytes for file in client.files.list())
+
+    def set_limit(limit: int | None) -> None:
+        with psycopg.connect(settings.database_url) as connection:
+            connection.execute("UPDATE projects SET max_bytes = %s WHERE id = 'proj_default'", [limit])
+
+    set_limit(used() + 2 * len(pairs()))
+    try:
+        upload = client.uploads.create(
+            filename="a.jsonl", purpose="fine-tune", bytes=len(pairs()), mime_type="application/jsonl"
+        )
+        kept = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+        with pytest.raises(openai.RateLimitError, match=f"{len(pairs())} more do not fit.*delete files") as refused:
+            client.with_options(max_retries=2).files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+        assert (refused.value.code, refused.value.type) == ("exceeded_quota", "insufficient_quota")
+        with pytest.raises(openai.RateLimitError):
+            client.uploads.create(filename="a", purpose="fine-tune", bytes=1, mime_type="text/plain")
+        part = client.uploads.parts.create(upload.id, data=pairs())  # its place was kept
+        assert client.uploads.complete(upload.id, part_ids=[part.id]).status == "completed"
+        client.files.delete(kept.id)
+        with ThreadPoolExecutor(4) as pool:
+            tried = [pool.submit(client.files.create, file=("a", pairs()), purpose="fine-tune") for _ in range(4)]
+        assert sum(attempt.exception() is None for attempt in tried) == 1
+    finally:
+        set_limit(None)
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(
+    client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(uri: str, source: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(Path(settings.home, "storage", "files").iterdir())
+    monkeypatch.setattr(storage, "write_stream", full)
+    with pytest.raises(openai.InternalServerError, match="storage is full") as refused:
+        client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    assert (refused.value.status_code, refused.value.code) == (503, "storage_full")
+    assert refused.value.response.headers["retry-after"] == "30"
+    assert sorted(Path(settings.home, "storage", "files").iterdir()) == before

@@ -425,7 +425,6 @@ def test_every_error_has_the_envelope(base_url: str) -> None:
 def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI, training_file: str) -> None:
     job = create(client, training_file)
     calls = {
-        "uploads": lambda: client.uploads.cancel("upload_1"),
         "action": lambda: client.fine_tuning.jobs.pause(job.id),
     }
     for param, call in calls.items():

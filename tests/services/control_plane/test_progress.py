@@ -32,7 +32,7 @@ def attempt(settings: Settings, job_id: str, number: int, reports: dict[float, R
         store = Store(settings.database_url)
         async with store.begin() as session:
             job = await session.get_one(Job, job_id)
-            opened = await jobs.open_attempt(session, job_id, number, None)
+            opened = await jobs.open_attempt(session, job_id, number, None, num_accelerators=0)
             if job.observed == "queued":
                 await jobs.move(session, job, "running", actor="test", event="It starts")
         async with store.begin() as session:

@@ -314,6 +314,31 @@ def test_several_control_planes_act_as_one(
     assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
 
 
+def test_a_project_out_of_accelerator_hours_opens_no_attempt_and_keeps_its_job(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, api: httpx.Client
+) -> None:
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": 2})
+    ray.resources = {"CPU": 8.0, "GPU": 2.0}
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 0})
+    ticks(on_gpus, 2)
+    assert (client.fine_tuning.jobs.retrieve(job_id).status, ray.submissions) == ("queued", [])
+    waits_for = client.fine_tuning.jobs.retrieve(job_id).to_dict()["x_raydpo"]["waits_for"]  # type: ignore[index]
+    assert waits_for == "accelerator hours: its project has used its 0; an admin can raise max_accelerator_hours"
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 1})
+    ticks(on_gpus, 1)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    hours = api.get("/x/projects/proj_default/usage").json()["limits"]["max_accelerator_hours"]["used"]
+    assert 0 < hours < 0.1
+    # What runs goes on.
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 0})
+    ticks(on_gpus, 1)
+    spool(settings, job_id, 1, reports(settings, job_id))
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(on_gpus, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": None})
+
+
 def test_a_job_that_does_not_fit_waits_and_says_for_what(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:

@@ -33,7 +33,7 @@ def job_id(client: openai.OpenAI) -> str:
 def attempt(settings: Settings, job_id: str) -> int:
     async def open_one(store: Store) -> None:
         async with store.begin() as session:
-            await jobs.open_attempt(session, job_id, 1, None)
+            await jobs.open_attempt(session, job_id, 1, None, num_accelerators=0)
 
     with_store(settings, open_one)
     return 1

@@ -207,6 +207,10 @@ def upgrade() -> None:
         op.drop_index(f"{table}_by_time", table_name=table)
         op.create_index(f"{table}_by_time", table, ["project_id", "created_at", "id"])
     op.add_column("files", sa.Column("expires_at", sa.DateTime(timezone=True)))
+    op.add_column("files", sa.Column("refusal", sa.String()))
+    op.add_column("files", sa.Column("num_checked", sa.BigInteger()))
+    unchecked = sa.text("purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL")
+    op.create_index("files_unchecked", "files", ["created_at"], postgresql_where=unchecked)
     op.add_column("jobs", sa.Column("waits_for", sa.String()))
     op.add_column("jobs", sa.Column("traceparent", sa.String()))
     for table, column in (
@@ -271,7 +275,9 @@ def downgrade() -> None:
     op.drop_column("jobs", "priority")
     op.drop_column("jobs", "waits_for")
     op.drop_column("jobs", "traceparent")
-    op.drop_column("files", "expires_at")
+    op.drop_index("files_unchecked", table_name="files")
+    for column in ("expires_at", "refusal", "num_checked"):
+        op.drop_column("files", column)
     for table in ("checkpoint_permissions", "upload_parts", "uploads", "outbox", "webhook_endpoints", "transitions"):
         op.drop_table(table)
     for table in OWNED:

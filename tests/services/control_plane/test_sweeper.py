@@ -1,0 +1,110 @@
+"""What nobody needs any more is removed; what somebody needs stays."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psycopg
+import pytest
+
+from services.control_plane.launcher import Launcher
+from services.control_plane.settings import Settings
+from services.control_plane.store import Store
+from services.control_plane.sweeper import GRACE_SECONDS, Sweeper
+from tests.services.control_plane.conftest import pairs
+
+
+@pytest.fixture
+def folder(settings: Settings) -> Path:
+    return Path(settings.home, "storage")
+
+
+@pytest.fixture
+def rows(settings: Settings) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        yield connection
+
+
+def sweep(settings: Settings) -> None:
+    """As a control plane does that begins to lead."""
+
+    async def run() -> None:
+        store, launcher = Store(settings.database_url), Launcher(settings)
+        await Sweeper(store, launcher, settings).sweep()
+        await launcher.close()
+        await store.close()
+
+    asyncio.run(run())
+
+
+def create(client: openai.OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+
+
+def age(file: Path) -> None:
+    old = time.time() - GRACE_SECONDS - 60
+    os.utime(file, (old, old))
+
+
+def test_bytes_of_an_expired_file_stay_until_the_jobs_that_need_it_end(
+    client: openai.OpenAI, settings: Settings, folder: Path, rows: psycopg.Connection
+) -> None:
+    needed, idle = create(client), create(client)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=needed, method={"type": "dpo"})
+    rows.execute("UPDATE files SET expires_at = now()")
+    sweep(settings)
+    assert Path(folder, "files", needed).exists()
+    assert not Path(folder, "files", idle).exists()
+    rows.execute("UPDATE jobs SET observed = 'cancelled', finished_at = now() WHERE id = %s", [job.id])
+    sweep(settings)
+    assert not Path(folder, "files", needed).exists()
+
+
+def test_only_old_bytes_that_no_row_names_are_removed(client: openai.OpenAI, settings: Settings, folder: Path) -> None:
+    named, deleted = create(client), create(client)
+    left = Path(folder, "files", deleted)
+    kept = left.read_bytes()
+    client.files.delete(deleted)
+    left.write_bytes(kept)  # as if deleting had failed
+    fresh, broken_off = Path(folder, "files", "file-fresh"), Path(folder, "files", ".file-half.1234")
+    for file in (fresh, broken_off):
+        file.write_bytes(b"{}")
+    for file in (Path(folder, "files", named), left, broken_off):
+        age(file)
+    sweep(settings)
+    assert {file.name for file in Path(folder, "files").iterdir()} == {named, "file-fresh"}
+
+
+def test_parts_are_removed_with_their_upload(
+    client: openai.OpenAI, settings: Settings, folder: Path, rows: psycopg.Connection
+) -> None:
+    def begin() -> str:
+        upload = client.uploads.create(filename="a", purpose="fine-tune", bytes=2, mime_type="text/plain")
+        client.uploads.parts.create(upload.id, data=b"{}")
+        return upload.id
+
+    pending, expired, cancelled = begin(), begin(), begin()
+    client.uploads.cancel(cancelled)
+    late = Path(folder, "uploads", cancelled, "part_late")
+    late.parent.mkdir(exist_ok=True)
+    late.write_bytes(b"{}")
+    rows.execute("UPDATE uploads SET expires_at = now() WHERE id = %s", [expired])
+    sweep(settings)
+    assert [path.name for path in Path(folder, "uploads").iterdir()] == [pending]
+    states: Any = rows.execute("SELECT state FROM uploads WHERE id = %s", [expired]).fetchone()
+    assert states == ("expired",)
+
+
+def test_old_answers_and_leases_are_forgotten(
+    settings: Settings, client: openai.OpenAI, rows: psycopg.Connection
+) -> None:
+    create(client)
+    rows.execute("UPDATE answers SET created_at = now() - interval '25 hours'")
+    rows.execute("INSERT INTO leases VALUES ('old', 'a', now() - interval '25 hours')")
+    sweep(settings)
+    assert rows.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+    assert rows.execute("SELECT count(*) FROM leases WHERE name = 'old'").fetchone() == (0,)
