@@ -124,6 +124,7 @@ class AttemptSpec(Contract):
     cache_uri: str  # prepared data, shared by all jobs; may be deleted at any time
     integrations: Integrations = Integrations()
     fine_tuned_model: str | None = None  # the name that the policy will have
+    traceparent: str | None = None  # of the attempt's span, where its job is traced
     events_url: str  # POST batches of events here with the attempt's token
 
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from services.cli.client import fail
-from services.cli.watch import POLL_SECONDS, TERMINAL
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
+TERMINAL = ("succeeded", "failed", "cancelled")
+POLL_SECONDS = 2.0
 LAST_SECONDS = 5.0  # after its end, in which a job's last lines arrive
 
 

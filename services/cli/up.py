@@ -1,25 +1,23 @@
 """raydpo up: the stack of one home, with the control plane on top, in the foreground."""
 
 import asyncio
-import logging
 import os
 import secrets
 import signal
 import socket
 import tomllib
 from collections.abc import Sequence
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import httpx
-import uvicorn
 from pydantic import ValidationError
 
 from services.cli.client import out
+from services.control_plane import journal
 from services.control_plane.app import create_app
-from services.control_plane.protocol import server_options
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 from services.local.errors import StackError
@@ -42,8 +40,8 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
     database_url = _configured(home, "database_url")
     try:
         with running_stack(home, ray_address=ray_address, database_url=database_url, say=out.print) as stack:
-            _log_to(home / "raydpo.log")
             settings = _settings(home, stack, sources, url)
+            journal.configure(settings.log_format, home / "raydpo.log")
             migrate(settings.database_url)
             asyncio.run(_serve(settings, listening, url))
     except StackError as error:
@@ -55,10 +53,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
 
 
 async def _serve(settings: Settings, listening: socket.socket, url: str) -> None:
-    config = uvicorn.Config(
-        create_app(settings), **server_options(), log_config=None, access_log=False, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
     announcing = asyncio.create_task(_announce(settings, url))
     try:
         await server.serve(sockets=[listening])
@@ -152,9 +147,3 @@ def _interrupt_once(number: int, frame: FrameType | None) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def _log_to(file: Path) -> None:
-    handler = RotatingFileHandler(file, maxBytes=10 * 2**20, backupCount=3)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request

@@ -1,19 +1,21 @@
 """A job's progress as it happens: a bar on a terminal, plain lines in a pipe."""
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+    from openai.types.fine_tuning import FineTuningJob
 
-TERMINAL = {"succeeded", "failed", "cancelled"}
-POLL_SECONDS = 1.0
+SILENCE_SECONDS = 60.0  # the service says something four times in that
+RESUME_SECONDS = 2.0
 PLAIN_SECONDS = 10.0  # between two lines of metrics where there is no terminal
 STYLES = {"warn": "yellow", "error": "red"}
 SHOWN = {
@@ -29,25 +31,24 @@ def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuning
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("waiting", total=None, detail="")
         metrics: Mapping[str, Any] = {}
-        seen, printed_at = "", 0.0
-        while True:
-            job = client.fine_tuning.jobs.retrieve(job_id)  # before its events: none can follow a terminal status
-            for event in _events_after(client, job_id, seen):
-                seen = event.id
-                if event.type == "metrics" and isinstance(event.data, Mapping):
-                    metrics = event.data
+        printed_at = 0.0
+        for told in _follow(client, job_id):
+            match told["object"]:
+                case "fine_tuning.job":
+                    break
+                case "fine_tuning.job.progress":
+                    _advance(bar, task, told, metrics)
+                case _ if told["type"] == "metrics":
+                    metrics = told["data"]
                     due = not console.is_terminal and time.monotonic() - printed_at > PLAIN_SECONDS
-                    if due or metrics.get("step") == metrics.get("total_steps"):
+                    if due or metrics["step"] == metrics["total_steps"]:
                         printed_at = time.monotonic()
-                        steps = f"{metrics.get('step')}/{metrics.get('total_steps')}"
+                        steps = f"{metrics['step']}/{metrics['total_steps']}"
                         console.print(f"step {steps}  {metrics_line(metrics)}")
-                else:
-                    moment = datetime.fromtimestamp(event.created_at).strftime("%H:%M:%S")
-                    console.print(f"{moment} {event.message}", style=STYLES.get(event.level))
-            if job.status in TERMINAL:
-                return job
-            _advance(bar, task, job, metrics)
-            time.sleep(POLL_SECONDS)
+                case _:
+                    moment = datetime.fromtimestamp(told["created_at"]).strftime("%H:%M:%S")
+                    console.print(f"{moment} {told['message']}", style=STYLES.get(told["level"]))
+    return client.fine_tuning.jobs.retrieve(job_id)
 
 
 def metrics_line(metrics: Mapping[str, Any]) -> str:
@@ -55,20 +56,34 @@ def metrics_line(metrics: Mapping[str, Any]) -> str:
     return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if metrics.get(key) is not None)
 
 
-def _events_after(client: "OpenAI", job_id: str, seen: str) -> "list[FineTuningJobEvent]":
-    """Oldest first. The service lists the newest first."""
-    fresh = []
-    for event in client.fine_tuning.jobs.list_events(job_id, limit=100):
-        if event.id == seen:
-            break
-        fresh.append(event)
-    return fresh[::-1]
+def _follow(client: "OpenAI", job_id: str) -> Iterator[dict[str, Any]]:
+    """All that the job's stream tells. It goes on where it was when the service restarts."""
+    seen: dict[str, str] = {}
+    while True:
+        client.fine_tuning.jobs.retrieve(job_id)  # raises what the client raises if there is no such job, or no service
+        headers = {"Authorization": f"Bearer {client.api_key}", **seen}
+        url = f"{client.base_url}x/jobs/{job_id}/stream"
+        try:
+            with httpx.stream("GET", url, headers=headers, timeout=SILENCE_SECONDS) as response:
+                if response.is_client_error:
+                    response.raise_for_status()
+                for line in response.iter_lines():
+                    name, _, value = line.partition(": ")
+                    if value == "[DONE]":
+                        return
+                    if name == "id":
+                        seen = {"Last-Event-ID": value}
+                    elif name == "data":
+                        yield json.loads(value)
+        except httpx.TransportError:
+            pass
+        time.sleep(RESUME_SECONDS)
 
 
-def _advance(bar: Progress, task: TaskID, job: "FineTuningJob", metrics: Mapping[str, Any]) -> None:
-    progress = ((job.model_extra or {}).get("x_raydpo") or {}).get("progress")
+def _advance(bar: Progress, task: TaskID, told: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    progress = told["progress"]
     if not progress:
-        bar.update(task, description=job.status, completed=0, total=None, detail="")
+        bar.update(task, description=told["status"], completed=0, total=None, detail="")
         return
     parts = [f"{progress['done']}/{progress['total']}"] if progress["total"] else []
     if progress["stage"] == "training":

@@ -5,7 +5,6 @@ import errno
 import logging
 import secrets
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -14,13 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.control_plane.access import Access
 from services.control_plane.authentication import Authentication
 from services.control_plane.errors import ApiError, InvalidRequest, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.limits import Limits
+from services.control_plane.live import Live
 from services.control_plane.rates import Rates
 from services.control_plane.reconciler import Reconciler
 from services.control_plane.routes import (
@@ -33,9 +33,11 @@ from services.control_plane.routes import (
     inference,
     keys,
     logs,
+    metrics,
     models,
     permissions,
     projects,
+    streams,
     unsupported,
     uploads,
     webhooks,
@@ -46,6 +48,7 @@ from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.surveys import Surveyor
+from services.control_plane.telemetry import AUTH_FAILURES
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +60,13 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
-    owned = (files, uploads, fine_tuning, logs, permissions, models, datasets, inference, webhooks)
+    owned = (files, uploads, fine_tuning, logs, permissions, models, datasets, inference, webhooks, streams)
     for routes in (*owned, keys, projects, audit, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -70,9 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
     for error in (OperationalError, InterfaceError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
-    app.add_exception_handler(Exception, _on_crash)
     app.add_middleware(Limits, settings=settings)
-    app.add_middleware(StandardHeaders)
+    app.add_middleware(Access)
     return app
 
 
@@ -83,11 +86,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
     app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
+    live = app.state.live = Live(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
     reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
-    parts = (reconciler, surveyor, sender, app.state.authentication)
+    parts = (reconciler, surveyor, sender, live, app.state.authentication)
     tasks = [asyncio.create_task(part.run()) for part in parts]
     try:
         yield
@@ -105,6 +109,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    if error.status == 401:
+        AUTH_FAILURES.labels(error.code).inc()
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
@@ -152,37 +158,3 @@ async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
     log.warning("A value was refused by the database: %s", error.orig)
     refusal = InvalidRequest("A value in the request holds what cannot be kept, such as a NUL character; take it out.")
     return JSONResponse(refusal.body(), refusal.status)
-
-
-async def _on_crash(request: Request, error: Exception) -> JSONResponse:
-    message = "The server had an error while processing your request; its log says more under the request id."
-    return JSONResponse(envelope(message, "server_error"), 500)
-
-
-class StandardHeaders:
-    """The headers every answer carries: a request id, which the client shows, and how long it took."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started, request_id = time.perf_counter(), f"req_{secrets.token_hex(12)}"
-        state = scope.setdefault("state", {})
-        state["request_id"], state["headers"] = request_id, {}  # to which a request's parts may add
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                milliseconds = round((time.perf_counter() - started) * 1000)
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    (b"openai-processing-ms", str(milliseconds).encode()),
-                    (b"openai-version", b"2020-10-01"),
-                    *((name.encode(), value.encode()) for name, value in state["headers"].items()),
-                ]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)

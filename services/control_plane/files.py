@@ -19,6 +19,7 @@ from services.control_plane import quotas
 from services.control_plane.errors import InvalidRequest, NotFound, OverQuota
 from services.control_plane.settings import Settings
 from services.control_plane.tables import TERMINAL, File, Job, Project
+from services.control_plane.telemetry import UPLOADED_BYTES
 from services.uri import InvalidUri, admitted, is_folder
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ async def add(
     session.add(row)
     await session.flush()
     stored.named = True
+    if purpose == TRAINING:
+        UPLOADED_BYTES.inc(stored.num_bytes)
     return row
 
 

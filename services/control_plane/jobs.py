@@ -20,7 +20,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services import storage
+from services import storage, tracing
 from services.contract import (
     Alive,
     CheckpointSaved,
@@ -35,7 +35,7 @@ from services.contract import (
     StepMetrics,
     Succeeded,
 )
-from services.control_plane import models, webhooks
+from services.control_plane import models, telemetry, webhooks
 from services.control_plane.errors import Fenced, InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
@@ -62,6 +62,7 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor:
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
         model_root=model.root,
+        traceparent=tracing.current(),
         priority=spec.priority,
     )
     session.add(job)
@@ -92,6 +93,11 @@ async def confirm(session: AsyncSession, job: Job) -> None:
     version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
     if version != job.version:
         raise Stale(f"{job.id} is in version {version}, not {job.version}")
+
+
+async def _hold(session: AsyncSession, job_id: str) -> None:
+    """Locks the job, as whoever writes its events does: always before its attempt, or two would wait for each other."""
+    await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
@@ -199,6 +205,14 @@ async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
     return list(await session.scalars(query))
 
 
+async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
+    """Where an event of the job stands among them all."""
+    place = await session.scalar(select(Event.id).where(Event.public_id == event_id, Event.job_id == job_id))
+    if place is None:
+        raise InvalidRequest(f"{job_id} has no event '{event_id:.80}' to resume after.", param="Last-Event-ID")
+    return place
+
+
 def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
@@ -231,9 +245,29 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> None:
     """Close the attempt; from here on its reports are refused."""
+    await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
-    statement = statement.where(Attempt.state != "ended")
-    await session.execute(statement.values(state="ended", ended_at=func.now(), reason=reason, failed=failed))
+    statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
+    values = {"state": "ended", "ended_at": func.now(), "reason": reason, "failed": failed}
+    if (await session.execute(statement.values(**values))).first() is not None:
+        end = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
+        telemetry.ATTEMPTS_ENDED.labels(end).inc()
+        await _trace(session, attempt, end)
+        await session.execute(update(Job).where(Job.id == attempt.job_id).values(progress=None))
+
+
+async def _trace(session: AsyncSession, attempt: Attempt, end: str) -> None:
+    query = select(Job.traceparent, Attempt.created_at).join(Attempt, Attempt.job_id == Job.id)
+    query = query.where(Job.id == attempt.job_id, Attempt.number == attempt.number)
+    parent, began = (await session.execute(query)).one()
+    tracing.record(
+        "attempt",
+        parent=parent,
+        key=attempt.submission_id,
+        start=began.timestamp(),
+        end=datetime.now(UTC).timestamp(),
+        attributes={"raydpo.job": attempt.job_id, "raydpo.attempt": attempt.number, "raydpo.end": end},
+    )
 
 
 async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
@@ -264,6 +298,7 @@ async def record(
 
     What the attempt posts itself is a sign of life. What lies in its spool is one while it is new.
     """
+    await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
     if attempt is None or attempt.state == "ended":
         raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
@@ -272,8 +307,10 @@ async def record(
         if event.seq > attempt.next_seq:
             raise InvalidRequest(f"Report {event.seq} came before report {attempt.next_seq}; send that one first.")
         if event.seq == attempt.next_seq:
-            await _record_one(session, attempt, event, settings)
+            with session.no_autoflush:  # of what changes with each report, the last is written
+                await _record_one(session, attempt, event, settings)
             attempt.next_seq += 1
+            telemetry.EVENTS.inc()
             is_new = True
     if posted or is_new:
         attempt.reported_at = datetime.now(UTC)

@@ -1,5 +1,6 @@
 """Rows as OpenAI's client reads them. Times are Unix seconds, integers; what is ours stands in `x_raydpo`."""
 
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,6 @@ from services.control_plane.models import NamedModel
 from services.control_plane.quotas import Usage
 from services.control_plane.settings import Settings
 from services.control_plane.tables import (
-    TERMINAL,
     AuditEntry,
     Checkpoint,
     CheckpointPermission,
@@ -150,19 +150,21 @@ def _eta_seconds(row: Job) -> float | None:
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:
         return None
-    return float((progress["at"] - progress["since"]) / done * (progress["total"] - progress["done"]))
+    left = (progress["at"] - progress["since"]) / done * (progress["total"] - progress["done"])
+    return max(0.0, float(left - (time.time() - progress["at"])))
 
 
 def _progress(row: Job) -> dict[str, Any] | None:
-    if row.progress is None or row.observed in TERMINAL:
+    if row.progress is None or row.observed != "running":
         return None
     return {key: row.progress[key] for key in ("stage", "done", "total")} | {"eta_seconds": _eta_seconds(row)}
 
 
 def _estimated_finish(row: Job) -> int | None:
     """Known once training runs: earlier stages tell nothing of its length."""
-    eta = _eta_seconds(row) if row.progress and row.progress["stage"] == "training" else None
-    return None if eta is None or row.progress is None else int(row.progress["at"] + eta)
+    progress = _progress(row) or {}
+    eta = progress.get("eta_seconds") if progress.get("stage") == "training" else None
+    return None if eta is None else int(time.time() + eta)
 
 
 def event_object(row: Event) -> dict[str, Any]:

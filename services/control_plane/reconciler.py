@@ -16,9 +16,9 @@ import anyio.to_thread
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from services import storage
+from services import storage, tracing
 from services.contract import AttemptSpec, EventBatch, JobSpec
-from services.control_plane import deployments, files, jobs, models, quotas, store
+from services.control_plane import deployments, files, jobs, journal, models, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
@@ -61,8 +61,10 @@ class Reconciler:
         try:
             while True:
                 try:
-                    await self.tick()
+                    with telemetry.TICK_SECONDS.time():
+                        await self.tick()
                 except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
+                    telemetry.TICKS.labels("failed").inc()
                     log.warning("A tick failed and is tried again: %s", error)
                 if self._leads:
                     self._sweep()
@@ -83,6 +85,7 @@ class Reconciler:
         async with self._store.begin() as session:
             self._leads = await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS)
             if not self._leads:
+                telemetry.TICKS.labels("stood_by").inc()
                 return
             self._stopwatches.look()
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
@@ -101,11 +104,13 @@ class Reconciler:
                 if waiting_for and job.observed == "queued":
                     await self._wait(job, waiting_for)
                     continue
-                await self._reconcile(job, attempts.get(job.id), slot)
+                with journal.about(job_id=job.id, attempt=attempts[job.id].number if job.id in attempts else None):
+                    await self._reconcile(job, attempts.get(job.id), slot)
             except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
         await self._serve_models()
+        telemetry.TICKS.labels("acted").inc()
 
     def _sweep(self) -> None:
         """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
@@ -209,6 +214,8 @@ class Reconciler:
             if job.observed == "queued":
                 started = "The job is starting on the cluster"
                 await jobs.move(session, job, "running", actor=self._holder, event=started)
+        if number == 1:
+            telemetry.QUEUE_SECONDS.observe((datetime.now(UTC) - job.created_at).total_seconds())
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
@@ -234,6 +241,7 @@ class Reconciler:
             reference=attempt.reference,
             reference_source=spec.reference_source,
             reference_dtype=self._settings.dtype,
+            traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
             run_uri=run_uri,
             cache_uri=storage.join(self._settings.storage_url, "prepared"),
             integrations=spec.integrations,

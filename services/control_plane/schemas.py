@@ -3,9 +3,9 @@
 import functools
 import secrets
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -303,16 +303,17 @@ Parsed = TypeVar("Parsed")
 
 
 @functools.cache  # to make one takes milliseconds
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
 def _parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     try:
-        return cast(Parsed, _adapter(kind).validate_python(value))
+        parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
     except ValidationError as error:
         first = error.errors()[0]
         raise refused(first, first["loc"], where, paths) from None
+    return parsed
 
 
 def refused(

@@ -21,6 +21,7 @@ from services.control_plane import webhooks
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import Outbound, WebhookEndpoint
+from services.control_plane.telemetry import WEBHOOK_SENDS
 from services.uri import InvalidUri
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,9 @@ class Sender:
         try:
             status = await self.send(endpoint, claim.body)
         except Unreachable as error:
+            WEBHOOK_SENDS.labels("unreachable").inc()
             return f"not reached: {error}", True
+        WEBHOOK_SENDS.labels(f"{status // 100}xx").inc()
         if status == httpx.codes.GONE:
             await self._disable(endpoint)
         return f"answered {status}", not (200 <= status < 300 or status == httpx.codes.GONE)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from services.control_plane.journal import LogFormat
 from services.uri import check_prefix
 
 
@@ -40,6 +41,9 @@ class Settings(BaseSettings):
         default=None, description="Ray Serve's proxy; None: Ray's host, port as Serve reports"
     )
 
+    log_format: LogFormat = Field(
+        default="text", description="text: to raydpo.log in home; json: an object a line, to standard error"
+    )
     oidc_issuer: str | None = Field(
         default=None,
         pattern=r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])",

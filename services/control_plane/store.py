@@ -1,16 +1,33 @@
 """The database, and the queries that more than one noun asks. They take an open session and never commit."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import psycopg
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import ColumnElement, Select, delete, event, func, literal, or_, select, text, tuple_
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    Text,
+    column,
+    delete,
+    event,
+    func,
+    literal,
+    or_,
+    select,
+    text,
+    true,
+    tuple_,
+    values,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -22,21 +39,27 @@ from sqlalchemy.orm import (
     UOWTransaction,
     with_loader_criteria,
 )
+from sqlalchemy.pool import QueuePool
 
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.tables import (
+    JOB_STATES,
     TERMINAL,
     Attempt,
     Base,
     CheckpointPermission,
+    Event,
     Job,
     Lease,
     Model,
+    Outbound,
     Owned,
     Project,
 )
 
 QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
+MAX_OVERFLOW = 10  # connections beyond those that the pool keeps
+
 Row = TypeVar("Row", bound=Base)
 
 
@@ -58,10 +81,22 @@ class Store:
     def __init__(self, database_url: str) -> None:
         # The first error of a connection that died with the database drops all of them from the pool.
         self._engine = create_async_engine(
-            _sqlalchemy_url(database_url), pool_size=20, connect_args={"connect_timeout": 10}
+            _sqlalchemy_url(database_url),
+            pool_size=20,
+            max_overflow=MAX_OVERFLOW,
+            connect_args={"connect_timeout": 10},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._database_url = database_url
+
+    @property
+    def pool(self) -> QueuePool:
+        return cast(QueuePool, self._engine.pool)
+
+    @property
+    def max_connections(self) -> int:
+        return self.pool.size() + MAX_OVERFLOW
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A transaction of the service's own, which sees every project."""
@@ -78,6 +113,24 @@ class Store:
         """As `begin_for`, to read: each statement is a transaction of its own, which saves two trips of three."""
         async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
             yield session
+
+    async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
+        """What is notified, on a connection of its own. None, at first and after so long a silence: look for yourself.
+
+        Raises psycopg.OperationalError when the connection is lost.
+        """
+        limits: dict[str, Any] = {
+            "connect_timeout": 10,
+            "tcp_user_timeout": 10_000,
+        }  # a database that vanished is noticed
+        connect = psycopg.AsyncConnection.connect(self._database_url, autocommit=True, **limits)
+        async with await connect as connection:
+            await connection.execute(f"LISTEN {channel}")
+            while True:
+                yield None
+                async for notice in connection.notifies(timeout=quiet_seconds):
+                    yield notice.payload
+                await connection.execute("SELECT 1")
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -193,6 +246,49 @@ async def past_attempts(session: AsyncSession, job_id: str) -> tuple[int, int]:
     counts = select(func.count(), func.count().filter(Attempt.failed)).where(Attempt.job_id == job_id)
     total, failed = (await session.execute(counts)).one()
     return total, failed
+
+
+EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What there is, for all projects."""
+
+    jobs: Mapping[str, int]  # by state
+    lease_seconds: float  # until the reconciler's ends; NaN: nobody ever held it
+    outbox: int  # messages that wait
+    outbox_seconds: float  # since the oldest of them was written
+
+
+async def census(session: AsyncSession) -> Census:
+    by_state = (await session.execute(select(Job.observed, func.count().label("number")).group_by(Job.observed))).all()
+    left = func.extract("epoch", Lease.expires_at - func.clock_timestamp())
+    lease = await session.scalar(select(left).where(Lease.name == "reconciler"))
+    age = func.extract("epoch", func.now() - func.min(Outbound.created_at))
+    waiting, oldest = (await session.execute(select(func.count(), age).where(Outbound.due_at.is_not(None)))).one()
+    jobs = dict.fromkeys(JOB_STATES, 0) | {row.observed: row.number for row in by_state}
+    return Census(jobs, float("nan") if lease is None else float(lease), waiting, float(oldest or 0))
+
+
+async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
+    """Of each job the last `limit` events above the id that is given for it, in order."""
+    asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
+    newest = (
+        select(*EVENT)
+        .where(Event.job_id == asked.c.job_id, Event.id > asked.c.after)
+        .order_by(Event.id.desc())
+        .limit(limit)
+        .lateral("newest")
+    )
+    query = select(newest).select_from(asked).join(newest, true()).order_by(newest.c.id)
+    return (await session.execute(query)).all()
+
+
+async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
+    """The job's events that follow the one with the id `after`, in order."""
+    query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
+    return (await session.execute(query)).all()
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:

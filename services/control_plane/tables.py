@@ -157,6 +157,7 @@ class Job(Owned, Base):
     desired: Mapped[str] = mapped_column(default="run")
     observed: Mapped[str] = mapped_column(default="queued")
     version: Mapped[int] = mapped_column(default=1)
+    traceparent: Mapped[str | None]  # of the request that submitted it, where that was traced
     waits_for: Mapped[str | None]  # what keeps a queued job from starting, in words
     training: Mapped[dict[str, Any] | None]  # Started, once known: the resolved config, steps
     progress: Mapped[dict[str, Any] | None]  # {stage, done, total, started_at}: where the running attempt is
@@ -222,7 +223,10 @@ class Attempt(Base):
 
 
 class Event(Base):
-    """What a user sees of a job. (job, attempt, seq) is unique, so an attempt may send twice; attempt 0 is ours."""
+    """What a user sees of a job. (job, attempt, seq) is unique, so an attempt may send twice; attempt 0 is ours.
+
+    Ids of one job's events rise in the order in which they become visible: a trigger sees to it.
+    """
 
     __tablename__ = "events"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)

@@ -15,8 +15,9 @@ from typing import Literal
 import httpx
 import ray
 
-from services import storage
+from services import storage, tracing
 from services.contract import Alive, AttemptSpec, Desired, Failed, JobEvent, Message, Progress, Report, Stage, Wish
+from services.training.stretches import Stretches
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Reporter:
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._period_seconds = period_seconds
         self._next_seq = 0
+        self._stretches = Stretches(spec.traceparent)
         self._pending: deque[tuple[int, bytes]] = deque()  # seq and event; reported, not yet in the spool
         self._segment: tuple[str, bytes] | None = None  # being written; kept unchanged until that succeeds
         self._unshipped: deque[str] = deque()  # segments' URIs
@@ -109,6 +111,7 @@ class Reporter:
             # Encoded here: text that is no Unicode fails its reporter, and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))
             self._next_seq += 1
+            self._stretches.see(report, event.created_at)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def order(self) -> Order:
@@ -146,10 +149,13 @@ class Reporter:
         """Spools what is left and gives the shipper so much time for the rest. True if all arrived."""
         self.flush()
         with self._changed:
+            self._stretches.end()
             self._changed.wait_for(lambda: self._order == "fenced" or not self._unshipped, timeout_seconds)
             self._closing.set()
             self._changed.notify_all()
-            return not self._unshipped
+            arrived = not self._unshipped
+        tracing.flush()
+        return arrived
 
     def _next_segment(self) -> tuple[str, bytes]:
         with self._changed:

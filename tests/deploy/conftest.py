@@ -47,6 +47,13 @@ def full() -> dict[str, Any]:
             "webhook_urls": ["https://", "http://hooks.example.svc:8080/"],
             "max_upload_bytes": 2**34,
         },
+        "observability": {
+            "serviceMonitor": True,
+            "serviceMonitorLabels": {"release": "prometheus"},
+            "scrapeInterval": "15s",
+            "scrapeAnnotations": True,
+            "otlpEndpoint": "http://collector.observability:4318",
+        },
         "images": {
             "controlPlane": "registry.example/raydpo-control-plane@sha256:" + "0" * 64,
             "pullPolicy": "Always",

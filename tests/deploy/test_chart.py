@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from services.cli.app import app
-from services.control_plane.routes import health
+from services.control_plane.routes import health, metrics
 from services.control_plane.settings import Settings
 
 CHART = Path(__file__).parents[2] / "deploy" / "chart"
@@ -111,7 +111,8 @@ def test_the_control_plane_reads_every_variable_and_the_file(
     settings = Settings(ray_url="http://head:8265")
 
     known = {field.validation_alias or f"RAYDPO_{name.upper()}" for name, field in Settings.model_fields.items()}
-    assert set(environment(template)) <= known
+    assert set(environment(template)) <= known | {"OTEL_EXPORTER_OTLP_ENDPOINT"}
+    assert settings.log_format == "json"
     assert settings.models == values.get("models", {})
     assert {name: getattr(settings, name) for name in values.get("settings", {})} == values.get("settings", {})
     assert settings.storage_url == values["storage"]["url"]
@@ -139,6 +140,27 @@ def test_the_chart_takes_the_settings_that_it_does_not_make_itself(chart: helm_p
     }
     found = {"ray_url", "ray_token", "serve_url"}
     assert set(schema["properties"]["settings"]["properties"]) == set(Settings.model_fields) - made - found
+
+
+def test_prometheus_finds_the_control_plane_and_traces_go_where_they_shall(
+    render: Render, full: dict[str, Any], minimal: dict[str, Any]
+) -> None:
+    manifests = render(full)
+    monitor, service = one(manifests, "ServiceMonitor"), one(manifests, "Service")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels(service).items()
+    assert labels(monitor)["release"] == "prometheus"
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint == {"port": "http", "path": metrics.router.routes[0].path, "interval": "15s"}  # type: ignore[attr-defined]
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    templates = pod_templates(manifests)
+    scraped = templates["control-plane"]["metadata"]["annotations"]
+    assert scraped["prometheus.io/port"] == str(container(templates["control-plane"])["ports"][0]["containerPort"])
+    traced = {name for name, each in templates.items() if "OTEL_EXPORTER_OTLP_ENDPOINT" in environment(each)}
+    assert traced >= {"control-plane", "head"}
+    assert traced | {"migration"} == set(templates)
+    plain = render(minimal)
+    assert "ServiceMonitor" not in {manifest["kind"] for manifest in plain}
+    assert not any("OTEL_EXPORTER_OTLP_ENDPOINT" in environment(each) for each in pod_templates(plain).values())
 
 
 def test_every_container_is_confined(manifests: list[Manifest]) -> None:

@@ -11,6 +11,7 @@ from services.control_plane.errors import Forbidden, Unauthorized
 from services.control_plane.inference import Inference
 from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
+from services.control_plane.live import Live
 from services.control_plane.once import Once
 from services.control_plane.rates import Rates
 from services.control_plane.sender import Sender
@@ -37,6 +38,10 @@ async def _inference(request: Request) -> Inference:
     return cast(Inference, request.app.state.inference)
 
 
+async def _live(request: Request) -> Live:
+    return cast(Live, request.app.state.live)
+
+
 async def _sender(request: Request) -> Sender:
     return cast(Sender, request.app.state.sender)
 
@@ -45,6 +50,7 @@ SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
 LauncherPart = Annotated[Launcher, Depends(_launcher)]
 InferencePart = Annotated[Inference, Depends(_inference)]
+LivePart = Annotated[Live, Depends(_live)]
 SenderPart = Annotated[Sender, Depends(_sender)]
 
 

@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import Objective
+from services import tracing
 from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane import files, jobs, models, quotas
 from services.control_plane.errors import InvalidRequest
@@ -37,7 +38,8 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
         await quotas.admit_job(session)
         return job_object(await jobs.submit(session, spec, model, caller.key_id), settings)
 
-    return await once.act(submit)
+    with tracing.span("submit job"):
+        return await once.act(submit)
 
 
 async def _check_files(session: AsyncSession, spec: JobSpec) -> None:

@@ -16,10 +16,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from services.control_plane.app import create_app
-from services.control_plane.protocol import server_options
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 
@@ -143,8 +142,7 @@ def base_url(settings: Settings) -> Iterator[str]:
     migrate(settings.database_url)
     port = free_port()
     app = create_app(settings)
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", **server_options())
-    server = uvicorn.Server(config)
+    server = Server(app, host="127.0.0.1", port=port, log_level="warning")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -23,6 +23,15 @@
   value: /tmp/raydpo
 - name: RAYDPO_SETTINGS_FILE
   value: /etc/raydpo/raydpo.toml
+{{- include "raydpo.traces" . }}
+{{- end -}}
+
+{{/* Where the control plane and Ray send traces, as an item of `env`. */}}
+{{- define "raydpo.traces" -}}
+{{- with .Values.observability.otlpEndpoint }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
 {{- end -}}
 
 {{- /* CPUs of a group at its largest; KubeRay rounds a pod's up. */}}

@@ -15,6 +15,7 @@ spec:
       env:
         - name: HOME
           value: /tmp
+        {{- include "raydpo.traces" .root | nindent 8 }}
       {{- with list .root.Values.storage.existingSecret (.head | ternary .root.Values.integrations.existingSecret "") | compact }}
       envFrom:
         {{- range . }}

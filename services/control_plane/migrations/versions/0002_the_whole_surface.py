@@ -212,6 +212,7 @@ def upgrade() -> None:
     unchecked = sa.text("purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL")
     op.create_index("files_unchecked", "files", ["created_at"], postgresql_where=unchecked)
     op.add_column("jobs", sa.Column("waits_for", sa.String()))
+    op.add_column("jobs", sa.Column("traceparent", sa.String()))
     for table, column in (
         ("attempts", sa.Column("num_accelerators", sa.Double(), server_default="0", nullable=False)),
         ("jobs", sa.Column("priority", sa.Integer(), server_default="0", nullable=False)),
@@ -233,6 +234,28 @@ def upgrade() -> None:
             f"CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}"
             " FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()"
         )
+    _tell_of_jobs()
+
+
+def _tell_of_jobs() -> None:
+    """Whoever listens on the channel `jobs` hears the id of every job that changed or has new events.
+
+    Events of one job get their ids under its lock: they are seen in the order of their ids, so that a reader who
+    asks for those above the last he saw misses none.
+    """
+    op.execute(
+        "CREATE FUNCTION order_event() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " PERFORM FROM jobs WHERE id = NEW.job_id FOR NO KEY UPDATE;"
+        " NEW.id := nextval(pg_get_serial_sequence('events', 'id'));"
+        " PERFORM pg_notify('jobs', NEW.job_id);"
+        " RETURN NEW; END $$"
+    )
+    op.execute("CREATE TRIGGER in_order BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION order_event()")
+    op.execute(
+        "CREATE FUNCTION tell_of_job() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_notify('jobs', NEW.id); RETURN NULL; END $$"
+    )
+    op.execute("CREATE TRIGGER told AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION tell_of_job()")
 
 
 def _allow(column: str, *values: str) -> None:
@@ -243,11 +266,15 @@ def _allow(column: str, *values: str) -> None:
 
 def downgrade() -> None:
     """Jobs that are paused, or wished so, must end first."""
+    op.execute("DROP TRIGGER told ON jobs")
+    op.execute("DROP TRIGGER in_order ON events")
+    op.execute("DROP FUNCTION tell_of_job, order_event")
     _allow("desired", "run", "cancel")
     _allow("observed", "queued", "running", "succeeded", "failed", "cancelled")
     op.drop_column("attempts", "num_accelerators")
     op.drop_column("jobs", "priority")
     op.drop_column("jobs", "waits_for")
+    op.drop_column("jobs", "traceparent")
     op.drop_index("files_unchecked", table_name="files")
     for column in ("expires_at", "refusal", "num_checked"):
         op.drop_column("files", column)
