@@ -42,7 +42,7 @@ from services.control_plane.routes import (
     uploads,
     webhooks,
 )
-from services.control_plane.routes.dependencies import admit
+from services.control_plane.routes.dependencies import admit, check_query
 from services.control_plane.schemas import refused
 from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
@@ -59,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     """The service for one database and one Ray cluster. The database's schema must be up to date."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(check_query)])
     owned = (files, uploads, fine_tuning, logs, permissions, models, datasets, inference, webhooks, streams)
     for routes in (*owned, keys, projects, audit, unsupported):
         v1.include_router(routes.router)

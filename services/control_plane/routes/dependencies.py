@@ -1,13 +1,17 @@
 """What routes are given: the parts wired in `app`, and the caller's key checked."""
 
-from typing import Annotated, cast
+from collections.abc import Collection
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
+from fastapi.dependencies.utils import get_flat_dependant
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
 
 from services.control_plane import scopes
 from services.control_plane.authentication import Authentication
-from services.control_plane.errors import Forbidden, Unauthorized
+from services.control_plane.errors import Forbidden, InvalidRequest, Unauthorized
 from services.control_plane.inference import Inference
 from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
@@ -85,6 +89,23 @@ def _check_scope(request: Request, caller: Caller) -> None:
 
 
 CallerPart = Annotated[Caller, Depends(admit)]
+
+
+def _names(param: Any) -> Collection[str]:
+    """Of one field of FastAPI's, which may be a model of several."""
+    kind = param.field_info.annotation
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else [param.alias]
+
+
+async def check_query(request: Request) -> None:
+    """Raises InvalidRequest for a parameter that the route does not read. `a[b]` is one of `a`."""
+    route = cast(APIRoute, request.scope["route"])
+    if not request.query_params or not route.include_in_schema:
+        return
+    known = {name for param in get_flat_dependant(route.dependant).query_params for name in _names(param)}
+    for name in request.query_params:
+        if name.partition("[")[0] not in known:
+            raise InvalidRequest(f"Unknown parameter: '{name:.80}'.", param=name[:80], code="unknown_parameter")
 
 
 async def _project_store(store: ServiceStorePart, caller: CallerPart) -> ProjectStore:

@@ -1,7 +1,7 @@
 """/v1/fine_tuning/jobs"""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import select
@@ -75,17 +75,20 @@ def _check_size(file: File) -> None:
 
 @router.get("")
 async def list_jobs(
-    request: Request, store: StorePart, settings: SettingsPart, after: str | None = None, limit: Limit = 20
+    request: Request,
+    store: StorePart,
+    settings: SettingsPart,
+    after: str | None = None,
+    limit: Limit = 20,
+    metadata: Literal["null"] | None = None,
 ) -> dict[str, Any]:
     """Newest first; `metadata[k]=v` keeps the jobs that carry it, `metadata=null` those that carry none."""
     query = select(Job)
+    if metadata:
+        query = query.where(Job.spec["metadata"].astext.is_(None))
     for name, value in request.query_params.multi_items():
-        if name == "metadata" and value == "null":
-            query = query.where(Job.spec["metadata"].astext.is_(None))
-        elif name.startswith("metadata[") and name.endswith("]"):
-            query = query.where(Job.spec["metadata"][name[9:-1]].astext == value)
-        elif name not in ("after", "limit"):
-            raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+        if name.startswith("metadata["):
+            query = query.where(Job.spec["metadata"][name[9:].removesuffix("]")].astext == value)
     async with store.look() as session:
         keys = [Job.created_at, Job.id]
         rows, more = await page(session, query, keys, cursor=Job.id, after=after, limit=limit)

@@ -8,13 +8,14 @@ router = APIRouter()
 
 INSTEAD = {
     "/fine_tuning/alpha": "there are no graders",
+    "/chat/completions": "completions are not kept",
 }
 
 
 async def refuse(request: Request) -> None:
     """Raises InvalidRequest naming the part and what to do instead."""
     part = next(part for part in INSTEAD if request.url.path.startswith(f"/v1{part}"))
-    message = f"{part.removeprefix('/')} is not supported: {INSTEAD[part]}."
+    message = f"{request.method} {request.url.path} is not supported: {INSTEAD[part]}."
     raise InvalidRequest(message, param=part.removeprefix("/"), code="unsupported_value")
 
 

@@ -426,6 +426,15 @@ def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.fine_tuning.alpha.graders.validate(grader={"type": "multi"})  # type: ignore[typeddict-item]
     assert (refused.value.param, refused.value.code) == ("fine_tuning/alpha", "unsupported_value")
+    with pytest.raises(openai.BadRequestError, match="completions are not kept"):
+        client.chat.completions.list()
+
+
+def test_a_parameter_that_a_route_does_not_read_is_refused_by_name(client: openai.OpenAI) -> None:
+    for path in ("/files", "/models/tiny", "/fine_tuning/jobs", "/webhook_endpoints"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.get(f"{path}?limt=1", cast_to=object)
+        assert (refused.value.param, refused.value.code) == ("limt", "unknown_parameter")
 
 
 def test_a_wrong_key_and_no_key_are_refused(base_url: str) -> None:
