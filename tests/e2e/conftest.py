@@ -1,8 +1,8 @@
 """A running service: `raydpo up` as a user starts it, on a home of its own, with a small base model."""
 
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +18,8 @@ import pytest
 
 from demo.base_model import make_base_model
 from demo.rows import Shop
+from tests.clients import strict
+from tests.services.control_plane.conftest import free_port
 
 START_SECONDS = 120.0
 
@@ -37,9 +39,7 @@ class Service:
 
     def __init__(self, home: Path, model: Path) -> None:
         self.home, self.model = home, model
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port, self.hooks_port = free_port(), free_port()
         self.log = home.parent / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -49,10 +49,11 @@ class Service:
 
     def start(self) -> None:
         raydpo = Path(sys.executable).with_name("raydpo")
-        command = [raydpo, "up", f"--home={self.home}", f"--port={self.port}"]
+        command = [raydpo, "up", f"--home={self.home}", f"--port={self.port}", f"--model=tiny={self.model}"]
+        hooks = {"RAYDPO_WEBHOOK_URLS": json.dumps([f"http://127.0.0.1:{self.hooks_port}/"])}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, f"--model=tiny={self.model}"], stdout=log, stderr=log, start_new_session=True
+                command, env=os.environ | hooks, stdout=log, stderr=log, start_new_session=True
             )
         wait_for(self._is_ready, f"ready, see {self.log}", seconds=START_SECONDS)
 
@@ -63,6 +64,10 @@ class Service:
             return httpx.get(f"{self.url}/readyz").is_success
         except httpx.TransportError:
             return False
+
+    @property
+    def key(self) -> str:
+        return (self.home / "api.key").read_text()
 
     def kill(self) -> None:
         """As a crash would: no time to tidy up."""
@@ -78,8 +83,7 @@ class Service:
         self.process.wait(60)
 
     def client(self) -> openai.OpenAI:
-        key = (self.home / "api.key").read_text()
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=5)
+        return strict.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=5)
 
     def processes(self, word: str = "") -> list[psutil.Process]:
         """Every process that works for this home, by the folder in its command line or environment."""

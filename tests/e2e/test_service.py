@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo.rows import Shop
+from tests.clients import installed
+from tests.clients.programs import Address, FlakyProxy, has_node, run_node, run_python
 from tests.e2e.conftest import Service, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
@@ -126,6 +129,22 @@ def test_openai_fine_tuning_round_with_the_unmodified_client(client: openai.Open
     assert client.models.delete(policy).deleted
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model=policy, messages=asked)
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> Iterator[Address]:
+    proxy = FlakyProxy(service.url)
+    yield Address(service.url, proxy, service.key, service.hooks_port)
+    proxy.close()
+
+
+def test_the_round_of_the_python_client(address: Address) -> None:
+    assert run_python(installed.PYTHON[-1], address).endswith("all passed")
+
+
+@pytest.mark.skipif(not has_node(), reason="node and npm are not installed")
+def test_the_round_of_the_node_client(address: Address) -> None:
+    assert run_node(address).endswith("all passed")
 
 
 def test_a_running_job_is_cancelled_and_its_processes_end(service: Service, client: openai.OpenAI) -> None:

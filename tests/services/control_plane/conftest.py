@@ -21,6 +21,7 @@ from services.control_plane.app import create_app
 from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
+from tests.clients import strict
 
 API_KEY = "rd-a-key-for-tests"
 
@@ -187,7 +188,7 @@ def serving(settings: Settings, at_once_bytes: int = 2**29) -> Iterator[tuple[su
 
 @pytest.fixture(scope="module")
 def client(base_url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{base_url}/v1", api_key=API_KEY, max_retries=0) as client:
+    with strict.OpenAI(base_url=f"{base_url}/v1", api_key=API_KEY, max_retries=0) as client:
         yield client
 
 

@@ -17,9 +17,8 @@ from typing import Any
 
 import httpx
 
-from dpo_core.config import TrainConfig
 from services import storage
-from services.contract import AttemptSpec, CheckpointSaved, Started, StepMetrics, Succeeded
+from services.contract import AttemptSpec, CheckpointSaved, Paused, Started, StepMetrics, Succeeded
 from services.training.reporting import Reporter
 from tests.services.control_plane.conftest import API_KEY, FakeRay, free_port
 
@@ -58,25 +57,35 @@ class LivelyRay(FakeRay):
         reporter = Reporter(spec, token, period_seconds=0.1)
         dies_at = random.randrange(1, STEPS) if spec.attempt == 1 and random.random() < self._dying else None
         first = self._saved[spec.job_id] + 1
-        config = TrainConfig().resolved(12)
+        config = spec.config.resolved(12)
         reporter.report(Started(config=config, num_groups=12, total_steps=STEPS, resumed_from=first - 1))
         for step in range(first, STEPS + 1):
             time.sleep(self._step_seconds * random.uniform(0.5, 1.5))
-            if self.jobs[submission_id] != "RUNNING" or reporter.order() == "fenced":
+            order = reporter.order()
+            if self.jobs[submission_id] != "RUNNING" or order == "fenced":
                 return
+            if order == "pause":
+                self._save(spec, reporter, step - 1)
+                reporter.report(Paused(step=step - 1))
+                break
             if step == dies_at:
                 self.jobs[submission_id] = "FAILED"
                 return
-            metrics = {"loss": 1 / step}
-            reporter.report(StepMetrics(step=step, total_steps=STEPS, metrics=metrics))
+            reporter.report(StepMetrics(step=step, total_steps=STEPS, metrics={"loss": 1 / step}))
             if step % 4 == 0:
-                reporter.flush()
-                self._saved[spec.job_id] = step
-                saved = storage.join(spec.run_uri, "checkpoints", f"step-{step:06d}")
-                reporter.report(CheckpointSaved(step=step, uri=saved, metrics=metrics))
-        reporter.report(Succeeded(model_uri=storage.join(spec.run_uri, "export"), trained_tokens=STEPS))
+                self._save(spec, reporter, step)
+        else:
+            reporter.report(Succeeded(model_uri=storage.join(spec.run_uri, "export"), trained_tokens=STEPS))
         reporter.close(1.0)
         self.jobs[submission_id] = "SUCCEEDED"
+
+    def _save(self, spec: AttemptSpec, reporter: Reporter, step: int) -> None:
+        if step <= self._saved[spec.job_id]:
+            return
+        reporter.flush()
+        self._saved[spec.job_id] = step
+        saved = storage.join(spec.run_uri, "checkpoints", f"step-{step:06d}")
+        reporter.report(CheckpointSaved(step=step, uri=saved, metrics={"loss": 1 / step}))
 
 
 class Plane:

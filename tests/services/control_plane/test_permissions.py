@@ -12,6 +12,7 @@ import pytest
 
 from services.control_plane.keys import digest
 from services.control_plane.settings import Settings
+from tests.clients import strict
 from tests.services.control_plane.conftest import API_KEY, pairs
 
 PLAIN, SLASHED = "ft:tiny:raydpo:mine:12345678", "ft:org/base:raydpo::87654321:ckpt-step-3"
@@ -31,8 +32,7 @@ def projects(base_url: str, settings: Settings) -> None:
 
 
 def client_of(base_url: str, key: str) -> openai.OpenAI:
-    url = f"{base_url}/v1"
-    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, _strict_response_validation=True)
+    return strict.OpenAI(base_url=f"{base_url}/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture(scope="module")
