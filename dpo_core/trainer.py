@@ -22,7 +22,7 @@ from dpo_core.metrics import measure
 from dpo_core.model import check_model
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
-from dpo_core.ranks import rank
+from dpo_core.ranks import on_any_rank, rank
 from dpo_core.scorer import Scorer
 from dpo_core.weights import Weights, agree_on_weights, shard
 
@@ -51,6 +51,7 @@ def train(
     resume: Path | None = None,
     publish: Publish | None = None,
     validation: Callable[[], Batches] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[StepResult]:
     """Train `policy` in place, with dropout off: all its weights, or its adapter.
 
@@ -61,12 +62,20 @@ def train(
 
     `validation` gives held-out groups in batches of any sizes, anew whenever a checkpoint is due. What the policy
     of that checkpoint makes of them joins its step's metrics, `eval/loss` and so on. Training goes on as without.
+
+    `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
+    last step, if it has none, and the iterator ends.
     """
     assert config.checkpoint_steps is not None  # resolved
     run = _Run(config, policy, total_steps, resume)
     batches, drift = iter(global_batches), Drift()
     with Writer(checkpoint_dir, policy, tokenizer, run.weights, publish) as writer:
+        is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
+            if stop is not None and on_any_rank(stop(), run.scorer.model.device):
+                if not is_due:
+                    writer.save(run.manifest(metrics), run.optimizer)
+                return
             groups = next(batches, ())
             if not groups:
                 raise ValueError(f"No groups came for step {step} of {total_steps}; total_steps must fit the data.")

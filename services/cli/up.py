@@ -15,7 +15,7 @@ import httpx
 from pydantic import ValidationError
 
 from services.cli.client import out
-from services.control_plane import logs
+from services.control_plane import journal
 from services.control_plane.app import create_app
 from services.control_plane.server import Server
 from services.control_plane.settings import Settings
@@ -41,7 +41,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
     try:
         with running_stack(home, ray_address=ray_address, database_url=database_url, say=out.print) as stack:
             settings = _settings(home, stack, sources, url)
-            logs.configure(settings.log_format, home / "raydpo.log")
+            journal.configure(settings.log_format, home / "raydpo.log")
             migrate(settings.database_url)
             asyncio.run(_serve(settings, listening, url))
     except StackError as error:

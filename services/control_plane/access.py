@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import tracing
-from services.control_plane import logs
+from services.control_plane import journal
 from services.control_plane.errors import envelope
 from services.control_plane.telemetry import REQUEST_SECONDS, REQUESTS
 
@@ -49,7 +49,7 @@ class Access:
                 ]
             await send(message)
 
-        with logs.about(request_id=request_id, **_given_id(scope)), _span(scope) as span:
+        with journal.about(request_id=request_id, **_given_id(scope)), _span(scope) as span:
             try:
                 await self._app(scope, receive, send_with_headers)
             except Exception:

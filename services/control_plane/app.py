@@ -32,6 +32,7 @@ from services.control_plane.routes import (
     health,
     inference,
     keys,
+    logs,
     metrics,
     models,
     permissions,
@@ -59,7 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
-    owned = (files, uploads, fine_tuning, permissions, models, datasets, inference, webhooks, streams)
+    owned = (files, uploads, fine_tuning, logs, permissions, models, datasets, inference, webhooks, streams)
     for routes in (*owned, keys, projects, audit, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)

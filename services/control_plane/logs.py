@@ -1,48 +1,49 @@
-"""The service's log: sentences for people, or a JSON object a line; each says what it is about."""
+"""What driver and workers of a job printed, as its attempts keep it in storage."""
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from logging.handlers import RotatingFileHandler
-from pathlib import Path
-from typing import Any, Literal
+import math
+from collections.abc import Iterator
+from typing import Any
 
-from pythonjsonlogger.json import JsonFormatter
+from services import storage
+from services.control_plane.errors import InvalidRequest
+from services.control_plane.settings import Settings
 
-LogFormat = Literal["text", "json"]
-_about: ContextVar[Mapping[str, Any]] = ContextVar("about")
+PAGE_BYTES = 2**20
 
 
-@contextmanager
-def about(**fields: Any) -> Iterator[None]:
-    """Every record within carries these fields: request_id, job_id, attempt."""
-    token = _about.set({**_about.get({}), **fields})
-    try:
-        yield
-    finally:
-        _about.reset(token)
+def page(
+    settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
+) -> dict[str, Any]:
+    """Lines from byte `after` on; `next` is where the next page begins. Attempt None: the newest."""
+    folder = storage.join(settings.storage_url, "runs", job_id, "logs")
+    attempts = sorted(map(int, storage.list_folders(folder)))
+    if attempt is None:
+        attempt = max(attempts, default=1)
+    if attempts and attempt not in attempts:
+        raise InvalidRequest(f"There are logs of the attempts {attempts}, not of {attempt}.", param="attempt")
+    sources = storage.list_folders(storage.join(folder, str(attempt)))
+    lines: list[str] = []
+    following, num_bytes, has_more = after, 0, False
+    for end, line in _lines(storage.join(folder, str(attempt), source), after):
+        if has_more := len(lines) == limit or num_bytes > PAGE_BYTES:
+            break
+        lines.append(line)
+        following, num_bytes = end, num_bytes + len(line)
+    shown = {"attempt": attempt, "attempts": attempts, "source": source, "sources": sources}
+    return {"object": "job.logs", **shown, "data": lines, "next": following, "has_more": has_more}
 
 
-def configure(log_format: LogFormat, file: Path) -> None:
-    """`text` goes to `file`, for who runs the service in a terminal; `json` to standard error, for a collector."""
-    handler: logging.Handler
-    if log_format == "json":
-        handler = logging.StreamHandler()
-        names = {"asctime": "time", "levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter("%(asctime)s%(levelname)s%(name)s%(message)s", rename_fields=names))
-    else:
-        handler = RotatingFileHandler(file, maxBytes=10 * 2**20, backupCount=3)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s%(about)s"))
-    handler.addFilter(lambda record: _add_fields(record, in_words=log_format == "text"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
-
-
-def _add_fields(record: logging.LogRecord, *, in_words: bool) -> bool:
-    fields = _about.get({})
-    if in_words:
-        record.about = "".join(f" {name}={value}" for name, value in fields.items())
-    else:
-        vars(record).update({name: value for name, value in fields.items() if name not in vars(record)})
-    return True
+def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
+    """Each with the byte where the next one begins. What the log was cut by is a line of its own."""
+    names = storage.list_files(folder)
+    firsts = [int(name.removesuffix(".log")) for name in names]
+    at = after
+    for first, end, name in zip(firsts, [*firsts[1:], math.inf], names, strict=False):
+        if end <= at:
+            continue
+        if at < first:
+            yield first, f"... {first - at} bytes were left out, for the log is too long ..."
+            at = first
+        for line in storage.read_bytes(storage.join(folder, name))[at - first :].splitlines(keepends=True):
+            at += len(line)
+            yield at, line.decode(errors="replace").rstrip("\n")

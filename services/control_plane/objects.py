@@ -146,7 +146,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
 
 def _eta_seconds(row: Job) -> float | None:
     """At the rate of the stage so far; None while there is none."""
-    progress = row.progress or {}
+    progress = (row.observed == "running" and row.progress) or {}
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:
         return None

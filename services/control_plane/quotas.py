@@ -31,7 +31,9 @@ async def usage(session: AsyncSession) -> Usage:
 
 async def admit_job(session: AsyncSession) -> None:
     """Raises OverQuota if the session's project may not submit another job now; Forbidden if it is archived."""
-    project = await projects.lock(session, project_of(session))
+    project = await session.get_one(Project, project_of(session))
+    if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
+        project = await projects.lock(session, project.id)  # submissions of one without limits need not take turns
     if project.archived_at is not None:  # since the key was looked up
         raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
     if project.max_queued_jobs is not None:

@@ -1,5 +1,6 @@
 """What a request body may hold. Unknown fields are refused by name, values by their limits."""
 
+import functools
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -301,12 +302,18 @@ class InferenceBody(BaseModel):
 Parsed = TypeVar("Parsed")
 
 
+@functools.cache  # to make one takes milliseconds
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 def _parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
     try:
-        return TypeAdapter(kind).validate_python(value)
+        parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
     except ValidationError as error:
         first = error.errors()[0]
         raise refused(first, first["loc"], where, paths) from None
+    return parsed
 
 
 def refused(

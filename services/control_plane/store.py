@@ -79,15 +79,15 @@ class Store:
     """The database: a pool of connections, one transaction per `begin`."""
 
     def __init__(self, database_url: str) -> None:
-        # Pre-ping: a connection that died with a restarted database is replaced before it is used.
+        # The first error of a connection that died with the database drops all of them from the pool.
         self._engine = create_async_engine(
             _sqlalchemy_url(database_url),
             pool_size=20,
             max_overflow=MAX_OVERFLOW,
-            pool_pre_ping=True,
             connect_args={"connect_timeout": 10},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._database_url = database_url
 
     @property
@@ -106,6 +106,12 @@ class Store:
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
         """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
+            yield session
+
+    @asynccontextmanager
+    async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
+        """As `begin_for`, to read: each statement is a transaction of its own, which saves two trips of three."""
+        async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
             yield session
 
     async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
@@ -139,6 +145,9 @@ class ProjectStore:
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         return self.store.begin_for(self.project_id)
+
+    def look(self) -> AbstractAsyncContextManager[AsyncSession]:
+        return self.store.look_for(self.project_id)
 
 
 @event.listens_for(Session, "do_orm_execute")

@@ -61,9 +61,9 @@ class Dataset(Contract):
 
 
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup]) -> Part:
-    rows = [{name: getattr(group, name) for name in IDS.names} for group in groups]
+    table = pa.table({field: [getattr(group, field) for group in groups] for field in IDS.names}, IDS)
     num_tokens = sum(group.num_tokens for group in groups)
-    sha256 = _write(storage.join(uri, name), pa.Table.from_pylist(rows, IDS))
+    sha256 = _write(storage.join(uri, name), table)
     return Part(name=name, num_groups=len(groups), num_tokens=num_tokens, sha256=sha256)
 
 

@@ -20,25 +20,41 @@ from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.trainer import StepResult, train
 from services import storage
-from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Report, Started, StepMetrics, Succeeded
+from services.contract import (
+    AttemptSpec,
+    CheckpointSaved,
+    Failed,
+    Message,
+    Paused,
+    Report,
+    Started,
+    StepMetrics,
+    Succeeded,
+)
 from services.training.dataset import Dataset, batched, global_batches, num_steps, read_groups
+from services.training.logs import keep_logs
+from services.training.orders import listening
 
 LN2_TOLERANCE = 1e-3
 GROUPS_PER_EVALUATION = 256  # read at a time, and dealt to all workers
 
 
-def work(spec: AttemptSpec, dataset: Dataset, reporter: Any, validation: Dataset | None = None) -> Succeeded | Failed:
-    """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend.
+def work(
+    spec: AttemptSpec, dataset: Dataset, reporter: Any, validation: Dataset | None = None
+) -> Succeeded | Failed | Paused:
+    """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend. Or it is told to
+    pause, and leaves a checkpoint.
 
-    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 uses it. Every checkpoint is
-    evaluated on `validation`.
+    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 reports to it. Every checkpoint
+    is evaluated on `validation`.
     """
+    keep_logs(spec.run_uri, spec.attempt, f"worker-{dist.get_rank()}")
     device = ray.train.torch.get_device()
     torch.set_num_threads(_num_threads())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     total_steps = num_steps(dataset.num_groups, spec.config)
-    with _scratch(spec) as scratch:
+    with _scratch(spec) as scratch, listening(reporter) as pausing:
         resume = _agree_on_checkpoint(spec, scratch, reporter, device)
         step, num_tokens = 0, 0
         if resume:
@@ -58,6 +74,7 @@ def work(spec: AttemptSpec, dataset: Dataset, reporter: Any, validation: Dataset
             resume=resume,
             publish=lambda step, folder: _publish(step, folder, spec, reporter),
             validation=held_out(validation),
+            stop=pausing,
         )
         failed = None
         for result in results:
@@ -65,9 +82,11 @@ def work(spec: AttemptSpec, dataset: Dataset, reporter: Any, validation: Dataset
                 break
             if dist.get_rank() == 0:
                 _report_step(result, spec, reporter)
-            num_tokens = result.num_tokens
+            step, num_tokens = result.step, result.num_tokens
     if dist.get_rank() == 0:
         ray.get(reporter.flush.remote())  # all of this before the driver reports the end
+    if not failed and step < total_steps:
+        return Paused(step=step)
     model_uri = storage.join(checkpoint_uri(spec, total_steps), "model")
     return failed or Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
 

@@ -27,6 +27,6 @@ async def list_entries(
         query = query.where(AuditEntry.project_id == caller.project_id)
     if project_id is not None:
         query = query.where(AuditEntry.project_id == project_id)
-    async with store.begin() as session:
+    async with store.look() as session:
         rows, more = await page(session, query, [AuditEntry.id], cursor=AuditEntry.id, after=after, limit=limit)
     return listing([audit_object(row) for row in rows], more)

@@ -22,27 +22,27 @@ bearer = HTTPBearer(auto_error=False)
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
-def _store(request: Request) -> Store:
+async def _store(request: Request) -> Store:
     return cast(Store, request.app.state.store)
 
 
-def _launcher(request: Request) -> Launcher:
+async def _launcher(request: Request) -> Launcher:
     return cast(Launcher, request.app.state.launcher)
 
 
-def _inference(request: Request) -> Inference:
+async def _inference(request: Request) -> Inference:
     return cast(Inference, request.app.state.inference)
 
 
-def _live(request: Request) -> Live:
+async def _live(request: Request) -> Live:
     return cast(Live, request.app.state.live)
 
 
-def _sender(request: Request) -> Sender:
+async def _sender(request: Request) -> Sender:
     return cast(Sender, request.app.state.sender)
 
 
@@ -87,14 +87,14 @@ def _check_scope(request: Request, caller: Caller) -> None:
 CallerPart = Annotated[Caller, Depends(admit)]
 
 
-def _project_store(store: ServiceStorePart, caller: CallerPart) -> ProjectStore:
+async def _project_store(store: ServiceStorePart, caller: CallerPart) -> ProjectStore:
     return ProjectStore(store, caller.project_id)
 
 
 StorePart = Annotated[ProjectStore, Depends(_project_store)]
 
 
-def _once(request: Request, store: StorePart, caller: CallerPart) -> Once:
+async def _once(request: Request, store: StorePart, caller: CallerPart) -> Once:
     return Once(request, store, caller)
 
 

@@ -70,7 +70,7 @@ async def list_files(
     query = select(File).where(files.alive())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
-    async with store.begin() as session:
+    async with store.look() as session:
         keys = [File.created_at, File.id]
         rows, more = await page(
             session, query, keys, cursor=File.id, after=after, limit=limit, descending=order == "desc"
@@ -80,13 +80,13 @@ async def list_files(
 
 @router.get("/{file_id}")
 async def retrieve(store: StorePart, file_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return file_object(await files.find(session, file_id))
 
 
 @router.get("/{file_id}/content")
 async def content(request: Request, store: StorePart, file_id: str) -> Response:
-    async with store.begin() as session:
+    async with store.look() as session:
         row = await files.find(session, file_id)
     span, headers = range(row.num_bytes), {"accept-ranges": "bytes", **_attached(row.filename)}
     status = 200

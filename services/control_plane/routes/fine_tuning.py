@@ -1,5 +1,6 @@
 """/v1/fine_tuning/jobs"""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,9 +12,12 @@ from services import tracing
 from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane import files, jobs, models, quotas
 from services.control_plane.errors import InvalidRequest
+from services.control_plane.keys import Caller
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
+from services.control_plane.once import Once
 from services.control_plane.routes.dependencies import CallerPart, OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import CreateJob
+from services.control_plane.settings import Settings
 from services.control_plane.store import page
 from services.control_plane.tables import Checkpoint, Event, File, Job
 
@@ -82,7 +86,7 @@ async def list_jobs(
             query = query.where(Job.spec["metadata"][name[9:-1]].astext == value)
         elif name not in ("after", "limit"):
             raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-    async with store.begin() as session:
+    async with store.look() as session:
         keys = [Job.created_at, Job.id]
         rows, more = await page(session, query, keys, cursor=Job.id, after=after, limit=limit)
     return listing([job_object(row, settings) for row in rows], more)
@@ -90,31 +94,42 @@ async def list_jobs(
 
 @router.get("/{job_id}")
 async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return job_object(await jobs.find(session, job_id), settings)
+
+
+async def _wish(
+    wish: Callable[[AsyncSession, str, str], Awaitable[Job]],
+    once: Once,
+    caller: Caller,
+    settings: Settings,
+    job_id: str,
+) -> Response:
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return job_object(await wish(session, job_id, caller.key_id), settings)
+
+    return await once.act(act)
 
 
 @router.post("/{job_id}/cancel")
 async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    async def wish(session: AsyncSession) -> dict[str, Any]:
-        return job_object(await jobs.cancel(session, job_id, caller.key_id), settings)
-
-    return await once.act(wish)
+    return await _wish(jobs.cancel, once, caller, settings, job_id)
 
 
-@router.post("/{job_id}/{action}", include_in_schema=False)
-async def act(store: StorePart, job_id: str, action: str) -> None:
-    """`pause` and `resume` of OpenAI's surface are refused by name."""
-    async with store.begin() as session:
-        await jobs.find(session, job_id)
-    message = f"'{action}' is not supported; a job can be cancelled."
-    raise InvalidRequest(message, param="action", code="unsupported_value")
+@router.post("/{job_id}/pause")
+async def pause(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.pause, once, caller, settings, job_id)
+
+
+@router.post("/{job_id}/resume")
+async def resume(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.resume, once, caller, settings, job_id)
 
 
 @router.get("/{job_id}/events")
 async def events(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
-    async with store.begin() as session:
+    async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Event).where(Event.job_id == job_id)
         rows, more = await page(session, query, [Event.id], cursor=Event.public_id, after=after, limit=limit)
@@ -124,7 +139,7 @@ async def events(store: StorePart, job_id: str, after: str | None = None, limit:
 @router.get("/{job_id}/checkpoints")
 async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
     """Newest first."""
-    async with store.begin() as session:
+    async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Checkpoint).where(Checkpoint.job_id == job_id)
         rows, more = await page(session, query, [Checkpoint.step], cursor=Checkpoint.id, after=after, limit=limit)

@@ -48,14 +48,14 @@ async def list_keys(
     query = keys.managed_by(caller)
     if project_id is not None:
         query = query.where(Key.project_id == project_id)
-    async with store.begin() as session:
+    async with store.look() as session:
         rows, more = await page(session, query, [Key.created_at, Key.id], cursor=Key.id, after=after, limit=limit)
     return listing([key_object(row) for row in rows], more)
 
 
 @router.get("/{key_id}")
 async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return key_object(await keys.find(session, caller, key_id))
 
 

@@ -17,14 +17,14 @@ router = APIRouter(prefix="/models")
 
 @router.get("")
 async def list_models(store: StorePart, settings: SettingsPart) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         found = await models.list_all(session, settings)
     return {"object": "list", "data": [model_object(model, settings) for model in found]}
 
 
 @router.get("/{model_id:path}")
 async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return model_object(await models.find(session, settings, model_id), settings)
 
 

@@ -49,7 +49,7 @@ async def list_permissions(
     query = select(CheckpointPermission).where(CheckpointPermission.model_id == model_id)
     if project_id is not None:
         query = query.where(CheckpointPermission.project_id == project_id)
-    async with store.begin() as session:
+    async with store.look() as session:
         await models.find_own(session, settings, model_id)
         rows, more = await page(
             session,

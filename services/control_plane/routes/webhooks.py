@@ -82,7 +82,7 @@ async def create(once: OncePart, settings: SettingsPart, body: CreateWebhook) ->
 @router.get("/webhook_endpoints")
 async def list_endpoints(store: StorePart, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
-    async with store.begin() as session:
+    async with store.look() as session:
         keys, cursor = [WebhookEndpoint.created_at, WebhookEndpoint.id], WebhookEndpoint.id
         rows, more = await page(session, webhooks.listed(), keys, cursor=cursor, after=after, limit=limit)
     return listing([webhook_object(row) for row in rows], more)
@@ -90,7 +90,7 @@ async def list_endpoints(store: StorePart, after: str | None = None, limit: Limi
 
 @router.get("/webhook_endpoints/{endpoint_id}")
 async def retrieve(store: StorePart, endpoint_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return webhook_object(await webhooks.find(session, endpoint_id))
 
 

@@ -90,7 +90,7 @@ OPERATIONS = [
 NAMED = [each for each in OPERATIONS if each.parameters("path")]
 READ = [each for each in OPERATIONS if each.method == "GET" and str(each) not in EVERYBODY_S]
 LISTS = [each for each in READ if not each.parameters("path")]
-PAGED = [each for each in OPERATIONS if "after" in each.parameters("query")]
+PAGED = [each for each in OPERATIONS if "after" in each.parameters("query") and "logs" not in each.path]  # bytes, there
 WITH_BODY = [each for each in OPERATIONS if "requestBody" in each.declared]
 CHANGES = [each for each in OPERATIONS if each.method != "GET" and each.path.startswith("/v1")]
 

@@ -1,0 +1,48 @@
+"""The service's log: sentences for people, or a JSON object a line; each says what it is about."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Literal
+
+from pythonjsonlogger.json import JsonFormatter
+
+LogFormat = Literal["text", "json"]
+_about: ContextVar[Mapping[str, Any]] = ContextVar("about")
+
+
+@contextmanager
+def about(**fields: Any) -> Iterator[None]:
+    """Every record within carries these fields: request_id, job_id, attempt."""
+    token = _about.set({**_about.get({}), **fields})
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def configure(log_format: LogFormat, file: Path) -> None:
+    """`text` goes to `file`, for who runs the service in a terminal; `json` to standard error, for a collector."""
+    handler: logging.Handler
+    if log_format == "json":
+        handler = logging.StreamHandler()
+        names = {"asctime": "time", "levelname": "level", "name": "logger"}
+        handler.setFormatter(JsonFormatter("%(asctime)s%(levelname)s%(name)s%(message)s", rename_fields=names))
+    else:
+        handler = RotatingFileHandler(file, maxBytes=10 * 2**20, backupCount=3)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s%(about)s"))
+    handler.addFilter(lambda record: _add_fields(record, in_words=log_format == "text"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
+
+
+def _add_fields(record: logging.LogRecord, *, in_words: bool) -> bool:
+    fields = _about.get({})
+    if in_words:
+        record.about = "".join(f" {name}={value}" for name, value in fields.items())
+    else:
+        vars(record).update({name: value for name, value in fields.items() if name not in vars(record)})
+    return True
