@@ -272,6 +272,7 @@ async def _trace(session: AsyncSession, attempt: Attempt, end: str) -> None:
 
 async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
     """Note why the attempt is being stopped, and tell it the first time."""
+    await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
     if (await session.execute(statement.returning(Attempt.number))).first() is not None:

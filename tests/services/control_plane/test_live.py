@@ -43,7 +43,7 @@ async def report(store: Store, settings: Settings, job_id: str, numbers: range, 
         for number in numbers
     ]
     async with store.begin() as session:
-        await jobs.record(session, job_id, 1, events, settings)
+        await jobs.record(session, job_id, 1, events, settings, posted=True)
 
 
 async def open_stream(base_url: str, job_id: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

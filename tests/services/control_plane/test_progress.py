@@ -36,7 +36,7 @@ def attempt(settings: Settings, job_id: str, number: int, reports: dict[float, R
             if job.observed == "queued":
                 await jobs.move(session, job, "running", actor="test", event="It starts")
         async with store.begin() as session:
-            await jobs.record(session, job_id, number, events, settings)
+            await jobs.record(session, job_id, number, events, settings, posted=True)
         if lost:
             async with store.begin() as session:
                 await jobs.end_attempt(session, await session.get_one(Attempt, (job_id, opened.number)), "it died")

@@ -36,7 +36,7 @@ def job_id(client: openai.OpenAI, settings: Settings) -> str:
         store = Store(settings.database_url)
         async with store.begin() as session:
             await jobs.open_attempt(session, job, 1, None, num_accelerators=0)
-            await jobs.record(session, job, 1, events, settings)
+            await jobs.record(session, job, 1, events, settings, posted=True)
         await store.close()
 
     asyncio.run(write())

@@ -55,7 +55,7 @@ def record(settings: Settings, job_id: str, first: int, reports: list[Any]) -> N
 
     async def write(store: Store) -> None:
         async with store.begin() as session:
-            await jobs.record(session, job_id, 1, events, settings)
+            await jobs.record(session, job_id, 1, events, settings, posted=True)
 
     with_store(settings, write)
 
