@@ -152,7 +152,8 @@ def _eta_seconds(row: Job) -> float | None:
 def _progress(row: Job) -> dict[str, Any] | None:
     if row.progress is None or row.observed in TERMINAL:
         return None
-    return {key: row.progress[key] for key in ("stage", "done", "total")} | {"eta_seconds": _eta_seconds(row)}
+    found = {key: row.progress.get(key) for key in ("stage", "done", "total", "encoding")}
+    return found | {"eta_seconds": _eta_seconds(row)}
 
 
 def _estimated_finish(row: Job) -> int | None:
