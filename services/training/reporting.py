@@ -13,7 +13,7 @@ from collections.abc import Callable
 import httpx
 
 from services import storage
-from services.contract import AttemptSpec, Failed, JobEvent, Message, Progress, Report, Stage
+from services.contract import AttemptSpec, Failed, JobEvent, Message, Progress, Report, Stage, Succeeded
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class Reporter:
         self._segment: tuple[str, bytes] | None = None  # being written; kept unchanged until that succeeds
         self._unshipped: deque[str] = deque()  # segments' URIs
         self._fenced = False
+        self._ended = False
         self._closing = threading.Event()
         self._changed = threading.Condition()  # guards all of the above but _segment
         self._writing = threading.Lock()  # guards _segment
@@ -90,6 +91,9 @@ class Reporter:
 
     def report(self, report: Report) -> None:
         with self._changed:
+            if self._ended:
+                return  # workers go on for a moment after what ends the attempt
+            self._ended = isinstance(report, Succeeded | Failed)
             event = JobEvent(seq=self._next_seq, created_at=time.time(), report=report)
             # Encoded here: text that is no Unicode fails its reporter, and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))
