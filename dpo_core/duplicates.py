@@ -3,14 +3,15 @@
 Texts are kept as 64-bit digests, in a database on disk that is gone with its object: a billion rows need no memory.
 """
 
+import marshal
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
+from typing import Any
 
 from dpo_core.formats import Group
-from dpo_core.messages import Text
 
 AT_A_TIME = 10_000
 LINES_NAMED = 10
@@ -73,13 +74,13 @@ def _named(database: sqlite3.Connection, query: str) -> Named:
 
 
 def _row(group: Group) -> tuple[int, int, int, int, int]:
-    best, worst = _digest(group.completions[0]), _digest(group.completions[-1])
-    if len(group.completions) == 1:  # a label of its own: good against none, or none against bad
+    completions = [_digest(text) for text in group.completions]
+    best, worst = completions[0], completions[-1]
+    if len(completions) == 1:  # a label of its own: good against none, or none against bad
         best, worst = (0, best) if group.ratings and not group.ratings[0] else (best, 0)
-    everything = _digest(repr((group.completions, group.ratings)))
-    return group.line, _digest(group.prompt), best, worst, everything
+    return group.line, _digest(group.prompt), best, worst, _digest((completions, group.ratings))
 
 
-def _digest(text: Text) -> int:
-    digest = blake2b(repr(text).encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
+def _digest(value: Any) -> int:
+    written = marshal.dumps(value, 0)  # of what JSON can hold, in a seventh of the time that repr takes
+    return int.from_bytes(blake2b(written, digest_size=8).digest(), "big", signed=True)

@@ -1,20 +1,23 @@
 """Text becomes token ids, prompt and completions apart, once and for all."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, cast
 
 from dpo_core.deadline import deadline
 from dpo_core.formats import Group
 from dpo_core.jsonl import InvalidRow
-from dpo_core.messages import Message, Text
+from dpo_core.messages import Message
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-RENDER_SECONDS = 10.0  # of processor time, for one group: templates take milliseconds
+AT_A_TIME = 100  # groups: more are no faster, and take more memory
+RENDER_SECONDS = 10.0  # of processor time, for so many groups: templates take milliseconds
 MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
 
 
@@ -72,12 +75,20 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
     return encoded
 
 
-def encode_groups(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> Iterator[EncodedGroup | InvalidRow]:
+def encode_groups(groups: Iterable[Group], tokenizer: "PreTrainedTokenizerBase") -> Iterator[EncodedGroup | InvalidRow]:
     """Each group's ids in turn, or why it has none. Raises UnusableTemplate.
 
-    The tokenizer is called for all of them together, and reads each prompt once.
+    The template and the tokenizer are called for many of them together, and the tokenizer reads each prompt once.
     """
-    written = [_write(group, tokenizer) for group in groups]
+    groups = iter(groups)
+    while some := list(islice(groups, AT_A_TIME)):
+        yield from _encode_together(some, tokenizer)
+
+
+def _encode_together(
+    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[EncodedGroup | InvalidRow]:
+    written = _write(groups, tokenizer)
     texts = [text for text in written if isinstance(text, _Written)]
     prompts = _ids([text.prompt for text in texts], tokenizer)
     tails = [_tail(text.prompt, ids, tokenizer) for text, ids in zip(texts, prompts, strict=True)]
@@ -119,53 +130,70 @@ class _Written:
     completions: list[str]
 
 
-def _write(group: Group, tokenizer: "PreTrainedTokenizerBase") -> _Written | InvalidRow:
-    endless = f"The chat template computes on line {group.line} for more than {RENDER_SECONDS:g} seconds; mend it."
+def _write(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> list[_Written | InvalidRow]:
+    """Where the template fails for all of them together, it is called for each alone, to tell whose fault it is."""
+    line = groups[0].line
+    endless = f"The chat template computes on line {line} for more than {RENDER_SECONDS:g} seconds; mend it."
     try:
         with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
-            if isinstance(group.prompt, str):
-                prompt = _with_bos(group.prompt, tokenizer)
-            else:
-                prompt = _render(group, group.prompt, tokenizer)
-            return _Written(prompt, [_completion(group, prompt, text, tokenizer) for text in group.completions])
-    except InvalidRow as error:
-        return error
-
-
-def _completion(group: Group, prompt: str, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What follows the prompt. It ends with one EOS: the text's own, or ours; a template writes its own."""
-    eos = tokenizer.eos_token or ""
-    if isinstance(completion, str):
-        return completion if completion.endswith(eos) else completion + eos
-    assert isinstance(group.prompt, list)
-    *before, last = completion
-    if eos and last["content"].endswith(eos):
-        last = {**last, "content": last["content"].removesuffix(eos)}
-    whole = _render(group, [*group.prompt, *before, last], tokenizer)
-    if not whole.startswith(prompt):
-        what = "the chat template renders the prompt differently once the completion follows; fix the template."
-        raise _invalid(group, "template_not_prefix", what)
-    text = whole[len(prompt) :]
-    if any(call["function"]["name"] not in text for call in last.get("tool_calls", ())):
-        raise _invalid(group, "template_drops_calls", "the chat template leaves tool calls out; use one that has them.")
-    return text
-
-
-def _render(group: Group, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
-    if tokenizer.chat_template is None:
-        raise UnusableTemplate("The tokenizer has no chat template; send texts instead of messages, or add a template.")
-    try:
-        return cast(
-            str,
-            tokenizer.apply_chat_template(
-                messages, tools=group.tools, tokenize=False, add_generation_prompt=messages is group.prompt
-            ),
-        )
-    except UnusableTemplate:
-        raise
+            rendered = _render(groups, tokenizer)
     except Exception as error:  # a template is a stranger's program, and fails in every way
+        if len(groups) > 1:
+            return [text for group in groups for text in _write([group], tokenizer)]
+        if isinstance(error, UnusableTemplate):
+            raise
         reason = f"the chat template refuses the messages: {str(error)[:200]}."
-        raise _invalid(group, "template_refused", reason) from None
+        return [_invalid(groups[0], "template_refused", reason)]
+    return [_written(group, texts, tokenizer) for group, texts in zip(groups, rendered, strict=True)]
+
+
+def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> list[list[str]]:
+    """Of each group, as the template writes them: its prompt, and the prompt with each completion."""
+    rendered: list[list[str]] = []
+    for (chat, tools), alike in groupby(groups, key=lambda group: (isinstance(group.prompt, list), group.tools)):
+        some = list(alike)
+        if not chat:
+            rendered += ([cast(str, group.prompt), *cast(tuple[str, ...], group.completions)] for group in some)
+            continue
+        if tokenizer.chat_template is None:
+            remedy = "send texts instead of messages, or add a template."
+            raise UnusableTemplate(f"The tokenizer has no chat template; {remedy}")
+        apply = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
+        prompts = apply([group.prompt for group in some], add_generation_prompt=True)
+        wholes = iter(apply([whole for group in some for whole in _wholes(group, tokenizer)]))
+        rendered += (
+            [prompt, *islice(wholes, len(group.completions))] for group, prompt in zip(some, prompts, strict=True)
+        )
+    return rendered
+
+
+def _wholes(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
+    """The prompt with each completion, without the EOS that the template writes itself."""
+    eos = tokenizer.eos_token
+    for completion in group.completions:
+        assert isinstance(group.prompt, list)
+        assert isinstance(completion, list)
+        *before, last = completion
+        if eos and last["content"].endswith(eos):
+            last = {**last, "content": last["content"].removesuffix(eos)}
+        yield [*group.prompt, *before, last]
+
+
+def _written(group: Group, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> _Written | InvalidRow:
+    """Texts end with one EOS, their own or ours, and begin with a BOS likewise; a template writes both itself."""
+    prompt, *wholes = rendered
+    if isinstance(group.prompt, str):
+        eos = tokenizer.eos_token or ""
+        return _Written(_with_bos(prompt, tokenizer), [text if text.endswith(eos) else text + eos for text in wholes])
+    if not all(whole.startswith(prompt) for whole in wholes):
+        what = "the chat template renders the prompt differently once the completion follows; fix the template."
+        return _invalid(group, "template_not_prefix", what)
+    texts = [whole[len(prompt) :] for whole in wholes]
+    for text, completion in zip(texts, cast(tuple[list[Message], ...], group.completions), strict=True):
+        if any(call["function"]["name"] not in text for call in completion[-1].get("tool_calls", ())):
+            what = "the chat template leaves tool calls out; use one that has them."
+            return _invalid(group, "template_drops_calls", what)
+    return _Written(prompt, texts)
 
 
 def _with_bos(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -229,5 +257,21 @@ def _behind(
 def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     if not texts:
         return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    return cast(list[list[int]], tokenizer(texts, **options).input_ids)
+    if not _calls_library(tokenizer):
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return cast(list[list[int]], tokenizer(texts, **options).input_ids)
+    library = cast("Tokenizer", tokenizer.backend_tokenizer)
+    library.no_truncation()  # this and the next two: what the tokenizer sets at each call
+    library.no_padding()
+    library.encode_special_tokens = tokenizer.split_special_tokens
+    return [found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@lru_cache(maxsize=8)
+def _calls_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether its call is nothing but that of `tokenizers`, which is faster without places in the text."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(tokenizer)
+    own = kind.__call__ is Fast.__call__ and kind._encode_plus is Fast._encode_plus  # some models have their own
+    return issubclass(kind, Fast) and own

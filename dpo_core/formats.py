@@ -51,6 +51,9 @@ class Format:
         for group in self.reader(row):
             if tools and isinstance(group.prompt, str):
                 raise row.invalid("/tools", "unsupported", "is for prompts of messages; write them into the text.")
+            if (weight, margin, tools) == (None, None, None):
+                yield group
+                continue
             yield replace(group, weight=1.0 if weight is None else weight, margin=margin, tools=group.tools or tools)
 
 

@@ -4,9 +4,10 @@ A leading byte order mark, CRLF and blank lines are harmless and accepted.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 MAX_LINE_BYTES = 32 * 2**20
 POINTER_SHOWN, REASON_SHOWN = 200, 1000  # characters of a message: a key or a number may fill a line
@@ -78,6 +79,8 @@ def _parse(number: int, line: bytes) -> Row:
     if len(line) > MAX_LINE_BYTES:
         limit = f"Line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; split or shorten the row."
         raise InvalidRow(number, "", "line_too_long", limit)
+    if (harmless := _parse_harmless(line)) is not None:
+        return Row(number, harmless)
     try:
         value = _loads(line.decode())
     except UnicodeDecodeError as error:
@@ -95,6 +98,23 @@ def _parse(number: int, line: bytes) -> Row:
     row = Row(number, value if isinstance(value, dict) else {})
     _refuse_flaws(row, value)
     return row
+
+
+def _parse_harmless(line: bytes) -> dict[str, object] | None:
+    """The row, of nearly every line. None: it must be looked at closely, for it may have a flaw.
+
+    Only an escape brings in a NUL or half of a surrogate pair, and few brackets nest to no depth.
+    """
+    if _ESCAPED.search(line) or line.count(b"[") + line.count(b"{") >= MAX_DEPTH:
+        return None
+    try:
+        value = _STRICT.decode(line.decode())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+_ESCAPED = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 def parse_within(row: Row, pointer: str, text: str) -> object:
@@ -136,6 +156,20 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
 
 def _constant(name: str) -> _Flaw:
     return _Flaw("invalid_number", f"{name} is not a JSON number.")
+
+
+def _object_of_one(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object_of_one, parse_constant=_no_constant)
 
 
 def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> None:

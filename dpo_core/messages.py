@@ -26,7 +26,8 @@ _REMEDIES = {
     "refusal": "is not supported yet; remove it.",
     "audio": "is not supported yet; remove it.",
 }
-_MESSAGE_KEYS = {"role", "content", "name", "weight", *_OWNERS, *_REMEDIES}
+_PLAIN_KEYS = {"role", "content"}
+_MESSAGE_KEYS = {*_PLAIN_KEYS, "name", "weight", *_OWNERS, *_REMEDIES}
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -73,6 +74,9 @@ def _list_of(row: Row, pointer: str, value: object) -> list[Message]:
 def _message(row: Row, pointer: str, value: object) -> Message:
     if not isinstance(value, dict):
         raise row.invalid(pointer, "wrong_type", "must be a message: a dictionary with role and content.")
+    texts = all(isinstance(item, str) for item in value.values())
+    if texts and value.keys() == _PLAIN_KEYS and value["role"] in _ROLES:  # nearly all: nothing else to check
+        return {"role": _ROLES[value["role"]], "content": value["content"]}
     role = _role(row, pointer, value.get("role"))
     _refuse_keys(row, pointer, value, role)
     weight = value.get("weight")

@@ -38,3 +38,8 @@ def lowest(value: int, device: torch.device) -> int:
     if num_ranks() > 1:
         dist.all_reduce(found, dist.ReduceOp.MIN)
     return int(found.item())
+
+
+def on_any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is true on at least one; all ranks learn the same."""
+    return lowest(not value, device) == 0

@@ -88,21 +88,24 @@ class _Counts:
     def _look_at(self, record: Record) -> None:
         if self.format is None and record.format:
             self.format, self.kind = record.format.name, record.format.kind
-        if len(self.ignored) < KEYS_NAMED:
+        if record.ignored_keys and len(self.ignored) < KEYS_NAMED:
             self.ignored |= {key[:KEY_SHOWN] for key in nsmallest(KEYS_NAMED, record.ignored_keys)}
         if record.problem:
             self.add_problem(record.problem)
 
     def _count(self, group: Group) -> None:
         best, worst = _length(group.completions[0]), _length(group.completions[-1])
-        self.of_groups.update(
-            num_groups=1,
-            num_identical=len(group.completions) > 1 and all(c == group.completions[0] for c in group.completions),
-            num_tied=is_tied(group),
-            num_margins=group.margin is not None,
-            num_chosen_longer=best > worst,
-            num_rejected_longer=worst > best,
-        )
+        found = {
+            "num_groups": True,
+            "num_identical": len(group.completions) > 1 and all(c == group.completions[0] for c in group.completions),
+            "num_tied": is_tied(group),
+            "num_margins": group.margin is not None,
+            "num_chosen_longer": best > worst,
+            "num_rejected_longer": worst > best,
+        }
+        for name, holds in found.items():
+            if holds:
+                self.of_groups[name] += 1
 
     def add_problem(self, found: InvalidRow) -> None:
         known = self.problems.get(found.code)

@@ -22,7 +22,7 @@ from dpo_core.metrics import measure
 from dpo_core.model import check_model
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
-from dpo_core.ranks import rank
+from dpo_core.ranks import on_any_rank, rank
 from dpo_core.scorer import Scorer
 from dpo_core.weights import Weights, agree_on_weights, shard
 
@@ -51,6 +51,7 @@ def train(
     resume: Path | None = None,
     publish: Publish | None = None,
     validation: Callable[[], Batches | None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[StepResult]:
     """Train `policy` in place, with dropout off: all its weights, or its adapter.
 
@@ -58,17 +59,25 @@ def train(
     step after `resume`'s, and computes its own share. Once a step's result was taken, its checkpoint is written to
     `checkpoint_dir/step-000012` while the next steps run, and then given to `publish`; all are there when the
     iterator ends. A step whose loss or gradient is no finite number is yielded without one, and then ends the run.
-    A step without groups changes nothing and is not yielded; its checkpoint has the metrics of the step before.
+    A step without groups changes nothing and has no metrics; its checkpoint has those of the step before.
 
     `validation` gives held-out groups in batches of any sizes, anew whenever a checkpoint is due. What the policy
     of that checkpoint makes of them joins its step's metrics, `eval/loss` and so on. Training goes on as without.
     None: there are none after all.
+
+    `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
+    last step, if it has none, and the iterator ends.
     """
     assert config.checkpoint_steps is not None  # resolved
     run = _Run(config, policy, total_steps, resume)
     batches, drift = iter(global_batches), Drift()
     with Writer(checkpoint_dir, policy, tokenizer, run.weights, publish) as writer:
+        is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
+            if stop is not None and on_any_rank(stop(), run.scorer.model.device):
+                if not is_due:
+                    writer.save(run.manifest(metrics), run.optimizer)
+                return
             groups = next(batches, None)
             if groups is None:
                 raise ValueError(f"No groups came for step {step} of {total_steps}; total_steps must fit the data.")
@@ -81,8 +90,7 @@ def train(
             held_out = validation() if validation and is_due and not _broken(metrics) else None
             if held_out is not None:
                 metrics |= run.evaluate(held_out)
-            if groups:
-                yield StepResult(step, total_steps, metrics, run.num_tokens, warning)
+            yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning)
             if values := _broken(metrics):
                 raise FloatingPointError(f"Training diverged at step {step} ({values}); lower the learning rate.")
             if is_due:

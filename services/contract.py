@@ -218,6 +218,19 @@ class Failed(Contract):
     param: str | None = None
 
 
+class Paused(Contract):
+    """The last event of an attempt that was asked to stop: another goes on from its last checkpoint."""
+
+    kind: Literal["paused"] = "paused"
+    step: int  # the last that it took; 0: it took none
+
+
+class Alive(Contract):
+    """Nothing new, from an attempt whose posts do not arrive: the heartbeat that its spool keeps."""
+
+    kind: Literal["alive"] = "alive"
+
+
 class CheckResult(Contract):
     """What a check leaves beside its request. One of `report` and `error` is there."""
 
@@ -227,7 +240,16 @@ class CheckResult(Contract):
 
 
 Report = Annotated[
-    Message | Progress | ReferenceReleased | Started | StepMetrics | CheckpointSaved | Succeeded | Failed,
+    Message
+    | Progress
+    | ReferenceReleased
+    | Started
+    | StepMetrics
+    | CheckpointSaved
+    | Succeeded
+    | Failed
+    | Paused
+    | Alive,
     Field(discriminator="kind"),
 ]
 
@@ -241,6 +263,15 @@ class JobEvent(Contract):
 
 
 class EventBatch(Contract):
-    """One segment of the spool, and the body of a post to `events_url`."""
+    """One segment of the spool, and the body of a post to `events_url`. Without events, that is a heartbeat."""
 
     events: list[JobEvent]
+
+
+Desired = Literal["run", "pause", "cancel"]
+
+
+class Wish(Contract):
+    """The answer to a post of events: what the user wants of the job now."""
+
+    desired: Desired

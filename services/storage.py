@@ -94,6 +94,11 @@ def list_ages(uri: str) -> list[tuple[str, float]]:
     return [(info.base_name, now - info.mtime_ns / 1e9) for info in _infos(uri) if info.type == fs.FileType.File]
 
 
+def list_folders(uri: str) -> list[str]:
+    """The names of the folders directly below the folder `uri`, sorted; none where there is no folder."""
+    return [info.base_name for info in _list(uri) if info.type == fs.FileType.Directory]
+
+
 def version(uri: str) -> tuple[int, int] | None:
     """Bytes and time of the last change of a file, which tell that it changed; None where no file stands."""
     info = _info(uri)

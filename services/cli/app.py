@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import chat, data, files, jobs, models, webhooks
+from services.cli import audit, chat, data, files, jobs, keys, models, projects, webhooks
 from services.cli.client import default_home, fail
 
 app = typer.Typer(
@@ -18,8 +18,11 @@ app.add_typer(data.app, name="data")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
+app.add_typer(projects.app, name="projects")
 app.add_typer(webhooks.app, name="webhooks")
 chat.register(app)
+audit.register(app)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from services.cli.client import api_command, err, fail, out, print_rows, send_file
+from services.cli.logs import read_logs
 from services.cli.watch import watch_job
 
 if TYPE_CHECKING:
@@ -85,6 +86,33 @@ def cancel(client: "OpenAI", job_id: JobId) -> None:
     """Stop a job."""
     job = client.fine_tuning.jobs.cancel(job_id)
     out.print(f"{job.id} {job.status}")
+
+
+@api_command(app)
+def pause(client: "OpenAI", job_id: JobId) -> None:
+    """Stop a job after the step it is at; it keeps a checkpoint and frees its workers."""
+    job = client.fine_tuning.jobs.pause(job_id)
+    out.print(f"{job.id} {job.status}")
+
+
+@api_command(app)
+def resume(client: "OpenAI", job_id: JobId) -> None:
+    """Let a paused job go on where it was."""
+    job = client.fine_tuning.jobs.resume(job_id)
+    out.print(f"{job.id} {job.status}")
+
+
+@api_command(app)
+def logs(
+    client: "OpenAI",
+    job_id: JobId,
+    attempt: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    source: Annotated[str, typer.Option(help="driver, worker-0, worker-1, …")] = "driver",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
+) -> None:
+    """What driver and workers of a job printed."""
+    for line in read_logs(client, job_id, attempt=attempt, source=source, follow=follow):
+        out.print(line, markup=False)
 
 
 def _file_id(client: "OpenAI", file: str) -> str:

@@ -16,25 +16,31 @@ from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutE
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.control_plane.authentication import Authentication
 from services.control_plane.errors import ApiError, InvalidRequest, Unavailable, envelope
 from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.limits import Limits
+from services.control_plane.rates import Rates
 from services.control_plane.reconciler import Reconciler
 from services.control_plane.routes import (
     attempts,
+    audit,
     datasets,
     files,
     fine_tuning,
     health,
     inference,
+    keys,
+    logs,
     models,
     permissions,
+    projects,
     unsupported,
     uploads,
     webhooks,
 )
-from services.control_plane.routes.dependencies import authenticate
+from services.control_plane.routes.dependencies import admit
 from services.control_plane.schemas import refused
 from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
@@ -50,8 +56,9 @@ def create_app(settings: Settings) -> FastAPI:
     """The service for one database and one Ray cluster. The database's schema must be up to date."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for routes in (files, uploads, fine_tuning, permissions, models, datasets, inference, webhooks, unsupported):
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
+    owned = (files, uploads, fine_tuning, logs, permissions, models, datasets, inference, webhooks)
+    for routes in (*owned, keys, projects, audit, unsupported):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(attempts.router)
@@ -75,11 +82,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     store, launcher = Store(settings.database_url), Launcher(settings)
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
+    app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
     reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
-    tasks = [asyncio.create_task(part.run()) for part in (reconciler, surveyor, sender)]
+    parts = (reconciler, surveyor, sender, app.state.authentication)
+    tasks = [asyncio.create_task(part.run()) for part in parts]
     try:
         yield
     finally:
@@ -160,16 +169,19 @@ class StandardHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
+        started, request_id = time.perf_counter(), f"req_{secrets.token_hex(12)}"
+        state = scope.setdefault("state", {})
+        state["request_id"], state["headers"] = request_id, {}  # to which a request's parts may add
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 milliseconds = round((time.perf_counter() - started) * 1000)
                 message["headers"] = [
                     *message["headers"],
-                    (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
+                    (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", str(milliseconds).encode()),
                     (b"openai-version", b"2020-10-01"),
+                    *((name.encode(), value.encode()) for name, value in state["headers"].items()),
                 ]
             await send(message)
 

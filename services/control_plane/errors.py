@@ -2,9 +2,11 @@
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409
-  TooLarge 413 · RangeNotSatisfiable 416 · OverQuota 429 · Unavailable 503
+  TooLarge 413 · RangeNotSatisfiable 416 · RateLimited, OverQuota 429 · Unavailable 503
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -85,6 +87,17 @@ class RangeNotSatisfiable(ApiError):
     def __init__(self, message: str, num_bytes: int) -> None:
         super().__init__(message, param="Range")
         self.headers = {"content-range": f"bytes */{num_bytes}"}
+
+
+class RateLimited(ApiError):
+    """The key sent more than it may: come back in so many seconds."""
+
+    status, kind = 429, "rate_limit_error"
+
+    def __init__(self, message: str, *, seconds: float, headers: Mapping[str, str]) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        wait = {"retry-after-ms": str(math.ceil(seconds * 1000)), "retry-after": str(math.ceil(seconds))}
+        self.headers = {**headers, **wait}
 
 
 class OverQuota(ApiError):

@@ -15,9 +15,10 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound, storage
+from services.control_plane import quotas
 from services.control_plane.errors import InvalidRequest, NotFound, OverQuota
 from services.control_plane.settings import Settings
-from services.control_plane.tables import TERMINAL, File, Job, Project, Upload
+from services.control_plane.tables import TERMINAL, File, Job, Project
 from services.uri import InvalidUri, admitted, is_folder
 
 log = logging.getLogger(__name__)
@@ -207,9 +208,7 @@ async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, par
     most = await session.scalar(limit.with_for_update(key_share=True))
     if most is None:
         return
-    files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, alive())
-    uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
-    used = int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
+    used = await quotas.num_bytes(session, project_id)
     if used + num_bytes > most:
         message = (
             f"The project's files have {used} of {most} bytes, and {num_bytes} more do not fit; "

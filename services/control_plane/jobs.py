@@ -1,10 +1,11 @@
 """The life of a job: every move it can make, and the only writer of what an attempt reports.
 
     queued ──► running ──► succeeded | failed
-       └─────────┴───────► cancelled
+       ├── paused ──┤
+       └────────────┴────► cancelled
 
-A move is one UPDATE whose WHERE names the states it may come from and the version it was decided on; it, its event and
-its line in the log of transitions share a database transaction.
+A paused job goes back to queued. A move is one UPDATE whose WHERE names the states it may come from and the
+version it was decided on; it, its event and its line in the log of transitions share a database transaction.
 """
 
 import hashlib
@@ -21,11 +22,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import storage
 from services.contract import (
+    Alive,
     CheckpointSaved,
     Failed,
     JobEvent,
     JobSpec,
     Message,
+    Paused,
     Progress,
     ReferenceReleased,
     Started,
@@ -39,10 +42,12 @@ from services.control_plane.settings import Settings
 from services.control_plane.tables import TERMINAL, Attempt, Checkpoint, Event, Job, Transition
 
 MOVES = {  # to: from
+    "queued": ("paused",),
     "running": ("queued",),
+    "paused": ("queued", "running"),
     "succeeded": ("running",),
     "failed": ("queued", "running"),
-    "cancelled": ("queued", "running"),
+    "cancelled": ("queued", "running", "paused"),
 }
 
 
@@ -90,16 +95,47 @@ async def confirm(session: AsyncSession, job: Job) -> None:
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Wish the job cancelled; one that never started is cancelled at once."""
+    """Wish the job cancelled; one that does not run is cancelled at once."""
     job = await lock(session, await find(session, job_id))
     if job.observed in TERMINAL:
         raise InvalidRequest(f"Job {job_id} has already {job.observed}; only a live job can be cancelled.")
     if job.desired != "cancel":
         await wish(session, job, "cancel", actor=actor, event="Cancellation requested")
-    if job.observed == "queued":
+    if job.observed != "running":
         await move(session, job, "cancelled", actor=actor, event="The job was cancelled")
     await session.refresh(job)
     return job
+
+
+async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
+    """Wish the job paused; one that does not run yet is paused at once."""
+    job = await lock(session, await find(session, job_id))
+    if job.observed not in ("queued", "running") or job.desired == "cancel":
+        raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a queued or a running job can be paused.")
+    if job.desired != "pause":
+        await wish(session, job, "pause", actor=actor, event="Pause requested")
+    if job.observed == "queued":
+        await move(session, job, "paused", actor=actor, event="The job is paused")
+    await session.refresh(job)
+    return job
+
+
+async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
+    """Wish the job run again. If it has not paused yet, it goes on."""
+    job = await lock(session, await find(session, job_id))
+    if job.desired != "pause" or job.observed in TERMINAL:
+        raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a paused job can be resumed.")
+    await wish(session, job, "run", actor=actor, event="Resumption requested")
+    if job.observed == "paused":
+        await move(session, job, "queued", {"progress": None}, actor=actor, event="The job is queued again")
+    await session.refresh(job)
+    return job
+
+
+def _state(job: Job) -> str:
+    if job.observed == "running" and job.desired != "run":
+        return {"pause": "pausing", "cancel": "being cancelled"}[job.desired]
+    return job.observed
 
 
 async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, event: str) -> None:
@@ -177,9 +213,12 @@ def _event_id() -> str:
 # --- attempts --------------------------------------------------------------------------------
 
 
-async def open_attempt(session: AsyncSession, job_id: str, number: int, reference: str | None) -> Attempt:
+async def open_attempt(
+    session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
+) -> Attempt:
     """Write the attempt before it is launched, so that no launch is ever unknown."""
-    attempt = Attempt(job_id=job_id, number=number, reference=reference, token=secrets.token_urlsafe(32), next_seq=0)
+    attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
+    attempt.token, attempt.next_seq = secrets.token_urlsafe(32), 0
     session.add(attempt)
     await session.flush()
     return attempt
@@ -197,6 +236,14 @@ async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, f
     await session.execute(statement.values(state="ended", ended_at=func.now(), reason=reason, failed=failed))
 
 
+async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
+    """Note why the attempt is being stopped, and tell it the first time."""
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
+    if (await session.execute(statement.returning(Attempt.number))).first() is not None:
+        tell(session, attempt.job_id, f"Attempt {attempt.number} is being stopped: {reason}", level="warn")
+
+
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:
     """Raises Fenced unless the token is this open attempt's."""
     attempt = await session.get(Attempt, (job_id, number))
@@ -205,19 +252,31 @@ async def authorize(session: AsyncSession, job_id: str, number: int, token: str)
 
 
 async def record(
-    session: AsyncSession, job_id: str, number: int, events: Sequence[JobEvent], settings: Settings
+    session: AsyncSession,
+    job_id: str,
+    number: int,
+    events: Sequence[JobEvent],
+    settings: Settings,
+    *,
+    posted: bool,
 ) -> None:
-    """Record what an attempt reports: in order, each report once, however often it is sent."""
+    """Record what an attempt reports: in order, each report once, however often it is sent.
+
+    What the attempt posts itself is a sign of life. What lies in its spool is one while it is new.
+    """
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
     if attempt is None or attempt.state == "ended":
         raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
+    is_new = False
     for event in events:
         if event.seq > attempt.next_seq:
             raise InvalidRequest(f"Report {event.seq} came before report {attempt.next_seq}; send that one first.")
         if event.seq == attempt.next_seq:
             await _record_one(session, attempt, event, settings)
             attempt.next_seq += 1
-    attempt.reported_at = datetime.now(UTC)
+            is_new = True
+    if posted or is_new:
+        attempt.reported_at = datetime.now(UTC)
 
 
 async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, settings: Settings) -> None:
@@ -239,8 +298,10 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await _tell_reported(session, attempt, event, _step(report), data=_step_data(report), step=report.step)
         case CheckpointSaved():
             await _add_checkpoint(session, attempt, event, report, settings)
-        case Succeeded() | Failed():
+        case Succeeded() | Failed() | Paused():
             attempt.outcome = report.model_dump(mode="json")
+        case Alive():
+            pass
         case _:
             assert_never(report)
 

@@ -1,39 +1,103 @@
-"""API keys: whose request it is, and what it may do."""
+"""API keys: whose request it is, and what it may do. Of a key's text only the digest is kept."""
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal, get_args
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.errors import Unauthorized
-from services.control_plane.settings import Settings
-from services.control_plane.tables import DEFAULT_PROJECT, Key
+from services.control_plane.errors import NotFound
+from services.control_plane.tables import DEFAULT_PROJECT, Key, Project
 
-SCOPES = ("read", "write", "inference", "admin")
+Scope = Literal["read", "write", "inference", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: a key, its project, and its scopes."""
+    """Who asks: a key, its project, and its scopes. `requests_per_minute` None: as the settings say."""
 
     key_id: str
     project_id: str
-    scopes: frozenset[str]
+    scopes: frozenset[Scope]
+    requests_per_minute: int | None = None
+
+    @property
+    def manages_all(self) -> bool:
+        """An admin of the default project manages all projects, another one its own."""
+        return self.project_id == DEFAULT_PROJECT
 
 
-async def authenticate(session: AsyncSession, given: str, settings: Settings) -> Caller:
-    """The caller of a bearer token: the configured key, of the default project, or a live one of the table."""
-    if secrets.compare_digest(given.encode(), settings.api_key.get_secret_value().encode()):
-        return Caller("key_configured", DEFAULT_PROJECT, frozenset(SCOPES))
-    alive = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
-    query = select(Key).where(Key.sha256 == digest(given), Key.revoked_at.is_(None), alive)
-    if (key := await session.scalar(query)) is None:
-        shown = f"{given[:3]}…{given[-4:]}" if len(given) >= 16 else "the one sent"
-        message = f"Incorrect API key provided: {shown}. The service printed where its key lies when it started."
-        raise Unauthorized(message, code="invalid_api_key")
-    return Caller(key.id, key.project_id, frozenset(key.scopes))
+CONFIGURED = Caller("key_configured", DEFAULT_PROJECT, frozenset(SCOPES))  # of the key that the settings name
+
+
+async def create(
+    session: AsyncSession,
+    project_id: str,
+    *,
+    name: str,
+    scopes: Sequence[Scope],
+    requests_per_minute: int | None,
+    expires_at: datetime | None,
+) -> tuple[Key, str]:
+    """The key, and its text, which nobody can tell later."""
+    text = f"rd-{secrets.token_urlsafe(32)}"
+    key = Key(
+        id=f"key_{secrets.token_hex(12)}",
+        project_id=project_id,
+        name=name,
+        sha256=digest(text),
+        hint=text[-4:],
+        scopes=sorted(set(scopes), key=SCOPES.index),
+        requests_per_minute=requests_per_minute,
+        expires_at=expires_at,
+    )
+    session.add(key)
+    await session.flush()
+    await session.refresh(key)
+    return key, text
+
+
+def managed_by(caller: Caller) -> Select[Key]:
+    every = select(Key)
+    return every if caller.manages_all else every.where(Key.project_id == caller.project_id)
+
+
+async def find(session: AsyncSession, caller: Caller, key_id: str) -> Key:
+    key = await session.scalar(managed_by(caller).where(Key.id == key_id))
+    if key is None:
+        raise NotFound(f"No such key: {key_id}", param="key_id", code="key_not_found")
+    return key
+
+
+async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
+    """Doing it twice is harmless."""
+    key = await find(session, caller, key_id)
+    key.revoked_at = key.revoked_at or datetime.now(UTC)
+    return key
+
+
+async def caller_of(session: AsyncSession, sha256: str) -> Caller | None:
+    """Whom a key's digest stands for: None unless the key and its project live."""
+    unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
+    query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256 == sha256, unexpired)
+    key = await session.scalar(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
+    if key is None:
+        return None
+    return Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute)
+
+
+def known(words: Sequence[object]) -> frozenset[Scope]:
+    """The scopes among them."""
+    return frozenset(scope for scope in SCOPES if scope in words)
+
+
+async def note_uses(session: AsyncSession, key_ids: Sequence[str]) -> None:
+    await session.execute(update(Key).where(Key.id.in_(key_ids)).values(last_used_at=func.now()))
 
 
 def digest(text: str) -> str:

@@ -14,11 +14,12 @@ import httpx
 from services.contract import Deployment
 from services.control_plane.settings import Settings
 
-AttemptStatus = Literal["live", "ended", "absent", "unknown"]
+AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
 
-LIVE = ("PENDING", "RUNNING")
+LIVE: dict[str, AttemptStatus] = {"PENDING": "pending", "RUNNING": "running"}
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
 
 
@@ -57,7 +58,9 @@ class Launcher:
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
         """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once."""
-        await self._submit(submission_id, "services.training.driver", spec_uri, {"RAYDPO_ATTEMPT_TOKEN": token})
+        # Ray's supervisor of the job reads the second, and so does the driver.
+        environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        await self._submit(submission_id, "services.training.driver", spec_uri, environment)
 
     async def submit_check(self, submission_id: str, request_uri: str) -> None:
         """Launch the check of a training file, likewise."""
@@ -82,7 +85,7 @@ class Launcher:
             return "absent"
         if answer.status_code != 200:
             return "unknown"
-        return "live" if answer.json()["status"] in LIVE else "ended"
+        return LIVE.get(answer.json()["status"], "ended")
 
     async def stop(self, submission_id: str) -> None:
         """Ask Ray to stop the attempt: SIGTERM, then SIGKILL."""

@@ -8,14 +8,18 @@ from services.contract import CheckResult, Integrations
 from services.control_plane.files import TRAINING
 from services.control_plane.jobs import wire_metrics
 from services.control_plane.models import NamedModel
+from services.control_plane.quotas import Usage
 from services.control_plane.settings import Settings
 from services.control_plane.tables import (
     TERMINAL,
+    AuditEntry,
     Checkpoint,
     CheckpointPermission,
     Event,
     File,
     Job,
+    Key,
+    Project,
     Upload,
     UploadPart,
     WebhookEndpoint,
@@ -142,7 +146,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
 
 def _eta_seconds(row: Job) -> float | None:
     """At the rate of the stage so far; None while there is none."""
-    progress = row.progress or {}
+    progress = (row.observed == "running" and row.progress) or {}
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:
         return None
@@ -193,6 +197,63 @@ def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
         "created": seconds(model.created_at),
         "owned_by": settings.organization,
         "x_raydpo": {"root": model.root, "job": model.job_id},
+    }
+
+
+def key_object(row: Key) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "key",
+        "created_at": seconds(row.created_at),
+        "name": row.name,
+        "project_id": row.project_id,
+        "redacted_value": f"rd-…{row.hint}",
+        "scopes": row.scopes,
+        "requests_per_minute": row.requests_per_minute,
+        "expires_at": seconds(row.expires_at),
+        "revoked_at": seconds(row.revoked_at),
+        "last_used_at": seconds(row.last_used_at),
+    }
+
+
+LIMITS = ("max_running_jobs", "max_queued_jobs", "max_bytes", "max_accelerator_hours")
+
+
+def project_object(row: Project) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "project",
+        "created_at": seconds(row.created_at),
+        "name": row.name,
+        "archived_at": seconds(row.archived_at),
+        **{limit: getattr(row, limit) for limit in LIMITS},
+    }
+
+
+def usage_object(project: Project, usage: Usage) -> dict[str, Any]:
+    """What is used of each limit; a limit of null is none."""
+    used = (usage.jobs["running"], usage.jobs["queued"], usage.num_bytes, round(usage.accelerator_hours, 4))
+    return {
+        "object": "project.usage",
+        "project_id": project.id,
+        "jobs": usage.jobs,
+        "limits": {
+            name: {"used": value, "limit": getattr(project, name)} for name, value in zip(LIMITS, used, strict=True)
+        },
+    }
+
+
+def audit_object(row: AuditEntry) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "audit.entry",
+        "created_at": seconds(row.created_at),
+        "project_id": row.project_id,
+        "key_id": row.key_id,
+        "request_id": row.request_id,
+        "action": row.action,
+        "object_id": row.object_id,
+        "status": row.status,
     }
 
 

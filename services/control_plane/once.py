@@ -1,4 +1,4 @@
-"""A retry acts once: what a request changed and the answer to it are written in one transaction.
+"""A retry acts once: what a request changed, the answer to it and who asked are written in one transaction.
 
 Two ways to know a retry: the header `Idempotency-Key`, and the count that OpenAI's clients send with each of their
 silent resends, `x-stainless-retry-count`.
@@ -12,13 +12,13 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select
+from sqlalchemy import and_, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.errors import InFlight, InvalidRequest
 from services.control_plane.keys import Caller, digest
 from services.control_plane.store import ProjectStore
-from services.control_plane.tables import Answer
+from services.control_plane.tables import Answer, AuditEntry
 
 KEPT = timedelta(hours=24)
 RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and a little before it sends again
@@ -29,17 +29,22 @@ class Once:
     """One request that changes something."""
 
     def __init__(self, request: Request, store: ProjectStore, caller: Caller) -> None:
-        self._request, self._store = request, store
+        self._request, self._store, self._caller = request, store, caller
         self._began = time.monotonic()
         self._what = digest(f"{caller.key_id} {request.method} {request.url.path}")
         self._retry_count = _retry_count(request)
 
     async def act(
-        self, work: Callable[[AsyncSession], Awaitable[dict[str, Any]]], *, content: str | None = None
+        self,
+        work: Callable[[AsyncSession], Awaitable[dict[str, Any]]],
+        *,
+        content: str | None = None,
+        secret: str | None = None,
     ) -> JSONResponse:
         """The answer of `work`, or that of an earlier send of the same request.
 
-        `work` never commits; if it raises, nothing is kept. `content` stands for a body that is not JSON.
+        `work` never commits; if it raises, nothing is kept. `content` stands for a body that is not JSON. The field
+        `secret` of the answer is told once and not kept: a later answer has null there.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())
@@ -55,9 +60,23 @@ class Once:
                 return JSONResponse(earlier.body, headers={header: "true"})
             body = await work(session)
             kept = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
-            kept.body = body
+            kept.body = body if secret is None else {**body, secret: None}
             session.add(kept)
+            session.add(self._entry(body))
         return JSONResponse(body)
+
+    def _entry(self, body: dict[str, Any]) -> AuditEntry:
+        """About what the answer names or, where that is a list, what the path names."""
+        request = self._request
+        named = body.get("id") or next(reversed(request.path_params.values()), None)
+        return AuditEntry(
+            project_id=self._caller.project_id,
+            key_id=self._caller.key_id,
+            request_id=request.state.request_id,
+            action=f"{request.method} {request.scope['route'].path}",
+            object_id=named,
+            status=200,
+        )
 
     async def _body(self) -> str:
         """Without what does not matter: the order of keys, and spaces."""
@@ -98,12 +117,10 @@ class Once:
         await session.execute(select(lock(name)))
 
     async def _newest_of_same(self, session: AsyncSession, sent: str) -> Answer | None:
-        """What an earlier send led to; or a later one, if this one was overtaken."""
-        overtook = Answer.created_at > func.clock_timestamp() - timedelta(seconds=time.monotonic() - self._began)
-        same: ColumnElement[bool] = and_(Answer.retry_count > self._retry_count, overtook)
-        if self._retry_count:
-            lately = Answer.created_at > func.now() - RESENT_WITHIN
-            same = or_(same, and_(Answer.retry_count < self._retry_count, lately))
+        """What another send led to. A first send is another's only if one of its resends overtook it on the way."""
+        arrived = timedelta(seconds=time.monotonic() - self._began)
+        since = func.now() - RESENT_WITHIN if self._retry_count else func.clock_timestamp() - arrived
+        same = and_(Answer.retry_count != self._retry_count, Answer.created_at > since)
         query = select(Answer).where(Answer.content == sent, Answer.request == self._what, same)
         return (await session.scalars(query.order_by(Answer.id.desc()).limit(1))).first()
 

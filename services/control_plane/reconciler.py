@@ -6,11 +6,10 @@ word on an attempt, nothing changes.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum, auto
 from io import BytesIO
 
 import anyio.to_thread
@@ -19,7 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage
 from services.contract import AttemptSpec, EventBatch, JobSpec
-from services.control_plane import deployments, files, jobs, models, store
+from services.control_plane import deployments, files, jobs, models, quotas, store
+from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
 from services.control_plane.queue import what_each_waits_for
@@ -37,59 +37,22 @@ UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
 
 
-class Decision(Enum):
-    WAIT = auto()
-    OPEN = auto()  # write a new attempt
-    LAUNCH = auto()  # submit the written attempt
-    ADOPT = auto()  # it runs, though we never heard the launch's answer
-    STOP = auto()
-    COLLECT = auto()  # it ended: read its last reports, then decide again
-    FINISH = auto()  # close the job as the attempt's outcome says
-    LOSE = auto()  # the attempt is dead without an outcome
-    CANCEL = auto()
-    GIVE_UP = auto()
-
-
-@dataclass(frozen=True)
-class Past:
-    """What else a decision rests on."""
-
-    slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
-    failures: int  # attempts that died by themselves
-    limit: int  # of such attempts
-
-
-def decide(job: Job, attempt: Attempt | None, status: AttemptStatus, past: Past, *, collected: bool) -> Decision:
-    """What to do next for a live job. `status` is Ray's word on the open attempt; `collected`: its spool was read."""
-    cancelling = job.desired == "cancel"
-    if attempt is None:
-        if cancelling:
-            return Decision.CANCEL
-        if past.failures >= past.limit:
-            return Decision.GIVE_UP
-        return Decision.OPEN if past.slot else Decision.WAIT
-    if attempt.outcome is not None:
-        return Decision.FINISH
-    if status == "unknown":
-        return Decision.WAIT
-    if status == "absent" and attempt.state == "launching" and not cancelling:
-        return Decision.LAUNCH
-    if status == "live":
-        if cancelling:
-            return Decision.STOP
-        return Decision.ADOPT if attempt.state == "launching" else Decision.WAIT
-    if not collected:
-        return Decision.COLLECT
-    return Decision.LOSE
-
-
 class Reconciler:
     """One runs in every control plane; the holder of the lease acts."""
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        launcher: Launcher,
+        settings: Settings,
+        *,
+        holder: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store, self._launcher, self._settings = store, launcher, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
+        self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
         self._sweeper = Sweeper(store, launcher, settings)
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -121,11 +84,16 @@ class Reconciler:
             self._leads = await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS)
             if not self._leads:
                 return
+            self._stopwatches.look()
             live, attempts = await store.live_jobs(session), await store.open_attempts(session)
-            limits = await store.running_limits(session)
+            limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
         reachable = await self._launcher.is_reachable()
-        waits = (
-            await self._schedule(live, limits) if reachable else dict.fromkeys((job.id for job in live), UNREACHABLE)
+        spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
+        contenders = [job for job in live if job.observed == "running" or job.id not in spent]
+        waits = spent | (
+            await self._schedule(contenders, limits)
+            if reachable
+            else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
         for job in live:
             slot = (waiting_for := waits.get(job.id)) is None
@@ -161,11 +129,17 @@ class Reconciler:
         status: AttemptStatus = "unknown"
         if attempt is not None:
             status = await self._launcher.status(attempt.submission_id)
-            if status == "live" and _is_quiet(attempt):
+            if status == "running" and _silent_seconds(attempt) > QUIET_SECONDS:
                 attempt = await self._collect(job, attempt)
         async with self._store.begin() as session:
             total, failures = await store.past_attempts(session, job.id)
-        past = Past(slot=slot, failures=failures, limit=self._settings.max_attempts)
+        past = Past(
+            slot=slot,
+            failures=failures,
+            limit=self._settings.max_attempts,
+            hung=self._hung(attempt, status),
+            overdue=self._stopwatches.seconds(f"{job.id} pauses", job.desired == "pause") > pause_seconds(job),
+        )
         decision = decide(job, attempt, status, past, collected=False)
         if decision is Decision.COLLECT and attempt is not None:
             attempt = await self._collect(job, attempt)
@@ -173,6 +147,14 @@ class Reconciler:
         if decision is not Decision.WAIT:
             log.info("Job %s: %s", job.id, decision.name.lower())
         await self._carry_out(decision, job, attempt, total, status)
+
+    def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
+        """Silence counts from when Ray first said, to this control plane, that the attempt runs."""
+        if attempt is None:
+            return False
+        holds = None if status == "unknown" else status == "running"
+        running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
+        return min(running, _silent_seconds(attempt)) > HUNG_SECONDS
 
     async def _carry_out(
         self, decision: Decision, job: Job, attempt: Attempt | None, total: int, status: AttemptStatus
@@ -182,6 +164,9 @@ class Reconciler:
                 return
             case Decision.OPEN:
                 await self._launch(job, await self._open(job, total + 1))
+            case Decision.PAUSE:
+                async with self._store.begin() as session:
+                    await jobs.move(session, job, "paused", actor=self._holder, event="The job is paused")
             case Decision.CANCEL:
                 async with self._store.begin() as session:
                     await jobs.move(session, job, "cancelled", actor=self._holder, event="The job was cancelled")
@@ -199,9 +184,11 @@ class Reconciler:
                 async with self._store.begin() as session:
                     await jobs.mark_launched(session, attempt)
             case Decision.STOP:
-                await self._launcher.stop(attempt.submission_id)
+                await self._stop(job, attempt)
             case Decision.FINISH:
                 await self._finish(job, attempt)
+            case Decision.REST:
+                await self._rest(job, attempt)
             case Decision.LOSE:
                 await self._lose(job, attempt, status)
 
@@ -213,9 +200,10 @@ class Reconciler:
         spec = JobSpec.model_validate(job.spec)
         served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = start.app_name if served else None
+        accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            attempt = await jobs.open_attempt(session, job.id, number, reference)
+            attempt = await jobs.open_attempt(session, job.id, number, reference, num_accelerators=accelerators)
             if reference is not None:
                 await deployments.use(session, start)
             if job.observed == "queued":
@@ -264,14 +252,36 @@ class Reconciler:
         for segment in await anyio.to_thread.run_sync(_segments_from, spool, attempt.next_seq):
             batch = EventBatch.model_validate_json(await anyio.to_thread.run_sync(storage.read_bytes, segment))
             async with self._store.begin() as session:
-                await jobs.record(session, job.id, attempt.number, batch.events, self._settings)
+                await jobs.record(session, job.id, attempt.number, batch.events, self._settings, posted=False)
         async with self._store.begin() as session:
             return await session.get_one(Attempt, (job.id, attempt.number))
+
+    async def _stop(self, job: Job, attempt: Attempt) -> None:
+        """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
+        if job.desired != "cancel":
+            late = "it did not pause in time" if job.desired == "pause" else None
+            reason = late or f"it gave no sign of life for {_silent_seconds(attempt):.0f} s, and was stopped"
+            async with self._store.begin() as session:
+                await jobs.blame(session, attempt, reason)
+        await self._launcher.stop(attempt.submission_id)
+
+    async def _rest(self, job: Job, attempt: Attempt) -> None:
+        """The attempt stopped because it was told to; if that was not the user, another goes on."""
+        step = (attempt.outcome or {})["step"]
+        where = f" after step {step}" if step else ""
+        async with self._store.begin() as session:
+            await jobs.confirm(session, job)
+            await jobs.end_attempt(session, attempt, f"it was asked to stop, and did{where}")
+            if job.desired == "pause":
+                await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
+            else:
+                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
         """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
         failed = status == "ended" and job.desired == "run"
         reason = "it died before it finished" if status == "ended" else "the cluster it ran on is gone"
+        reason = attempt.reason or reason
         reference = (await self._launcher.look()).applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.end_attempt(session, attempt, reason, failed=failed)
@@ -317,7 +327,8 @@ class Reconciler:
     async def _give_up(self, job: Job) -> None:
         message = (
             f"The job died {self._settings.max_attempts} times on the cluster without finishing; "
-            "the logs of its attempts say why. Submit it again once that is mended."
+            f"the logs of its attempts say why: `raydpo jobs logs {job.id}`, or GET /v1/x/jobs/{job.id}/logs. "
+            "Submit it again once that is mended."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
 
@@ -340,8 +351,8 @@ class Reconciler:
             await self._launcher.serve(wanted)
 
 
-def _is_quiet(attempt: Attempt) -> bool:
-    return (datetime.now(UTC) - attempt.reported_at).total_seconds() > QUIET_SECONDS
+def _silent_seconds(attempt: Attempt) -> float:
+    return (datetime.now(UTC) - attempt.reported_at).total_seconds()
 
 
 def _segments_from(spool: str, next_seq: int) -> list[str]:

@@ -1,6 +1,7 @@
 """What a request body may hold. Unknown fields are refused by name, values by their limits."""
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -21,6 +22,7 @@ from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardO
 from services.contract import Integrations, JobSpec, Mlflow, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
+from services.control_plane.keys import Scope
 from services.control_plane.uploads import MOST_PARTS
 
 # Where each option of a training run stands in a request; those of the objective join the first.
@@ -45,6 +47,8 @@ Workers = Annotated[int, Field(ge=1, le=1024)]
 Priority = Annotated[int, Field(ge=-10, le=10)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Limit = Annotated[int, Field(ge=0, lt=2**31)]
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -247,6 +251,41 @@ class CompleteUpload(BaseModel):
     model_config = ConfigDict(extra="forbid")
     part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]
     md5: Text | None = None
+
+
+class CreateKey(BaseModel):
+    """Body of POST /x/keys."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name
+    project_id: Text | None = None  # the caller's own
+    scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "write", "inference"]
+    requests_per_minute: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
+    expires_at: Annotated[int, Field(lt=2**33)] | None = None  # Unix seconds
+
+    @field_validator("expires_at")
+    @classmethod
+    def _is_to_come(cls, value: int | None) -> int | None:
+        if value is not None and value <= time.time():
+            raise ValueError(f"{value} is past; it must be Unix seconds to come.")
+        return value
+
+
+class UpdateProject(BaseModel):
+    """Body of POST /x/projects/{id}: what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name = ""
+    max_running_jobs: Limit | None = None
+    max_queued_jobs: Limit | None = None
+    max_bytes: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    max_accelerator_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class CreateProject(UpdateProject):
+    """Body of POST /x/projects."""
+
+    name: Name
 
 
 class InferenceBody(BaseModel):

@@ -3,9 +3,9 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from services.uri import check_prefix
@@ -40,6 +40,18 @@ class Settings(BaseSettings):
         default=None, description="Ray Serve's proxy; None: Ray's host, port as Serve reports"
     )
 
+    oidc_issuer: str | None = Field(
+        default=None,
+        pattern=r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])",
+        description="whose tokens are taken in place of keys; None: nobody's",
+    )
+    oidc_audience: str | None = Field(default=None, description="whom those tokens must be meant for")
+    oidc_project_claim: str = Field(default="project", description="claim that names a project by its id")
+    oidc_scopes_claim: str = Field(default="scope", description="claim that holds scopes: a list, or a text")
+    requests_per_minute: int | None = Field(
+        default=None, gt=0, description="of a key that has no limit of its own, in each replica; None: no limit"
+    )
+
     models: dict[Annotated[str, AfterValidator(_model_name)], str] = Field(
         default_factory=dict, description="base models: name = local folder, storage URI or hub id"
     )
@@ -69,6 +81,12 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     num_gpus_per_worker: float = Field(default=0, ge=0)
     num_gpus_per_model: float = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _issuer_has_audience(self) -> Self:
+        if (self.oidc_issuer is None) != (self.oidc_audience is None):
+            raise ValueError("oidc_issuer and oidc_audience go together; set both, or neither")
+        return self
 
     @classmethod
     def settings_customise_sources(

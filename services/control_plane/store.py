@@ -124,6 +124,11 @@ def owns(session: AsyncSession, row: Owned) -> bool:
     return session.info.get("project_id") in (None, row.project_id)
 
 
+def project_of(session: AsyncSession) -> str:
+    """Whose session it is; one of the service's own has no project."""
+    return str(session.info["project_id"])
+
+
 async def ping(session: AsyncSession) -> None:
     await session.execute(text("SELECT 1"))
 
@@ -133,8 +138,8 @@ async def page(
     query: Select[Row],
     keys: Sequence[InstrumentedAttribute[Any]],
     *,
-    cursor: InstrumentedAttribute[str],
-    after: str | None,
+    cursor: InstrumentedAttribute[Any],
+    after: str | int | None,
     limit: int,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:

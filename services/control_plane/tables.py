@@ -203,12 +203,12 @@ class Attempt(Base):
     token: Mapped[str]  # the attempt's own secret: it may only report on itself
     next_seq: Mapped[int] = mapped_column(BigInteger, default=0)  # every report below is recorded
     reference: Mapped[str | None]  # app_name that must be served until its scores are in
-    outcome: Mapped[dict[str, Any] | None]  # its Succeeded or Failed report
+    outcome: Mapped[dict[str, Any] | None]  # its Succeeded, Failed or Paused report
     reported_at: Mapped[datetime] = mapped_column(server_default=func.now())
     num_accelerators: Mapped[float] = mapped_column(default=0)
     ended_at: Mapped[datetime | None]
     failed: Mapped[bool] = mapped_column(default=False)  # died by itself: counts towards max_attempts
-    reason: Mapped[str | None]  # why it ended, in words
+    reason: Mapped[str | None]  # why it ended, or is being stopped, in words
     __table_args__ = (
         CheckConstraint("state IN ('launching', 'running', 'ended')"),
         CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)"),

@@ -76,9 +76,9 @@ class Dataset(Contract):
 
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows: int | None = None) -> Part:
     """`num_rows` None: every row is a group."""
-    rows = [{name: getattr(group, name) for name in IDS.names} for group in groups]
+    table = pa.table({field: [getattr(group, field) for group in groups] for field in IDS.names}, IDS)
     num_tokens = sum(group.num_tokens for group in groups)
-    sha256 = _write(storage.join(uri, name), pa.Table.from_pylist(rows, IDS))
+    sha256 = _write(storage.join(uri, name), table)
     num_rows = len(groups) if num_rows is None else num_rows
     return Part(name=name, num_rows=num_rows, num_groups=len(groups), num_tokens=num_tokens, sha256=sha256)
 

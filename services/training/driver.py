@@ -1,40 +1,39 @@
 """One attempt of a job, from its spec to the exported policy: `python -m services.training.driver <spec uri>`.
 
-Exit status: 0 after Succeeded, 1 after Failed, 3 when a later attempt has taken over. An attempt that
-ends in another way, with a traceback in the log, is followed by one that resumes from the last checkpoint.
+Exit status: 0 after Succeeded, 1 after Failed, 3 when a later attempt has taken over, 4 after Paused, 5 when the
+user cancels. An attempt that ends in another way, with a traceback in the log, is followed by one that resumes from
+the last checkpoint.
 """
 
 import logging
 import os
-import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
-from services.contract import AttemptSpec, Failed, Progress, Report, Succeeded
+from services.contract import AttemptSpec, Failed, Paused, Progress, Report, Succeeded
 from services.training.dataset import Data, Dataset
 from services.training.integrations import actors
+from services.training.logs import keep_logs
 from services.training.order import num_places
+from services.training.orders import PAUSED, Obedience
 from services.training.preparation import Prepared, prepare
-from services.training.reporting import JobFailed, Reporter
+from services.training.reporting import WATCH, JobFailed, Reporter
 from services.training.stream import Stream
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "RAYDPO_ATTEMPT_TOKEN"
-FAILED, FENCED = 1, 3
+STATUSES = {"succeeded": 0, "failed": 1, "paused": PAUSED}
 CLOSE_SECONDS = 30.0
-STOP_SECONDS = 1.0  # Ray Jobs sends SIGKILL 3 s after SIGTERM
 WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the last checkpoint
 
 
@@ -42,27 +41,31 @@ def main(spec_uri: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, and some are signed
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
+    keep_logs(spec.run_uri, spec.attempt, "driver")
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": _environment()})
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
     followers = actors.start(spec, reporter)
-    _stop_on_sigterm(reporter, followers)
-    status = 0
+    obedience = Obedience(reporter, followers)
     try:
-        succeeded = run(spec, reporter)
-        actors.close(followers, "succeeded", reporter)
-        ray.get(reporter.report.remote(succeeded))
-    except JobFailed as failure:
-        logger.error("%s", failure)
-        actors.close(followers, "failed", reporter)
-        ray.get(reporter.report.remote(failure.report))
-        status = FAILED
+        outcome = run(spec, reporter)
+        obedience.end()
+        actors.close(followers, None if outcome.kind == "paused" else outcome.kind, reporter)
+        ray.get(reporter.report.remote(outcome))
     finally:
         if not ray.get(reporter.close.remote(CLOSE_SECONDS)):
             logger.warning("Not all events were shipped; the control plane finds them in the spool.")
-    return status
+    return STATUSES[outcome.kind]
 
 
-def run(spec: AttemptSpec, reporter: Any) -> Succeeded:
+def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
+    try:
+        return _run(spec, reporter)
+    except JobFailed as failure:
+        logger.error("%s", failure)
+        return failure.report
+
+
+def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
     """Training begins when its data are prepared, or so much of them that the rest can follow."""
 
     def report(report: Report) -> None:
@@ -76,7 +79,9 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded:
     wait((preparing, training), return_when=FIRST_COMPLETED)
     if preparing.done():
         preparing.result()  # what ends it ends training
-    trained = training.result()
+    trained: Succeeded | Failed | Paused = training.result()
+    if not isinstance(trained, Succeeded):
+        return trained
     preparing.result()
     report(Progress(stage="exporting", done=0, total=1))
     exported = export(spec, trained)
@@ -91,7 +96,7 @@ def _prepare(spec: AttemptSpec, report: Callable[[Report], None], begun: "Future
     return prepared
 
 
-def _train(spec: AttemptSpec, found: Prepared | Stream, reporter: Any) -> Succeeded:
+def _train(spec: AttemptSpec, found: Prepared | Stream, reporter: Any) -> Succeeded | Failed | Paused:
     data = found.training if isinstance(found, Prepared) else found
     spec = spec.model_copy(update={"config": spec.config.resolved(num_places(data, spec.config.seed))})
     if isinstance(found, Prepared):
@@ -100,12 +105,14 @@ def _train(spec: AttemptSpec, found: Prepared | Stream, reporter: Any) -> Succee
     return train(spec, found, found if validates else None, reporter)
 
 
-def train(spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any) -> Succeeded:
+def train(
+    spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
+) -> Succeeded | Failed | Paused:
     """The last checkpoint's policy. Workers publish checkpoints themselves, so Ray Train stores nothing of worth."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    def work_here() -> Succeeded | Failed:
+    def work_here() -> Succeeded | Failed | Paused:
         from services.training.worker import work
 
         return work(spec, data, reporter, validation)
@@ -123,9 +130,7 @@ def train(spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, re
                 failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=WORKER_FAILURES),
             ),
         )
-        trained: Succeeded | Failed = trainer.fit().return_value
-    if isinstance(trained, Failed):
-        raise JobFailed(trained)
+        trained: Succeeded | Failed | Paused = trainer.fit().return_value
     return trained
 
 
@@ -164,33 +169,10 @@ def _environment() -> dict[str, str]:
 def _start_reporter(spec: AttemptSpec, token: str) -> Any:
     """The actor lives and dies with the driver, on its node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    reporter = ray.remote(Reporter).options(num_cpus=0, scheduling_strategy=here).remote(spec, token)
-    ray.get(reporter.fenced.remote())
+    actor = ray.remote(num_cpus=0, concurrency_groups={WATCH: 1})(Reporter)
+    reporter = actor.options(scheduling_strategy=here).remote(spec, token)
+    ray.get(reporter.flush.remote())
     return reporter
-
-
-def _stop_on_sigterm(reporter: Any, followers: list[Any]) -> None:
-    """SIGTERM ends the attempt; a fenced attempt sends it to itself."""
-    fenced = threading.Event()
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        logger.warning("Stopping: %s.", "a later attempt has taken over" if fenced.is_set() else "SIGTERM")
-        try:
-            closing = [each.close.remote(None, STOP_SECONDS) for each in followers if not fenced.is_set()]
-            closing.append(reporter.close.remote(STOP_SECONDS))
-            ray.wait(closing, num_returns=len(closing), timeout=2 * STOP_SECONDS)
-        finally:
-            # Ray Data and Ray Train take longer to say goodbye than SIGKILL waits. Their actors die with the driver.
-            os._exit(FENCED if fenced.is_set() else 128 + signum)
-
-    def watch() -> None:
-        while not ray.get(reporter.fenced.remote()):
-            time.sleep(1)
-        fenced.set()
-        signal.raise_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

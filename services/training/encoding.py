@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from dpo_core.truncation import truncate
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training.dataset import Dataset, Part, write_part
+from services.training.garbage import only_young
 from services.training.report import TIED, TOO_LONG, EncodingReport, Tally, injected, left_out, lengths_in_words, merge
 from services.training.reporting import JobFailed, invalid_file, progress
 
@@ -196,6 +198,7 @@ def split(uri: str) -> Iterator[Piece]:
         yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
 
 
+@only_young()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
     """`folder_uri` None: nothing is written."""
     tokenizer, positions = load(recipe.model_source)
@@ -245,7 +248,7 @@ def _encode(
     """Those to train on, and those held out."""
     kept: list[EncodedGroup] = []
     held_out: list[EncodedGroup] = []
-    special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special_tokens = _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     for group in groups:
         if _holds(group, special_tokens, tokenizer):
             tally.mark_special(group.line)
@@ -265,11 +268,15 @@ def _encode(
     return kept, held_out
 
 
-def _holds(group: Group, special_tokens: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)) or r"\Z\A.")  # of none: what stands nowhere
+
+
+def _holds(group: Group, special_tokens: re.Pattern[str], tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether its own text would be read as more than text. The BOS and EOS that texts bring are theirs to bring."""
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
-    return any(token in text for text in texts for token in special_tokens)
+    return any(map(special_tokens.search, texts))
 
 
 def _words(text: Text) -> str:

@@ -110,9 +110,12 @@ class Tally:
             self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
 
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
-        self._counts.update(num_groups=1, num_kept=not held_out, num_held_out=held_out)
+        self._counts["num_groups"] += 1
+        self._counts["num_held_out" if held_out else "num_kept"] += 1
         if before.margin is not None:
             self._margins.append(before.line)
+        if after is before:
+            return
         now = _sides(after)
         for side, length in _sides(before).items():
             if now[side] < length:

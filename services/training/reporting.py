@@ -2,6 +2,7 @@
 
 The spool is the truth: segments `spool/<attempt>/<first seq>.json`, each an `EventBatch`, each
 written once. Shipping is a convenience on top, so training never waits for the control plane.
+What comes back is the user's wish; without anything to ship, an empty batch every few seconds asks for it.
 """
 
 import logging
@@ -9,18 +10,42 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import httpx
+import ray
 
 from services import storage
-from services.contract import AttemptSpec, Failed, JobEvent, Message, Progress, Report, Stage, Succeeded
+from services.contract import (
+    Alive,
+    AttemptSpec,
+    Desired,
+    Failed,
+    JobEvent,
+    Message,
+    Paused,
+    Progress,
+    Report,
+    Stage,
+    Succeeded,
+    Wish,
+)
 
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_SEGMENT = 500
 POST_TIMEOUT_SECONDS = 10.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 15.0
+HEARTBEAT_SECONDS = 3.0  # between posts
+UNHEARD_SECONDS = 60.0  # without an answer, after which the heartbeat goes to the spool
+WORKER_SECONDS = 10.0  # since a worker asked for orders, after which there is none to obey
+DRIVER_SECONDS = 60.0  # without a word of the driver, after which the attempt has no heartbeat
 SENTENCE_SECONDS = 60.0  # between two messages on one stage
+
+HEARTBEAT = b'{"events":[]}'
+WATCH = "watch"  # concurrency group of the actor: who asks for orders does not wait behind a slow spool
+Order = Literal[Desired, "fenced"]
+"""`fenced`: a later attempt has taken the job over, and this one must stop."""
 
 
 class JobFailed(Exception):
@@ -81,8 +106,11 @@ class Reporter:
         self._pending: deque[tuple[int, bytes]] = deque()  # seq and event; reported, not yet in the spool
         self._segment: tuple[str, bytes] | None = None  # being written; kept unchanged until that succeeds
         self._unshipped: deque[str] = deque()  # segments' URIs
-        self._fenced = False
         self._ended = False
+        self._order: Order = "run"  # as the control plane said last
+        self._pausing = False
+        self._answered_at = self._driver_at = time.monotonic()
+        self._worker_at = float("-inf")
         self._closing = threading.Event()
         self._changed = threading.Condition()  # guards all of the above but _segment
         self._writing = threading.Lock()  # guards _segment
@@ -93,15 +121,31 @@ class Reporter:
         with self._changed:
             if self._ended:
                 return  # workers go on for a moment after what ends the attempt
-            self._ended = isinstance(report, Succeeded | Failed)
+            self._ended = isinstance(report, Succeeded | Failed | Paused)
             event = JobEvent(seq=self._next_seq, created_at=time.time(), report=report)
             # Encoded here: text that is no Unicode fails its reporter, and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))
             self._next_seq += 1
 
-    def fenced(self) -> bool:
-        """A later attempt has taken the job over: this one must stop."""
-        return self._fenced
+    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
+    def order(self) -> Order:
+        """What the workers are to do."""
+        self._worker_at = time.monotonic()
+        return self._order_now()
+
+    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
+    def beat(self) -> tuple[Order, bool]:
+        """The driver lives. What it is to do, and whether workers ask for orders, too."""
+        now = self._driver_at = time.monotonic()
+        return self._order_now(), now - self._worker_at < WORKER_SECONDS
+
+    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
+    def pause(self) -> None:
+        """Order a pause from here on, whatever the control plane wishes."""
+        self._pausing = True
+
+    def _order_now(self) -> Order:
+        return "pause" if self._pausing and self._order == "run" else self._order
 
     def flush(self) -> None:
         """Returns when all that was reported so far stands in the spool."""
@@ -119,7 +163,7 @@ class Reporter:
         """Spools what is left and gives the shipper so much time for the rest. True if all arrived."""
         self.flush()
         with self._changed:
-            self._changed.wait_for(lambda: self._fenced or not self._unshipped, timeout_seconds)
+            self._changed.wait_for(lambda: self._order == "fenced" or not self._unshipped, timeout_seconds)
             self._closing.set()
             self._changed.notify_all()
             return not self._unshipped
@@ -140,33 +184,45 @@ class Reporter:
     def _ship(self) -> None:
         pause = FIRST_RETRY_SECONDS
         with httpx.Client(timeout=POST_TIMEOUT_SECONDS, headers=self._headers) as client:
-            while uri := self._next_unshipped():
+            while self._order != "fenced":
+                uri = self._next_unshipped()
+                if self._closing.is_set():
+                    return
+                if uri is None and time.monotonic() - self._driver_at > DRIVER_SECONDS:
+                    continue
                 if self._post(client, uri):
                     pause = FIRST_RETRY_SECONDS
-                    with self._changed:
-                        self._unshipped.popleft()
-                        self._changed.notify_all()
                 else:
+                    self._beat_in_spool()
                     self._closing.wait(pause)
                     pause = min(2 * pause, LAST_RETRY_SECONDS)
 
     def _next_unshipped(self) -> str | None:
-        """Waits for a segment. None ends the shipping: closed, or fenced."""
+        """Waits for a segment; None if none came in time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._unshipped or self._closing.is_set() or self._fenced)
-            return None if self._closing.is_set() or self._fenced else self._unshipped[0]
+            self._changed.wait_for(lambda: self._unshipped or self._closing.is_set(), HEARTBEAT_SECONDS)
+            return self._unshipped[0] if self._unshipped else None
 
-    def _post(self, client: httpx.Client, uri: str) -> bool:
+    def _post(self, client: httpx.Client, uri: str | None) -> bool:
         """Whether the control plane has the segment now. It knows a segment that it saw before by its numbers."""
         try:
-            answer = client.post(self._events_url, content=storage.read_bytes(uri))
-        except (httpx.HTTPError, OSError) as error:
-            logger.warning("%s was not shipped: %r", uri, error)
+            answer = client.post(self._events_url, content=storage.read_bytes(uri) if uri else HEARTBEAT)
+            if answer.status_code == httpx.codes.CONFLICT:
+                order: Order = "fenced"
+            else:
+                order = Wish.model_validate_json(answer.raise_for_status().content).desired
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            logger.warning("%s was not shipped: %r", uri or "A heartbeat", error)
             return False
-        if answer.status_code == httpx.codes.CONFLICT:
-            with self._changed:
-                self._fenced = True
-                self._changed.notify_all()
-        elif not answer.is_success:
-            logger.warning("%s was not accepted: %d %s", uri, answer.status_code, answer.text[:200])
-        return answer.is_success
+        with self._changed:
+            self._order, self._answered_at = order, time.monotonic()
+            if uri and order != "fenced":
+                self._unshipped.popleft()
+            self._changed.notify_all()
+        return True
+
+    def _beat_in_spool(self) -> None:
+        """The control plane finds it there if this attempt cannot reach it."""
+        if time.monotonic() - self._answered_at > UNHEARD_SECONDS:
+            self._answered_at = time.monotonic()
+            self.report(Alive())

@@ -20,9 +20,21 @@ from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.trainer import StepResult, train
 from services import storage
-from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Report, Started, StepMetrics, Succeeded
+from services.contract import (
+    AttemptSpec,
+    CheckpointSaved,
+    Failed,
+    Message,
+    Paused,
+    Report,
+    Started,
+    StepMetrics,
+    Succeeded,
+)
 from services.training.dataset import Data, Dataset, read_groups
+from services.training.logs import keep_logs
 from services.training.order import batched, global_batches, num_places, num_steps
+from services.training.orders import listening
 from services.training.stream import Stream
 
 LN2_TOLERANCE = 1e-3
@@ -31,19 +43,21 @@ GROUPS_PER_EVALUATION = 256  # read at a time, and dealt to all workers
 
 def work(
     spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
-) -> Succeeded | Failed:
-    """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend.
+) -> Succeeded | Failed | Paused:
+    """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend. Or it is told to
+    pause, and leaves a checkpoint.
 
-    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 uses it. Every checkpoint is
-    evaluated on `validation`.
+    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 reports to it. Every checkpoint
+    is evaluated on `validation`.
     """
+    keep_logs(spec.run_uri, spec.attempt, f"worker-{dist.get_rank()}")
     device = ray.train.torch.get_device()
     torch.set_num_threads(_num_threads())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     num_groups = num_places(data, spec.config.seed)
     total_steps = num_steps(num_groups, spec.config)
-    with _scratch(spec) as scratch:
+    with _scratch(spec) as scratch, listening(reporter) as pausing:
         resume = _agree_on_checkpoint(spec, scratch, reporter, device)
         step, num_tokens = 0, 0
         if resume:
@@ -63,16 +77,21 @@ def work(
             resume=resume,
             publish=lambda step, folder: _publish(step, folder, spec, reporter),
             validation=held_out(validation),
+            stop=pausing,
         )
         failed = None
         for result in results:
+            step, num_tokens = result.step, result.num_tokens
+            if not result.metrics:
+                continue  # it had no groups
             if failed := hopeless(result, spec):
                 break
             if dist.get_rank() == 0:
                 _report_step(result, spec, reporter)
-            num_tokens = result.num_tokens
     if dist.get_rank() == 0:
         ray.get(reporter.flush.remote())  # all of this before the driver reports the end
+    if not failed and step < total_steps:
+        return Paused(step=step)
     model_uri = storage.join(checkpoint_uri(spec, total_steps), "model")
     return failed or Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
 

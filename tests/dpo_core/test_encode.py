@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.encode import encode_group
+from dpo_core.encode import encode_group, encode_groups
 from dpo_core.feedback import read_groups
 from dpo_core.formats import Group
 from dpo_core.jsonl import InvalidRow
@@ -134,6 +134,42 @@ def test_a_template_that_refuses_the_messages_is_quoted_by_line(own_tokenizer):
     own_tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
     with pytest.raises(InvalidRow, match="Line 3: the chat template refuses the messages: Roles must alternate"):
         encode_group(PAIR, own_tokenizer)
+
+
+def test_groups_together_become_what_each_becomes_alone(own_tokenizer):
+    own_tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'is lazy' in m.content %}{{ raise_exception('No.') }}{% endif %}"
+        "{{ '#' if 'sleeps' in messages[-1].content }}{{ tools and tools | tojson }}{{ m.content }}{{ eos_token }}"
+        "{% endfor %}"
+    )
+    well, rewritten, refused = ([GOOD], [GOOD]), ([{**GOOD, "content": "sleeps"}], [GOOD]), ([GOOD], [BAD])
+    kinds = [
+        Group([USER], well, 1),
+        Group([USER], rewritten, 1),
+        Group("the dog", ("jumps", "sleeps"), 1),
+        Group([USER], well, 1, tools=TOOLS),
+        Group([USER], ([GOOD],), 1),
+    ]
+    for some in (kinds * 50, [*kinds, Group([USER], refused, 1), *kinds]):
+        together = [str(found) for found in encode_groups(some, own_tokenizer)]
+        alone = {id(group): str(next(encode_groups([group], own_tokenizer))) for group in some}
+        assert together == [alone[id(group)] for group in some]
+        assert sum("renders the prompt differently" in found for found in together) == some.count(kinds[1])
+        assert sum("refuses the messages: No." in found for found in together) == len(some) % 5
+
+
+def test_a_tokenizer_that_was_asked_to_cut_and_to_pad_encodes_whole_texts(tokenizer, own_tokenizer):
+    own_tokenizer("the quick fox", max_length=2, truncation=True, padding="max_length")
+    assert encode_group(PAIR, own_tokenizer) == encode_group(PAIR, tokenizer)
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called(own_tokenizer):
+    class Own(type(own_tokenizer)):
+        def _encode_plus(self, text, **options):
+            return super()._encode_plus([one.replace("fox", "dog") for one in text], **options)
+
+    own_tokenizer.__class__ = Own
+    assert "the quick dog" in own_tokenizer.decode(encode_group(PAIR, own_tokenizer).prompt_ids)
 
 
 def test_a_template_that_reaches_out_of_its_sandbox_is_refused(own_tokenizer):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_core.feedback import read_groups
+from dpo_core.feedback import read_groups, read_records
 from dpo_core.formats import Group
 from dpo_core.jsonl import MAX_LINE_BYTES, InvalidRow, read_lines
 from dpo_core.survey import survey
@@ -106,6 +106,30 @@ def test_the_same_pairs_in_two_formats_are_the_same_groups():
         pytest.skip(f"{SHARED_DATA} does not exist")
     with (SHARED_DATA / "pairs.openai.jsonl").open("rb") as openai, (SHARED_DATA / "pairs.trl.jsonl").open("rb") as trl:
         assert list(read_groups(openai)) == list(read_groups(trl))
+
+
+ESCAPES = (r"\u00e9", r"\u0000", r"\uD800", r"\udc00", r"\ud83d\ude00", r"\\u0000", "\x01", "\0", '"')
+texts = st.sampled_from([f'"{text}"' for text in ("a b", "é", *ESCAPES)])
+values = st.recursive(
+    texts | st.sampled_from(["1", "null", "NaN", "-Infinity", "9" * 5000, "\ufeff"]),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: "[" + ",".join(items) + "]")
+        | st.lists(st.tuples(texts, inner), max_size=3).map(lambda items: "{" + ",".join(map(":".join, items)) + "}")
+    ),
+    max_leaves=3,
+)
+keys = st.sampled_from(['"one"', '"two"', '"margin"']) | texts
+
+
+@given(st.lists(st.tuples(keys, values), max_size=2))
+def test_a_row_is_read_alike_whether_or_not_it_is_looked_at_closely(items):
+    """Many brackets, though they stand in a text, have a row looked at closely."""
+    sides = ['"prompt": "a"', '"chosen": "b"', '"rejected": "c"']
+    items = [f"{key}: {value}" for key, value in items]
+    line, brackets = ("{" + ",".join([*sides, *items, f'"brackets": "{text}"']) + "}" for text in ("", "[" * 64))
+    swift, close = (next(read_records([text.encode()])) for text in (line, brackets))
+    assert (swift.format, swift.groups, swift.ignored_keys) == (close.format, close.groups, close.ignored_keys)
+    assert str(swift.problem) == str(close.problem)
 
 
 # --- report ---

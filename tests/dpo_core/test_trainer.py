@@ -171,6 +171,27 @@ def test_resuming_repeats_the_run_bit_for_bit(config, make_policy, tokenizer, pa
         assert (tmp_path / "resumed" / saved[1].name / name).read_bytes() == (saved[1] / name).read_bytes()
 
 
+def test_a_run_that_stops_after_any_step_goes_on_as_if_it_had_not(make_policy, tokenizer, pairs, scored, tmp_path):
+    straight = make_policy(0)
+    batches = [scored(pairs[n : n + 4], straight) for n in range(4)]
+    config = replace(DPO, objective=Bco(), checkpoint_steps=2)
+    whole = numbers(run(config, straight, tokenizer, batches, tmp_path / "straight"))
+    for step in range(1, 4):
+        wishes = iter([False] * step + [True])
+        folder = tmp_path / str(step)
+        first = run(config, make_policy(0), tokenizer, batches, folder, stop=lambda wishes=wishes: next(wishes))
+        assert [result.step for result in first] == list(range(1, step + 1))
+        policy, saved = make_policy(7), folder / f"step-{step:06d}"
+        rest = run(config, policy, tokenizer, batches[step:], folder, total_steps=4, resume=saved, stop=lambda: False)
+        assert numbers(first) + numbers(rest) == whole
+        assert_same_policy(policy, straight, rtol=0, atol=0)
+
+
+def test_a_run_that_stops_before_its_first_step_leaves_nothing(policy, tokenizer, pairs, tmp_path):
+    assert run(DPO, policy, tokenizer, [pairs], tmp_path, stop=lambda: True) == []
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_checkpoint_serves_as_a_model_with_identical_logits(policy, tokenizer, pairs, tmp_path):
     run(DPO, policy, tokenizer, [pairs], tmp_path)
     model = tmp_path / "step-000001" / "model"
@@ -188,13 +209,13 @@ def test_tokens_are_counted_once_per_prompt(policy, tokenizer, pairs, tmp_path):
 def test_a_step_without_groups_is_counted_and_changes_nothing(make_policy, tokenizer, pairs, tmp_path):
     config, batches = replace(DPO, checkpoint_steps=2), [pairs[:4], [], pairs[4:], []]
     whole = run(config, make_policy(0), tokenizer, batches, tmp_path / "whole")
-    assert [result.step for result in whole] == [1, 3]
+    assert [(result.step, bool(result.metrics)) for result in whole] == [(1, True), (2, False), (3, True), (4, False)]
     rates = [result.metrics["lr"] for result in run(DPO, make_policy(0), tokenizer, [pairs] * 4, tmp_path / "full")]
-    assert [result.metrics["lr"] for result in whole] == rates[::2]
+    assert [result.metrics["lr"] for result in whole[::2]] == rates[::2]
     saved = sorted((tmp_path / "whole").iterdir())
-    assert [read_manifest(folder).metrics for folder in saved] == [result.metrics for result in whole]
+    assert [read_manifest(folder).metrics for folder in saved] == [result.metrics for result in whole[::2]]
     rest = run(config, make_policy(7), tokenizer, batches[2:], tmp_path / "rest", total_steps=4, resume=saved[0])
-    assert numbers(rest) == numbers(whole[1:])
+    assert numbers(rest) == numbers(whole[2:])
     assert read_manifest(tmp_path / "rest" / "step-000004").files == read_manifest(saved[1]).files
 
 

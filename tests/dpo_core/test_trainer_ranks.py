@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,6 +57,7 @@ CASES = {
     "four shards": Case(4, replace(CONFIG, sharding="full")),
     "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
 }
+STOPPED = ["copies", "shards"]
 SHARDED = [name for name, case in CASES.items() if case.config.sharding != "auto" and case.dtype == torch.float32]
 
 
@@ -64,7 +65,15 @@ def read_pairs(folder: Path) -> list[EncodedGroup]:
     return [EncodedGroup(**fields) for fields in json.loads((folder / "pairs.json").read_text())]
 
 
-def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None, after_step: int = 0) -> None:
+def train_in(
+    home: Path,
+    folder: Path,
+    case: Case,
+    *,
+    resume: Path | None = None,
+    after_step: int = 0,
+    stop: Callable[[], bool] | None = None,
+) -> None:
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
     pairs = read_pairs(home)
     torch.manual_seed(0)  # of a new adapter
@@ -75,13 +84,23 @@ def train_in(home: Path, folder: Path, case: Case, *, resume: Path | None = None
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
         total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
-        validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]],
+        validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]], stop=stop,
     )  # fmt: skip
     results = [(r.step, r.num_tokens, r.metrics) for r in steps]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in policy.named_parameters()}
     save_file({name: tensor.float() for name, tensor in whole.items()}, folder / "weights.safetensors")
+
+
+def stop_in(home: Path, name: str, rank: int) -> None:
+    """Rank 1 alone wishes to stop after the first step; all do, and go on as if they had not."""
+    case, folder = CASES[name], home / f"{name}, stopped" / f"rank{rank}"
+    wishes = iter([False, rank == 1])
+    train_in(home, folder, case, stop=lambda: next(wishes))
+    shared = folder.parent if case.config.sharding != "auto" else folder.parent / "rank0"
+    dist.barrier()  # the checkpoint is rank 0's to complete
+    train_in(home, folder / "resumed", case, resume=shared / "step-000001", after_step=1)
 
 
 def disagree_in(folder: Path) -> None:
@@ -119,6 +138,8 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
             home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002", after_step=2
         )
     else:
+        for name in STOPPED:
+            stop_in(home, name, rank)
         disagree_in(home)
         compute_unlike_completions_in(home)
     dist.destroy_process_group()
@@ -192,6 +213,16 @@ def test_four_ranks_go_on_where_two_were(home):
         load_file(home / name / "weights.safetensors") for name in ("resumed by four/rank0", "shards/rank0")
     )
     torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_stop_together_when_one_of_them_is_told_and_go_on_as_if_they_had_not(name, rank, home):
+    stopped, straight = home / f"{name}, stopped" / f"rank{rank}", home / name / f"rank{rank}"
+    assert results(stopped) + results(stopped / "resumed") == results(straight)
+    assert len(results(stopped)) == 1
+    weights = [load_file(folder / "weights.safetensors") for folder in (stopped / "resumed", straight)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_of_copies_one_is_saved(home):

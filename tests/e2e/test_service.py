@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -133,6 +134,41 @@ def test_a_running_job_is_cancelled_and_its_processes_end(service: Service, clie
     client.fine_tuning.jobs.cancel(job_id)
     assert finished(client, job_id).status == "cancelled"
     wait_for(lambda: not service.processes(job_id), "the driver is gone", seconds=15)
+
+
+def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
+    service: Service, client: openai.OpenAI
+) -> None:
+    job_id = submit(client, shop_pairs(200), every=10_000, **LONG | {"n_epochs": 50})  # 2500 steps
+    wait_for_step(client, job_id, 5)
+    client.fine_tuning.jobs.pause(job_id)
+    wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "paused", "paused", seconds=60)
+    wait_for(lambda: not service.processes(job_id), "its processes are gone", seconds=15)
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job_id)
+    assert checkpoint.step_number == steps(client, job_id)[-1]
+
+    client.fine_tuning.jobs.resume(job_id)
+    wait_for_step(client, job_id, checkpoint.step_number + 5)
+    stack, token = json.loads((service.home / "stack.json").read_text()), (service.home / "ray.token").read_text()
+    stop = f"http://127.0.0.1:{stack['dashboard_port']}/api/jobs/{job_id}-2/stop"
+    assert httpx.post(stop, headers={"Authorization": f"Bearer {token}"}).is_success
+
+    def resumed() -> list[str]:
+        found = [re.match("Resumed from checkpoint at step ([0-9]+)", message) for message in messages(client, job_id)]
+        return [match[1] for match in found if match]
+
+    wait_for(lambda: len(resumed()) == 2, "resumed again")
+    said = messages(client, job_id)
+    assert f"The job is paused after step {resumed()[0]}" in said
+    assert f"Attempt 2 was asked to stop, and did after step {resumed()[1]}" in said
+    wait_for_step(client, job_id, int(resumed()[1]) + 1)
+    logs = client.get(f"/x/jobs/{job_id}/logs", cast_to=dict[str, Any])
+    assert (logs["attempts"], logs["sources"]) == ([1, 2, 3], ["driver", "worker-0"])
+    assert any("Started training worker group" in line for line in logs["data"])
+    client.fine_tuning.jobs.cancel(job_id)
+    assert finished(client, job_id).status == "cancelled"
+    told = steps(client, job_id)
+    assert told == list(range(1, len(told) + 1))
 
 
 def test_a_killed_control_plane_comes_back_to_its_job(service: Service) -> None:

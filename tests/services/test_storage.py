@@ -105,6 +105,8 @@ def test_only_files_are_listed_as_files_and_have_a_version(folder: str) -> None:
     storage.write_bytes(storage.join(folder, "b", "c"), b"1")
     storage.write_bytes(storage.join(folder, "a 1"), b"1")
     assert storage.list_files(folder) == ["a 1"]
+    assert storage.list_folders(folder) == ["b"]
+    assert storage.list_folders(storage.join(folder, "none")) == []
     assert storage.version(storage.join(folder, "b")) is None
     assert storage.version(storage.join(folder, "none")) is None
     first = storage.version(storage.join(folder, "a 1"))

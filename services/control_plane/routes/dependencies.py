@@ -5,12 +5,14 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from services.control_plane import keys
-from services.control_plane.errors import Unauthorized
+from services.control_plane import scopes
+from services.control_plane.authentication import Authentication
+from services.control_plane.errors import Forbidden, Unauthorized
 from services.control_plane.inference import Inference
 from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
 from services.control_plane.once import Once
+from services.control_plane.rates import Rates
 from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
 from services.control_plane.store import ProjectStore, Store
@@ -46,16 +48,37 @@ InferencePart = Annotated[Inference, Depends(_inference)]
 SenderPart = Annotated[Sender, Depends(_sender)]
 
 
-async def authenticate(store: ServiceStorePart, settings: SettingsPart, credentials: Bearer) -> Caller:
-    """Raises Unauthorized unless the bearer token is a live key."""
+async def admit(request: Request, settings: SettingsPart, credentials: Bearer) -> Caller:
+    """Whoever asks, if the key lives, is within its rate, and has the scope that the route needs."""
     if credentials is None or not credentials.credentials:
         message = "You didn't provide an API key. Send it in the header `Authorization: Bearer YOUR_KEY`."
         raise Unauthorized(message, code="invalid_api_key")
-    async with store.begin() as session:
-        return await keys.authenticate(session, credentials.credentials, settings)
+    authentication = cast(Authentication, request.app.state.authentication)
+    caller = request.state.caller = await authentication.caller(credentials.credentials)
+    _check_named(request, "organization", settings.organization)
+    _check_named(request, "project", caller.project_id)
+    if limit := caller.requests_per_minute or settings.requests_per_minute:
+        request.state.headers |= cast(Rates, request.app.state.rates).take(caller.key_id, limit)
+    _check_scope(request, caller)
+    return caller
 
 
-CallerPart = Annotated[Caller, Depends(authenticate)]
+def _check_named(request: Request, what: str, own: str) -> None:
+    """OpenAI's clients may name where they believe the key to be."""
+    if (named := request.headers.get(f"openai-{what}")) not in (None, own):
+        message = f"OpenAI-{what.capitalize()} is '{named}', but the key is of '{own}'; leave the header out."
+        raise Unauthorized(message, code=f"mismatched_{what}")
+
+
+def _check_scope(request: Request, caller: Caller) -> None:
+    path = request.scope["route"].path
+    if (scope := scopes.needed(request.method, path)) not in caller.scopes:
+        has = ", ".join(sorted(caller.scopes)) or "none"
+        message = f"{request.method} {path} needs a key with the scope '{scope}'; this one has {has}."
+        raise Forbidden(message, code="missing_scope")
+
+
+CallerPart = Annotated[Caller, Depends(admit)]
 
 
 def _project_store(store: ServiceStorePart, caller: CallerPart) -> ProjectStore:

@@ -125,8 +125,14 @@ async def _read(source: io.BufferedReader, span: range) -> AsyncIterator[bytes]:
 
 
 @router.delete("/{file_id}")
-async def delete(store: StorePart, file_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
-        row = await files.remove(session, file_id)
-    await files.remove_bytes(row.uri)
-    return deleted("file", file_id)
+async def delete(once: OncePart, file_id: str) -> Response:
+    removed: list[File] = []
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        removed.append(await files.remove(session, file_id))
+        return deleted("file", file_id)
+
+    answer = await once.act(remove)
+    for row in removed:
+        await files.remove_bytes(row.uri)
+    return answer

@@ -1,5 +1,6 @@
 """/v1/fine_tuning/jobs"""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -8,11 +9,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import Objective
 from services.contract import MIN_EXAMPLES, JobSpec
-from services.control_plane import files, jobs, models
+from services.control_plane import files, jobs, models, quotas
 from services.control_plane.errors import InvalidRequest
+from services.control_plane.keys import Caller
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
+from services.control_plane.once import Once
 from services.control_plane.routes.dependencies import CallerPart, OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import CreateJob
+from services.control_plane.settings import Settings
 from services.control_plane.store import page
 from services.control_plane.tables import Checkpoint, Event, File, Job
 
@@ -30,6 +34,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
         await _check_files(session, spec)
+        await quotas.admit_job(session)
         return job_object(await jobs.submit(session, spec, model, caller.key_id), settings)
 
     return await once.act(submit)
@@ -91,21 +96,32 @@ async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dic
         return job_object(await jobs.find(session, job_id), settings)
 
 
+async def _wish(
+    wish: Callable[[AsyncSession, str, str], Awaitable[Job]],
+    once: Once,
+    caller: Caller,
+    settings: Settings,
+    job_id: str,
+) -> Response:
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return job_object(await wish(session, job_id, caller.key_id), settings)
+
+    return await once.act(act)
+
+
 @router.post("/{job_id}/cancel")
 async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    async def wish(session: AsyncSession) -> dict[str, Any]:
-        return job_object(await jobs.cancel(session, job_id, caller.key_id), settings)
-
-    return await once.act(wish)
+    return await _wish(jobs.cancel, once, caller, settings, job_id)
 
 
-@router.post("/{job_id}/{action}")
-async def act(store: StorePart, job_id: str, action: str) -> None:
-    """`pause` and `resume` of OpenAI's surface are refused by name."""
-    async with store.begin() as session:
-        await jobs.find(session, job_id)
-    message = f"'{action}' is not supported; a job can be cancelled."
-    raise InvalidRequest(message, param="action", code="unsupported_value")
+@router.post("/{job_id}/pause")
+async def pause(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.pause, once, caller, settings, job_id)
+
+
+@router.post("/{job_id}/resume")
+async def resume(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.resume, once, caller, settings, job_id)
 
 
 @router.get("/{job_id}/events")

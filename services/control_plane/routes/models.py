@@ -3,12 +3,14 @@
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import storage
 from services.control_plane import deployments, models
+from services.control_plane.models import NamedModel
 from services.control_plane.objects import deleted, model_object
-from services.control_plane.routes.dependencies import SettingsPart, StorePart
+from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
 
 router = APIRouter(prefix="/models")
 
@@ -27,10 +29,17 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 
 @router.delete("/{model_id:path}")
-async def delete(store: StorePart, settings: SettingsPart, model_id: str) -> dict[str, Any]:
+async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Response:
     """Stop offering and serving a trained policy, and remove its weights."""
-    async with store.begin() as session:
+    removed: list[NamedModel] = []
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
         model = await models.remove(session, settings, model_id)
         await deployments.forget(session, model.app_name)
-    await anyio.to_thread.run_sync(storage.delete, model.source)
-    return deleted("model", model_id)
+        removed.append(model)
+        return deleted("model", model_id)
+
+    answer = await once.act(remove)
+    for model in removed:
+        await anyio.to_thread.run_sync(storage.delete, model.source)
+    return answer

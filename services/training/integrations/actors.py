@@ -16,6 +16,7 @@ from services.training.integrations.tensorboard import TensorboardSink
 from services.training.integrations.wandb import WandbSink
 
 CLOSE_SECONDS = 30.0
+PAUSE_SECONDS = 5.0  # what is missing then, the next attempt tells
 GRACE_SECONDS = 5.0  # beyond it, an actor that does not answer is left to itself
 ENVIRONMENT = {  # where the node does not say otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -52,14 +53,15 @@ def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
     return [actor.remote(name, sink, spec, report) for name, sink in sinks(spec)]
 
 
-def close(followers: list[Any], status: Status, reporter: Any) -> None:
-    """Before the attempt's last report, after which nothing may be told."""
+def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
+    """Before the attempt's last report, after which nothing may be told. None: another attempt will go on."""
     if not followers:
         return
     ray.get(reporter.flush.remote())
-    for closing in [follower.close.remote(status, CLOSE_SECONDS) for follower in followers]:
+    seconds = CLOSE_SECONDS if status else PAUSE_SECONDS
+    for closing in [follower.close.remote(status, seconds) for follower in followers]:
         try:
-            ray.get(closing, timeout=CLOSE_SECONDS + GRACE_SECONDS)
+            ray.get(closing, timeout=seconds + GRACE_SECONDS)
         except RayError as error:
             sentence = f"An integration died, and lacks the last steps: {str(error).splitlines()[0]:.200}"
             reporter.report.remote(Message(level="warn", message=sentence))

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import uvicorn
@@ -190,3 +191,29 @@ def serving(settings: Settings, at_once_bytes: int = 2**29) -> Iterator[tuple[su
 def client(base_url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{base_url}/v1", api_key=API_KEY, max_retries=0) as client:
         yield client
+
+
+def api_of(base_url: str, key: str) -> httpx.Client:
+    """For what the client of OpenAI has no word for."""
+    return httpx.Client(base_url=f"{base_url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def api(base_url: str) -> Iterator[httpx.Client]:
+    with api_of(base_url, API_KEY) as api:
+        yield api
+
+
+def new_project(api: httpx.Client, name: str, **limits: Any) -> str:
+    answer = api.post("/x/projects", json={"name": name, **limits})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def new_key(api: httpx.Client, **wanted: Any) -> dict[str, Any]:
+    answer = api.post("/x/keys", json={"name": "test", **wanted})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+EVERY_SCOPE = ["read", "write", "inference", "admin"]

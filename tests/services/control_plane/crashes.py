@@ -62,7 +62,7 @@ class LivelyRay(FakeRay):
         reporter.report(Started(config=config, num_groups=12, total_steps=STEPS, resumed_from=first - 1))
         for step in range(first, STEPS + 1):
             time.sleep(self._step_seconds * random.uniform(0.5, 1.5))
-            if self.jobs[submission_id] != "RUNNING" or reporter.fenced():
+            if self.jobs[submission_id] != "RUNNING" or reporter.order() == "fenced":
                 return
             if step == dies_at:
                 self.jobs[submission_id] = "FAILED"

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event, func, select, update
 from sqlalchemy.orm import Session
 
-from services.contract import Deployment
+from services.contract import Deployment, Paused
 from services.control_plane import files, jobs, models
 from services.control_plane.launcher import Launcher
 from services.control_plane.reconciler import Reconciler
@@ -98,12 +98,23 @@ def live(ray: FakeRay, job_id: str) -> list[str]:
 
 async def play(settings: Settings, ray: FakeRay, job_id: str, story: str, store: Store) -> None:
     """What happens outside: attempts end as the story has it, and the user may change their mind."""
+    async with store.begin() as session:
+        job = await session.get_one(Job, job_id)
+        if job.observed == "paused":
+            await jobs.resume(session, job_id, "key")
     for name in live(ray, job_id):
         number = int(name.rsplit("-", 1)[1])
         if story == "cancelled":
-            async with store.begin() as session:
-                if (await session.get_one(Job, job_id)).desired == "run":
+            if job.desired == "run":
+                async with store.begin() as session:
                     await jobs.cancel(session, job_id, "key")
+        elif story == "paused" and number == 1:
+            if job.desired == "run":
+                async with store.begin() as session:
+                    await jobs.pause(session, job_id, "key")
+            else:
+                spool(settings, job_id, number, [*reports(settings, job_id)[:2], Paused(step=1)])
+                ray.jobs[name] = "FAILED"  # Ray's word for a status that is not 0
         elif story == "dies once" and number == 1:
             ray.jobs[name] = "FAILED"
         else:
@@ -136,7 +147,7 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, folder: Any, story: s
             if job.observed in TERMINAL:
                 break
     assert job.observed == ("cancelled" if story == "cancelled" else "succeeded")
-    assert len(attempts) == (2 if story == "dies once" else 1)
+    assert len(attempts) == (2 if story in ("dies once", "paused") else 1)
     assert all(attempt.state == "ended" for attempt in attempts)
     async with store.begin() as session:
         assert jobs.replay(await jobs.log_of(session, job_id)) == (job.desired, job.observed, job.version)
@@ -146,7 +157,7 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, folder: Any, story: s
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a crash closes no connection
-@pytest.mark.parametrize("story", ["succeeds", "dies once", "cancelled"])
+@pytest.mark.parametrize("story", ["succeeds", "dies once", "paused", "cancelled"])
 def test_a_crash_at_any_point_loses_and_doubles_nothing(
     settings: Settings, fake_ray: FakeRay, tmp_path: Any, story: str
 ) -> None:

@@ -131,7 +131,7 @@ def test_sends_at_the_same_moment_make_one_job(client: openai.OpenAI, base_url: 
         answers.append(httpx.post(f"{base_url}/v1/fine_tuning/jobs", json=body, headers=headers))
 
     for sends in (
-        [{"x-stainless-retry-count": str(count)} for count in range(3)],
+        [{"x-stainless-retry-count": str(count)} for count in (1, 2)],
         [{"Idempotency-Key": "at-once"} for _ in range(3)],
     ):
         threads = [threading.Thread(target=post, args=(headers,)) for headers in sends]

@@ -15,6 +15,7 @@ from sqlalchemy import func, update
 from dpo_core.config import TrainConfig
 from services import storage
 from services.contract import (
+    Alive,
     AttemptSpec,
     CheckpointSaved,
     EventBatch,
@@ -22,6 +23,7 @@ from services.contract import (
     Integrations,
     JobEvent,
     Mlflow,
+    Paused,
     Progress,
     ReferenceReleased,
     Report,
@@ -66,18 +68,26 @@ def job_id(client: openai.OpenAI, settings: Settings, ray: FakeRay) -> Iterator[
         assert job.status in ("succeeded", "failed", "cancelled")
 
 
-def ticks(settings: Settings, count: int, *, planes: int = 1) -> None:
-    """Tick so often, here alone: the lease is taken from the service's own reconciler."""
+def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0) -> None:
+    """Tick so often, here alone: the lease is taken from the service's own reconciler.
+
+    `apart`: seconds from one tick to the next, by the reconcilers' clock.
+    """
+    now = 0.0
 
     async def run() -> None:
+        nonlocal now
         store, launcher = Store(settings.database_url), Launcher(settings)
-        reconcilers = [Reconciler(store, launcher, settings, holder=f"test-{i}") for i in range(planes)]
+        reconcilers = [
+            Reconciler(store, launcher, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
+        ]
         async with store.begin() as session:
             await session.execute(update(Lease).values(holder="test-0", expires_at=func.now() + timedelta(hours=1)))
         for _ in range(count):
             # A tick that Ray's silence ends is tried again, as `run` does.
             done = await asyncio.gather(*(reconciler.tick() for reconciler in reconcilers), return_exceptions=True)
             assert all(isinstance(outcome, httpx.HTTPError | None) for outcome in done), done
+            now += apart
         async with store.begin() as session:
             await session.execute(update(Lease).values(expires_at=func.now() + timedelta(hours=1)))
         await launcher.close()
@@ -237,7 +247,7 @@ def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(
         return httpx.post(url, json=body, headers={"Authorization": f"Bearer {key}"}).status_code
 
     assert post({"events": batch["events"][2:]}) == 400  # a gap
-    assert [post(batch), post(batch)] == [204, 204]
+    assert [post(batch), post(batch)] == [200, 200]
     assert post(batch, "another") == 409
     steps = [e.data for e in client.fine_tuning.jobs.list_events(job_id, limit=100) if e.type == "metrics"]
     assert [data["step"] for data in steps] == [3, 2, 1]
@@ -330,6 +340,7 @@ def test_a_job_whose_attempts_keep_dying_fails_and_says_that_it_was_not_the_user
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.error is not None
     assert (job.status, job.error.code, len(ray.submissions)) == ("failed", "infrastructure_failure", 3)
+    assert f"raydpo jobs logs {job_id}" in str(job.error.message)
 
 
 def test_several_control_planes_act_as_one(
@@ -340,6 +351,31 @@ def test_several_control_planes_act_as_one(
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3, planes=3)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+
+
+def test_a_project_out_of_accelerator_hours_opens_no_attempt_and_keeps_its_job(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, api: httpx.Client
+) -> None:
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": 2})
+    ray.resources = {"CPU": 8.0, "GPU": 2.0}
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 0})
+    ticks(on_gpus, 2)
+    assert (client.fine_tuning.jobs.retrieve(job_id).status, ray.submissions) == ("queued", [])
+    waits_for = client.fine_tuning.jobs.retrieve(job_id).to_dict()["x_raydpo"]["waits_for"]  # type: ignore[index]
+    assert waits_for == "accelerator hours: its project has used its 0; an admin can raise max_accelerator_hours"
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 1})
+    ticks(on_gpus, 1)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    hours = api.get("/x/projects/proj_default/usage").json()["limits"]["max_accelerator_hours"]["used"]
+    assert 0 < hours < 0.1
+    # What runs goes on.
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 0})
+    ticks(on_gpus, 1)
+    spool(settings, job_id, 1, reports(settings, job_id))
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(on_gpus, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": None})
 
 
 def test_a_job_that_does_not_fit_waits_and_says_for_what(
@@ -408,3 +444,190 @@ def test_the_log_of_a_job_replays_to_what_it_is_and_refuses_what_no_rule_allows(
     assert {line.actor for line in log} == {"key_configured", "test-0"}
     with pytest.raises(ValueError, match="no rule leads from running to queued"):
         jobs.replay([log[1], Transition(job_id=job_id, version=3, desired="run", observed="queued")])
+
+
+# --- pause and resume ------------------------------------------------------------------------
+
+
+def status(client: openai.OpenAI, job_id: str) -> str:
+    return client.fine_tuning.jobs.retrieve(job_id).status
+
+
+def told(client: openai.OpenAI, job_id: str) -> list[str]:
+    """What the service said of the job, the first first."""
+    return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
+
+
+def succeed(client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, attempt: int) -> None:
+    assert list(ray.jobs)[-1] == f"{job_id}-{attempt}"
+    spool(settings, job_id, attempt, reports(settings, job_id))
+    ray.jobs[f"{job_id}-{attempt}"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert status(client, job_id) == "succeeded"
+
+
+def cancelled(client: openai.OpenAI, settings: Settings, job_id: str) -> None:
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+    assert status(client, job_id) == "cancelled"
+
+
+def test_a_queued_job_is_paused_resumed_and_cancelled_at_once(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    jobs = client.fine_tuning.jobs
+    with pytest.raises(openai.BadRequestError, match="is queued; only a paused job can be resumed"):
+        jobs.resume(job_id)
+    assert jobs.pause(job_id).status == "paused"
+    with pytest.raises(openai.BadRequestError, match="is paused; only a queued or a running job can be paused"):
+        jobs.pause(job_id)
+    ticks(settings, 3)
+    assert not ray.submissions
+    assert jobs.resume(job_id).status == "queued"
+    assert jobs.pause(job_id).status == "paused"
+    assert jobs.cancel(job_id).status == "cancelled"
+    for wish in (jobs.pause, jobs.resume):
+        with pytest.raises(openai.BadRequestError, match="is cancelled; only"):
+            wish(job_id)
+
+
+def test_a_running_job_is_paused_when_its_attempt_is_and_another_attempt_goes_on(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    with pytest.raises(openai.BadRequestError, match="is running; only a paused job can be resumed"):
+        client.fine_tuning.jobs.resume(job_id)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    url, bearer = f"{base_url}/internal/attempts/{job_id}/1/events", {"Authorization": f"Bearer {token}"}
+    assert httpx.post(url, json={"events": []}, headers=bearer).json() == {"desired": "run"}
+    assert client.fine_tuning.jobs.pause(job_id).status == "running"
+    assert client.fine_tuning.jobs.pause(job_id).status == "running", "wishing it twice is as wishing it once"
+    assert httpx.post(url, json={"events": []}, headers=bearer).json() == {"desired": "pause"}
+    ticks(settings, 2)
+    assert status(client, job_id) == "running"
+    assert ray.jobs[f"{job_id}-1"] == "RUNNING"
+
+    paused = reports(settings, job_id, steps=2)[:3]
+    spool(settings, job_id, 1, [*paused, Paused(step=2)])
+    ray.jobs[f"{job_id}-1"] = "FAILED"  # Ray's word for a status that is not 0
+    ticks(settings, 4)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert (job.status, job.finished_at, job.estimated_finish, len(ray.submissions)) == ("paused", None, None, 1)
+    assert client.fine_tuning.jobs.resume(job_id).status == "queued"
+    ticks(settings, 1)
+    assert status(client, job_id) == "running"
+    succeed(client, settings, ray, job_id, 2)
+    sentences = ["Pause requested", "The job is paused after step 2", "Resumption requested", "The job is queued again"]
+    assert [message for message in told(client, job_id) if message in sentences] == sentences
+
+
+def test_a_pause_that_comes_too_late_changes_nothing(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.pause(job_id)
+    succeed(client, settings, ray, job_id, 1)
+    with pytest.raises(openai.BadRequestError, match="is succeeded; only a paused job can be resumed"):
+        client.fine_tuning.jobs.resume(job_id)
+
+
+def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_another(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.pause(job_id)
+    client.fine_tuning.jobs.resume(job_id)
+    ticks(settings, 2)
+    assert (status(client, job_id), len(ray.submissions)) == ("running", 1)
+    for number in range(1, 6):  # as often as it is told to stop, by whomever: none of them is a failure
+        spool(settings, job_id, number, [Paused(step=number)])
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 3)
+        assert list(ray.jobs)[-1] == f"{job_id}-{number + 1}"
+    assert "Attempt 1 was asked to stop, and did after step 1" in told(client, job_id)
+    succeed(client, settings, ray, job_id, 6)
+
+
+def test_an_attempt_that_dies_while_a_pause_is_wished_has_not_failed(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    for number in range(1, 6):  # more often than attempts may fail
+        ticks(settings, 1)
+        client.fine_tuning.jobs.pause(job_id)
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2)
+        assert status(client, job_id) == "paused"
+        client.fine_tuning.jobs.resume(job_id)
+    ticks(settings, 1)
+    succeed(client, settings, ray, job_id, 6)
+
+
+def test_an_attempt_that_does_not_pause_in_time_is_stopped_by_ray(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.pause(job_id)
+    ticks(settings, 70, apart=8.0)
+    assert ray.jobs[f"{job_id}-1"] == "RUNNING"
+    ticks(settings, 80, apart=8.0)
+    assert (status(client, job_id), ray.jobs[f"{job_id}-1"]) == ("paused", "STOPPED")
+    assert "Attempt 1 is being stopped: it did not pause in time" in told(client, job_id)
+    cancelled(client, settings, job_id)
+
+
+# --- attempts that hang ----------------------------------------------------------------------
+
+
+def silence(settings: Settings, job_id: str, seconds: float = 3600) -> None:
+    """The attempt's last sign of life was so long ago."""
+
+    async def run() -> None:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            heard = func.now() - timedelta(seconds=seconds)
+            await session.execute(update(Attempt).where(Attempt.job_id == job_id).values(reported_at=heard))
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_a_silent_attempt_is_stopped_and_the_next_one_goes_on(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    silence(settings, job_id)
+    ticks(settings, 45, apart=8.0)
+    assert list(ray.jobs.values()) == ["STOPPED", "RUNNING"]
+    stopped = [message for message in told(client, job_id) if "is being stopped" in message]
+    assert len(stopped) == 1
+    assert stopped[0].startswith("Attempt 1 is being stopped: it gave no sign of life for 36")
+    succeed(client, settings, ray, job_id, 2)
+
+
+def test_silence_counts_only_while_a_control_plane_watched_and_ray_said_that_it_runs(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    silence(settings, job_id)
+    ticks(settings, 35, apart=8.0)  # a control plane that came back and watched for less than five minutes
+    ticks(settings, 45, apart=11.0)  # one that was away again and again
+    ray.jobs[f"{job_id}-1"] = "PENDING"
+    ticks(settings, 45, apart=8.0)
+    ray.jobs[f"{job_id}-1"] = "RUNNING"
+    ticks(settings, 35, apart=8.0)
+    assert list(ray.jobs.values()) == ["RUNNING"]
+    cancelled(client, settings, job_id)
+
+
+def test_an_attempt_that_cannot_post_but_beats_in_its_spool_is_alive(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    silence(settings, job_id)
+    spool(settings, job_id, 1, [Alive()])
+    ticks(settings, 45, apart=8.0)
+    assert list(ray.jobs.values()) == ["RUNNING"]
+    silence(settings, job_id)  # and what was read before is no sign of life
+    ticks(settings, 45, apart=8.0)
+    assert list(ray.jobs.values()) == ["STOPPED", "RUNNING"]
+    cancelled(client, settings, job_id)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_core.config import TrainConfig
-from services.contract import AttemptSpec, EventBatch, Report
+from services.contract import AttemptSpec, Desired, EventBatch, Report, Wish
 from tests.services.web import running
 
 with warnings.catch_warnings():
@@ -40,6 +40,7 @@ class ControlPlane(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/events"
         self.script: list[int | None] = []
         self.default = 200
+        self.desired: Desired = "run"
         self.token = "token-of-the-attempt"
         self.tokens: set[str] = set()
         self.posts: list[EventBatch] = []
@@ -65,9 +66,11 @@ class Handler(BaseHTTPRequestHandler):
         if answer is None:
             self.connection.close()
             return
+        wish = Wish(desired=self.server.desired).model_dump_json().encode()
         self.send_response(answer)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(wish)))
         self.end_headers()
+        self.wfile.write(wish)
 
     def handle_one_request(self) -> None:
         try:

@@ -28,6 +28,7 @@ from services.contract import (
     Integrations,
     Message,
     Mlflow,
+    Paused,
     Progress,
     ReferenceReleased,
     Report,
@@ -142,6 +143,24 @@ def test_an_attempt_reports_all_its_stages_and_exports_the_policy(uninterrupted:
     assert not all(torch.equal(a, b) for a, b in zip(exported.parameters(), start.parameters(), strict=True))
 
 
+def kept_log(driver: Driver, source: str) -> str:
+    folder = storage.join(driver.spec.run_uri, "logs", str(driver.spec.attempt), source)
+    return b"".join(storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)).decode()
+
+
+def test_what_driver_and_workers_print_is_kept_without_the_attempts_token(
+    uninterrupted: Driver, lasting_control_plane: Any
+) -> None:
+    assert storage.list_folders(storage.join(uninterrupted.spec.run_uri, "logs", "1")) == ["driver", "worker-0"]
+    for source in ("driver", "worker-0"):
+        assert lasting_control_plane.token not in kept_log(uninterrupted, source)
+    # The last words are written a moment after the driver has ended.
+    deadline = time.monotonic() + 30
+    while kept_log(uninterrupted, "driver").splitlines()[-1] != uninterrupted.log.read_text().splitlines()[-1]:
+        assert time.monotonic() < deadline, kept_log(uninterrupted, "driver")
+        time.sleep(0.2)
+
+
 def test_a_killed_attempt_is_continued_by_the_next_bit_for_bit(
     uninterrupted: Driver,
     make_spec: MakeSpec,
@@ -242,6 +261,25 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
     assert list(two) == list(range(1, NUM_STEPS + 1))
     for step in range(1, 41):  # later, float32 sums in another order have grown into another path
         assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-3)
+
+
+def test_a_worker_that_hangs_is_killed_and_followed_by_another(
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ray_environment, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "20")  # and not ten minutes
+    driver = start(make_spec(config=CONFIG, num_workers=2, reference="tiny", events_url=control_plane.url))
+    driver.reported(CheckpointSaved, seconds=240)
+    hangs = train_workers(ray_environment)[0]
+    hangs.suspend()
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    assert not hangs.is_running()
+    first, second = only(Started, driver.reports())
+    assert first.resumed_from == 0 < second.resumed_from
+    assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
 
 
 def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
@@ -368,3 +406,59 @@ def test_sigterm_ends_an_attempt_before_sigkill_would(
     assert driver.wait() == 128 + signal.SIGTERM
     assert time.monotonic() - started < 3
     assert not only(Failed, driver.reports())
+
+
+def resumed(first: Driver, start: Callable[[AttemptSpec], Driver], uninterrupted: Driver) -> None:
+    """The attempt was paused; the next one goes on, and the two together are the uninterrupted one."""
+    before = first.reports()
+    step = before[-1].step
+    assert before[-1] == Paused(step=step)
+    assert 0 < step < NUM_STEPS
+    assert only(CheckpointSaved, before)[-1].step == step
+    second = start(first.spec.model_copy(update={"attempt": 2}))
+    assert second.wait() == 0, second.log.read_text()[-5000:]
+    after = second.reports()
+    assert only(Started, after)[0].resumed_from == step
+    assert figures(before) | figures(after) == figures(uninterrupted.reports())
+    assert not figures(before).keys() & figures(after).keys()
+
+
+def test_a_paused_attempt_leaves_a_checkpoint_and_is_continued_bit_for_bit(
+    uninterrupted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    first = start(make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url))
+    first.reported(StepMetrics)
+    control_plane.desired = "pause"
+    assert first.wait(30) == 4, first.log.read_text()[-5000:]
+    assert control_plane.reports()[-1] == first.reports()[-1]
+    control_plane.desired = "run"
+    resumed(first, start, uninterrupted)
+
+
+def test_sigterm_with_grace_leaves_a_checkpoint(
+    uninterrupted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ray_environment, "RAY_JOB_STOP_WAIT_TIME_S", "30")
+    first = start(make_spec(config=CONFIG, num_workers=1, reference="tiny", events_url=control_plane.url))
+    first.reported(StepMetrics)
+    first.process.terminate()
+    assert first.wait(30) == 4, first.log.read_text()[-5000:]
+    resumed(first, start, uninterrupted)
+
+
+def test_a_pause_while_data_is_prepared_stops_at_once_and_a_cancelled_attempt_as_well(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
+) -> None:
+    spec = make_spec(config=CONFIG, reference="a-reference-that-never-comes", events_url=control_plane.url)
+    first = start(spec)
+    first.reported(Progress)
+    control_plane.desired = "pause"
+    assert first.wait(20) == 4, first.log.read_text()[-5000:]
+    assert first.reports()[-1] == control_plane.reports()[-1] == Paused(step=0)
+    control_plane.desired = "cancel"
+    assert start(spec.model_copy(update={"attempt": 2})).wait(60) == 5

@@ -82,10 +82,55 @@ def test_a_fenced_attempt_learns_it_and_ships_no_more(spec: AttemptSpec, control
     control_plane.script = [409]
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
     reporter.report(Message(message="too late"))
-    until(reporter.fenced)
+    until(lambda: reporter.order() == "fenced")
     reporter.report(Message(message="much too late"))
     assert not reporter.close(timeout_seconds=10)
     assert control_plane.posts == []
+
+
+def test_an_attempt_with_nothing_to_say_beats_and_learns_what_is_wished(spec: AttemptSpec, control_plane: Any) -> None:
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    control_plane.desired = "pause"
+    until(lambda: reporter.order() == "pause")
+    assert reporter.beat() == ("pause", True)
+    control_plane.desired = "run"
+    until(lambda: reporter.beat() == ("run", True))
+    reporter.pause()
+    assert reporter.order() == "pause"
+    assert reporter.close(timeout_seconds=10)
+    assert len(control_plane.posts) >= 2
+    assert control_plane.seqs() == []
+    assert not storage.list_uris(reporter.spool_uri)
+
+
+def test_an_attempt_whose_driver_is_silent_has_no_heartbeat(
+    spec: AttemptSpec, control_plane: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(reporting, "DRIVER_SECONDS", 0.3)
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    until(lambda: control_plane.posts)
+    time.sleep(0.5)
+    beats = len(control_plane.posts)
+    time.sleep(0.3)
+    assert len(control_plane.posts) == beats
+    reporter.beat()
+    until(lambda: len(control_plane.posts) > beats)
+    reporter.close(timeout_seconds=0)
+
+
+def test_an_attempt_that_cannot_reach_the_control_plane_beats_in_its_spool(
+    spec: AttemptSpec, control_plane: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(reporting, "UNHEARD_SECONDS", 0.1)
+    control_plane.default = 503
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    until(lambda: storage.list_uris(reporter.spool_uri))
+    control_plane.default = 200
+    until(lambda: control_plane.reports())
+    assert {report.kind for report in control_plane.reports()} == {"alive"}
+    assert reporter.close(timeout_seconds=10)
 
 
 def test_a_full_disk_loses_no_report(spec: AttemptSpec, control_plane: Any, tmp_path: Path) -> None:

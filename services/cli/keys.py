@@ -1,0 +1,66 @@
+"""raydpo keys: who may call the service."""
+
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from services.cli.client import api_command, err, fail, out, pages, print_rows
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+app = typer.Typer(no_args_is_help=True, help="Who may call the service. Needs an admin key.")
+
+DAY = 86_400
+
+
+@api_command(app)
+def create(
+    client: "OpenAI",
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="read, write, inference or admin; repeat. All but admin, if none.")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="Id of a project; your key's own.")] = None,
+    days: Annotated[float | None, typer.Option(help="How long it works; for ever.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="As the settings say.")] = None,
+) -> None:
+    """Make a key; prints its text, which is told only now."""
+    body: dict[str, Any] = {"name": name, "project_id": project, "requests_per_minute": requests_per_minute}
+    if scope:
+        body["scopes"] = scope
+    if days is not None:
+        body["expires_at"] = int(time.time() + days * DAY)
+    key: Any = client.post("/x/keys", cast_to=object, body=body)
+    if key["value"] is None:
+        fail(f"the answer that told {key['id']} was lost; revoke that key, and create another.")
+    err.print(f"{key['id']}: {', '.join(key['scopes'])} in {key['project_id']}")
+    out.print(key["value"])
+
+
+@api_command(app, "list")
+def list_keys(client: "OpenAI") -> None:
+    """All keys that you manage, newest first."""
+    rows = [
+        (key["id"], key["name"], key["project_id"], key["redacted_value"], ",".join(key["scopes"]), _state(key))
+        for key in pages(client, "/x/keys")
+    ]
+    print_rows(["id", "name", "project", "key", "scopes", "state"], rows)
+
+
+def _state(key: dict[str, Any]) -> str:
+    if key["revoked_at"]:
+        return "revoked"
+    if key["expires_at"]:
+        ends = datetime.fromtimestamp(key["expires_at"])
+        return f"expired {ends}" if key["expires_at"] <= time.time() else f"until {ends}"
+    return "works"
+
+
+@api_command(app)
+def revoke(client: "OpenAI", key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Stop a key, within a second."""
+    client.post(f"/x/keys/{key_id}/revoke", cast_to=object)
+    out.print(f"revoked {key_id}")

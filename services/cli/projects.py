@@ -1,0 +1,99 @@
+"""raydpo projects: who owns what, and how much of it."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from services.cli.client import api_command, out, pages, print_rows
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+app = typer.Typer(no_args_is_help=True, help="Who owns what, and how much of it. Needs an admin key.")
+
+LIMITS = ("max_running_jobs", "max_queued_jobs", "max_bytes", "max_accelerator_hours")
+
+ProjectId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+def _number(text: str) -> str:
+    if text != "none":
+        try:
+            float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text} is neither a number nor none") from None
+    return text
+
+
+def _limit(of: str) -> Any:
+    return typer.Option(metavar="N|none", parser=_number, help=f"{of} at most; none: no limit.")
+
+
+Running = Annotated[str | None, _limit("Jobs that run")]
+Queued = Annotated[str | None, _limit("Jobs that wait")]
+Bytes = Annotated[str | None, _limit("Bytes of files")]
+Hours = Annotated[str | None, _limit("Accelerator hours in all")]
+
+
+def _given(name: str | None, *limits: str | None) -> dict[str, Any]:
+    """What was said; numbers are the service's to judge."""
+    said = {key: text for key, text in zip(LIMITS, limits, strict=True) if text is not None}
+    values = {key: None if text == "none" else float(text) for key, text in said.items()}
+    return values | ({} if name is None else {"name": name})
+
+
+@api_command(app)
+def create(
+    client: "OpenAI",
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    max_running_jobs: Running = None,
+    max_queued_jobs: Queued = None,
+    max_bytes: Bytes = None,
+    max_accelerator_hours: Hours = None,
+) -> None:
+    """Make a project; prints its id."""
+    body = _given(name, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
+    project: Any = client.post("/x/projects", cast_to=object, body=body)
+    out.print(project["id"])
+
+
+@api_command(app, "set")
+def change(
+    client: "OpenAI",
+    project_id: ProjectId,
+    name: Annotated[str | None, typer.Option(help="Another name.")] = None,
+    max_running_jobs: Running = None,
+    max_queued_jobs: Queued = None,
+    max_bytes: Bytes = None,
+    max_accelerator_hours: Hours = None,
+) -> None:
+    """Change what a project may use; prints it."""
+    body = _given(name, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
+    out.print_json(data=client.post(f"/x/projects/{project_id}", cast_to=object, body=body))
+
+
+@api_command(app, "list")
+def list_projects(client: "OpenAI") -> None:
+    """All projects that you manage, newest first."""
+    rows = [
+        (project["id"], project["name"], "archived" if project["archived_at"] else "active", _limits(project))
+        for project in pages(client, "/x/projects")
+    ]
+    print_rows(["id", "name", "state", "limits"], rows)
+
+
+def _limits(project: dict[str, Any]) -> str:
+    return " ".join(f"{name}={project[name]}" for name in LIMITS if project[name] is not None) or "none"
+
+
+@api_command(app)
+def usage(client: "OpenAI", project_id: ProjectId) -> None:
+    """What a project uses of its limits."""
+    out.print_json(data=client.get(f"/x/projects/{project_id}/usage", cast_to=object))
+
+
+@api_command(app)
+def archive(client: "OpenAI", project_id: ProjectId) -> None:
+    """Stop a project's keys; what it owns stays."""
+    client.post(f"/x/projects/{project_id}/archive", cast_to=object)
+    out.print(f"archived {project_id}")

@@ -1,0 +1,86 @@
+"""Who a bearer token stands for: the configured key, a key of the table, or a token of the issuer."""
+
+import asyncio
+import logging
+import secrets
+
+from cachetools import TTLCache
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.control_plane import keys
+from services.control_plane.errors import Unauthorized
+from services.control_plane.keys import CONFIGURED, Caller, digest
+from services.control_plane.oidc import Issuer, is_token
+from services.control_plane.settings import Settings
+from services.control_plane.store import Store
+from services.control_plane.tables import Project
+
+log = logging.getLogger(__name__)
+
+KNOWN_SECONDS = 1.0  # a key that is revoked, or expires, works so much longer
+MAX_KNOWN = 10_000
+NOTE_SECONDS = 60.0  # when a key was last used is written so often, all at once
+
+
+class Authentication:
+    """Callers by their tokens, known for a second so that reading costs no query for the key."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store, self._settings = store, settings
+        self._issuer = Issuer(settings) if settings.oidc_issuer else None
+        self._known: TTLCache[str, Caller] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
+        self._used: set[str] = set()
+
+    async def caller(self, token: str) -> Caller:
+        """Raises Unauthorized."""
+        if secrets.compare_digest(token.encode(), self._settings.api_key.get_secret_value().encode()):
+            return CONFIGURED
+        name = digest(token)
+        caller = self._known.get(name)
+        if caller is None:
+            caller = self._known[name] = await self._find(token, name)
+        self._used.add(caller.key_id)
+        return caller
+
+    async def _find(self, token: str, name: str) -> Caller:
+        if self._issuer is not None and is_token(token):
+            return await self._with_project(await self._issuer.caller(token))
+        async with self._store.begin() as session:
+            caller = await keys.caller_of(session, name)
+        if caller is None:
+            shown = f"{token[:3]}…{token[-4:]}" if len(token) >= 16 else "the one sent"
+            message = f"Incorrect API key provided: {shown}. The service printed where its key lies when it started."
+            raise Unauthorized(message, code="invalid_api_key")
+        return caller
+
+    async def _with_project(self, caller: Caller) -> Caller:
+        async with self._store.begin() as session:
+            living = select(Project.id).where(Project.id == caller.project_id, Project.archived_at.is_(None))
+            if await session.scalar(living) is None:
+                message = f"The token's project '{caller.project_id}' does not exist, or is archived."
+                raise Unauthorized(message, code="invalid_api_key")
+        return caller
+
+    # --- last use -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Note uses until cancelled, and once more then."""
+        try:
+            while True:
+                await asyncio.sleep(NOTE_SECONDS)
+                await self.note_uses()
+        finally:
+            await self.note_uses()
+            if self._issuer is not None:
+                await self._issuer.close()
+
+    async def note_uses(self) -> None:
+        used, self._used = self._used, set()
+        if not used:
+            return
+        try:
+            async with self._store.begin() as session:
+                await keys.note_uses(session, list(used))
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("The last use of %d keys is not noted: %s", len(used), error)

@@ -1,0 +1,72 @@
+"""What a project may use, and what it uses. Sums are taken while its row is locked, so that no limit is passed."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane import projects
+from services.control_plane.errors import Forbidden, OverQuota
+from services.control_plane.store import project_of
+from services.control_plane.tables import JOB_STATES, Attempt, File, Job, Project, Upload
+
+HOURS = func.extract("epoch", func.coalesce(Attempt.ended_at, func.now()) - Attempt.created_at) / 3600
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one project."""
+
+    num_bytes: int
+    jobs: dict[str, int]  # by state
+    accelerator_hours: float
+
+
+async def usage(session: AsyncSession) -> Usage:
+    """Of the session's project."""
+    counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
+    jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
+    return Usage(await num_bytes(session, project_of(session)), jobs, await _accelerator_hours(session))
+
+
+async def admit_job(session: AsyncSession) -> None:
+    """Raises OverQuota if the session's project may not submit another job now; Forbidden if it is archived."""
+    project = await projects.lock(session, project_of(session))
+    if project.archived_at is not None:  # since the key was looked up
+        raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
+    if project.max_queued_jobs is not None:
+        queued = await session.scalar(select(func.count()).select_from(Job).where(Job.observed == "queued")) or 0
+        if queued >= project.max_queued_jobs:
+            remedy = "wait for one to start, cancel one, or ask an admin to raise max_queued_jobs"
+            raise OverQuota(f"The project has {queued} queued jobs of {project.max_queued_jobs}; {remedy}.")
+    if project.max_accelerator_hours is not None:
+        used = await _accelerator_hours(session)
+        if used >= (limit := project.max_accelerator_hours):
+            remedy = "ask an admin to raise max_accelerator_hours"
+            raise OverQuota(f"The project has used {used:.2f} of {limit:g} accelerator hours; {remedy}.")
+
+
+async def out_of_hours(session: AsyncSession) -> dict[str, str]:
+    """The projects whose jobs may open no attempt: what these wait for, in words, by project id."""
+    used = func.sum(Attempt.num_accelerators * HOURS)
+    query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
+    query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
+    rows = await session.execute(query.group_by(Project.id))
+    return {
+        project_id: f"accelerator hours: its project has used its {limit:g}; an admin can raise max_accelerator_hours"
+        for project_id, hours, limit in rows
+        if limit is not None and (hours or 0) >= limit
+    }
+
+
+async def num_bytes(session: AsyncSession, project_id: str) -> int:
+    """Of a project's files, and of those that are still arriving."""
+    lives = or_(File.expires_at.is_(None), File.expires_at > func.clock_timestamp())
+    files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.deleted_at.is_(None), lives)
+    uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
+    return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
+
+
+async def _accelerator_hours(session: AsyncSession) -> float:
+    query: Select[float] = select(func.sum(Attempt.num_accelerators * HOURS)).join(Job, Job.id == Attempt.job_id)
+    return float(await session.scalar(query) or 0)

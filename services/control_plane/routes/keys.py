@@ -1,0 +1,69 @@
+"""/v1/x/keys"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane import keys, projects
+from services.control_plane.objects import key_object, listing
+from services.control_plane.routes.dependencies import CallerPart, OncePart, StorePart
+from services.control_plane.schemas import CreateKey
+from services.control_plane.store import page
+from services.control_plane.tables import Key
+
+router = APIRouter(prefix="/x/keys")
+
+
+@router.post("")
+async def create(once: OncePart, caller: CallerPart, body: CreateKey) -> Response:
+    """`value` is told in this answer only."""
+    expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
+
+    async def make(session: AsyncSession) -> dict[str, Any]:
+        project = await projects.find_to_use(session, caller, body.project_id or caller.project_id)
+        key, text = await keys.create(
+            session,
+            project.id,
+            name=body.name,
+            scopes=body.scopes,
+            requests_per_minute=body.requests_per_minute,
+            expires_at=expires_at,
+        )
+        return {**key_object(key), "value": text}
+
+    return await once.act(make, secret="value")
+
+
+@router.get("")
+async def list_keys(
+    store: StorePart,
+    caller: CallerPart,
+    project_id: str | None = None,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> dict[str, Any]:
+    """Newest first, the revoked ones too."""
+    query = keys.managed_by(caller)
+    if project_id is not None:
+        query = query.where(Key.project_id == project_id)
+    async with store.begin() as session:
+        rows, more = await page(session, query, [Key.created_at, Key.id], cursor=Key.id, after=after, limit=limit)
+    return listing([key_object(row) for row in rows], more)
+
+
+@router.get("/{key_id}")
+async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[str, Any]:
+    async with store.begin() as session:
+        return key_object(await keys.find(session, caller, key_id))
+
+
+@router.post("/{key_id}/revoke")
+async def revoke(once: OncePart, caller: CallerPart, key_id: str) -> Response:
+    """It stops working within a second."""
+
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return key_object(await keys.revoke(session, caller, key_id))
+
+    return await once.act(act)

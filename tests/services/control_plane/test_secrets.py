@@ -1,0 +1,117 @@
+"""No secret shows up where it does not belong: a job lives, everything fails on its way, and then all is searched."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import httpx
+import psycopg
+import pytest
+from psycopg import sql
+
+from services.control_plane.settings import Settings
+from services.control_plane.tables import Base
+from tests.services.control_plane.conftest import API_KEY, EVERY_SCOPE, FakeRay, api_of, new_key, pairs
+from tests.services.control_plane.test_reconciler import reports, spool, ticks
+
+NO_RECEIVER = "http://127.0.0.1:9/"
+RAY_TOKEN = "canary-of-ray-0123456789"
+# Where a secret is kept so that it can be used. Keys are kept as digests only.
+KEPT = {"attempts": {"token"}, "webhook_endpoints": {"secret", "old_secret"}}
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
+    changes = {"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}", "ray_token": RAY_TOKEN}
+    return Settings(**{**offline.model_dump(), **changes, "webhook_urls": [NO_RECEIVER]})
+
+
+def rows_of(database_url: str) -> Iterator[str]:
+    """Everything in the database but the columns of KEPT."""
+    with psycopg.connect(database_url) as connection:
+        for table in Base.metadata.sorted_tables:
+            names = [column.name for column in table.columns if column.name not in KEPT.get(table.name, ())]
+            columns = sql.SQL(", ").join(map(sql.Identifier, names))
+            query = sql.SQL("SELECT {} FROM {}").format(columns, sql.Identifier(table.name))
+            for row in connection.execute(query):
+                yield f"{table.name} {row}"
+
+
+def stored(settings: Settings) -> Iterator[str]:
+    for path in Path(unquote(urlsplit(settings.storage_url).path)).rglob("*"):
+        if path.is_file():
+            yield f"{path} {path.read_bytes().decode(errors='replace')}"
+
+
+def test_no_secret_is_told(
+    base_url: str, settings: Settings, fake_ray: FakeRay, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    answers: list[str] = []
+
+    def remember(response: httpx.Response) -> None:
+        response.read()
+        answers.append(f"{response.request.url} {response.headers} {response.text}")
+
+    with api_of(base_url, API_KEY) as api:
+        made = new_key(api, scopes=EVERY_SCOPE)["value"]
+    with api_of(base_url, made) as own:
+        own.event_hooks = {"response": [remember]}
+        hook = {"name": "a", "url": NO_RECEIVER, "event_types": ["fine_tuning.job.succeeded"]}
+        endpoint = own.post("/webhook_endpoints", json=hook).json()
+        answers.clear()  # there, and only there, the signing secret is told
+        file = own.post("/files", files={"file": ("pairs.jsonl", pairs())}, data={"purpose": "fine-tune"}).json()
+        job = own.post(
+            "/fine_tuning/jobs", json={"model": "tiny", "training_file": file["id"], "method": {"type": "dpo"}}
+        ).json()
+        # The launch fails, is tried again, dies, is launched anew, and is finished.
+        fake_ray.lose_answers = True
+        ticks(settings, 1)
+        fake_ray.lose_answers = False
+        ticks(settings, 1)
+        fake_ray.jobs[f"{job['id']}-1"] = "FAILED"
+        ticks(settings, 3)
+        tokens = [each["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"] for each in fake_ray.submissions]
+        assert len(set(tokens)) == 2
+        wrong = f"{base_url}/internal/attempts/{job['id']}/1/events"
+        for token in (made, *tokens):
+            remember(httpx.post(wrong, json={"events": []}, headers={"Authorization": f"Bearer {token}"}))
+        spool(settings, job["id"], 2, reports(settings, job["id"]))
+        fake_ray.jobs[f"{job['id']}-2"] = "SUCCEEDED"
+        ticks(settings, 2)
+        done = own.get(f"/fine_tuning/jobs/{job['id']}").json()
+        assert done["status"] == "succeeded"
+        for path in own.get(f"{base_url}/openapi.json").json()["paths"]:
+            ids = {
+                "endpoint_id": endpoint["id"],
+                "job_id": job["id"],
+                "file_id": file["id"],
+                "model_id": done["fine_tuned_model"],
+            }
+            if all(name in ids for name in _parameters(path)):
+                own.get(f"{base_url}{path.format(**ids)}")
+        own.post("/chat/completions", json={"model": "none", "messages": []})
+        own.post("/fine_tuning/jobs", content=b"{", headers={"content-type": "application/json"})
+        own.get("/nowhere")
+    with api_of(base_url, f"{made}x") as nearly:
+        remember(nearly.get("/files"))
+
+    places = {
+        "answers": answers,
+        "log": [caplog.text],
+        "database": list(rows_of(settings.database_url)),
+        "storage": list(stored(settings)),
+    }
+    assert all(places.values())
+    assert f"Job {job['id']}: finish" in caplog.text
+    for secret in (made, API_KEY, RAY_TOKEN, *tokens):
+        for name, texts in places.items():
+            assert not [text for text in texts if secret in text], f"a secret is in the {name}"
+    # The answer that told the signing secret is kept for a retry, as the endpoint itself is.
+    kept = [text for texts in places.values() for text in texts if endpoint["signing_secret"] in text]
+    assert {text.split()[0] for text in kept} == {"answers"}
+
+
+def _parameters(path: str) -> list[str]:
+    return [part[1:-1] for part in path.split("/") if part.startswith("{")]
