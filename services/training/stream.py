@@ -44,10 +44,10 @@ class Stream:
 
 
 class EncodePieces(Protocol):
-    """Encodes them, begun in their order, and yields the results in any."""
+    """Encodes them and yields the results, in any order."""
 
     def __call__(self, pieces: Sequence[Piece], *, beside: int = 0) -> Iterable[Encoded]:
-        """`beside`: workers that train meanwhile."""
+        """`beside`: workers that train meanwhile; pieces are begun in their order then."""
 
 
 def streamed(
