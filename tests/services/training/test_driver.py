@@ -62,7 +62,7 @@ class Driver:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 480) -> int:
         return self.process.wait(seconds)
 
     def reports(self) -> list[Report]:
@@ -72,7 +72,7 @@ class Driver:
         assert [event.seq for event in events] == list(range(len(events)))
         return [event.report for event in events]
 
-    def reported(self, kind: type[Report], seconds: float = 120, count: int = 1) -> None:
+    def reported(self, kind: type[Report], seconds: float = 300, count: int = 1) -> None:
         deadline = time.monotonic() + seconds
         while len(only(kind, self.reports())) < count:
             assert self.process.poll() is None, self.log.read_text()[-5000:]
