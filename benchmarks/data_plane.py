@@ -4,10 +4,11 @@
 
 Made-up pairs of about 1 KB go through what a job does with them, each count of rows in a process of its own:
 `survey` as at upload; `encode`, which is `preparation.prepare` of an objective without a reference: the file's
-digest, pieces, Ray's tasks, Parquet; `cache`, a second job on the same bytes; `epoch`, one streamed to a trainer that
-does nothing, and once more from its middle. With `--in-process` pieces are encoded in a pool of processes without
-Ray, and there is no cache. The tokenizer's own batch call on a sample, on the same cores, is the rate
-to compare with. Making the rows, starting Ray, scoring and training are in no figure. It needs Linux.
+digest, pieces, Ray's tasks, Parquet; `cache`, a second job on the same bytes; `streamed`, one that reads its first
+batch while the rest is encoded; `epoch`, one streamed to a trainer that does nothing, and once more from its middle.
+With `--in-process` pieces are encoded in a pool of processes without Ray, and there is no cache and no stream. The
+tokenizer's own batch call on a sample, on the same cores, is the rate to compare with. Making the rows, starting Ray,
+scoring and training are in no figure. It needs Linux.
 """
 
 import argparse
@@ -101,6 +102,10 @@ def _print_table(num_rows: int, found: dict[str, Figures]) -> None:
     print(f"Encoding has {found['encode']['tokens_per_second'] / best:.2f} of the tokenizer's better rate,", end=" ")
     print(f"survey, encoding and an epoch together {whole / best:.2f}.")
     print(f"Resumed in the middle, the first batch comes after {found['resumed epoch']['first_batch_seconds']:.2f} s.")
+    if "first_batch_seconds" in found.get("streamed", {}):
+        prepared = found["encode"]["seconds"] + found["epoch"]["first_batch_seconds"]
+        streamed = found["streamed"]["first_batch_seconds"]
+        print(f"Streamed, the first batch comes after {streamed:.1f} s; prepared whole, after {prepared:.1f} s.")
     if "cache" in found:
         print(f"The cache takes {found['cache']['seconds'] / found['encode']['seconds']:.3f} of encoding's time.")
 

@@ -1,6 +1,7 @@
 """What a job does with its training file, a stage at a time, in the process of a driver."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +36,8 @@ def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[s
     if not in_process:
         again, found["cache"] = _measured(lambda: _prepare(file, model, folder, "second"))
         assert again == dataset
+        first, found["streamed"] = _measured(lambda: _stream(file, model, folder / "streamed"))
+        found["streamed"] |= first
     found |= _train(dataset)
     num_tokens = sum(part.num_tokens for part in dataset.parts)
     for figures in found.values():
@@ -90,6 +93,24 @@ def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
     return prepare(_spec(file, model, folder, job), lambda report: None).training
 
 
+def _stream(file: Path, model: Path, folder: Path) -> Figures:
+    """Encodes all, while a trainer that does nothing reads its first batch as soon as it can."""
+    from services.training.order import global_batches
+    from services.training.preparation import prepare
+
+    started, found = time.perf_counter(), Figures()
+
+    def read(stream: Any) -> None:
+        next(global_batches(stream, _config(), after_step=0))
+        found["first_batch_seconds"] = time.perf_counter() - started
+
+    def begin(stream: Any) -> None:
+        threading.Thread(target=read, args=(stream,)).start()
+
+    prepare(_spec(file, model, folder, "third"), lambda report: None, begin)
+    return found
+
+
 def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
     """The same pieces in as many processes as there are cores, without Ray."""
     from services.training.encoding import Encoded, Piece, encode, encode_piece
@@ -105,7 +126,7 @@ def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 def _train(dataset: Any) -> dict[str, Figures]:
     """A trainer that does nothing reads an epoch, and resumes it in the middle."""
-    from services.training.dataset import global_batches, num_steps
+    from services.training.order import global_batches, num_steps
 
     config = _config()
     middle = num_steps(dataset.num_groups, config) // 2
@@ -117,5 +138,8 @@ def _train(dataset: Any) -> dict[str, Figures]:
     assert rows == dataset.num_groups
     rows, resumed = _measured(lambda: read(middle))
     assert rows == dataset.num_groups - middle * BATCH_SIZE
-    _, first = _measured(lambda: next(global_batches(dataset, config, after_step=middle)))
-    return {"epoch": epoch, "resumed epoch": resumed | {"rows": rows, "first_batch_seconds": first["seconds"]}}
+    resumed["rows"] = rows
+    for figures, step in ((epoch, 0), (resumed, middle)):
+        _, first = _measured(lambda after=step: next(global_batches(dataset, config, after_step=after)))
+        figures["first_batch_seconds"] = first["seconds"]
+    return {"epoch": epoch, "resumed epoch": resumed}

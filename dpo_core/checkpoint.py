@@ -62,6 +62,7 @@ class FileDigest:
 class Manifest:
     step: int
     total_steps: int
+    num_updates: int  # steps so far that had groups
     num_tokens: int  # trained on up to and with this step, over all ranks
     metrics: dict[str, float]  # of this step
     statistics: dict[str, float]  # of the objective
@@ -238,7 +239,7 @@ def load(
         if name in weights.masters:
             parameter.data.copy_(saved_as("master"))
         optimizer.state[parameter] = {moment: saved_as(moment) for moment in MOMENTS} | {
-            "step": torch.tensor(float(manifest.step), device=parameter.device)
+            "step": torch.tensor(float(manifest.num_updates), device=parameter.device)
         }
 
 

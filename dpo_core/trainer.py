@@ -50,7 +50,7 @@ def train(
     checkpoint_dir: Path,
     resume: Path | None = None,
     publish: Publish | None = None,
-    validation: Callable[[], Batches] | None = None,
+    validation: Callable[[], Batches | None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[StepResult]:
     """Train `policy` in place, with dropout off: all its weights, or its adapter.
@@ -59,9 +59,11 @@ def train(
     step after `resume`'s, and computes its own share. Once a step's result was taken, its checkpoint is written to
     `checkpoint_dir/step-000012` while the next steps run, and then given to `publish`; all are there when the
     iterator ends. A step whose loss or gradient is no finite number is yielded without one, and then ends the run.
+    A step without groups changes nothing and has no metrics; its checkpoint has those of the step before.
 
     `validation` gives held-out groups in batches of any sizes, anew whenever a checkpoint is due. What the policy
     of that checkpoint makes of them joins its step's metrics, `eval/loss` and so on. Training goes on as without.
+    None: there are none after all.
 
     `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
     last step, if it has none, and the iterator ends.
@@ -76,18 +78,19 @@ def train(
                 if not is_due:
                     writer.save(run.manifest(metrics), run.optimizer)
                 return
-            groups = next(batches, ())
-            if not groups:
+            groups = next(batches, None)
+            if groups is None:
                 raise ValueError(f"No groups came for step {step} of {total_steps}; total_steps must fit the data.")
             metrics = run.take_step(groups)
             writer.check()
-            warning = drift.warning(metrics)
+            warning = drift.warning(metrics) if groups else None
             if warning and rank() == 0:
                 logger.warning("Step %d: %s", step, warning)
             is_due = step % config.checkpoint_steps == 0 or step == total_steps
-            if validation and is_due and not _broken(metrics):
-                metrics |= run.evaluate(validation())
-            yield StepResult(step, total_steps, metrics, run.num_tokens, warning)
+            held_out = validation() if validation and is_due and not _broken(metrics) else None
+            if held_out is not None:
+                metrics |= run.evaluate(held_out)
+            yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning)
             if values := _broken(metrics):
                 raise FloatingPointError(f"Training diverged at step {step} ({values}); lower the learning rate.")
             if is_due:
@@ -115,15 +118,20 @@ class _Run:
         self.weights = Weights(policy)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
+        self.num_updates, self.metrics = 0, dict[str, float]()
         if resume is not None and manifest is not None:
             load(resume, manifest, policy=policy, weights=self.weights, optimizer=self.optimizer)
             self.step, self.num_tokens = manifest.step, manifest.num_tokens
+            self.num_updates, self.metrics = manifest.num_updates, manifest.metrics
             self.statistics = Statistics(**manifest.statistics)
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
-        """The metrics of the step."""
+        """The metrics of the step; without groups, of the one before."""
         started = time.perf_counter()
         self.step += 1
+        if not groups:
+            return dict(self.metrics)
+        self.num_updates += 1
         objective, optim, scorer = self.config.objective, self.config.optim, self.scorer
         assert self.config.max_tokens_per_pack is not None  # fitted
         check_groups(objective, groups)
@@ -141,13 +149,14 @@ class _Run:
         seconds = time.perf_counter() - started
         tokens = sum(group.num_tokens for group in groups)
         self.num_tokens += tokens
-        return metrics | {
+        self.metrics = metrics | {
             "lr": rate,
             "tokens_per_second": tokens / seconds,
             "hfu": sum(self.flops.of(pack.batch) for pack in packs) / seconds / self.matmul_rate,
             "tokens/computed": sum(map(scorer.count_tokens, groups)),
             "tokens/shared": sum(scorer.count_shared_tokens(group) for group in groups),
         }
+        return dict(self.metrics)
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
         tokens = self.config.max_tokens_per_pack
@@ -158,6 +167,7 @@ class _Run:
         return Manifest(
             step=self.step,
             total_steps=self.total_steps,
+            num_updates=self.num_updates,
             num_tokens=self.num_tokens,
             metrics=metrics,
             statistics=vars(self.statistics).copy(),

@@ -88,6 +88,8 @@ def _advance(bar: Progress, task: TaskID, told: Mapping[str, Any], metrics: Mapp
     parts = [f"{progress['done']}/{progress['total']}"] if progress["total"] else []
     if progress["stage"] == "training":
         parts.append(metrics_line(metrics))
+    if encoding := progress.get("encoding"):
+        parts.append(f"encoding {encoding['done']}/{encoding['total']}")
     if progress.get("eta_seconds") is not None:
         parts.append(f"{timedelta(seconds=round(progress['eta_seconds']))} left")
     bar.update(

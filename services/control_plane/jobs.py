@@ -323,7 +323,7 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
         case Message():
             await _tell_reported(session, attempt, event, report.message, level=report.level)
         case Progress():
-            await _set_progress(session, attempt.job_id, report.stage, report.done, report.total, event.created_at)
+            await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
         case ReferenceReleased():
             attempt.reference = None
         case Started():
@@ -332,7 +332,7 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             )
             await _tell_reported(session, attempt, event, _started(report))
         case StepMetrics():
-            await _set_progress(session, attempt.job_id, "training", report.step, report.total_steps, event.created_at)
+            await _set_progress(session, attempt, "training", report.step, report.total_steps, event.created_at)
             await _tell_reported(session, attempt, event, _step(report), data=_step_data(report), step=report.step)
         case CheckpointSaved():
             await _add_checkpoint(session, attempt, event, report, settings)
@@ -369,12 +369,23 @@ async def _tell_reported(
     await session.execute(row.on_conflict_do_nothing())  # a resumed attempt repeats steps after its checkpoint
 
 
-async def _set_progress(session: AsyncSession, job_id: str, stage: str, done: int, total: int, at: float) -> None:
-    """`since` and `start` are where the stage began, so that a reader can tell its rate."""
-    job = await session.get_one(Job, job_id)
-    known = job.progress if job.progress and job.progress["stage"] == stage and job.progress["done"] <= done else None
+async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
+    """`since` and `start` are where the stage began, so that a reader can tell its rate.
+
+    `encoding` is there while an attempt trains on the first rows and encodes the others.
+    """
+    job = await session.get_one(Job, attempt.job_id)
+    before = job.progress or {}
+    if before.get("attempt") != attempt.number:
+        before = {}
+    if stage == "encoding" and before.get("stage") == "training":
+        encoding = {"done": done, "total": total} if done < total else None
+        job.progress = before | {"encoding": encoding}
+        return
+    known = before if before.get("stage") == stage and before["done"] <= done else None
     began = {"since": known["since"], "start": known["start"]} if known else {"since": at, "start": done}
-    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began}
+    own = {"attempt": attempt.number, "encoding": before.get("encoding")}
+    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began, **own}
 
 
 async def _add_checkpoint(

@@ -157,7 +157,8 @@ def _eta_seconds(row: Job) -> float | None:
 def _progress(row: Job) -> dict[str, Any] | None:
     if row.progress is None or row.observed != "running":
         return None
-    return {key: row.progress[key] for key in ("stage", "done", "total")} | {"eta_seconds": _eta_seconds(row)}
+    found = {key: row.progress.get(key) for key in ("stage", "done", "total", "encoding")}
+    return found | {"eta_seconds": _eta_seconds(row)}
 
 
 def _estimated_finish(row: Job) -> int | None:
@@ -233,7 +234,7 @@ def project_object(row: Project) -> dict[str, Any]:
 
 def usage_object(project: Project, usage: Usage) -> dict[str, Any]:
     """What is used of each limit; a limit of null is none."""
-    used = (usage.jobs["running"], usage.jobs["queued"], usage.num_bytes, round(usage.accelerator_hours, 4))
+    used = (usage.jobs["running"], usage.jobs["queued"], usage.num_bytes, round(usage.accelerator_hours, 6))
     return {
         "object": "project.usage",
         "project_id": project.id,

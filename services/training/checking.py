@@ -77,7 +77,7 @@ def _encode(recipe: Recipe, piece: Piece) -> Encoded:
     except Exception as error:  # whatever stands there, the user sees why it is no model
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         failed = Failed(code="invalid_model", message=f"The model cannot be used: {reason}", param="model")
-        return Encoded(report=EncodingReport(), refused=(piece.first_line, failed))
+        return Encoded(piece=piece.number, report=EncodingReport(), refused=(piece.first_line, failed))
     return encode_piece(recipe, None, piece)
 
 

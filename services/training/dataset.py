@@ -1,21 +1,16 @@
-"""Prepared data: encoded groups in Parquet parts, the reference's scores beside them, and the order of training.
+"""Prepared data: encoded groups in Parquet parts, and the reference's scores beside them.
 
-Parts are named by their manifest with their sha256. The order is a pure function of seed and epoch, and every worker
-reads all of it, so global batches do not depend on the number of workers, and resuming is starting at a
-later row.
+Parts are named by their manifest with their sha256.
 """
 
 import hashlib
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_core.config import TrainConfig
 from dpo_core.encode import EncodedGroup
 from services import storage
 from services.contract import Contract
@@ -31,7 +26,6 @@ IDS = pa.schema(
     }
 )
 SCORES = pa.schema({"ref_logps": pa.list_(pa.float64())})  # one per completion, in nats
-WINDOW_TOKENS = 2**26  # rows are shuffled within so much of an epoch: 256 MiB of ids in memory
 
 
 class DamagedPart(ValueError):
@@ -39,32 +33,54 @@ class DamagedPart(ValueError):
 
 
 class Part(Contract):
-    """One Parquet file, and the one of its scores, which has the same name."""
+    """What became of a piece of a file: one Parquet file, and the one of its scores, which has the same name."""
 
     name: str
-    num_groups: int
+    num_rows: int  # of the piece
+    num_groups: int  # that are left of them, maybe none
     num_tokens: int  # every prompt once and its completions
     sha256: str
     scores_sha256: str | None = None
+
+
+class Data(Protocol):
+    """What is read in the order of training: a Dataset, or one that is still being encoded."""
+
+    @property
+    def uri(self) -> str: ...
+    @property
+    def scores_uri(self) -> str | None: ...
+    @property
+    def num_rows(self) -> Sequence[int]: ...  # of each piece of the training file
+    def take(self, pieces: Sequence[int]) -> Sequence[Part]: ...  # once all of them are there
 
 
 class Dataset(Contract):
     """Parts in one folder, their scores in another."""
 
     uri: str
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # of the training file: one of every piece, in the order of the file
     scores_uri: str | None = None  # None: the objective needs no reference
 
     @property
     def num_groups(self) -> int:
         return sum(part.num_groups for part in self.parts)
 
+    @property
+    def num_rows(self) -> list[int]:
+        return [part.num_rows for part in self.parts]
 
-def write_part(uri: str, name: str, groups: Sequence[EncodedGroup]) -> Part:
+    def take(self, pieces: Sequence[int]) -> list[Part]:
+        return [self.parts[piece] for piece in pieces]
+
+
+def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows: int | None = None) -> Part:
+    """`num_rows` None: every row is a group."""
     table = pa.table({field: [getattr(group, field) for group in groups] for field in IDS.names}, IDS)
     num_tokens = sum(group.num_tokens for group in groups)
     sha256 = _write(storage.join(uri, name), table)
-    return Part(name=name, num_groups=len(groups), num_tokens=num_tokens, sha256=sha256)
+    num_rows = len(groups) if num_rows is None else num_rows
+    return Part(name=name, num_rows=num_rows, num_groups=len(groups), num_tokens=num_tokens, sha256=sha256)
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup]) -> Part:
@@ -96,60 +112,14 @@ def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
 
 
 def read_part(dataset: Dataset, part: Part) -> Iterator[EncodedGroup]:
-    return _Groups(_read(dataset, part)).take(range(part.num_groups))
+    return read_some(dataset, [part], range(part.num_groups))
 
 
-def num_steps(num_groups: int, config: TrainConfig) -> int:
-    """Of the whole run. The last batch of an epoch may be smaller."""
-    n_epochs, batch_size = _decided(config)
-    return n_epochs * -(-num_groups // batch_size)
-
-
-def global_batches(dataset: Dataset, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
-    """The groups of each optimizer step, beginning with the one after `after_step`."""
-    n_epochs, batch_size = _decided(config)
-    first_epoch, steps = divmod(after_step, num_steps(dataset.num_groups, config) // n_epochs)
-    for epoch in range(first_epoch, n_epochs):
-        groups = _epoch(dataset, config.seed, epoch, skip=steps * batch_size if epoch == first_epoch else 0)
-        yield from batched(groups, batch_size)
-
-
-def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[EncodedGroup]]:
-    """The last batch may be smaller."""
-    while batch := list(islice(groups, batch_size)):
-        yield batch
-
-
-def _decided(config: TrainConfig) -> tuple[int, int]:
-    if config.n_epochs is None or config.batch_size is None:
-        raise ValueError("n_epochs and batch_size are not decided yet; resolve the config.")
-    return config.n_epochs, config.batch_size
-
-
-def _epoch(dataset: Dataset, seed: int, epoch: int, skip: int) -> Iterator[EncodedGroup]:
-    for parts, rows in windows(dataset.parts, seed, epoch):
-        if skip < len(rows):
-            yield from _Groups(pa.concat_tables([_read(dataset, part) for part in parts])).take(rows[skip:])
-        skip = max(0, skip - len(rows))
-
-
-def windows(parts: Sequence[Part], seed: int, epoch: int) -> Iterator[tuple[list[Part], list[int]]]:
-    """An epoch's order: parts shuffled, then the rows of as many parts as memory takes, shuffled.
-
-    A row counts from the first row of its window's first part. Small data are one window.
-    """
-    generator = random.Random(f"{seed} {epoch}")  # a text is hashed alike everywhere
-    left = list(parts)
-    generator.shuffle(left)
-    while left:
-        window = [left.pop()]
-        room = WINDOW_TOKENS - window[0].num_tokens
-        while left and left[-1].num_tokens <= room:
-            window.append(left.pop())
-            room -= window[-1].num_tokens
-        rows = list(range(sum(part.num_groups for part in window)))
-        generator.shuffle(rows)
-        yield window, rows
+def read_some(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[EncodedGroup]:
+    """Groups by their numbers, which go through all the parts. Raises DamagedPart."""
+    tables = [_read(data, part) for part in parts if part.num_groups]
+    if tables:
+        yield from _Groups(pa.concat_tables(tables)).take(numbers)
 
 
 def _write(uri: str, table: Any) -> str:
@@ -161,15 +131,15 @@ def _write(uri: str, table: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _files(dataset: Dataset, part: Part) -> Iterator[tuple[str, str]]:
+def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
     """Each with its sha256: the ids, then the scores, if there are any."""
-    yield storage.join(dataset.uri, part.name), part.sha256
-    if dataset.scores_uri is not None and part.scores_sha256 is not None:
-        yield storage.join(dataset.scores_uri, part.name), part.scores_sha256
+    yield storage.join(data.uri, part.name), part.sha256
+    if data.scores_uri is not None and part.scores_sha256 is not None:
+        yield storage.join(data.scores_uri, part.name), part.scores_sha256
 
 
-def _read(dataset: Dataset, part: Part) -> Any:
-    table, *others = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in _files(dataset, part))
+def _read(data: Data, part: Part) -> Any:
+    table, *others = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in _files(data, part))
     for scores in others:
         table = table.append_column("ref_logps", scores["ref_logps"])
     return table

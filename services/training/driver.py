@@ -9,6 +9,9 @@ import logging
 import os
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
 from services.contract import AttemptSpec, Failed, Paused, Progress, Report, Succeeded
+from services.training.dataset import Data, Dataset
 from services.training.integrations import actors
 from services.training.logs import keep_logs
+from services.training.order import num_places
 from services.training.orders import PAUSED, Obedience
 from services.training.preparation import Prepared, prepare
 from services.training.reporting import WATCH, JobFailed, Reporter
+from services.training.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -60,21 +66,48 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
+    """Training begins when its data are prepared, or so much of them that the rest can follow."""
+
     def report(report: Report) -> None:
         ray.get(reporter.report.remote(report))
 
-    prepared = prepare(spec, report)
-    spec = spec.model_copy(update={"config": spec.config.resolved(prepared.training.num_groups)})
-    trained = train(spec, prepared, reporter)
+    begun = Future[Any]()
+    preparing = _in_thread(lambda: _prepare(spec, report, begun))
+    wait((preparing, begun), return_when=FIRST_COMPLETED)
+    found: Prepared | Stream = begun.result() if begun.done() else preparing.result()
+    training = _in_thread(lambda: _train(spec, found, reporter))
+    wait((preparing, training), return_when=FIRST_COMPLETED)
+    if preparing.done():
+        preparing.result()  # what ends it ends training
+    trained: Succeeded | Failed | Paused = training.result()
     if not isinstance(trained, Succeeded):
         return trained
+    preparing.result()
     report(Progress(stage="exporting", done=0, total=1))
     exported = export(spec, trained)
     report(Progress(stage="exporting", done=1, total=1))
     return exported
 
 
-def train(spec: AttemptSpec, prepared: Prepared, reporter: Any) -> Succeeded | Failed | Paused:
+def _prepare(spec: AttemptSpec, report: Callable[[Report], None], begun: "Future[Stream]") -> Prepared:
+    prepared = prepare(spec, report, begun.set_result)
+    if begun.done():
+        begun.result().finish(prepared.validation)
+    return prepared
+
+
+def _train(spec: AttemptSpec, found: Prepared | Stream, reporter: Any) -> Succeeded | Failed | Paused:
+    data = found.training if isinstance(found, Prepared) else found
+    spec = spec.model_copy(update={"config": spec.config.resolved(num_places(data, spec.config.seed))})
+    if isinstance(found, Prepared):
+        return train(spec, found.training, found.validation, reporter)
+    validates = spec.validation_uri or spec.validation_share
+    return train(spec, found, found if validates else None, reporter)
+
+
+def train(
+    spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
+) -> Succeeded | Failed | Paused:
     """The last checkpoint's policy. Workers publish checkpoints themselves, so Ray Train stores nothing of worth."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -82,7 +115,7 @@ def train(spec: AttemptSpec, prepared: Prepared, reporter: Any) -> Succeeded | F
     def work_here() -> Succeeded | Failed | Paused:
         from services.training.worker import work
 
-        return work(spec, prepared.training, reporter, prepared.validation)
+        return work(spec, data, reporter, validation)
 
     resources = {"CPU": 1.0} | ({"GPU": spec.num_gpus_per_worker} if spec.num_gpus_per_worker else {})
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
@@ -106,6 +139,20 @@ def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
         storage.publish(storage.fetch(trained.model_uri, cache=Path(folder)), uri)
     return Succeeded(model_uri=uri, trained_tokens=trained.trained_tokens)
+
+
+def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
+    """Its end may be awaited, and need not be: the thread dies with the process."""
+    future = Future[Any]()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _environment() -> dict[str, str]:

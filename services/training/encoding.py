@@ -41,10 +41,11 @@ class Piece(Contract):
 class Encoded(Contract):
     """What became of a piece."""
 
+    piece: int
     report: EncodingReport
     limit: int = 0  # tokens that a group may have: max_length, or what the model has positions for
-    training: Part | None = None  # None: it has no such groups
-    held_out: Part | None = None
+    training: Part | None = None  # None: it was refused, or nothing is written
+    held_out: Part | None = None  # None: it has no such groups
     refused: tuple[int, Failed] | None = None  # the line that cannot be used
 
 
@@ -72,7 +73,7 @@ def recipe_of(spec: AttemptSpec) -> Recipe:
 def encode(
     spec: AttemptSpec,
     folder_uri: str,
-    encode_pieces: Callable[[list[Piece]], Iterable[Encoded]],
+    encode_pieces: Callable[[Sequence[Piece]], Iterable[Encoded]],
     report: Callable[[Report], None],
 ) -> Encoding:
     """Writes the groups of the training file to `folder_uri`.
@@ -87,6 +88,7 @@ def encode(
     results: list[Encoded] = []
     num_rows = 0
     for result in unrefused(encode_pieces(pieces)):
+        _refuse_margins(spec, result.report, kind)  # before a worker reads them
         results.append(result)
         num_rows += result.report.num_rows
         done(num_rows)
@@ -148,11 +150,9 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
 
 def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
     """Raises JobFailed where the objective cannot learn from the file, or nothing is left of it."""
-    found, kind, limit, objective = encoding.report, encoding.kind, encoding.limit, spec.config.objective
+    found, kind, limit = encoding.report, encoding.kind, encoding.limit
     _check_kind(spec, kind, encoding.format)
-    if found.margins.count and not objective.traits.takes_margins:
-        where = f"{found.margins.count} {kind} have a margin ({found.margins})"
-        raise JobFailed(invalid_file(f"{where}; method '{objective.type}' takes none. Remove them, or use dpo."))
+    _refuse_margins(spec, found, kind)
     if found.num_kept:
         return
     long = found.dropped.get(TOO_LONG)
@@ -162,6 +162,13 @@ def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
         raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens, {shortest}; {remedy}."))
     reasons = " ".join(left_out(found, kind, limit, _remedy(spec, encoding)))
     raise JobFailed(invalid_file(f"Of {found.num_groups} {kind} none is left to train on. {reasons}"))
+
+
+def _refuse_margins(spec: AttemptSpec, found: EncodingReport, kind: str) -> None:
+    if found.margins.count and not spec.config.objective.traits.takes_margins:
+        where = f"{found.margins.count} {kind} have a margin ({found.margins})"
+        sentence = f"{where}; method '{spec.config.objective.type}' takes none. Remove them, or use dpo."
+        raise JobFailed(invalid_file(sentence))
 
 
 def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
@@ -201,20 +208,23 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
         groups = list(_with_an_order(read_piece(recipe.training_uri, piece), tally))
         kept, held_out = _encode(groups, tokenizer, recipe, limit, tally)
     except InvalidRow as error:
-        return Encoded(report=tally.report(), refused=(error.line, invalid_file(str(error))))
+        return Encoded(piece=piece.number, report=tally.report(), refused=(error.line, invalid_file(str(error))))
     except UnusableTemplate as error:
         failed = Failed(code="invalid_model", message=str(error), param="model")
-        return Encoded(report=tally.report(), refused=(piece.first_line, failed))
+        return Encoded(piece=piece.number, report=tally.report(), refused=(piece.first_line, failed))
     return Encoded(
+        piece=piece.number,
         report=tally.report(),
         limit=limit,
-        training=_write(folder_uri, f"{piece.number:05d}.parquet", kept),
-        held_out=_write(folder_uri, f"{piece.number:05d}.held-out.parquet", held_out),
+        training=_write(folder_uri, piece, ".parquet", kept),
+        held_out=_write(folder_uri, piece, ".held-out.parquet", held_out) if held_out else None,
     )
 
 
-def _write(folder_uri: str | None, name: str, groups: Sequence[EncodedGroup]) -> Part | None:
-    return write_part(folder_uri, name, groups) if folder_uri and groups else None
+def _write(folder_uri: str | None, piece: Piece, suffix: str, groups: Sequence[EncodedGroup]) -> Part | None:
+    if folder_uri is None:
+        return None
+    return write_part(folder_uri, f"{piece.number:05d}{suffix}", groups, num_rows=piece.num_rows)
 
 
 def read_piece(uri: str, piece: Piece) -> Iterator[Group]:

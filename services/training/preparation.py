@@ -30,9 +30,10 @@ from services.training.scoring import (
     score,
     served_token_logps,
 )
+from services.training.stream import Stream, streamed
 from services.training.tasks import in_tasks
 
-ENCODING, SCORING = 1, 1  # raised when the same input becomes something else
+ENCODING, SCORING = 2, 1  # raised when the same input becomes something else
 SCORES_FOUND = "The reference's scores were found in the cache."
 
 
@@ -50,12 +51,17 @@ class Scored(Contract):
     held_out: Dataset
 
 
-def prepare(spec: AttemptSpec, report: Callable[[Report], None]) -> Prepared:
-    """The data of an earlier attempt, or what the cache has or is given now."""
+def prepare(
+    spec: AttemptSpec, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
+) -> Prepared:
+    """The data of an earlier attempt, or what the cache has or is given now.
+
+    `begin` is called, if at all, when so much is encoded that training can begin: an objective that needs no reference.
+    """
     uri = storage.join(spec.run_uri, "prepared")
     if found := cache.find(uri, Prepared, _check, report):
         return found
-    training, held_out = _prepare_file(spec, "Training", report)
+    training, held_out = _prepare_file(spec, "Training", report, begin)
     if spec.validation_uri:
         held_out = _prepare_validation_file(spec, spec.validation_uri, report)
     prepared = Prepared(training=training, validation=held_out if held_out.parts else None)
@@ -76,17 +82,21 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
         raise JobFailed(failure.report.model_copy(update=changed)) from None
 
 
-def _prepare_file(spec: AttemptSpec, purpose: str, report: Callable[[Report], None]) -> tuple[Dataset, Dataset]:
+def _prepare_file(
+    spec: AttemptSpec, purpose: str, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
+) -> tuple[Dataset, Dataset]:
     """Those to train on, and those held out."""
+    needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
     with source.as_plain_file(spec, folder, report) as plain:
         uri = storage.join(spec.cache_uri, _encoding_key(plain))
-        encoding, known = cache.once(uri, Encoding, lambda: _encode(plain, uri, report), _check, report)
+        encode_here = partial(_encode, plain, uri, report, None if needs_reference else begin)
+        encoding, known = cache.once(uri, Encoding, encode_here, _check, report)
     refuse_unusable(spec, encoding)
     if known:
         report(Message(message=f"{purpose} file: token ids were found in the cache."))
     tell(spec, encoding, purpose, report)
-    if not spec.config.objective.traits.needs_reference:
+    if not needs_reference:
         return encoding.training, encoding.held_out
     scored = _score(spec, encoding, report)
     return scored.training, scored.held_out
@@ -114,13 +124,15 @@ def _encoding_key(spec: AttemptSpec) -> str:
     )
 
 
-def _encode(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Encoding:
+def _encode(
+    spec: AttemptSpec, uri: str, report: Callable[[Report], None], begin: Callable[[Stream], None] | None
+) -> Encoding:
     recipe = recipe_of(spec)
 
-    def encode_pieces(pieces: list[Piece]) -> Iterator[Encoded]:
-        return in_tasks(lambda piece: encode_piece(recipe, uri, piece), pieces, Encoded)
+    def encode_pieces(pieces: Sequence[Piece], *, beside: int = 0) -> Iterator[Encoded]:
+        return in_tasks(lambda piece: encode_piece(recipe, uri, piece), pieces, Encoded, beside=beside)
 
-    return encode(spec, uri, encode_pieces, report)
+    return encode(spec, uri, streamed(spec, uri, encode_pieces, begin, report) if begin else encode_pieces, report)
 
 
 # --- scores --------------------------------------------------------------------------------------------

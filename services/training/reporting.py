@@ -16,7 +16,20 @@ import httpx
 import ray
 
 from services import storage, tracing
-from services.contract import Alive, AttemptSpec, Desired, Failed, JobEvent, Message, Progress, Report, Stage, Wish
+from services.contract import (
+    Alive,
+    AttemptSpec,
+    Desired,
+    Failed,
+    JobEvent,
+    Message,
+    Paused,
+    Progress,
+    Report,
+    Stage,
+    Succeeded,
+    Wish,
+)
 from services.training.stretches import Stretches
 
 logger = logging.getLogger(__name__)
@@ -95,6 +108,7 @@ class Reporter:
         self._pending: deque[tuple[int, bytes]] = deque()  # seq and event; reported, not yet in the spool
         self._segment: tuple[str, bytes] | None = None  # being written; kept unchanged until that succeeds
         self._unshipped: deque[str] = deque()  # segments' URIs
+        self._ended = False
         self._order: Order = "run"  # as the control plane said last
         self._pausing = False
         self._answered_at = self._driver_at = time.monotonic()
@@ -107,6 +121,9 @@ class Reporter:
 
     def report(self, report: Report) -> None:
         with self._changed:
+            if self._ended:
+                return  # workers go on for a moment after what ends the attempt
+            self._ended = isinstance(report, Succeeded | Failed | Paused)
             event = JobEvent(seq=self._next_seq, created_at=time.time(), report=report)
             # Encoded here: text that is no Unicode fails its reporter, and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))

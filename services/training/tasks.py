@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -16,24 +16,48 @@ Result = TypeVar("Result", bound=Contract)
 
 
 def in_tasks(
-    work: Callable[[Item], Result], items: Sequence[Item], result: type[Result], *, num_gpus: float = 0
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    result: type[Result],
+    *,
+    num_gpus: float = 0,
+    beside: int = 0,
 ) -> Iterator[Result]:
-    """The results, in the order in which they get done."""
+    """The results, in the order in which they get done.
+
+    `beside` workers train meanwhile and wait for the results: so many cores are left to them, and the items are begun
+    in their order.
+    """
     if not items:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     # Not by Ray's logical CPUs: each process loads a tokenizer or a model, and more of them than real cores only wait.
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    size = min(len(items), num_nodes * (os.cpu_count() or 1))
+    size = min(len(items), max(1, num_nodes * (os.cpu_count() or 1) - beside))
+    options = _beside_training() if beside else {"num_gpus": num_gpus or None}
     kind = type(items[0])
 
     def work_on(row: dict[str, str]) -> dict[str, str]:
         return {"result": work(kind.model_validate_json(row["item"])).model_dump_json()}
 
-    num_tasks = min(len(items), TASKS_PER_PROCESS * size)
+    # Beside training each is a task of its own: one that holds many in a row would keep the next of them waiting.
+    num_tasks = len(items) if beside else min(len(items), TASKS_PER_PROCESS * size)
     rows = ray.data.from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=num_tasks)
     rows.context.target_max_block_size = 1  # byte: a task hands out each result as soon as it has it
-    tasks = rows.map(work_on, compute=ray.data.TaskPoolStrategy(size=size), num_gpus=num_gpus or None)
+    tasks = rows.map(work_on, compute=ray.data.TaskPoolStrategy(size=size), **options)
     for row in tasks.iter_rows():
         yield result.model_validate_json(row["result"])
+
+
+def _beside_training() -> dict[str, Any]:
+    """Without a claim to Ray's CPUs: workers could hold the last one and wait for what waits for it.
+
+    While there are others, not on a node that is to do no work, as a head often is.
+    """
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:
+        return {"num_cpus": 0}
+    anywhere: list[dict[str, Any]] = [{"label_selector": {}}]
+    here = {"ray.io/node-id": f"in({','.join(nodes)})"}
+    return {"num_cpus": 0, "label_selector": here, "fallback_strategy": anywhere}

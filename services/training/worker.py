@@ -31,16 +31,18 @@ from services.contract import (
     StepMetrics,
     Succeeded,
 )
-from services.training.dataset import Dataset, batched, global_batches, num_steps, read_groups
+from services.training.dataset import Data, Dataset, read_groups
 from services.training.logs import keep_logs
+from services.training.order import batched, global_batches, num_places, num_steps
 from services.training.orders import listening
+from services.training.stream import Stream
 
 LN2_TOLERANCE = 1e-3
 GROUPS_PER_EVALUATION = 256  # read at a time, and dealt to all workers
 
 
 def work(
-    spec: AttemptSpec, dataset: Dataset, reporter: Any, validation: Dataset | None = None
+    spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
 ) -> Succeeded | Failed | Paused:
     """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend. Or it is told to
     pause, and leaves a checkpoint.
@@ -53,7 +55,8 @@ def work(
     torch.set_num_threads(_num_threads())
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    total_steps = num_steps(dataset.num_groups, spec.config)
+    num_groups = num_places(data, spec.config.seed)
+    total_steps = num_steps(num_groups, spec.config)
     with _scratch(spec) as scratch, listening(reporter) as pausing:
         resume = _agree_on_checkpoint(spec, scratch, reporter, device)
         step, num_tokens = 0, 0
@@ -61,14 +64,14 @@ def work(
             manifest = read_manifest(resume)
             step, num_tokens = manifest.step, manifest.num_tokens
         if dist.get_rank() == 0:
-            started = Started(config=spec.config, num_groups=dataset.num_groups, total_steps=total_steps)
+            started = Started(config=spec.config, num_groups=num_groups, total_steps=total_steps)
             _report_start(started.model_copy(update={"resumed_from": step}), resume, spec, reporter)
         source = storage.fetch(spec.model_source)
         results = train(
             spec.config,
             load_policy(source, device=device),
             load_tokenizer(source),
-            global_batches(dataset, spec.config, after_step=step),
+            global_batches(data, spec.config, after_step=step),
             total_steps=total_steps,
             checkpoint_dir=scratch / "checkpoints",
             resume=resume,
@@ -78,11 +81,13 @@ def work(
         )
         failed = None
         for result in results:
+            step, num_tokens = result.step, result.num_tokens
+            if not result.metrics:
+                continue  # it had no groups
             if failed := hopeless(result, spec):
                 break
             if dist.get_rank() == 0:
                 _report_step(result, spec, reporter)
-            step, num_tokens = result.step, result.num_tokens
     if dist.get_rank() == 0:
         ray.get(reporter.flush.remote())  # all of this before the driver reports the end
     if not failed and step < total_steps:
@@ -91,9 +96,16 @@ def work(
     return failed or Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
 
 
-def held_out(validation: Dataset | None) -> Callable[[], Iterator[list[EncodedGroup]]] | None:
-    """How `train` reads the groups to evaluate on."""
-    return (lambda: batched(read_groups(validation), GROUPS_PER_EVALUATION)) if validation else None
+def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
+    """How `train` reads the groups to evaluate on. A stream has all of them only when it ends, and maybe none."""
+    if validation is None:
+        return None
+
+    def read() -> Iterator[list[EncodedGroup]] | None:
+        dataset = validation.held_out() if isinstance(validation, Stream) else validation
+        return batched(read_groups(dataset), GROUPS_PER_EVALUATION) if dataset else None
+
+    return read
 
 
 def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:

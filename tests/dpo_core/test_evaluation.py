@@ -113,6 +113,11 @@ def test_they_are_read_anew_for_every_checkpoint(policy, tokenizer, pairs, tmp_p
     assert [bool(evaluated(result)) for result in results] == [False, True, False, True]
 
 
+def test_nothing_is_evaluated_where_there_is_nothing_after_all(policy, tokenizer, pairs, tmp_path):
+    (result,) = run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: None)
+    assert not evaluated(result)
+
+
 def test_no_held_out_groups_are_refused(policy, tokenizer, pairs, tmp_path):
     with pytest.raises(ValueError, match="No groups came to evaluate on; give validation some, or leave it out"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=list)

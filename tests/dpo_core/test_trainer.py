@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_core.checkpoint import read_manifest
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.options import Aot, Bco, Dpo, Kto, Mpo, Supervised
@@ -203,6 +204,19 @@ def test_the_checkpoint_serves_as_a_model_with_identical_logits(policy, tokenize
 def test_tokens_are_counted_once_per_prompt(policy, tokenizer, pairs, tmp_path):
     expected = sum(len(g.prompt_ids) + sum(map(len, g.completion_ids)) for g in pairs)
     assert [r.num_tokens for r in run(DPO, policy, tokenizer, [pairs] * 2, tmp_path)] == [expected, 2 * expected]
+
+
+def test_a_step_without_groups_is_counted_and_changes_nothing(make_policy, tokenizer, pairs, tmp_path):
+    config, batches = replace(DPO, checkpoint_steps=2), [pairs[:4], [], pairs[4:], []]
+    whole = run(config, make_policy(0), tokenizer, batches, tmp_path / "whole")
+    assert [(result.step, bool(result.metrics)) for result in whole] == [(1, True), (2, False), (3, True), (4, False)]
+    rates = [result.metrics["lr"] for result in run(DPO, make_policy(0), tokenizer, [pairs] * 4, tmp_path / "full")]
+    assert [result.metrics["lr"] for result in whole[::2]] == rates[::2]
+    saved = sorted((tmp_path / "whole").iterdir())
+    assert [read_manifest(folder).metrics for folder in saved] == [result.metrics for result in whole[::2]]
+    rest = run(config, make_policy(7), tokenizer, batches[2:], tmp_path / "rest", total_steps=4, resume=saved[0])
+    assert numbers(rest) == numbers(whole[2:])
+    assert read_manifest(tmp_path / "rest" / "step-000004").files == read_manifest(saved[1]).files
 
 
 def test_too_few_batches_are_refused(policy, tokenizer, pairs, tmp_path):

@@ -24,6 +24,7 @@ from services.contract import (
     JobEvent,
     Mlflow,
     Paused,
+    Progress,
     ReferenceReleased,
     Report,
     Started,
@@ -263,6 +264,33 @@ def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
     events = client.fine_tuning.jobs.list_events(job_id, limit=100).data
     assert sum(event.type == "metrics" for event in events) == 3
+
+
+def test_encoding_that_goes_on_stands_beside_training_in_the_progress(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    started, first, second, *_ = reports(settings, job_id)
+    told = [Progress(stage="encoding", done=done, total=24) for done in (8, 9, 16, 24)]
+    shown = []
+    for seq, report in enumerate([told[0], started, told[1], first, told[2], second, told[3]]):
+        body = spool(settings, job_id, 1, [report], first=seq).model_dump(mode="json")
+        url = f"{base_url}/internal/attempts/{job_id}/1/events"
+        assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 204
+        progress = (client.fine_tuning.jobs.retrieve(job_id).model_extra or {})["x_raydpo"]["progress"]
+        shown.append((progress["stage"], progress["done"], progress["encoding"]))
+    assert shown == [
+        ("encoding", 8, None),
+        ("encoding", 8, None),
+        ("encoding", 9, None),
+        ("training", 1, None),
+        ("training", 1, {"done": 16, "total": 24}),
+        ("training", 2, {"done": 16, "total": 24}),
+        ("training", 2, None),
+    ]
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
 
 
 def test_a_lost_answer_to_the_launch_launches_nothing_twice(

@@ -50,17 +50,19 @@ NUM_STEPS = 240
 
 
 class Driver:
-    def __init__(self, spec: AttemptSpec, environment: dict[str, str], token: str) -> None:
+    def __init__(
+        self, spec: AttemptSpec, environment: dict[str, str], token: str, program: str = "services.training.driver"
+    ) -> None:
         uri = storage.join(spec.run_uri, "attempts", f"{spec.attempt}.json")
         storage.write_bytes(uri, spec.model_dump_json().encode())
         self.spec = spec
         self.log = storage.fetch(spec.run_uri) / f"{spec.attempt}.log"
-        command = [sys.executable, "-m", "services.training.driver", uri]
+        command = [sys.executable, "-m", program, uri]
         environment = environment | {"RAYDPO_ATTEMPT_TOKEN": token}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 480) -> int:
         return self.process.wait(seconds)
 
     def reports(self) -> list[Report]:
@@ -70,9 +72,9 @@ class Driver:
         assert [event.seq for event in events] == list(range(len(events)))
         return [event.report for event in events]
 
-    def reported(self, kind: type[Report], seconds: float = 120) -> None:
+    def reported(self, kind: type[Report], seconds: float = 300, count: int = 1) -> None:
         deadline = time.monotonic() + seconds
-        while not only(kind, self.reports()):
+        while len(only(kind, self.reports())) < count:
             assert self.process.poll() is None, self.log.read_text()[-5000:]
             assert time.monotonic() < deadline, self.log.read_text()[-5000:]
             time.sleep(0.05)

@@ -15,8 +15,8 @@ from dpo_core.trainer import StepResult, train
 from dpo_core.weights import Weights
 from services import storage
 from services.contract import AttemptSpec, Message, Report
-from services.training.dataset import global_batches, num_steps
 from services.training.encoding import encode, encode_piece, recipe_of
+from services.training.order import global_batches, num_steps
 from services.training.worker import checkpoint_uri, held_out, hopeless, newest_checkpoint
 
 MakeSpec = Callable[..., AttemptSpec]
@@ -65,7 +65,7 @@ def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[
 
     with Writer(tmp_path / "scratch", policy, load_tokenizer(model_source), weights, publish) as writer:
         for step in (10, 20, 30):
-            writer.save(Manifest(step, 30, step, {}, {}, asdict(spec.config), {}), optimizer)
+            writer.save(Manifest(step, 30, step, step, {}, {}, asdict(spec.config), {}), optimizer)
     return [checkpoint_uri(spec, step) for step in (10, 20, 30)]
 
 
