@@ -119,11 +119,9 @@ class Store:
 
         Raises psycopg.OperationalError when the connection is lost.
         """
-        limits: dict[str, Any] = {
-            "connect_timeout": 10,
-            "tcp_user_timeout": 10_000,
-        }  # a database that vanished is noticed
-        connect = psycopg.AsyncConnection.connect(self._database_url, autocommit=True, **limits)
+        options: dict[str, Any] = {"application_name": f"raydpo {channel}", "connect_timeout": 10}
+        options["tcp_user_timeout"] = 10_000  # a database that vanished is noticed
+        connect = psycopg.AsyncConnection.connect(self._database_url, autocommit=True, **options)
         async with await connect as connection:
             await connection.execute(f"LISTEN {channel}")
             while True:

@@ -187,7 +187,6 @@ class Transition(Base):
     version: Mapped[int]  # of the job, after it
     desired: Mapped[str]
     observed: Mapped[str]
-    attempt: Mapped[int | None]  # that was open
     actor: Mapped[str]  # key id, or the control plane's name
     reason: Mapped[str]
     __table_args__ = (UniqueConstraint("job_id", "version"),)

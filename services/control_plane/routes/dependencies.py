@@ -94,7 +94,9 @@ CallerPart = Annotated[Caller, Depends(admit)]
 def _names(param: Any) -> Collection[str]:
     """Of one field of FastAPI's, which may be a model of several."""
     kind = param.field_info.annotation
-    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else [param.alias]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [field.alias or name for name, field in kind.model_fields.items()]
+    return [param.alias]
 
 
 async def check_query(request: Request) -> None:

@@ -108,8 +108,8 @@ def test_a_lost_listening_connection_loses_no_event(base_url: str, settings: Set
     async def work(store: Store) -> None:
         reader, writer = await open_stream(base_url, job_id)
         with psycopg.connect(settings.database_url, autocommit=True) as admin:
-            listening = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
-            listening += " AND datname = current_database()"
+            listening = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            listening += " WHERE application_name = 'raydpo jobs' AND datname = current_database()"
             assert admin.execute(listening).fetchall() == [(True,)]
         await report(store, settings, job_id, range(3))
         assert await numbers_until(reader, 2) == [0, 1, 2]

@@ -277,7 +277,7 @@ def test_encoding_that_goes_on_stands_beside_training_in_the_progress(
     for seq, report in enumerate([told[0], started, told[1], first, told[2], second, told[3]]):
         body = spool(settings, job_id, 1, [report], first=seq).model_dump(mode="json")
         url = f"{base_url}/internal/attempts/{job_id}/1/events"
-        assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 204
+        assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
         progress = (client.fine_tuning.jobs.retrieve(job_id).model_extra or {})["x_raydpo"]["progress"]
         shown.append((progress["stage"], progress["done"], progress["encoding"]))
     assert shown == [

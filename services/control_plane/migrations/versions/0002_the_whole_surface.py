@@ -156,7 +156,6 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("desired", sa.String(), nullable=False),
         sa.Column("observed", sa.String(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=True),
         sa.Column("actor", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
         sa.ForeignKeyConstraint(
