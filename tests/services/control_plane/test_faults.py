@@ -5,6 +5,7 @@ import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -80,13 +81,11 @@ def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
     return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
 
 
-async def new_job(store: Store, settings: Settings, folder: Any) -> str:
-    source = folder / "pairs.jsonl"
-    source.write_bytes(pairs())
-    with source.open("rb") as file:
-        row = await files.upload(file, "pairs.jsonl", settings)
+async def new_job(store: Store, settings: Settings) -> str:
+    stored = await files.store_file(BytesIO(pairs()), settings)
     async with store.begin_for(DEFAULT_PROJECT) as session:
-        session.add(row)
+        named = {"filename": "pairs.jsonl", "purpose": files.TRAINING, "project_id": DEFAULT_PROJECT}
+        row = await files.add(session, stored, **named, report={})
         body = CreateJob.model_validate({"model": "tiny", "training_file": row.id, "method": {"type": "dpo"}})
         model = await models.find(session, settings, "tiny")
         return (await jobs.submit(session, body.spec(), model, "key")).id
@@ -122,10 +121,10 @@ async def play(settings: Settings, ray: FakeRay, job_id: str, story: str, store:
             ray.jobs[name] = "SUCCEEDED"
 
 
-async def run_to_the_end(settings: Settings, ray: FakeRay, folder: Any, story: str, at: int) -> bool:
+async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int) -> bool:
     """The job's life with a crash at that point. Whether there was one."""
     store = Store(settings.database_url)
-    job_id = await new_job(store, settings, folder)
+    job_id = await new_job(store, settings)
     crashed = False
     for tick in range(MOST_TICKS):
         with faults(at if not crashed else 0) as found:
@@ -158,12 +157,10 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, folder: Any, story: s
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a crash closes no connection
 @pytest.mark.parametrize("story", ["succeeds", "dies once", "paused", "cancelled"])
-def test_a_crash_at_any_point_loses_and_doubles_nothing(
-    settings: Settings, fake_ray: FakeRay, tmp_path: Any, story: str
-) -> None:
+def test_a_crash_at_any_point_loses_and_doubles_nothing(settings: Settings, fake_ray: FakeRay, story: str) -> None:
     fake_ray.resources = {"CPU": 8.0}
     for at in itertools.count(1):
-        if not asyncio.run(run_to_the_end(settings, fake_ray, tmp_path, story, at)):
+        if not asyncio.run(run_to_the_end(settings, fake_ray, story, at)):
             break
     assert at > 15  # the points of a life
     gc.collect()  # what crashes left open is complained of here
