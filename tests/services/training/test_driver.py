@@ -193,6 +193,7 @@ def test_a_killed_attempt_is_continued_by_the_next_bit_for_bit(
     assert not list(Path(ray_environment["TMPDIR"]).glob("raydpo-ftjob-1-*")), "checkpoints left in scratch"
 
 
+@pytest.mark.long  # a short attempt may end before W&B's own process has begun
 def test_a_killed_attempt_and_the_next_are_one_run_wherever_the_job_is_followed(
     make_spec: MakeSpec,
     start: Callable[[AttemptSpec], Driver],
