@@ -181,9 +181,14 @@ def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
     assert f"The job is paused after step {resumed()[0]}" in said
     assert f"Attempt 2 was asked to stop, and did after step {resumed()[1]}" in said
     wait_for_step(client, job_id, int(resumed()[1]) + 1)
-    logs = client.get(f"/x/jobs/{job_id}/logs", cast_to=dict[str, Any])
-    assert (logs["attempts"], logs["sources"]) == ([1, 2, 3], ["driver", "worker-0"])
-    assert any("Started training worker group" in line for line in logs["data"])
+
+    def logs() -> dict[str, Any]:
+        return client.get(f"/x/jobs/{job_id}/logs", cast_to=dict[str, Any])
+
+    # What was printed is kept a moment later.
+    wait_for(lambda: logs()["sources"] == ["driver", "worker-0"], "both are kept", seconds=60)
+    wait_for(lambda: any("Started training worker group" in line for line in logs()["data"]), "their lines", seconds=60)
+    assert logs()["attempts"] == [1, 2, 3]
     client.fine_tuning.jobs.cancel(job_id)
     assert finished(client, job_id).status == "cancelled"
     told = steps(client, job_id)

@@ -13,14 +13,14 @@ from services.training.report import EncodingReport
 
 def work(piece):
     time.sleep(1)
-    return Encoded(report=EncodingReport(num_rows=piece.number), limit=os.getpid())
+    return Encoded(piece=piece.number, report=EncodingReport(), limit=os.getpid())
 
 ray.init(address="auto", logging_level="ERROR")
 tasks.TASKS_PER_PROCESS = 1
 pieces = [Piece(number=number, first_line=1, num_rows=1, start=0, size=1) for number in range(3 * os.cpu_count())]
 came = []
 for result in tasks.in_tasks(work, pieces, Encoded):
-    came.append((result.report.num_rows, result.limit, time.time()))
+    came.append((result.piece, result.limit, time.time()))
 print(json.dumps(came))
 """
 
