@@ -305,8 +305,12 @@ async def record(
         raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
     is_new = False
     for event in events:
-        if event.seq > attempt.next_seq:
+        if event.seq > attempt.next_seq and posted:
             raise InvalidRequest(f"Report {event.seq} came before report {attempt.next_seq}; send that one first.")
+        if event.seq > attempt.next_seq:
+            lost = f"Reports {attempt.next_seq} to {event.seq - 1} of attempt {number} are lost"
+            tell(session, job_id, f"{lost}: their part of its spool is damaged", level="warn")
+            attempt.next_seq = event.seq
         if event.seq == attempt.next_seq:
             with session.no_autoflush:  # of what changes with each report, the last is written
                 await _record_one(session, attempt, event, settings)

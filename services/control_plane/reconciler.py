@@ -16,8 +16,8 @@ import anyio.to_thread
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from services import storage, tracing
-from services.contract import AttemptSpec, EventBatch, JobSpec
+from services import spool, storage, tracing
+from services.contract import AttemptSpec, JobEvent, JobSpec, Message
 from services.control_plane import deployments, files, jobs, journal, models, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.launcher import AttemptStatus, Launcher
@@ -28,6 +28,7 @@ from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.sweeper import Sweeper
 from services.control_plane.tables import Attempt, File, Job
+from services.spool import DamagedSegment
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class Reconciler:
                 except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
                     telemetry.TICKS.labels("failed").inc()
                     log.warning("A tick failed and is tried again: %s", error)
+                except Exception:
+                    telemetry.TICKS.labels("failed").inc()
+                    log.exception("A tick failed, by a fault of ours, and is tried again")
                 if self._leads:
                     self._sweep()
                 await asyncio.sleep(TICK_SECONDS)
@@ -109,6 +113,8 @@ class Reconciler:
             except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
+            except Exception:
+                log.exception("Job %s is left as it is for now, and its trouble is ours", job.id)
         await self._serve_models()
         telemetry.TICKS.labels("acted").inc()
 
@@ -256,11 +262,18 @@ class Reconciler:
 
     async def _collect(self, job: Job, attempt: Attempt) -> Attempt:
         """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
-        spool = storage.join(self._run_uri(job), "spool", str(attempt.number))
-        for segment in await anyio.to_thread.run_sync(_segments_from, spool, attempt.next_seq):
-            batch = EventBatch.model_validate_json(await anyio.to_thread.run_sync(storage.read_bytes, segment))
+        listed = await anyio.to_thread.run_sync(spool.segments, self._run_uri(job), attempt.number)
+        segments = _segments_from(listed, attempt.next_seq)
+        for first, uri in segments:
+            try:
+                events = (await anyio.to_thread.run_sync(spool.read, uri)).events
+            except DamagedSegment as error:
+                if (first, uri) != segments[-1]:
+                    continue  # that reports are missing is told with the next segment
+                lost = Message(level="warn", message=f"The last reports of attempt {attempt.number} are lost: {error}")
+                events = [JobEvent(seq=first, created_at=time.time(), report=lost)]
             async with self._store.begin() as session:
-                await jobs.record(session, job.id, attempt.number, batch.events, self._settings, posted=False)
+                await jobs.record(session, job.id, attempt.number, events, self._settings, posted=False)
         async with self._store.begin() as session:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
@@ -363,9 +376,7 @@ def _silent_seconds(attempt: Attempt) -> float:
     return (datetime.now(UTC) - attempt.reported_at).total_seconds()
 
 
-def _segments_from(spool: str, next_seq: int) -> list[str]:
-    """The spool's segments that may hold `next_seq` or later; each is named by its first report."""
-    segments = [uri for uri in storage.list_uris(spool) if uri.endswith(".json")]
-    firsts = [int(uri.rsplit("/", 1)[-1].removesuffix(".json")) for uri in segments]
-    start = max((i for i, first in enumerate(firsts) if first <= next_seq), default=0)
+def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
+    """Those that may hold `next_seq` or later."""
+    start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
     return segments[start:]

@@ -1,7 +1,6 @@
 """The way of reports out of an attempt: numbered, spooled to storage, shipped to the control plane.
 
-The spool is the truth: segments `spool/<attempt>/<first seq>.json`, each an `EventBatch`, each
-written once. Shipping is a convenience on top, so training never waits for the control plane.
+The spool is the truth. Shipping is a convenience on top, so training never waits for the control plane.
 What comes back is the user's wish; without anything to ship, an empty batch every few seconds asks for it.
 """
 
@@ -15,7 +14,7 @@ from typing import Literal
 import httpx
 import ray
 
-from services import storage, tracing
+from services import spool, storage, tracing
 from services.contract import (
     Alive,
     AttemptSpec,
@@ -30,6 +29,7 @@ from services.contract import (
     Succeeded,
     Wish,
 )
+from services.spool import DamagedSegment
 from services.training.stretches import Stretches
 
 logger = logging.getLogger(__name__)
@@ -86,15 +86,11 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
     return done
 
 
-def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
-    return storage.join(run_uri, "spool", str(attempt), f"{first_seq:08d}.json")
-
-
 class Reporter:
     """One per attempt, because it numbers the events; in a job it is a Ray actor that driver and workers call."""
 
     def __init__(self, spec: AttemptSpec, token: str, *, period_seconds: float = 1.0) -> None:
-        self.spool_uri = storage.join(spec.run_uri, "spool", str(spec.attempt))
+        self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
         if storage.list_uris(self.spool_uri):
             raise FileExistsError(
                 f"Attempt {spec.attempt} has reported before, to {self.spool_uri}; start another one."
@@ -156,7 +152,7 @@ class Reporter:
             while self._segment or self._pending:
                 self._segment = self._segment or self._next_segment()
                 uri, body = self._segment
-                storage.write_bytes(uri, body)
+                spool.write(uri, body)
                 self._segment = None
                 with self._changed:
                     self._unshipped.append(uri)
@@ -177,7 +173,7 @@ class Reporter:
     def _next_segment(self) -> tuple[str, bytes]:
         with self._changed:
             events = [self._pending.popleft() for _ in range(min(len(self._pending), EVENTS_PER_SEGMENT))]
-        uri = segment_uri(self._run_uri, self._attempt, events[0][0])
+        uri = spool.segment_uri(self._run_uri, self._attempt, events[0][0])
         return uri, b'{"events":[' + b",".join(event for _, event in events) + b"]}"
 
     def _spool_periodically(self) -> None:
@@ -212,11 +208,17 @@ class Reporter:
     def _post(self, client: httpx.Client, uri: str | None) -> bool:
         """Whether the control plane has the segment now. It knows a segment that it saw before by its numbers."""
         try:
-            answer = client.post(self._events_url, content=storage.read_bytes(uri) if uri else HEARTBEAT)
+            answer = client.post(self._events_url, content=spool.read_body(uri) if uri else HEARTBEAT)
             if answer.status_code == httpx.codes.CONFLICT:
                 order: Order = "fenced"
             else:
                 order = Wish.model_validate_json(answer.raise_for_status().content).desired
+        except DamagedSegment as error:
+            logger.error("A part of the spool is lost, and the control plane told of it when it reads on: %s", error)
+            with self._changed:
+                self._unshipped.popleft()
+                self._changed.notify_all()
+            return True
         except (httpx.HTTPError, OSError, ValueError) as error:
             logger.warning("%s was not shipped: %r", uri or "A heartbeat", error)
             return False

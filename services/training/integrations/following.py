@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services import storage
+from services import spool
 from services.contract import AttemptSpec, EventBatch, JobEvent, Message, Report, Started, StepMetrics
+from services.spool import DamagedSegment
 from services.training.integrations.sink import Sink, Status, Step
-from services.training.reporting import segment_uri
 
 logger = logging.getLogger(__name__)
 
@@ -115,16 +115,19 @@ def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
     for attempt in range(1, spec.attempt + 1):
         next_seq = 0
         while True:
-            try:
-                data = storage.read_bytes(segment_uri(spec.run_uri, attempt, next_seq))
-            except FileNotFoundError:
-                if attempt < spec.attempt:
-                    break
+            new = [(first, uri) for first, uri in spool.segments(spec.run_uri, attempt) if first >= next_seq]
+            for first, uri in new:
+                next_seq = first + 1
+                try:
+                    batch = spool.read(uri)
+                except DamagedSegment as error:
+                    logger.warning("What a part of the spool held is left out: %s", error)
+                else:
+                    yield batch
+            if not new and attempt < spec.attempt:
+                break
+            if not new:
                 yield None
-                continue
-            batch = EventBatch.model_validate_json(data)
-            next_seq = batch.events[-1].seq + 1
-            yield batch
 
 
 def _step(event: JobEvent, report: StepMetrics) -> Step:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import openai
+import psycopg
 import pytest
 from sqlalchemy import func, update
 
@@ -40,6 +41,7 @@ from services.control_plane.reconciler import Reconciler
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import Attempt, Job, Lease, Transition
+from services.spool import segment_uri, write
 from tests.services.control_plane.conftest import FakeRay, pairs
 
 
@@ -100,8 +102,8 @@ def spool(settings: Settings, job_id: str, attempt: int, reports: list[Report], 
     """Lay reports where an attempt's driver would have left them."""
     events = [JobEvent(seq=first + i, created_at=time.time(), report=report) for i, report in enumerate(reports)]
     batch = EventBatch(events=events)
-    uri = storage.join(settings.storage_url, "runs", job_id, "spool", str(attempt), f"{first:08}.json")
-    storage.write_bytes(uri, batch.model_dump_json().encode())
+    uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), attempt, first)
+    write(uri, batch.model_dump_json().encode())
     return batch
 
 
@@ -631,3 +633,72 @@ def test_an_attempt_that_cannot_post_but_beats_in_its_spool_is_alive(
     ticks(settings, 45, apart=8.0)
     assert list(ray.jobs.values()) == ["STOPPED", "RUNNING"]
     cancelled(client, settings, job_id)
+
+
+# --- damaged spools ------------------------------------------------------------------------------
+
+
+def flip(settings: Settings, job_id: str, attempt: int, first: int) -> None:
+    """A digit of what the segment tells becomes another."""
+    uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), attempt, first)
+    data = storage.read_bytes(uri)
+    assert b'"loss":0.5' in data
+    storage.write_bytes(uri, data.replace(b'"loss":0.5', b'"loss":0.4'))
+
+
+def test_reports_whose_bits_flipped_are_not_told_and_those_after_them_are(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    all_reports = reports(settings, job_id)
+    spool(settings, job_id, 1, all_reports[:2])
+    spool(settings, job_id, 1, all_reports[2:3], first=2)
+    spool(settings, job_id, 1, all_reports[3:], first=3)
+    flip(settings, job_id, 1, 2)
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    events = list(client.fine_tuning.jobs.list_events(job_id))
+    assert [event.data["step"] for event in events if event.type == "metrics"] == [3, 1]  # type: ignore[index]
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning == "Reports 2 to 2 of attempt 1 are lost: their part of its spool is damaged"
+
+
+def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    spool(settings, job_id, 1, reports(settings, job_id))
+    flip(settings, job_id, 1, 0)
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"][::-1]
+    assert told[0].startswith("The last reports of attempt 1 are lost: file://")
+    assert told[0].endswith("/spool/1/00000000.json has another sha256 than was written")
+    assert told[1:] == ["Attempt 1 is over: it died before it finished"]
+    spool(settings, job_id, 2, reports(settings, job_id))
+    ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+
+
+def test_a_job_that_cannot_be_understood_keeps_no_other_waiting(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    settings = settings.model_copy(update={"max_running_jobs": 2})
+    file_id = client.fine_tuning.jobs.retrieve(job_id).training_file
+    other = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method={"type": "dpo"}).id
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        (spec,) = connection.execute("SELECT spec::text FROM jobs WHERE id = %s", [job_id]).fetchone() or ("",)
+        connection.execute("UPDATE jobs SET spec = spec || '{\"unknown\": 1}' WHERE id = %s", [job_id])
+        ticks(settings, 2)
+        connection.execute("UPDATE jobs SET spec = %s WHERE id = %s", [spec, job_id])
+    assert list(ray.jobs) == [f"{other}-1"]
+    ticks(settings, 1)
+    assert list(ray.jobs) == [f"{other}-1", f"{job_id}-1"]
+    for each in (job_id, other):
+        spool(settings, each, 1, reports(settings, each))
+        ray.jobs[f"{each}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert {client.fine_tuning.jobs.retrieve(each).status for each in (job_id, other)} == {"succeeded"}

@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from services import storage
+from services import spool
 from services.contract import AttemptSpec, EventBatch, JobEvent, Report, Started, StepMetrics
-from services.training.reporting import segment_uri
 
 STARTED_AT = 1_700_000_000.0
 
@@ -27,7 +26,7 @@ class Spool:
             ]
             self.next_seq[attempt] = first + len(events)
             body = EventBatch(events=events).model_dump_json().encode()
-            storage.write_bytes(segment_uri(self.spec.run_uri, attempt, first), body)
+            spool.write(spool.segment_uri(self.spec.run_uri, attempt, first), body)
 
     def add_steps(self, first: int, last: int, *, attempt: int = 1) -> None:
         """The attempt's start, and steps up to and with the last."""

@@ -19,11 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy
 from dpo_core.options import Orpo
-from services import storage
+from services import spool, storage
 from services.contract import (
     AttemptSpec,
     CheckpointSaved,
-    EventBatch,
     Failed,
     Integrations,
     Message,
@@ -67,9 +66,8 @@ class Driver:
         return self.process.wait(seconds)
 
     def reports(self) -> list[Report]:
-        segments = storage.list_uris(storage.join(self.spec.run_uri, "spool", str(self.spec.attempt)))
-        batches = [EventBatch.model_validate_json(storage.read_bytes(uri)) for uri in segments]
-        events = [event for batch in batches for event in batch.events]
+        segments = spool.segments(self.spec.run_uri, self.spec.attempt)
+        events = [event for _, uri in segments for event in spool.read(uri).events]
         assert [event.seq for event in events] == list(range(len(events)))
         return [event.report for event in events]
 

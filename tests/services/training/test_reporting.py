@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dpo_core.config import TrainConfig
-from services import storage
-from services.contract import AttemptSpec, EventBatch, Message, Progress, Report
+from services import spool, storage
+from services.contract import AttemptSpec, Message, Progress, Report
 from services.training import reporting
 from services.training.reporting import Reporter, progress
 
@@ -36,7 +36,7 @@ def until(condition: Callable[[], Any], seconds: float = 10) -> None:
 
 def spooled(reporter: Reporter) -> list[int]:
     segments = storage.list_uris(reporter.spool_uri)
-    batches = [EventBatch.model_validate_json(storage.read_bytes(uri)) for uri in segments]
+    batches = [spool.read(uri) for uri in segments]
     for uri, batch in zip(segments, batches, strict=True):
         assert uri.endswith(f"/spool/2/{batch.events[0].seq:08d}.json")
     return [event.seq for batch in batches for event in batch.events]
@@ -144,6 +144,21 @@ def test_a_full_disk_loses_no_report(spec: AttemptSpec, control_plane: Any, tmp_
     until(lambda: storage.list_uris(reporter.spool_uri))
     assert reporter.close(timeout_seconds=10)
     assert spooled(reporter) == [0, 1]
+
+
+def test_a_segment_whose_bits_flipped_is_not_shipped_and_holds_nothing_up(
+    spec: AttemptSpec, control_plane: Any
+) -> None:
+    control_plane.default = 503
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    for number in range(3):
+        reporter.report(Message(message=f"number {number}"))
+        reporter.flush()
+    _, segment, _ = map(storage.fetch, storage.list_uris(reporter.spool_uri))
+    segment.write_bytes(segment.read_bytes().replace(b"number 1", b"number 3"))
+    control_plane.default = 200
+    assert reporter.close(timeout_seconds=10)
+    assert control_plane.reports() == [Message(message="number 0"), Message(message="number 2")]
 
 
 def test_an_attempt_number_is_used_once(spec: AttemptSpec, control_plane: Any) -> None:

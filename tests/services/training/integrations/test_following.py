@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from services import storage
 from services.contract import AttemptSpec, Message, Report, Started
+from services.spool import segment_uri
 from services.training.integrations import following
 from services.training.integrations.following import Follower
 from services.training.integrations.sink import Status, Step
@@ -90,6 +92,16 @@ def test_a_sink_that_has_steps_is_told_the_later_ones(follow: Any, place: Place,
     follower, _ = follow()
     follower.close("failed", 10)
     assert numbers(place) == [1, 2, 3, 4, 5, 6]
+
+
+def test_steps_whose_bits_flipped_are_left_out(follow: Any, place: Place, spool: Spool, spec: AttemptSpec) -> None:
+    spool.add_steps(1, 9)
+    segment = storage.fetch(segment_uri(spec.run_uri, 1, 4))
+    segment.write_bytes(segment.read_bytes().replace(b'"loss":0.2', b'"loss":0.3'))
+    follower, told = follow()
+    follower.close("succeeded", 10)
+    assert numbers(place) == [1, 2, 3, 8, 9]
+    assert told == [Message(message="Place: there")]
 
 
 def test_steps_are_written_in_bounded_parts(

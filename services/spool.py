@@ -1,0 +1,55 @@
+"""What an attempt has reported, in storage: segments in the order of their numbers, each written once.
+
+A segment `<run>/spool/<attempt>/<first seq>.json` is an `EventBatch` in one line, and that line's sha256 in the next.
+"""
+
+import hashlib
+
+from pydantic import ValidationError
+
+from services import storage
+from services.contract import EventBatch
+
+
+class DamagedSegment(ValueError):
+    """A segment is not what was written."""
+
+
+def folder(run_uri: str, attempt: int) -> str:
+    return storage.join(run_uri, "spool", str(attempt))
+
+
+def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
+    return storage.join(folder(run_uri, attempt), f"{first_seq:08d}.json")
+
+
+def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
+    """The number of each segment's first report, and the segment's URI; in order."""
+    names = storage.list_files(folder(run_uri, attempt))
+    firsts = [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+    return [(first, segment_uri(run_uri, attempt, first)) for first in sorted(firsts)]
+
+
+def write(uri: str, body: bytes) -> None:
+    """`body`: an EventBatch as JSON without line feeds."""
+    storage.write_bytes(uri, body + b"\n" + _digest(body))
+
+
+def read_body(uri: str) -> bytes:
+    """What was written. Raises DamagedSegment, and FileNotFoundError."""
+    body, _, digest = storage.read_bytes(uri).partition(b"\n")
+    if digest != _digest(body):
+        raise DamagedSegment(f"{uri} has another sha256 than was written")
+    return body
+
+
+def read(uri: str) -> EventBatch:
+    """Raises DamagedSegment, and FileNotFoundError."""
+    try:
+        return EventBatch.model_validate_json(read_body(uri))
+    except ValidationError:
+        raise DamagedSegment(f"{uri} holds no reports") from None
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode() + b"\n"
