@@ -27,6 +27,8 @@ IDS = pa.schema(
 )
 SCORES = pa.schema({"ref_logps": pa.list_(pa.float64())})  # one per completion, in nats
 
+DIGEST = ".sha256"
+
 
 class DamagedPart(ValueError):
     """A part is not what the manifest says."""
@@ -84,18 +86,22 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup]) -> Part:
-    """The part, now that its groups are scored."""
-    table = pa.table({"ref_logps": [group.ref_logps for group in groups]}, SCORES)
-    return part.model_copy(update={"scores_sha256": _write(storage.join(uri, part.name), table)})
+    """The part, now that its groups are scored. Its sha256 stands beside the scores: the manifest comes much later."""
+    sha256 = _write(
+        storage.join(uri, part.name), pa.table({"ref_logps": [group.ref_logps for group in groups]}, SCORES)
+    )
+    storage.write_bytes(storage.join(uri, part.name + DIGEST), sha256.encode())
+    return part.model_copy(update={"scores_sha256": sha256})
 
 
 def find_scores(uri: str, part: Part) -> Part | None:
-    """The part, if scores of it stand in the folder `uri`: a file appears whole or not at all."""
+    """The part, if scores of it stand in the folder `uri`, and are those that were written."""
     try:
-        data = storage.read_bytes(storage.join(uri, part.name))
-    except FileNotFoundError:
+        sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
+        _read_bytes(storage.join(uri, part.name), sha256)
+    except (FileNotFoundError, DamagedPart):
         return None
-    return part.model_copy(update={"scores_sha256": hashlib.sha256(data).hexdigest()})
+    return part.model_copy(update={"scores_sha256": sha256})
 
 
 def check(dataset: Dataset) -> None:

@@ -68,3 +68,16 @@ def test_scores_that_are_there_are_found(data: Dataset, tmp_path: Path) -> None:
     assert data.scores_uri
     assert find_scores(data.scores_uri, bare) == data.parts[1]
     assert find_scores((tmp_path / "elsewhere").as_uri(), bare) is None
+
+
+@pytest.mark.parametrize("name", ["1.parquet", "1.parquet.sha256"])
+def test_scores_are_found_only_while_they_are_what_was_written(data: Dataset, tmp_path: Path, name: str) -> None:
+    bare, path = data.parts[1].model_copy(update={"scores_sha256": None}), tmp_path / "scores" / name
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert find_scores(str(path.parent), bare) is None
+    path.unlink()
+    assert find_scores(str(path.parent), bare) is None
