@@ -1,5 +1,7 @@
 """The migrations lead to the tables as they are declared."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
@@ -45,3 +47,15 @@ def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> Non
         assert moves == [("ftjob-old", 3, "run", "queued")]
         with pytest.raises(psycopg.errors.RaiseException, match="append-only"):
             connection.execute("DELETE FROM transitions")
+
+
+def test_replicas_that_start_together_migrate_once(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE started_together")
+        url = postgres_url.replace("/postgres?", "/started_together?")
+        program = "import sys; from services.control_plane.store import migrate; migrate(sys.argv[1])"
+        replicas = [subprocess.Popen([sys.executable, "-c", program, url]) for _ in range(3)]
+        assert [replica.wait(60) for replica in replicas] == [0, 0, 0]
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
+        assert connection.execute("SELECT count(*) FROM projects").fetchone() == (1,)

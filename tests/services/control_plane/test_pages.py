@@ -1,0 +1,76 @@
+"""Lists are read page by page while what they list is written: nothing is repeated or left out, and no list loops."""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import openai
+import pytest
+
+from tests.services.control_plane.conftest import pairs
+
+MOST = 500  # a list that never ends shows more
+
+
+def read_while(write: Callable[[], object], pages: Iterable[Any]) -> list[str]:
+    """The ids of what the pages hold."""
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.is_set():
+            write()
+
+    writer = threading.Thread(target=go_on)
+    writer.start()
+    try:
+        seen: list[str] = []
+        for row in pages:
+            seen.append(row.id)
+            assert len(seen) < MOST
+    finally:
+        done.set()
+        writer.join()
+    return seen
+
+
+def check(seen: list[str], there: list[str]) -> None:
+    """`there`: what was there before the first page was asked for, newest first."""
+    assert len(set(seen)) == len(seen)
+    assert [name for name in seen if name in there] == there
+
+
+@pytest.fixture(scope="module")
+def file_id(client: openai.OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+
+
+def new_job(client: openai.OpenAI, file_id: str) -> str:
+    return client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method={"type": "dpo"}).id
+
+
+def test_files(client: openai.OpenAI) -> None:
+    def write() -> str:
+        return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+
+    there = [write() for _ in range(9)]
+    check(read_while(write, client.files.list(limit=2)), there[::-1])
+
+
+def test_jobs(client: openai.OpenAI, file_id: str) -> None:
+    there = [new_job(client, file_id) for _ in range(9)]
+    seen = read_while(lambda: new_job(client, file_id), client.fine_tuning.jobs.list(limit=2))
+    check(seen, there[::-1])
+
+
+def test_events(client: openai.OpenAI, file_id: str) -> None:
+    job_id = new_job(client, file_id)
+
+    def write() -> None:
+        client.fine_tuning.jobs.pause(job_id)
+        client.fine_tuning.jobs.resume(job_id)
+
+    for _ in range(3):
+        write()
+    there = [event.id for event in client.fine_tuning.jobs.list_events(job_id)]
+    assert len(there) == 14
+    check(read_while(write, client.fine_tuning.jobs.list_events(job_id, limit=2)), there)
