@@ -1,7 +1,10 @@
-"""One PostgreSQL for the whole run, a database of its own for each module that asks."""
+"""One PostgreSQL for the whole run, a database of its own for each module that asks. A disk that fills up."""
 
 import secrets
+import shutil
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,3 +29,29 @@ def database_url(postgres_url: str) -> str:
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return postgres_url.replace("/postgres?", f"/{name}?")
+
+
+class Disk:
+    """A tmpfs of 64 MB."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._filler = folder, folder / "filler"
+
+    def fill(self, *, leave: int = 0) -> None:
+        """All but so many bytes; tmpfs counts whole pages."""
+        room = shutil.disk_usage(self.folder).free
+        with suppress(OSError):  # who writes meanwhile takes of it
+            self._filler.write_bytes(bytes(max(0, room - leave)))
+
+    def make_room(self) -> None:
+        self._filler.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield Disk(folder)
+    subprocess.run(["umount", "--lazy", folder], check=True)

@@ -27,6 +27,7 @@ from services.training.order import num_places
 from services.training.orders import PAUSED, Obedience
 from services.training.preparation import Prepared, prepare
 from services.training.reporting import WATCH, JobFailed, Reporter
+from services.training.room import when_there_is_room
 from services.training.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ def main(spec_uri: str) -> int:
         actors.close(followers, None if outcome.kind == "paused" else outcome.kind, reporter)
         ray.get(reporter.report.remote(outcome))
     finally:
-        if not ray.get(reporter.close.remote(CLOSE_SECONDS)):
+        if not when_there_is_room(
+            lambda: ray.get(reporter.close.remote(CLOSE_SECONDS)), "the last report", logger.info
+        ):
             logger.warning("Not all events were shipped; the control plane finds them in the spool.")
     return STATUSES[outcome.kind]
 
@@ -84,13 +87,18 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
         return trained
     preparing.result()
     report(Progress(stage="exporting", done=0, total=1))
-    exported = export(spec, trained)
+    exported = when_there_is_room(lambda: export(spec, trained), "the policy", report)
     report(Progress(stage="exporting", done=1, total=1))
     return exported
 
 
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], begun: "Future[Stream]") -> Prepared:
-    prepared = prepare(spec, report, begun.set_result)
+    def anew() -> Prepared:
+        if begun.done():
+            raise RuntimeError("Storage was full while workers trained on what was encoded; the next attempt goes on.")
+        return prepare(spec, report, begun.set_result)
+
+    prepared = when_there_is_room(anew, "what is prepared", report)
     if begun.done():
         begun.result().finish(prepared.validation)
     return prepared

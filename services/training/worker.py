@@ -35,6 +35,7 @@ from services.training.dataset import Data, Dataset, read_groups
 from services.training.logs import keep_logs
 from services.training.order import batched, global_batches, num_places, num_steps
 from services.training.orders import listening
+from services.training.room import when_there_is_room
 from services.training.stream import Stream
 
 LN2_TOLERANCE = 1e-3
@@ -181,10 +182,14 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
     Rank 0 is the last, and in an order that loses neither reports nor checkpoint if this process dies.
     """
     uri = checkpoint_uri(spec, step)
-    if dist.get_rank() == 0:
-        ray.get(reporter.flush.remote())  # whoever resumes from here never runs these steps
-        metrics = read_manifest(folder).metrics
-    storage.publish(folder, uri)
+
+    def publish() -> None:
+        if dist.get_rank() == 0:
+            ray.get(reporter.flush.remote())  # whoever resumes from here never runs these steps
+        storage.publish(folder, uri)
+
+    metrics = read_manifest(folder).metrics if dist.get_rank() == 0 else {}
+    when_there_is_room(publish, f"the checkpoint at step {step}", reporter.report.remote)
     shutil.rmtree(folder)
     if dist.get_rank() == 0:
         reporter.report.remote(CheckpointSaved(step=step, uri=uri, metrics=metrics))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dpo_core.checkpoint import verify
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy
 from dpo_core.options import Orpo
@@ -38,6 +40,7 @@ from services.contract import (
     WandbIntegration,
 )
 from services.training.logs import LEFT_OUT, blank, patterns_of
+from tests.conftest import Disk
 from tests.services.web import running_web
 
 pytestmark = pytest.mark.ray
@@ -70,6 +73,13 @@ class Driver:
         events = [event for _, uri in segments for event in spool.read(uri).events]
         assert [event.seq for event in events] == list(range(len(events)))
         return [event.report for event in events]
+
+    def printed(self, words: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()[-5000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
+            time.sleep(0.1)
 
     def reported(self, kind: type[Report], seconds: float = 300, count: int = 1) -> None:
         deadline = time.monotonic() + seconds
@@ -281,6 +291,64 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(
     first, second = only(Started, driver.reports())
     assert first.resumed_from == 0 < second.resumed_from
     assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_full_disk_stops_a_job_until_there_is_room(
+    uninterrupted: Driver,
+    make_spec_in: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    small_disk: Disk,
+    tmp_path: Path,
+) -> None:
+    (small_disk.folder / "run").mkdir()
+    (small_disk.folder / "run" / "1.log").symlink_to(tmp_path / "1.log")  # Ray keeps what is printed elsewhere
+    driver = start(make_spec_in(small_disk.folder, config=CONFIG, reference="tiny", events_url=control_plane.url))
+    driver.reported(CheckpointSaved)
+    small_disk.fill()
+    driver.printed("waits for room")
+    time.sleep(2)
+    assert driver.process.poll() is None
+    before = whole_checkpoints(driver)
+    small_disk.make_room()
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    reports = driver.reports()
+    assert before < whole_checkpoints(driver) == {report.step for report in only(CheckpointSaved, reports)}
+    (warning,) = [report.message for report in only(Message, reports) if report.level == "warn"]
+    assert re.match("Storage is full; the checkpoint at step [0-9]+ waits for room", warning)
+    assert len(only(Started, reports)) == 1
+    assert figures(reports) == figures(uninterrupted.reports())
+    assert control_plane.reports() == reports
+
+
+def whole_checkpoints(driver: Driver) -> set[int]:
+    """The steps of those that would be resumed or served; each is what its manifest says."""
+    folders = storage.fetch(storage.join(driver.spec.run_uri, "checkpoints"))
+    return {verify(manifest.parent).step for manifest in folders.glob("*/manifest.json")}
+
+
+@pytest.mark.long
+def test_data_whose_bits_flipped_in_the_cache_are_made_again_and_never_trained_on(
+    make_spec_in: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, tmp_path: Path
+) -> None:
+    config = TrainConfig(batch_size=8, n_epochs=1)
+    given = {"config": config, "reference": "tiny", "events_url": control_plane.url}
+    found = []
+    for number in range(3):
+        spec = make_spec_in(tmp_path / str(number), **given, cache_uri=(tmp_path / "cache").as_uri())
+        driver = start(spec)
+        assert driver.wait() == 0, driver.log.read_text()[-5000:]
+        found.append(driver.reports())
+        ids, scores = sorted((tmp_path / "cache").rglob("*.parquet"), key=lambda path: len(path.parts))
+        damaged = (ids, scores)[number % 2]
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 1
+        damaged.write_bytes(data)
+    for reports, damaged in zip(found[1:], (ids, scores), strict=True):
+        (warning,) = [report.message for report in only(Message, reports) if report.level == "warn"]
+        assert warning.startswith("Prepared data are damaged and made again: ")
+        assert f"{damaged.parent.name}/{damaged.name} has another sha256" in warning
+        assert figures(reports) == figures(found[0])
 
 
 def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ from services import spool, storage
 from services.contract import AttemptSpec, Message, Progress, Report
 from services.training import reporting
 from services.training.reporting import Reporter, progress
+from tests.conftest import Disk
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_an_attempt_that_cannot_reach_the_control_plane_beats_in_its_spool(
     assert reporter.close(timeout_seconds=10)
 
 
-def test_a_full_disk_loses_no_report(spec: AttemptSpec, control_plane: Any, tmp_path: Path) -> None:
+def test_a_disk_that_fails_loses_no_report(spec: AttemptSpec, control_plane: Any, tmp_path: Path) -> None:
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
     (tmp_path / "run").write_text("the disk fails")
     reporter.report(Message(message="one"))
@@ -144,6 +145,23 @@ def test_a_full_disk_loses_no_report(spec: AttemptSpec, control_plane: Any, tmp_
     until(lambda: storage.list_uris(reporter.spool_uri))
     assert reporter.close(timeout_seconds=10)
     assert spooled(reporter) == [0, 1]
+
+
+def test_a_full_disk_loses_no_report(spec: AttemptSpec, control_plane: Any, small_disk: Disk) -> None:
+    spec = spec.model_copy(update={"run_uri": (small_disk.folder / "run").as_uri()})
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    reporter.report(Message(message="one"))
+    reporter.flush()
+    small_disk.fill()
+    reporter.report(Message(message="two"))
+    with pytest.raises(OSError, match="No space left"):
+        reporter.flush()
+    reporter.report(Message(message="three"))
+    time.sleep(0.3)
+    assert spooled(reporter) == [0]
+    small_disk.make_room()
+    assert reporter.close(timeout_seconds=10)
+    assert spooled(reporter) == control_plane.seqs() == [0, 1, 2]
 
 
 def test_a_segment_whose_bits_flipped_is_not_shipped_and_holds_nothing_up(
