@@ -58,7 +58,7 @@ from services.control_plane.tables import (
 )
 
 QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
-MAX_OVERFLOW = 10  # connections beyond those that the pool keeps
+MAX_CONNECTIONS = 30  # of one process, beside one for each channel that it listens on
 
 Row = TypeVar("Row", bound=Base)
 
@@ -82,8 +82,8 @@ class Store:
         # The first error of a connection that died with the database drops all of them from the pool.
         self._engine = create_async_engine(
             _sqlalchemy_url(database_url),
-            pool_size=20,
-            max_overflow=MAX_OVERFLOW,
+            pool_size=MAX_CONNECTIONS,
+            max_overflow=0,  # what it opens it keeps: to connect takes longer than a request
             connect_args={"connect_timeout": 10},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
@@ -93,10 +93,6 @@ class Store:
     @property
     def pool(self) -> QueuePool:
         return cast(QueuePool, self._engine.pool)
-
-    @property
-    def max_connections(self) -> int:
-        return self.pool.size() + MAX_OVERFLOW
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A transaction of the service's own, which sees every project."""
