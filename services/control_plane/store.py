@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psycopg
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -57,6 +55,7 @@ from services.control_plane.tables import (
     Project,
 )
 
+MIGRATIONS = Path(__file__).parent / "migrations"
 QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
 MAX_CONNECTIONS = 30  # of one process, beside one for each channel that it listens on
 
@@ -69,10 +68,23 @@ def _sqlalchemy_url(database_url: str) -> str:
 
 def migrate(database_url: str) -> None:
     """Bring the database to the newest schema. Safe to run from several replicas at once."""
+    if _is_newest(database_url):
+        return
+    from alembic import command  # as large as the rest of a start, which seldom needs it
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["database_url"] = _sqlalchemy_url(database_url)
     command.upgrade(config, "head")
+
+
+def _is_newest(database_url: str) -> bool:
+    newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
+    with psycopg.connect(database_url) as connection:
+        if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
+            return False
+        return connection.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)
 
 
 class Store:
