@@ -1,4 +1,7 @@
-"""One PostgreSQL for the whole run, a database of its own for each module that asks. A disk that fills up."""
+"""One PostgreSQL for each runner, a database of its own for each module that asks; a disk that fills up.
+
+What takes longest runs first.
+"""
 
 import secrets
 import shutil
@@ -55,3 +58,9 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
     yield Disk(folder)
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two runners at the end, none waits long for the other."""
+    slow = ("e2e", "ray")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in slow])
