@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,28 @@ def test_a_killed_driver_is_followed_by_an_attempt_that_resumes(service: Service
     assert steps(client, job_id) == list(range(1, 121))
     resumed = [message for message in messages(client, job_id) if message.startswith("Resumed from checkpoint")]
     assert len(resumed) == 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("which", ["raylet", "gcs_server"])
+def test_a_job_waits_for_a_ray_that_died_and_goes_on_when_it_is_back(service: Service, which: str) -> None:
+    with service.client() as client:
+        job_id = submit(client, shop_pairs(60), **LONG)
+        wait_for_step(client, job_id, 15)
+        (killed,) = [process for process in service.processes() if process.name() == which]
+        killed.kill()
+        wait_for(lambda: not service.processes(f"runs/{job_id}/attempts/1.json"), "its driver is gone", seconds=120)
+        time.sleep(10)
+        assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    service.kill()
+    service.start()
+    with service.client() as client:
+        assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+        assert steps(client, job_id) == list(range(1, 121))
+        told = messages(client, job_id)
+        assert told.count("Attempt 1 is over: the cluster it ran on is gone") == 1
+        assert len([message for message in told if message.startswith("Resumed from checkpoint")]) == 1
 
 
 def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(

@@ -18,6 +18,7 @@ import psycopg
 import pytest
 
 from services.control_plane import jobs
+from services.control_plane.reconciler import LEASE_SECONDS
 from services.control_plane.store import Store, migrate
 from services.local.postgres import start_postgres, stop_postgres
 from tests.services.control_plane.conftest import API_KEY, pairs
@@ -195,6 +196,21 @@ def test_a_database_that_is_away_for_a_while_costs_no_job(
             away.result()
     wait_until_ended(service, 8, seconds=120)
     check(service, early + late)
+
+
+@pytest.mark.long
+def test_a_control_plane_that_is_frozen_beyond_its_lease_doubles_nothing(start: Callable[..., Service]) -> None:
+    service = start(step_seconds=2.0)
+    file_id = upload(service)
+    with service.client() as client:
+        job_ids = [submit(client, file_id, number) for number in range(6)]
+    for plane in service.planes:  # whichever leads
+        assert plane.process is not None
+        plane.process.send_signal(signal.SIGSTOP)
+        time.sleep(LEASE_SECONDS + 3)
+        plane.process.send_signal(signal.SIGCONT)
+    wait_until_ended(service, 6, seconds=120)
+    check(service, job_ids)
 
 
 @pytest.mark.long
