@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ CONFIG = TrainConfig(
     batch_size=4, n_epochs=40, checkpoint_steps=40, optim=Optim(learning_rate=1e-3)
 )  # 240 steps of milliseconds: long enough to be killed in
 NUM_STEPS = 240
+FROZEN_SECONDS = 5.0
 
 
 class Driver:
@@ -293,6 +295,29 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(
     assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
 
 
+def test_processes_that_are_frozen_for_a_while_cost_nothing(
+    uninterrupted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
+) -> None:
+    driver = start(make_spec(config=CONFIG, reference="tiny", events_url=control_plane.url))
+    driver.reported(CheckpointSaved)
+    (reporter,) = ray_processes("ray::Reporter", ray_environment)
+    (worker,) = train_workers(ray_environment)
+    for frozen in (reporter, worker, psutil.Process(driver.process.pid)):
+        frozen.suspend()
+        time.sleep(FROZEN_SECONDS)
+        assert not only(Succeeded, driver.reports())
+        frozen.resume()
+    assert driver.wait() == 0, driver.log.read_text()[-5000:]
+    assert len(only(Started, driver.reports())) == 1
+    assert [report.step for report in only(StepMetrics, driver.reports())] == list(range(1, NUM_STEPS + 1))
+    assert figures(driver.reports()) == figures(uninterrupted.reports())
+    assert control_plane.reports() == driver.reports()
+
+
 def test_a_full_disk_stops_a_job_until_there_is_room(
     uninterrupted: Driver,
     make_spec_in: MakeSpec,
@@ -319,6 +344,47 @@ def test_a_full_disk_stops_a_job_until_there_is_room(
     assert len(only(Started, reports)) == 1
     assert figures(reports) == figures(uninterrupted.reports())
     assert control_plane.reports() == reports
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["before the first checkpoint", "while one is published"])
+def test_whenever_an_attempt_is_killed_the_next_continues_it_bit_for_bit(
+    when: str,
+    uninterrupted: Driver,
+    make_spec_in: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    ray_environment: dict[str, str],
+    small_disk: Disk,
+    tmp_path: Path,
+) -> None:
+    folder = small_disk.folder / when.replace(" ", "-")
+    (folder / "run").mkdir(parents=True)
+    for attempt in "12":
+        (folder / "run" / f"{attempt}.log").symlink_to(tmp_path / f"{attempt}.log")
+    spec = make_spec_in(folder, config=CONFIG, reference="tiny", events_url=control_plane.url)
+    first = start(spec)
+    if when == "while one is published":
+        first.reported(CheckpointSaved)
+        small_disk.fill(leave=64 * 1024)  # room for its first files
+        first.printed("waits for room")
+    else:
+        first.reported(StepMetrics)
+    first.process.kill()
+    first.wait()
+    while train_workers(ray_environment):
+        time.sleep(0.05)
+    small_disk.make_room()
+    whole = whole_checkpoints(first)
+    begun = storage.list_folders(storage.join(spec.run_uri, "checkpoints"))
+    assert len(begun) > len(whole) or when == "before the first checkpoint"
+    second = start(spec.model_copy(update={"attempt": 2}))
+    assert second.wait() == 0, second.log.read_text()[-5000:]
+    (started,) = only(Started, second.reports())
+    assert started.resumed_from == max(whole, default=0)
+    assert figures(first.reports()) | figures(second.reports()) == figures(uninterrupted.reports())
+    for step, found in figures(first.reports()).items():
+        assert found == figures(uninterrupted.reports())[step]
 
 
 def whole_checkpoints(driver: Driver) -> set[int]:
@@ -357,8 +423,14 @@ def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
 
 def ray_processes(name: str, ray_environment: dict[str, str]) -> list[psutil.Process]:
     """Of this module's own Ray."""
-    found = [p for p in psutil.process_iter() if p.name().startswith(name) and p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in found if p.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]]
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess):  # it ends just now
+            if not process.name().startswith(name) or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]:
+                found.append(process)
+    return found
 
 
 def test_a_validation_file_is_prepared_alike_and_evaluated_with_every_checkpoint(
