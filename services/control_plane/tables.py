@@ -7,6 +7,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     CheckConstraint,
+    ColumnElement,
     DateTime,
     ForeignKey,
     Identity,
@@ -111,6 +112,11 @@ class File(Owned, Base):
         Index("files_by_time", "project_id", "created_at", "id"),
         Index("files_unchecked", "created_at", postgresql_where=text(UNCHECKED)),
     )
+
+    @classmethod
+    def alive(cls) -> ColumnElement[bool]:
+        """What callers see: an expired file is gone at once, by the database's clock."""
+        return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
 
 
 class Upload(Owned, Base):

@@ -67,7 +67,7 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    query = select(File).where(files.alive())
+    query = select(File).where(File.alive())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     async with store.look() as session:
