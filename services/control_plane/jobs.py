@@ -190,12 +190,11 @@ def _log(
 
 def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
     """Where a job's log leads: desired, observed, version. Raises ValueError at a step that no rule allows."""
-    (first, *later) = transitions
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed
         if after.version != before.version + 1 or not (stays or before.observed in MOVES.get(after.observed, ())):
             raise ValueError(f"{after.job_id}: no rule leads from {before.observed} to {after.observed}.")
-    last = later[-1] if later else first
+    last = transitions[-1]
     return last.desired, last.observed, last.version
 
 
@@ -252,19 +251,16 @@ async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, f
     if (await session.execute(statement.values(**values))).first() is not None:
         end = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
         telemetry.ATTEMPTS_ENDED.labels(end).inc()
-        await _trace(session, attempt, end)
-        await session.execute(update(Job).where(Job.id == attempt.job_id).values(progress=None))
+        job = update(Job).where(Job.id == attempt.job_id).values(progress=None)
+        _trace(attempt, end, await session.scalar(job.returning(Job.traceparent)))
 
 
-async def _trace(session: AsyncSession, attempt: Attempt, end: str) -> None:
-    query = select(Job.traceparent, Attempt.created_at).join(Attempt, Attempt.job_id == Job.id)
-    query = query.where(Job.id == attempt.job_id, Attempt.number == attempt.number)
-    parent, began = (await session.execute(query)).one()
+def _trace(attempt: Attempt, end: str, parent: str | None) -> None:
     tracing.record(
         "attempt",
         parent=parent,
         key=attempt.submission_id,
-        start=began.timestamp(),
+        start=attempt.created_at.timestamp(),
         end=datetime.now(UTC).timestamp(),
         attributes={"raydpo.job": attempt.job_id, "raydpo.attempt": attempt.number, "raydpo.end": end},
     )
