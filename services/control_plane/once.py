@@ -98,15 +98,17 @@ class Once:
             raise InFlight("A request with this Idempotency-Key is being answered; send it again.")
 
     async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
-        alive = Answer.created_at > func.now() - KEPT
-        found = await session.scalar(select(Answer).where(Answer.idempotency_key == key))
-        if found is None or not await session.scalar(select(alive).where(Answer.id == found.id)):
-            await session.execute(delete(Answer).where(Answer.idempotency_key == key))
+        query = select(Answer, Answer.created_at > func.now() - KEPT).where(Answer.idempotency_key == key)
+        if (found := (await session.execute(query)).first()) is None:
             return None
-        if (found.request, found.content) != (self._what, sent):
+        answer, alive = found
+        if not alive:
+            await session.execute(delete(Answer).where(Answer.id == answer.id))
+            return None
+        if (answer.request, answer.content) != (self._what, sent):
             message = f"Idempotency-Key '{key}' came with another request before; use a new key for a new request."
             raise InvalidRequest(message, param="Idempotency-Key", code="idempotency_key_in_use")
-        return found
+        return answer
 
     # --- silent resends ----------------------------------------------------------------------------
 
