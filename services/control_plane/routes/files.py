@@ -72,9 +72,7 @@ async def list_files(
         query = query.where(File.purpose == purpose)
     async with store.look() as session:
         keys = [File.created_at, File.id]
-        rows, more = await page(
-            session, query, keys, cursor=File.id, after=after, limit=limit, descending=order == "desc"
-        )
+        rows, more = await page(session, query, keys, after=after, limit=limit, descending=order == "desc")
     return listing([file_object(row) for row in rows], more)
 
 
