@@ -154,13 +154,13 @@ def base_url(settings: Settings) -> Iterator[str]:
 
 
 SERVER = """
-import sys, uvicorn
+import sys
 from services.control_plane import surveys
 from services.control_plane.app import create_app
-from services.control_plane.protocol import server_options
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 surveys.AT_ONCE_BYTES = int(sys.argv[2])
-uvicorn.run(create_app(Settings()), port=int(sys.argv[1]), log_level="error", **server_options())
+Server(create_app(Settings()), port=int(sys.argv[1]), log_level="error").run()
 """
 
 

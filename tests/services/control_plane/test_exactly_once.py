@@ -19,19 +19,24 @@ from services.training.reporting import Reporter
 from tests.services.control_plane.conftest import free_port, pairs
 
 PROGRAM = """
-import os, uvicorn
+import os
 from services.control_plane.app import create_app
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 
+class Mortal:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def die_before_the_answer(message):
+            os._exit(9)
+        dies = os.environ["DIES"] and scope.get("path", "").startswith("/internal")
+        await self.app(scope, receive, die_before_the_answer if dies else send)
+
 app = create_app(Settings())
-
-async def mortal(scope, receive, send):
-    async def die_before_the_answer(message):
-        os._exit(9)
-    dies = os.environ["DIES"] and scope.get("path", "").startswith("/internal")
-    await app(scope, receive, die_before_the_answer if dies else send)
-
-uvicorn.run(mortal, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning")
+app.add_middleware(Mortal)
+Server(app, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning").run()
 """
 DEATHS = 2
 
