@@ -22,8 +22,11 @@ from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 from tests.clients import strict
+from tests.services.receiver import Receiver
+from tests.services.web import running
 
 API_KEY = "rd-a-key-for-tests"
+EVENT_TYPES = SUCCEEDED, FAILED, CANCELLED = [f"fine_tuning.job.{end}" for end in ("succeeded", "failed", "cancelled")]
 
 
 def free_port() -> int:
@@ -151,6 +154,14 @@ def base_url(settings: Settings) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    """Of webhooks."""
+    with running(Receiver()) as receiver:
+        yield receiver
+        receiver.stopping.set()
 
 
 SERVER = """
