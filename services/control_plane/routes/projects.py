@@ -32,22 +32,22 @@ async def list_projects(
 ) -> dict[str, Any]:
     """Newest first, the archived ones too."""
     keys, query = [Project.created_at, Project.id], projects.managed_by(caller)
-    async with store.begin() as session:
+    async with store.look() as session:
         rows, more = await page(session, query, keys, after=after, limit=limit)
     return listing([project_object(row) for row in rows], more)
 
 
 @router.get("/{project_id}")
 async def retrieve(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return project_object(await projects.find(session, caller, project_id))
 
 
 @router.get("/{project_id}/usage")
 async def usage(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         project = await projects.find(session, caller, project_id)
-    async with store.store.begin_for(project.id) as session:
+    async with store.store.look_for(project.id) as session:
         return usage_object(project, await quotas.usage(session))
 
 
