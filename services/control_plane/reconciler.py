@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage, tracing
 from services.contract import AttemptSpec, EventBatch, JobSpec
-from services.control_plane import deployments, files, jobs, journal, models, quotas, store, telemetry
+from services.control_plane import attempts, deployments, files, jobs, journal, models, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.models import NamedModel
@@ -88,7 +88,7 @@ class Reconciler:
                 telemetry.TICKS.labels("stood_by").inc()
                 return
             self._stopwatches.look()
-            live, attempts = await store.live_jobs(session), await store.open_attempts(session)
+            live, opened = await store.live_jobs(session), await store.open_attempts(session)
             limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
         reachable = await self._launcher.is_reachable()
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
@@ -104,8 +104,9 @@ class Reconciler:
                 if waiting_for and job.observed == "queued":
                     await self._wait(job, waiting_for)
                     continue
-                with journal.about(job_id=job.id, attempt=attempts[job.id].number if job.id in attempts else None):
-                    await self._reconcile(job, attempts.get(job.id), slot)
+                attempt = opened.get(job.id)
+                with journal.about(job_id=job.id, attempt=attempt.number if attempt else None):
+                    await self._reconcile(job, attempt, slot)
             except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
@@ -134,7 +135,7 @@ class Reconciler:
         status: AttemptStatus = "unknown"
         if attempt is not None:
             status = await self._launcher.status(attempt.submission_id)
-            if status == "running" and _silent_seconds(attempt) > QUIET_SECONDS:
+            if status == "running" and attempts.silent_seconds(attempt) > QUIET_SECONDS:
                 attempt = await self._collect(job, attempt)
         async with self._store.begin() as session:
             total, failures = await store.past_attempts(session, job.id)
@@ -159,7 +160,7 @@ class Reconciler:
             return False
         holds = None if status == "unknown" else status == "running"
         running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
-        return min(running, _silent_seconds(attempt)) > HUNG_SECONDS
+        return min(running, attempts.silent_seconds(attempt)) > HUNG_SECONDS
 
     async def _carry_out(
         self, decision: Decision, job: Job, attempt: Attempt | None, total: int, status: AttemptStatus
@@ -187,7 +188,7 @@ class Reconciler:
                 await self._launch(job, attempt)
             case Decision.ADOPT:
                 async with self._store.begin() as session:
-                    await jobs.mark_launched(session, attempt)
+                    await attempts.mark_launched(session, attempt)
             case Decision.STOP:
                 await self._stop(job, attempt)
             case Decision.FINISH:
@@ -208,7 +209,7 @@ class Reconciler:
         accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            attempt = await jobs.open_attempt(session, job.id, number, reference, num_accelerators=accelerators)
+            attempt = await attempts.begin(session, job.id, number, reference, num_accelerators=accelerators)
             if reference is not None:
                 await deployments.use(session, start)
             if job.observed == "queued":
@@ -252,7 +253,7 @@ class Reconciler:
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
         await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
         async with self._store.begin() as session:
-            await jobs.mark_launched(session, attempt)
+            await attempts.mark_launched(session, attempt)
 
     async def _collect(self, job: Job, attempt: Attempt) -> Attempt:
         """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
@@ -260,7 +261,7 @@ class Reconciler:
         for segment in await anyio.to_thread.run_sync(_segments_from, spool, attempt.next_seq):
             batch = EventBatch.model_validate_json(await anyio.to_thread.run_sync(storage.read_bytes, segment))
             async with self._store.begin() as session:
-                await jobs.record(session, job.id, attempt.number, batch.events, self._settings, posted=False)
+                await attempts.record(session, job.id, attempt.number, batch.events, self._settings, posted=False)
         async with self._store.begin() as session:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
@@ -268,9 +269,9 @@ class Reconciler:
         """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
         if job.desired != "cancel":
             late = "it did not pause in time" if job.desired == "pause" else None
-            reason = late or f"it gave no sign of life for {_silent_seconds(attempt):.0f} s"
+            reason = late or f"it gave no sign of life for {attempts.silent_seconds(attempt):.0f} s"
             async with self._store.begin() as session:
-                await jobs.blame(session, attempt, reason)
+                await attempts.blame(session, attempt, reason)
         await self._launcher.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
@@ -279,7 +280,7 @@ class Reconciler:
         where = f" after step {step}" if step else ""
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await jobs.end_attempt(session, attempt, f"it was asked to stop, and did{where}")
+            await attempts.end(session, attempt, f"it was asked to stop, and did{where}")
             if job.desired == "pause":
                 await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
             else:
@@ -292,7 +293,7 @@ class Reconciler:
         reason = attempt.reason or reason
         reference = (await self._launcher.look()).applications.get(attempt.reference or "")
         async with self._store.begin() as session:
-            await jobs.end_attempt(session, attempt, reason, failed=failed)
+            await attempts.end(session, attempt, reason, failed=failed)
             if attempt.reference and reference and reference.state == "failed":
                 await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
             if job.desired == "run":
@@ -324,7 +325,7 @@ class Reconciler:
                 session, stored, filename="step_metrics.csv", purpose=files.RESULTS, project_id=job.project_id
             )
             await models.add(session, name, model_uri, job)
-            await jobs.end_attempt(session, attempt, "succeeded")
+            await attempts.end(session, attempt, "succeeded")
             jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
             jobs.tell(session, job.id, f"Completed results file: {results.id}")
             closed = {"fine_tuned_model": name, "trained_tokens": trained_tokens, "result_file": results.id}
@@ -343,7 +344,7 @@ class Reconciler:
     async def _fail(self, job: Job, error: dict[str, str | None], attempt: Attempt | None) -> None:
         async with self._store.begin() as session:
             if attempt is not None:
-                await jobs.end_attempt(session, attempt, "failed")
+                await attempts.end(session, attempt, "failed")
             event = f"The job failed: {error['message']}"
             await jobs.move(session, job, "failed", {"error": error}, actor=self._holder, event=event, level="error")
 
@@ -357,10 +358,6 @@ class Reconciler:
             wanted = await deployments.wanted(session, self._settings, present)
         if {deployment.app_name for deployment in wanted} != present:
             await self._launcher.serve(wanted)
-
-
-def _silent_seconds(attempt: Attempt) -> float:
-    return (datetime.now(UTC) - attempt.reported_at).total_seconds()
 
 
 def _segments_from(spool: str, next_seq: int) -> list[str]:

@@ -12,7 +12,7 @@ import openai
 
 from dpo_core.config import TrainConfig
 from services.contract import AttemptSpec, StepMetrics
-from services.control_plane import jobs
+from services.control_plane import attempts
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.training.reporting import Reporter
@@ -58,7 +58,7 @@ def serve(settings: Settings, port: int, *, dies: bool) -> subprocess.Popen[byte
 async def open_attempt(settings: Settings, job_id: str) -> str:
     store = Store(settings.database_url)
     async with store.begin() as session:
-        attempt = await jobs.open_attempt(session, job_id, 1, None, num_accelerators=0)
+        attempt = await attempts.begin(session, job_id, 1, None, num_accelerators=0)
     await store.close()
     return attempt.token
 
