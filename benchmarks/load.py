@@ -1,5 +1,7 @@
 """The control plane under load: submissions and reads of a job's status, with PostgreSQL beside it, by `wrk`.
 
+    python benchmarks/load.py --control-planes 2
+
 Nothing trains: no Ray answers, so every job stays queued. `wrk` (Debian's package) is another process, whose own
 share of the cores is printed too.
 """
@@ -12,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -36,78 +41,90 @@ PAIR = '{"prompt": "What is %d plus 1?", "chosen": "It is %d.", "rejected": "No 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=20)
-    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--connections", type=int, default=16, help="to each control plane")
+    parser.add_argument("--control-planes", type=int, default=1, help="on the one database")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="raydpo-load-") as folder:
+    with tempfile.TemporaryDirectory(prefix="raydpo-load-") as folder, ExitStack() as stops:
         os.chmod(folder, 0o755)
         home = Path(folder).resolve()
+        stops.callback(stop_postgres, home / "postgres")
         database_url = start_postgres(home / "postgres")
-        began = time.monotonic()
-        service, url = start(home, database_url)
-        print(f"ready after {time.monotonic() - began:.2f} s, {resident(service):.0f} MB")
-        try:
-            measure(url, service, options)
-        finally:
-            service.terminate()
-            service.wait(30)
-            stop_postgres(home / "postgres")
+        start(home, database_url, "first").stop()
+        services = [start(home, database_url, f"home-{number}") for number in range(options.control_planes)]
+        for service in services:
+            stops.callback(service.stop)
+        measure(services, options)
 
 
-def start(home: Path, database_url: str) -> tuple[psutil.Popen, str]:
+@dataclass
+class Service:
+    """A control plane."""
+
+    process: psutil.Popen
+    url: str
+
+    def megabytes(self) -> float:
+        return self.process.memory_info().rss / 2**20
+
+    def seconds(self) -> float:
+        """Of the processor."""
+        return sum(self.process.cpu_times()[:2])
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def start(home: Path, database_url: str, name: str) -> Service:
     environment = os.environ | {
         "DATABASE_URL": database_url,
         "RAYDPO_API_KEY": KEY,
-        "RAYDPO_HOME": str(home / "home"),
+        "RAYDPO_HOME": str(home / name),
         "RAYDPO_STORAGE_URL": (home / "storage").as_uri(),
         "PYTHONPATH": os.getcwd(),
     }
-    (home / "home").mkdir()
     program = "from services.cli.app import app; app()"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "up",
-        "--port=0",
-        "--ray-address=http://127.0.0.1:9",
-        "--model=tiny=hub/tiny",
-    ]
-    service = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    return service, service.stdout.readline().split()[-1]
+    up = ["up", "--port=0", "--ray-address=http://127.0.0.1:9", "--model=tiny=hub/tiny"]
+    began = time.monotonic()
+    process = psutil.Popen([sys.executable, "-c", program, *up], env=environment, stdout=subprocess.PIPE, text=True)
+    service = Service(process, process.stdout.readline().split()[-1])
+    print(f"{name}: ready after {time.monotonic() - began:.2f} s, {service.megabytes():.0f} MB")
+    return service
 
 
-def resident(process: psutil.Process) -> float:
-    return process.memory_info().rss / 2**20
-
-
-def measure(url: str, service: psutil.Popen, options: argparse.Namespace) -> None:
-    headers = {"Authorization": f"Bearer {KEY}"}
+def measure(services: Sequence[Service], options: argparse.Namespace) -> None:
+    url, headers = services[0].url, {"Authorization": f"Bearer {KEY}"}
     rows = "".join(PAIR % (number, number + 1) for number in range(12)).encode()
     file = httpx.post(f"{url}/files", headers=headers, files={"file": ("p.jsonl", rows)}, data={"purpose": "fine-tune"})
     body = {"model": "tiny", "training_file": file.json()["id"], "method": {"type": "dpo"}}
     job = httpx.post(f"{url}/fine_tuning/jobs", headers=headers, json=body).json()
-    print(f"{'':8} {'per s':>8} {'p50 ms':>8} {'p99 ms':>8} {'errors':>7} {'cores: service':>15} {'wrk':>6}")
-    show("status", f"{url}/fine_tuning/jobs/{job['id']}", STATUS.format(key=KEY), service, options)
-    show("submit", f"{url}/fine_tuning/jobs", SUBMIT.format(key=KEY, file=file.json()["id"]), service, options)
-    print(f"then {resident(service):.0f} MB")
+    print(f"{'':8} {'per s':>8} {'p50 ms':>8} {'p99 ms':>8} {'errors':>7} {'cores: services':>16} {'wrk':>6}")
+    show("status", f"/fine_tuning/jobs/{job['id']}", STATUS.format(key=KEY), services, options)
+    show("submit", "/fine_tuning/jobs", SUBMIT.format(key=KEY, file=file.json()["id"]), services, options)
+    print("then " + ", ".join(f"{service.megabytes():.0f} MB" for service in services))
 
 
-def show(name: str, url: str, script: str, service: psutil.Popen, options: argparse.Namespace) -> None:
+def show(name: str, path: str, script: str, services: Sequence[Service], options: argparse.Namespace) -> None:
+    """Rates and errors of all together, times of the slowest."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
         file.flush()
-        command = ["wrk", "-t1", f"-c{options.connections}", f"-d{options.seconds}", "--latency", "-s", file.name, url]
-        before, own = sum(service.cpu_times()[:2]), children_seconds()
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        spent, own = sum(service.cpu_times()[:2]) - before, children_seconds() - own
-    rate = float(re.search(r"Requests/sec:\s+([\d.]+)", report)[1])
-    p50, p99 = (milliseconds(re.search(rf"{share}%\s+(\S+)", report)[1]) for share in (50, 99))
-    errors = re.search(r"Non-2xx or 3xx responses: (\d+)", report)
-    per_second = spent / options.seconds, own / options.seconds
-    shown = f"{rate:8.0f} {p50:8.1f} {p99:8.1f} {errors[1] if errors else 0:>7}"
-    print(f"{name:8} {shown} {per_second[0]:15.2f} {per_second[1]:6.2f}")
+        wrk = ["wrk", "-t1", f"-c{options.connections}", f"-d{options.seconds}", "--latency", "-s", file.name]
+        before, own = sum(service.seconds() for service in services), children_seconds()
+        running = [
+            subprocess.Popen([*wrk, service.url + path], stdout=subprocess.PIPE, text=True) for service in services
+        ]
+        reports = [process.communicate()[0] for process in running]
+        spent, own = sum(service.seconds() for service in services) - before, children_seconds() - own
+    rate = sum(float(re.search(r"Requests/sec:\s+([\d.]+)", report)[1]) for report in reports)
+    p50, p99 = (
+        max(milliseconds(re.search(rf"{share}%\s+(\S+)", report)[1]) for report in reports) for share in (50, 99)
+    )
+    errors = sum(int(number) for report in reports for number in re.findall(r"Non-2xx or 3xx responses: (\d+)", report))
+    cores = spent / options.seconds, own / options.seconds
+    print(f"{name:8} {rate:8.0f} {p50:8.1f} {p99:8.1f} {errors:>7} {cores[0]:16.2f} {cores[1]:6.2f}")
 
 
 def children_seconds() -> float:

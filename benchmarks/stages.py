@@ -113,13 +113,13 @@ def _stream(file: Path, model: Path, folder: Path) -> Figures:
 
 def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
     """The same pieces in as many processes as there are cores, without Ray."""
-    from services.training.encoding import Encoded, Piece, encode, encode_piece
+    from services.training.encoding import Encoded, Piece, encode, encode_piece, recipe_of
 
     spec, uri = _spec(file, model, folder, job), str(folder / "cache")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
 
         def encode_pieces(pieces: list[Piece]) -> Iterator[Encoded]:
-            return pool.map(partial(encode_piece, spec, uri), pieces)
+            return pool.map(partial(encode_piece, recipe_of(spec), uri), pieces)
 
         return encode(spec, uri, encode_pieces, lambda report: None).training
 

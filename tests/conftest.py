@@ -1,4 +1,4 @@
-"""One PostgreSQL for the whole run, a database of its own for each module that asks."""
+"""One PostgreSQL for each runner, a database of its own for each module that asks; what takes longest runs first."""
 
 import secrets
 from collections.abc import Iterator
@@ -26,3 +26,9 @@ def database_url(postgres_url: str) -> str:
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return postgres_url.replace("/postgres?", f"/{name}?")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two runners at the end, none waits long for the other."""
+    slow = ("e2e", "ray")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in slow])

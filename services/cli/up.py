@@ -1,6 +1,7 @@
 """raydpo up: the stack of one home, with the control plane on top, in the foreground."""
 
 import asyncio
+import gc
 import os
 import secrets
 import signal
@@ -44,6 +45,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
             journal.configure(settings.log_format, home / "raydpo.log")
             migrate(settings.database_url)
             server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+            gc.freeze()  # what is loaded now stays: to walk it again and again would hold up requests
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(_serve(server, settings, listening, url))
     except StackError as error:

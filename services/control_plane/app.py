@@ -21,6 +21,7 @@ from services.control_plane.inference import Inference
 from services.control_plane.launcher import Launcher
 from services.control_plane.limits import Limits
 from services.control_plane.live import Live
+from services.control_plane.lookups import Lookups
 from services.control_plane.rates import Rates
 from services.control_plane.reconciler import Reconciler
 from services.control_plane.routes import (
@@ -86,6 +87,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
     app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
+    app.state.lookups = Lookups(store)
     live = app.state.live = Live(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"

@@ -56,16 +56,18 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor:
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
     validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"
     tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
-    await session.flush()
-    await session.refresh(job)
     return job
 
 
 async def find(session: AsyncSession, job_id: str) -> Job:
     job = await session.get(Job, job_id)
     if job is None:
-        raise NotFound(f"Could not find fine tune: {job_id}", param="fine_tuning_job_id", code="fine_tune_not_found")
+        raise not_found(job_id)
     return job
+
+
+def not_found(job_id: str) -> NotFound:
+    return NotFound(f"Could not find fine tune: {job_id}", param="fine_tuning_job_id", code="fine_tune_not_found")
 
 
 async def lock(session: AsyncSession, job: Job) -> Job:

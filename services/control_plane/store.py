@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psycopg
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -57,8 +55,9 @@ from services.control_plane.tables import (
     Project,
 )
 
+MIGRATIONS = Path(__file__).parent / "migrations"
 QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
-MAX_OVERFLOW = 10  # connections beyond those that the pool keeps
+MAX_CONNECTIONS = 30  # of one process, beside one for each channel that it listens on
 
 Row = TypeVar("Row", bound=Base)
 
@@ -69,10 +68,23 @@ def _sqlalchemy_url(database_url: str) -> str:
 
 def migrate(database_url: str) -> None:
     """Bring the database to the newest schema. Safe to run from several replicas at once."""
+    if _is_newest(database_url):
+        return
+    from alembic import command  # as large as the rest of a start, which seldom needs it
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["database_url"] = _sqlalchemy_url(database_url)
     command.upgrade(config, "head")
+
+
+def _is_newest(database_url: str) -> bool:
+    newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
+    with psycopg.connect(database_url) as connection:
+        if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
+            return False
+        return connection.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)
 
 
 class Store:
@@ -82,8 +94,8 @@ class Store:
         # The first error of a connection that died with the database drops all of them from the pool.
         self._engine = create_async_engine(
             _sqlalchemy_url(database_url),
-            pool_size=20,
-            max_overflow=MAX_OVERFLOW,
+            pool_size=MAX_CONNECTIONS,
+            max_overflow=0,  # what it opens it keeps: to connect takes longer than a request
             connect_args={"connect_timeout": 10},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
@@ -93,10 +105,6 @@ class Store:
     @property
     def pool(self) -> QueuePool:
         return cast(QueuePool, self._engine.pool)
-
-    @property
-    def max_connections(self) -> int:
-        return self.pool.size() + MAX_OVERFLOW
 
     def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A transaction of the service's own, which sees every project."""

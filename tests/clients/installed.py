@@ -1,8 +1,11 @@
 """OpenAI's published clients, each installed once into a folder of its own, outside of the tree."""
 
+import fcntl
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CACHE = Path.home() / ".cache" / "raydpo-tests"
@@ -14,29 +17,32 @@ def python(version: str) -> Path:
     """The interpreter that has this version of `openai`."""
     folder = CACHE / f"openai-{version}"
     interpreter = folder / "bin" / "python"
-    if not _is_whole(folder):
-        _run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
-        _run("uv", "pip", "install", "--quiet", "--python", str(interpreter), f"openai=={version}")
-        _mark(folder)
+    with _lacking(folder) as lacking:
+        if lacking:
+            _run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
+            _run("uv", "pip", "install", "--quiet", "--python", str(interpreter), f"openai=={version}")
     return interpreter
 
 
 def node_modules(version: str) -> Path:
     """The folder in which Node finds this version of `openai`."""
     folder = CACHE / f"node-openai-{version}"
-    if not _is_whole(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), f"openai@{version}")
-        _mark(folder)
+    with _lacking(folder) as lacking:
+        if lacking:
+            folder.mkdir(parents=True, exist_ok=True)
+            _run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), f"openai@{version}")
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / ".whole").exists()
-
-
-def _mark(folder: Path) -> None:
-    (folder / ".whole").touch()
+@contextmanager
+def _lacking(folder: Path) -> Iterator[bool]:
+    """Whether the folder must be filled: by one of all runners, while the others wait."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    whole = folder / ".whole"
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not whole.exists()
+        whole.touch()
 
 
 def _run(program: str, *arguments: str) -> None:

@@ -16,6 +16,7 @@ from services.control_plane.inference import Inference
 from services.control_plane.keys import Caller
 from services.control_plane.launcher import Launcher
 from services.control_plane.live import Live
+from services.control_plane.lookups import Lookups
 from services.control_plane.once import Once
 from services.control_plane.rates import Rates
 from services.control_plane.sender import Sender
@@ -47,6 +48,10 @@ async def _live(request: Request) -> Live:
     return cast(Live, request.app.state.live)
 
 
+async def _lookups(request: Request) -> Lookups:
+    return cast(Lookups, request.app.state.lookups)
+
+
 async def _sender(request: Request) -> Sender:
     return cast(Sender, request.app.state.sender)
 
@@ -56,6 +61,7 @@ ServiceStorePart = Annotated[Store, Depends(_store)]
 LauncherPart = Annotated[Launcher, Depends(_launcher)]
 InferencePart = Annotated[Inference, Depends(_inference)]
 LivePart = Annotated[Live, Depends(_live)]
+LookupsPart = Annotated[Lookups, Depends(_lookups)]
 SenderPart = Annotated[Sender, Depends(_sender)]
 
 

@@ -15,7 +15,14 @@ from services.control_plane.errors import InvalidRequest
 from services.control_plane.keys import Caller
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
 from services.control_plane.once import Once
-from services.control_plane.routes.dependencies import CallerPart, Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.routes.dependencies import (
+    CallerPart,
+    Limit,
+    LookupsPart,
+    OncePart,
+    SettingsPart,
+    StorePart,
+)
 from services.control_plane.schemas import CreateJob
 from services.control_plane.settings import Settings
 from services.control_plane.store import page
@@ -94,9 +101,8 @@ async def list_jobs(
 
 
 @router.get("/{job_id}")
-async def retrieve(store: StorePart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
-    async with store.look() as session:
-        return job_object(await jobs.find(session, job_id), settings)
+async def retrieve(lookups: LookupsPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
+    return job_object(await lookups.job(caller.project_id, job_id), settings)
 
 
 async def _wish(

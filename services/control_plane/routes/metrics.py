@@ -23,7 +23,7 @@ async def metrics(request: Request, store: ServiceStorePart, live: LivePart) -> 
     telemetry.OPEN_STREAMS.set(live.num_streams)
     telemetry.CONNECTIONS.labels("in_use").set(store.pool.checkedout())
     telemetry.CONNECTIONS.labels("idle").set(store.pool.checkedin())
-    telemetry.CONNECTIONS_LIMIT.set(store.max_connections)
+    telemetry.CONNECTIONS_LIMIT.set(store.pool.size())
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
