@@ -1,6 +1,7 @@
 """The database's tables. PostgreSQL is the only truth about jobs; constraints hold what the prose promises."""
 
 from datetime import datetime
+from functools import cache
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -114,6 +115,7 @@ class File(Owned, Base):
     )
 
     @classmethod
+    @cache
     def alive(cls) -> ColumnElement[bool]:
         """What callers see: an expired file is gone at once, by the database's clock."""
         return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
