@@ -113,7 +113,7 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     if error.status == 401:
         AUTH_FAILURES.labels(error.code).inc()
-    return JSONResponse(error.body(), error.status, headers=error.headers)
+    return error.response()
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
@@ -123,8 +123,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         message = f"The body is not valid JSON: {first['ctx']['error']}."
         return JSONResponse(envelope(message, "invalid_request_error"), 400)
-    refusal = refused(first, tuple(first["loc"][1:]))
-    return JSONResponse(refusal.body(), refusal.status)
+    return refused(first, tuple(first["loc"][1:])).response()
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -141,22 +140,19 @@ async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
         raise error
     log.error("Storage or TMPDIR is full: %s", error)
     message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
-    full = Unavailable(message, retry_after=30, code="storage_full")
-    return JSONResponse(full.body(), full.status, headers=full.headers)
+    return Unavailable(message, retry_after=30, code="storage_full").response()
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
     """The database is down, or all connections to it are taken: the client comes back by itself."""
     log.warning("The database does not answer: %s", error)
-    refusal = Unavailable(
-        "The database does not answer; nothing was changed.", retry_after=2, code="database_unavailable"
-    )
-    return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
+    message = "The database does not answer; nothing was changed."
+    return Unavailable(message, retry_after=2, code="database_unavailable").response()
 
 
 async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
     """What the request says cannot be kept, nor be looked for."""
     assert isinstance(error, DataError)
     log.warning("A value was refused by the database: %s", error.orig)
-    refusal = InvalidRequest("A value in the request holds what cannot be kept, such as a NUL character; take it out.")
-    return JSONResponse(refusal.body(), refusal.status)
+    message = "A value in the request holds what cannot be kept, such as a NUL character; take it out."
+    return InvalidRequest(message).response()

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from starlette.responses import JSONResponse
+
 
 def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of every answer that is not a success."""
@@ -28,6 +30,9 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         return envelope(self.message, self.kind, self.param, self.code)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
 class InvalidRequest(ApiError):

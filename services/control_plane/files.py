@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound, storage
@@ -139,11 +139,6 @@ async def add(
     return row
 
 
-def alive() -> ColumnElement[bool]:
-    """What callers see: an expired file is gone at once, by the database's clock."""
-    return File.deleted_at.is_(None) & (File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp()))
-
-
 async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -> File:
     """The file by its id; NotFound where there is none, or no longer."""
     return await _find(session, file_id, param, lock=None)
@@ -164,7 +159,7 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
 
 
 async def _find(session: AsyncSession, file_id: str, param: str, lock: str | None) -> File:
-    query = select(File).where(File.id == file_id, alive())
+    query = select(File).where(File.id == file_id, File.alive())
     if lock is not None:
         query = query.with_for_update(read=lock == "share")
     if (row := await session.scalar(query)) is None:

@@ -1,4 +1,4 @@
-"""The life of a job: every move it can make, and the only writer of what an attempt reports.
+"""The life of a job: every move it can make.
 
     queued ──► running ──► succeeded | failed
        ├── paused ──┤
@@ -11,35 +11,20 @@ version it was decided on; it, its event and its line in the log of transitions 
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, assert_never
+from typing import Any
 
 from sqlalchemy import func, select, update
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services import storage, tracing
-from services.contract import (
-    Alive,
-    CheckpointSaved,
-    Failed,
-    JobEvent,
-    JobSpec,
-    Message,
-    Paused,
-    Progress,
-    ReferenceReleased,
-    Started,
-    StepMetrics,
-    Succeeded,
-)
-from services.control_plane import models, telemetry, webhooks
-from services.control_plane.errors import Fenced, InvalidRequest, NotFound
+from services import tracing
+from services.contract import JobSpec
+from services.control_plane import webhooks
+from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
-from services.control_plane.tables import TERMINAL, Attempt, Checkpoint, Event, Job, Transition
+from services.control_plane.tables import TERMINAL, Event, Job, Transition
 
 MOVES = {  # to: from
     "queued": ("paused",),
@@ -95,11 +80,6 @@ async def confirm(session: AsyncSession, job: Job) -> None:
     version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
     if version != job.version:
         raise Stale(f"{job.id} is in version {version}, not {job.version}")
-
-
-async def _hold(session: AsyncSession, job_id: str) -> None:
-    """Locks the job, as whoever writes its events does: always before its attempt, or two would wait for each other."""
-    await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
@@ -192,12 +172,11 @@ def _log(
 
 def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
     """Where a job's log leads: desired, observed, version. Raises ValueError at a step that no rule allows."""
-    (first, *later) = transitions
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed
         if after.version != before.version + 1 or not (stays or before.observed in MOVES.get(after.observed, ())):
             raise ValueError(f"{after.job_id}: no rule leads from {before.observed} to {after.observed}.")
-    last = later[-1] if later else first
+    last = transitions[-1]
     return last.desired, last.observed, last.version
 
 
@@ -219,223 +198,17 @@ def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
     """An event of the service's own."""
-    session.add(Event(public_id=_event_id(), job_id=job_id, level=level, message=message, data=data))
+    session.add(Event(public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data))
 
 
-def _event_id() -> str:
+def new_event_id() -> str:
     return f"ftevent-{secrets.token_hex(12)}"
-
-
-# --- attempts --------------------------------------------------------------------------------
-
-
-async def open_attempt(
-    session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
-) -> Attempt:
-    """Write the attempt before it is launched, so that no launch is ever unknown."""
-    attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
-    attempt.token, attempt.next_seq = secrets.token_urlsafe(32), 0
-    session.add(attempt)
-    await session.flush()
-    return attempt
-
-
-async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
-    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
-    await session.execute(statement.where(Attempt.state == "launching").values(state="running"))
-
-
-async def end_attempt(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> None:
-    """Close the attempt; from here on its reports are refused."""
-    await _hold(session, attempt.job_id)
-    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
-    statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
-    values = {"state": "ended", "ended_at": func.now(), "reason": reason, "failed": failed}
-    if (await session.execute(statement.values(**values))).first() is not None:
-        end = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
-        telemetry.ATTEMPTS_ENDED.labels(end).inc()
-        await _trace(session, attempt, end)
-        await session.execute(update(Job).where(Job.id == attempt.job_id).values(progress=None))
-
-
-async def _trace(session: AsyncSession, attempt: Attempt, end: str) -> None:
-    query = select(Job.traceparent, Attempt.created_at).join(Attempt, Attempt.job_id == Job.id)
-    query = query.where(Job.id == attempt.job_id, Attempt.number == attempt.number)
-    parent, began = (await session.execute(query)).one()
-    tracing.record(
-        "attempt",
-        parent=parent,
-        key=attempt.submission_id,
-        start=began.timestamp(),
-        end=datetime.now(UTC).timestamp(),
-        attributes={"raydpo.job": attempt.job_id, "raydpo.attempt": attempt.number, "raydpo.end": end},
-    )
-
-
-async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
-    """Note why the attempt is being stopped, and tell it the first time."""
-    await _hold(session, attempt.job_id)
-    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
-    statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
-    if (await session.execute(statement.returning(Attempt.number))).first() is not None:
-        tell(session, attempt.job_id, f"Attempt {attempt.number} is being stopped: {reason}", level="warn")
-
-
-async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:
-    """Raises Fenced unless the token is this open attempt's."""
-    attempt = await session.get(Attempt, (job_id, number))
-    if attempt is None or attempt.state == "ended" or not secrets.compare_digest(attempt.token, token):
-        raise Fenced(f"Attempt {number} of {job_id} is not open, or the token is not its own; it must stop.")
-
-
-async def record(
-    session: AsyncSession,
-    job_id: str,
-    number: int,
-    events: Sequence[JobEvent],
-    settings: Settings,
-    *,
-    posted: bool,
-) -> None:
-    """Record what an attempt reports: in order, each report once, however often it is sent.
-
-    What the attempt posts itself is a sign of life. What lies in its spool is one while it is new.
-    """
-    await _hold(session, job_id)
-    attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
-    if attempt is None or attempt.state == "ended":
-        raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
-    is_new = False
-    for event in events:
-        if event.seq > attempt.next_seq and posted:
-            raise InvalidRequest(f"Report {event.seq} came before report {attempt.next_seq}; send that one first.")
-        if event.seq > attempt.next_seq:
-            lost = f"Reports {attempt.next_seq} to {event.seq - 1} of attempt {number} are lost"
-            tell(session, job_id, f"{lost}: their part of its spool is damaged", level="warn")
-            attempt.next_seq = event.seq
-        if event.seq == attempt.next_seq:
-            with session.no_autoflush:  # of what changes with each report, the last is written
-                await _record_one(session, attempt, event, settings)
-            attempt.next_seq += 1
-            telemetry.EVENTS.inc()
-            is_new = True
-    if posted or is_new:
-        attempt.reported_at = datetime.now(UTC)
-
-
-async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, settings: Settings) -> None:
-    report = event.report
-    match report:
-        case Message():
-            await _tell_reported(session, attempt, event, report.message, level=report.level)
-        case Progress():
-            await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
-        case ReferenceReleased():
-            attempt.reference = None
-        case Started():
-            await session.execute(
-                update(Job).where(Job.id == attempt.job_id).values(training=report.model_dump(mode="json"))
-            )
-            await _tell_reported(session, attempt, event, _started(report))
-        case StepMetrics():
-            await _set_progress(session, attempt, "training", report.step, report.total_steps, event.created_at)
-            await _tell_reported(session, attempt, event, _step(report), data=_step_data(report), step=report.step)
-        case CheckpointSaved():
-            await _add_checkpoint(session, attempt, event, report, settings)
-        case Succeeded() | Failed() | Paused():
-            attempt.outcome = report.model_dump(mode="json")
-        case Alive():
-            pass
-        case _:
-            assert_never(report)
-
-
-async def _tell_reported(
-    session: AsyncSession,
-    attempt: Attempt,
-    event: JobEvent,
-    message: str,
-    *,
-    level: str = "info",
-    data: dict[str, Any] | None = None,
-    step: int | None = None,
-) -> None:
-    row = insert(Event).values(
-        public_id=_event_id(),
-        job_id=attempt.job_id,
-        attempt=attempt.number,
-        seq=event.seq,
-        created_at=datetime.fromtimestamp(event.created_at, UTC),
-        level=level,
-        type="message" if step is None else "metrics",
-        message=message,
-        data=data,
-        step=step,
-    )
-    await session.execute(row.on_conflict_do_nothing())  # a resumed attempt repeats steps after its checkpoint
-
-
-async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
-    """`since` and `start` are where the stage began, so that a reader can tell its rate.
-
-    `encoding` is there while an attempt trains on the first rows and encodes the others.
-    """
-    job = await session.get_one(Job, attempt.job_id)
-    before = job.progress or {}
-    if before.get("attempt") != attempt.number:
-        before = {}
-    if stage == "encoding" and before.get("stage") == "training":
-        encoding = {"done": done, "total": total} if done < total else None
-        job.progress = before | {"encoding": encoding}
-        return
-    known = before if before.get("stage") == stage and before["done"] <= done else None
-    began = {"since": known["since"], "start": known["start"]} if known else {"since": at, "start": done}
-    own = {"attempt": attempt.number, "encoding": before.get("encoding")}
-    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began, **own}
-
-
-async def _add_checkpoint(
-    session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
-) -> None:
-    job = await session.get_one(Job, attempt.job_id)
-    name = checkpoint_name(fine_tuned_name(job, settings), report.step)
-    row = insert(Checkpoint).values(
-        id=f"ftckpt_{secrets.token_hex(12)}",
-        job_id=job.id,
-        step=report.step,
-        uri=report.uri,
-        model_id=name,
-        metrics=report.metrics,
-    )
-    added = await session.execute(row.on_conflict_do_nothing().returning(Checkpoint.id))
-    if added.first() is not None:
-        await models.add(session, name, storage.join(report.uri, "model"), job)
-        await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
 
 
 def fine_tuned_name(job: Job, settings: Settings) -> str:
     """`ft:base:org:suffix:xxxxxxxx`, a function of the job, so that it is known before training ends."""
     digest = hashlib.sha256(job.id.encode()).hexdigest()[:8]
     return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digest}"
-
-
-def checkpoint_name(fine_tuned_model: str, step: int) -> str:
-    return f"{fine_tuned_model}:ckpt-step-{step}"
-
-
-def _started(report: Started) -> str:
-    resumed = f", resuming after step {report.resumed_from}" if report.resumed_from else ""
-    return f"Fine-tuning job started: {report.num_groups} examples, {report.total_steps} steps{resumed}"
-
-
-def _step(report: StepMetrics) -> str:
-    metrics = report.metrics
-    words = [f"training loss={metrics['loss']:.4f}"]
-    if "rewards/margins" in metrics:
-        words += [f"margin={metrics['rewards/margins']:.4f}", f"accuracy={metrics['rewards/accuracies']:.3f}"]
-    if "eval/loss" in metrics:
-        words.append(f"full validation loss={metrics['eval/loss']:.4f}")
-    return f"Step {report.step}/{report.total_steps}: {', '.join(words)}"
 
 
 WIRE_NAMES = {  # our metric keys, as OpenAI's events, checkpoints and result files spell them
@@ -465,10 +238,6 @@ def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """
     found = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
     return found | {key.removeprefix("full_"): value for key, value in found.items() if key.startswith("full_valid_")}
-
-
-def _step_data(report: StepMetrics) -> dict[str, Any]:
-    return {"step": report.step, "total_steps": report.total_steps, **wire_metrics(report.metrics)}
 
 
 async def metrics_of(session: AsyncSession, job_id: str) -> list[dict[str, Any]]:

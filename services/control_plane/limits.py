@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -104,7 +103,7 @@ class Limits:
             await self._app(scope, receive, send)
             return
         if refusal := self._refusal(scope):
-            await JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)(scope, receive, send)
+            await refusal.response()(scope, receive, send)
             return
         body = Body(receive, Headers(scope=scope), self)
         scope.setdefault("state", {})["body"] = body

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import and_, delete, func, select
+from sqlalchemy import Interval, bindparam, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.errors import InFlight, InvalidRequest
@@ -23,6 +23,18 @@ from services.control_plane.tables import Answer, AuditEntry
 KEPT = timedelta(hours=24)
 RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and a little before it sends again
 LONGEST_KEY = 255
+
+# Of every request that changes something; to build them takes as long as to ask them.
+NAME = func.hashtextextended(bindparam("name"), 0)
+TURN, SHARED_TURN = select(func.pg_advisory_xact_lock(NAME)), select(func.pg_advisory_xact_lock_shared(NAME))
+NEWEST_OF_SAME = (
+    select(Answer)
+    .where(Answer.content == bindparam("content"), Answer.request == bindparam("request"))
+    .where(Answer.retry_count != bindparam("retry_count"))
+    .where(Answer.created_at > func.clock_timestamp() - bindparam("within", type_=Interval))
+    .order_by(Answer.id.desc())
+    .limit(1)
+)
 
 
 class Once:
@@ -98,31 +110,30 @@ class Once:
             raise InFlight("A request with this Idempotency-Key is being answered; send it again.")
 
     async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
-        alive = Answer.created_at > func.now() - KEPT
-        found = await session.scalar(select(Answer).where(Answer.idempotency_key == key))
-        if found is None or not await session.scalar(select(alive).where(Answer.id == found.id)):
-            await session.execute(delete(Answer).where(Answer.idempotency_key == key))
+        query = select(Answer, Answer.created_at > func.now() - KEPT).where(Answer.idempotency_key == key)
+        if (found := (await session.execute(query)).first()) is None:
             return None
-        if (found.request, found.content) != (self._what, sent):
+        answer, alive = found
+        if not alive:
+            await session.execute(delete(Answer).where(Answer.id == answer.id))
+            return None
+        if (answer.request, answer.content) != (self._what, sent):
             message = f"Idempotency-Key '{key}' came with another request before; use a new key for a new request."
             raise InvalidRequest(message, param="Idempotency-Key", code="idempotency_key_in_use")
-        return found
+        return answer
 
     # --- silent resends ----------------------------------------------------------------------------
 
     async def _take_turn(self, session: AsyncSession, sent: str) -> None:
         """First sends do not wait for each other; a resend waits for all, and all for it."""
-        name = func.hashtextextended(f"{self._what} {sent}", 0)
-        lock = func.pg_advisory_xact_lock if self._retry_count else func.pg_advisory_xact_lock_shared
-        await session.execute(select(lock(name)))
+        await session.execute(TURN if self._retry_count else SHARED_TURN, {"name": f"{self._what} {sent}"})
 
     async def _newest_of_same(self, session: AsyncSession, sent: str) -> Answer | None:
         """What another send led to. A first send is another's only if one of its resends overtook it on the way."""
         arrived = timedelta(seconds=time.monotonic() - self._began)
-        since = func.now() - RESENT_WITHIN if self._retry_count else func.clock_timestamp() - arrived
-        same = and_(Answer.retry_count != self._retry_count, Answer.created_at > since)
-        query = select(Answer).where(Answer.content == sent, Answer.request == self._what, same)
-        return (await session.scalars(query.order_by(Answer.id.desc()).limit(1))).first()
+        about = {"content": sent, "request": self._what, "retry_count": self._retry_count}
+        about["within"] = RESENT_WITHIN if self._retry_count else arrived
+        return (await session.scalars(NEWEST_OF_SAME, about)).first()
 
 
 def _retry_count(request: Request) -> int:

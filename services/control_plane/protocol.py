@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -59,8 +58,3 @@ class Protocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-
-
-def server_options() -> dict[str, Any]:
-    """What `uvicorn.Config` is given, wherever the service is served."""
-    return {"http": Protocol, "ws": "none"}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, or_, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import projects
@@ -63,8 +63,7 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
 
 async def num_bytes(session: AsyncSession, project_id: str) -> int:
     """Of a project's files, and of those that are still arriving."""
-    lives = or_(File.expires_at.is_(None), File.expires_at > func.clock_timestamp())
-    files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.deleted_at.is_(None), lives)
+    files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.alive())
     uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
     return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
 

@@ -1,7 +1,6 @@
 """Compares what is wanted with what is observed, and acts. Level-triggered: a missed tick loses nothing.
 
-Deciding is a pure function; carrying out may be done twice without harm. Unknown is never failed: without Ray's own
-word on an attempt, nothing changes.
+Unknown is never failed: without Ray's own word on an attempt, nothing changes.
 """
 
 import asyncio
@@ -9,26 +8,19 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
-from io import BytesIO
 
-import anyio.to_thread
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from services import spool, storage, tracing
-from services.contract import AttemptSpec, JobEvent, JobSpec, Message
-from services.control_plane import deployments, files, jobs, journal, models, quotas, store, telemetry
+from services.control_plane import attempts, deployments, jobs, journal, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
+from services.control_plane.executor import Executor
 from services.control_plane.launcher import AttemptStatus, Launcher
-from services.control_plane.models import NamedModel
 from services.control_plane.queue import what_each_waits_for
-from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.sweeper import Sweeper
-from services.control_plane.tables import Attempt, File, Job
-from services.spool import DamagedSegment
+from services.control_plane.tables import Attempt, Job
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +46,7 @@ class Reconciler:
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
+        self._executor = Executor(store, launcher, settings, holder=holder)
         self._sweeper = Sweeper(store, launcher, settings)
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -92,7 +85,7 @@ class Reconciler:
                 telemetry.TICKS.labels("stood_by").inc()
                 return
             self._stopwatches.look()
-            live, attempts = await store.live_jobs(session), await store.open_attempts(session)
+            live, opened = await store.live_jobs(session), await store.open_attempts(session)
             limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
         reachable = await self._launcher.is_reachable()
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
@@ -108,8 +101,9 @@ class Reconciler:
                 if waiting_for and job.observed == "queued":
                     await self._wait(job, waiting_for)
                     continue
-                with journal.about(job_id=job.id, attempt=attempts[job.id].number if job.id in attempts else None):
-                    await self._reconcile(job, attempts.get(job.id), slot)
+                attempt = opened.get(job.id)
+                with journal.about(job_id=job.id, attempt=attempt.number if attempt else None):
+                    await self._reconcile(job, attempt, slot)
             except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 # One job's trouble is not the others': it is looked at again in the next tick.
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
@@ -140,8 +134,8 @@ class Reconciler:
         status: AttemptStatus = "unknown"
         if attempt is not None:
             status = await self._launcher.status(attempt.submission_id)
-            if status == "running" and _silent_seconds(attempt) > QUIET_SECONDS:
-                attempt = await self._collect(job, attempt)
+            if status == "running" and attempts.silent_seconds(attempt) > QUIET_SECONDS:
+                attempt = await self._executor.collect(job, attempt)
         async with self._store.begin() as session:
             total, failures = await store.past_attempts(session, job.id)
         past = Past(
@@ -153,11 +147,11 @@ class Reconciler:
         )
         decision = decide(job, attempt, status, past, collected=False)
         if decision is Decision.COLLECT and attempt is not None:
-            attempt = await self._collect(job, attempt)
+            attempt = await self._executor.collect(job, attempt)
             decision = decide(job, attempt, status, past, collected=True)
         if decision is not Decision.WAIT:
             log.info("Job %s: %s", job.id, decision.name.lower())
-        await self._carry_out(decision, job, attempt, total, status)
+        await self._executor.carry_out(decision, job, attempt, total, status)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
         """Silence counts from when Ray first said, to this control plane, that the attempt runs."""
@@ -165,202 +159,7 @@ class Reconciler:
             return False
         holds = None if status == "unknown" else status == "running"
         running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
-        return min(running, _silent_seconds(attempt)) > HUNG_SECONDS
-
-    async def _carry_out(
-        self, decision: Decision, job: Job, attempt: Attempt | None, total: int, status: AttemptStatus
-    ) -> None:
-        match decision:
-            case Decision.WAIT:
-                return
-            case Decision.OPEN:
-                await self._launch(job, await self._open(job, total + 1))
-            case Decision.PAUSE:
-                async with self._store.begin() as session:
-                    await jobs.move(session, job, "paused", actor=self._holder, event="The job is paused")
-            case Decision.CANCEL:
-                async with self._store.begin() as session:
-                    await jobs.move(session, job, "cancelled", actor=self._holder, event="The job was cancelled")
-            case Decision.GIVE_UP:
-                await self._give_up(job)
-            case _:
-                assert attempt is not None
-                await self._carry_out_on(decision, job, attempt, status)
-
-    async def _carry_out_on(self, decision: Decision, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
-        match decision:
-            case Decision.LAUNCH:
-                await self._launch(job, attempt)
-            case Decision.ADOPT:
-                async with self._store.begin() as session:
-                    await jobs.mark_launched(session, attempt)
-            case Decision.STOP:
-                await self._stop(job, attempt)
-            case Decision.FINISH:
-                await self._finish(job, attempt)
-            case Decision.REST:
-                await self._rest(job, attempt)
-            case Decision.LOSE:
-                await self._lose(job, attempt, status)
-
-    # --- attempts ---------------------------------------------------------------------------
-
-    async def _open(self, job: Job, number: int) -> Attempt:
-        """Write the attempt, and wish its reference served, in one transaction."""
-        start = NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
-        spec = JobSpec.model_validate(job.spec)
-        served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
-        reference = start.app_name if served else None
-        accelerators = spec.num_workers * self._settings.num_gpus_per_worker
-        async with self._store.begin() as session:
-            await jobs.confirm(session, job)
-            attempt = await jobs.open_attempt(session, job.id, number, reference, num_accelerators=accelerators)
-            if reference is not None:
-                await deployments.use(session, start)
-            if job.observed == "queued":
-                started = "The job is starting on the cluster"
-                await jobs.move(session, job, "running", actor=self._holder, event=started)
-        if number == 1:
-            telemetry.QUEUE_SECONDS.observe((datetime.now(UTC) - job.created_at).total_seconds())
-        return attempt
-
-    async def _launch(self, job: Job, attempt: Attempt) -> None:
-        """Write what the driver reads, and submit it. Ray takes one submission id once."""
-        spec = JobSpec.model_validate(job.spec)
-        training_uri = spec.training_file
-        async with self._store.begin() as session:
-            if not spec.is_at_uri:
-                training_uri = (await session.get_one(File, spec.training_file)).uri
-            held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
-        run_uri = self._run_uri(job)
-        attempt_spec = AttemptSpec(
-            job_id=job.id,
-            attempt=attempt.number,
-            config=spec.config,
-            num_workers=spec.num_workers,
-            num_gpus_per_worker=self._settings.num_gpus_per_worker,
-            training_uri=training_uri,
-            dataset_uris=tuple(self._settings.dataset_uris) if spec.is_at_uri else None,
-            validation_uri=held_out.uri if held_out else None,
-            validation_share=spec.validation_share,
-            model_source=job.model_source,
-            reference=attempt.reference,
-            reference_source=spec.reference_source,
-            reference_dtype=self._settings.dtype,
-            traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
-            run_uri=run_uri,
-            cache_uri=storage.join(self._settings.storage_url, "prepared"),
-            integrations=spec.integrations,
-            fine_tuned_model=jobs.fine_tuned_name(job, self._settings),
-            events_url=f"{self._settings.advertised_url}/internal/attempts/{job.id}/{attempt.number}/events",
-        )
-        spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
-        await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
-        await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
-        async with self._store.begin() as session:
-            await jobs.mark_launched(session, attempt)
-
-    async def _collect(self, job: Job, attempt: Attempt) -> Attempt:
-        """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
-        listed = await anyio.to_thread.run_sync(spool.segments, self._run_uri(job), attempt.number)
-        segments = _segments_from(listed, attempt.next_seq)
-        for first, uri in segments:
-            try:
-                events = (await anyio.to_thread.run_sync(spool.read, uri)).events
-            except DamagedSegment as error:
-                if (first, uri) != segments[-1]:
-                    continue  # that reports are missing is told with the next segment
-                lost = Message(level="warn", message=f"The last reports of attempt {attempt.number} are lost: {error}")
-                events = [JobEvent(seq=first, created_at=time.time(), report=lost)]
-            async with self._store.begin() as session:
-                await jobs.record(session, job.id, attempt.number, events, self._settings, posted=False)
-        async with self._store.begin() as session:
-            return await session.get_one(Attempt, (job.id, attempt.number))
-
-    async def _stop(self, job: Job, attempt: Attempt) -> None:
-        """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
-        if job.desired != "cancel":
-            late = "it did not pause in time" if job.desired == "pause" else None
-            reason = late or f"it gave no sign of life for {_silent_seconds(attempt):.0f} s"
-            async with self._store.begin() as session:
-                await jobs.blame(session, attempt, reason)
-        await self._launcher.stop(attempt.submission_id)
-
-    async def _rest(self, job: Job, attempt: Attempt) -> None:
-        """The attempt stopped because it was told to; if that was not the user, another goes on."""
-        step = (attempt.outcome or {})["step"]
-        where = f" after step {step}" if step else ""
-        async with self._store.begin() as session:
-            await jobs.confirm(session, job)
-            await jobs.end_attempt(session, attempt, f"it was asked to stop, and did{where}")
-            if job.desired == "pause":
-                await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
-            else:
-                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
-
-    async def _lose(self, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
-        """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
-        failed = status == "ended" and job.desired == "run"
-        reason = "it died before it finished" if status == "ended" else "the cluster it ran on is gone"
-        reason = attempt.reason or reason
-        reference = (await self._launcher.look()).applications.get(attempt.reference or "")
-        async with self._store.begin() as session:
-            await jobs.end_attempt(session, attempt, reason, failed=failed)
-            if attempt.reference and reference and reference.state == "failed":
-                await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
-            if job.desired == "run":
-                jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}", level="warn")
-
-    def _run_uri(self, job: Job) -> str:
-        return storage.join(self._settings.storage_url, "runs", job.id)
-
-    # --- ends -------------------------------------------------------------------------------
-
-    async def _finish(self, job: Job, attempt: Attempt) -> None:
-        """Close the job as the attempt's last report says."""
-        outcome = attempt.outcome or {}
-        if outcome["kind"] == "succeeded":
-            await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
-            return
-        error = {key: outcome[key] for key in ("code", "message", "param")}
-        await self._fail(job, error, attempt)
-
-    async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
-        """The policy, the result file and the move, told in one transaction."""
-        name = jobs.fine_tuned_name(job, self._settings)
-        async with self._store.begin() as session:
-            csv = results_csv(await jobs.metrics_of(session, job.id))
-        stored = await files.store_file(BytesIO(csv), self._settings)
-        async with self._store.begin() as session:
-            await jobs.confirm(session, job)
-            results = await files.add(
-                session, stored, filename="step_metrics.csv", purpose=files.RESULTS, project_id=job.project_id
-            )
-            await models.add(session, name, model_uri, job)
-            await jobs.end_attempt(session, attempt, "succeeded")
-            jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
-            jobs.tell(session, job.id, f"Completed results file: {results.id}")
-            closed = {"fine_tuned_model": name, "trained_tokens": trained_tokens, "result_file": results.id}
-            await jobs.move(
-                session, job, "succeeded", closed, actor=self._holder, event="The job has successfully completed"
-            )
-
-    async def _give_up(self, job: Job) -> None:
-        message = (
-            f"The job died {self._settings.max_attempts} times on the cluster without finishing; "
-            f"the logs of its attempts say why: `raydpo jobs logs {job.id}`, or GET /v1/x/jobs/{job.id}/logs. "
-            "Submit it again once that is mended."
-        )
-        await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
-
-    async def _fail(self, job: Job, error: dict[str, str | None], attempt: Attempt | None) -> None:
-        async with self._store.begin() as session:
-            if attempt is not None:
-                await jobs.end_attempt(session, attempt, "failed")
-            event = f"The job failed: {error['message']}"
-            await jobs.move(session, job, "failed", {"error": error}, actor=self._holder, event=event, level="error")
-
-    # --- models -----------------------------------------------------------------------------
+        return min(running, attempts.silent_seconds(attempt)) > HUNG_SECONDS
 
     async def _serve_models(self) -> None:
         """Make Ray Serve run what is wanted, and nothing else."""
@@ -370,13 +169,3 @@ class Reconciler:
             wanted = await deployments.wanted(session, self._settings, present)
         if {deployment.app_name for deployment in wanted} != present:
             await self._launcher.serve(wanted)
-
-
-def _silent_seconds(attempt: Attempt) -> float:
-    return (datetime.now(UTC) - attempt.reported_at).total_seconds()
-
-
-def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
-    """Those that may hold `next_seq` or later."""
-    start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
-    return segments[start:]

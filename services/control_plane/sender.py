@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import httpx
-from sqlalchemy import ColumnElement, case, delete, func, null, select, update
+from sqlalchemy import ColumnElement, case, func, null, select, update
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from services import outbound
@@ -31,8 +31,7 @@ SEND_SECONDS = 15.0  # from asking the name server to the answer's headers
 LEASE_SECONDS = 60.0  # longer than a send
 AT_ONCE, AT_ONCE_TO_ONE = 64, 4  # sends of one control plane, and of these to one endpoint
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 6 * 3600.0
-TRIED_FOR, KEPT_FOR = timedelta(hours=72), timedelta(days=30)
-SWEEP_SECONDS = 3600.0
+TRIED_FOR = timedelta(hours=72)
 
 
 class Unreachable(Exception):
@@ -60,7 +59,6 @@ class Sender:
 
     async def run(self) -> None:
         """Send until cancelled. Sends that this cuts off are repeated when their leases end."""
-        swept = float("-inf")
         async with asyncio.TaskGroup() as sends:
             while True:
                 self._landed.clear()
@@ -68,9 +66,6 @@ class Sender:
                     while claims := await self._claim():
                         for claim in claims:
                             sends.create_task(self._bring(claim))
-                    if (now := asyncio.get_running_loop().time()) - swept > SWEEP_SECONDS:
-                        await self._sweep()
-                        swept = now
                 except Exception:  # nobody watches this task: whatever it was, it is tried again
                     log.exception("Webhooks wait: the outbox could not be read")
                     await asyncio.sleep(TICK_SECONDS)
@@ -154,11 +149,6 @@ class Sender:
             await session.execute(statement.values(due_at=due_at, outcome=outcome[:500]))
         shown = outcome.partition(":")[0]  # a URL may hold a secret of its owner's
         log.info("Webhook %s to %s, send %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
-
-    async def _sweep(self) -> None:
-        old = delete(Outbound).where(Outbound.due_at.is_(None), Outbound.created_at < func.now() - KEPT_FOR)
-        async with self._store.begin() as session:
-            await session.execute(old)
 
 
 def pause_seconds(num_sends: int) -> float:

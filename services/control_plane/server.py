@@ -7,14 +7,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from services.control_plane.protocol import server_options
+from services.control_plane.protocol import Protocol
 
 
 class Server(uvicorn.Server):
     """Ends the open streams when it stops: it waits for all requests, and streams would last as long as their jobs."""
 
     def __init__(self, app: FastAPI, **options: Any) -> None:
-        super().__init__(uvicorn.Config(app, **server_options(), **options))
+        super().__init__(uvicorn.Config(app, http=Protocol, ws="none", **options))
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -207,17 +207,17 @@ async def page(
     query: Select[Row],
     keys: Sequence[InstrumentedAttribute[Any]],
     *,
-    cursor: InstrumentedAttribute[Any],
     after: str | int | None,
     limit: int,
+    cursor: InstrumentedAttribute[Any] | None = None,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:
     """One page of `query` in the order of `keys` (together unique), and whether more rows follow.
 
-    `after` is the `cursor` of a row of the same query; any other is refused.
+    `after` is the `cursor`, or else the last key, of a row of the same query; any other is refused.
     """
     if after is not None:
-        last = await session.scalar(query.where(cursor == after))
+        last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
         if last is None:
             raise InvalidRequest(f"No such item to list after: {after}", param="after")
         bounds = tuple_(*(literal(getattr(last, key.key), key.type) for key in keys))

@@ -20,11 +20,12 @@ from services.control_plane.launcher import Launcher
 from services.control_plane.orphans import stop_orphans
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
-from services.control_plane.tables import File, Lease, Upload
+from services.control_plane.tables import File, Lease, Outbound, Upload
 
 log = logging.getLogger(__name__)
 
 MOST = 100  # rows, or files in storage, that one sweep removes
+OUTBOX_KEPT = timedelta(days=30)
 GRACE_SECONDS = 86_400  # an older file that no row names is not about to get one
 
 
@@ -69,9 +70,11 @@ class Sweeper:
             log.warning("Stopped %s, whose attempt has ended", submission_id)
 
     async def _forget(self) -> None:
+        sent = delete(Outbound).where(Outbound.due_at.is_(None), Outbound.created_at < func.now() - OUTBOX_KEPT)
         async with self._store.begin() as session:
             await once.forget_old(session)
             await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
+            await session.execute(sent)
 
     async def _remove_orphans(self) -> None:
         """Bytes of files that were deleted, or whose row was never written."""

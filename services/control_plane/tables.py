@@ -1,12 +1,14 @@
 """The database's tables. PostgreSQL is the only truth about jobs; constraints hold what the prose promises."""
 
 from datetime import datetime
+from functools import cache
 from typing import Any, ClassVar
 
 from sqlalchemy import (
     ARRAY,
     BigInteger,
     CheckConstraint,
+    ColumnElement,
     DateTime,
     ForeignKey,
     Identity,
@@ -111,6 +113,12 @@ class File(Owned, Base):
         Index("files_by_time", "project_id", "created_at", "id"),
         Index("files_unchecked", "created_at", postgresql_where=text(UNCHECKED)),
     )
+
+    @classmethod
+    @cache
+    def alive(cls) -> ColumnElement[bool]:
+        """What callers see: an expired file is gone at once, by the database's clock."""
+        return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
 
 
 class Upload(Owned, Base):

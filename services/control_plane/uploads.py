@@ -51,7 +51,7 @@ async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> 
 
 async def file_of(session: AsyncSession, row: Upload) -> File | None:
     """What it was completed to, unless that is gone."""
-    return await session.scalar(select(File).where(File.id == row.file_id, files.alive()))
+    return await session.scalar(select(File).where(File.id == row.file_id, File.alive()))
 
 
 def check_pending(row: Upload, state: str, wish: str) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services import storage
 from services.contract import AttemptSpec, Failed, Paused, Progress, Report, Succeeded
 from services.training.dataset import Data, Dataset
 from services.training.integrations import actors
 from services.training.logs import keep_logs
+from services.training.node import local_actor
 from services.training.order import num_places
 from services.training.orders import PAUSED, Obedience
 from services.training.preparation import Prepared, prepare
@@ -175,10 +175,8 @@ def _environment() -> dict[str, str]:
 
 
 def _start_reporter(spec: AttemptSpec, token: str) -> Any:
-    """The actor lives and dies with the driver, on its node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, concurrency_groups={WATCH: 1})(Reporter)
-    reporter = actor.options(scheduling_strategy=here).remote(spec, token)
+    """The actor lives and dies with the driver."""
+    reporter = local_actor(Reporter, concurrency_groups={WATCH: 1}).remote(spec, token)
     ray.get(reporter.flush.remote())
     return reporter
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services.contract import AttemptSpec, Message, Report
 from services.training.dataset import Dataset, Part
 from services.training.encoding import Encoded, Piece, unrefused
+from services.training.node import local_actor
 from services.training.order import windows
 
 MOST_WAITING = 10_000  # calls at once: every worker's, and those of workers that died waiting
@@ -74,7 +74,8 @@ def streamed(
         if not rest or not any(part.num_groups for part in parts.values()):
             yield from encode_pieces(rest)
             return
-        stream = Stream(uri, num_rows, _arrivals(parts))
+        arrivals = local_actor(Arrivals, max_concurrency=MOST_WAITING).remote(parts)
+        stream = Stream(uri, num_rows, arrivals)
         rows = sum(piece.num_rows for piece in first)
         report(Message(message=f"Training begins with {rows} of {sum(num_rows)} rows, while the others are encoded."))
         begin(stream)
@@ -113,9 +114,3 @@ class Arrivals:
         async with self._changed:
             await self._changed.wait_for(lambda: self._finished)
             return self._held_out
-
-
-def _arrivals(parts: dict[int, Part]) -> Any:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": MOST_WAITING}
-    return ray.remote(Arrivals).options(**options).remote(parts)

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from services.contract import EventBatch, Wish
-from services.control_plane import jobs
+from services.control_plane import attempts, jobs
 from services.control_plane.errors import Unauthorized
 from services.control_plane.routes.dependencies import Bearer, ServiceStorePart, SettingsPart
 
@@ -18,6 +18,6 @@ async def record(
     if credentials is None:
         raise Unauthorized("Reports need the attempt's token.", code="invalid_api_key")
     async with store.begin() as session:
-        await jobs.authorize(session, job_id, number, credentials.credentials)
-        await jobs.record(session, job_id, number, batch.events, settings, posted=True)
+        await attempts.authorize(session, job_id, number, credentials.credentials)
+        await attempts.record(session, job_id, number, batch.events, settings, posted=True)
         return Wish.model_validate({"desired": (await jobs.find(session, job_id)).desired})

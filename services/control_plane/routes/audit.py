@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query
 from sqlalchemy import select
 
 from services.control_plane.objects import audit_object, listing
-from services.control_plane.routes.dependencies import CallerPart, StorePart
+from services.control_plane.routes.dependencies import CallerPart, Limit, StorePart
 from services.control_plane.store import page
 from services.control_plane.tables import AuditEntry
 
@@ -19,7 +19,7 @@ async def list_entries(
     caller: CallerPart,
     project_id: str | None = None,
     after: Annotated[int, Query(ge=1, lt=2**63)] | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
 ) -> dict[str, Any]:
     """Newest first: who changed what."""
     query = select(AuditEntry)
@@ -28,5 +28,5 @@ async def list_entries(
     if project_id is not None:
         query = query.where(AuditEntry.project_id == project_id)
     async with store.look() as session:
-        rows, more = await page(session, query, [AuditEntry.id], cursor=AuditEntry.id, after=after, limit=limit)
+        rows, more = await page(session, query, [AuditEntry.id], after=after, limit=limit)
     return listing([audit_object(row) for row in rows], more)

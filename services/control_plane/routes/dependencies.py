@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Annotated, Any, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -25,6 +25,7 @@ from services.control_plane.store import ProjectStore, Store
 
 bearer = HTTPBearer(auto_error=False)
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+Limit = Annotated[int, Query(ge=1, le=100)]  # items on one page
 
 
 async def _settings(request: Request) -> Settings:

@@ -67,14 +67,12 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    query = select(File).where(files.alive())
+    query = select(File).where(File.alive())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     async with store.look() as session:
         keys = [File.created_at, File.id]
-        rows, more = await page(
-            session, query, keys, cursor=File.id, after=after, limit=limit, descending=order == "desc"
-        )
+        rows, more = await page(session, query, keys, after=after, limit=limit, descending=order == "desc")
     return listing([file_object(row) for row in rows], more)
 
 

@@ -1,9 +1,9 @@
 """/v1/fine_tuning/jobs"""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,15 +15,20 @@ from services.control_plane.errors import InvalidRequest
 from services.control_plane.keys import Caller
 from services.control_plane.objects import checkpoint_object, event_object, job_object, listing
 from services.control_plane.once import Once
-from services.control_plane.routes.dependencies import CallerPart, LookupsPart, OncePart, SettingsPart, StorePart
+from services.control_plane.routes.dependencies import (
+    CallerPart,
+    Limit,
+    LookupsPart,
+    OncePart,
+    SettingsPart,
+    StorePart,
+)
 from services.control_plane.schemas import CreateJob
 from services.control_plane.settings import Settings
 from services.control_plane.store import page
 from services.control_plane.tables import Checkpoint, Event, File, Job
 
 router = APIRouter(prefix="/fine_tuning/jobs")
-
-Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
@@ -91,7 +96,7 @@ async def list_jobs(
             query = query.where(Job.spec["metadata"][name[9:].removesuffix("]")].astext == value)
     async with store.look() as session:
         keys = [Job.created_at, Job.id]
-        rows, more = await page(session, query, keys, cursor=Job.id, after=after, limit=limit)
+        rows, more = await page(session, query, keys, after=after, limit=limit)
     return listing([job_object(row, settings) for row in rows], more)
 
 

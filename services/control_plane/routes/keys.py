@@ -1,14 +1,14 @@
 """/v1/x/keys"""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import keys, projects
 from services.control_plane.objects import key_object, listing
-from services.control_plane.routes.dependencies import CallerPart, OncePart, StorePart
+from services.control_plane.routes.dependencies import CallerPart, Limit, OncePart, StorePart
 from services.control_plane.schemas import CreateKey
 from services.control_plane.store import page
 from services.control_plane.tables import Key
@@ -42,14 +42,14 @@ async def list_keys(
     caller: CallerPart,
     project_id: str | None = None,
     after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
 ) -> dict[str, Any]:
     """Newest first, the revoked ones too."""
     query = keys.managed_by(caller)
     if project_id is not None:
         query = query.where(Key.project_id == project_id)
     async with store.look() as session:
-        rows, more = await page(session, query, [Key.created_at, Key.id], cursor=Key.id, after=after, limit=limit)
+        rows, more = await page(session, query, [Key.created_at, Key.id], after=after, limit=limit)
     return listing([key_object(row) for row in rows], more)
 
 

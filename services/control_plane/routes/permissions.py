@@ -2,21 +2,19 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import models, permissions
 from services.control_plane.objects import deleted, listing, permission_object
-from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.routes.dependencies import Limit, OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import Text
 from services.control_plane.store import page
 from services.control_plane.tables import CheckpointPermission
 
 router = APIRouter(prefix="/fine_tuning/checkpoints/{model_id:path}/permissions")
-
-Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 class SharedWith(BaseModel):
@@ -55,7 +53,6 @@ async def list_permissions(
             session,
             query,
             [CheckpointPermission.created_at, CheckpointPermission.id],
-            cursor=CheckpointPermission.id,
             after=after,
             limit=limit,
             descending=order == "descending",

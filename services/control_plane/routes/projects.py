@@ -1,13 +1,13 @@
 """/v1/x/projects"""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import projects, quotas
 from services.control_plane.objects import listing, project_object, usage_object
-from services.control_plane.routes.dependencies import CallerPart, OncePart, StorePart
+from services.control_plane.routes.dependencies import CallerPart, Limit, OncePart, StorePart
 from services.control_plane.schemas import CreateProject, UpdateProject
 from services.control_plane.store import page
 from services.control_plane.tables import Project
@@ -28,26 +28,26 @@ async def list_projects(
     store: StorePart,
     caller: CallerPart,
     after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
 ) -> dict[str, Any]:
     """Newest first, the archived ones too."""
     keys, query = [Project.created_at, Project.id], projects.managed_by(caller)
-    async with store.begin() as session:
-        rows, more = await page(session, query, keys, cursor=Project.id, after=after, limit=limit)
+    async with store.look() as session:
+        rows, more = await page(session, query, keys, after=after, limit=limit)
     return listing([project_object(row) for row in rows], more)
 
 
 @router.get("/{project_id}")
 async def retrieve(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         return project_object(await projects.find(session, caller, project_id))
 
 
 @router.get("/{project_id}/usage")
 async def usage(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         project = await projects.find(session, caller, project_id)
-    async with store.store.begin_for(project.id) as session:
+    async with store.store.look_for(project.id) as session:
         return usage_object(project, await quotas.usage(session))
 
 

@@ -44,7 +44,7 @@ async def stream(
     store: StorePart, live: LivePart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> EventStream:
     """The job's events from the first one, or after the last one that the client has, and on until it is terminal."""
-    async with store.begin() as session:
+    async with store.look() as session:
         await jobs.find(session, job_id)
         place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0
     return EventStream(live.follow(job_id, place))
@@ -52,6 +52,6 @@ async def stream(
 
 @router.get("/{job_id}/metrics")
 async def metrics(store: StorePart, job_id: str, asked: Annotated[Range, Query()]) -> dict[str, Any]:
-    async with store.begin() as session:
+    async with store.look() as session:
         await jobs.find(session, job_id)
         return {"object": "fine_tuning.job.metrics", "job_id": job_id, **await series(session, job_id, asked)}

@@ -2,22 +2,20 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import webhooks
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.objects import deleted, listing, webhook_object
-from services.control_plane.routes.dependencies import OncePart, SenderPart, SettingsPart, StorePart
+from services.control_plane.routes.dependencies import Limit, OncePart, SenderPart, SettingsPart, StorePart
 from services.control_plane.schemas import Text
 from services.control_plane.sender import Unreachable
 from services.control_plane.store import page
 from services.control_plane.tables import WebhookEndpoint
 
 router = APIRouter()
-
-Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 def _event_type(name: str, info: ValidationInfo) -> str:
@@ -83,8 +81,8 @@ async def create(once: OncePart, settings: SettingsPart, body: CreateWebhook) ->
 async def list_endpoints(store: StorePart, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
     async with store.look() as session:
-        keys, cursor = [WebhookEndpoint.created_at, WebhookEndpoint.id], WebhookEndpoint.id
-        rows, more = await page(session, webhooks.listed(), keys, cursor=cursor, after=after, limit=limit)
+        keys = [WebhookEndpoint.created_at, WebhookEndpoint.id]
+        rows, more = await page(session, webhooks.listed(), keys, after=after, limit=limit)
     return listing([webhook_object(row) for row in rows], more)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from services.contract import AttemptSpec, Message, Report
 from services.training.integrations.following import Follower, Open
@@ -14,6 +13,7 @@ from services.training.integrations.mlflow import MlflowSink
 from services.training.integrations.sink import Status
 from services.training.integrations.tensorboard import TensorboardSink
 from services.training.integrations.wandb import WandbSink
+from services.training.node import local_actor
 
 CLOSE_SECONDS = 30.0
 PAUSE_SECONDS = 5.0  # what is missing then, the next attempt tells
@@ -43,9 +43,8 @@ def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
 
 def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
     """Waits for none of them."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-    actor = ray.remote(Follower).options(num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment})
+    actor = local_actor(Follower, runtime_env={"env_vars": environment})
 
     def report(report: Report) -> None:
         ray.get(reporter.report.remote(report))  # so that what a follower told before it closed comes before the end

@@ -22,8 +22,11 @@ from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 from tests.clients import strict
+from tests.services.receiver import Receiver
+from tests.services.web import running
 
 API_KEY = "rd-a-key-for-tests"
+EVENT_TYPES = SUCCEEDED, FAILED, CANCELLED = [f"fine_tuning.job.{end}" for end in ("succeeded", "failed", "cancelled")]
 
 
 def free_port() -> int:
@@ -153,14 +156,22 @@ def base_url(settings: Settings) -> Iterator[str]:
     thread.join()
 
 
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    """Of webhooks."""
+    with running(Receiver()) as receiver:
+        yield receiver
+        receiver.stopping.set()
+
+
 SERVER = """
-import sys, uvicorn
+import sys
 from services.control_plane import surveys
 from services.control_plane.app import create_app
-from services.control_plane.protocol import server_options
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 surveys.AT_ONCE_BYTES = int(sys.argv[2])
-uvicorn.run(create_app(Settings()), port=int(sys.argv[1]), log_level="error", **server_options())
+Server(create_app(Settings()), port=int(sys.argv[1]), log_level="error").run()
 """
 
 

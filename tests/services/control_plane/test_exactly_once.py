@@ -12,26 +12,31 @@ import openai
 
 from dpo_core.config import TrainConfig
 from services.contract import AttemptSpec, StepMetrics
-from services.control_plane import jobs
+from services.control_plane import attempts
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.training.reporting import Reporter
 from tests.services.control_plane.conftest import free_port, pairs
 
 PROGRAM = """
-import os, uvicorn
+import os
 from services.control_plane.app import create_app
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 
+class Mortal:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def die_before_the_answer(message):
+            os._exit(9)
+        dies = os.environ["DIES"] and scope.get("path", "").startswith("/internal")
+        await self.app(scope, receive, die_before_the_answer if dies else send)
+
 app = create_app(Settings())
-
-async def mortal(scope, receive, send):
-    async def die_before_the_answer(message):
-        os._exit(9)
-    dies = os.environ["DIES"] and scope.get("path", "").startswith("/internal")
-    await app(scope, receive, die_before_the_answer if dies else send)
-
-uvicorn.run(mortal, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning")
+app.add_middleware(Mortal)
+Server(app, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning").run()
 """
 DEATHS = 2
 
@@ -53,7 +58,7 @@ def serve(settings: Settings, port: int, *, dies: bool) -> subprocess.Popen[byte
 async def open_attempt(settings: Settings, job_id: str) -> str:
     store = Store(settings.database_url)
     async with store.begin() as session:
-        attempt = await jobs.open_attempt(session, job_id, 1, None, num_accelerators=0)
+        attempt = await attempts.begin(session, job_id, 1, None, num_accelerators=0)
     await store.close()
     return attempt.token
 

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from services.contract import JobEvent, Message
-from services.control_plane import jobs, live
+from services.control_plane import attempts, live
 from services.control_plane.live import Live
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -30,7 +30,7 @@ def job_id(client: openai.OpenAI, settings: Settings) -> str:
     async def open_attempt() -> None:
         store = Store(settings.database_url)
         async with store.begin() as session:
-            await jobs.open_attempt(session, job, 1, None, num_accelerators=0)
+            await attempts.begin(session, job, 1, None, num_accelerators=0)
         await store.close()
 
     asyncio.run(open_attempt())
@@ -43,7 +43,7 @@ async def report(store: Store, settings: Settings, job_id: str, numbers: range, 
         for number in numbers
     ]
     async with store.begin() as session:
-        await jobs.record(session, job_id, 1, events, settings, posted=True)
+        await attempts.record(session, job_id, 1, events, settings, posted=True)
 
 
 async def open_stream(base_url: str, job_id: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

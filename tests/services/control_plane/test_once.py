@@ -7,8 +7,10 @@ from typing import Any
 
 import httpx
 import openai
+import psycopg
 import pytest
 
+from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pairs
 
 
@@ -118,6 +120,17 @@ def test_an_idempotency_key_answers_the_same_request_alike_and_refuses_another(b
     assert (other.status_code, other.json()["error"]["code"]) == (400, "idempotency_key_in_use")
     assert post("two", body).json()["id"] != first.json()["id"]
     assert post("k" * 256, body).json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_an_idempotency_key_is_free_again_after_a_day(base_url: str, settings: Settings, file_id: str) -> None:
+    body = {"model": "tiny", "training_file": file_id, "method": {"type": "dpo"}}
+    headers = {"Authorization": f"Bearer {API_KEY}", "Idempotency-Key": "daily"}
+    first = httpx.post(f"{base_url}/v1/fine_tuning/jobs", json=body, headers=headers)
+    with psycopg.connect(settings.database_url) as rows:
+        rows.execute("UPDATE answers SET created_at = now() - interval '25 hours' WHERE idempotency_key = 'daily'")
+    later = [httpx.post(f"{base_url}/v1/fine_tuning/jobs", json=body, headers=headers) for _ in range(2)]
+    assert [answer.status_code for answer in (first, *later)] == [200, 200, 200]
+    assert later[0].json() == later[1].json() != first.json()
 
 
 def test_sends_at_the_same_moment_make_one_job(client: openai.OpenAI, base_url: str, file_id: str) -> None:

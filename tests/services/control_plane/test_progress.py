@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from services.contract import JobEvent, Progress, Report, StepMetrics
-from services.control_plane import jobs
+from services.control_plane import attempts, jobs
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import Attempt, Job
@@ -32,14 +32,14 @@ def attempt(settings: Settings, job_id: str, number: int, reports: dict[float, R
         store = Store(settings.database_url)
         async with store.begin() as session:
             job = await session.get_one(Job, job_id)
-            opened = await jobs.open_attempt(session, job_id, number, None, num_accelerators=0)
+            opened = await attempts.begin(session, job_id, number, None, num_accelerators=0)
             if job.observed == "queued":
                 await jobs.move(session, job, "running", actor="test", event="It starts")
         async with store.begin() as session:
-            await jobs.record(session, job_id, number, events, settings, posted=True)
+            await attempts.record(session, job_id, number, events, settings, posted=True)
         if lost:
             async with store.begin() as session:
-                await jobs.end_attempt(session, await session.get_one(Attempt, (job_id, opened.number)), "it died")
+                await attempts.end(session, await session.get_one(Attempt, (job_id, opened.number)), "it died")
         await store.close()
 
     asyncio.run(run())

@@ -20,25 +20,15 @@ from services.control_plane.sender import AT_ONCE_TO_ONE, LONGEST_PAUSE_SECONDS,
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store, migrate
 from services.control_plane.tables import Job
-from tests.services.control_plane.conftest import pairs
+from tests.services.control_plane.conftest import EVENT_TYPES, FAILED, pairs
 from tests.services.receiver import Behaviour, Received, Receiver
-from tests.services.web import running
 
 ROOT = str(Path(__file__).parents[3])
-STATES = ("succeeded", "failed", "cancelled")
-SUCCEEDED, FAILED, CANCELLED = TYPES = [f"fine_tuning.job.{state}" for state in STATES]
 CLOSED: dict[str, dict[str, Any]] = {
     "succeeded": {"fine_tuned_model": "ft:tiny:raydpo::1"},
     "failed": {"error": {"code": "c", "message": "m", "param": None}},
     "cancelled": {},
 }
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with running(Receiver()) as receiver:
-        yield receiver
-        receiver.stopping.set()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +54,7 @@ def file_id(client: openai.OpenAI) -> str:
 
 @pytest.fixture
 def endpoint(client: openai.OpenAI, receiver: Receiver) -> Callable[..., Any]:
-    def make(path: str, event_types: Any = TYPES) -> Any:
+    def make(path: str, event_types: Any = EVENT_TYPES) -> Any:
         return client.webhooks.create(name=path, url=f"{receiver.url}{path}", event_types=event_types)
 
     return make
@@ -122,12 +112,12 @@ def unwrap(client: openai.OpenAI, message: Received, secret: str) -> Any:
     return client.webhooks.unwrap(message.body, message.headers, secret=secret)
 
 
-@pytest.mark.parametrize("to", STATES)
+@pytest.mark.parametrize("to", CLOSED)
 def test_the_end_of_a_job_is_told_once_to_each_endpoint_that_asked(
     client: openai.OpenAI, settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any, to: str
 ) -> None:
     one, two = endpoint("/one"), endpoint("/two", [f"fine_tuning.job.{to}"])
-    endpoint("/other", [event_type for event_type in TYPES if not event_type.endswith(to)])
+    endpoint("/other", [event_type for event_type in EVENT_TYPES if not event_type.endswith(to)])
     job_id = end_job(to)
     wait_for(lambda: receiver.at("/one") and receiver.at("/two"))
     wait_for(lambda: outcomes(settings)[:2] == [("answered 200", 1, True)] * 2)

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from services.contract import JobEvent, StepMetrics
-from services.control_plane import jobs
+from services.control_plane import attempts
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from tests.services.control_plane.conftest import API_KEY, pairs
@@ -35,8 +35,8 @@ def job_id(client: openai.OpenAI, settings: Settings) -> str:
     async def write() -> None:
         store = Store(settings.database_url)
         async with store.begin() as session:
-            await jobs.open_attempt(session, job, 1, None, num_accelerators=0)
-            await jobs.record(session, job, 1, events, settings, posted=True)
+            await attempts.begin(session, job, 1, None, num_accelerators=0)
+            await attempts.record(session, job, 1, events, settings, posted=True)
         await store.close()
 
     asyncio.run(write())

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from services.contract import JobEvent, Message, Progress, StepMetrics
-from services.control_plane import jobs, live
+from services.control_plane import attempts, jobs, live
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from tests.services.control_plane.conftest import API_KEY, pairs
@@ -33,7 +33,7 @@ def job_id(client: openai.OpenAI) -> str:
 def attempt(settings: Settings, job_id: str) -> int:
     async def open_one(store: Store) -> None:
         async with store.begin() as session:
-            await jobs.open_attempt(session, job_id, 1, None, num_accelerators=0)
+            await attempts.begin(session, job_id, 1, None, num_accelerators=0)
 
     with_store(settings, open_one)
     return 1
@@ -55,7 +55,7 @@ def record(settings: Settings, job_id: str, first: int, reports: list[Any]) -> N
 
     async def write(store: Store) -> None:
         async with store.begin() as session:
-            await jobs.record(session, job_id, 1, events, settings, posted=True)
+            await attempts.record(session, job_id, 1, events, settings, posted=True)
 
     with_store(settings, write)
 

@@ -108,3 +108,15 @@ def test_old_answers_and_leases_are_forgotten(
     sweep(settings)
     assert rows.execute("SELECT count(*) FROM answers").fetchone() == (0,)
     assert rows.execute("SELECT count(*) FROM leases WHERE name = 'old'").fetchone() == (0,)
+
+
+@pytest.mark.usefixtures("base_url")
+def test_webhooks_are_forgotten_a_month_after_they_were_brought(settings: Settings, rows: psycopg.Connection) -> None:
+    endpoint = "'we_old', 'proj_default', 'a', 'http://localhost:1/', '{}', 's'"
+    rows.execute(f"INSERT INTO webhook_endpoints (id, project_id, name, url, event_types, secret) VALUES ({endpoint})")
+    for name, due_at, days in (("brought", None, 31), ("due", "3000-01-01", 31), ("new", None, 1)):
+        values = "'we_old', %s, '{}', 1, %s, now() - make_interval(days => %s)"
+        columns = "endpoint_id, event_id, body, num_sends, due_at, created_at"
+        rows.execute(f"INSERT INTO outbox ({columns}) VALUES ({values})", [name, due_at, days])
+    sweep(settings)
+    assert rows.execute("SELECT event_id FROM outbox ORDER BY id").fetchall() == [("due",), ("new",)]

@@ -26,11 +26,12 @@ TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HEADERS = {"Authorization": f"Bearer {API_KEY}"}
 STEPS = 150
 PROGRAM = """
-import os, uvicorn
+import os
 from services.control_plane.app import create_app
+from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 
-uvicorn.run(create_app(Settings()), host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning")
+Server(create_app(Settings()), host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning").run()
 """
 
 

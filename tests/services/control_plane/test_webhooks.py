@@ -10,19 +10,9 @@ import pytest
 
 from services.control_plane.keys import digest
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import API_KEY
+from tests.services.control_plane.conftest import API_KEY, CANCELLED, FAILED, SUCCEEDED
 from tests.services.receiver import Behaviour, Receiver
 from tests.services.test_outbound import LOOPBACK
-from tests.services.web import running
-
-SUCCEEDED, FAILED, CANCELLED = (f"fine_tuning.job.{state}" for state in ("succeeded", "failed", "cancelled"))
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with running(Receiver()) as receiver:
-        yield receiver
-        receiver.stopping.set()
 
 
 @pytest.fixture(scope="module")
