@@ -7,8 +7,8 @@ Made-up pairs of about 1 KB go through what a job does with them, each count of 
 digest, pieces, Ray's tasks, Parquet; `cache`, a second job on the same bytes; `streamed`, one that reads its first
 batch while the rest is encoded; `epoch`, one streamed to a trainer that does nothing, and once more from its middle.
 With `--in-process` pieces are encoded in a pool of processes without Ray, and there is no cache and no stream. The
-tokenizer's own batch call on a sample, on the same cores, is the rate to compare with. Making the rows, starting Ray,
-scoring and training are in no figure. It needs Linux.
+tokenizer's own batch call on a sample, on the same cores, before and after, is the rate to compare with. Making the
+rows, starting Ray, scoring and training are in no figure. It needs Linux.
 """
 
 import argparse
@@ -65,13 +65,22 @@ def _measure(args: argparse.Namespace, num_rows: int, model: Path) -> dict[str, 
         file = Path(folder) / "pairs.jsonl"
         write_pairs(file, num_rows)
         size = file.stat().st_size
+        before = _tokenizer(model, file, num_rows)
         found = _in_its_own_process(args, Path(folder), model)
-        for name, processes, threads in ((THREADS, 1, True), (PROCESSES, os.cpu_count() or 1, False)):
-            sample = min(num_rows, TOKENIZER_ROWS)
-            rate = tokens_per_second(model, file, sample, processes=processes, threads=threads)
-            found[name] = {"tokens_per_second": rate}
+        after = _tokenizer(model, file, num_rows)  # machines have slow minutes: the better rate counts
+        for name in (THREADS, PROCESSES):
+            found[name] = {"tokens_per_second": max(before[name], after[name])}
     found["survey"]["bytes_on_disk"] = size
     return found
+
+
+def _tokenizer(model: Path, file: Path, num_rows: int) -> Figures:
+    sample = min(num_rows, TOKENIZER_ROWS)
+    ways = ((THREADS, 1, True), (PROCESSES, os.cpu_count() or 1, False))
+    return {
+        name: tokens_per_second(model, file, sample, processes=processes, threads=threads)
+        for name, processes, threads in ways
+    }
 
 
 def _in_its_own_process(args: argparse.Namespace, folder: Path, model: Path) -> dict[str, Figures]:

@@ -120,7 +120,7 @@ def show(name: str, path: str, script: str, services: Sequence[Service], options
         spent, own = sum(service.seconds() for service in services) - before, children_seconds() - own
     rate = sum(float(re.search(r"Requests/sec:\s+([\d.]+)", report)[1]) for report in reports)
     p50, p99 = (
-        max(milliseconds(re.search(rf"{share}%\s+(\S+)", report)[1]) for report in reports) for share in (50, 99)
+        max(milliseconds(re.search(rf"\n\s+{share}%\s+(\S+)", report)[1]) for report in reports) for share in (50, 99)
     )
     errors = sum(int(number) for report in reports for number in re.findall(r"Non-2xx or 3xx responses: (\d+)", report))
     cores = spent / options.seconds, own / options.seconds

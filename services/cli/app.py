@@ -1,5 +1,6 @@
 """The command's parts, wired together. What is heavy is imported by the command that needs it."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,7 @@ def up(
     ] = None,
 ) -> None:
     """Run the service in the foreground, with PostgreSQL and Ray, until Ctrl-C."""
+    gc.disable()  # until it serves: all that is imported stays, and walking it is a tenth of a start
     from services.cli.up import Refused, serve
 
     try:

@@ -46,6 +46,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
             migrate(settings.database_url)
             server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
             gc.freeze()  # what is loaded now stays: to walk it again and again would hold up requests
+            gc.enable()
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(_serve(server, settings, listening, url))
     except StackError as error:
@@ -68,11 +69,12 @@ async def _serve(server: Server, settings: Settings, listening: socket.socket, u
 
 async def _announce(settings: Settings, url: str) -> None:
     """Says `ready` once the service really answers."""
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+    # It asks itself: without certificates, which take long to load.
+    async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
         while True:
             if await _is_ready(client):
                 break
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.02)
     (settings.home / "url").write_text(f"{url}/v1")
     out.print(f"ready {url}/v1")
     key_file = settings.home / "api.key"

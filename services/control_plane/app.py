@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
@@ -60,11 +60,10 @@ def create_app(settings: Settings) -> FastAPI:
     """The service for one database and one Ray cluster. The database's schema must be up to date."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(check_query)])
+    checks = [Depends(admit), Depends(check_query)]
     owned = (files, uploads, fine_tuning, logs, permissions, models, datasets, inference, webhooks, streams)
     for routes in (*owned, keys, projects, audit, unsupported):
-        v1.include_router(routes.router)
-    app.include_router(v1)
+        app.include_router(routes.router, prefix="/v1", dependencies=checks)
     app.include_router(attempts.router)
     app.include_router(health.router)
     app.include_router(metrics.router)

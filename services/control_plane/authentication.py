@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+from typing import TYPE_CHECKING
 
 from cachetools import TTLCache
 from sqlalchemy import select
@@ -11,10 +12,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.control_plane import keys
 from services.control_plane.errors import Unauthorized
 from services.control_plane.keys import CONFIGURED, Caller, digest
-from services.control_plane.oidc import Issuer, is_token
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import Project
+
+if TYPE_CHECKING:
+    from services.control_plane.oidc import Issuer
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ class Authentication:
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
-        self._issuer = Issuer(settings) if settings.oidc_issuer else None
+        self._issuer = _issuer(settings) if settings.oidc_issuer else None
         self._known: TTLCache[str, Caller] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
         self._used: set[str] = set()
 
@@ -44,7 +47,7 @@ class Authentication:
         return caller
 
     async def _find(self, token: str, name: str) -> Caller:
-        if self._issuer is not None and is_token(token):
+        if self._issuer is not None and self._issuer.is_token(token):
             return await self._with_project(await self._issuer.caller(token))
         async with self._store.begin() as session:
             caller = await keys.caller_of(session, name)
@@ -84,3 +87,9 @@ class Authentication:
                 await keys.note_uses(session, list(used))
         except (SQLAlchemyError, OSError) as error:
             log.warning("The last use of %d keys is not noted: %s", len(used), error)
+
+
+def _issuer(settings: Settings) -> "Issuer":
+    from services.control_plane.oidc import Issuer  # its cryptography is a tenth of a start
+
+    return Issuer(settings)

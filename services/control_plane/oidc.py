@@ -22,11 +22,6 @@ FRESH_SECONDS = 300  # so long keys are kept before the issuer is asked again
 PAUSE_SECONDS = 5  # between two questions, whatever strangers send
 
 
-def is_token(text: str) -> bool:
-    """Whether it has a JWT's form; the keys that we make have no dots."""
-    return text.count(".") == 2
-
-
 class Issuer:
     """The issuer that the settings name. While it does not answer, the keys it published last are good."""
 
@@ -36,6 +31,11 @@ class Issuer:
         self._keys: dict[str, jwt.PyJWK] = {}
         self._fetched_at = self._asked_at = -math.inf
         self._asking = asyncio.Lock()
+
+    @staticmethod
+    def is_token(text: str) -> bool:
+        """Whether it has a JWT's form; the keys that we make have no dots."""
+        return text.count(".") == 2
 
     async def close(self) -> None:
         await self._http.aclose()
