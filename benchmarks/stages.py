@@ -33,6 +33,7 @@ def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[s
     with Watch(*TASKS) as tasks:
         encode = _encode_in_pool if in_process else _prepare
         dataset, found["encode"] = _measured(lambda: encode(file, model, folder, "first"))
+    found["encode"]["bytes_on_disk"] = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
     if not in_process:
         again, found["cache"] = _measured(lambda: _prepare(file, model, folder, "second"))
         assert again == dataset
@@ -45,7 +46,6 @@ def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[s
         figures["rows_per_second"] = rows / figures["seconds"]
         figures["tokens_per_second"] = figures["rows_per_second"] * num_tokens / dataset.num_groups
     found["encode"] |= {"task_peak_bytes": tasks.largest, "tokens": num_tokens}
-    found["encode"]["bytes_on_disk"] = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
     return found
 
 

@@ -1,6 +1,6 @@
 """One PostgreSQL for each runner, a database of its own for each module that asks; a disk that fills up.
 
-What takes longest runs first.
+Tests of a cluster run first, one after the other.
 """
 
 import secrets
@@ -61,6 +61,8 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two runners at the end, none waits long for the other."""
-    slow = ("e2e", "ray")
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in slow])
+    """One runner has all tests of a cluster, from the start: two at a time would only take the cores from each other."""
+    for item in items:
+        of_cluster = any(item.get_closest_marker(name) for name in ("e2e", "ray"))
+        item.add_marker(pytest.mark.xdist_group("cluster" if of_cluster else str(item.path)))
+    items.sort(key=lambda item: all(mark.args != ("cluster",) for mark in item.iter_markers("xdist_group")))
