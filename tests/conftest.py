@@ -61,7 +61,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One runner has all tests of a cluster, from the start: two at a time would only take the cores from each other."""
+    """One runner has all tests of a cluster, from the start: two at once would only take each other's cores."""
     for item in items:
         of_cluster = any(item.get_closest_marker(name) for name in ("e2e", "ray"))
         item.add_marker(pytest.mark.xdist_group("cluster" if of_cluster else str(item.path)))
