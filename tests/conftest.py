@@ -60,6 +60,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One runner has all tests of a cluster, from the start: two at once would only take each other's cores."""
     for item in items:
