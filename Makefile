@@ -54,8 +54,8 @@ lint: setup ## style, and who imports whom
 types: setup ## mypy, strict
 	@$(BIN)/mypy
 
-test: setup ## every test; those of a cluster beside the others
-	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+test: setup ## every test
+	@$(BIN)/pytest
 
 check: lint types test ## all that CI runs before the demo
 

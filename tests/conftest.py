@@ -1,7 +1,4 @@
-"""One PostgreSQL for each runner, a database of its own for each module that asks; a disk that fills up.
-
-Tests of a cluster run first, one after the other.
-"""
+"""One PostgreSQL for the whole run, a database of its own for each module that asks; a disk that fills up."""
 
 import secrets
 import shutil
@@ -58,12 +55,3 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
     yield Disk(folder)
     subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One runner has all tests of a cluster, from the start: two at once would only take each other's cores."""
-    for item in items:
-        of_cluster = any(item.get_closest_marker(name) for name in ("e2e", "ray"))
-        item.add_marker(pytest.mark.xdist_group("cluster" if of_cluster else str(item.path)))
-    items.sort(key=lambda item: all(mark.args != ("cluster",) for mark in item.iter_markers("xdist_group")))
