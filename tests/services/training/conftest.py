@@ -174,7 +174,7 @@ def make_spec(tmp_path: Path, make_spec_in: Callable[..., AttemptSpec]) -> Calla
     return functools.partial(make_spec_in, tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
     """The environment of a driver. The folder's name is short, for the sockets in it."""
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
