@@ -4,6 +4,7 @@ Folders that must be whole as well (checkpoints, prepared data) carry a `manifes
 `publish` writes last: a folder without one is not there yet.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -18,6 +19,12 @@ from urllib.parse import quote
 from pyarrow import fs
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether there is no room for what was written."""
+    return getattr(error, "errno", None) in FULL
 
 
 def join(uri: str, *parts: str) -> str:

@@ -49,9 +49,10 @@ def up(
     ] = None,
 ) -> None:
     """Run the service in the foreground, with PostgreSQL and Ray, until Ctrl-C."""
-    gc.disable()  # until it serves: all that is imported stays, and walking it is a tenth of a start
+    gc.disable()  # meanwhile: all that is imported stays, and walking it is a tenth of a start
     from services.cli.up import Refused, serve
 
+    gc.enable()
     try:
         serve(home or default_home(), host=host, port=port, ray_address=ray_address, models=model or [])
     except Refused as error:

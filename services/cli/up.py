@@ -46,7 +46,6 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
             migrate(settings.database_url)
             server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
             gc.freeze()  # what is loaded now stays: to walk it again and again would hold up requests
-            gc.enable()
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(_serve(server, settings, listening, url))
     except StackError as error:

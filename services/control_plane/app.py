@@ -1,7 +1,6 @@
 """The control plane's parts, wired together. Nobody else builds them."""
 
 import asyncio
-import errno
 import logging
 import secrets
 import socket
@@ -14,6 +13,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
+from services import storage
 from services.control_plane.access import Access
 from services.control_plane.authentication import Authentication
 from services.control_plane.errors import ApiError, InvalidRequest, Unavailable, envelope
@@ -134,8 +134,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OSError)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if not storage.is_full(error):
         raise error
     log.error("Storage or TMPDIR is full: %s", error)
     message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."

@@ -1,6 +1,5 @@
 """Storage that is full: what a job would write waits until there is room, instead of failing the job."""
 
-import errno
 import logging
 import time
 from collections.abc import Callable
@@ -8,12 +7,12 @@ from typing import TypeVar
 
 from ray.exceptions import RayTaskError
 
+from services import storage
 from services.contract import Message, Report
 
 logger = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 5.0
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Result = TypeVar("Result")
 
@@ -26,7 +25,7 @@ def when_there_is_room(write: Callable[[], Result], what: str, report: Callable[
             return write()
         except (OSError, RayTaskError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            if getattr(cause, "errno", None) not in FULL:
+            if not storage.is_full(cause):
                 raise
             sentence = f"Storage is full; {what} waits for room, which its operator has to make."
             logger.warning("%s %s", sentence, cause)

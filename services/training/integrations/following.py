@@ -113,21 +113,23 @@ class Follower:
 def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
     """What the job's attempts reported, from the first one on; None where there is no more yet."""
     for attempt in range(1, spec.attempt + 1):
-        next_seq = 0
+        next_seq, lost = 0, False
         while True:
-            new = [(first, uri) for first, uri in spool.segments(spec.run_uri, attempt) if first >= next_seq]
-            for first, uri in new:
-                next_seq = first + 1
-                try:
-                    batch = spool.read(uri)
-                except DamagedSegment as error:
-                    logger.warning("What a part of the spool held is left out: %s", error)
-                else:
-                    yield batch
-            if not new and attempt < spec.attempt:
-                break
-            if not new:
+            if lost:  # where the next one begins, only a list tells
+                later = (first for first, _ in spool.segments(spec.run_uri, attempt) if first >= next_seq)
+                next_seq = min(later, default=next_seq)
+            try:
+                batch = spool.read(spool.segment_uri(spec.run_uri, attempt, next_seq))
+            except FileNotFoundError:
+                if attempt < spec.attempt:
+                    break
                 yield None
+            except DamagedSegment as error:
+                logger.warning("What a part of the spool held is left out: %s", error)
+                next_seq, lost = next_seq + 1, True
+            else:
+                next_seq, lost = batch.events[-1].seq + 1, False
+                yield batch
 
 
 def _step(event: JobEvent, report: StepMetrics) -> Step:
