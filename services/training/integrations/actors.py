@@ -15,7 +15,7 @@ from services.training.integrations.tensorboard import TensorboardSink
 from services.training.integrations.wandb import WandbSink
 from services.training.node import local_actor
 
-CLOSE_SECONDS = 30.0
+CLOSE_SECONDS = 120.0  # longer than a sink may take to open: a short job ends before it has
 PAUSE_SECONDS = 5.0  # what is missing then, the next attempt tells
 GRACE_SECONDS = 5.0  # beyond it, an actor that does not answer is left to itself
 ENVIRONMENT = {  # where the node does not say otherwise
