@@ -24,6 +24,7 @@ from services.control_plane import webhooks
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
+from services.control_plane.store import append
 from services.control_plane.tables import TERMINAL, Event, Job, Transition
 
 MOVES = {  # to: from
@@ -166,8 +167,8 @@ async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
 def _log(
     session: AsyncSession, job_id: str, version: int, desired: str, observed: str, actor: str, reason: str
 ) -> None:
-    row = Transition(job_id=job_id, version=version, desired=desired, observed=observed, actor=actor, reason=reason)
-    session.add(row)
+    row = {"job_id": job_id, "version": version, "desired": desired, "observed": observed}
+    append(session, Transition, **row, actor=actor, reason=reason)
 
 
 def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
@@ -198,7 +199,7 @@ def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
     """An event of the service's own."""
-    session.add(Event(public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data))
+    append(session, Event, public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data)
 
 
 def new_event_id() -> str:

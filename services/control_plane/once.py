@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.errors import InFlight, InvalidRequest
 from services.control_plane.keys import Caller, digest
-from services.control_plane.store import ProjectStore
+from services.control_plane.store import ProjectStore, append
 from services.control_plane.tables import Answer, AuditEntry
 
 KEPT = timedelta(hours=24)
@@ -71,17 +71,18 @@ class Once:
                 header = "x-raydpo-deduplicated" if key is None else "idempotent-replayed"
                 return JSONResponse(earlier.body, headers={header: "true"})
             body = await work(session)
-            kept = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
-            kept.body = body if secret is None else {**body, secret: None}
-            session.add(kept)
-            session.add(self._entry(body))
+            kept = {"idempotency_key": key, "request": self._what, "content": sent, "retry_count": self._retry_count}
+            append(session, Answer, **kept, body=body if secret is None else {**body, secret: None})
+            self._audit(session, body)
         return JSONResponse(body)
 
-    def _entry(self, body: dict[str, Any]) -> AuditEntry:
-        """About what the answer names or, where that is a list, what the path names."""
+    def _audit(self, session: AsyncSession, body: dict[str, Any]) -> None:
+        """Under what the answer names or, where that is a list, what the path names."""
         request = self._request
         named = body.get("id") or next(reversed(request.path_params.values()), None)
-        return AuditEntry(
+        append(
+            session,
+            AuditEntry,
             project_id=self._caller.project_id,
             key_id=self._caller.key_id,
             request_id=request.state.request_id,

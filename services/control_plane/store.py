@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,6 +14,8 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     Text,
+    TextClause,
+    bindparam,
     column,
     delete,
     event,
@@ -26,7 +28,7 @@ from sqlalchemy import (
     tuple_,
     values,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
@@ -106,15 +108,19 @@ class Store:
     def pool(self) -> QueuePool:
         return cast(QueuePool, self._engine.pool)
 
-    def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
         """A transaction of the service's own, which sees every project."""
-        return self._sessions.begin()
+        async with self._sessions.begin() as session:
+            yield session
+            await _append(session)
 
     @asynccontextmanager
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
         """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
             yield session
+            await _append(session)
 
     @asynccontextmanager
     async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
@@ -159,7 +165,7 @@ class ProjectStore:
 @event.listens_for(Session, "do_orm_execute")
 def _see_own_only(state: ORMExecuteState) -> None:
     project_id = state.session.info.get("project_id")
-    if project_id is not None:
+    if project_id is not None and state.is_orm_statement:  # no other names what is owned
         state.statement = state.statement.options(*_own(project_id, state.is_select))
 
 
@@ -186,6 +192,43 @@ def _write_own_only(session: Session, context: UOWTransaction, instances: object
             row.project_id = project_id
     for row in (*session.dirty, *session.deleted):
         assert not isinstance(row, Owned) or row.project_id == project_id
+
+
+def append(session: AsyncSession, kind: type[Base], **values: Any) -> None:
+    """A row that this transaction neither reads nor changes: such rows are written at its end, by one statement.
+
+    What keeps the books of a change (its events, its line in a log) is more rows than the change itself, and a trip
+    to the database for each would be most of a request.
+    """
+    if issubclass(kind, Owned):
+        values["project_id"] = project_of(session)
+    session.info.setdefault("appended", {}).setdefault(kind, []).append(_defaults(kind) | values)
+
+
+@cache
+def _defaults(kind: type[Base]) -> dict[str, Any]:
+    return {column.name: column.default.arg for column in kind.__table__.c if column.default is not None}
+
+
+async def _append(session: AsyncSession) -> None:
+    appended: dict[type[Base], list[dict[str, Any]]] = session.info.pop("appended", {})
+    if not appended:
+        return
+    await session.flush()  # what they refer to
+    statement = _insertion(tuple((kind, tuple(rows[0])) for kind, rows in appended.items()))
+    await session.execute(statement, {f"rows_{place}": rows for place, rows in enumerate(appended.values())})
+
+
+@lru_cache(maxsize=256)
+def _insertion(kinds: tuple[tuple[type[Base], tuple[str, ...]], ...]) -> TextClause:
+    """Rows of one kind get their ids in the order in which they are given."""
+    parts = []
+    for place, (kind, names) in enumerate(kinds):
+        table, columns = kind.__tablename__, ", ".join(names)
+        rows = f"jsonb_populate_recordset(NULL::{table}, :rows_{place})"
+        parts.append(f"insertion_{place} AS (INSERT INTO {table} ({columns}) SELECT {columns} FROM {rows})")
+    given = [bindparam(f"rows_{place}", type_=JSONB) for place in range(len(kinds))]
+    return text(f"WITH {', '.join(parts)} SELECT 1").bindparams(*given)
 
 
 def owns(session: AsyncSession, row: Owned) -> bool:

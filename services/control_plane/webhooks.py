@@ -20,6 +20,7 @@ from standardwebhooks import Webhook
 from services import outbound
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.settings import Settings
+from services.control_plane.store import append
 from services.control_plane.tables import TERMINAL, Job, Outbound, WebhookEndpoint
 from services.uri import InvalidUri, check
 
@@ -109,7 +110,7 @@ async def announce(session: AsyncSession, job: Job, to: str) -> None:
         literal(body["type"]) == any_(WebhookEndpoint.event_types),
     )
     for endpoint in await session.scalars(wanting):
-        session.add(Outbound(endpoint_id=endpoint.id, event_id=body["id"], body=body))
+        append(session, Outbound, endpoint_id=endpoint.id, event_id=body["id"], body=body)
 
 
 def event(event_type: str, job_id: str) -> dict[str, Any]:
