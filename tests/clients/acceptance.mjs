@@ -139,7 +139,7 @@ async function asked(policy, checkpoint) {
 }
 
 async function wishes(fileId) {
-  const { id } = await jobs.create({ model, training_file: fileId, method: dpo({ n_epochs: 50 }) });
+  const { id } = await jobs.create({ model, training_file: fileId, method: dpo({ n_epochs: 50, batch_size: 1 }) });
   const stepped = async () => (await all(jobs.listEvents(id))).some(({ type }) => type === "metrics");
   await waitFor(stepped, "the first step");
   await jobs.pause(id);

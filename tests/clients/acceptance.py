@@ -204,7 +204,7 @@ def asked(client: openai.OpenAI, policy: str, checkpoint: str) -> None:
 def wishes(client: openai.OpenAI, model: str, file_id: str) -> None:
     """Pause, resume, cancel."""
     jobs = client.fine_tuning.jobs
-    job = jobs.create(model=model, training_file=file_id, method=dpo(n_epochs=50))
+    job = jobs.create(model=model, training_file=file_id, method=dpo(n_epochs=50, batch_size=1))
     wait_for(lambda: any(event.type == "metrics" for event in jobs.list_events(job.id)), "the first step")
     if hasattr(jobs, "pause"):
         jobs.pause(job.id)
