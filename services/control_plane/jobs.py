@@ -24,7 +24,7 @@ from services.control_plane import webhooks
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
-from services.control_plane.store import append
+from services.control_plane.store import append, now
 from services.control_plane.tables import TERMINAL, Event, Job, Transition
 
 MOVES = {  # to: from
@@ -43,7 +43,9 @@ class Stale(Exception):
 
 async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor: str) -> Job:
     """Write the job and its first events."""
-    job = Job(
+    job = append(
+        session,
+        Job,
         id=f"ftjob-{secrets.token_hex(12)}",
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
@@ -51,8 +53,7 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor:
         traceparent=tracing.current(),
         priority=spec.priority,
     )
-    session.add(job)
-    await session.flush()
+    job.created_at = await now(session)
     _log(session, job.id, job.version, job.desired, job.observed, actor, "submitted")
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
     validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"

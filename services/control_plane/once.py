@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.errors import InFlight, InvalidRequest
 from services.control_plane.keys import Caller, digest
 from services.control_plane.store import ProjectStore, append
-from services.control_plane.tables import Answer, AuditEntry
+from services.control_plane.tables import Answer, AuditEntry, Project
 
 KEPT = timedelta(hours=24)
 RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and a little before it sends again
@@ -26,7 +26,10 @@ LONGEST_KEY = 255
 
 # Of every request that changes something; to build them takes as long as to ask them.
 NAME = func.hashtextextended(bindparam("name"), 0)
-TURN, SHARED_TURN = select(func.pg_advisory_xact_lock(NAME)), select(func.pg_advisory_xact_lock_shared(NAME))
+TURN, SHARED_TURN = (
+    select(Project, func.now().label("now"), take(NAME)).where(Project.id == bindparam("project_id"))
+    for take in (func.pg_advisory_xact_lock, func.pg_advisory_xact_lock_shared)
+)
 NEWEST_OF_SAME = (
     select(Answer)
     .where(Answer.content == bindparam("content"), Answer.request == bindparam("request"))
@@ -126,8 +129,13 @@ class Once:
     # --- silent resends ----------------------------------------------------------------------------
 
     async def _take_turn(self, session: AsyncSession, sent: str) -> None:
-        """First sends do not wait for each other; a resend waits for all, and all for it."""
-        await session.execute(TURN if self._retry_count else SHARED_TURN, {"name": f"{self._what} {sent}"})
+        """First sends do not wait for each other; a resend waits for all, and all for it.
+
+        The same trip brings what the session then knows: the project, for those who look at its limits, and the time.
+        """
+        about = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
+        turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, about)).one()
+        session.info.update(project=turn.Project, now=turn.now)
 
     async def _newest_of_same(self, session: AsyncSession, sent: str) -> Answer | None:
         """What another send led to. A first send is another's only if one of its resends overtook it on the way."""

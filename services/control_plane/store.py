@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -194,15 +194,24 @@ def _write_own_only(session: Session, context: UOWTransaction, instances: object
         assert not isinstance(row, Owned) or row.project_id == project_id
 
 
-def append(session: AsyncSession, kind: type[Base], **values: Any) -> None:
+async def now(session: AsyncSession) -> datetime:
+    """When the transaction began, which is `created_at` of all that it writes."""
+    if "now" not in session.info:
+        session.info["now"] = await session.scalar(select(func.now()))
+    return cast(datetime, session.info["now"])
+
+
+def append(session: AsyncSession, kind: type[Row], **values: Any) -> Row:
     """A row that this transaction neither reads nor changes: such rows are written at its end, by one statement.
 
     What keeps the books of a change (its events, its line in a log) is more rows than the change itself, and a trip
-    to the database for each would be most of a request.
+    to the database for each would be most of a request. What is returned is a copy.
     """
-    if issubclass(kind, Owned):
+    if issubclass(cast(type, kind), Owned):
         values["project_id"] = project_of(session)
-    session.info.setdefault("appended", {}).setdefault(kind, []).append(_defaults(kind) | values)
+    values = _defaults(kind) | values
+    session.info.setdefault("appended", {}).setdefault(kind, []).append(values)
+    return kind(**values)
 
 
 @cache
