@@ -65,17 +65,21 @@ LookupsPart = Annotated[Lookups, Depends(_lookups)]
 SenderPart = Annotated[Sender, Depends(_sender)]
 
 
-async def admit(request: Request, settings: SettingsPart, credentials: Bearer) -> Caller:
-    """Whoever asks, if the key lives, is within its rate, and has the scope that the route needs."""
+async def admit(request: Request, credentials: Bearer) -> Caller:
+    """Whoever asks, if the key lives, is within its rate, and has the scope that the route needs.
+
+    It takes its parts from the app: FastAPI would walk through dependencies again for each part that needs a caller.
+    """
+    parts = request.app.state
     if credentials is None or not credentials.credentials:
         message = "You didn't provide an API key. Send it in the header `Authorization: Bearer YOUR_KEY`."
         raise Unauthorized(message, code="invalid_api_key")
-    authentication = cast(Authentication, request.app.state.authentication)
-    caller = request.state.caller = await authentication.caller(credentials.credentials)
+    caller = request.state.caller = await cast(Authentication, parts.authentication).caller(credentials.credentials)
+    settings = cast(Settings, parts.settings)
     _check_named(request, "organization", settings.organization)
     _check_named(request, "project", caller.project_id)
     if limit := caller.requests_per_minute or settings.requests_per_minute:
-        request.state.headers |= cast(Rates, request.app.state.rates).take(caller.key_id, limit)
+        request.state.headers |= cast(Rates, parts.rates).take(caller.key_id, limit)
     _check_scope(request, caller)
     return caller
 
@@ -117,15 +121,15 @@ async def check_query(request: Request) -> None:
             raise InvalidRequest(f"Unknown parameter: '{name:.80}'.", param=name[:80], code="unknown_parameter")
 
 
-async def _project_store(store: ServiceStorePart, caller: CallerPart) -> ProjectStore:
-    return ProjectStore(store, caller.project_id)
+async def _project_store(request: Request, caller: CallerPart) -> ProjectStore:
+    return ProjectStore(request.app.state.store, caller.project_id)
 
 
 StorePart = Annotated[ProjectStore, Depends(_project_store)]
 
 
-async def _once(request: Request, store: StorePart, caller: CallerPart) -> Once:
-    return Once(request, store, caller)
+async def _once(request: Request, caller: CallerPart) -> Once:
+    return Once(request, await _project_store(request, caller), caller)
 
 
 OncePart = Annotated[Once, Depends(_once)]
