@@ -1,6 +1,7 @@
 """Runs of W&B: files written offline, read back record by record, and a server that cannot be reached."""
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from services import storage
@@ -19,6 +21,14 @@ from tests.services.training.wandb_server import WandbServer
 from tests.services.web import running
 
 OPTIONS = Wandb(project="my project", name="first", entity="team", tags=("a", "b"))
+
+
+@pytest.fixture(autouse=True)
+def no_service_is_left() -> Iterator[None]:
+    """What other tests start would find it by the environment, and in it the runs of these."""
+    yield
+    wandb.teardown()
+    assert "WANDB_SERVICE" not in os.environ
 
 
 def follow(spec: AttemptSpec, status: Any, seconds: float = 60) -> list[str]:
