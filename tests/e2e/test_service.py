@@ -139,10 +139,14 @@ def address(service: Service) -> Iterator[Address]:
     proxy.close()
 
 
-def test_the_round_of_the_python_client(address: Address) -> None:
-    assert run_python(installed.PYTHON[-1], address).endswith("all passed")
+@pytest.mark.parametrize(
+    "version", [*(pytest.param(older, marks=pytest.mark.long) for older in installed.PYTHON[:-1]), installed.PYTHON[-1]]
+)
+def test_the_round_of_a_python_client(address: Address, version: str) -> None:
+    assert run_python(version, address) == f"openai {version}: all passed"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_node(), reason="node and npm are not installed")
 def test_the_round_of_the_node_client(address: Address) -> None:
     assert run_node(address).endswith("all passed")
