@@ -43,9 +43,7 @@ class Stale(Exception):
 
 async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor: str) -> Job:
     """Write the job and its first events."""
-    job = append(
-        session,
-        Job,
+    job = Job(
         id=f"ftjob-{secrets.token_hex(12)}",
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
@@ -53,6 +51,7 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor:
         traceparent=tracing.current(),
         priority=spec.priority,
     )
+    append(session, job)
     job.created_at = await now(session)
     _log(session, job.id, job.version, job.desired, job.observed, actor, "submitted")
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
@@ -168,8 +167,8 @@ async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
 def _log(
     session: AsyncSession, job_id: str, version: int, desired: str, observed: str, actor: str, reason: str
 ) -> None:
-    row = {"job_id": job_id, "version": version, "desired": desired, "observed": observed}
-    append(session, Transition, **row, actor=actor, reason=reason)
+    row = Transition(job_id=job_id, version=version, desired=desired, observed=observed, actor=actor, reason=reason)
+    append(session, row)
 
 
 def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
@@ -200,7 +199,7 @@ def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
     """An event of the service's own."""
-    append(session, Event, public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data)
+    append(session, Event(public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data))
 
 
 def new_event_id() -> str:

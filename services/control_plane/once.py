@@ -74,18 +74,17 @@ class Once:
                 header = "x-raydpo-deduplicated" if key is None else "idempotent-replayed"
                 return JSONResponse(earlier.body, headers={header: "true"})
             body = await work(session)
-            kept = {"idempotency_key": key, "request": self._what, "content": sent, "retry_count": self._retry_count}
-            append(session, Answer, **kept, body=body if secret is None else {**body, secret: None})
-            self._audit(session, body)
+            kept = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
+            kept.body = body if secret is None else {**body, secret: None}
+            append(session, kept)
+            append(session, self._entry(body))
         return JSONResponse(body)
 
-    def _audit(self, session: AsyncSession, body: dict[str, Any]) -> None:
-        """Under what the answer names or, where that is a list, what the path names."""
+    def _entry(self, body: dict[str, Any]) -> AuditEntry:
+        """About what the answer names or, where that is a list, what the path names."""
         request = self._request
         named = body.get("id") or next(reversed(request.path_params.values()), None)
-        append(
-            session,
-            AuditEntry,
+        return AuditEntry(
             project_id=self._caller.project_id,
             key_id=self._caller.key_id,
             request_id=request.state.request_id,

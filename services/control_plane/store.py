@@ -187,11 +187,15 @@ def _write_own_only(session: Session, context: UOWTransaction, instances: object
     if project_id is None:
         return
     for row in session.new:
-        if isinstance(row, Owned):
-            assert row.project_id in (None, project_id)
-            row.project_id = project_id
+        _claim(row, project_id)
     for row in (*session.dirty, *session.deleted):
         assert not isinstance(row, Owned) or row.project_id == project_id
+
+
+def _claim(row: object, project_id: str) -> None:
+    if isinstance(row, Owned):
+        assert row.project_id in (None, project_id)
+        row.project_id = project_id
 
 
 async def now(session: AsyncSession) -> datetime:
@@ -201,42 +205,49 @@ async def now(session: AsyncSession) -> datetime:
     return cast(datetime, session.info["now"])
 
 
-def append(session: AsyncSession, kind: type[Row], **values: Any) -> Row:
-    """A row that this transaction neither reads nor changes: such rows are written at its end, by one statement.
+def append(session: AsyncSession, row: Base) -> None:
+    """Add a row that no query of this transaction reads: such rows are written at its end, by one statement.
 
     What keeps the books of a change (its events, its line in a log) is more rows than the change itself, and a trip
-    to the database for each would be most of a request. What is returned is a copy.
+    to the database for each would be most of a request. What the database fills in stays unknown here.
     """
-    if issubclass(cast(type, kind), Owned):
-        values["project_id"] = project_of(session)
-    values = _defaults(kind) | values
-    session.info.setdefault("appended", {}).setdefault(kind, []).append(values)
-    return kind(**values)
+    if (project_id := session.info.get("project_id")) is not None:
+        _claim(row, project_id)
+    for name, default in _columns(type(row)).items():
+        if getattr(row, name) is None:
+            setattr(row, name, default)
+    session.info.setdefault("appended", {}).setdefault(type(row), []).append(row)
 
 
 @cache
-def _defaults(kind: type[Base]) -> dict[str, Any]:
-    return {column.name: column.default.arg for column in kind.__table__.c if column.default is not None}
+def _columns(kind: type[Base]) -> dict[str, Any]:
+    """What the database does not fill in, with its default here."""
+    own = (column for column in kind.__table__.c if column.server_default is None)
+    return {column.name: getattr(column.default, "arg", None) for column in own}
 
 
 async def _append(session: AsyncSession) -> None:
-    appended: dict[type[Base], list[dict[str, Any]]] = session.info.pop("appended", {})
+    appended: dict[type[Base], list[Base]] = session.info.pop("appended", {})
     if not appended:
         return
     await session.flush()  # what they refer to
-    statement = _insertion(tuple((kind, tuple(rows[0])) for kind, rows in appended.items()))
-    await session.execute(statement, {f"rows_{place}": rows for place, rows in enumerate(appended.values())})
+    given = {
+        f"rows_of_{kind.__tablename__}": [{name: getattr(row, name) for name in _columns(kind)} for row in rows]
+        for kind, rows in appended.items()
+    }
+    await session.execute(_insertion(tuple(appended)), given)
 
 
 @lru_cache(maxsize=256)
-def _insertion(kinds: tuple[tuple[type[Base], tuple[str, ...]], ...]) -> TextClause:
+def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
     """Rows of one kind get their ids in the order in which they are given."""
-    parts = []
-    for place, (kind, names) in enumerate(kinds):
-        table, columns = kind.__tablename__, ", ".join(names)
-        rows = f"jsonb_populate_recordset(NULL::{table}, :rows_{place})"
-        parts.append(f"insertion_{place} AS (INSERT INTO {table} ({columns}) SELECT {columns} FROM {rows})")
-    given = [bindparam(f"rows_{place}", type_=JSONB) for place in range(len(kinds))]
+    parts, given = [], []
+    for kind in kinds:
+        table, columns = kind.__tablename__, ", ".join(_columns(kind))
+        rows = bindparam(f"rows_of_{table}", type_=JSONB)
+        source = f"jsonb_populate_recordset(NULL::{table}, :{rows.key})"
+        parts.append(f"new_{table} AS (INSERT INTO {table} ({columns}) SELECT {columns} FROM {source})")
+        given.append(rows)
     return text(f"WITH {', '.join(parts)} SELECT 1").bindparams(*given)
 
 

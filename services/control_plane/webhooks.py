@@ -110,7 +110,7 @@ async def announce(session: AsyncSession, job: Job, to: str) -> None:
         literal(body["type"]) == any_(WebhookEndpoint.event_types),
     )
     for endpoint in await session.scalars(wanting):
-        append(session, Outbound, endpoint_id=endpoint.id, event_id=body["id"], body=body)
+        append(session, Outbound(endpoint_id=endpoint.id, event_id=body["id"], body=body))
 
 
 def event(event_type: str, job_id: str) -> dict[str, Any]:

@@ -3,38 +3,13 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
-import psycopg
 import pytest
 from sqlalchemy import event, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.store import Store, append, migrate
-from services.control_plane.tables import DEFAULT_PROJECT, Answer, Event
-
-JOB = "INSERT INTO jobs (id, project_id, spec, model_source, model_root, priority, desired, observed, version) VALUES"
-
-
-@pytest.fixture
-def job_id(database_url: str, request: pytest.FixtureRequest) -> str:
-    migrate(database_url)
-    job_id = f"ftjob-{request.node.name:.40}"
-    with psycopg.connect(database_url) as connection:
-        connection.execute(f"{JOB} (%s, %s, '{{}}', '/m', 'm', 0, 'run', 'queued', 1)", [job_id, DEFAULT_PROJECT])
-    return job_id
-
-
-@pytest.fixture
-def statements() -> Iterator[list[str]]:
-    """What the database is sent, in order."""
-    sent: list[str] = []
-
-    def note(*given: object) -> None:
-        sent.append(str(given[2]))
-
-    event.listen(Engine, "before_cursor_execute", note)
-    yield sent
-    event.remove(Engine, "before_cursor_execute", note)
+from services.control_plane.tables import DEFAULT_PROJECT, Answer, Event, Job
 
 
 def in_one(database_url: str, work: Callable[[AsyncSession], Awaitable[None]]) -> None:
@@ -51,6 +26,31 @@ def in_one(database_url: str, work: Callable[[AsyncSession], Awaitable[None]]) -
     asyncio.run(run())
 
 
+@pytest.fixture
+def job_id(database_url: str, request: pytest.FixtureRequest) -> str:
+    migrate(database_url)
+    job = Job(id=f"ftjob-{request.node.name:.40}", spec={}, model_source="/m", model_root="m")
+
+    async def add(session: AsyncSession) -> None:
+        session.add(job)
+
+    in_one(database_url, add)
+    return job.id
+
+
+@pytest.fixture
+def statements() -> Iterator[list[str]]:
+    """What the database is sent, in order."""
+    sent: list[str] = []
+
+    def note(*given: object) -> None:
+        sent.append(str(given[2]))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    yield sent
+    event.remove(Engine, "before_cursor_execute", note)
+
+
 def test_they_are_written_in_their_order_by_one_statement_at_the_end(
     database_url: str, job_id: str, statements: list[str]
 ) -> None:
@@ -58,11 +58,13 @@ def test_they_are_written_in_their_order_by_one_statement_at_the_end(
     body = {"n": 0.1, "none": None, "list": [1, "2"]}
 
     async def write(session: AsyncSession) -> None:
-        copy = append(session, Answer, request="r", content=job_id, retry_count=0, body=body)
-        assert copy.project_id == DEFAULT_PROJECT
+        answer = Answer(request="r", content=job_id, retry_count=0, body=body)
+        append(session, answer)
+        assert answer.project_id == DEFAULT_PROJECT
         for number, message in enumerate(said):
-            told = {"public_id": f"{job_id}-{number}", "job_id": job_id, "message": message}
-            append(session, Event, **told, data={"step": number} if number else None)
+            told = Event(public_id=f"{job_id}-{number}", job_id=job_id, message=message)
+            told.data = {"step": number} if number else None
+            append(session, told)
         assert statements == []
 
     async def read(session: AsyncSession) -> None:
@@ -81,7 +83,7 @@ def test_they_are_written_in_their_order_by_one_statement_at_the_end(
 
 def test_nothing_is_written_where_the_transaction_fails(database_url: str, job_id: str, statements: list[str]) -> None:
     async def fail(session: AsyncSession) -> None:
-        append(session, Event, public_id=job_id, job_id=job_id, message="never")
+        append(session, Event(public_id=job_id, job_id=job_id, message="never"))
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
