@@ -52,8 +52,13 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | InvalidRow]:
-    """Every line that is not blank, or why it is no row."""
-    for number, line in enumerate(lines, first_line):
+    """Every line that is not blank, or why it is no row. What `read_lines` cuts off a longer line is left out."""
+    number, ended = first_line - 1, True
+    for line in lines:
+        begins, ended = ended, len(line) <= MAX_LINE_BYTES or line.endswith(b"\n")
+        if not begins:
+            continue
+        number += 1
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
