@@ -1,13 +1,13 @@
 """Groups that a file holds again, or the other way round. Standard library only.
 
-Texts are kept as 64-bit digests, in a database on disk that is gone with its object: a billion rows need no memory.
+Texts are kept as 64-bit hashes, Python's own, which are keyed anew in each process, in a database on disk that is gone
+with its object: a billion rows need no memory.
 """
 
 import marshal
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
@@ -44,6 +44,7 @@ def find_duplicates(groups: Iterable[Group]) -> Duplicates:
         rows = map(_row, groups)
         while some := list(islice(rows, AT_A_TIME)):
             database.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?)", some)
+        database.execute(_OF_ONE_PROMPT)
         return Duplicates(
             prompts=_named(database, _AGAIN.format(what="prompt")),
             groups=_named(database, _AGAIN.format(what="prompt, completions")),
@@ -53,15 +54,19 @@ def find_duplicates(groups: Iterable[Group]) -> Duplicates:
         database.close()
 
 
+_OF_ONE_PROMPT = """
+    CREATE TABLE alike AS
+    SELECT * FROM groups WHERE prompt IN (SELECT prompt FROM groups GROUP BY prompt HAVING count(*) > 1) ORDER BY rowid
+"""
 _AGAIN = """
-    SELECT line FROM (SELECT line, row_number() OVER (PARTITION BY {what} ORDER BY line, rowid) AS place FROM groups)
+    SELECT line FROM (SELECT line, row_number() OVER (PARTITION BY {what} ORDER BY line, rowid) AS place FROM alike)
     WHERE place > 1
 """
 _TURNED = """
     SELECT line FROM (
         SELECT line, best, first_value(best) OVER (
             PARTITION BY prompt, min(best, worst), max(best, worst) ORDER BY line, rowid
-        ) AS first FROM groups WHERE best != worst
+        ) AS first FROM alike WHERE best != worst
     )
     WHERE best != first
 """
@@ -82,5 +87,4 @@ def _row(group: Group) -> tuple[int, int, int, int, int]:
 
 
 def _digest(value: Any) -> int:
-    written = marshal.dumps(value, 0)  # of what JSON can hold, in a seventh of the time that repr takes
-    return int.from_bytes(blake2b(written, digest_size=8).digest(), "big", signed=True)
+    return hash(marshal.dumps(value, 0))  # of what JSON can hold, in a seventh of the time that repr takes

@@ -26,8 +26,7 @@ _REMEDIES = {
     "refusal": "is not supported yet; remove it.",
     "audio": "is not supported yet; remove it.",
 }
-_PLAIN_KEYS = {"role", "content"}
-_MESSAGE_KEYS = {*_PLAIN_KEYS, "name", "weight", *_OWNERS, *_REMEDIES}
+_MESSAGE_KEYS = {"role", "content", "name", "weight", *_OWNERS, *_REMEDIES}
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -74,16 +73,16 @@ def _list_of(row: Row, pointer: str, value: object) -> list[Message]:
 def _message(row: Row, pointer: str, value: object) -> Message:
     if not isinstance(value, dict):
         raise row.invalid(pointer, "wrong_type", "must be a message: a dictionary with role and content.")
-    texts = all(isinstance(item, str) for item in value.values())
-    if texts and value.keys() == _PLAIN_KEYS and value["role"] in _ROLES:  # nearly all: nothing else to check
-        return {"role": _ROLES[value["role"]], "content": value["content"]}
-    role = _role(row, pointer, value.get("role"))
+    role, content = value.get("role"), value.get("content")
+    if len(value) == 2 and isinstance(role, str) and isinstance(content, str) and role in _ROLES:
+        return {"role": _ROLES[role], "content": content}  # as nearly all are: nothing else to check
+    role = _role(row, pointer, role)
     _refuse_keys(row, pointer, value, role)
     weight = value.get("weight")
     if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
         raise row.invalid(f"{pointer}/weight", "invalid_weight", "must be 0 or 1, on an assistant message.")
     calls = calls_of(row, f"{pointer}/tool_calls", value.get("tool_calls"))
-    content = "" if calls and value.get("content") is None else value.get("content")
+    content = "" if calls and content is None else content
     message: Message = {"role": role, "content": _content(row, f"{pointer}/content", content)}
     if value.get("name") is not None:
         message["name"] = string_of(row, f"{pointer}/name", value["name"])

@@ -94,18 +94,14 @@ class _Counts:
             self.add_problem(record.problem)
 
     def _count(self, group: Group) -> None:
-        best, worst = _length(group.completions[0]), _length(group.completions[-1])
-        found = {
-            "num_groups": True,
-            "num_identical": len(group.completions) > 1 and all(c == group.completions[0] for c in group.completions),
-            "num_tied": is_tied(group),
-            "num_margins": group.margin is not None,
-            "num_chosen_longer": best > worst,
-            "num_rejected_longer": worst > best,
-        }
-        for name, holds in found.items():
-            if holds:
-                self.of_groups[name] += 1
+        completions, found = group.completions, self.of_groups
+        best, worst = _length(completions[0]), _length(completions[-1])
+        found["num_groups"] += 1
+        found["num_identical"] += 1 < len(completions) == completions.count(completions[0])
+        found["num_tied"] += is_tied(group)
+        found["num_margins"] += group.margin is not None
+        found["num_chosen_longer"] += best > worst
+        found["num_rejected_longer"] += worst > best
 
     def add_problem(self, found: InvalidRow) -> None:
         known = self.problems.get(found.code)
@@ -128,4 +124,4 @@ class _Counts:
 
 
 def _length(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+    return len(text) if isinstance(text, str) else sum([len(message["content"]) for message in text])

@@ -39,6 +39,7 @@ def in_tasks(
     kind = type(items[0])
 
     def work_on(row: dict[str, str]) -> dict[str, str]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process has one core
         return {"result": work(kind.model_validate_json(row["item"])).model_dump_json()}
 
     # Beside training each is a task of its own: one that holds many in a row would keep the next of them waiting.
