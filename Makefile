@@ -54,8 +54,8 @@ lint: setup ## style, and who imports whom
 types: setup ## mypy, strict
 	@$(BIN)/mypy
 
-test: setup ## every test
-	@$(BIN)/pytest
+test: setup ## every test, two files at a time
+	@$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 check: lint types test ## all that CI runs before the demo
 

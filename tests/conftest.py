@@ -14,6 +14,11 @@ import pytest
 from services.local.postgres import start_postgres, stop_postgres
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need minutes come first: of two processes that share all files, none then works alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     # Not in pytest's folder: the next pytest closes that to all but its owner, and as root the server is another user.
