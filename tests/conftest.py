@@ -16,6 +16,8 @@ from services.local.postgres import start_postgres, stop_postgres
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that need minutes come first: of two processes that share all files, none then works alone at the end."""
+    if len({item.nodeid for item in items}) < len(items):
+        raise pytest.UsageError("Several tests have the same name, of which two processes would run one only.")
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
