@@ -24,7 +24,7 @@ from transformers import (
 from dpo_core.config import Lora
 from dpo_core.options import InvalidOption, Objective
 
-WORDS_REMEMBERED = 100_000  # with their ids, by a tokenizer: with its own 10,000 text takes up to a fifth longer
+WORDS_REMEMBERED = 100_000  # with their ids, by a tokenizer: with its own 10,000 text takes up to a quarter longer
 
 
 def load_policy(
