@@ -82,7 +82,8 @@ def _message(row: Row, pointer: str, value: object) -> Message:
     if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
         raise row.invalid(f"{pointer}/weight", "invalid_weight", "must be 0 or 1, on an assistant message.")
     calls = calls_of(row, f"{pointer}/tool_calls", value.get("tool_calls"))
-    content = "" if calls and content is None else content
+    if calls and content is None:
+        content = ""
     message: Message = {"role": role, "content": _content(row, f"{pointer}/content", content)}
     if value.get("name") is not None:
         message["name"] = string_of(row, f"{pointer}/name", value["name"])

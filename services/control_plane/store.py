@@ -232,22 +232,21 @@ async def _append(session: AsyncSession) -> None:
         return
     await session.flush()  # what they refer to
     given = {
-        f"rows_of_{kind.__tablename__}": [{name: getattr(row, name) for name in _columns(kind)} for row in rows]
+        kind.__tablename__: [{name: getattr(row, name) for name in _columns(kind)} for row in rows]
         for kind, rows in appended.items()
     }
     await session.execute(_insertion(tuple(appended)), given)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
-    """Rows of one kind get their ids in the order in which they are given."""
-    parts, given = [], []
+    """Its parameters are named as their tables. Rows of one kind get their ids in the order in which they are given."""
+    parts = []
     for kind in kinds:
         table, columns = kind.__tablename__, ", ".join(_columns(kind))
-        rows = bindparam(f"rows_of_{table}", type_=JSONB)
-        source = f"jsonb_populate_recordset(NULL::{table}, :{rows.key})"
+        source = f"jsonb_populate_recordset(NULL::{table}, :{table})"
         parts.append(f"new_{table} AS (INSERT INTO {table} ({columns}) SELECT {columns} FROM {source})")
-        given.append(rows)
+    given = [bindparam(kind.__tablename__, type_=JSONB) for kind in kinds]
     return text(f"WITH {', '.join(parts)} SELECT 1").bindparams(*given)
 
 
