@@ -9,8 +9,11 @@ STAMP := .venv/.installed-$(ACCELERATOR)
 # PyTorch publishes its CPU build here; PyPI's build needs CUDA's packages.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# Where it is set, each process would compile our code anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-data bench-scoring fmt lint types test check pins
+.PHONY: help setup demo bench bench-data bench-scoring fmt lint types test test-fast check pins
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,8 +57,11 @@ lint: setup ## style, and who imports whom
 types: setup ## mypy, strict
 	@$(BIN)/mypy
 
-test: setup ## every test, two files at a time
-	@$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+test: setup ## every test: those that need a Ray one at a time, the others beside them
+	@$(BIN)/pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+
+test-fast: setup ## while working: no Ray, and nothing that takes seconds
+	@$(BIN)/pytest --numprocesses=2 --dist=loadgroup -m 'not long and not ray and not slow'
 
 check: lint types test ## all that CI runs before the demo
 

@@ -77,7 +77,7 @@ class Integrations(Contract):
 # --- a job, as the driver sees it --------------------------------------------------------
 
 ReferenceSource = Literal["auto", "serve", "trainer"]
-"""Who scores the reference: its deployment, the trainer's own forward, or (auto) the first if the two agree."""
+"""Who scores the reference: its deployment, the trainer's own forward, or (auto) that of them which ends sooner."""
 
 
 MIN_EXAMPLES = 10  # rows of a training file
@@ -117,7 +117,7 @@ class AttemptSpec(Contract):
     validation_uri: str | None = None  # an uploaded file
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
-    reference: str | None = None  # app_name of the deployment that scores; None: none does
+    reference: str | None = None  # app_name of the deployment that scores, or may; None: none does
     reference_source: ReferenceSource = "auto"
     reference_dtype: str = "float32"  # that its deployment computes in
     run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
@@ -166,6 +166,12 @@ class Progress(Contract):
     stage: Stage
     done: int
     total: int
+
+
+class ReferenceWanted(Contract):
+    """The attempt needs the deployment of its reference from now on, and waits until it is loaded."""
+
+    kind: Literal["reference wanted"] = "reference wanted"
 
 
 class ReferenceReleased(Contract):
@@ -243,6 +249,7 @@ class CheckResult(Contract):
 Report = Annotated[
     Message
     | Progress
+    | ReferenceWanted
     | ReferenceReleased
     | Started
     | StepMetrics

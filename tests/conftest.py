@@ -1,5 +1,6 @@
 """One PostgreSQL for the whole run, a database of its own for each module that asks; a disk that fills up."""
 
+import os
 import secrets
 import shutil
 import subprocess
@@ -12,13 +13,26 @@ import psycopg
 import pytest
 
 from services.local.postgres import start_postgres, stop_postgres
+from tests import figures, reaper
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return  # one of several processes, which inherits the mark
+    os.environ[reaper.MARK] = secrets.token_hex(8)
+    reaper.start(os.getpid(), os.environ[reaper.MARK])
+    config.pluginmanager.register(figures.Figures(config))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need minutes come first: of two processes that share all files, none then works alone at the end."""
+    """Of two processes one runs what needs a Ray, a file at a time and the Ray shared, the other all else."""
     if len({item.nodeid for item in items}) < len(items):
         raise pytest.UsageError("Several tests have the same name, of which two processes would run one only.")
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuning
         task = bar.add_task("waiting", total=None, detail="")
         metrics: Mapping[str, Any] = {}
         printed_at = 0.0
-        for told in _follow(client, job_id):
+        for told in follow(client, job_id):
             match told["object"]:
                 case "fine_tuning.job":
                     break
@@ -56,7 +56,7 @@ def metrics_line(metrics: Mapping[str, Any]) -> str:
     return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if metrics.get(key) is not None)
 
 
-def _follow(client: "OpenAI", job_id: str) -> Iterator[dict[str, Any]]:
+def follow(client: "OpenAI", job_id: str) -> Iterator[dict[str, Any]]:
     """All that the job's stream tells. It goes on where it was when the service restarts."""
     seen: dict[str, str] = {}
     while True:

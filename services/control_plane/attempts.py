@@ -19,11 +19,12 @@ from services.contract import (
     Paused,
     Progress,
     ReferenceReleased,
+    ReferenceWanted,
     Started,
     StepMetrics,
     Succeeded,
 )
-from services.control_plane import jobs, models, telemetry
+from services.control_plane import deployments, jobs, models, telemetry
 from services.control_plane.errors import Fenced, InvalidRequest
 from services.control_plane.settings import Settings
 from services.control_plane.tables import Attempt, Checkpoint, Event, Job
@@ -132,6 +133,10 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await _tell_reported(session, attempt, event, report.message, level=report.level)
         case Progress():
             await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
+        case ReferenceWanted():
+            start = models.start_of(await session.get_one(Job, attempt.job_id))
+            attempt.reference = start.app_name
+            await deployments.use(session, start)
         case ReferenceReleased():
             attempt.reference = None
         case Started():

@@ -11,7 +11,6 @@ from services.contract import AttemptSpec, JobEvent, JobSpec, Message
 from services.control_plane import attempts, deployments, files, jobs, models, telemetry
 from services.control_plane.decision import Decision
 from services.control_plane.launcher import AttemptStatus, Launcher
-from services.control_plane.models import NamedModel
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -69,11 +68,13 @@ class Executor:
     # --- attempts ---------------------------------------------------------------------------
 
     async def _open(self, job: Job, number: int) -> Attempt:
-        """Write the attempt, and wish its reference served, in one transaction."""
-        start = NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
-        spec = JobSpec.model_validate(job.spec)
-        served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
-        reference = start.app_name if served else None
+        """Write the attempt and, where it insists on a served reference, wish that served, in one transaction.
+
+        An attempt that may choose asks for its reference when it has found that this pays.
+        """
+        start, spec = models.start_of(job), JobSpec.model_validate(job.spec)
+        insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
+        reference = start.app_name if insists else None
         accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
@@ -96,6 +97,7 @@ class Executor:
                 training_uri = (await session.get_one(File, spec.training_file)).uri
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
         run_uri = self._run_uri(job)
+        may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         attempt_spec = AttemptSpec(
             job_id=job.id,
             attempt=attempt.number,
@@ -107,7 +109,7 @@ class Executor:
             validation_uri=held_out.uri if held_out else None,
             validation_share=spec.validation_share,
             model_source=job.model_source,
-            reference=attempt.reference,
+            reference=models.start_of(job).app_name if may_be_served else None,
             reference_source=spec.reference_source,
             reference_dtype=self._settings.dtype,
             traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),

@@ -68,7 +68,7 @@ class Launcher:
 
     async def _submit(self, submission_id: str, program: str, uri: str, environment: dict[str, str]) -> None:
         body = {
-            "entrypoint": f"exec python -m {program} {shlex.quote(uri)}",
+            "entrypoint": f"exec python -m services.forkserver.client --wait -m {program} {shlex.quote(uri)}",
             "submission_id": submission_id,
             "runtime_env": {"env_vars": environment},
         }

@@ -32,6 +32,11 @@ class NamedModel:
         return f"{re.sub('[^A-Za-z0-9]+', '-', self.id)[:40].strip('-').lower()}-{digest}"
 
 
+def start_of(job: Job) -> NamedModel:
+    """The model that the job trains from, which is also its reference."""
+    return NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
+
+
 STARTED_AT = datetime.now(UTC)  # base models have no birthday of their own
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from services import forkserver
 from services.local.errors import StackError
 
 MARK = "RAYDPO_STACK"
@@ -128,7 +129,7 @@ def _command(head: RayHead, ports: list[int]) -> list[str]:
         "num-cpus": max(8, 4 * (os.cpu_count() or 1)),
         "object-store-memory": min(max(memory // 16, 2**29), 2**33),
     }
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start"]
+    ray = [sys.executable, "-m", "services.forkserver.start_ray", "start"]
     flags = ["--head", "--block", "--disable-usage-stats", "--no-monitor"]
     return [*ray, *flags, *(f"--{name}={value}" for name, value in options.items())]
 
@@ -137,6 +138,7 @@ def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str,
     inherited = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
     return inherited | {
         MARK: head.mark,
+        forkserver.VARIABLE: f"{head.folder}/fork.sock",
         "SPT_NOENV": "1",  # workers rename themselves; without this the new name overwrites the mark
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "TMPDIR": head.folder,  # what killed processes leave behind goes with the folder

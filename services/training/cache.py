@@ -113,8 +113,7 @@ def _claim(uri: str) -> Any:
     """None if another driver of the cluster has it."""
     name = f"prepare {key(uri=uri)}"
     try:
-        claim = ray.remote(_Claim).options(name=name, namespace="raydpo", num_cpus=0).remote()
+        # The name is taken when this returns; nobody waits for the process.
+        return ray.remote(_Claim).options(name=name, namespace="raydpo", num_cpus=0).remote()
     except ValueError:
         return None
-    ray.get(claim.__ray_ready__.remote())
-    return claim

@@ -69,6 +69,10 @@ class Dataset(Contract):
         return sum(part.num_groups for part in self.parts)
 
     @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
     def num_rows(self) -> list[int]:
         return [part.num_rows for part in self.parts]
 

@@ -5,6 +5,8 @@ user cancels. An attempt that ends in another way, with a traceback in the log, 
 the last checkpoint.
 """
 
+import importlib
+import json
 import logging
 import os
 import sys
@@ -16,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from services import storage
+from services import forkserver, storage
 from services.contract import AttemptSpec, Failed, Paused, Progress, Report, Succeeded
 from services.training.dataset import Data, Dataset
 from services.training.integrations import actors
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "RAYDPO_ATTEMPT_TOKEN"
 STATUSES = {"succeeded": 0, "failed": 1, "paused": PAUSED}
+TRAINER = "services.training.trainer"
 CLOSE_SECONDS = 30.0
 WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the last checkpoint
 
@@ -43,7 +47,9 @@ def main(spec_uri: str) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, and some are signed
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
     keep_logs(spec.run_uri, spec.attempt, "driver")
-    ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": _environment()})
+    _keep_environment_to_itself()
+    ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
+    _in_thread(lambda: importlib.import_module(TRAINER))  # takes two seconds, in which the file is encoded
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
     followers = actors.start(spec, reporter)
     obedience = Obedience(reporter, followers)
@@ -118,7 +124,8 @@ def train(
 ) -> Succeeded | Failed | Paused:
     """The last checkpoint's policy. Workers publish checkpoints themselves, so Ray Train stores nothing of worth."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+
+    from services.training.trainer import Trainer
 
     def work_here() -> Succeeded | Failed | Paused:
         from services.training.worker import work
@@ -127,7 +134,7 @@ def train(
 
     resources = {"CPU": 1.0} | ({"GPU": spec.num_gpus_per_worker} if spec.num_gpus_per_worker else {})
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             work_here,
             scaling_config=ScalingConfig(
                 num_workers=spec.num_workers, use_gpu=bool(spec.num_gpus_per_worker), resources_per_worker=resources
@@ -163,15 +170,19 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
     return future
 
 
-def _environment() -> dict[str, str]:
-    """Of every process that this attempt starts."""
-    address = os.environ.get("RAY_ADDRESS")
-    return {
-        # Otherwise OpenMP's threads spin while they wait: a step takes 25 times longer on a busy machine.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        # Ray Train's PlacementGroupCleaner looks for a Ray by itself, and stumbles where it finds two.
-        **({"RAY_ADDRESS": address} if address else {}),
-    }
+def _keep_environment_to_itself() -> None:
+    """The attempt's token is the driver's alone, and a worker with an environment of its own starts more slowly."""
+    if config := os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR):
+        kept = {key: value for key, value in json.loads(config).items() if key != "runtime_env"}
+        os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = json.dumps(kept)
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """Of every process that this attempt starts; forks of a server have it from there."""
+    if forkserver.VARIABLE in os.environ:
+        return None
+    # Otherwise OpenMP's threads spin while they wait: a step takes 25 times longer on a busy machine.
+    return {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
 def _start_reporter(spec: AttemptSpec, token: str) -> Any:

@@ -1,6 +1,8 @@
 """The reference as the trainer computes it: the policy's own forward, before it is trained. Runs in Ray tasks."""
 
 import functools
+import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
     """Writes the scores of a part to the folder `uri`."""
     from dpo_core.scorer import score_reference
 
+    _use_cores(alone=len(dataset.parts) == 1)
     groups = list(read_part(dataset, part))
     scored = score_reference(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
     return write_scores(uri, part, scored)
@@ -29,6 +32,22 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
     from dpo_core.scorer import reference_token_logps
 
     return reference_token_logps(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
+
+
+def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:
+    """How fast the forward is, once the model is loaded and has computed for the first time."""
+    _use_cores(alone=True)
+    token_logps(spec, groups[:1])
+    began = time.perf_counter()
+    token_logps(spec, groups)
+    return sum(group.num_tokens for group in groups) / (time.perf_counter() - began)
+
+
+def _use_cores(*, alone: bool) -> None:
+    """All that there are, where no other part is scored beside; Ray's own count is the one CPU that a task reserves."""
+    import torch
+
+    torch.set_num_threads((os.cpu_count() or 1) if alone else 1)
 
 
 def _reference(spec: AttemptSpec) -> "PreTrainedModel":

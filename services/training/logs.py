@@ -48,7 +48,8 @@ def keep_logs(run_uri: str, attempt: int, source: str) -> None:
         logger.warning("The output of %s goes to %s, which are no files: no log of it is kept.", source, links)
         return
     uri = storage.join(run_uri, "logs", str(attempt), source)
-    command = [sys.executable, "-m", "services.training.logs", uri, str(os.getpid()), *files]
+    command = [sys.executable, "-m", "services.forkserver.client", "--wait", "-m", "services.training.logs"]
+    command += [uri, str(os.getpid()), *files]
     # The shell leaves it behind in a session of its own: Ray kills the children of a process that ends.
     subprocess.run(
         ["sh", "-c", '"$@" &', "sh", *command],

@@ -1,5 +1,6 @@
 """A job's data, ready to train on: read, encoded and scored, each of these once for all jobs on the same bytes."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import distributions, version
@@ -8,8 +9,8 @@ import ray
 
 from dpo_core.encode import EncodedGroup
 from services import storage
-from services.contract import AttemptSpec, Contract, Failed, Message, ReferenceReleased, Report
-from services.training import cache, dataset, forward, parity, source
+from services.contract import AttemptSpec, Contract, Failed, Message, ReferenceReleased, ReferenceWanted, Report
+from services.training import cache, dataset, forward, parity, rates, source
 from services.training.dataset import Dataset, Part
 from services.training.encoding import (
     Encoded,
@@ -21,6 +22,7 @@ from services.training.encoding import (
     refuse_unusable,
     tell,
 )
+from services.training.rates import Rate
 from services.training.reporting import JobFailed
 from services.training.scoring import (
     Reference,
@@ -34,6 +36,7 @@ from services.training.stream import Stream, streamed
 from services.training.tasks import in_tasks
 
 ENCODING, SCORING = 2, 1  # raised when the same input becomes something else
+NUM_TIMED_GROUPS = 8
 SCORES_FOUND = "The reference's scores were found in the cache."
 
 
@@ -142,25 +145,47 @@ class _Departs(Exception):
     """The deployment does not say what the trainer's own forward says."""
 
 
+class _Slower(Exception):
+    """The deployment, loaded and measured, would end later than the trainer's own forward."""
+
+
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """By the reference's deployment if it says what the trainer's own forward says, else by that."""
+    """By the reference's deployment if that ends sooner and says what the trainer's own forward says, else by that."""
     weights = cache.model_digest(spec.model_source, weights=True)
     own_uri = _scores_uri(encoding, weights, by="trainer", dtype="float32", packages=("torch", "transformers"))
     served_uri = _scores_uri(encoding, weights, by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
-    reference, choice = spec.reference, spec.reference_source
-    if choice == "auto" and (found := cache.find(own_uri, Scored, _check, report)):
-        report(Message(message=SCORES_FOUND))
-        return found
-    if reference is None:
-        return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
-    try:
-        return _score_once(served_uri, encoding, lambda: _by_deployment(spec, reference, encoding, report), report)
-    except _Departs as departure:
-        if choice == "serve":
-            message = f"The reference {reference} and the policy disagree ({departure}); deploy it in float32."
-            raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
-    report(Message(level="warn", message="The trainer's own forward scores the reference instead."))
+    for uri in (own_uri, served_uri) if spec.reference_source == "auto" else ():
+        if found := cache.find(uri, Scored, _check, lambda _: None):
+            report(Message(message=SCORES_FOUND))
+            return found
+    rate_uri = storage.join(spec.cache_uri, "rates", f"{cache.key(weights=weights, dtype=spec.reference_dtype)}.json")
+    if spec.reference and _engine_pays(spec, encoding, rates.read(rate_uri), report):
+        try:
+            begin = partial(_by_deployment, spec, spec.reference, encoding, rate_uri, report)
+            return _score_once(served_uri, encoding, begin, report)
+        except _Departs as departure:
+            if spec.reference_source == "serve":
+                message = f"The reference {spec.reference} and the policy disagree ({departure}); deploy it in float32."
+                raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
+            report(Message(level="warn", message="The trainer's own forward scores the reference instead."))
+        except _Slower:
+            pass
     return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
+
+
+def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:
+    """Whether the deployment is to score; says why where it is not. `engine` None: it was never measured."""
+    if spec.reference_source == "serve":
+        return True
+    groups = parity.sample(encoding.training, NUM_TIMED_GROUPS)
+    task = ray.remote(forward.tokens_per_second).options(num_cpus=1, num_gpus=spec.num_gpus_per_worker)
+    own = Rate(tokens_per_second=ray.get(task.remote(spec, groups)))
+    num_tokens = encoding.training.num_tokens + encoding.held_out.num_tokens
+    if rates.pays(own, engine, num_tokens):
+        return True
+    figures = rates.in_words(own, engine, num_tokens)
+    report(Message(message=f"The trainer's own forward scores the reference: {figures}."))
+    return False
 
 
 def _scores_uri(encoding: Encoding, weights: str, *, by: str, dtype: str, packages: Sequence[str]) -> str:
@@ -191,22 +216,30 @@ def _score_once(
 
 
 def _by_deployment(
-    spec: AttemptSpec, app_name: str, encoding: Encoding, report: Callable[[Report], None]
+    spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
-    """Raises _Departs, with the figures."""
+    """Raises _Departs, with the figures, or _Slower."""
 
     def connect() -> Reference:
         return await_reference(app_name, report)
 
-    groups = parity.sample(encoding.training)
+    report(ReferenceWanted())
+    groups, asked = parity.sample(encoding.training), time.monotonic()
     if spec.num_gpus_per_worker:
         connect()  # only then is it known which GPUs are left
     own = _begin_own_token_logps(spec, groups)
-    found = parity.compare(served_token_logps(groups, connect), ray.get(own))
+    connect()
+    loaded = time.monotonic()
+    served = served_token_logps(groups, connect)
+    tokens_per_second = sum(group.num_tokens for group in groups) / (time.monotonic() - loaded)
+    found = parity.compare(served, ray.get(own))
     if not found.holds:
         report(Message(level="warn", message=f"The reference's deployment departs from the trainer: {found}."))
         raise _Departs(str(found))
     report(Message(message=f"The reference's deployment agrees with the trainer: {found}."))
+    rates.write(rate_uri, Rate(tokens_per_second=tokens_per_second, loading_seconds=loaded - asked))
+    if not _engine_pays(spec, encoding, Rate(tokens_per_second=tokens_per_second), report):  # it is loaded by now
+        raise _Slower
     return by_deployment(connect)
 
 

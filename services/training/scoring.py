@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
-from ray import serve
 from ray.exceptions import RayActorError
 
 from dpo_core.encode import EncodedGroup
@@ -75,6 +74,8 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 def await_reference(app_name: str, report: Callable[[Report], None]) -> Reference:
     """Returns when the deployment answers. Raises RuntimeError if it cannot be loaded, or not in time."""
+    from ray import serve  # its import takes more than a second, and most jobs do without
+
     deadline = time.monotonic() + LOADING_SECONDS
     next_report = 0.0
     while True:

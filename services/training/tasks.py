@@ -1,11 +1,10 @@
-"""Work on many items, by Ray Data: what a job does with the pieces of its file."""
+"""Work on the pieces of a job's file: one by a task, many by Ray Data."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
-import ray.data
 
 from services.contract import Contract
 
@@ -30,7 +29,13 @@ def in_tasks(
     """
     if not items:
         return
-    context = ray.data.DataContext.get_current()
+    if len(items) == 1:
+        # Ray Data would start two actors first. A process that did one task does the next, with what it has loaded.
+        yield ray.get(ray.remote(_in_one_core).options(num_cpus=1, num_gpus=num_gpus or None).remote(work, items[0]))
+        return
+    from ray.data import DataContext, TaskPoolStrategy, from_items
+
+    context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     # Not by Ray's logical CPUs: each process loads a tokenizer or a model, and more of them than real cores only wait.
     num_nodes = sum(node["Alive"] for node in ray.nodes())
@@ -39,16 +44,20 @@ def in_tasks(
     kind = type(items[0])
 
     def work_on(row: dict[str, str]) -> dict[str, str]:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process has one core
-        return {"result": work(kind.model_validate_json(row["item"])).model_dump_json()}
+        return {"result": _in_one_core(work, kind.model_validate_json(row["item"])).model_dump_json()}
 
     # Beside training each is a task of its own: one that holds many in a row would keep the next of them waiting.
     num_tasks = len(items) if beside else min(len(items), TASKS_PER_PROCESS * size)
-    rows = ray.data.from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=num_tasks)
+    rows = from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=num_tasks)
     rows.context.target_max_block_size = 1  # byte: a task hands out each result as soon as it has it
-    tasks = rows.map(work_on, compute=ray.data.TaskPoolStrategy(size=size), **options)
+    tasks = rows.map(work_on, compute=TaskPoolStrategy(size=size), **options)
     for row in tasks.iter_rows():
         yield result.model_validate_json(row["result"])
+
+
+def _in_one_core(work: Callable[[Item], Result], item: Item) -> Result:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return work(item)
 
 
 def _beside_training() -> dict[str, Any]:

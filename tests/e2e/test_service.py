@@ -20,6 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo.rows import Shop
+from services import storage
+from services.training import cache, rates
+from services.training.rates import Rate
 from tests.clients import installed
 from tests.clients.programs import Address, FlakyProxy, has_node, run_node, run_python
 from tests.e2e.conftest import Service, wait_for
@@ -249,11 +252,15 @@ def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
     service: Service, client: openai.OpenAI
 ) -> None:
     """The deployment holds the weights it loaded; the policy is read from weights changed since."""
+    client.completions.create(model="tiny", prompt="Where", max_tokens=1)  # loads it
     weights = service.model / "model.safetensors"
     shutil.copy(weights, kept := weights.with_suffix(".kept"))
     torch.manual_seed(0)
     changed = {name: tensor + 0.002 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
+    key = cache.key(weights=cache.model_digest(str(service.model), weights=True), dtype="float32")
+    known = storage.join((service.home / "storage").as_uri(), "prepared", "rates", f"{key}.json")
+    rates.write(known, Rate(tokens_per_second=1e9))  # so fast that it is asked for few rows, too
     try:
         job_id = submit(client, shop_pairs(60), n_epochs=1)
         assert finished(client, job_id).status == "succeeded", messages(client, job_id)

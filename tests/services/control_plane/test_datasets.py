@@ -96,7 +96,9 @@ def test_with_a_model_one_job_runs_and_repeating_the_request_finds_its_result(ra
     again = ask(model="tiny", max_length=64, truncation="keep_end").json()
     assert again == running
     (submission,) = ray.submissions
-    assert submission["entrypoint"].startswith("exec python -m services.training.checking file://")
+    assert submission["entrypoint"].startswith(
+        "exec python -m services.forkserver.client --wait -m services.training.checking file://"
+    )
     assert submission["submission_id"] == f"{running['id']}-1"
     recipe = request_of(ray).recipe
     assert (recipe.model_source, recipe.max_length, recipe.truncation) == ("/nowhere/tiny", 64, "keep_end")

@@ -27,6 +27,7 @@ from services.contract import (
     Paused,
     Progress,
     ReferenceReleased,
+    ReferenceWanted,
     Report,
     Started,
     StepMetrics,
@@ -124,10 +125,11 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
 ) -> None:
     ticks(settings, 1)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
-    assert len(ray.applications) == 1  # the reference
+    assert not ray.applications, "no reference is loaded before the attempt has found that this pays"
     spec_uri = ray.submissions[0]["entrypoint"].split()[-1]
     spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
-    assert (spec.job_id, spec.attempt, spec.reference) == (job_id, 1, ray.applications[0])
+    assert (spec.job_id, spec.attempt) == (job_id, 1)
+    assert spec.reference is not None
     assert (spec.reference_source, spec.cache_uri) == ("auto", storage.join(settings.storage_url, "prepared"))
     assert spec.dataset_uris is None
 
@@ -146,6 +148,42 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in client.fine_tuning.jobs.checkpoints.list(job_id)]
     assert names == [f"{job.fine_tuned_model}:ckpt-step-3"]
     assert {job.fine_tuned_model, *names} <= {model.id for model in client.models.list()}
+
+
+def test_a_reference_is_served_once_an_attempt_wants_it(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    body = spool(settings, job_id, 1, [ReferenceWanted()]).model_dump(mode="json")
+    url = f"{base_url}/internal/attempts/{job_id}/1/events"
+    assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    ticks(settings, 1)
+    assert ray.applications == [spec.reference]
+    spool(settings, job_id, 1, [ReferenceReleased(), *reports(settings, job_id)], first=1)
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+
+
+def test_an_attempt_that_insists_on_a_served_reference_finds_it_wished_for(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    ticks(settings, 1)
+    job_id = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        method={"type": "dpo"},
+        extra_body={"x_raydpo": {"reference": {"source": "serve"}}},
+    ).id
+    ticks(settings, 1)
+    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    assert ray.applications == [spec.reference]
+    spool(settings, job_id, 1, reports(settings, job_id))
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
 
 
 def test_no_reference_is_served_to_a_job_whose_trainer_scores(

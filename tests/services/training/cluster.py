@@ -4,6 +4,7 @@ The deployment scores as services.serving does, by a plain forward of transforme
 """
 
 import math
+import os
 import sys
 
 import ray
@@ -11,7 +12,9 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
+from services import forkserver
 from services.contract import Score
+from services.forkserver.start_ray import start_workers_as_forks
 
 
 @serve.deployment(name="policy", ray_actor_options={"num_cpus": 1})
@@ -34,6 +37,7 @@ class Reference:
 
 if __name__ == "__main__":
     temp_folder, model_source = sys.argv[1:]
+    start_workers_as_forks(os.environ[forkserver.VARIABLE])
     context = ray.init(
         num_cpus=6,
         object_store_memory=100 * 2**20,

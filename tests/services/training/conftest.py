@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_core.config import TrainConfig
+from services import forkserver
 from services.contract import AttemptSpec, Desired, EventBatch, Report, Wish
 from tests.services.web import running
 
@@ -162,6 +163,7 @@ def make_spec_in(model_source: str, pairs: str) -> Callable[..., AttemptSpec]:
             "model_source": model_source,
             "run_uri": (folder / "run").as_uri(),
             "cache_uri": (folder / "cache").as_uri(),
+            "reference_source": "serve",  # where there is a reference
             "events_url": "http://127.0.0.1:9/events",
         }
         return AttemptSpec(**(given | fields))
@@ -174,18 +176,18 @@ def make_spec(tmp_path: Path, make_spec_in: Callable[..., AttemptSpec]) -> Calla
     return functools.partial(make_spec_in, tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
     """The environment of a driver. The folder's name is short, for the sockets in it."""
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     environment = os.environ | {
+        forkserver.VARIABLE: f"{folder}/fork.sock",
         "PYTHONPATH": str(ROOT),
         "TMPDIR": folder,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process less
         "RAY_memory_monitor_refresh_ms": "0",
     }
     command = [sys.executable, str(Path(__file__).with_name("cluster.py")), folder, model_source]

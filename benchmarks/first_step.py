@@ -1,0 +1,208 @@
+"""Where the time goes from a job's submission to its first step, and from its end to the policy's first answer.
+
+    python benchmarks/first_step.py --rows 64 --jobs 2 --picture first-step.png
+
+Starts `raydpo up` on a home of its own, waits until the machine is quiet, submits the first job (cold), then the
+others (warm), and asks the last policy. Prints every process that lived for a job, and draws them.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+
+from benchmarks.processes import Life, Recorder, machine_cpu_seconds
+from benchmarks.rows import as_pairs, dialogues
+from demo.base_model import make_base_model
+from demo.rows import Shop
+from services.cli.watch import follow
+
+QUIET_CPU = 0.3  # of all cores, for two seconds; an idle Ray takes 0.15 of two slow ones
+QUIET_SECONDS = 60
+LONGEST_SECONDS = 900
+SIZES: dict[str, dict[str, Any]] = {
+    "40M": {"hidden_size": 512, "num_layers": 8, "vocabulary": 32_000},
+    "demo": {"hidden_size": 384, "num_layers": 3},
+}
+
+
+@dataclass
+class Run:
+    """One job. Seconds of wall time since it was submitted, and CPU seconds of the whole machine by then."""
+
+    marks: dict[str, tuple[float, float]]
+    lives: list[Life]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--data", type=Path, help="a preference file whose first rows are taken; default: made-up rows")
+    parser.add_argument("--model", choices=SIZES, default="40M")
+    parser.add_argument("--jobs", type=int, default=2, help="the first is cold, the others are warm")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--answer", action="store_true", help="ask the last policy, and time its first answer")
+    parser.add_argument("--picture", type=Path, help="where to draw the last job's processes, as PNG")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="raydpo-first-step-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        os.chmod(folder, 0o755)  # as root, PostgreSQL is another user and must reach its data
+        model, files = prepare(folder, options)
+        with Service(folder / "home", model) as service:
+            runs = [run(service, file, options, last=file is files[-1]) for file in files]
+    for number, found in enumerate(runs):
+        show(found, "cold" if number == 0 else f"warm, {number}")
+    if options.picture:
+        draw(runs[-1], options.picture)
+    if options.json:
+        options.json.write_text(json.dumps([found.marks for found in runs], indent=1))
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, list[Path]]:
+    """A base model, and a file of other rows for each job: none finds another's in the cache."""
+    model, count = folder / "model", options.rows * options.jobs
+    if options.data:
+        lines = options.data.read_text().splitlines()[:count]
+        if len(lines) < count:
+            raise SystemExit(f"{options.data} has {len(lines)} rows; {count} are needed.")
+        make_base_model(model, lines, **SIZES["40M"])
+    elif options.model == "40M":
+        lines = [json.dumps(pair) for row in dialogues(count, num_completions=2) for pair in as_pairs(row)]
+        make_base_model(model, lines, **SIZES["40M"])
+    else:
+        pairs = list(Shop(num_things=15, num_held_out=8).pairs(count))
+        lines = [json.dumps({"prompt": p, "chosen": c, "rejected": r}) for p, c, r in pairs]
+        make_base_model(model, [text for pair in pairs for text in pair], **SIZES["demo"])
+    files = [folder / f"{number}.jsonl" for number in range(options.jobs)]
+    for number, file in enumerate(files):
+        file.write_text("\n".join(lines[number * options.rows : (number + 1) * options.rows]) + "\n")
+    return model, files
+
+
+class Service:
+    """`raydpo up` on a home of its own."""
+
+    def __init__(self, home: Path, model: Path) -> None:
+        self.home = home
+        command = [
+            Path(sys.executable).with_name("raydpo"),
+            "up",
+            f"--home={home}",
+            "--port=0",
+            f"--model=base={model}",
+        ]
+        with (home.parent / "up.log").open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.recorder = Recorder(str(home))
+
+    def __enter__(self) -> "Service":
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while not (self.home / "url").exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit((self.home.parent / "up.log").read_text())
+            time.sleep(0.2)
+        url, key = (self.home / "url").read_text(), (self.home / "api.key").read_text()
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=600)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(120)
+
+
+def wait_until_quiet() -> None:
+    deadline = time.monotonic() + QUIET_SECONDS
+    while psutil.cpu_percent(2) > 100 * QUIET_CPU:
+        if time.monotonic() > deadline:
+            print("The machine is not quiet: the figures hold other work, too.", file=sys.stderr)
+            return
+
+
+def run(service: Service, file: Path, options: argparse.Namespace, *, last: bool) -> Run:
+    wait_until_quiet()
+    client, marks = service.client, dict[str, tuple[float, float]]()
+    with file.open("rb") as rows:
+        stored = client.files.create(file=rows, purpose="fine-tune")
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 1, "batch_size": options.batch_size}}}
+    began, spent = time.time(), machine_cpu_seconds()
+
+    def mark(what: str) -> None:
+        marks.setdefault(what, (time.time() - began, machine_cpu_seconds() - spent))
+
+    with service.recorder.recording() as lives:
+        job = client.fine_tuning.jobs.create(model="base", training_file=stored.id, method=method)  # type: ignore[arg-type]
+        for told in follow(client, job.id):
+            _mark_event(told, mark)
+        ended = client.fine_tuning.jobs.retrieve(job.id)
+        if ended.status != "succeeded":
+            raise SystemExit(f"the job is {ended.status}: {ended.error}")
+        mark("end of the job")
+        if options.answer and last:
+            asked = [{"role": "user", "content": "Where do I find a red saw?"}]
+            client.chat.completions.create(model=ended.fine_tuned_model, messages=asked, max_tokens=8)  # type: ignore[arg-type]
+            mark("first answer")
+    return Run(marks, [life.since(began) for life in lives])
+
+
+def _mark_event(told: dict[str, Any], mark: Callable[[str], None]) -> None:
+    match told["object"]:
+        case "fine_tuning.job.progress":
+            if told["progress"]:
+                mark(f"{told['progress']['stage']} begins")
+        case "fine_tuning.job.event" if told["type"] == "metrics":
+            mark("first step")
+        case "fine_tuning.job.event" if told["message"].startswith("Fine-tuning job started"):
+            mark("workers are ready")
+
+
+def show(found: Run, title: str) -> None:
+    print(f"\n{title}\n{'seconds':>9} {'CPU s':>7}")
+    for what, (seconds, cpu) in found.marks.items():
+        print(f"{seconds:9.1f} {cpu:7.1f}  {what}")
+    print(f"\n{'began':>7} {'imported':>8} {'useful':>7} {'ended':>7} {'CPU s':>7} {'MB':>6}  process")
+    for life in sorted(found.lives, key=lambda life: life.began):
+        if life.cpu_seconds < 0.05:
+            continue
+        times = "".join(
+            f"{'' if at is None else f'{at:.1f}':>8}" for at in (life.began, life.imported, life.useful, life.ended)
+        )
+        print(f"{times} {life.cpu_seconds:7.1f} {life.peak_bytes / 1e6:6.0f}  {life.name}")
+
+
+def draw(found: Run, picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lives = sorted((life for life in found.lives if life.cpu_seconds >= 0.3), key=lambda life: life.began)
+    end = max(seconds for seconds, _ in found.marks.values())
+    figure, axes = pyplot.subplots(figsize=(11, 1 + 0.25 * len(lives)))
+    for row, life in enumerate(lives):
+        start, stop = max(0.0, life.began), min(end, life.ended or end)
+        ready = min(stop, max(start, life.imported or start))
+        axes.barh(row, ready - start, left=start, color="tab:orange")
+        axes.barh(row, stop - ready, left=ready, color="tab:blue", alpha=0.5)
+        axes.text(stop, row, f" {life.name}: {life.cpu_seconds:.1f} CPU s", va="center", fontsize=7)
+    for what, (seconds, _) in found.marks.items():
+        axes.axvline(seconds, color="gray", linewidth=0.6)
+        axes.text(seconds, -1.2, what, rotation=30, fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds since the job was submitted; orange: starts and imports", yticks=[], xlim=(0, 1.35 * end))
+    figure.savefig(picture, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

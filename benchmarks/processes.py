@@ -1,0 +1,130 @@
+"""The lives of processes that work for one folder: when each began, had imported, did something, and what it cost."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Thread
+
+PERIOD_SECONDS = 0.1
+TICKS = os.sysconf("SC_CLK_TCK")
+IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # of processes that have not begun what they are for
+
+
+@dataclass
+class Life:
+    """Times are Unix seconds, or seconds since the moment given to `since`."""
+
+    pid: int
+    name: str
+    began: float
+    cpu_seconds: float  # within the recording
+    peak_bytes: int
+    imported: float | None = None  # no library was loaded after this
+    useful: float | None = None  # it first had the name of what it does
+    ended: float | None = None
+
+    def since(self, moment: float) -> "Life":
+        def shifted(at: float | None) -> float | None:
+            return None if at is None else at - moment
+
+        times = {"imported": shifted(self.imported), "useful": shifted(self.useful), "ended": shifted(self.ended)}
+        return replace(self, began=self.began - moment, **times)
+
+
+def machine_cpu_seconds() -> float:
+    """All that the machine's cores have done since it started, in user mode and for it in the kernel."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + irq + softirq) / TICKS
+
+
+class Recorder:
+    """Watches every process whose command line or environment names the folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder.encode()
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Life]]:
+        """The lives of those seen in between; complete when it ends."""
+        lives, before, strangers = dict[int, Life](), dict[int, float](), set[int]()
+        libraries = dict[int, int]()
+        stopped = Event()
+        found: list[Life] = []
+
+        def look(*, first: bool = False) -> None:
+            running = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+            for pid in running - strangers:
+                try:
+                    self._see(pid, lives, before, strangers, libraries, first=first)
+                except (OSError, IndexError, ValueError):  # it ended just now
+                    continue
+            now = time.time()
+            for pid, life in lives.items():
+                if pid not in running and life.ended is None:
+                    life.ended = now
+
+        def watch() -> None:
+            while not stopped.wait(PERIOD_SECONDS):
+                look()
+
+        look(first=True)
+        thread = Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            stopped.set()
+            thread.join()
+            found.extend(lives.values())
+
+    def _see(
+        self,
+        pid: int,
+        lives: dict[int, Life],
+        before: dict[int, float],
+        strangers: set[int],
+        libraries: dict[int, int],
+        *,
+        first: bool,
+    ) -> None:
+        process, now = Path("/proc", str(pid)), time.time()
+        if pid not in lives:
+            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+            if pid == os.getpid() or self._folder not in command + environment:
+                if command:
+                    strangers.add(pid)
+                return
+        stat = (process / "stat").read_text().rpartition(")")[2].split()
+        cpu = (int(stat[11]) + int(stat[12])) / TICKS
+        if pid not in lives:
+            before[pid] = cpu if first else 0.0
+            began = now - (float(Path("/proc/uptime").read_text().split()[0]) - int(stat[19]) / TICKS)
+            lives[pid] = Life(pid, "", began, 0.0, 0)
+        life = lives[pid]
+        life.cpu_seconds = cpu - before[pid]
+        status = (process / "status").read_text()
+        if "VmHWM:" in status:
+            life.peak_bytes = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        name = _name(process)
+        if name and name != life.name:
+            life.name = name
+            if life.useful is None and not name.startswith(IDLE_NAMES):
+                life.useful = now
+        if not first and now - life.began < 120:
+            loaded = (process / "maps").read_bytes().count(b" r-xp ")
+            if loaded > libraries.get(pid, 0):
+                libraries[pid], life.imported = loaded, now
+
+
+def _name(process: Path) -> str:
+    """What Ray calls it, or the part of the command line that tells."""
+    words = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    if words[0].startswith("ray::"):
+        return words[0].strip()
+    if "-m" in words:
+        return words[words.index("-m") + 1]
+    telling = [word for word in words if word.endswith(".py")] or words[:1]
+    return Path(telling[-1]).name[:60]

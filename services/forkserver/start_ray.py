@@ -1,0 +1,33 @@
+"""The `ray` command, whose workers start as forks: `python -m services.forkserver.start_ray start --head …`."""
+
+import os
+import sys
+from pathlib import Path
+
+from services.forkserver import RAYLET_VARIABLE, VARIABLE
+from services.forkserver.client import start
+
+LAUNCHER = """#!/bin/sh
+exec {python} -m services.forkserver.client "$@"
+"""
+
+
+def start_workers_as_forks(path: str) -> None:
+    """From here on, the Ray that this process starts has forks for workers. The server ends with this process."""
+    launcher = Path(f"{path}.python")
+    launcher.write_text(LAUNCHER.format(python=sys.executable))
+    launcher.chmod(0o700)
+    try:
+        start(path, {RAYLET_VARIABLE: str(os.getpid())})
+    except OSError as error:
+        sys.stderr.write(f"{error} Workers import everything themselves.\n")
+        return
+    sys.executable = str(launcher)  # Ray starts its own processes by it
+
+
+if __name__ == "__main__":
+    if VARIABLE in os.environ and sys.argv[1:2] == ["start"]:
+        start_workers_as_forks(os.environ[VARIABLE])
+    from ray.scripts.scripts import main
+
+    main()

@@ -1,0 +1,38 @@
+"""What a run of all tests cost, beside what it costs elsewhere: wall time, and CPU seconds of the whole machine."""
+
+import time
+from collections import Counter
+
+import pytest
+
+from benchmarks.processes import machine_cpu_seconds
+
+# Of `make test` on two cores, in wall and CPU seconds.
+KNOWN = {"AMD EPYC without AMX": (0, 0)}
+MUCH = 1.5  # times the most that is known, beyond which the files are named
+NUM_NAMED = 10
+
+
+class Figures:
+    """A plugin of pytest, in the process that all others report to."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._began, self._cpu = time.monotonic(), machine_cpu_seconds()
+        self._seconds = Counter[str]()
+        self._is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        wall, cpu = time.monotonic() - self._began, machine_cpu_seconds() - self._cpu
+        terminalreporter.section("figures")
+        terminalreporter.line(f"this run: {wall:.0f} s, {cpu:.0f} CPU seconds of the whole machine")
+        if not self._is_whole:
+            return
+        for machine, (known_wall, known_cpu) in KNOWN.items():
+            terminalreporter.line(f"two cores, {machine}: {known_wall} s, {known_cpu} CPU seconds")
+        if cpu > MUCH * max(known_cpu for _, known_cpu in KNOWN.values()):
+            terminalreporter.line("That is much. The files that took longest, in seconds:")
+            for file, seconds in self._seconds.most_common(NUM_NAMED):
+                terminalreporter.line(f"{seconds:8.0f}  {file}")

@@ -1,0 +1,195 @@
+"""Commands on a fork server that has imported little, by its client as a job or Ray calls it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services import forkserver
+from services.forkserver.server import MODULES
+
+SERVER = "from services.forkserver import server; server.MODULES = {modules}; server.main({path!r})"
+CLIENT = [sys.executable, "-m", "services.forkserver.client"]
+SHOW = """
+import json, os, sys
+shown = {"pid": os.getpid(), "arguments": sys.argv[1:], "folder": os.getcwd(), "variable": os.environ.get("SHOWN"),
+         "imported": "tabnanny" in sys.modules, "path": sys.path[0], "group": os.getpgrp()}
+print(json.dumps(shown))
+"""
+WAIT = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+SECONDS = 120.0
+
+
+def start_server(folder: Path, modules: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    path = str(folder / "fork.sock")
+    program = SERVER.format(modules=modules, path=path)
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-c", program], env=os.environ | environment, stderr=log)
+    deadline = time.monotonic() + SECONDS
+    while not Path(path).exists():
+        assert server.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return server
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fork", dir="/tmp") as name:  # short, for the socket
+        yield Path(name)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    server = start_server(folder, ("tabnanny",), {forkserver.RAYLET_VARIABLE: str(os.getpid())})
+    yield server
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def environment(server: subprocess.Popen[bytes], folder: Path) -> dict[str, str]:
+    return os.environ | {forkserver.VARIABLE: str(folder / "fork.sock"), "SHOWN": "to the fork"}
+
+
+def script(folder: Path, program: str, name: str = "program.py") -> str:
+    (folder / name).write_text(program)
+    return str(folder / name)
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + SECONDS
+    while psutil.pid_exists(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_command_runs_as_if_python_had_started_with_it_but_for_its_imports(
+    folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [*CLIENT, "--wait", script(folder, SHOW), "first", "--second"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
+    shown = json.loads(done.stdout)
+    assert shown.pop("pid") != os.getpid()
+    assert shown == {
+        "arguments": ["first", "--second"],
+        "folder": str(tmp_path),
+        "variable": "to the fork",
+        "imported": True,
+        "path": str(folder),
+        "group": os.getpgrp(),
+    }
+
+
+def test_a_module_runs_in_the_folder_of_its_client(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "own_module.py").write_text(SHOW)
+    command = [*CLIENT, "--wait", "-m", "own_module", "x"]
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
+    assert json.loads(done.stdout)["arguments"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "said"),
+    [
+        ("raise SystemExit(7)", 7, ""),
+        ("raise SystemExit('why')", 1, "why"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("import atexit, sys; atexit.register(sys.stderr.write, 'last')", 0, "last"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+    ],
+)
+def test_a_client_that_waits_ends_as_its_command_did(
+    folder: Path, environment: dict[str, str], program: str, status: int, said: str
+) -> None:
+    command = [*CLIENT, "--wait", script(folder, program)]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == status
+    assert said in done.stderr
+
+
+def test_a_client_forwards_sigterm_and_takes_its_command_along_when_it_is_killed(
+    folder: Path, environment: dict[str, str]
+) -> None:
+    command = [*CLIENT, "--wait", script(folder, WAIT)]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as client:
+            assert client.stdout
+            pid = int(client.stdout.readline())
+            client.send_signal(number)
+            assert client.wait(SECONDS) == -number
+        assert gone(pid)
+
+
+def test_a_ray_worker_outlives_its_client_and_stays_in_its_group(folder: Path, environment: dict[str, str]) -> None:
+    command = [*CLIENT, script(folder, WAIT, "default_worker.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, process_group=0) as client:
+        assert client.stdout
+        pid = int(client.stdout.readline())
+        assert client.wait(SECONDS) == 0
+        assert os.getpgid(pid) == client.pid
+        os.killpg(client.pid, signal.SIGKILL)  # as a raylet does
+    assert gone(pid)
+
+
+@pytest.mark.parametrize("variable", ["{folder}/nobody.sock", None])
+def test_without_a_server_the_client_becomes_the_command(folder: Path, variable: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != forkserver.VARIABLE}
+    if variable:
+        environment[forkserver.VARIABLE] = variable.format(folder=folder)
+    with subprocess.Popen(
+        [*CLIENT, "--wait", script(folder, SHOW)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as client:
+        out, said = client.communicate(timeout=SECONDS)
+    shown = json.loads(out)
+    assert (shown["pid"], shown["imported"]) == (client.pid, False)
+    assert (b"The fork server does not answer" in said) == bool(variable)
+
+
+def test_a_server_with_threads_does_not_fork(folder: Path) -> None:
+    (folder / "threads.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()\n"
+    )
+    environment = {"PYTHONPATH": f"{folder}:{Path(__file__).parents[3]}", forkserver.RAYLET_VARIABLE: str(os.getpid())}
+    server = start_server(folder, ("threads",), environment)
+    try:
+        own = os.environ | {forkserver.VARIABLE: str(folder / "fork.sock")}
+        with subprocess.Popen(
+            [*CLIENT, "--wait", script(folder, SHOW)], env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as client:
+            out, said = client.communicate(timeout=SECONDS)
+        assert json.loads(out)["pid"] == client.pid
+        assert b"does not answer" in said
+        assert "has threads" in (folder / "log").read_text()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_server_ends_with_the_process_that_started_ray(folder: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE) as raylet:
+        server = start_server(folder, (), {forkserver.RAYLET_VARIABLE: str(raylet.pid)})
+        raylet.kill()
+    assert server.wait(SECONDS) == 0
+    assert not (folder / "fork.sock").exists()
+
+
+def test_only_its_user_may_ask_a_server(server: subprocess.Popen[bytes], folder: Path) -> None:
+    assert (folder / "fork.sock").stat().st_mode & 0o077 == 0
+
+
+def test_what_is_imported_holds_nothing_of_ray() -> None:
+    """Ray's library reads the settings of a worker from the environment when it is loaded, and only then."""
+    program = f"import importlib, sys; [importlib.import_module(m) for m in {MODULES}]; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, check=True)
+    assert done.stdout.split()[-1] == b"False"
