@@ -43,10 +43,22 @@ def _of_matrix(weight: Tensor, twice: bool) -> int:
     return (4 + 2 * weight.requires_grad + 2 * twice) * weight.numel()
 
 
+SLOW = 5e9  # FLOP/s, of bfloat16 on a CPU without instructions for it
+
+
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large matrix product, the best of five; measured once."""
-    size = 1536 if device.type == "cpu" else 8192
+    """FLOP/s of a large matrix product, the best of five; measured once.
+
+    Of a smaller one where the processor computes this dtype so slowly that the large one would take a minute.
+    """
+    if device.type != "cpu":
+        return _product_rate(8192, dtype, device)
+    rate = _product_rate(256, dtype, device)
+    return rate if rate < SLOW else _product_rate(1536, dtype, device)
+
+
+def _product_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     times = []
     for _ in range(5):

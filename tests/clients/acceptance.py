@@ -137,7 +137,7 @@ def told(client: openai.OpenAI, job_id: str, secret: str) -> None:
                 return True
         return False
 
-    wait_for(came, "the webhook", seconds=60)
+    wait_for(came, "the webhook")
     body, headers = Receiver.got[-1]
     try:
         client.webhooks.unwrap(body + " ", headers, secret=secret)

@@ -147,7 +147,7 @@ def test_steps_go_on_while_a_checkpoint_is_published_until_the_next_one_is_due(p
     came, released, published = Event(), Event(), []
 
     def publish(step: int, folder: Path) -> None:
-        assert released.wait(30)
+        assert released.wait(300)
         published.append((step, folder.name, came.wait(0.3 if step == 2 else 0)))
 
     config = replace(CONFIG, checkpoint_steps=2)
@@ -182,7 +182,7 @@ def test_a_failure_is_not_kept_until_the_next_checkpoint(policy, tokenizer, pair
 
     def batches():
         yield from [pairs] * 10
-        assert failed.wait(30)
+        assert failed.wait(300)
         yield from [pairs] * 6
 
     config = replace(CONFIG, checkpoint_steps=8)
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokeni
     went_on = Event()
 
     def save_late(tensors, path):
-        assert went_on.wait(30)
+        assert went_on.wait(300)
         save_file(tensors, path)
 
     monkeypatch.setattr("dpo_core.checkpoint.save_file", save_late)

@@ -1,12 +1,12 @@
-"""`train` on two and on four gloo ranks: each is a process that runs this file, one case after another."""
+"""`train` on two and on four gloo ranks: each is a fork of a process that has imported this file."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from dpo_core import trainer
 from dpo_core.checkpoint import verify
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
@@ -24,7 +26,10 @@ from dpo_core.options import Dpo, Mpo
 from dpo_core.scorer import Scorer
 from dpo_core.trainer import train
 from dpo_core.weights import shard
+from tests.dpo_core.conftest import float32_rate
 
+pytestmark = pytest.mark.timeout(1800)
+ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
     objective=Dpo(beta=0.5),
     optim=Optim(learning_rate=1e-2),
@@ -127,6 +132,7 @@ def compute_unlike_completions_in(home: Path) -> None:
 
 def run_rank(rank: int, num_ranks: int, home: Path) -> None:
     torch.set_num_threads(1)
+    trainer.matmul_rate = float32_rate
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous{num_ranks}", rank=rank, world_size=num_ranks)
     for name, case in CASES.items():
@@ -145,20 +151,6 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
     dist.destroy_process_group()
 
 
-@contextmanager
-def ranks(home: Path, num_ranks: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Their processes; those still alive at the end are killed."""
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(num_ranks), str(home)]) for rank in range(num_ranks)
-    ]
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
 @pytest.fixture(scope="module")
 def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
     """What all ranks of all cases left."""
@@ -167,9 +159,7 @@ def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
     Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(home / "capped model")
     tokenizer.save_pretrained(home / "model")
     (home / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
-    for num_ranks in (2, 4):
-        with ranks(home, num_ranks) as processes:
-            assert [process.wait(timeout=100) for process in processes] == [0] * num_ranks
+    subprocess.run([sys.executable, "-m", "tests.dpo_core.test_trainer_ranks", home], cwd=ROOT, check=True)
     return home
 
 
@@ -230,5 +220,12 @@ def test_of_copies_one_is_saved(home):
     assert not list((home / "copies" / "rank1").glob("step-*"))
 
 
+def run_all_ranks(home: Path) -> None:
+    """The first rank that fails ends the others, and its error is raised here."""
+    import_module("peft")  # else each rank imports it for itself
+    for num_ranks in (2, 4):
+        start_processes(run_rank, (num_ranks, home), nprocs=num_ranks, daemon=True, start_method="fork")
+
+
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    run_all_ranks(Path(sys.argv[1]))

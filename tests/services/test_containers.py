@@ -141,7 +141,7 @@ print(megabytes() - before, time.process_time() - start)
 def test_a_bomb_is_refused_and_costs_bounded_memory_and_time(name: str, tmp_path: Path) -> None:
     (tmp_path / "bomb").write_bytes(BOMBS[name]())
     command = [sys.executable, "-c", READ, str(tmp_path / "bomb")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
     refusal, costs = done.stdout.splitlines()
     megabytes, seconds = map(float, costs.split())
     assert refusal != "None"

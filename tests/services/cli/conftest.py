@@ -36,7 +36,7 @@ class Service:
         for number in signals or (signal.SIGTERM,):
             self.child.send_signal(number)
             time.sleep(0.05)
-        rest, _ = self.child.communicate(timeout=60)
+        rest, _ = self.child.communicate(timeout=300)
         return rest
 
 

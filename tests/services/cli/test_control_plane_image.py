@@ -36,6 +36,6 @@ def test_the_image_migrates_and_serves_with_the_key_from_its_environment(databas
         answer = httpx.get(f"{url}/models", headers={"Authorization": "Bearer rd-from-a-secret"}, trust_env=False)
         assert answer.json() == {"object": "list", "data": []}
         service.send_signal(signal.SIGTERM)
-        service.communicate(timeout=60)
+        service.communicate(timeout=300)
         assert service.returncode == 0
         assert not (Path(folder) / "api.key").exists()

@@ -98,13 +98,14 @@ def test_options_that_cannot_be_are_refused_in_one_line(write, options, says):
     assert found.stderr.count("\n") == 1
 
 
-def test_without_transformers_the_remedy_is_told(write, model):
+def test_without_transformers_the_remedy_is_told(write, model, monkeypatch):
     program = "import sys; sys.modules['transformers'] = None; from services.cli.app import app; app()"
     command = [sys.executable, "-c", program, "data", "check", str(write(*PAIRS))]
-    done = subprocess.run([*command, "--model", model], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "--model needs transformers: pip install 'raydpo[cluster]'" in done.stderr
     assert subprocess.run(command, capture_output=True).returncode == 0
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = check(write(*PAIRS), "--model", model)
+    assert found.exit_code == 1
+    assert "--model needs transformers: pip install 'raydpo[cluster]'" in found.stderr
 
 
 def test_what_a_terminal_would_obey_is_not_printed(write, model):

@@ -45,7 +45,7 @@ def test_up_again_after_kill_9_keeps_key_and_files(up, home):
 
 def test_a_second_up_on_the_same_home_is_refused(up, service):
     second = up(home=service.home)
-    said, _ = second.child.communicate(timeout=60)
+    said, _ = second.child.communicate(timeout=300)
     assert second.child.returncode == 1
     owner = f"{service.home} is used by process {service.child.pid}"
     assert said == f"error: {owner}; stop that, or choose another --home.\n"
@@ -53,7 +53,7 @@ def test_a_second_up_on_the_same_home_is_refused(up, service):
 
 def test_a_taken_port_is_refused_before_anything_starts(up, home, service):
     second = up("--port", service.url.split(":")[2].split("/")[0])
-    said, _ = second.child.communicate(timeout=60)
+    said, _ = second.child.communicate(timeout=300)
     assert second.child.returncode == 1
     assert "Address already in use; choose another --port." in said
     assert not list(home.iterdir())
@@ -70,7 +70,7 @@ def test_a_taken_port_is_refused_before_anything_starts(up, home, service):
 )
 def test_a_model_that_cannot_be_is_refused_by_name(up, home, model, reason):
     service = up("--model", model)
-    said, _ = service.child.communicate(timeout=60)
+    said, _ = service.child.communicate(timeout=300)
     assert service.child.returncode == 1
     assert reason in said
     assert "Traceback" not in said

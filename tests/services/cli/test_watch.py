@@ -36,10 +36,10 @@ def test_a_job_is_watched_across_a_restart_of_the_service(up, home, base_model, 
         time.sleep(0.05)
     began = time.monotonic()
     first.stop()
-    assert time.monotonic() - began < 20  # an open stream does not hold the service up
+    assert time.monotonic() - began < 60  # an open stream does not hold the service up
     up("--model", f"tiny={base_model}", "--port", port).wait_until_ready()
     client.fine_tuning.jobs.cancel(job_id)
-    watching.join(60)
+    watching.join(300)
     assert ended[0].status == "cancelled"
     for sentence in ("Created fine-tuning job", "Cancellation requested", "The job was cancelled"):
         assert said.getvalue().count(sentence) == 1

@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import certifi
 import httpx
 import openai
 import pytest
@@ -22,11 +21,23 @@ from services.control_plane.server import Server
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 from tests.clients import strict
+from tests.services.forks import Fork
 from tests.services.receiver import Receiver
 from tests.services.web import running
 
 API_KEY = "rd-a-key-for-tests"
 EVENT_TYPES = SUCCEEDED, FAILED, CANCELLED = [f"fine_tuning.job.{end}" for end in ("succeeded", "failed", "cancelled")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every client of httpx, here and in processes that tests start, reads all certificates: that takes 60 ms."""
+    file = tmp_path_factory.mktemp("certificates") / "one.pem"
+    first, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
+    file.write_text(first + end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(file))
+        yield
 
 
 def free_port() -> int:
@@ -176,15 +187,14 @@ Server(create_app(Settings()), port=int(sys.argv[1]), log_level="error").run()
 
 
 @contextmanager
-def serving(settings: Settings, at_once_bytes: int = 2**29) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(settings: Settings, at_once_bytes: int = 2**29) -> Iterator[tuple[Fork, str]]:
     """The control plane in a process of its own, which may be killed; and its URL."""
     names = ("home", "storage_url", "advertised_url", "ray_url")
     environment = {f"RAYDPO_{name.upper()}": str(getattr(settings, name)) for name in names}
     environment |= {"RAYDPO_MODELS": '{"tiny": "/nowhere/tiny"}', "RAYDPO_API_KEY": API_KEY}
     environment |= {"DATABASE_URL": settings.database_url, "PYTHONPATH": str(Path(__file__).parents[3])}
     port = free_port()
-    command = [sys.executable, "-c", SERVER, str(port), str(at_once_bytes)]
-    process = subprocess.Popen(command, env=os.environ | environment)
+    process = Fork(SERVER, str(port), str(at_once_bytes), env=os.environ | environment)
     while True:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             break
@@ -205,7 +215,7 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
 
 def api_of(base_url: str, key: str) -> httpx.Client:
     """For what the client of OpenAI has no word for."""
-    return httpx.Client(base_url=f"{base_url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    return httpx.Client(base_url=f"{base_url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import os
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +19,7 @@ from services import storage
 from services.contract import AttemptSpec, CheckpointSaved, Paused, Started, StepMetrics, Succeeded
 from services.training.reporting import Reporter
 from tests.services.control_plane.conftest import API_KEY, FakeRay, free_port
+from tests.services.forks import Fork
 
 STEPS = 12
 
@@ -89,7 +88,7 @@ class LivelyRay(FakeRay):
 
 
 class Plane:
-    """A control plane in a process of its own, as its image runs it."""
+    """A control plane in a process of its own, which may be killed."""
 
     def __init__(self, home: Path, environment: dict[str, str], ray_url: str) -> None:
         self.port = free_port()
@@ -98,18 +97,14 @@ class Plane:
         self.log = home / "up.log"
         home.mkdir()
         self._environment = os.environ | environment | {"RAYDPO_HOME": str(home), "PYTHONPATH": os.getcwd()}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Fork | None = None
 
     def start(self) -> None:
-        program = "from services.cli.app import app; app()"
-        command = [sys.executable, "-c", program, "up", f"--port={self.port}", f"--ray-address={self._ray_url}"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--model=tiny=hub/tiny"], env=self._environment, stdout=log, stderr=log
-            )
+        arguments = ["up", f"--port={self.port}", f"--ray-address={self._ray_url}", "--model=tiny=hub/tiny"]
+        self.process = Fork("from services.cli.app import app; app()", *arguments, env=self._environment, log=self.log)
 
     def wait(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self.is_ready():
             assert self.process is not None
             assert self.process.poll() is None, self.log.read_text()
@@ -125,7 +120,7 @@ class Plane:
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(30)
+        self.process.wait(120)
 
 
 class Balancer:

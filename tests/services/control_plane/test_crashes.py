@@ -177,7 +177,7 @@ def test_whichever_control_plane_is_killed_clients_notice_nothing_and_every_job_
         submitting = [pool.submit(submit, client, file_id, number) for number in range(count)]
         job_ids = [each.result() for each in submitting]
         killing.result()
-    wait_until_ended(service, count, seconds=120 if count < 50 else 900)
+    wait_until_ended(service, count, seconds=400 if count < 50 else 900)
     check(service, job_ids)
 
 
@@ -194,7 +194,7 @@ def test_a_database_that_is_away_for_a_while_costs_no_job(
             away = pool.submit(postgres.freeze if how == "frozen" else postgres.stop_for, seconds)
             late = [submit(client, file_id, 4 + number) for number in range(4)]
             away.result()
-    wait_until_ended(service, 8, seconds=120)
+    wait_until_ended(service, 8, seconds=400)
     check(service, early + late)
 
 
@@ -209,7 +209,7 @@ def test_a_control_plane_that_is_frozen_beyond_its_lease_doubles_nothing(start: 
         plane.process.send_signal(signal.SIGSTOP)
         time.sleep(LEASE_SECONDS + 3)
         plane.process.send_signal(signal.SIGCONT)
-    wait_until_ended(service, 6, seconds=120)
+    wait_until_ended(service, 6, seconds=400)
     check(service, job_ids)
 
 

@@ -2,21 +2,22 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 import time
 from itertools import count
 from pathlib import Path
 
 import openai
+import pytest
 
 from dpo_core.config import TrainConfig
 from services.contract import AttemptSpec, StepMetrics
 from services.control_plane import attempts
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
+from services.training import reporting
 from services.training.reporting import Reporter
 from tests.services.control_plane.conftest import free_port, pairs
+from tests.services.forks import Fork
 
 PROGRAM = """
 import os
@@ -41,7 +42,7 @@ Server(app, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning")
 DEATHS = 2
 
 
-def serve(settings: Settings, port: int, *, dies: bool) -> subprocess.Popen[bytes]:
+def serve(settings: Settings, port: int, *, dies: bool) -> Fork:
     environment = os.environ | {
         "PORT": str(port),
         "DIES": "yes" if dies else "",
@@ -52,7 +53,7 @@ def serve(settings: Settings, port: int, *, dies: bool) -> subprocess.Popen[byte
         "RAYDPO_ADVERTISED_URL": settings.advertised_url,
         "RAYDPO_RAY_URL": settings.ray_url,
     }
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, cwd=Path(__file__).parents[3])
+    return Fork(PROGRAM, env=environment)
 
 
 async def open_attempt(settings: Settings, job_id: str) -> str:
@@ -64,8 +65,9 @@ async def open_attempt(settings: Settings, job_id: str) -> str:
 
 
 def test_reports_are_recorded_once_though_the_service_dies_before_it_answers(
-    client: openai.OpenAI, settings: Settings, tmp_path: Path
+    client: openai.OpenAI, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reporting, "LAST_RETRY_SECONDS", 0.5)
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
     job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
     token, port = asyncio.run(open_attempt(settings, job_id)), free_port()
@@ -95,7 +97,7 @@ def test_reports_are_recorded_once_though_the_service_dies_before_it_answers(
     try:
         for _ in range(5):
             report()
-        assert reporter.close(60)
+        assert reporter.close(300)
     finally:
         service.terminate()
         service.wait()

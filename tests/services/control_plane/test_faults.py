@@ -121,9 +121,8 @@ async def play(settings: Settings, ray: FakeRay, job_id: str, story: str, store:
             ray.jobs[name] = "SUCCEEDED"
 
 
-async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int) -> bool:
+async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int, store: Store) -> bool:
     """The job's life with a crash at that point. Whether there was one."""
-    store = Store(settings.database_url)
     job_id = await new_job(store, settings)
     crashed = False
     for tick in range(MOST_TICKS):
@@ -151,16 +150,23 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int) 
     async with store.begin() as session:
         assert jobs.replay(await jobs.log_of(session, job_id)) == (job.desired, job.observed, job.version)
     assert not live(ray, job_id)
-    await store.close()
     return crashed
+
+
+async def count_points(settings: Settings, ray: FakeRay, story: str) -> int:
+    """Lives with a crash at each point in turn, on one store, which keeps the SQL of its statements."""
+    store = Store(settings.database_url)
+    for at in itertools.count(1):
+        if not await run_to_the_end(settings, ray, story, at, store):
+            break
+    await store.close()
+    return at
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a crash closes no connection
 @pytest.mark.parametrize("story", ["succeeds", "dies once", "paused", "cancelled"])
 def test_a_crash_at_any_point_loses_and_doubles_nothing(settings: Settings, fake_ray: FakeRay, story: str) -> None:
     fake_ray.resources = {"CPU": 8.0}
-    for at in itertools.count(1):
-        if not asyncio.run(run_to_the_end(settings, fake_ray, story, at)):
-            break
+    at = asyncio.run(count_points(settings, fake_ray, story))
     assert at > 15  # the points of a life
     gc.collect()  # what crashes left open is complained of here

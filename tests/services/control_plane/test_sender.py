@@ -97,7 +97,7 @@ def let_time_pass(settings: Settings) -> None:
     sql(settings, "UPDATE outbox SET due_at = now() WHERE due_at IS NOT NULL")
 
 
-def wait_for(done: Callable[[], Any], seconds: float = 20) -> None:
+def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until, "waited in vain"

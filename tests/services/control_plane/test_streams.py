@@ -64,7 +64,7 @@ def record(settings: Settings, job_id: str, first: int, reports: list[Any]) -> N
 def streaming(base_url: str, job_id: str, **headers: str) -> Iterator[Iterator[tuple[str | None, Any]]]:
     """The id and the data of what comes."""
     with (
-        httpx.Client(trust_env=False, timeout=30) as http,
+        httpx.Client(trust_env=False, timeout=120) as http,
         http.stream("GET", f"{base_url}/v1/x/jobs/{job_id}/stream", headers=HEADERS | headers) as response,
     ):
         assert response.status_code == 200, response.read()

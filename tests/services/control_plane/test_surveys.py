@@ -13,7 +13,7 @@ from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 from tests.services.control_plane.conftest import API_KEY, pair, serving
 
-LINES = 80_000
+LINES = 30_000
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_check_outlives_a_killed_control_plane(offline: Settings, large: Path)
         while not (checking := psutil.Process(process.pid).children()):
             time.sleep(0.05)
         process.kill()
-    _, alive = psutil.wait_procs(checking, timeout=30)  # nobody reads what it prints
+    _, alive = psutil.wait_procs(checking, timeout=300)  # nobody reads what it prints
     assert not alive
     with serving(offline, at_once_bytes=0) as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY) as client:
         assert client.files.retrieve(file.id).status == "uploaded"
@@ -55,7 +55,7 @@ def test_a_control_plane_sweeps_when_it_starts_though_no_cluster_answers(offline
     file = offline.home / "storage" / "files" / file_id
     assert file.exists()
     with serving(offline):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while file.exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)

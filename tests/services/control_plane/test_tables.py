@@ -55,7 +55,7 @@ def test_replicas_that_start_together_migrate_once(postgres_url: str) -> None:
         url = postgres_url.replace("/postgres?", "/started_together?")
         program = "import sys; from services.control_plane.store import migrate; migrate(sys.argv[1])"
         replicas = [subprocess.Popen([sys.executable, "-c", program, url]) for _ in range(3)]
-        assert [replica.wait(60) for replica in replicas] == [0, 0, 0]
+        assert [replica.wait(300) for replica in replicas] == [0, 0, 0]
     with psycopg.connect(url) as connection:
         assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
         assert connection.execute("SELECT count(*) FROM projects").fetchone() == (1,)

@@ -86,8 +86,8 @@ def service(offline: Settings, fake_ray: FakeRay, collector: Collector) -> Itera
         "RAYDPO_MODELS": '{"tiny": "/nowhere/tiny"}',
     }
     child = subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, cwd=Path(__file__).parents[3])
-    with httpx.Client(base_url=url, trust_env=False, timeout=30) as http:
-        deadline = time.monotonic() + 60
+    with httpx.Client(base_url=url, trust_env=False, timeout=120) as http:
+        deadline = time.monotonic() + 300
         while True:
             try:
                 http.get("/readyz").raise_for_status()
@@ -101,7 +101,7 @@ def service(offline: Settings, fake_ray: FakeRay, collector: Collector) -> Itera
     child.wait()
 
 
-def until(condition: object, seconds: float = 60) -> None:
+def until(condition: object, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "waited in vain"
@@ -111,7 +111,7 @@ def until(condition: object, seconds: float = 60) -> None:
 def test_a_trace_leads_from_the_request_over_the_attempt_to_its_steps(
     service: str, fake_ray: FakeRay, collector: Collector
 ) -> None:
-    with httpx.Client(base_url=f"{service}/v1", headers=HEADERS, trust_env=False, timeout=30) as http:
+    with httpx.Client(base_url=f"{service}/v1", headers=HEADERS, trust_env=False, timeout=120) as http:
         upload = {"file": ("pairs.jsonl", pairs())}
         file = http.post("/files", files=upload, data={"purpose": "fine-tune"}).json()["id"]
         body = {"model": "tiny", "training_file": file, "method": {"type": "dpo"}}
@@ -129,7 +129,7 @@ def test_a_trace_leads_from_the_request_over_the_attempt_to_its_steps(
         saved = storage.join(spec.run_uri, "checkpoints", "step-000150")
         reporter.report(CheckpointSaved(step=STEPS, uri=saved, metrics={"loss": 0.5}))
         reporter.report(Succeeded(model_uri=storage.join(spec.run_uri, "export"), trained_tokens=1))
-        assert reporter.close(60)
+        assert reporter.close(300)
         fake_ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
         until(lambda: http.get(f"/fine_tuning/jobs/{job_id}").json()["status"] == "succeeded")
 

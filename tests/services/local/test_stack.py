@@ -42,9 +42,9 @@ def processes_with(mark):
 def run_job(stack):
     """Its logs, once it has succeeded."""
     token = {"Authorization": f"Bearer {stack.ray_token_file.read_text()}"}
-    with httpx.Client(base_url=stack.ray_url, headers=token, trust_env=False, timeout=30) as ray:
+    with httpx.Client(base_url=stack.ray_url, headers=token, trust_env=False, timeout=120) as ray:
         job = ray.post("/api/jobs/", json={"entrypoint": ENTRYPOINT}).json()["submission_id"]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while (status := ray.get(f"/api/jobs/{job}").json()["status"]) in ("PENDING", "RUNNING"):
             assert time.monotonic() < deadline
             time.sleep(0.2)
