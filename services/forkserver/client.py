@@ -12,10 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from services.forkserver import VARIABLE
 
@@ -31,15 +31,17 @@ def main(arguments: list[str]) -> int:
     path = os.environ.get(VARIABLE)
     if path and (waits or Path(command[0]).name in RAY_WORKERS):
         try:
-            return _run_on_server(path, command, waits=waits)
+            pid, answers = _ask(path, command, waits=waits)
         except OSError as error:
             sys.stderr.write(f"The fork server does not answer ({error}); all is imported anew.\n")
             sys.stderr.flush()
+        else:
+            return _stand_for(pid, answers) if waits else 0
     return os.execv(sys.executable, [sys.executable, *command])
 
 
-def _run_on_server(path: str, command: list[str], *, waits: bool) -> int:
-    """Raises OSError if there is no server, and none can be started."""
+def _ask(path: str, command: list[str], *, waits: bool) -> tuple[int, TextIO]:
+    """The process id of the fork that runs the command, and where its exit status will stand. Raises OSError."""
     request = {
         "command": command,
         "environment": dict(os.environ),
@@ -48,30 +50,29 @@ def _run_on_server(path: str, command: list[str], *, waits: bool) -> int:
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "waits": waits,
     }
+    body = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
-        body = json.dumps(request).encode()
         socket.send_fds(connection, [len(body).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(body)
-        answers = connection.makefile()
-        pid = answers.readline()
-        if not pid:
-            raise ConnectionError("it ended")
-        if not waits:
-            return 0
-        return _stand_for(int(pid), answers.readline)
+        answers = connection.makefile()  # keeps the connection
+    pid = answers.readline()
+    if not pid:
+        raise ConnectionError("it ended")
+    return int(pid), answers
 
 
-def _stand_for(pid: int, exit_status: Callable[[], str]) -> int:
+def _stand_for(pid: int, answers: TextIO) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    status = int(exit_status() or 1)
+    status = int(answers.readline() or 1)
     if status < 0:  # it was killed by a signal, and so is this process
-        signal.signal(-status, signal.SIG_DFL)
+        with suppress(OSError):  # SIGKILL is as it is
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 

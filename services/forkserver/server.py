@@ -69,6 +69,7 @@ class Request:
     niceness: int
     waits: bool  # for the exit status
     streams: Sequence[int]  # standard input, output, error
+    client: socket.socket
 
 
 def main(path: str) -> None:
@@ -97,7 +98,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._children: dict[int, socket.socket] = {}  # those that somebody stands for
         self._raylet = int(os.environ.get(RAYLET_VARIABLE, os.getppid()))
-        self._path, self._ours = path, ours
+        self._path = path
 
     def serve(self, modules: Sequence[str]) -> Request | None:
         """Returns the request in each fork, and None in the server when its raylet is gone."""
@@ -127,7 +128,7 @@ class ForkServer:
         client, _ = self._listening.accept()
         try:
             return self._read(client)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, TypeError):
             client.close()
             return None
 
@@ -137,12 +138,11 @@ class ForkServer:
         head, streams, _, _ = socket.recv_fds(client, 4, 3)
         with client.makefile("rb") as body:
             fields: dict[str, Any] = json.loads(body.read(int.from_bytes(head, "big")))
-        self._client = client
-        return Request(**fields, streams=streams)
+        return Request(**fields, streams=streams, client=client)
 
     def _fork(self, request: Request) -> bool:
         """Whether this is the fork."""
-        client = self._client
+        client = request.client
         trouble = _what_keeps_from_forking()
         pid = None if trouble else os.fork()
         if pid == 0:

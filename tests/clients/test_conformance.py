@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.clients.programs import Address
 
 TABLE = Path(__file__).parents[2] / "docs" / "conformance.md"
 
 
+@pytest.mark.slow
 def test_the_table_is_what_a_running_service_answers(address: Address, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.clients.conformance", "tiny"]
     environment = os.environ | address.environment

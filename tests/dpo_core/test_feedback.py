@@ -471,6 +471,7 @@ HOSTILE = {  # its lines, the refusal, megabytes
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_costs_bounded_memory_and_time(name):
     source, code, most = HOSTILE[name]

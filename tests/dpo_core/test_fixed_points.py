@@ -44,6 +44,7 @@ def disputed(better, worse, share, ref_logps):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length_average", "tokens"), [(False, 1), (True, 2)], ids=["summed", "per token"])
 def test_ipo_stops_where_the_margin_is_the_preference(tokenizer, make_policy, tmp_path, length_average, tokens):
     """arXiv 2310.12036: p (d - 1 / (2 tau))^2 + (1 - p) (-d - 1 / (2 tau))^2 is least where d = (2 p - 1) / (2 tau)."""
@@ -55,6 +56,7 @@ def test_ipo_stops_where_the_margin_is_the_preference(tokenizer, make_policy, tm
     assert chosen - rejected == pytest.approx(tokens * (2 * share - 1) / (2 * tau), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_ipo_tilts_the_reference_by_how_often_each_completion_is_preferred(tokenizer, make_policy, tmp_path):
     """arXiv 2310.12036: the optimum is pi_ref exp(p(y > mu) / tau) / Z, here of a uniform mu. No reward explains these
     preferences: the second completion beats the third, the third the fourth, and the fourth the second."""
@@ -72,6 +74,7 @@ def test_ipo_tilts_the_reference_by_how_often_each_completion_is_preferred(token
     torch.testing.assert_close(found.exp(), optimum, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_kto_favours_what_most_people_prefer_where_dpo_follows_the_reference(tokenizer, make_policy, tmp_path):
     """arXiv 2402.01306, on contradictory preferences where p^(1 / beta) pi_ref(A) is less than
     (1 - p)^(1 / beta) pi_ref(B): DPO's optimum prefers B, and KTO's is A alone."""
@@ -121,6 +124,7 @@ def test_kto_divides_the_policy_between_two_desirable_completions(tokenizer, mak
     assert found.exp()[0] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odds_weight", [0.1, 1.0])
 def test_orpo_ends_between_the_shares_of_people_and_their_odds(tokenizer, make_policy, tmp_path, odds_weight):
     """arXiv 2403.07691, equation 6: likelihood alone would end where the policy is the people's share, odds alone

@@ -55,6 +55,7 @@ def test_gradients_over_packs_add_up_in_float32(policy):
     assert torch.equal(weights.trained["lm_head.weight"].grad, torch.ones_like(policy.lm_head.weight).float())
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_follows_that_in_float32(model, tokenizer, pairs, tmp_path):
     _, half = run(model, tokenizer, [pairs] * 4, tmp_path / "half")
     _, whole = run(model, tokenizer, [pairs] * 4, tmp_path / "whole", dtype=torch.float32)

@@ -185,6 +185,7 @@ def peak_of_a_step(policy, tokenizer, groups, folder) -> int:
     return max(accumulate(change for change in found if abs(change) != weight))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_four_times_as_large_takes_no_more_memory_but_for_its_weights(
     make_policy, make_groups, scored, tokenizer, tmp_path
 ):

@@ -51,6 +51,7 @@ def test_swapping_chosen_and_rejected_negates_margins(make_policy, tokenizer, pa
     assert other["rewards/margins"] == pytest.approx(-as_is["rewards/margins"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_dpo_on_bradley_terry_preferences_converges_to_the_reference_tilted_by_the_reward(
     make_policy, tokenizer, scored, tmp_path
 ):
@@ -78,6 +79,7 @@ def test_dpo_on_bradley_terry_preferences_converges_to_the_reference_tilted_by_t
     assert divergence < 1e-2
 
 
+@pytest.mark.slow
 def test_dpo_on_rankings_of_four_converges_to_the_same_optimum(make_policy, tokenizer, scored, tmp_path):
     """arXiv 2305.18290, A.3. Every order of four completions, weighing what Plackett-Luce gives it."""
     beta, prompt = 0.5, [0, 1, 1]

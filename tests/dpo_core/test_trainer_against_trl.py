@@ -68,6 +68,7 @@ def train_with_trl(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of TRL's
 def test_twenty_steps_are_those_of_trl(make_policy, tokenizer, scored, tmp_path):
     def policy(seed: int) -> PreTrainedModel:
@@ -119,6 +120,7 @@ def assert_same_four_steps(objective: o.Objective, groups: list[EncodedGroup], p
 EXO = {"loss_type": "exo_pair", "label_smoothing": 0.05}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("objective", "loss"),
@@ -192,6 +194,7 @@ def test_kto_is_that_of_trl(make_policy, tokenizer, scored, tmp_path, undesirabl
     assert_same_four_steps(objective, scored(groups, policy(0)), policy(3), tokenizer, tmp_path / "ours", expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("margins", [False, True], ids=["without margins", "with margins"])
 def test_twenty_steps_of_a_reward_model_are_those_of_trl(make_policy, tokenizer, tmp_path, margins):

@@ -28,7 +28,7 @@ from dpo_core.trainer import train
 from dpo_core.weights import shard
 from tests.dpo_core.conftest import float32_rate
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
     objective=Dpo(beta=0.5),

@@ -137,6 +137,7 @@ print(megabytes() - before, time.process_time() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_and_costs_bounded_memory_and_time(name: str, tmp_path: Path) -> None:
     (tmp_path / "bomb").write_bytes(BOMBS[name]())

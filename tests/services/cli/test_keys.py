@@ -11,6 +11,7 @@ def project(raydpo):
     raydpo("projects", "archive", made.stdout.strip())
 
 
+@pytest.mark.slow
 def test_a_key_is_created_used_listed_and_revoked(raydpo, tmp_path):
     made = raydpo("keys", "create", "ci", "--scope", "read", "--scope", "admin", "--days", 2)
     assert made.exit_code == 0, made.output
@@ -27,6 +28,7 @@ def test_a_key_is_created_used_listed_and_revoked(raydpo, tmp_path):
     assert "POST /v1/x/keys/{key_id}/revoke" in raydpo("audit", "--limit", 5).stdout
 
 
+@pytest.mark.slow
 def test_a_project_is_created_limited_listed_and_archived(raydpo, project, tmp_path):
     changed = json.loads(raydpo("projects", "set", project, "--max-queued-jobs", "none", "--max-bytes", 0).stdout)
     assert (changed["max_queued_jobs"], changed["max_bytes"]) == (None, 0)

@@ -10,6 +10,7 @@ def left_of(home):
     return [command for command in commands.values() if str(home) in command]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]])
 def test_up_greets_once_it_answers_and_a_signal_stops_all_of_it(up, home, base_model, signals):
     service = up("--model", f"tiny={base_model}", "--model", "qwen=Qwen/Qwen3-0.6B")
@@ -26,6 +27,7 @@ def test_up_greets_once_it_answers_and_a_signal_stops_all_of_it(up, home, base_m
     assert not left_of(home)
 
 
+@pytest.mark.slow
 def test_up_again_after_kill_9_keeps_key_and_files(up, home):
     first = up()
     first.wait_until_ready()
@@ -43,6 +45,7 @@ def test_up_again_after_kill_9_keeps_key_and_files(up, home):
     assert not left_of(home)
 
 
+@pytest.mark.slow
 def test_a_second_up_on_the_same_home_is_refused(up, service):
     second = up(home=service.home)
     said, _ = second.child.communicate(timeout=300)
@@ -51,6 +54,7 @@ def test_a_second_up_on_the_same_home_is_refused(up, service):
     assert said == f"error: {owner}; stop that, or choose another --home.\n"
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_refused_before_anything_starts(up, home, service):
     second = up("--port", service.url.split(":")[2].split("/")[0])
     said, _ = second.child.communicate(timeout=300)
@@ -59,6 +63,7 @@ def test_a_taken_port_is_refused_before_anything_starts(up, home, service):
     assert not list(home.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "reason"),
     [

@@ -2,6 +2,7 @@ import threading
 import time
 from io import StringIO
 
+import pytest
 from openai import OpenAI
 from rich.console import Console
 
@@ -14,6 +15,7 @@ def test_metrics_line_shows_what_is_there():
     assert metrics_line({"step": 3, "train_loss": 2.0, "train_reward_margin": None}) == "loss 2.0000"
 
 
+@pytest.mark.slow
 def test_a_job_is_watched_across_a_restart_of_the_service(up, home, base_model, tmp_path):
     """Everything is told once, though the stream breaks off and is resumed."""
     first = up("--model", f"tiny={base_model}")

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_control_plane_loads_no_torch_ray_vllm_or_transformers() -> None:
     program = (
         "import sys; import services.control_plane.app, services.contract, dpo_core.config;"

@@ -164,6 +164,7 @@ def kill_at_random(service: Service, kills: int) -> None:
         plane.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "count"), [(6, 10), pytest.param(200, 50, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
 )
@@ -181,6 +182,7 @@ def test_whichever_control_plane_is_killed_clients_notice_nothing_and_every_job_
     check(service, job_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
 @pytest.mark.parametrize("how", ["stopped", "frozen"])
 def test_a_database_that_is_away_for_a_while_costs_no_job(

@@ -174,6 +174,7 @@ def test_a_cluster_that_does_not_answer_is_unavailable(ray: FakeRay, ask: Any) -
     assert int(answer.headers["retry-after"]) > 0
 
 
+@pytest.mark.slow
 def test_who_hangs_up_ends_the_wait(ray: FakeRay, base_url: str, file_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "WAIT_SECONDS", 20)
     looks: list[float] = []

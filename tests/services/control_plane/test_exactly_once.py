@@ -64,6 +64,7 @@ async def open_attempt(settings: Settings, job_id: str) -> str:
     return attempt.token
 
 
+@pytest.mark.slow
 def test_reports_are_recorded_once_though_the_service_dies_before_it_answers(
     client: openai.OpenAI, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

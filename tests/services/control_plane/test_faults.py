@@ -163,6 +163,7 @@ async def count_points(settings: Settings, ray: FakeRay, story: str) -> int:
     return at
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a crash closes no connection
 @pytest.mark.parametrize("story", ["succeeds", "dies once", "paused", "cancelled"])
 def test_a_crash_at_any_point_loses_and_doubles_nothing(settings: Settings, fake_ray: FakeRay, story: str) -> None:

@@ -87,6 +87,7 @@ def test_a_revoked_key_stops_within_its_second_also_where_it_is_known(api: httpx
     assert api.post(f"/x/keys/{made['id']}/revoke").json() == revoked
 
 
+@pytest.mark.slow
 def test_an_expired_key_stops(api: httpx.Client, base_url: str) -> None:
     made = new_key(api, expires_at=int(time.time()) + 2)
     with api_of(base_url, made["value"]) as own:

@@ -94,12 +94,14 @@ def head(path: str, length: int) -> bytes:
     return "\r\n".join([*lines, "content-type: application/json", "", ""]).encode()
 
 
+@pytest.mark.slow
 def test_a_body_that_stalls_is_ended_with_an_envelope(base_url: str) -> None:
     answer = slow(base_url, head("/v1/fine_tuning/jobs", 100), b"{", pause=0)
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"stalled after 1 bytes" in answer
 
 
+@pytest.mark.slow
 def test_a_body_that_drips_is_ended_as_well(base_url: str) -> None:
     began = time.monotonic()
     answer = slow(base_url, head("/v1/fine_tuning/jobs", 100), *[b" "] * 6, pause=0.5)
@@ -172,6 +174,7 @@ def test_a_nul_in_a_url_is_refused(base_url: str, path: str) -> None:
 # --- how many ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_requests_than_can_be_answered_are_sent_away_and_come_again(
     base_url: str, client: openai.OpenAI, settings: Settings
 ) -> None:

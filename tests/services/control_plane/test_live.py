@@ -76,6 +76,7 @@ def run(settings: Settings, work: Callable[[Store], Any]) -> None:
     asyncio.run(with_store())
 
 
+@pytest.mark.slow
 def test_many_streams_get_every_event_once_while_slow_ones_do_not_read(
     base_url: str, settings: Settings, job_id: str
 ) -> None:
@@ -104,6 +105,7 @@ def test_many_streams_get_every_event_once_while_slow_ones_do_not_read(
     run(settings, work)
 
 
+@pytest.mark.slow
 def test_a_lost_listening_connection_loses_no_event(base_url: str, settings: Settings, job_id: str) -> None:
     async def work(store: Store) -> None:
         reader, writer = await open_stream(base_url, job_id)

@@ -41,6 +41,7 @@ def peak_bytes(process: psutil.Process) -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_sent(server: tuple[psutil.Process, str], large: Path) -> None:
     process, url = server
     with openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0) as client:

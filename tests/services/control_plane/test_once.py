@@ -79,6 +79,7 @@ def job_ids(client: openai.OpenAI) -> list[str]:
     return [job.id for job in client.fine_tuning.jobs.list()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drops", [1, 2])
 def test_three_sends_of_which_answers_are_lost_make_one_job_and_one_file(
     client: openai.OpenAI, resending: openai.OpenAI, proxy: DroppingProxy, file_id: str, drops: int

@@ -43,6 +43,7 @@ def check(answer: Any) -> None:
     assert answer.status_code < 500 or (answer.status_code == 503 and "retry-after" in answer.headers), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 @given(data=st.data())
 @settings(

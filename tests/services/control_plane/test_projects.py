@@ -80,6 +80,7 @@ def submit(own: httpx.Client, file_id: str) -> httpx.Response:
     return own.post("/fine_tuning/jobs", json=body)
 
 
+@pytest.mark.slow
 def test_jobs_beyond_the_queue_are_refused_for_good_however_many_come_at_once(api: httpx.Client, team: Any) -> None:
     project, own, file = team
     api.post(f"/x/projects/{project}", json={"max_queued_jobs": 2})

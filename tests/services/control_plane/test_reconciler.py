@@ -345,6 +345,7 @@ def test_a_lost_answer_to_the_launch_launches_nothing_twice(
     assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
 
 
+@pytest.mark.slow
 def test_unknown_is_never_failed_and_a_lost_cluster_counts_against_nobody(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -571,6 +572,7 @@ def test_a_pause_that_comes_too_late_changes_nothing(
         client.fine_tuning.jobs.resume(job_id)
 
 
+@pytest.mark.slow
 def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_another(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -588,6 +590,7 @@ def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_
     succeed(client, settings, ray, job_id, 6)
 
 
+@pytest.mark.slow
 def test_an_attempt_that_dies_while_a_pause_is_wished_has_not_failed(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -602,6 +605,7 @@ def test_an_attempt_that_dies_while_a_pause_is_wished_has_not_failed(
     succeed(client, settings, ray, job_id, 6)
 
 
+@pytest.mark.slow
 def test_an_attempt_that_does_not_pause_in_time_is_stopped_by_ray(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -631,6 +635,7 @@ def silence(settings: Settings, job_id: str, seconds: float = 3600) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_silent_attempt_is_stopped_and_the_next_one_goes_on(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -644,6 +649,7 @@ def test_a_silent_attempt_is_stopped_and_the_next_one_goes_on(
     succeed(client, settings, ray, job_id, 2)
 
 
+@pytest.mark.slow
 def test_silence_counts_only_while_a_control_plane_watched_and_ray_said_that_it_runs(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -659,6 +665,7 @@ def test_silence_counts_only_while_a_control_plane_watched_and_ray_said_that_it_
     cancelled(client, settings, job_id)
 
 
+@pytest.mark.slow
 def test_an_attempt_that_cannot_post_but_beats_in_its_spool_is_alive(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:

@@ -44,6 +44,7 @@ def stored(settings: Settings) -> Iterator[str]:
             yield f"{path} {path.read_bytes().decode(errors='replace')}"
 
 
+@pytest.mark.slow
 def test_no_secret_is_told(
     base_url: str, settings: Settings, fake_ray: FakeRay, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -112,6 +112,7 @@ def unwrap(client: openai.OpenAI, message: Received, secret: str) -> Any:
     return client.webhooks.unwrap(message.body, message.headers, secret=secret)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", CLOSED)
 def test_the_end_of_a_job_is_told_once_to_each_endpoint_that_asked(
     client: openai.OpenAI, settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any, to: str
@@ -151,6 +152,7 @@ def test_a_move_that_is_rolled_back_is_not_told(
     assert sql(settings, "SELECT count(*) FROM outbox") == [(before[0][0] + 1,)]
 
 
+@pytest.mark.slow
 def test_what_fails_is_sent_again_under_the_same_id_after_a_pause(
     client: openai.OpenAI, settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
 ) -> None:
@@ -169,6 +171,7 @@ def test_what_fails_is_sent_again_under_the_same_id_after_a_pause(
         unwrap(client, message, made.signing_secret)
 
 
+@pytest.mark.slow
 def test_after_three_days_nothing_is_sent_any_more(
     settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
 ) -> None:
@@ -180,6 +183,7 @@ def test_after_three_days_nothing_is_sent_any_more(
     wait_for(lambda: outcomes(settings)[0] == ("answered 500", 2, True))
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_gone_is_disabled_until_it_is_given_a_url(
     client: openai.OpenAI, settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
 ) -> None:
@@ -201,6 +205,7 @@ def test_an_endpoint_that_is_gone_is_disabled_until_it_is_given_a_url(
     wait_for(lambda: len(receiver.at("/one")) == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["DELETE", "410"])
 def test_what_waits_for_an_endpoint_that_went_away_is_not_sent(
     client: openai.OpenAI, settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any, change: str
@@ -237,6 +242,7 @@ def test_a_rotated_secret_signs_beside_the_old_one_for_a_day(
             unwrap(client, message, secret)
 
 
+@pytest.mark.slow
 def test_slow_endpoints_take_their_own_places_and_nobody_elses(
     settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
 ) -> None:
@@ -253,6 +259,7 @@ def test_slow_endpoints_take_their_own_places_and_nobody_elses(
     assert receiver.paths["/slow"].most_at_once == AT_ONCE_TO_ONE
 
 
+@pytest.mark.slow
 def test_two_control_planes_send_each_webhook_once(
     settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
 ) -> None:
@@ -302,6 +309,7 @@ def sender_elsewhere(database_url: str, url: str) -> Iterator[subprocess.Popen[b
     process.wait()
 
 
+@pytest.mark.slow
 def test_what_was_sent_by_a_sender_that_died_before_it_noted_it_is_sent_again_with_the_same_id(
     settings: Settings, postgres_url: str, receiver: Receiver
 ) -> None:

@@ -25,6 +25,7 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_check_outlives_a_killed_control_plane(offline: Settings, large: Path) -> None:
     migrate(offline.database_url)
     with serving(offline, at_once_bytes=0) as (process, url):
@@ -46,6 +47,7 @@ def test_a_check_outlives_a_killed_control_plane(offline: Settings, large: Path)
         client.files.delete(file.id)
 
 
+@pytest.mark.slow
 def test_a_control_plane_sweeps_when_it_starts_though_no_cluster_answers(offline: Settings) -> None:
     migrate(offline.database_url)
     with serving(offline) as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY) as client:

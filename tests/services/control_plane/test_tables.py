@@ -49,6 +49,7 @@ def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> Non
             connection.execute("DELETE FROM transitions")
 
 
+@pytest.mark.slow
 def test_replicas_that_start_together_migrate_once(postgres_url: str) -> None:
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("CREATE DATABASE started_together")

@@ -178,6 +178,7 @@ def as_it_was(a: httpx.Client, a_has: dict[str, str]) -> dict[str, Any]:
     return everything_of(a, a_has)
 
 
+@pytest.mark.slow
 @each_of(NAMED)
 def test_what_is_another_s_is_as_if_it_were_not(
     b: httpx.Client, a_has: dict[str, str], as_it_was: dict[str, Any], operation: Operation

@@ -108,6 +108,7 @@ def until(condition: object, seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_trace_leads_from_the_request_over_the_attempt_to_its_steps(
     service: str, fake_ray: FakeRay, collector: Collector
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_trace_leads_from_the_request_over_the_attempt_to_its_steps(
         assert span.end_time_unix_nano <= attempt.end_time_unix_nano
 
 
+@pytest.mark.slow
 def test_nothing_of_opentelemetry_is_imported_while_it_is_off() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     program = (

@@ -162,6 +162,7 @@ def resending(base_url: str) -> Iterator[tuple[openai.OpenAI, DroppingProxy]]:
     proxy.close()
 
 
+@pytest.mark.slow
 def test_lost_answers_make_one_upload_its_parts_and_one_file(
     client: openai.OpenAI, resending: tuple[openai.OpenAI, DroppingProxy], settings: Settings
 ) -> None:
@@ -187,6 +188,7 @@ def large_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surveys, "IN_PROCESS_BYTES", 100)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("large_is_small")
 def test_a_large_file_is_answered_first_and_checked_then(client: openai.OpenAI) -> None:
     file = client.files.create(file=("large.jsonl", DATA), purpose="fine-tune")
@@ -200,6 +202,7 @@ def test_a_large_file_is_answered_first_and_checked_then(client: openai.OpenAI) 
     client.fine_tuning.jobs.cancel(job.id)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("large_is_small")
 def test_a_large_file_with_a_bad_row_ends_in_error_with_its_line(client: openai.OpenAI) -> None:
     data = pair(1) + b"\n[]\n" + DATA
@@ -211,6 +214,7 @@ def test_a_large_file_with_a_bad_row_ends_in_error_with_its_line(client: openai.
         client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
 
 
+@pytest.mark.slow
 def test_a_check_whose_control_plane_died_is_done_by_another(client: openai.OpenAI, settings: Settings) -> None:
     file = client.files.create(file=("pairs.jsonl", DATA), purpose="fine-tune")
     with psycopg.connect(settings.database_url) as connection:
@@ -223,6 +227,7 @@ def test_a_check_whose_control_plane_died_is_done_by_another(client: openai.Open
     assert client.files.wait_for_processing(file.id, poll_interval=0.1).status == "processed"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_checked_keeps_no_other_waiting_and_is_given_up(
     client: openai.OpenAI, settings: Settings
 ) -> None:

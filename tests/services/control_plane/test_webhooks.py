@@ -41,6 +41,7 @@ def stranger(base_url: str, settings: Settings) -> Iterator[openai.OpenAI]:
         yield client
 
 
+@pytest.mark.slow
 def test_the_life_of_an_endpoint(strict: openai.OpenAI, receiver: Receiver) -> None:
     assert strict.webhooks.event_types.list().data == [SUCCEEDED, FAILED, CANCELLED]
     made = strict.webhooks.create(name="ours", url=f"{receiver.url}/ours", event_types=[FAILED, SUCCEEDED, FAILED])

@@ -112,10 +112,12 @@ def test_a_module_runs_in_the_folder_of_its_client(environment: dict[str, str], 
 def test_a_client_that_waits_ends_as_its_command_did(
     folder: Path, environment: dict[str, str], program: str, status: int, said: str
 ) -> None:
-    command = [*CLIENT, "--wait", script(folder, program)]
+    once = f"open({str(folder / 'runs')!r}, 'a').write('x')\n"
+    command = [*CLIENT, "--wait", script(folder, once + program)]
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert done.returncode == status
     assert said in done.stderr
+    assert (folder / "runs").read_text() == "x"
 
 
 def test_a_client_forwards_sigterm_and_takes_its_command_along_when_it_is_killed(

@@ -6,6 +6,7 @@ import time
 
 import psutil
 import psycopg
+import pytest
 
 from services.local.postgres import start_postgres, stop_postgres
 
@@ -29,6 +30,7 @@ def answer(url):
         return connection.execute("select 42").fetchone()[0]
 
 
+@pytest.mark.slow
 def test_server_outlives_its_killed_parent_is_adopted_and_stops(home):
     folder = home / "postgres"
     with subprocess.Popen(
@@ -45,6 +47,7 @@ def test_server_outlives_its_killed_parent_is_adopted_and_stops(home):
     assert not psutil.pid_exists(pid)
 
 
+@pytest.mark.slow
 def test_start_interrupted_anywhere_leaves_no_process_and_the_next_succeeds(home):
     for milliseconds in range(300, 1500, 300):
         folder = home / str(milliseconds) / "postgres"
@@ -61,6 +64,7 @@ def test_start_interrupted_anywhere_leaves_no_process_and_the_next_succeeds(home
             stop_postgres(folder)
 
 
+@pytest.mark.slow
 def test_pid_file_of_a_dead_server_whose_pid_another_process_has_now_is_overlooked(home):
     folder = home / "postgres"
     start_postgres(folder)
@@ -73,6 +77,7 @@ def test_pid_file_of_a_dead_server_whose_pid_another_process_has_now_is_overlook
         stop_postgres(folder)
 
 
+@pytest.mark.slow
 def test_socket_of_a_folder_with_a_long_name_is_closed_to_others(home):
     folder = home / ("long" * 30) / "postgres"
     folder.parent.mkdir()

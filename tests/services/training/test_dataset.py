@@ -70,6 +70,7 @@ def test_scores_that_are_there_are_found(data: Dataset, tmp_path: Path) -> None:
     assert find_scores((tmp_path / "elsewhere").as_uri(), bare) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1.parquet", "1.parquet.sha256"])
 def test_scores_are_found_only_while_they_are_what_was_written(data: Dataset, tmp_path: Path, name: str) -> None:
     bare, path = data.parts[1].model_copy(update={"scores_sha256": None}), tmp_path / "scores" / name

@@ -65,6 +65,7 @@ def read(web: Web, make_spec: Callable[..., AttemptSpec], tmp_path: Path) -> Rea
     return read
 
 
+@pytest.mark.slow
 def test_a_file_comes_from_the_commit_and_the_token_goes_to_the_hub_alone(read: Read, web: Web) -> None:
     web.cuts = [None, 100]
     rows, reports = read("hf://datasets/org/name@v1/rows.jsonl")
@@ -77,6 +78,7 @@ def test_a_file_comes_from_the_commit_and_the_token_goes_to_the_hub_alone(read: 
     assert web.requests[-1][1]["range"] == "bytes=100-"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", ["hf://datasets/org/name/data/", "hf://datasets/org/name/data/*.jsonl"])
 def test_a_folder_means_its_files(read: Read, uri: str) -> None:
     rows, reports = read(uri)
@@ -86,6 +88,7 @@ def test_a_folder_means_its_files(read: Read, uri: str) -> None:
     assert reports[-1]["message"] == joined
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("uri", "said"),
     [

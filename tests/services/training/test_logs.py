@@ -42,6 +42,7 @@ def start(folder: Path, program: str, **environment: str) -> subprocess.Popen[by
         return subprocess.Popen([sys.executable, "-u", "-c", keep + program], env=given, stdout=out, stderr=err)
 
 
+@pytest.mark.slow
 def test_what_a_process_prints_is_kept_while_it_runs_and_when_it_is_killed(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("printed before\n")
     program = (

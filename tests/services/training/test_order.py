@@ -135,6 +135,7 @@ def test_a_step_waits_for_no_later_window_than_its_own(tmp_path: Path) -> None:
         assert data.asked == in_order[: -(-step // 8) * 8]
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     pieces=st.lists(

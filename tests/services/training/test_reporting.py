@@ -55,6 +55,7 @@ def test_every_report_is_spooled_and_shipped_once_in_order(spec: AttemptSpec, co
     assert control_plane.tokens == {f"Bearer {control_plane.token}"}
 
 
+@pytest.mark.slow
 def test_dropped_answers_and_errors_are_retried_until_all_arrived(spec: AttemptSpec, control_plane: Any) -> None:
     control_plane.script = [None, 503, 401, 200, None]
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
@@ -89,6 +90,7 @@ def test_a_fenced_attempt_learns_it_and_ships_no_more(spec: AttemptSpec, control
     assert control_plane.posts == []
 
 
+@pytest.mark.slow
 def test_an_attempt_with_nothing_to_say_beats_and_learns_what_is_wished(spec: AttemptSpec, control_plane: Any) -> None:
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
     control_plane.desired = "pause"

@@ -176,6 +176,7 @@ def test_a_refusal_of_s3_is_the_users_to_mend(bring: Bring, s3: str, web: Web) -
     assert (code, "ACCESS_DENIED" in message) == ("invalid_training_file", True)
 
 
+@pytest.mark.slow
 def test_a_storage_that_does_not_answer_is_left_to_the_next_attempt(bring: Bring, s3: str) -> None:
     nobody = "?scheme=http&region=us-east-1&endpoint_override=127.0.0.1%3A9"
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):

@@ -70,6 +70,7 @@ def history(client: MlflowClient, run: Any, key: str) -> list[tuple[int, float]]
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_run_on_the_server_with_each_step_once(
     spec: AttemptSpec,
     spool: Spool,
@@ -97,6 +98,7 @@ def test_a_resumed_run_is_one_run_on_the_server_with_each_step_once(
     assert "canary" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_without_a_server_the_run_is_in_a_database_file_that_the_next_attempt_continues(
     spec: AttemptSpec, spool: Spool, tmp_path: Path
 ) -> None:
@@ -112,6 +114,7 @@ def test_without_a_server_the_run_is_in_a_database_file_that_the_next_attempt_co
     assert history(client, run, "train/loss") == [(n, 1 / n) for n in range(1, 10)]
 
 
+@pytest.mark.slow
 def test_more_steps_than_a_batch_may_hold_are_written_in_parts(spec: AttemptSpec, spool: Spool) -> None:
     spool.add_steps(1, 600, attempt=2)
     follow(spec, None)

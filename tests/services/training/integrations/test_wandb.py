@@ -133,6 +133,7 @@ def test_a_resumed_run_is_one_run_on_the_server_with_each_step_once(
     assert not storage.exists(storage.join(spec.run_uri, "wandb"))
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached_is_told_of_once_and_without_the_key(
     spec: AttemptSpec, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
