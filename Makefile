@@ -58,10 +58,10 @@ types: setup ## mypy, strict
 	@$(BIN)/mypy
 
 test: setup ## every test: those that need a Ray one at a time, the others beside them
-	@$(BIN)/pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest --numprocesses=2 --no-loadscope-reorder
 
 test-fast: setup ## while working: no Ray, and nothing that takes seconds
-	@$(BIN)/pytest --numprocesses=2 --dist=loadgroup -m 'not long and not ray and not slow'
+	@$(BIN)/pytest --numprocesses=2 -m 'not long and not ray and not slow'
 
 check: lint types test ## all that CI runs before the demo
 

@@ -6,14 +6,19 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psycopg
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from services.local.postgres import start_postgres, stop_postgres
 from tests import figures, reaper
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,15 +29,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(figures.Figures(config))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes one runs what needs a Ray, a file at a time and the Ray shared, the other all else."""
+    """What needs a Ray comes first: of two processes, the one that runs it then does not end long after the other."""
     if len({item.nodeid for item in items}) < len(items):
         raise pytest.UsageError("Several tests have the same name, of which two processes would run one only.")
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+class OneRay(LoadScopeScheduling):
+    """One process runs the files that need a Ray, and starts what they share once; the other takes file after file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if needs_ray(file) else file
+
+
+@cache
+def needs_ray(file: str) -> bool:
+    return "mark.ray" in (ROOT / file).read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")
