@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import distributions, version
+from itertools import accumulate
 
 import ray
 
@@ -36,7 +37,7 @@ from services.training.stream import Stream, streamed
 from services.training.tasks import in_tasks
 
 ENCODING, SCORING = 2, 1  # raised when the same input becomes something else
-NUM_TIMED_GROUPS = 8
+NUM_TIMED_TOKENS = 4096  # fewer would say more of the start than of the rate
 SCORES_FOUND = "The reference's scores were found in the cache."
 
 
@@ -177,7 +178,9 @@ def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, rep
     """Whether the deployment is to score; says why where it is not. `engine` None: it was never measured."""
     if spec.reference_source == "serve":
         return True
-    groups = parity.sample(encoding.training, NUM_TIMED_GROUPS)
+    sample = parity.sample(encoding.training)
+    ends = accumulate(group.num_tokens for group in sample)
+    groups = [group for group, end in zip(sample, ends, strict=True) if end - group.num_tokens < NUM_TIMED_TOKENS]
     task = ray.remote(forward.tokens_per_second).options(num_cpus=1, num_gpus=spec.num_gpus_per_worker)
     own = Rate(tokens_per_second=ray.get(task.remote(spec, groups)))
     num_tokens = encoding.training.num_tokens + encoding.held_out.num_tokens
