@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return  # one of several processes, which inherits the mark
+    # Or Ray's workers would starve beside the other process's tests.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - as Ray spells it
     os.environ[reaper.MARK] = secrets.token_hex(8)
     reaper.start(os.getpid(), os.environ[reaper.MARK])
     config.pluginmanager.register(figures.Figures(config))

@@ -28,7 +28,7 @@ from services import forkserver
 from services.local.errors import StackError
 
 MARK = "RAYDPO_STACK"
-START_SECONDS = 120.0
+START_SECONDS = 300.0  # a machine with much else to do
 STOP_SECONDS = 15.0
 
 

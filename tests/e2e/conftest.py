@@ -21,10 +21,10 @@ from demo.rows import Shop
 from tests.clients import strict
 from tests.services.control_plane.conftest import free_port
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0
 
 
-def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 300.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 900.0) -> Any:
     """The first truth that `condition` returns; fails by name when there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -53,7 +53,7 @@ class Serving:
         answer = httpx.get(self._url, headers=self._headers, timeout=60)
         return answer.raise_for_status().json()["applications"]
 
-    def wait(self, until: Callable[[dict[str, Any]], bool], seconds: float = 300) -> dict[str, Any]:
+    def wait(self, until: Callable[[dict[str, Any]], bool], seconds: float = 1500) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         while not until(status := self.status()):
             assert time.monotonic() < deadline, status
