@@ -5,6 +5,7 @@ ten seconds and 700 MB, so this module leaves that to the replica.
 """
 
 import asyncio
+import importlib
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from services import storage
 from services.contract import Deployment, Score
+
+IMPORT_TRIES = 3
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -51,9 +54,7 @@ class Policy:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """The replica is ready when this returns."""
         source = await asyncio.to_thread(_local, self._deployment.source)
-        from services.serving import policy
-
-        self._server = await policy.start(self._deployment, source)
+        self._server = await _import_policy().start(self._deployment, source)
         return await self._server.__serve_build_asgi_app__()
 
     async def check_health(self) -> None:
@@ -66,6 +67,21 @@ class Policy:
     async def token_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[list[float]]:
         """The same, of each token."""
         return await self._server.reference.token_logps(prompt_ids, completion_ids)
+
+
+def _import_policy() -> Any:
+    """The module, or ValueError where Ray's registry refuses it repeatedly.
+
+    On import Ray registers connectors for the whole cluster, and of two replicas that do so at once one fails. When
+    it looks again, they are registered, and it registers nothing.
+    """
+    for left in reversed(range(IMPORT_TRIES)):
+        try:
+            return importlib.import_module("services.serving.policy")
+        except ValueError:
+            if not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _local(source: str) -> str:

@@ -203,4 +203,4 @@ def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
         assert address, log.read_text()
         yield environment | {"RAY_ADDRESS": address}
         cluster.communicate(timeout=60)  # closes its standard input
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the fork server takes its socket away meanwhile
