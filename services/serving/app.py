@@ -54,7 +54,10 @@ class Policy:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """The replica is ready when this returns."""
         source = await asyncio.to_thread(_local, self._deployment.source)
-        self._server = await _import_policy().start(self._deployment, source)
+        _import_policy()
+        from services.serving import policy
+
+        self._server = await policy.start(self._deployment, source)
         return await self._server.__serve_build_asgi_app__()
 
     async def check_health(self) -> None:
@@ -69,19 +72,18 @@ class Policy:
         return await self._server.reference.token_logps(prompt_ids, completion_ids)
 
 
-def _import_policy() -> Any:
-    """The module, or ValueError where Ray's registry refuses it repeatedly.
+def _import_policy() -> None:
+    """On import Ray registers connectors for the whole cluster, and of two replicas that do so at once one fails.
 
-    On import Ray registers connectors for the whole cluster, and of two replicas that do so at once one fails. When
-    it looks again, they are registered, and it registers nothing.
+    When it looks again, they are registered, and it registers nothing.
     """
     for left in reversed(range(IMPORT_TRIES)):
         try:
-            return importlib.import_module("services.serving.policy")
+            importlib.import_module("services.serving.policy")
+            return
         except ValueError:
             if not left:
                 raise
-    raise AssertionError("unreachable")
 
 
 def _local(source: str) -> str:
