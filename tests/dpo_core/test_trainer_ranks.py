@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dpo_core import trainer
 from dpo_core.checkpoint import verify
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
@@ -26,7 +25,6 @@ from dpo_core.options import Dpo, Mpo
 from dpo_core.scorer import Scorer
 from dpo_core.trainer import train
 from dpo_core.weights import shard
-from tests.dpo_core.conftest import float32_rate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
@@ -132,7 +130,6 @@ def compute_unlike_completions_in(home: Path) -> None:
 
 def run_rank(rank: int, num_ranks: int, home: Path) -> None:
     torch.set_num_threads(1)
-    trainer.matmul_rate = float32_rate
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous{num_ranks}", rank=rank, world_size=num_ranks)
     for name, case in CASES.items():
