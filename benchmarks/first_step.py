@@ -9,8 +9,6 @@ others (warm), and asks the last policy. Prints every process that lived for a j
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,16 +19,17 @@ from typing import Any
 
 import openai
 import psutil
+from rich.console import Console
 
 from benchmarks.processes import Life, Recorder, machine_cpu_seconds
 from benchmarks.rows import as_pairs, dialogues
 from demo.base_model import make_base_model
 from demo.rows import Shop
+from demo.service import Service
 from services.cli.watch import follow
 
 QUIET_CPU = 0.3  # of all cores, for two seconds; an idle Ray takes 0.15 of two slow ones
 QUIET_SECONDS = 60
-LONGEST_SECONDS = 900
 SIZES: dict[str, dict[str, Any]] = {
     "40M": {"hidden_size": 512, "num_layers": 8, "vocabulary": 32_000},
     "demo": {"hidden_size": 384, "num_layers": 3},
@@ -60,8 +59,15 @@ def main() -> None:
         folder = Path(name)
         os.chmod(folder, 0o755)  # as root, PostgreSQL is another user and must reach its data
         model, files = prepare(folder, options)
-        with Service(folder / "home", model) as service:
-            runs = [run(service, file, options, last=file is files[-1]) for file in files]
+        home = folder / "home"
+        home.mkdir()
+        service = Service(home, models={"base": str(model)}, console=Console(stderr=True))
+        try:
+            url, recorder = service.wait_until_ready(), Recorder(str(home))
+            client = openai.OpenAI(base_url=url, api_key=(home / "api.key").read_text(), timeout=600)
+            runs = [run(client, recorder, file, options, last=file is files[-1]) for file in files]
+        finally:
+            service.stop()
     for number, found in enumerate(runs):
         show(found, "cold" if number == 0 else f"warm, {number}")
     if options.picture:
@@ -77,7 +83,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, list[Path]
         lines = options.data.read_text().splitlines()[:count]
         if len(lines) < count:
             raise SystemExit(f"{options.data} has {len(lines)} rows; {count} are needed.")
-        make_base_model(model, lines, **SIZES["40M"])
+        make_base_model(model, lines, **SIZES[options.model])
     elif options.model == "40M":
         lines = [json.dumps(pair) for row in dialogues(count, num_completions=2) for pair in as_pairs(row)]
         make_base_model(model, lines, **SIZES["40M"])
@@ -91,37 +97,6 @@ def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, list[Path]
     return model, files
 
 
-class Service:
-    """`raydpo up` on a home of its own."""
-
-    def __init__(self, home: Path, model: Path) -> None:
-        self.home = home
-        command = [
-            Path(sys.executable).with_name("raydpo"),
-            "up",
-            f"--home={home}",
-            "--port=0",
-            f"--model=base={model}",
-        ]
-        with (home.parent / "up.log").open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        self.recorder = Recorder(str(home))
-
-    def __enter__(self) -> "Service":
-        deadline = time.monotonic() + LONGEST_SECONDS
-        while not (self.home / "url").exists():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit((self.home.parent / "up.log").read_text())
-            time.sleep(0.2)
-        url, key = (self.home / "url").read_text(), (self.home / "api.key").read_text()
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=600)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(120)
-
-
 def wait_until_quiet() -> None:
     deadline = time.monotonic() + QUIET_SECONDS
     while psutil.cpu_percent(2) > 100 * QUIET_CPU:
@@ -130,9 +105,9 @@ def wait_until_quiet() -> None:
             return
 
 
-def run(service: Service, file: Path, options: argparse.Namespace, *, last: bool) -> Run:
+def run(client: openai.OpenAI, recorder: Recorder, file: Path, options: argparse.Namespace, *, last: bool) -> Run:
     wait_until_quiet()
-    client, marks = service.client, dict[str, tuple[float, float]]()
+    marks = dict[str, tuple[float, float]]()
     with file.open("rb") as rows:
         stored = client.files.create(file=rows, purpose="fine-tune")
     method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 1, "batch_size": options.batch_size}}}
@@ -141,7 +116,7 @@ def run(service: Service, file: Path, options: argparse.Namespace, *, last: bool
     def mark(what: str) -> None:
         marks.setdefault(what, (time.time() - began, machine_cpu_seconds() - spent))
 
-    with service.recorder.recording() as lives:
+    with recorder.recording() as lives:
         job = client.fine_tuning.jobs.create(model="base", training_file=stored.id, method=method)  # type: ignore[arg-type]
         for told in follow(client, job.id):
             _mark_event(told, mark)

@@ -45,32 +45,23 @@ class Recorder:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder.encode()
+        self._lives: dict[int, Life] = {}
+        self._before: dict[int, float] = {}  # CPU seconds that are not counted
+        self._libraries: dict[int, int] = {}
+        self._strangers: set[int] = set()
 
     @contextmanager
     def recording(self) -> Iterator[list[Life]]:
         """The lives of those seen in between; complete when it ends."""
-        lives, before, strangers = dict[int, Life](), dict[int, float](), set[int]()
-        libraries = dict[int, int]()
-        stopped = Event()
-        found: list[Life] = []
-
-        def look(*, first: bool = False) -> None:
-            running = {int(name) for name in os.listdir("/proc") if name.isdigit()}
-            for pid in running - strangers:
-                try:
-                    self._see(pid, lives, before, strangers, libraries, first=first)
-                except (OSError, IndexError, ValueError):  # it ended just now
-                    continue
-            now = time.time()
-            for pid, life in lives.items():
-                if pid not in running and life.ended is None:
-                    life.ended = now
+        for seen in (self._lives, self._before, self._libraries, self._strangers):
+            seen.clear()
+        stopped, found = Event(), list[Life]()
 
         def watch() -> None:
             while not stopped.wait(PERIOD_SECONDS):
-                look()
+                self._look()
 
-        look(first=True)
+        self._look(first=True)
         thread = Thread(target=watch, daemon=True)
         thread.start()
         try:
@@ -78,33 +69,31 @@ class Recorder:
         finally:
             stopped.set()
             thread.join()
-            found.extend(lives.values())
+            found.extend(self._lives.values())
 
-    def _see(
-        self,
-        pid: int,
-        lives: dict[int, Life],
-        before: dict[int, float],
-        strangers: set[int],
-        libraries: dict[int, int],
-        *,
-        first: bool,
-    ) -> None:
+    def _look(self, *, first: bool = False) -> None:
+        running = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+        for pid in running - self._strangers:
+            try:
+                self._see(pid, first=first)
+            except (OSError, IndexError, ValueError):  # it ended just now
+                continue
+        for pid, life in self._lives.items():
+            if pid not in running and life.ended is None:
+                life.ended = time.time()
+
+    def _see(self, pid: int, *, first: bool) -> None:
         process, now = Path("/proc", str(pid)), time.time()
-        if pid not in lives:
-            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-            if pid == os.getpid() or self._folder not in command + environment:
-                if command:
-                    strangers.add(pid)
-                return
+        if pid not in self._lives and not self._is_ours(pid, process):
+            return
         stat = (process / "stat").read_text().rpartition(")")[2].split()
         cpu = (int(stat[11]) + int(stat[12])) / TICKS
-        if pid not in lives:
-            before[pid] = cpu if first else 0.0
+        if pid not in self._lives:
+            self._before[pid] = cpu if first else 0.0
             began = now - (float(Path("/proc/uptime").read_text().split()[0]) - int(stat[19]) / TICKS)
-            lives[pid] = Life(pid, "", began, 0.0, 0)
-        life = lives[pid]
-        life.cpu_seconds = cpu - before[pid]
+            self._lives[pid] = Life(pid, "", began, 0.0, 0)
+        life = self._lives[pid]
+        life.cpu_seconds = cpu - self._before[pid]
         status = (process / "status").read_text()
         if "VmHWM:" in status:
             life.peak_bytes = 1024 * int(status.split("VmHWM:")[1].split()[0])
@@ -115,8 +104,16 @@ class Recorder:
                 life.useful = now
         if not first and now - life.began < 120:
             loaded = (process / "maps").read_bytes().count(b" r-xp ")
-            if loaded > libraries.get(pid, 0):
-                libraries[pid], life.imported = loaded, now
+            if loaded > self._libraries.get(pid, 0):
+                self._libraries[pid], life.imported = loaded, now
+
+    def _is_ours(self, pid: int, process: Path) -> bool:
+        command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        if pid != os.getpid() and self._folder in command + environment:
+            return True
+        if command:  # it has become what it will be
+            self._strangers.add(pid)
+        return False
 
 
 def _name(process: Path) -> str:

@@ -77,7 +77,7 @@ class Integrations(Contract):
 # --- a job, as the driver sees it --------------------------------------------------------
 
 ReferenceSource = Literal["auto", "serve", "trainer"]
-"""Who scores the reference: its deployment, the trainer's own forward, or (auto) that of them which ends sooner."""
+"""Who scores the reference: its deployment, the trainer's own forward, or (auto) whichever of the two ends sooner."""
 
 
 MIN_EXAMPLES = 10  # rows of a training file

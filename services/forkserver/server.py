@@ -121,7 +121,7 @@ class ForkServer:
             self._woken.recv(1024)
             self._reap()
         for pid, client in list(self._children.items()):
-            if client in ready:  # it says nothing, so it is gone
+            if client in ready:  # a client writes nothing after its request, so it has ended
                 os.kill(pid, signal.SIGKILL)
         if self._listening not in ready:
             return None

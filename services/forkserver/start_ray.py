@@ -1,6 +1,7 @@
 """The `ray` command, whose workers start as forks: `python -m services.forkserver.start_ray start --head …`."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ exec {python} -m services.forkserver.client "$@"
 def start_workers_as_forks(path: str) -> None:
     """From here on, the Ray that this process starts has forks for workers. The server ends with this process."""
     launcher = Path(f"{path}.python")
-    launcher.write_text(LAUNCHER.format(python=sys.executable))
+    launcher.write_text(LAUNCHER.format(python=shlex.quote(sys.executable)))
     launcher.chmod(0o700)
     try:
         start(path, {RAYLET_VARIABLE: str(os.getpid())})

@@ -6,6 +6,7 @@ ten seconds and 700 MB, so this module leaves that to the replica.
 
 import asyncio
 import importlib
+import logging
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from services import storage
 from services.contract import Deployment, Score
+
+logger = logging.getLogger(__name__)
 
 IMPORT_TRIES = 3
 
@@ -81,9 +84,10 @@ def _import_policy() -> None:
         try:
             importlib.import_module("services.serving.policy")
             return
-        except ValueError:
+        except ValueError as error:
             if not left:
                 raise
+            logger.warning("The engine is imported again: %s", error)
 
 
 def _local(source: str) -> str:

@@ -159,7 +159,7 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
         if found := cache.find(uri, Scored, _check, lambda _: None):
             report(Message(message=SCORES_FOUND))
             return found
-    rate_uri = storage.join(spec.cache_uri, "rates", f"{cache.key(weights=weights, dtype=spec.reference_dtype)}.json")
+    rate_uri = engine_rate_uri(spec.cache_uri, weights, spec.reference_dtype)
     if spec.reference and _engine_pays(spec, encoding, rates.read(rate_uri), report):
         try:
             begin = partial(_by_deployment, spec, spec.reference, encoding, rate_uri, report)
@@ -172,6 +172,11 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
         except _Slower:
             pass
     return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
+
+
+def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
+    """Where the rate of the engine that serves these weights is kept. `weights` is their digest."""
+    return storage.join(cache_uri, "rates", f"{cache.key(weights=weights, dtype=dtype)}.json")
 
 
 def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo.rows import Shop
-from services import storage
 from services.training import cache, rates
+from services.training.preparation import engine_rate_uri
 from services.training.rates import Rate
 from tests.clients import installed
 from tests.clients.programs import Address, FlakyProxy, has_node, run_node, run_python
@@ -260,8 +260,8 @@ def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
     torch.manual_seed(0)
     changed = {name: tensor + 0.002 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
-    key = cache.key(weights=cache.model_digest(str(service.model), weights=True), dtype="float32")
-    known = storage.join((service.home / "storage").as_uri(), "prepared", "rates", f"{key}.json")
+    digest = cache.model_digest(str(service.model), weights=True)
+    known = engine_rate_uri((service.home / "storage" / "prepared").as_uri(), digest, "float32")
     rates.write(known, Rate(tokens_per_second=1e9))  # so fast that it is asked for few rows, too
     try:
         job_id = submit(client, shop_pairs(60), n_epochs=1)

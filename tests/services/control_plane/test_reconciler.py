@@ -63,12 +63,20 @@ def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
 
 @pytest.fixture
 def job_id(client: openai.OpenAI, settings: Settings, ray: FakeRay) -> Iterator[str]:
-    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
-    ticks(settings, 1)
-    yield client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
+    yield submit(client, settings)
     # Whatever a test left alive would take the slot of the next one.
     for job in client.fine_tuning.jobs.list():
         assert job.status in ("succeeded", "failed", "cancelled")
+
+
+def submit(client: openai.OpenAI, settings: Settings, **extension: Any) -> str:
+    """The id of a job on a file of its own, which was checked before."""
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    ticks(settings, 1)
+    method: Any = {"type": "dpo"}
+    return client.fine_tuning.jobs.create(
+        model="tiny", training_file=file.id, method=method, extra_body=extension or None
+    ).id
 
 
 def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0) -> None:
@@ -170,33 +178,20 @@ def test_a_reference_is_served_once_an_attempt_wants_it(
 def test_an_attempt_that_insists_on_a_served_reference_finds_it_wished_for(
     client: openai.OpenAI, settings: Settings, ray: FakeRay
 ) -> None:
-    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
-    ticks(settings, 1)
-    job_id = client.fine_tuning.jobs.create(
-        model="tiny",
-        training_file=file.id,
-        method={"type": "dpo"},
-        extra_body={"x_raydpo": {"reference": {"source": "serve"}}},
-    ).id
+    job_id = submit(client, settings, x_raydpo={"reference": {"source": "serve"}})
     ticks(settings, 1)
     spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
     assert ray.applications == [spec.reference]
     spool(settings, job_id, 1, reports(settings, job_id))
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
     ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
 
 
 def test_no_reference_is_served_to_a_job_whose_trainer_scores(
     client: openai.OpenAI, settings: Settings, ray: FakeRay
 ) -> None:
-    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
-    ticks(settings, 1)
-    job_id = client.fine_tuning.jobs.create(
-        model="tiny",
-        training_file=file.id,
-        method={"type": "dpo"},
-        extra_body={"x_raydpo": {"reference": {"source": "trainer"}, "truncation": "keep_end"}},
-    ).id
+    job_id = submit(client, settings, x_raydpo={"reference": {"source": "trainer"}, "truncation": "keep_end"})
     ticks(settings, 1)
     spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
     assert (spec.reference, spec.reference_source, spec.config.truncation) == (None, "trainer", "keep_end")

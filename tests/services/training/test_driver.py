@@ -44,6 +44,7 @@ from services.contract import (
 )
 from services.training import cache, rates
 from services.training.logs import LEFT_OUT, blank, patterns_of
+from services.training.preparation import engine_rate_uri
 from services.training.rates import Rate
 from tests.conftest import Disk
 from tests.services.web import running_web
@@ -496,8 +497,8 @@ def test_the_trainer_scores_where_the_deployment_departs(
     given = {"reference": "tiny", "reference_source": "auto", "events_url": control_plane.url}
     spec = make_spec(model_source=other_model_source, **given)
     loaded = Rate(tokens_per_second=1e9)
-    key = cache.key(weights=cache.model_digest(other_model_source, weights=True), dtype="float32")
-    rates.write(storage.join(spec.cache_uri, "rates", f"{key}.json"), loaded)
+    weights = cache.model_digest(other_model_source, weights=True)
+    rates.write(engine_rate_uri(spec.cache_uri, weights, "float32"), loaded)
     driver = start(spec)
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     assert ReferenceWanted() in driver.reports()
