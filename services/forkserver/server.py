@@ -1,13 +1,16 @@
-"""The fork server: `python -m services.forkserver.server <socket>`.
+"""The fork server: `python -m services.forkserver.server <socket> [module …] [--idle-seconds N]`.
 
 It imports what the processes of jobs import, and then forks for whoever asks. A fork is safe while the server has one
-thread and has opened no device, so it looks before each. It ends with the process that started Ray.
+thread and has opened no device, so it looks before each. It ends with Ray, or N seconds after its last fork has.
 """
 
+import argparse
 import atexit
+import fcntl
 import gc
 import importlib
 import json
+import math
 import os
 import runpy
 import select
@@ -15,14 +18,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from services.forkserver import RAYLET_VARIABLE, VARIABLE
+from services.forkserver import RAYLET_VARIABLE, VARIABLE, launcher_of, lives
 
 # Nothing of Ray: its library reads its settings when it is loaded, and each worker has its own.
 MODULES = (
@@ -55,27 +60,37 @@ ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whether there is a GPU is asked without opening it
 }
 PERIOD_SECONDS = 2.0  # between two looks at the raylet
+MAX_FILES = 64  # of a client
 THREADS = ("jemalloc_bg_thd",)  # beside the main one: jemalloc stops and starts its own around a fork
 
 
 @dataclass
 class Request:
-    """What a client asks for."""
+    """What a client asks for: a fork, or imports."""
 
-    command: list[str]  # a script, or -m and a module, then arguments
-    environment: dict[str, str]
-    folder: str
-    group: int  # the client's process group: Ray ends a worker's children by it
-    niceness: int
-    waits: bool  # for the exit status
-    streams: Sequence[int]  # standard input, output, error
     client: socket.socket
+    files: Sequence[int] = ()  # the client's open files
+    descriptors: Sequence[int] = ()  # their numbers there, and in the fork
+    command: Sequence[str] = ()  # a script, -m and a module, or -c and a program; then arguments
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: str = "/"
+    group: int = 0  # the client's process group, by which Ray ends a worker and its children; 0: one of its own
+    niceness: int | None = None  # None: the server's
+    waits: bool = False  # for the exit status
+    server: str | None = None  # the fork is a server of that name, of which there is one
+    modules: Sequence[str] = ()  # to import
 
 
-def main(path: str) -> None:
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    parser.add_argument("modules", nargs="*")
+    parser.add_argument("--idle-seconds", type=float, default=math.inf)
+    options = parser.parse_args(arguments)
     os.environ.update(ENVIRONMENT)
     with ExitStack() as ours:
-        request = ForkServer(path, ours).serve(MODULES)
+        server = ForkServer(options.path, ours, idle_seconds=options.idle_seconds)
+        request = server.serve(options.modules or MODULES)
     if request is not None:
         become(request)
 
@@ -83,7 +98,7 @@ def main(path: str) -> None:
 class ForkServer:
     """Listens at `path`; `ours` are the files that forks close."""
 
-    def __init__(self, path: str, ours: ExitStack) -> None:
+    def __init__(self, path: str, ours: ExitStack, *, idle_seconds: float = math.inf) -> None:
         Path(path).unlink(missing_ok=True)
         mask = os.umask(0o177)  # only its user may ask
         self._listening = ours.enter_context(socket.socket(socket.AF_UNIX))
@@ -96,31 +111,52 @@ class ForkServer:
             end.setblocking(False)
         signal.set_wakeup_fd(waking.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._children: dict[int, socket.socket] = {}  # those that somebody stands for
+        self._children = set[int]()
+        self._clients: dict[int, socket.socket] = {}  # of the children that somebody stands for
+        self._servers: dict[str, int] = {}
+        self._imports = deque[Request]()
+        self._trouble: str | None = None
         self._raylet = int(os.environ.get(RAYLET_VARIABLE, os.getppid()))
+        self._idle_seconds, self._last = idle_seconds, time.monotonic()
         self._path = path
 
     def serve(self, modules: Sequence[str]) -> Request | None:
-        """Returns the request in each fork, and None in the server when its raylet is gone."""
+        """Returns the request in each fork, and None in the server when it is not needed any more."""
         for module in modules:
             importlib.import_module(module)
-        gc.collect()
-        gc.freeze()  # to walk them would copy the pages that forks share
-        while _lives(self._raylet):
-            request = self._next(PERIOD_SECONDS)
-            if request and self._fork(request):
+        self._settle()
+        while lives(self._raylet) and not self._is_idle():
+            request = self._next(0 if self._imports else PERIOD_SECONDS)
+            if request is None and self._imports:
+                self._import_one()
+            elif request and request.modules:
+                self._imports.append(request)
+            elif request and self._fork(request):
                 return request
         Path(self._path).unlink(missing_ok=True)
         return None
 
+    def _settle(self) -> None:
+        """After imports."""
+        gc.collect()
+        gc.freeze()  # to walk what is imported would copy the pages that forks share
+        ray = sys.modules.get("services.forkserver.loaded_ray")
+        if ray and ray.has_drawn():
+            self._trouble = "An import has drawn one of Ray's random ids: the fork server does not fork."
+
+    def _is_idle(self) -> bool:
+        if self._children or self._imports:
+            self._last = time.monotonic()
+        return time.monotonic() - self._last > self._idle_seconds
+
     def _next(self, seconds: float) -> Request | None:
         """Waits for a request; meanwhile tells of children that end, and ends those that nobody stands for any more."""
-        waiting = [self._listening, self._woken, *self._children.values()]
+        waiting = [self._listening, self._woken, *self._clients.values()]
         ready, _, _ = select.select(waiting, [], [], seconds)
         if self._woken in ready:
             self._woken.recv(1024)
             self._reap()
-        for pid, client in list(self._children.items()):
+        for pid, client in list(self._clients.items()):
             if client in ready:  # a client writes nothing after its request, so it has ended
                 os.kill(pid, signal.SIGKILL)
         if self._listening not in ready:
@@ -135,31 +171,47 @@ class ForkServer:
     def _read(self, client: socket.socket) -> Request:
         """A client is one of our own programs, which writes all of its request at once."""
         client.settimeout(5)
-        head, streams, _, _ = socket.recv_fds(client, 4, 3)
+        head, files, _, _ = socket.recv_fds(client, 4, MAX_FILES)
         with client.makefile("rb") as body:
             fields: dict[str, Any] = json.loads(body.read(int.from_bytes(head, "big")))
-        return Request(**fields, streams=streams, client=client)
+        return Request(**fields, files=files, client=client)
+
+    def _import_one(self) -> None:
+        """The next module of the oldest request for imports, which is answered after its last."""
+        request = self._imports[0]
+        first, *request.modules = request.modules
+        try:
+            importlib.import_module(first)
+        except Exception:
+            traceback.print_exc()  # who needs it will say so
+        if not request.modules:
+            self._settle()
+            self._imports.popleft()
+            _answer(request.client, 0)
+            request.client.close()
 
     def _fork(self, request: Request) -> bool:
         """Whether this is the fork."""
-        client = request.client
-        trouble = _what_keeps_from_forking()
-        pid = None if trouble else os.fork()
+        client, running = request.client, self._servers.get(request.server or "")
+        trouble = self._trouble or _what_keeps_from_forking()
+        pid = os.fork() if not running and not trouble else None
         if pid == 0:
-            for other in self._children.values():
+            for other in (client, *self._clients.values(), *(each.client for each in self._imports)):
                 other.close()
-            client.close()
             return True
-        for stream in request.streams:
-            os.close(stream)
-        if pid is None:
+        for file in request.files:
+            os.close(file)
+        if pid:
+            self._children.add(pid)
+            _put_in_group(pid, request.group)
+            if request.server:
+                self._servers[request.server] = pid
+        elif not running:
             sys.stderr.write(f"{trouble}\n")
-            client.close()
-            return False
-        with suppress(OSError):
-            client.sendall(b"%d\n" % pid)
-        if request.waits:
-            self._children[pid] = client
+        if answer := running or pid:
+            _answer(client, answer)
+        if pid and request.waits:
+            self._clients[pid] = client
         else:
             client.close()
         return False
@@ -168,25 +220,38 @@ class ForkServer:
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 pid, status = ended
-                if client := self._children.pop(pid, None):
-                    with client, suppress(OSError):
-                        client.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                self._children.discard(pid)
+                self._servers = {name: server for name, server in self._servers.items() if server != pid}
+                if client := self._clients.pop(pid, None):
+                    with client:
+                        _answer(client, os.waitstatus_to_exitcode(status))
+
+
+def _put_in_group(pid: int, group: int) -> None:
+    """Never the server's own group: Ray would end that with a worker. The client, told later, still is in its own."""
+    try:
+        os.setpgid(pid, group)
+    except OSError:  # it is another session's, as a job's driver's is
+        with suppress(OSError):
+            os.setpgid(pid, 0)
+
+
+def _answer(client: socket.socket, number: int) -> None:
+    with suppress(OSError):  # it has ended
+        client.sendall(b"%d\n" % number)
 
 
 def become(request: Request) -> NoReturn:
     """Run the request's program, as if Python had started with it, and end with it."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number, stream in enumerate(request.streams):
-        os.dup2(stream, number)
-        os.close(stream)
+    _take_files(request.files, request.descriptors)
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
-    with suppress(OSError):  # it is another session's, as a job's driver's is
-        os.setpgid(0, request.group)
-    with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, request.niceness)
+    if request.niceness is not None:
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, request.niceness)
     try:
         run(request.command)
         status = 0
@@ -205,16 +270,30 @@ def become(request: Request) -> NoReturn:
     os._exit(status)
 
 
+def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
+    """Have each file under the number that its client had it under. A server has no client's files."""
+    beyond = max((*files, *numbers), default=0) + 1  # none of those that are yet to be moved
+    moved = [fcntl.fcntl(file, fcntl.F_DUPFD, beyond) for file in files]
+    for file in files:
+        os.close(file)
+    for file, number in zip(moved, numbers, strict=True):
+        os.dup2(file, number, inheritable=True)
+        os.close(file)
+
+
 def run(command: Sequence[str]) -> None:
-    """A script by its path, or -m and a module; with its arguments."""
+    """A script by its path, -m and a module, or -c and a program; with its arguments."""
     first, *rest = command
     if first == "-m":
         sys.modules.pop(rest[0], None)
         sys.path[0], sys.argv = os.getcwd(), rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.path[0], sys.argv = os.getcwd(), ["-c", *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
     else:
         # A worker with an environment of its own is set up first, and then started by the Python that is named here.
-        launcher = json.dumps(f"{os.environ[VARIABLE]}.python")
+        launcher = json.dumps(launcher_of(os.environ[VARIABLE]))
         sys.argv = [
             word.replace(f'"py_executable": {json.dumps(sys.executable)}', f'"py_executable": {launcher}')
             for word in command
@@ -241,12 +320,5 @@ def _target(descriptor: str) -> str:
         return ""
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

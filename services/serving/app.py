@@ -9,6 +9,7 @@ import importlib
 import logging
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -16,15 +17,19 @@ from safetensors import SafetensorError, safe_open
 
 from services import storage
 from services.contract import Deployment, Score
+from services.forkserver.client import preload
 
 logger = logging.getLogger(__name__)
 
 IMPORT_TRIES = 3
+POLICY = "services.serving.policy"
+IMPORTS = (POLICY, "vllm.v1.engine.core", "vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker")
 
 
 def build(args: dict[str, Any]) -> Application:
     """The import path of every model; `args` are the fields of a `Deployment`."""
     deployment = Deployment.model_validate(args)
+    preload(ray.get_runtime_context().get_job_id(), IMPORTS, wait=True)  # for the replica, and its engine's process
     options = {
         "name": "policy",
         "ray_actor_options": {"num_cpus": 1},
@@ -82,7 +87,7 @@ def _import_policy() -> None:
     """
     for left in reversed(range(IMPORT_TRIES)):
         try:
-            importlib.import_module("services.serving.policy")
+            importlib.import_module(POLICY)
             return
         except ValueError as error:
             if not left:

@@ -10,6 +10,8 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from services.contract import Deployment
+from services.forkserver.client import spawn_forks
+from services.serving.executor import ExecutorOnCpus
 from services.serving.reference import Reference
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
@@ -37,13 +39,10 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 
 
 class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
-    """vLLM's scheduler and worker in one process. They are two by default, each worth 10 s and 700 MB.
-
-    LLMServer takes its engine by injection, but the class to derive from has no public name.
-    """
+    """LLMServer takes its engine by injection, but the class to derive from has no public name."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
-        vllm_engine_config.parallel_config.distributed_executor_backend = "uni"
+        vllm_engine_config.parallel_config.distributed_executor_backend = ExecutorOnCpus
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
@@ -65,6 +64,7 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
     )
     config.get_or_create_callback().ctx.run_init_node = False  # no download: what Ray would fetch is there
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    spawn_forks()
     server: PolicyServer = PolicyServer.sync_init(config, engine_cls=EngineOnCpus if on_cpus else VLLMEngine)
     await server.start()
     return server
@@ -77,8 +77,6 @@ def _cpus() -> tuple[dict[str, Any], dict[str, Any]]:
     # Ray gives an actor as many threads as it reserves CPUs: one. Passive, or they spin while others train.
     os.environ["OMP_NUM_THREADS"] = str(max(1, min(os.cpu_count() or 1, int(reserved))))
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    # Eager as well, or the first request waits 15 s for the sampler to be compiled.
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"
     engine_kwargs = {"enforce_eager": True, "max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30}
     return {"accelerator_config": {"kind": "cpu"}}, engine_kwargs
 

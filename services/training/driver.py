@@ -22,6 +22,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from services import forkserver, storage
 from services.contract import AttemptSpec, Failed, Paused, Progress, Report, Succeeded
+from services.forkserver.client import preload
 from services.training.dataset import Data, Dataset
 from services.training.integrations import actors
 from services.training.logs import keep_logs
@@ -38,6 +39,16 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "RAYDPO_ATTEMPT_TOKEN"
 STATUSES = {"succeeded": 0, "failed": 1, "paused": PAUSED}
 TRAINER = "services.training.trainer"
+WORKERS_IMPORT = (
+    "services.training.reporting",
+    "services.training.encoding",
+    "services.training.forward",
+    "ray.data",
+    "ray.train",
+    "ray.train.torch",
+    TRAINER,
+    "services.training.worker",
+)
 CLOSE_SECONDS = 30.0
 WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the last checkpoint
 
@@ -51,6 +62,7 @@ def main(spec_uri: str) -> int:
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
     _in_thread(lambda: importlib.import_module(TRAINER))  # takes two seconds, in which the file is encoded
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
+    preload(ray.get_runtime_context().get_job_id(), WORKERS_IMPORT)
     followers = actors.start(spec, reporter)
     obedience = Obedience(reporter, followers)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -9,19 +10,21 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from services import forkserver
-from services.forkserver.server import MODULES
+from services.forkserver import client, start_ray
+from services.forkserver.server import ENVIRONMENT, MODULES
 
-SERVER = "from services.forkserver import server; server.MODULES = {modules}; server.main({path!r})"
 CLIENT = [sys.executable, "-m", "services.forkserver.client"]
 SHOW = """
 import json, os, sys
 shown = {"pid": os.getpid(), "arguments": sys.argv[1:], "folder": os.getcwd(), "variable": os.environ.get("SHOWN"),
-         "imported": "tabnanny" in sys.modules, "path": sys.path[0], "group": os.getpgrp()}
+         "imported": "tabnanny" in sys.modules, "path": sys.path[0], "group": os.getpgrp(), "ray": "ray" in sys.modules,
+         "later": "this" in sys.modules, "nice": os.getpriority(os.PRIO_PROCESS, 0)}
 print(json.dumps(shown))
 """
 WAIT = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
@@ -30,9 +33,9 @@ SECONDS = 120.0
 
 def start_server(folder: Path, modules: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     path = str(folder / "fork.sock")
-    program = SERVER.format(modules=modules, path=path)
+    command = [sys.executable, "-m", "services.forkserver.server", path, *modules]
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "-c", program], env=os.environ | environment, stderr=log)
+        server = subprocess.Popen(command, env=os.environ | environment, stderr=log)
     deadline = time.monotonic() + SECONDS
     while not Path(path).exists():
         assert server.poll() is None, (folder / "log").read_text()
@@ -88,6 +91,9 @@ def test_a_command_runs_as_if_python_had_started_with_it_but_for_its_imports(
         "imported": True,
         "path": str(folder),
         "group": os.getpgrp(),
+        "ray": False,
+        "later": False,
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
     }
 
 
@@ -144,6 +150,113 @@ def test_a_ray_worker_outlives_its_client_and_stays_in_its_group(folder: Path, e
     assert gone(pid)
 
 
+def test_a_fork_is_never_in_the_servers_group(
+    server: subprocess.Popen[bytes], folder: Path, environment: dict[str, str]
+) -> None:
+    """Ray ends a worker by its group. A client of another session, whose group the fork cannot join."""
+    command = [*CLIENT, script(folder, WAIT, "default_worker.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as other:
+        assert other.stdout
+        pid = int(other.stdout.readline())
+        assert os.getpgid(pid) == pid != os.getpgid(server.pid)
+        os.kill(pid, signal.SIGKILL)
+
+
+def worker(folder: Path, environment: dict[str, str], job: str) -> dict[str, Any]:
+    """What a worker of one of Ray's jobs shows."""
+    out = folder / f"{secrets.token_hex(4)}.out"
+    with out.open("wb") as file:
+        command = [*CLIENT, script(folder, SHOW, "default_worker.py")]
+        subprocess.run(command, env=environment | {forkserver.JOB_VARIABLE: job}, stdout=file, check=True)
+    deadline = time.monotonic() + SECONDS
+    while not out.read_text().endswith("}\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    shown: dict[str, Any] = json.loads(out.read_text())
+    return shown
+
+
+def test_each_of_rays_jobs_has_a_server_that_has_imported_ray_and_then_what_its_driver_says(
+    folder: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = worker(folder, environment, "01"), worker(folder, environment, "01")
+    assert (first["imported"], first["ray"], first["later"]) == (True, True, False)
+    monkeypatch.setenv(forkserver.VARIABLE, environment[forkserver.VARIABLE])
+    client.preload("01", ["this"], wait=True)
+    client.preload("02", ["this"], wait=True)  # nobody is there: nothing happens
+    third, other = worker(folder, environment, "01"), worker(folder, environment, "02")
+    assert (third["later"], other["later"]) == (True, False)
+    servers = [psutil.Process(each["pid"]).ppid() for each in (first, second, third) if psutil.pid_exists(each["pid"])]
+    assert len(set(servers)) <= 1
+
+
+def test_a_jobs_server_ends_after_its_last_fork(folder: Path, environment: dict[str, str]) -> None:
+    path = environment[forkserver.VARIABLE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(forkserver.RAYLET_VARIABLE, str(os.getpid()))
+        client._start_server(path, "job", ["tabnanny"], idle_seconds=0.1)
+        assert Path(f"{path}.job").exists()
+    deadline = time.monotonic() + SECONDS
+    while Path(f"{path}.job").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+SPAWN = """
+import multiprocessing, os, sys
+from services.forkserver.client import spawn_forks
+
+def answer(queue):
+    queue.put((os.getpid(), os.getppid(), "tabnanny" in sys.modules, multiprocessing.current_process().name))
+    sys.exit(7)
+
+if __name__ == "__main__":
+    spawn_forks()
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=answer, args=(queue,), name="named")
+    process.start()
+    pid, parent, imported, name = queue.get(timeout=60)
+    process.join()
+    print([imported, name, process.exitcode, pid != process.pid, parent != os.getpid()])
+"""
+
+
+def test_what_a_worker_spawns_is_a_fork(folder: Path, environment: dict[str, str]) -> None:
+    """By multiprocessing: what is passed arrives, and its exit status comes back."""
+    start_ray.write_launcher(environment[forkserver.VARIABLE])
+    command = [sys.executable, script(folder, SPAWN)]
+    environment |= {forkserver.JOB_VARIABLE: "01"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=SECONDS)
+    assert done.stdout.decode().strip() == "[True, 'named', 7, True, True]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "services.training.driver.WORKERS_IMPORT",
+        "services.serving.app.IMPORTS",
+        "services.forkserver.client.DRIVERS_IMPORT",
+    ],
+)
+def test_what_is_imported_lets_processes_be_forked(modules: str) -> None:
+    """It starts no thread, and draws none of Ray's random ids: forks would draw the same, and crash in Ray's store."""
+    program = f"""
+import importlib
+from services.forkserver import loaded_ray, server
+import {modules.rpartition(".")[0]}
+for module in {modules}:
+    importlib.import_module(module)
+print(server._what_keeps_from_forking(), loaded_ray.has_drawn())
+loaded_ray.UniqueID.from_random()
+print(loaded_ray.has_drawn())
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, check=True)
+    assert done.stdout.decode().splitlines()[-2:] == ["None False", "True"]
+
+
 @pytest.mark.parametrize("variable", ["{folder}/nobody.sock", None])
 def test_without_a_server_the_client_becomes_the_command(folder: Path, variable: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != forkserver.VARIABLE}
@@ -180,7 +293,7 @@ def test_a_server_with_threads_does_not_fork(folder: Path) -> None:
 
 def test_a_server_ends_with_the_process_that_started_ray(folder: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE) as raylet:
-        server = start_server(folder, (), {forkserver.RAYLET_VARIABLE: str(raylet.pid)})
+        server = start_server(folder, ("tabnanny",), {forkserver.RAYLET_VARIABLE: str(raylet.pid)})
         raylet.kill()
     assert server.wait(SECONDS) == 0
     assert not (folder / "fork.sock").exists()
