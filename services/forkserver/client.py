@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -190,17 +189,9 @@ def start(path: str, environment: dict[str, str]) -> None:
     """Start the first server, which listens at `path`; returns when it does. It imports afterwards. Raises OSError."""
     with open(f"{path}.log", "ab") as log:
         command = [sys.executable, "-u", "-m", "services.forkserver.server", path]
-        server = subprocess.Popen(
-            command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+        environment = os.environ | environment
+        server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     _await(path, lambda: server.poll() is None)
-
-
-def _with_one_openmp() -> str:
-    """What to load before all: vLLM brings an OpenMP beside torch's, and with two its threads share one core."""
-    torch = find_spec("torch")
-    found = sorted(Path(torch.origin).parent.glob("lib/libgomp*.so*")) if torch and torch.origin else []
-    return os.pathsep.join(filter(None, [*map(str, found[:1]), os.environ.get("LD_PRELOAD")]))
 
 
 def _await(path: str, living: Callable[[], bool]) -> None:
