@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dpo_core.config import Lora, Optim, TrainConfig
     from dpo_core.encode import EncodedGroup, encode_group
     from dpo_core.feedback import read_groups
-    from dpo_core.formats import Group
+    from dpo_core.groups import Group
     from dpo_core.model import load_policy, load_reward_model, load_tokenizer, merge_adapter
     from dpo_core.scorer import score_reference
     from dpo_core.trainer import StepResult, train
@@ -41,7 +41,7 @@ _FILES = {
     "config": ("Lora", "Optim", "TrainConfig"),
     "encode": ("EncodedGroup", "encode_group"),
     "feedback": ("read_groups",),
-    "formats": ("Group",),
+    "groups": ("Group",),
     "model": ("load_policy", "load_reward_model", "load_tokenizer", "merge_adapter"),
     "scorer": ("score_reference",),
     "trainer": ("StepResult", "train"),

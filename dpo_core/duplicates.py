@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 
 AT_A_TIME = 10_000
 LINES_NAMED = 10

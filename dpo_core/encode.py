@@ -1,23 +1,29 @@
 """Text becomes token ids, prompt and completions apart, once and for all."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby, islice
+from os.path import commonprefix
 from typing import TYPE_CHECKING, cast
 
 from dpo_core.deadline import deadline
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow
-from dpo_core.messages import Message
+from dpo_core.messages import THOUGHTS, Message
+from dpo_core.tools import Tool
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+_PROBE = "pangolin"
+_THINK = re.compile("</?think>")
 AT_A_TIME = 100  # groups: more are no faster, and take more memory
 RENDER_SECONDS = 10.0  # of processor time, for so many groups: templates take milliseconds
+SHOWN = 40  # characters of what a template loses
 MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
 
 
@@ -144,27 +150,89 @@ def _write(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> lis
             raise
         reason = f"the chat template refuses the messages: {str(error)[:200]}."
         return [_invalid(groups[0], "template_refused", reason)]
-    return [_written(group, texts, tokenizer) for group, texts in zip(groups, rendered, strict=True)]
+    return [_written(group, found, tokenizer) for group, found in zip(groups, rendered, strict=True)]
 
 
-def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> list[list[str]]:
+def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> list["_Rendered"]:
     """Of each group, as the template writes them: its prompt, and the prompt with each completion."""
-    rendered: list[list[str]] = []
-    for (chat, tools), alike in groupby(groups, key=lambda group: (isinstance(group.prompt, list), group.tools)):
+    rendered: list[_Rendered] = []
+    for (chat, tools, arguments), alike in groupby(groups, key=_for_the_template):
         some = list(alike)
         if not chat:
-            rendered += ([cast(str, group.prompt), *cast(tuple[str, ...], group.completions)] for group in some)
+            rendered += (_Rendered(cast(str, g.prompt), cast(tuple[str, ...], g.completions), None) for g in some)
             continue
         if tokenizer.chat_template is None:
             remedy = "send texts instead of messages, or add a template."
             raise UnusableTemplate(f"The tokenizer has no chat template; {remedy}")
-        apply = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
-        prompts = apply([group.prompt for group in some], add_generation_prompt=True)
+        options = {**(arguments or {}), "tools": tools}
+        apply = partial(_apply, tokenizer, options)
+        prompts = apply([cast(list[Message], group.prompt) for group in some], asks=True)
         wholes = iter(apply([whole for group in some for whole in _wholes(group, tokenizer)]))
-        rendered += (
-            [prompt, *islice(wholes, len(group.completions))] for group, prompt in zip(some, prompts, strict=True)
-        )
+        for group, prompt in zip(some, prompts, strict=True):
+            texts = tuple(islice(wholes, len(group.completions)))
+            known = all(text.startswith(prompt) for text in texts)
+            asked = None if known else apply([cast(list[Message], group.prompt)])[0]
+            rendered.append(_Rendered(prompt, texts, asked))
     return rendered
+
+
+def _for_the_template(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
+    return isinstance(group.prompt, list), group.tools, group.template_arguments
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    prompt: str  # as the policy will be asked
+    wholes: tuple[str, ...]  # with each completion behind it
+    asked: str | None  # the prompt without what asks for an answer; None: nobody has to know
+
+
+def _apply(
+    tokenizer: "PreTrainedTokenizerBase",
+    options: Mapping[str, object],
+    conversations: Sequence[Sequence[Message]],
+    *,
+    asks: bool = False,
+) -> list[str]:
+    """The texts of conversations, which ask for an answer at their end or do not.
+
+    A template that takes thoughts or parts by another name is given them by that.
+    """
+    in_parts = _takes_parts(tokenizer)
+    given = [[_as_given(message, in_parts=in_parts) for message in messages] for messages in conversations]
+    texts = tokenizer.apply_chat_template(
+        given,
+        tokenize=False,
+        add_generation_prompt=asks,
+        **options,
+    )
+    return cast(list[str], texts)
+
+
+def _as_given(message: Message, *, in_parts: bool) -> Mapping[str, object]:
+    if "reasoning_content" not in message and not in_parts:
+        return message
+    given: dict[str, object] = {**message}
+    if "reasoning_content" in message:
+        given |= dict.fromkeys(THOUGHTS, message["reasoning_content"])
+    if in_parts:
+        given["content"] = [{"type": "text", "text": message["content"]}]
+    return given
+
+
+@lru_cache(maxsize=8)
+def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template writes the parts of a content, and nothing of a text."""
+
+    def writes(content: object) -> bool:
+        try:
+            return _PROBE in cast(
+                str, tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            )
+        except Exception:  # a template is a stranger's program, and fails in every way
+            return False
+
+    return not writes(_PROBE) and writes([{"type": "text", "text": _PROBE}])
 
 
 def _wholes(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
@@ -179,21 +247,79 @@ def _wholes(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list
         yield [*group.prompt, *before, last]
 
 
-def _written(group: Group, rendered: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> _Written | InvalidRow:
+def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerBase") -> _Written | InvalidRow:
     """Texts end with one EOS, their own or ours, and begin with a BOS likewise; a template writes both itself."""
-    prompt, *wholes = rendered
     if isinstance(group.prompt, str):
         eos = tokenizer.eos_token or ""
-        return _Written(_with_bos(prompt, tokenizer), [text if text.endswith(eos) else text + eos for text in wholes])
-    if not all(whole.startswith(prompt) for whole in wholes):
-        what = "the chat template renders the prompt differently once the completion follows; fix the template."
-        return _invalid(group, "template_not_prefix", what)
-    texts = [whole[len(prompt) :] for whole in wholes]
-    for text, completion in zip(texts, cast(tuple[list[Message], ...], group.completions), strict=True):
-        if any(call["function"]["name"] not in text for call in completion[-1].get("tool_calls", ())):
-            what = "the chat template leaves tool calls out; use one that has them."
-            return _invalid(group, "template_drops_calls", what)
-    return _Written(prompt, texts)
+        texts = [text if text.endswith(eos) else text + eos for text in rendered.wholes]
+        return _Written(_with_bos(rendered.prompt, tokenizer), texts)
+    written = _taken_apart(group, rendered)
+    if isinstance(written, _Written) and (lost := _lost(group, written, tokenizer)):
+        return lost
+    return written
+
+
+def _taken_apart(group: Group, rendered: _Rendered) -> _Written | InvalidRow:
+    """The prompt, as the policy will be asked if that can be, and what the template writes of each completion."""
+    prompt, wholes = rendered.prompt, rendered.wholes
+    if rendered.asked is None:
+        return _Written(prompt, [whole[len(prompt) :] for whole in wholes])
+    if all(whole.startswith(rendered.asked) for whole in wholes):
+        # It asks for an answer with words that these answers lack, such as <think>.
+        prompt = commonprefix([prompt, *wholes])  # noqa: RUF071 (characters are meant)
+        return _Written(prompt, [whole[len(prompt) :] for whole in wholes])
+    last = cast(list[Message], group.prompt)[-1]["content"].strip()
+    end = prompt[prompt.rfind(last) :]  # the last message, and what asks for an answer
+    if last and last in prompt and all(end in whole for whole in wholes):
+        # It writes what stands before, such as the system prompt, elsewhere once an answer follows.
+        return _Written(prompt, [whole[whole.rfind(end) + len(end) :] for whole in wholes])
+    place = len(commonprefix([prompt, *wholes]))  # noqa: RUF071 (characters are meant)
+    other = next(whole for whole in wholes if not whole.startswith(prompt))
+    what = (
+        "the chat template writes the prompt differently once the completion follows: "
+        f"{prompt[place : place + SHOWN]!r} becomes {other[place : place + SHOWN]!r}; mend the template."
+    )
+    return _invalid(group, "template_not_prefix", what)
+
+
+def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
+    """What the row says and the template does not write. Earlier answers may lose their thoughts, as when served."""
+    prompt = cast(list[Message], group.prompt)
+    for index, message in enumerate(prompt):
+        thoughtful = message["role"] == "assistant"
+        content = message["content"].rpartition("</think>")[2] if thoughtful else message["content"]
+        if lost := _first_lost(content, written.prompt, tokenizer):
+            return _drops(group, "text", f"message {index + 1} of the prompt, by {message['role']}", lost)
+        if any(call["function"]["name"] not in written.prompt for call in message.get("tool_calls", ())):
+            return _invalid(
+                group, "template_drops_calls", "the chat template leaves tool calls out; use one that has them."
+            )
+    for text, completion in zip(written.completions, cast(tuple[list[Message], ...], group.completions), strict=True):
+        answer = completion[-1]
+        if any(call["function"]["name"] not in text for call in answer.get("tool_calls", ())):
+            return _invalid(
+                group, "template_drops_calls", "the chat template leaves tool calls out; use one that has them."
+            )
+        if lost := _first_lost(answer["content"], text, tokenizer):
+            return _drops(group, "text", "a completion", lost)
+        if lost := _first_lost(answer.get("reasoning_content", ""), text, tokenizer):
+            return _drops(group, "thoughts", "a completion", lost)
+    return None
+
+
+def _drops(group: Group, what: str, where: str, lost: str) -> InvalidRow:
+    sentence = f"the chat template leaves out {what} of {where}: {lost[:SHOWN]!r}; use one that writes it."
+    return _invalid(group, f"template_drops_{what}", sentence)
+
+
+def _first_lost(content: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """A part of the content that the text lacks. Around thoughts and at its ends, templates change the spaces."""
+    if content in text:
+        return None
+    for part in _THINK.split(content.removesuffix(tokenizer.eos_token or "")):
+        if part.strip() not in text and " ".join(part.split()) not in " ".join(text.split()):
+            return part.strip()
+    return None
 
 
 def _with_bos(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:

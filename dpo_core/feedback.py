@@ -6,7 +6,8 @@ A file is JSON Lines in UTF-8. Its first row decides the format; a row of anothe
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dpo_core.formats import Format, Group, detect, keys_of
+from dpo_core.formats import Format, detect, keys_of
+from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, Row, read_rows
 
 

@@ -1,39 +1,52 @@
 """Rows to groups: the shapes in which preference data are published. Standard library only.
 
 The keys of a row and the kinds of their values tell its format; nothing is guessed from texts but the
-`\n\nHuman:` that begins a dialogue.
+`\n\nHuman:` that begins a dialogue, and the `[{` of messages as JSON. A column that says what the model should see is
+used, or the row is refused by its name.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 
-from dpo_core.jsonl import Row, pointer_to
+from dpo_core import published
+from dpo_core.groups import (
+    Group,
+    answer,
+    best_first,
+    completion_like,
+    filled,
+    rejected_like,
+    text_or_messages,
+)
+from dpo_core.jsonl import Row, parse_within, pointer_to
 from dpo_core.messages import (
     Message,
     Text,
     completion_of,
     dialogue_of,
     messages_of,
+    opened,
     prompt_of,
     refuse_empty_message,
 )
 from dpo_core.options import Kind
-from dpo_core.tools import TOOL_KEYS, Tool, tools_of
-from dpo_core.values import number_of, numbers_of, refuse_empty, shown, string_of
+from dpo_core.tools import TOOL_KEYS, tools_of
+from dpo_core.values import number_of, numbers_of, refuse_empty, says_nothing, shown, string_of
 
-
-@dataclass(frozen=True)
-class Group:
-    """A prompt and its completions, best first: one is a demonstration, two are a pair."""
-
-    prompt: Text
-    completions: tuple[Text, ...]
-    line: int  # where it stands in the file, from 1
-    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
-    weight: float = 1.0  # of its loss
-    margin: float | None = None  # by which the first completion should lead
-    tools: list[Tool] | None = None  # that the prompt offers, for the chat template
+SYSTEM_KEYS = frozenset({"system", "system_prompt"})
+TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
+MEDIA_KEYS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+# Columns that say what the model should see, or which answer is better, wherever they are published.
+MEANT_KEYS = (
+    SYSTEM_KEYS
+    | TEMPLATE_KEYS
+    | TOOL_KEYS
+    | {"prompt", "question", "instruction", "input", "query", "context", "history", "documents"}
+    | {"conversation", "conversations", "messages", "thinking", "reasoning", "reasoning_content"}
+    | {"chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "completion", "completions"}
+    | {"label", "kto_tag", "ranks"}
+)
 
 
 @dataclass(frozen=True)
@@ -48,26 +61,122 @@ class Format:
         """The groups of a row. Raises InvalidRow."""
         weight, margin = (_extra(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self.keys >= TOOL_KEYS else None
-        for group in self.reader(row):
-            if tools and isinstance(group.prompt, str):
-                raise row.invalid("/tools", "unsupported", "is for prompts of messages; write them into the text.")
-            if (weight, margin, tools) == (None, None, None):
+        arguments = _template_arguments(row) if self.keys >= TEMPLATE_KEYS else None
+        system = _system(row) if self.keys >= SYSTEM_KEYS else None
+        groups = [_with_system(row, group, system) if system else group for group in self.reader(row)]
+        self._refuse_unread(row, groups)
+        for group in groups:
+            if isinstance(group.prompt, str) and (tools or arguments):
+                key = "tools" if tools else "chat_template_kwargs"
+                raise row.invalid(f"/{key}", "unsupported", "is for prompts of messages; write them into the text.")
+            if (weight, margin, tools, arguments) == (None, None, None, None):
                 yield group
                 continue
-            yield replace(group, weight=1.0 if weight is None else weight, margin=margin, tools=group.tools or tools)
+            yield replace(
+                group,
+                weight=1.0 if weight is None else weight,
+                margin=margin,
+                tools=group.tools or tools,
+                template_arguments=arguments,
+            )
+
+    def _refuse_unread(self, row: Row, groups: Sequence[Group]) -> None:
+        """A column that means something, is read by nobody, and says what the groups do not say."""
+        for key in sorted(row.value.keys() & (MEANT_KEYS | MEDIA_KEYS) - self.keys):
+            if says_nothing(row.value[key]):
+                continue
+            if key in MEDIA_KEYS:
+                what = "is not supported yet: models see texts only. Remove it to train on the texts alone."
+                raise row.invalid(f"/{key}", "unsupported", what)
+            if not _is_said(row.value[key], groups):
+                what = f"is not read by the format {self.name}; name its role with columns, or remove it."
+                raise row.invalid(f"/{key}", "unread_column", what)
 
 
 def detect(row: Row) -> Format:
     """Raises InvalidRow for a row of no known format."""
+    for column in CONVERSATION_KEYS & row.value.keys():
+        row.value[column] = opened(row, f"/{column}", row.value[column])
     for form in FORMATS:
         if form.matches(row.value):
             return form
     known = ", ".join(form.name for form in FORMATS)
-    raise row.invalid("", "unknown_format", f"{keys_of(row)}, of none of the known formats: {known}.")
+    remedy = "name the roles of its columns, such as prompt, chosen and rejected"
+    raise row.invalid("", "unknown_format", f"{keys_of(row)}, of none of the known formats: {known}; {remedy}.")
 
 
 def keys_of(row: Row) -> str:
     return "its keys are " + (", ".join(key[:40] for key in sorted(row.value)[:10]) or "none")
+
+
+def _is_said(value: object, groups: Sequence[Group]) -> bool:
+    """Whether its texts stand in a group: the column says it again."""
+    texts = list(_texts(value))
+    return bool(texts) and any(all(text in said for text in texts) for said in map(_said, groups))
+
+
+def _said(group: Group) -> str:
+    return "\n".join(text for part in (group.prompt, *group.completions) for text in _texts(part))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Of a text, a message, or a list of these."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        yield from _texts(value.get("content", value.get("value", "")))
+
+
+# --- what any format may bring ------------------------------------------------------------------
+
+
+def _system(row: Row) -> str | None:
+    given = [key for key in sorted(SYSTEM_KEYS) if not says_nothing(row.value.get(key))]
+    if len(given) > 1:
+        raise row.invalid(f"/{given[1]}", "duplicate_key", f"and {given[0]} mean the same; send one.")
+    return string_of(row, f"/{given[0]}", row.value[given[0]]) if given else None
+
+
+def _with_system(row: Row, group: Group, system: str) -> Group:
+    """Its prompt is of messages: formats of texts have one for rows with a system prompt."""
+    assert isinstance(group.prompt, list)
+    message: Message = {"role": "system", "content": system}
+    if group.prompt[0] == message:
+        return group
+    if group.prompt[0]["role"] == "system":
+        raise row.invalid("/system", "duplicate_key", "and the first message are two system prompts; send one.")
+    return replace(group, prompt=[message, *group.prompt])
+
+
+RESERVED_ARGUMENTS = frozenset(
+    {
+        "messages",
+        "conversation",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "chat_template",
+    }
+)
+
+
+def _template_arguments(row: Row) -> dict[str, object] | None:
+    """What the row tells the chat template beside its messages, such as enable_thinking."""
+    given = row.value.get("chat_template_kwargs")
+    if isinstance(given, str) and given:
+        given = parse_within(row, "/chat_template_kwargs", given)
+    if says_nothing(given):
+        return None
+    if not isinstance(given, dict):
+        raise row.invalid("/chat_template_kwargs", "wrong_type", f"is {shown(given)}; it must be a dictionary.")
+    for key in given:
+        if key in RESERVED_ARGUMENTS or not key.isidentifier():
+            raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", "cannot be given by a row.")
+    return {key: value for key, value in given.items() if value is not None} or None
 
 
 # --- demonstrations --------------------------------------------------------------------------
@@ -120,8 +229,9 @@ def _either(row: Row, key: str, alias: str) -> str:
 
 
 def _read_explicit(row: Row) -> Iterator[Group]:
-    prompt = _prompt(row, "/prompt", row.value["prompt"])
-    yield Group(prompt, tuple(_completion(row, f"/{side}", row.value[side], prompt) for side in _SIDES), row.line)
+    prompt = text_or_messages(row, "/prompt", row.value["prompt"])
+    chosen = completion_like(row, "/chosen", row.value["chosen"], prompt)
+    yield Group(prompt, (chosen, rejected_like(row, "/rejected", row.value["rejected"], prompt)), row.line)
 
 
 def _read_conversations(row: Row) -> Iterator[Group]:
@@ -142,13 +252,14 @@ def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
         what = "and chosen must begin with the same messages, the prompt, and differ in the last, the assistant's."
         raise row.invalid("/rejected", "different_prompts", what)
     asked = row.value.get("prompt")
-    if asked is not None and asked != prompt[-1]["content"]:
-        raise row.invalid("/prompt", "different_prompts", "must be the message before the last one of chosen.")
+    if asked is not None and asked not in [message["content"] for message in prompt]:
+        raise row.invalid("/prompt", "different_prompts", "must be one of the messages before the last one of chosen.")
     for side, messages in zip(_SIDES, sides, strict=True):
         last = f"/{side}/{len(messages) - 1}"
         if messages[-1]["role"] != "assistant":
             raise row.invalid(last, "invalid_completion", "must be a message of the assistant.")
-        refuse_empty_message(row, last, messages[-1])
+        if side == "chosen":
+            refuse_empty_message(row, last, messages[-1])
     if prompt[-1]["role"] == "assistant":
         what = "ends the prompt; end it with the user's or a tool's."
         raise row.invalid(f"/chosen/{len(prompt) - 1}", "invalid_order", what)
@@ -170,29 +281,79 @@ def _read_implicit(row: Row) -> Iterator[Group]:
 
 
 def _read_unpaired(row: Row) -> Iterator[Group]:
-    prompt = _prompt(row, "/prompt", row.value["prompt"])
-    completion = _completion(row, "/completion", row.value["completion"], prompt)
-    label = row.value["label"]
+    prompt = text_or_messages(row, "/prompt", row.value["prompt"])
+    completion = completion_like(row, "/completion", row.value["completion"], prompt)
+    yield Group(prompt, (completion,), row.line, (_label(row, "label"),))
+
+
+def _label(row: Row, column: str) -> float:
+    label = row.value[column]
     if not isinstance(label, bool):
-        raise row.invalid("/label", "wrong_type", f"is {shown(label)}; it must be true or false.")
-    yield Group(prompt, (completion,), row.line, (float(label),))
+        raise row.invalid(f"/{column}", "wrong_type", f"is {shown(label)}; it must be true or false.")
+    return float(label)
+
+
+def _read_labelled_chat(row: Row) -> Iterator[Group]:
+    """The last message is the assistant's, and the label is about it."""
+    column = "messages" if "messages" in row.value else "conversations"
+    prompt, completion = _ending_with_an_answer(row, column)
+    label = next(name for name in _LABELS if name in row.value)
+    yield Group(prompt, (completion,), row.line, (_label(row, label),))
+
+
+def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[Message]]:
+    *prompt, last = messages_of(row, f"/{column}", row.value[column])
+    pointer = f"/{column}/{len(prompt)}"
+    if last["role"] != "assistant":
+        raise row.invalid(pointer, "invalid_completion", "must be a message of the assistant.")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise row.invalid(pointer, "invalid_order", "has no question of the user before it.")
+    refuse_empty_message(row, f"{pointer}/content", last)
+    return prompt, [last]
+
+
+def _read_rejected_response(row: Row) -> Iterator[Group]:
+    """ms-swift's: the conversation ends with the better answer; the worse one is a text."""
+    prompt, chosen = _ending_with_an_answer(row, "messages")
+    yield Group(prompt, (chosen, _worse(row, "rejected_response")), row.line)
+
+
+def _worse(row: Row, column: str) -> list[Message]:
+    return answer(row, f"/{column}", row.value[column], may_be_empty=True)
+
+
+def _read_rejected_messages(row: Row) -> Iterator[Group]:
+    """ms-swift's: two conversations that differ in their last answer."""
+    prompt, chosen = _ending_with_an_answer(row, "messages")
+    other, rejected = _ending_with_an_answer(row, "rejected_messages")
+    if other != prompt:
+        what = "must begin with the same messages as messages, and differ in the last, the assistant's."
+        raise row.invalid("/rejected_messages", "different_prompts", what)
+    yield Group(prompt, (chosen, rejected), row.line)
+
+
+def _read_answers_beside(row: Row) -> Iterator[Group]:
+    """LLaMA-Factory's and axolotl's: a conversation that ends with a question, and two messages that answer it."""
+    column = "messages" if "messages" in row.value else "conversations"
+    prompt = prompt_of(row, f"/{column}", row.value[column])
+    yield Group(prompt, (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line)
 
 
 def _read_ranked(row: Row) -> Iterator[Group]:
-    prompt = _prompt(row, "/prompt", row.value["prompt"])
+    prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     given = _list(row, "/completions", row.value["completions"])
-    completions = [_completion(row, f"/completions/{i}", item, prompt) for i, item in enumerate(given)]
+    completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(given)]
     if "ranks" in row.value and "scores" in row.value:
         raise row.invalid("/scores", "duplicate_key", "and ranks say the same; send one.")
     key = "ranks" if "ranks" in row.value else "scores"
     numbers = numbers_of(row, f"/{key}", row.value[key], count=len(completions))
-    yield _best_first(row, prompt, completions, [-n for n in numbers] if key == "ranks" else numbers)
+    yield best_first(row, prompt, completions, [-n for n in numbers] if key == "ranks" else numbers)
 
 
 def _read_ultrafeedback(row: Row) -> Iterator[Group]:
     instruction = string_of(row, "/instruction", row.value["instruction"])
     completions, scores = _answers(row, "completions", text="response", number="overall_score")
-    yield _best_first(row, [{"role": "user", "content": instruction}], completions, scores)
+    yield best_first(row, [{"role": "user", "content": instruction}], completions, scores)
 
 
 def _read_nectar(row: Row) -> Iterator[Group]:
@@ -200,14 +361,7 @@ def _read_nectar(row: Row) -> Iterator[Group]:
     if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
         raise row.invalid("/prompt", "invalid_order", 'must end with "\\n\\nAssistant:", where the answers go.')
     completions, ranks = _answers(row, "answers", text="answer", number="rank")
-    yield _best_first(row, prompt[:-1], completions, [-rank for rank in ranks])
-
-
-def _best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
-    order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
-    if len(order) < 2:
-        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs two.")
-    return Group(prompt, tuple(completions[i] for i in order), row.line, tuple(ratings[i] for i in order))
+    yield best_first(row, prompt[:-1], completions, [-rank for rank in ranks])
 
 
 def _list(row: Row, pointer: str, value: object) -> list[object]:
@@ -223,53 +377,106 @@ def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text],
     for i, item in enumerate(_list(row, f"/{key}", row.value[key])):
         if not isinstance(item, dict) or not item.keys() >= {text, number}:
             raise row.invalid(f"/{key}/{i}", "wrong_type", f"must be a dictionary with {text} and {number}.")
-        answers.append([{"role": "assistant", "content": _filled(row, f"/{key}/{i}/{text}", item[text])}])
+        answers.append([{"role": "assistant", "content": filled(row, f"/{key}/{i}/{text}", item[text])}])
         numbers.append(number_of(row, f"/{key}/{i}/{number}", item[number]))
     return answers, numbers
 
 
 def _extra(row: Row, name: str) -> float | None:
     """What people say of the row as a whole."""
-    if row.value.get(name) is None:
+    if says_nothing(row.value.get(name)):
         return None
     number = number_of(row, f"/{name}", row.value[name])
+    if name == "margin" and number == 0:
+        return None  # no lead is wanted
     if number <= 0:
         raise row.invalid(f"/{name}", "invalid_number", f"is {number:g}; it must be greater than 0.")
     return number
 
 
-# --- prompts and completions, as texts or as messages ---------------------------------------------
+# --- with a system prompt, texts are messages ------------------------------------------------------
 
 
-def _prompt(row: Row, pointer: str, value: object) -> Text:
-    return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
+def _as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterator[Group]]:
+    def read(row: Row) -> Iterator[Group]:
+        for group in reader(row):
+            if isinstance(group.prompt, list):
+                yield group
+                continue
+            completions: list[Text] = [[{"role": "assistant", "content": str(text)}] for text in group.completions]
+            yield replace(group, prompt=[{"role": "user", "content": group.prompt}], completions=tuple(completions))
+
+    return read
 
 
-def _completion(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """In the form of its prompt."""
-    return completion_of(row, pointer, value) if isinstance(prompt, list) else _filled(row, pointer, value)
-
-
-def _filled(row: Row, pointer: str, value: object) -> str:
-    text = string_of(row, pointer, value)
-    refuse_empty(row, pointer, text)
-    return text
-
+# --- the table ----------------------------------------------------------------------------------------
 
 _SIDES = ("chosen", "rejected")
+_LABELS = ("label", "kto_tag")
+_OF_MESSAGES = TOOL_KEYS | TEMPLATE_KEYS | SYSTEM_KEYS
 _SIDES_KEYS = frozenset({*_SIDES, "weight", "margin"})
-_PAIR_KEYS = _SIDES_KEYS | TOOL_KEYS | {"prompt"}
-_RANKED_KEYS = TOOL_KEYS | {"prompt", "completions", "ranks", "scores", "weight"}
+_PAIR_KEYS = _SIDES_KEYS | _OF_MESSAGES | {"prompt"}
+_RANKED_KEYS = _OF_MESSAGES | {"prompt", "completions", "ranks", "scores", "weight"}
+_LABEL_KEYS = _OF_MESSAGES | {"prompt", "completion", "label", "weight"}
+_CHAT_PAIR_KEYS = _OF_MESSAGES | {"messages", "conversations", "weight", "margin"}
+CONVERSATION_KEYS = frozenset(
+    {*_SIDES, "prompt", "completion", "messages", "conversations", "context", "rejected_messages"}
+    | {"conversation_a", "conversation_b"}
+)
+
+Test = Callable[[dict[str, object]], bool]
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:
     return all(isinstance(text := row.get(side), str) and text.startswith("\n\nHuman:") for side in _SIDES)
 
 
-def _has(*keys: str, **kinds: type) -> Callable[[dict[str, object]], bool]:
+def _is_openai(row: dict[str, object]) -> bool:
+    outputs = {f"{side}_{word}" for side in ("preferred", "non_preferred") for word in ("output", "completion")}
+    return "input" in row and (isinstance(row["input"], dict) or bool(outputs & row.keys()) or len(row) == 1)
+
+
+def _has(*keys: str, **kinds: type) -> Test:
     """Whether a row has the keys, and values of these kinds."""
     wanted = {*keys, *kinds}
     return lambda row: row.keys() >= wanted and all(isinstance(row[key], kind) for key, kind in kinds.items())
+
+
+def _any(*tests: Test) -> Test:
+    return lambda row: any(test(row) for test in tests)
+
+
+def _beside_messages(**kinds: type) -> Test:
+    return _any(_has(messages=list, **kinds), _has(conversations=list, **kinds))
+
+
+def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
+    """A set with these columns, and what its rows say beside them."""
+    keys = columns.split()
+    return Format(name, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)
+
+
+def _pairs_of(name: str, prompt: str, chosen: str, rejected: str) -> Format:
+    form = _published(name, published.pair(prompt, chosen, rejected), f"{prompt} {chosen} {rejected}")
+    return replace(form, keys=form.keys | TOOL_KEYS | {"margin"} | ({"input"} if prompt == "instruction" else set()))
+
+
+_TEXTS = (
+    Format("prompt/chosen/rejected texts", "pairs", _PAIR_KEYS, _has("prompt", *_SIDES), _read_explicit),
+    Format("prompt/completion/label", "unpaired", _LABEL_KEYS, _has("prompt", "completion", "label"), _read_unpaired),
+    Format("prompt/completions/ranks", "rankings", _RANKED_KEYS, _has("prompt", "completions", "ranks"), _read_ranked),
+    Format("prompt/completions/scores", "ratings", _RANKED_KEYS, _has("prompt", "completions", "scores"), _read_ranked),
+)
+
+
+def _with_system_prompt(form: Format) -> Format:
+    """Its texts are messages, in each of its rows alike."""
+    has_system = _any(*(_has(key) for key in SYSTEM_KEYS))
+
+    def matches(row: dict[str, object]) -> bool:
+        return has_system(row) and form.matches(row)
+
+    return replace(form, name=f"system, {form.name}", matches=matches, reader=_as_chat(form.reader))
 
 
 FORMATS = (
@@ -279,7 +486,7 @@ FORMATS = (
         frozenset(
             {"input", "preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"}
         ),
-        _has("input"),
+        _is_openai,
         _read_preference,
     ),
     Format(
@@ -290,20 +497,28 @@ FORMATS = (
         _read_explicit,
     ),
     Format(
+        "messages with chosen and rejected",
+        "pairs",
+        _CHAT_PAIR_KEYS | set(_SIDES),
+        _any(_beside_messages(chosen=dict, rejected=dict), _has(*_SIDES, conversations=list)),
+        _read_answers_beside,
+    ),
+    Format(
         "chosen/rejected conversations that hold their prompt",
         "pairs",
         _PAIR_KEYS,
         _has(chosen=list, rejected=list),
         _read_conversations,
     ),
-    Format(
-        "prompt/chosen/rejected texts",
-        "pairs",
-        _PAIR_KEYS,
-        _has("prompt", *_SIDES),
-        _read_explicit,
-    ),
-    Format("HH-RLHF dialogues", "pairs", _SIDES_KEYS, _is_dialogues, _read_dialogues),
+    *map(_with_system_prompt, _TEXTS),
+    _TEXTS[0],
+    _pairs_of("question/chosen/rejected", "question", *_SIDES),
+    _pairs_of("instruction/chosen/rejected", "instruction", *_SIDES),
+    _pairs_of("input/chosen/rejected", "input", *_SIDES),
+    _pairs_of("prompt/chosen_response/rejected_response", "prompt", "chosen_response", "rejected_response"),
+    _pairs_of("instruction/chosen_response/rejected_response", "instruction", "chosen_response", "rejected_response"),
+    _pairs_of("question/response_j/response_k", "question", "response_j", "response_k"),
+    Format("HH-RLHF dialogues", "pairs", _SIDES_KEYS | SYSTEM_KEYS, _is_dialogues, _read_dialogues),
     Format(
         "chosen/rejected texts that hold their prompt",
         "pairs",
@@ -311,15 +526,31 @@ FORMATS = (
         _has(*_SIDES),
         _read_implicit,
     ),
-    Format(
-        "prompt/completion/label",
-        "unpaired",
-        TOOL_KEYS | {"prompt", "completion", "label", "weight"},
-        _has("prompt", "completion", "label"),
-        _read_unpaired,
+    _published(
+        "HelpSteer2 preference",
+        published.two("prompt", "response_1", "response_2", published.strength("preference_strength")),
+        "prompt response_1 response_2 preference_strength",
     ),
-    Format("prompt/completions/ranks", "rankings", _RANKED_KEYS, _has("prompt", "completions", "ranks"), _read_ranked),
-    Format("prompt/completions/scores", "ratings", _RANKED_KEYS, _has("prompt", "completions", "scores"), _read_ranked),
+    _published(
+        "HelpSteer3 preference",
+        published.two("context", "response1", "response2", published.strength("overall_preference")),
+        "context response1 response2 overall_preference",
+    ),
+    _published(
+        "PKU-SafeRLHF",
+        published.two("prompt", "response_0", "response_1", published.choice("better_response_id", 0, 1)),
+        "prompt response_0 response_1 better_response_id",
+    ),
+    _published("Chatbot Arena", published.read_arena, "conversation_a conversation_b winner"),
+    _published("SHP", published.read_shp, "history human_ref_A human_ref_B labels"),
+    _published("WebGPT comparisons", published.read_webgpt, "question answer_0 answer_1 score_0 score_1"),
+    replace(
+        _published("OpenAI summaries", published.read_summaries, "info summaries choice"),
+        matches=_has("summaries", "choice", info=dict),
+    ),
+    _TEXTS[1],
+    _TEXTS[2],
+    _TEXTS[3],
     Format(
         "UltraFeedback",
         "ratings",
@@ -328,5 +559,28 @@ FORMATS = (
         _read_ultrafeedback,
     ),
     Format("Nectar", "rankings", frozenset({"prompt", "answers"}), _has("prompt", "answers"), _read_nectar),
-    Format("OpenAI chat", "demonstrations", TOOL_KEYS | {"messages"}, _has("messages"), _read_chat),
+    _published("NeMo RL preference", published.read_ranked_completions, "context completions", "rankings"),
+    _published("Vertex AI preference", published.read_vertex, "contents completions", "ratings"),
+    Format(
+        "messages with a label",
+        "unpaired",
+        _OF_MESSAGES | {"messages", "conversations", "weight", *_LABELS},
+        _any(*(_has(column, label) for column in ("messages", "conversations") for label in _LABELS)),
+        _read_labelled_chat,
+    ),
+    Format(
+        "messages with rejected_response",
+        "pairs",
+        _CHAT_PAIR_KEYS | {"rejected_response"},
+        _has("messages", "rejected_response"),
+        _read_rejected_response,
+    ),
+    Format(
+        "messages with rejected_messages",
+        "pairs",
+        _CHAT_PAIR_KEYS | {"rejected_messages"},
+        _has("messages", "rejected_messages"),
+        _read_rejected_messages,
+    ),
+    Format("OpenAI chat", "demonstrations", _OF_MESSAGES | {"messages"}, _has("messages"), _read_chat),
 )

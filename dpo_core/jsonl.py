@@ -4,6 +4,7 @@ A leading byte order mark, CRLF and blank lines are harmless and accepted.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -159,8 +160,9 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
     return _Flaw("duplicate_key", "this key stands twice; keep one.", twice)
 
 
-def _constant(name: str) -> _Flaw:
-    return _Flaw("invalid_number", f"{name} is not a JSON number.")
+def _constant(name: str) -> "float | _Flaw":
+    """NaN is what tables have where nothing is; who reads it as a number refuses it."""
+    return math.nan if name == "NaN" else _Flaw("invalid_number", f"{name} is not a JSON number.")
 
 
 def _object_of_one(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,12 +1,16 @@
-"""Messages of a row, in OpenAI's chat format, each refused by its pointer where it is none. Standard library only."""
+"""Messages of a row, each refused by its pointer where it is none. Standard library only.
+
+They are read in OpenAI's chat format, and in ShareGPT's with `from` and `value`; thoughts as vLLM, Qwen and gpt-oss
+name them. What is null or empty says nothing, under any key.
+"""
 
 import re
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
-from dpo_core.jsonl import Row, pointer_to
+from dpo_core.jsonl import InvalidRow, Row, parse_within, pointer_to
 from dpo_core.tools import ToolCall, calls_of
-from dpo_core.values import refuse_empty, shown, string_of
+from dpo_core.values import refuse_empty, says_nothing, shown, string_of
 
 
 class Message(TypedDict):
@@ -15,12 +19,16 @@ class Message(TypedDict):
     name: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]  # of the assistant
     tool_call_id: NotRequired[str]  # of a tool: the call that it answers
+    reasoning_content: NotRequired[str]  # of the assistant: what it thought before
 
 
 Text = str | list[Message]
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_OWNERS = {"tool_calls": "assistant", "tool_call_id": "tool"}
+# ShareGPT's, and its followers'.
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_OWNERS = {"tool_calls": "assistant", "tool_call_id": "tool", **dict.fromkeys(THOUGHTS, "assistant")}
 _REMEDIES = {
     "function_call": "is the older form; send tool_calls.",
     "refusal": "is not supported yet; remove it.",
@@ -29,7 +37,7 @@ _REMEDIES = {
 _MESSAGE_KEYS = {"role", "content", "name", "weight", *_OWNERS, *_REMEDIES}
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TURNS = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
@@ -43,12 +51,13 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
     return messages
 
 
-def completion_of(row: Row, pointer: str, value: object) -> list[Message]:
+def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
     messages = _list_of(row, pointer, value)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         what = "must hold exactly one message, the assistant's: text, tool calls or both; make later turns other rows."
         raise row.invalid(pointer, "invalid_completion", what)
-    refuse_empty_message(row, f"{pointer}/0/content", messages[0])
+    if not may_be_empty:
+        refuse_empty_message(row, f"{pointer}/0/content", messages[0])
     return messages
 
 
@@ -76,6 +85,8 @@ def _message(row: Row, pointer: str, value: object) -> Message:
     role, content = value.get("role"), value.get("content")
     if len(value) == 2 and isinstance(role, str) and isinstance(content, str) and role in _ROLES:
         return {"role": _ROLES[role], "content": content}  # as nearly all are: nothing else to check
+    if "from" in value and role is None:
+        return _turn(row, pointer, value)
     role = _role(row, pointer, role)
     _refuse_keys(row, pointer, value, role)
     weight = value.get("weight")
@@ -91,7 +102,31 @@ def _message(row: Row, pointer: str, value: object) -> Message:
         message["tool_calls"] = calls
     if value.get("tool_call_id") is not None:
         message["tool_call_id"] = string_of(row, f"{pointer}/tool_call_id", value["tool_call_id"])
+    if (thoughts := _thoughts(row, pointer, value)) is not None:
+        message["reasoning_content"] = thoughts
     return message
+
+
+def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
+    """Of ShareGPT's: from and value."""
+    speaker = value["from"]
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        what = f"is {shown(speaker)}; it must be {', '.join(_SPEAKERS)}. Send calls as messages with a role."
+        raise row.invalid(f"{pointer}/from", "unknown_role", what)
+    for key, item in value.items():
+        if key not in ("from", "value", "weight") and not says_nothing(item):
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
+    return {"role": _SPEAKERS[speaker], "content": string_of(row, f"{pointer}/value", value.get("value"))}
+
+
+def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
+    """Raises InvalidRow where two keys say different ones."""
+    given = [key for key in THOUGHTS if not says_nothing(value.get(key))]
+    for key in given:
+        string_of(row, f"{pointer}/{key}", value[key])
+        if value[key] != value[given[0]]:
+            raise row.invalid(f"{pointer}/{key}", "duplicate_key", f"and {given[0]} mean the same; send one.")
+    return str(value[given[0]]) if given else None
 
 
 def _role(row: Row, pointer: str, role: object) -> str:
@@ -106,10 +141,10 @@ def _role(row: Row, pointer: str, role: object) -> str:
 
 def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) -> None:
     for key, item in value.items():
+        if says_nothing(item):
+            continue
         if key not in _MESSAGE_KEYS:
             raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
-        if item in (None, []):
-            continue
         if key in _REMEDIES:
             raise row.invalid(f"{pointer}/{key}", "unsupported", _REMEDIES[key])
         if _OWNERS.get(key, role) != role:
@@ -154,6 +189,20 @@ def _needed(calls: Sequence[ToolCall]) -> str:
     return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
 
 
+def opened(row: Row, pointer: str, value: object) -> object:
+    """The messages that a text holds as JSON, as tables are often written; else the value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = parse_within(row, pointer, value)
+    except InvalidRow:
+        return value  # a text that only begins like one
+    is_conversation = isinstance(found, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in found
+    )
+    return found if is_conversation else value
+
+
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
     """The turns of a dialogue in one text, as in HH-RLHF (arXiv 2204.05862): "\\n\\nHuman: …\\n\\nAssistant: …"."""
     start, *turns = _TURN.split(text)
@@ -161,6 +210,6 @@ def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
         raise row.invalid(pointer, "wrong_type", 'must begin with "\\n\\nHuman:" and its text.')
     speakers, contents = turns[::2], turns[1::2]
     return [
-        {"role": _SPEAKERS[speaker], "content": content.strip()}
+        {"role": _TURNS[speaker], "content": content.strip()}
         for speaker, content in zip(speakers, contents, strict=True)
     ]

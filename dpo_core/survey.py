@@ -7,7 +7,7 @@ from heapq import nsmallest
 
 from dpo_core.duplicates import LINES_NAMED, Duplicates, Named, find_duplicates
 from dpo_core.feedback import Record, is_tied, read_records
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow
 from dpo_core.messages import Text
 from dpo_core.options import Kind

@@ -47,7 +47,7 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
         string_of(row, f"{pointer}/function/description", function["description"])
     if not isinstance(function.get("parameters"), dict | None):
         raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary: a JSON Schema.")
-    return tool
+    return tool if tool.get("type") else {**tool, "type": "function"}
 
 
 def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
@@ -67,21 +67,29 @@ def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
 
 
 def _call(row: Row, pointer: str, value: object) -> ToolCall:
-    call = _dictionary(row, pointer, value, {"id", "type", "function"})
+    call = _dictionary(row, pointer, value, {"id", "type", "function", "index"})  # the index comes with streams
     name, function = _function(row, pointer, call, {"name", "arguments"})
     arguments = _unpacked(row, f"{pointer}/function/arguments", function.get("arguments"))
     if not isinstance(arguments, dict):
         what = f"is {shown(arguments)}; it must be a JSON object, {{}} where there are no arguments."
         raise row.invalid(f"{pointer}/function/arguments", "wrong_type", what)
+    if _holds_nan(arguments):
+        raise row.invalid(f"{pointer}/function/arguments", "invalid_number", "hold NaN, which is not a JSON number.")
     called: Call = {"name": name, "arguments": arguments}
     if call.get("id") is None:
         return {"type": "function", "function": called}
     return {"id": string_of(row, f"{pointer}/id", call["id"]), "type": "function", "function": called}
 
 
+def _holds_nan(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_nan, value.values() if isinstance(value, dict) else value))
+    return value != value
+
+
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
     """The name that a tool or a call has, and all that it says of its function."""
-    if holder.get("type") != "function":
+    if holder.get("type") not in (None, "function"):
         what = f'is {shown(holder.get("type"))}; only "function" is supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)
     function = _dictionary(row, f"{pointer}/function", holder.get("function"), keys)

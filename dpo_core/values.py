@@ -2,7 +2,12 @@
 
 from dpo_core.jsonl import Row
 
+NOTHING: tuple[object, ...] = (None, "", [], {})  # as tables and clients fill what is not there; and NaN
 LARGEST = 1e9  # of numbers that people give
+
+
+def says_nothing(value: object) -> bool:
+    return value in NOTHING or value != value
 
 
 def string_of(row: Row, pointer: str, value: object) -> str:

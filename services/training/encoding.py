@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dpo_core.encode import EncodedGroup, UnusableTemplate, encode_groups
 from dpo_core.feedback import is_tied, read_groups, read_records
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, read_lines
 from dpo_core.messages import Text
 from dpo_core.truncation import truncate

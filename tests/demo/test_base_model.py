@@ -3,7 +3,7 @@ import torch
 from demo.base_model import make_base_model
 from demo.rows import Shop
 from dpo_core.encode import encode_group
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.model import load_policy, load_tokenizer
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_core.encode import encode_group, encode_groups
 from dpo_core.feedback import read_groups
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -125,8 +125,8 @@ def test_a_group_without_tools_is_rendered_without_them(own_tokenizer):
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused_by_line(own_tokenizer):
-    own_tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(InvalidRow, match="Line 3: the chat template renders the prompt differently"):
+    own_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}"
+    with pytest.raises(InvalidRow, match="Line 3: the chat template writes the prompt differently .* '1' becomes '2"):
         encode_group(PAIR, own_tokenizer)
 
 
@@ -139,7 +139,7 @@ def test_a_template_that_refuses_the_messages_is_quoted_by_line(own_tokenizer):
 def test_groups_together_become_what_each_becomes_alone(own_tokenizer):
     own_tokenizer.chat_template = (
         "{% for m in messages %}{% if 'is lazy' in m.content %}{{ raise_exception('No.') }}{% endif %}"
-        "{{ '#' if 'sleeps' in messages[-1].content }}{{ tools and tools | tojson }}{{ m.content }}{{ eos_token }}"
+        "{{ tools and tools | tojson }}{{ m.content }}{{ '#' if 'sleeps' in messages[-1].content }}{{ eos_token }}"
         "{% endfor %}"
     )
     well, rewritten, refused = ([GOOD], [GOOD]), ([{**GOOD, "content": "sleeps"}], [GOOD]), ([GOOD], [BAD])
@@ -154,7 +154,7 @@ def test_groups_together_become_what_each_becomes_alone(own_tokenizer):
         together = [str(found) for found in encode_groups(some, own_tokenizer)]
         alone = {id(group): str(next(encode_groups([group], own_tokenizer))) for group in some}
         assert together == [alone[id(group)] for group in some]
-        assert sum("renders the prompt differently" in found for found in together) == some.count(kinds[1])
+        assert sum("writes the prompt differently" in found for found in together) == some.count(kinds[1])
         assert sum("refuses the messages: No." in found for found in together) == len(some) % 5
 
 

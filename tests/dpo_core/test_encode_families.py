@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from dpo_core.encode import encode_groups
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 
 TEXT = "the quick brown fox jumps over the lazy dog\n\nand says: «hello», 1234 times.\n\tNot  once!" * 3
 CHATML = (

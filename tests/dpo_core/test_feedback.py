@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_core.feedback import read_groups, read_records
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.jsonl import MAX_LINE_BYTES, InvalidRow, read_lines
 from dpo_core.survey import survey
 
@@ -166,9 +166,9 @@ def test_the_report_names_columns_that_nothing_reads():
         (json.dumps(TEXTS).encode("utf-16"), "", "invalid_utf8"),
         (b'{"prompt": "a", "prompt": "b"}', "/prompt", "duplicate_key"),
         (b'{"prompt": [{"a/b": 1, "a/b": 2}]}', "/prompt/0/a~1b", "duplicate_key"),
-        (b'{"prompt": [0, NaN]}', "/prompt/1", "invalid_number"),
+        (b'{"prompt": [0, Infinity]}', "/prompt/1", "invalid_number"),
         (b'{"prompt": -Infinity}', "/prompt", "invalid_number"),
-        (b"NaN", "", "invalid_number"),
+        (b"Infinity", "", "invalid_number"),
         (b'{"prompt": "half \\ud83d"}', "/prompt", "invalid_text"),
         (b'{"\\ud83d": 1}', "", "invalid_text"),
         (b'{"prompt": "a\\u0000b"}', "/prompt", "invalid_text"),
@@ -229,7 +229,11 @@ ANSWER = {"role": "tool", "tool_call_id": "a", "content": "Nothing."}
         ({**PREFERENCE, "input": [USER]}, "/input", "wrong_type"),
         ({**PREFERENCE, "input": {"messages": []}}, "/input/messages", "wrong_type"),
         ({**PREFERENCE, "input": {"messages": [USER], "tool": 1}}, "/input/tool", "unknown_key"),
-        ({**PREFERENCE, "input": {"messages": [USER], "tools": [{}]}}, "/input/tools/0/type", "unsupported"),
+        (
+            {**PREFERENCE, "input": {"messages": [USER], "tools": [{"type": "retrieval"}]}},
+            "/input/tools/0/type",
+            "unsupported",
+        ),
         ({**PREFERENCE, "input": {"messages": [USER], "functions": [{}]}}, "/input/functions", "unsupported"),
         ({**PREFERENCE, "input": {"messages": [USER, GOOD]}}, "/input/messages/1", "invalid_order"),
         ({**PREFERENCE, "preferred_completion": [GOOD]}, "/preferred_completion", "duplicate_key"),
@@ -251,7 +255,11 @@ ANSWER = {"role": "tool", "tool_call_id": "a", "content": "Nothing."}
         ({**CONVERSATIONS, "prompt": [{**USER, "tone": "warm"}]}, "/prompt/0/tone", "unknown_key"),
         ({**CONVERSATIONS, "prompt": [{**USER, "tool_calls": [{}]}]}, "/prompt/0/tool_calls", "unknown_key"),
         ({**CONVERSATIONS, "prompt": [{**USER, "tool_call_id": "a"}]}, "/prompt/0/tool_call_id", "unknown_key"),
-        ({**CONVERSATIONS, "chosen": [{**GOOD, "function_call": {}}]}, "/chosen/0/function_call", "unsupported"),
+        (
+            {**CONVERSATIONS, "chosen": [{**GOOD, "function_call": {"name": "look"}}]},
+            "/chosen/0/function_call",
+            "unsupported",
+        ),
         ({**CONVERSATIONS, "chosen": [{**GOOD, "refusal": "No."}]}, "/chosen/0/refusal", "unsupported"),
         ({**CONVERSATIONS, "chosen": [{**GOOD, "audio": {"id": "a"}}]}, "/chosen/0/audio", "unsupported"),
         ({**CONVERSATIONS, "prompt": [{**USER, "weight": 1}]}, "/prompt/0/weight", "invalid_weight"),
@@ -294,9 +302,8 @@ def arguments(given: object) -> dict[str, object]:
         ({**CALLS, "tool_calls": [CALL, CALL]}, "", "duplicate_id"),
         ({**CALLS, "tool_calls": [CALL] * 129}, "", "too_many_calls"),
         (called(id=3), "/0/id", "wrong_type"),
-        (called(index=0), "/0/index", "unknown_key"),
+        (called(position=0), "/0/position", "unknown_key"),
         (called(type="custom"), "/0/type", "unsupported"),
-        (called(type=None), "/0/type", "unsupported"),
         (called(function="look"), "/0/function", "wrong_type"),
         (called(function={"name": "look"}), "/0/function/arguments", "wrong_type"),
         (called(function={"name": None, "arguments": "{}"}), "/0/function/name", "wrong_type"),
@@ -308,7 +315,8 @@ def arguments(given: object) -> dict[str, object]:
         (arguments("[1]"), "/0/function/arguments", "wrong_type"),
         (arguments('"here"'), "/0/function/arguments", "wrong_type"),
         (arguments([1]), "/0/function/arguments", "wrong_type"),
-        (arguments('{"where": [0, NaN]}'), "/0/function/arguments/where/1", "invalid_number"),
+        (arguments('{"where": [0, NaN]}'), "/0/function/arguments", "invalid_number"),
+        (arguments('{"where": [0, Infinity]}'), "/0/function/arguments/where/1", "invalid_number"),
         (arguments('{"where": 1, "where": 2}'), "/0/function/arguments/where", "duplicate_key"),
         (arguments('{"where": "a\\u0000b"}'), "/0/function/arguments/where", "invalid_text"),
         (arguments("[" * 70 + "]" * 70), None, "too_deep"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_core.feedback import read_groups
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, read_lines
 from dpo_core.survey import survey
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from dpo_core import options as o
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup, encode_group
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.metrics import measure
 from dpo_core.model import check_model, load_reward_model, load_tokenizer, merge_adapter
 from dpo_core.objectives import Statistics, check_groups, losses

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dpo_core.duplicates import Named, find_duplicates
 from dpo_core.feedback import read_groups
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.survey import survey
 
 PAIR = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green, I think."}
@@ -18,13 +18,13 @@ def lines(*rows: object) -> list[bytes]:
 
 def test_every_problem_is_counted_with_its_first_row():
     bad = {**PAIR, "chosen": 7}
-    report = survey(lines(PAIR, bad, b"{", {**PAIR, "rejected": " "}, {"text": "x"}, bad, b"[]"))
+    report = survey(lines(PAIR, bad, b"{", {**PAIR, "chosen": " "}, {"text": "x"}, bad, b"[]"))
     assert (report.format, report.num_rows, report.num_groups) == ("prompt/chosen/rejected texts", 7, 1)
     found = [(problem.code, problem.pointer, problem.rows) for problem in report.problems]
     assert found == [
         ("wrong_type", "/chosen", Named(2, (2, 6))),
         ("invalid_jsonl", "", Named(2, (3, 7))),
-        ("empty_completion", "/rejected", Named(1, (4,))),
+        ("empty_completion", "/chosen", Named(1, (4,))),
         ("unknown_format", "", Named(1, (5,))),
     ]
     assert report.refusal.startswith("Line 2, /chosen: is a number; it must be a text. 6 rows cannot be used: 2 wrong")

@@ -17,7 +17,7 @@ from dpo_core import options as o
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.encode import EncodedGroup, encode_group
 from dpo_core.feedback import read_groups
-from dpo_core.formats import Group
+from dpo_core.groups import Group
 from dpo_core.model import load_reward_model
 from dpo_core.trainer import train
 

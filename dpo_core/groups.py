@@ -1,0 +1,74 @@
+"""A prompt and what people think of its completions, however a file says it. Standard library only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_core.jsonl import Row
+from dpo_core.messages import Message, Text, completion_of, prompt_of
+from dpo_core.tools import Tool
+from dpo_core.values import refuse_empty, string_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its completions, best first: one is a demonstration, two are a pair."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    line: int  # where it stands in the file, from 1
+    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
+    weight: float = 1.0  # of its loss
+    margin: float | None = None  # by which the first completion should lead
+    tools: list[Tool] | None = None  # that the prompt offers, for the chat template
+    template_arguments: dict[str, object] | None = None  # more for the chat template
+
+
+def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
+    """Raises InvalidRow where there are not two completions."""
+    order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
+    if len(order) < 2:
+        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs two.")
+    return Group(prompt, tuple(completions[i] for i in order), row.line, tuple(ratings[i] for i in order))
+
+
+def text_or_messages(row: Row, pointer: str, value: object) -> Text:
+    """A prompt in the form that the row has."""
+    return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
+
+
+def completion_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
+    """In the form of its prompt."""
+    return completion_of(row, pointer, value) if isinstance(prompt, list) else filled(row, pointer, value)
+
+
+def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
+    """In the form of its prompt. It may be empty: to end at once is an answer, too, and its tokens are the end."""
+    if isinstance(prompt, list):
+        return completion_of(row, pointer, value, may_be_empty=True)
+    return string_of(row, pointer, value)
+
+
+def question(row: Row, column: str) -> list[Message]:
+    """A prompt of messages from a column that holds them, or the user's words."""
+    value = row.value[column]
+    if isinstance(value, list):
+        return prompt_of(row, f"/{column}", value)
+    return [{"role": "user", "content": string_of(row, f"/{column}", value)}]
+
+
+def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
+    """A completion of messages from messages, a message, or the assistant's words."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        return completion_of(row, pointer, value, may_be_empty=may_be_empty)
+    text = string_of(row, pointer, value)
+    if not may_be_empty:
+        refuse_empty(row, pointer, text)
+    return [{"role": "assistant", "content": text}]
+
+
+def filled(row: Row, pointer: str, value: object) -> str:
+    text = string_of(row, pointer, value)
+    refuse_empty(row, pointer, text)
+    return text
