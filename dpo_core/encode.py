@@ -229,6 +229,8 @@ def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
             return _PROBE in cast(
                 str, tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
             )
+        except UnusableTemplate:  # it computes for too long
+            raise
         except Exception:  # a template is a stranger's program, and fails in every way
             return False
 

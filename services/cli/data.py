@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -57,7 +57,15 @@ def check(
     if found.refusal:
         raise typer.Exit(1)
     if checked and not checked.tokens.num_kept:
-        fail("no row is left to train on; raise --max-length, choose another --truncation, or mend the rows.")
+        _fail_for_want_of_rows(found, checked)
+
+
+def _fail_for_want_of_rows(found: FeedbackReport, checked: "Check") -> NoReturn:
+    from services.training.report import left_out
+
+    remedy = "raise --max-length, choose another --truncation, or shorten them"
+    reasons = left_out(checked.tokens, found.kind or "groups", checked.tokens.limit, remedy)
+    fail(" ".join(["no row is left to train on.", *reasons]))
 
 
 def _config(given: dict[str, object], model: str | None) -> TrainConfig:

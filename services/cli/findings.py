@@ -43,11 +43,14 @@ def print_survey(found: FeedbackReport) -> None:
 
 def print_tokens(tokens: "Tokens") -> None:
     _title(f"{tokens.num_kept} of {tokens.num_groups} to train on; limit {tokens.limit} tokens, {tokens.truncation}")
-    for code, lines in tokens.dropped.items():
-        _line(f"  {lines.count} left out: {code}, {lines}", "yellow")
+    for code, reason in tokens.dropped.items():
+        _line(f"  {reason.count} left out: {code}, {reason}", "yellow")
+        if reason.sentence:
+            _line(f"    {reason.sentence}")
     for side, lines in tokens.truncated.items():
         _line(f"  {lines.count} with the {side} cut, {lines}", "yellow")
     _special(tokens.special_tokens)
+    _count(tokens.unended.count, f"with an answer that ends with none of the model's end tokens, {tokens.unended}")
     if compared := tokens.chosen_longer + tokens.rejected_longer:
         _line(f"  the chosen completion is the longer one in {tokens.chosen_longer / compared:.0%}, in tokens")
     for side, lengths in tokens.lengths.items():

@@ -3,8 +3,11 @@
 import functools
 import hashlib
 import io
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_core.encode import EncodedGroup, UnusableTemplate, encode_groups
@@ -17,12 +20,24 @@ from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training.dataset import Dataset, Part, write_part
 from services.training.garbage import only_young
-from services.training.report import TIED, TOO_LONG, EncodingReport, Tally, injected, left_out, lengths_in_words, merge
+from services.training.report import (
+    IDENTICAL,
+    TIED,
+    TOO_LONG,
+    EncodingReport,
+    Tally,
+    injected,
+    left_out,
+    lengths_in_words,
+    merge,
+    unended,
+)
 from services.training.reporting import JobFailed, invalid_file, progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+NUM_LAST = 3  # tokens of an answer: some templates write a line feed behind its end
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
 MOST_PIECES = 20_000  # about; beyond them pieces grow
@@ -122,7 +137,7 @@ def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[
     report(Message(message=f"{purpose} file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(found, encoding.limit, config.truncation)))
     warnings = left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding))
-    for sentence in warnings + injected(found, encoding.kind):
+    for sentence in warnings + injected(found, encoding.kind) + unended(found, encoding.kind):
         report(Message(level="warn", message=sentence))
     if spec.validation_share:
         report(Message(message=f"Held out {found.num_held_out} of them, by their prompts, to validate on."))
@@ -201,12 +216,12 @@ def split(uri: str) -> Iterator[Piece]:
 @only_young()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
     """`folder_uri` None: nothing is written."""
-    tokenizer, positions = load(recipe.model_source)
-    limit = min(recipe.max_length, positions)
+    model = load(recipe.model_source)
+    limit = min(recipe.max_length, model.positions)
     tally = Tally(piece.num_rows)
     try:
         groups = list(_with_an_order(read_piece(recipe.training_uri, piece), tally))
-        kept, held_out = _encode(groups, tokenizer, recipe, limit, tally)
+        kept, held_out = _encode(groups, model, recipe, limit, tally)
     except InvalidRow as error:
         return Encoded(piece=piece.number, report=tally.report(), refused=(error.line, invalid_file(str(error))))
     except UnusableTemplate as error:
@@ -243,9 +258,10 @@ def _with_an_order(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
 
 
 def _encode(
-    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, limit: int, tally: Tally
+    groups: Sequence[Group], model: "Model", recipe: Recipe, limit: int, tally: Tally
 ) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
     """Those to train on, and those held out."""
+    tokenizer = model.tokenizer
     kept: list[EncodedGroup] = []
     held_out: list[EncodedGroup] = []
     special_tokens = _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
@@ -254,14 +270,19 @@ def _encode(
             tally.mark_special(group.line)
     for encoded in encode_groups(groups, tokenizer):
         if isinstance(encoded, InvalidRow):
-            tally.drop(encoded.code, encoded.line)
+            tally.drop(encoded.code, encoded.line, encoded.message)
             continue
         tally.see(encoded)
-        cut = truncate(encoded, limit, recipe.truncation)
+        cut = truncate(encoded, limit, recipe.truncation, first=tokenizer.bos_token_id)
         if cut is None:
             tokens = len(encoded.prompt_ids) + max(map(len, encoded.completion_ids))
             tally.drop(TOO_LONG, encoded.line, tokens=tokens)
             continue
+        if len(cut.completion_ids) > 1 and len(set(map(tuple, cut.completion_ids))) == 1:
+            tally.drop(IDENTICAL, cut.line)
+            continue
+        if not all(model.ends.intersection(ids[-NUM_LAST:]) for ids in encoded.completion_ids):
+            tally.mark_unended(encoded.line)
         aside = _is_held_out(encoded.prompt_ids, recipe.validation_share)
         tally.keep(encoded, cut, held_out=aside)
         (held_out if aside else kept).append(cut)
@@ -293,9 +314,18 @@ def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
+@dataclass(frozen=True)
+class Model:
+    """What encoding needs of a model."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    positions: int  # tokens that it has positions for
+    ends: frozenset[int]  # tokens after which it stops
+
+
 @functools.cache
-def load(model_source: str) -> "tuple[PreTrainedTokenizerBase, int]":
-    """Once per process: the tokenizer, and how many tokens the model has positions for."""
+def load(model_source: str) -> Model:
+    """Once per process."""
     # Imported here because it takes eight seconds of a core, and the driver does without.
     from transformers import AutoConfig
 
@@ -303,4 +333,16 @@ def load(model_source: str) -> "tuple[PreTrainedTokenizerBase, int]":
 
     folder = storage.fetch(model_source)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    return load_tokenizer(folder), getattr(config, "max_position_embeddings", None) or 2**31
+    tokenizer = load_tokenizer(folder)
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    return Model(tokenizer, positions, _ends(folder, config, tokenizer))
+
+
+def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Of the tokenizer, the config, and what generation is told to stop at."""
+    file = folder / "generation_config.json"
+    told = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    given = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None), told]
+    return frozenset(
+        number for each in given for number in (each if isinstance(each, list) else [each]) if number is not None
+    )

@@ -43,14 +43,16 @@ def sample(uri: str, num_rows: int, count: int) -> Iterator[Piece]:
 
 def preview(recipe: Recipe, row: Piece) -> Preview:
     """Raises UnusableTemplate."""
-    tokenizer, positions = load(recipe.model_source)
+    model = load(recipe.model_source)
+    tokenizer = model.tokenizer
     group = next(read_piece(recipe.training_uri, row))
     if is_tied(group):
         return Preview(line=group.line, dropped=TIED)
     (encoded,) = encode_groups([group], tokenizer)
     if isinstance(encoded, InvalidRow):
         return Preview(line=group.line, dropped=encoded.code)
-    cut = truncate(encoded, min(recipe.max_length, positions), recipe.truncation)
+    limit = min(recipe.max_length, model.positions)
+    cut = truncate(encoded, limit, recipe.truncation, first=tokenizer.bos_token_id)
     return _written(cut or encoded, tokenizer, dropped=None if cut else TOO_LONG)
 
 

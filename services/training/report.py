@@ -21,6 +21,12 @@ class Lines(Contract):
         return str(Named(self.count, self.first))
 
 
+class Reason(Lines):
+    """Groups that are left out for one reason, and what was said of the first of them."""
+
+    sentence: str = ""
+
+
 class Lengths(Contract):
     """Of one side, in tokens."""
 
@@ -42,9 +48,10 @@ class EncodingReport(Contract):
     num_kept: int = 0  # to train on
     num_held_out: int = 0  # to validate on
     margins: Lines = Lines()  # groups that have one
-    dropped: dict[str, Lines] = Field(default_factory=dict)  # by the code of the reason
+    dropped: dict[str, Reason] = Field(default_factory=dict)  # by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
     special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
+    unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
     lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
     chosen_longer: int = 0
     rejected_longer: int = 0
@@ -65,9 +72,10 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
     return EncodingReport(
         **{name: getattr(a, name) + getattr(b, name) for name in counts},
         margins=_add_lines(a.margins, b.margins),
-        dropped={key: _add_lines(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
+        dropped={key: _add_reasons(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
         truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
         special_tokens=_add_lines(a.special_tokens, b.special_tokens),
+        unended=_add_lines(a.unended, b.unended),
         lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
         shortest_too_long=min(shortest, default=None),
     )
@@ -76,6 +84,11 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
 def _add_lines(a: Lines | None, b: Lines | None) -> Lines:
     a, b = a or Lines(), b or Lines()
     return Lines(count=a.count + b.count, first=tuple(sorted((*a.first, *b.first))[:LINES_NAMED]))
+
+
+def _add_reasons(a: Reason | None, b: Reason | None) -> Reason:
+    first = min((reason for reason in (a, b) if reason), key=lambda reason: reason.first)
+    return Reason(**_add_lines(a, b).model_dump(), sentence=first.sentence)
 
 
 def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
@@ -90,6 +103,8 @@ class Tally:
     def __init__(self, num_rows: int) -> None:
         self._counts = Counter(num_rows=num_rows)
         self._dropped: dict[str, list[int]] = {}
+        self._sentences: dict[str, str] = {}
+        self._unended: list[int] = []
         self._truncated: dict[str, list[int]] = {}
         self._margins: list[int] = []
         self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
@@ -99,6 +114,10 @@ class Tally:
     def mark_special(self, line: int) -> None:
         """A group whose own text holds special tokens."""
         self._special_tokens.append(line)
+
+    def mark_unended(self, line: int) -> None:
+        """A group with a completion after which nothing says that it ends."""
+        self._unended.append(line)
 
     def see(self, group: EncodedGroup) -> None:
         """A group as it was encoded."""
@@ -121,8 +140,9 @@ class Tally:
             if now[side] < length:
                 self._truncated.setdefault(side, []).append(before.line)
 
-    def drop(self, code: str, line: int, *, tokens: int | None = None) -> None:
+    def drop(self, code: str, line: int, sentence: str = "", *, tokens: int | None = None) -> None:
         """`tokens`: of a group that was too long."""
+        self._sentences.setdefault(code, sentence)
         self._counts["num_groups"] += 1
         self._dropped.setdefault(code, []).append(line)
         if tokens is not None:
@@ -132,9 +152,13 @@ class Tally:
         return EncodingReport(
             **self._counts,
             margins=_named(self._margins),
-            dropped={code: _named(lines) for code, lines in self._dropped.items()},
+            dropped={
+                code: Reason(**_named(lines).model_dump(), sentence=self._sentences[code])
+                for code, lines in self._dropped.items()
+            },
             truncated={side: _named(lines) for side, lines in self._truncated.items()},
             special_tokens=_named(self._special_tokens),
+            unended=_named(self._unended),
             lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},
             shortest_too_long=min(self._too_long, default=None),
         )
@@ -156,27 +180,44 @@ def _distribution(lengths: Sequence[int]) -> Lengths:
 
 # --- in words ----------------------------------------------------------------------------------------
 
-TOO_LONG, TIED = "too_long", "tied"
+TOO_LONG, TIED, IDENTICAL = "too_long", "tied", "identical"
+# Why groups are left out, and what helps.
 _REASONS = {
-    TIED: "that rate all their completions alike, which says nothing of an order",
-    "template_refused": "that the chat template refuses",
-    "template_drops_calls": "whose tool calls the chat template leaves out",
-    "template_not_prefix": "whose prompt the chat template renders differently once a completion follows",
-    "empty_prompt": "whose prompt has no tokens",
-    "empty_completion": "with a completion of no tokens",
+    TIED: ("that rate all their completions alike, which says nothing of an order", ""),
+    IDENTICAL: ("whose completions are the same once they are written and cut", ""),
+    "template_refused": ("that the chat template refuses", "send what it takes, or use another template"),
+    "template_drops_calls": ("whose tool calls the chat template leaves out", "use a template that writes them"),
+    "template_drops_text": ("of whose text the chat template leaves out a part", "use a template that writes it"),
+    "template_drops_thoughts": ("whose thoughts the chat template leaves out", "use a template that writes them"),
+    "template_not_prefix": (
+        "whose prompt the chat template writes differently once a completion follows",
+        "mend the template",
+    ),
+    "empty_prompt": ("whose prompt has no tokens", "give it some text"),
+    "empty_completion": ("with a completion of no tokens", "give it some text"),
 }
 
 
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
-    """Sentences on what was dropped and what was cut."""
+    """Sentences on what was dropped and what was cut. `remedy` is that of what is too long."""
     told = []
-    for code, lines in sorted(report.dropped.items()):
-        why = f"longer than {limit} tokens" if code == TOO_LONG else _REASONS[code]
-        mend = f"; {remedy}" if code == TOO_LONG else ""
-        told.append(f"Left out {lines.count} of {report.num_groups} {kind}, {why} ({lines}){mend}.")
+    for code, reason in sorted(report.dropped.items()):
+        why, mend = (f"longer than {limit} tokens", remedy) if code == TOO_LONG else _REASONS[code]
+        ending = f"; {mend}" if mend else ""
+        said = f" {reason.sentence}" if reason.sentence else ""
+        told.append(f"Left out {reason.count} of {report.num_groups} {kind}, {why} ({reason}){ending}.{said}")
     for side, lines in report.truncated.items():
         told.append(f"Cut the {side} of {lines.count} of {report.num_groups} {kind} to {limit} tokens ({lines}).")
     return told
+
+
+def unended(report: EncodingReport, kind: str) -> list[str]:
+    """A sentence on answers that nothing ends, where there are any."""
+    lines = report.unended
+    if not lines.count:
+        return []
+    what = "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop"
+    return [f"{lines.count} of {report.num_groups} {kind} {what} ({lines}); use a template that ends answers."]
 
 
 def injected(report: EncodingReport, kind: str) -> list[str]:

@@ -77,9 +77,16 @@ class Driver:
 
     def fork(self) -> psutil.Process:
         """The driver itself; `process` is the client that stands for it."""
-        found = [each for each in psutil.process_iter() if "services.forkserver.server" in each.cmdline()]
-        (fork,) = [each for each in found if os.readlink(f"/proc/{each.pid}/fd/1") == str(self.log)]
+        (fork,) = filter(self._prints_here, psutil.process_iter(["cmdline"]))
         return fork
+
+    def _prints_here(self, process: psutil.Process) -> bool:
+        if "services.forkserver.server" not in (process.info["cmdline"] or ()):
+            return False
+        try:
+            return os.readlink(f"/proc/{process.pid}/fd/1") == str(self.log)
+        except OSError:  # it has ended
+            return False
 
     def reports(self) -> list[Report]:
         segments = spool.segments(self.spec.run_uri, self.spec.attempt)

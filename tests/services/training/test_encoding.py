@@ -219,7 +219,10 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     groups, reports = run(make_spec(model_source=str(tmp_path / "strict"), training_uri=str(tmp_path / "rows.jsonl")))
     assert [group.line for group in groups] == [1, 3]
-    assert reports[-1].message == "Left out 1 of 3 pairs, that the chat template refuses (line 2)."
+    assert (
+        reports[-1].message
+        == "Left out 1 of 3 pairs, that the chat template refuses (line 2); send what it takes, or use another template. Line 2: the chat template refuses the messages: odd."
+    )
 
 
 def test_margins_are_refused_by_line_where_the_objective_takes_none(
