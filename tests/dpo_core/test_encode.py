@@ -126,7 +126,7 @@ def test_a_group_without_tools_is_rendered_without_them(own_tokenizer):
 
 def test_a_template_that_rewrites_the_prompt_is_refused_by_line(own_tokenizer):
     own_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}"
-    with pytest.raises(InvalidRow, match="Line 3: the chat template writes the prompt differently .* '1' becomes '2"):
+    with pytest.raises(InvalidRow, match=r"Line 3: the chat template writes the prompt differently .* '1' becomes '2"):
         encode_group(PAIR, own_tokenizer)
 
 

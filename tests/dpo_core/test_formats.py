@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,6 +188,253 @@ def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     assert (caught.value.line, caught.value.pointer, caught.value.code) == (1, pointer, code)
 
 
+# --- public sets, in the columns that they are published with ---
+
+ASK, GOOD, BAD = "Name a red fruit.", "The strawberry.", "The banana."
+PROMPT = [user(ASK)]
+PAIR = ([assistant(GOOD)], [assistant(BAD)])
+
+
+def in_parts(role: str, text: str) -> dict[str, object]:
+    return {"role": role, "parts": [{"text": text}]}
+
+
+# Name of the format: a row, its kind, and the ratings of the better and the worse answer.
+PUBLISHED = {
+    "question/chosen/rejected": ({"question": ASK, "chosen": GOOD, "rejected": BAD}, "pairs", None),
+    "instruction/chosen/rejected": ({"instruction": ASK, "input": "", "chosen": GOOD, "rejected": BAD}, "pairs", None),
+    "input/chosen/rejected": ({"input": ASK, "chosen": GOOD, "rejected": BAD, "rating": [9, 3]}, "pairs", None),
+    "prompt/chosen_response/rejected_response": (
+        {"prompt": ASK, "chosen_response": GOOD, "rejected_response": BAD},
+        "pairs",
+        None,
+    ),
+    "instruction/chosen_response/rejected_response": (
+        {"instruction": ASK, "chosen_response": GOOD, "rejected_response": BAD, "chosen_avg_rating": 4.5},
+        "pairs",
+        None,
+    ),
+    "question/response_j/response_k": ({"question": ASK, "response_j": GOOD, "response_k": BAD}, "pairs", None),
+    "HelpSteer2 preference": (
+        {"prompt": ASK, "response_1": BAD, "response_2": GOOD, "preference_strength": 2},
+        "pairs",
+        (2.0, 0.0),
+    ),
+    "HelpSteer3 preference": (
+        {"context": PROMPT, "response1": GOOD, "response2": BAD, "overall_preference": -3},
+        "pairs",
+        (3.0, 0.0),
+    ),
+    "PKU-SafeRLHF": (
+        {"prompt": ASK, "response_0": BAD, "response_1": GOOD, "better_response_id": 1, "safer_response_id": 0},
+        "pairs",
+        (1.0, 0.0),
+    ),
+    "Chatbot Arena": (
+        {"conversation_a": [*PROMPT, *PAIR[1]], "conversation_b": [*PROMPT, *PAIR[0]], "winner": "model_b"},
+        "pairs",
+        (1.0, 0.0),
+    ),
+    "SHP": ({"history": ASK, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1}, "pairs", (1.0, 0.0)),
+    "WebGPT comparisons": (
+        {"question": ASK, "answer_0": BAD, "answer_1": GOOD, "score_0": -0.5, "score_1": 0.5},
+        "pairs",
+        (1.0, 0.0),
+    ),
+    "NeMo RL preference": (
+        {"context": PROMPT, "completions": [{"rank": 1, "completion": PAIR[1]}, {"rank": 0, "completion": PAIR[0]}]},
+        "rankings",
+        (0.0, -1.0),
+    ),
+    "Vertex AI preference": (
+        {
+            "contents": [in_parts("user", ASK)],
+            "completions": [
+                {"score": 0.0, "completion": in_parts("model", BAD)},
+                {"score": 1.0, "completion": in_parts("model", GOOD)},
+            ],
+        },
+        "ratings",
+        (1.0, 0.0),
+    ),
+    "messages with chosen and rejected": (
+        {"conversations": [{"from": "human", "value": ASK}], "chosen": {"from": "gpt", "value": GOOD}, "rejected": BAD},
+        "pairs",
+        None,
+    ),
+    "messages with rejected_response": ({"messages": [*PROMPT, *PAIR[0]], "rejected_response": BAD}, "pairs", None),
+    "messages with rejected_messages": (
+        {"messages": [*PROMPT, *PAIR[0]], "rejected_messages": [*PROMPT, *PAIR[1]]},
+        "pairs",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_public_set_is_read_in_its_own_columns(name):
+    row, kind, ratings = PUBLISHED[name]
+    report = survey(lines(row))
+    assert (report.format, report.kind, report.refusal) == (name, kind, None)
+    assert list(read_groups(lines(row))) == [Group(PROMPT, PAIR, 1, ratings)]
+
+
+def test_labels_beside_messages_are_of_the_last_answer():
+    row = {"messages": [user("2 + 2?"), assistant("22.")], "label": False}
+    for given in (row, {"conversations": row["messages"], "kto_tag": False}):
+        assert survey(lines(given)).kind == "unpaired"
+        assert list(read_groups(lines(given))) == [Group([user("2 + 2?")], ([assistant("22.")],), 1, (0.0,))]
+
+
+def test_summaries_are_asked_for_as_their_models_were():
+    info = {"subreddit": "fruit", "title": "Red", "post": "A long one."}
+    row = {"info": info, "summaries": [{"text": BAD}, {"text": GOOD}], "choice": 1}
+    (group,) = read_groups(lines(row))
+    asked = "SUBREDDIT: r/fruit\n\nTITLE: Red\n\nPOST: A long one.\n\nTL;DR:"
+    assert group == Group([user(asked)], PAIR, 1, (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**PUBLISHED["HelpSteer2 preference"][0], "preference_strength": 0},
+        {**PUBLISHED["Chatbot Arena"][0], "winner": "tie (bothbad)"},
+    ],
+)
+def test_a_preference_for_neither_is_a_tie(row):
+    assert survey(lines(row)).num_tied == 1
+
+
+def test_an_input_stands_below_its_instruction():
+    row = {"instruction": "Translate.", "input": "Kers", "chosen": "Cherry", "rejected": "Banana"}
+    (group,) = read_groups(lines(row))
+    assert group.prompt == [user("Translate.\nKers")]
+
+
+# --- what says something is read, or refused by name ---
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASK, "chosen": GOOD, "rejected": BAD},
+        {"prompt": PROMPT, "chosen": PAIR[0], "rejected": PAIR[1]},
+        {"prompt": ASK, "completion": GOOD, "label": True},
+        {"prompt": ASK, "completions": [GOOD, BAD], "ranks": [1, 2]},
+        {"prompt": ASK, "completions": [GOOD, BAD], "scores": [2, 1]},
+        IMPLICIT_CONVERSATIONS,
+        HH,
+        {"messages": [*PROMPT, *PAIR[0]]},
+        *(row for row, _, _ in PUBLISHED.values()),
+    ],
+)
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_prompt_stands_before_the_prompt_of_any_format(row, key):
+    (group,) = read_groups(lines({**row, key: "Be brief."}))
+    assert group.prompt[0] == SYSTEM
+    assert all(isinstance(completion, list) for completion in group.completions)
+    (without,) = read_groups(lines({**row, key: None}))
+    assert group.prompt[1:] == without.prompt
+    assert group.completions == without.completions
+
+
+def test_rows_with_a_column_of_system_prompts_are_of_one_form():
+    row = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
+    (problem,) = survey(lines({**row, "system": ""}, row)).problems
+    assert problem.code == "mixed_formats"
+
+
+@pytest.mark.parametrize(
+    ("row", "pointer", "code"),
+    [
+        ({**KTO, "images": ["cat.png"]}, "/images", "unsupported"),
+        ({**HH, "image": {"path": "cat.png"}}, "/image", "unsupported"),
+        ({"messages": [*PROMPT, *PAIR[0]], "videos": ["x"]}, "/videos", "unsupported"),
+        ({"messages": [*PROMPT, *PAIR[0]], "documents": ["x"]}, "/documents", "unread_column"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "context": "Fruit is red."}, "/context", "unread_column"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "history": [["Hi", "Hello"]]}, "/history", "unread_column"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "label": True}, "/label", "unread_column"),
+        ({**HH, "system": "x", "system_prompt": "y"}, "/system_prompt", "duplicate_key"),
+        (
+            {"prompt": [SYSTEM, *PROMPT], "chosen": PAIR[0], "rejected": PAIR[1], "system": "y"},
+            "/system",
+            "duplicate_key",
+        ),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "chat_template_kwargs": {"a": 1}}, None, "unsupported"),
+        ({**KTO, "chat_template_kwargs": {"tokenize": True}}, "/chat_template_kwargs/tokenize", "unknown_key"),
+        ({**KTO, "chat_template_kwargs": "x"}, "/chat_template_kwargs", "invalid_json"),
+        ({**PUBLISHED["Chatbot Arena"][0], "winner": "me"}, "/winner", "unknown_choice"),
+        ({**PUBLISHED["PKU-SafeRLHF"][0], "better_response_id": True}, "/better_response_id", "unknown_choice"),
+    ],
+)
+def test_a_column_that_says_something_is_refused_by_name_where_nothing_reads_it(row, pointer, code):
+    with pytest.raises(InvalidRow) as caught:
+        list(read_groups(lines(row)))
+    assert caught.value.code == code
+    assert caught.value.pointer == (pointer or "/chat_template_kwargs")
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}, math.nan])
+def test_a_column_that_says_nothing_costs_nothing(nothing):
+    row = {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "images": nothing, "context": nothing, "margin": nothing}
+    assert survey(lines(row)).refusal is None
+
+
+def test_a_column_that_says_again_what_is_read_costs_nothing():
+    row = {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "messages": [*PROMPT, *PAIR[0]], "instruction": ASK}
+    assert survey(lines(row)).refusal is None
+
+
+def test_template_arguments_of_a_row_are_kept():
+    row = {**KTO, "chat_template_kwargs": {"enable_thinking": False, "xml_tools": None}}
+    for given in (row, {**row, "chat_template_kwargs": json.dumps(row["chat_template_kwargs"])}):
+        (group,) = read_groups(lines(given))
+        assert group.template_arguments == {"enable_thinking": False}
+
+
+def test_conversations_may_stand_in_texts_as_json():
+    row = {side: json.dumps(IMPLICIT_CONVERSATIONS[side]) for side in ("chosen", "rejected")}
+    assert list(read_groups(lines(row))) == list(read_groups(lines(IMPLICIT_CONVERSATIONS)))
+    text = {"prompt": "[{", "chosen": '[{"a": 1}]', "rejected": "[{no json"}
+    assert list(read_groups(lines(text))) == [Group("[{", ('[{"a": 1}]', "[{no json"), 1)]
+
+
+def test_messages_may_be_from_somebody_and_think():
+    row = {
+        "messages": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "2 + 2?"},
+            {"role": "assistant", "content": "4", "thinking": "Two and two.", "refusal": None, "annotations": []},
+        ]
+    }
+    (group,) = read_groups(lines(row))
+    assert group.prompt == [SYSTEM, user("2 + 2?")]
+    assert group.completions == ([{**assistant("4"), "reasoning_content": "Two and two."}],)
+
+
+def test_the_worse_answer_may_be_empty_and_the_better_may_not():
+    for row in (
+        {"prompt": ASK, "chosen": GOOD, "rejected": ""},
+        {"chosen": [*PROMPT, *PAIR[0]], "rejected": [*PROMPT, assistant("")]},
+    ):
+        assert survey(lines(row)).refusal is None
+        swapped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        assert survey(lines(swapped)).problems[0].code == "empty_completion"
+
+
+def test_a_margin_of_zero_is_none():
+    (group,) = read_groups(lines({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": 0}))
+    assert group.margin is None
+
+
+def test_a_text_prompt_may_be_any_message_before_the_answers():
+    turns = [user("Hello."), assistant("Hello!"), user(ASK)]
+    row = {"prompt": "Hello.", "chosen": [*turns, *PAIR[0]], "rejected": [*turns, *PAIR[1]]}
+    assert list(read_groups(lines(row))) == [Group(turns, PAIR, 1)]
+
+
 # --- tools, as OpenAI and TRL publish them ---
 
 WEATHER = {
@@ -346,6 +594,7 @@ ROWS = [
     TEXTS,
     ULTRAFEEDBACK_BINARIZED,
     *(row for row, _, _ in CASES.values()),
+    *(row for row, _, _ in PUBLISHED.values()),
     *TOOL_ROWS,
 ]
 

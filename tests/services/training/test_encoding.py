@@ -219,10 +219,38 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     groups, reports = run(make_spec(model_source=str(tmp_path / "strict"), training_uri=str(tmp_path / "rows.jsonl")))
     assert [group.line for group in groups] == [1, 3]
-    assert (
-        reports[-1].message
-        == "Left out 1 of 3 pairs, that the chat template refuses (line 2); send what it takes, or use another template. Line 2: the chat template refuses the messages: odd."
+    assert reports[-1].message == (
+        "Left out 1 of 3 pairs, that the chat template refuses (line 2); send what it takes, or use another template. "
+        "Line 2: the chat template refuses the messages: odd."
     )
+
+
+def test_pairs_that_are_the_same_once_they_are_cut_are_left_out(make_spec: MakeSpec, run: Any, tmp_path: Path) -> None:
+    same = " ".join(["once"] * 60)
+    rows = [
+        {"prompt": "Tell.", "chosen": f" {same} and {n}", "rejected": f" {same} but {n}" if n else " no"}
+        for n in range(3)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = TrainConfig(max_length=40, truncation="keep_start")
+    groups, reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl"), config=config))
+    assert [group.line for group in groups] == [1]
+    said = "Left out 2 of 3 pairs, whose completions are the same once they are written and cut (line 2, 3)."
+    assert Message(level="warn", message=said) in reports
+
+
+def test_answers_that_nothing_ends_are_told(make_spec: MakeSpec, run: Any, model_source: str, tmp_path: Path) -> None:
+    endless = tmp_path / "endless"
+    shutil.copytree(model_source, endless)
+    template = endless / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ eos_token }}", "{{ '\n\n\n\n' }}"))
+    assert not [report for report in run(make_spec())[1] if "end tokens" in getattr(report, "message", "")]
+    reports = run(make_spec(model_source=str(endless)))[1]
+    said = (
+        "24 of 24 pairs have an answer that ends with none of the model's end tokens, so that the policy may not learn "
+        "to stop (line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 14 more); use a template that ends answers."
+    )
+    assert reports[-1] == Message(level="warn", message=said)
 
 
 def test_margins_are_refused_by_line_where_the_objective_takes_none(

@@ -1,0 +1,278 @@
+"""Chat templates of every published behaviour: what a row says is in what the model sees, or the row is named.
+
+The templates are written by hand after what published ones do.
+"""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from dpo_core.encode import EncodedGroup, encode_group, encode_groups
+from dpo_core.feedback import read_records
+from dpo_core.groups import Group
+from dpo_core.jsonl import InvalidRow
+from tests.dpo_core.test_formats import PUBLISHED, lines
+
+EACH = "{% for m in messages %}"
+ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+ENDS = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+PLAIN = EACH + "<|{{ m.role }}|>{{ m.content }}" + ENDS + ASKS
+TEMPLATES = {
+    "plain": PLAIN,
+    "begins with BOS": "{{ bos_token }}" + PLAIN,
+    "strips": EACH + "<|{{ m.role }}|>\n{{ m.content | trim }}\n" + ENDS + ASKS,
+    "strips answers only": EACH
+    + "<|{{ m.role }}|>{{ m.content | trim if m.role == 'assistant' else m.content }}"
+    + ENDS
+    + ASKS,
+    "ends every turn": EACH + "<|{{ m.role }}|>{{ m.content }}{{ eos_token }}\n{% endfor %}" + ASKS,
+    "ends no answer": EACH + "<|{{ m.role }}|>{{ m.content }}{% endfor %}" + ASKS,
+    "drops the system prompt": EACH
+    + "{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endif %}"
+    + ENDS
+    + ASKS,
+    "refuses the system prompt": EACH
+    + "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + "<|{{ m.role }}|>{{ m.content }}"
+    + ENDS
+    + ASKS,
+    "folds the system prompt into the first question": (
+        "{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        + EACH
+        + "{% if m.role == 'user' %}<|user|>{{ first if loop.index0 <= 1 else '' }}{{ m.content }}"
+        "{% elif m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endif %}" + ENDS + ASKS
+    ),
+    "folds the system prompt into the last question": (
+        "{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        + EACH
+        + "{% if m.role == 'user' %}<|user|>{{ first if loop.last else '' }}{{ m.content }}"
+        "{% elif m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endif %}" + ENDS + ASKS
+    ),
+    "wants turns to alternate": EACH
+    + "{% if loop.index0 and m.role == messages[loop.index0 - 1].role %}{{ raise_exception('Alternate!') }}{% endif %}"
+    + "<|{{ m.role }}|>{{ m.content }}"
+    + ENDS
+    + ASKS,
+    "drops thoughts": EACH + "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}" + ENDS + ASKS,
+    "drops earlier thoughts": EACH
+    + "<|{{ m.role }}|>{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    + ENDS
+    + ASKS,
+    "begins answers with a thought": PLAIN.replace(
+        ASKS, "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    ),
+    "writes thoughts of their own field": EACH
+    + "<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    + ENDS
+    + ASKS,
+    "writes gpt-oss's field": EACH
+    + "<|{{ m.role }}|>{% if m.thinking %}[{{ m.thinking }}]{% endif %}{{ m.content }}"
+    + ENDS
+    + ASKS,
+    "takes parts": EACH
+    + "<|{{ m.role }}|>{% for part in m['content'] %}"
+    + "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    + ENDS
+    + ASKS,
+    "counts the messages": "{{ messages | length }}" + PLAIN,
+    "drops the last word": EACH + "<|{{ m.role }}|>{{ m.content.split(' ')[:-1] | join(' ') }}" + ENDS + ASKS,
+    "writes capitals": EACH + "<|{{ m.role }}|>{{ m.content | upper }}" + ENDS + ASKS,
+    "writes nothing": "x",
+}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+SYSTEM = {"role": "system", "content": "Answer in Dutch."}
+QUESTION = user("the quick brown fox?")
+
+
+@pytest.fixture
+def templated(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The tokenizer with one of the templates."""
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+    def with_template(name: str) -> PreTrainedTokenizerFast:
+        own.chat_template = TEMPLATES[name]
+        own.__dict__["_name"] = name
+        return own
+
+    return with_template
+
+
+def encoded(group: Group, tokenizer: PreTrainedTokenizerFast) -> EncodedGroup | InvalidRow:
+    (found,) = encode_groups([group], _fresh(tokenizer))
+    return found
+
+
+def _fresh(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """What is remembered of a tokenizer is remembered of this one alone."""
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    own.chat_template = tokenizer.chat_template
+    return own
+
+
+def seen(group: Group, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The prompt and the completions in the model's words."""
+    found = encode_group(group, _fresh(tokenizer))
+    return [tokenizer.decode(ids) for ids in (found.prompt_ids, *found.completion_ids)]
+
+
+CHOSEN, REJECTED = [assistant("jumps over the dog")], [assistant("sleeps")]
+PAIR = Group([QUESTION], (CHOSEN, REJECTED), 7)
+WITH_SYSTEM = Group([SYSTEM, QUESTION], (CHOSEN, REJECTED), 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "code", "said"),
+    [
+        (
+            "drops the system prompt",
+            WITH_SYSTEM,
+            "template_drops_text",
+            "message 1 of the prompt, by system: 'Answer in",
+        ),
+        ("refuses the system prompt", WITH_SYSTEM, "template_refused", "System role not supported"),
+        (
+            "drops thoughts",
+            Group([QUESTION], ([assistant("<think>Two.</think>4")], [assistant("<think>No.</think>4")]), 7),
+            "template_drops_text",
+            "of a completion: 'Two.'",
+        ),
+        (
+            "plain",
+            Group([QUESTION], ([assistant("4", reasoning_content="Two and two.")], REJECTED), 7),
+            "template_drops_thoughts",
+            "of a completion: 'Two and two.'",
+        ),
+        ("drops the last word", PAIR, "template_drops_text", "message 1 of the prompt, by user"),
+        ("writes nothing", PAIR, "template_drops_text", "message 1 of the prompt, by user"),
+    ],
+)
+def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, code, said):
+    found = encoded(group, templated(name))
+    assert isinstance(found, InvalidRow)
+    assert (found.line, found.code) == (7, code)
+    assert said in found.message
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "words"),
+    [
+        (
+            "begins answers with a thought",
+            PAIR,
+            ["<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+        (
+            "begins answers with a thought",
+            Group([QUESTION], ([assistant("<think>\nTwo.</think>4")], [assistant("<think>\nNo.</think>5")]), 7),
+            ["<|user|>the quick brown fox?<|assistant|><think>\n", "Two.</think>4</s>", "No.</think>5</s>"],
+        ),
+        (
+            "folds the system prompt into the last question",
+            WITH_SYSTEM,
+            ["<|user|>Answer in Dutch.\n\nthe quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+        ("takes parts", PAIR, ["<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"]),
+        (
+            "writes gpt-oss's field",
+            Group([QUESTION], ([assistant("4", reasoning_content="Two.")], REJECTED), 7),
+            ["<|user|>the quick brown fox?<|assistant|>", "[Two.]4</s>", "sleeps</s>"],
+        ),
+        (
+            "drops earlier thoughts",
+            Group([user("a"), assistant("<think>Two.</think>4"), user("b")], (CHOSEN, REJECTED), 7),
+            ["<|user|>a<|assistant|>4</s><|user|>b<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+        (
+            "counts the messages",
+            PAIR,
+            ["1<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+    ],
+)
+def test_a_row_is_learned_as_the_policy_will_be_asked(templated, name, group, words):
+    assert seen(group, templated(name)) == words
+
+
+def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):
+    own = _fresh(tokenizer)
+    own.chat_template = PLAIN.replace(
+        "<|assistant|>{% endif %}", "<|assistant|>{{ '' if thinks else '<think></think>' }}{% endif %}"
+    )
+    group = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"thinks": True})
+    assert seen(group, own)[0].endswith("<|assistant|>")
+
+
+WORDS = st.text("abc <>\n/|{}'\"éß", max_size=12)
+ROWS = [row for row, _, _ in PUBLISHED.values()]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> dict[str, Any]:
+    """A row of a published shape with other words in it, and maybe a system prompt."""
+    row = draw(st.sampled_from(ROWS))
+    words = {"Name a red fruit.": "q" + draw(WORDS), "The strawberry.": draw(WORDS) + "x", "The banana.": draw(WORDS)}
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, str):
+            return words.get(value, value)
+        if isinstance(value, list):
+            return [changed(item) for item in value]
+        return {key: changed(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    system = draw(st.none() | st.just("").map(lambda _: "s" + draw(WORDS)))
+    return {**changed(row), **({"system": system} if draw(st.booleans()) else {})}
+
+
+def holds(text: str, said: str) -> bool:
+    """But for the spaces at its ends and around thoughts, which templates change."""
+    return all(part.strip() in text for part in re.split("</?think>", said.removesuffix("</s>")))
+
+
+def check(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    (record,) = read_records(lines(row))
+    if record.problem:
+        assert record.problem.line == 1
+        return
+    (group,) = record.groups
+    (found,) = encode_groups([group], _fresh(tokenizer))
+    if isinstance(found, InvalidRow):
+        assert found.line == 1
+        return
+    prompt = tokenizer.decode(found.prompt_ids)
+    for message in group.prompt:
+        assert holds(prompt, message["content"])
+    for completion, ids in zip(group.completions, found.completion_ids, strict=True):
+        assert holds(tokenizer.decode(ids), completion[0]["content"])
+
+
+@given(row=rows(), name=st.sampled_from(sorted(TEMPLATES)))
+def test_whatever_a_row_says_the_model_sees_or_the_row_is_named(tokenizer, row, name):
+    own = _fresh(tokenizer)
+    own.chat_template = TEMPLATES[name]
+    check(row, own)
+
+
+@pytest.mark.long
+@settings(max_examples=100_000)
+@given(row=rows(), name=st.sampled_from(sorted(TEMPLATES)))
+def test_whatever_a_row_says_in_a_hundred_thousand_rows(tokenizer, row, name):
+    own = _fresh(tokenizer)
+    own.chat_template = TEMPLATES[name]
+    check(row, own)
