@@ -52,6 +52,7 @@ MEANT_KEYS = (
 @dataclass(frozen=True)
 class Format:
     name: str
+    row: str  # what a row has, in Markdown
     kind: Kind
     keys: frozenset[str]  # what its reader uses
     matches: Callable[[dict[str, object]], bool]
@@ -89,7 +90,7 @@ class Format:
                 what = "is not supported yet: models see texts only. Remove it to train on the texts alone."
                 raise row.invalid(f"/{key}", "unsupported", what)
             if not _is_said(row.value[key], groups):
-                what = f"is not read by the format {self.name}; name its role with columns, or remove it."
+                what = f"is not read by the format {self.name}, and may say what the model should see; rename it, or remove it."
                 raise row.invalid(f"/{key}", "unread_column", what)
 
 
@@ -101,7 +102,7 @@ def detect(row: Row) -> Format:
         if form.matches(row.value):
             return form
     known = ", ".join(form.name for form in FORMATS)
-    remedy = "name the roles of its columns, such as prompt, chosen and rejected"
+    remedy = "rename its columns, for example to prompt, chosen and rejected"
     raise row.invalid("", "unknown_format", f"{keys_of(row)}, of none of the known formats: {known}; {remedy}.")
 
 
@@ -453,7 +454,8 @@ def _beside_messages(**kinds: type) -> Test:
 def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
     """A set with these columns, and what its rows say beside them."""
     keys = columns.split()
-    return Format(name, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)
+    row = ", ".join(f"`{key}`" for key in keys)
+    return Format(name, row, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)
 
 
 def _pairs_of(name: str, prompt: str, chosen: str, rejected: str) -> Format:
@@ -462,10 +464,38 @@ def _pairs_of(name: str, prompt: str, chosen: str, rejected: str) -> Format:
 
 
 _TEXTS = (
-    Format("prompt/chosen/rejected texts", "pairs", _PAIR_KEYS, _has("prompt", *_SIDES), _read_explicit),
-    Format("prompt/completion/label", "unpaired", _LABEL_KEYS, _has("prompt", "completion", "label"), _read_unpaired),
-    Format("prompt/completions/ranks", "rankings", _RANKED_KEYS, _has("prompt", "completions", "ranks"), _read_ranked),
-    Format("prompt/completions/scores", "ratings", _RANKED_KEYS, _has("prompt", "completions", "scores"), _read_ranked),
+    Format(
+        "prompt/chosen/rejected texts",
+        "`prompt`, `chosen`, `rejected`",
+        "pairs",
+        _PAIR_KEYS,
+        _has("prompt", *_SIDES),
+        _read_explicit,
+    ),
+    Format(
+        "prompt/completion/label",
+        "`prompt`, `completion`, `label` (`true` or `false`)",
+        "unpaired",
+        _LABEL_KEYS,
+        _has("prompt", "completion", "label"),
+        _read_unpaired,
+    ),
+    Format(
+        "prompt/completions/ranks",
+        "`prompt`, `completions`, `ranks` (1 is best, ties allowed)",
+        "rankings",
+        _RANKED_KEYS,
+        _has("prompt", "completions", "ranks"),
+        _read_ranked,
+    ),
+    Format(
+        "prompt/completions/scores",
+        "`prompt`, `completions`, `scores` (higher is better, ties allowed)",
+        "ratings",
+        _RANKED_KEYS,
+        _has("prompt", "completions", "scores"),
+        _read_ranked,
+    ),
 )
 
 
@@ -476,12 +506,19 @@ def _with_system_prompt(form: Format) -> Format:
     def matches(row: dict[str, object]) -> bool:
         return has_system(row) and form.matches(row)
 
-    return replace(form, name=f"system, {form.name}", matches=matches, reader=_as_chat(form.reader))
+    return replace(
+        form,
+        name=f"system, {form.name}",
+        row=f"`system`, {form.row}; read as messages",
+        matches=matches,
+        reader=_as_chat(form.reader),
+    )
 
 
 FORMATS = (
     Format(
         "OpenAI preference",
+        "`input.messages`, `preferred_output`, `non_preferred_output`",
         "pairs",
         frozenset(
             {"input", "preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"}
@@ -491,6 +528,7 @@ FORMATS = (
     ),
     Format(
         "prompt/chosen/rejected conversations",
+        "`prompt` of messages, `chosen`, `rejected`",
         "pairs",
         _PAIR_KEYS,
         _has(*_SIDES, prompt=list),
@@ -498,6 +536,8 @@ FORMATS = (
     ),
     Format(
         "messages with chosen and rejected",
+        "`messages` or `conversations` that end with a question, `chosen`, `rejected` as messages: LLaMA-Factory's, "
+        "axolotl's",
         "pairs",
         _CHAT_PAIR_KEYS | set(_SIDES),
         _any(_beside_messages(chosen=dict, rejected=dict), _has(*_SIDES, conversations=list)),
@@ -505,6 +545,7 @@ FORMATS = (
     ),
     Format(
         "chosen/rejected conversations that hold their prompt",
+        "`chosen`, `rejected` of messages that begin alike; a text `prompt` beside them is one of these",
         "pairs",
         _PAIR_KEYS,
         _has(chosen=list, rejected=list),
@@ -518,9 +559,17 @@ FORMATS = (
     _pairs_of("prompt/chosen_response/rejected_response", "prompt", "chosen_response", "rejected_response"),
     _pairs_of("instruction/chosen_response/rejected_response", "instruction", "chosen_response", "rejected_response"),
     _pairs_of("question/response_j/response_k", "question", "response_j", "response_k"),
-    Format("HH-RLHF dialogues", "pairs", _SIDES_KEYS | SYSTEM_KEYS, _is_dialogues, _read_dialogues),
+    Format(
+        "HH-RLHF dialogues",
+        r"`chosen`, `rejected` as `\n\nHuman: … \n\nAssistant: …`; read as messages",
+        "pairs",
+        _SIDES_KEYS | SYSTEM_KEYS,
+        _is_dialogues,
+        _read_dialogues,
+    ),
     Format(
         "chosen/rejected texts that hold their prompt",
+        "`chosen`, `rejected`, which begin with the prompt; they part at the last space before they differ",
         "pairs",
         _SIDES_KEYS,
         _has(*_SIDES),
@@ -553,16 +602,26 @@ FORMATS = (
     _TEXTS[3],
     Format(
         "UltraFeedback",
+        "`instruction`, `completions` with `response` and `overall_score`",
         "ratings",
         frozenset({"instruction", "completions"}),
         _has("instruction", "completions"),
         _read_ultrafeedback,
     ),
-    Format("Nectar", "rankings", frozenset({"prompt", "answers"}), _has("prompt", "answers"), _read_nectar),
+    Format(
+        "Nectar",
+        "`prompt` as a dialogue, `answers` with `answer` and `rank`",
+        "rankings",
+        frozenset({"prompt", "answers"}),
+        _has("prompt", "answers"),
+        _read_nectar,
+    ),
     _published("NeMo RL preference", published.read_ranked_completions, "context completions", "rankings"),
     _published("Vertex AI preference", published.read_vertex, "contents completions", "ratings"),
     Format(
         "messages with a label",
+        "`messages` or `conversations`, `label` or `kto_tag` (`true` or `false`) of the last answer: ms-swift's, "
+        "LLaMA-Factory's",
         "unpaired",
         _OF_MESSAGES | {"messages", "conversations", "weight", *_LABELS},
         _any(*(_has(column, label) for column in ("messages", "conversations") for label in _LABELS)),
@@ -570,6 +629,7 @@ FORMATS = (
     ),
     Format(
         "messages with rejected_response",
+        "`messages` that end with the better answer, `rejected_response`: ms-swift's",
         "pairs",
         _CHAT_PAIR_KEYS | {"rejected_response"},
         _has("messages", "rejected_response"),
@@ -577,10 +637,24 @@ FORMATS = (
     ),
     Format(
         "messages with rejected_messages",
+        "`messages`, `rejected_messages` that differ in the last answer: ms-swift's",
         "pairs",
         _CHAT_PAIR_KEYS | {"rejected_messages"},
         _has("messages", "rejected_messages"),
         _read_rejected_messages,
     ),
-    Format("OpenAI chat", "demonstrations", _OF_MESSAGES | {"messages"}, _has("messages"), _read_chat),
+    Format(
+        "OpenAI chat",
+        "`messages`; every assistant message whose `weight` is not 0 is learned",
+        "demonstrations",
+        _OF_MESSAGES | {"messages"},
+        _has("messages"),
+        _read_chat,
+    ),
 )
+
+
+def table() -> str:
+    """The formats in Markdown, in the order in which a row is held against them."""
+    lines = [f"| {form.name} | {form.row} | {form.kind} |" for form in FORMATS]
+    return "\n".join(["| format | row | holds |", "|---|---|---|", *lines])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_core.feedback import read_groups
+from dpo_core.formats import table
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, read_lines
 from dpo_core.survey import survey
@@ -627,3 +628,7 @@ def test_real_unpaired_feedback_is_read_whole():
     with (SHARED_DATA / "feedback.kto.jsonl").open("rb") as file:
         report = survey(read_lines(file))
     assert (report.kind, report.num_rows, report.num_groups) == ("unpaired", 300, 300)
+
+
+def test_the_documents_have_the_table_of_formats():
+    assert table() in (Path(__file__).parents[2] / "docs" / "api.md").read_text()
