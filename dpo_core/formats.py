@@ -7,6 +7,7 @@ used, or the row is refused by its name.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os.path import commonprefix
 
 from dpo_core import published
@@ -61,11 +62,14 @@ class Format:
     def read(self, row: Row) -> Iterator[Group]:
         """The groups of a row. Raises InvalidRow."""
         weight, margin = (_extra(row, name) if name in self.keys else None for name in ("weight", "margin"))
-        tools = tools_of(row, "", row.value) if self.keys >= TOOL_KEYS else None
-        arguments = _template_arguments(row) if self.keys >= TEMPLATE_KEYS else None
-        system = _system(row) if self.keys >= SYSTEM_KEYS else None
-        groups = [_with_system(row, group, system) if system else group for group in self.reader(row)]
-        self._refuse_unread(row, groups)
+        tools = tools_of(row, "", row.value) if self._takes_tools else None
+        arguments = _template_arguments(row) if self._takes_arguments else None
+        system = _system(row) if self._takes_system else None
+        groups = list(self.reader(row))
+        if system:
+            groups = [_with_system(row, group, system) for group in groups]
+        if not self._meant_elsewhere.isdisjoint(row.value):
+            self._refuse_unread(row, groups)
         for group in groups:
             if isinstance(group.prompt, str) and (tools or arguments):
                 key = "tools" if tools else "chat_template_kwargs"
@@ -81,23 +85,40 @@ class Format:
                 template_arguments=arguments,
             )
 
+    @cached_property
+    def _takes_tools(self) -> bool:
+        return self.keys >= TOOL_KEYS
+
+    @cached_property
+    def _takes_arguments(self) -> bool:
+        return self.keys >= TEMPLATE_KEYS
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        return self.keys >= SYSTEM_KEYS
+
+    @cached_property
+    def _meant_elsewhere(self) -> frozenset[str]:
+        return (MEANT_KEYS | MEDIA_KEYS) - self.keys
+
     def _refuse_unread(self, row: Row, groups: Sequence[Group]) -> None:
         """A column that means something, is read by nobody, and says what the groups do not say."""
-        for key in sorted(row.value.keys() & (MEANT_KEYS | MEDIA_KEYS) - self.keys):
+        for key in sorted(self._meant_elsewhere.intersection(row.value)):
             if says_nothing(row.value[key]):
                 continue
             if key in MEDIA_KEYS:
                 what = "is not supported yet: models see texts only. Remove it to train on the texts alone."
                 raise row.invalid(f"/{key}", "unsupported", what)
             if not _is_said(row.value[key], groups):
-                what = f"is not read by the format {self.name}, and may say what the model should see; rename it, or remove it."
+                what = f"says more than the format {self.name} reads; rename it, or remove it."
                 raise row.invalid(f"/{key}", "unread_column", what)
 
 
 def detect(row: Row) -> Format:
     """Raises InvalidRow for a row of no known format."""
-    for column in CONVERSATION_KEYS & row.value.keys():
-        row.value[column] = opened(row, f"/{column}", row.value[column])
+    for column in CONVERSATION_KEYS.intersection(row.value):
+        if isinstance(text := row.value[column], str) and text.startswith("[{"):
+            row.value[column] = opened(row, f"/{column}", text)
     for form in FORMATS:
         if form.matches(row.value):
             return form
@@ -135,6 +156,8 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _system(row: Row) -> str | None:
+    if SYSTEM_KEYS.isdisjoint(row.value):
+        return None
     given = [key for key in sorted(SYSTEM_KEYS) if not says_nothing(row.value.get(key))]
     if len(given) > 1:
         raise row.invalid(f"/{given[1]}", "duplicate_key", f"and {given[0]} mean the same; send one.")
@@ -168,6 +191,8 @@ RESERVED_ARGUMENTS = frozenset(
 def _template_arguments(row: Row) -> dict[str, object] | None:
     """What the row tells the chat template beside its messages, such as enable_thinking."""
     given = row.value.get("chat_template_kwargs")
+    if given is None:
+        return None
     if isinstance(given, str) and given:
         given = parse_within(row, "/chat_template_kwargs", given)
     if says_nothing(given):
@@ -385,9 +410,10 @@ def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text],
 
 def _extra(row: Row, name: str) -> float | None:
     """What people say of the row as a whole."""
-    if says_nothing(row.value.get(name)):
+    value = row.value.get(name)
+    if value is None or says_nothing(value):
         return None
-    number = number_of(row, f"/{name}", row.value[name])
+    number = number_of(row, f"/{name}", value)
     if name == "margin" and number == 0:
         return None  # no lead is wanted
     if number <= 0:
@@ -414,6 +440,9 @@ def _as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterat
 
 _SIDES = ("chosen", "rejected")
 _LABELS = ("label", "kto_tag")
+_OUTPUT_KEYS = frozenset(
+    f"{side}_{word}" for side in ("preferred", "non_preferred") for word in ("output", "completion")
+)
 _OF_MESSAGES = TOOL_KEYS | TEMPLATE_KEYS | SYSTEM_KEYS
 _SIDES_KEYS = frozenset({*_SIDES, "weight", "margin"})
 _PAIR_KEYS = _SIDES_KEYS | _OF_MESSAGES | {"prompt"}
@@ -433,13 +462,16 @@ def _is_dialogues(row: dict[str, object]) -> bool:
 
 
 def _is_openai(row: dict[str, object]) -> bool:
-    outputs = {f"{side}_{word}" for side in ("preferred", "non_preferred") for word in ("output", "completion")}
-    return "input" in row and (isinstance(row["input"], dict) or bool(outputs & row.keys()) or len(row) == 1)
+    return "input" in row and (
+        isinstance(row["input"], dict) or not _OUTPUT_KEYS.isdisjoint(row) or row.keys() == {"input"}
+    )
 
 
 def _has(*keys: str, **kinds: type) -> Test:
     """Whether a row has the keys, and values of these kinds."""
     wanted = {*keys, *kinds}
+    if not kinds:
+        return wanted.issubset
     return lambda row: row.keys() >= wanted and all(isinstance(row[key], kind) for key, kind in kinds.items())
 
 
@@ -501,10 +533,9 @@ _TEXTS = (
 
 def _with_system_prompt(form: Format) -> Format:
     """Its texts are messages, in each of its rows alike."""
-    has_system = _any(*(_has(key) for key in SYSTEM_KEYS))
 
     def matches(row: dict[str, object]) -> bool:
-        return has_system(row) and form.matches(row)
+        return not SYSTEM_KEYS.isdisjoint(row) and form.matches(row)
 
     return replace(
         form,
@@ -520,9 +551,7 @@ FORMATS = (
         "OpenAI preference",
         "`input.messages`, `preferred_output`, `non_preferred_output`",
         "pairs",
-        frozenset(
-            {"input", "preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"}
-        ),
+        _OUTPUT_KEYS | {"input"},
         _is_openai,
         _read_preference,
     ),

@@ -189,18 +189,16 @@ def _needed(calls: Sequence[ToolCall]) -> str:
     return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
 
 
-def opened(row: Row, pointer: str, value: object) -> object:
-    """The messages that a text holds as JSON, as tables are often written; else the value as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
-        return value
+def opened(row: Row, pointer: str, text: str) -> object:
+    """The messages that a text holds as JSON, as tables are often written; else the text as it is."""
     try:
-        found = parse_within(row, pointer, value)
+        found = parse_within(row, pointer, text)
     except InvalidRow:
-        return value  # a text that only begins like one
+        return text  # it only begins like one
     is_conversation = isinstance(found, list) and all(
         isinstance(item, dict) and ("role" in item or "from" in item) for item in found
     )
-    return found if is_conversation else value
+    return found if is_conversation else text
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
