@@ -122,9 +122,9 @@ def detect(row: Row) -> Format:
     for form in FORMATS:
         if form.matches(row.value):
             return form
-    known = ", ".join(form.name for form in FORMATS)
-    remedy = "rename its columns, for example to prompt, chosen and rejected"
-    raise row.invalid("", "unknown_format", f"{keys_of(row)}, of none of the known formats: {known}; {remedy}.")
+    what = "of none of the known formats, which docs/api.md lists under Training files"
+    remedy = "rename them, for example to prompt, chosen and rejected"
+    raise row.invalid("", "unknown_format", f"{keys_of(row)}, {what}; {remedy}.")
 
 
 def keys_of(row: Row) -> str:

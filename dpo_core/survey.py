@@ -43,14 +43,18 @@ class FeedbackReport:
     problems: tuple[Problem, ...]  # in the order of the file
 
     @property
+    def num_invalid(self) -> int:
+        """Rows that cannot be used."""
+        return sum(problem.rows.count for problem in self.problems)
+
+    @property
     def refusal(self) -> str | None:
         """In a sentence, why the file cannot be used; None: it can."""
         if not self.problems:
             return None
         first = self.problems[0]
-        others = sum(problem.rows.count for problem in self.problems) - 1
         rest = ", ".join(f"{problem.rows.count} {problem.code}" for problem in self.problems)
-        return first.message + (f" {others + 1} rows cannot be used: {rest}." if others else "")
+        return first.message + (f" {self.num_invalid} rows cannot be used: {rest}." if self.num_invalid > 1 else "")
 
 
 def survey(lines: Iterable[bytes]) -> FeedbackReport:

@@ -83,6 +83,13 @@ ReferenceSource = Literal["auto", "serve", "trainer"]
 MIN_EXAMPLES = 10  # rows of a training file
 
 
+class InvalidRows(Contract):
+    """What becomes of rows that cannot be used: they refuse the file, or up to a share of it they are left out."""
+
+    how: Literal["refuse", "drop"] = "refuse"
+    max_share: float = Field(default=0.01, gt=0, le=0.5)  # of the rows; beyond it the file is refused
+
+
 class JobSpec(Contract):
     """What a user asked for, checked. Stored with the job; never changes."""
 
@@ -90,6 +97,7 @@ class JobSpec(Contract):
     training_file: str  # an uploaded file's id, or the URI of x_raydpo.dataset
     validation_file: str | None = None
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
+    invalid_rows: InvalidRows = InvalidRows()
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     config: TrainConfig
@@ -116,6 +124,7 @@ class AttemptSpec(Contract):
     dataset_uris: tuple[str, ...] | None = None  # prefixes that a URI of the user's must keep to; None: it is an upload
     validation_uri: str | None = None  # an uploaded file
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
+    invalid_rows: InvalidRows = InvalidRows()
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
     reference: str | None = None  # app_name of the deployment that scores, or may; None: none does
     reference_source: ReferenceSource = "auto"
@@ -136,6 +145,7 @@ class Recipe(Contract):
     max_length: int  # tokens of a prompt and one completion
     truncation: Truncation
     validation_share: float = 0.0
+    invalid_rows: InvalidRows = InvalidRows()
 
 
 class CheckRequest(Contract):

@@ -34,6 +34,10 @@ def check(
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and one completion.")] = None,
     truncation: Annotated[Truncation | None, typer.Option(help="What becomes of longer rows.")] = None,
+    max_invalid_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.5, help="Leave out rows that cannot be used, up to this share of all, such as 0.01."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:
     """Say what a file holds and what is wrong with it, without a service. Exit status 1: it would be refused."""
@@ -45,16 +49,17 @@ def check(
         fail(f"{file} is a folder; name a file.")
     with err.status(f"reading {file.name}"), file.open("rb") as lines:
         found = survey(json_lines(lines))
+    is_refused = bool(found.refusal) and found.num_invalid > (max_invalid_share or 0) * found.num_rows
     checked = None
-    if model and not found.refusal:
+    if model and not is_refused:
         with err.status(f"encoding {file.name}"):
-            checked = _encode(file, model, config)
+            checked = _encode(file, model, config, max_invalid_share)
     if as_json:
         report = {"survey": asdict(found)} | (checked.model_dump(mode="json") if checked else {})
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
     else:
-        _print(found, checked)
-    if found.refusal:
+        _print(found, checked, is_refused=is_refused)
+    if is_refused:
         raise typer.Exit(1)
     if checked and not checked.tokens.num_kept:
         _fail_for_want_of_rows(found, checked)
@@ -77,11 +82,11 @@ def _config(given: dict[str, object], model: str | None) -> TrainConfig:
         fail(str(error))
 
 
-def _encode(file: Path, model: str, config: TrainConfig) -> "Check":
+def _encode(file: Path, model: str, config: TrainConfig, max_invalid_share: float | None) -> "Check":
     """As training would, in this process."""
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         fail(f"--model needs {' and '.join(missing)}: pip install 'raydpo[cluster]', or leave --model out.")
-    from services.contract import Recipe
+    from services.contract import InvalidRows, Recipe
     from services.training.checking import check, in_turn
     from services.training.reporting import JobFailed
 
@@ -90,6 +95,7 @@ def _encode(file: Path, model: str, config: TrainConfig) -> "Check":
         model_source=_source(model),
         max_length=config.max_length,
         truncation=config.truncation,
+        invalid_rows=InvalidRows(how="drop", max_share=max_invalid_share) if max_invalid_share else InvalidRows(),
     )
     try:
         with tempfile.TemporaryDirectory(prefix="raydpo-") as folder:
@@ -107,8 +113,8 @@ def _source(model: str) -> str:
     return model
 
 
-def _print(found: FeedbackReport, checked: "Check | None") -> None:
-    print_survey(found)
+def _print(found: FeedbackReport, checked: "Check | None", *, is_refused: bool) -> None:
+    print_survey(found, is_refused=is_refused)
     if checked:
         print_tokens(checked.tokens)
         print_preview(checked.preview)

@@ -17,7 +17,7 @@ BAR = 40  # characters of the longest bar of a histogram
 POINTER_SHOWN = 100
 
 
-def print_survey(found: FeedbackReport) -> None:
+def print_survey(found: FeedbackReport, *, is_refused: bool) -> None:
     _title(f"{found.format or 'no known format'}: {found.num_rows} rows, {found.num_groups} {found.kind or 'groups'}")
     for problem in found.problems:
         _line(f"✗ {problem.rows.count} × {problem.code}, {problem.rows}", "red")
@@ -35,8 +35,10 @@ def print_survey(found: FeedbackReport) -> None:
         _line(f"  the chosen completion is the longer one in {found.num_chosen_longer / compared:.0%}, in characters")
     if found.ignored_keys:
         _line(f"  columns that nothing reads: {', '.join(found.ignored_keys)}", "yellow")
-    if found.refusal:
+    if is_refused:
         _line("✗ The file would be refused.", "bold red")
+    elif found.num_invalid:
+        _line(f"✓ {found.num_invalid} rows are left out, every other can be used.", "green")
     else:
         _line("✓ Every row can be used.", "green")
 

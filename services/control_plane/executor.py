@@ -108,6 +108,7 @@ class Executor:
             dataset_uris=tuple(self._settings.dataset_uris) if spec.is_at_uri else None,
             validation_uri=held_out.uri if held_out else None,
             validation_share=spec.validation_share,
+            invalid_rows=spec.invalid_rows,
             model_source=job.model_source,
             reference=models.start_of(job).app_name if may_be_served else None,
             reference_source=spec.reference_source,

@@ -20,7 +20,7 @@ from pydantic import (
 
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
-from services.contract import Integrations, JobSpec, Mlflow, ReferenceSource, WandbIntegration
+from services.contract import Integrations, InvalidRows, JobSpec, Mlflow, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
 from services.control_plane.keys import Scope
@@ -40,6 +40,8 @@ EXTENSIONS = {
     "sharding",
     "checkpoint_steps",
     "validation_share",
+    "invalid_rows",
+    "max_invalid_share",
     "tensorboard",
     "mlflow",
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
@@ -126,6 +128,7 @@ class CreateJob(BaseModel):
             priority=priority,
             reference_source=reference.source,
             validation_share=self._validation_share(),
+            invalid_rows=self._invalid_rows(),
             integrations=self._integrations(),
         )
 
@@ -146,6 +149,20 @@ class CreateJob(BaseModel):
         if self.validation_file:
             raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
         return _parse(Share, share, where)
+
+    def _invalid_rows(self) -> InvalidRows:
+        extension = self.x_raydpo or {}
+        given = {"how": extension.get("invalid_rows"), "max_share": extension.get("max_invalid_share")}
+        given = {name: value for name, value in given.items() if value is not None}
+        paths = {"how": "x_raydpo.invalid_rows", "max_share": "x_raydpo.max_invalid_share"}
+        found = _parse(InvalidRows, given, "x_raydpo", paths)
+        if given and extension.get("dataset") is None:
+            message = f"{paths[next(iter(given))]} is for x_raydpo.dataset: every row of an uploaded file can be used."
+            raise InvalidRequest(message, param=paths[next(iter(given))])
+        if "max_share" in given and found.how == "refuse":
+            message = "x_raydpo.max_invalid_share is for invalid_rows 'drop'; send that as well."
+            raise InvalidRequest(message, param=paths["max_share"])
+        return found
 
     def _training_file(self) -> str:
         """The id of an uploaded file, or a URI."""

@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_core.encode import EncodedGroup, UnusableTemplate, encode_groups
-from dpo_core.feedback import is_tied, read_groups, read_records
+from dpo_core.feedback import Record, is_tied, read_records
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, read_lines
 from dpo_core.messages import Text
@@ -30,6 +31,7 @@ from services.training.report import (
     left_out,
     lengths_in_words,
     merge,
+    num_invalid,
     unended,
 )
 from services.training.reporting import JobFailed, invalid_file, progress
@@ -37,6 +39,8 @@ from services.training.reporting import JobFailed, invalid_file, progress
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
+NUM_FIRST = 1000  # rows among which the first that can be used tells the format
 NUM_LAST = 3  # tokens of an answer: some templates write a line feed behind its end
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
@@ -82,6 +86,7 @@ def recipe_of(spec: AttemptSpec) -> Recipe:
         max_length=spec.config.max_length,
         truncation=spec.config.truncation,
         validation_share=spec.validation_share,
+        invalid_rows=spec.invalid_rows,
     )
 
 
@@ -107,14 +112,24 @@ def encode(
         results.append(result)
         num_rows += result.report.num_rows
         done(num_rows)
+    found = merge(result.report for result in results)
+    _refuse_many_invalid(recipe_of(spec), found)
     return Encoding(
         training=_dataset(folder_uri, (result.training for result in results)),
         held_out=_dataset(folder_uri, (result.held_out for result in results)),
-        report=merge(result.report for result in results),
+        report=found,
         limit=results[0].limit,
         kind=kind,
         format=format,
     )
+
+
+def _refuse_many_invalid(recipe: Recipe, found: EncodingReport) -> None:
+    count, share = num_invalid(found), recipe.invalid_rows.max_share
+    if count > share * found.num_rows:
+        first = min(found.invalid.values(), key=lambda reason: reason.first)
+        limit = f"{count} of {found.num_rows} rows cannot be used, and at most {share:.2%} may be left out"
+        raise JobFailed(invalid_file(f"{limit}; mend them, or raise max_invalid_share. {first.sentence}"))
 
 
 def unrefused(results: Iterable[Encoded]) -> Iterator[Encoded]:
@@ -145,10 +160,12 @@ def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
     """Its format, and the kind of feedback that it holds."""
+    drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
-        first = next(read_records(read_lines(file)), None)
+        records = islice(read_records(read_lines(file)), NUM_FIRST if drops else 1)
+        first = next((record for record in records if not (drops and record.problem)), None)
     if first is None:
-        raise JobFailed(invalid_file("The file holds no rows; it needs at least one JSON dictionary."))
+        raise JobFailed(invalid_file("None of the first rows can be used." if drops else EMPTY))
     if first.problem or first.format is None:
         raise JobFailed(invalid_file(str(first.problem)))
     return first.format.name, first.format.kind
@@ -220,7 +237,7 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
     limit = min(recipe.max_length, model.positions)
     tally = Tally(piece.num_rows)
     try:
-        groups = list(_with_an_order(read_piece(recipe.training_uri, piece), tally))
+        groups = list(_with_an_order(_usable(recipe, piece, tally), tally))
         kept, held_out = _encode(groups, model, recipe, limit, tally)
     except InvalidRow as error:
         return Encoded(piece=piece.number, report=tally.report(), refused=(error.line, invalid_file(str(error))))
@@ -242,11 +259,21 @@ def _write(folder_uri: str | None, piece: Piece, suffix: str, groups: Sequence[E
     return write_part(folder_uri, f"{piece.number:05d}{suffix}", groups, num_rows=piece.num_rows)
 
 
-def read_piece(uri: str, piece: Piece) -> Iterator[Group]:
+def read_piece(uri: str, piece: Piece) -> Iterator[Record]:
     with storage.open_input(uri) as file:
         file.seek(piece.start)
         lines = read_lines(io.BytesIO(file.read(piece.size)))
-    return read_groups(lines, first_line=piece.first_line)
+    return read_records(lines, first_line=piece.first_line)
+
+
+def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
+    """Raises InvalidRow where the recipe does not leave such rows out."""
+    for record in read_piece(recipe.training_uri, piece):
+        if record.problem and recipe.invalid_rows.how == "refuse":
+            raise record.problem
+        if record.problem:
+            tally.leave_out(record.problem)
+        yield from record.groups
 
 
 def _with_an_order(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:

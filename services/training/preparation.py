@@ -124,6 +124,7 @@ def _encoding_key(spec: AttemptSpec) -> str:
         max_length=spec.config.max_length,
         truncation=spec.config.truncation,
         validation_share=spec.validation_share,
+        invalid_rows=spec.invalid_rows.model_dump(),
         versions={name: version(name) for name in ("tokenizers", "transformers")},
     )
 

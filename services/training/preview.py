@@ -45,7 +45,10 @@ def preview(recipe: Recipe, row: Piece) -> Preview:
     """Raises UnusableTemplate."""
     model = load(recipe.model_source)
     tokenizer = model.tokenizer
-    group = next(read_piece(recipe.training_uri, row))
+    record = next(read_piece(recipe.training_uri, row))
+    if record.problem:
+        return Preview(line=record.line, dropped=record.problem.code)
+    group = record.groups[0]
     if is_tied(group):
         return Preview(line=group.line, dropped=TIED)
     (encoded,) = encode_groups([group], tokenizer)

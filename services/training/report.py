@@ -8,6 +8,7 @@ from pydantic import Field
 from dpo_core.config import Truncation
 from dpo_core.duplicates import LINES_NAMED, Named
 from dpo_core.encode import EncodedGroup
+from dpo_core.jsonl import InvalidRow
 from services.contract import Contract
 
 
@@ -47,6 +48,7 @@ class EncodingReport(Contract):
     num_groups: int = 0  # in those rows
     num_kept: int = 0  # to train on
     num_held_out: int = 0  # to validate on
+    invalid: dict[str, Reason] = Field(default_factory=dict)  # rows that cannot be used, by the code of the reason
     margins: Lines = Lines()  # groups that have one
     dropped: dict[str, Reason] = Field(default_factory=dict)  # by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
@@ -72,6 +74,7 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
     return EncodingReport(
         **{name: getattr(a, name) + getattr(b, name) for name in counts},
         margins=_add_lines(a.margins, b.margins),
+        invalid={key: _add_reasons(a.invalid.get(key), b.invalid.get(key)) for key in a.invalid | b.invalid},
         dropped={key: _add_reasons(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
         truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
         special_tokens=_add_lines(a.special_tokens, b.special_tokens),
@@ -102,6 +105,7 @@ class Tally:
 
     def __init__(self, num_rows: int) -> None:
         self._counts = Counter(num_rows=num_rows)
+        self._invalid: dict[str, list[InvalidRow]] = {}
         self._dropped: dict[str, list[int]] = {}
         self._sentences: dict[str, str] = {}
         self._unended: list[int] = []
@@ -110,6 +114,10 @@ class Tally:
         self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
         self._special_tokens: list[int] = []
         self._too_long: list[int] = []
+
+    def leave_out(self, row: InvalidRow) -> None:
+        """A row that cannot be used."""
+        self._invalid.setdefault(row.code, []).append(row)
 
     def mark_special(self, line: int) -> None:
         """A group whose own text holds special tokens."""
@@ -151,6 +159,10 @@ class Tally:
     def report(self) -> EncodingReport:
         return EncodingReport(
             **self._counts,
+            invalid={
+                code: Reason(**_named([row.line for row in rows]).model_dump(), sentence=rows[0].message)
+                for code, rows in self._invalid.items()
+            },
             margins=_named(self._margins),
             dropped={
                 code: Reason(**_named(lines).model_dump(), sentence=self._sentences[code])
@@ -200,7 +212,10 @@ _REASONS = {
 
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
     """Sentences on what was dropped and what was cut. `remedy` is that of what is too long."""
-    told = []
+    told = [
+        f"Left out {reason.count} of {report.num_rows} rows, which cannot be used: {code} ({reason}). {reason.sentence}"
+        for code, reason in sorted(report.invalid.items())
+    ]
     for code, reason in sorted(report.dropped.items()):
         why, mend = (f"longer than {limit} tokens", remedy) if code == TOO_LONG else _REASONS[code]
         ending = f"; {mend}" if mend else ""
@@ -218,6 +233,11 @@ def unended(report: EncodingReport, kind: str) -> list[str]:
         return []
     what = "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop"
     return [f"{lines.count} of {report.num_groups} {kind} {what} ({lines}); use a template that ends answers."]
+
+
+def num_invalid(report: EncodingReport) -> int:
+    """Rows that cannot be used."""
+    return sum(reason.count for reason in report.invalid.values())
 
 
 def injected(report: EncodingReport, kind: str) -> list[str]:

@@ -76,6 +76,17 @@ def test_the_report_is_json_on_demand(write, model, form):
     assert list(json.loads(check(file, "--json").stdout)) == ["survey"]
 
 
+def test_rows_that_cannot_be_used_may_be_left_out_up_to_a_share(write, model):
+    file = write(*PAIRS, {"text": "x"})
+    assert check(file).exit_code == 1
+    assert check(file, "--max-invalid-share", 0.01).exit_code == 1
+    found = check(file, "--max-invalid-share", 0.1, "--model", model)
+    assert found.exit_code == 0, found.output
+    assert "✗ 1 × unknown_format, line 21" in found.stdout
+    assert "1 rows are left out, every other can be used" in found.stdout
+    assert "20 of 20 to train on" in found.stdout
+
+
 def test_nothing_left_to_train_on_is_a_failure(write, model):
     found = check(write(*PAIRS), "--model", model, "--max-length", 4)
     assert found.exit_code == 1

@@ -109,6 +109,24 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
             "invalid_value",
         ),
         (
+            {"extra_body": {"x_raydpo": {"invalid_rows": "drop"}}},  # an upload has none
+            openai.BadRequestError,
+            "x_raydpo.invalid_rows",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"invalid_rows": "ignore"}}},
+            openai.BadRequestError,
+            "x_raydpo.invalid_rows",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"max_invalid_share": 0.9}}},
+            openai.BadRequestError,
+            "x_raydpo.max_invalid_share",
+            "invalid_value",
+        ),
+        (
             {"method": dpo(learning_rate=1e-5, learning_rate_multiplier=2)},
             openai.BadRequestError,
             "method.dpo.hyperparameters.learning_rate_multiplier",

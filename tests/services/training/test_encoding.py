@@ -14,7 +14,7 @@ from dpo_core.feedback import read_groups
 from dpo_core.model import load_tokenizer
 from dpo_core.options import Simpo, Supervised
 from services import storage
-from services.contract import AttemptSpec, Message, Progress, Report
+from services.contract import AttemptSpec, InvalidRows, Message, Progress, Report
 from services.training import dataset, encoding
 from services.training.encoding import Encoded, Piece, encode, encode_piece, recipe_of, refuse_unusable, split, tell
 from services.training.reporting import JobFailed
@@ -223,6 +223,32 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
         "Left out 1 of 3 pairs, that the chat template refuses (line 2); send what it takes, or use another template. "
         "Line 2: the chat template refuses the messages: odd."
     )
+
+
+@pytest.fixture
+def with_bad_rows(make_spec: MakeSpec, tmp_path: Path, make_pair: Any) -> AttemptSpec:
+    """Twenty pairs, and two rows between them that are none; the first row is one of these."""
+    rows = [json.dumps(make_pair(n)) for n in range(20)]
+    rows[:0], rows[12:12] = ["no row"], [json.dumps({"input": {"messages": []}, "preferred_output": []})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    return make_spec(training_uri=str(tmp_path / "rows.jsonl"))
+
+
+def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(with_bad_rows: AttemptSpec, run: Any) -> None:
+    drops = with_bad_rows.model_copy(update={"invalid_rows": InvalidRows(how="drop", max_share=0.1)})
+    groups, reports = run(drops)
+    assert [group.line for group in groups] == [n for n in range(1, 23) if n not in (1, 13)]
+    told = [report.message for report in reports if isinstance(report, Message) and report.level == "warn"]
+    assert [each.partition(" (")[0] for each in told] == [
+        "Left out 1 of 22 rows, which cannot be used: invalid_jsonl",
+        "Left out 1 of 22 rows, which cannot be used: wrong_type",
+    ]
+    assert "(line 13). Line 13, /input/messages: must be a list of at least one message." in told[1]
+    with pytest.raises(JobFailed, match="Line 1 is not valid JSON"):
+        run(with_bad_rows)
+    few = drops.model_copy(update={"invalid_rows": InvalidRows(how="drop")})
+    with pytest.raises(JobFailed, match=r"2 of 22 rows cannot be used, and at most 1.00% may be left out; mend them"):
+        run(few)
 
 
 def test_pairs_that_are_the_same_once_they_are_cut_are_left_out(make_spec: MakeSpec, run: Any, tmp_path: Path) -> None:
