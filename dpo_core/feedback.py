@@ -3,7 +3,7 @@
 A file is JSON Lines in UTF-8. Its first row decides the format; a row of another format is refused.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_core.formats import Format, detect, keys_of
@@ -22,11 +22,16 @@ class Record:
     problem: InvalidRow | None
 
 
-def read_records(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Record]:
-    """Every row of a file, in its order. A part of a file is read alike, when `first_line` says where it begins."""
+def read_records(
+    lines: Iterable[bytes], *, first_line: int = 1, columns: Mapping[str, str] | None = None
+) -> Iterator[Record]:
+    """Every row of a file, in its order. A part of a file is read alike, when `first_line` says where it begins.
+
+    `columns` names the column of each role, such as {"prompt": "question"}, where the file has names of its own.
+    """
     form = None
     for row in read_rows(lines, first_line):
-        record = _read(row, form)
+        record = _read(row, form, columns or {})
         form = form or record.format
         yield record
 
@@ -44,11 +49,13 @@ def is_tied(group: Group) -> bool:
     return len(group.completions) > 1 and group.ratings is not None and len(set(group.ratings)) == 1
 
 
-def _read(row: Row | InvalidRow, expected: Format | None) -> Record:
+def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, str]) -> Record:
     form = None
     try:
         if isinstance(row, InvalidRow):
             raise row
+        if columns:
+            row = row.renamed(columns)
         form = detect(row)
         if expected and form is not expected:
             what = f"must be {expected.name}, as the first row is; {keys_of(row)}."

@@ -123,7 +123,7 @@ def detect(row: Row) -> Format:
         if form.matches(row.value):
             return form
     what = "of none of the known formats, which docs/api.md lists under Training files"
-    remedy = "rename them, for example to prompt, chosen and rejected"
+    remedy = f"name the columns of its roles (of {', '.join(sorted(ROLES))}), or rename them"
     raise row.invalid("", "unknown_format", f"{keys_of(row)}, {what}; {remedy}.")
 
 
@@ -453,6 +453,9 @@ CONVERSATION_KEYS = frozenset(
     {*_SIDES, "prompt", "completion", "messages", "conversations", "context", "rejected_messages"}
     | {"conversation_a", "conversation_b"}
 )
+
+# What `columns` may name: the keys of formats that are nobody's own.
+ROLES = (_PAIR_KEYS | _LABEL_KEYS | _RANKED_KEYS | {"messages"}) - {"functions", "parallel_tool_calls", "system_prompt"}
 
 Test = Callable[[dict[str, object]], bool]
 

@@ -6,7 +6,7 @@ A leading byte order mark, CRLF and blank lines are harmless and accepted.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
@@ -30,16 +30,30 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line."""
+    """One parsed line. `columns` are what the file calls those of its keys that were given another name."""
 
-    def __init__(self, line: int, value: dict[str, object]) -> None:
+    def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
         self.value = value
+        self._columns = columns or {}
 
     def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
+        if self._columns and pointer:
+            first, *rest = pointer[1:].split("/")
+            pointer = "/".join([pointer_to((self._columns[first],)) if first in self._columns else f"/{first}", *rest])
         pointer, what = _shortened(pointer, POINTER_SHOWN), _shortened(what, REASON_SHOWN)
         where = f"Line {self.line}, {pointer}" if pointer else f"Line {self.line}"
         return InvalidRow(self.line, pointer, code, f"{where}: {what}")
+
+    def renamed(self, columns: Mapping[str, str]) -> "Row":
+        """With the column `columns[role]` under the name of its role. Raises InvalidRow."""
+        others = {key: value for key, value in self.value.items() if key not in columns.values()}
+        for role, column in columns.items():
+            if column not in self.value:
+                raise self.invalid("", "missing_column", f"has no column {column[:40]!r}, which is to be the {role}.")
+            if role in others:
+                raise self.invalid(pointer_to((role,)), "duplicate_key", f"stands beside {column[:40]!r}, the {role}.")
+        return Row(self.line, others | {role: self.value[column] for role, column in columns.items()}, columns)
 
 
 def _shortened(text: str, length: int) -> str:

@@ -1,7 +1,7 @@
 """What a file of feedback holds, and all that is wrong with it. Standard library only."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import nsmallest
 
@@ -57,10 +57,10 @@ class FeedbackReport:
         return first.message + (f" {self.num_invalid} rows cannot be used: {rest}." if self.num_invalid > 1 else "")
 
 
-def survey(lines: Iterable[bytes]) -> FeedbackReport:
-    """Reads every row, whatever is wrong with the others."""
+def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
+    """Reads every row, whatever is wrong with the others. `columns` is that of `read_records`."""
     counts = _Counts()
-    duplicates = find_duplicates(counts.groups(read_records(lines)))
+    duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:
         empty = InvalidRow(1, "", "empty_file", "The file holds no rows; it needs at least one JSON dictionary.")
         counts.add_problem(empty)

@@ -98,6 +98,7 @@ class JobSpec(Contract):
     validation_file: str | None = None
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: InvalidRows = InvalidRows()
+    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     config: TrainConfig
@@ -125,6 +126,7 @@ class AttemptSpec(Contract):
     validation_uri: str | None = None  # an uploaded file
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: InvalidRows = InvalidRows()
+    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
     reference: str | None = None  # app_name of the deployment that scores, or may; None: none does
     reference_source: ReferenceSource = "auto"
@@ -146,6 +148,7 @@ class Recipe(Contract):
     truncation: Truncation
     validation_share: float = 0.0
     invalid_rows: InvalidRows = InvalidRows()
+    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
 
 
 class CheckRequest(Contract):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from dpo_core.config import TrainConfig, Truncation
+from dpo_core.formats import ROLES
 from dpo_core.options import InvalidOption
 from dpo_core.survey import FeedbackReport, survey
 from services.cli.client import err, fail
@@ -34,6 +35,10 @@ def check(
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and one completion.")] = None,
     truncation: Annotated[Truncation | None, typer.Option(help="What becomes of longer rows.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=COLUMN", help="The column of a role, such as prompt=question; once for each."),
+    ] = None,
     max_invalid_share: Annotated[
         float | None,
         typer.Option(min=0, max=0.5, help="Leave out rows that cannot be used, up to this share of all, such as 0.01."),
@@ -45,15 +50,16 @@ def check(
 
     given = {"max_length": max_length, "truncation": truncation}
     config = _config({name: value for name, value in given.items() if value is not None}, model)
+    roles = _roles(columns or [])
     if file.is_dir():
         fail(f"{file} is a folder; name a file.")
     with err.status(f"reading {file.name}"), file.open("rb") as lines:
-        found = survey(json_lines(lines))
+        found = survey(json_lines(lines), columns=roles)
     is_refused = bool(found.refusal) and found.num_invalid > (max_invalid_share or 0) * found.num_rows
     checked = None
     if model and not is_refused:
         with err.status(f"encoding {file.name}"):
-            checked = _encode(file, model, config, max_invalid_share)
+            checked = _encode(file, model, config, max_invalid_share, roles)
     if as_json:
         report = {"survey": asdict(found)} | (checked.model_dump(mode="json") if checked else {})
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
@@ -63,6 +69,17 @@ def check(
         raise typer.Exit(1)
     if checked and not checked.tokens.num_kept:
         _fail_for_want_of_rows(found, checked)
+
+
+def _roles(columns: list[str]) -> dict[str, str]:
+    """The column of each role."""
+    roles = {}
+    for given in columns:
+        role, _, column = given.partition("=")
+        if role not in ROLES or not column:
+            fail(f"--columns {given}: send ROLE=COLUMN, where ROLE is one of {', '.join(sorted(ROLES))}.")
+        roles[role] = column
+    return roles
 
 
 def _fail_for_want_of_rows(found: FeedbackReport, checked: "Check") -> NoReturn:
@@ -82,7 +99,9 @@ def _config(given: dict[str, object], model: str | None) -> TrainConfig:
         fail(str(error))
 
 
-def _encode(file: Path, model: str, config: TrainConfig, max_invalid_share: float | None) -> "Check":
+def _encode(
+    file: Path, model: str, config: TrainConfig, max_invalid_share: float | None, columns: dict[str, str]
+) -> "Check":
     """As training would, in this process."""
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         fail(f"--model needs {' and '.join(missing)}: pip install 'raydpo[cluster]', or leave --model out.")
@@ -96,6 +115,7 @@ def _encode(file: Path, model: str, config: TrainConfig, max_invalid_share: floa
         max_length=config.max_length,
         truncation=config.truncation,
         invalid_rows=InvalidRows(how="drop", max_share=max_invalid_share) if max_invalid_share else InvalidRows(),
+        columns=columns,
     )
     try:
         with tempfile.TemporaryDirectory(prefix="raydpo-") as folder:

@@ -109,6 +109,7 @@ class Executor:
             validation_uri=held_out.uri if held_out else None,
             validation_share=spec.validation_share,
             invalid_rows=spec.invalid_rows,
+            columns=spec.columns,
             model_source=job.model_source,
             reference=models.start_of(job).app_name if may_be_served else None,
             reference_source=spec.reference_source,

@@ -137,6 +137,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
             "priority": row.priority,
             "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,
+            "columns": row.spec.get("columns") or None,
             "invalid_rows": row.spec.get("invalid_rows", {}).get("how", "refuse"),
             "tensorboard": integrations.tensorboard,
             "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),

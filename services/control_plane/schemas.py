@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from dpo_core.config import Optim, TrainConfig, Truncation
+from dpo_core.formats import ROLES
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
 from services.contract import Integrations, InvalidRows, JobSpec, Mlflow, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
@@ -42,12 +43,14 @@ EXTENSIONS = {
     "validation_share",
     "invalid_rows",
     "max_invalid_share",
+    "columns",
     "tensorboard",
     "mlflow",
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
 Priority = Annotated[int, Field(ge=-10, le=10)]
+Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=256)]]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -129,6 +132,7 @@ class CreateJob(BaseModel):
             reference_source=reference.source,
             validation_share=self._validation_share(),
             invalid_rows=self._invalid_rows(),
+            columns=self._columns(),
             integrations=self._integrations(),
         )
 
@@ -149,6 +153,17 @@ class CreateJob(BaseModel):
         if self.validation_file:
             raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
         return _parse(Share, share, where)
+
+    def _columns(self) -> dict[str, str]:
+        extension, where = self.x_raydpo or {}, "x_raydpo.columns"
+        columns: dict[str, str] = _parse(Columns, extension.get("columns", {}), where)
+        if unknown := sorted(columns.keys() - ROLES):
+            message = f"{where} names '{unknown[0]:.80}', which is no role; the roles are {', '.join(sorted(ROLES))}."
+            raise InvalidRequest(message, param=f"{where}.{unknown[0]:.80}", code="unknown_parameter")
+        if columns and extension.get("dataset") is None:
+            message = f"{where} is for x_raydpo.dataset: the rows of an uploaded file are of a known format."
+            raise InvalidRequest(message, param=where)
+        return columns
 
     def _invalid_rows(self) -> InvalidRows:
         extension = self.x_raydpo or {}

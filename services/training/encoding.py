@@ -87,6 +87,7 @@ def recipe_of(spec: AttemptSpec) -> Recipe:
         truncation=spec.config.truncation,
         validation_share=spec.validation_share,
         invalid_rows=spec.invalid_rows,
+        columns=spec.columns,
     )
 
 
@@ -162,7 +163,7 @@ def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
     """Its format, and the kind of feedback that it holds."""
     drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
-        records = islice(read_records(read_lines(file)), NUM_FIRST if drops else 1)
+        records = islice(read_records(read_lines(file), columns=spec.columns), NUM_FIRST if drops else 1)
         first = next((record for record in records if not (drops and record.problem)), None)
     if first is None:
         raise JobFailed(invalid_file("None of the first rows can be used." if drops else EMPTY))
@@ -259,16 +260,16 @@ def _write(folder_uri: str | None, piece: Piece, suffix: str, groups: Sequence[E
     return write_part(folder_uri, f"{piece.number:05d}{suffix}", groups, num_rows=piece.num_rows)
 
 
-def read_piece(uri: str, piece: Piece) -> Iterator[Record]:
-    with storage.open_input(uri) as file:
+def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
+    with storage.open_input(recipe.training_uri) as file:
         file.seek(piece.start)
         lines = read_lines(io.BytesIO(file.read(piece.size)))
-    return read_records(lines, first_line=piece.first_line)
+    return read_records(lines, first_line=piece.first_line, columns=recipe.columns)
 
 
 def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
     """Raises InvalidRow where the recipe does not leave such rows out."""
-    for record in read_piece(recipe.training_uri, piece):
+    for record in read_piece(recipe, piece):
         if record.problem and recipe.invalid_rows.how == "refuse":
             raise record.problem
         if record.problem:

@@ -76,7 +76,7 @@ def prepare(
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
     """All of it, in the same way."""
-    alone = spec.model_copy(update={"training_uri": uri, "validation_share": 0.0, "dataset_uris": None})
+    alone = spec.model_copy(update={"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, "columns": {}})
     try:
         return _prepare_file(alone, "Validation", report)[0]
     except JobFailed as failure:
@@ -125,6 +125,7 @@ def _encoding_key(spec: AttemptSpec) -> str:
         truncation=spec.config.truncation,
         validation_share=spec.validation_share,
         invalid_rows=spec.invalid_rows.model_dump(),
+        columns=spec.columns,
         versions={name: version(name) for name in ("tokenizers", "transformers")},
     )
 

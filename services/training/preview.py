@@ -45,7 +45,7 @@ def preview(recipe: Recipe, row: Piece) -> Preview:
     """Raises UnusableTemplate."""
     model = load(recipe.model_source)
     tokenizer = model.tokenizer
-    record = next(read_piece(recipe.training_uri, row))
+    record = next(read_piece(recipe, row))
     if record.problem:
         return Preview(line=record.line, dropped=record.problem.code)
     group = record.groups[0]

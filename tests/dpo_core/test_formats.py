@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.feedback import read_groups
+from dpo_core.feedback import read_groups, read_records
 from dpo_core.formats import table
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, read_lines
@@ -616,7 +616,10 @@ def refusal_of(row: object) -> InvalidRow | None:
 
 
 def test_what_is_of_no_known_format_is_told_its_keys_and_what_would_be_one():
-    with pytest.raises(InvalidRow, match=r"its keys are question, of none of the known formats, .* to prompt, chosen"):
+    with pytest.raises(
+        InvalidRow,
+        match=r"its keys are question, of none of the known formats, .* name the columns of its roles \\(of chat",
+    ):
         list(read_groups(lines({"question": "Why?"})))
 
 
@@ -626,6 +629,28 @@ def test_real_unpaired_feedback_is_read_whole():
     with (SHARED_DATA / "feedback.kto.jsonl").open("rb") as file:
         report = survey(read_lines(file))
     assert (report.kind, report.num_rows, report.num_groups) == ("unpaired", 300, 300)
+
+
+def test_a_role_is_read_from_the_column_that_is_named_for_it():
+    columns = {"prompt": "ask/it", "chosen": "good", "rejected": "bad"}
+    row = {"ask/it": ASK, "good": GOOD, "bad": BAD, "id": 7}
+    (record,) = read_records(lines(row), columns=columns)
+    assert list(record.groups) == [Group(ASK, (GOOD, BAD), 1)]
+    assert record.ignored_keys == {"id"}
+    for changed, pointer, code in (
+        ({**row, "good": 7}, "/good", "wrong_type"),
+        ({**row, "ask/it": 7}, "/ask~1it", "wrong_type"),
+        ({"ask/it": ASK, "good": GOOD}, "", "missing_column"),
+        ({**row, "prompt": "Else?"}, "/prompt", "duplicate_key"),
+    ):
+        (record,) = read_records(lines(changed), columns=columns)
+        assert (record.problem.pointer, record.problem.code) == (pointer, code)
+
+
+def test_columns_may_trade_their_names():
+    row = {"prompt": ASK, "chosen": BAD, "rejected": GOOD}
+    (record,) = read_records(lines(row), columns={"chosen": "rejected", "rejected": "chosen"})
+    assert list(record.groups) == [Group(ASK, (GOOD, BAD), 1)]
 
 
 def test_the_documents_have_the_table_of_formats():

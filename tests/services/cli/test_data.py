@@ -87,6 +87,17 @@ def test_rows_that_cannot_be_used_may_be_left_out_up_to_a_share(write, model):
     assert "20 of 20 to train on" in found.stdout
 
 
+def test_columns_of_any_name_are_read_by_their_roles(write, model):
+    file = write(*({"ask/it": f"{n}?", "good": f"{n}.", "bad": "No."} for n in range(20)))
+    assert check(file).exit_code == 1
+    roles = [word for pair in ("prompt=ask/it", "chosen=good", "rejected=bad") for word in ("--columns", pair)]
+    found = check(file, *roles, "--model", model)
+    assert found.exit_code == 0, found.output
+    assert "prompt/chosen/rejected texts: 20 rows, 20 pairs" in found.stdout
+    assert "20 of 20 to train on" in found.stdout
+    assert "send ROLE=COLUMN" in check(file, "--columns", "answer=good").stderr
+
+
 def test_nothing_left_to_train_on_is_a_failure(write, model):
     found = check(write(*PAIRS), "--model", model, "--max-length", 4)
     assert found.exit_code == 1

@@ -115,6 +115,18 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
             "invalid_value",
         ),
         (
+            {"extra_body": {"x_raydpo": {"columns": {"prompt": "question"}}}},
+            openai.BadRequestError,
+            "x_raydpo.columns",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"columns": {"answer": "x"}}}},
+            openai.BadRequestError,
+            "x_raydpo.columns.answer",
+            "unknown_parameter",
+        ),
+        (
             {"extra_body": {"x_raydpo": {"invalid_rows": "ignore"}}},
             openai.BadRequestError,
             "x_raydpo.invalid_rows",
