@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from os.path import commonprefix
@@ -81,20 +82,23 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
     return encoded
 
 
-def encode_groups(groups: Iterable[Group], tokenizer: "PreTrainedTokenizerBase") -> Iterator[EncodedGroup | InvalidRow]:
+def encode_groups(
+    groups: Iterable[Group], tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None
+) -> Iterator[EncodedGroup | InvalidRow]:
     """Each group's ids in turn, or why it has none. Raises UnusableTemplate.
 
+    `today` is what a template writes that writes the date, as some do; None: the day on which it is called.
     The template and the tokenizer are called for many of them together, and the tokenizer reads each prompt once.
     """
     groups = iter(groups)
     while some := list(islice(groups, AT_A_TIME)):
-        yield from _encode_together(some, tokenizer)
+        yield from _encode_together(some, tokenizer, today)
 
 
 def _encode_together(
-    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase"
+    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None
 ) -> Iterator[EncodedGroup | InvalidRow]:
-    written = _write(groups, tokenizer)
+    written = _write(groups, tokenizer, today)
     texts = [text for text in written if isinstance(text, _Written)]
     prompts = _ids([text.prompt for text in texts], tokenizer)
     tails = [_tail(text.prompt, ids, tokenizer) for text, ids in zip(texts, prompts, strict=True)]
@@ -136,16 +140,18 @@ class _Written:
     completions: list[str]
 
 
-def _write(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> list[_Written | InvalidRow]:
+def _write(
+    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None
+) -> list[_Written | InvalidRow]:
     """Where the template fails for all of them together, it is called for each alone, to tell whose fault it is."""
     line = groups[0].line
     endless = f"The chat template computes on line {line} for more than {RENDER_SECONDS:g} seconds; mend it."
     try:
         with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
-            rendered = _render(groups, tokenizer)
+            rendered = _render(groups, tokenizer, today)
     except Exception as error:  # a template is a stranger's program, and fails in every way
         if len(groups) > 1:
-            return [text for group in groups for text in _write([group], tokenizer)]
+            return [text for group in groups for text in _write([group], tokenizer, today)]
         if isinstance(error, UnusableTemplate):
             raise
         reason = f"the chat template refuses the messages: {str(error)[:200]}."
@@ -153,7 +159,7 @@ def _write(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> lis
     return [_written(group, found, tokenizer) for group, found in zip(groups, rendered, strict=True)]
 
 
-def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> list["_Rendered"]:
+def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
     """Of each group, as the template writes them: its prompt, and the prompt with each completion."""
     rendered: list[_Rendered] = []
     for (chat, tools, arguments), alike in groupby(groups, key=_for_the_template):
@@ -165,6 +171,8 @@ def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase") -> li
             remedy = "send texts instead of messages, or add a template."
             raise UnusableTemplate(f"The tokenizer has no chat template; {remedy}")
         options = {**(arguments or {}), "tools": tools}
+        if today:
+            options["strftime_now"] = today.strftime  # what templates call for the date
         apply = partial(_apply, tokenizer, options)
         prompts = apply([cast(list[Message], group.prompt) for group in some], asks=True)
         wholes = iter(apply([whole for group in some for whole in _wholes(group, tokenizer)]))

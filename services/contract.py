@@ -4,6 +4,7 @@ Pydantic models and nothing else. Both ends of every wire read these, so a field
 spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
 """
 
+from datetime import date
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -122,6 +123,7 @@ class AttemptSpec(Contract):
     num_workers: int
     num_gpus_per_worker: float = 0
     training_uri: str  # the uploaded file, or what the user named
+    today: date | None = None  # the day on which the job was created, for chat templates that write the date
     dataset_uris: tuple[str, ...] | None = None  # prefixes that a URI of the user's must keep to; None: it is an upload
     validation_uri: str | None = None  # an uploaded file
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
@@ -149,6 +151,7 @@ class Recipe(Contract):
     validation_share: float = 0.0
     invalid_rows: InvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
+    today: date | None = None  # that a chat template writes which writes the date; None: that of the day
 
 
 class CheckRequest(Contract):

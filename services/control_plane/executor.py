@@ -105,6 +105,7 @@ class Executor:
             num_workers=spec.num_workers,
             num_gpus_per_worker=self._settings.num_gpus_per_worker,
             training_uri=training_uri,
+            today=job.created_at.date(),
             dataset_uris=tuple(self._settings.dataset_uris) if spec.is_at_uri else None,
             validation_uri=held_out.uri if held_out else None,
             validation_share=spec.validation_share,

@@ -44,6 +44,12 @@ def model_digest(source: str, *, weights: bool) -> str:
     return key(**{name: digest(str(file)) for name, file in files.items()})
 
 
+def writes_the_date(source: str) -> bool:
+    """Whether the model's chat template asks which day it is."""
+    files = [_folder(source) / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
+
+
 def _folder(source: str) -> Path:
     """A local folder of the model: its own, or a snapshot of the hub's."""
     folder = storage.fetch(source)

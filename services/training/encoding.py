@@ -88,6 +88,7 @@ def recipe_of(spec: AttemptSpec) -> Recipe:
         validation_share=spec.validation_share,
         invalid_rows=spec.invalid_rows,
         columns=spec.columns,
+        today=spec.today,
     )
 
 
@@ -296,7 +297,7 @@ def _encode(
     for group in groups:
         if _holds(group, special_tokens, tokenizer):
             tally.mark_special(group.line)
-    for encoded in encode_groups(groups, tokenizer):
+    for encoded in encode_groups(groups, tokenizer, today=recipe.today):
         if isinstance(encoded, InvalidRow):
             tally.drop(encoded.code, encoded.line, encoded.message)
             continue

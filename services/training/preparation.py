@@ -100,6 +100,10 @@ def _prepare_file(
     if known:
         report(Message(message=f"{purpose} file: token ids were found in the cache."))
     tell(spec, encoding, purpose, report)
+    if spec.today and cache.writes_the_date(spec.model_source):
+        report(
+            Message(message=f"The chat template writes the date: {spec.today} in all rows, when the job was created.")
+        )
     if not needs_reference:
         return encoding.training, encoding.held_out
     scored = _score(spec, encoding, report)
@@ -126,6 +130,7 @@ def _encoding_key(spec: AttemptSpec) -> str:
         validation_share=spec.validation_share,
         invalid_rows=spec.invalid_rows.model_dump(),
         columns=spec.columns,
+        today=str(spec.today) if cache.writes_the_date(spec.model_source) else None,
         versions={name: version(name) for name in ("tokenizers", "transformers")},
     )
 

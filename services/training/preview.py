@@ -51,7 +51,7 @@ def preview(recipe: Recipe, row: Piece) -> Preview:
     group = record.groups[0]
     if is_tied(group):
         return Preview(line=group.line, dropped=TIED)
-    (encoded,) = encode_groups([group], tokenizer)
+    (encoded,) = encode_groups([group], tokenizer, today=recipe.today)
     if isinstance(encoded, InvalidRow):
         return Preview(line=group.line, dropped=encoded.code)
     limit = min(recipe.max_length, model.positions)

@@ -618,7 +618,7 @@ def refusal_of(row: object) -> InvalidRow | None:
 def test_what_is_of_no_known_format_is_told_its_keys_and_what_would_be_one():
     with pytest.raises(
         InvalidRow,
-        match=r"its keys are question, of none of the known formats, .* name the columns of its roles \\(of chat",
+        match=r"its keys are question, of none of the known formats, .* name the columns of its roles \(of chat",
     ):
         list(read_groups(lines({"question": "Why?"})))
 

@@ -4,6 +4,7 @@ The templates are written by hand after what published ones do.
 """
 
 import re
+from datetime import date
 from typing import Any
 
 import pytest
@@ -217,6 +218,15 @@ def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):
     )
     group = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"thinks": True})
     assert seen(group, own)[0].endswith("<|assistant|>")
+
+
+def test_a_template_that_writes_the_date_writes_the_day_that_it_is_told(tokenizer):
+    own = _fresh(tokenizer)
+    own.chat_template = "Today: {{ strftime_now('%d %b %Y') }}" + PLAIN
+    (first,) = encode_groups([PAIR], own, today=date(2026, 11, 29))
+    (second,) = encode_groups([PAIR], own, today=date(2026, 11, 30))
+    assert tokenizer.decode(first.prompt_ids).startswith("Today: 29 Nov 2026<|user|>")
+    assert tokenizer.decode(second.prompt_ids).startswith("Today: 30 Nov 2026<|user|>")
 
 
 WORDS = st.text("abc <>\n/|{}'\"éß", max_size=12)
