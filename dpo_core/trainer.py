@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_core.checkpoint import Manifest, Publish, Writer, load, resumable
+from dpo_core.checkpoint import Manifest, Publish, Writer, load, name_of, resumable
 from dpo_core.config import TrainConfig
 from dpo_core.drift import Drift
 from dpo_core.encode import EncodedGroup
@@ -24,7 +24,7 @@ from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
 from dpo_core.ranks import on_any_rank, rank
 from dpo_core.scorer import Scorer
-from dpo_core.weights import Weights, agree_on_weights, shard
+from dpo_core.weights import Weights, agree_on_weights, check_precision, dtypes_of, shard
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def train(
     with Writer(checkpoint_dir, policy, tokenizer, run.weights, publish) as writer:
         is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
-            if stop is not None and on_any_rank(stop(), run.scorer.model.device):
+            if stop is not None and any(on_any_rank([stop()], run.scorer.model.device)):
                 if not is_due:
                     writer.save(run.manifest(metrics), run.optimizer)
                 return
@@ -102,10 +102,11 @@ class _Run:
 
     def __init__(self, config: TrainConfig, policy: PreTrainedModel, total_steps: int, resume: Path | None) -> None:
         check_model(policy, config.objective)
+        check_precision(policy)
         policy.train(False)
-        manifest = None
+        manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)
         if resume is not None:
-            manifest, config = resumable(resume, config=config, total_steps=total_steps)
+            manifest, config = resumable(resume, config=config, total_steps=total_steps, dtype=self.dtype)
         agree_on_weights(policy)
         self.scorer = Scorer(policy)
         self.config = fit(config, self.scorer)
@@ -115,7 +116,7 @@ class _Run:
         self.flops = Flops(policy, recomputed=recomputed)
         self.matmul_rate = matmul_rate(policy.dtype, policy.device)
         shard(self.scorer, config.sharding)
-        self.weights = Weights(policy)
+        self.weights = Weights(policy, dtypes)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
         self.num_updates, self.metrics = 0, dict[str, float]()
@@ -173,6 +174,7 @@ class _Run:
             statistics=vars(self.statistics).copy(),
             config=asdict(self.config),
             files={},
+            dtype=name_of(self.dtype),
         )
 
 

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from dpo_core.checkpoint import DamagedCheckpoint, latest_checkpoint, read_manifest, verify
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.model import load_policy
 from dpo_core.options import Dpo
 from dpo_core.trainer import train
 
@@ -100,6 +101,13 @@ def test_resuming_another_run_is_refused(checkpoint, policy, tokenizer, pairs, c
 def test_resuming_a_run_of_another_length_is_refused(checkpoint, policy, tokenizer, pairs):
     with pytest.raises(ValueError, match="3 steps, this one has 5"):
         list(train(CONFIG, policy, tokenizer, [pairs], total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
+
+
+def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer, pairs, tmp_path):
+    policy.save_pretrained(tmp_path / "model")
+    adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
+    with pytest.raises(ValueError, match="is of other weights than are trained here"):
+        run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
 
 
 def test_resuming_a_finished_run_has_nothing_left_to_do(checkpoint, policy, tokenizer, pairs):

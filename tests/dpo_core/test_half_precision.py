@@ -82,6 +82,25 @@ def test_resuming_repeats_the_run_bit_for_bit_and_saves_a_model_in_bfloat16(mode
     assert AutoModelForCausalLM.from_pretrained(last / "model").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("saved_in", [torch.bfloat16, torch.float32], ids=str)
+def test_going_on_in_another_precision_is_refused(saved_in, model, tokenizer, pairs, tmp_path):
+    (other,) = {torch.bfloat16, torch.float32} - {saved_in}
+    run(model, tokenizer, [pairs] * 4, tmp_path, dtype=saved_in)
+    with pytest.raises(ValueError, match=f"was trained in {str(saved_in)[6:]}; load the policy in it, not in"):
+        run(model, tokenizer, [pairs] * 2, tmp_path, dtype=other, resume=tmp_path / "step-000002")
+
+
+def test_a_policy_in_float16_is_refused(model, tokenizer, pairs, tmp_path):
+    with pytest.raises(ValueError, match="is in float16, in which small gradients vanish; load it in bfloat16"):
+        run(model, tokenizer, [pairs] * 4, tmp_path, dtype=torch.float16)
+
+
+def test_float64_is_stepped_in_float64(policy):
+    weights = Weights(policy.double())
+    assert not weights.masters
+    assert {parameter.dtype for parameter in weights.stepped.values()} == {torch.float64}
+
+
 def test_an_adapter_on_a_base_in_bfloat16_learns(model, tokenizer, pairs, tmp_path):
     policy = load_policy(model, dtype=torch.bfloat16, adapter=Lora(r=4))
     steps = list(train(CONFIG, policy, tokenizer, [pairs] * 4, total_steps=4, checkpoint_dir=tmp_path))
