@@ -6,8 +6,8 @@
                                             weights in float32, where the model has fewer bits
 
 No pickles. Nothing in a step draws random numbers and the learning rate is a function of the step,
-so weights, moments and the step are all that resuming needs to repeat a run bit for bit. A run may go on
-with another number of ranks than it was saved with.
+so weights, moments and the step are all that resuming needs to repeat a run: on CPUs bit for bit; on GPUs
+some sums of backward have no fixed order. A run may go on with another number of ranks than it was saved with.
 """
 
 import hashlib
@@ -162,9 +162,9 @@ class Writer:
         return {name: digest for part in parts for name, digest in (part or {}).items()}
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path | str) -> Path | None:
     """The newest undamaged checkpoint in a folder of them; a damaged one is named in a warning and passed over."""
-    for candidate in sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
+    for candidate in sorted(Path(folder).glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
             verify(candidate)
         except DamagedCheckpoint as error:

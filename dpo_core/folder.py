@@ -28,7 +28,11 @@ OF_PROCESSORS = (
 
 
 def save_model(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes], **options: Any
+    model: PreTrainedModel,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    files: dict[str, bytes],
+    **options: Any,
 ) -> None:
     """The model, its tokenizer, and other files by name; `options` are of `save_pretrained`.
 
@@ -39,10 +43,10 @@ def save_model(
         saved.generation_config = GenerationConfig()
     saved.save_pretrained(folder, **options)
     if model.can_generate():
-        model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+        model.generation_config.to_json_file(Path(folder, GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        Path(folder, name).write_bytes(content)
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:

@@ -73,8 +73,9 @@ class Weights:
 
     def release(self) -> None:
         """Leave the policy to its owner, who may train it in another way."""
+        for parameter in (*self.trained.values(), *self.masters.values()):
+            parameter.grad = None
         for name in self.masters:
-            self.trained[name].grad = None
             self.trained[name].grad_dtype = self.trained[name].dtype
 
 

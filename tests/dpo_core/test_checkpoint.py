@@ -194,7 +194,9 @@ def test_a_failure_is_not_kept_until_the_next_checkpoint(policy, tokenizer, pair
         yield from [pairs] * 6
 
     config = replace(CONFIG, checkpoint_steps=8)
-    steps = train(config, policy, tokenizer, batches(), total_steps=16, checkpoint_dir=tmp_path, publish=publish)
+    steps = train(
+        config, policy, tokenizer, lambda _: batches(), total_steps=16, checkpoint_dir=tmp_path, publish=publish
+    )
     with pytest.raises(OSError, match="no room"):
         came.extend(step.step for step in steps)
     assert 8 <= came[-1] < 16

@@ -73,7 +73,7 @@ def test_a_policy_equal_to_its_reference_has_loss_ln_2(model, tokenizer, pairs, 
 def test_resuming_repeats_the_run_bit_for_bit_and_saves_a_model_in_bfloat16(model, tokenizer, pairs, tmp_path):
     straight, steps = run(model, tokenizer, [pairs] * 4, tmp_path / "straight")
     saved = tmp_path / "straight" / "step-000002"
-    resumed, rest = run(model, tokenizer, [pairs] * 2, tmp_path / "resumed", resume=saved)
+    resumed, rest = run(model, tokenizer, [pairs] * 4, tmp_path / "resumed", resume=saved)
     assert [step.metrics["loss"] for step in rest] == [step.metrics["loss"] for step in steps[2:]]
     torch.testing.assert_close(dict(resumed.named_parameters()), dict(straight.named_parameters()), rtol=0, atol=0)
     name = "optimizer-00001-of-00001.safetensors"
@@ -87,7 +87,7 @@ def test_going_on_in_another_precision_is_refused(saved_in, model, tokenizer, pa
     (other,) = {torch.bfloat16, torch.float32} - {saved_in}
     run(model, tokenizer, [pairs] * 4, tmp_path, dtype=saved_in)
     with pytest.raises(ValueError, match=f"was trained in {str(saved_in)[6:]}; load the policy in it, not in"):
-        run(model, tokenizer, [pairs] * 2, tmp_path, dtype=other, resume=tmp_path / "step-000002")
+        run(model, tokenizer, [pairs] * 4, tmp_path, dtype=other, resume=tmp_path / "step-000002")
 
 
 def test_a_policy_in_float16_is_refused(model, tokenizer, pairs, tmp_path):

@@ -79,7 +79,6 @@ def train_in(
     case: Case,
     *,
     resume: Path | None = None,
-    after_step: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> None:
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
@@ -88,7 +87,7 @@ def train_in(
     policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
     if folder.name == "rank1":
         torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
-    batches = [pairs, pairs[:1], pairs[1:4]][after_step:]  # the second leaves ranks without a pack
+    batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves ranks without a pack
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
         total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
@@ -109,7 +108,7 @@ def stop_in(home: Path, name: str, rank: int) -> None:
     train_in(home, folder, case, stop=lambda: next(wishes))
     shared = folder.parent if case.config.sharding != "auto" else folder.parent / "rank0"
     dist.barrier()  # the checkpoint is rank 0's to complete
-    train_in(home, folder / "resumed", case, resume=shared / "step-000001", after_step=1)
+    train_in(home, folder / "resumed", case, resume=shared / "step-000001")
 
 
 def disagree_in(folder: Path) -> None:
@@ -143,16 +142,14 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
             train_in(home, home / name / f"rank{rank}", case)
     if num_ranks == 4:  # from another number of ranks
         shards = CASES["four shards"]
-        train_in(
-            home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002", after_step=2
-        )
+        train_in(home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002")
     else:
         for name in STOPPED:
             stop_in(home, name, rank)
         for name in IN_HALVES:  # where nothing is left to do
             whole = home / f"{name}, by one"
             resumed, checkpoint = whole / "resumed" / f"rank{rank}", whole / "step-000003"
-            train_in(home, resumed, CASES[name], resume=checkpoint, after_step=3)
+            train_in(home, resumed, CASES[name], resume=checkpoint)
         disagree_in(home)
         compute_unlike_completions_in(home)
     dist.destroy_process_group()
@@ -202,7 +199,7 @@ def test_a_checkpoint_of_shards_is_whole_and_resumed_by_one(name, home):
     parts = [path for path in verify(checkpoint).files if path.startswith("optimizer-")]
     assert len(parts) == (4 if name == "four shards" else 2)
     alone = replace(case, config=replace(case.config, sharding="auto"))
-    train_in(home, home / name / "resumed" / "rank0", alone, resume=checkpoint, after_step=2)
+    train_in(home, home / name / "resumed" / "rank0", alone, resume=checkpoint)
     resumed, straight = (load_file(home / name / f / "weights.safetensors") for f in ("resumed/rank0", "rank0"))
     torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
 

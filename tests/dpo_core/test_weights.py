@@ -53,7 +53,7 @@ def test_a_weight_that_the_first_step_did_not_reach_goes_on_bit_for_bit(make_pol
     forgotten.remove()
     list(steps)
     saved, resumed = tmp_path / "straight" / "step-000001", make_policy(7)
-    list(train(config, resumed, tokenizer, [pairs] * 2, total_steps=3, checkpoint_dir=tmp_path / "again", resume=saved))
+    list(train(config, resumed, tokenizer, [pairs] * 3, total_steps=3, checkpoint_dir=tmp_path / "again", resume=saved))
     torch.testing.assert_close(dict(resumed.named_parameters()), dict(policy.named_parameters()), rtol=0, atol=0)
     state = load_file(tmp_path / "again" / "step-000003" / "optimizer-00001-of-00001.safetensors")
     assert (state["lm_head.weight.step"], state["model.norm.weight.step"]) == (2, 3)
