@@ -75,7 +75,9 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
             scored = in_batches(score_reference(reference, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK))
         begun = time.perf_counter()
         resolved = config.resolved(len(groups))
-        steps = train(resolved, policy, tokenizer, scored, total_steps=len(batches), checkpoint_dir=Path(folder))
+        steps = train(
+            resolved, policy, tokenizer, lambda _: scored, total_steps=len(batches), checkpoint_dir=Path(folder)
+        )
         for _ in batches:
             next(steps)  # the last step's checkpoint, which TRL does not write, would come with one more
         synchronize()

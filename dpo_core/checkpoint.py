@@ -2,11 +2,12 @@
 
     manifest.json                           step, counters, metrics, config, files
     model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
-    optimizer-00001-of-00002.safetensors    one rank's part of AdamW's moments and of float32 masters, by parameter name
+    optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the trained
+                                            weights in float32, where the model has fewer bits
 
 No pickles. Nothing in a step draws random numbers and the learning rate is a function of the step,
-so weights, moments and the step are all that resuming needs to repeat a run bit for bit. A run may go on
-with another number of ranks than it was saved with.
+so weights, moments and the step are all that resuming needs to repeat a run: on CPUs bit for bit; on GPUs
+some sums of backward have no fixed order. A run may go on with another number of ranks than it was saved with.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.config import TrainConfig
+from dpo_core.folder import processors_of, save_model
 from dpo_core.model import agree_on_padding, has_adapter
 from dpo_core.ranks import num_ranks, rank
 from dpo_core.weights import Weights
@@ -68,6 +70,7 @@ class Manifest:
     statistics: dict[str, float]  # of the objective
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
+    dtype: str = "float32"  # that the policy computes in
 
 
 class Writer:
@@ -89,6 +92,7 @@ class Writer:
     ) -> None:
         self._folder, self._policy, self._weights = folder, policy, weights
         self._tokenizer = agree_on_padding(policy, tokenizer)
+        self._files = {} if has_adapter(policy) else processors_of(policy)
         self._publish = publish or (lambda step, folder: None)
         self._part, self._num_parts = _part(weights)
         self._others = dist.new_group(backend="gloo") if self._num_parts > 1 else None
@@ -134,8 +138,10 @@ class Writer:
             paths = [partial / f"optimizer-{self._part + 1:05d}-of-{self._num_parts:05d}.safetensors"]
             save_file(state, paths[0])
         if rank() == 0:
-            self._policy.save_pretrained(partial / "model", state_dict=model)
-            self._tokenizer.save_pretrained(partial / "model")
+            save_model(self._policy, partial / "model", self._tokenizer, self._files, state_dict=model)
+            if not has_adapter(self._policy):  # of a sharded policy transformers writes down the shards' precision
+                self._policy.config.dtype = manifest.dtype
+                self._policy.config.save_pretrained(partial / "model")
             paths += sorted(path for path in (partial / "model").rglob("*") if path.is_file())
         files = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, _sha256(path)) for path in paths}
         if paths and rank() > 0:
@@ -156,9 +162,9 @@ class Writer:
         return {name: digest for part in parts for name, digest in (part or {}).items()}
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path | str) -> Path | None:
     """The newest undamaged checkpoint in a folder of them; a damaged one is named in a warning and passed over."""
-    for candidate in sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
+    for candidate in sorted(Path(folder).glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
             verify(candidate)
         except DamagedCheckpoint as error:
@@ -196,11 +202,15 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def resumable(folder: Path, *, config: TrainConfig, total_steps: int) -> tuple[Manifest, TrainConfig]:
+def resumable(
+    folder: Path, *, config: TrainConfig, total_steps: int, dtype: torch.dtype
+) -> tuple[Manifest, TrainConfig]:
     """The manifest of a checkpoint that this run can go on from, and `config` with what that run had decided."""
     manifest = verify(folder)
     if manifest.total_steps != total_steps:
         raise ValueError(f"{folder} is of a run of {manifest.total_steps} steps, this one has {total_steps}.")
+    if manifest.dtype != name_of(dtype):
+        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
     wanted = asdict(config)
     for key in ("objective", "optim", "n_epochs", "batch_size", "seed"):
         before = manifest.config[key]
@@ -218,16 +228,12 @@ def resumable(folder: Path, *, config: TrainConfig, total_steps: int) -> tuple[M
 def load(
     folder: Path, manifest: Manifest, *, policy: PreTrainedModel, weights: Weights, optimizer: torch.optim.AdamW
 ) -> None:
-    """Put a checkpoint's weights and moments into place."""
-    if has_adapter(policy):
-        from peft import set_peft_model_state_dict
-
-        saved = load_file(folder / "model" / "adapter_model.safetensors")  # named as within a PeftModel
-        set_peft_model_state_dict(policy, {name.removeprefix("base_model.model."): saved[name] for name in saved})
-    else:
-        saved = type(policy).from_pretrained(folder / "model", dtype="auto", use_safetensors=True)
-        set_model_state_dict(policy, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
+    """Put a checkpoint's weights and AdamW's state into place."""
     parts: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*.safetensors"))]
+    names = set(parts[0].keys())
+    if {name.removesuffix(".step") for name in names if name.endswith(".step")} != weights.stepped.keys():
+        raise ValueError(f"{folder} is of other weights than are trained here; give train the same model and adapter.")
+    _load_model(folder / "model", policy)
     for name, parameter in weights.stepped.items():
 
         def saved_as(kind: str, like: Tensor = parameter, name: str = name) -> Tensor:
@@ -236,11 +242,28 @@ def load(
                 return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
             return whole.to(like.device)
 
-        if name in weights.masters:
+        if f"{name}.master" in names:
             parameter.data.copy_(saved_as("master"))
-        optimizer.state[parameter] = {moment: saved_as(moment) for moment in MOMENTS} | {
-            "step": torch.tensor(float(manifest.num_updates), device=parameter.device)
-        }
+        if f"{name}.{MOMENTS[0]}" in names:
+            optimizer.state[parameter] = {moment: saved_as(moment) for moment in MOMENTS} | {
+                "step": parts[0].get_tensor(f"{name}.step").to(parameter.device)
+            }
+
+
+def _load_model(folder: Path, policy: PreTrainedModel) -> None:
+    if has_adapter(policy):
+        from peft import set_peft_model_state_dict
+
+        saved = load_file(folder / "adapter_model.safetensors")  # named as within a PeftModel
+        set_peft_model_state_dict(policy, {name.removeprefix("base_model.model."): saved[name] for name in saved})
+    else:
+        whole = type(policy).from_pretrained(folder, dtype="auto", use_safetensors=True)
+        set_model_state_dict(policy, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As config.json has it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _part(weights: Weights) -> tuple[int | None, int]:
@@ -258,7 +281,7 @@ def _part(weights: Weights) -> tuple[int | None, int]:
 def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
     """Copies of the trained weights on the CPU, whole, tied ones once; of an adapter alone, if there is one.
 
-    Empty on other ranks.
+    In the policy's own precision. Empty on other ranks.
     """
     if weights.is_sharded:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
@@ -266,14 +289,21 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
     else:
         kept = weights.trained if has_adapter(policy) else policy.state_dict()
         state = {name: _copy(tensor) for name, tensor in kept.items()} if rank() == 0 else {}
-    return {name: tensor for name, tensor in state.items() if name not in policy.all_tied_weights_keys}
+    dtypes = weights.dtypes
+    return {
+        name: tensor.to(dtypes.get(name, tensor.dtype))
+        for name, tensor in state.items()
+        if name not in policy.all_tied_weights_keys
+    }
 
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Copies of this rank's moments and masters on the CPU."""
-    state = {f"{name}.master": _copy(master) for name, master in weights.masters.items()}
+    """Copies of this rank's part of AdamW's state and of float32 weights, on the CPU. A parameter that never had a
+    gradient has taken no step and has no moments."""
+    state = {f"{name}.master": _copy(parameter) for name, parameter in weights.in_float32.items()}
     for name, parameter in weights.stepped.items():
-        state |= {f"{name}.{moment}": _copy(optimizer.state[parameter][moment]) for moment in MOMENTS}
+        own = optimizer.state.get(parameter, {"step": torch.tensor(0.0)})
+        state |= {f"{name}.{key}": _copy(tensor) for key, tensor in own.items()}
     return state
 
 

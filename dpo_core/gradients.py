@@ -102,8 +102,8 @@ def share_of_loss(
     objective: Objective, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> Tensor:
     """The share of these groups in the loss of the global batch."""
-    weights = torch.tensor([group.weight for group in scores.groups]).to(scores.found.device)
-    return (losses(objective, scores, statistics) * weights).sum() / count_units(objective, global_batch)
+    found = losses(objective, scores, statistics) * scores.weights
+    return found.sum() / count_units(objective, global_batch)
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:

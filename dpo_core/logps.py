@@ -10,6 +10,7 @@ from torch import Tensor
 # columns than these.
 TILE_ROWS = {"cpu": 256, "cuda": 1024}
 TILE_COLUMNS = 32768
+PRODUCT_ROWS = {"cpu": 2048}  # computed before they are added up: so few that caches hold them
 
 
 def token_logps(
@@ -67,22 +68,33 @@ class _TiledLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        # Tiles add up in float32 or wider; autograd rounds the sums where an input wants its own precision.
+        grad_hidden, grad_weight, grad_bias = (
+            torch.zeros_like(tensor, dtype=normalizer.dtype) if needed else None
+            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
         for rows, columns in product(_cuts(len(hidden), ctx.tile[0]), _cuts(len(weight), ctx.tile[1])):
             logits = _logits(hidden[rows], weight, bias, ctx.soft_cap, columns)
             slope = _slope(logits, targets[rows] - columns.start, normalizer[rows], grads[0][rows], ctx.soft_cap)
             del logits  # or the next tile stands beside this one
             slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows].addmm_(slope, weight[columns])
+                _add_product(grad_hidden[rows], slope, weight[columns])
             if grad_weight is not None:
-                grad_weight[columns].addmm_(slope.T, hidden[rows])
+                _add_product(grad_weight[columns], slope.T, hidden[rows])
             if grad_bias is not None:
-                grad_bias[columns].add_(slope.sum(0))
+                grad_bias[columns].add_(slope.sum(0, dtype=grad_bias.dtype))
             del slope
         return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """The product is that of a tile, in its precision; the total may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for rows in _cuts(len(total), PRODUCT_ROWS.get(total.device.type, len(total))):
+        total[rows] += left[rows] @ right
 
 
 def _cuts(length: int, size: int) -> list[slice]:

@@ -1,6 +1,7 @@
 """How many tokens a pack may have: as many as the device holds, within what keeps it busy."""
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -52,15 +53,24 @@ def fit(config: TrainConfig, scorer: Scorer) -> TrainConfig:
     return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=choice)
 
 
-def checkpoint_activations(scorer: Scorer) -> None:
-    """Keep only what enters a layer; compute the rest again in backward."""
+def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
+    """Keep only what enters a layer; compute the rest again in backward. Returns what undoes this."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), shared_prompts(scorer.model) if scorer.shares_prompts else nullcontext()
 
-    for layer in decoder_layers(scorer.model):
-        own = type(layer).forward.__get__(layer)  # not what an earlier run left
-        layer.forward = partial(checkpoint, own, use_reentrant=False, context_fn=contexts)
+    layers = decoder_layers(scorer.model)
+    before = [vars(layer).get("forward") for layer in layers]  # another one's patch, or none
+
+    def undo() -> None:
+        for layer, patch in zip(layers, before, strict=True):
+            del layer.forward
+            if patch is not None:
+                layer.forward = patch
+
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+    return undo
 
 
 def _budget(model: PreTrainedModel, sharding: Sharding) -> int | None:

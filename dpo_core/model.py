@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from dpo_core.config import Lora
+from dpo_core.folder import processors_of, save_model
 from dpo_core.options import InvalidOption, Objective
 
 WORDS_REMEMBERED = 100_000  # with their ids, by a tokenizer: with its own 10,000 text takes up to a quarter longer
@@ -140,8 +141,7 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
     base: Any = _load(kind, config.base_model_name_or_path, "auto", "cpu", None, **options)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     tokenizer = agree_on_padding(merged, load_tokenizer(adapter))
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(merged, folder, tokenizer, processors_of(base))
 
 
 def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

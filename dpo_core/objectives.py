@@ -158,6 +158,7 @@ def aot(objective: o.Aot, scores: Scores) -> Tensor:
     """-log sigmoid(beta (u_(i) - v_(i))), u and v sorted over the global batch.
 
     Paired, u is log pi(w) - log pi(l) of the policy and v of the reference; else u is h_w and v is h_l.
+    A group of weight 2 stands there as two groups of weight 1 do: quantiles are those of weighted values.
     """
     chosen, rejected = scores.chosen, scores.rejected
     if objective.paired:
@@ -166,7 +167,22 @@ def aot(objective: o.Aot, scores: Scores) -> Tensor:
         u, v = chosen.logps - rejected.logps, chosen.ref_logps - rejected.ref_logps
     else:
         u, v = chosen.logratios, rejected.logratios
-    return _smoothed(objective.beta * (u.sort().values - v.sort().values), objective.label_smoothing)
+    of_u, of_v, shares = _coupling(u.detach(), v.detach(), scores.weights)
+    parts = shares * _smoothed(objective.beta * (u[of_u] - v[of_v]), objective.label_smoothing)
+    return torch.zeros_like(u).index_add(0, of_u, parts)
+
+
+def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimal transport on a line: quantiles meet. [2G] places in u and in v, and the share of the weight of u's
+    place that goes to v's. Both have the same [G] weights."""
+    weights = weights.double()
+    u_order, v_order = u.argsort(), v.argsort()
+    u_edges, v_edges = weights[u_order].cumsum(0), weights[v_order].cumsum(0)
+    edges = torch.cat([u_edges, v_edges]).sort().values
+    last = len(weights) - 1
+    of_u = u_order[torch.searchsorted(u_edges, edges).clamp(max=last)]
+    of_v = v_order[torch.searchsorted(v_edges, edges).clamp(max=last)]
+    return of_u, of_v, (edges.diff(prepend=edges.new_zeros(1)) / weights[of_u]).to(u.dtype)
 
 
 def discopop(objective: o.Discopop, scores: Scores) -> Tensor:

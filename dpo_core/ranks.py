@@ -1,6 +1,7 @@
 """The processes that train together; one process is a group of its own."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ def add_up(*tensors: Tensor) -> None:
     """Sums over ranks, in place; of many tensors in one message per dtype."""
     if num_ranks() == 1:
         return
-    for dtype in {tensor.dtype for tensor in tensors}:
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in an order that is the same on all ranks
         own = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in own])
         dist.all_reduce(flat)
@@ -40,6 +41,10 @@ def lowest(value: int, device: torch.device) -> int:
     return int(found.item())
 
 
-def on_any_rank(value: bool, device: torch.device) -> bool:
-    """Whether it is true on at least one; all ranks learn the same."""
-    return lowest(not value, device) == 0
+def on_any_rank(values: Sequence[bool], device: torch.device) -> list[bool]:
+    """Of each value, whether it is true on at least one; all ranks learn the same."""
+    if num_ranks() == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.uint8, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(value) for value in found.tolist()]

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_core.admission import admit
 from dpo_core.attention import shared_prompts
 from dpo_core.batch import Batch, batches_of_like_lengths, collate, plan
 from dpo_core.encode import EncodedGroup
@@ -93,6 +94,7 @@ def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
     """The groups with what the reference says of their completions; an adapter on it is off meanwhile."""
+    admit(groups, reference)
     scorer = Scorer(reference)
     scored = list(groups)
     for pack in scorer.plan(groups, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:
@@ -109,6 +111,7 @@ def reference_token_logps(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[list[list[float]]]:
     """Of each group, completion and token, in nats; an adapter on the reference is off meanwhile."""
+    admit(groups, reference)
     scorer = Scorer(reference)
     found: list[list[list[float]]] = [[] for _ in groups]
     for pack in scorer.plan(groups, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:

@@ -91,6 +91,11 @@ class Scores:
         """[G] by how much the chosen completion must lead; 0 where nobody said."""
         return self._of_completions([group.margin or 0.0 for group in self.groups])
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """[G] of each group's loss."""
+        return self._of_completions([group.weight for group in self.groups])
+
     @property
     def rewards(self) -> Tensor:
         """[K] of a reward model; the mean, where it gives a variance too."""

@@ -3,14 +3,16 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_core.checkpoint import Manifest, Publish, Writer, load, resumable
+from dpo_core.admission import admit
+from dpo_core.checkpoint import Manifest, Publish, Writer, load, name_of, resumable
 from dpo_core.config import TrainConfig
 from dpo_core.drift import Drift
 from dpo_core.encode import EncodedGroup
@@ -24,8 +26,9 @@ from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
 from dpo_core.ranks import on_any_rank, rank
 from dpo_core.scorer import Scorer
-from dpo_core.weights import Weights, agree_on_weights, shard
+from dpo_core.weights import Weights, agree_on_weights, check_precision, dtypes_of, shard
 
+GlobalBatches = Sequence[Sequence[EncodedGroup]] | Callable[[int], Batches]
 logger = logging.getLogger(__name__)
 
 
@@ -44,22 +47,26 @@ def train(
     config: TrainConfig,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    global_batches: Iterable[Sequence[EncodedGroup]],
+    global_batches: GlobalBatches,
     *,
     total_steps: int,
-    checkpoint_dir: Path,
-    resume: Path | None = None,
+    checkpoint_dir: Path | str,
+    resume: Path | str | None = None,
     publish: Publish | None = None,
     validation: Callable[[], Batches | None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[StepResult]:
     """Train `policy` in place, with dropout off: all its weights, or its adapter.
 
-    `config` is resolved. Every rank is given the same global batches, the first being that of the
-    step after `resume`'s, and computes its own share. Once a step's result was taken, its checkpoint is written to
-    `checkpoint_dir/step-000012` while the next steps run, and then given to `publish`; all are there when the
-    iterator ends. A step whose loss or gradient is no finite number is yielded without one, and then ends the run.
-    A step without groups changes nothing and has no metrics; its checkpoint has those of the step before.
+    `config` is resolved. `global_batches` are those of the whole run, one for each step, or a function that gives the
+    batches after a step: after 0, or after that of the checkpoint `resume`. Every rank is given the same ones, and
+    computes its own share. `n_epochs`, `batch_size`, `truncation` and `seed` say how they were made; training only
+    keeps them. A group longer than `max_length` is refused.
+
+    Once a step's result was taken, its checkpoint is written to `checkpoint_dir/step-000012` while the next steps run,
+    and then given to `publish`; all are there when the iterator ends. A step whose loss or gradient is no finite number
+    changes nothing; it is yielded, has no checkpoint, and then ends the run. A step without groups changes nothing and
+    has no metrics; its checkpoint has those of the step before.
 
     `validation` gives held-out groups in batches of any sizes, anew whenever a checkpoint is due. What the policy
     of that checkpoint makes of them joins its step's metrics, `eval/loss` and so on. Training goes on as without.
@@ -68,13 +75,15 @@ def train(
     `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
     last step, if it has none, and the iterator ends.
     """
-    assert config.checkpoint_steps is not None  # resolved
-    run = _Run(config, policy, total_steps, resume)
-    batches, drift = iter(global_batches), Drift()
-    with Writer(checkpoint_dir, policy, tokenizer, run.weights, publish) as writer:
+    if config.checkpoint_steps is None or config.optim.learning_rate is None:
+        raise ValueError("config is not resolved; give train config.resolved(number of groups).")
+    with ExitStack() as marks:  # that training leaves on the policy
+        run = _Run(config, policy, total_steps, Path(resume) if resume else None, marks)
+        writer = marks.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
+        batches, drift = _after(run.step, global_batches), Drift()
         is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
-            if stop is not None and on_any_rank(stop(), run.scorer.model.device):
+            if stop is not None and any(on_any_rank([stop()], run.scorer.model.device)):
                 if not is_due:
                     writer.save(run.manifest(metrics), run.optimizer)
                 return
@@ -97,25 +106,38 @@ def train(
                 writer.save(run.manifest(metrics), run.optimizer)
 
 
-class _Run:
-    """What changes from step to step."""
+def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]]:
+    if callable(batches):
+        return iter(batches(step))
+    if not hasattr(batches, "__getitem__"):  # an iterator cannot be begun anywhere else
+        kind = type(batches).__name__
+        raise TypeError(f"global_batches is a {kind}; give a list of the run's, or a function of the step before.")
+    return iter(batches[step:])
 
-    def __init__(self, config: TrainConfig, policy: PreTrainedModel, total_steps: int, resume: Path | None) -> None:
+
+class _Run:
+    """What changes from step to step. `marks` undoes, at its end, what was done to the policy beside training it."""
+
+    def __init__(
+        self, config: TrainConfig, policy: PreTrainedModel, total_steps: int, resume: Path | None, marks: ExitStack
+    ) -> None:
         check_model(policy, config.objective)
+        check_precision(policy)
         policy.train(False)
-        manifest = None
+        manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)
         if resume is not None:
-            manifest, config = resumable(resume, config=config, total_steps=total_steps)
+            manifest, config = resumable(resume, config=config, total_steps=total_steps, dtype=self.dtype)
         agree_on_weights(policy)
         self.scorer = Scorer(policy)
         self.config = fit(config, self.scorer)
         recomputed = self.config.activation_checkpointing == "on"
         if recomputed:
-            checkpoint_activations(self.scorer)
+            marks.callback(checkpoint_activations(self.scorer))
         self.flops = Flops(policy, recomputed=recomputed)
         self.matmul_rate = matmul_rate(policy.dtype, policy.device)
         shard(self.scorer, config.sharding)
-        self.weights = Weights(policy)
+        self.weights = Weights(policy, dtypes)
+        marks.callback(self.weights.release)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
         self.num_updates, self.metrics = 0, dict[str, float]()
@@ -134,18 +156,19 @@ class _Run:
         self.num_updates += 1
         objective, optim, scorer = self.config.objective, self.config.optim, self.scorer
         assert self.config.max_tokens_per_pack is not None  # fitted
-        check_groups(objective, groups)
+        check_groups(objective, self._admitted(groups))
         check_agreement(groups, f"global batches for step {self.step}", scorer.model.device)
         packs = make_packs(scorer, groups, max_tokens_per_pack=self.config.max_tokens_per_pack)
         scores, loss = backward(objective, scorer, groups, packs, self.statistics)
         grad_norm = self.weights.collect_gradients(optim.max_grad_norm)
-        rate = learning_rate(optim, self.step, self.total_steps)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
-        self.optimizer.step()
-        self.weights.publish()
         scalars = {"loss": loss, **measure(objective, scores), "grad_norm": grad_norm}
         metrics = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
+        rate = learning_rate(optim, self.step, self.total_steps)
+        if not _broken(metrics):
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = rate
+            self.optimizer.step()
+            self.weights.publish()
         seconds = time.perf_counter() - started
         tokens = sum(group.num_tokens for group in groups)
         self.num_tokens += tokens
@@ -161,7 +184,12 @@ class _Run:
     def evaluate(self, batches: Batches) -> dict[str, float]:
         tokens = self.config.max_tokens_per_pack
         assert tokens is not None  # fitted
-        return evaluate(self.config.objective, self.scorer, batches, self.statistics, max_tokens_per_pack=tokens)
+        admitted = map(self._admitted, batches)
+        return evaluate(self.config.objective, self.scorer, admitted, self.statistics, max_tokens_per_pack=tokens)
+
+    def _admitted(self, groups: Sequence[EncodedGroup]) -> Sequence[EncodedGroup]:
+        admit(groups, self.scorer.model, max_length=self.config.max_length)
+        return groups
 
     def manifest(self, metrics: dict[str, float]) -> Manifest:
         return Manifest(
@@ -173,6 +201,7 @@ class _Run:
             statistics=vars(self.statistics).copy(),
             config=asdict(self.config),
             files={},
+            dtype=name_of(self.dtype),
         )
 
 

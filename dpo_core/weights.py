@@ -1,6 +1,7 @@
 """The trained parameters: how ranks hold them, and what the optimizer steps on."""
 
-from itertools import chain
+from collections.abc import Mapping
+from itertools import chain, compress
 from typing import cast
 
 import torch
@@ -14,37 +15,50 @@ from transformers import PreTrainedModel
 from dpo_core.config import Sharding
 from dpo_core.model import decoder_layers, has_adapter, is_sharded
 from dpo_core.options import InvalidOption
-from dpo_core.ranks import add_up, num_local_ranks, num_ranks
+from dpo_core.ranks import add_up, num_local_ranks, num_ranks, on_any_rank
 from dpo_core.scorer import Scorer
 
 
 class Weights:
     """What is trained of a policy, by name.
 
-    Parameters in half precision have float32 masters that the optimizer steps on. Gradients are float32.
-    Ranks hold copies, and add their gradients up, unless the policy is sharded.
+    Parameters in half precision have float32 masters that the optimizer steps on. Gradients are float32 or wider.
+    Ranks hold copies, and add their gradients up, unless the policy is sharded. `dtypes` are those that its
+    parameters had before: shards are float32. A model is saved in them.
     """
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: PreTrainedModel, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        self.dtypes = dtypes or dtypes_of(policy)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.is_sharded = is_sharded(policy)
-        for parameter in self.trained.values():
-            if parameter.dtype != torch.float32:
-                parameter.grad_dtype = torch.float32
-        self.masters = {
-            name: nn.Parameter(p.detach().float()) for name, p in self.trained.items() if p.dtype != torch.float32
-        }
+        halves = {name: p for name, p in self.trained.items() if _is_half(p.dtype)}
+        for parameter in halves.values():
+            parameter.grad_dtype = torch.float32
+        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in halves.items()}
         self.stepped = self.trained | self.masters
+
+    @property
+    def in_float32(self) -> dict[str, nn.Parameter]:
+        """The stepped weights of which the saved model has fewer bits."""
+        return {name: p for name, p in self.stepped.items() if _is_half(self.dtypes[name])}
 
     @torch.no_grad()
     def collect_gradients(self, max_norm: float) -> Tensor:
-        """Hand the gradients of all ranks to what is stepped, scaled down to `max_norm`; returns their norm before."""
-        for name, parameter in self.trained.items():
+        """Hand the gradients of all ranks to what is stepped, scaled down to `max_norm`; returns their norm before.
+
+        A parameter that has a gradient on no rank gets none, and stays as it is.
+        """
+        reached = [parameter.grad is not None for parameter in self.trained.values()]
+        if not self.is_sharded:
+            reached = on_any_rank(reached, next(iter(self.trained.values())).device)
+        names = list(compress(self.trained, reached))
+        for name in names:
+            parameter = self.trained[name]
             gradient = torch.zeros_like(self.stepped[name]) if parameter.grad is None else parameter.grad
             parameter.grad = None
             self.stepped[name].grad = gradient
         if not self.is_sharded:
-            add_up(*(cast(Tensor, parameter.grad) for parameter in self.stepped.values()))
+            add_up(*(cast(Tensor, self.stepped[name].grad) for name in names))
         norm = nn.utils.clip_grad_norm_(self.stepped.values(), max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -57,6 +71,27 @@ class Weights:
             names = list(self.masters)
             torch._foreach_copy_([self.trained[name] for name in names], [self.masters[name] for name in names])
 
+    def release(self) -> None:
+        """Leave the policy to its owner, who may train it in another way."""
+        for parameter in (*self.trained.values(), *self.masters.values()):
+            parameter.grad = None
+        for name in self.masters:
+            self.trained[name].grad_dtype = self.trained[name].dtype
+
+
+def dtypes_of(policy: nn.Module) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in policy.named_parameters()}
+
+
+def check_precision(policy: PreTrainedModel) -> None:
+    """Raises ValueError for a policy in float16: of its gradients, small ones are 0."""
+    if torch.float16 in (policy.dtype, *dtypes_of(policy).values()):
+        raise ValueError("The policy is in float16, in which small gradients vanish; load it in bfloat16 or float32.")
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype.itemsize < torch.float32.itemsize
+
 
 def agree_on_weights(policy: nn.Module) -> None:
     """All ranks start from rank 0's weights."""
@@ -68,8 +103,9 @@ def agree_on_weights(policy: nn.Module) -> None:
 def shard(scorer: Scorer, sharding: Sharding) -> None:
     """FSDP2: split weights, gradients and optimizer state over ranks, and gather each layer when it computes.
 
-    A policy in half precision computes in it; its shards are float32. `hybrid` splits within a node and
-    copies between nodes (HSDP). `auto` splits full weights on GPUs, and copies adapters and whatever is on CPUs.
+    A policy in half precision computes in it; the shards of what is trained are float32. `hybrid` splits within a
+    node and copies between nodes (HSDP). `auto` does so for full weights on GPUs, or splits over all nodes where each
+    has a single rank; it copies adapters and whatever is on CPUs.
     """
     policy = scorer.model
     if num_shards(policy, sharding) == 1:
@@ -79,8 +115,11 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
         raise InvalidOption("sharding", message)
     mesh, dtype = _mesh(policy, sharding), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for parameter in policy.parameters():
+        if parameter.requires_grad and _is_half(parameter.dtype):
+            parameter.data = parameter.data.float()
     for module in (*decoder_layers(policy), scorer):
-        fully_shard(module.float(), mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in scorer.modules():
         if isinstance(module, FSDPModule):  # losses are divided by the global batch's counts already
             module.set_force_sum_reduction_for_comms(True)
@@ -92,7 +131,8 @@ def num_shards(policy: PreTrainedModel, sharding: Sharding) -> int:
     on_gpus = policy.device.type == "cuda" and not has_adapter(policy)
     if sharding == "replicated" or (sharding == "auto" and not on_gpus):
         return 1
-    return num_ranks() if sharding == "full" else num_local_ranks()
+    everywhere = sharding == "full" or (sharding == "auto" and num_local_ranks() == 1)
+    return num_ranks() if everywhere else num_local_ranks()
 
 
 def _mesh(policy: PreTrainedModel, sharding: Sharding) -> DeviceMesh:

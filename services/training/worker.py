@@ -72,7 +72,7 @@ def work(
             spec.config,
             load_policy(source, device=device),
             load_tokenizer(source),
-            global_batches(data, spec.config, after_step=step),
+            lambda after_step: global_batches(data, spec.config, after_step=after_step),
             total_steps=total_steps,
             checkpoint_dir=scratch / "checkpoints",
             resume=resume,

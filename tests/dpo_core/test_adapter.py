@@ -33,7 +33,7 @@ def base(make_policy, tokenizer, tmp_path):
 def train_adapter(base, tokenizer, pairs, folder, adapter, config=CONFIG, **kwargs):
     torch.manual_seed(0)
     policy = load_policy(base, adapter=adapter)
-    batches = [pairs] * (kwargs.pop("last_step", 4) - kwargs.pop("after_step", 0))
+    batches = [pairs] * kwargs.pop("last_step", 4)
     steps = list(train(config, policy, tokenizer, batches, total_steps=4, checkpoint_dir=folder, **kwargs))
     return policy, steps
 
@@ -78,7 +78,6 @@ def test_resuming_an_adapter_repeats_the_run_bit_for_bit(name, base, tokenizer, 
         tmp_path / "again",
         ADAPTERS[name],
         resume=tmp_path / "run" / "step-000002",
-        after_step=2,
     )
     assert [step.metrics["loss"] for step in rest] == [step.metrics["loss"] for step in steps[2:]]
     for (name, ours), (_, theirs) in zip(resumed.named_parameters(), straight.named_parameters(), strict=True):

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from dpo_core.checkpoint import DamagedCheckpoint, latest_checkpoint, read_manifest, verify
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.model import load_policy
 from dpo_core.options import Dpo
 from dpo_core.trainer import train
 
@@ -102,6 +103,13 @@ def test_resuming_a_run_of_another_length_is_refused(checkpoint, policy, tokeniz
         list(train(CONFIG, policy, tokenizer, [pairs], total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
 
 
+def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer, pairs, tmp_path):
+    policy.save_pretrained(tmp_path / "model")
+    adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
+    with pytest.raises(ValueError, match="is of other weights than are trained here"):
+        run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+
+
 def test_resuming_a_finished_run_has_nothing_left_to_do(checkpoint, policy, tokenizer, pairs):
     last = checkpoint.with_name("step-000003")
     assert run(CONFIG, policy, tokenizer, pairs, checkpoint.parent, resume=last) == []
@@ -186,7 +194,9 @@ def test_a_failure_is_not_kept_until_the_next_checkpoint(policy, tokenizer, pair
         yield from [pairs] * 6
 
     config = replace(CONFIG, checkpoint_steps=8)
-    steps = train(config, policy, tokenizer, batches(), total_steps=16, checkpoint_dir=tmp_path, publish=publish)
+    steps = train(
+        config, policy, tokenizer, lambda _: batches(), total_steps=16, checkpoint_dir=tmp_path, publish=publish
+    )
     with pytest.raises(OSError, match="no room"):
         came.extend(step.step for step in steps)
     assert 8 <= came[-1] < 16

@@ -56,20 +56,22 @@ EDGES = {
     "one token each": EncodedGroup([5], ([20], [21]), None, 1),
     "a completion of the prompt's own ids": EncodedGroup([5, 6, 7], ([5, 6, 7], [7, 6, 5]), None, 1),
     "sixteen completions": EncodedGroup([5, 6], tuple([20 + i] * (1 + i % 5) for i in range(16)), None, 1),
-    "a completion longer than a pack": EncodedGroup([5, 6], (list(range(20, 60)), [60, 61]), None, 1),
-    "a prompt longer than a pack": EncodedGroup(list(range(20, 60)), ([60], [61, 62]), None, 1),
+    "a completion that fills a pack": EncodedGroup([5, 6], (list(range(20, 60)), [60, 61]), None, 1),
+    "a prompt that fills a pack": EncodedGroup(list(range(20, 60)), ([60], [61, 62]), None, 1),
 }
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("max_tokens_per_pack", [16, 8192], ids=["alone", "packed"])
+@pytest.mark.parametrize("max_tokens_per_pack", [None, 8192], ids=["alone", "packed"])
 def test_a_step_is_that_of_plain_forwards(
     edge, max_tokens_per_pack, make_policy, tokenizer, scored, plain_token_logps, tmp_path
 ):
     groups = scored([ORDINARY, EDGES[edge], ORDINARY], make_policy(1))
     policy, plain = make_policy(), make_policy()
     losses = [plackett_luce(group, [logps.sum() for logps in plain_token_logps(plain, group)]) for group in groups]
-    found = first_step(groups, policy, tokenizer, tmp_path, max_length=16, max_tokens_per_pack=max_tokens_per_pack)
+    longest = max(16, *(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups))
+    options = {"max_length": longest, "max_tokens_per_pack": max_tokens_per_pack or longest}
+    found = first_step(groups, policy, tokenizer, tmp_path, **options)
     assert_same_step(found, plain, torch.stack(losses).mean())
 
 

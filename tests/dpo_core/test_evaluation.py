@@ -131,13 +131,16 @@ def test_held_out_groups_that_the_objective_cannot_read_are_refused_by_line(
 
 
 def test_a_policy_that_makes_no_number_of_them_ends_the_run_without_its_checkpoint(policy, tokenizer, pairs, tmp_path):
-    broken = [replace(pairs[0], ref_logps=(math.nan, 0.0))]
+    def break_it():
+        torch.nn.init.constant_(policy.lm_head.weight, math.nan)
+        return [pairs]
+
     with pytest.raises(FloatingPointError, match=r"diverged at step 1 \(eval/loss nan\)"):
-        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: [broken])
+        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=break_it)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_step_that_diverged_is_not_evaluated(policy, tokenizer, pairs, tmp_path):
-    broken = [replace(pairs[0], ref_logps=(math.nan, 0.0))]
+    torch.nn.init.constant_(policy.lm_head.weight, math.nan)
     with pytest.raises(FloatingPointError, match=r"\(loss nan, grad_norm nan\)"):
-        run(CONFIG, policy, tokenizer, [broken], tmp_path, validation=pytest.fail)
+        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=pytest.fail)

@@ -73,13 +73,32 @@ def test_a_policy_equal_to_its_reference_has_loss_ln_2(model, tokenizer, pairs, 
 def test_resuming_repeats_the_run_bit_for_bit_and_saves_a_model_in_bfloat16(model, tokenizer, pairs, tmp_path):
     straight, steps = run(model, tokenizer, [pairs] * 4, tmp_path / "straight")
     saved = tmp_path / "straight" / "step-000002"
-    resumed, rest = run(model, tokenizer, [pairs] * 2, tmp_path / "resumed", resume=saved)
+    resumed, rest = run(model, tokenizer, [pairs] * 4, tmp_path / "resumed", resume=saved)
     assert [step.metrics["loss"] for step in rest] == [step.metrics["loss"] for step in steps[2:]]
     torch.testing.assert_close(dict(resumed.named_parameters()), dict(straight.named_parameters()), rtol=0, atol=0)
     name = "optimizer-00001-of-00001.safetensors"
     last = tmp_path / "straight" / "step-000004"
     assert (tmp_path / "resumed" / last.name / name).read_bytes() == (last / name).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(last / "model").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("saved_in", [torch.bfloat16, torch.float32], ids=str)
+def test_going_on_in_another_precision_is_refused(saved_in, model, tokenizer, pairs, tmp_path):
+    (other,) = {torch.bfloat16, torch.float32} - {saved_in}
+    run(model, tokenizer, [pairs] * 4, tmp_path, dtype=saved_in)
+    with pytest.raises(ValueError, match=f"was trained in {str(saved_in)[6:]}; load the policy in it, not in"):
+        run(model, tokenizer, [pairs] * 4, tmp_path, dtype=other, resume=tmp_path / "step-000002")
+
+
+def test_a_policy_in_float16_is_refused(model, tokenizer, pairs, tmp_path):
+    with pytest.raises(ValueError, match="is in float16, in which small gradients vanish; load it in bfloat16"):
+        run(model, tokenizer, [pairs] * 4, tmp_path, dtype=torch.float16)
+
+
+def test_float64_is_stepped_in_float64(policy):
+    weights = Weights(policy.double())
+    assert not weights.masters
+    assert {parameter.dtype for parameter in weights.stepped.values()} == {torch.float64}
 
 
 def test_an_adapter_on_a_base_in_bfloat16_learns(model, tokenizer, pairs, tmp_path):

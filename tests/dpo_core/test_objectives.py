@@ -228,3 +228,34 @@ def test_an_option_beyond_its_limit_is_refused_by_name(make, field, message):
     with pytest.raises(o.InvalidOption, match=message) as refused:
         make()
     assert refused.value.field == field
+
+
+AOTS = [o.Aot(beta=0.5), o.Aot(beta=0.5, paired=False, label_smoothing=0.1), o.Mpo(objectives=(o.Aot(),), weights=(2,))]
+
+
+def weighted(objective, weights, logps):
+    """The sum of the losses of pairs with these weights, and its gradient by the log-probabilities of each pair."""
+    groups = [replace(PAIR, ref_logps=(-5.0 - n, -7.0), weight=weight) for n, weight in enumerate(weights)]
+    found = torch.tensor([[x, x, 0] for x in logps], dtype=torch.float64, requires_grad=True)
+    scores = Scores(groups, found)
+    total = (losses(objective, scores, Statistics()) * scores.weights).sum()
+    (slope,) = torch.autograd.grad(total, found)
+    return total.item(), slope[:, 0].view(-1, 2)
+
+
+@pytest.mark.parametrize("objective", AOTS, ids=str)
+def test_aot_honours_weights_a_pair_of_weight_2_counting_as_two_of_weight_1(objective):
+    logps = [-3, -8, -9, -2, -5, -6]
+    twice = [replace(PAIR, ref_logps=(-5.0 - n, -7.0)) for n in (0, 0, 1, 2)]
+    found = torch.tensor([[x, x, 0] for x in (*logps[:2], *logps)], dtype=torch.float64)
+    expected = losses(objective, Scores(twice, found), Statistics()).sum().item()
+    assert weighted(objective, (2, 1, 1), logps)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("objective", AOTS, ids=str)
+def test_a_pair_of_next_to_no_weight_moves_nothing_in_aot(objective):
+    with_it, slopes = weighted(objective, (1, 1, 1e-9), [-3, -8, -9, -2, 4, -6])
+    without, expected = weighted(objective, (1, 1), [-3, -8, -9, -2])
+    assert with_it == pytest.approx(without, rel=1e-6)
+    torch.testing.assert_close(slopes[:2], expected, rtol=1e-6, atol=1e-8)
+    assert slopes[2].abs().max() < 1e-8

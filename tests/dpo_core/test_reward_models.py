@@ -51,8 +51,7 @@ def config_of(objective, *, steps=4, rate=1e-3, **options) -> TrainConfig:
 
 
 def run(config, model, tokenizer, groups, folder, steps=4, **kwargs):
-    todo = steps - kwargs.pop("after_step", 0)
-    return list(train(config, model, tokenizer, [groups] * todo, total_steps=steps, checkpoint_dir=folder, **kwargs))
+    return list(train(config, model, tokenizer, [groups] * steps, total_steps=steps, checkpoint_dir=folder, **kwargs))
 
 
 def plain_outputs(model, groups) -> torch.Tensor:
@@ -266,7 +265,7 @@ def test_resuming_repeats_the_run_bit_for_bit(adapter, make_reward_model, rated,
     steps = run(config, make_reward_model(1, adapter), tokenizer, rated, tmp_path / "run")
     halfway = tmp_path / "run" / "step-000002"
     model = make_reward_model(1, adapter)
-    rest = run(config, model, tokenizer, rated, tmp_path / "again", resume=halfway, after_step=2)
+    rest = run(config, model, tokenizer, rated, tmp_path / "again", resume=halfway)
     assert [step.metrics["loss"] for step in rest] == [step.metrics["loss"] for step in steps[2:]]
 
 

@@ -19,9 +19,9 @@ SUPERVISED = replace(DPO, objective=Supervised())
 
 
 def run(config, policy, tokenizer, batches, folder, **kwargs):
-    kwargs = {"total_steps": len(batches)} | kwargs
+    total_steps = kwargs.pop("total_steps", None) or len(batches)
     config = replace(config, checkpoint_steps=config.checkpoint_steps or 1000)
-    return list(train(config, policy, tokenizer, batches, checkpoint_dir=folder, **kwargs))
+    return list(train(config, policy, tokenizer, batches, total_steps=total_steps, checkpoint_dir=folder, **kwargs))
 
 
 def assert_same_policy(ours, theirs, **tolerance):
@@ -165,7 +165,7 @@ def test_resuming_repeats_the_run_bit_for_bit(config, make_policy, tokenizer, pa
     whole = run(config, straight, tokenizer, batches, tmp_path / "straight")
     saved = sorted((tmp_path / "straight").iterdir())
     assert [path.name for path in saved] == ["step-000003", "step-000006"]
-    rest = run(config, resumed, tokenizer, batches[3:], tmp_path / "resumed", total_steps=6, resume=saved[0])
+    rest = run(config, resumed, tokenizer, batches, tmp_path / "resumed", total_steps=6, resume=saved[0])
     assert numbers(rest) == numbers(whole[3:])
     assert [(r.step, r.num_tokens) for r in rest] == [(r.step, r.num_tokens) for r in whole[3:]]
     assert_same_policy(resumed, straight, rtol=0, atol=0)
@@ -184,7 +184,7 @@ def test_a_run_that_stops_after_any_step_goes_on_as_if_it_had_not(make_policy, t
         first = run(config, make_policy(0), tokenizer, batches, folder, stop=lambda wishes=wishes: next(wishes))
         assert [result.step for result in first] == list(range(1, step + 1))
         policy, saved = make_policy(7), folder / f"step-{step:06d}"
-        rest = run(config, policy, tokenizer, batches[step:], folder, total_steps=4, resume=saved, stop=lambda: False)
+        rest = run(config, policy, tokenizer, batches, folder, total_steps=4, resume=saved, stop=lambda: False)
         assert numbers(first) + numbers(rest) == whole
         assert_same_policy(policy, straight, rtol=0, atol=0)
 
@@ -216,7 +216,7 @@ def test_a_step_without_groups_is_counted_and_changes_nothing(make_policy, token
     assert [result.metrics["lr"] for result in whole[::2]] == rates[::2]
     saved = sorted((tmp_path / "whole").iterdir())
     assert [read_manifest(folder).metrics for folder in saved] == [result.metrics for result in whole[::2]]
-    rest = run(config, make_policy(7), tokenizer, batches[2:], tmp_path / "rest", total_steps=4, resume=saved[0])
+    rest = run(config, make_policy(7), tokenizer, batches, tmp_path / "rest", total_steps=4, resume=saved[0])
     assert numbers(rest) == numbers(whole[2:])
     assert read_manifest(tmp_path / "rest" / "step-000004").files == read_manifest(saved[1]).files
 
@@ -227,14 +227,106 @@ def test_too_few_batches_are_refused(policy, tokenizer, pairs, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(policy, tokenizer, pairs, tmp_path):
-    broken = [replace(pairs[0], ref_logps=(math.nan, 0.0)), *pairs[1:]]
+    torch.nn.init.constant_(policy.model.norm.weight, math.inf)
     config = replace(DPO, checkpoint_steps=1)
-    results = train(config, policy, tokenizer, [broken], total_steps=1, checkpoint_dir=tmp_path)
+    results = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
     first = next(results)
     assert math.isnan(first.metrics["loss"])
     with pytest.raises(FloatingPointError, match="diverged at step 1"):
         next(results)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gradient_that_is_no_number_moves_no_weight(make_policy, tokenizer, pairs, tmp_path):
+    policy, before = make_policy(), make_policy()
+    policy.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    results = train(
+        replace(DPO, checkpoint_steps=1), policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path
+    )
+    first = next(results)
+    assert math.isfinite(first.metrics["loss"])
+    assert not math.isfinite(first.metrics["grad_norm"])
+    with pytest.raises(FloatingPointError, match="diverged at step 1"):
+        next(results)
+    assert_same_policy(policy, before, rtol=0, atol=0)
+
+
+def test_batches_are_those_of_the_run_or_a_function_of_the_step_before(make_policy, tokenizer, pairs, tmp_path):
+    """The list is the same at each start; a function is asked for what comes after a step."""
+    batches, asked = [pairs[n : n + 4] for n in range(4)], []
+
+    def after(step):
+        asked.append(step)
+        return iter(batches[step:])
+
+    config = replace(DPO, checkpoint_steps=2)
+    whole = run(config, make_policy(), tokenizer, batches, tmp_path)
+    for given in (batches, after):
+        folder = tmp_path / type(given).__name__
+        rest = run(config, make_policy(7), tokenizer, given, folder, total_steps=4, resume=tmp_path / "step-000002")
+        assert numbers(rest) == numbers(whole[2:])
+    assert asked == [2]
+
+
+def test_an_iterator_of_batches_cannot_be_resumed_and_is_refused(policy, tokenizer, pairs, tmp_path):
+    with pytest.raises(TypeError, match="is a list_iterator; give a list of the run's, or a function"):
+        run(DPO, policy, tokenizer, iter([pairs]), tmp_path, total_steps=1)
+
+
+def test_a_config_that_is_not_resolved_is_refused(policy, tokenizer, pairs, tmp_path):
+    for config in (TrainConfig(), TrainConfig(checkpoint_steps=1), TrainConfig(optim=Optim(learning_rate=1e-3))):
+        steps = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
+        with pytest.raises(ValueError, match=r"config is not resolved; give train config\.resolved"):
+            next(steps)
+
+
+def test_folders_may_be_texts(make_policy, tokenizer, pairs, tmp_path):
+    config = replace(DPO, checkpoint_steps=1)
+    run(config, make_policy(), tokenizer, [pairs] * 2, str(tmp_path))
+    rest = run(config, make_policy(), tokenizer, [pairs] * 2, str(tmp_path), resume=str(tmp_path / "step-000001"))
+    assert [result.step for result in rest] == [2]
+
+
+def test_a_group_longer_than_max_length_is_refused_in_training_and_in_validation(policy, tokenizer, pairs, tmp_path):
+    short = [pair for pair in pairs if len(pair.prompt_ids) + max(map(len, pair.completion_ids)) <= 16]
+    (long, *_) = [pair for pair in pairs if pair not in short]
+    config, expected = replace(DPO, max_length=16, checkpoint_steps=1), f"Line {long.line} has .* max_length is 16"
+    assert short
+    with pytest.raises(ValueError, match=expected):
+        run(config, policy, tokenizer, [[*short, long]], tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        run(config, policy, tokenizer, [short], tmp_path, validation=lambda: [[long]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ends", ["finished", "closed", "failed"])
+def test_a_trained_policy_can_be_trained_by_its_owner(dtype, ends, make_policy, tokenizer, pairs, tmp_path):
+    policy = make_policy().to(dtype)
+    own = policy.model.layers[1].forward  # a patch of somebody else's
+    policy.model.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs)
+    patch = policy.model.layers[1].forward
+    config = replace(DPO, activation_checkpointing="on", max_tokens_per_pack=64)
+    batches = [pairs, pairs[:1] if ends != "failed" else [replace(pairs[0], ref_logps=None)]]
+    steps = train(
+        replace(config, checkpoint_steps=2), policy, tokenizer, batches, total_steps=2, checkpoint_dir=tmp_path
+    )
+    next(steps)
+    if ends == "closed":
+        steps.close()
+    elif ends == "failed":
+        with pytest.raises(ValueError, match="no ref_logps"):
+            next(steps)
+    else:
+        list(steps)
+    assert "forward" not in vars(policy.model.layers[0])
+    assert policy.model.layers[1].forward is patch
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    policy.train()
+    policy(input_ids=ids, labels=ids).loss.backward()
+    assert {parameter.grad.dtype for parameter in policy.parameters()} == {dtype}
+    optimizer.step()
 
 
 def test_chosen_completions_that_fall_while_margins_grow_are_told_of_once(policy, tokenizer, pairs, tmp_path, caplog):

@@ -17,14 +17,15 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dpo_core.checkpoint import verify
+from dpo_core.checkpoint import load, read_manifest, verify
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.optim import make_optimizer
 from dpo_core.options import Dpo, Mpo
 from dpo_core.scorer import Scorer
 from dpo_core.trainer import train
-from dpo_core.weights import shard
+from dpo_core.weights import Weights, shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
@@ -56,11 +57,15 @@ CASES = {
     "shards, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo(), sharding="full")),
     "shards, activations computed again": Case(2, replace(CONFIG, sharding="full", activation_checkpointing="on")),
     "shards that compute in bfloat16": Case(2, replace(CONFIG, sharding="full"), dtype=torch.bfloat16),
+    "shards of an adapter in bfloat16": Case(
+        2, replace(CONFIG, sharding="full"), adapter=Lora(r=4), dtype=torch.bfloat16
+    ),
     "shards that cannot share prompts": Case(2, replace(CONFIG, sharding="full"), model="capped model"),
     "four shards": Case(4, replace(CONFIG, sharding="full")),
     "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
 }
 STOPPED = ["copies", "shards"]
+IN_HALVES = [name for name, case in CASES.items() if case.dtype == torch.bfloat16]
 SHARDED = [name for name, case in CASES.items() if case.config.sharding != "auto" and case.dtype == torch.float32]
 
 
@@ -74,7 +79,6 @@ def train_in(
     case: Case,
     *,
     resume: Path | None = None,
-    after_step: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> None:
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
@@ -83,13 +87,14 @@ def train_in(
     policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
     if folder.name == "rank1":
         torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
-    batches = [pairs, pairs[:1], pairs[1:4]][after_step:]  # the second leaves ranks without a pack
+    batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves ranks without a pack
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
         total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
         validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]], stop=stop,
     )  # fmt: skip
     results = [(r.step, r.num_tokens, r.metrics) for r in steps]
+    assert all(parameter.dtype == case.dtype for parameter in policy.parameters() if not parameter.requires_grad)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in policy.named_parameters()}
@@ -103,7 +108,7 @@ def stop_in(home: Path, name: str, rank: int) -> None:
     train_in(home, folder, case, stop=lambda: next(wishes))
     shared = folder.parent if case.config.sharding != "auto" else folder.parent / "rank0"
     dist.barrier()  # the checkpoint is rank 0's to complete
-    train_in(home, folder / "resumed", case, resume=shared / "step-000001", after_step=1)
+    train_in(home, folder / "resumed", case, resume=shared / "step-000001")
 
 
 def disagree_in(folder: Path) -> None:
@@ -137,12 +142,14 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
             train_in(home, home / name / f"rank{rank}", case)
     if num_ranks == 4:  # from another number of ranks
         shards = CASES["four shards"]
-        train_in(
-            home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002", after_step=2
-        )
+        train_in(home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002")
     else:
         for name in STOPPED:
             stop_in(home, name, rank)
+        for name in IN_HALVES:  # where nothing is left to do
+            whole = home / f"{name}, by one"
+            resumed, checkpoint = whole / "resumed" / f"rank{rank}", whole / "step-000003"
+            train_in(home, resumed, CASES[name], resume=checkpoint)
         disagree_in(home)
         compute_unlike_completions_in(home)
     dist.destroy_process_group()
@@ -156,6 +163,8 @@ def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
     Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(home / "capped model")
     tokenizer.save_pretrained(home / "model")
     (home / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
+    for name in IN_HALVES:
+        train_in(home, home / f"{name}, by one" / "rank0", CASES[name])
     subprocess.run([sys.executable, "-m", "tests.dpo_core.test_trainer_ranks", home], cwd=ROOT, check=True)
     return home
 
@@ -190,9 +199,45 @@ def test_a_checkpoint_of_shards_is_whole_and_resumed_by_one(name, home):
     parts = [path for path in verify(checkpoint).files if path.startswith("optimizer-")]
     assert len(parts) == (4 if name == "four shards" else 2)
     alone = replace(case, config=replace(case.config, sharding="auto"))
-    train_in(home, home / name / "resumed" / "rank0", alone, resume=checkpoint, after_step=2)
+    train_in(home, home / name / "resumed" / "rank0", alone, resume=checkpoint)
     resumed, straight = (load_file(home / name / f / "weights.safetensors") for f in ("resumed/rank0", "rank0"))
     torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+def masters_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The trained weights in float32, in a checkpoint in bfloat16."""
+    parts = [load_file(path) for path in sorted(checkpoint.glob("optimizer-*"))]
+    names = [key.removesuffix(".master") for key in parts[0] if key.endswith(".master")]
+    return {name: torch.cat([part[f"{name}.master"] for part in parts]) for name in names}
+
+
+@pytest.mark.parametrize("name", IN_HALVES)
+def test_shards_in_bfloat16_go_on_from_one_and_one_from_shards_with_every_bit(name, home):
+    case, by_one = CASES[name], home / f"{name}, by one"
+    expected = masters_of(by_one / "step-000003")
+    found = load_file(by_one / "resumed" / "rank1" / "weights.safetensors")
+    torch.testing.assert_close({key: found[key] for key in expected}, expected, rtol=0, atol=0)
+
+    shards = load_file(home / name / "rank0" / "weights.safetensors")
+    checkpoint = home / name / "step-000003"
+    expected = masters_of(checkpoint)
+    torch.testing.assert_close({key: shards[key] for key in expected}, expected, rtol=0, atol=0)
+    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
+    weights = Weights(policy)
+    optimizer = make_optimizer(weights.stepped.values(), Optim())
+    load(checkpoint, read_manifest(checkpoint), policy=policy, weights=weights, optimizer=optimizer)
+    found = {key: parameter.detach() for key, parameter in weights.masters.items()}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(torch.equal(weights.trained[key], master.bfloat16()) for key, master in expected.items())
+
+
+@pytest.mark.parametrize("name", IN_HALVES)
+def test_a_model_is_saved_in_its_own_precision_by_shards_too(name, home):
+    model = home / name / "step-000003" / "model"
+    (weights,) = model.glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
+    if CASES[name].adapter is None:
+        assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_four_ranks_go_on_where_two_were(home):

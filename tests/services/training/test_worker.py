@@ -110,7 +110,7 @@ def test_demonstrations_are_trained_as_they_were_encoded_and_evaluated_alike(
         config,
         load_policy(spec.model_source),
         load_tokenizer(spec.model_source),
-        global_batches(data, config, after_step=0),
+        lambda after_step: global_batches(data, config, after_step=after_step),
         total_steps=num_steps(data.num_groups, config),
         checkpoint_dir=tmp_path,
         validation=held_out(data),

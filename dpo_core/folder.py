@@ -1,0 +1,73 @@
+"""Model folders, as transformers and vLLM load them."""
+
+import logging
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import (
+    AUDIO_TOKENIZER_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    cached_file,
+)
+
+logger = logging.getLogger(__name__)
+
+# How a model is given pictures and sounds; without these files it cannot be served.
+OF_PROCESSORS = (
+    FEATURE_EXTRACTOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    AUDIO_TOKENIZER_NAME,
+    "chat_template.json",
+)
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    files: dict[str, bytes],
+    **options: Any,
+) -> None:
+    """The model, its tokenizer, and other files by name; `options` are of `save_pretrained`.
+
+    The generation config is written as it came: transformers loads more of them than it agrees to save.
+    """
+    saved = copy(model)  # the model itself may be in use
+    if model.can_generate():
+        saved.generation_config = GenerationConfig()
+    saved.save_pretrained(folder, **options)
+    if model.can_generate():
+        model.generation_config.to_json_file(Path(folder, GENERATION_CONFIG_NAME), keys_to_pop=["compile_config"])
+    tokenizer.save_pretrained(folder)
+    for name, content in files.items():
+        Path(folder, name).write_bytes(content)
+
+
+def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
+    """The files of processors in the folder, or under the hub id, that the model was loaded from, by name."""
+    if not model.name_or_path:
+        return {}
+    try:
+        paths = {name: _find(model, name) for name in OF_PROCESSORS}
+    except OSError as error:  # it is no hub id either
+        logger.warning("Files of processors, if there are any, are not copied: %s", error)
+        return {}
+    return {name: Path(path).read_bytes() for name, path in paths.items() if path}
+
+
+def _find(model: PreTrainedModel, name: str) -> str | None:
+    path: str | None = cached_file(
+        model.name_or_path,
+        name,
+        _commit_hash=getattr(model.config, "_commit_hash", None),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return path
