@@ -47,15 +47,16 @@ def segment_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """All segments in one call where the device can, else one SDPA call per segment; returns [1, T, heads, width]."""
-    unknown = {name for name, given in kwargs.items() if name in _CHANGES_RESULT and given is not None}
+    unknown = {name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None}
     if segments is None or attention_mask is not None or dropout or unknown:
         raise ValueError(f"Attention over segments got no segments, a mask, dropout or {sorted(unknown)}.")
     attend = _at_once if _suits_flash(query, value) else _one_by_one
     return attend(query, key, value, segments, scaling, sliding_window), None
 
 
-# Arguments by which some architectures change what attention computes; sharing is not for them.
-_CHANGES_RESULT = {"softcap", "s_aux", "position_bias", "cache"}
+# Arguments that architectures pass on and that do not change what attention computes. Any other may, as a cap of its
+# scores, a sink, a bias or a choice of keys does, and then sharing is not for them.
+_CHANGES_NOTHING = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
 
 
 def _suits_flash(query: Tensor, value: Tensor) -> bool:
@@ -128,12 +129,11 @@ def _one_by_one(
         window = sliding_window if sliding_window and sliding_window < length else None
         plain = prefix_start == prefix_stop and window is None
         mask = None if plain else _mask(length - own.shape[2], length, window, query.device)
-        outputs.append(
-            scaled_dot_product_attention(
-                own, keys, values, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=grouped
-            )
+        attended = scaled_dot_product_attention(
+            own, keys, values, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=grouped
         )
-    return torch.cat(outputs, 2).transpose(1, 2)
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, 1)  # contiguous, as some architectures expect
 
 
 def _mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:

@@ -13,14 +13,19 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from dpo_core.adapter import attach
 from dpo_core.config import Lora
 from dpo_core.folder import processors_of, save_model
 from dpo_core.options import InvalidOption, Objective
@@ -37,8 +42,11 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
-    With an `adapter` all else is frozen. Raises InvalidOption where the model has none of its target modules.
+    With an `adapter` all else is frozen. Raises InvalidOption where the model has none of its target modules, or they
+    would not learn, and ValueError for a quantized model and for float16. Of a multimodal model that transformers
+    loads for texts only as a part, that part is loaded.
     """
+    check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter)
 
 
@@ -56,6 +64,7 @@ def load_reward_model(
     It is marked as a regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` gives the outputs
     as they are; else vLLM makes probabilities of them. An adapter is merged first.
     """
+    check_dtype(dtype)
     return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, **_regression(num_outputs))
 
 
@@ -79,37 +88,53 @@ def _load(
     adapter: Lora | None,
     **options: object,
 ) -> PreTrainedModel:
+    composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    config, names = _of_texts(composite, kind, source)
+    config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
     model = kind.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **options
+        source, config=config, dtype=dtype, key_mapping=names, use_safetensors=True, trust_remote_code=False
     )
     model.to(device).eval()
     if adapter is not None:
-        _attach(model, adapter)
+        rewards = is_reward_model(model)
+        # A new head is trained whole.
+        attach(
+            model,
+            adapter,
+            task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
+            trained_whole=["score"] if rewards else None,
+        )
     return cast(PreTrainedModel, model)
 
 
-def _attach(model: Any, adapter: Lora) -> None:
-    from peft import LoraConfig
-    from peft.utils.error import NoMatchingPeftModuleError
-
-    targets = adapter.target_modules
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="SEQ_CLS" if is_reward_model(model) else "CAUSAL_LM",
-        modules_to_save=["score"] if is_reward_model(model) else None,  # a new head is trained whole
-        base_model_name_or_path=model.name_or_path,
-    )
-    try:
-        model.add_adapter(config)
-    except NoMatchingPeftModuleError:
-        message = (
-            f"target_modules is {targets}, of which {type(model).__name__} has none; name some of its linear layers."
+def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
+    """The config to load, and how weights are renamed: those of a multimodal model of which transformers has
+    no class for texts alone are loaded into the class of its text model."""
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config["quant_method"]
+        raise ValueError(
+            f"{source} is a quantized model ({method}); train the one it was made from, in full precision."
         )
-        raise InvalidOption("target_modules", message) from None
+    loadable = (
+        MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    )
+    if type(config) in loadable:
+        return config, None
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in loadable:
+        raise ValueError(
+            f"{source} is of type {config.model_type}, for which transformers has no class to train on texts."
+        )
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text, _NAMES_OF_TEXTS
+
+
+# Of weights in a multimodal model, as transformers has written them since 4.52 and before.
+_NAMES_OF_TEXTS = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -170,8 +195,26 @@ def is_reward_model(model: nn.Module) -> bool:
     return count_outputs(model) > 0
 
 
+def check_policy(model: nn.Module) -> None:
+    """Raises ValueError for what no scorer can read as one model: a wrapper of PEFT's, or an adapted head."""
+    if not isinstance(model, PreTrainedModel):
+        remedy = "load the base with load_policy(folder, adapter=Lora(...))"
+        raise ValueError(f"{type(model).__name__} wraps a model, whose reference it would hide; {remedy}.")
+    head = model.get_output_embeddings()
+    if head is not None and hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{type(model).__name__} has an adapter on its head, which would not be trained; leave it out."
+        )
+
+
+def check_dtype(dtype: object) -> None:
+    if dtype == torch.float16:
+        raise ValueError("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
+
+
 def check_model(model: nn.Module, objective: Objective) -> None:
-    """Raises InvalidOption for a model of another kind than the objective trains."""
+    """Raises InvalidOption for a model of another kind than the objective trains, ValueError for one in float16."""
+    check_dtype(getattr(model, "dtype", None))
     wanted, found = objective.traits.num_outputs, count_outputs(model)
     if wanted != found:
         kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]

@@ -3,25 +3,21 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_core.admission import admit
-from dpo_core.attention import shared_prompts
-from dpo_core.batch import Batch, batches_of_like_lengths, collate, plan
+from dpo_core.batch import Batch, collate, plan
 from dpo_core.encode import EncodedGroup
-from dpo_core.logps import token_logps
-from dpo_core.model import adapter_off, is_reward_model, is_sharded
+from dpo_core.forward import packed_logps, packed_rewards, plain_logps, plain_rewards
+from dpo_core.model import adapter_off, check_policy, is_reward_model, is_sharded
+from dpo_core.probe import probe
 from dpo_core.scores import NUM_MEASURES
 
 logger = logging.getLogger(__name__)
-
-LEAST_FILL = 0.75  # of a padded batch that must be tokens
 
 
 class Scorer(nn.Module):
@@ -34,17 +30,18 @@ class Scorer(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        check_policy(model)
         self.model = model
         self.rewards = is_reward_model(model)
-        alone = _depends_on_length(model.config.get_text_config())
-        together = alone or _has_a_state(model.config.get_text_config()) or _departs(model, shared=True)
-        self.shares_prompts = not together
-        alone = alone or (together and _departs(model, shared=False))
-        self.takes_batches = not alone
-        if together:
-            manner = f"by the model's own forward, one at a time ({alone})" if alone else "in batches"
+        self.manner = probe(model)
+        self.shares_prompts, self.takes_batches = not self.manner.no_sharing, not self.manner.no_batches
+        if alone := self.manner.no_batches:
+            way = f"by the model's own forward, one at a time ({alone})"
+        else:
+            way = "in batches"
+        if together := self.manner.no_sharing:
             sentence = "%s cannot share prompts (%s); each completion is computed behind its own copy, %s."
-            logger.warning(sentence, type(model).__name__, together, manner)
+            logger.warning(sentence, type(model).__name__, together, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:
         """What the group costs of a pack's budget."""
@@ -79,14 +76,14 @@ class Scorer(nn.Module):
 
     def _outputs(self, batch: Batch) -> Tensor:
         if not self.takes_batches:
-            return _plain_rewards(self.model, batch)
-        return _rewards(self.model, batch, shared=self.shares_prompts)
+            return plain_rewards(self.model, batch)
+        return packed_rewards(self.model, batch, shared=self.shares_prompts)
 
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """[R] log-probabilities, and whether each target was the likeliest token."""
         if not self.takes_batches:
-            return _plain_logps(self.model, batch)
-        return _logps(self.model, batch, shared=self.shares_prompts)
+            return plain_logps(self.model, batch)
+        return packed_logps(self.model, batch, self.manner.logits, shared=self.shares_prompts)
 
 
 @torch.no_grad()
@@ -122,110 +119,3 @@ def reference_token_logps(
         for i in pack:
             found[i] = [next(rows).tolist() for _ in groups[i].completion_ids]
     return found
-
-
-def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """[T, H] behind the last layer."""
-    if not shared:
-        return _hidden_apart(model, batch)
-    with shared_prompts(model):
-        hidden: Tensor = model.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            segments=batch.segments,
-            use_cache=False,
-        ).last_hidden_state[0]
-    return hidden
-
-
-def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Each segment by itself. In a causal model, padding behind it changes nothing."""
-    lengths = [segment.stop - segment.start for segment in batch.segments]
-    streams = batch.input_ids.split_with_sizes(lengths)
-    found: dict[int, Tensor] = {}
-    for places in batches_of_like_lengths(lengths, 0.0 if is_sharded(model) else LEAST_FILL):
-        ids = pad_sequence([streams[i] for i in places], batch_first=True)
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        found |= {i: state[: lengths[i]] for i, state in zip(places, states, strict=True)}
-    return torch.cat([found[i] for i in range(len(lengths))])
-
-
-def _rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """[K, outputs of the head], read at the last token of each completion, as transformers and vLLM do."""
-    hidden = _hidden(model, batch, shared=shared)
-    found: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))
-    return found.float()
-
-
-def _logps(model: PreTrainedModel, batch: Batch, *, shared: bool) -> tuple[Tensor, Tensor]:
-    hidden = _hidden(model, batch, shared=shared)
-    head, config = cast(Any, model).get_output_embeddings(), model.config.get_text_config()
-    # The names that architectures have for a factor of the logits: Cohere's multiplies, Granite's divides.
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    rows = hidden.index_select(0, batch.rows)
-    return token_logps(
-        rows if scale == 1 else rows * scale,
-        head.weight,
-        getattr(head, "bias", None),
-        batch.targets,
-        soft_cap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """One completion after the other."""
-    streams = (batch.input_ids[None, segment.start : segment.stop] for segment in batch.segments)
-    states = [model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1] for ids in streams]
-    found: Tensor = cast(Any, model).score(torch.stack(states))
-    return found.float()
-
-
-def _plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """From the model's own logits, one completion after the other."""
-    logps, correct = [], []
-    rows, targets = batch.rows, batch.targets
-    sizes = batch.num_completion_tokens.tolist()
-    for segment, own_rows, ids in zip(
-        batch.segments, rows.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True
-    ):
-        stream = batch.input_ids[None, segment.start : segment.stop]
-        logits = model(input_ids=stream, use_cache=False).logits[0, own_rows - segment.start].float()
-        logps.append(logits.log_softmax(1).gather(1, ids[:, None])[:, 0])
-        correct.append(logits.argmax(1) == ids)
-    return torch.cat(logps), torch.cat(correct)
-
-
-# What architectures raise on arguments that they do not know.
-_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-
-
-def _has_a_state(config: PretrainedConfig) -> str:
-    """Layers that read the stream as a whole, in ways that a small example may not show."""
-    return ", ".join(sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}))
-
-
-def _depends_on_length(config: PretrainedConfig) -> str:
-    """Rotary positions that stretch with the longest sequence of a batch, if that is long enough."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    kinds = [kind for kind in ("dynamic", "longrope") if any(part.get("rope_type") == kind for part in by_layer)]
-    return ", ".join(f"{kind} positions" for kind in kinds)
-
-
-@torch.no_grad()
-def _departs(model: PreTrainedModel, *, shared: bool) -> str:
-    """How a pack departs from this model's own answers on a small example; empty where it does not."""
-    ids = [i % model.config.get_text_config().vocab_size for i in range(3, 24)]
-    example = [EncodedGroup(ids[:7], (ids[7:11], ids[11:16]), None, 1), EncodedGroup(ids[16:17], (ids[17:],), None, 2)]
-    rewards = is_reward_model(model)
-    packed, alone = (
-        collate(example, share_prompts=share, with_ends=rewards).to(model.device) for share in (shared, False)
-    )
-    try:
-        found = _rewards(model, packed, shared=shared) if rewards else _logps(model, packed, shared=shared)[0]
-    except _REFUSALS as error:
-        return f"{type(error).__name__}: {error}"
-    plain = _plain_rewards(model, alone) if rewards else _plain_logps(model, alone)[0]
-    difference = (found - plain).abs().max().item()
-    tolerated = 2e-4 if model.dtype == torch.float32 else 0.3
-    return "" if difference < tolerated else f"its answers differ by {difference:.2g}"

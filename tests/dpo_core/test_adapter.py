@@ -4,14 +4,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV32Config,
+    FalconH1Config,
+    Gemma3Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PhimoeConfig,
+)
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.model import load_policy, merge_adapter
 from dpo_core.options import InvalidOption
 from dpo_core.scorer import score_reference
 from dpo_core.trainer import train
+from tests.dpo_core import conftest
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-2), batch_size=8, n_epochs=1, max_length=64, checkpoint_steps=2)
 ADAPTERS = {
@@ -95,6 +105,92 @@ def test_modules_that_the_model_lacks_are_refused(base):
     with pytest.raises(InvalidOption, match="w_query") as refused:
         load_policy(base, adapter=Lora(target_modules=("w_query",)))
     assert refused.value.field == "target_modules"
+
+
+def adapted(config, tokenizer, folder, adapter=None):
+    """Where the adapter is, of a new model of that config."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    policy = load_policy(folder, adapter=adapter or Lora(r=2))
+    return policy, {name.partition(".lora_B")[0] for name, _ in policy.named_parameters() if "lora_B" in name}
+
+
+SIZES = conftest.SIZES | {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA4 = Llama4TextConfig(**SIZES, intermediate_size_mlp=64, num_local_experts=2)
+PHIMOE = PhimoeConfig(**SIZES, num_local_experts=4)
+MIXTRAL = MixtralConfig(**SIZES, num_local_experts=4)
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+FALCON_H1 = FalconH1Config(**SIZES, **MAMBA)
+DEEPSEEK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize("config", [LLAMA4, PHIMOE, MIXTRAL], ids=lambda config: config.model_type)
+def test_by_default_routers_are_left_out_and_what_is_adapted_learns(config, tokenizer, pairs, tmp_path):
+    policy, names = adapted(config, tokenizer, tmp_path / "base")
+    assert not any("router" in name or name.endswith("gate") for name in names)
+    assert any("experts" in name for name in names) == (config is MIXTRAL)
+    list(train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path / "run"))
+    assert all(weight.any() for name, weight in policy.named_parameters() if "lora_B" in name)
+
+
+def test_by_default_the_towers_of_a_multimodal_model_are_left_out(tokenizer, tmp_path):
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=SIZES, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    _, names = adapted(config, tokenizer, tmp_path)
+    assert len(names) == 2 * 7
+    assert all("language_model" in name for name in names)
+
+
+def test_by_default_mamba_blocks_have_their_first_layer_adapted(tokenizer, tmp_path):
+    _, names = adapted(FALCON_H1, tokenizer, tmp_path)
+    assert {name.rpartition(".")[2] for name in names if ".mamba." in name} == {"in_proj"}
+    assert {"q_proj", "o_proj"} <= {name.rpartition(".")[2] for name in names}
+
+
+def test_by_default_layers_that_only_choose_are_left_out(tokenizer, tmp_path):
+    config = DeepseekV32Config(
+        **SIZES | DEEPSEEK | {"num_key_value_heads": 4},
+        first_k_dense_replace=1,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        index_topk=4,
+    )
+    _, names = adapted(config, tokenizer, tmp_path)
+    assert names
+    assert not any("indexer" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "reason"),
+    [
+        (LlamaConfig(**SIZES), "lm_head", "names lm_head, the head, whose adapter is not trained"),
+        (LLAMA4, "router", "router, whose adapter texts would not train"),
+        (FALCON_H1, "out_proj", "Module 'out_proj' is incompatible with Mamba-based models"),
+        (LlamaConfig(**SIZES), "input_layernorm", "is not supported"),
+    ],
+    ids=["head", "router", "mamba", "norm"],
+)
+def test_modules_whose_adapter_would_not_learn_are_refused(config, module, reason, tokenizer, tmp_path):
+    with pytest.raises(InvalidOption, match=reason) as refused:
+        adapted(config, tokenizer, tmp_path, Lora(r=2, target_modules=("q_proj", module)))
+    assert refused.value.field == "target_modules"
+
+
+def test_a_model_that_peft_has_wrapped_is_refused(policy, pairs):
+    wrapped = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"PeftModel wraps a model.*load_policy"):
+        score_reference(wrapped, pairs, max_tokens_per_pack=64)
+
+
+def test_a_head_that_was_adapted_elsewhere_is_refused(policy, pairs):
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="has an adapter on its head"):
+        score_reference(policy, pairs, max_tokens_per_pack=64)
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 0), ("lora_alpha", 0.0), ("target_modules", ())])

@@ -1,18 +1,28 @@
+import json
 import logging
 
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
+    Mistral3Config,
     MistralConfig,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
     MixtralConfig,
     Olmo2Config,
     Phi3Config,
@@ -21,9 +31,11 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    ViTConfig,
 )
 
-from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.model import check_model, load_policy, load_reward_model, load_tokenizer
+from dpo_core.options import Dpo
 from dpo_core.scorer import Scorer, score_reference
 from tests.dpo_core import conftest
 
@@ -183,3 +195,112 @@ def test_code_that_travels_with_a_model_is_not_run(policy, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_policy(tmp_path)
     assert not (tmp_path / "sprung").exists()
+
+
+def save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+        MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, initializer_range=0.3),
+        BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
+        GPTJConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, initializer_range=0.3),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_without_sdpa_loads_with_the_attention_that_it_has(
+    config, tokenizer, tmp_path, pairs, plain_token_logps
+):
+    torch.manual_seed(0)
+    policy = load_policy(save(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path))
+    scorer = Scorer(policy)
+    logps, _ = scorer.token_logps(scorer.collate(pairs))
+    assert_same_as_plain(policy, pairs, logps, plain_token_logps)
+
+
+def test_attention_is_chosen_anew_whatever_the_folder_was_saved_with(policy, tokenizer, tmp_path):
+    file = save(policy, tokenizer, tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "flash_attention_2"}))
+    assert load_policy(tmp_path).config._attn_implementation == "sdpa"
+
+
+TEXT = conftest.SIZES | {"model_type": "mistral", "initializer_range": 0.3}
+VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def test_a_multimodal_model_without_a_class_for_texts_loads_as_its_text_model(
+    tokenizer, tmp_path, pairs, plain_token_logps
+):
+    torch.manual_seed(0)
+    config = Mistral3Config(text_config=TEXT, vision_config=VISION, tie_word_embeddings=False)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    policy = load_policy(save(whole, tokenizer, tmp_path))
+    assert isinstance(policy, MistralForCausalLM)
+    expected, found = (torch.cat(plain_token_logps(model, pairs[1])) for model in (whole, policy))
+    torch.testing.assert_close(found, expected)
+    assert isinstance(load_reward_model(tmp_path), MistralForSequenceClassification)
+
+
+def test_a_model_that_writes_no_texts_is_refused(tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save(AutoModel.from_config(ViTConfig(**sizes, image_size=8, patch_size=4)), tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="is of type vit, for which transformers has no class to train on texts"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "mxfp4"])
+def test_a_quantized_model_is_refused(method, policy, tokenizer, tmp_path):
+    file = save(policy, tokenizer, tmp_path) / "config.json"
+    quantized = {"quantization_config": {"quant_method": method, "bits": 4, "load_in_4bit": True}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | quantized))
+    with pytest.raises(ValueError, match=rf"is a quantized model \({method}\); train the one it was made from"):
+        load_policy(tmp_path)
+
+
+def test_float16_is_refused(policy, tokenizer, tmp_path):
+    save(policy, tokenizer, tmp_path)
+    for load in (load_policy, load_reward_model):
+        with pytest.raises(ValueError, match="use bfloat16 or float32"):
+            load(tmp_path, dtype=torch.float16)
+    with pytest.raises(ValueError, match="use bfloat16 or float32"):
+        check_model(policy.half(), Dpo())
+
+
+def test_a_decoder_that_transformers_does_not_name_is_found(pairs, plain_token_logps):
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(
+        Llama4TextConfig(
+            **SIZES | {"num_hidden_layers": 4},
+            intermediate_size_mlp=64,
+            num_local_experts=2,
+            attention_chunk_size=8,
+            floor_scale=4,
+        )
+    ).eval()
+    scorer = Scorer(policy)
+    assert scorer.takes_batches
+    logps, _ = scorer.token_logps(scorer.collate(pairs))
+    assert_same_as_plain(policy, pairs, logps, plain_token_logps)
+
+
+def test_scales_of_positions_in_the_stream_are_not_shared(pairs, plain_token_logps):
+    torch.manual_seed(0)
+    full = ["full_attention"] * 2
+    config = Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=64, num_local_experts=2, layer_types=full, floor_scale=8192
+    )
+    config.no_rope_layers = [1, 0]
+    assert not Scorer(AutoModelForCausalLM.from_config(config).eval()).shares_prompts

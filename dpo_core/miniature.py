@@ -1,0 +1,136 @@
+"""A small float32 model of the same architecture and options as a large one, in which everything that
+shows only in long texts is in force on a few tokens."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+MOST_KINDS = 8  # of layers that a miniature has
+MOST_WEIGHTS = 1_000_000_000
+# How much it has at most of what is counted under these names.
+_AT_MOST = {
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "depth": 1,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    # What a text must be longer than to show it: windows, the chunks that a state is handed on by, the keys that
+    # sparse attention chooses, the tokens of one step of a scale that grows with the position.
+    "sliding_window": 4,
+    "sliding_window_size": 4,
+    "attention_window_size": 4,
+    "attention_chunk_size": 4,
+    "local_attention": 8,
+    "window_size": 4,
+    "keep_window_size": 4,
+    "chunk_size": 8,
+    "mamba_chunk_size": 8,
+    "index_topk": 4,
+    "floor_scale": 4,
+}
+
+
+def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
+    """One layer of each kind, at least two, with random weights, and few heads if it is `narrow`.
+
+    Raises what the architecture raises where its config cannot be cut down.
+    """
+    config = deepcopy(model.config)
+    for part in _parts(config):
+        _cut(part)
+        if narrow:
+            _narrow(part)
+    with torch.device("meta"):
+        num_weights = sum(parameter.numel() for parameter in type(model)(config).parameters())
+    if num_weights > MOST_WEIGHTS:
+        raise ValueError(f"{num_weights} weights are too many for it; the most are {MOST_WEIGHTS}")
+    device = model.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        small = type(model)(config).float().eval()
+        _randomize(small)
+    return small.requires_grad_(False)
+
+
+def _parts(config: PretrainedConfig) -> Iterator[Any]:
+    """A config, and those of its towers."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from _parts(value)
+
+
+def _cut(config: Any) -> None:
+    config.dtype = torch.float32
+    for name, most in _AT_MOST.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > most:
+            setattr(config, name, most)
+    if isinstance(getattr(config, "pad_token_id", None), int):
+        config.pad_token_id = min(config.pad_token_id, _AT_MOST["vocab_size"] - 1)
+    for rope in _ropes(config):
+        if "llama_4_scaling_beta" in rope:
+            rope["original_max_position_embeddings"] = _AT_MOST["floor_scale"]
+    _cut_layers(config)
+
+
+def _narrow(config: Any) -> None:
+    """Keep so many heads that each of two, of keys and values, has as many queries as before, and a width to fit."""
+    heads: int = getattr(config, "num_attention_heads", None) or 1
+    keys: int = getattr(config, "num_key_value_heads", None) or heads
+    if heads % keys or config.hidden_size % heads:
+        return
+    fewer = min(keys, 2)
+    config.hidden_size = config.hidden_size // keys * fewer
+    for name, count in {"num_attention_heads": heads // keys * fewer, "num_key_value_heads": fewer}.items():
+        if getattr(config, name, None):
+            setattr(config, name, count)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The options of rotary positions, of all layers or of each kind of them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]
+
+
+def _cut_layers(config: Any) -> None:
+    """Keep the first layer of each kind, and what lists say of it."""
+    count = getattr(config, "num_hidden_layers", 0)
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
+    kinds = list(zip(*(v for v in lists.values() if len(set(map(str, v))) <= MOST_KINDS), strict=True)) or [()] * count
+    first = {str(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}
+    kept = sorted(first.values())[:MOST_KINDS]
+    kept = kept if len(kept) > 1 else list(range(count))[:2]
+    for name, value in lists.items():
+        setattr(config, name, [value[layer] for layer in kept])
+    if count > len(kept):
+        config.num_hidden_layers = len(kept)
+
+
+def _randomize(model: nn.Module) -> None:
+    """Weights of which every one shows: inner products are about 1, logits spread, and no bias is 0."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            else:
+                spread = 1.0 if id(parameter) in embeddings else parameter.shape[-1] ** -0.5
+                parameter.normal_(0, 4 * spread if head is not None and parameter is head.weight else spread)
