@@ -78,10 +78,16 @@ def _check_causal(model: PreTrainedModel) -> None:
 
 def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """[T, V] what the model's own forward says at each token, or [T, H] the hidden states of a reward model."""
-    inputs = torch.tensor([list(ids)], device=model.device)
+    inputs = torch.tensor([_known(model, ids)], device=model.device)
     if is_reward_model(model):
         return cast(Tensor, decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state[0])
     return cast(Tensor, model(input_ids=inputs, use_cache=False).logits[0]).float().log_softmax(1)
+
+
+def _known(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
+    """The ids, or others in their place where the vocabulary is smaller."""
+    size = model.get_input_embeddings().num_embeddings
+    return [number % size for number in ids]
 
 
 def _departs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
@@ -107,7 +113,7 @@ def _departs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
     """A pair behind a prompt, all longer than the windows of a miniature, and a demonstration."""
-    ids = IDS
+    ids = _known(model, IDS)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)
 
