@@ -45,9 +45,19 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
     _, function = _function(row, pointer, tool, _DESCRIBED)
     if function.get("description") is not None:
         string_of(row, f"{pointer}/function/description", function["description"])
-    if not isinstance(function.get("parameters"), dict | None):
+    parameters = function.get("parameters")
+    if not isinstance(parameters, dict | None):
         raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary: a JSON Schema.")
+    _refuse_filled(row, f"{pointer}/function/parameters/properties", (parameters or {}).get("properties"))
     return tool if tool.get("type") else {**tool, "type": "function"}
+
+
+def _refuse_filled(row: Row, pointer: str, properties: object) -> None:
+    """Tables give each tool the properties of all others, as null, and each call their arguments."""
+    for name, schema in properties.items() if isinstance(properties, dict) else ():
+        if schema is None:
+            what = "is null, as tables fill what a row lacks; keep tools, and arguments of calls, in texts of JSON."
+            raise row.invalid(pointer + pointer_to((name,)), "null_property", what)
 
 
 def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:

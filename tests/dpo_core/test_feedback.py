@@ -337,6 +337,11 @@ def described(**changes: object) -> list[object]:
 @pytest.mark.parametrize(
     ("tools", "pointer", "code"),
     [
+        (
+            described(parameters={"type": "object", "properties": {"at": {"type": "string"}, "what": None}}),
+            "/1/function/parameters/properties/what",
+            "null_property",
+        ),
         ({"look": {}}, "", "wrong_type"),
         ("look", "", "invalid_json"),
         ('{"look": {}}', "", "wrong_type"),
