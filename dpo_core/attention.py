@@ -47,9 +47,12 @@ def segment_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """All segments in one call where the device can, else one SDPA call per segment; returns [1, T, heads, width]."""
-    unknown = {name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None}
-    if segments is None or attention_mask is not None or dropout or unknown:
-        raise ValueError(f"Attention over segments got no segments, a mask, dropout or {sorted(unknown)}.")
+    unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
+    unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
+    if segments is None:
+        raise ValueError("Attention over segments got no segments.")
+    if unusable:
+        raise ValueError(f"Attention over segments cannot use {', '.join(unusable)}.")
     attend = _at_once if _suits_flash(query, value) else _one_by_one
     return attend(query, key, value, segments, scaling, sliding_window), None
 

@@ -84,7 +84,7 @@ def _cut(config: Any) -> None:
             setattr(config, name, most)
     if isinstance(getattr(config, "pad_token_id", None), int):
         config.pad_token_id = min(config.pad_token_id, _AT_MOST["vocab_size"] - 1)
-    for rope in _ropes(config):
+    for rope in ropes(config):
         if "llama_4_scaling_beta" in rope:
             rope["original_max_position_embeddings"] = _AT_MOST["floor_scale"]
     _cut_layers(config)
@@ -103,7 +103,7 @@ def _narrow(config: Any) -> None:
             setattr(config, name, count)
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def ropes(config: Any) -> list[dict[str, Any]]:
     """The options of rotary positions, of all layers or of each kind of them."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(part for part in rope.values() if isinstance(part, dict))]
@@ -123,14 +123,14 @@ def _cut_layers(config: Any) -> None:
         config.num_hidden_layers = len(kept)
 
 
-def _randomize(model: nn.Module) -> None:
+def _randomize(model: PreTrainedModel) -> None:
     """Weights of which every one shows: inner products are about 1, logits spread, and no bias is 0."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    spreads = {id(module.weight): 1.0 for module in model.modules() if isinstance(module, nn.Embedding)}
+    if head := model.get_output_embeddings():
+        spreads[id(head.weight)] = 4 * head.weight.shape[-1] ** -0.5
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             else:
-                spread = 1.0 if id(parameter) in embeddings else parameter.shape[-1] ** -0.5
-                parameter.normal_(0, 4 * spread if head is not None and parameter is head.weight else spread)
+                parameter.normal_(0, spreads.get(id(parameter), parameter.shape[-1] ** -0.5))

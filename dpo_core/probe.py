@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dpo_core.batch import Batch, collate
 from dpo_core.encode import EncodedGroup
 from dpo_core.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
-from dpo_core.miniature import miniature
+from dpo_core.miniature import miniature, ropes
 from dpo_core.model import is_reward_model
 
 TOLERATED = 1e-4  # in float32, of the largest number compared and at least of 1
@@ -136,7 +136,5 @@ def _has_a_state(config: PretrainedConfig) -> str:
 
 def _depends_on_length(config: PretrainedConfig) -> str:
     """Rotary positions that stretch with the longest sequence of a batch, if that is long enough."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    kinds = [kind for kind in ("dynamic", "longrope") if any(part.get("rope_type") == kind for part in by_layer)]
-    return ", ".join(f"{kind} positions" for kind in kinds)
+    kinds = {rope.get("rope_type") for rope in ropes(config)}
+    return ", ".join(f"{kind} positions" for kind in ("dynamic", "longrope") if kind in kinds)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     FalconH1Config,
@@ -169,3 +170,14 @@ def test_a_miniature_has_a_layer_of_each_kind():
     small = miniature(policy, narrow=True)
     assert small.config.layer_types == ["sliding_attention", "full_attention"]
     assert small.config.sliding_window == 4
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt_oss", "gpt2", "llama4_text"]
+)
+def test_a_miniature_of_a_model_of_real_size_is_small(family):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family))
+        small = miniature(model, narrow=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1e8
+    assert sum(parameter.numel() for parameter in small.parameters()) < 1e8
