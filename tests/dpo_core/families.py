@@ -234,19 +234,18 @@ def examine(family: str) -> Found:
 def _train(base: Path, groups: list[EncodedGroup], folder: Path, *, adapter: Lora | None) -> None:
     """Two steps; their last checkpoint loads as what was trained, and the second step repeats from the first's."""
 
-    def run(name: str, steps: int, resume: Path | None = None) -> PreTrainedModel:
+    def run(name: str, resume: Path | None = None) -> PreTrainedModel:
         torch.manual_seed(0)
         policy = load_policy(base, adapter=adapter)
-        batches = [groups] * steps
         for result in train(
-            CONFIG, policy, tokenizer, batches, total_steps=2, checkpoint_dir=folder / name, resume=resume
+            CONFIG, policy, tokenizer, [groups] * 2, total_steps=2, checkpoint_dir=folder / name, resume=resume
         ):
             assert result.metrics["grad_norm"] > 0
         return policy
 
     tokenizer = load_tokenizer(base)
-    policy = run("run", 2)
-    resumed = run("again", 1, resume=folder / "run" / "step-000001")
+    policy = run("run")
+    resumed = run("again", resume=folder / "run" / "step-000001")
     for (name, ours), (_, theirs) in zip(resumed.named_parameters(), policy.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), f"{name} is another after resuming"
     saved = folder / "run" / "step-000002" / "model"
