@@ -93,7 +93,7 @@ def _linears(model: PreTrainedModel) -> set[str]:
     hooks = [module.register_forward_hook(note) for module in names]
     hooks.append(embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_().clone()))
     try:
-        ids = torch.arange(3, 11, device=model.device)[None]
+        ids = torch.arange(3, 11, device=model.device)[None] % model.config.get_text_config().vocab_size
         model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
     finally:
         for hook in hooks:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Mxfp4Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,8 +44,8 @@ def load_policy(
     """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
     With an `adapter` all else is frozen. Raises InvalidOption where the model has none of its target modules, or they
-    would not learn, and ValueError for a quantized model and for float16. Of a multimodal model that transformers
-    loads for texts only as a part, that part is loaded.
+    would not learn. Raises ValueError for float16 and for a quantized model; one in MXFP4 is expanded. Of a multimodal
+    model that transformers loads for texts only as a part, that part is loaded.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter)
@@ -91,9 +92,18 @@ def _load(
     composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     config, names = _of_texts(composite, kind, source)
     config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
+    quantization = _expansion(composite, source)
     model = kind.from_pretrained(
-        source, config=config, dtype=dtype, key_mapping=names, use_safetensors=True, trust_remote_code=False
+        source,
+        config=config,
+        dtype=dtype,
+        quantization_config=quantization,
+        key_mapping=names,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
+    if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
+        model.to(model.dtype)
     model.to(device).eval()
     if adapter is not None:
         rewards = is_reward_model(model)
@@ -107,14 +117,21 @@ def _load(
     return cast(PreTrainedModel, model)
 
 
-def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """The config to load, and how weights are renamed: those of a multimodal model of which transformers has
-    no class for texts alone are loaded into the class of its text model."""
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config["quant_method"]
+def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
+    """How quantized weights become whole ones: gpt-oss is published in MXFP4 alone. Others are refused."""
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method == "mxfp4":
+        return Mxfp4Config(dequantize=True)
+    if method is not None:
         raise ValueError(
             f"{source} is a quantized model ({method}); train the one it was made from, in full precision."
         )
+    return None
+
+
+def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
+    """The config to load, and how weights are renamed: those of a multimodal model of which transformers has
+    no class for texts alone are loaded into the class of its text model."""
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     )

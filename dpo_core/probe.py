@@ -15,7 +15,7 @@ from dpo_core.miniature import miniature, ropes
 from dpo_core.model import is_reward_model
 
 TOLERATED = 1e-4  # in float32, of the largest number compared and at least of 1
-IDS = range(3, 33)  # of the example: longer than what a miniature has in force
+NUM_TOKENS = 30  # of the example: more than what a miniature has in force
 # What architectures raise on what they do not know.
 REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -58,7 +58,7 @@ def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)
-            _answer(small, IDS)
+            _answer(small, _ids(small))
         except Exception as error:  # each architecture refuses what it cannot be in its own way
             reason = f"it has no miniature, {type(error).__name__}: {error}"
         else:
@@ -67,8 +67,8 @@ def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
-    half = len(IDS) // 2
-    first, second = (_answer(model, [*IDS[:half], *behind])[:half] for behind in (IDS[half:], IDS[:half]))
+    ids, half = _ids(model), NUM_TOKENS // 2
+    first, second = (_answer(model, ids[:half] + behind)[:half] for behind in (ids[half:], ids[:half][::-1]))
     if _difference(first, second) > _tolerated(model, first):
         name = type(model).__name__
         raise ValueError(
@@ -78,16 +78,10 @@ def _check_causal(model: PreTrainedModel) -> None:
 
 def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """[T, V] what the model's own forward says at each token, or [T, H] the hidden states of a reward model."""
-    inputs = torch.tensor([_known(model, ids)], device=model.device)
+    inputs = torch.tensor([list(ids)], device=model.device)
     if is_reward_model(model):
         return cast(Tensor, decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state[0])
     return cast(Tensor, model(input_ids=inputs, use_cache=False).logits[0]).float().log_softmax(1)
-
-
-def _known(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
-    """The ids, or others in their place where the vocabulary is smaller."""
-    size = model.get_input_embeddings().num_embeddings
-    return [number % size for number in ids]
 
 
 def _departs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
@@ -113,9 +107,13 @@ def _departs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
     """A pair behind a prompt, all longer than the windows of a miniature, and a demonstration."""
-    ids = _known(model, IDS)
+    ids = _ids(model)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)
+
+
+def _ids(model: PreTrainedModel) -> list[int]:
+    return [i % model.config.get_text_config().vocab_size for i in range(3, 3 + NUM_TOKENS)]
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -3,6 +3,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -261,13 +262,38 @@ def test_a_model_that_writes_no_texts_is_refused(tokenizer, tmp_path):
         load_policy(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "mxfp4"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
 def test_a_quantized_model_is_refused(method, policy, tokenizer, tmp_path):
     file = save(policy, tokenizer, tmp_path) / "config.json"
     quantized = {"quantization_config": {"quant_method": method, "bits": 4, "load_in_4bit": True}}
     file.write_text(json.dumps(json.loads(file.read_text()) | quantized))
     with pytest.raises(ValueError, match=rf"is a quantized model \({method}\); train the one it was made from"):
         load_policy(tmp_path)
+
+
+def test_gpt_oss_in_mxfp4_is_expanded(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = GptOssConfig(**SIZES | {"intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2)
+    save(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for expert in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        num, width, outputs = weights.pop(expert).shape
+        blocks = torch.zeros(num, outputs, width // 32, 16, dtype=torch.uint8)
+        blocks[0] = 0x22  # two numbers of four bits, each 1
+        scales = torch.full((num, outputs, width // 32), 127 - 3, dtype=torch.uint8)
+        weights |= {f"{expert}_blocks": blocks, f"{expert}_scales": scales}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "config.json"
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantized = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantized}))
+    policy = load_policy(tmp_path)
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    first, *others = policy.get_parameter("model.layers.0.mlp.experts.down_proj")
+    assert torch.equal(first, torch.full_like(first, 2**-3))
+    assert not torch.stack(others).any()
+    policy.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 def test_float16_is_refused(policy, tokenizer, tmp_path):

@@ -123,6 +123,10 @@ def test_a_small_scale_that_nobody_knows_is_seen_in_any_dtype(dtype, make_policy
     assert not Scorer(policy).takes_batches
 
 
+def test_a_vocabulary_may_be_smaller_than_the_example(make_policy):
+    assert Scorer(make_policy(vocab_size=6, pad_token_id=None, bos_token_id=0, eos_token_id=1)).shares_prompts
+
+
 class Oddity(LlamaForCausalLM):
     """A class that makes no second model."""
 
