@@ -123,20 +123,36 @@ def _one_by_one(
     sizes = [stop - start for start, stop in pairwise(cuts)]
     key_parts, value_parts = key.split_with_sizes(sizes, 2), value.split_with_sizes(sizes, 2)
     queries = query.split_with_sizes([stop - start for _, _, start, stop in segments], 2)
+    masks = _masks(segments, sliding_window, query.dtype, query.device)
     outputs = []
-    for own, (prefix_start, prefix_stop, start, stop) in zip(queries, segments, strict=True):
+    for own, mask, (prefix_start, prefix_stop, start, stop) in zip(queries, masks, segments, strict=True):
         seen = [*range(place[prefix_start], place[prefix_stop]), *range(place[start], place[stop])]
         keys = torch.cat([key_parts[i] for i in seen], 2)
         values = torch.cat([value_parts[i] for i in seen], 2)
-        length = keys.shape[2]
-        window = sliding_window if sliding_window and sliding_window < length else None
-        plain = prefix_start == prefix_stop and window is None
-        mask = None if plain else _mask(length - own.shape[2], length, window, query.device)
         attended = scaled_dot_product_attention(
-            own, keys, values, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=grouped
+            own, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(attended.transpose(1, 2))
     return torch.cat(outputs, 1)  # contiguous, as some architectures expect
+
+
+@lru_cache(maxsize=2)  # all layers of a forward ask for the same, some perhaps with a window
+def _masks(
+    segments: Segments, sliding_window: int | None, dtype: torch.dtype, device: torch.device
+) -> list[Tensor | None]:
+    """What to add to the scores of each segment; None: it is causal and no more. All layers keep the same tensors for
+    backward: of a mask of truth values, SDPA would keep a copy for each."""
+    masks: list[Tensor | None] = []
+    for prefix_start, prefix_stop, start, stop in segments:
+        prefix = prefix_stop - prefix_start
+        length = prefix + stop - start
+        window = sliding_window if sliding_window and sliding_window < length else None
+        if prefix == 0 and window is None:
+            masks.append(None)
+        else:
+            seen = _mask(prefix, length, window, device)
+            masks.append(torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf))
+    return masks
 
 
 def _mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,7 +1,9 @@
 """Groups become packs: one stream of tokens under a budget, no padding, each prompt once."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from heapq import heapreplace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,12 +21,13 @@ def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) ->
     """
     costs = [min(length, max_tokens_per_pack) for length in lengths]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    packs_per_rank = max(1, -(-sum(costs) // (num_ranks * max_tokens_per_pack)))
-    while True:
-        packs = _balance(costs, longest_first, num_ranks * packs_per_rank)
-        if all(sum(costs[i] for i in pack) <= max_tokens_per_pack for pack in packs):
-            break
-        packs_per_rank += 1
+
+    def balanced(packs_per_rank: int) -> list[list[int]] | None:
+        return _balance(costs, longest_first, num_ranks * packs_per_rank, max_tokens_per_pack)
+
+    least = max(1, -(-sum(costs) // (num_ranks * max_tokens_per_pack)))
+    packs = balanced(_first(lambda number: balanced(number) is not None, least))
+    assert packs is not None
     packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     for turn, pack in enumerate(packs):  # dealt there and back, so that no rank always gets the heavier
@@ -33,13 +36,24 @@ def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) ->
     return ranks
 
 
-def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int) -> list[list[int]]:
+def _first(fits: Callable[[int], bool], least: int) -> int:
+    """From `least` on, the first that fits: tried in growing strides, then between the last two."""
+    start, found, stride = least, least, 1
+    while not fits(found):
+        start, found, stride = found + 1, found + stride, 2 * stride
+    return bisect_left(range(found), True, start, key=fits)
+
+
+def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
+    """Each to the pack that is the lightest so far; None: one would have more than `most`."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
-    loads = [0] * num_packs
+    loads = [(0, number) for number in range(num_packs)]
     for i in longest_first:
-        lightest = loads.index(min(loads))
+        load, lightest = loads[0]
+        if load + costs[i] > most:
+            return None
         packs[lightest].append(i)
-        loads[lightest] += costs[i]
+        heapreplace(loads, (load + costs[i], lightest))
     return packs
 
 

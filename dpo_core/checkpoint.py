@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_core.config import TrainConfig
 from dpo_core.folder import processors_of, save_model
 from dpo_core.model import agree_on_padding, has_adapter
-from dpo_core.ranks import num_ranks, rank
+from dpo_core.ranks import num_ranks, rank, together
 from dpo_core.weights import Weights
 
 MANIFEST = "manifest.json"
@@ -132,6 +132,17 @@ class Writer:
             shutil.rmtree(partial, ignore_errors=True)
         if self._others:
             dist.barrier(self._others)
+        files = self._gather(lambda: self._write_part(partial, manifest, model, state))
+        if rank() == 0:
+            (partial / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1))
+            shutil.rmtree(whole, ignore_errors=True)  # an earlier attempt's
+            os.rename(partial, whole)
+            self._publish(manifest.step, whole)
+
+    def _write_part(
+        self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> dict[str, FileDigest]:
+        """This rank's files; those of others than rank 0 are published."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
         if self._part is not None:
@@ -146,17 +157,13 @@ class Writer:
         files = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, _sha256(path)) for path in paths}
         if paths and rank() > 0:
             self._publish(manifest.step, partial)
-        files = self._gather(files)
-        if rank() == 0:
-            (partial / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1))
-            shutil.rmtree(whole, ignore_errors=True)  # an earlier attempt's
-            os.rename(partial, whole)
-            self._publish(manifest.step, whole)
+        return files
 
-    def _gather(self, files: dict[str, FileDigest]) -> dict[str, FileDigest]:
-        """The files of all ranks; on rank 0."""
+    def _gather(self, write: Callable[[], dict[str, FileDigest]]) -> dict[str, FileDigest]:
+        """What all ranks write; on rank 0."""
         if self._others is None:
-            return files
+            return write()
+        files = together(write, torch.device("cpu"), self._others)
         parts: list[Any] = [None] * num_ranks()
         dist.gather_object(files, parts if rank() == 0 else None, group=self._others)
         return {name: digest for part in parts for name, digest in (part or {}).items()}

@@ -87,7 +87,8 @@ def _budget(model: PreTrainedModel, sharding: Sharding) -> int | None:
 def _free_bytes(device: torch.device) -> int | None:
     """Of a GPU, or this rank's part of what its machine, or container, has left."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held, and given again
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         free = _number(MEMINFO, "MemAvailable:") * 1024
     except (OSError, KeyError):

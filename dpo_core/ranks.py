@@ -1,11 +1,14 @@
 """The processes that train together; one process is a group of its own."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -41,10 +44,22 @@ def lowest(value: int, device: torch.device) -> int:
     return int(found.item())
 
 
-def on_any_rank(values: Sequence[bool], device: torch.device) -> list[bool]:
+def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
     """Of each value, whether it is true on at least one; all ranks learn the same."""
     if num_ranks() == 1:
         return list(values)
     found = torch.tensor(values, dtype=torch.uint8, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return [bool(value) for value in found.tolist()]
+
+
+def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None) -> T:
+    """What `work` returns on this rank. Where it fails on one it fails on all, before they wait for each other."""
+    try:
+        result = work()
+    except Exception:
+        on_any_rank([True], device, group)
+        raise
+    if any(on_any_rank([False], device, group)):
+        raise RuntimeError("Another rank failed in what all do together; its own error says why.")
+    return result

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from dpo_core.metrics import measure
 from dpo_core.model import check_model
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
-from dpo_core.ranks import on_any_rank, rank
+from dpo_core.ranks import on_any_rank, rank, together
 from dpo_core.scorer import Scorer
 from dpo_core.weights import Weights, agree_on_weights, check_precision, dtypes_of, shard
 
@@ -126,7 +127,8 @@ class _Run:
         policy.train(False)
         manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)
         if resume is not None:
-            manifest, config = resumable(resume, config=config, total_steps=total_steps, dtype=self.dtype)
+            check = partial(resumable, resume, config=config, total_steps=total_steps, dtype=self.dtype)
+            manifest, config = together(check, policy.device)
         agree_on_weights(policy)
         self.scorer = Scorer(policy)
         self.config = fit(config, self.scorer)

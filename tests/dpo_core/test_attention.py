@@ -191,3 +191,20 @@ def test_on_a_gpu_half_precision_agrees_with_float32_and_does_not_wait(key_heads
     expected = attended(*(t.float() for t in tensors), segments, window)
     for ours, theirs in zip(found, expected, strict=True):
         assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02
+
+
+def test_all_layers_keep_one_mask_for_backward(make_policy):
+    prompt, completions = list(range(5, 45)), (list(range(50, 80)), list(range(90, 115)))
+    scorer = Scorer(make_policy(num_hidden_layers=4))
+    batch = scorer.collate([EncodedGroup(prompt, completions, None, 1)])
+    masks = set()
+
+    def keep(tensor):
+        if tensor.shape[-2:] == (len(completions[1]) - 1, len(prompt) + len(completions[1]) - 1):
+            masks.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = scorer(batch)
+    assert found.requires_grad
+    assert len(masks) == 1

@@ -1,3 +1,6 @@
+import random
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -29,6 +32,31 @@ def test_plan_balances_ranks_to_within_one_group(lengths, num_ranks):
     ranks = plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=100_000)
     loads = [sum(lengths[i] for pack in rank for i in pack) for rank in ranks]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_plan_of_many_groups_that_leave_gaps_takes_seconds():
+    """Twice as many take twice as long; to compare each group with all packs, for each number of packs, took hours."""
+    rng = random.Random(0)
+    lengths = [rng.randint(400, 800) for _ in range(10_000)]
+    started = time.process_time()
+    (packs,) = plan(lengths, num_ranks=1, max_tokens_per_pack=1024)
+    assert time.process_time() - started < 6
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=40), budget=st.integers(1, 400))
+def test_plan_takes_no_more_packs_than_balancing_needs(lengths, budget):
+    """The first number, from what the tokens need at least, for which each group in the lightest pack fits."""
+    costs = sorted((min(length, budget) for length in lengths), reverse=True)
+    expected = max(1, -(-sum(costs) // budget))
+    while True:
+        loads = [0] * expected
+        for cost in costs:
+            loads[loads.index(min(loads))] += cost
+        if max(loads) <= budget:
+            break
+        expected += 1
+    assert len(plan(lengths, num_ranks=1, max_tokens_per_pack=budget)[0]) == expected
 
 
 def test_plan_of_fewer_groups_than_ranks_leaves_packs_empty():

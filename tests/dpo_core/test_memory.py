@@ -130,6 +130,12 @@ def test_ranks_divide_what_their_machine_or_container_has_left(policy, tmp_path,
     assert memory._free_bytes(policy.device) == free_bytes // 4
 
 
+def test_what_the_allocator_of_a_gpu_holds_unused_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (10 * GB, 80 * GB)), ("memory_reserved", 60 * GB), ("memory_allocated", GB)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory._free_bytes(torch.device("cuda")) == 69 * GB
+
+
 SIZES = conftest.SIZES | {"num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dpo_core.checkpoint import load, read_manifest, verify
+from dpo_core.checkpoint import DamagedCheckpoint, load, read_manifest, verify
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy, load_tokenizer
@@ -124,6 +124,25 @@ def disagree_in(folder: Path) -> None:
             list(results)
 
 
+def fail_in(home: Path) -> None:
+    """Rank 1 alone cannot publish its part of a checkpoint, then cannot resume: rank 0 does not wait for it."""
+    own = dist.get_rank()
+
+    def publish(step: int, folder: Path) -> None:
+        if own == 1:
+            raise OSError("no room")
+
+    for publishing, resume in ((publish, None), (None, home / "shards" / ("step-000002", "no step")[own])):
+        steps = train(
+            CASES["shards"].config, load_policy(home / "model"), load_tokenizer(home / "model"), [read_pairs(home)] * 3,
+            total_steps=3, checkpoint_dir=home / "failed", publish=publishing, resume=resume,
+        )  # fmt: skip
+        with pytest.raises((RuntimeError, OSError, DamagedCheckpoint)) as failed:
+            list(steps)
+        expected = ("Another rank failed", "no room" if publishing else "is missing")[own]
+        assert expected in str(failed.value)
+
+
 def compute_unlike_completions_in(home: Path) -> None:
     """Lengths that one rank could compute in one padded batch, and the other could not."""
     scorer = Scorer(load_policy(home / "capped model"))
@@ -151,6 +170,7 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
             resumed, checkpoint = whole / "resumed" / f"rank{rank}", whole / "step-000003"
             train_in(home, resumed, CASES[name], resume=checkpoint)
         disagree_in(home)
+        fail_in(home)
         compute_unlike_completions_in(home)
     dist.destroy_process_group()
 
