@@ -262,7 +262,10 @@ def _load_model(folder: Path, policy: PreTrainedModel) -> None:
         from peft import set_peft_model_state_dict
 
         saved = load_file(folder / "adapter_model.safetensors")  # named as within a PeftModel
-        set_peft_model_state_dict(policy, {name.removeprefix("base_model.model."): saved[name] for name in saved})
+        own = {name.removeprefix("base_model.model."): saved[name] for name in saved}
+        if strangers := set_peft_model_state_dict(policy, own).unexpected_keys:
+            what = f"The adapter of {folder} has {strangers[0]}, which has no place in this model"
+            raise ValueError(f"{what} ({len(strangers)} such weights); start a new run from the base.")
     else:
         whole = type(policy).from_pretrained(folder, dtype="auto", use_safetensors=True)
         set_model_state_dict(policy, whole.state_dict(), options=StateDictOptions(full_state_dict=True))

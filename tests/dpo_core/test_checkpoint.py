@@ -6,9 +6,9 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dpo_core.checkpoint import DamagedCheckpoint, latest_checkpoint, read_manifest, verify
+from dpo_core.checkpoint import DamagedCheckpoint, _load_model, latest_checkpoint, read_manifest, verify
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.model import load_policy
 from dpo_core.options import Dpo
@@ -108,6 +108,21 @@ def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer,
     adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
     with pytest.raises(ValueError, match="is of other weights than are trained here"):
         run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+
+
+def test_weights_of_an_adapter_that_have_no_place_are_refused(make_policy, tokenizer, tmp_path):
+    base = tmp_path / "base"
+    make_policy().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    policy = load_policy(base, adapter=Lora(r=2))
+    policy.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    saved = load_file(file)
+    moved = next(iter(saved))
+    saved[moved.replace("self_attn", "other").replace("mlp", "other")] = saved.pop(moved)
+    save_file(saved, file)
+    with pytest.raises(ValueError, match=r"has model.layers.0.other.*no place in this model \(1 such weights\)"):
+        _load_model(tmp_path / "adapter", policy)
 
 
 def test_resuming_a_finished_run_has_nothing_left_to_do(checkpoint, policy, tokenizer, pairs):
