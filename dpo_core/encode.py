@@ -24,6 +24,7 @@ _PROBE = "pangolin"
 _THINK = re.compile("</?think>")
 AT_A_TIME = 100  # groups: more are no faster, and take more memory
 RENDER_SECONDS = 10.0  # of processor time, for so many groups: templates take milliseconds
+DROPS_CALLS = "the chat template leaves tool calls out; use one that has them."
 SHOWN = 40  # characters of what a template loses
 MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
 
@@ -192,7 +193,7 @@ def _for_the_template(group: Group) -> tuple[bool, list[Tool] | None, dict[str, 
 class _Rendered:
     prompt: str  # as the policy will be asked
     wholes: tuple[str, ...]  # with each completion behind it
-    asked: str | None  # the prompt without what asks for an answer; None: nobody has to know
+    asked: str | None  # the prompt without what asks for an answer; None: the wholes begin with the prompt
 
 
 def _apply(
@@ -300,21 +301,21 @@ def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase")
         content = message["content"].rpartition("</think>")[2] if thoughtful else message["content"]
         if lost := _first_lost(content, written.prompt, tokenizer):
             return _drops(group, "text", f"message {index + 1} of the prompt, by {message['role']}", lost)
-        if any(call["function"]["name"] not in written.prompt for call in message.get("tool_calls", ())):
-            return _invalid(
-                group, "template_drops_calls", "the chat template leaves tool calls out; use one that has them."
-            )
+        if _lacks_calls(message, written.prompt):
+            return _invalid(group, "template_drops_calls", DROPS_CALLS)
     for text, completion in zip(written.completions, cast(tuple[list[Message], ...], group.completions), strict=True):
         answer = completion[-1]
-        if any(call["function"]["name"] not in text for call in answer.get("tool_calls", ())):
-            return _invalid(
-                group, "template_drops_calls", "the chat template leaves tool calls out; use one that has them."
-            )
+        if _lacks_calls(answer, text):
+            return _invalid(group, "template_drops_calls", DROPS_CALLS)
         if lost := _first_lost(answer["content"], text, tokenizer):
             return _drops(group, "text", "a completion", lost)
         if lost := _first_lost(answer.get("reasoning_content", ""), text, tokenizer):
             return _drops(group, "thoughts", "a completion", lost)
     return None
+
+
+def _lacks_calls(message: Message, text: str) -> bool:
+    return any(call["function"]["name"] not in text for call in message.get("tool_calls", ()))
 
 
 def _drops(group: Group, what: str, where: str, lost: str) -> InvalidRow:

@@ -1,6 +1,6 @@
 """A prompt and what people think of its completions, however a file says it. Standard library only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dpo_core.jsonl import Row
@@ -66,6 +66,23 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
     if not may_be_empty:
         refuse_empty(row, pointer, text)
     return [{"role": "assistant", "content": text}]
+
+
+def completions_of(row: Row, column: str) -> list[object]:
+    """The list in a column. Raises InvalidRow for an empty one."""
+    value = row.value[column]
+    if not isinstance(value, list) or not value:
+        raise row.invalid(f"/{column}", "wrong_type", "must be a list of completions.")
+    return value
+
+
+def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
+    """The dictionaries of such a list, each with the keys."""
+    for number, item in enumerate(completions_of(row, column)):
+        if not isinstance(item, dict) or not item.keys() >= set(keys):
+            what = f"must be a dictionary with {' and '.join(keys)}."
+            raise row.invalid(f"/{column}/{number}", "wrong_type", what)
+        yield item
 
 
 def filled(row: Row, pointer: str, value: object) -> str:

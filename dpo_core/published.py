@@ -5,7 +5,7 @@ Each reader yields prompts and completions of messages. Standard library only.
 
 from collections.abc import Callable, Iterator
 
-from dpo_core.groups import Group, answer, best_first, question
+from dpo_core.groups import Group, answer, best_first, items, question
 from dpo_core.jsonl import Row
 from dpo_core.messages import Message, messages_of, refuse_empty_message
 from dpo_core.values import number_of, shown, string_of
@@ -115,7 +115,7 @@ def _to_summarize(row: Row, info: dict[str, object]) -> str:
 def read_ranked_completions(row: Row) -> Iterator[Group]:
     """NeMo RL: a context, and completions of messages that each have a rank, 0 for the best."""
     completions, ranks = [], []
-    for number, item in enumerate(_items(row, "completions", "completion", "rank")):
+    for number, item in enumerate(items(row, "completions", "completion", "rank")):
         completions.append(answer(row, f"/completions/{number}/completion", item["completion"]))
         ranks.append(-number_of(row, f"/completions/{number}/rank", item["rank"]))
     yield best_first(row, question(row, "context"), completions, ranks)
@@ -127,7 +127,7 @@ def read_vertex(row: Row) -> Iterator[Group]:
     if prompt[-1]["role"] != "user":
         raise row.invalid("/contents", "invalid_order", "must end with the user's.")
     completions, ratings = [], []
-    for number, item in enumerate(_items(row, "completions", "completion", "score")):
+    for number, item in enumerate(items(row, "completions", "completion", "score")):
         message = _of_parts(row, f"/completions/{number}/completion", item["completion"])
         refuse_empty_message(row, f"/completions/{number}/completion", message)
         completions.append([message])
@@ -155,14 +155,6 @@ def _list(row: Row, column: str) -> list[object]:
     if not isinstance(value, list) or not value:
         raise row.invalid(f"/{column}", "wrong_type", "must be a list that is not empty.")
     return value
-
-
-def _items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
-    for number, item in enumerate(_list(row, column)):
-        if not isinstance(item, dict) or not item.keys() >= set(keys):
-            what = f"must be a dictionary with {' and '.join(keys)}."
-            raise row.invalid(f"/{column}/{number}", "wrong_type", what)
-        yield item
 
 
 # SHP (arXiv 2110.08420) names the better by 1 for A, and WebGPT's comparisons give each answer a score.

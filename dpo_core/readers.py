@@ -6,7 +6,17 @@ Each reader yields the groups of a row, and raises InvalidRow by the pointer of 
 from collections.abc import Iterator, Sequence
 from os.path import commonprefix
 
-from dpo_core.groups import Group, answer, best_first, completion_like, filled, rejected_like, text_or_messages
+from dpo_core.groups import (
+    Group,
+    answer,
+    best_first,
+    completion_like,
+    completions_of,
+    filled,
+    items,
+    rejected_like,
+    text_or_messages,
+)
 from dpo_core.jsonl import Row, pointer_to
 from dpo_core.messages import (
     Message,
@@ -186,7 +196,7 @@ def read_answers_beside(row: Row) -> Iterator[Group]:
 
 def read_ranked(row: Row) -> Iterator[Group]:
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
-    given = _list(row, "/completions", row.value["completions"])
+    given = completions_of(row, "completions")
     completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(given)]
     if "ranks" in row.value and "scores" in row.value:
         raise row.invalid("/scores", "duplicate_key", "and ranks say the same; send one.")
@@ -209,19 +219,11 @@ def read_nectar(row: Row) -> Iterator[Group]:
     yield best_first(row, prompt[:-1], completions, [-rank for rank in ranks])
 
 
-def _list(row: Row, pointer: str, value: object) -> list[object]:
-    if not isinstance(value, list) or not value:
-        raise row.invalid(pointer, "wrong_type", "must be a list of completions.")
-    return value
-
-
 def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text], list[float]]:
     """Of a list of dictionaries, the assistant's messages and the numbers they were given."""
     answers: list[Text] = []
     numbers = []
-    for i, item in enumerate(_list(row, f"/{key}", row.value[key])):
-        if not isinstance(item, dict) or not item.keys() >= {text, number}:
-            raise row.invalid(f"/{key}/{i}", "wrong_type", f"must be a dictionary with {text} and {number}.")
+    for i, item in enumerate(items(row, key, text, number)):
         answers.append([{"role": "assistant", "content": filled(row, f"/{key}/{i}/{text}", item[text])}])
         numbers.append(number_of(row, f"/{key}/{i}/{number}", item[number]))
     return answers, numbers

@@ -2,11 +2,12 @@
 
 from dpo_core.jsonl import Row
 
-NOTHING: tuple[object, ...] = (None, "", [], {})  # as tables and clients fill what is not there; and NaN
+NOTHING: tuple[object, ...] = (None, "", [], {})  # with which tables and clients fill what is not there
 LARGEST = 1e9  # of numbers that people give
 
 
 def says_nothing(value: object) -> bool:
+    """Whether a value is null, empty or NaN."""
     return value in NOTHING or value != value
 
 

@@ -1,4 +1,4 @@
-"""Ray, imported where it is then forked: no random id is drawn before.
+"""A server imports this before anything else of Ray, so that it draws none of Ray's random ids.
 
 Ray's library seeds its generator when the first id is drawn. Forks of a process that has drawn one draw the same ids as
 each other, and two workers that store an object under one id at once crash.
@@ -11,7 +11,7 @@ from ray._raylet import ActorClassID, UniqueID
 
 
 class _ClassIds:
-    """What `@ray.remote` asks for the id of a class, at import."""
+    """`@ray.remote` asks this for the id of a class. It draws from the system, and not from Ray's generator."""
 
     @staticmethod
     def from_random() -> ActorClassID:

@@ -228,7 +228,10 @@ class ForkServer:
 
 
 def _put_in_group(pid: int, group: int) -> None:
-    """Never the server's own group: Ray would end that with a worker. The client, told later, still is in its own."""
+    """Put a fork into its client's process group, or into one of its own.
+
+    It must not stay in the server's: Ray would end that with a worker. The client is told later, so its group exists.
+    """
     try:
         os.setpgid(pid, group)
     except OSError:  # it is another session's, as a job's driver's is

@@ -7,7 +7,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 class ExecutorOnCpus(UniProcExecutor):  # type: ignore[misc]
     """vLLM's scheduler and worker in one process, which compiles nothing.
 
-    They are two by default, each worth 10 s and 700 MB; and the first request would wait 15 s for its sampler.
+    By default they are two processes, and each takes 10 s and 700 MB to start. Compiling the sampler would keep the
+    first request waiting for 15 s.
     """
 
     def _init_executor(self) -> None:

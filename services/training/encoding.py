@@ -27,12 +27,11 @@ from services.training.report import (
     TOO_LONG,
     EncodingReport,
     Tally,
-    injected,
     left_out,
     lengths_in_words,
+    marked,
     merge,
     num_invalid,
-    unended,
 )
 from services.training.reporting import JobFailed, invalid_file, progress
 
@@ -154,7 +153,7 @@ def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[
     report(Message(message=f"{purpose} file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(found, encoding.limit, config.truncation)))
     warnings = left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding))
-    for sentence in warnings + injected(found, encoding.kind) + unended(found, encoding.kind):
+    for sentence in warnings + marked(found, encoding.kind):
         report(Message(level="warn", message=sentence))
     if spec.validation_share:
         report(Message(message=f"Held out {found.num_held_out} of them, by their prompts, to validate on."))

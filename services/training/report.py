@@ -160,14 +160,10 @@ class Tally:
         return EncodingReport(
             **self._counts,
             invalid={
-                code: Reason(**_named([row.line for row in rows]).model_dump(), sentence=rows[0].message)
-                for code, rows in self._invalid.items()
+                code: _reason([row.line for row in rows], rows[0].message) for code, rows in self._invalid.items()
             },
             margins=_named(self._margins),
-            dropped={
-                code: Reason(**_named(lines).model_dump(), sentence=self._sentences[code])
-                for code, lines in self._dropped.items()
-            },
+            dropped={code: _reason(lines, self._sentences[code]) for code, lines in self._dropped.items()},
             truncated={side: _named(lines) for side, lines in self._truncated.items()},
             special_tokens=_named(self._special_tokens),
             unended=_named(self._unended),
@@ -183,6 +179,10 @@ def _sides(group: EncodedGroup) -> dict[str, int]:
 
 def _named(lines: Sequence[int]) -> Lines:
     return Lines(count=len(lines), first=tuple(lines[:LINES_NAMED]))
+
+
+def _reason(lines: Sequence[int], sentence: str) -> Reason:
+    return Reason(**_named(lines).model_dump(), sentence=sentence)
 
 
 def _distribution(lengths: Sequence[int]) -> Lengths:
@@ -226,27 +226,26 @@ def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list
     return told
 
 
-def unended(report: EncodingReport, kind: str) -> list[str]:
-    """A sentence on answers that nothing ends, where there are any."""
-    lines = report.unended
-    if not lines.count:
-        return []
-    what = "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop"
-    return [f"{lines.count} of {report.num_groups} {kind} {what} ({lines}); use a template that ends answers."]
-
-
 def num_invalid(report: EncodingReport) -> int:
     """Rows that cannot be used."""
     return sum(reason.count for reason in report.invalid.values())
 
 
-def injected(report: EncodingReport, kind: str) -> list[str]:
-    """A sentence on texts that hold special tokens, where there are any."""
-    lines = report.special_tokens
-    if not lines.count:
-        return []
-    what = "hold special tokens of the model in their text, which it reads as such"
-    return [f"{lines.count} of {report.num_groups} {kind} {what} ({lines})."]
+def marked(report: EncodingReport, kind: str) -> list[str]:
+    """Sentences on groups that are kept and need a look: those with special tokens, and those that nothing ends."""
+    marks = (
+        (report.special_tokens, "hold special tokens of the model in their text, which it reads as such", ""),
+        (
+            report.unended,
+            "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop",
+            "; use a template that ends answers",
+        ),
+    )
+    return [
+        f"{lines.count} of {report.num_groups} {kind} {what} ({lines}){remedy}."
+        for lines, what, remedy in marks
+        if lines.count
+    ]
 
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:

@@ -22,7 +22,8 @@ from services.forkserver.server import ENVIRONMENT, MODULES
 CLIENT = [sys.executable, "-m", "services.forkserver.client"]
 SHOW = """
 import json, os, sys
-shown = {"pid": os.getpid(), "arguments": sys.argv[1:], "folder": os.getcwd(), "variable": os.environ.get("SHOWN"),
+shown = {"pid": os.getpid(), "parent": os.getppid(), "arguments": sys.argv[1:], "folder": os.getcwd(),
+         "variable": os.environ.get("SHOWN"),
          "imported": "tabnanny" in sys.modules, "path": sys.path[0], "group": os.getpgrp(), "ray": "ray" in sys.modules,
          "later": "this" in sys.modules, "nice": os.getpriority(os.PRIO_PROCESS, 0)}
 print(json.dumps(shown))
@@ -78,12 +79,13 @@ def gone(pid: int) -> bool:
 
 
 def test_a_command_runs_as_if_python_had_started_with_it_but_for_its_imports(
-    folder: Path, environment: dict[str, str], tmp_path: Path
+    server: subprocess.Popen[bytes], folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     command = [*CLIENT, "--wait", script(folder, SHOW), "first", "--second"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
     shown = json.loads(done.stdout)
     assert shown.pop("pid") != os.getpid()
+    assert shown.pop("parent") == server.pid
     assert shown == {
         "arguments": ["first", "--second"],
         "folder": str(tmp_path),
@@ -177,7 +179,7 @@ def worker(folder: Path, environment: dict[str, str], job: str) -> dict[str, Any
 
 
 def test_each_of_rays_jobs_has_a_server_that_has_imported_ray_and_then_what_its_driver_says(
-    folder: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    server: subprocess.Popen[bytes], folder: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = worker(folder, environment, "01"), worker(folder, environment, "01")
     assert (first["imported"], first["ray"], first["later"]) == (True, True, False)
@@ -186,8 +188,7 @@ def test_each_of_rays_jobs_has_a_server_that_has_imported_ray_and_then_what_its_
     client.preload("02", ["this"], wait=True)  # nobody is there: nothing happens
     third, other = worker(folder, environment, "01"), worker(folder, environment, "02")
     assert (third["later"], other["later"]) == (True, False)
-    servers = [psutil.Process(each["pid"]).ppid() for each in (first, second, third) if psutil.pid_exists(each["pid"])]
-    assert len(set(servers)) <= 1
+    assert first["parent"] == second["parent"] == third["parent"] not in (server.pid, other["parent"])
 
 
 def test_a_jobs_server_ends_after_its_last_fork(folder: Path, environment: dict[str, str]) -> None:
