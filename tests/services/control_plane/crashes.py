@@ -128,8 +128,9 @@ class Balancer:
 
     def __init__(self) -> None:
         self.ports: list[int] = []
+        self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1000))
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=1000))
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -141,11 +142,20 @@ class Balancer:
         self._loop.close()
 
     async def _end(self) -> None:
+        await asyncio.sleep(0.05)  # asyncio never closes a connection that it is accepting when its server closes
         self._server.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.05)  # the loop closes an aborted socket in its next round
+
+    def _accept(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+        self._writers.add(answer)
+        task = self._loop.create_task(self._serve(client, answer))
+        task.add_done_callback(lambda _: answer.close())
 
     async def _serve(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
         for port in random.sample(self.ports, len(self.ports)):
@@ -153,12 +163,12 @@ class Balancer:
                 plane, request = await asyncio.open_connection("127.0.0.1", port)
             except OSError:
                 continue
+            self._writers.add(request)
             try:
                 await _first_end(_pump(client, request), _pump(plane, answer))
             finally:
                 request.close()
             break
-        answer.close()
 
 
 async def _first_end(*pumps: Coroutine[Any, Any, None]) -> None:
