@@ -82,7 +82,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One pack. T tokens in the stream, R completion tokens, K completions.
+    """One pack. T tokens in the stream, R learned tokens, K completions.
 
     The last token of a completion predicts nothing and is left out of the stream, unless `with_ends`:
     a reward is read there.
@@ -92,7 +92,7 @@ class Batch:
     position_ids: Tensor  # [T]; every completion restarts after its prompt
     segments: tuple[Segment, ...]  # cover the stream in its order
     rows: Tensor  # [R] place in the stream whose hidden state predicts the target
-    targets: Tensor  # [R] token ids of the completions
+    targets: Tensor  # [R] token ids of the completions, but for what others say in them
     completion_of_row: Tensor  # [R] in 0..K-1
     in_head: Tensor  # [R] whether the token is no later than the group's shortest completion is long
     num_completion_tokens: Tensor  # [K]
@@ -114,6 +114,7 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_
     positions: list[range] = []
     segments: list[Segment] = []
     rows: list[Sequence[int]] = []
+    targets: list[Sequence[int]] = []
     ends: list[int] = []
     stop = 0
     for group in groups:
@@ -130,15 +131,17 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_
             start, stop = stop, stop + len(kept)
             ids.append(kept)
             positions.append(range(prompt, prompt + len(kept)))
-            rows += [[first + prompt - 1], range(start, start + len(completion) - 1)]
+            predictors = [first + prompt - 1, *range(start, start + len(completion) - 1)]
+            learned = group.learned(j)
+            rows.append([predictors[i] for i in learned])
+            targets.append([completion[i] for i in learned])
             ends += [stop - 1] if with_ends else []
             if not shared:
                 segments.append(Segment(first, first, first, stop))
             elif stop > start:
                 segments.append(Segment(first, first + prompt, start, stop))
-    completions = [completion for group in groups for completion in group.completion_ids]
-    lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.int64)
-    completion_of_row = torch.repeat_interleave(torch.arange(len(completions)), lengths)
+    lengths = torch.tensor([len(own) for own in targets], dtype=torch.int64)
+    completion_of_row = torch.repeat_interleave(torch.arange(len(targets)), lengths)
     heads = torch.tensor([group.head_length for group in groups for _ in group.completion_ids], dtype=torch.int64)
     places = torch.arange(len(completion_of_row)) - (lengths.cumsum(0) - lengths)[completion_of_row]
     return Batch(
@@ -146,7 +149,7 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_
         position_ids=_joined(positions),
         segments=tuple(segments),
         rows=_joined(rows),
-        targets=_joined(completions),
+        targets=_joined(targets),
         completion_of_row=completion_of_row,
         in_head=places < heads[completion_of_row],
         num_completion_tokens=lengths,

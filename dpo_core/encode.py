@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache, partial
 from itertools import groupby, islice
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from dpo_core.deadline import deadline
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow
-from dpo_core.messages import THOUGHTS, Message
+from dpo_core.messages import THOUGHTS, Message, Text
 from dpo_core.tools import Tool
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ RENDER_SECONDS = 10.0  # of processor time, for so many groups: templates take m
 DROPS_CALLS = "the chat template leaves tool calls out; use one that has them."
 SHOWN = 40  # characters of what a template loses
 MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
+
+
+Spans = tuple[tuple[int, int], ...]
+"""[start, stop) of each, in order, apart, and none empty."""
 
 
 class UnusableTemplate(ValueError):
@@ -45,20 +49,39 @@ class EncodedGroup:
     ratings: tuple[float, ...] | None = None  # higher is better; None: the order says it; nan: of another prompt
     weight: float = 1.0  # of the group's loss
     margin: float | None = None  # by which the chosen completion should lead
+    others: tuple[Spans, ...] | None = None  # of each completion, the tokens that are read and not learned
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or not self.completion_ids or not all(map(len, self.completion_ids)):
             raise ValueError(f"Line {self.line} has a prompt or a completion of no tokens; give it some.")
-        for name in ("ref_logps", "ref_head_logps", "ratings"):
+        for name in ("ref_logps", "ref_head_logps", "ratings", "others"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.completion_ids):
                 many = f"{len(values)} {name} for {len(self.completion_ids)} completions"
                 raise ValueError(f"Line {self.line} has {many}; give each completion one.")
 
+        if not all(self.num_learned):
+            raise ValueError(f"Line {self.line} has a completion of which no token is learned; leave it out.")
+
+    def learned(self, completion: int) -> Sequence[int]:
+        """Places in a completion's ids: all, but for what a tool or a user says in it."""
+        places = range(len(self.completion_ids[completion]))
+        spans = self.others[completion] if self.others else ()
+        return [i for i in places if not any(start <= i < stop for start, stop in spans)] if spans else places
+
+    @property
+    def num_learned(self) -> list[int]:
+        """Tokens of each completion that are learned."""
+        lengths = [len(ids) for ids in self.completion_ids]
+        if self.others is None:
+            return lengths
+        said = (sum(stop - start for start, stop in spans) for spans in self.others)
+        return [length - spoken for length, spoken in zip(lengths, said, strict=True)]
+
     @property
     def head_length(self) -> int:
-        """Tokens of the shortest completion."""
-        return min(map(len, self.completion_ids))
+        """Learned tokens of the completion that has the fewest."""
+        return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
         """A rating for each completion. By order alone the last has 0 and a single one has 1."""
@@ -116,18 +139,33 @@ def _encode_together(
         completion_ids = tuple(
             _behind(tail.ids, next(wholes), completion, tokenizer) for completion in text.completions
         )
-        yield _encoded(group, prompt_ids, completion_ids)
+        others = text.others and tuple(
+            tuple(_tokens_of(span, completion, ids, tail, tokenizer) for span in spans)
+            for spans, completion, ids in zip(text.others, text.completions, completion_ids, strict=True)
+        )
+        yield _encoded(group, prompt_ids, completion_ids, others)
 
 
 def _encoded(
-    group: Group, prompt_ids: Sequence[int], completion_ids: tuple[Sequence[int], ...]
+    group: Group,
+    prompt_ids: Sequence[int],
+    completion_ids: tuple[Sequence[int], ...],
+    others: tuple[Spans, ...] | None,
 ) -> EncodedGroup | InvalidRow:
     if not prompt_ids:
         return _invalid(group, "empty_prompt", "the prompt has no tokens; give it some text.")
     if not all(completion_ids):
         return _invalid(group, "empty_completion", "a completion has no tokens; give it some text.")
-    ratings, weight, margin = group.ratings, group.weight, group.margin
-    return EncodedGroup(prompt_ids, completion_ids, None, group.line, ratings=ratings, weight=weight, margin=margin)
+    return EncodedGroup(
+        prompt_ids,
+        completion_ids,
+        None,
+        group.line,
+        ratings=group.ratings,
+        weight=group.weight,
+        margin=group.margin,
+        others=others,
+    )
 
 
 # --- texts -----------------------------------------------------------------------------------------
@@ -139,6 +177,7 @@ class _Written:
 
     prompt: str
     completions: list[str]
+    others: tuple[Spans, ...] | None = None  # of each completion, the characters that a tool or a user says
 
 
 def _write(
@@ -155,6 +194,8 @@ def _write(
             return [text for group in groups for text in _write([group], tokenizer, today)]
         if isinstance(error, UnusableTemplate):
             raise
+        if isinstance(error, InvalidRow):
+            return [error]
         reason = f"the chat template refuses the messages: {str(error)[:200]}."
         return [_invalid(groups[0], "template_refused", reason)]
     return [_written(group, found, tokenizer) for group, found in zip(groups, rendered, strict=True)]
@@ -181,8 +222,31 @@ def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today
             texts = tuple(islice(wholes, len(group.completions)))
             known = all(text.startswith(prompt) for text in texts)
             asked = None if known else apply([cast(list[Message], group.prompt)])[0]
-            rendered.append(_Rendered(prompt, texts, asked))
+            turns = any(len(completion) > 1 for completion in group.completions) or None
+            others = turns and tuple(map(partial(_others, apply, group), group.completions, texts))
+            rendered.append(_Rendered(prompt, texts, asked, others))
     return rendered
+
+
+def _others(apply: Callable[..., list[str]], group: Group, completion: Text, whole: str) -> Spans:
+    """Where in the whole a tool or a user speaks behind the prompt: between the assistant's messages.
+
+    What asks for an answer is theirs: the policy finds it there. Raises InvalidRow for a template that writes a
+    message differently once others follow.
+    """
+    messages = [*cast(list[Message], group.prompt), *cast(list[Message], completion)]
+    spans = []
+    for stop in range(len(cast(list[Message], group.prompt)) + 1, len(messages)):
+        if messages[stop]["role"] != "assistant":
+            continue
+        begin = max(i for i in range(stop) if messages[i]["role"] == "assistant") + 1
+        said, heard = apply([messages[:begin], messages[:stop]])
+        (asked,) = apply([messages[:stop]], asks=True)
+        if not (whole.startswith(said) and whole.startswith(heard)):
+            what = "the chat template writes a message of a completion differently once others follow"
+            raise _invalid(group, "template_not_prefix", f"{what}; mend the template.")
+        spans.append((len(said), len(commonprefix([asked, whole]))))  # noqa: RUF071 (characters are meant)
+    return tuple(spans)
 
 
 def _for_the_template(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
@@ -194,6 +258,7 @@ class _Rendered:
     prompt: str  # as the policy will be asked
     wholes: tuple[str, ...]  # with each completion behind it
     asked: str | None  # the prompt without what asks for an answer; None: the wholes begin with the prompt
+    others: tuple[Spans, ...] | None = None  # of each whole, the characters behind the prompt that others say
 
 
 def _apply(
@@ -265,9 +330,18 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
         texts = [text if text.endswith(eos) else text + eos for text in rendered.wholes]
         return _Written(_with_bos(rendered.prompt, tokenizer), texts)
     written = _taken_apart(group, rendered)
-    if isinstance(written, _Written) and (lost := _lost(group, written, tokenizer)):
+    if isinstance(written, InvalidRow):
+        return written
+    if lost := _lost(group, written, tokenizer):
         return lost
-    return written
+    if rendered.others is None:
+        return written
+    starts = [len(whole) - len(text) for whole, text in zip(rendered.wholes, written.completions, strict=True)]
+    others = tuple(
+        tuple((begin - start, stop - start) for begin, stop in spans)
+        for start, spans in zip(starts, rendered.others, strict=True)
+    )
+    return replace(written, others=others)
 
 
 def _taken_apart(group: Group, rendered: _Rendered) -> _Written | InvalidRow:
@@ -304,13 +378,13 @@ def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase")
         if _lacks_calls(message, written.prompt):
             return _invalid(group, "template_drops_calls", DROPS_CALLS)
     for text, completion in zip(written.completions, cast(tuple[list[Message], ...], group.completions), strict=True):
-        answer = completion[-1]
-        if _lacks_calls(answer, text):
-            return _invalid(group, "template_drops_calls", DROPS_CALLS)
-        if lost := _first_lost(answer["content"], text, tokenizer):
-            return _drops(group, "text", "a completion", lost)
-        if lost := _first_lost(answer.get("reasoning_content", ""), text, tokenizer):
-            return _drops(group, "thoughts", "a completion", lost)
+        for message in completion:
+            if _lacks_calls(message, text):
+                return _invalid(group, "template_drops_calls", DROPS_CALLS)
+            if lost := _first_lost(message["content"], text, tokenizer):
+                return _drops(group, "text", "a completion", lost)
+            if lost := _first_lost(message.get("reasoning_content", ""), text, tokenizer):
+                return _drops(group, "thoughts", "a completion", lost)
     return None
 
 
@@ -389,6 +463,16 @@ def _behind(
     if whole[: len(tail_ids)] == tail_ids:
         return whole[len(tail_ids) :]
     return _ids([completion], tokenizer)[0]
+
+
+def _tokens_of(
+    span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[int, int]:
+    """The places among a completion's ids of characters of its text; a token over the border belongs behind it."""
+    befores = _ids([tail.text + text[:place] for place in span], tokenizer)
+    own = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
+    start, stop = (len(commonprefix([list(before), list(ids)])) for before in own)  # noqa: RUF071 (ids are meant)
+    return start, stop
 
 
 def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

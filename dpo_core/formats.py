@@ -446,7 +446,7 @@ FORMATS = (
     ),
     Format(
         "messages with rejected_messages",
-        "`messages`, `rejected_messages` that differ in the last answer: ms-swift's",
+        "`messages`, `rejected_messages` that first differ in an answer: ms-swift's",
         "pairs",
         _CHAT_PAIR_KEYS | {"rejected_messages"},
         _has("messages", "rejected_messages"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dpo_core.jsonl import Row
-from dpo_core.messages import Message, Text, completion_of, prompt_of
+from dpo_core.messages import Message, Text, check_completion, completion_of, prompt_of
 from dpo_core.tools import Tool
 from dpo_core.values import refuse_empty, string_of
 
@@ -66,6 +66,27 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
     if not may_be_empty:
         refuse_empty(row, pointer, text)
     return [{"role": "assistant", "content": text}]
+
+
+def parted(
+    row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
+) -> tuple[list[Message], tuple[Text, ...]]:
+    """Two conversations as the prompt that they share, and two completions: they part at an answer of the assistant.
+
+    Raises InvalidRow where they part elsewhere.
+    """
+    pairs = enumerate(zip(*sides, strict=False))
+    border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)
+    if border < 1 or any([m["role"] for m in side[border : border + 1]] != ["assistant"] for side in sides):
+        what = f"and {columns[0]} must begin with the same messages, the prompt, and first differ in the assistant's."
+        raise row.invalid(f"/{columns[1]}", "different_prompts", what)
+    prompt = sides[0][:border]
+    if prompt[-1]["role"] == "assistant":
+        what = "ends the prompt; end it with the user's or a tool's."
+        raise row.invalid(f"/{columns[0]}/{border - 1}", "invalid_order", what)
+    for column, side, empty in zip(columns, sides, may_be_empty, strict=True):
+        check_completion(row, f"/{column}", side[border:], first=border, may_be_empty=empty)
+    return prompt, tuple(side[border:] for side in sides)
 
 
 def completions_of(row: Row, column: str) -> list[object]:

@@ -52,13 +52,29 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    messages = _list_of(row, pointer, value)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        what = "must hold exactly one message, the assistant's: text, tool calls or both; make later turns other rows."
-        raise row.invalid(pointer, "invalid_completion", what)
-    if not may_be_empty:
-        refuse_empty_message(row, f"{pointer}/0/content", messages[0])
+    """What the assistant says, and what others, a tool or a user, say between."""
+    messages = messages_of(row, pointer, value)
+    check_completion(row, pointer, messages, may_be_empty=may_be_empty)
     return messages
+
+
+def check_completion(
+    row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
+) -> None:
+    """Raises InvalidRow for messages that are no completion; `first` is the number of the first of them."""
+    for end in (0, len(messages) - 1):
+        if messages[end]["role"] != "assistant":
+            what = "must be a message of the assistant: a completion begins and ends with one."
+            raise row.invalid(f"{pointer}/{first + end}", "invalid_completion", what)
+    for index, message in enumerate(messages):
+        place = f"{pointer}/{first + index}"
+        if message["role"] == "system":
+            raise row.invalid(place, "invalid_completion", "is a system message; it belongs into the prompt.")
+        if index and message["role"] == messages[index - 1]["role"] == "assistant":
+            what = "follows an assistant message; put the user's or a tool's between."
+            raise row.invalid(place, "invalid_order", what)
+        if message["role"] == "assistant" and not (may_be_empty and len(messages) == 1):
+            refuse_empty_message(row, f"{place}/content", message)
 
 
 def messages_of(row: Row, pointer: str, value: object) -> list[Message]:

@@ -359,7 +359,7 @@ LOSSES: dict[str, Callable[[Any, Scores], Tensor]] = {
 def count_units(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
     """What the sum of losses is divided by."""
     if isinstance(objective, o.Supervised):
-        return sum(len(ids) for group in groups for ids in group.completion_ids)
+        return sum(sum(group.num_learned) for group in groups)
     return len(groups)
 
 

@@ -5,7 +5,7 @@ Each reader yields prompts and completions of messages. Standard library only.
 
 from collections.abc import Callable, Iterator
 
-from dpo_core.groups import Group, answer, best_first, items, question
+from dpo_core.groups import Group, answer, best_first, items, parted, question
 from dpo_core.jsonl import Row
 from dpo_core.messages import Message, messages_of, refuse_empty_message
 from dpo_core.values import number_of, shown, string_of
@@ -73,19 +73,11 @@ def choice(column: str, first: object, second: object, *ties: object) -> Callabl
 
 def read_arena(row: Row) -> Iterator[Group]:
     """LMSYS's Chatbot Arena: two conversations with the same questions, and who won."""
-    sides = [messages_of(row, f"/{column}", row.value[column]) for column in ("conversation_a", "conversation_b")]
-    asked = [[message for message in side if message["role"] == "user"] for side in sides]
-    if asked[0] != asked[1]:
-        what = "and conversation_a must ask the same."
-        raise row.invalid("/conversation_b", "different_prompts", what)
-    if any(len(side) != 2 for side in sides):
-        what = "has several turns, whose answers differ before the last; make rows of a common prompt of them."
-        raise row.invalid("/conversation_a", "several_turns", what)
-    for side, name in zip(sides, "ab", strict=True):
-        if side[-1]["role"] != "assistant":
-            raise row.invalid(f"/conversation_{name}/1", "invalid_completion", "must be a message of the assistant.")
+    columns = ("conversation_a", "conversation_b")
+    sides = [messages_of(row, f"/{column}", row.value[column]) for column in columns]
+    prompt, answers = parted(row, columns, sides, may_be_empty=(True, True))
     lead = choice("winner", "model_a", "model_b", "tie", "tie (bothbad)")(row)
-    yield best_first(row, asked[0], [[side[-1]] for side in sides], _ratings(lead))
+    yield best_first(row, prompt, answers, _ratings(lead))
 
 
 def read_summaries(row: Row) -> Iterator[Group]:

@@ -14,6 +14,7 @@ from dpo_core.groups import (
     completions_of,
     filled,
     items,
+    parted,
     rejected_like,
     text_or_messages,
 )
@@ -102,23 +103,11 @@ def read_dialogues(row: Row) -> Iterator[Group]:
 
 
 def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
-    (*prompt, _), other = sides
-    if not prompt or other[:-1] != prompt:
-        what = "and chosen must begin with the same messages, the prompt, and differ in the last, the assistant's."
-        raise row.invalid("/rejected", "different_prompts", what)
+    prompt, completions = parted(row, SIDES, sides)
     asked = row.value.get("prompt")
     if asked is not None and asked not in [message["content"] for message in prompt]:
-        raise row.invalid("/prompt", "different_prompts", "must be one of the messages before the last one of chosen.")
-    for side, messages in zip(SIDES, sides, strict=True):
-        last = f"/{side}/{len(messages) - 1}"
-        if messages[-1]["role"] != "assistant":
-            raise row.invalid(last, "invalid_completion", "must be a message of the assistant.")
-        if side == "chosen":
-            refuse_empty_message(row, last, messages[-1])
-    if prompt[-1]["role"] == "assistant":
-        what = "ends the prompt; end it with the user's or a tool's."
-        raise row.invalid(f"/chosen/{len(prompt) - 1}", "invalid_order", what)
-    return Group(prompt, tuple([messages[-1]] for messages in sides), row.line)
+        raise row.invalid("/prompt", "different_prompts", "must be one of the messages that chosen and rejected share.")
+    return Group(prompt, completions, row.line)
 
 
 def read_implicit(row: Row) -> Iterator[Group]:
@@ -178,13 +167,10 @@ def _worse(row: Row, column: str) -> list[Message]:
 
 
 def read_rejected_messages(row: Row) -> Iterator[Group]:
-    """ms-swift's: two conversations that differ in their last answer."""
-    prompt, chosen = _ending_with_an_answer(row, "messages")
-    other, rejected = _ending_with_an_answer(row, "rejected_messages")
-    if other != prompt:
-        what = "must begin with the same messages as messages, and differ in the last, the assistant's."
-        raise row.invalid("/rejected_messages", "different_prompts", what)
-    yield Group(prompt, (chosen, rejected), row.line)
+    """ms-swift's: two conversations that begin alike."""
+    columns = ("messages", "rejected_messages")
+    prompt, completions = parted(row, columns, [messages_of(row, f"/{name}", row.value[name]) for name in columns])
+    yield Group(prompt, completions, row.line)
 
 
 def read_answers_beside(row: Row) -> Iterator[Group]:

@@ -21,7 +21,7 @@ class Completions:
 
     logps: Tensor  # [n] summed over the completion, in nats
     head_logps: Tensor  # [n] summed over no more tokens than the group's shortest completion has
-    lengths: Tensor  # [n] tokens
+    lengths: Tensor  # [n] tokens that are learned
     ref_logps: Tensor | None  # [n]
     ref_head_logps: Tensor | None  # [n]
 
@@ -58,7 +58,7 @@ class Scores:
     @cached_property
     def all(self) -> Completions:
         logps, head_logps = self.found[:, 0], self.found[:, 1]
-        lengths = self._of_completions([len(ids) for group in self.groups for ids in group.completion_ids])
+        lengths = self._of_completions([length for group in self.groups for length in group.num_learned])
         return Completions(logps, head_logps, lengths, self._known("ref_logps"), self._known("ref_head_logps"))
 
     @cached_property

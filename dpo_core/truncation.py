@@ -17,7 +17,10 @@ def truncate(group: EncodedGroup, max_length: int, how: Truncation, *, first: in
     if len(group.prompt_ids) + longest <= max_length:
         return group
     if how == "keep_start" and (room := max_length - len(group.prompt_ids)) > 0:
-        return replace(group, completion_ids=tuple(ids[:room] for ids in group.completion_ids))
+        others = group.others and tuple(
+            tuple((start, min(stop, room)) for start, stop in spans if start < room) for spans in group.others
+        )
+        return replace(group, completion_ids=tuple(ids[:room] for ids in group.completion_ids), others=others)
     if how == "keep_end" and (room := max_length - longest) > 0:
         head = list(group.prompt_ids[:1]) if group.prompt_ids[0] == first and room > 1 else []
         return replace(group, prompt_ids=[*head, *group.prompt_ids[len(head) - room :]])

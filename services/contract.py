@@ -4,6 +4,7 @@ Pydantic models and nothing else. Both ends of every wire read these, so a field
 spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
 """
 
+from collections.abc import Sequence
 from datetime import date
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -30,6 +31,10 @@ class Deployment(Contract):
     dtype: Literal["float32", "bfloat16", "auto"]
     max_model_len: int | None = None  # None: the model's own limit
     num_gpus: float = 0  # 0: vLLM's CPU build
+
+
+Spans = Sequence[tuple[int, int]]
+"""[start, stop) of a completion's tokens that others wrote."""
 
 
 class Score(NamedTuple):

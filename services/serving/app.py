@@ -7,6 +7,7 @@ ten seconds and 700 MB, so this module leaves that to the replica.
 import asyncio
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from ray.serve import Application
 from safetensors import SafetensorError, safe_open
 
 from services import storage
-from services.contract import Deployment, Score
+from services.contract import Deployment, Score, Spans
 from services.forkserver.client import preload
 
 logger = logging.getLogger(__name__)
@@ -71,13 +72,17 @@ class Policy:
     async def check_health(self) -> None:
         await self._server.check_health()
 
-    async def score(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[Score]:
+    async def score(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
+    ) -> list[Score]:
         """Log-probabilities of completions, row by row, each after its own prompt."""
-        return await self._server.reference.score(prompt_ids, completion_ids)
+        return await self._server.reference.score(prompt_ids, completion_ids, others)
 
-    async def token_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[list[float]]:
+    async def token_logps(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
+    ) -> list[list[float]]:
         """The same, of each token."""
-        return await self._server.reference.token_logps(prompt_ids, completion_ids)
+        return await self._server.reference.token_logps(prompt_ids, completion_ids, others)
 
 
 def _import_policy() -> None:

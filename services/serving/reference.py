@@ -12,7 +12,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from services.contract import Score
+from services.contract import Score, Spans
 
 CERTAIN = 1e9  # a bias that outweighs every logit
 
@@ -30,16 +30,19 @@ class Reference:
         self._tokens_in_flight = 0
         self._released = asyncio.Event()
 
-    async def score(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list[Score]:
+    async def score(
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
+    ) -> list[Score]:
         """Of each completion, summed."""
-        rows = await self.token_logps(prompt_ids, completion_ids)
+        rows = await self.token_logps(prompt_ids, completion_ids, others)
         return [Score(math.fsum(row), len(row)) for row in rows]
 
     async def token_logps(
-        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
     ) -> list[list[float]]:
         """In nats, row by row, each completion after its own prompt; together at most the model's length.
 
+        Of tokens that stand in a row's spans [start, stop) of `others`, none is told; without them, all are.
         Raises ValueError for a row that cannot be scored, ConnectionError when the engine has died.
         """
         if len(prompt_ids) != len(completion_ids):
@@ -60,7 +63,8 @@ class Reference:
                 raise
             # Not vLLM's own error: a driver that receives that one has to import vLLM.
             raise ConnectionError("The engine has died and is replaced; send the rows again in a minute.") from None
-        return [task.result() for task in tasks]
+        found = [task.result() for task in tasks]
+        return [_outside(spans, row) for spans, row in zip(others, found, strict=True)] if others else found
 
     def _check(self, index: int, prompt: list[int], completion: list[int]) -> None:
         config = self._engine.model_config
@@ -101,3 +105,9 @@ class Reference:
         assert list(output.token_ids) == [last]
         token_logps = answer.prompt_logprobs.logprobs[-len(head) :] if head else []
         return [*token_logps, output.cumulative_logprob]
+
+
+def _outside(spans: Spans, logps: list[float]) -> list[float]:
+    for start, stop in reversed(spans):
+        del logps[start:stop]
+    return logps

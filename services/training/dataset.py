@@ -23,6 +23,7 @@ IDS = pa.schema(
         "weight": pa.float64(),
         "margin": pa.float64(),
         "line": pa.int64(),
+        "others": pa.list_(pa.list_(pa.list_(pa.int32(), 2))),  # per completion, spans of tokens; null: none
     }
 )
 SCORES = pa.schema({"ref_logps": pa.list_(pa.float64())})  # one per completion, in nats
@@ -177,10 +178,11 @@ class _Groups:
         for row in rows:
             own = {name: values[row] for name, values in self._rest.items()}
             per_completion = {name: own.get(name) and tuple(own[name]) for name in ("ref_logps", "ratings")}
+            spans = own["others"] and tuple(tuple(map(tuple, each)) for each in own["others"])
             yield EncodedGroup(
                 prompt_ids=self._prompts.ids(row),
                 completion_ids=tuple(map(self._ids.ids, self._completions.places(row))),
-                **own | per_completion,
+                **own | per_completion | {"others": spans},
             )
 
 

@@ -36,7 +36,7 @@ from services.training.scoring import (
 from services.training.stream import Stream, streamed
 from services.training.tasks import in_tasks
 
-ENCODING, SCORING = 3, 1  # raised when the same input becomes something else
+ENCODING, SCORING = 4, 1  # raised when the same input becomes something else
 NUM_TIMED_TOKENS = 4096  # fewer would say more of the start than of the rate
 SCORES_FOUND = "The reference's scores were found in the cache."
 

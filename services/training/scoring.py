@@ -33,8 +33,9 @@ class Answer(Protocol):
     def result(self) -> Any: ...
 
 
-# Prompts' and completions' ids, row by row; what comes back has their order.
-Ask = Callable[[list[list[int]], list[list[int]]], Answer]
+# Prompts' and completions' ids, row by row, and the spans of these that are not learned, if there are any;
+# what comes back has their order.
+Ask = Callable[..., Answer]
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,12 @@ def by_deployment(connect: Connect) -> ScoreParts:
 def _scored(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[EncodedGroup]:
     for group, scores in _ask_all(groups, connect, lambda reference: reference.score):
         own: list[Score] = [Score(*score) for score in scores]
-        assert [score.num_tokens for score in own] == [len(ids) for ids in group.completion_ids]
+        assert [score.num_tokens for score in own] == group.num_learned
         yield replace(group, ref_logps=tuple(score.logp for score in own))
 
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
-    """Of each group, completion and token, in nats."""
+    """Of each group, completion and learned token, in nats."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 
@@ -140,8 +141,12 @@ def _ask_all(
 
 
 def _send(ask: Ask, groups: list[EncodedGroup]) -> Answer:
-    rows = [(list(group.prompt_ids), list(ids)) for group in groups for ids in group.completion_ids]
-    return ask([prompt for prompt, _ in rows], [completion for _, completion in rows])
+    prompts = [list(group.prompt_ids) for group in groups for _ in group.completion_ids]
+    completions = [list(ids) for group in groups for ids in group.completion_ids]
+    if not any(group.others for group in groups):
+        return ask(prompts, completions)
+    others = [spans for group in groups for spans in group.others or [()] * len(group.completion_ids)]
+    return ask(prompts, completions, others)
 
 
 def _answered(

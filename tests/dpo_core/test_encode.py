@@ -119,6 +119,36 @@ def test_prompt_and_completion_are_the_templates_rendering_of_the_whole_conversa
     )
 
 
+def test_of_several_messages_the_assistants_are_learned(own_tokenizer):
+    own_tokenizer.chat_template = HERMES_TEMPLATE
+    both = [calls('{"over": "dog"}', '{"under": "fox"}'), answer("call_0"), answer("call_1"), GOOD, USER, BAD]
+    row = {"input": {"messages": [USER], "tools": TOOLS}, "preferred_output": both, "non_preferred_output": [BAD]}
+    (group,) = read_groups([json.dumps(row).encode()])
+    encoded = encode_group(group, own_tokenizer)
+    whole = own_tokenizer.apply_chat_template([USER, *group.completions[0]], tools=TOOLS, return_dict=False)
+    ids = encoded.completion_ids[0]
+    assert [*encoded.prompt_ids, *ids] == whole
+    spans = encoded.others[0]
+    said = "\n<tool_response>\nover the dog\n</tool_response>"
+    assert [own_tokenizer.decode(ids[start:stop]) for start, stop in spans] == [
+        f"<|user|>{said * 2}</s>\n<|assistant|>\n",
+        "<|user|>\nthe quick fox</s>\n<|assistant|>\n",
+    ]
+    learned = own_tokenizer.decode([ids[i] for i in encoded.learned(0)])
+    assert learned.endswith("\n</tool_call></s>\njumps</s>\nis lazy</s>\n")
+    assert (encoded.others[1], encoded.num_learned[1]) == ((), len(encoded.completion_ids[1]))
+
+
+def test_a_template_that_rewrites_an_answer_once_others_follow_is_refused_by_line(own_tokenizer):
+    own_tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last or m.role == 'user' else m.content | upper }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    group = Group([USER], ([GOOD, USER, BAD], [BAD]), 3)
+    with pytest.raises(InvalidRow, match="Line 3: the chat template writes a message of a completion differently"):
+        encode_group(group, own_tokenizer)
+
+
 def test_a_group_without_tools_is_rendered_without_them(own_tokenizer):
     own_tokenizer.chat_template = HERMES_TEMPLATE
     assert "Tools:" not in own_tokenizer.decode(encode_group(PAIR, own_tokenizer).prompt_ids)

@@ -239,8 +239,14 @@ ANSWER = {"role": "tool", "tool_call_id": "a", "content": "Nothing."}
         ({**PREFERENCE, "preferred_completion": [GOOD]}, "/preferred_completion", "duplicate_key"),
         ({"input": {"messages": [USER]}, "preferred_output": [GOOD]}, "/non_preferred_output", "missing_key"),
         ({**PREFERENCE, "preferred_output": "Hello!"}, "/preferred_output", "wrong_type"),
-        ({**PREFERENCE, "preferred_output": [GOOD, GOOD]}, "/preferred_output", "invalid_completion"),
-        ({**PREFERENCE, "preferred_output": [USER]}, "/preferred_output", "invalid_completion"),
+        ({**PREFERENCE, "preferred_output": [GOOD, GOOD]}, "/preferred_output/1", "invalid_order"),
+        ({**PREFERENCE, "preferred_output": [USER]}, "/preferred_output/0", "invalid_completion"),
+        ({**PREFERENCE, "preferred_output": [GOOD, USER]}, "/preferred_output/1", "invalid_completion"),
+        (
+            {**PREFERENCE, "preferred_output": [GOOD, {**USER, "role": "system"}, GOOD]},
+            "/preferred_output/1",
+            "invalid_completion",
+        ),
         (
             {**PREFERENCE, "preferred_output": [{**GOOD, "content": " "}]},
             "/preferred_output/0/content",
@@ -394,12 +400,20 @@ def test_a_prompt_ends_only_when_all_its_calls_are_answered():
     assert "answer, in a tool message, the call of 'look'" in str(found)
 
 
-@pytest.mark.parametrize("completion", [[CALLS, ANSWER, GOOD], [GOOD, GOOD], [ANSWER]])
-def test_a_completion_of_several_messages_is_told_that_it_must_be_one(completion):
-    row = {**PREFERENCE, "input": {"messages": [USER]}, "preferred_output": completion}
-    found = refusal(*lines(row))
-    assert (found.pointer, found.code) == ("/preferred_output", "invalid_completion")
-    assert "exactly one message, the assistant's: text, tool calls or both" in str(found)
+def test_a_completion_may_hold_several_messages():
+    row = {**PREFERENCE, "input": {"messages": [USER]}, "preferred_output": [CALLS, ANSWER, GOOD]}
+    (group,) = read_groups(lines(row))
+    assert [message["role"] for message in group.completions[0]] == ["assistant", "tool", "assistant"]
+    assert group.completions[0][1]["content"] == ANSWER["content"]
+
+
+@pytest.mark.parametrize(
+    ("completion", "pointer", "code"),
+    [([ANSWER], "/0/tool_call_id", "unknown_tool_call"), ([CALLS, GOOD], "/1", "invalid_order")],
+)
+def test_calls_in_a_completion_are_answered_within_it(completion, pointer, code):
+    found = refusal(*lines({**PREFERENCE, "input": {"messages": [USER]}, "preferred_output": completion}))
+    assert (found.pointer, found.code) == (f"/preferred_output{pointer}", code)
 
 
 def test_a_row_of_another_format_than_the_first_is_refused():

@@ -148,12 +148,23 @@ def test_the_report_counts_rankings_that_are_all_ties():
     ("row", "pointer", "code"),
     [
         ({**HH, "rejected": "\n\nHuman: Hello?\n\nAssistant: Yes."}, "/rejected", "different_prompts"),
-        ({**HH, "chosen": HH["chosen"][: -len("No.")]}, "/chosen/3", "empty_completion"),
-        ({**HH, "chosen": HH["chosen"] + "\n\nHuman: Ok."}, "/rejected", "different_prompts"),
+        ({**HH, "rejected": BEGINNING.replace("bite", "fly") + " No."}, "/rejected", "different_prompts"),
+        ({**HH, "rejected": BEGINNING[: -len("\n\nAssistant:")]}, "/rejected", "different_prompts"),
+        ({**HH, "chosen": HH["chosen"][: -len("No.")]}, "/chosen/3/content", "empty_completion"),
+        ({**HH, "chosen": HH["chosen"] + "\n\nHuman: Ok."}, "/chosen/4", "invalid_completion"),
+        ({**HH, "chosen": HH["chosen"] + "\n\nAssistant: Ok."}, "/chosen/4", "invalid_order"),
         (
             {"chosen": "\n\nHuman: A\n\nHuman: B", "rejected": "\n\nHuman: A\n\nHuman: C"},
-            "/chosen/1",
-            "invalid_completion",
+            "/rejected",
+            "different_prompts",
+        ),
+        (
+            {
+                **IMPLICIT_CONVERSATIONS,
+                "rejected": [*IMPLICIT_CONVERSATIONS["chosen"], user("Sure?"), assistant("Yes.")],
+            },
+            "/rejected",
+            "different_prompts",
         ),
         ({**IMPLICIT_TEXTS, "rejected": "Green."}, "", "empty_prompt"),
         ({**IMPLICIT_TEXTS, "rejected": IMPLICIT_TEXTS["chosen"]}, "/chosen", "empty_completion"),
@@ -270,6 +281,34 @@ PUBLISHED = {
         None,
     ),
 }
+
+
+SURE = user("Sure?")
+LONGER = (
+    {
+        "conversation_a": [*PROMPT, *PAIR[1], SURE, *PAIR[0]],
+        "conversation_b": [*PROMPT, *PAIR[0], SURE, *PAIR[1]],
+        "winner": "model_b",
+    },
+    {"chosen": [*PROMPT, *PAIR[0], SURE, *PAIR[1]], "rejected": [*PROMPT, *PAIR[1], SURE, *PAIR[0]]},
+    {"prompt": PROMPT, "chosen": [*PAIR[0], SURE, *PAIR[1]], "rejected": [*PAIR[1], SURE, *PAIR[0]]},
+    {
+        "messages": [*PROMPT, *PAIR[0], SURE, *PAIR[1]],
+        "rejected_messages": [*PROMPT, *PAIR[1], SURE, *PAIR[0]],
+    },
+    {
+        "input": {"messages": PROMPT},
+        "preferred_output": [*PAIR[0], SURE, *PAIR[1]],
+        "non_preferred_output": [*PAIR[1], SURE, *PAIR[0]],
+    },
+)
+
+
+@pytest.mark.parametrize("row", LONGER)
+def test_conversations_that_part_early_are_completions_of_several_messages(row):
+    (group,) = read_groups(lines(row))
+    assert group.prompt == PROMPT
+    assert group.completions == ([*PAIR[0], SURE, *PAIR[1]], [*PAIR[1], SURE, *PAIR[0]])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

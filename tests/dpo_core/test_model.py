@@ -35,9 +35,11 @@ from transformers import (
     ViTConfig,
 )
 
+from dpo_core.encode import EncodedGroup
 from dpo_core.model import check_model, load_policy, load_reward_model, load_tokenizer
 from dpo_core.options import Dpo
 from dpo_core.scorer import Scorer, score_reference
+from dpo_core.scores import Scores
 from tests.dpo_core import conftest
 
 SIZES = conftest.SIZES | {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -105,6 +107,29 @@ def test_sharing_prompts_in_a_pack_changes_nothing(policy, make_groups, num_comp
     assert scorer.shares_prompts
     logps, _ = scorer.token_logps(scorer.collate(groups))
     assert_same_as_plain(policy, groups, logps, plain_token_logps)
+
+
+@pytest.mark.parametrize("takes_batches", [True, False])
+def test_tokens_of_others_are_read_and_not_learned(policy, plain_token_logps, takes_batches):
+    groups = [
+        EncodedGroup([5, 6, 7], ([8, 9, 10, 11, 12], [13, 14]), None, 1, others=(((1, 3),), ())),
+        EncodedGroup([5], ([8], [9, 10, 11, 12]), None, 2, others=((), ((1, 2), (3, 4)))),
+        EncodedGroup([7, 8], ([9, 10], [11]), None, 3),
+    ]
+    scorer = Scorer(policy if takes_batches else Doubled(policy.config).eval())
+    assert scorer.takes_batches == takes_batches
+    batch = scorer.collate(groups)
+    assert batch.num_completion_tokens.tolist() == [3, 2, 1, 2, 2, 1]
+    plain = [logps for group in groups for logps in plain_token_logps(scorer.model, group)]
+    learned = [group.learned(j) for group in groups for j in range(len(group.completion_ids))]
+    expected = [logps[list(places)] for logps, places in zip(plain, learned, strict=True)]
+    torch.testing.assert_close(scorer.token_logps(batch)[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
+    found = scorer(batch)
+    torch.testing.assert_close(found[:, 0], torch.stack([e.sum() for e in expected]), rtol=1e-5, atol=1e-5)
+    shortest = [2, 2, 1, 1, 1, 1]
+    heads = torch.stack([e[:n].sum() for e, n in zip(expected, shortest, strict=True)])
+    torch.testing.assert_close(found[:, 1], heads, rtol=1e-5, atol=1e-5)
+    assert Scores(groups, found).all.lengths.tolist() == [3, 2, 1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -16,7 +16,7 @@ from dpo_core.encode import EncodedGroup, encode_group, encode_groups
 from dpo_core.feedback import read_records
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow
-from tests.dpo_core.test_formats import PUBLISHED, lines
+from tests.dpo_core.test_formats import LONGER, PUBLISHED, lines
 
 EACH = "{% for m in messages %}"
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -230,7 +230,7 @@ def test_a_template_that_writes_the_date_writes_the_day_that_it_is_told(tokenize
 
 
 WORDS = st.text("abc <>\n/|{}'\"éß", max_size=12)
-ROWS = [row for row, _, _ in PUBLISHED.values()]
+ROWS = [*LONGER, *(row for row, _, _ in PUBLISHED.values())]
 
 
 @st.composite
@@ -269,7 +269,15 @@ def check(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     for message in group.prompt:
         assert holds(prompt, message["content"])
     for completion, ids in zip(group.completions, found.completion_ids, strict=True):
-        assert holds(tokenizer.decode(ids), completion[0]["content"])
+        for message in completion:
+            assert holds(tokenizer.decode(ids), message["content"])
+    for j, completion in enumerate(group.completions):
+        learned = tokenizer.decode([found.completion_ids[j][i] for i in found.learned(j)])
+        for message in completion:
+            if message["role"] == "assistant":
+                assert holds(learned, message["content"])
+            else:
+                assert not holds(learned, message["content"])
 
 
 @given(row=rows(), name=st.sampled_from(sorted(TEMPLATES)))

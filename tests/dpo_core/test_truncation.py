@@ -35,3 +35,10 @@ def test_a_prompt_keeps_its_first_token_where_there_is_room_for_another(limit, p
 @pytest.mark.parametrize(("how", "limit"), [("drop", 6), ("keep_start", 4), ("keep_end", 3)])
 def test_no_side_is_left_without_tokens(how, limit):
     assert truncate(GROUP, limit, how) is None
+
+
+def test_what_others_say_in_a_completion_is_cut_with_it():
+    group = EncodedGroup([1, 2], ([3, 4, 5, 6, 7], [8, 9, 10]), None, 1, others=(((1, 2), (3, 4)), ((1, 2),)))
+    assert truncate(group, 6, "keep_start").others == (((1, 2), (3, 4)), ((1, 2),))
+    assert truncate(group, 5, "keep_start").others == (((1, 2),), ((1, 2),))
+    assert truncate(group, 3, "keep_start").others == ((), ())

@@ -6,7 +6,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from services.contract import Score
+from services.contract import Score, Spans
 from services.local.ray_head import RayHead, start_ray, stop_ray
 
 POLICY = {"app_name": "policy-1", "model_id": "ft:tiny:raydpo::ab12cd34"}
@@ -149,8 +149,11 @@ class Driver:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def score(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[Score]:
-        return [Score(*score) for score in self._ask(prompt_ids=prompt_ids, completion_ids=completion_ids)]
+    def score(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
+    ) -> list[Score]:
+        found = self._ask(prompt_ids=prompt_ids, completion_ids=completion_ids, others=others)
+        return [Score(*score) for score in found]
 
     def cancel(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], *, after_seconds: float) -> None:
         self._ask(prompt_ids=prompt_ids, completion_ids=completion_ids, cancel_after=after_seconds)

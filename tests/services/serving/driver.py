@@ -13,7 +13,7 @@ handle = serve.get_app_handle(sys.argv[1])
 
 for line in sys.stdin:
     request = json.loads(line)
-    answer = handle.score.remote(request["prompt_ids"], request["completion_ids"])
+    answer = handle.score.remote(request["prompt_ids"], request["completion_ids"], request.get("others", ()))
     if "cancel_after" in request:
         time.sleep(request["cancel_after"])
         answer.cancel()

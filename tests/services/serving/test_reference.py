@@ -57,6 +57,14 @@ def test_scores_equal_a_plain_forward(driver: Driver, plain_forward: PreTrainedM
     assert agree(driver.score(*rows), expected(plain_forward, rows))
 
 
+def test_tokens_of_others_are_read_and_not_scored(driver: Driver, plain_forward: PreTrainedModel) -> None:
+    (prompt,), (completion,) = rows_of((7, 9))
+    head, middle = expected(plain_forward, ([prompt] * 2, [completion[:2], completion[:5]]))
+    (whole,) = expected(plain_forward, ([prompt], [completion]))
+    wanted = Score(head.logp + whole.logp - middle.logp, 6)
+    assert agree(driver.score([prompt] * 2, [completion] * 2, [((2, 5),), ()]), [wanted, whole])
+
+
 def test_rows_as_long_as_the_model_are_scored(driver: Driver, plain_forward: PreTrainedModel) -> None:
     rows = rows_of((1, MODEL_LENGTH - 1), (MODEL_LENGTH - 1, 1), (100, MODEL_LENGTH - 100))
     assert agree(driver.score(*rows), expected(plain_forward, rows))

@@ -46,6 +46,7 @@ def test_all_that_people_said_is_kept(tmp_path: Path) -> None:
     groups = [
         EncodedGroup([1, 2], ([3], [4, 5], [6]), None, 7, ratings=(2.0, 1.0, float(1)), weight=0.5),
         EncodedGroup([1], ([2], [3]), None, 9, margin=0.25),
+        EncodedGroup([1], ([2, 3, 4, 5], [3]), None, 10, others=(((1, 2), (3, 4)), ())),
     ]
     part = write_part(str(tmp_path), "0.parquet", groups)
     assert list(dataset.read_groups(Dataset(uri=str(tmp_path), parts=(part,)))) == groups

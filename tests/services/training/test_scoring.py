@@ -16,7 +16,9 @@ from services.training.scoring import by_deployment, score, served_token_logps
 
 
 def build_group(number: int) -> EncodedGroup:
-    return EncodedGroup([1 + number % 5, 3, 4], ([5, 6 + number % 9], [7 + number % 11]), None, number)
+    others = (((1, 2),), ()) if number % 3 == 0 else None
+    completions = ([5, 6 + number % 9, 8], [7 + number % 11])
+    return EncodedGroup([1 + number % 5, 3, 4], completions, None, number, others=others)
 
 
 @pytest.fixture
@@ -25,6 +27,11 @@ def encoded(tmp_path: Path) -> Dataset:
     ranges = [range(30), range(30, 37)]
     parts = [write_part(uri, f"{i}.parquet", [build_group(n) for n in numbers]) for i, numbers in enumerate(ranges)]
     return Dataset(uri=uri, parts=tuple(parts))
+
+
+def groups_of(prompts: list[list[int]], completions: list[list[int]], others: list[Any] = ()) -> list[EncodedGroup]:
+    rows = zip(prompts, completions, others or [()] * len(prompts), strict=True)
+    return [EncodedGroup(prompt, (completion,), None, 0, others=(spans,)) for prompt, completion, spans in rows]
 
 
 class Reference:
@@ -42,27 +49,25 @@ class Reference:
         self.connections += 1
         return scoring.Reference(self.ask, self.ask_tokens)
 
-    def ask_tokens(self, prompts: list[list[int]], completions: list[list[int]]) -> Future[list[list[float]]]:
-        return self.pool.submit(self._token_logps, prompts, completions)
+    def ask_tokens(self, *rows: Any) -> Future[list[list[float]]]:
+        return self.pool.submit(self._token_logps, *rows)
 
-    def ask(self, prompts: list[list[int]], completions: list[list[int]]) -> Future[list[Score]]:
-        self.calls.append(self.pool.submit(self._score, prompts, completions))
+    def ask(self, *rows: Any) -> Future[list[Score]]:
+        self.calls.append(self.pool.submit(self._score, *rows))
         self.most_in_flight = max(self.most_in_flight, sum(not call.done() for call in self.calls))
         return self.calls[-1]
 
-    def _token_logps(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
-        groups = [EncodedGroup(p, (c,), None, 0) for p, c in zip(prompts, completions, strict=True)]
+    def _token_logps(self, *rows: Any) -> list[list[float]]:
+        groups = groups_of(*rows)
         return [logps for (logps,) in reference_token_logps(self.model, groups, max_tokens_per_pack=1000)]
 
-    def _score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Score]:
+    def _score(self, *rows: Any) -> list[Score]:
         self.calls_left -= 1
         if self.deaths or self.calls_left < 0:
             self.deaths = max(0, self.deaths - 1)
             raise RayActorError
-        rows = zip(prompts, completions, strict=True)
-        groups = [EncodedGroup(prompt, (completion,), None, 0) for prompt, completion in rows]
-        scored = score_reference(self.model, groups, max_tokens_per_pack=1000)
-        return [Score(sum(group.ref_logps), len(group.completion_ids[0])) for group in scored]
+        scored = score_reference(self.model, groups_of(*rows), max_tokens_per_pack=1000)
+        return [Score(sum(group.ref_logps), *group.num_learned) for group in scored]
 
 
 UNSCORED = {"ref_logps": None, "ref_head_logps": None}
@@ -134,5 +139,5 @@ def test_the_logps_of_tokens_are_those_that_the_sums_are_made_of(
     groups = list(dataset.read_groups(encoded))
     found = served_token_logps(groups, Reference(model_source).connect)
     for group, logps in zip(expected, found, strict=True):
-        assert [len(row) for row in logps] == [len(ids) for ids in group.completion_ids]
+        assert [len(row) for row in logps] == group.num_learned
         assert [sum(row) for row in logps] == pytest.approx(group.ref_logps, abs=1e-4)
