@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PROBE = "pangolin"
 _THINK = re.compile("</?think>")
+_TAG = re.compile(r"<[^<>]*>|\[[^][]*\]")
 AT_A_TIME = 100  # groups: more are no faster, and take more memory
 RENDER_SECONDS = 10.0  # of processor time, for so many groups: templates take milliseconds
 DROPS_CALLS = "the chat template leaves tool calls out; use one that has them."
@@ -245,7 +246,7 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, who
         if not (whole.startswith(said) and whole.startswith(heard)):
             what = "the chat template writes a message of a completion differently once others follow"
             raise _invalid(group, "template_not_prefix", f"{what}; mend the template.")
-        spans.append((len(said), len(commonprefix([asked, whole]))))  # noqa: RUF071 (characters are meant)
+        spans.append((len(said), len(_common(asked, [whole]))))
     return tuple(spans)
 
 
@@ -351,7 +352,7 @@ def _taken_apart(group: Group, rendered: _Rendered) -> _Written | InvalidRow:
         return _Written(prompt, [whole[len(prompt) :] for whole in wholes])
     if all(whole.startswith(rendered.asked) for whole in wholes):
         # It asks for an answer with words that these answers lack, such as <think>.
-        prompt = commonprefix([prompt, *wholes])  # noqa: RUF071 (characters are meant)
+        prompt = _common(prompt, wholes)
         return _Written(prompt, [whole[len(prompt) :] for whole in wholes])
     last = cast(list[Message], group.prompt)[-1]["content"].strip()
     end = prompt[prompt.rfind(last) :]  # the last message, and what asks for an answer
@@ -365,6 +366,13 @@ def _taken_apart(group: Group, rendered: _Rendered) -> _Written | InvalidRow:
         f"{prompt[place : place + SHOWN]!r} becomes {other[place : place + SHOWN]!r}; mend the template."
     )
     return _invalid(group, "template_not_prefix", what)
+
+
+def _common(asked: str, wholes: Sequence[str]) -> str:
+    """What a question and its answers begin with, but for half a tag, as an answer may begin with < or [, too."""
+    common = commonprefix([asked, *wholes])  # noqa: RUF071 (characters are meant)
+    half = next((tag for tag in _TAG.finditer(asked) if tag.start() < len(common) < tag.end()), None)
+    return common[: half.start()] if half else common
 
 
 def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:

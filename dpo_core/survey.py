@@ -41,6 +41,7 @@ class FeedbackReport:
     ignored_keys: tuple[str, ...]  # columns that no reader uses
     duplicates: Duplicates
     problems: tuple[Problem, ...]  # in the order of the file
+    is_read_whole: bool = True  # False: the container is damaged, and what stands behind was not read
 
     @property
     def num_invalid(self) -> int:
@@ -49,12 +50,19 @@ class FeedbackReport:
 
     @property
     def refusal(self) -> str | None:
-        """In a sentence, why the file cannot be used; None: it can."""
-        if not self.problems:
+        """In a sentence, why the file cannot be used as it is; None: it can."""
+        return self.refusal_beyond(0.0)
+
+    def refusal_beyond(self, max_invalid_share: float) -> str | None:
+        """The same where rows that cannot be used are left out, up to this share of all."""
+        if not self.problems or (self.is_read_whole and self.num_invalid <= max_invalid_share * self.num_rows):
             return None
-        first = self.problems[0]
+        first = self.problems[0].message
+        if not self.is_read_whole or (self.num_invalid == 1 and not max_invalid_share):
+            return first
+        limit = f", and at most {max_invalid_share:.2%} of {self.num_rows} may be" if max_invalid_share else ""
         rest = ", ".join(f"{problem.rows.count} {problem.code}" for problem in self.problems)
-        return first.message + (f" {self.num_invalid} rows cannot be used: {rest}." if self.num_invalid > 1 else "")
+        return f"{first} {self.num_invalid} rows cannot be used{limit}: {rest}."
 
 
 def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
@@ -77,6 +85,7 @@ class _Counts:
     of_groups: Counter[str] = field(default_factory=Counter)
     ignored: set[str] = field(default_factory=set)
     problems: dict[str, Problem] = field(default_factory=dict)
+    is_read_whole: bool = True
 
     def groups(self, records: Iterable[Record]) -> Iterator[Group]:
         try:
@@ -87,6 +96,7 @@ class _Counts:
                     self._count(group)
                     yield group
         except InvalidRow as damage:  # of the container: nothing can be read behind it
+            self.is_read_whole = False
             self.add_problem(damage)
 
     def _look_at(self, record: Record) -> None:
@@ -124,6 +134,7 @@ class _Counts:
             ignored_keys=tuple(nsmallest(KEYS_NAMED, self.ignored)),
             duplicates=duplicates,
             problems=tuple(self.problems.values()),
+            is_read_whole=self.is_read_whole,
         )
 
 

@@ -96,6 +96,13 @@ class InvalidRows(Contract):
     max_share: float = Field(default=0.01, gt=0, le=0.5)  # of the rows; beyond it the file is refused
 
 
+class Reading(Contract):
+    """How the rows of a file are read."""
+
+    invalid_rows: InvalidRows = InvalidRows()
+    columns: dict[str, str] = Field(default_factory=dict)  # the file's column of a role, such as prompt
+
+
 class JobSpec(Contract):
     """What a user asked for, checked. Stored with the job; never changes."""
 
@@ -131,6 +138,7 @@ class AttemptSpec(Contract):
     today: date | None = None  # the day on which the job was created, for chat templates that write the date
     dataset_uris: tuple[str, ...] | None = None  # prefixes that a URI of the user's must keep to; None: it is an upload
     validation_uri: str | None = None  # an uploaded file
+    validation_reading: Reading = Reading()
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: InvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from openai.types import FileObject
 
 ONE_REQUEST_BYTES = 512 * 2**20  # what a service takes in one request, if it was not told otherwise
+PART_BYTES = 64 * 2**20  # of an upload in parts
 
 out = Console(highlight=False, emoji=False, soft_wrap=True)
 err = Console(highlight=False, emoji=False, soft_wrap=True, stderr=True)
@@ -79,12 +80,21 @@ def pages(client: "OpenAI", path: str) -> Iterator[dict[str, Any]]:
         after = {"after": page["last_id"]}
 
 
-def send_file(client: "OpenAI", path: Path) -> "FileObject":
-    """Upload rows, in parts if they are many, and wait until they are checked."""
-    if path.stat().st_size <= ONE_REQUEST_BYTES:
+def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "FileObject":
+    """Upload rows, in parts if they are many, and wait until they are checked. `reading` is x_raydpo's of a file."""
+    said = {"x_raydpo": reading} if reading else {}
+    num_bytes = path.stat().st_size
+    if num_bytes <= ONE_REQUEST_BYTES:
         with path.open("rb") as file:
-            return client.files.create(file=file, purpose="fine-tune")
-    sent = client.uploads.upload_file_chunked(file=path, mime_type="application/jsonl", purpose="fine-tune").file
+            return client.files.create(file=file, purpose="fine-tune", extra_body=said)
+    upload = client.uploads.create(
+        bytes=num_bytes, filename=path.name, mime_type="application/jsonl", purpose="fine-tune", extra_body=said
+    )
+    with path.open("rb") as file:
+        parts = [
+            client.uploads.parts.create(upload.id, data=part).id for part in iter(lambda: file.read(PART_BYTES), b"")
+        ]
+    sent = client.uploads.complete(upload.id, part_ids=parts).file
     assert sent is not None
     err.print(f"{path.name} is sent as {sent.id}; its rows are being checked")
     checked = client.files.wait_for_processing(sent.id, max_wait_seconds=24 * 3600)

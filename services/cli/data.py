@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from dpo_core.config import TrainConfig, Truncation
-from dpo_core.formats import ROLES
 from dpo_core.options import InvalidOption
 from dpo_core.survey import FeedbackReport, survey
 from services.cli.client import err, fail
 from services.cli.findings import print_preview, print_survey, print_tokens
+from services.cli.reading import Columns, MaxInvalidShare, roles_of
 
 if TYPE_CHECKING:
     from services.training.checking import Check
@@ -35,14 +35,8 @@ def check(
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and one completion.")] = None,
     truncation: Annotated[Truncation | None, typer.Option(help="What becomes of longer rows.")] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ROLE=COLUMN", help="The column of a role, such as prompt=question; once for each."),
-    ] = None,
-    max_invalid_share: Annotated[
-        float | None,
-        typer.Option(min=0, max=0.5, help="Leave out rows that cannot be used, up to this share of all, such as 0.01."),
-    ] = None,
+    columns: Columns = None,
+    max_invalid_share: MaxInvalidShare = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:
     """Say what a file holds and what is wrong with it, without a service. Exit status 1: it would be refused."""
@@ -50,12 +44,12 @@ def check(
 
     given = {"max_length": max_length, "truncation": truncation}
     config = _config({name: value for name, value in given.items() if value is not None}, model)
-    roles = _roles(columns or [])
+    roles = roles_of(columns)
     if file.is_dir():
         fail(f"{file} is a folder; name a file.")
     with err.status(f"reading {file.name}"), file.open("rb") as lines:
         found = survey(json_lines(lines), columns=roles)
-    is_refused = bool(found.refusal) and found.num_invalid > (max_invalid_share or 0) * found.num_rows
+    is_refused = found.refusal_beyond(max_invalid_share or 0.0) is not None
     checked = None
     if model and not is_refused:
         with err.status(f"encoding {file.name}"):
@@ -69,17 +63,6 @@ def check(
         raise typer.Exit(1)
     if checked and not checked.tokens.num_kept:
         _fail_for_want_of_rows(found, checked)
-
-
-def _roles(columns: list[str]) -> dict[str, str]:
-    """The column of each role."""
-    roles = {}
-    for given in columns:
-        role, _, column = given.partition("=")
-        if role not in ROLES or not column:
-            fail(f"--columns {given}: send ROLE=COLUMN, where ROLE is one of {', '.join(sorted(ROLES))}.")
-        roles[role] = column
-    return roles
 
 
 def _fail_for_want_of_rows(found: FeedbackReport, checked: "Check") -> NoReturn:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from services.cli.client import api_command, err, out, print_rows, send_file
+from services.cli.reading import Columns, MaxInvalidShare, reading
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -18,10 +19,13 @@ FileId = Annotated[str, typer.Argument(metavar="ID")]
 
 @api_command(app)
 def upload(
-    client: "OpenAI", path: Annotated[Path, typer.Argument(help="JSONL of pairs or demonstrations.", exists=True)]
+    client: "OpenAI",
+    path: Annotated[Path, typer.Argument(help="JSONL of pairs or demonstrations.", exists=True)],
+    columns: Columns = None,
+    max_invalid_share: MaxInvalidShare = None,
 ) -> None:
     """Check and store a file of rows; prints its id."""
-    stored = send_file(client, path)
+    stored = send_file(client, path, reading(columns, max_invalid_share))
     err.print(f"{stored.filename}: {stored.bytes} bytes")
     out.print(stored.id)
 

@@ -1,5 +1,6 @@
 """raydpo jobs: train a policy, and watch."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,7 @@ import typer
 
 from services.cli.client import api_command, err, fail, out, print_rows, send_file
 from services.cli.logs import read_logs
+from services.cli.reading import Columns, MaxInvalidShare, reading
 from services.cli.watch import watch_job
 
 if TYPE_CHECKING:
@@ -33,18 +35,21 @@ def create(
     suffix: Annotated[str | None, typer.Option(help="Part of the trained policy's name.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     workers: Annotated[int | None, typer.Option(help="Ray Train workers.")] = None,
+    columns: Columns = None,
+    max_invalid_share: MaxInvalidShare = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and show progress.")] = False,
 ) -> None:
     """Submit a job; prints its id."""
     options = {"beta": beta, "n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     hyperparameters = {name: value for name, value in options.items() if value is not None}
+    how = reading(columns, max_invalid_share)
     request: dict[str, Any] = {
         "model": model,
-        "training_file": _file_id(client, file),
+        "training_file": _file_id(client, file, how),
         "method": {"type": method, method: {"hyperparameters": hyperparameters}},
     }
     request |= {name: value for name, value in {"suffix": suffix, "seed": seed}.items() if value is not None}
-    extension = {"num_workers": workers, "dataset": file if "://" in file else None}
+    extension: dict[str, Any] = {"num_workers": workers} | ({"dataset": file, **how} if "://" in file else {})
     given = {name: value for name, value in extension.items() if value is not None}
     job = client.fine_tuning.jobs.create(**request, extra_body={"x_raydpo": given} if given else {})
     out.print(job.id)
@@ -115,14 +120,16 @@ def logs(
         out.print(line, markup=False)
 
 
-def _file_id(client: "OpenAI", file: str) -> str:
+def _file_id(client: "OpenAI", file: str, how: Mapping[str, Any]) -> str:
     path = Path(file)
     if path.is_file():
-        stored = send_file(client, path)
+        stored = send_file(client, path, how)
         err.print(f"{file} uploaded as {stored.id}")
         return stored.id
     if not file.startswith("file-") and "://" not in file:
         fail(f"{file} is neither a local file nor the id of an uploaded one, nor a URI.")
+    if how and "://" not in file:
+        fail(f"{file} is uploaded already: how its rows are read was said then. Send the file again.")
     return file
 
 

@@ -22,7 +22,7 @@ from services.control_plane.errors import Unavailable
 from services.control_plane.launcher import Launcher
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
-from services.control_plane.tables import File
+from services.control_plane.tables import File, reading_of
 
 CHECKING = 1  # raised when the same content gives another result
 WAIT_SECONDS = 60.0
@@ -49,13 +49,16 @@ class Check:
 
 def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings) -> Check:
     """The same for the same bytes, model and options."""
-    content = [CHECKING, file.sha256, model.source, config.max_length, config.truncation]
+    reading = reading_of(file)
+    content = [CHECKING, file.sha256, model.source, config.max_length, config.truncation, file.reading]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     recipe = Recipe(
         training_uri=file.uri,
         model_source=model.source,
         max_length=config.max_length,
         truncation=config.truncation,
+        invalid_rows=reading.invalid_rows,
+        columns=reading.columns,
     )
     return Check(f"check-{key}", storage.join(settings.storage_url, "checks", key), recipe)
 

@@ -7,14 +7,14 @@ from io import BytesIO
 import anyio.to_thread
 
 from services import spool, storage, tracing
-from services.contract import AttemptSpec, JobEvent, JobSpec, Message
+from services.contract import AttemptSpec, JobEvent, JobSpec, Message, Reading
 from services.control_plane import attempts, deployments, files, jobs, models, telemetry
 from services.control_plane.decision import Decision
 from services.control_plane.launcher import AttemptStatus, Launcher
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
-from services.control_plane.tables import Attempt, File, Job
+from services.control_plane.tables import Attempt, File, Job, reading_of
 from services.spool import DamagedSegment
 
 
@@ -108,6 +108,7 @@ class Executor:
             today=job.created_at.date(),
             dataset_uris=tuple(self._settings.dataset_uris) if spec.is_at_uri else None,
             validation_uri=held_out.uri if held_out else None,
+            validation_reading=reading_of(held_out) if held_out else Reading(),
             validation_share=spec.validation_share,
             invalid_rows=spec.invalid_rows,
             columns=spec.columns,

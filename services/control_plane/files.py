@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound, storage
+from services.contract import Reading
 from services.control_plane import quotas
 from services.control_plane.errors import InvalidRequest, NotFound, OverQuota
 from services.control_plane.settings import Settings
@@ -105,6 +106,8 @@ def clean_name(name: str, param: str) -> str:
 
 # --- rows ------------------------------------------------------------------------------------
 
+AS_THEY_ARE = Reading()
+
 
 async def add(
     session: AsyncSession,
@@ -115,6 +118,7 @@ async def add(
     project_id: str,
     life_seconds: int | None = None,
     report: dict[str, Any] | None = None,
+    reading: Reading = AS_THEY_ARE,
 ) -> File:
     """The row that names the bytes. A training file without a report is checked in the background."""
     now = await session.scalar(select(func.clock_timestamp()))
@@ -130,6 +134,7 @@ async def add(
         sha256=stored.sha256,
         uri=stored.uri,
         report=report,
+        reading=None if reading == AS_THEY_ARE else reading.model_dump(),
     )
     session.add(row)
     await session.flush()

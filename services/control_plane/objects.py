@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from services.contract import CheckResult, Integrations
+from services.contract import CheckResult, Integrations, Reading
 from services.control_plane.files import TRAINING
 from services.control_plane.jobs import wire_metrics
 from services.control_plane.models import NamedModel
@@ -23,6 +23,7 @@ from services.control_plane.tables import (
     Upload,
     UploadPart,
     WebhookEndpoint,
+    reading_of,
 )
 
 
@@ -51,7 +52,20 @@ def file_object(row: File) -> dict[str, Any]:
         "purpose": row.purpose,
         "status": _file_status(row),
         "status_details": row.refusal,
-        "x_raydpo": {"sha256": row.sha256, "report": row.report, "checked_bytes": row.num_checked},
+        "x_raydpo": {
+            "sha256": row.sha256,
+            "report": row.report,
+            "checked_bytes": row.num_checked,
+            **_reading(reading_of(row)),
+        },
+    }
+
+
+def _reading(how: Reading) -> dict[str, Any]:
+    return {
+        "columns": how.columns or None,
+        "invalid_rows": how.invalid_rows.how,
+        "max_invalid_share": how.invalid_rows.max_share if how.invalid_rows.how == "drop" else None,
     }
 
 
@@ -137,8 +151,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
             "priority": row.priority,
             "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,
-            "columns": row.spec.get("columns") or None,
-            "invalid_rows": row.spec.get("invalid_rows", {}).get("how", "refuse"),
+            **_reading(Reading.model_validate({key: row.spec[key] for key in Reading.model_fields if key in row.spec})),
             "tensorboard": integrations.tensorboard,
             "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
             "progress": _progress(row),

@@ -21,7 +21,7 @@ from pydantic import (
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.formats import ROLES
 from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
-from services.contract import Integrations, InvalidRows, JobSpec, Mlflow, ReferenceSource, WandbIntegration
+from services.contract import Integrations, InvalidRows, JobSpec, Mlflow, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
 from services.control_plane.keys import Scope
@@ -29,6 +29,7 @@ from services.control_plane.uploads import MOST_PARTS
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
+READING = {"columns", "invalid_rows", "max_invalid_share"}
 EXTENSIONS = {
     "dataset",
     "num_workers",
@@ -41,11 +42,9 @@ EXTENSIONS = {
     "sharding",
     "checkpoint_steps",
     "validation_share",
-    "invalid_rows",
-    "max_invalid_share",
-    "columns",
     "tensorboard",
     "mlflow",
+    *READING,
 } | {field.name for field in fields(Optim)} - HYPERPARAMETERS
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
@@ -122,6 +121,7 @@ class CreateJob(BaseModel):
         workers = _parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
         reference = _parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
         priority = _parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
+        how = self._reading()
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
         return JobSpec(
             **named,
@@ -131,8 +131,8 @@ class CreateJob(BaseModel):
             priority=priority,
             reference_source=reference.source,
             validation_share=self._validation_share(),
-            invalid_rows=self._invalid_rows(),
-            columns=self._columns(),
+            invalid_rows=how.invalid_rows,
+            columns=how.columns,
             integrations=self._integrations(),
         )
 
@@ -154,30 +154,13 @@ class CreateJob(BaseModel):
             raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
         return _parse(Share, share, where)
 
-    def _columns(self) -> dict[str, str]:
-        extension, where = self.x_raydpo or {}, "x_raydpo.columns"
-        columns: dict[str, str] = _parse(Columns, extension.get("columns", {}), where)
-        if unknown := sorted(columns.keys() - ROLES):
-            message = f"{where} names '{unknown[0]:.80}', which is no role; the roles are {', '.join(sorted(ROLES))}."
-            raise InvalidRequest(message, param=f"{where}.{unknown[0]:.80}", code="unknown_parameter")
-        if columns and extension.get("dataset") is None:
-            message = f"{where} is for x_raydpo.dataset: the rows of an uploaded file are of a known format."
-            raise InvalidRequest(message, param=where)
-        return columns
-
-    def _invalid_rows(self) -> InvalidRows:
+    def _reading(self) -> Reading:
         extension = self.x_raydpo or {}
-        given = {"how": extension.get("invalid_rows"), "max_share": extension.get("max_invalid_share")}
-        given = {name: value for name, value in given.items() if value is not None}
-        paths = {"how": "x_raydpo.invalid_rows", "max_share": "x_raydpo.max_invalid_share"}
-        found = _parse(InvalidRows, given, "x_raydpo", paths)
-        if given and extension.get("dataset") is None:
-            message = f"{paths[next(iter(given))]} is for x_raydpo.dataset: every row of an uploaded file can be used."
-            raise InvalidRequest(message, param=paths[next(iter(given))])
-        if "max_share" in given and found.how == "refuse":
-            message = "x_raydpo.max_invalid_share is for invalid_rows 'drop'; send that as well."
-            raise InvalidRequest(message, param=paths["max_share"])
-        return found
+        if extension.get("dataset") is None and (given := READING.intersection(extension)):
+            where = f"x_raydpo.{min(given)}"
+            message = f"{where} is said when a file is uploaded, in x_raydpo there; here it is for x_raydpo.dataset."
+            raise InvalidRequest(message, param=where)
+        return reading(extension)
 
     def _training_file(self) -> str:
         """The id of an uploaded file, or a URI."""
@@ -219,6 +202,31 @@ def train_config(
     return _parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
 
 
+def reading(extension: Mapping[str, Any]) -> Reading:
+    """What x_raydpo says of a file's rows. Raises InvalidRequest naming the field."""
+    return Reading(columns=_columns(extension.get("columns", {})), invalid_rows=_invalid_rows(extension))
+
+
+def _columns(given: object) -> dict[str, str]:
+    where = "x_raydpo.columns"
+    columns: dict[str, str] = _parse(Columns, given, where)
+    if unknown := sorted(columns.keys() - ROLES):
+        message = f"{where} names '{unknown[0]:.80}', which is no role; the roles are {', '.join(sorted(ROLES))}."
+        raise InvalidRequest(message, param=f"{where}.{unknown[0]:.80}", code="unknown_parameter")
+    return columns
+
+
+def _invalid_rows(extension: Mapping[str, Any]) -> InvalidRows:
+    paths = {"how": "x_raydpo.invalid_rows", "max_share": "x_raydpo.max_invalid_share"}
+    given = {"how": extension.get("invalid_rows"), "max_share": extension.get("max_invalid_share")}
+    given = {name: value for name, value in given.items() if value is not None}
+    found: InvalidRows = _parse(InvalidRows, given, "x_raydpo", paths)
+    if "max_share" in given and found.how == "refuse":
+        message = f"{paths['max_share']} is for invalid_rows 'drop'; send that as well."
+        raise InvalidRequest(message, param=paths["max_share"])
+    return found
+
+
 class CheckDataset(BaseModel):
     """Body of POST /x/datasets/check."""
 
@@ -252,6 +260,7 @@ class CreateFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     purpose: Text
     expires_after: ExpiresAfter | None = None
+    x_raydpo: dict[str, Any] | None = None
 
     @field_validator("purpose")
     @classmethod
@@ -268,6 +277,12 @@ class CreateFile(BaseModel):
     @property
     def life_seconds(self) -> int | None:
         return self.expires_after.seconds if self.expires_after else None
+
+    def reading(self) -> Reading:
+        """Raises InvalidRequest naming the field."""
+        extension = self.x_raydpo or {}
+        _refuse_unknown(extension, READING, "x_raydpo")
+        return reading(extension)
 
 
 class CreateUpload(CreateFile):

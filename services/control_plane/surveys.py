@@ -21,12 +21,13 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.contract import Reading
 from services.control_plane import store
 from services.control_plane.errors import InvalidRequest, Unavailable
 from services.control_plane.files import Stored
 from services.control_plane.store import Store
 from services.control_plane.surveying import survey_file
-from services.control_plane.tables import UNCHECKED, File
+from services.control_plane.tables import UNCHECKED, File, reading_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Died(Exception):
     """The process that checked a file ended without a report."""
 
 
-async def report_of(stored: Stored, *, param: str) -> dict[str, Any] | None:
+async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str, Any] | None:
     """The report on rows that can be used; None: they are many, and are checked in the background.
 
     Raises InvalidRequest naming the first bad line.
@@ -54,7 +55,7 @@ async def report_of(stored: Stored, *, param: str) -> dict[str, Any] | None:
     if stored.num_bytes > AT_ONCE_BYTES:
         return None
     try:
-        found = await _survey(stored.uri, stored.num_bytes)
+        found = await _survey(stored.uri, stored.num_bytes, reading)
     except Died:
         log.exception("A check died")
         raise Unavailable("The check of the file's rows died; send it again.", retry_after=5) from None
@@ -64,11 +65,13 @@ async def report_of(stored: Stored, *, param: str) -> dict[str, Any] | None:
     return report
 
 
-async def _survey(uri: str, num_bytes: int, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
+async def _survey(
+    uri: str, num_bytes: int, reading: Reading, tell: Callable[[int], None] | None = None
+) -> dict[str, Any]:
     if num_bytes <= IN_PROCESS_BYTES:
-        return await anyio.to_thread.run_sync(survey_file, uri)
+        return await anyio.to_thread.run_sync(survey_file, uri, reading)
     async with _processes():
-        return await _survey_apart(uri, tell)
+        return await _survey_apart(uri, reading, tell)
 
 
 def _processes() -> anyio.CapacityLimiter:
@@ -80,8 +83,8 @@ def _processes() -> anyio.CapacityLimiter:
         return _limiter.get()
 
 
-async def _survey_apart(uri: str, tell: Callable[[int], None] | None) -> dict[str, Any]:
-    command = (sys.executable, "-m", "services.control_plane.surveying", uri)
+async def _survey_apart(uri: str, reading: Reading, tell: Callable[[int], None] | None) -> dict[str, Any]:
+    command = (sys.executable, "-m", "services.control_plane.surveying", uri, reading.model_dump_json())
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, limit=2**24)
     try:
@@ -154,7 +157,7 @@ class Surveyor:
             nonlocal num_checked
             num_checked = num_bytes
 
-        checking = asyncio.create_task(_survey(row.uri, row.num_bytes, tell))
+        checking = asyncio.create_task(_survey(row.uri, row.num_bytes, reading_of(row), tell))
         try:
             while not (await asyncio.wait({checking}, timeout=BEAT_SECONDS))[0]:
                 if not await self._beat(row, num_checked):

@@ -21,6 +21,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from services.contract import Reading
+
 JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
 UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"  # of files
@@ -106,6 +108,7 @@ class File(Owned, Base):
     uri: Mapped[str]
     report: Mapped[dict[str, Any] | None]  # FeedbackReport of a training file, once its rows are checked
     refusal: Mapped[str | None]  # why it cannot be used, in words
+    reading: Mapped[dict[str, Any] | None]  # Reading, where whoever sent it said how; of a training file
     num_checked: Mapped[int | None] = mapped_column(BigInteger)  # bytes that a check in the background has read
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
@@ -133,12 +136,18 @@ class Upload(Owned, Base):
     mime_type: Mapped[str]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
     file_seconds: Mapped[int | None]  # how long the file shall live
+    reading: Mapped[dict[str, Any] | None]  # of the file
     state: Mapped[str] = mapped_column(default="pending")
     file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     __table_args__ = (
         CheckConstraint("state IN ('pending', 'completed', 'cancelled', 'expired')"),
         CheckConstraint("(state = 'completed') = (file_id IS NOT NULL)"),
     )
+
+
+def reading_of(row: File | Upload) -> Reading:
+    """How the rows of the file are read."""
+    return Reading.model_validate(row.reading or {})
 
 
 class UploadPart(Base):

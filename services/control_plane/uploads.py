@@ -14,7 +14,7 @@ from services.control_plane import files, surveys
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.files import Stored
 from services.control_plane.settings import Settings
-from services.control_plane.tables import File, Upload, UploadPart
+from services.control_plane.tables import File, Upload, UploadPart, reading_of
 
 PENDING_FOR = timedelta(hours=1)
 PART_BYTES = 64 * 2**20  # the client's own part size
@@ -94,7 +94,7 @@ async def complete(
         if md5 is not None and stored.md5 != md5.lower():
             message = f"The parts have the MD5 {stored.md5}, not {md5:.64}; send the damaged ones again."
             raise InvalidRequest(message, param="md5")
-        report = await surveys.report_of(stored, param="part_ids")
+        report = await surveys.report_of(stored, reading_of(row), param="part_ids")
         file = await files.add(
             session,
             stored,
@@ -103,6 +103,7 @@ async def complete(
             project_id=row.project_id,
             life_seconds=row.file_seconds,
             report=report,
+            reading=reading_of(row),
         )
     row.state, row.file_id = "completed", file.id
     await session.flush()

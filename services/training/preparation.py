@@ -76,9 +76,10 @@ def prepare(
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
     """All of it, in the same way."""
-    alone = spec.model_copy(update={"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, "columns": {}})
+    how = {"columns": spec.validation_reading.columns, "invalid_rows": spec.validation_reading.invalid_rows}
+    alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **how}
     try:
-        return _prepare_file(alone, "Validation", report)[0]
+        return _prepare_file(spec.model_copy(update=alone), "Validation", report)[0]
     except JobFailed as failure:
         if failure.report.param != "training_file":
             raise

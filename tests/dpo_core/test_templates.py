@@ -185,6 +185,11 @@ def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, 
             ["<|user|>the quick brown fox?<|assistant|><think>\n", "Two.</think>4</s>", "No.</think>5</s>"],
         ),
         (
+            "begins answers with a thought",
+            Group([QUESTION], ([assistant("<b>4</b>")], [assistant("<i>5</i>")]), 7),
+            ["<|user|>the quick brown fox?<|assistant|>", "<b>4</b></s>", "<i>5</i></s>"],
+        ),
+        (
             "folds the system prompt into the last question",
             WITH_SYSTEM,
             ["<|user|>Answer in Dutch.\n\nthe quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],

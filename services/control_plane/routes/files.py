@@ -23,24 +23,32 @@ from services.control_plane.tables import File
 
 router = APIRouter(prefix="/files")
 
+FIELDS = (
+    "expires_after[anchor]",
+    "expires_after[seconds]",
+    "x_raydpo[columns][prompt]",
+    "x_raydpo[invalid_rows]",
+    "x_raydpo[max_invalid_share]",
+)
 CHUNK = 1 << 20
 IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked."
 # One range, as RFC 9110 writes it. Any other `Range` may be ignored, and is.
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
-@router.post("", openapi_extra=multipart("file", "purpose", "expires_after[anchor]", "expires_after[seconds]"))
+@router.post("", openapi_extra=multipart("file", "purpose", *FIELDS))
 async def create(request: Request, once: OncePart, store: StorePart, settings: SettingsPart) -> Response:
     """Store the file and check every row; a bad row is refused by its line."""
     async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
         wanted = CreateFile.of(form.fields)
+        reading = wanted.reading()
         filename = files.clean_name(form.filename, "file")
         async with store.begin() as session:  # before it is checked; what counts is the one below
             await files.reserve(session, store.project_id, form.num_bytes, param="file")
         stored = await files.store_file(form.source, settings)
 
     async with files.removed_unless_named(stored):
-        report = await surveys.report_of(stored, param="file")
+        report = await surveys.report_of(stored, reading, param="file")
 
         async def keep(session: AsyncSession) -> dict[str, Any]:
             await files.reserve(session, store.project_id, stored.num_bytes, param="file")
@@ -52,10 +60,11 @@ async def create(request: Request, once: OncePart, store: StorePart, settings: S
                 project_id=store.project_id,
                 life_seconds=wanted.life_seconds,
                 report=report,
+                reading=reading,
             )
             return file_object(row)
 
-        content = f"{filename}\n{wanted.purpose}\n{wanted.life_seconds}\n{stored.num_bytes}\n{stored.sha256}"
+        content = f"{filename}\n{wanted.model_dump_json()}\n{stored.num_bytes}\n{stored.sha256}"
         return await once.act(keep, content=content)
 
 

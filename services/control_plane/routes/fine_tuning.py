@@ -26,7 +26,7 @@ from services.control_plane.routes.dependencies import (
 from services.control_plane.schemas import CreateJob
 from services.control_plane.settings import Settings
 from services.control_plane.store import page
-from services.control_plane.tables import Checkpoint, Event, File, Job
+from services.control_plane.tables import Checkpoint, Event, File, Job, reading_of
 
 router = APIRouter(prefix="/fine_tuning/jobs")
 
@@ -39,22 +39,26 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
-        await _check_files(session, spec)
+        checked = await _check_files(session, spec)
         await quotas.admit_job(session)
-        return job_object(await jobs.submit(session, spec, model, caller.key_id), settings)
+        return job_object(await jobs.submit(session, checked, model, caller.key_id), settings)
 
     with tracing.span("submit job"):
         return await once.act(submit)
 
 
-async def _check_files(session: AsyncSession, spec: JobSpec) -> None:
+async def _check_files(session: AsyncSession, spec: JobSpec) -> JobSpec:
+    """The spec, with how an uploaded training file is read."""
     if not spec.is_at_uri:
         file = await files.find_checked(session, spec.training_file, param="training_file")
         _check_file(file, spec.config.objective, "training_file")
         _check_size(file)
+        how = reading_of(file)
+        spec = spec.model_copy(update={"invalid_rows": how.invalid_rows, "columns": how.columns})
     if spec.validation_file:
         held_out = await files.find_checked(session, spec.validation_file, param="validation_file")
         _check_file(held_out, spec.config.objective, "validation_file")
+    return spec
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:

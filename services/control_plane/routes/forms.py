@@ -57,11 +57,13 @@ async def read_form(request: Request, part: str, *, most: int, remedy: str) -> A
 def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in items:
-        outer, _, inner = name.removesuffix("]").partition("[")
-        place = fields.setdefault(outer, {}) if inner else fields
-        if not isinstance(place, dict) or (inner or outer) in place:
+        *outer, last = name.removesuffix("]").replace("][", "[").split("[")
+        place: Any = fields
+        for key in outer:
+            place = place.setdefault(key, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last in place:
             raise InvalidRequest(f"'{name:.80}' stands twice; send it once.", param=name[:80])
-        place[inner or outer] = value
+        place[last] = value
     return fields
 
 

@@ -37,6 +37,23 @@ def test_broken_row_is_refused_with_its_line_in_one_line(raydpo, pairs):
     assert refused.stderr.count("\n") == 1
 
 
+def test_how_the_rows_of_a_file_are_read_is_said_with_it(raydpo, pairs):
+    rows = [json.dumps({"ask": f"{i}?", "good": "Yes.", "bad": "No."}) for i in range(19)]
+    pairs.write_text("\n".join([*rows, "{}"]))
+    roles = [word for role in ("prompt=ask", "chosen=good", "rejected=bad") for word in ("--columns", role)]
+    options = [*roles, "--max-invalid-share", 0.05]
+    stored = raydpo("files", "upload", pairs, *options)
+    assert stored.exit_code == 0, stored.output
+    shown = json.loads(raydpo("files", "show", stored.stdout.strip()).stdout)["x_raydpo"]
+    assert (shown["columns"]["prompt"], shown["invalid_rows"], shown["max_invalid_share"]) == ("ask", "drop", 0.05)
+    created = raydpo("jobs", "create", "--model", "tiny", "--file", pairs, *options)
+    assert created.exit_code == 0, created.output
+    assert json.loads(raydpo("jobs", "show", created.stdout.strip()).stdout)["x_raydpo"]["columns"]["prompt"] == "ask"
+    raydpo("jobs", "cancel", created.stdout.strip())
+    refused = raydpo("jobs", "create", "--model", "tiny", "--file", stored.stdout.strip(), *options)
+    assert "how its rows are read was said then" in refused.stderr
+
+
 def test_job_is_created_from_a_local_file_listed_shown_cancelled_and_watched_to_its_end(raydpo, pairs):
     options = ["--beta", 0.2, "--epochs", 2, "--batch-size", 4, "--learning-rate", 1e-4, "--seed", 7, "--workers", 2]
     created = raydpo("jobs", "create", "--model", "tiny", "--file", pairs, "--suffix", "polite", *options)

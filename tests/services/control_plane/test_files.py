@@ -1,6 +1,8 @@
 """/v1/files, with the unmodified client."""
 
 import errno
+import gzip
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,76 @@ def test_a_broken_line_is_refused_by_its_number_and_what_is_wrong(client: openai
     lines[6] = pair(6).replace(b"preferred_output", b"preferred", 1)
     with pytest.raises(openai.BadRequestError, match=r"Line 7.*preferred"):
         client.files.create(file=("pairs.jsonl", b"\n".join(lines)), purpose="fine-tune")
+
+
+def with_bad_rows(good: int, bad: int) -> bytes:
+    return b"\n".join([pair(number) for number in range(good)] + [b'{"input": 7}'] * bad)
+
+
+def test_rows_that_cannot_be_used_are_left_out_where_whoever_sends_them_says_so(client: openai.OpenAI) -> None:
+    rows = with_bad_rows(19, 1)
+    with pytest.raises(openai.BadRequestError, match="Line 20"):
+        client.files.create(file=("pairs.jsonl", rows), purpose="fine-tune")
+    drop = {"x_raydpo": {"invalid_rows": "drop", "max_invalid_share": 0.05}}
+    stored = client.files.create(file=("pairs.jsonl", rows), purpose="fine-tune", extra_body=drop)
+    told: Any = stored.model_dump()["x_raydpo"]
+    assert (told["invalid_rows"], told["max_invalid_share"], told["columns"]) == ("drop", 0.05, None)
+    assert [problem["rows"]["lines"] for problem in told["report"]["problems"]] == [[20]]
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=stored.id, method={"type": "dpo"})
+    told = job.model_dump()["x_raydpo"]
+    assert (told["invalid_rows"], told["max_invalid_share"]) == ("drop", 0.05)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_more_of_them_than_the_share_refuse_the_file(client: openai.OpenAI) -> None:
+    words = r"Line 20, /input: .* 2 rows cannot be used, and at most 5.00% of 21 may be: 2 wrong_type"
+    drop = {"x_raydpo": {"invalid_rows": "drop", "max_invalid_share": 0.05}}
+    with pytest.raises(openai.BadRequestError, match=words):
+        client.files.create(file=("pairs.jsonl", with_bad_rows(19, 2)), purpose="fine-tune", extra_body=drop)
+
+
+def test_a_damaged_container_is_refused_whatever_share_may_be_left_out(client: openai.OpenAI) -> None:
+    damaged = gzip.compress(pairs(2000))[:-400]
+    drop = {"x_raydpo": {"invalid_rows": "drop", "max_invalid_share": 0.5}}
+    with pytest.raises(openai.BadRequestError, match=r"Truncated compressed stream; pack it again\.'?$"):
+        client.files.create(file=("pairs.jsonl.gz", damaged), purpose="fine-tune", extra_body=drop)
+
+
+def test_columns_of_any_name_are_read_by_their_roles(client: openai.OpenAI) -> None:
+    rows = b"\n".join(json.dumps({"ask": f"{i}?", "good": "Yes.", "bad": "No."}).encode() for i in range(12))
+    with pytest.raises(openai.BadRequestError, match="its keys are ask, bad, good"):
+        client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    roles = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    named = {"x_raydpo": {"columns": roles}}
+    stored = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune", extra_body=named)
+    told: Any = stored.model_dump()["x_raydpo"]
+    assert (told["columns"], told["report"]["kind"]) == (roles, "pairs")
+    made = client.uploads.create(
+        bytes=len(rows), filename="rows.jsonl", mime_type="text/plain", purpose="fine-tune", extra_body=named
+    )
+    part = client.uploads.parts.create(made.id, data=rows)
+    joined = client.uploads.complete(made.id, part_ids=[part.id]).file
+    assert joined is not None
+    told = joined.model_dump()["x_raydpo"]
+    assert (told["columns"], told["report"]["kind"]) == (roles, "pairs")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=joined.id, method={"type": "dpo"})
+    assert job.model_dump()["x_raydpo"]["columns"] == roles
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    ("extension", "param"),
+    [
+        ({"columns": {"answer": "x"}}, "x_raydpo.columns.answer"),
+        ({"invalid_rows": "ignore"}, "x_raydpo.invalid_rows"),
+        ({"max_invalid_share": 0.1}, "x_raydpo.max_invalid_share"),
+        ({"dataset": "file:///x"}, "x_raydpo.dataset"),
+    ],
+)
+def test_how_rows_are_read_is_refused_by_name(client: openai.OpenAI, extension: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.create(file=("a.jsonl", pairs()), purpose="fine-tune", extra_body={"x_raydpo": extension})
+    assert refused.value.param == param
 
 
 def test_pages_follow_each_other_in_both_orders_without_repeating(client: openai.OpenAI) -> None:

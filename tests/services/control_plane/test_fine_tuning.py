@@ -121,13 +121,19 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
             "invalid_value",
         ),
         (
-            {"extra_body": {"x_raydpo": {"columns": {"answer": "x"}}}},
+            {
+                "extra_body": {"x_raydpo": {"columns": {"answer": "x"}, "dataset": "file:///x"}},
+                "training_file": "file:///x",
+            },
             openai.BadRequestError,
             "x_raydpo.columns.answer",
             "unknown_parameter",
         ),
         (
-            {"extra_body": {"x_raydpo": {"invalid_rows": "ignore"}}},
+            {
+                "extra_body": {"x_raydpo": {"invalid_rows": "ignore", "dataset": "file:///x"}},
+                "training_file": "file:///x",
+            },
             openai.BadRequestError,
             "x_raydpo.invalid_rows",
             "invalid_value",
