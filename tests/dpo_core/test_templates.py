@@ -5,6 +5,7 @@ The templates are written by hand after what published ones do.
 
 import re
 from datetime import date
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_core.encode import EncodedGroup, encode_group, encode_groups
 from dpo_core.feedback import read_records
+from dpo_core.formats import FORMATS
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow
-from tests.dpo_core.test_formats import LONGER, PUBLISHED, lines
+from dpo_core.messages import Message, Text
+from tests.dpo_core.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 
 EACH = "{% for m in messages %}"
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -134,7 +137,7 @@ def seen(group: Group, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 CHOSEN, REJECTED = [assistant("jumps over the dog")], [assistant("sleeps")]
-PAIR = Group([QUESTION], (CHOSEN, REJECTED), 7)
+PAIRED = Group([QUESTION], (CHOSEN, REJECTED), 7)
 WITH_SYSTEM = Group([SYSTEM, QUESTION], (CHOSEN, REJECTED), 7)
 
 
@@ -160,8 +163,8 @@ WITH_SYSTEM = Group([SYSTEM, QUESTION], (CHOSEN, REJECTED), 7)
             "template_drops_thoughts",
             "of a completion: 'Two and two.'",
         ),
-        ("drops the last word", PAIR, "template_drops_text", "message 1 of the prompt, by user"),
-        ("writes nothing", PAIR, "template_drops_text", "message 1 of the prompt, by user"),
+        ("drops the last word", PAIRED, "template_drops_text", "message 1 of the prompt, by user"),
+        ("writes nothing", PAIRED, "template_drops_text", "message 1 of the prompt, by user"),
     ],
 )
 def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, code, said):
@@ -176,7 +179,7 @@ def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, 
     [
         (
             "begins answers with a thought",
-            PAIR,
+            PAIRED,
             ["<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
         ),
         (
@@ -194,7 +197,7 @@ def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, 
             WITH_SYSTEM,
             ["<|user|>Answer in Dutch.\n\nthe quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
         ),
-        ("takes parts", PAIR, ["<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"]),
+        ("takes parts", PAIRED, ["<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"]),
         (
             "writes gpt-oss's field",
             Group([QUESTION], ([assistant("4", reasoning_content="Two.")], REJECTED), 7),
@@ -207,7 +210,7 @@ def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, 
         ),
         (
             "counts the messages",
-            PAIR,
+            PAIRED,
             ["1<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
         ),
     ],
@@ -228,31 +231,63 @@ def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):
 def test_a_template_that_writes_the_date_writes_the_day_that_it_is_told(tokenizer):
     own = _fresh(tokenizer)
     own.chat_template = "Today: {{ strftime_now('%d %b %Y') }}" + PLAIN
-    (first,) = encode_groups([PAIR], own, today=date(2026, 11, 29))
-    (second,) = encode_groups([PAIR], own, today=date(2026, 11, 30))
+    (first,) = encode_groups([PAIRED], own, today=date(2026, 11, 29))
+    (second,) = encode_groups([PAIRED], own, today=date(2026, 11, 30))
     assert tokenizer.decode(first.prompt_ids).startswith("Today: 29 Nov 2026<|user|>")
     assert tokenizer.decode(second.prompt_ids).startswith("Today: 30 Nov 2026<|user|>")
 
 
 WORDS = st.text("abc <>\n/|{}'\"éß", max_size=12)
-ROWS = [*LONGER, *(row for row, _, _ in PUBLISHED.values())]
+DIALOGUE = f"\n\nHuman: {ASK}\n\nAssistant: "
+ROWS = [
+    *(row for row, _, _ in PUBLISHED.values()),
+    *LONGER,
+    {"messages": [*PROMPT, *PAIR[0]]},
+    {"messages": [*PROMPT, *PAIR[0]], "label": False},
+    {"prompt": ASK, "chosen": GOOD, "rejected": BAD},
+    {"prompt": ASK, "completion": GOOD, "label": True},
+    {"prompt": PROMPT, "completion": PAIR[0], "label": False},
+    {"prompt": ASK, "completions": [GOOD, BAD], "ranks": [1, 2]},
+    {"prompt": PROMPT, "completions": [PAIR[1], PAIR[0]], "scores": [1, 2]},
+    {"chosen": DIALOGUE + GOOD, "rejected": DIALOGUE + BAD},
+    {"chosen": ASK + GOOD, "rejected": ASK + BAD},
+    {"prompt": DIALOGUE, "answers": [{"answer": GOOD, "rank": 1}, {"answer": BAD, "rank": 2}]},
+    {
+        "instruction": ASK,
+        "completions": [{"response": GOOD, "overall_score": 9}, {"response": BAD, "overall_score": 2}],
+    },
+    {"info": {"post": ASK}, "summaries": [{"text": BAD}, {"text": GOOD}], "choice": 1},
+]
+
+
+def test_every_format_is_among_the_rows():
+    seen = {
+        record.format
+        for row in (*ROWS, *({**row, "system": "Be brief."} for row in ROWS))
+        for record in read_records(lines(row))
+    }
+    assert seen == {*FORMATS}
 
 
 @st.composite
 def rows(draw: st.DrawFn) -> dict[str, Any]:
     """A row of a published shape with other words in it, and maybe a system prompt."""
     row = draw(st.sampled_from(ROWS))
-    words = {"Name a red fruit.": "q" + draw(WORDS), "The strawberry.": draw(WORDS) + "x", "The banana.": draw(WORDS)}
+    words = {ASK: "q" + draw(WORDS), GOOD: draw(WORDS) + "x", BAD: draw(WORDS)}
 
     def changed(value: Any) -> Any:
         if isinstance(value, str):
-            return words.get(value, value)
+            return reduce(lambda text, word: text.replace(word, words[word]), words, value)
         if isinstance(value, list):
             return [changed(item) for item in value]
         return {key: changed(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     system = draw(st.none() | st.just("").map(lambda _: "s" + draw(WORDS)))
     return {**changed(row), **({"system": system} if draw(st.booleans()) else {})}
+
+
+def messages(text: Text, role: str) -> list[Message]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def holds(text: str, said: str) -> bool:
@@ -271,18 +306,13 @@ def check(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
         assert found.line == 1
         return
     prompt = tokenizer.decode(found.prompt_ids)
-    for message in group.prompt:
-        assert holds(prompt, message["content"])
-    for completion, ids in zip(group.completions, found.completion_ids, strict=True):
-        for message in completion:
-            assert holds(tokenizer.decode(ids), message["content"])
+    assert all(holds(prompt, message["content"]) for message in messages(group.prompt, "user"))
     for j, completion in enumerate(group.completions):
-        learned = tokenizer.decode([found.completion_ids[j][i] for i in found.learned(j)])
-        for message in completion:
-            if message["role"] == "assistant":
-                assert holds(learned, message["content"])
-            else:
-                assert not holds(learned, message["content"])
+        ids = found.completion_ids[j]
+        learned = tokenizer.decode([ids[i] for i in found.learned(j)])
+        for message in messages(completion, "assistant"):
+            assert holds(tokenizer.decode(ids), message["content"])
+            assert holds(learned, message["content"]) == (message["role"] == "assistant")
 
 
 @given(row=rows(), name=st.sampled_from(sorted(TEMPLATES)))
