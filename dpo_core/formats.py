@@ -40,6 +40,7 @@ class Format:
     keys: frozenset[str]  # what its reader uses
     matches: Callable[[dict[str, object]], bool]
     reader: Callable[[Row], Iterator[Group]]
+    joins: bool = False  # a row rates one answer; neighbours of one prompt are one group
 
     def read(self, row: Row) -> Iterator[Group]:
         """The groups of a row. Raises InvalidRow."""
@@ -388,6 +389,11 @@ FORMATS = (
         "HelpSteer2 preference",
         published.two("prompt", "response_1", "response_2", published.strength("preference_strength")),
         "prompt response_1 response_2 preference_strength",
+    ),
+    replace(
+        _published("HelpSteer ratings", published.read_rated, "prompt response helpfulness", "ratings"),
+        row="`prompt`, `response`, `helpfulness`: one answer a row; neighbouring rows of a prompt are one group",
+        joins=True,
     ),
     _published(
         "HelpSteer3 preference",

@@ -80,6 +80,13 @@ def read_arena(row: Row) -> Iterator[Group]:
     yield best_first(row, prompt, answers, _ratings(lead))
 
 
+def read_rated(row: Row) -> Iterator[Group]:
+    """HelpSteer 1 and 2: one answer and its helpfulness, which is what its authors order answers by."""
+    completion = answer(row, "/response", row.value["response"], may_be_empty=True)
+    rating = number_of(row, "/helpfulness", row.value["helpfulness"])
+    yield Group(_asked(row, "prompt"), (completion,), row.line, (rating,))
+
+
 def read_summaries(row: Row) -> Iterator[Group]:
     """OpenAI's comparisons of summaries (arXiv 2009.01325), whose prompt is written as in TRL's tldr-preference."""
     info = row.value["info"]

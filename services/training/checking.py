@@ -63,9 +63,9 @@ def check(recipe: Recipe, folder_uri: str, each: Each) -> Check:
 
 
 def _check(plain: Recipe, each: Each) -> Check:
-    results = list(unrefused(each(partial(_encode, plain), list(split(plain.training_uri)), Encoded)))
+    results = list(unrefused(each(partial(_encode, plain), list(split(plain.training_uri, plain.columns)), Encoded)))
     found = merge(result.report for result in results)
-    rows = list(sample(plain.training_uri, found.num_rows, NUM_PREVIEWS))
+    rows = list(sample(plain.training_uri, found.num_rows, NUM_PREVIEWS, plain.columns))
     previews = sorted(each(partial(preview, plain), rows, Preview), key=lambda preview: preview.line)
     tokens = Tokens(**dict(found), limit=results[0].limit, truncation=plain.truncation)
     return Check(tokens=tokens, preview=tuple(previews))

@@ -5,14 +5,14 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_core.encode import EncodedGroup, UnusableTemplate, encode_groups
-from dpo_core.feedback import Record, is_tied, read_records
+from dpo_core.feedback import Record, are_one_group, is_tied, read_records
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, read_lines
 from dpo_core.messages import Text
@@ -104,7 +104,7 @@ def encode(
     """
     format, kind = _look_at_first_row(spec)
     _check_kind(spec, kind, format)
-    pieces = list(split(spec.training_uri))
+    pieces = list(split(spec.training_uri, spec.columns))
     done = progress(report, "encoding", sum(piece.num_rows for piece in pieces))
     results: list[Encoded] = []
     num_rows = 0
@@ -214,19 +214,24 @@ def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
     return Dataset(uri=uri, parts=tuple(sorted((part for part in parts if part), key=lambda part: part.name)))
 
 
-def split(uri: str) -> Iterator[Piece]:
-    """The pieces of a file, larger ones of a larger file: of a terabyte there are no more than of 160 GB."""
+def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
+    """The pieces of a file, larger ones of a larger file: of a terabyte there are no more than of 160 GB.
+
+    Rows of one group are in one piece; `columns` is that of `read_records`.
+    """
     with storage.open_input(uri) as file:
         scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
         file.seek(0)
         number = start = rows = size = 0
-        first_line = 1
+        first_line, last = 1, b""
         for line_number, line in enumerate(read_lines(file), 1):
-            rows += bool(line.strip())
+            if line.strip():
+                is_full = rows >= ROWS_PER_PIECE * scale or (rows and size >= BYTES_PER_PIECE * scale)
+                if is_full and not are_one_group(last, line, columns=columns):
+                    yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
+                    number, first_line, start, rows, size = number + 1, line_number, start + size, 0, 0
+                rows, last = rows + 1, line
             size += len(line)
-            if rows >= ROWS_PER_PIECE * scale or (rows and size >= BYTES_PER_PIECE * scale):
-                yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
-                number, first_line, start, rows, size = number + 1, line_number + 1, start + size, 0, 0
     if rows:
         yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
 

@@ -1,10 +1,10 @@
 """Rows of a training file as the model will see them: cut to the limit, written by the chat template."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dpo_core.encode import EncodedGroup, encode_groups
-from dpo_core.feedback import is_tied
+from dpo_core.feedback import are_one_group, is_tied
 from dpo_core.jsonl import InvalidRow, read_lines
 from dpo_core.truncation import truncate
 from services import storage
@@ -28,17 +28,27 @@ class Preview(Contract):
     rejected: str | None = None  # the worst; None: there is one only
 
 
-def sample(uri: str, num_rows: int, count: int) -> Iterator[Piece]:
-    """So many rows, spread over the `num_rows` of a file: each a piece by itself."""
-    wanted = {place * num_rows // count for place in range(min(count, num_rows))} if num_rows > count else None
+def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
+    """So many rows, spread over the `num_rows` of a file: each a piece by itself, with others of its group."""
+    wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
     place = start = 0
+    is_due, piece, last = False, None, b""
     with storage.open_input(uri) as file:
         for number, line in enumerate(read_lines(file), 1):
             if line.strip():
-                if wanted is None or place in wanted:
-                    yield Piece(number=place, first_line=number, num_rows=1, start=start, size=len(line))
-                place += 1
+                is_due = is_due or place in wanted
+                if (piece or is_due) and not are_one_group(last, line, columns=columns):
+                    if piece:
+                        yield piece
+                    piece = Piece(number=place, first_line=number, num_rows=0, start=start, size=0) if is_due else None
+                    is_due = False
+                if piece:
+                    size = start + len(line) - piece.start
+                    piece = piece.model_copy(update={"num_rows": piece.num_rows + 1, "size": size})
+                place, last = place + 1, line
             start += len(line)
+    if piece:
+        yield piece
 
 
 def preview(recipe: Recipe, row: Piece) -> Preview:

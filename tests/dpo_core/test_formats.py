@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -281,6 +282,37 @@ PUBLISHED = {
         None,
     ),
 }
+
+
+def rated(response: str, helpfulness: float, prompt: str = ASK) -> dict[str, Any]:
+    return {"prompt": prompt, "response": response, "helpfulness": helpfulness, "correctness": 4, "verbosity": 2}
+
+
+def test_rows_that_rate_an_answer_each_are_one_group_of_their_prompt():
+    rows = [rated(BAD, 1), rated(GOOD, 4), rated("It is.", 2), rated("Yes.", 3, "Is it?"), rated("No.", 3, "Is it?")]
+    first, second = read_groups(lines(*rows))
+    assert (first.line, first.ratings) == (1, (4.0, 2.0, 1.0))
+    assert first.completions == ([assistant(GOOD)], [assistant("It is.")], [assistant(BAD)])
+    assert (second.line, second.prompt, second.ratings) == (4, [user("Is it?")], (3.0, 3.0))
+    report = survey(lines(*rows))
+    assert (report.format, report.kind, report.num_rows, report.num_groups) == ("HelpSteer ratings", "ratings", 5, 2)
+    assert (report.num_tied, report.ignored_keys) == (1, ("correctness", "verbosity"))
+
+
+def test_a_single_rated_answer_and_a_bad_row_between_are_told_by_line():
+    rows = [
+        rated(GOOD, 4),
+        rated(BAD, 1),
+        rated("Yes.", 3, "Is it?"),
+        rated(GOOD, 4),
+        {**rated(BAD, 1), "helpfulness": "x"},
+    ]
+    problems = survey(lines(*rows)).problems
+    assert [(problem.code, problem.rows.lines) for problem in problems] == [
+        ("too_few_completions", (3, 4)),
+        ("wrong_type", (5,)),
+    ]
+    assert "Line 3: its prompt is rated by 1 neighbouring rows; it needs 2 to 1000." in problems[0].message
 
 
 SURE = user("Sure?")

@@ -256,6 +256,7 @@ ROWS = [
         "instruction": ASK,
         "completions": [{"response": GOOD, "overall_score": 9}, {"response": BAD, "overall_score": 2}],
     },
+    {"prompt": ASK, "response": GOOD, "helpfulness": 4},
     {"info": {"post": ASK}, "summaries": [{"text": BAD}, {"text": GOOD}], "choice": 1},
 ]
 

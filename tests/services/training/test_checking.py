@@ -73,6 +73,15 @@ def test_a_sample_is_spread_over_the_file_and_skips_blank_lines(tmp_path: Path) 
     assert len(list(sample(str(tmp_path / "f"), 100, 200))) == 100
 
 
+@pytest.mark.parametrize(("count", "first"), [(2, [1, 6]), (5, [1, 3, 5, 7, 9]), (40, [1, 3, 5, 7, 9])])
+def test_a_row_of_a_sample_comes_with_the_others_of_its_group(tmp_path: Path, count: int, first: list[int]) -> None:
+    rows = [{"prompt": f"{n // 2}?", "response": "Yes." * n, "helpfulness": n} for n in range(10)]
+    (tmp_path / "f").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    pieces = list(sample(str(tmp_path / "f"), 10, count))
+    assert [piece.num_rows for piece in pieces] == [2] * len(first)
+    assert [piece.first_line for piece in pieces] == [line + (line % 2 == 0) for line in first]
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

@@ -53,8 +53,14 @@ def test_pieces_are_whole_lines_and_cover_the_file(tmp_path: Path) -> None:
     pieces = list(split(str(tmp_path / "f")))
     assert b"".join(data[piece.start : piece.start + piece.size] for piece in pieces) == data
     assert [piece.num_rows for piece in pieces] == [7, 7, 7, 1]
-    assert [piece.first_line for piece in pieces] == [1, 10, 17, 24]
+    assert [piece.first_line for piece in pieces] == [1, 10, 17, 25]
     assert [piece.number for piece in pieces] == [0, 1, 2, 3]
+
+
+def test_rows_of_one_group_are_in_one_piece(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n // 3}?", "response": "Yes." * n, "helpfulness": n} for n in range(30)]
+    (tmp_path / "f").write_text("\n\n".join(map(json.dumps, rows)))
+    assert [piece.num_rows for piece in split(str(tmp_path / "f"))] == [9, 9, 9, 3]
 
 
 def test_an_empty_tail_makes_no_piece(tmp_path: Path) -> None:
