@@ -299,8 +299,11 @@ def _encode(
     held_out: list[EncodedGroup] = []
     special_tokens = _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     for group in groups:
-        if _holds(group, special_tokens, tokenizer):
+        texts = _texts(group, tokenizer)
+        if any(map(special_tokens.search, texts)):
             tally.mark_special(group.line)
+        if not all(_knows(character, tokenizer) for character in set().union(*texts)):
+            tally.mark_unknown(group.line)
     for encoded in encode_groups(groups, tokenizer, today=recipe.today):
         if isinstance(encoded, InvalidRow):
             tally.drop(encoded.code, encoded.line, encoded.message)
@@ -326,11 +329,18 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, words)) or r"\Z\A.")  # of none: what stands nowhere
 
 
-def _holds(group: Group, special_tokens: re.Pattern[str], tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether its own text would be read as more than text. The BOS and EOS that texts bring are theirs to bring."""
+def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Its own. The BOS and EOS that texts bring are theirs to bring."""
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
-    return any(map(special_tokens.search, texts))
+    return texts
+
+
+@functools.cache
+def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer has ids for it that are not those of its unknown token."""
+    ids = tokenizer(character, add_special_tokens=False).input_ids
+    return character.isspace() or (bool(ids) and tokenizer.unk_token_id not in ids)
 
 
 def _words(text: Text) -> str:

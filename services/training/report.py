@@ -53,6 +53,7 @@ class EncodingReport(Contract):
     dropped: dict[str, Reason] = Field(default_factory=dict)  # by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
     special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
+    unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
     unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
     lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
     chosen_longer: int = 0
@@ -78,6 +79,7 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
         dropped={key: _add_reasons(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
         truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
         special_tokens=_add_lines(a.special_tokens, b.special_tokens),
+        unknown=_add_lines(a.unknown, b.unknown),
         unended=_add_lines(a.unended, b.unended),
         lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
         shortest_too_long=min(shortest, default=None),
@@ -108,6 +110,7 @@ class Tally:
         self._invalid: dict[str, list[InvalidRow]] = {}
         self._dropped: dict[str, list[int]] = {}
         self._sentences: dict[str, str] = {}
+        self._unknown: list[int] = []
         self._unended: list[int] = []
         self._truncated: dict[str, list[int]] = {}
         self._margins: list[int] = []
@@ -122,6 +125,10 @@ class Tally:
     def mark_special(self, line: int) -> None:
         """A group whose own text holds special tokens."""
         self._special_tokens.append(line)
+
+    def mark_unknown(self, line: int) -> None:
+        """A group with characters that the tokenizer does not know."""
+        self._unknown.append(line)
 
     def mark_unended(self, line: int) -> None:
         """A group with a completion after which nothing says that it ends."""
@@ -166,6 +173,7 @@ class Tally:
             dropped={code: _reason(lines, self._sentences[code]) for code, lines in self._dropped.items()},
             truncated={side: _named(lines) for side, lines in self._truncated.items()},
             special_tokens=_named(self._special_tokens),
+            unknown=_named(self._unknown),
             unended=_named(self._unended),
             lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},
             shortest_too_long=min(self._too_long, default=None),
@@ -232,9 +240,14 @@ def num_invalid(report: EncodingReport) -> int:
 
 
 def marked(report: EncodingReport, kind: str) -> list[str]:
-    """Sentences on groups that are kept and need a look: those with special tokens, and those that nothing ends."""
+    """Sentences on groups that are kept and need a look."""
     marks = (
         (report.special_tokens, "hold special tokens of the model in their text, which it reads as such", ""),
+        (
+            report.unknown,
+            "have characters that the tokenizer does not know, and the model never sees",
+            "; use a model whose tokenizer has them",
+        ),
         (
             report.unended,
             "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop",

@@ -344,6 +344,17 @@ def test_a_template_that_reaches_too_far_does_nothing_but_leave_rows_out(
     assert "Left out 24 of 24 pairs, that the chat template refuses" in failure.value.report.message
 
 
+def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
+    make_spec: MakeSpec, run: Any, tmp_path: Path
+) -> None:
+    answers = ["Yes.", "東京 yes", "Yes.", "Ж yes"]
+    rows = [{"prompt": "Is it?", "chosen": f"{answer} {n}", "rejected": "No."} for n, answer in enumerate(answers)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
+    warning = "2 of 4 pairs have characters that the tokenizer does not know, and the model never sees (line 2, 4)"
+    assert any(isinstance(report, Message) and report.message.startswith(warning) for report in reports)
+
+
 def test_rows_that_hold_special_tokens_in_their_text_are_named(
     make_spec: MakeSpec, run: Any, tmp_path: Path, make_pair: Any
 ) -> None:

@@ -1,0 +1,70 @@
+"""Public preference sets are checked, encoded and scored as they are published."""
+
+import math
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from dpo_core.encode import EncodedGroup
+from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.scorer import score_reference
+from services.contract import Recipe
+from services.training import dataset
+from services.training.checking import check, in_turn
+from services.training.dataset import Dataset
+from services.training.encoding import encode_piece, split
+from tests.dpo_core.conftest import build_policy, build_tokenizer
+from tests.dpo_core.test_encode import HERMES_TEMPLATE
+from tests.public_sets import ASKED, PUBLIC_SETS
+
+BETTER = {question: good for question, good, _ in ASKED}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One whose tokenizer knows every character, and whose template writes tools and their calls."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = HERMES_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    build_policy(initializer_range=0.02).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(model_folder: str) -> PreTrainedModel:
+    return load_policy(model_folder)
+
+
+def encoded(recipe: Recipe, folder: Path) -> list[EncodedGroup]:
+    parts = [
+        encode_piece(recipe, folder.as_uri(), piece).training for piece in split(recipe.training_uri, recipe.columns)
+    ]
+    return list(dataset.read_groups(Dataset(uri=folder.as_uri(), parts=tuple(filter(None, parts)))))
+
+
+@pytest.mark.parametrize("name", PUBLIC_SETS)
+def test_a_public_set_is_checked_encoded_and_scored(
+    name: str, reference: PreTrainedModel, model_folder: str, tmp_path: Path
+) -> None:
+    public = PUBLIC_SETS[name]
+    (tmp_path / "rows.jsonl").write_bytes(public.lines)
+    recipe = Recipe(
+        training_uri=(tmp_path / "rows.jsonl").as_uri(),
+        model_source=model_folder,
+        max_length=2048,
+        truncation="drop",
+        columns=(public.extension or {}).get("columns", {}),
+    )
+    found = check(recipe, str(tmp_path), in_turn)
+    assert (found.tokens.num_kept, found.tokens.dropped) == (public.num_groups, {})
+    groups = score_reference(reference, encoded(recipe, tmp_path / "encoded"), max_tokens_per_pack=8192)
+    assert len(groups) == public.num_groups
+    tokenizer = load_tokenizer(model_folder)
+    for group, (question, good, bad) in zip(groups, ASKED, strict=True):
+        prompt, *completions = map(tokenizer.decode, (group.prompt_ids, *group.completion_ids))
+        assert question.split()[-1] in prompt
+        assert any(answer in completions[0] for answer in (good, bad) if public.kind == "unpaired" or answer == good)
+        assert group.ref_logps is not None
+        assert all(math.isfinite(logp) and logp < 0 for logp in group.ref_logps)
