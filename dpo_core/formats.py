@@ -42,8 +42,14 @@ class Format:
     reader: Callable[[Row], Iterator[Group]]
     joins: bool = False  # a row rates one answer; neighbours of one prompt are one group
 
-    def read(self, row: Row) -> Iterator[Group]:
+    def read(self, row: Row) -> list[Group]:
         """The groups of a row. Raises InvalidRow."""
+        if self._meant.isdisjoint(row.value):  # as in most rows
+            return list(self.reader(row))
+        return list(self._read_all(row))
+
+    def _read_all(self, row: Row) -> Iterator[Group]:
+        """With what stands beside what the reader reads."""
         weight, margin = (_extra(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
         arguments = _template_arguments(row) if self._takes_arguments else None
@@ -67,6 +73,11 @@ class Format:
                 tools=group.tools or tools,
                 template_arguments=arguments,
             )
+
+    @cached_property
+    def _meant(self) -> frozenset[str]:
+        """Columns beside those of the reader that say something."""
+        return self._meant_elsewhere | (self.keys & (_OF_MESSAGES | {"weight", "margin"}))
 
     @cached_property
     def _takes_tools(self) -> bool:

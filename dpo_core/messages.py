@@ -53,7 +53,9 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
     """What the assistant says, and what others, a tool or a user, say between."""
-    messages = messages_of(row, pointer, value)
+    messages = _list_of(row, pointer, value)
+    if len(messages) > 1:
+        _unanswered(row, pointer, messages)
     check_completion(row, pointer, messages, may_be_empty=may_be_empty)
     return messages
 
@@ -62,6 +64,10 @@ def check_completion(
     row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
 ) -> None:
     """Raises InvalidRow for messages that are no completion; `first` is the number of the first of them."""
+    if len(messages) == 1 and messages[0]["role"] == "assistant":  # as nearly all are
+        if not may_be_empty:
+            refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])
+        return
     for end in (0, len(messages) - 1):
         if messages[end]["role"] != "assistant":
             what = "must be a message of the assistant: a completion begins and ends with one."
@@ -73,7 +79,7 @@ def check_completion(
         if index and message["role"] == messages[index - 1]["role"] == "assistant":
             what = "follows an assistant message; put the user's or a tool's between."
             raise row.invalid(place, "invalid_order", what)
-        if message["role"] == "assistant" and not (may_be_empty and len(messages) == 1):
+        if message["role"] == "assistant":
             refuse_empty_message(row, f"{place}/content", message)
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
 NUM_FIRST = 1000  # rows among which the first that can be used tells the format
 NUM_LAST = 3  # tokens of an answer: some templates write a line feed behind its end
+RARE = "ʘ東𓀀🫠\u2062"  # who knows these, as byte-level tokenizers do, knows all
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
 MOST_PIECES = 20_000  # about; beyond them pieces grow
@@ -302,7 +303,7 @@ def _encode(
         texts = _texts(group, tokenizer)
         if any(map(special_tokens.search, texts)):
             tally.mark_special(group.line)
-        if not all(_knows(character, tokenizer) for character in set().union(*texts)):
+        if not _knows_all(RARE, tokenizer) and not all(_knows_all(text, tokenizer) for text in texts):
             tally.mark_unknown(group.line)
     for encoded in encode_groups(groups, tokenizer, today=recipe.today):
         if isinstance(encoded, InvalidRow):
@@ -334,6 +335,10 @@ def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
     return texts
+
+
+def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return all(_knows(character, tokenizer) for character in set(text))
 
 
 @functools.cache

@@ -409,7 +409,7 @@ def test_a_completion_may_hold_several_messages():
 
 @pytest.mark.parametrize(
     ("completion", "pointer", "code"),
-    [([ANSWER], "/0/tool_call_id", "unknown_tool_call"), ([CALLS, GOOD], "/1", "invalid_order")],
+    [([ANSWER], "/0", "invalid_completion"), ([CALLS, GOOD], "/1", "invalid_order")],
 )
 def test_calls_in_a_completion_are_answered_within_it(completion, pointer, code):
     found = refusal(*lines({**PREFERENCE, "input": {"messages": [USER]}, "preferred_output": completion}))
