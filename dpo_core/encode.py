@@ -296,6 +296,21 @@ def _as_given(message: Message, *, in_parts: bool) -> Mapping[str, object]:
 
 
 @lru_cache(maxsize=8)
+def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """With what the chat template begins an answer when it asks for one, and not when it writes one: `<think>`."""
+    question: list[Message] = [{"role": "user", "content": _PROBE}]
+    try:
+        apply = partial(_apply, tokenizer, {})
+        (asked,), (whole,) = (
+            apply([question], asks=True),
+            apply([[*question, {"role": "assistant", "content": _PROBE}]]),
+        )
+    except Exception:  # a template is a stranger's program, and fails in every way
+        return ""
+    return asked.removeprefix(_common(asked, [whole]))
+
+
+@lru_cache(maxsize=8)
 def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template writes the parts of a content, and nothing of a text."""
 
@@ -386,10 +401,11 @@ def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase")
         if _lacks_calls(message, written.prompt):
             return _invalid(group, "template_drops_calls", DROPS_CALLS)
     for text, completion in zip(written.completions, cast(tuple[list[Message], ...], group.completions), strict=True):
+        answered = prefill(tokenizer) + text  # the prompt may end with words of the answer
         for message in completion:
             if _lacks_calls(message, text):
                 return _invalid(group, "template_drops_calls", DROPS_CALLS)
-            if lost := _first_lost(message["content"], text, tokenizer):
+            if lost := _first_lost(message["content"], answered, tokenizer):
                 return _drops(group, "text", "a completion", lost)
             if lost := _first_lost(message.get("reasoning_content", ""), text, tokenizer):
                 return _drops(group, "thoughts", "a completion", lost)

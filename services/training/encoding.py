@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_core.encode import EncodedGroup, UnusableTemplate, encode_groups
+from dpo_core.encode import EncodedGroup, UnusableTemplate, encode_groups, prefill
 from dpo_core.feedback import Record, are_one_group, is_tied, read_records
 from dpo_core.groups import Group
 from dpo_core.jsonl import InvalidRow, read_lines
@@ -305,7 +305,7 @@ def _encode(
             tally.mark_special(group.line)
         if not _knows_all(RARE, tokenizer) and not all(_knows_all(text, tokenizer) for text in texts):
             tally.mark_unknown(group.line)
-    for encoded in encode_groups(groups, tokenizer, today=recipe.today):
+    for group, encoded in zip(groups, encode_groups(groups, tokenizer, today=recipe.today), strict=True):
         if isinstance(encoded, InvalidRow):
             tally.drop(encoded.code, encoded.line, encoded.message)
             continue
@@ -318,6 +318,8 @@ def _encode(
         if len(cut.completion_ids) > 1 and len(set(map(tuple, cut.completion_ids))) == 1:
             tally.drop(IDENTICAL, cut.line)
             continue
+        if isinstance(group.prompt, list) and not _is_asked(encoded, tokenizer):
+            tally.mark_unasked(encoded.line)
         if not all(model.ends.intersection(ids[-NUM_LAST:]) for ids in encoded.completion_ids):
             tally.mark_unended(encoded.line)
         aside = _is_held_out(encoded.prompt_ids, recipe.validation_share)
@@ -346,6 +348,12 @@ def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer has ids for it that are not those of its unknown token."""
     ids = tokenizer(character, add_special_tokens=False).input_ids
     return character.isspace() or (bool(ids) and tokenizer.unk_token_id not in ids)
+
+
+def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether its prompt ends with the words that the template begins every answer with."""
+    words = prefill(tokenizer).strip()
+    return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
 
 
 def _words(text: Text) -> str:

@@ -53,6 +53,7 @@ class EncodingReport(Contract):
     dropped: dict[str, Reason] = Field(default_factory=dict)  # by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
     special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
+    unasked: Lines = Lines()  # groups that are learned without the words with which the template asks for an answer
     unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
     unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
     lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
@@ -79,6 +80,7 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
         dropped={key: _add_reasons(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
         truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
         special_tokens=_add_lines(a.special_tokens, b.special_tokens),
+        unasked=_add_lines(a.unasked, b.unasked),
         unknown=_add_lines(a.unknown, b.unknown),
         unended=_add_lines(a.unended, b.unended),
         lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
@@ -110,6 +112,7 @@ class Tally:
         self._invalid: dict[str, list[InvalidRow]] = {}
         self._dropped: dict[str, list[int]] = {}
         self._sentences: dict[str, str] = {}
+        self._unasked: list[int] = []
         self._unknown: list[int] = []
         self._unended: list[int] = []
         self._truncated: dict[str, list[int]] = {}
@@ -125,6 +128,10 @@ class Tally:
     def mark_special(self, line: int) -> None:
         """A group whose own text holds special tokens."""
         self._special_tokens.append(line)
+
+    def mark_unasked(self, line: int) -> None:
+        """A group that is learned without the words with which the template asks for an answer."""
+        self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
         """A group with characters that the tokenizer does not know."""
@@ -173,6 +180,7 @@ class Tally:
             dropped={code: _reason(lines, self._sentences[code]) for code, lines in self._dropped.items()},
             truncated={side: _named(lines) for side, lines in self._truncated.items()},
             special_tokens=_named(self._special_tokens),
+            unasked=_named(self._unasked),
             unknown=_named(self._unknown),
             unended=_named(self._unended),
             lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},
@@ -243,6 +251,11 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
     """Sentences on groups that are kept and need a look."""
     marks = (
         (report.special_tokens, "hold special tokens of the model in their text, which it reads as such", ""),
+        (
+            report.unasked,
+            "have no thoughts, with which the chat template makes every answer begin, and are learned without",
+            "; give them thoughts, or use a template that does not ask for them",
+        ),
         (
             report.unknown,
             "have characters that the tokenizer does not know, and the model never sees",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dpo_core.encode import EncodedGroup, encode_group, encode_groups
+from dpo_core.encode import EncodedGroup, encode_group, encode_groups, prefill
 from dpo_core.feedback import read_records
 from dpo_core.formats import FORMATS
 from dpo_core.groups import Group
@@ -217,6 +217,11 @@ def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, 
 )
 def test_a_row_is_learned_as_the_policy_will_be_asked(templated, name, group, words):
     assert seen(group, templated(name)) == words
+
+
+@pytest.mark.parametrize(("name", "words"), [("begins answers with a thought", "<think>\n"), ("plain", "")])
+def test_words_that_begin_every_answer_are_known(templated, name, words):
+    assert prefill(templated(name)) == words
 
 
 def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):

@@ -18,6 +18,7 @@ from services.contract import AttemptSpec, InvalidRows, Message, Progress, Repor
 from services.training import dataset, encoding
 from services.training.encoding import Encoded, Piece, encode, encode_piece, recipe_of, refuse_unusable, split, tell
 from services.training.reporting import JobFailed
+from tests.dpo_core.conftest import build_tokenizer
 
 MakeSpec = Callable[..., AttemptSpec]
 
@@ -353,6 +354,41 @@ def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
     warning = "2 of 4 pairs have characters that the tokenizer does not know, and the model never sees (line 2, 4)"
     assert any(isinstance(report, Message) and report.message.startswith(warning) for report in reports)
+
+
+def test_rows_without_the_thoughts_that_the_template_asks_for_are_named(
+    make_spec: MakeSpec, run: Any, tmp_path: Path
+) -> None:
+    thinking = build_tokenizer()
+    thinking.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>[t]{% endif %}"
+    )
+    shutil.copytree(make_spec().model_source, tmp_path / "model")
+    thinking.save_pretrained(tmp_path / "model")
+    answers = ["[t]so[/t]Yes.", "Yes.", "[t]so[/t]Yes."]
+    rows = [
+        {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]}
+        for answer in answers
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = make_spec(
+        training_uri=str(tmp_path / "rows.jsonl"),
+        model_source=str(tmp_path / "model"),
+        config=TrainConfig(objective=Supervised()),
+    )
+    groups, reports = run(spec)
+    warning = "1 of 3 demonstrations have no thoughts, with which the chat template makes every answer begin"
+    assert any(
+        isinstance(report, Message) and f"{warning}, and are learned without (line 2)" in report.message
+        for report in reports
+    )
+    assert [thinking.decode(group.completion_ids[0]) for group in groups] == [
+        "so[/t]Yes.</s>",
+        "Yes.</s>",
+        "so[/t]Yes.</s>",
+    ]
 
 
 def test_rows_that_hold_special_tokens_in_their_text_are_named(
