@@ -3,9 +3,9 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from os.path import commonprefix
 from typing import TYPE_CHECKING, cast
@@ -51,6 +51,7 @@ class EncodedGroup:
     weight: float = 1.0  # of the group's loss
     margin: float | None = None  # by which the chosen completion should lead
     others: tuple[Spans, ...] | None = None  # of each completion, the tokens that are read and not learned
+    has_bos: bool = field(default=False, compare=False)  # whether the prompt begins with the tokenizer's BOS
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or not self.completion_ids or not all(map(len, self.completion_ids)):
@@ -112,7 +113,7 @@ def encode_groups(
 ) -> Iterator[EncodedGroup | InvalidRow]:
     """Each group's ids in turn, or why it has none. Raises UnusableTemplate.
 
-    `today` is what a template writes that writes the date, as some do; None: the day on which it is called.
+    `today` is what a template writes that writes the date, as some do; None: the day on which this was first called.
     The template and the tokenizer are called for many of them together, and the tokenizer reads each prompt once.
     """
     groups = iter(groups)
@@ -144,7 +145,7 @@ def _encode_together(
             tuple(_tokens_of(span, completion, ids, tail, tokenizer) for span in spans)
             for spans, completion, ids in zip(text.others, text.completions, completion_ids, strict=True)
         )
-        yield _encoded(group, prompt_ids, completion_ids, others)
+        yield _encoded(group, prompt_ids, completion_ids, others, tokenizer.bos_token_id)
 
 
 def _encoded(
@@ -152,6 +153,7 @@ def _encoded(
     prompt_ids: Sequence[int],
     completion_ids: tuple[Sequence[int], ...],
     others: tuple[Spans, ...] | None,
+    bos: int | None,
 ) -> EncodedGroup | InvalidRow:
     if not prompt_ids:
         return _invalid(group, "empty_prompt", "the prompt has no tokens; give it some text.")
@@ -166,6 +168,7 @@ def _encoded(
         weight=group.weight,
         margin=group.margin,
         others=others,
+        has_bos=prompt_ids[0] == bos,
     )
 
 
@@ -214,8 +217,7 @@ def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today
             remedy = "send texts instead of messages, or add a template."
             raise UnusableTemplate(f"The tokenizer has no chat template; {remedy}")
         options = {**(arguments or {}), "tools": tools}
-        if today:
-            options["strftime_now"] = today.strftime  # what templates call for the date
+        options["strftime_now"] = (today or _first_day()).strftime  # what templates call for the date
         apply = partial(_apply, tokenizer, options)
         prompts = apply([cast(list[Message], group.prompt) for group in some], asks=True)
         wholes = iter(apply([whole for group in some for whole in _wholes(group, tokenizer)]))
@@ -248,6 +250,12 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, who
             raise _invalid(group, "template_not_prefix", f"{what}; mend the template.")
         spans.append((len(said), len(_common(asked, [whole]))))
     return tuple(spans)
+
+
+@cache
+def _first_day() -> date:
+    """One for all that this process encodes, also beyond midnight."""
+    return date.today()
 
 
 def _for_the_template(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:

@@ -6,12 +6,12 @@ from dpo_core.config import Truncation
 from dpo_core.encode import EncodedGroup
 
 
-def truncate(group: EncodedGroup, max_length: int, how: Truncation, *, first: int | None = None) -> EncodedGroup | None:
+def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
     """The group with at most `max_length` tokens of prompt and any one completion; None: it cannot be kept.
 
     `keep_start` cuts the ends of completions, which then end without EOS; `keep_end` cuts the start of
-    the prompt, alike for all its completions, and keeps the token `first` where the prompt begins with that: a
-    tokenizer's BOS. Neither leaves a side without tokens: such a group is dropped.
+    the prompt, alike for all its completions, behind the tokenizer's BOS. Neither leaves a side without tokens: such a
+    group is dropped.
     """
     longest = max(map(len, group.completion_ids))
     if len(group.prompt_ids) + longest <= max_length:
@@ -22,6 +22,6 @@ def truncate(group: EncodedGroup, max_length: int, how: Truncation, *, first: in
         )
         return replace(group, completion_ids=tuple(ids[:room] for ids in group.completion_ids), others=others)
     if how == "keep_end" and (room := max_length - longest) > 0:
-        head = list(group.prompt_ids[:1]) if group.prompt_ids[0] == first and room > 1 else []
+        head = list(group.prompt_ids[:1]) if group.has_bos and room > 1 else []
         return replace(group, prompt_ids=[*head, *group.prompt_ids[len(head) - room :]])
     return None

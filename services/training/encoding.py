@@ -310,7 +310,7 @@ def _encode(
             tally.drop(encoded.code, encoded.line, encoded.message)
             continue
         tally.see(encoded)
-        cut = truncate(encoded, limit, recipe.truncation, first=tokenizer.bos_token_id)
+        cut = truncate(encoded, limit, recipe.truncation)
         if cut is None:
             tokens = len(encoded.prompt_ids) + max(map(len, encoded.completion_ids))
             tally.drop(TOO_LONG, encoded.line, tokens=tokens)

@@ -65,7 +65,7 @@ def preview(recipe: Recipe, row: Piece) -> Preview:
     if isinstance(encoded, InvalidRow):
         return Preview(line=group.line, dropped=encoded.code)
     limit = min(recipe.max_length, model.positions)
-    cut = truncate(encoded, limit, recipe.truncation, first=tokenizer.bos_token_id)
+    cut = truncate(encoded, limit, recipe.truncation)
     return _written(cut or encoded, tokenizer, dropped=None if cut else TOO_LONG)
 
 

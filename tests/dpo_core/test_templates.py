@@ -4,7 +4,7 @@ The templates are written by hand after what published ones do.
 """
 
 import re
-from datetime import date
+from datetime import date, timedelta
 from functools import reduce
 from typing import Any
 
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from dpo_core import encode
 from dpo_core.encode import EncodedGroup, encode_group, encode_groups, prefill
 from dpo_core.feedback import read_records
 from dpo_core.formats import FORMATS
@@ -231,6 +232,19 @@ def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):
     )
     group = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"thinks": True})
     assert seen(group, own)[0].endswith("<|assistant|>")
+
+
+def test_a_template_that_writes_the_date_writes_one_day_beyond_midnight(tokenizer, monkeypatch):
+    class Tomorrow(date):
+        @classmethod
+        def today(cls):
+            return date.today() + timedelta(days=1)
+
+    own = _fresh(tokenizer)
+    own.chat_template = "Today: {{ strftime_now('%d %b %Y') }}" + PLAIN
+    before = encode_group(PAIRED, own)
+    monkeypatch.setattr(encode, "date", Tomorrow)
+    assert encode_group(PAIRED, own) == before
 
 
 def test_a_template_that_writes_the_date_writes_the_day_that_it_is_told(tokenizer):

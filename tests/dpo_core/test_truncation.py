@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from dpo_core.encode import EncodedGroup
@@ -27,9 +29,9 @@ def test_a_side_is_cut(how, limit, prompt, completions):
 
 
 @pytest.mark.parametrize(("limit", "prompt"), [(6, [1, 3, 4]), (5, [1, 4]), (4, [4])])
-def test_a_prompt_keeps_its_first_token_where_there_is_room_for_another(limit, prompt):
-    assert truncate(GROUP, limit, "keep_end", first=1).prompt_ids == prompt
-    assert truncate(GROUP, limit, "keep_end", first=9).prompt_ids == [1, 2, 3, 4][3 - limit :]
+def test_a_prompt_keeps_its_bos_where_there_is_room_for_another(limit, prompt):
+    assert truncate(replace(GROUP, has_bos=True), limit, "keep_end").prompt_ids == prompt
+    assert truncate(GROUP, limit, "keep_end").prompt_ids == [1, 2, 3, 4][3 - limit :]
 
 
 @pytest.mark.parametrize(("how", "limit"), [("drop", 6), ("keep_start", 4), ("keep_end", 3)])
