@@ -402,6 +402,6 @@ def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
         return f"has a margin; {objective.type} takes none here."
     if traits.needs_reference and group.ref_logps is None:
         return "has no ref_logps; score it with the reference before training."
-    if isinstance(objective, o.LdDpo) and group.ref_head_logps is None:
+    if traits.needs_reference_heads and group.ref_head_logps is None:
         return "has no ref_head_logps; score it with the reference before training."
     return None

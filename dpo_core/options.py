@@ -67,6 +67,7 @@ class Traits:
     takes_margins: bool = False
     needs_whole_batch: bool = False  # a loss depends on other groups of the global batch
     needs_other_prompts: bool = False  # the global batch has completions of other prompts, rated nan
+    needs_reference_heads: bool = False  # what the reference says of the completions' beginnings, apart
     num_outputs: int = 0  # of the head of the reward model that it trains; 0: it trains a policy
     default_learning_rate: float = 1e-6
     default_epochs: int = 1
@@ -302,7 +303,7 @@ class Rpo:
 class LdDpo:
     """Length-desensitized DPO, arXiv 2409.06411, for policy and reference alike."""
 
-    traits: ClassVar = ON_PAIRS
+    traits: ClassVar = replace(ON_PAIRS, needs_reference_heads=True)
     type: Literal["ld_dpo"] = "ld_dpo"
     beta: Beta = 0.1
     # alpha: of the tokens past the shorter completion's length
@@ -409,6 +410,7 @@ class Mpo:
             needs_reference=any(part.needs_reference for part in parts),
             needs_whole_batch=any(part.needs_whole_batch for part in parts),
             needs_other_prompts=any(part.needs_other_prompts for part in parts),
+            needs_reference_heads=any(part.needs_reference_heads for part in parts),
         )
 
 

@@ -165,6 +165,7 @@ class Recipe(Contract):
     invalid_rows: InvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
     today: date | None = None  # that a chat template writes which writes the date; None: that of the day
+    other_prompts: bool = False  # whether each group also has an answer to another prompt, for objectives that need it
 
 
 class CheckRequest(Contract):

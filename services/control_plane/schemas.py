@@ -20,7 +20,7 @@ from pydantic import (
 
 from dpo_core.config import Optim, TrainConfig, Truncation
 from dpo_core.formats import ROLES
-from dpo_core.options import OBJECTIVES, InvalidOption, Kto, LdDpo, Mpo, RewardObjective
+from dpo_core.options import OBJECTIVES, InvalidOption, Objective, RewardObjective
 from services.contract import Integrations, InvalidRows, JobSpec, Mlflow, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
@@ -60,9 +60,7 @@ Metadata = Annotated[
 ]
 
 
-# Of kto a job would need completions under other prompts, of ld_dpo the reference's own scores of their
-# beginnings, which no job prepares yet; an mpo is not yet a flat set of hyperparameters; reward models are not served.
-METHODS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Kto, LdDpo, Mpo, *get_args(RewardObjective))]
+METHODS = [kind for kind, cls in OBJECTIVES.items() if cls not in get_args(RewardObjective)]  # these are not served
 
 
 class Method(BaseModel):
@@ -196,10 +194,23 @@ def train_config(
         return {key: value for key, value in given.items() if key in names}
 
     of_optim = {field.name for field in fields(Optim)}
+    if "objectives" in given:
+        given["objectives"] = _parts(given["objectives"], f"{where}.objectives")
     objective = _parse(OBJECTIVES[kind], part(objective_options), where, paths)
     optim = _parse(Optim, part(of_optim), where, paths)
     rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})
     return _parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
+
+
+def _parts(given: object, where: str) -> list[Objective]:
+    """The objectives of a sum, each by its type."""
+    parts = _parse(list[dict[str, Any]], given, where)
+    for number, part in enumerate(parts):
+        if (kind := part.get("type")) not in METHODS or kind == "mpo":
+            known = ", ".join(name for name in METHODS if name != "mpo")
+            message = f"{where}.{number}.type is {kind!r:.80}; it must be one of {known}."
+            raise InvalidRequest(message, param=f"{where}.{number}.type", code="unsupported_value")
+    return [_parse(OBJECTIVES[part["type"]], part, f"{where}.{number}") for number, part in enumerate(parts)]
 
 
 def reading(extension: Mapping[str, Any]) -> Reading:

@@ -26,7 +26,9 @@ IDS = pa.schema(
         "others": pa.list_(pa.list_(pa.list_(pa.int32(), 2))),  # per completion, spans of tokens; null: none
     }
 )
-SCORES = pa.schema({"ref_logps": pa.list_(pa.float64())})  # one per completion, in nats
+SCORES = pa.schema(  # one per completion, in nats; null: not asked for
+    {"ref_logps": pa.list_(pa.float64()), "ref_head_logps": pa.list_(pa.float64())}
+)
 
 DIGEST = ".sha256"
 
@@ -90,11 +92,16 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
     return Part(name=name, num_rows=num_rows, num_groups=len(groups), num_tokens=num_tokens, sha256=sha256)
 
 
-def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup]) -> Part:
-    """The part, now that its groups are scored. Its sha256 stands beside the scores: the manifest comes much later."""
-    sha256 = _write(
-        storage.join(uri, part.name), pa.table({"ref_logps": [group.ref_logps for group in groups]}, SCORES)
-    )
+def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
+    """The part, now that its groups are scored, with `heads` their completions' beginnings too.
+
+    Its sha256 stands beside the scores: the manifest comes much later.
+    """
+    columns = {
+        "ref_logps": [group.ref_logps for group in groups],
+        "ref_head_logps": [group.ref_head_logps if heads else None for group in groups],
+    }
+    sha256 = _write(storage.join(uri, part.name), pa.table(columns, SCORES))
     storage.write_bytes(storage.join(uri, part.name + DIGEST), sha256.encode())
     return part.model_copy(update={"scores_sha256": sha256})
 
@@ -152,7 +159,8 @@ def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
 def _read(data: Data, part: Part) -> Any:
     table, *others = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in _files(data, part))
     for scores in others:
-        table = table.append_column("ref_logps", scores["ref_logps"])
+        for name in SCORES.names:
+            table = table.append_column(name, scores[name])
     return table
 
 
@@ -177,7 +185,9 @@ class _Groups:
     def take(self, rows: Iterable[int]) -> Iterator[EncodedGroup]:
         for row in rows:
             own = {name: values[row] for name, values in self._rest.items()}
-            per_completion = {name: own.get(name) and tuple(own[name]) for name in ("ref_logps", "ratings")}
+            per_completion = {
+                name: own.get(name) and tuple(own[name]) for name in ("ref_logps", "ref_head_logps", "ratings")
+            }
             spans = own["others"] and tuple(tuple(map(tuple, each)) for each in own["others"])
             yield EncodedGroup(
                 prompt_ids=self._prompts.ids(row),

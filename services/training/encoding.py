@@ -4,9 +4,10 @@ import functools
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,7 @@ def recipe_of(spec: AttemptSpec) -> Recipe:
         invalid_rows=spec.invalid_rows,
         columns=spec.columns,
         today=spec.today,
+        other_prompts=spec.config.objective.traits.needs_other_prompts,
     )
 
 
@@ -325,7 +327,45 @@ def _encode(
         aside = _is_held_out(encoded.prompt_ids, recipe.validation_share)
         tally.keep(encoded, cut, held_out=aside)
         (held_out if aside else kept).append(cut)
+    if recipe.other_prompts:
+        return _with_others(kept, limit), _with_others(held_out, limit)
     return kept, held_out
+
+
+def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
+    """Each with the best answer to the next prompt that differs from its own, rated nan and cut to what fits.
+
+    By these KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
+    """
+    found: list[EncodedGroup] = []
+    other = next((group for group in groups if _prompt(group) != _prompt(groups[-1])), None)
+    if other is None:
+        return list(groups)  # all are of one prompt
+    following = other
+    for group in reversed(groups):
+        if _prompt(following) != _prompt(group):
+            other = following
+        found.append(_with_another(group, other, limit))
+        following = group
+    return found[::-1]
+
+
+def _prompt(group: EncodedGroup) -> list[int]:
+    return list(group.prompt_ids)
+
+
+def _with_another(group: EncodedGroup, other: EncodedGroup, limit: int) -> EncodedGroup:
+    best, spans = other.completion_ids[:1], other.others and other.others[:1]
+    answer = truncate(EncodedGroup(group.prompt_ids, best, None, group.line, others=spans), limit, "keep_start")
+    assert answer is not None  # the group's own fit behind the prompt
+    none = ((),) * len(group.completion_ids)
+    others = (*(group.others or none), *(answer.others or ((),))) if group.others or answer.others else None
+    return replace(
+        group,
+        completion_ids=(*group.completion_ids, *answer.completion_ids),
+        ratings=(*group.ranked(), math.nan),
+        others=others,
+    )
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -24,7 +24,7 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
     _use_cores(alone=len(dataset.parts) == 1)
     groups = list(read_part(dataset, part))
     scored = score_reference(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
-    return write_scores(uri, part, scored)
+    return write_scores(uri, part, scored, heads=spec.config.objective.traits.needs_reference_heads)
 
 
 def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:

@@ -36,7 +36,7 @@ from services.training.scoring import (
 from services.training.stream import Stream, streamed
 from services.training.tasks import in_tasks
 
-ENCODING, SCORING = 4, 1  # raised when the same input becomes something else
+ENCODING, SCORING = 4, 2  # raised when the same input becomes something else
 NUM_TIMED_TOKENS = 4096  # fewer would say more of the start than of the rate
 SCORES_FOUND = "The reference's scores were found in the cache."
 
@@ -131,6 +131,7 @@ def _encoding_key(spec: AttemptSpec) -> str:
         validation_share=spec.validation_share,
         invalid_rows=spec.invalid_rows.model_dump(),
         columns=spec.columns,
+        other_prompts=spec.config.objective.traits.needs_other_prompts,
         today=str(spec.today) if cache.writes_the_date(spec.model_source) else None,
         versions={name: version(name) for name in ("tokenizers", "transformers")},
     )
@@ -161,8 +162,9 @@ class _Slower(Exception):
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
     """By the reference's deployment if that ends sooner and says what the trainer's own forward says, else by that."""
     weights = cache.model_digest(spec.model_source, weights=True)
-    own_uri = _scores_uri(encoding, weights, by="trainer", dtype="float32", packages=("torch", "transformers"))
-    served_uri = _scores_uri(encoding, weights, by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
+    uri_of = partial(_scores_uri, spec, encoding, weights)
+    own_uri = uri_of(by="trainer", dtype="float32", packages=("torch", "transformers"))
+    served_uri = uri_of(by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
     for uri in (own_uri, served_uri) if spec.reference_source == "auto" else ():
         if found := cache.find(uri, Scored, _check, lambda _: None):
             report(Message(message=SCORES_FOUND))
@@ -204,9 +206,12 @@ def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, rep
     return False
 
 
-def _scores_uri(encoding: Encoding, weights: str, *, by: str, dtype: str, packages: Sequence[str]) -> str:
+def _scores_uri(
+    spec: AttemptSpec, encoding: Encoding, weights: str, *, by: str, dtype: str, packages: Sequence[str]
+) -> str:
     versions = {name: version(name) for name in packages}
-    name = cache.key(scoring=SCORING, by=by, weights=weights, dtype=dtype, versions=versions)
+    heads = spec.config.objective.traits.needs_reference_heads
+    name = cache.key(scoring=SCORING, by=by, weights=weights, dtype=dtype, versions=versions, heads=heads)
     return storage.join(encoding.training.uri, f"scores-{name}")
 
 
@@ -256,7 +261,7 @@ def _by_deployment(
     rates.write(rate_uri, Rate(tokens_per_second=tokens_per_second, loading_seconds=loaded - asked))
     if not _engine_pays(spec, encoding, Rate(tokens_per_second=tokens_per_second), report):  # it is loaded by now
         raise _Slower
-    return by_deployment(connect)
+    return by_deployment(connect, heads=spec.config.objective.traits.needs_reference_heads)
 
 
 def _begin_own_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":

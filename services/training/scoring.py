@@ -4,6 +4,7 @@ A part's scores are one file, and a part that has them is not scored again.
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,17 +100,18 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Referenc
         time.sleep(0.5)
 
 
-def by_deployment(connect: Connect) -> ScoreParts:
-    """Sums are taken in the replica; a call whose replica dies is sent again."""
+def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
+    """Sums are taken in the replica, but for those of `heads`; a call whose replica dies is sent again."""
+    score_groups = _scored_with_heads if heads else _scored
 
     def score_parts(dataset: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
-        scored = _scored((group for part in parts for group in read_part(dataset, part)), connect)
+        scored = score_groups((group for part in parts for group in read_part(dataset, part)), connect)
         for part in parts:
             groups = []
             for group in islice(scored, part.num_groups):
                 groups.append(group)
                 done(1)
-            yield write_scores(uri, part, groups)
+            yield write_scores(uri, part, groups, heads=heads)
 
     return score_parts
 
@@ -119,6 +121,12 @@ def _scored(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[Encode
         own: list[Score] = [Score(*score) for score in scores]
         assert [score.num_tokens for score in own] == group.num_learned
         yield replace(group, ref_logps=tuple(score.logp for score in own))
+
+
+def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[EncodedGroup]:
+    for group, rows in _ask_all(groups, connect, lambda reference: reference.token_logps):
+        logps, heads = (tuple(math.fsum(row[:end]) for row in rows) for end in (None, group.head_length))
+        yield replace(group, ref_logps=logps, ref_head_logps=heads)
 
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:

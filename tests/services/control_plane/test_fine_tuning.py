@@ -57,7 +57,18 @@ def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, traini
         ({"method": dpo(beta="much")}, openai.BadRequestError, "method.dpo.hyperparameters.beta", "invalid_value"),
         ({"method": dpo(betta=1)}, openai.BadRequestError, "method.dpo.hyperparameters.betta", "unknown_parameter"),
         ({"method": dpo(n_epochs=51)}, openai.BadRequestError, "method.dpo.hyperparameters.n_epochs", "invalid_value"),
-        ({"method": {"type": "kto"}}, openai.BadRequestError, "method.type", "unsupported_value"),
+        (
+            {"method": {"type": "mpo", "mpo": {"hyperparameters": {"objectives": [{"type": "sft"}], "weights": [1]}}}},
+            openai.BadRequestError,
+            "method.mpo.hyperparameters.objectives.0.type",
+            "unsupported_value",
+        ),
+        (
+            {"method": {"type": "mpo", "mpo": {"hyperparameters": {"objectives": [{"type": "dpo", "beta": 7}]}}}},
+            openai.BadRequestError,
+            "method.mpo.hyperparameters.objectives.0.beta",
+            "invalid_value",
+        ),
         ({"method": {"type": "reward_gaussian"}}, openai.BadRequestError, "method.type", "unsupported_value"),
         ({"method": {"type": "dpo", "kto": {}}}, openai.BadRequestError, "method.kto", "unknown_parameter"),
         ({"method": {"type": "supervised"}}, openai.BadRequestError, "training_file", "invalid_training_file"),
@@ -252,10 +263,27 @@ def test_other_objectives_are_taken_with_their_own_options_and_echoed(
     client.fine_tuning.jobs.cancel(job.id)
 
 
+def _shown(value: object) -> str:
+    """A default as the table has it; of the parts of a sum their types."""
+    if isinstance(value, tuple):
+        return ", ".join(str(getattr(item, "type", item)) for item in value)
+    return str(value)
+
+
+def test_a_sum_of_objectives_is_echoed_with_its_parts(client: openai.OpenAI, training_file: str) -> None:
+    given = {"objectives": [{"type": "dpo", "beta": 0.2}, {"type": "kto"}], "weights": [1.0, 0.5]}
+    job = create(client, training_file, method={"type": "mpo", "mpo": {"hyperparameters": given}})
+    told = job.method.to_dict()["mpo"]["hyperparameters"]
+    assert [(part["type"], part["beta"]) for part in told["objectives"]] == [("dpo", 0.2), ("kto", 0.1)]
+    assert told["weights"] == [1.0, 0.5]
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 def test_every_objective_and_its_options_are_documented() -> None:
     documented = (ROOT / "docs" / "api.md").read_text()
     for kind in METHODS:
-        options = [f"`{field.name}` {field.default}" for field in fields(OBJECTIVES[kind]) if field.name != "type"]
+        given = [(field.name, getattr(OBJECTIVES[kind](), field.name)) for field in fields(OBJECTIVES[kind])]
+        options = [f"`{name}` {_shown(value)}" for name, value in given if name != "type"]
         assert f"| `{kind}` | {', '.join(options) or '—'} |" in documented
 
 

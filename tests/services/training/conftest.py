@@ -23,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dpo_core.config import TrainConfig
 from services import forkserver
 from services.contract import AttemptSpec, Desired, EventBatch, Report, Wish
+from tests.dpo_core.conftest import build_policy, build_tokenizer
+from tests.dpo_core.test_encode import HERMES_TEMPLATE
 from tests.services.web import running
 
 with warnings.catch_warnings():
@@ -118,6 +120,17 @@ def build_model(folder: Path, seed: int) -> str:
 @pytest.fixture(scope="session")
 def model_source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One whose tokenizer knows every character, and whose template writes tools and their calls."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = HERMES_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    build_policy(initializer_range=0.02).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -14,27 +14,14 @@ from services.training import dataset
 from services.training.checking import check, in_turn
 from services.training.dataset import Dataset
 from services.training.encoding import encode_piece, split
-from tests.dpo_core.conftest import build_policy, build_tokenizer
-from tests.dpo_core.test_encode import HERMES_TEMPLATE
 from tests.public_sets import ASKED, PUBLIC_SETS
 
 BETTER = {question: good for question, good, _ in ASKED}
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One whose tokenizer knows every character, and whose template writes tools and their calls."""
-    folder = str(tmp_path_factory.mktemp("model"))
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = HERMES_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    build_policy(initializer_range=0.02).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(model_folder: str) -> PreTrainedModel:
-    return load_policy(model_folder)
+def reference(byte_level_model: str) -> PreTrainedModel:
+    return load_policy(byte_level_model)
 
 
 def encoded(recipe: Recipe, folder: Path) -> list[EncodedGroup]:
@@ -46,13 +33,13 @@ def encoded(recipe: Recipe, folder: Path) -> list[EncodedGroup]:
 
 @pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_a_public_set_is_checked_encoded_and_scored(
-    name: str, reference: PreTrainedModel, model_folder: str, tmp_path: Path
+    name: str, reference: PreTrainedModel, byte_level_model: str, tmp_path: Path
 ) -> None:
     public = PUBLIC_SETS[name]
     (tmp_path / "rows.jsonl").write_bytes(public.lines)
     recipe = Recipe(
         training_uri=(tmp_path / "rows.jsonl").as_uri(),
-        model_source=model_folder,
+        model_source=byte_level_model,
         max_length=2048,
         truncation="drop",
         columns=(public.extension or {}).get("columns", {}),
@@ -61,7 +48,7 @@ def test_a_public_set_is_checked_encoded_and_scored(
     assert (found.tokens.num_kept, found.tokens.dropped) == (public.num_groups, {})
     groups = score_reference(reference, encoded(recipe, tmp_path / "encoded"), max_tokens_per_pack=8192)
     assert len(groups) == public.num_groups
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(byte_level_model)
     for group, (question, good, bad) in zip(groups, ASKED, strict=True):
         prompt, *completions = map(tokenizer.decode, (group.prompt_ids, *group.completion_ids))
         assert question.split()[-1] in prompt

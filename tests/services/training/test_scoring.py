@@ -106,6 +106,16 @@ def test_every_group_gets_its_own_logps_with_many_calls_in_flight(
     assert (reports[0].done, reports[-1].done, reports[-1].total) == (0, 37, 37)
 
 
+def test_beginnings_of_completions_are_scored_where_they_are_asked_for(
+    model_source: str, encoded: Dataset, expected: list[EncodedGroup]
+) -> None:
+    connect = Reference(model_source).connect
+    made = score(encoded, f"{encoded.uri}-scored", by_deployment(connect, heads=True), lambda report: None)
+    for group, wanted in zip(dataset.read_groups(made), expected, strict=True):
+        assert group.ref_logps == pytest.approx(wanted.ref_logps, abs=1e-4)
+        assert group.ref_head_logps == pytest.approx(wanted.ref_head_logps, abs=1e-4)
+
+
 def test_a_call_whose_replica_died_is_sent_again(
     model_source: str, encoded: Dataset, expected: list[EncodedGroup]
 ) -> None:
