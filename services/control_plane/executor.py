@@ -98,6 +98,7 @@ class Executor:
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
+        reference = await self._launcher.own_name(models.start_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
             job_id=job.id,
             attempt=attempt.number,
@@ -112,7 +113,7 @@ class Executor:
             invalid_rows=spec.invalid_rows,
             columns=spec.columns,
             model_source=job.model_source,
-            reference=models.start_of(job).app_name if may_be_served else None,
+            reference=reference,
             reference_source=spec.reference_source,
             reference_dtype=self._settings.dtype,
             traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),

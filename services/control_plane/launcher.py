@@ -4,7 +4,7 @@ import asyncio
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,6 +17,7 @@ from services.control_plane.settings import Settings
 AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
 
 LIVE: dict[str, AttemptStatus] = {"PENDING": "pending", "RUNNING": "running"}
+SERVE_API = "/api/serve/applications/"
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
@@ -35,19 +36,23 @@ class Application:
 class ServeView:
     """One look at Ray Serve."""
 
-    applications: dict[str, Application]
+    applications: dict[str, Application]  # our own
     base_url: str | None  # of its HTTP proxy; None while Serve is not up
     seen_at: float
 
 
 class Launcher:
-    """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing."""
+    """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing.
 
-    def __init__(self, settings: Settings) -> None:
+    The cluster may be shared. `instance` tells the id that the names of this service's applications begin with in
+    Ray; callers see neither that id nor the applications of others.
+    """
+
+    def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
         token = settings.ray_token
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
         self._ray = httpx.AsyncClient(base_url=settings.ray_url, headers=headers, timeout=10)
-        self._settings = settings
+        self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
         self._looking = asyncio.Lock()
 
@@ -111,23 +116,29 @@ class Launcher:
 
     # --- models -----------------------------------------------------------------------------
 
+    async def own_name(self, app_name: str) -> str:
+        """The application's name in Ray, which is also its route."""
+        return f"{await self._prefix()}{app_name}"
+
+    async def _prefix(self) -> str:
+        return f"raydpo-{await self._instance()}-"
+
     async def serve(self, deployments: Sequence[Deployment]) -> None:
-        """Make these, and no others, the running applications. Unchanged ones are left alone by Serve."""
-        applications = [
-            {
-                "name": deployment.app_name,
-                "route_prefix": f"/{deployment.app_name}",
-                "import_path": "services.serving.app:build",
-                "args": deployment.model_dump(mode="json"),
-            }
-            for deployment in deployments
-        ]
+        """Make these, and no others, our running applications.
+
+        Serve removes every application of this API that a PUT leaves out, so those of others are sent along as they
+        were submitted. Serve leaves unchanged ones alone.
+        """
+        prefix = await self._prefix()
+        status = await self._serve_status()
+        others = _configs_of_others(status["applications"], prefix)
         body = {
-            "applications": applications,
+            "applications": [*others, *(_config(deployment, prefix) for deployment in deployments)],
             "proxy_location": "HeadOnly",
             "http_options": self._http_options(),
+            "target_capacity": status.get("target_capacity"),  # of all applications
         }
-        answer = await self._ray.put("/api/serve/applications/", json=body, timeout=60)
+        answer = await self._ray.put(SERVE_API, json=body, timeout=60)
         answer.raise_for_status()
         self._view = None
 
@@ -143,10 +154,13 @@ class Launcher:
         """Serve's applications, at most half a second old."""
         async with self._looking:
             if self._view is None or time.monotonic() - self._view.seen_at > VIEW_SECONDS:
-                answer = await self._ray.get("/api/serve/applications/")
-                answer.raise_for_status()
-                self._view = self._read(answer.json())
+                self._view = self._read(await self._serve_status(), await self._prefix())
             return self._view
+
+    async def _serve_status(self) -> dict[str, Any]:
+        answer = await self._ray.get(SERVE_API)
+        status: dict[str, Any] = answer.raise_for_status().json()
+        return status
 
     def _http_options(self) -> dict[str, Any]:
         """Where Serve listens if it has to be started: on loopback if Ray does."""
@@ -154,13 +168,37 @@ class Launcher:
         host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"
         return {"host": host, "port": url.port if self._settings.serve_url else SERVE_PORT}
 
-    def _read(self, status: dict[str, Any]) -> ServeView:
-        applications = {name: _application(app) for name, app in status["applications"].items()}
+    def _read(self, status: dict[str, Any], prefix: str) -> ServeView:
+        own = {name: app for name, app in status["applications"].items() if name.startswith(prefix)}
+        applications = {name.removeprefix(prefix): _application(app) for name, app in own.items()}
         base_url = self._settings.serve_url
         http = status.get("http_options") or {}
         if base_url is None and http.get("port"):
             base_url = f"http://{urlsplit(self._settings.ray_url).hostname}:{http['port']}"
         return ServeView(applications, base_url, time.monotonic())
+
+
+def _config(deployment: Deployment, prefix: str) -> dict[str, Any]:
+    name = f"{prefix}{deployment.app_name}"
+    return {
+        "name": name,
+        "route_prefix": f"/{name}",
+        "import_path": "services.serving.app:build",
+        "args": deployment.model_copy(update={"app_name": name}).model_dump(mode="json"),
+    }
+
+
+def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    """As they were submitted. A PUT touches no application of `serve.run`, and would take it over if it were sent."""
+    configs = []
+    for name, app in applications.items():
+        if name.startswith(prefix) or app["source"] != "declarative" or app["status"] == "DELETING":
+            continue
+        if app.get("deployed_app_config") is None:
+            sentence = f"Serve does not tell how its application '{name}' was deployed; a PUT would remove it."
+            raise httpx.HTTPError(sentence)
+        configs.append(app["deployed_app_config"])
+    return configs
 
 
 def _application(app: dict[str, Any]) -> Application:

@@ -49,6 +49,7 @@ from services.control_plane.tables import (
     Base,
     CheckpointPermission,
     Event,
+    Instance,
     Job,
     Lease,
     Model,
@@ -103,6 +104,7 @@ class Store:
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._database_url = database_url
+        self._instance: str | None = None
 
     @property
     def pool(self) -> QueuePool:
@@ -143,6 +145,13 @@ class Store:
                 async for notice in connection.notifies(timeout=quiet_seconds):
                     yield notice.payload
                 await connection.execute("SELECT 1")
+
+    async def instance(self) -> str:
+        """The id of the service that this database belongs to. It never changes."""
+        if self._instance is None:
+            async with self.begin() as session:
+                self._instance = (await session.scalars(select(Instance.id))).one()
+        return self._instance
 
     async def close(self) -> None:
         await self._engine.dispose()

@@ -349,6 +349,13 @@ class Deployment(Base):
     last_used_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class Instance(Base):
+    """The one row is the service's identity: what it names on a shared Ray cluster begins with it."""
+
+    __tablename__ = "instance"
+    id: Mapped[str] = mapped_column(primary_key=True)
+
+
 class Lease(Base):
     """Who acts. Times are the database's own."""
 

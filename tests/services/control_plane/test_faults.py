@@ -55,8 +55,8 @@ def faults(at: int) -> Iterator[Faults]:
 class FaultyLauncher(Launcher):
     """Crashes before and after what it does to Ray."""
 
-    def __init__(self, settings: Settings, found: Faults) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, store: Store, found: Faults) -> None:
+        super().__init__(settings, store.instance)
         self._found = found
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
@@ -127,7 +127,7 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int, 
     crashed = False
     for tick in range(MOST_TICKS):
         with faults(at if not crashed else 0) as found:
-            launcher = FaultyLauncher(settings, found)
+            launcher = FaultyLauncher(settings, store, found)
             reconciler = Reconciler(store, launcher, settings, holder=f"{job_id} {tick if crashed else 'first'}")
             try:
                 await reconciler.tick()

@@ -88,7 +88,8 @@ def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0) 
 
     async def run() -> None:
         nonlocal now
-        store, launcher = Store(settings.database_url), Launcher(settings)
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
         reconcilers = [
             Reconciler(store, launcher, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
         ]
@@ -442,7 +443,8 @@ def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_
     ray.jobs |= {f"{job_id}-1": "RUNNING", foreign: "RUNNING"}  # the first was launched late, by whom it took an hour
 
     async def sweep() -> list[str]:
-        store, launcher = Store(settings.database_url), Launcher(settings)
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
         within_grace = await stop_orphans(store, launcher)
         async with store.begin() as session:
             await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
