@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shlex
+import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,54 @@ import httpx
 
 from services.contract import Deployment
 from services.control_plane.settings import Settings
+from services.deaths import cause_in
 
 AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
 
 LIVE: dict[str, AttemptStatus] = {"PENDING": "pending", "RUNNING": "running"}
+NEVER_STARTED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE")
 SERVE_API = "/api/serve/applications/"
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANSWER_SECONDS = 8  # less than the reconciler's lease: it asks all that it asks Ray at once
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
+MOST_TOLD = 300  # characters of what Ray says
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job of Ray's, as Ray tells of it."""
+
+    status: AttemptStatus
+    error_type: str | None = None  # how it failed, in Ray's categories
+    exit_code: int | None = None  # of its driver; below 0: the signal that killed it
+    message: str = ""  # with the last lines of the driver's log
+
+    def cause(self) -> str:
+        """Why an attempt ended that did not say it itself, for the user."""
+        if self.status == "absent":
+            return "the cluster it ran on is gone"
+        if self.error_type and self.error_type.startswith(NEVER_STARTED):
+            return f"Ray could not start it: {self.message[:MOST_TOLD]}"
+        told = cause_in(self.message)
+        if number := _signal(self.exit_code):
+            kernel = ", as the kernel does where memory runs out" if number is signal.SIGKILL else ""
+            return told or f"it was killed by {number.name}{kernel}"
+        if self.exit_code:
+            return told or f"it ended with status {self.exit_code}"
+        return told or "it died before it finished"
+
+
+def _signal(exit_code: int | None) -> signal.Signals | None:
+    """That ended a process, from its exit status as Python or as a shell tells it."""
+    if exit_code is None:
+        return None
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    return signal.Signals(number) if number in set(signal.Signals) else None
+
+
+UNKNOWN = Submission("unknown")
 
 
 @dataclass(frozen=True)
@@ -51,7 +91,7 @@ class Launcher:
     def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
         token = settings.ray_token
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
-        self._ray = httpx.AsyncClient(base_url=settings.ray_url, headers=headers, timeout=10)
+        self._ray = httpx.AsyncClient(base_url=settings.ray_url, headers=headers, timeout=ANSWER_SECONDS)
         self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
         self._looking = asyncio.Lock()
@@ -81,16 +121,34 @@ class Launcher:
         (await self._ray.post("/api/jobs/", json=body, timeout=60)).raise_for_status()
 
     async def status(self, submission_id: str) -> AttemptStatus:
+        return (await self._submission(submission_id)).status
+
+    async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
+        """What Ray says of each, in one answer. One that is not in it is asked for by itself, before it is `absent`."""
+        if not submission_ids:
+            return {}
+        try:
+            listed = {job["submission_id"]: _submission(job) for job in await self._jobs()}
+        except httpx.HTTPError:
+            return dict.fromkeys(submission_ids, UNKNOWN)
+        missing = [each for each in submission_ids if each not in listed]
+        asked = dict(zip(missing, await asyncio.gather(*map(self._submission, missing)), strict=True))
+        return {each: asked.get(each) or listed[each] for each in submission_ids}
+
+    async def _submission(self, submission_id: str) -> Submission:
         """`absent` only on Ray's own word that it does not know the id; any doubt is `unknown`."""
         try:
             answer = await self._ray.get(f"/api/jobs/{submission_id}")
         except httpx.HTTPError:
-            return "unknown"
+            return UNKNOWN
         if answer.status_code == 404 and "does not exist" in answer.text:
-            return "absent"
-        if answer.status_code != 200:
-            return "unknown"
-        return LIVE.get(answer.json()["status"], "ended")
+            return Submission("absent")
+        return _submission(answer.json()) if answer.status_code == 200 else UNKNOWN
+
+    async def _jobs(self) -> list[dict[str, Any]]:
+        """All of the cluster, those of others too."""
+        jobs: list[dict[str, Any]] = (await self._ray.get("/api/jobs/")).raise_for_status().json()
+        return jobs
 
     async def stop(self, submission_id: str) -> None:
         """Ask Ray to stop the attempt: SIGTERM, then SIGKILL."""
@@ -98,9 +156,7 @@ class Launcher:
 
     async def live_submissions(self) -> list[str]:
         """The submission ids of all that runs, or waits to."""
-        answer = await self._ray.get("/api/jobs/")
-        answer.raise_for_status()
-        return [job["submission_id"] for job in answer.json() if job["status"] in LIVE and job["submission_id"]]
+        return [job["submission_id"] for job in await self._jobs() if job["status"] in LIVE and job["submission_id"]]
 
     async def capacity(self) -> dict[str, float]:
         """What the cluster has of each resource, or may grow to. Empty where Ray does not say."""
@@ -176,6 +232,11 @@ class Launcher:
         if base_url is None and http.get("port"):
             base_url = f"http://{urlsplit(self._settings.ray_url).hostname}:{http['port']}"
         return ServeView(applications, base_url, time.monotonic())
+
+
+def _submission(job: dict[str, Any]) -> Submission:
+    status = LIVE.get(job["status"], "ended")
+    return Submission(status, job.get("error_type"), job.get("driver_exit_code"), job.get("message") or "")
 
 
 def _config(deployment: Deployment, prefix: str) -> dict[str, Any]:

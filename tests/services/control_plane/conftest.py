@@ -64,6 +64,8 @@ class FakeRay:
 
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
+        self.told: dict[str, dict[str, Any]] = {}  # of jobs: what Ray tells beside their status
+        self.asked: list[str] = []  # paths
         self.submissions: list[dict[str, Any]] = []
         self.serve: dict[str, dict[str, Any]] = {}  # its applications, as Serve tells of them
         self.target_capacity: float | None = None
@@ -74,6 +76,7 @@ class FakeRay:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                fake.asked.append(self.path)
                 self._answer(*fake.get(self.path))
 
             def do_POST(self) -> None:
@@ -117,11 +120,14 @@ class FakeRay:
         if path == "/api/v0/nodes":
             return 200, {"data": {"result": {"result": [{"state": "ALIVE", "resources_total": self.resources}]}}}
         if path == "/api/jobs/":
-            return 200, [{"submission_id": name, "status": status} for name, status in self.jobs.items()]
+            return 200, [self._job(name) for name in self.jobs]
         name = path.rsplit("/", 1)[-1]
         if name not in self.jobs:
             return 404, f"Job {name} does not exist"
-        return 200, {"status": self.jobs[name]}
+        return 200, self._job(name)
+
+    def _job(self, name: str) -> dict[str, Any]:
+        return {"submission_id": name, "status": self.jobs[name]} | self.told.get(name, {})
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path.endswith("/stop"):
