@@ -27,7 +27,7 @@ def cause_in(text: str) -> str | None:
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
         held = [float(found) for found in HELD.findall(text)]
-        killed = f"; Ray killed what held {sum(held):.2f} GB of it" if held else ""
+        killed = f"; Ray killed processes that held {sum(held):.2f} GB" if held else ""
         return f"{MEMORY} {ip}: {used} GB of {limit} GB were in use{killed}"
     if told_before := re.search(rf"{MEMORY} .*", text):
         return told_before[0]

@@ -416,7 +416,7 @@ def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
         assert (event.level, event.message) == (
             "warn",
             f"Attempt {number} is over: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
-            f"Ray killed what held 0.14 GB of it; the next one begins {seconds} s later",
+            f"Ray killed processes that held 0.14 GB; the next one begins {seconds} s later",
         )
         rest(settings, job_id, seconds - 3)
         ticks(settings, 1, rested=False)
