@@ -23,7 +23,12 @@ TOLD: Sequence[tuple[str, str]] = (  # what Ray 2.60 writes where it has no figu
 
 
 def cause_in(text: str) -> str | None:
-    """What killed, in lower case and without a full stop; None where the text says nothing of it."""
+    """What killed, or else the last error; in lower case and without a full stop. None where the text has neither."""
+    return killer_in(text) or _error_in(text)
+
+
+def killer_in(text: str) -> str | None:
+    """What the cluster did to processes."""
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
         held = [float(found) for found in HELD.findall(text)]
@@ -34,6 +39,10 @@ def cause_in(text: str) -> str | None:
     for pattern, meaning in TOLD:
         if re.search(pattern, text):
             return meaning
+    return None
+
+
+def _error_in(text: str) -> str | None:
     errors = ERROR.findall(text)
     if not errors:
         return None

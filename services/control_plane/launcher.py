@@ -14,7 +14,7 @@ import httpx
 
 from services.contract import Deployment
 from services.control_plane.settings import Settings
-from services.deaths import cause_in
+from services.deaths import cause_in, killer_in
 
 AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
 
@@ -44,13 +44,11 @@ class Submission:
             return "the cluster it ran on is gone"
         if self.error_type and self.error_type.startswith(NEVER_STARTED):
             return f"Ray could not start it: {self.message[:MOST_TOLD]}"
-        told = cause_in(self.message)
         if number := _signal(self.exit_code):
             kernel = ", as the kernel does where memory runs out" if number is signal.SIGKILL else ""
-            return told or f"it was killed by {number.name}{kernel}"
-        if self.exit_code:
-            return told or f"it ended with status {self.exit_code}"
-        return told or "it died before it finished"
+            return killer_in(self.message) or f"it was killed by {number.name}{kernel}"
+        status = f"it ended with status {self.exit_code}" if self.exit_code else "it died before it finished"
+        return cause_in(self.message) or status
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:

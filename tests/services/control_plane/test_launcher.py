@@ -3,6 +3,7 @@
 import pytest
 
 from services.control_plane.launcher import _application, _submission
+from tests.services.test_deaths import LOST_NODE
 
 TRACEBACK = """The deployment failed to start 1 times in a row.
 Traceback (most recent call last):
@@ -27,7 +28,8 @@ def test_of_a_traceback_only_the_error_is_told() -> None:
     ("told", "cause"),
     [
         ({"driver_exit_code": -9}, "it was killed by SIGKILL, as the kernel does where memory runs out"),
-        ({"driver_exit_code": 139}, "it was killed by SIGSEGV"),
+        ({"driver_exit_code": 139, "message": "KeyError: 1 was logged"}, "it was killed by SIGSEGV"),
+        ({"driver_exit_code": -9, "message": LOST_NODE}, "a node that it ran on was lost"),
         ({"driver_exit_code": 1}, "it ended with status 1"),
         ({"driver_exit_code": 1, "message": "ValueError: no config.json"}, "ValueError: no config.json"),
         ({}, "it died before it finished"),
