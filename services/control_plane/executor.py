@@ -172,7 +172,8 @@ class Executor:
         """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
         failed = submission.status == "ended" and job.desired == "run"
         reason = attempt.reason or submission.cause()
-        reference = (await self._launcher.look()).applications.get(attempt.reference or "")
+        applications = (await self._launcher.look()).applications if attempt.reference else {}
+        reference = applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
             if not await attempts.end(session, attempt, reason, failed=failed):

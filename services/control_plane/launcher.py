@@ -23,7 +23,7 @@ NEVER_STARTED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_", "JO
 SERVE_API = "/api/serve/applications/"
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ANSWER_SECONDS = 8  # less than the reconciler's lease: it asks all that it asks Ray at once
+ANSWER_SECONDS = 8  # less than the reconciler's lease, in which it asks for all at once
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
 MOST_TOLD = 300  # characters of what Ray says
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
@@ -122,16 +122,17 @@ class Launcher:
         return (await self._submission(submission_id)).status
 
     async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
-        """What Ray says of each, in one answer. One that is not in it is asked for by itself, before it is `absent`."""
+        """What Ray says of these and others, in one answer. One that is missing in it is asked for by itself."""
         if not submission_ids:
             return {}
         try:
-            listed = {job["submission_id"]: _submission(job) for job in await self._jobs()}
-        except httpx.HTTPError:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                told = {job["submission_id"]: _submission(job) for job in await self._jobs()}
+                missing = [each for each in submission_ids if each not in told]
+                told |= dict(zip(missing, await asyncio.gather(*map(self._submission, missing)), strict=True))
+        except (httpx.HTTPError, TimeoutError):
             return dict.fromkeys(submission_ids, UNKNOWN)
-        missing = [each for each in submission_ids if each not in listed]
-        asked = dict(zip(missing, await asyncio.gather(*map(self._submission, missing)), strict=True))
-        return {each: asked.get(each) or listed[each] for each in submission_ids}
+        return told
 
     async def _submission(self, submission_id: str) -> Submission:
         """`absent` only on Ray's own word that it does not know the id; any doubt is `unknown`."""
@@ -195,14 +196,6 @@ class Launcher:
         answer = await self._ray.put(SERVE_API, json=body, timeout=60)
         answer.raise_for_status()
         self._view = None
-
-    async def is_reachable(self) -> bool:
-        """Whether Ray answers. Nothing is launched into the dark: what may run there cannot be cancelled either."""
-        try:
-            await self.look()
-        except httpx.HTTPError:
-            return False
-        return True
 
     async def look(self) -> ServeView:
         """Serve's applications, at most half a second old."""

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.control_plane import attempts, deployments, jobs, journal, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.executor import Executor
-from services.control_plane.launcher import UNKNOWN, AttemptStatus, Launcher, Submission
+from services.control_plane.launcher import UNKNOWN, AttemptStatus, Launcher, ServeView, Submission
 from services.control_plane.queue import what_each_waits_for
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -89,14 +89,14 @@ class Reconciler:
             live, opened = await store.live_jobs(session), await store.open_attempts(session)
             limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
         asked = [attempt.submission_id for attempt in opened.values()]
-        reachable, told, capacity = await asyncio.gather(
-            self._launcher.is_reachable(), self._launcher.submissions(asked), self._capacity(live)
+        view, told, capacity = await asyncio.gather(
+            self._look(), self._launcher.submissions(asked), self._capacity(live)
         )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         contenders = [job for job in live if job.observed == "running" or job.id not in spent]
         waits = spent | (
             what_each_waits_for(contenders, limits, capacity, self._settings)
-            if reachable
+            if view is not None
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
         turns = asyncio.Semaphore(AT_ONCE)
@@ -106,7 +106,9 @@ class Reconciler:
                 await self._look_at(job, opened.get(job.id), waits.get(job.id), told)
 
         await asyncio.gather(*map(look_at, live))
-        await self._serve_models()
+        if view is None:
+            raise httpx.HTTPError("the Ray cluster does not answer")
+        await self._serve_models(view)
         telemetry.TICKS.labels("acted").inc()
 
     async def _look_at(
@@ -129,6 +131,13 @@ class Reconciler:
         """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
+
+    async def _look(self) -> ServeView | None:
+        """None while Ray does not answer. Nothing is launched then: what may run there cannot be cancelled either."""
+        try:
+            return await self._launcher.look()
+        except httpx.HTTPError:
+            return None
 
     async def _capacity(self, live: Sequence[Job]) -> dict[str, float]:
         """Of the cluster, where a job is queued."""
@@ -170,10 +179,9 @@ class Reconciler:
         running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
         return min(running, attempts.silent_seconds(attempt)) > HUNG_SECONDS
 
-    async def _serve_models(self) -> None:
-        """Make Ray Serve run what is wanted, and nothing else."""
-        applications = (await self._launcher.look()).applications
-        present = {name for name, app in applications.items() if app.state != "stopping"}
+    async def _serve_models(self, view: ServeView) -> None:
+        """Make Ray Serve run what is wanted, and nothing else of ours."""
+        present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.wanted(session, self._settings, present)
         if {deployment.app_name for deployment in wanted} != present:

@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -527,6 +528,31 @@ def test_a_tick_asks_ray_once_for_all_attempts_and_for_nothing_of_paused_jobs(
     for job_id in (*running, *paused):
         client.fine_tuning.jobs.cancel(job_id)
     ticks(many, 3)
+
+
+def test_what_a_tick_asks_ray_is_asked_at_once(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that are slow one after the other would outlast the lease."""
+    ticks(settings, 1)
+    waiting = submit(client, settings)
+    all_asked, get = threading.Barrier(3, timeout=5), ray.get
+    seen: set[str] = set()
+
+    def hold(path: str) -> tuple[int, Any]:
+        if path not in seen:
+            seen.add(path)
+            all_asked.wait()  # raises where the others are not asked meanwhile
+        return get(path)
+
+    monkeypatch.setattr(ray, "get", hold)
+    ticks(settings, 1)
+    assert not all_asked.broken
+    assert seen == {"/api/jobs/", "/api/serve/applications/", "/api/v0/nodes"}
+    monkeypatch.undo()
+    for each in (job_id, waiting):
+        client.fine_tuning.jobs.cancel(each)
+    ticks(settings, 3)
 
 
 def test_an_attempt_that_ray_leaves_out_of_its_list_is_asked_for_before_it_is_given_up(
