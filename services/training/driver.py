@@ -1,8 +1,8 @@
 """One attempt of a job, from its spec to the exported policy: `python -m services.training.driver <spec uri>`.
 
 Exit status: 0 after Succeeded, 1 after Failed, 3 when a later attempt has taken over, 4 after Paused, 5 when the
-user cancels. An attempt that ends in another way, with a traceback in the log, is followed by one that resumes from
-the last checkpoint.
+user cancels. An attempt that ends in another way reports Died, if it still can, with a traceback in the log; it is
+followed by one that resumes from the last checkpoint.
 """
 
 import importlib

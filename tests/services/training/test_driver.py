@@ -606,6 +606,19 @@ def test_a_uri_that_may_not_be_read_fails_the_job(
     assert "not public" in last.message
 
 
+def test_an_attempt_that_cannot_go_on_says_why(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, tmp_path: Path
+) -> None:
+    config = TrainConfig(objective=Orpo(), batch_size=8, n_epochs=1)
+    cache = tmp_path / "cache"
+    cache.write_text("no folder")
+    driver = start(make_spec(config=config, events_url=control_plane.url))
+    assert driver.wait() == 1
+    (died,) = only(Died, driver.reports())
+    assert died.cause.startswith("NotADirectoryError: "), died
+    assert driver.reports()[-1] == died
+
+
 def test_a_fenced_attempt_stops(
     make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any
 ) -> None:
