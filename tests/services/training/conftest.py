@@ -212,6 +212,8 @@ def ray_cluster(model_source: str, **settings: str) -> Iterator[dict[str, str]]:
         assert cluster.stdout
         address = next((line.split()[1] for line in cluster.stdout if line.startswith("address ")), None)
         assert address, log.read_text()
-        yield environment | {"RAY_ADDRESS": address}
-        cluster.communicate(timeout=60)  # closes its standard input
-    shutil.rmtree(folder, ignore_errors=True)  # the fork server takes its socket away meanwhile
+        try:
+            yield environment | {"RAY_ADDRESS": address}
+        finally:
+            cluster.communicate(timeout=60)  # closes its standard input
+            shutil.rmtree(folder, ignore_errors=True)  # the fork server takes its socket away meanwhile
