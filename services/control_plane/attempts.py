@@ -73,6 +73,12 @@ def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
     )
 
 
+async def last_failure(session: AsyncSession, job_id: str) -> str | None:
+    """Why the newest of the job's failed attempts ended."""
+    newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
+    return await session.scalar(newest.limit(1))
+
+
 def silent_seconds(attempt: Attempt) -> float:
     """Since its last sign of life."""
     return (datetime.now(UTC) - attempt.reported_at).total_seconds()

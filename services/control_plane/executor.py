@@ -14,7 +14,7 @@ from services.control_plane.decision import Decision, rest_seconds
 from services.control_plane.launcher import Launcher, Submission
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
-from services.control_plane.store import History, Store, history, last_cause
+from services.control_plane.store import History, Store, history
 from services.control_plane.tables import Attempt, File, Job
 from services.spool import DamagedSegment
 
@@ -176,13 +176,15 @@ class Executor:
         reference = applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            if not await attempts.end(session, attempt, reason, failed=failed):
-                return  # another control plane did, and told it
+            await self._over(session, job, attempt, reason, failed=failed)
             if attempt.reference and reference and reference.state == "failed":
                 await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
-            if job.desired == "run":
-                rest = await self._rest_after_failure(session, job) if failed else ""
-                jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}{rest}", level="warn")
+
+    async def _over(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
+        """Close an attempt without an outcome. Told once, however many control planes do it."""
+        if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
+            rest = await self._rest_after_failure(session, job) if failed else ""
+            jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
         """Says in the job what it waits for, and returns that for an event. Empty where it is given up."""
@@ -230,7 +232,7 @@ class Executor:
 
     async def _give_up(self, job: Job) -> None:
         async with self._store.begin() as session:
-            cause = await last_cause(session, job.id)
+            cause = await attempts.last_failure(session, job.id)
         message = (
             f"The job died {self._settings.max_attempts} times in a row on the cluster without a new checkpoint, the "
             f"last time because {cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "

@@ -339,12 +339,6 @@ async def history(session: AsyncSession, job_id: str) -> History:
     return History(row[0], row[1], float(row[2] or 0))
 
 
-async def last_cause(session: AsyncSession, job_id: str) -> str | None:
-    """Why the last attempt died that died by itself, in words."""
-    query = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed)
-    return await session.scalar(query.order_by(Attempt.number.desc()).limit(1))
-
-
 EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)
 
 
