@@ -13,6 +13,7 @@ from services import storage, tracing
 from services.contract import (
     Alive,
     CheckpointSaved,
+    Died,
     Failed,
     JobEvent,
     Message,
@@ -33,11 +34,12 @@ from services.control_plane.tables import Attempt, Checkpoint, Event, Job
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Write the attempt before it is launched, so that no launch is ever unknown."""
+    """Write the attempt before it is launched, so that no launch is ever unknown. Its job waits no more."""
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = secrets.token_urlsafe(32), 0
     session.add(attempt)
     await session.flush()
+    await session.execute(update(Job).where(Job.id == job_id).values(waits_for=None))
     return attempt
 
 
@@ -46,17 +48,18 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
     await session.execute(statement.where(Attempt.state == "launching").values(state="running"))
 
 
-async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> None:
-    """Close the attempt; from here on its reports are refused."""
+async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
+    """Close the attempt; from here on its reports are refused. False: it was closed before."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
     values = {"state": "ended", "ended_at": func.now(), "reason": reason, "failed": failed}
-    if (await session.execute(statement.values(**values))).first() is not None:
+    if ended := (await session.execute(statement.values(**values))).first() is not None:
         how = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
         telemetry.ATTEMPTS_ENDED.labels(how).inc()
         job = update(Job).where(Job.id == attempt.job_id).values(progress=None)
         _trace(attempt, how, await session.scalar(job.returning(Job.traceparent)))
+    return ended
 
 
 def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
@@ -68,6 +71,12 @@ def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
         end=datetime.now(UTC).timestamp(),
         attributes={"raydpo.job": attempt.job_id, "raydpo.attempt": attempt.number, "raydpo.end": how},
     )
+
+
+async def last_failure(session: AsyncSession, job_id: str) -> str | None:
+    """Why the newest of the job's failed attempts ended."""
+    newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
+    return await session.scalar(newest.limit(1))
 
 
 def silent_seconds(attempt: Attempt) -> float:
@@ -151,6 +160,8 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await _add_checkpoint(session, attempt, event, report, settings)
         case Succeeded() | Failed() | Paused():
             attempt.outcome = report.model_dump(mode="json")
+        case Died():
+            attempt.reason = attempt.reason or report.cause
         case Alive():
             pass
         case _:

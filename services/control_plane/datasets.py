@@ -47,10 +47,10 @@ class Check:
         return f"{self.id}-{attempt}"
 
 
-def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings) -> Check:
-    """The same for the same bytes, model and options."""
+def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings, instance: str) -> Check:
+    """The same for the same bytes, model and options; another service on the cluster has another one."""
     reading = reading_of(file)
-    content = [CHECKING, file.sha256, model.source, config.max_length, config.truncation, file.reading]
+    content = [CHECKING, instance, file.sha256, model.source, config.max_length, config.truncation, file.reading]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     recipe = Recipe(
         training_uri=file.uri,
