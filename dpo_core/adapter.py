@@ -98,11 +98,11 @@ def _linears(model: PreTrainedModel) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    kinds = {_kind(name) for name in learning}
-    return {name for name in names.values() if _kind(name) in kinds}
+    kinds = {kind_of(name) for name in learning}
+    return {name for name in names.values() if kind_of(name) in kinds}
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """A module's name without the numbers of its layer and expert; a few tokens do not reach every expert."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 

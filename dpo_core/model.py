@@ -3,6 +3,7 @@
 Weights come as safetensors only, and no code that travels with a model is run.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -25,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import find_adapter_config_file
 
-from dpo_core.adapter import attach
+from dpo_core.adapter import attach, kind_of
 from dpo_core.config import Lora
 from dpo_core.folder import processors_of, save_model
 from dpo_core.options import InvalidOption, Objective
@@ -44,8 +47,9 @@ def load_policy(
     """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
     With an `adapter` all else is frozen. Raises InvalidOption where the model has none of its target modules, or they
-    would not learn. Raises ValueError for float16 and for a quantized model; one in MXFP4 is expanded. Of a multimodal
-    model that transformers loads for texts only as a part, that part is loaded.
+    would not learn. Raises ValueError for float16, for a quantized model (one in MXFP4 is expanded), for a folder that
+    holds an adapter, and where weights and config do not fit each other. Of a multimodal model that transformers loads
+    for texts only as a part, that part is loaded.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter)
@@ -63,7 +67,7 @@ def load_reward_model(
 
     A head has one output, the reward; for `reward_gaussian` two, its mean and the logarithm of its variance.
     It is marked as a regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` gives the outputs
-    as they are; else vLLM makes probabilities of them. An adapter is merged first.
+    as they are; else vLLM makes probabilities of them. The folder of an adapter is refused; merge it first.
     """
     check_dtype(dtype)
     return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, **_regression(num_outputs))
@@ -89,19 +93,28 @@ def _load(
     adapter: Lora | None,
     **options: object,
 ) -> PreTrainedModel:
+    if find_adapter_config_file(source) is not None:  # transformers would load the base that it names, and freeze it
+        raise ValueError(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
     composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     config, names = _of_texts(composite, kind, source)
     config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
     quantization = _expansion(composite, source)
-    model = kind.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype,
-        quantization_config=quantization,
-        key_mapping=names,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    try:
+        model, report = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization,
+            key_mapping=names,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, in words
+            output_loading_info=True,
+        )
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"The weights of {source} cannot be read ({error}); fetch them again.") from None
+    _check_weights(model, report, source)
+    _tell_tying(model)
     if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
         model.to(model.dtype)
     model.to(device).eval()
@@ -115,6 +128,49 @@ def _load(
             trained_whole=["score"] if rewards else None,
         )
     return cast(PreTrainedModel, model)
+
+
+def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
+    """Raises ValueError where transformers would start weights at random, or leave some of the folder's out."""
+    wanted, remedy = f"the {type(model).__name__} of its config.json", "use weights and a config of the same model."
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        if name == "score.weight":
+            remedy = f"give num_outputs={found[0]}."
+        raise ValueError(f"{source} has {name} of shape {tuple(found)}, {wanted} wants {tuple(expected)}; {remedy}")
+    new_head = "score.weight" if is_reward_model(model) else None
+    if missing := sorted(set(report["missing_keys"]) - {new_head}):
+        raise ValueError(f"{source} lacks {len(missing)} weights of {wanted}, such as {missing[0]}; {remedy}")
+    if strangers := sorted(name for name in report["unexpected_keys"] if _would_be_missed(name, model)):
+        what = f"{source} has {len(strangers)} weights, such as {strangers[0]}, that have no place in {wanted}"
+        raise ValueError(f"{what}; {remedy}")
+
+
+# Parts of the names of tables that architectures once saved, and compute now.
+_TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bias", ".attention.bias")
+
+
+def _would_be_missed(name: str, model: PreTrainedModel) -> bool:
+    """Whether a weight of a folder, for which the model has no place, is one of its layers or a reward model's head.
+    Layers that predict further tokens, and towers for images, are not trained on texts."""
+    if any(table in name for table in _TABLES):
+        return False
+    config = model.config.get_text_config()
+    number = re.search(r"\.(\d+)\.", name)
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    if number and 0 <= int(number[1]) - getattr(config, "num_hidden_layers", 0) < further:
+        return False
+    repeated = {type(layer) for layer in decoder_layers(model)}
+    layers = {kind_of(name) for name, module in model.named_modules() if type(module) in repeated}
+    return name.startswith("score.") or any(kind_of(name).startswith(f"{layer}.") for layer in layers)
+
+
+def _tell_tying(model: PreTrainedModel) -> None:
+    """transformers unties a head that differs from the embeddings in the folder; the config, which vLLM reads, says so
+    from here on."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    for config in (model.config, model.config.get_text_config()):
+        if head is not None and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = head.weight is cast(nn.Module, embeddings).weight
 
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
