@@ -38,7 +38,8 @@ from dpo_core.ranks import num_ranks, rank, together
 from dpo_core.weights import Weights
 
 MANIFEST = "manifest.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names for its state
+MASTER = "master"  # a weight in float32 of which the model has fewer bits
 Publish = Callable[[int, Path], None]  # step and folder
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Manifest:
     statistics: dict[str, float]  # of the objective
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
-    dtype: str = "float32"  # that the policy computes in
+    dtype: str | None = None  # that the policy computes in; None: the release that wrote it did not say
 
 
 class Writer:
@@ -216,7 +217,7 @@ def resumable(
     manifest = verify(folder)
     if manifest.total_steps != total_steps:
         raise ValueError(f"{folder} is of a run of {manifest.total_steps} steps, this one has {total_steps}.")
-    if manifest.dtype != name_of(dtype):
+    if manifest.dtype not in (None, name_of(dtype)):
         raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
     wanted = asdict(config)
     for key in ("objective", "optim", "n_epochs", "batch_size", "seed"):
@@ -238,8 +239,7 @@ def load(
     """Put a checkpoint's weights and AdamW's state into place."""
     parts: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*.safetensors"))]
     names = set(parts[0].keys())
-    if {name.removesuffix(".step") for name in names if name.endswith(".step")} != weights.stepped.keys():
-        raise ValueError(f"{folder} is of other weights than are trained here; give train the same model and adapter.")
+    _check_same_weights(folder, names, weights)
     _load_model(folder / "model", policy)
     for name, parameter in weights.stepped.items():
 
@@ -249,12 +249,24 @@ def load(
                 return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
             return whole.to(like.device)
 
-        if f"{name}.master" in names:
-            parameter.data.copy_(saved_as("master"))
+        if f"{name}.{MASTER}" in names:
+            parameter.data.copy_(saved_as(MASTER))
         if f"{name}.{MOMENTS[0]}" in names:
-            optimizer.state[parameter] = {moment: saved_as(moment) for moment in MOMENTS} | {
-                "step": parts[0].get_tensor(f"{name}.step").to(parameter.device)
-            }
+            # Releases that did not save the step of each weight stepped all of them at every update.
+            counted = f"{name}.{STEP}" in names
+            step = parts[0].get_tensor(f"{name}.{STEP}") if counted else torch.tensor(float(manifest.num_updates))
+            moments = {moment: saved_as(moment) for moment in MOMENTS}
+            optimizer.state[parameter] = moments | {STEP: step.to(parameter.device)}
+
+
+def _check_same_weights(folder: Path, names: set[str], weights: Weights) -> None:
+    """Raises ValueError where those of the optimizer's files are not those that are trained here."""
+    if {name.rpartition(".")[0] for name in names} != weights.stepped.keys():
+        raise ValueError(f"{folder} is of other weights than are trained here; give train the same model and adapter.")
+    in_float32 = {name.removesuffix(f".{MASTER}") for name in names if name.endswith(f".{MASTER}")}
+    if in_float32 != weights.in_float32.keys():  # as is known of old releases' only here
+        what = f"{folder} has {len(in_float32)} weights in float32 beside the model, this run {len(weights.in_float32)}"
+        raise ValueError(f"{what}; load the policy in the dtype of that run, or start a new run from its model.")
 
 
 def _load_model(folder: Path, policy: PreTrainedModel) -> None:
@@ -310,9 +322,9 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """Copies of this rank's part of AdamW's state and of float32 weights, on the CPU. A parameter that never had a
     gradient has taken no step and has no moments."""
-    state = {f"{name}.master": _copy(parameter) for name, parameter in weights.in_float32.items()}
+    state = {f"{name}.{MASTER}": _copy(parameter) for name, parameter in weights.in_float32.items()}
     for name, parameter in weights.stepped.items():
-        own = optimizer.state.get(parameter, {"step": torch.tensor(0.0)})
+        own = optimizer.state.get(parameter, {STEP: torch.tensor(0.0)})
         state |= {f"{name}.{key}": _copy(tensor) for key, tensor in own.items()}
     return state
 

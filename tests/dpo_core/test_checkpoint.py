@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import pickle
@@ -6,6 +7,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_core.checkpoint import DamagedCheckpoint, _load_model, latest_checkpoint, read_manifest, verify
@@ -108,6 +110,48 @@ def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer,
     adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
     with pytest.raises(ValueError, match="is of other weights than are trained here"):
         run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+
+
+def as_an_earlier_release_wrote_it(checkpoint: Path) -> Path:
+    """Without the dtype of the policy, and with one number of updates for all weights."""
+    file, manifest = checkpoint / OPTIMIZER, json.loads((checkpoint / "manifest.json").read_text())
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".step")}, file)
+    manifest["files"][OPTIMIZER] = {
+        "size": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    del manifest["dtype"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_of_an_earlier_release_goes_on_bit_for_bit(dtype, make_policy, tokenizer, pairs, tmp_path):
+    batches, policies = [pairs, [], pairs, pairs], [make_policy(seed).to(dtype) for seed in (0, 7)]
+    straight, resumed = (
+        train(CONFIG, policy, tokenizer, batches, total_steps=4, checkpoint_dir=tmp_path / name, resume=resume)
+        for policy, name, resume in zip(policies, "ab", (None, tmp_path / "a" / "step-000003"), strict=True)
+    )
+    assert len(list(straight)) == 4
+    as_an_earlier_release_wrote_it(tmp_path / "a" / "step-000003")
+    assert [result.step for result in resumed] == [4]
+    ours, theirs = (dict(policy.named_parameters()) for policy in policies)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    first, second = (load_file(tmp_path / name / "step-000004" / OPTIMIZER) for name in "ab")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("saved_in", "num_before", "num_now"), [("bfloat16", 21, 0), ("float32", 0, 21)])
+def test_a_checkpoint_of_an_earlier_release_in_another_precision_is_refused(
+    saved_in, num_before, num_now, make_policy, tokenizer, pairs, tmp_path
+):
+    saved_in = getattr(torch, saved_in)
+    (other,) = {torch.bfloat16, torch.float32} - {saved_in}
+    run(CONFIG, make_policy().to(saved_in), tokenizer, pairs, tmp_path)
+    before = as_an_earlier_release_wrote_it(tmp_path / "step-000001")
+    sentence = f"has {num_before} weights in float32 beside the model, this run {num_now}; load the policy in the dtype"
+    with pytest.raises(ValueError, match=sentence):
+        run(CONFIG, make_policy().to(other), tokenizer, pairs, tmp_path, resume=before)
 
 
 def test_weights_of_an_adapter_that_have_no_place_are_refused(make_policy, tokenizer, tmp_path):
