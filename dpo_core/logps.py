@@ -13,6 +13,13 @@ TILE_COLUMNS = 32768
 PRODUCT_ROWS = {"cpu": 2048}  # computed before they are added up: so few that caches hold them
 
 
+def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
+    """What a full tile of logits takes: in float32, before that in half precision, and thrice to undo a cap."""
+    numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
+    widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
+    return numbers * widths
+
+
 def token_logps(
     hidden: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -79,16 +80,16 @@ def train(
     if config.checkpoint_steps is None or config.optim.learning_rate is None:
         raise ValueError("config is not resolved; give train config.resolved(number of groups).")
     with ExitStack() as marks:  # that training leaves on the policy
-        run = _Run(config, policy, total_steps, Path(resume) if resume else None, marks)
+        run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, marks)
         writer = marks.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
-        batches, drift = _after(run.step, global_batches), Drift()
+        drift = Drift()
         is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
             if stop is not None and any(on_any_rank([stop()], run.scorer.model.device)):
                 if not is_due:
                     writer.save(run.manifest(metrics), run.optimizer)
                 return
-            groups = next(batches, None)
+            groups = next(run.batches, None)
             if groups is None:
                 raise ValueError(f"No groups came for step {step} of {total_steps}; total_steps must fit the data.")
             metrics = run.take_step(groups)
@@ -120,7 +121,13 @@ class _Run:
     """What changes from step to step. `marks` undoes, at its end, what was done to the policy beside training it."""
 
     def __init__(
-        self, config: TrainConfig, policy: PreTrainedModel, total_steps: int, resume: Path | None, marks: ExitStack
+        self,
+        config: TrainConfig,
+        policy: PreTrainedModel,
+        global_batches: GlobalBatches,
+        total_steps: int,
+        resume: Path | None,
+        marks: ExitStack,
     ) -> None:
         check_model(policy, config.objective)
         check_precision(policy)
@@ -129,9 +136,12 @@ class _Run:
         if resume is not None:
             check = partial(resumable, resume, config=config, total_steps=total_steps, dtype=self.dtype)
             manifest, config = together(check, policy.device)
+        batches = _after(manifest.step if manifest else 0, global_batches)
+        first = list(islice(batches, 1))  # shows what packs will hold
+        self.batches = chain(first, batches)
         agree_on_weights(policy)
         self.scorer = Scorer(policy)
-        self.config = fit(config, self.scorer)
+        self.config = fit(config, self.scorer, first[0] if first else ())
         recomputed = self.config.activation_checkpointing == "on"
         if recomputed:
             marks.callback(checkpoint_activations(self.scorer))
