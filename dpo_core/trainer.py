@@ -62,8 +62,10 @@ def train(
 
     `config` is resolved. `global_batches` are those of the whole run, one for each step, or a function that gives the
     batches after a step: after 0, or after that of the checkpoint `resume`. Every rank is given the same ones, and
-    computes its own share. `n_epochs`, `batch_size`, `truncation` and `seed` say how they were made; training only
-    keeps them. A group longer than `max_length` is refused.
+    computes its own share. The loss is a mean over the groups of a batch, so a list is refused if one of its batches
+    has more than `batch_size`, or if it has not `total_steps` of them; a batch may have fewer, and a function is
+    trusted. `n_epochs`, `truncation` and `seed` say how batches were made; training only keeps them. A group longer
+    than `max_length` is refused.
 
     Once a step's result was taken, its checkpoint is written to `checkpoint_dir/step-000012` while the next steps run,
     and then given to `publish`; all are there when the iterator ends. A step whose loss or gradient is no finite number
@@ -77,8 +79,10 @@ def train(
     `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
     last step, if it has none, and the iterator ends.
     """
-    if config.checkpoint_steps is None or config.optim.learning_rate is None:
+    every = config.checkpoint_steps
+    if every is None or None in (config.optim.learning_rate, config.batch_size, config.n_epochs):
         raise ValueError("config is not resolved; give train config.resolved(number of groups).")
+    _check_batches(config, global_batches, total_steps)
     with ExitStack() as marks:  # that training leaves on the policy
         run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, marks)
         writer = marks.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
@@ -97,7 +101,7 @@ def train(
             warning = drift.warning(metrics) if groups else None
             if warning and rank() == 0:
                 logger.warning("Step %d: %s", step, warning)
-            is_due = step % config.checkpoint_steps == 0 or step == total_steps
+            is_due = step % every == 0 or step == total_steps
             held_out = validation() if validation and is_due and not _broken(metrics) else None
             if held_out is not None:
                 metrics |= run.evaluate(held_out)
@@ -108,13 +112,24 @@ def train(
                 writer.save(run.manifest(metrics), run.optimizer)
 
 
-def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]]:
+def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
+    """Raises TypeError or ValueError for a list of batches that is not that of this run."""
     if callable(batches):
-        return iter(batches(step))
+        return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot be begun anywhere else
         kind = type(batches).__name__
         raise TypeError(f"global_batches is a {kind}; give a list of the run's, or a function of the step before.")
-    return iter(batches[step:])
+    if len(batches) != total_steps:
+        raise ValueError(f"global_batches has {len(batches)} batches, total_steps is {total_steps}; give one a step.")
+    assert config.batch_size is not None  # resolved
+    for step, groups in enumerate(batches, 1):
+        if len(groups) > config.batch_size:
+            what = f"The batch of step {step} has {len(groups)} groups, batch_size is {config.batch_size}"
+            raise ValueError(f"{what}; give batches of at most so many, or raise batch_size.")
+
+
+def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]]:
+    return iter(batches(step) if callable(batches) else batches[step:])
 
 
 class _Run:

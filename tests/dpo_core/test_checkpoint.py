@@ -90,7 +90,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
     [
         replace(CONFIG, objective=Dpo(beta=0.2)),
         replace(CONFIG, optim=Optim(learning_rate=2e-3)),
-        replace(CONFIG, batch_size=4),
+        replace(CONFIG, batch_size=16),
         replace(CONFIG, seed=1),
     ],
     ids=["objective", "optim", "batch_size", "seed"],
@@ -102,7 +102,7 @@ def test_resuming_another_run_is_refused(checkpoint, policy, tokenizer, pairs, c
 
 def test_resuming_a_run_of_another_length_is_refused(checkpoint, policy, tokenizer, pairs):
     with pytest.raises(ValueError, match="3 steps, this one has 5"):
-        list(train(CONFIG, policy, tokenizer, [pairs], total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
+        list(train(CONFIG, policy, tokenizer, [pairs] * 5, total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
 
 
 def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer, pairs, tmp_path):

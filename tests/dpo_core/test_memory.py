@@ -229,7 +229,8 @@ def test_activations_computed_again_take_less_memory_and_change_no_bit(name, mak
 def peak_of_a_step(policy, tokenizer, groups, folder) -> int:
     """The second one, with AdamW's moments there. Tensors of the size of the embeddings are counted out: those and the
     head have a gradient each."""
-    steps = train(CONFIG, policy, tokenizer, [groups] * 3, total_steps=3, checkpoint_dir=folder)
+    config = replace(CONFIG, batch_size=len(groups))
+    steps = train(config, policy, tokenizer, [groups] * 3, total_steps=3, checkpoint_dir=folder)
     next(steps)
     found = changes(lambda: next(steps))
     steps.close()
