@@ -118,6 +118,7 @@ def _load(
     if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
         model.to(model.dtype)
     model.to(device).eval()
+    _check_finite(model, source)
     if adapter is not None:
         rewards = is_reward_model(model)
         # A new head is trained whole.
@@ -143,6 +144,12 @@ def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str |
     if strangers := sorted(name for name in report["unexpected_keys"] if _would_be_missed(name, model)):
         what = f"{source} has {len(strangers)} weights, such as {strangers[0]}, that have no place in {wanted}"
         raise ValueError(f"{what}; {remedy}")
+
+
+def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} of {source} holds numbers that are not finite; use an earlier checkpoint of it.")
 
 
 # Parts of the names of tables that architectures once saved, and compute now.
@@ -280,14 +287,15 @@ def check_policy(model: nn.Module) -> None:
         )
 
 
-def check_dtype(dtype: object) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
     if dtype == torch.float16:
         raise ValueError("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
     """Raises InvalidOption for a model of another kind than the objective trains, ValueError for one in float16."""
-    check_dtype(getattr(model, "dtype", None))
+    for parameter in model.parameters():
+        check_dtype(parameter.dtype)
     wanted, found = objective.traits.num_outputs, count_outputs(model)
     if wanted != found:
         kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]

@@ -28,7 +28,7 @@ from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
 from dpo_core.ranks import on_any_rank, rank, together
 from dpo_core.scorer import Scorer
-from dpo_core.weights import Weights, agree_on_weights, check_precision, dtypes_of, shard
+from dpo_core.weights import Weights, agree_on_weights, dtypes_of, shard
 
 GlobalBatches = Sequence[Sequence[EncodedGroup]] | Callable[[int], Batches]
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def train(
                 metrics |= run.evaluate(held_out)
             yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning)
             if values := _broken(metrics):
-                raise FloatingPointError(f"Training diverged at step {step} ({values}); lower the learning rate.")
+                raise FloatingPointError(f"Training diverged at step {step} ({values}); {run.remedy}.")
             if is_due:
                 writer.save(run.manifest(metrics), run.optimizer)
 
@@ -145,7 +145,6 @@ class _Run:
         marks: ExitStack,
     ) -> None:
         check_model(policy, config.objective)
-        check_precision(policy)
         policy.train(False)
         manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)
         if resume is not None:
@@ -207,6 +206,15 @@ class _Run:
             "tokens/shared": sum(scorer.count_shared_tokens(group) for group in groups),
         }
         return dict(self.metrics)
+
+    @property
+    def remedy(self) -> str:
+        """Of a loss or gradient that is no finite number."""
+        if self.num_updates > 1:
+            return "lower the learning rate"
+        return (
+            "no weight had been changed yet, so look for such numbers in the policy and in the scores of the reference"
+        )
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
         tokens = self.config.max_tokens_per_pack

@@ -83,12 +83,6 @@ def dtypes_of(policy: nn.Module) -> dict[str, torch.dtype]:
     return {name: parameter.dtype for name, parameter in policy.named_parameters()}
 
 
-def check_precision(policy: PreTrainedModel) -> None:
-    """Raises ValueError for a policy in float16: of its gradients, small ones are 0."""
-    if torch.float16 in (policy.dtype, *dtypes_of(policy).values()):
-        raise ValueError("The policy is in float16, in which small gradients vanish; load it in bfloat16 or float32.")
-
-
 def _is_half(dtype: torch.dtype) -> bool:
     return dtype.itemsize < torch.float32.itemsize
 

@@ -253,9 +253,18 @@ def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(p
     results = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
     first = next(results)
     assert math.isnan(first.metrics["loss"])
-    with pytest.raises(FloatingPointError, match="diverged at step 1"):
+    with pytest.raises(FloatingPointError, match=r"diverged at step 1 .*; no weight had been changed yet, so look for"):
         next(results)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_after_an_update_is_blamed_on_the_learning_rate(policy, tokenizer, pairs, tmp_path):
+    config = replace(DPO, checkpoint_steps=2)
+    results = train(config, policy, tokenizer, [pairs] * 2, total_steps=2, checkpoint_dir=tmp_path)
+    assert math.isfinite(next(results).metrics["loss"])
+    torch.nn.init.constant_(policy.model.norm.weight, math.inf)
+    with pytest.raises(FloatingPointError, match=r"diverged at step 2 \(loss nan, .*\); lower the learning rate"):
+        list(results)
 
 
 def test_a_gradient_that_is_no_number_moves_no_weight(make_policy, tokenizer, pairs, tmp_path):

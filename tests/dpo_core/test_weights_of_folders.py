@@ -66,6 +66,10 @@ DISAGREEING = {
         lambda folder: (configure(folder, tie_word_embeddings=True), rewrite(folder, add("score.weight", 1, 32))),
         r"has 1 weights, such as score\.weight, that have no place",
     ),
+    "a number that is none": (
+        lambda folder: rewrite(folder, lambda weights: weights["model.norm.weight"][3:4].fill_(torch.nan)),
+        r"model\.norm\.weight of \S+base holds numbers that are not finite; use an earlier checkpoint",
+    ),
     "a file that is cut": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
         r"base cannot be read \(.*\); fetch them again",
