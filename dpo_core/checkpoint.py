@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -133,7 +133,14 @@ class Writer:
             shutil.rmtree(partial, ignore_errors=True)
         if self._others:
             dist.barrier(self._others)
-        files = self._gather(lambda: self._write_part(partial, manifest, model, state))
+        try:
+            files = self._gather(lambda: self._write_part(partial, manifest, model, state))
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint would keep a full disk full
+            if isinstance(error, SafetensorError):
+                what = f"The checkpoint of step {manifest.step} could not be written to {self._folder} ({error})"
+                raise OSError(f"{what}; make room, and resume from the one before.") from error
+            raise
         if rank() == 0:
             (partial / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1))
             shutil.rmtree(whole, ignore_errors=True)  # an earlier attempt's

@@ -2,6 +2,10 @@ import hashlib
 import json
 import logging
 import pickle
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -265,6 +269,31 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(policy, tokenizer, 
     (tmp_path / "a file").touch()
     with pytest.raises(NotADirectoryError):
         run(CONFIG, policy, tokenizer, pairs, tmp_path / "a file")
+
+
+@contextmanager
+def room_for_files_of(num_bytes: int) -> Iterator[None]:
+    """The system refuses to make a file longer, as it does where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("num_bytes", [1_000, 200_000], ids=["nothing", "a part"])
+def test_a_checkpoint_without_room_is_refused_by_step_and_folder_and_leaves_nothing(
+    num_bytes, checkpoint, policy, tokenizer, pairs
+):
+    folder = checkpoint.parent
+    for step in (2, 3):
+        shutil.rmtree(folder / f"step-00000{step}")
+    sentence = f"The checkpoint of step 2 could not be written to {folder} .*; make room, and resume from the one befo"
+    with room_for_files_of(num_bytes), pytest.raises(OSError, match=sentence):
+        run(CONFIG, policy, tokenizer, pairs, folder, resume=checkpoint)
+    assert [path.name for path in folder.iterdir()] == ["step-000001"]
+    assert latest_checkpoint(folder) == checkpoint
 
 
 def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokenizer, pairs, tmp_path, monkeypatch):
