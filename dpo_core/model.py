@@ -97,7 +97,7 @@ def _load(
         raise ValueError(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
     composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     config, names = _of_texts(composite, kind, source)
-    config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
+    _make_ready(config, source)
     quantization = _expansion(composite, source)
     try:
         model, report = kind.from_pretrained(
@@ -180,16 +180,30 @@ def _tell_tying(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = head.weight is cast(nn.Module, embeddings).weight
 
 
+def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
+    """Undo what a folder's config says of how its model was last run. Raises ValueError for an id that cannot be."""
+    config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
+    text = config.get_text_config()
+    for part in (config, text):
+        part.output_attentions = part.output_hidden_states = False
+        part.return_dict = True
+    padding, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(padding, int) and vocabulary and padding >= vocabulary:
+        what = f"{source} has the pad_token_id {padding}, outside its vocabulary of {vocabulary}"
+        raise ValueError(f"{what}; give its config.json one of its tokens, or null.")
+
+
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
     """How quantized weights become whole ones: gpt-oss is published in MXFP4 alone. Others are refused."""
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method == "mxfp4":
-        return Mxfp4Config(dequantize=True)
-    if method is not None:
+    quantized = getattr(config, "quantization_config", None)
+    if not quantized:
+        return None
+    method = quantized.get("quant_method", "of an unnamed method")
+    if method != "mxfp4":
         raise ValueError(
             f"{source} is a quantized model ({method}); train the one it was made from, in full precision."
         )
-    return None
+    return Mxfp4Config(dequantize=True)
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:

@@ -1,6 +1,7 @@
 """What a folder's weights are taken for: exactly the model of its config, or they are refused in words."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -66,6 +67,14 @@ DISAGREEING = {
         lambda folder: (configure(folder, tie_word_embeddings=True), rewrite(folder, add("score.weight", 1, 32))),
         r"has 1 weights, such as score\.weight, that have no place",
     ),
+    "a padding id beyond the vocabulary": (
+        lambda folder: configure(folder, pad_token_id=320),
+        r"base has the pad_token_id 320, outside its vocabulary of 320; give its config.json one of its tokens, or nul",
+    ),
+    "weights of four bits, as bitsandbytes once marked them": (
+        lambda folder: configure(folder, quantization_config={"load_in_4bit": True}),
+        r"is a quantized model \(of an unnamed method\); train the one it was made from",
+    ),
     "a number that is none": (
         lambda folder: rewrite(folder, lambda weights: weights["model.norm.weight"][3:4].fill_(torch.nan)),
         r"model\.norm\.weight of \S+base holds numbers that are not finite; use an earlier checkpoint",
@@ -78,7 +87,7 @@ DISAGREEING = {
 
 
 @pytest.mark.parametrize("name", DISAGREEING)
-def test_weights_that_are_not_those_of_the_config_are_refused(name, folder):
+def test_a_folder_that_is_not_what_it_says_is_refused(name, folder):
     disagree, sentence = DISAGREEING[name]
     disagree(folder)
     with pytest.raises(ValueError, match=sentence):
@@ -147,6 +156,15 @@ def test_a_head_that_differs_from_the_embeddings_is_served_as_it_was_trained(fol
     assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
     again = AutoModelForCausalLM.from_pretrained(saved)
     torch.testing.assert_close(dict(again.named_parameters()), dict(policy.named_parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "adapter"])
+def test_how_a_model_was_last_run_does_not_matter(adapter, folder, make_policy, tokenizer, pairs, scored, tmp_path):
+    configure(folder, return_dict=False, output_attentions=True, output_hidden_states=True, use_cache=False)
+    policy, groups = load_policy(folder, adapter=adapter), scored(pairs, make_policy())
+    assert policy(input_ids=torch.tensor([[5, 6]])).hidden_states is None
+    (first,) = train(CONFIG, policy, tokenizer, [groups], total_steps=1, checkpoint_dir=tmp_path)
+    assert first.metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_head_saved_beside_equal_embeddings_stays_tied(folder, make_policy):
