@@ -1,6 +1,5 @@
 """Low-rank adapters: which layers of a model take them, and how they are put on."""
 
-import re
 import warnings
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dpo_core.architecture import kind_of
 from dpo_core.config import Lora
 from dpo_core.options import InvalidOption
 
@@ -98,13 +98,8 @@ def _linears(model: PreTrainedModel) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    kinds = {kind_of(name) for name in learning}
+    kinds = {kind_of(name) for name in learning}  # a few tokens do not reach every expert
     return {name for name in names.values() if kind_of(name) in kinds}
-
-
-def kind_of(name: str) -> str:
-    """A module's name without the numbers of its layer and expert; a few tokens do not reach every expert."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:

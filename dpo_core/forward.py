@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_core.architecture import is_sharded
 from dpo_core.attention import shared_prompts
 from dpo_core.batch import Batch, batches_of_like_lengths
 from dpo_core.logps import token_logps
-from dpo_core.model import is_sharded
 
 LEAST_FILL = 0.75  # of a padded batch that must be tokens
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dpo_core.architecture import decoder_layers
 from dpo_core.attention import shared_prompts
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.logps import tile_bytes
-from dpo_core.model import decoder_layers
 from dpo_core.ranks import lowest, num_local_ranks
 from dpo_core.scorer import Scorer
 from dpo_core.weights import num_shards, state_bytes

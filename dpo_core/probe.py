@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_core.architecture import is_reward_model
 from dpo_core.batch import Batch, collate
 from dpo_core.encode import EncodedGroup
 from dpo_core.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
 from dpo_core.miniature import miniature, ropes
-from dpo_core.model import is_reward_model
 
 TOLERATED = 1e-4  # in float32, of the largest number compared and at least of 1
 NUM_TOKENS = 30  # of the example: more than what a miniature has in force

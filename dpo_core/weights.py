@@ -12,8 +12,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from dpo_core.architecture import decoder_layers, is_sharded
 from dpo_core.config import Sharding
-from dpo_core.model import decoder_layers, has_adapter, is_sharded
+from dpo_core.model import has_adapter
 from dpo_core.options import InvalidOption
 from dpo_core.ranks import add_up, lowest, num_local_ranks, num_ranks, on_any_rank
 from dpo_core.scorer import Scorer
