@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from dpo_core.architecture import decoder_layers
 from dpo_core.attention import shared_prompts
@@ -26,7 +27,7 @@ MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # more keep the device no busier
 ASSUMED_TOKENS = 8192  # where the system does not tell its memory
 SHARE = 0.6  # of what is free, for what backward needs; the rest is for passing buffers
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-EXAMPLE_TOKENS = 192  # about so many show what autograd keeps
+EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # at most so many show what autograd keeps
 
 
 def fit(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
@@ -40,7 +41,7 @@ def fit(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()
     model, least = scorer.model, config.max_length
     most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
     budget = _budget(scorer, config.sharding)
-    kept = _bytes_per_token(scorer, _example(groups, model.config.get_text_config().vocab_size))
+    kept = _bytes_per_token(scorer, _example(groups, model.config.get_text_config()))
     layers = max(1, len(decoder_layers(model)))
     kept_at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
     wanted = config.activation_checkpointing
@@ -109,7 +110,7 @@ def _number(file: Path, name: str) -> int:
     return {name: int(number) for name, number, *_ in lines}[name]
 
 
-def _example(groups: Sequence[EncodedGroup], vocabulary: int) -> EncodedGroup:
+def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> EncodedGroup:
     """A small one in the shape of the group whose completions look back the most: autograd keeps the keys of a prompt
     once for each completion that shares it. Without groups, a pair."""
 
@@ -117,9 +118,11 @@ def _example(groups: Sequence[EncodedGroup], vocabulary: int) -> EncodedGroup:
         return len(group.completion_ids) * len(group.prompt_ids) / group.num_tokens
 
     shape = max(groups, key=looks_back, default=EncodedGroup([0], ([0], [0]), None, 1))
-    scale = EXAMPLE_TOKENS / shape.num_tokens
-    lengths = (max(2, round(len(ids) * scale)) for ids in (shape.prompt_ids, *shape.completion_ids))
-    prompt, *completions = ([i % vocabulary for i in range(length)] for length in lengths)
+    longest = len(shape.prompt_ids) + max(map(len, shape.completion_ids))
+    positions = min(EXAMPLE_POSITIONS, getattr(config, "max_position_embeddings", None) or EXAMPLE_POSITIONS)
+    scale = min(EXAMPLE_TOKENS / shape.num_tokens, positions / longest)
+    lengths = (max(2, int(len(ids) * scale)) for ids in (shape.prompt_ids, *shape.completion_ids))
+    prompt, *completions = ([i % config.vocab_size for i in range(length)] for length in lengths)
     return EncodedGroup(prompt, tuple(completions), None, 1)
 
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MixtralConfig
 
 from dpo_core import memory
 from dpo_core.checkpoint import read_manifest
@@ -136,9 +136,16 @@ def test_a_pack_fits_whatever_the_shape_of_its_groups(shape, megabytes, make_pol
 @pytest.mark.parametrize("shape", [(512, *[8] * 16), (256, 256, 256), (100, 3), (9, 500, 500)], ids=str)
 def test_what_a_token_takes_is_seen_on_an_example_in_the_shape_of_the_groups(shape, make_policy):
     scorer, group = Scorer(make_policy(num_key_value_heads=4, num_hidden_layers=4)), of_shape(*shape)
-    example = memory._example([group], conftest.VOCABULARY)
+    example = memory._example([group], scorer.model.config)
     estimate, found = (memory._bytes_per_token(scorer, each) for each in (example, group))
     assert found == pytest.approx(estimate, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(63, 1), (1, 63, 63), (2, *[3] * 40), (30, 34, 1)], ids=str)
+def test_the_example_keeps_within_the_positions_of_the_model(shape):
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    scorer = Scorer(AutoModelForCausalLM.from_config(config).eval())
+    memory.fit(replace(CONFIG, max_length=64), scorer, [of_shape(*shape)])
 
 
 def test_training_sizes_packs_by_its_first_batch(make_policy, tokenizer, scored, free, tmp_path):
