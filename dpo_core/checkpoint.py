@@ -227,7 +227,7 @@ def resumable(
     if manifest.dtype not in (None, name_of(dtype)):
         raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
     wanted = asdict(config)
-    for key in ("objective", "optim", "n_epochs", "batch_size", "seed"):
+    for key in ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed"):
         before = manifest.config[key]
         if before != json.loads(json.dumps(wanted[key])):
             message = f"{folder} was trained with {key} {before}, this run has {wanted[key]}; use the same config."
@@ -244,36 +244,60 @@ def load(
     folder: Path, manifest: Manifest, *, policy: PreTrainedModel, weights: Weights, optimizer: torch.optim.AdamW
 ) -> None:
     """Put a checkpoint's weights and AdamW's state into place."""
-    parts: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*.safetensors"))]
-    names = set(parts[0].keys())
-    _check_same_weights(folder, names, weights)
+    saved = _Saved(folder)
+    saved.check(weights)
     _load_model(folder / "model", policy)
     for name, parameter in weights.stepped.items():
-
-        def saved_as(kind: str, like: Tensor = parameter, name: str = name) -> Tensor:
-            whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in parts])
-            if isinstance(like, DTensor):
-                return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-            return whole.to(like.device)
-
-        if f"{name}.{MASTER}" in names:
-            parameter.data.copy_(saved_as(MASTER))
-        if f"{name}.{MOMENTS[0]}" in names:
+        if saved.has(name, MASTER):
+            parameter.data.copy_(saved.like(parameter, name, MASTER))
+        if saved.has(name, MOMENTS[0]):
+            moments = {moment: saved.like(parameter, name, moment) for moment in MOMENTS}
             # Releases that did not save the step of each weight stepped all of them at every update.
-            counted = f"{name}.{STEP}" in names
-            step = parts[0].get_tensor(f"{name}.{STEP}") if counted else torch.tensor(float(manifest.num_updates))
-            moments = {moment: saved_as(moment) for moment in MOMENTS}
+            counted = saved.has(name, STEP)
+            step = saved.first(name, STEP) if counted else torch.tensor(float(manifest.num_updates))
             optimizer.state[parameter] = moments | {STEP: step.to(parameter.device)}
 
 
-def _check_same_weights(folder: Path, names: set[str], weights: Weights) -> None:
-    """Raises ValueError where those of the optimizer's files are not those that are trained here."""
-    if {name.rpartition(".")[0] for name in names} != weights.stepped.keys():
-        raise ValueError(f"{folder} is of other weights than are trained here; give train the same model and adapter.")
-    in_float32 = {name.removesuffix(f".{MASTER}") for name in names if name.endswith(f".{MASTER}")}
-    if in_float32 != weights.in_float32.keys():  # as is known of old releases' only here
-        what = f"{folder} has {len(in_float32)} weights in float32 beside the model, this run {len(weights.in_float32)}"
-        raise ValueError(f"{what}; load the policy in the dtype of that run, or start a new run from its model.")
+class _Saved:
+    """What the optimizer's files of a checkpoint hold. Each has some rows of every tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._parts: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*.safetensors"))]
+        self._names = set(self._parts[0].keys())
+
+    def has(self, name: str, kind: str) -> bool:
+        return f"{name}.{kind}" in self._names
+
+    def first(self, name: str, kind: str) -> Tensor:
+        found: Tensor = self._parts[0].get_tensor(f"{name}.{kind}")
+        return found
+
+    def like(self, parameter: Tensor, name: str, kind: str) -> Tensor:
+        """On the parameter's device, and split as it is."""
+        whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in self._parts]).to(parameter.device)
+        if not isinstance(parameter, DTensor):
+            return whole
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def check(self, weights: Weights) -> None:
+        """Raises ValueError where these are not the weights that are trained here."""
+        remedy = "give train the same model and adapter"
+        if {name.rpartition(".")[0] for name in self._names} != weights.stepped.keys():
+            raise ValueError(f"{self._folder} is of other weights than are trained here; {remedy}.")
+        for name, parameter in weights.stepped.items():
+            if self.has(name, MOMENTS[0]) and (shape := self._shape(name)) != (*parameter.shape,):
+                what = f"{self._folder} has {name} of shape {shape}, here it has {(*parameter.shape,)}"
+                raise ValueError(f"{what}; {remedy}.")
+        halves = {name for name in weights.stepped if self.has(name, MASTER)}
+        if halves != weights.in_float32.keys():  # as is known of old releases' only here
+            what = f"{self._folder} has {len(halves)} weights in float32 beside the model"
+            remedy = "load the policy in the dtype of that run, or start a new run from its model"
+            raise ValueError(f"{what}, this run {len(weights.in_float32)}; {remedy}.")
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shapes = [part.get_slice(f"{name}.{MOMENTS[0]}").get_shape() for part in self._parts]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 
 def _load_model(folder: Path, policy: PreTrainedModel) -> None:

@@ -164,9 +164,12 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
-    """Raises InvalidOption for a model of another kind than the objective trains, ValueError for one in float16."""
+    """Raises InvalidOption for a model of another kind than the objective trains, ValueError for one in float16, or one
+    that is frozen."""
     for parameter in model.parameters():
         check_dtype(parameter.dtype)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"All of {type(model).__name__} is frozen; set requires_grad where it is to be trained.")
     wanted, found = objective.traits.num_outputs, count_outputs(model)
     if wanted != found:
         kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]

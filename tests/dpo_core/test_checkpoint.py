@@ -95,9 +95,11 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
         replace(CONFIG, objective=Dpo(beta=0.2)),
         replace(CONFIG, optim=Optim(learning_rate=2e-3)),
         replace(CONFIG, batch_size=16),
+        replace(CONFIG, max_length=2**14),
+        replace(CONFIG, truncation="keep_end"),
         replace(CONFIG, seed=1),
     ],
-    ids=["objective", "optim", "batch_size", "seed"],
+    ids=["objective", "optim", "batch_size", "max_length", "truncation", "seed"],
 )
 def test_resuming_another_run_is_refused(checkpoint, policy, tokenizer, pairs, changed):
     with pytest.raises(ValueError, match="use the same config"):
@@ -114,6 +116,16 @@ def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer,
     adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
     with pytest.raises(ValueError, match="is of other weights than are trained here"):
         run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+
+
+def test_resuming_with_a_model_of_other_sizes_is_refused_before_a_weight_is_changed(
+    checkpoint, make_policy, tokenizer, pairs
+):
+    wider, before = (make_policy(vocab_size=384) for _ in range(2))
+    sentence = r"has model\.embed_tokens\.weight of shape \(320, 32\), here it has \(384, 32\); give train the same"
+    with pytest.raises(ValueError, match=sentence):
+        run(CONFIG, wider, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+    torch.testing.assert_close(dict(wider.named_parameters()), dict(before.named_parameters()), rtol=0, atol=0)
 
 
 def as_an_earlier_release_wrote_it(checkpoint: Path) -> Path:
