@@ -49,6 +49,10 @@ def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str,
     assert failed is not None
     assert failed.code == "training_diverged"
     assert failed.message == f"{key} is {value} at step 7 with the learning rate 1e-06; lower it."
+    first = hopeless(result(step=1, **{key: value}), make_spec())
+    assert first is not None
+    assert first.param is None
+    assert first.message == f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."
 
 
 @pytest.fixture
