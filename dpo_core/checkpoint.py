@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.config import TrainConfig
-from dpo_core.folder import processors_of, save_model
+from dpo_core.folder import processors_of, save_model, skeleton
 from dpo_core.model import agree_on_padding, has_adapter
 from dpo_core.ranks import num_ranks, rank, together
 from dpo_core.weights import Weights
@@ -92,7 +92,8 @@ class Writer:
         publish: Publish | None = None,
     ) -> None:
         self._folder, self._policy, self._weights = folder, policy, weights
-        self._tokenizer = agree_on_padding(policy, tokenizer)
+        self._skeleton = skeleton(policy)
+        self._tokenizer = agree_on_padding(self._skeleton, tokenizer)
         self._files = {} if has_adapter(policy) else processors_of(policy)
         self._publish = publish or (lambda step, folder: None)
         self._part, self._num_parts = _part(weights)
@@ -157,10 +158,10 @@ class Writer:
             paths = [partial / f"optimizer-{self._part + 1:05d}-of-{self._num_parts:05d}.safetensors"]
             save_file(state, paths[0])
         if rank() == 0:
-            save_model(self._policy, partial / "model", self._tokenizer, self._files, state_dict=model)
-            if not has_adapter(self._policy):  # of a sharded policy transformers writes down the shards' precision
-                self._policy.config.dtype = manifest.dtype
-                self._policy.config.save_pretrained(partial / "model")
+            save_model(self._skeleton, partial / "model", self._tokenizer, self._files, state_dict=model)
+            if not has_adapter(self._skeleton):  # of a sharded policy transformers writes down the shards' precision
+                self._skeleton.config.dtype = manifest.dtype
+                self._skeleton.config.save_pretrained(partial / "model")
             paths += sorted(path for path in (partial / "model").rglob("*") if path.is_file())
         files = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, _sha256(path)) for path in paths}
         if paths and rank() > 0:

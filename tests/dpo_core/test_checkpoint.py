@@ -6,7 +6,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 
@@ -14,11 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_core.checkpoint import DamagedCheckpoint, _load_model, latest_checkpoint, read_manifest, verify
+from dpo_core.checkpoint import (
+    DamagedCheckpoint,
+    Manifest,
+    Writer,
+    _load_model,
+    latest_checkpoint,
+    read_manifest,
+    verify,
+)
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.model import load_policy
+from dpo_core.optim import make_optimizer
 from dpo_core.options import Dpo
 from dpo_core.trainer import train
+from dpo_core.weights import Weights
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
 OPTIMIZER = "optimizer-00001-of-00001.safetensors"
@@ -281,6 +291,38 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(policy, tokenizer, 
     (tmp_path / "a file").touch()
     with pytest.raises(NotADirectoryError):
         run(CONFIG, policy, tokenizer, pairs, tmp_path / "a file")
+
+
+class InUse(dict):
+    """Modules that a forward is about to change."""
+
+    def items(self):
+        raise RuntimeError("dictionary changed size during iteration")
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "adapter"])
+def test_a_checkpoint_is_written_without_looking_at_the_policy(
+    adapter, policy, tokenizer, pairs, tmp_path, monkeypatch
+):
+    """With experts in one weight, PEFT changes a model in every forward, which a writer's thread must not see."""
+    policy.save_pretrained(tmp_path / "base")
+    policy, looked_away = load_policy(tmp_path / "base", adapter=adapter), Event()
+    weights, layer = Weights(policy), policy.model.layers[0]
+
+    def save_late(tensors, path):
+        assert looked_away.wait(300)
+        save_file(tensors, path)
+
+    monkeypatch.setattr("dpo_core.checkpoint.save_file", save_late)
+    manifest = Manifest(1, 1, 1, 1, {}, {}, asdict(CONFIG), {}, "float32")
+    with Writer(tmp_path / "run", policy, tokenizer, weights) as writer:
+        writer.save(manifest, make_optimizer(weights.stepped.values(), CONFIG.optim))
+        modules, vars(layer)["_modules"] = layer._modules, InUse(layer._modules)
+        looked_away.set()
+        writer.wait()
+        vars(layer)["_modules"] = modules
+    saved = load_file(next((tmp_path / "run" / "step-000001" / "model").glob("*model.safetensors")))
+    assert {tuple(tensor.shape) for tensor in saved.values()} == {tuple(p.shape) for p in weights.trained.values()}
 
 
 @contextmanager
