@@ -39,10 +39,12 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
-    With an `adapter` all else is frozen. Raises InvalidOption where the model has none of its target modules, or they
-    would not learn. Raises ValueError for float16, for a quantized model (one in MXFP4 is expanded), for a folder that
-    holds an adapter, and where weights and config do not fit each other. Of a multimodal model that transformers loads
-    for texts only as a part, that part is loaded.
+    With an `adapter` all else is frozen; torch.manual_seed before the call repeats its first weights. Of a multimodal
+    model that transformers loads for texts only as a part, that part is loaded; a model in MXFP4 is expanded.
+
+    Raises InvalidOption where the model has none of the adapter's target modules, or they would not learn, and
+    ValueError for float16, for another quantized model, for a folder that holds an adapter, and for one whose weights
+    and config do not fit each other.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter)
