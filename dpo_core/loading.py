@@ -1,6 +1,7 @@
 """Whole models from folders: with all weights that their config asks for, and no others, or refused in words."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,7 +116,7 @@ def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str |
     new_head = "score.weight" if is_reward_model(model) else None
     if missing := sorted(set(report["missing_keys"]) - {new_head}):
         raise ValueError(f"{source} lacks {len(missing)} weights of {wanted}, such as {missing[0]}; {remedy}")
-    if strangers := sorted(name for name in report["unexpected_keys"] if _would_be_missed(name, model)):
+    if strangers := _missed(report["unexpected_keys"], model):
         what = f"{source} has {len(strangers)} weights, such as {strangers[0]}, that have no place in {wanted}"
         raise ValueError(f"{what}; {remedy}")
 
@@ -130,19 +131,22 @@ def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
 _TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bias", ".attention.bias")
 
 
-def _would_be_missed(name: str, model: PreTrainedModel) -> bool:
-    """Whether a weight of a folder, for which the model has no place, is one of its layers or a reward model's head.
-    Layers that predict further tokens, and towers for images, are not trained on texts."""
-    if any(table in name for table in _TABLES):
-        return False
+def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Those weights without a place in the model that belong to its layers, or to a reward model's head. Towers for
+    images, and layers behind the last that predict further tokens, are not trained on texts."""
     config = model.config.get_text_config()
-    number = re.search(r"\.(\d+)\.", name)
-    further = getattr(config, "num_nextn_predict_layers", None) or 0
-    if number and 0 <= int(number[1]) - getattr(config, "num_hidden_layers", 0) < further:
-        return False
+    first_further: int = getattr(config, "num_hidden_layers", 0)
+    further = range(first_further, first_further + (getattr(config, "num_nextn_predict_layers", None) or 0))
     repeated = {type(layer) for layer in decoder_layers(model)}
     layers = {kind_of(name) for name, module in model.named_modules() if type(module) in repeated}
-    return name.startswith("score.") or any(kind_of(name).startswith(f"{layer}.") for layer in layers)
+    own = ("score.", *(f"{layer}." for layer in layers))
+
+    def is_missed(name: str) -> bool:
+        number = re.search(r"\.(\d+)\.", name)
+        is_further = number is not None and int(number[1]) in further
+        return kind_of(name).startswith(own) and not is_further and not any(table in name for table in _TABLES)
+
+    return sorted(filter(is_missed, names))
 
 
 def _tell_tying(model: PreTrainedModel) -> None:
