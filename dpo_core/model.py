@@ -149,10 +149,10 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_policy(model: nn.Module) -> None:
-    """Raises ValueError for what no scorer can read as one model: a wrapper of PEFT's, or an adapted head."""
+    """Raises ValueError for what no scorer can read as one model: a wrapper, such as PEFT's, or an adapted head."""
     if not isinstance(model, PreTrainedModel):
-        remedy = "load the base with load_policy(folder, adapter=Lora(...))"
-        raise ValueError(f"{type(model).__name__} wraps a model, whose reference it would hide; {remedy}.")
+        remedy = "give the model itself, with an adapter as load_policy(folder, adapter=Lora(...)) puts it on"
+        raise ValueError(f"{type(model).__name__} is no model of transformers but may wrap one; {remedy}.")
     head = model.get_output_embeddings()
     if head is not None and hasattr(head, "base_layer"):
         raise ValueError(

@@ -23,7 +23,7 @@ from dpo_core.flops import Flops, matmul_rate
 from dpo_core.gradients import backward, check_agreement, make_packs
 from dpo_core.memory import checkpoint_activations, fit
 from dpo_core.metrics import measure
-from dpo_core.model import check_model
+from dpo_core.model import check_model, check_policy
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
 from dpo_core.ranks import on_any_rank, rank, together
@@ -144,6 +144,7 @@ class _Run:
         resume: Path | None,
         marks: ExitStack,
     ) -> None:
+        check_policy(policy)
         check_model(policy, config.objective)
         policy.train(False)
         manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)

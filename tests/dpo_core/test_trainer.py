@@ -317,6 +317,15 @@ def test_a_config_that_is_not_resolved_is_refused(policy, tokenizer, pairs, tmp_
             next(steps)
 
 
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.nn.Sequential])
+def test_a_wrapper_of_a_policy_is_refused_by_name(wrap, policy, tokenizer, pairs, tmp_path):
+    wrapped = wrap(policy)
+    with pytest.raises(
+        ValueError, match=f"{type(wrapped).__name__} is no model of transformers but may wrap one; give"
+    ):
+        run(DPO, wrapped, tokenizer, [pairs], tmp_path)
+
+
 def test_folders_may_be_texts(make_policy, tokenizer, pairs, tmp_path):
     config = replace(DPO, checkpoint_steps=1)
     run(config, make_policy(), tokenizer, [pairs] * 2, str(tmp_path))
