@@ -247,6 +247,8 @@ def load(
     """Put a checkpoint's weights and AdamW's state into place."""
     saved = _Saved(folder)
     saved.check(weights)
+    if has_adapter(policy):
+        _check_adapter(folder, policy)
     _load_model(folder / "model", policy)
     for name, parameter in weights.stepped.items():
         if saved.has(name, MASTER):
@@ -299,6 +301,18 @@ class _Saved:
     def _shape(self, name: str) -> tuple[int, ...]:
         shapes = [part.get_slice(f"{name}.{MOMENTS[0]}").get_shape() for part in self._parts]
         return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+
+def _check_adapter(folder: Path, policy: Any) -> None:
+    """Raises ValueError where the same weights of an adapter would count for more or less than they did."""
+    from peft import PeftConfig
+
+    (own,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        values = [getattr(config, key, None) for config in (before, own)]
+        if values[0] != values[1]:
+            what = f"{folder} was trained with an adapter whose {key} is {values[0]}, here it is {values[1]}"
+            raise ValueError(f"{what}; load the policy with the same Lora.")
 
 
 def _load_model(folder: Path, policy: PreTrainedModel) -> None:

@@ -3,7 +3,8 @@
 Weights come as safetensors only, and no code that travels with a model is run.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -119,18 +120,44 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def merge_adapter(adapter: Path, folder: Path) -> None:
-    """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder."""
-    from peft import PeftConfig, PeftModel
+    """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder.
+
+    Raises ValueError where they do not belong together, and for the adapter's own folder.
+    """
+    from peft import PeftConfig
     from peft.utils import load_peft_weights
 
+    if folder.resolve() == adapter.resolve():
+        raise ValueError(f"{folder} is the adapter's own folder; name another for the merged model.")
     config: Any = PeftConfig.from_pretrained(adapter)
-    heads = [weight for name, weight in load_peft_weights(adapter).items() if name.endswith(".score.weight")]
+    source = config.base_model_name_or_path
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise ValueError(f"{adapter} is of the base {source}, which is not there; put it back, or name it where it is.")
+    weights = load_peft_weights(adapter, device="cpu")
+    heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
-    base: Any = _load(kind, config.base_model_name_or_path, "auto", "cpu", None, **options)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    base = _load(kind, source, "auto", "cpu", None, **options)
+    merged = _put_on(base, adapter, weights.keys()).merge_and_unload()
     tokenizer = agree_on_padding(merged, load_tokenizer(adapter))
     save_model(merged, folder, tokenizer, processors_of(base))
+
+
+def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
+    """PEFT's model of both. It would leave out weights that have no place in the base, and begin others anew."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    what = f"{adapter} is not an adapter of {base.name_or_path}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
+            both = PeftModel.from_pretrained(base, adapter)
+    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+        raise ValueError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
+    if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
+        raise ValueError(f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights).")
+    return both
 
 
 def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -153,6 +180,9 @@ def check_policy(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         remedy = "give the model itself, with an adapter as load_policy(folder, adapter=Lora(...)) puts it on"
         raise ValueError(f"{type(model).__name__} is no model of transformers but may wrap one; {remedy}.")
+    if has_adapter(model) and len(model.peft_config) > 1:
+        names = ", ".join(model.peft_config)
+        raise ValueError(f"{type(model).__name__} has several adapters ({names}); delete_adapter all but one.")
     head = model.get_output_embeddings()
     if head is not None and hasattr(head, "base_layer"):
         raise ValueError(
