@@ -37,7 +37,7 @@ def save_model(
     files: dict[str, bytes],
     **options: Any,
 ) -> None:
-    """The model, its tokenizer, and other files by name; `options` are of `save_pretrained`.
+    """Write the model, its tokenizer, and other files by name; `options` are those of `save_pretrained`.
 
     The generation config is written as it came: transformers loads more of them than it agrees to save.
     """

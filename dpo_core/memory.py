@@ -75,7 +75,8 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
 
 
 def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
-    """Bytes for the tokens of a pack, beside weights, gradients and optimizer; the smallest of all ranks."""
+    """How many bytes the tokens of a pack may take beside weights, gradients, optimizer and a tile of logits; the
+    smallest number of all ranks. None where the system does not tell its memory."""
     model = scorer.model
     free = _free_bytes(model.device)
     if free is None:

@@ -21,7 +21,7 @@ from dpo_core.scorer import Scorer
 
 
 class Weights:
-    """What is trained of a policy, by name.
+    """The parameters of a policy that are trained, by name, and what the optimizer steps on for each.
 
     Parameters in half precision have float32 masters that the optimizer steps on. Gradients are float32 or wider.
     Ranks hold copies, and add their gradients up, unless the policy is sharded. `dtypes` are those that its
