@@ -106,7 +106,7 @@ def _linears(model: PreTrainedModel) -> set[str]:
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """Of those layers all but the head, routers, and the layers of a Mamba block whose weights alone its kernels read."""
+    """Those layers without the head, routers, and the layers of a Mamba block of which its kernels read the weights."""
     head = model.get_output_embeddings()
     return [
         name

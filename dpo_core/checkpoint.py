@@ -247,6 +247,8 @@ def load(
     """Put a checkpoint's weights and AdamW's state into place."""
     saved = _Saved(folder)
     saved.check(weights)
+    if manifest.dtype is None:
+        saved.check_precision(weights)
     if has_adapter(policy):
         _check_adapter(folder, policy)
     _load_model(folder / "model", policy)
@@ -292,8 +294,11 @@ class _Saved:
             if self.has(name, MOMENTS[0]) and (shape := self._shape(name)) != (*parameter.shape,):
                 what = f"{self._folder} has {name} of shape {shape}, here it has {(*parameter.shape,)}"
                 raise ValueError(f"{what}; {remedy}.")
+
+    def check_precision(self, weights: Weights) -> None:
+        """Raises ValueError where the model had more or fewer bits than it has here."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
-        if halves != weights.in_float32.keys():  # as is known of old releases' only here
+        if halves != weights.in_float32.keys():
             what = f"{self._folder} has {len(halves)} weights in float32 beside the model"
             remedy = "load the policy in the dtype of that run, or start a new run from its model"
             raise ValueError(f"{what}, this run {len(weights.in_float32)}; {remedy}.")
