@@ -41,7 +41,7 @@ def fit(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()
     model, least = scorer.model, config.max_length
     most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
     budget = _budget(scorer, config.sharding)
-    kept = _bytes_per_token(scorer, _example(groups, model.config.get_text_config()))
+    kept = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))
     kept_at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
     wanted = config.activation_checkpointing
@@ -127,8 +127,14 @@ def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> Encode
     return EncodedGroup(prompt, tuple(completions), None, 1)
 
 
-def _bytes_per_token(scorer: Scorer, example: EncodedGroup) -> int:
-    """What autograd keeps of a forward for each token, weights aside, as seen on a small example."""
+def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int:
+    """What autograd keeps of a forward for each token, as seen on a small example in the shape of the groups."""
+    example = _example(groups, scorer.model.config.get_text_config())
+    return -(-_kept_bytes(scorer, example) // scorer.count_tokens(example))
+
+
+def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
+    """What autograd keeps of a forward, weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in scorer.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -139,6 +145,6 @@ def _bytes_per_token(scorer: Scorer, example: EncodedGroup) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = scorer(scorer.collate([example]))
+        found = scorer(scorer.collate([group]))
     del found
-    return -(-sum(kept.values()) // scorer.count_tokens(example))
+    return sum(kept.values())
