@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.admission import admit
-from dpo_core.checkpoint import Manifest, Publish, Writer, load, name_of, resumable
+from dpo_core.checkpoint import Manifest, load, name_of, resumable
 from dpo_core.config import TrainConfig
 from dpo_core.drift import Drift
 from dpo_core.encode import EncodedGroup
@@ -29,6 +29,7 @@ from dpo_core.optim import learning_rate, make_optimizer
 from dpo_core.ranks import on_any_rank, rank, together
 from dpo_core.scorer import Scorer
 from dpo_core.weights import Weights, agree_on_weights, dtypes_of, shard
+from dpo_core.writer import Publish, Writer
 
 GlobalBatches = Sequence[Sequence[EncodedGroup]] | Callable[[int], Batches]
 logger = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from dpo_core.checkpoint import (
     DamagedCheckpoint,
     Manifest,
-    Writer,
     _load_model,
     latest_checkpoint,
     read_manifest,
@@ -29,6 +28,7 @@ from dpo_core.optim import make_optimizer
 from dpo_core.options import Dpo
 from dpo_core.trainer import train
 from dpo_core.weights import Weights
+from dpo_core.writer import Writer
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
 OPTIMIZER = "optimizer-00001-of-00001.safetensors"
@@ -313,7 +313,7 @@ def test_a_checkpoint_is_written_without_looking_at_the_policy(
         assert looked_away.wait(300)
         save_file(tensors, path)
 
-    monkeypatch.setattr("dpo_core.checkpoint.save_file", save_late)
+    monkeypatch.setattr("dpo_core.writer.save_file", save_late)
     manifest = Manifest(1, 1, 1, 1, {}, {}, asdict(CONFIG), {}, "float32")
     with Writer(tmp_path / "run", policy, tokenizer, weights) as writer:
         writer.save(manifest, make_optimizer(weights.stepped.values(), CONFIG.optim))
@@ -361,7 +361,7 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokeni
         assert went_on.wait(300)
         save_file(tensors, path)
 
-    monkeypatch.setattr("dpo_core.checkpoint.save_file", save_late)
+    monkeypatch.setattr("dpo_core.writer.save_file", save_late)
     steps = train(config, make_policy(), tokenizer, [pairs] * 4, total_steps=4, checkpoint_dir=tmp_path / "went on")
     assert [next(steps).step for _ in range(4)] == [1, 2, 3, 4]
     went_on.set()

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.checkpoint import Manifest, Writer
+from dpo_core.checkpoint import Manifest
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.optim import make_optimizer
 from dpo_core.options import Supervised
 from dpo_core.trainer import StepResult, train
 from dpo_core.weights import Weights
+from dpo_core.writer import Writer
 from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.encoding import encode, encode_piece, recipe_of
