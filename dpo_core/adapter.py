@@ -1,6 +1,5 @@
 """Low-rank adapters: which layers of a model take them, and how they are put on."""
 
-import re
 import warnings
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dpo_core.architecture import kind_of
 from dpo_core.config import Lora
 from dpo_core.options import InvalidOption
 
@@ -75,8 +75,11 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
 
 
 def _linears(model: PreTrainedModel) -> set[str]:
-    """The linear layers through which a text learns: not those of a tower for images, nor those that return more
-    than a product, nor those of which only the weights are read, or only a choice is made. Freezes the model."""
+    """The names of the linear layers whose output a text's loss depends on, as a backward pass shows.
+
+    That leaves out the layers of a tower for images, those that return more than a product, those of which only the
+    weights are read, and those that only choose, such as some routers. Freezes the model.
+    """
     learning: set[str] = set()
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
@@ -98,17 +101,12 @@ def _linears(model: PreTrainedModel) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    kinds = {_kind(name) for name in learning}
-    return {name for name in names.values() if _kind(name) in kinds}
-
-
-def _kind(name: str) -> str:
-    """A module's name without the numbers of its layer and expert; a few tokens do not reach every expert."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    kinds = {kind_of(name) for name in learning}  # a few tokens do not reach every expert
+    return {name for name in names.values() if kind_of(name) in kinds}
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """All but the head, routers, and the layers of a Mamba block of which its kernels read the weights alone."""
+    """Those layers without the head, routers, and the layers of a Mamba block of which its kernels read the weights."""
     head = model.get_output_embeddings()
     return [
         name
@@ -139,7 +137,7 @@ def _is_read_only(model: PreTrainedModel, name: str) -> bool:
 
 
 def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """The last parts of the names, as far as nothing else ends in them; else the whole names."""
+    """The last parts of the chosen names, or whole names where another module's name ends in the same part."""
     suffixes = {name.rpartition(".")[2] for name in chosen}
     others = [name for name, _ in model.named_modules() if name not in set(chosen)]
     clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}

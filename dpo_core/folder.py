@@ -1,10 +1,13 @@
 """Model folders, as transformers and vLLM load them."""
 
 import logging
-from copy import copy
+from collections.abc import Callable
+from copy import copy, deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import (
     AUDIO_TOKENIZER_NAME,
@@ -34,7 +37,7 @@ def save_model(
     files: dict[str, bytes],
     **options: Any,
 ) -> None:
-    """The model, its tokenizer, and other files by name; `options` are of `save_pretrained`.
+    """Write the model, its tokenizer, and other files by name; `options` are those of `save_pretrained`.
 
     The generation config is written as it came: transformers loads more of them than it agrees to save.
     """
@@ -47,6 +50,33 @@ def save_model(
     tokenizer.save_pretrained(folder)
     for name, content in files.items():
         Path(folder, name).write_bytes(content)
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy without weights, to save while the model is in use: some layers of PEFT's change what a model is made of
+    in every forward, and attention over segments its config."""
+    copies: dict[int, Any] = {}
+
+    def bare(tensor: Tensor) -> Tensor:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    def copied(part: Any, make: Callable[[Any], Any]) -> Any:
+        if part is not None and id(part) not in copies:
+            copies[id(part)] = make(part)
+        return part if part is None else copies[id(part)]
+
+    def of_module(module: nn.Module) -> nn.Module:
+        own = object.__new__(type(module))  # a module that is sharded would make a new one of `copy`
+        vars(own).update(vars(module))
+        own._parameters = {name: copied(tensor, bare) for name, tensor in module._parameters.items()}
+        own._buffers = {name: copied(tensor, bare) for name, tensor in module._buffers.items()}
+        own._modules = {name: copied(child, of_module) for name, child in module._modules.items()}
+        return own
+
+    whole = cast(PreTrainedModel, of_module(model))
+    whole.config = deepcopy(model.config)
+    return whole
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_core.architecture import is_sharded
 from dpo_core.attention import shared_prompts
 from dpo_core.batch import Batch, batches_of_like_lengths
 from dpo_core.logps import token_logps
-from dpo_core.model import is_sharded
 
 LEAST_FILL = 0.75  # of a padded batch that must be tokens
 
@@ -31,7 +31,8 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def readings(config: PretrainedConfig) -> list[Logits]:
-    """What a config may say of the logits, the likeliest first. HyperCLOVA X multiplies by what others divide by."""
+    """What a config may mean by its factors of the logits, the likeliest meaning first: HyperCLOVA X multiplies by what
+    others divide by."""
     scale, cap = 1.0, next((found for name in _CAPS if (found := getattr(config, name, None))), None)
     for name in _MULTIPLIES:
         scale *= getattr(config, name, None) or 1.0
@@ -42,7 +43,7 @@ def readings(config: PretrainedConfig) -> list[Logits]:
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """What makes the hidden states that the head reads."""
+    """The part of the model that makes the hidden states which the head reads."""
     inner: nn.Module = model.base_model  # the model itself where transformers does not know its decoder's name
     return inner if inner is not model else getattr(model, "model", model)
 

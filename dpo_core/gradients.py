@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_core.architecture import is_sharded
 from dpo_core.batch import Batch
 from dpo_core.encode import EncodedGroup
-from dpo_core.model import is_sharded
 from dpo_core.objectives import Statistics, count_units, losses
 from dpo_core.options import Objective
 from dpo_core.ranks import add_up, num_ranks, rank

@@ -13,6 +13,13 @@ TILE_COLUMNS = 32768
 PRODUCT_ROWS = {"cpu": 2048}  # computed before they are added up: so few that caches hold them
 
 
+def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
+    """What a full tile of logits takes: in float32, before that in half precision, and thrice to undo a cap."""
+    numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
+    widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
+    return numbers * widths
+
+
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -89,12 +96,24 @@ class _TiledLogps(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """The product is that of a tile, in its precision; the total may be wider."""
+    """The product is that of a tile; the total may be wider than its factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
     for rows in _cuts(len(total), PRODUCT_ROWS.get(total.device.type, len(total))):
-        total[rows] += left[rows] @ right
+        total[rows] += _product(left[rows], right)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32 of factors in half precision, where the device does not round it before."""
+    if _keeps_float32(left):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def _keeps_float32(factor: Tensor) -> bool:
+    """cuBLAS adds up in float32 and rounds at the end, unless told otherwise; no other backend can be told."""
+    return factor.device.type == "cuda" and factor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _cuts(length: int, size: int) -> list[slice]:
@@ -103,8 +122,13 @@ def _cuts(length: int, size: int) -> list[slice]:
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, columns: slice) -> Tensor:
     """A fresh tensor, float32 or wider, that the caller may overwrite."""
-    logits = torch.nn.functional.linear(rows, weight[columns], None if bias is None else bias[columns])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own_bias = None if bias is None else bias[columns]
+    if _keeps_float32(rows):
+        logits = _product(rows, weight[columns].T)
+        logits = logits if own_bias is None else logits.add_(own_bias)
+    else:
+        logits = torch.nn.functional.linear(rows, weight[columns], own_bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 

@@ -1,7 +1,7 @@
 """How many tokens a pack may have: as many as the device holds, within what keeps it busy."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
+from dpo_core.architecture import decoder_layers
 from dpo_core.attention import shared_prompts
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encode import EncodedGroup
-from dpo_core.model import decoder_layers
+from dpo_core.logps import tile_bytes
 from dpo_core.ranks import lowest, num_local_ranks
 from dpo_core.scorer import Scorer
-from dpo_core.weights import num_shards
+from dpo_core.weights import num_shards, state_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +27,21 @@ MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # more keep the device no busier
 ASSUMED_TOKENS = 8192  # where the system does not tell its memory
 SHARE = 0.6  # of what is free, for what backward needs; the rest is for passing buffers
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-STATE_BYTES = 12  # of a trained weight: its gradient and AdamW's moments, float32
-MASTER_BYTES = 4  # of one in half precision
+EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # at most so many show what autograd keeps
 
 
-def fit(config: TrainConfig, scorer: Scorer) -> TrainConfig:
+def fit(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
     """`config` with `max_tokens_per_pack` and `activation_checkpointing` decided, alike on all ranks.
 
-    Powers of two, so that a little more or less free memory decides the same.
+    Powers of two, so that a little more or less free memory decides the same. `groups` are some that will be trained
+    on: of many short completions behind a long prompt a token takes more than of pairs.
     """
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
     model, least = scorer.model, config.max_length
     most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
-    budget = _budget(model, config.sharding)
-    kept = _bytes_per_token(scorer)
+    budget = _budget(scorer, config.sharding)
+    kept = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))
     kept_at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
     wanted = config.activation_checkpointing
@@ -73,15 +74,18 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
     return undo
 
 
-def _budget(model: PreTrainedModel, sharding: Sharding) -> int | None:
-    """Bytes for the tokens of a pack, once gradients and optimizer are there; the smallest of all ranks."""
+def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
+    """How many bytes the tokens of a pack may take beside weights, gradients, optimizer and a tile of logits; the
+    smallest number of all ranks. None where the system does not tell its memory."""
+    model = scorer.model
     free = _free_bytes(model.device)
     if free is None:
         return None
-    per_weight = STATE_BYTES + (0 if model.dtype == torch.float32 else MASTER_BYTES)
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = per_weight * num_trained // num_shards(model, sharding)
-    return lowest(int(max(0, free - state) * SHARE), model.device)
+    loaded = sum(weight.nbytes for weight in model.parameters())  # whole here, though they may be split afterwards
+    state = state_bytes(model, num_shards(scorer, sharding))
+    vocabulary, capped = model.config.get_text_config().vocab_size, scorer.manner.logits.cap is not None
+    tile = 0 if scorer.rewards else tile_bytes(vocabulary, model.dtype, model.device, capped=capped)
+    return lowest(int(max(0, free + loaded - state - tile) * SHARE), model.device)
 
 
 def _free_bytes(device: torch.device) -> int | None:
@@ -107,11 +111,30 @@ def _number(file: Path, name: str) -> int:
     return {name: int(number) for name, number, *_ in lines}[name]
 
 
-def _bytes_per_token(scorer: Scorer) -> int:
-    """What autograd keeps of a forward for each token, weights aside, as seen on a small example."""
-    vocabulary = scorer.model.config.get_text_config().vocab_size
-    ids = [i % vocabulary for i in range(64)]
-    example = EncodedGroup(ids, (ids, ids), None, 1)
+def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> EncodedGroup:
+    """A small one in the shape of the group whose completions look back the most: autograd keeps the keys of a prompt
+    once for each completion that shares it. Without groups, a pair."""
+
+    def looks_back(group: EncodedGroup) -> float:
+        return len(group.completion_ids) * len(group.prompt_ids) / group.num_tokens
+
+    shape = max(groups, key=looks_back, default=EncodedGroup([0], ([0], [0]), None, 1))
+    longest = len(shape.prompt_ids) + max(map(len, shape.completion_ids))
+    positions = min(EXAMPLE_POSITIONS, getattr(config, "max_position_embeddings", None) or EXAMPLE_POSITIONS)
+    scale = min(EXAMPLE_TOKENS / shape.num_tokens, positions / longest)
+    lengths = (max(2, int(len(ids) * scale)) for ids in (shape.prompt_ids, *shape.completion_ids))
+    prompt, *completions = ([i % config.vocab_size for i in range(length)] for length in lengths)
+    return EncodedGroup(prompt, tuple(completions), None, 1)
+
+
+def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int:
+    """What autograd keeps of a forward for each token, as seen on a small example in the shape of the groups."""
+    example = _example(groups, scorer.model.config.get_text_config())
+    return -(-_kept_bytes(scorer, example) // scorer.count_tokens(example))
+
+
+def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
+    """What autograd keeps of a forward, weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in scorer.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -122,6 +145,6 @@ def _bytes_per_token(scorer: Scorer) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = scorer(scorer.collate([example]))
+        found = scorer(scorer.collate([group]))
     del found
-    return -(-sum(kept.values()) // scorer.count_tokens(example))
+    return sum(kept.values())

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 MOST_KINDS = 8  # of layers that a miniature has
 MOST_WEIGHTS = 1_000_000_000
-# How much it has at most of what is counted under these names.
+# The names of config fields, and the most that a miniature has there.
 _AT_MOST = {
     "vocab_size": 64,
     "vocab_size_per_layer_input": 64,
@@ -110,7 +110,7 @@ def ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def _cut_layers(config: Any) -> None:
-    """Keep the first layer of each kind, and what lists say of it."""
+    """Keep the first layer of each kind, with its entries in the lists that have one for each layer."""
     count = getattr(config, "num_hidden_layers", 0)
     lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
     kinds = list(zip(*(v for v in lists.values() if len(set(map(str, v))) <= MOST_KINDS), strict=True)) or [()] * count
@@ -124,7 +124,7 @@ def _cut_layers(config: Any) -> None:
 
 
 def _randomize(model: PreTrainedModel) -> None:
-    """Weights of which every one shows: inner products are about 1, logits spread, and no bias is 0."""
+    """Draw weights so that each of them shows: inner products are about 1, logits spread, and no bias is 0."""
     spreads = {id(module.weight): 1.0 for module in model.modules() if isinstance(module, nn.Embedding)}
     if head := model.get_output_embeddings():
         spreads[id(head.weight)] = 4 * head.weight.shape[-1] ** -0.5

@@ -3,7 +3,8 @@
 Weights come as safetensors only, and no code that travels with a model is run.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -11,24 +12,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    Mxfp4Config,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from dpo_core.adapter import attach
+from dpo_core.architecture import count_outputs, is_reward_model
 from dpo_core.config import Lora
 from dpo_core.folder import processors_of, save_model
+from dpo_core.loading import load_whole
 from dpo_core.options import InvalidOption, Objective
 
 WORDS_REMEMBERED = 100_000  # with their ids, by a tokenizer: with its own 10,000 text takes up to a quarter longer
@@ -43,9 +40,12 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
-    With an `adapter` all else is frozen. Raises InvalidOption where the model has none of its target modules, or they
-    would not learn. Raises ValueError for float16 and for a quantized model; one in MXFP4 is expanded. Of a multimodal
-    model that transformers loads for texts only as a part, that part is loaded.
+    With an `adapter` all else is frozen; torch.manual_seed before the call repeats its first weights. Of a multimodal
+    model that transformers loads for texts only as a part, that part is loaded; a model in MXFP4 is expanded.
+
+    Raises InvalidOption where the model has none of the adapter's target modules, or they would not learn, and
+    ValueError for float16, for another quantized model, for a folder that holds an adapter, and for one whose weights
+    and config do not fit each other.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter)
@@ -63,7 +63,7 @@ def load_reward_model(
 
     A head has one output, the reward; for `reward_gaussian` two, its mean and the logarithm of its variance.
     It is marked as a regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` gives the outputs
-    as they are; else vLLM makes probabilities of them. An adapter is merged first.
+    as they are; else vLLM makes probabilities of them. The folder of an adapter is refused; merge it first.
     """
     check_dtype(dtype)
     return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, **_regression(num_outputs))
@@ -89,22 +89,7 @@ def _load(
     adapter: Lora | None,
     **options: object,
 ) -> PreTrainedModel:
-    composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    config, names = _of_texts(composite, kind, source)
-    config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
-    quantization = _expansion(composite, source)
-    model = kind.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype,
-        quantization_config=quantization,
-        key_mapping=names,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
-        model.to(model.dtype)
-    model.to(device).eval()
+    model = load_whole(kind, source, dtype=dtype, **options).to(device).eval()
     if adapter is not None:
         rewards = is_reward_model(model)
         # A new head is trained whole.
@@ -114,44 +99,7 @@ def _load(
             task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
             trained_whole=["score"] if rewards else None,
         )
-    return cast(PreTrainedModel, model)
-
-
-def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
-    """How quantized weights become whole ones: gpt-oss is published in MXFP4 alone. Others are refused."""
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method == "mxfp4":
-        return Mxfp4Config(dequantize=True)
-    if method is not None:
-        raise ValueError(
-            f"{source} is a quantized model ({method}); train the one it was made from, in full precision."
-        )
-    return None
-
-
-def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """The config to load, and how weights are renamed: those of a multimodal model of which transformers has
-    no class for texts alone are loaded into the class of its text model."""
-    loadable = (
-        MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    )
-    if type(config) in loadable:
-        return config, None
-    text = config.get_text_config(decoder=True)
-    if text is config or type(text) not in loadable:
-        raise ValueError(
-            f"{source} is of type {config.model_type}, for which transformers has no class to train on texts."
-        )
-    text.tie_word_embeddings = config.tie_word_embeddings
-    return text, _NAMES_OF_TEXTS
-
-
-# Of weights in a multimodal model, as transformers has written them since 4.52 and before.
-_NAMES_OF_TEXTS = {
-    r"^model\.language_model\.": "model.",
-    r"^language_model\.model\.": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-}
+    return model
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -172,18 +120,44 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def merge_adapter(adapter: Path, folder: Path) -> None:
-    """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder."""
-    from peft import PeftConfig, PeftModel
+    """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder.
+
+    Raises ValueError where they do not belong together, and for the adapter's own folder.
+    """
+    from peft import PeftConfig
     from peft.utils import load_peft_weights
 
+    if folder.resolve() == adapter.resolve():
+        raise ValueError(f"{folder} is the adapter's own folder; name another for the merged model.")
     config: Any = PeftConfig.from_pretrained(adapter)
-    heads = [weight for name, weight in load_peft_weights(adapter).items() if name.endswith(".score.weight")]
+    source = config.base_model_name_or_path
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise ValueError(f"{adapter} is of the base {source}, which is not there; put it back, or name it where it is.")
+    weights = load_peft_weights(adapter, device="cpu")
+    heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
-    base: Any = _load(kind, config.base_model_name_or_path, "auto", "cpu", None, **options)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    base = _load(kind, source, "auto", "cpu", None, **options)
+    merged = _put_on(base, adapter, weights.keys()).merge_and_unload()
     tokenizer = agree_on_padding(merged, load_tokenizer(adapter))
     save_model(merged, folder, tokenizer, processors_of(base))
+
+
+def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
+    """PEFT's model of both. It would leave out weights that have no place in the base, and begin others anew."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    what = f"{adapter} is not an adapter of {base.name_or_path}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
+            both = PeftModel.from_pretrained(base, adapter)
+    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+        raise ValueError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
+    if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
+        raise ValueError(f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights).")
+    return both
 
 
 def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -201,22 +175,14 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return tokenizer
 
 
-def count_outputs(model: nn.Module) -> int:
-    """Of a reward model's head; 0: it is no reward model."""
-    head = getattr(model, "score", None)
-    head = getattr(head, "original_module", head)  # of which an adapter trains a copy
-    return head.out_features if isinstance(head, nn.Linear) else 0
-
-
-def is_reward_model(model: nn.Module) -> bool:
-    return count_outputs(model) > 0
-
-
 def check_policy(model: nn.Module) -> None:
-    """Raises ValueError for what no scorer can read as one model: a wrapper of PEFT's, or an adapted head."""
+    """Raises ValueError for what no scorer can read as one model: a wrapper, such as PEFT's, or an adapted head."""
     if not isinstance(model, PreTrainedModel):
-        remedy = "load the base with load_policy(folder, adapter=Lora(...))"
-        raise ValueError(f"{type(model).__name__} wraps a model, whose reference it would hide; {remedy}.")
+        remedy = "give the model itself, with an adapter as load_policy(folder, adapter=Lora(...)) puts it on"
+        raise ValueError(f"{type(model).__name__} is no model of transformers but may wrap one; {remedy}.")
+    if has_adapter(model) and len(model.peft_config) > 1:
+        names = ", ".join(model.peft_config)
+        raise ValueError(f"{type(model).__name__} has several adapters ({names}); delete_adapter all but one.")
     head = model.get_output_embeddings()
     if head is not None and hasattr(head, "base_layer"):
         raise ValueError(
@@ -224,29 +190,21 @@ def check_policy(model: nn.Module) -> None:
         )
 
 
-def check_dtype(dtype: object) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
     if dtype == torch.float16:
         raise ValueError("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
-    """Raises InvalidOption for a model of another kind than the objective trains, ValueError for one in float16."""
-    check_dtype(getattr(model, "dtype", None))
+    """Raises InvalidOption for a model of another kind than the objective trains, ValueError for one in float16, or one
+    that is frozen."""
+    for parameter in model.parameters():
+        check_dtype(parameter.dtype)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"All of {type(model).__name__} is frozen; set requires_grad where it is to be trained.")
     wanted, found = objective.traits.num_outputs, count_outputs(model)
     if wanted != found:
         kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]
         remedy = f"load_reward_model with num_outputs={wanted}" if wanted else "load_policy"
         message = f"objective is {objective.type}, which trains {kinds[0]}, not {kinds[1]}; use {remedy}."
         raise InvalidOption("objective", message)
-
-
-def is_sharded(model: PreTrainedModel) -> bool:
-    """Every forward is a joint work of all ranks then."""
-    # Within a forward those of the root are whole, but the layers are gathered one by one.
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that the architecture repeats."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]

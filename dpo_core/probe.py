@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_core.architecture import is_reward_model
 from dpo_core.batch import Batch, collate
 from dpo_core.encode import EncodedGroup
 from dpo_core.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
 from dpo_core.miniature import miniature, ropes
-from dpo_core.model import is_reward_model
 
 TOLERATED = 1e-4  # in float32, of the largest number compared and at least of 1
 NUM_TOKENS = 30  # of the example: more than what a miniature has in force
 # What architectures raise on what they do not know.
 REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
-
-
 ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of layers; "attention" beside recurrent ones
 
 
@@ -54,7 +52,7 @@ def probe(model: PreTrainedModel) -> Manner:
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """What is tried in the model's place, and why that is no miniature."""
+    """What is tried in the model's place: a miniature, or the model itself and the reason."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)
@@ -85,8 +83,8 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _departs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """How packs depart from the model's own answers on a small example, empty where they do not, and which reading
-    of its config that is by."""
+    """How packs differ from the model's own answers on a small example, empty where they do not; and the place among
+    `readings` of the one by which they agree."""
     packed, alone = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, found = is_reward_model(model), readings(model.config.get_text_config())
     plain = plain_rewards(model, alone) if rewards else plain_logps(model, alone)[0]

@@ -10,10 +10,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from dpo_core.admission import admit
+from dpo_core.architecture import is_reward_model, is_sharded
 from dpo_core.batch import Batch, collate, plan
 from dpo_core.encode import EncodedGroup
 from dpo_core.forward import packed_logps, packed_rewards, plain_logps, plain_rewards
-from dpo_core.model import adapter_off, check_policy, is_reward_model, is_sharded
+from dpo_core.model import adapter_off, check_policy
 from dpo_core.probe import probe
 from dpo_core.scores import NUM_MEASURES
 

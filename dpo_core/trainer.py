@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.admission import admit
-from dpo_core.checkpoint import Manifest, Publish, Writer, load, name_of, resumable
+from dpo_core.checkpoint import Manifest, load, name_of, resumable
 from dpo_core.config import TrainConfig
 from dpo_core.drift import Drift
 from dpo_core.encode import EncodedGroup
@@ -22,12 +23,13 @@ from dpo_core.flops import Flops, matmul_rate
 from dpo_core.gradients import backward, check_agreement, make_packs
 from dpo_core.memory import checkpoint_activations, fit
 from dpo_core.metrics import measure
-from dpo_core.model import check_model
+from dpo_core.model import check_model, check_policy
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
 from dpo_core.ranks import on_any_rank, rank, together
 from dpo_core.scorer import Scorer
-from dpo_core.weights import Weights, agree_on_weights, check_precision, dtypes_of, shard
+from dpo_core.weights import Weights, agree_on_weights, dtypes_of, shard
+from dpo_core.writer import Publish, Writer
 
 GlobalBatches = Sequence[Sequence[EncodedGroup]] | Callable[[int], Batches]
 logger = logging.getLogger(__name__)
@@ -61,8 +63,10 @@ def train(
 
     `config` is resolved. `global_batches` are those of the whole run, one for each step, or a function that gives the
     batches after a step: after 0, or after that of the checkpoint `resume`. Every rank is given the same ones, and
-    computes its own share. `n_epochs`, `batch_size`, `truncation` and `seed` say how they were made; training only
-    keeps them. A group longer than `max_length` is refused.
+    computes its own share. The loss is a mean over the groups of a batch, so a list is refused if one of its batches
+    has more than `batch_size`, or if it has not `total_steps` of them; a batch may have fewer, and a function is
+    trusted. `n_epochs`, `truncation` and `seed` say how batches were made; training only keeps them. A group longer
+    than `max_length` is refused.
 
     Once a step's result was taken, its checkpoint is written to `checkpoint_dir/step-000012` while the next steps run,
     and then given to `publish`; all are there when the iterator ends. A step whose loss or gradient is no finite number
@@ -76,19 +80,21 @@ def train(
     `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
     last step, if it has none, and the iterator ends.
     """
-    if config.checkpoint_steps is None or config.optim.learning_rate is None:
+    every = config.checkpoint_steps
+    if every is None or None in (config.optim.learning_rate, config.batch_size, config.n_epochs):
         raise ValueError("config is not resolved; give train config.resolved(number of groups).")
+    _check_batches(config, global_batches, total_steps)
     with ExitStack() as marks:  # that training leaves on the policy
-        run = _Run(config, policy, total_steps, Path(resume) if resume else None, marks)
+        run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, marks)
         writer = marks.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
-        batches, drift = _after(run.step, global_batches), Drift()
+        drift = Drift()
         is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
             if stop is not None and any(on_any_rank([stop()], run.scorer.model.device)):
                 if not is_due:
                     writer.save(run.manifest(metrics), run.optimizer)
                 return
-            groups = next(batches, None)
+            groups = next(run.batches, None)
             if groups is None:
                 raise ValueError(f"No groups came for step {step} of {total_steps}; total_steps must fit the data.")
             metrics = run.take_step(groups)
@@ -96,42 +102,62 @@ def train(
             warning = drift.warning(metrics) if groups else None
             if warning and rank() == 0:
                 logger.warning("Step %d: %s", step, warning)
-            is_due = step % config.checkpoint_steps == 0 or step == total_steps
+            is_due = step % every == 0 or step == total_steps
             held_out = validation() if validation and is_due and not _broken(metrics) else None
             if held_out is not None:
                 metrics |= run.evaluate(held_out)
             yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning)
             if values := _broken(metrics):
-                raise FloatingPointError(f"Training diverged at step {step} ({values}); lower the learning rate.")
+                raise FloatingPointError(f"Training diverged at step {step} ({values}); {run.remedy}.")
             if is_due:
                 writer.save(run.manifest(metrics), run.optimizer)
 
 
-def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]]:
+def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
+    """Raises TypeError or ValueError for a list of batches that is not that of this run."""
     if callable(batches):
-        return iter(batches(step))
+        return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot be begun anywhere else
         kind = type(batches).__name__
         raise TypeError(f"global_batches is a {kind}; give a list of the run's, or a function of the step before.")
-    return iter(batches[step:])
+    if len(batches) != total_steps:
+        raise ValueError(f"global_batches has {len(batches)} batches, total_steps is {total_steps}; give one a step.")
+    assert config.batch_size is not None  # resolved
+    for step, groups in enumerate(batches, 1):
+        if len(groups) > config.batch_size:
+            what = f"The batch of step {step} has {len(groups)} groups, batch_size is {config.batch_size}"
+            raise ValueError(f"{what}; give batches of at most so many, or raise batch_size.")
+
+
+def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]]:
+    return iter(batches(step) if callable(batches) else batches[step:])
 
 
 class _Run:
     """What changes from step to step. `marks` undoes, at its end, what was done to the policy beside training it."""
 
     def __init__(
-        self, config: TrainConfig, policy: PreTrainedModel, total_steps: int, resume: Path | None, marks: ExitStack
+        self,
+        config: TrainConfig,
+        policy: PreTrainedModel,
+        global_batches: GlobalBatches,
+        total_steps: int,
+        resume: Path | None,
+        marks: ExitStack,
     ) -> None:
+        check_policy(policy)
         check_model(policy, config.objective)
-        check_precision(policy)
         policy.train(False)
         manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)
         if resume is not None:
             check = partial(resumable, resume, config=config, total_steps=total_steps, dtype=self.dtype)
             manifest, config = together(check, policy.device)
+        batches = _after(manifest.step if manifest else 0, global_batches)
+        first = list(islice(batches, 1))  # shows what packs will hold
+        self.batches = chain(first, batches)
         agree_on_weights(policy)
         self.scorer = Scorer(policy)
-        self.config = fit(config, self.scorer)
+        self.config = fit(config, self.scorer, first[0] if first else ())
         recomputed = self.config.activation_checkpointing == "on"
         if recomputed:
             marks.callback(checkpoint_activations(self.scorer))
@@ -182,6 +208,15 @@ class _Run:
             "tokens/shared": sum(scorer.count_shared_tokens(group) for group in groups),
         }
         return dict(self.metrics)
+
+    @property
+    def remedy(self) -> str:
+        """Of a loss or gradient that is no finite number."""
+        if self.num_updates > 1:
+            return "lower the learning rate"
+        return (
+            "no weight had been changed yet, so look for such numbers in the policy and in the scores of the reference"
+        )
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
         tokens = self.config.max_tokens_per_pack

@@ -1,6 +1,6 @@
 """The trained parameters: how ranks hold them, and what the optimizer steps on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, compress
 from typing import cast
 
@@ -12,15 +12,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from dpo_core.architecture import decoder_layers, is_sharded
 from dpo_core.config import Sharding
-from dpo_core.model import decoder_layers, has_adapter, is_sharded
+from dpo_core.model import has_adapter
 from dpo_core.options import InvalidOption
-from dpo_core.ranks import add_up, num_local_ranks, num_ranks, on_any_rank
+from dpo_core.ranks import add_up, lowest, num_local_ranks, num_ranks, on_any_rank
 from dpo_core.scorer import Scorer
 
 
 class Weights:
-    """What is trained of a policy, by name.
+    """The parameters of a policy that are trained, by name, and what the optimizer steps on for each.
 
     Parameters in half precision have float32 masters that the optimizer steps on. Gradients are float32 or wider.
     Ranks hold copies, and add their gradients up, unless the policy is sharded. `dtypes` are those that its
@@ -83,12 +84,6 @@ def dtypes_of(policy: nn.Module) -> dict[str, torch.dtype]:
     return {name: parameter.dtype for name, parameter in policy.named_parameters()}
 
 
-def check_precision(policy: PreTrainedModel) -> None:
-    """Raises ValueError for a policy in float16: of its gradients, small ones are 0."""
-    if torch.float16 in (policy.dtype, *dtypes_of(policy).values()):
-        raise ValueError("The policy is in float16, in which small gradients vanish; load it in bfloat16 or float32.")
-
-
 def _is_half(dtype: torch.dtype) -> bool:
     return dtype.itemsize < torch.float32.itemsize
 
@@ -103,22 +98,20 @@ def agree_on_weights(policy: nn.Module) -> None:
 def shard(scorer: Scorer, sharding: Sharding) -> None:
     """FSDP2: split weights, gradients and optimizer state over ranks, and gather each layer when it computes.
 
-    A policy in half precision computes in it; the shards of what is trained are float32. `hybrid` splits within a
-    node and copies between nodes (HSDP). `auto` does so for full weights on GPUs, or splits over all nodes where each
-    has a single rank; it copies adapters and whatever is on CPUs.
+    A policy in half precision computes in it; the shards of what is trained are float32.
     """
-    policy = scorer.model
-    if num_shards(policy, sharding) == 1:
+    policy, shards = scorer.model, num_shards(scorer, sharding)
+    if shards == 1:
         return
     if not scorer.takes_batches:
         message = f"sharding is {sharding}, which {type(policy).__name__} cannot do; it must be replicated."
         raise InvalidOption("sharding", message)
-    mesh, dtype = _mesh(policy, sharding), policy.dtype
+    mesh, dtype = _mesh(policy, shards), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for parameter in policy.parameters():
-        if parameter.requires_grad and _is_half(parameter.dtype):
-            parameter.data = parameter.data.float()
     for module in (*decoder_layers(policy), scorer):
+        for parameter in module.parameters():  # one layer after the other, so that one alone is whole in float32
+            if parameter.requires_grad and _is_half(parameter.dtype):
+                parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in scorer.modules():
         if isinstance(module, FSDPModule):  # losses are divided by the global batch's counts already
@@ -126,17 +119,53 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
             module.set_gradient_divide_factor(1.0)
 
 
-def num_shards(policy: PreTrainedModel, sharding: Sharding) -> int:
-    """Into how many parts `shard` splits each weight."""
-    on_gpus = policy.device.type == "cuda" and not has_adapter(policy)
-    if sharding == "replicated" or (sharding == "auto" and not on_gpus):
+def num_shards(scorer: Scorer, sharding: Sharding) -> int:
+    """Into how many parts `shard` splits each weight; all ranks decide alike."""
+    policy, ranks, local_ranks = scorer.model, num_ranks(), num_local_ranks()
+    if sharding != "auto":
+        return {"replicated": 1, "hybrid": local_ranks, "full": ranks}[sharding]
+    if policy.device.type != "cuda" or not scorer.takes_batches:
         return 1
-    everywhere = sharding == "full" or (sharding == "auto" and num_local_ranks() == 1)
-    return num_ranks() if everywhere else num_local_ranks()
+    room = lowest(torch.cuda.mem_get_info(policy.device)[1], policy.device)
+    least = 1 if has_adapter(policy) else local_ranks
+    return fewest_shards((least, local_ranks, ranks), lambda shards: state_bytes(policy, shards), room)
 
 
-def _mesh(policy: PreTrainedModel, sharding: Sharding) -> DeviceMesh:
-    shards = num_shards(policy, sharding)
+STATE_SHARE = 0.5  # of a GPU's memory, for weights, gradients and AdamW's moments; the rest is for packs
+
+
+def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: int) -> int:
+    """The rule of `auto`: the first of the choices whose state, in bytes, fits on a GPU of so much memory, else the
+    last.
+
+    Within a node splitting costs little, so whole weights are split there at least. Adapters are copied, base and all.
+    Both are split over more ranks only where they would not fit. Models on CPUs, and those that answer one completion
+    at a time, are always copied.
+    """
+    return next((shards for shards in choices if state(shards) <= STATE_SHARE * room), choices[-1])
+
+
+def state_bytes(policy: PreTrainedModel, shards: int) -> int:
+    """What weights, gradients and AdamW's moments take of a rank. Of shards, what computes is whole: all that is
+    outside the layers and, as the next one is fetched ahead, two layers, all with their gradients."""
+    kept: int = 0
+    for parameter in policy.parameters():
+        stepped = max(parameter.itemsize, torch.float32.itemsize)  # bytes of a number that AdamW steps, and of a moment
+        weight = parameter.itemsize
+        if parameter.requires_grad and shards > 1:
+            weight = stepped
+        elif parameter.requires_grad and _is_half(parameter.dtype):
+            weight += stepped  # its master
+        kept += parameter.numel() * (weight + 3 * stepped * parameter.requires_grad)
+    if shards == 1:
+        return kept
+    layers: list[int] = [sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(policy)]
+    outside = sum(weight.numel() for weight in policy.parameters()) - sum(layers)
+    gathered: int = policy.dtype.itemsize * (outside + 2 * max(layers, default=0))
+    return kept // shards + 2 * gathered
+
+
+def _mesh(policy: PreTrainedModel, shards: int) -> DeviceMesh:
     if shards == num_ranks():
         return init_device_mesh(policy.device.type, (shards,))
     sizes = (num_ranks() // shards, shards)

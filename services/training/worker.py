@@ -114,6 +114,9 @@ def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
     loss = result.metrics["loss"]
     for key, value in result.metrics.items():
         if not math.isfinite(value):
+            if result.step == 1:
+                sentence = f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."
+                return Failed(code="training_diverged", message=sentence)
             rate = result.metrics["lr"]
             sentence = f"{key} is {value} at step {result.step} with the learning rate {rate:.3g}; lower it."
             return Failed(code="training_diverged", message=sentence, param="hyperparameters")

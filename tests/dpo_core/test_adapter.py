@@ -183,8 +183,61 @@ def test_modules_whose_adapter_would_not_learn_are_refused(config, module, reaso
 
 def test_a_model_that_peft_has_wrapped_is_refused(policy, pairs):
     wrapped = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"PeftModel wraps a model.*load_policy"):
+    with pytest.raises(ValueError, match=r"PeftModel is no model of transformers.*load_policy"):
         score_reference(wrapped, pairs, max_tokens_per_pack=64)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"num_hidden_layers": 1}, r"only one of them has \S+layers\.1\.\S+ \(14 such weights\)"),
+        ({"num_hidden_layers": 3}, r"only one of them has \S+layers\.2\.\S+ \(14 such weights\)"),
+        ({"hidden_size": 64}, "size mismatch for .*lora_"),
+    ],
+    ids=["fewer layers", "more layers", "another width"],
+)
+def test_an_adapter_is_merged_into_no_base_but_its_own(other, reason, base, make_policy, tokenizer, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    make_policy(**other).save_pretrained(base)
+    with pytest.raises(ValueError, match=rf"adapter is not an adapter of \S+: {reason}"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_an_adapter_whose_base_is_gone_is_refused_by_its_name(base, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"adapter is of the base {base}, which is not there; put it back"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_merged_model_is_not_written_into_the_folder_of_its_adapter(base, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    files = sorted((tmp_path / "adapter").iterdir())
+    with pytest.raises(ValueError, match="adapter is the adapter's own folder; name another"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "adapter" / "." / ".." / "adapter")
+    assert sorted((tmp_path / "adapter").iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (Lora(r=4, lora_alpha=4), "lora_alpha is 32, here it is 4"),
+        (Lora(r=4, use_rslora=True), "use_rslora is False, here it is True"),
+    ],
+)
+def test_an_adapter_that_counts_for_more_or_less_is_not_resumed(other, reason, base, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=4))
+    with pytest.raises(ValueError, match=f"was trained with an adapter whose {reason}; load the policy with the same"):
+        train_adapter(base, tokenizer, pairs, tmp_path, other, resume=tmp_path / "step-000002")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_several_adapters_are_refused_by_name(base, pairs):
+    policy = load_policy(base, adapter=Lora(r=2))
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "second")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has several adapters \(default, second\); delete_adapter"):
+        score_reference(policy, pairs, max_tokens_per_pack=64)
 
 
 def test_a_head_that_was_adapted_elsewhere_is_refused(policy, pairs):

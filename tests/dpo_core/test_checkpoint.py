@@ -1,18 +1,34 @@
+import hashlib
 import json
 import logging
 import pickle
-from dataclasses import replace
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_core.checkpoint import DamagedCheckpoint, _load_model, latest_checkpoint, read_manifest, verify
+from dpo_core.checkpoint import (
+    DamagedCheckpoint,
+    Manifest,
+    _load_model,
+    latest_checkpoint,
+    read_manifest,
+    verify,
+)
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.model import load_policy
+from dpo_core.optim import make_optimizer
 from dpo_core.options import Dpo
 from dpo_core.trainer import train
+from dpo_core.weights import Weights
+from dpo_core.writer import Writer
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
 OPTIMIZER = "optimizer-00001-of-00001.safetensors"
@@ -88,10 +104,12 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
     [
         replace(CONFIG, objective=Dpo(beta=0.2)),
         replace(CONFIG, optim=Optim(learning_rate=2e-3)),
-        replace(CONFIG, batch_size=4),
+        replace(CONFIG, batch_size=16),
+        replace(CONFIG, max_length=2**14),
+        replace(CONFIG, truncation="keep_end"),
         replace(CONFIG, seed=1),
     ],
-    ids=["objective", "optim", "batch_size", "seed"],
+    ids=["objective", "optim", "batch_size", "max_length", "truncation", "seed"],
 )
 def test_resuming_another_run_is_refused(checkpoint, policy, tokenizer, pairs, changed):
     with pytest.raises(ValueError, match="use the same config"):
@@ -100,7 +118,7 @@ def test_resuming_another_run_is_refused(checkpoint, policy, tokenizer, pairs, c
 
 def test_resuming_a_run_of_another_length_is_refused(checkpoint, policy, tokenizer, pairs):
     with pytest.raises(ValueError, match="3 steps, this one has 5"):
-        list(train(CONFIG, policy, tokenizer, [pairs], total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
+        list(train(CONFIG, policy, tokenizer, [pairs] * 5, total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
 
 
 def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer, pairs, tmp_path):
@@ -108,6 +126,58 @@ def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer,
     adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
     with pytest.raises(ValueError, match="is of other weights than are trained here"):
         run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+
+
+def test_resuming_with_a_model_of_other_sizes_is_refused_before_a_weight_is_changed(
+    checkpoint, make_policy, tokenizer, pairs
+):
+    wider, before = (make_policy(vocab_size=384) for _ in range(2))
+    sentence = r"has model\.embed_tokens\.weight of shape \(320, 32\), here it has \(384, 32\); give train the same"
+    with pytest.raises(ValueError, match=sentence):
+        run(CONFIG, wider, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+    torch.testing.assert_close(dict(wider.named_parameters()), dict(before.named_parameters()), rtol=0, atol=0)
+
+
+def as_an_earlier_release_wrote_it(checkpoint: Path) -> Path:
+    """Without the dtype of the policy, and with one number of updates for all weights."""
+    file, manifest = checkpoint / OPTIMIZER, json.loads((checkpoint / "manifest.json").read_text())
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".step")}, file)
+    manifest["files"][OPTIMIZER] = {
+        "size": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    del manifest["dtype"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_of_an_earlier_release_goes_on_bit_for_bit(dtype, make_policy, tokenizer, pairs, tmp_path):
+    batches, policies = [pairs, [], pairs, pairs], [make_policy(seed).to(dtype) for seed in (0, 7)]
+    straight, resumed = (
+        train(CONFIG, policy, tokenizer, batches, total_steps=4, checkpoint_dir=tmp_path / name, resume=resume)
+        for policy, name, resume in zip(policies, "ab", (None, tmp_path / "a" / "step-000003"), strict=True)
+    )
+    assert len(list(straight)) == 4
+    as_an_earlier_release_wrote_it(tmp_path / "a" / "step-000003")
+    assert [result.step for result in resumed] == [4]
+    ours, theirs = (dict(policy.named_parameters()) for policy in policies)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    first, second = (load_file(tmp_path / name / "step-000004" / OPTIMIZER) for name in "ab")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("saved_in", "num_before", "num_now"), [("bfloat16", 21, 0), ("float32", 0, 21)])
+def test_a_checkpoint_of_an_earlier_release_in_another_precision_is_refused(
+    saved_in, num_before, num_now, make_policy, tokenizer, pairs, tmp_path
+):
+    saved_in = getattr(torch, saved_in)
+    (other,) = {torch.bfloat16, torch.float32} - {saved_in}
+    run(CONFIG, make_policy().to(saved_in), tokenizer, pairs, tmp_path)
+    before = as_an_earlier_release_wrote_it(tmp_path / "step-000001")
+    sentence = f"has {num_before} weights in float32 beside the model, this run {num_now}; load the policy in the dtype"
+    with pytest.raises(ValueError, match=sentence):
+        run(CONFIG, make_policy().to(other), tokenizer, pairs, tmp_path, resume=before)
 
 
 def test_weights_of_an_adapter_that_have_no_place_are_refused(make_policy, tokenizer, tmp_path):
@@ -223,6 +293,63 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(policy, tokenizer, 
         run(CONFIG, policy, tokenizer, pairs, tmp_path / "a file")
 
 
+class InUse(dict):
+    """Modules that a forward is about to change."""
+
+    def items(self):
+        raise RuntimeError("dictionary changed size during iteration")
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "adapter"])
+def test_a_checkpoint_is_written_without_looking_at_the_policy(
+    adapter, policy, tokenizer, pairs, tmp_path, monkeypatch
+):
+    """With experts in one weight, PEFT changes a model in every forward, which a writer's thread must not see."""
+    policy.save_pretrained(tmp_path / "base")
+    policy, looked_away = load_policy(tmp_path / "base", adapter=adapter), Event()
+    weights, layer = Weights(policy), policy.model.layers[0]
+
+    def save_late(tensors, path):
+        assert looked_away.wait(300)
+        save_file(tensors, path)
+
+    monkeypatch.setattr("dpo_core.writer.save_file", save_late)
+    manifest = Manifest(1, 1, 1, 1, {}, {}, asdict(CONFIG), {}, "float32")
+    with Writer(tmp_path / "run", policy, tokenizer, weights) as writer:
+        writer.save(manifest, make_optimizer(weights.stepped.values(), CONFIG.optim))
+        modules, vars(layer)["_modules"] = layer._modules, InUse(layer._modules)
+        looked_away.set()
+        writer.wait()
+        vars(layer)["_modules"] = modules
+    saved = load_file(next((tmp_path / "run" / "step-000001" / "model").glob("*model.safetensors")))
+    assert {tuple(tensor.shape) for tensor in saved.values()} == {tuple(p.shape) for p in weights.trained.values()}
+
+
+@contextmanager
+def room_for_files_of(num_bytes: int) -> Iterator[None]:
+    """The system refuses to make a file longer, as it does where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("num_bytes", [1_000, 200_000], ids=["nothing", "a part"])
+def test_a_checkpoint_without_room_is_refused_by_step_and_folder_and_leaves_nothing(
+    num_bytes, checkpoint, policy, tokenizer, pairs
+):
+    folder = checkpoint.parent
+    for step in (2, 3):
+        shutil.rmtree(folder / f"step-00000{step}")
+    sentence = f"The checkpoint of step 2 could not be written to {folder} .*; make room, and resume from the one befo"
+    with room_for_files_of(num_bytes), pytest.raises(OSError, match=sentence):
+        run(CONFIG, policy, tokenizer, pairs, folder, resume=checkpoint)
+    assert [path.name for path in folder.iterdir()] == ["step-000001"]
+    assert latest_checkpoint(folder) == checkpoint
+
+
 def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokenizer, pairs, tmp_path, monkeypatch):
     """Nothing of step 2 is written before step 4 was taken; yet it is what a run of two steps leaves."""
     config = replace(CONFIG, optim=Optim(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0), checkpoint_steps=2)
@@ -234,7 +361,7 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokeni
         assert went_on.wait(300)
         save_file(tensors, path)
 
-    monkeypatch.setattr("dpo_core.checkpoint.save_file", save_late)
+    monkeypatch.setattr("dpo_core.writer.save_file", save_late)
     steps = train(config, make_policy(), tokenizer, [pairs] * 4, total_steps=4, checkpoint_dir=tmp_path / "went on")
     assert [next(steps).step for _ in range(4)] == [1, 2, 3, 4]
     went_on.set()

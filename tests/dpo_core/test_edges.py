@@ -30,7 +30,7 @@ def first_step(groups, policy, tokenizer, folder, objective=None, **options):
         checkpoint_steps=2,
         **options,
     )
-    result = next(train(config, policy, tokenizer, [groups], total_steps=2, checkpoint_dir=folder))
+    result = next(train(config, policy, tokenizer, [groups] * 2, total_steps=2, checkpoint_dir=folder))
     return result.metrics["loss"], torch.cat([gradient[parameter] for parameter in policy.parameters()])
 
 

@@ -16,7 +16,7 @@ from dpo_core.trainer import train
 CONFIG = TrainConfig(
     objective=Dpo(beta=0.5),
     optim=Optim(learning_rate=1e-2),
-    batch_size=4,
+    batch_size=8,
     n_epochs=1,
     max_length=64,
     checkpoint_steps=2,

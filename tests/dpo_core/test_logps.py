@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo_core import logps as module
 from dpo_core.logps import token_logps
 
 
@@ -115,3 +116,36 @@ def test_a_leaf_in_bfloat16_gets_its_gradient_in_bfloat16():
     hidden, weight, bias, targets = example(torch.bfloat16)
     token_logps(hidden, weight, bias, targets, tile_rows=3)[0].sum().backward()
     assert {leaf.grad.dtype for leaf in (hidden, weight, bias)} == {torch.bfloat16}
+
+
+def assert_nothing_is_rounded_to_bfloat16(device: str) -> None:
+    """The results are those of float32 on the same numbers, but for the slope that gradients are products of."""
+    g = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(*shape, generator=g).bfloat16().to(device) for shape in ((64, 128), (512, 128), (512,))]
+    targets = torch.randint(512, (64,), generator=g).to(device)
+
+    def found(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in numbers]
+        for leaf in leaves:
+            leaf.grad_dtype = torch.float32
+        logps, _ = token_logps(*leaves, targets, tile_rows=16, tile_columns=100)
+        logps.sum().backward()
+        return [logps.detach(), *(leaf.grad for leaf in leaves)]
+
+    (logps, *gradients), (exact, *exact_gradients) = found(torch.bfloat16), found(torch.float32)
+    torch.testing.assert_close(logps, exact, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(gradients, exact_gradients, strict=True):
+        assert ((ours - theirs).norm() / theirs.norm()).item() < 2e-3
+
+
+def test_where_products_can_stay_in_float32_logits_do(monkeypatch):
+    """As on CUDA: no other device has this product."""
+    monkeypatch.setattr(module, "_keeps_float32", lambda factor: factor.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
+    assert_nothing_is_rounded_to_bfloat16("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_logits_of_a_gpu_stay_in_float32():
+    assert_nothing_is_rounded_to_bfloat16("cuda")

@@ -8,9 +8,10 @@ from itertools import accumulate
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MixtralConfig
 
 from dpo_core import memory
+from dpo_core.checkpoint import read_manifest
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encode import EncodedGroup
 from dpo_core.model import load_policy
@@ -87,13 +88,14 @@ def test_where_max_length_does_not_fit_either_that_is_said(policy, free, caplog)
     assert said.startswith("A pack of max_length, 256 tokens, may not fit into memory: about ")
 
 
-def test_what_the_optimizer_will_take_is_not_spent(policy, make_policy, free):
+def test_what_the_optimizer_and_a_tile_of_logits_will_take_is_not_spent(policy, make_policy, free):
     """A float32 weight takes 12 bytes more; one in half precision has a float32 master besides."""
     num_weights = sum(p.numel() for p in policy.parameters())
-    budgets = []
+    budgets, rows = [], 256
     for dtype, state in ((torch.float32, 12), (torch.bfloat16, 16)):
-        free(state * num_weights + 10 * MB)
-        budgets.append(memory._budget(make_policy().to(dtype), "auto"))
+        tile = rows * conftest.VOCABULARY * (4 if dtype == torch.float32 else 6)
+        free(state * num_weights + tile + 10 * MB)
+        budgets.append(memory._budget(Scorer(make_policy().to(dtype)), "auto"))
     assert budgets == [int(memory.SHARE * 10 * MB)] * 2
 
 
@@ -108,6 +110,57 @@ def test_a_pack_takes_what_is_free_and_no_more(make_policy, free, megabytes):
     batch = scorer.collate(groups_of(fitted.max_tokens_per_pack))
     peak = max(accumulate(changes(lambda: scorer(batch).sum().backward())))
     assert megabytes * MB / 5 < peak <= megabytes * MB
+
+
+def of_shape(prompt: int, *completions: int, line: int = 1) -> EncodedGroup:
+    ids = [5 + i % 300 for i in range(max(prompt, *completions))]
+    return EncodedGroup(ids[:prompt], tuple(ids[:length] for length in completions), None, line)
+
+
+# A prompt's keys are kept once for each completion: with as many heads of keys as of queries they are much of it.
+SHAPES = {"pairs": (48, 32, 32), "many short completions": (128, *[4] * 32), "a ranking": (20, *[40] * 8)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("megabytes", [40, 22])
+def test_a_pack_fits_whatever_the_shape_of_its_groups(shape, megabytes, make_policy, free):
+    free(megabytes * MB)
+    scorer = Scorer(make_policy(num_hidden_layers=4, num_key_value_heads=4))
+    groups = [of_shape(*SHAPES[shape], line=line) for line in range(64)]
+    fitted = memory.fit(replace(CONFIG, activation_checkpointing="off"), scorer, groups[:4])
+    pack = groups[: max(1, fitted.max_tokens_per_pack // groups[0].num_tokens)]
+    batch = scorer.collate(pack)
+    assert max(accumulate(changes(lambda: scorer(batch).sum().backward()))) <= megabytes * MB
+
+
+@pytest.mark.parametrize("shape", [(512, *[8] * 16), (256, 256, 256), (100, 3), (9, 500, 500)], ids=str)
+def test_what_a_token_takes_is_seen_on_an_example_in_the_shape_of_the_groups(shape, make_policy):
+    scorer, group = Scorer(make_policy(num_key_value_heads=4, num_hidden_layers=4)), of_shape(*shape)
+    found = memory._kept_bytes(scorer, group) / scorer.count_tokens(group)
+    assert memory._bytes_per_token(scorer, [group]) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(63, 1), (1, 63, 63), (2, *[3] * 40), (30, 34, 1)], ids=str)
+def test_the_example_keeps_within_the_positions_of_the_model(shape):
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    scorer = Scorer(AutoModelForCausalLM.from_config(config).eval())
+    memory.fit(replace(CONFIG, max_length=64), scorer, [of_shape(*shape)])
+
+
+def test_training_sizes_packs_by_its_first_batch(make_policy, tokenizer, scored, free, tmp_path):
+    free(24 * MB)
+    tokens = {}
+    for name, shape in SHAPES.items():
+        policy = make_policy(num_hidden_layers=4, num_key_value_heads=4)
+        groups = scored([of_shape(*shape, line=line) for line in range(8)], policy)
+        folder = tmp_path / name
+        list(
+            train(
+                CONFIG, policy, tokenizer, lambda _, groups=groups: iter([groups]), total_steps=1, checkpoint_dir=folder
+            )
+        )
+        tokens[name] = read_manifest(folder / "step-000001").config["max_tokens_per_pack"]
+    assert tokens["many short completions"] < tokens["pairs"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +235,8 @@ def test_activations_computed_again_take_less_memory_and_change_no_bit(name, mak
 def peak_of_a_step(policy, tokenizer, groups, folder) -> int:
     """The second one, with AdamW's moments there. Tensors of the size of the embeddings are counted out: those and the
     head have a gradient each."""
-    steps = train(CONFIG, policy, tokenizer, [groups] * 3, total_steps=3, checkpoint_dir=folder)
+    config = replace(CONFIG, batch_size=len(groups))
+    steps = train(config, policy, tokenizer, [groups] * 3, total_steps=3, checkpoint_dir=folder)
     next(steps)
     found = changes(lambda: next(steps))
     steps.close()

@@ -330,6 +330,12 @@ def test_float16_is_refused(policy, tokenizer, tmp_path):
         check_model(policy.half(), Dpo())
 
 
+def test_a_frozen_model_is_refused(policy):
+    policy.requires_grad_(False)
+    with pytest.raises(ValueError, match="All of LlamaForCausalLM is frozen; set requires_grad where it is to be"):
+        check_model(policy, Dpo())
+
+
 def test_a_decoder_that_transformers_does_not_name_is_found(pairs, plain_token_logps):
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(

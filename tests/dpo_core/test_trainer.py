@@ -13,7 +13,11 @@ from dpo_core.options import Aot, Bco, Dpo, Kto, Mpo, Supervised
 from dpo_core.trainer import train
 
 DPO = TrainConfig(
-    objective=Dpo(beta=0.5), optim=Optim(learning_rate=1e-2, schedule="cosine"), batch_size=4, n_epochs=1, max_length=64
+    objective=Dpo(beta=0.5),
+    optim=Optim(learning_rate=1e-2, schedule="cosine"),
+    batch_size=64,
+    n_epochs=1,
+    max_length=64,
 )
 SUPERVISED = replace(DPO, objective=Supervised())
 
@@ -221,9 +225,26 @@ def test_a_step_without_groups_is_counted_and_changes_nothing(make_policy, token
     assert read_manifest(tmp_path / "rest" / "step-000004").files == read_manifest(saved[1]).files
 
 
-def test_too_few_batches_are_refused(policy, tokenizer, pairs, tmp_path):
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_list_of_more_or_fewer_batches_than_steps_is_refused(number, policy, tokenizer, pairs, tmp_path):
+    with pytest.raises(ValueError, match=f"global_batches has {number} batches, total_steps is 3; give one a step"):
+        run(DPO, policy, tokenizer, [pairs] * number, tmp_path, total_steps=3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_batches_of_a_function_are_refused(policy, tokenizer, pairs, tmp_path):
     with pytest.raises(ValueError, match="No groups came for step 2 of 3"):
-        run(DPO, policy, tokenizer, [pairs], tmp_path, total_steps=3)
+        run(DPO, policy, tokenizer, lambda _: iter([pairs]), tmp_path, total_steps=3)
+
+
+def test_a_batch_of_a_list_has_at_most_batch_size_groups(make_policy, tokenizer, pairs, tmp_path):
+    config, expected = replace(DPO, batch_size=4), "The batch of step 2 has 8 groups, batch_size is 4; give batches of"
+    with pytest.raises(ValueError, match=expected):
+        run(config, make_policy(), tokenizer, [pairs[:4], pairs], tmp_path)
+    assert not list(tmp_path.iterdir())
+    fewer = run(config, make_policy(), tokenizer, [pairs[:4], pairs[4:7]], tmp_path)
+    streamed = run(config, make_policy(), tokenizer, lambda _: iter([pairs[:5]]), tmp_path, total_steps=1)
+    assert [result.step for result in (*fewer, *streamed)] == [1, 2, 1]
 
 
 def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(policy, tokenizer, pairs, tmp_path):
@@ -232,9 +253,18 @@ def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(p
     results = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
     first = next(results)
     assert math.isnan(first.metrics["loss"])
-    with pytest.raises(FloatingPointError, match="diverged at step 1"):
+    with pytest.raises(FloatingPointError, match=r"diverged at step 1 .*; no weight had been changed yet, so look for"):
         next(results)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_after_an_update_is_blamed_on_the_learning_rate(policy, tokenizer, pairs, tmp_path):
+    config = replace(DPO, checkpoint_steps=2)
+    results = train(config, policy, tokenizer, [pairs] * 2, total_steps=2, checkpoint_dir=tmp_path)
+    assert math.isfinite(next(results).metrics["loss"])
+    torch.nn.init.constant_(policy.model.norm.weight, math.inf)
+    with pytest.raises(FloatingPointError, match=r"diverged at step 2 \(loss nan, .*\); lower the learning rate"):
+        list(results)
 
 
 def test_a_gradient_that_is_no_number_moves_no_weight(make_policy, tokenizer, pairs, tmp_path):
@@ -274,10 +304,26 @@ def test_an_iterator_of_batches_cannot_be_resumed_and_is_refused(policy, tokeniz
 
 
 def test_a_config_that_is_not_resolved_is_refused(policy, tokenizer, pairs, tmp_path):
-    for config in (TrainConfig(), TrainConfig(checkpoint_steps=1), TrainConfig(optim=Optim(learning_rate=1e-3))):
+    resolved = TrainConfig().resolved(len(pairs))
+    for config in (
+        TrainConfig(),
+        replace(resolved, checkpoint_steps=None),
+        replace(resolved, optim=Optim()),
+        replace(resolved, batch_size=None),
+        replace(resolved, n_epochs=None),
+    ):
         steps = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
         with pytest.raises(ValueError, match=r"config is not resolved; give train config\.resolved"):
             next(steps)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.nn.Sequential])
+def test_a_wrapper_of_a_policy_is_refused_by_name(wrap, policy, tokenizer, pairs, tmp_path):
+    wrapped = wrap(policy)
+    with pytest.raises(
+        ValueError, match=f"{type(wrapped).__name__} is no model of transformers but may wrap one; give"
+    ):
+        run(DPO, wrapped, tokenizer, [pairs], tmp_path)
 
 
 def test_folders_may_be_texts(make_policy, tokenizer, pairs, tmp_path):

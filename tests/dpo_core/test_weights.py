@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from dpo_core import ranks, weights
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.model import load_policy
+from dpo_core.optim import make_optimizer
 from dpo_core.trainer import train
 
 DECAYING = TrainConfig(
@@ -59,17 +62,96 @@ def test_a_weight_that_the_first_step_did_not_reach_goes_on_bit_for_bit(make_pol
     assert (state["lm_head.weight.step"], state["model.norm.weight.step"]) == (2, 3)
 
 
+GB = 2**30
+
+
 @pytest.mark.parametrize(
-    ("sharding", "local_ranks", "num_shards"),
-    [("auto", 4, 4), ("auto", 1, 8), ("hybrid", 4, 4), ("hybrid", 1, 1), ("full", 4, 8), ("replicated", 4, 1)],
+    ("choices", "gigabytes", "shards"),
+    [
+        ((1, 8, 64), 40, 1),  # half of 80
+        ((1, 8, 64), 41, 8),
+        ((8, 8, 64), 1, 8),
+        ((8, 8, 64), 321, 64),
+        ((1, 1, 8), 40, 1),
+        ((1, 1, 8), 41, 8),
+        ((1, 1, 8), 1000, 8),
+    ],
 )
-def test_weights_on_gpus_are_split_within_a_node_or_over_nodes_of_one_rank(
-    sharding, local_ranks, num_shards, monkeypatch
-):
+def test_auto_takes_the_fewest_parts_that_fit_into_half_of_a_gpu(choices, gigabytes, shards):
+    assert weights.fewest_shards(choices, lambda shards: gigabytes * GB // shards, 80 * GB) == shards
+
+
+def gpu(monkeypatch, *, ranks, local_ranks, gigabytes):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
-    monkeypatch.setattr(weights, "num_ranks", lambda: 8)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    assert weights.num_shards(on_gpu, sharding) == num_shards
+    monkeypatch.setattr(weights, "num_ranks", lambda: ranks)
+    monkeypatch.setattr(weights, "lowest", lambda value, device: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes * GB))
+
+
+class OnGpu(nn.Module):
+    """A model of a billion weights in bfloat16, 18 GB with all that training keeps; with `adapter` 2 GB."""
+
+    device, dtype, _no_split_modules = torch.device("cuda"), torch.bfloat16, ("Linear",)
+
+    def __init__(self, *, adapter: bool = False):
+        super().__init__()
+        with torch.device("meta"):
+            self.layers = nn.ModuleList(nn.Linear(2**15, 2**10, bias=False, dtype=self.dtype) for _ in range(32))
+        self.requires_grad_(not adapter)
+        self._hf_peft_config_loaded = adapter
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "hybrid", "full"])
+def test_what_was_asked_for_is_done(sharding, monkeypatch):
+    gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=0)
+    scorer = SimpleNamespace(model=OnGpu(), takes_batches=True)
+    assert weights.num_shards(scorer, sharding) == {"replicated": 1, "hybrid": 4, "full": 8}[sharding]
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "adapter", "gigabytes", "shards"),
+    [
+        (4, False, 80, 4),  # whole weights are split within a node
+        (4, False, 7, 8),
+        (1, False, 80, 1),  # and not between nodes, unless they have to
+        (1, False, 20, 8),
+        (4, True, 80, 1),  # an adapter's base is copied where it fits
+        (4, True, 3, 4),
+        (1, True, 3, 8),
+    ],
+)
+def test_auto_looks_at_the_nodes_and_at_what_they_hold(local_ranks, adapter, gigabytes, shards, monkeypatch):
+    gpu(monkeypatch, ranks=8, local_ranks=local_ranks, gigabytes=gigabytes)
+    scorer = SimpleNamespace(model=OnGpu(adapter=adapter), takes_batches=True)
+    assert weights.num_shards(scorer, "auto") == shards
+
+
+def test_auto_copies_what_cannot_be_split(monkeypatch):
+    gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=1)
+    assert weights.num_shards(SimpleNamespace(model=OnGpu(), takes_batches=False), "auto") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "adapter"])
+def test_the_state_of_a_run_is_counted_to_the_byte(dtype, adapter, policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path, dtype=dtype, adapter=adapter)
+    own = weights.Weights(loaded)
+    optimizer = make_optimizer(own.stepped.values(), Optim())
+    for parameter in own.stepped.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    tensors = [*loaded.parameters(), *own.masters.values(), *(p.grad for p in own.stepped.values()), *moments]
+    assert weights.state_bytes(loaded, 1) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_parts_of_the_state_are_counted_with_two_layers_and_what_is_outside_of_them(make_policy):
+    policy = make_policy(num_hidden_layers=4).to(torch.bfloat16)
+    layer = sum(weight.numel() for weight in policy.model.layers[0].parameters())
+    num_weights = sum(weight.numel() for weight in policy.parameters())
+    gathered = 2 * 2 * (num_weights - 4 * layer + 2 * layer)  # in bfloat16, and as many gradients
+    assert weights.state_bytes(policy, 4) == 16 * num_weights // 4 + gathered
 
 
 def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypatch):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.checkpoint import Manifest, Writer
+from dpo_core.checkpoint import Manifest
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy, load_tokenizer
 from dpo_core.optim import make_optimizer
 from dpo_core.options import Supervised
 from dpo_core.trainer import StepResult, train
 from dpo_core.weights import Weights
+from dpo_core.writer import Writer
 from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.encoding import encode, encode_piece, recipe_of
@@ -49,6 +50,10 @@ def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str,
     assert failed is not None
     assert failed.code == "training_diverged"
     assert failed.message == f"{key} is {value} at step 7 with the learning rate 1e-06; lower it."
+    first = hopeless(result(step=1, **{key: value}), make_spec())
+    assert first is not None
+    assert first.param is None
+    assert first.message == f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."
 
 
 @pytest.fixture
