@@ -17,7 +17,7 @@ import ray
 from services import spool, storage, tracing
 from services.contract import (
     Alive,
-    AttemptSpec,
+    AttemptAddress,
     Desired,
     Failed,
     JobEvent,
@@ -89,7 +89,7 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 class Reporter:
     """One per attempt, because it numbers the events; in a job it is a Ray actor that driver and workers call."""
 
-    def __init__(self, spec: AttemptSpec, token: str, *, period_seconds: float = 1.0) -> None:
+    def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
         if storage.list_uris(self.spool_uri):
             raise FileExistsError(
