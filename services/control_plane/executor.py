@@ -5,17 +5,20 @@ from datetime import UTC, datetime
 from io import BytesIO
 
 import anyio.to_thread
+import httpx
 
 from services import spool, storage, tracing
-from services.contract import AttemptSpec, JobEvent, JobSpec, Message
+from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message
 from services.control_plane import attempts, deployments, files, jobs, models, telemetry
 from services.control_plane.decision import Decision
-from services.control_plane.launcher import AttemptStatus, Launcher
+from services.control_plane.launcher import AttemptStatus, Launcher, Refused, cause
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import Attempt, File, Job
 from services.spool import DamagedSegment
+
+LAUNCH_SECONDS = 900  # after which an attempt that Ray's errors kept from starting has failed
 
 
 class Executor:
@@ -32,6 +35,9 @@ class Executor:
         self, decision: Decision, job: Job, attempt: Attempt | None, total: int, status: AttemptStatus
     ) -> None:
         """`attempt` is the open one, `total` how many the job has had, `status` Ray's word on the open one."""
+        if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
+            await self._fail(job, unreadable, attempt)
+            return
         match decision:
             case Decision.WAIT:
                 return
@@ -99,6 +105,7 @@ class Executor:
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         attempt_spec = AttemptSpec(
+            wire=WIRE,
             job_id=job.id,
             attempt=attempt.number,
             config=spec.config,
@@ -124,9 +131,24 @@ class Executor:
         )
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
-        await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
+        try:
+            await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
+        except Refused as refusal:
+            await self._refuse(attempt, f"Ray refuses to launch it: {refusal}")
+            return
+        except httpx.HTTPStatusError as error:
+            if attempt.silent_seconds < LAUNCH_SECONDS:
+                raise
+            await self._refuse(attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {cause(error.response.text)}")
+            return
         async with self._store.begin() as session:
             await attempts.mark_launched(session, attempt)
+
+    async def _refuse(self, attempt: Attempt, reason: str) -> None:
+        """No more launches of this attempt. What it counts as keeps a job from being launched for ever."""
+        async with self._store.begin() as session:
+            if await attempts.end(session, attempt, reason, failed=True):
+                jobs.tell(session, attempt.job_id, f"Attempt {attempt.number} is over: {reason}", level="warn")
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
         """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
@@ -149,7 +171,7 @@ class Executor:
         """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
         if job.desired != "cancel":
             late = "it did not pause in time" if job.desired == "pause" else None
-            reason = late or f"it gave no sign of life for {attempts.silent_seconds(attempt):.0f} s"
+            reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
                 await attempts.blame(session, attempt, reason)
         await self._launcher.stop(attempt.submission_id)
@@ -213,10 +235,21 @@ class Executor:
                 session, job, "succeeded", closed, actor=self._holder, event="The job has successfully completed"
             )
 
-    async def _give_up(self, job: Job) -> None:
+    async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
+        """Fail a job whose next step this service cannot take."""
         message = (
-            f"The job died {self._settings.max_attempts} times on the cluster without finishing; "
-            f"the logs of its attempts say why: `raydpo jobs logs {job.id}`, or GET /v1/x/jobs/{job.id}/logs. "
+            f"The service tried {tries} times to go on with the job, and cannot: {why}. "
+            "The control plane's log says more; tell its operator, and submit the job again once that is mended."
+        )
+        await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
+
+    async def _give_up(self, job: Job) -> None:
+        async with self._store.begin() as session:
+            reason = await attempts.last_failure(session, job.id)
+        message = (
+            f"The job died {self._settings.max_attempts} times on the cluster without finishing. "
+            f"Of the last attempt: {reason}. "
+            f"The logs of its attempts say more: `raydpo jobs logs {job.id}`, or GET /v1/x/jobs/{job.id}/logs. "
             "Submit it again once that is mended."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)

@@ -20,6 +20,7 @@ LIVE: dict[str, AttemptStatus] = {"PENDING": "pending", "RUNNING": "running"}
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
+TRANSIENT = (408, 425, 429)  # of the 4xx those that say: later
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
 
 
@@ -40,6 +41,10 @@ class ServeView:
     seen_at: float
 
 
+class Refused(Exception):
+    """Ray refuses a launch for good; the message has its words."""
+
+
 class Launcher:
     """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing."""
 
@@ -57,7 +62,10 @@ class Launcher:
     # --- attempts ---------------------------------------------------------------------------
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
-        """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once."""
+        """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once.
+
+        Raises Refused where Ray would refuse it again.
+        """
         # Ray's supervisor of the job reads the second, and so does the driver.
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         await self._submit(submission_id, "services.training.driver", spec_uri, environment)
@@ -73,7 +81,12 @@ class Launcher:
             "runtime_env": {"env_vars": environment},
         }
         # Ray sets up the driver's environment before it answers.
-        (await self._ray.post("/api/jobs/", json=body, timeout=60)).raise_for_status()
+        answer = await self._ray.post("/api/jobs/", json=body, timeout=60)
+        if answer.is_error and "already exists" in answer.text:
+            return  # an earlier launch, whose answer was lost
+        if answer.is_client_error and answer.status_code not in TRANSIENT:
+            raise Refused(cause(answer.text))
+        answer.raise_for_status()
 
     async def status(self, submission_id: str) -> AttemptStatus:
         """`absent` only on Ray's own word that it does not know the id; any doubt is `unknown`."""
@@ -170,10 +183,10 @@ def _application(app: dict[str, Any]) -> Application:
         "DELETING": "stopping",
     }
     messages = [deployment.get("message", "") for deployment in app.get("deployments", {}).values()]
-    return Application(states.get(app["status"], "loading"), _cause("\n".join([app.get("message", ""), *messages])))
+    return Application(states.get(app["status"], "loading"), cause("\n".join([app.get("message", ""), *messages])))
 
 
-def _cause(message: str) -> str:
-    """What a user can act on of Serve's message: the last error that its tracebacks name."""
+def cause(message: str) -> str:
+    """What a user can act on of Ray's message: the last error that its tracebacks name."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
     return errors[-1] if errors else message.strip()[-300:]

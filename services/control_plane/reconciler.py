@@ -12,7 +12,7 @@ from contextlib import suppress
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.control_plane import attempts, deployments, jobs, journal, quotas, store, telemetry
+from services.control_plane import deployments, jobs, journal, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.executor import Executor
 from services.control_plane.launcher import AttemptStatus, Launcher
@@ -21,6 +21,7 @@ from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.sweeper import Sweeper
 from services.control_plane.tables import Attempt, Job
+from services.control_plane.trouble import TOLD_AFTER, TRIES, Patience, in_words, is_ours
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Reconciler:
         self._store, self._launcher, self._settings = store, launcher, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
+        self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
         self._executor = Executor(store, launcher, settings, holder=holder)
         self._sweeper = Sweeper(store, launcher, settings)
@@ -96,21 +98,37 @@ class Reconciler:
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
         for job in live:
+            if not self._patience.is_due(job.id, job.version):
+                continue
             slot = (waiting_for := waits.get(job.id)) is None
+            attempt = opened.get(job.id)
             try:
                 if waiting_for and job.observed == "queued":
                     await self._wait(job, waiting_for)
                     continue
-                attempt = opened.get(job.id)
                 with journal.about(job_id=job.id, attempt=attempt.number if attempt else None):
                     await self._reconcile(job, attempt, slot)
-            except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
-                # One job's trouble is not the others': it is looked at again in the next tick.
+                self._patience.forget(job.id)
+            except jobs.Stale as error:
                 log.warning("Job %s is left as it is for now: %s", job.id, error)
-            except Exception:
-                log.exception("Job %s is left as it is for now, and its trouble is ours", job.id)
+            except Exception as error:  # one job's trouble is not the others'
+                await self._put_off(job, attempt, error)
         await self._serve_models()
         telemetry.TICKS.labels("acted").inc()
+
+    async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
+        """The job is tried again later: without end while the world around is down, else a limited number of times."""
+        tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
+        log.warning("Job %s is left as it is for now (%d tries): %r", job.id, tries, error, exc_info=ours)
+        try:
+            if ours and tries >= TRIES:
+                await self._executor.abandon(job, attempt, in_words(error), tries)
+            elif tries == TOLD_AFTER:
+                async with self._store.begin() as session:
+                    message = f"The job's next step fails and is tried again: {in_words(error)}"
+                    jobs.tell(session, job.id, message, level="warn")
+        except Exception as trouble:  # the others come first; it is told at the next try
+            log.warning("Job %s could not be told of it: %r", job.id, trouble)
 
     def _sweep(self) -> None:
         """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
@@ -134,7 +152,7 @@ class Reconciler:
         status: AttemptStatus = "unknown"
         if attempt is not None:
             status = await self._launcher.status(attempt.submission_id)
-            if status == "running" and attempts.silent_seconds(attempt) > QUIET_SECONDS:
+            if status == "running" and attempt.silent_seconds > QUIET_SECONDS:
                 attempt = await self._executor.collect(job, attempt)
         async with self._store.begin() as session:
             total, failures = await store.past_attempts(session, job.id)
@@ -159,7 +177,7 @@ class Reconciler:
             return False
         holds = None if status == "unknown" else status == "running"
         running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
-        return min(running, attempts.silent_seconds(attempt)) > HUNG_SECONDS
+        return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
     async def _serve_models(self) -> None:
         """Make Ray Serve run what is wanted, and nothing else."""

@@ -10,16 +10,19 @@ from sqlalchemy import (
     CheckConstraint,
     ColumnElement,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
     Text,
     UniqueConstraint,
+    cast,
+    extract,
     func,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
 JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
@@ -85,11 +88,13 @@ class Answer(Owned, Base):
     request: Mapped[str]  # sha256 of key id, method and path
     content: Mapped[str]  # sha256 of what was sent
     retry_count: Mapped[int]  # 0: the client's first send
+    object_id: Mapped[str | None]  # of what was changed; None: something was made
     body: Mapped[dict[str, Any]]
     __table_args__ = (
         UniqueConstraint("project_id", "idempotency_key"),
         Index("answers_by_content", "content", "created_at"),
         Index("answers_by_time", "created_at"),
+        Index("answers_by_object", "object_id", "id", postgresql_where=text("object_id IS NOT NULL")),
     )
 
 
@@ -213,6 +218,9 @@ class Attempt(Base):
     reference: Mapped[str | None]  # app_name that must be served until its scores are in
     outcome: Mapped[dict[str, Any] | None]  # its Succeeded, Failed or Paused report
     reported_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    silent_seconds: Mapped[float] = column_property(  # when it was read, since its last sign of life
+        cast(extract("epoch", func.clock_timestamp() - reported_at), Double)
+    )
     num_accelerators: Mapped[float] = mapped_column(default=0)
     ended_at: Mapped[datetime | None]
     failed: Mapped[bool] = mapped_column(default=False)  # died by itself: counts towards max_attempts
