@@ -1,7 +1,6 @@
 """Carries out what was decided for a job. Doing it twice is harmless."""
 
 import time
-from datetime import UTC, datetime
 from io import BytesIO
 
 import anyio.to_thread
@@ -91,7 +90,7 @@ class Executor:
                 started = "The job is starting on the cluster"
                 await jobs.move(session, job, "running", actor=self._holder, event=started)
         if number == 1:
-            telemetry.QUEUE_SECONDS.observe((datetime.now(UTC) - job.created_at).total_seconds())
+            telemetry.QUEUE_SECONDS.observe((attempt.created_at - job.created_at).total_seconds())
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:

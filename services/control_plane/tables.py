@@ -311,7 +311,8 @@ class WebhookEndpoint(Owned, Base):
     event_types: Mapped[list[str]]
     secret: Mapped[str]
     old_secret: Mapped[str | None]
-    old_secret_until: Mapped[datetime | None]
+    old_secret_until: Mapped[datetime | None] = mapped_column()
+    old_secret_counts: Mapped[bool | None] = column_property(old_secret_until > func.clock_timestamp())  # when read
     disabled_at: Mapped[datetime | None]  # it answered that it is gone
     deleted_at: Mapped[datetime | None]
     __table_args__ = (Index("webhook_endpoints_by_time", "project_id", "created_at", "id"),)
