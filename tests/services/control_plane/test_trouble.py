@@ -155,6 +155,18 @@ def test_a_bearer_that_is_no_ascii_is_just_another_wrong_one(
     succeed(client, settings, ray, job_id)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/fine_tuning/jobs", r'{"model": "tiny", "training_file": "file-1", "method": {"type": "\ud800"}}'),
+        ("/webhook_endpoints", r'{"name": "n", "url": "https://example.com", "event_types": ["\ud800"]}'),
+    ],
+)
+def test_a_refusal_may_quote_what_is_no_text(api: httpx.Client, path: str, body: str) -> None:
+    answer = api.post(path, content=body.encode(), headers={"content-type": "application/json"})
+    assert (answer.status_code, "'?'" in answer.json()["error"]["message"]) == (400, True)
+
+
 @pytest.mark.parametrize("status", [400, 403, 422])
 def test_launches_that_ray_refuses_are_few_and_end_the_job_in_rays_words(
     client: openai.OpenAI, settings: Settings, ray: Ray, job_id: str, status: int
