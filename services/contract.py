@@ -71,7 +71,7 @@ class Deployment(Contract):
     """One Serve application: the argument of `services.serving.app:build`."""
 
     app_name: str  # letters, digits and dashes: the application and its route `/<app_name>`
-    model_id: str  # what clients call it: `tiny`, `ft:tiny:org::ab12cd34`
+    model_id: str  # what clients call it: `tiny`, `ft:tiny:org::` and digits
     source: str  # storage URI, local folder, or hub id
     dtype: Literal["float32", "bfloat16", "auto"]
     max_model_len: int | None = None  # None: the model's own limit

@@ -280,7 +280,7 @@ class Model(Owned, Base):
     """A trained policy, by the name that clients use. Base models live in the settings."""
 
     __tablename__ = "models"
-    id: Mapped[str] = mapped_column(primary_key=True)  # ft:base:org:suffix:xxxxxxxx[:ckpt-step-n]
+    id: Mapped[str] = mapped_column(primary_key=True)  # ft:base:org:suffix:job's digits[:ckpt-step-n]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     source: Mapped[str]  # storage URI of a Hugging Face folder
     root: Mapped[str]  # base model's name
