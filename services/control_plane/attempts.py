@@ -51,18 +51,17 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Close the attempt; from here on its reports are refused. False where it was closed before."""
+    """Close the attempt; from here on its reports are refused. False: it was closed before."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
     values = {"state": "ended", "ended_at": func.now(), "reason": reason, "failed": failed}
-    if (await session.execute(statement.values(**values))).first() is None:
-        return False
-    how = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
-    telemetry.ATTEMPTS_ENDED.labels(how).inc()
-    job = update(Job).where(Job.id == attempt.job_id).values(progress=None)
-    _trace(attempt, how, await session.scalar(job.returning(Job.traceparent)))
-    return True
+    if ended := (await session.execute(statement.values(**values))).first() is not None:
+        how = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
+        telemetry.ATTEMPTS_ENDED.labels(how).inc()
+        job = update(Job).where(Job.id == attempt.job_id).values(progress=None)
+        _trace(attempt, how, await session.scalar(job.returning(Job.traceparent)))
+    return ended
 
 
 def _trace(attempt: Attempt, how: str, parent: str | None) -> None:

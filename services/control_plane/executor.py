@@ -10,7 +10,7 @@ from services import spool, storage, tracing
 from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message
 from services.control_plane import attempts, deployments, files, jobs, models, telemetry
 from services.control_plane.decision import Decision
-from services.control_plane.launcher import AttemptStatus, Launcher, Refused, cause
+from services.control_plane.launcher import AttemptStatus, Launcher, Refused, rays_words
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -138,7 +138,9 @@ class Executor:
         except httpx.HTTPStatusError as error:
             if attempt.silent_seconds < LAUNCH_SECONDS:
                 raise
-            await self._refuse(attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {cause(error.response.text)}")
+            await self._refuse(
+                attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {rays_words(error.response.text)}"
+            )
             return
         async with self._store.begin() as session:
             await attempts.mark_launched(session, attempt)
@@ -244,12 +246,11 @@ class Executor:
 
     async def _give_up(self, job: Job) -> None:
         async with self._store.begin() as session:
-            reason = await attempts.last_failure(session, job.id)
+            cause = await attempts.last_failure(session, job.id)
         message = (
-            f"The job died {self._settings.max_attempts} times on the cluster without finishing. "
-            f"Of the last attempt: {reason}. "
-            f"The logs of its attempts say more: `raydpo jobs logs {job.id}`, or GET /v1/x/jobs/{job.id}/logs. "
-            "Submit it again once that is mended."
+            f"The job died {self._settings.max_attempts} times on the cluster without finishing, the last time because "
+            f"{cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
+            f"GET /v1/x/jobs/{job.id}/logs. Submit it again once that is mended."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
 

@@ -51,7 +51,9 @@ class Launcher:
     def __init__(self, settings: Settings) -> None:
         token = settings.ray_token
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
-        self._ray = httpx.AsyncClient(base_url=settings.ray_url, headers=headers, timeout=10)
+        self._ray = httpx.AsyncClient(
+            base_url=settings.ray_url, headers=headers, timeout=10, event_hooks={"response": [_check_json]}
+        )
         self._settings = settings
         self._view: ServeView | None = None
         self._looking = asyncio.Lock()
@@ -85,7 +87,7 @@ class Launcher:
         if answer.is_error and "already exists" in answer.text:
             return  # an earlier launch, whose answer was lost
         if answer.is_client_error and answer.status_code not in TRANSIENT:
-            raise Refused(cause(answer.text))
+            raise Refused(rays_words(answer.text))
         answer.raise_for_status()
 
     async def status(self, submission_id: str) -> AttemptStatus:
@@ -176,6 +178,16 @@ class Launcher:
         return ServeView(applications, base_url, time.monotonic())
 
 
+async def _check_json(answer: httpx.Response) -> None:
+    """A page that a proxy shows in Ray's place tells nothing of Ray."""
+    if answer.request.method == "GET" and answer.is_success:
+        await answer.aread()
+        try:
+            answer.json()
+        except ValueError:
+            raise httpx.DecodingError("What answers in Ray's place sends no JSON.", request=answer.request) from None
+
+
 def _application(app: dict[str, Any]) -> Application:
     states: dict[str, Literal["loading", "running", "failed", "stopping"]] = {
         "RUNNING": "running",
@@ -183,10 +195,10 @@ def _application(app: dict[str, Any]) -> Application:
         "DELETING": "stopping",
     }
     messages = [deployment.get("message", "") for deployment in app.get("deployments", {}).values()]
-    return Application(states.get(app["status"], "loading"), cause("\n".join([app.get("message", ""), *messages])))
+    return Application(states.get(app["status"], "loading"), rays_words("\n".join([app.get("message", ""), *messages])))
 
 
-def cause(message: str) -> str:
+def rays_words(message: str) -> str:
     """What a user can act on of Ray's message: the last error that its tracebacks name."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
     return errors[-1] if errors else message.strip()[-300:]

@@ -9,7 +9,7 @@ import httpx
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from services.contract import storable
-from services.control_plane.launcher import cause
+from services.control_plane.launcher import rays_words
 from services.control_plane.store import refuses_value
 
 LONGEST_PAUSE_SECONDS = 60.0
@@ -56,7 +56,7 @@ def in_words(error: Exception) -> str:
         case SQLAlchemyError():
             return "the database does not answer"
         case httpx.HTTPStatusError():
-            return storable(f"Ray answers {error.response.status_code}: {cause(error.response.text)}")
+            return storable(f"Ray answers {error.response.status_code}: {rays_words(error.response.text)}")
         case httpx.HTTPError():
             return "Ray does not answer"
         case OSError():

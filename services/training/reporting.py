@@ -35,6 +35,7 @@ from services.training.stretches import Stretches
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_SEGMENT = 500
+BYTES_PER_SEGMENT = 2**18  # and one event: the control plane refuses posts above `max_json_bytes`, again and again
 POST_TIMEOUT_SECONDS = 10.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 15.0
 HEARTBEAT_SECONDS = 3.0  # between posts
@@ -171,8 +172,12 @@ class Reporter:
         return arrived
 
     def _next_segment(self) -> tuple[str, bytes]:
+        events: list[tuple[int, bytes]] = []
+        num_bytes = 0
         with self._changed:
-            events = [self._pending.popleft() for _ in range(min(len(self._pending), EVENTS_PER_SEGMENT))]
+            while self._pending and len(events) < EVENTS_PER_SEGMENT and num_bytes < BYTES_PER_SEGMENT:
+                events.append(self._pending.popleft())
+                num_bytes += len(events[-1][1])
         uri = spool.segment_uri(self._run_uri, self._attempt, events[0][0])
         return uri, b'{"events":[' + b",".join(event for _, event in events) + b"]}"
 

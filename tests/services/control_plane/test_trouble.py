@@ -30,6 +30,10 @@ class Ray(FakeRay):
 
     refusal: tuple[int, str] | None = None
     num_launches = 0
+    page: str | None = None  # that something shows in its place
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return (200, self.page) if self.page else super().get(path)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path.endswith("/stop"):
@@ -50,7 +54,7 @@ def fake_ray() -> Iterator[Ray]:
 def ray(fake_ray: Ray) -> Ray:
     fake_ray.jobs.clear()
     fake_ray.submissions.clear()
-    fake_ray.refusal, fake_ray.num_launches = None, 0
+    fake_ray.refusal, fake_ray.page, fake_ray.num_launches = None, None, 0
     return fake_ray
 
 
@@ -261,6 +265,17 @@ def test_a_job_of_another_release_runs_or_ends_in_words_and_keeps_no_other_waiti
         assert error is not None
         assert (error.code, where in (error.message or "")) == ("unreadable_job", True)
     assert list(ray.jobs) == [f"{job_id}-1"]
+
+
+def test_a_page_in_rays_place_says_nothing_of_its_jobs(
+    client: openai.OpenAI, settings: Settings, ray: Ray, job_id: str
+) -> None:
+    ticks(settings, 1)
+    ray.page = "<html>We are back soon.</html>"
+    ticks(settings, 3 * TRIES, apart=LONGEST_PAUSE_SECONDS)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    ray.page = None
+    succeed(client, settings, ray, job_id)
 
 
 def test_storage_that_fails_is_told_once_and_fails_no_job(

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from services import spool, storage
-from services.contract import WIRE, AttemptSpec, Failed, Message, Progress, Report
+from services.contract import LONGEST_TEXT, WIRE, AttemptSpec, Failed, Message, Progress, Report
 from services.training import driver, reporting
 from services.training.reporting import Reporter, progress
 from tests.conftest import Disk
@@ -196,6 +196,15 @@ def test_text_that_is_no_unicode_is_told_as_far_as_it_is(spec: AttemptSpec, cont
     reporter.report(Failed(code="c", message="a\0b"))
     assert reporter.close(timeout_seconds=10)
     assert control_plane.reports() == [Message(message="half ? a face"), Failed(code="c", message="a\ufffdb")]
+
+
+def test_long_reports_are_shipped_in_posts_that_the_control_plane_takes(spec: AttemptSpec, control_plane: Any) -> None:
+    reporter = Reporter(spec, control_plane.token)
+    for number in range(300):
+        reporter.report(Message(message=f"{number} {'ü' * LONGEST_TEXT}"))
+    assert reporter.close(timeout_seconds=30)
+    assert control_plane.seqs() == list(range(300))
+    assert max(len(batch.model_dump_json()) for batch in control_plane.posts) < 2**19
 
 
 def test_a_report_that_cannot_be_written_fails_its_reporter_and_leaves_no_gap(
