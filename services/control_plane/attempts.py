@@ -7,7 +7,7 @@ from typing import Any, assert_never
 
 from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import storage, tracing
@@ -27,7 +27,7 @@ from services.contract import (
     storable,
 )
 from services.control_plane import deployments, jobs, models, telemetry
-from services.control_plane.errors import Fenced, InvalidRequest
+from services.control_plane.errors import ApiError, Fenced, InvalidRequest
 from services.control_plane.settings import Settings
 from services.control_plane.store import refuses_value
 from services.control_plane.tables import Attempt, Checkpoint, Event, Job
@@ -139,15 +139,16 @@ async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[
             with session.no_autoflush:  # of what changes with each report, the last is written
                 for event in events:
                     await _record_one(session, attempt, event, settings)
-    except (DBAPIError, ValueError, OverflowError) as error:
-        if isinstance(error, DBAPIError) and not refuses_value(error):
+    except Exception as error:
+        refused = isinstance(error, DBAPIError) and refuses_value(error)
+        if isinstance(error, ApiError | SQLAlchemyError) and not refused:
             raise
         await session.refresh(attempt)
         if len(events) > 1:
             for event in events:
                 await _record_all(session, attempt, [event], settings)
             return
-        cause = str(getattr(error, "orig", error)).partition("\n")[0]
+        cause = str(getattr(error, "orig", repr(error))).partition("\n")[0]
         what = f"Report {events[0].seq} ({events[0].report.kind}) of attempt {attempt.number} could not be kept"
         jobs.tell(session, attempt.job_id, storable(f"{what}: {cause}"), level="warn")
 

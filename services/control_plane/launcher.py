@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from services.contract import Deployment
+from services.contract import Deployment, storable
 from services.control_plane.settings import Settings
 
 AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
@@ -201,4 +201,4 @@ def _application(app: dict[str, Any]) -> Application:
 def rays_words(message: str) -> str:
     """What a user can act on of Ray's message: the last error that its tracebacks name."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
-    return errors[-1] if errors else message.strip()[-300:]
+    return storable(errors[-1] if errors else message.strip()[-300:])

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
+MODELS = "models"  # what patience calls them all
 UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
 
@@ -185,5 +186,10 @@ class Reconciler:
         present = {name for name, app in applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.wanted(session, self._settings, present)
-        if {deployment.app_name for deployment in wanted} != present:
-            await self._launcher.serve(wanted)
+        names = {deployment.app_name for deployment in wanted}
+        version = hash(frozenset(names))
+        if names == present or not self._patience.is_due(MODELS, version):
+            return
+        self._patience.fail(MODELS, version)  # until Ray takes them
+        await self._launcher.serve(wanted)
+        self._patience.forget(MODELS)

@@ -56,7 +56,7 @@ def in_words(error: Exception) -> str:
         case SQLAlchemyError():
             return "the database does not answer"
         case httpx.HTTPStatusError():
-            return storable(f"Ray answers {error.response.status_code}: {rays_words(error.response.text)}")
+            return f"Ray answers {error.response.status_code}: {rays_words(error.response.text)}"
         case httpx.HTTPError():
             return "Ray does not answer"
         case OSError():

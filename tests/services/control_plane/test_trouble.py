@@ -26,14 +26,27 @@ WORDS = "RuntimeEnv: field env_vars must be of type Dict[str, str]"
 
 
 class Ray(FakeRay):
-    """It refuses launches with `refusal`, if there is one."""
+    """It refuses launches with `refusal`, if there is one, and models unless it takes them."""
 
     refusal: tuple[int, str] | None = None
     num_launches = 0
     page: str | None = None  # that something shows in its place
 
+    takes_models = True
+    models: list[list[str]]  # that it was asked to serve
+
     def get(self, path: str) -> tuple[int, Any]:
+        self.down = False
         return (200, self.page) if self.page else super().get(path)
+
+    @property
+    def applications(self) -> list[str]:
+        return self.models[-1] if self.takes_models and self.models else []
+
+    @applications.setter
+    def applications(self, names: list[str]) -> None:
+        self.models = [*getattr(self, "models", []), names]
+        self.down = not self.takes_models
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path.endswith("/stop"):
@@ -55,6 +68,7 @@ def ray(fake_ray: Ray) -> Ray:
     fake_ray.jobs.clear()
     fake_ray.submissions.clear()
     fake_ray.refusal, fake_ray.page, fake_ray.num_launches = None, None, 0
+    fake_ray.takes_models, fake_ray.models, fake_ray.down = True, [], False
     return fake_ray
 
 
@@ -117,6 +131,7 @@ UNSTORABLE = {
     "no number": '{"kind": "metrics", "step": 1, "total_steps": 3, "metrics": {"loss": 1, "kl": NaN}}',
     "a number beyond all": '{"kind": "metrics", "step": 1, "total_steps": 3, "metrics": {"loss": 1, "kl": 1e999}}',
     "a step beyond integers": '{"kind": "metrics", "step": 4294967296, "total_steps": 3, "metrics": {"loss": 1}}',
+    "a step without a loss": '{"kind": "metrics", "step": 1, "total_steps": 3, "metrics": {"kl": 1}}',
     "a kind of another release": '{"kind": "tea is ready", "cups": 2}',
 }
 
@@ -207,6 +222,20 @@ def test_a_launch_that_fails_is_repeated_with_pauses_and_given_up_after_a_while(
     spool(settings, job_id, 2, reports(settings, job_id))
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
     ticks(settings, 2)
+
+
+def test_models_that_ray_does_not_take_are_sent_again_with_pauses(
+    client: openai.OpenAI, settings: Settings, ray: Ray
+) -> None:
+    ray.takes_models = False
+    job_id = submit(client, settings, x_raydpo={"reference": {"source": "serve"}})
+    before = len(ray.models)
+    ticks(settings, 60, apart=1)
+    assert 4 <= len(ray.models) - before <= 8, "of sixty ticks"
+    ray.takes_models = True
+    ticks(settings, 1)
+    assert ray.applications == ray.models[-1] != []
+    succeed(client, settings, ray, job_id)
 
 
 def test_a_launch_whose_answer_was_lost_is_not_refused(
