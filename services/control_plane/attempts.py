@@ -115,14 +115,16 @@ async def record(
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
     if attempt is None or attempt.state == "ended":
         raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
-    new = [event for event in events if event.seq >= attempt.next_seq]
-    expected = attempt.next_seq
-    for event in new:
+    new, expected = list[JobEvent](), attempt.next_seq
+    for event in events:
+        if event.seq < expected:
+            continue
         if event.seq > expected and posted:
             raise InvalidRequest(f"Report {event.seq} came before report {expected}; send that one first.")
         if event.seq > expected:
             lost = f"Reports {expected} to {event.seq - 1} of attempt {number} are lost"
             jobs.tell(session, job_id, f"{lost}: their part of its spool is damaged", level="warn")
+        new.append(event)
         expected = event.seq + 1
     await _record_all(session, attempt, new, settings)
     if posted or new:

@@ -6,7 +6,8 @@ Without end while the database, storage or Ray are away; else a limited number o
 from collections.abc import Callable
 
 import httpx
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from services.contract import storable
 from services.control_plane.launcher import rays_words
@@ -45,7 +46,7 @@ def is_ours(error: Exception) -> bool:
     """Whether the error says that this job cannot go on, and not that the database, storage or Ray are away."""
     if isinstance(error, DBAPIError):
         return refuses_value(error)
-    return not isinstance(error, SQLAlchemyError | httpx.HTTPError | OSError)
+    return not isinstance(error, NoConnection | httpx.HTTPError | OSError)
 
 
 def in_words(error: Exception) -> str:
@@ -53,7 +54,7 @@ def in_words(error: Exception) -> str:
     match error:
         case DBAPIError() if refuses_value(error):
             return storable(f"the database refuses a value: {str(error.orig).partition(chr(10))[0]}")
-        case SQLAlchemyError():
+        case DBAPIError() | NoConnection():
             return "the database does not answer"
         case httpx.HTTPStatusError():
             return f"Ray answers {error.response.status_code}: {rays_words(error.response.text)}"
