@@ -102,6 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         for task in tasks:
+            task.remove_done_callback(_end_process)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await sender.close()

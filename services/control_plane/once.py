@@ -40,7 +40,8 @@ NEWEST_ABOUT = (
 )
 NEWEST_OF_SAME, STILL_THE_NEWEST = (
     select(answers.c.body)
-    .where(answers.c.content == bindparam("content"), answers.c.request == bindparam("request"))
+    .where(answers.c.project_id == bindparam("project_id"), answers.c.request == bindparam("request"))
+    .where(answers.c.content == bindparam("content"))
     .where(answers.c.retry_count != bindparam("retry_count"))
     .where(answers.c.created_at > func.clock_timestamp() - bindparam("within", type_=Interval))
     .order_by(answers.c.id.desc())
@@ -152,11 +153,16 @@ class Once:
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
         """What another send led to. A first send is another's only if one of its resends overtook it on the way."""
         arrived = timedelta(seconds=time.monotonic() - self._began)
-        about = {"content": sent, "request": self._what, "retry_count": self._retry_count}
-        about["within"] = RESENT_WITHIN if self._retry_count else arrived
-        if changes is None or self._request.method == "DELETE":  # nothing undoes it
-            return await session.scalar(NEWEST_OF_SAME, about)
-        return await session.scalar(STILL_THE_NEWEST, about | {"object_id": changes})
+        about: dict[str, Any] = {
+            "project_id": self._store.project_id,
+            "request": self._what,
+            "content": sent,
+            "retry_count": self._retry_count,
+            "within": RESENT_WITHIN if self._retry_count else arrived,
+            "object_id": changes,
+        }
+        final = changes is None or self._request.method == "DELETE"  # nothing undoes it
+        return await session.scalar(NEWEST_OF_SAME if final else STILL_THE_NEWEST, about)
 
 
 def _retry_count(request: Request) -> int:
