@@ -306,6 +306,13 @@ class Paused(Contract):
     step: Step  # the last that it took; 0: it took none
 
 
+class Died(Contract):
+    """The last event of an attempt that could not go on. Another may, from the last checkpoint."""
+
+    kind: Literal["died"] = "died"
+    cause: Text  # for the user: lower case, without a full stop
+
+
 class Alive(Contract):
     """Nothing new, from an attempt whose posts do not arrive: the heartbeat that its spool keeps."""
 
@@ -348,6 +355,7 @@ Report = Annotated[
     | Succeeded
     | Failed
     | Paused
+    | Died
     | Alive,
     Field(discriminator="kind"),
     WrapValidator(_or_message),

@@ -84,7 +84,8 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings = app.state.settings
-    store, launcher = Store(settings.database_url), Launcher(settings)
+    store = Store(settings.database_url)
+    launcher = Launcher(settings, store.instance)
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
     app.state.authentication, app.state.rates = Authentication(store, settings), Rates()

@@ -14,6 +14,7 @@ from services import storage, tracing
 from services.contract import (
     Alive,
     CheckpointSaved,
+    Died,
     Failed,
     JobEvent,
     Message,
@@ -36,11 +37,12 @@ from services.control_plane.tables import Attempt, Checkpoint, Event, Job
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Write the attempt before it is launched, so that no launch is ever unknown."""
+    """Write the attempt before it is launched, so that no launch is ever unknown. Its job waits no more."""
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = secrets.token_urlsafe(32), 0
     session.add(attempt)
     await session.flush()
+    await session.execute(update(Job).where(Job.id == job_id).values(waits_for=None))
     await session.refresh(attempt)
     return attempt
 
@@ -180,6 +182,8 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await _add_checkpoint(session, attempt, event, report, settings)
         case Succeeded() | Failed() | Paused():
             attempt.outcome = report.model_dump(mode="json")
+        case Died():
+            attempt.reason = attempt.reason or report.cause
         case Alive():
             pass
         case _:

@@ -47,9 +47,9 @@ class Check:
         return f"{self.id}-{attempt}"
 
 
-def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings) -> Check:
-    """The same for the same bytes, model and options."""
-    content = [CHECKING, file.sha256, model.source, config.max_length, config.truncation]
+def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings, instance: str) -> Check:
+    """The same for the same bytes, model and options; another service on the cluster has another one."""
+    content = [CHECKING, instance, file.sha256, model.source, config.max_length, config.truncation]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     recipe = Recipe(
         training_uri=file.uri,

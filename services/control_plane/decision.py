@@ -10,6 +10,7 @@ from services.control_plane.tables import Attempt, Job
 HUNG_SECONDS = 300.0  # without a sign of life, of an attempt that beats every few seconds
 PAUSE_SECONDS = 600.0  # to take the running steps, write the checkpoint and copy it
 PAUSE_STEPS = 3
+FIRST_REST_SECONDS, REST_FACTOR, MOST_REST_SECONDS = 5.0, 5, 3600.0  # between an attempt that died and the next
 
 
 class Decision(Enum):
@@ -32,8 +33,9 @@ class Past:
     """What else a decision rests on."""
 
     slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
-    failures: int  # attempts that died by themselves
+    failures: int  # attempts that died by themselves, since the last one that left a new checkpoint
     limit: int  # of such attempts
+    rested_seconds: float = 0.0  # since the last of them died, by the database's clock
     hung: bool = False  # Ray says that the attempt runs, and it has given no sign of life for too long
     overdue: bool = False  # the attempt should have paused by now
 
@@ -64,7 +66,14 @@ def _without_attempt(job: Job, past: Past) -> Decision:
         return Decision.WAIT if job.observed == "paused" else Decision.PAUSE
     if past.failures >= past.limit:
         return Decision.GIVE_UP
+    if job.observed == "running" and past.rested_seconds < rest_seconds(past.failures):
+        return Decision.WAIT  # one that a user resumed starts at its turn
     return Decision.OPEN if past.slot else Decision.WAIT
+
+
+def rest_seconds(failures: int) -> float:
+    """How long after the last of so many failures in a row the next attempt may begin: what killed it may pass."""
+    return min(FIRST_REST_SECONDS * REST_FACTOR ** (failures - 1), MOST_REST_SECONDS) if failures else 0.0
 
 
 def pause_seconds(job: Job) -> float:

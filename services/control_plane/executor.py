@@ -5,15 +5,16 @@ from io import BytesIO
 
 import anyio.to_thread
 import httpx
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import spool, storage, tracing
 from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message
 from services.control_plane import attempts, deployments, files, jobs, models, telemetry
-from services.control_plane.decision import Decision
-from services.control_plane.launcher import AttemptStatus, Launcher, Refused, rays_words
+from services.control_plane.decision import Decision, rest_seconds
+from services.control_plane.launcher import Launcher, Refused, Submission, rays_words
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import History, Store, history
 from services.control_plane.tables import Attempt, File, Job
 from services.spool import DamagedSegment
 
@@ -31,9 +32,9 @@ class Executor:
         self._holder = holder  # in the log of transitions
 
     async def carry_out(
-        self, decision: Decision, job: Job, attempt: Attempt | None, total: int, status: AttemptStatus
+        self, decision: Decision, job: Job, attempt: Attempt | None, past: History, submission: Submission
     ) -> None:
-        """`attempt` is the open one, `total` how many the job has had, `status` Ray's word on the open one."""
+        """`attempt` is the open one, `past` what became of all, `submission` Ray's word on the open one."""
         if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
             await self._fail(job, unreadable, attempt)
             return
@@ -41,7 +42,7 @@ class Executor:
             case Decision.WAIT:
                 return
             case Decision.OPEN:
-                await self._launch(job, await self._open(job, total + 1))
+                await self._launch(job, await self._open(job, past.total + 1))
             case Decision.PAUSE:
                 async with self._store.begin() as session:
                     await jobs.move(session, job, "paused", actor=self._holder, event="The job is paused")
@@ -52,9 +53,9 @@ class Executor:
                 await self._give_up(job)
             case _:
                 assert attempt is not None
-                await self._carry_out_on(decision, job, attempt, status)
+                await self._carry_out_on(decision, job, attempt, submission)
 
-    async def _carry_out_on(self, decision: Decision, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
+    async def _carry_out_on(self, decision: Decision, job: Job, attempt: Attempt, submission: Submission) -> None:
         match decision:
             case Decision.LAUNCH:
                 await self._launch(job, attempt)
@@ -68,7 +69,7 @@ class Executor:
             case Decision.REST:
                 await self._rest(job, attempt)
             case Decision.LOSE:
-                await self._lose(job, attempt, status)
+                await self._lose(job, attempt, submission)
 
     # --- attempts ---------------------------------------------------------------------------
 
@@ -103,6 +104,7 @@ class Executor:
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
+        reference = await self._launcher.own_name(models.start_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
             wire=WIRE,
             job_id=job.id,
@@ -118,7 +120,7 @@ class Executor:
             invalid_rows=spec.invalid_rows,
             columns=spec.columns,
             model_source=job.model_source,
-            reference=models.start_of(job).app_name if may_be_served else None,
+            reference=reference,
             reference_source=spec.reference_source,
             reference_dtype=self._settings.dtype,
             traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
@@ -133,23 +135,22 @@ class Executor:
         try:
             await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
         except Refused as refusal:
-            await self._refuse(attempt, f"Ray refuses to launch it: {refusal}")
+            await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
             return
         except httpx.HTTPStatusError as error:
             if attempt.silent_seconds < LAUNCH_SECONDS:
                 raise
             await self._refuse(
-                attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {rays_words(error.response.text)}"
+                job, attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {rays_words(error.response.text)}"
             )
             return
         async with self._store.begin() as session:
             await attempts.mark_launched(session, attempt)
 
-    async def _refuse(self, attempt: Attempt, reason: str) -> None:
+    async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
         """No more launches of this attempt. What it counts as keeps a job from being launched for ever."""
         async with self._store.begin() as session:
-            if await attempts.end(session, attempt, reason, failed=True):
-                jobs.tell(session, attempt.job_id, f"Attempt {attempt.number} is over: {reason}", level="warn")
+            await self._over(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
         """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
@@ -189,18 +190,33 @@ class Executor:
             else:
                 jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
 
-    async def _lose(self, job: Job, attempt: Attempt, status: AttemptStatus) -> None:
+    async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
         """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
-        failed = status == "ended" and job.desired == "run"
-        reason = "it died before it finished" if status == "ended" else "the cluster it ran on is gone"
-        reason = attempt.reason or reason
-        reference = (await self._launcher.look()).applications.get(attempt.reference or "")
+        failed = submission.status == "ended" and job.desired == "run"
+        reason = attempt.reason or submission.cause()
+        applications = (await self._launcher.look()).applications if attempt.reference else {}
+        reference = applications.get(attempt.reference or "")
         async with self._store.begin() as session:
-            await attempts.end(session, attempt, reason, failed=failed)
+            await jobs.confirm(session, job)
+            await self._over(session, job, attempt, reason, failed=failed)
             if attempt.reference and reference and reference.state == "failed":
                 await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
-            if job.desired == "run":
-                jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}", level="warn")
+
+    async def _over(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
+        """Close an attempt without an outcome. Told once, however many control planes do it."""
+        if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
+            rest = await self._rest_after_failure(session, job) if failed else ""
+            jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}{rest}", level="warn")
+
+    async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
+        """Says in the job what it waits for, and returns that for an event. Empty where it is given up."""
+        failures = (await history(session, job.id)).failures
+        if failures >= self._settings.max_attempts:
+            return ""
+        seconds = f"{rest_seconds(failures):.0f} s"
+        counted = f"{failures} of {self._settings.max_attempts} died in a row without a new checkpoint"
+        await jobs.hold_back(session, job, f"its next attempt, {seconds} after the last one: {counted}")
+        return f"; the next one begins {seconds} later"
 
     def _run_uri(self, job: Job) -> str:
         return storage.join(self._settings.storage_url, "runs", job.id)
@@ -248,8 +264,8 @@ class Executor:
         async with self._store.begin() as session:
             cause = await attempts.last_failure(session, job.id)
         message = (
-            f"The job died {self._settings.max_attempts} times on the cluster without finishing, the last time because "
-            f"{cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
+            f"The job died {self._settings.max_attempts} times in a row on the cluster without a new checkpoint, the "
+            f"last time because {cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
             f"GET /v1/x/jobs/{job.id}/logs. Submit it again once that is mended."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)

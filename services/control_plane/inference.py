@@ -39,7 +39,8 @@ class Inference:
         async with caller.begin() as session:
             model = await models.find(session, self._settings, body["model"])
         base_url = await self._wait_until_served(model)
-        request = self._serve.build_request("POST", f"{base_url}/{model.app_name}/v1/{path}", json=body)
+        app = await self._launcher.own_name(model.app_name)
+        request = self._serve.build_request("POST", f"{base_url}/{app}/v1/{path}", json=body)
         try:
             answer = await self._serve.send(request, stream=True)
         except httpx.TransportError:

@@ -164,6 +164,11 @@ async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
         tell(session, job.id, f"Waiting for {what}")
 
 
+async def hold_back(session: AsyncSession, job: Job, what: str) -> None:
+    """Say what a running job waits for that has no attempt now."""
+    await session.execute(update(Job).where(Job.id == job.id).values(waits_for=what))
+
+
 def _log(
     session: AsyncSession, job_id: str, version: int, desired: str, observed: str, actor: str, reason: str
 ) -> None:

@@ -3,8 +3,9 @@
 import asyncio
 import re
 import shlex
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -13,15 +14,53 @@ import httpx
 
 from services.contract import Deployment, storable
 from services.control_plane.settings import Settings
+from services.deaths import cause_in, killer_in
 
 AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
 
 LIVE: dict[str, AttemptStatus] = {"PENDING": "pending", "RUNNING": "running"}
+NEVER_STARTED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE")
+SERVE_API = "/api/serve/applications/"
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANSWER_SECONDS = 8  # less than the reconciler's lease, in which it asks for all at once
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
 TRANSIENT = (408, 425, 429)  # of the 4xx those that say: later
+MOST_TOLD = 300  # characters of what Ray says
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job of Ray's, as Ray tells of it."""
+
+    status: AttemptStatus
+    error_type: str | None = None  # how it failed, in Ray's categories
+    exit_code: int | None = None  # of its driver; below 0: the signal that killed it
+    message: str = ""  # with the last lines of the driver's log
+
+    def cause(self) -> str:
+        """Why an attempt ended that did not say it itself, for the user."""
+        if self.status == "absent":
+            return "the cluster it ran on is gone"
+        if self.error_type and self.error_type.startswith(NEVER_STARTED):
+            return f"Ray could not start it: {self.message[:MOST_TOLD]}"
+        if number := _signal(self.exit_code):
+            kernel = ", as the kernel does where memory runs out" if number is signal.SIGKILL else ""
+            return killer_in(self.message) or f"it was killed by {number.name}{kernel}"
+        status = f"it ended with status {self.exit_code}" if self.exit_code else "it died before it finished"
+        return cause_in(self.message) or status
+
+
+def _signal(exit_code: int | None) -> signal.Signals | None:
+    """That ended a process, from its exit status as Python or as a shell tells it."""
+    if exit_code is None:
+        return None
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    return signal.Signals(number) if number in set(signal.Signals) else None
+
+
+UNKNOWN = Submission("unknown")
 
 
 @dataclass(frozen=True)
@@ -36,7 +75,7 @@ class Application:
 class ServeView:
     """One look at Ray Serve."""
 
-    applications: dict[str, Application]
+    applications: dict[str, Application]  # our own
     base_url: str | None  # of its HTTP proxy; None while Serve is not up
     seen_at: float
 
@@ -46,15 +85,19 @@ class Refused(Exception):
 
 
 class Launcher:
-    """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing."""
+    """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing.
 
-    def __init__(self, settings: Settings) -> None:
+    The cluster may be shared. `instance` tells the id that the names of this service's applications begin with in
+    Ray; callers see neither that id nor the applications of others.
+    """
+
+    def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
         token = settings.ray_token
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
         self._ray = httpx.AsyncClient(
-            base_url=settings.ray_url, headers=headers, timeout=10, event_hooks={"response": [_check_json]}
+            base_url=settings.ray_url, headers=headers, timeout=ANSWER_SECONDS, event_hooks={"response": [_check_json]}
         )
-        self._settings = settings
+        self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
         self._looking = asyncio.Lock()
 
@@ -91,16 +134,35 @@ class Launcher:
         answer.raise_for_status()
 
     async def status(self, submission_id: str) -> AttemptStatus:
+        return (await self._submission(submission_id)).status
+
+    async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
+        """What Ray says of these and others, in one answer. One that is missing in it is asked for by itself."""
+        if not submission_ids:
+            return {}
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                told = {job["submission_id"]: _submission(job) for job in await self._jobs()}
+                missing = [each for each in submission_ids if each not in told]
+                told |= dict(zip(missing, await asyncio.gather(*map(self._submission, missing)), strict=True))
+        except (httpx.HTTPError, TimeoutError):
+            return dict.fromkeys(submission_ids, UNKNOWN)
+        return told
+
+    async def _submission(self, submission_id: str) -> Submission:
         """`absent` only on Ray's own word that it does not know the id; any doubt is `unknown`."""
         try:
             answer = await self._ray.get(f"/api/jobs/{submission_id}")
         except httpx.HTTPError:
-            return "unknown"
+            return UNKNOWN
         if answer.status_code == 404 and "does not exist" in answer.text:
-            return "absent"
-        if answer.status_code != 200:
-            return "unknown"
-        return LIVE.get(answer.json()["status"], "ended")
+            return Submission("absent")
+        return _submission(answer.json()) if answer.status_code == 200 else UNKNOWN
+
+    async def _jobs(self) -> list[dict[str, Any]]:
+        """All of the cluster, those of others too."""
+        jobs: list[dict[str, Any]] = (await self._ray.get("/api/jobs/")).raise_for_status().json()
+        return jobs
 
     async def stop(self, submission_id: str) -> None:
         """Ask Ray to stop the attempt: SIGTERM, then SIGKILL."""
@@ -108,9 +170,7 @@ class Launcher:
 
     async def live_submissions(self) -> list[str]:
         """The submission ids of all that runs, or waits to."""
-        answer = await self._ray.get("/api/jobs/")
-        answer.raise_for_status()
-        return [job["submission_id"] for job in answer.json() if job["status"] in LIVE and job["submission_id"]]
+        return [job["submission_id"] for job in await self._jobs() if job["status"] in LIVE and job["submission_id"]]
 
     async def capacity(self) -> dict[str, float]:
         """What the cluster has of each resource, or may grow to. Empty where Ray does not say."""
@@ -126,42 +186,43 @@ class Launcher:
 
     # --- models -----------------------------------------------------------------------------
 
+    async def own_name(self, app_name: str) -> str:
+        """The application's name in Ray, which is also its route."""
+        return f"{await self._prefix()}{app_name}"
+
+    async def _prefix(self) -> str:
+        return f"raydpo-{await self._instance()}-"
+
     async def serve(self, deployments: Sequence[Deployment]) -> None:
-        """Make these, and no others, the running applications. Unchanged ones are left alone by Serve."""
-        applications = [
-            {
-                "name": deployment.app_name,
-                "route_prefix": f"/{deployment.app_name}",
-                "import_path": "services.serving.app:build",
-                "args": deployment.model_dump(mode="json"),
-            }
-            for deployment in deployments
-        ]
+        """Make these, and no others, our running applications.
+
+        Serve removes every application of this API that a PUT leaves out, so those of others are sent along as they
+        were submitted. Serve leaves unchanged ones alone.
+        """
+        prefix = await self._prefix()
+        status = await self._serve_status()
+        others = _configs_of_others(status["applications"], prefix)
         body = {
-            "applications": applications,
+            "applications": [*others, *(_config(deployment, prefix) for deployment in deployments)],
             "proxy_location": "HeadOnly",
             "http_options": self._http_options(),
+            "target_capacity": status.get("target_capacity"),  # of all applications
         }
-        answer = await self._ray.put("/api/serve/applications/", json=body, timeout=60)
+        answer = await self._ray.put(SERVE_API, json=body, timeout=60)
         answer.raise_for_status()
         self._view = None
-
-    async def is_reachable(self) -> bool:
-        """Whether Ray answers. Nothing is launched into the dark: what may run there cannot be cancelled either."""
-        try:
-            await self.look()
-        except httpx.HTTPError:
-            return False
-        return True
 
     async def look(self) -> ServeView:
         """Serve's applications, at most half a second old."""
         async with self._looking:
             if self._view is None or time.monotonic() - self._view.seen_at > VIEW_SECONDS:
-                answer = await self._ray.get("/api/serve/applications/")
-                answer.raise_for_status()
-                self._view = self._read(answer.json())
+                self._view = self._read(await self._serve_status(), await self._prefix())
             return self._view
+
+    async def _serve_status(self) -> dict[str, Any]:
+        answer = await self._ray.get(SERVE_API)
+        status: dict[str, Any] = answer.raise_for_status().json()
+        return status
 
     def _http_options(self) -> dict[str, Any]:
         """Where Serve listens if it has to be started: on loopback if Ray does."""
@@ -169,8 +230,9 @@ class Launcher:
         host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"
         return {"host": host, "port": url.port if self._settings.serve_url else SERVE_PORT}
 
-    def _read(self, status: dict[str, Any]) -> ServeView:
-        applications = {name: _application(app) for name, app in status["applications"].items()}
+    def _read(self, status: dict[str, Any], prefix: str) -> ServeView:
+        own = {name: app for name, app in status["applications"].items() if name.startswith(prefix)}
+        applications = {name.removeprefix(prefix): _application(app) for name, app in own.items()}
         base_url = self._settings.serve_url
         http = status.get("http_options") or {}
         if base_url is None and http.get("port"):
@@ -186,6 +248,34 @@ async def _check_json(answer: httpx.Response) -> None:
             answer.json()
         except ValueError:
             raise httpx.DecodingError("What answers in Ray's place sends no JSON.", request=answer.request) from None
+
+
+def _submission(job: dict[str, Any]) -> Submission:
+    status = LIVE.get(job["status"], "ended")
+    return Submission(status, job.get("error_type"), job.get("driver_exit_code"), job.get("message") or "")
+
+
+def _config(deployment: Deployment, prefix: str) -> dict[str, Any]:
+    name = f"{prefix}{deployment.app_name}"
+    return {
+        "name": name,
+        "route_prefix": f"/{name}",
+        "import_path": "services.serving.app:build",
+        "args": deployment.model_copy(update={"app_name": name}).model_dump(mode="json"),
+    }
+
+
+def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    """As they were submitted. A PUT touches no application of `serve.run`, and would take it over if it were sent."""
+    configs = []
+    for name, app in applications.items():
+        if name.startswith(prefix) or app["source"] != "declarative" or app["status"] == "DELETING":
+            continue
+        if app.get("deployed_app_config") is None:
+            sentence = f"Serve does not tell how its application '{name}' was deployed; a PUT would remove it."
+            raise httpx.HTTPError(sentence)
+        configs.append(app["deployed_app_config"])
+    return configs
 
 
 def _application(app: dict[str, Any]) -> Application:

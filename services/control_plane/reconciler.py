@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.control_plane import deployments, jobs, journal, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.executor import Executor
-from services.control_plane.launcher import AttemptStatus, Launcher
+from services.control_plane.launcher import UNKNOWN, AttemptStatus, Launcher, ServeView, Submission
 from services.control_plane.queue import what_each_waits_for
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
 MODELS = "models"  # what patience calls them all
+AT_ONCE = 8  # jobs: what is slow for one keeps the others, and the lease, less than the sum of all
 UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
 
@@ -90,32 +91,47 @@ class Reconciler:
             self._stopwatches.look()
             live, opened = await store.live_jobs(session), await store.open_attempts(session)
             limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
-        reachable = await self._launcher.is_reachable()
+        asked = [attempt.submission_id for attempt in opened.values()]
+        view, told, capacity = await asyncio.gather(
+            self._look(), self._launcher.submissions(asked), self._capacity(live)
+        )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         contenders = [job for job in live if job.observed == "running" or job.id not in spent]
         waits = spent | (
-            await self._schedule(contenders, limits)
-            if reachable
+            what_each_waits_for(contenders, limits, capacity, self._settings)
+            if view is not None
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
-        for job in live:
-            if not self._patience.is_due(job.id, job.version):
-                continue
-            slot = (waiting_for := waits.get(job.id)) is None
-            attempt = opened.get(job.id)
-            try:
-                if waiting_for and job.observed == "queued":
-                    await self._wait(job, waiting_for)
-                    continue
-                with journal.about(job_id=job.id, attempt=attempt.number if attempt else None):
-                    await self._reconcile(job, attempt, slot)
-                self._patience.forget(job.id)
-            except jobs.Stale as error:
-                log.warning("Job %s is left as it is for now: %s", job.id, error)
-            except Exception as error:  # one job's trouble is not the others'
-                await self._put_off(job, attempt, error)
-        await self._serve_models()
+        turns = asyncio.Semaphore(AT_ONCE)
+
+        async def look_at(job: Job) -> None:
+            async with turns:
+                await self._look_at(job, opened.get(job.id), waits.get(job.id), told)
+
+        await asyncio.gather(*map(look_at, live))
+        if view is None:
+            raise httpx.HTTPError("the Ray cluster does not answer")
+        await self._serve_models(view)
         telemetry.TICKS.labels("acted").inc()
+
+    async def _look_at(
+        self, job: Job, attempt: Attempt | None, waits_for: str | None, told: Mapping[str, Submission]
+    ) -> None:
+        """One job's trouble is not the others': it is looked at again later."""
+        if not self._patience.is_due(job.id, job.version):
+            return
+        try:
+            if waits_for and job.observed == "queued":
+                await self._wait(job, waits_for)
+                return
+            submission = told[attempt.submission_id] if attempt else UNKNOWN
+            with journal.about(job_id=job.id, attempt=attempt.number if attempt else None):
+                await self._reconcile(job, attempt, submission, slot=waits_for is None)
+            self._patience.forget(job.id)
+        except jobs.Stale as error:
+            log.warning("Job %s is left as it is for now: %s", job.id, error)
+        except Exception as error:
+            await self._put_off(job, attempt, error)
 
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
         """The job is tried again later: without end while the world around is down, else a limited number of times."""
@@ -136,31 +152,34 @@ class Reconciler:
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
-    async def _schedule(self, live: Sequence[Job], limits: Mapping[str, int | None]) -> dict[str, str | None]:
-        """What each queued job waits for, if anything."""
-        if all(job.observed != "queued" for job in live):
-            return {}
-        capacity = await self._launcher.capacity()
-        return what_each_waits_for(live, limits, capacity, self._settings)
+    async def _look(self) -> ServeView | None:
+        """None while Ray does not answer. Nothing is launched then: what may run there cannot be cancelled either."""
+        try:
+            return await self._launcher.look()
+        except httpx.HTTPError:
+            return None
+
+    async def _capacity(self, live: Sequence[Job]) -> dict[str, float]:
+        """Of the cluster, where a job is queued."""
+        return await self._launcher.capacity() if any(job.observed == "queued" for job in live) else {}
 
     async def _wait(self, job: Job, what: str) -> None:
         if job.waits_for != what:
             async with self._store.begin() as session:
                 await jobs.wait_for(session, job, what)
 
-    async def _reconcile(self, job: Job, attempt: Attempt | None, slot: bool) -> None:
-        """One decision for one job, carried out."""
-        status: AttemptStatus = "unknown"
-        if attempt is not None:
-            status = await self._launcher.status(attempt.submission_id)
-            if status == "running" and attempt.silent_seconds > QUIET_SECONDS:
-                attempt = await self._executor.collect(job, attempt)
+    async def _reconcile(self, job: Job, attempt: Attempt | None, submission: Submission, *, slot: bool) -> None:
+        """One decision for one job, carried out. `submission` is Ray's word on the attempt."""
+        status = submission.status
+        if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
+            attempt = await self._executor.collect(job, attempt)
         async with self._store.begin() as session:
-            total, failures = await store.past_attempts(session, job.id)
+            history = await store.history(session, job.id)
         past = Past(
             slot=slot,
-            failures=failures,
+            failures=history.failures,
             limit=self._settings.max_attempts,
+            rested_seconds=history.rested_seconds,
             hung=self._hung(attempt, status),
             overdue=self._stopwatches.seconds(f"{job.id} pauses", job.desired == "pause") > pause_seconds(job),
         )
@@ -170,7 +189,7 @@ class Reconciler:
             decision = decide(job, attempt, status, past, collected=True)
         if decision is not Decision.WAIT:
             log.info("Job %s: %s", job.id, decision.name.lower())
-        await self._executor.carry_out(decision, job, attempt, total, status)
+        await self._executor.carry_out(decision, job, attempt, history, submission)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
         """Silence counts from when Ray first said, to this control plane, that the attempt runs."""
@@ -180,10 +199,9 @@ class Reconciler:
         running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
         return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
-    async def _serve_models(self) -> None:
-        """Make Ray Serve run what is wanted, and nothing else."""
-        applications = (await self._launcher.look()).applications
-        present = {name for name, app in applications.items() if app.state != "stopping"}
+    async def _serve_models(self, view: ServeView) -> None:
+        """Make Ray Serve run what is wanted, and nothing else of ours."""
+        present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.wanted(session, self._settings, present)
         names = {deployment.app_name for deployment in wanted}

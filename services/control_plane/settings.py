@@ -79,7 +79,9 @@ class Settings(BaseSettings):
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict, description="what an autoscaling cluster may grow to; {}: it is as large as it is"
     )
-    max_attempts: int = Field(default=3, gt=0, description="launches of one job before infrastructure failures fail it")
+    max_attempts: int = Field(
+        default=5, gt=0, description="launches in a row that die without a new checkpoint before their job fails"
+    )
     max_loaded_models: int = Field(default=2, gt=0, description="models served at once; the least recently used stops")
     model_wait_seconds: float = Field(default=180, gt=0, description="a request waits so long for a loading model")
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"

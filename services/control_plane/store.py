@@ -15,6 +15,7 @@ from sqlalchemy import (
     Select,
     Text,
     TextClause,
+    and_,
     bindparam,
     column,
     delete,
@@ -45,11 +46,12 @@ from sqlalchemy.pool import QueuePool
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.tables import (
     JOB_STATES,
-    TERMINAL,
     Attempt,
     Base,
+    Checkpoint,
     CheckpointPermission,
     Event,
+    Instance,
     Job,
     Lease,
     Model,
@@ -104,6 +106,7 @@ class Store:
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._database_url = database_url
+        self._instance: str | None = None
 
     @property
     def pool(self) -> QueuePool:
@@ -144,6 +147,13 @@ class Store:
                 async for notice in connection.notifies(timeout=quiet_seconds):
                     yield notice.payload
                 await connection.execute("SELECT 1")
+
+    async def instance(self) -> str:
+        """The id of the service that this database belongs to. It never changes."""
+        if self._instance is None:
+            async with self.begin() as session:
+                self._instance = (await session.scalars(select(Instance.id))).one()
+        return self._instance
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -301,8 +311,9 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Every job that is not terminal and not queued, and of the queue each project's head."""
-    others = select(Job).where(Job.observed.not_in((*TERMINAL, "queued"))).order_by(Job.created_at, Job.id)
+    """Every job that runs, or is paused and shall be something else, and of the queue each project's head."""
+    wanted = and_(Job.observed == "paused", Job.desired != "pause")
+    others = select(Job).where(or_(Job.observed == "running", wanted)).order_by(Job.created_at, Job.id)
     place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
     queued = select(Job.id, place.label("place")).where(Job.observed == "queued", Job.desired == "run").subquery()
     head = select(Job).join(queued, Job.id == queued.c.id).where(queued.c.place <= QUEUE_HEAD)
@@ -319,11 +330,23 @@ async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
     return {row.job_id: row for row in await session.scalars(select(Attempt).where(Attempt.state != "ended"))}
 
 
-async def past_attempts(session: AsyncSession, job_id: str) -> tuple[int, int]:
-    """How many attempts the job has had, and how many of them died by themselves."""
-    counts = select(func.count(), func.count().filter(Attempt.failed)).where(Attempt.job_id == job_id)
-    total, failed = (await session.execute(counts)).one()
-    return total, failed
+@dataclass(frozen=True)
+class History:
+    """The attempts of a job that have begun."""
+
+    total: int
+    failures: int  # those that died by themselves, from the last one on that left a new checkpoint
+    rested_seconds: float  # since the last failure, by the database's clock; 0 without one
+
+
+async def history(session: AsyncSession, job_id: str) -> History:
+    own = Attempt.job_id == job_id
+    saved = select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job_id).scalar_subquery()
+    progressed = select(func.max(Attempt.number)).where(own, Attempt.created_at <= saved).scalar_subquery()
+    failed = Attempt.failed & (Attempt.number >= func.coalesce(progressed, 0))
+    rested = func.extract("epoch", func.clock_timestamp() - func.max(Attempt.ended_at).filter(failed))
+    row = (await session.execute(select(func.count(), func.count().filter(failed), rested).where(own))).one()
+    return History(row[0], row[1], float(row[2] or 0))
 
 
 EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)

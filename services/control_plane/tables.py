@@ -171,7 +171,7 @@ class Job(Owned, Base):
     observed: Mapped[str] = mapped_column(default="queued")
     version: Mapped[int] = mapped_column(default=1)
     traceparent: Mapped[str | None]  # of the request that submitted it, where that was traced
-    waits_for: Mapped[str | None]  # what keeps a queued job from starting, in words
+    waits_for: Mapped[str | None]  # what keeps a queued job, or the next attempt, from starting, in words
     training: Mapped[dict[str, Any] | None]  # Started, once known: the resolved config, steps
     progress: Mapped[dict[str, Any] | None]  # {stage, done, total, started_at}: where the running attempt is
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
@@ -223,7 +223,7 @@ class Attempt(Base):
     )
     num_accelerators: Mapped[float] = mapped_column(default=0)
     ended_at: Mapped[datetime | None]
-    failed: Mapped[bool] = mapped_column(default=False)  # died by itself: counts towards max_attempts
+    failed: Mapped[bool] = mapped_column(default=False)  # died by itself: may count towards max_attempts
     reason: Mapped[str | None]  # why it ended, or is being stopped, in words
     __table_args__ = (
         CheckConstraint("state IN ('launching', 'running', 'ended')"),
@@ -356,6 +356,13 @@ class Deployment(Base):
     model_id: Mapped[str]
     source: Mapped[str]
     last_used_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Instance(Base):
+    """The one row is the service's identity: what it names on a shared Ray cluster begins with it."""
+
+    __tablename__ = "instance"
+    id: Mapped[str] = mapped_column(primary_key=True)
 
 
 class Lease(Base):

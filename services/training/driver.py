@@ -1,8 +1,8 @@
 """One attempt of a job, from its spec to the exported policy: `python -m services.training.driver <spec uri>`.
 
 Exit status: 0 after Succeeded, 1 after Failed, 3 when a later attempt has taken over, 4 after Paused, 5 when the
-user cancels. An attempt that ends in another way, with a traceback in the log, is followed by one that resumes from
-the last checkpoint.
+user cancels. An attempt that ends in another way reports Died, if it still can, with a traceback in the log; it is
+followed by one that resumes from the last checkpoint.
 """
 
 import importlib
@@ -26,6 +26,7 @@ from services.contract import (
     WIRE,
     AttemptAddress,
     AttemptSpec,
+    Died,
     Failed,
     Paused,
     Progress,
@@ -35,6 +36,7 @@ from services.contract import (
 )
 from services.forkserver.client import preload
 from services.training.dataset import Data, Dataset
+from services.training.deaths import cause_of
 from services.training.integrations import actors
 from services.training.logs import keep_logs
 from services.training.node import local_actor
@@ -85,6 +87,9 @@ def main(spec_uri: str) -> int:
         obedience.end()
         actors.close(followers, None if outcome.kind == "paused" else outcome.kind, reporter)
         ray.get(reporter.report.remote(outcome))
+    except Exception as error:
+        reporter.report.remote(Died(cause=cause_of(error)))
+        raise
     finally:
         if not when_there_is_room(
             lambda: ray.get(reporter.close.remote(CLOSE_SECONDS)), "the last report", logger.info
@@ -177,7 +182,7 @@ def train(
     """The last checkpoint's policy. Workers publish checkpoints themselves, so Ray Train stores nothing of worth."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from services.training.trainer import Trainer
+    from services.training.trainer import TellDeaths, Trainer
 
     def work_here() -> Succeeded | Failed | Paused:
         from services.training.worker import work
@@ -195,6 +200,7 @@ def train(
                 name=f"{spec.job_id}-{spec.attempt}",
                 storage_path=folder,
                 failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=WORKER_FAILURES),
+                callbacks=[TellDeaths(reporter)],
             ),
         )
         trained: Succeeded | Failed | Paused = trainer.fit().return_value

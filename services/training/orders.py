@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from services.contract import Paused, Report
+from services.training.deaths import cause_of
 from services.training.reporting import Order
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class Obedience:
         while True:
             try:
                 order, workers_listen = ray.get(self._reporter.beat.remote())
-            except RayError:
-                logger.exception("The reporter is gone, and with it the attempt.")
+            except RayError as error:
+                logger.error("The reporter is gone, and with it the attempt: %s", cause_of(error))
                 self._leave(1)
                 return
             self._obey(order, workers_listen)

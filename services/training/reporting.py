@@ -19,6 +19,7 @@ from services.contract import (
     Alive,
     AttemptAddress,
     Desired,
+    Died,
     Failed,
     JobEvent,
     Message,
@@ -120,7 +121,7 @@ class Reporter:
         with self._changed:
             if self._ended:
                 return  # workers go on for a moment after what ends the attempt
-            self._ended = isinstance(report, Succeeded | Failed | Paused)
+            self._ended = isinstance(report, Succeeded | Failed | Paused | Died)
             event = JobEvent(seq=self._next_seq, created_at=time.time(), report=report)
             # Encoded here: text that is no Unicode fails its reporter, and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))

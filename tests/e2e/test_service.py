@@ -226,6 +226,8 @@ def test_a_killed_driver_is_followed_by_an_attempt_that_resumes(service: Service
     assert steps(client, job_id) == list(range(1, 121))
     resumed = [message for message in messages(client, job_id) if message.startswith("Resumed from checkpoint")]
     assert len(resumed) == 1
+    (over,) = [message for message in messages(client, job_id) if message.startswith("Attempt 1 is over")]
+    assert over.startswith("Attempt 1 is over: it was killed by SIGKILL")
 
 
 @pytest.mark.long

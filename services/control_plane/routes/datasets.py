@@ -23,6 +23,6 @@ async def check(
         model = await models.find(session, settings, body.model) if body.model else None
     if model is None:
         return check_object(f"check-{file.id}", file, None)
-    asked = datasets.check_of(file, model, config, settings)
+    asked = datasets.check_of(file, model, config, settings, await store.store.instance())
     result = await datasets.result_of(asked, launcher, request.is_disconnected)
     return check_object(asked.id, file, result, running=result is None)

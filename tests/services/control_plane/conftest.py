@@ -64,8 +64,11 @@ class FakeRay:
 
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
+        self.told: dict[str, dict[str, Any]] = {}  # of jobs: what Ray tells beside their status
+        self.asked: list[str] = []  # paths
         self.submissions: list[dict[str, Any]] = []
-        self.applications: list[str] = []
+        self.serve: dict[str, dict[str, Any]] = {}  # its applications, as Serve tells of them
+        self.target_capacity: float | None = None
         self.resources = {"CPU": 8.0}
         self.lose_answers = False
         self.down = False
@@ -73,13 +76,14 @@ class FakeRay:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                fake.asked.append(self.path)
                 self._answer(*fake.get(self.path))
 
             def do_POST(self) -> None:
                 self._answer(*fake.post(self.path, self._body()))
 
             def do_PUT(self) -> None:
-                fake.applications = [app["name"] for app in self._body()["applications"]]
+                fake.deploy(self._body())
                 self._answer(200, "")
 
             def _body(self) -> Any:
@@ -99,18 +103,31 @@ class FakeRay:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}).start()
 
+    @property
+    def applications(self) -> list[str]:
+        return list(self.serve)
+
+    def deploy(self, body: dict[str, Any]) -> None:
+        """As Serve takes a PUT: of the applications that came by one, those it leaves out are removed."""
+        kept = {name: app for name, app in self.serve.items() if app["source"] != "declarative"}
+        self.serve = kept | {config["name"]: served(config) for config in body["applications"]}
+        self.target_capacity = body.get("target_capacity")
+
     def get(self, path: str) -> tuple[int, Any]:
         if path.startswith("/api/serve"):
-            apps = {name: {"status": "RUNNING", "message": "", "deployments": {}} for name in self.applications}
-            return 200, {"applications": apps, "http_options": {"port": 8000}}
+            told = {"http_options": {"port": 8000}, "target_capacity": self.target_capacity}
+            return 200, {"applications": self.serve} | {key: value for key, value in told.items() if value}
         if path == "/api/v0/nodes":
             return 200, {"data": {"result": {"result": [{"state": "ALIVE", "resources_total": self.resources}]}}}
         if path == "/api/jobs/":
-            return 200, [{"submission_id": name, "status": status} for name, status in self.jobs.items()]
+            return 200, [self._job(name) for name in self.jobs]
         name = path.rsplit("/", 1)[-1]
         if name not in self.jobs:
             return 404, f"Job {name} does not exist"
-        return 200, {"status": self.jobs[name]}
+        return 200, self._job(name)
+
+    def _job(self, name: str) -> dict[str, Any]:
+        return {"submission_id": name, "status": self.jobs[name]} | self.told.get(name, {})
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path.endswith("/stop"):
@@ -121,6 +138,12 @@ class FakeRay:
         self.jobs[body["submission_id"]] = "RUNNING"
         self.submissions.append(body)
         return (500, "lost") if self.lose_answers else (200, {})
+
+
+def served(config: dict[str, Any] | None, source: str = "declarative", status: str = "RUNNING") -> dict[str, Any]:
+    """An application as Serve tells of it."""
+    told = {"status": status, "message": "", "deployments": {}, "source": source}
+    return told | ({"deployed_app_config": config} if config else {})
 
 
 @pytest.fixture(scope="module")

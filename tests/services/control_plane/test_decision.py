@@ -2,7 +2,15 @@ from typing import Any
 
 import pytest
 
-from services.control_plane.decision import PAUSE_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
+from services.control_plane.decision import (
+    PAUSE_SECONDS,
+    Decision,
+    Past,
+    Stopwatches,
+    decide,
+    pause_seconds,
+    rest_seconds,
+)
 from services.control_plane.tables import Attempt, Job
 
 PAST = Past(slot=True, failures=0, limit=3)
@@ -39,6 +47,25 @@ def test_without_an_attempt_the_wish_decides() -> None:
     assert decide(job("pause", "paused"), None, "unknown", PAST, collected=False) is Decision.WAIT
     assert decide(job("cancel"), None, "unknown", PAST, collected=False) is Decision.CANCEL
     assert decide(job("run"), None, "unknown", PAST, collected=False) is Decision.OPEN
+
+
+def test_after_a_failure_a_running_job_rests_and_one_in_the_queue_does_not() -> None:
+    assert [rest_seconds(failures) for failures in range(7)] == [0, 5, 25, 125, 625, 3125, 3600]
+
+    def next_for(observed: str, failures: int, rested: float) -> Decision:
+        past = Past(slot=True, failures=failures, limit=4, rested_seconds=rested)
+        return decide(job("run", observed), None, "unknown", past, collected=False)
+
+    assert next_for("running", 2, 24.9) is Decision.WAIT
+    assert next_for("running", 2, 25) is Decision.OPEN
+    assert next_for("queued", 2, 1) is Decision.OPEN
+    assert next_for("running", 4, 0) is Decision.GIVE_UP
+
+
+def test_a_wish_is_not_kept_waiting_by_a_rest() -> None:
+    past = Past(slot=True, failures=2, limit=4, rested_seconds=1)
+    assert decide(job("cancel"), None, "unknown", past, collected=False) is Decision.CANCEL
+    assert decide(job("pause"), None, "unknown", past, collected=False) is Decision.PAUSE
 
 
 def test_where_steps_are_long_a_pause_may_take_longer() -> None:

@@ -5,6 +5,7 @@ import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from io import BytesIO
 from typing import Any
 
@@ -55,8 +56,8 @@ def faults(at: int) -> Iterator[Faults]:
 class FaultyLauncher(Launcher):
     """Crashes before and after what it does to Ray."""
 
-    def __init__(self, settings: Settings, found: Faults) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, store: Store, found: Faults) -> None:
+        super().__init__(settings, store.instance)
         self._found = found
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
@@ -127,7 +128,7 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int, 
     crashed = False
     for tick in range(MOST_TICKS):
         with faults(at if not crashed else 0) as found:
-            launcher = FaultyLauncher(settings, found)
+            launcher = FaultyLauncher(settings, store, found)
             reconciler = Reconciler(store, launcher, settings, holder=f"{job_id} {tick if crashed else 'first'}")
             try:
                 await reconciler.tick()
@@ -136,7 +137,9 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int, 
             at = found.left
         await launcher.close()
         async with store.begin() as session:
-            await session.execute(update(Lease).values(expires_at=func.now()))  # as time would
+            # As time would.
+            await session.execute(update(Lease).values(expires_at=func.now()))
+            await session.execute(update(Attempt).values(ended_at=Attempt.ended_at - timedelta(hours=1)))
         assert len(live(ray, job_id)) <= 1
         await play(settings, ray, job_id, story, store)
         async with store.begin() as session:

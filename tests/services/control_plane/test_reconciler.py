@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import openai
+import psycopg
 import pytest
 from sqlalchemy import func, update
 
@@ -18,6 +20,7 @@ from services.contract import (
     Alive,
     AttemptSpec,
     CheckpointSaved,
+    Died,
     EventBatch,
     Failed,
     Integrations,
@@ -35,20 +38,24 @@ from services.contract import (
     WandbIntegration,
 )
 from services.control_plane import jobs
-from services.control_plane.launcher import Launcher
+from services.control_plane.decision import Decision
+from services.control_plane.executor import Executor
+from services.control_plane.launcher import Launcher, Submission
 from services.control_plane.orphans import stop_orphans
 from services.control_plane.reconciler import Reconciler
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import History, Store, live_jobs
 from services.control_plane.tables import Attempt, Job, Lease, Transition
 from services.spool import segment_uri, write
 from tests.services.control_plane.conftest import FakeRay, pairs
+from tests.services.test_deaths import OUT_OF_MEMORY
 
 
 @pytest.fixture
 def ray(fake_ray: FakeRay) -> FakeRay:
     fake_ray.jobs.clear()
     fake_ray.submissions.clear()
+    fake_ray.told.clear()
     fake_ray.lose_answers = fake_ray.down = False
     fake_ray.resources = {"CPU": 8.0}
     return fake_ray
@@ -78,16 +85,17 @@ def submit(client: openai.OpenAI, settings: Settings, **extension: Any) -> str:
     ).id
 
 
-def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0) -> None:
+def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, rested: bool = True) -> None:
     """Tick so often, here alone: the lease is taken from the service's own reconciler.
 
-    `apart`: seconds from one tick to the next, by the reconcilers' clock.
+    `apart`: seconds from one tick to the next, by the reconcilers' clock. `rested`: what died did so long ago.
     """
     now = 0.0
 
     async def run() -> None:
         nonlocal now
-        store, launcher = Store(settings.database_url), Launcher(settings)
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
         reconcilers = [
             Reconciler(store, launcher, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
         ]
@@ -98,6 +106,9 @@ def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0) 
             done = await asyncio.gather(*(reconciler.tick() for reconciler in reconcilers), return_exceptions=True)
             assert all(isinstance(outcome, httpx.HTTPError | None) for outcome in done), done
             now += apart
+            async with store.begin() as session:
+                long_ago = update(Attempt).where(Attempt.failed).values(ended_at=Attempt.ended_at - timedelta(hours=2))
+                await session.execute(long_ago) if rested else None
         async with store.begin() as session:
             await session.execute(update(Lease).values(expires_at=func.now() + timedelta(hours=1)))
         await launcher.close()
@@ -368,14 +379,193 @@ def test_unknown_is_never_failed_and_a_lost_cluster_counts_against_nobody(
 def test_a_job_whose_attempts_keep_dying_fails_and_says_that_it_was_not_the_user(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
-    for number in range(1, 4):
+    for number in range(1, settings.max_attempts + 1):
         ticks(settings, 2)
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
+    ray.told[f"{job_id}-{settings.max_attempts}"] = {"message": OUT_OF_MEMORY, "driver_exit_code": 1}
     ticks(settings, 3)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.error is not None
-    assert (job.status, job.error.code, len(ray.submissions)) == ("failed", "infrastructure_failure", 3)
+    assert (job.status, job.error.code, len(ray.submissions)) == ("failed", "infrastructure_failure", 5)
+    assert "the last time because memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB" in str(job.error.message)
     assert f"raydpo jobs logs {job_id}" in str(job.error.message)
+
+
+def state(client: openai.OpenAI, job_id: str) -> tuple[str, Any]:
+    job = client.fine_tuning.jobs.retrieve(job_id).to_dict()
+    return str(job["status"]), job["x_raydpo"]["waits_for"]  # type: ignore[index]
+
+
+def rest(settings: Settings, job_id: str, seconds: float) -> None:
+    """Let so much time pass since the job's attempts ended."""
+    with psycopg.connect(settings.database_url) as connection:
+        statement = "UPDATE attempts SET ended_at = ended_at - make_interval(secs => %s) WHERE job_id = %s"
+        connection.execute(statement, (seconds, job_id))
+
+
+def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    for number, seconds in ((1, 5), (2, 25), (3, 125)):
+        ray.told[f"{job_id}-{number}"] = {"message": OUT_OF_MEMORY, "driver_exit_code": 1}
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2, rested=False)
+        counted = f"{number} of 5 died in a row without a new checkpoint"
+        assert state(client, job_id) == ("running", f"its next attempt, {seconds} s after the last one: {counted}")
+        event = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0]
+        assert (event.level, event.message) == (
+            "warn",
+            f"Attempt {number} is over: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
+            f"Ray killed processes that held 0.14 GB; the next one begins {seconds} s later",
+        )
+        rest(settings, job_id, seconds - 3)
+        ticks(settings, 1, rested=False)
+        assert len(ray.submissions) == number
+        rest(settings, job_id, 3)
+        ticks(settings, 1, rested=False)
+        assert len(ray.submissions) == number + 1
+        assert state(client, job_id) == ("running", None)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_an_attempt_that_left_a_new_checkpoint_begins_the_count_anew(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    """However often workers are killed, a job that comes further goes on."""
+    ticks(settings, 1)
+    for number in range(1, 2 * settings.max_attempts):
+        steps = number // 3  # two of three attempts leave the checkpoint that was there
+        spool(settings, job_id, number, reports(settings, job_id, steps=steps)[:-1] if steps else [])
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 1, rested=False)
+        waits_for = state(client, job_id)[1]
+        assert waits_for.endswith(f"{number % 3 + 1 if steps else number} of 5 died in a row without a new checkpoint")
+        rest(settings, job_id, 3600)
+        ticks(settings, 1, rested=False)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_an_attempt_says_itself_why_it_dies(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    """Ray tells the last ten lines of a log, and its own word on memory is longer."""
+    ticks(settings, 1)
+    spool(settings, job_id, 1, [Died(cause="memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use")])
+    ray.told[f"{job_id}-1"] = {"message": "RayTaskError: something", "driver_exit_code": 1}
+    ray.jobs[f"{job_id}-1"] = "FAILED"
+    ticks(settings, 1)
+    told = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0].message
+    assert told.startswith("Attempt 1 is over: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; ")
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_a_job_that_is_paused_and_resumed_need_not_wait_out_what_killed_it(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    ray.jobs[f"{job_id}-1"] = "FAILED"
+    ticks(settings, 1, rested=False)
+    client.fine_tuning.jobs.pause(job_id)
+    ticks(settings, 1, rested=False)
+    assert state(client, job_id) == ("paused", None)
+    client.fine_tuning.jobs.resume(job_id)
+    ticks(settings, 1, rested=False)
+    assert (state(client, job_id), len(ray.submissions)) == (("running", None), 2)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
+    settings: Settings, ray: FakeRay, client: openai.OpenAI, job_id: str
+) -> None:
+    """A tick may outlast its lease: two reconcilers carry out one decision then."""
+    ticks(settings, 1)
+
+    async def lose_twice() -> None:
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
+        executor = Executor(store, launcher, settings, holder="test")
+        async with store.begin() as session:
+            job, attempt = await session.get_one(Job, job_id), await session.get_one(Attempt, (job_id, 1))
+        for _ in range(2):
+            await executor.carry_out(Decision.LOSE, job, attempt, History(1, 0, 0.0), Submission("ended", exit_code=-9))
+        await launcher.close()
+        await store.close()
+
+    asyncio.run(lose_twice())
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+    (over,) = [message for message in told if message.startswith("Attempt 1 is over")]
+    assert "killed by SIGKILL, as the kernel does where memory runs out" in over
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_a_tick_asks_ray_once_for_all_attempts_and_for_nothing_of_paused_jobs(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    many = settings.model_copy(update={"max_running_jobs": 4})
+    running = [submit(client, settings) for _ in range(3)]
+    paused = [submit(client, settings) for _ in range(2)]
+    for job_id in paused:
+        client.fine_tuning.jobs.pause(job_id)
+    ticks(many, 1)
+    ray.asked.clear()
+    ticks(many, 1)
+    assert [path for path in ray.asked if path.startswith("/api/jobs")] == ["/api/jobs/"]
+
+    async def live() -> set[str]:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            found = {job.id for job in await live_jobs(session)}
+        await store.close()
+        return found
+
+    assert asyncio.run(live()) == set(running)
+    for job_id in (*running, *paused):
+        client.fine_tuning.jobs.cancel(job_id)
+    ticks(many, 3)
+
+
+def test_what_a_tick_asks_ray_is_asked_at_once(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that are slow one after the other would outlast the lease."""
+    ticks(settings, 1)
+    waiting = submit(client, settings)
+    all_asked, get = threading.Barrier(3, timeout=5), ray.get
+    seen: set[str] = set()
+
+    def hold(path: str) -> tuple[int, Any]:
+        if path not in seen:
+            seen.add(path)
+            all_asked.wait()  # raises where the others are not asked meanwhile
+        return get(path)
+
+    monkeypatch.setattr(ray, "get", hold)
+    ticks(settings, 1)
+    assert not all_asked.broken
+    assert seen == {"/api/jobs/", "/api/serve/applications/", "/api/v0/nodes"}
+    monkeypatch.undo()
+    for each in (job_id, waiting):
+        client.fine_tuning.jobs.cancel(each)
+    ticks(settings, 3)
+
+
+def test_an_attempt_that_ray_leaves_out_of_its_list_is_asked_for_before_it_is_given_up(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks(settings, 1)
+    get = ray.get
+    monkeypatch.setattr(ray, "get", lambda path: (200, []) if path == "/api/jobs/" else get(path))
+    ticks(settings, 2)
+    assert len(ray.submissions) == 1
+    monkeypatch.undo()
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
 
 
 def test_several_control_planes_act_as_one(
@@ -441,7 +631,8 @@ def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_
     ray.jobs |= {f"{job_id}-1": "RUNNING", foreign: "RUNNING"}  # the first was launched late, by whom it took an hour
 
     async def sweep() -> list[str]:
-        store, launcher = Store(settings.database_url), Launcher(settings)
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
         within_grace = await stop_orphans(store, launcher)
         async with store.begin() as session:
             await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
@@ -715,7 +906,7 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"][::-1]
     assert told[0].startswith("The last reports of attempt 1 are lost: file://")
     assert told[0].endswith("/spool/1/00000000.json has another sha256 than was written")
-    assert told[1:] == ["Attempt 1 is over: it died before it finished"]
+    assert told[1:] == ["Attempt 1 is over: it died before it finished; the next one begins 5 s later"]
     spool(settings, job_id, 2, reports(settings, job_id))
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
     ticks(settings, 2)

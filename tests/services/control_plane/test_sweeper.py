@@ -33,7 +33,8 @@ def sweep(settings: Settings) -> None:
     """As a control plane does that begins to lead."""
 
     async def run() -> None:
-        store, launcher = Store(settings.database_url), Launcher(settings)
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
         await Sweeper(store, launcher, settings).sweep()
         await launcher.close()
         await store.close()

@@ -1,5 +1,6 @@
 """Applications: built, reported when broken, removed with all their processes."""
 
+import asyncio
 import os
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,9 @@ import pytest
 from openai import OpenAI
 from pydantic import ValidationError
 
+from services.contract import Deployment
+from services.control_plane.launcher import Launcher
+from services.control_plane.settings import Settings
 from tests.services.serving.conftest import PLAIN, POLICY, Serving
 
 DEPLOYMENT = {**POLICY, "source": "base/model", "dtype": "float32"}
@@ -63,6 +67,40 @@ def test_chat_without_a_chat_template_is_refused(serving: Serving) -> None:
         pytest.raises(openai.BadRequestError, match="chat template"),
     ):
         client.chat.completions.create(model=PLAIN["model_id"], messages=[{"role": "user", "content": "fox"}])
+
+
+@pytest.mark.ray
+def test_a_control_plane_leaves_the_applications_of_others_running(serving: Serving, tmp_path: Path) -> None:
+    def replicas() -> dict[str, int]:
+        apps = {name: app for name, app in serving.status().items() if not name.startswith("raydpo-")}
+        return {name: app["deployments"]["policy"]["replicas"][0]["pid"] for name, app in apps.items()}
+
+    async def serve(*models: str) -> None:
+        settings = Settings(
+            home=tmp_path,
+            DATABASE_URL="postgresql://nowhere",
+            storage_url=tmp_path.as_uri(),
+            api_key="key",
+            advertised_url="http://127.0.0.1:9",
+            ray_url=serving.head.url,
+            ray_token=serving.token,
+        )
+        launcher = Launcher(settings, instance)
+        await launcher.serve(
+            [Deployment(app_name=name, model_id=name, source="/nowhere", dtype="float32") for name in models]
+        )
+        await launcher.close()
+
+    async def instance() -> str:
+        return "0123abcd"
+
+    others = replicas()
+    asyncio.run(serve("mine"))
+    serving.wait(lambda apps: apps["raydpo-0123abcd-mine"]["status"] == "DEPLOY_FAILED")
+    assert replicas() == others
+    asyncio.run(serve())
+    serving.wait(lambda apps: "raydpo-0123abcd-mine" not in apps)
+    assert replicas() == others
 
 
 @pytest.mark.ray

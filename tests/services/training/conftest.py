@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,17 @@ def make_spec(tmp_path: Path, make_spec_in: Callable[..., AttemptSpec]) -> Calla
 
 @pytest.fixture(scope="session")
 def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
-    """The environment of a driver. The folder's name is short, for the sockets in it."""
+    """The environment of a driver."""
+    with ray_cluster(model_source, RAY_memory_monitor_refresh_ms="0") as environment:
+        yield environment
+
+
+@contextmanager
+def ray_cluster(model_source: str, **settings: str) -> Iterator[dict[str, str]]:
+    """A Ray of its own, with these settings of Ray's; yields the environment of a driver.
+
+    The folder's name is short, for the sockets in it.
+    """
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")
     environment = os.environ | {
         forkserver.VARIABLE: f"{folder}/fork.sock",
@@ -188,7 +199,7 @@ def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": secrets.token_hex(),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_memory_monitor_refresh_ms": "0",
+        **settings,
     }
     command = [sys.executable, str(Path(__file__).with_name("cluster.py")), folder, model_source]
     log = Path(folder, "cluster.log")
@@ -201,6 +212,8 @@ def ray_environment(model_source: str) -> Iterator[dict[str, str]]:
         assert cluster.stdout
         address = next((line.split()[1] for line in cluster.stdout if line.startswith("address ")), None)
         assert address, log.read_text()
-        yield environment | {"RAY_ADDRESS": address}
-        cluster.communicate(timeout=60)  # closes its standard input
-    shutil.rmtree(folder, ignore_errors=True)  # the fork server takes its socket away meanwhile
+        try:
+            yield environment | {"RAY_ADDRESS": address}
+        finally:
+            cluster.communicate(timeout=60)  # closes its standard input
+            shutil.rmtree(folder, ignore_errors=True)  # the fork server takes its socket away meanwhile

@@ -27,6 +27,7 @@ from services import spool, storage
 from services.contract import (
     AttemptSpec,
     CheckpointSaved,
+    Died,
     Failed,
     Integrations,
     Message,
@@ -42,11 +43,13 @@ from services.contract import (
     Wandb,
     WandbIntegration,
 )
+from services.deaths import cause_in
 from services.training import cache, rates
 from services.training.logs import LEFT_OUT, blank, patterns_of
 from services.training.preparation import engine_rate_uri
 from services.training.rates import Rate
 from tests.conftest import Disk
+from tests.services.training.conftest import ray_cluster
 from tests.services.web import running_web
 
 pytestmark = pytest.mark.ray
@@ -293,6 +296,8 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     first, second = only(Started, driver.reports())
     assert first.resumed_from == 0 < second.resumed_from
+    (told,) = [m.message for m in only(Message, driver.reports()) if m.message.startswith("Workers died")]
+    assert re.match(r"Workers died \(rank [01].*\): one of its processes was killed or crashed", told)
     one, two = figures(uninterrupted.reports()), figures(driver.reports())
     assert list(two) == list(range(1, NUM_STEPS + 1))
     for step in range(1, 41):  # later, float32 sums in another order have grown into another path
@@ -415,6 +420,36 @@ def whole_checkpoints(driver: Driver) -> set[int]:
     """The steps of those that would be resumed or served; each is what its manifest says."""
     folders = storage.fetch(storage.join(driver.spec.run_uri, "checkpoints"))
     return {verify(manifest.parent).step for manifest in folders.glob("*/manifest.json")}
+
+
+NEIGHBOUR = "import sys; held = bytearray(b'1') * int(sys.argv[1]); sys.stdin.read()"
+
+
+@pytest.mark.long
+def test_a_neighbour_that_takes_the_memory_is_named_and_the_next_attempt_goes_on(
+    make_spec: MakeSpec, model_source: str, control_plane: Any
+) -> None:
+    """Ray acts at less than the whole memory here: what is in use now, and 3 GB. It kills whatever it runs."""
+    memory = psutil.virtual_memory()
+    share = (memory.total - memory.available + 3 * 2**30) / memory.total
+    settings = {"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
+    config = TrainConfig(objective=Orpo(), batch_size=1, n_epochs=50, checkpoint_steps=40)
+    spec = make_spec(config=config, events_url=control_plane.url)
+    with ray_cluster(model_source, **settings) as environment:
+        first = Driver(spec, environment, control_plane.token)
+        first.reported(CheckpointSaved)
+        command = [sys.executable, "-c", NEIGHBOUR, str(9 * 2**29)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as neighbour:
+            assert first.wait() == 1
+            neighbour.communicate()
+        log = first.log.read_text()
+        told = [died.cause for died in only(Died, first.reports())] or [cause_in("\n".join(log.splitlines()[-10:]))]
+        assert re.match(r"memory ran out on the node \S+: [\d.]+ GB of [\d.]+ GB were in use", told[0]), log[-5000:]
+        second = Driver(spec.model_copy(update={"attempt": 2}), environment, control_plane.token)
+        second.reported(Started)
+        assert only(Started, second.reports())[0].resumed_from > 0
+        second.process.kill()
+        second.wait()
 
 
 @pytest.mark.long
@@ -569,6 +604,19 @@ def test_a_uri_that_may_not_be_read_fails_the_job(
     last = control_plane.reports()[-1]
     assert (last.kind, last.code, last.param) == ("failed", "invalid_training_file", "x_raydpo.dataset")
     assert "not public" in last.message
+
+
+def test_an_attempt_that_cannot_go_on_says_why(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], control_plane: Any, tmp_path: Path
+) -> None:
+    config = TrainConfig(objective=Orpo(), batch_size=8, n_epochs=1)
+    cache = tmp_path / "cache"
+    cache.write_text("no folder")
+    driver = start(make_spec(config=config, events_url=control_plane.url))
+    assert driver.wait() == 1
+    (died,) = only(Died, driver.reports())
+    assert died.cause.startswith("NotADirectoryError: "), died
+    assert driver.reports()[-1] == died
 
 
 def test_a_fenced_attempt_stops(
