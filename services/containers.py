@@ -45,7 +45,8 @@ def json_lines(file: BinaryIO) -> Iterator[bytes]:
                 raise InvalidRow(number, "", "file_too_large", message)
             yield line
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        # A library quotes what stands in the file, and a NUL is kept nowhere.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200].replace("\0", "\ufffd")
         message = f"The file cannot be read beyond line {number}: {reason}; pack it again."
         raise InvalidRow(number + 1, "", "damaged_file", message) from None
 

@@ -2,21 +2,66 @@
 
 Pydantic models and nothing else. Both ends of every wire read these, so a field is
 spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
+
+The two ends may be of two releases: a release is rolled out while attempts of the last one run. So a reader ignores
+keys that it does not know, and a report that it cannot read becomes a message. A field that is added has a default.
+Where to ignore it would be wrong, WIRE is raised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+)
 
 from dpo_core.config import TrainConfig, Truncation
 
+WIRE = 1
+"""The version of what an attempt is told. An older driver refuses a newer one in words."""
+
+LONGEST_TEXT = 10_000  # characters of a sentence or name that an attempt reports
+
 
 class Contract(BaseModel):
-    """A value that crosses a process: frozen, and unknown keys are refused."""
+    """A value that crosses a process: frozen, and unknown keys are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Asked(Contract):
+    """A value that a user writes, too: unknown keys are refused there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _tolerant(kind: Any) -> BeforeValidator:
+    """Ignores unknown keys in all depths, also of what refuses them where a user writes it."""
+    return BeforeValidator(lambda value: _adapter(kind).validate_python(value, extra="ignore"))
+
+
+def storable(text: str) -> str:
+    """The text as a database keeps it: U+FFFD for NUL, `?` for half a character, and no end where it is very long."""
+    kept = text.encode(errors="replace").decode().replace("\0", "\ufffd")
+    return kept if len(kept) <= LONGEST_TEXT else f"{kept[: LONGEST_TEXT - 1]}…"
+
+
+Text = Annotated[str, BeforeValidator(lambda value: storable(value) if isinstance(value, str) else value)]
+Step = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 # --- a model that Ray Serve runs ---------------------------------------------------------
@@ -26,7 +71,7 @@ class Deployment(Contract):
     """One Serve application: the argument of `services.serving.app:build`."""
 
     app_name: str  # letters, digits and dashes: the application and its route `/<app_name>`
-    model_id: str  # what clients call it: `tiny`, `ft:tiny:org::ab12cd34`
+    model_id: str  # what clients call it: `tiny`, `ft:tiny:org::` and digits
     source: str  # storage URI, local folder, or hub id
     dtype: Literal["float32", "bfloat16", "auto"]
     max_model_len: int | None = None  # None: the model's own limit
@@ -49,7 +94,7 @@ class Score(NamedTuple):
 Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
-class Wandb(Contract):
+class Wandb(Asked):
     """A run in Weights & Biases. Host and key are the cluster's own."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
@@ -58,14 +103,14 @@ class Wandb(Contract):
     tags: Annotated[tuple[Annotated[Line, StringConstraints(max_length=64)], ...], Field(max_length=64)] | None = None
 
 
-class WandbIntegration(Contract):
+class WandbIntegration(Asked):
     """As OpenAI spells it."""
 
     type: Literal["wandb"]
     wandb: Wandb
 
 
-class Mlflow(Contract):
+class Mlflow(Asked):
     """A run in MLflow. Its tracking server is the cluster's own."""
 
     experiment: Line
@@ -89,17 +134,22 @@ ReferenceSource = Literal["auto", "serve", "trainer"]
 MIN_EXAMPLES = 10  # rows of a training file
 
 
-class InvalidRows(Contract):
+class InvalidRows(Asked):
     """What becomes of rows that cannot be used: they refuse the file, or up to a share of it they are left out."""
 
     how: Literal["refuse", "drop"] = "refuse"
     max_share: float = Field(default=0.01, gt=0, le=0.5)  # of the rows; beyond it the file is refused
 
 
+ReadConfig = Annotated[TrainConfig, _tolerant(TrainConfig)]
+ReadInvalidRows = Annotated[InvalidRows, _tolerant(InvalidRows)]
+ReadIntegrations = Annotated[Integrations, _tolerant(Integrations)]
+
+
 class Reading(Contract):
     """How the rows of a file are read."""
 
-    invalid_rows: InvalidRows = InvalidRows()
+    invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the file's column of a role, such as prompt
 
 
@@ -110,14 +160,14 @@ class JobSpec(Contract):
     training_file: str  # an uploaded file's id, or the URI of x_raydpo.dataset
     validation_file: str | None = None
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
-    invalid_rows: InvalidRows = InvalidRows()
+    invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
     suffix: str | None = None
     metadata: dict[str, str] | None = None
-    config: TrainConfig
+    config: ReadConfig
     num_workers: int = Field(default=1, ge=1, le=1024)
     reference_source: ReferenceSource = "auto"
-    integrations: Integrations = Integrations()
+    integrations: ReadIntegrations = Integrations()
     priority: int = Field(default=0, ge=-10, le=10)  # higher starts first
 
     @property
@@ -126,12 +176,22 @@ class JobSpec(Contract):
         return "://" in self.training_file
 
 
-class AttemptSpec(Contract):
+class AttemptAddress(Contract):
+    """Where an attempt reports. A driver of any release reads this much of its spec."""
+
+    # Not written while it is 1: the first release wrote none, and refuses what it does not know.
+    wire: int = Field(default=1, exclude_if=lambda wire: wire == 1)
+    attempt: int  # rises from 1; a later attempt fences the earlier ones
+    run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
+    events_url: str  # POST batches of events here with the attempt's token
+    traceparent: str | None = None  # of the attempt's span, where its job is traced
+
+
+class AttemptSpec(AttemptAddress):
     """All that a driver needs for one attempt. Written to `run_uri/attempts/<attempt>.json` before launching."""
 
     job_id: str
-    attempt: int  # rises from 1; a later attempt fences the earlier ones
-    config: TrainConfig
+    config: ReadConfig
     num_workers: int
     num_gpus_per_worker: float = 0
     training_uri: str  # the uploaded file, or what the user named
@@ -140,18 +200,15 @@ class AttemptSpec(Contract):
     validation_uri: str | None = None  # an uploaded file
     validation_reading: Reading = Reading()
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
-    invalid_rows: InvalidRows = InvalidRows()
+    invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
     reference: str | None = None  # app_name of the deployment that scores, or may; None: none does
     reference_source: ReferenceSource = "auto"
     reference_dtype: str = "float32"  # that its deployment computes in
-    run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
     cache_uri: str  # prepared data, shared by all jobs; may be deleted at any time
-    integrations: Integrations = Integrations()
+    integrations: ReadIntegrations = Integrations()
     fine_tuned_model: str | None = None  # the name that the policy will have
-    traceparent: str | None = None  # of the attempt's span, where its job is traced
-    events_url: str  # POST batches of events here with the attempt's token
 
 
 class Recipe(Contract):
@@ -162,7 +219,7 @@ class Recipe(Contract):
     max_length: int  # tokens of a prompt and one completion
     truncation: Truncation
     validation_share: float = 0.0
-    invalid_rows: InvalidRows = InvalidRows()
+    invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
     today: date | None = None  # that a chat template writes which writes the date; None: that of the day
     other_prompts: bool = False  # whether each group also has an answer to another prompt, for objectives that need it
@@ -183,7 +240,7 @@ class Message(Contract):
 
     kind: Literal["message"] = "message"
     level: Literal["info", "warn", "error"] = "info"
-    message: str
+    message: Text
 
 
 Stage = Literal["downloading", "encoding", "loading reference", "scoring", "training", "exporting"]
@@ -193,7 +250,7 @@ class Progress(Contract):
     """How far a stage is: downloading counts bytes, encoding and scoring rows, loading nothing. Total 0: not known."""
 
     kind: Literal["progress"] = "progress"
-    stage: Stage
+    stage: str  # a Stage; another release may have others
     done: int
     total: int
 
@@ -214,18 +271,18 @@ class Started(Contract):
     """Data is ready and training begins. `config` is resolved."""
 
     kind: Literal["started"] = "started"
-    config: TrainConfig
+    config: ReadConfig
     num_groups: int
-    total_steps: int
-    resumed_from: int = 0  # the checkpoint's step; 0 for a fresh start
+    total_steps: Step
+    resumed_from: Step = 0  # the checkpoint's step; 0 for a fresh start
 
 
 class StepMetrics(Contract):
     """One optimizer step, with metric keys as TRL logs them."""
 
     kind: Literal["metrics"] = "metrics"
-    step: int  # from 1
-    total_steps: int
+    step: Step  # from 1
+    total_steps: Step
     metrics: dict[str, float]
 
 
@@ -233,7 +290,7 @@ class CheckpointSaved(Contract):
     """A complete checkpoint stands at `uri`; `uri/model` is a Hugging Face folder."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    step: int
+    step: Step
     uri: str
     metrics: dict[str, float]
 
@@ -243,30 +300,30 @@ class Succeeded(Contract):
 
     kind: Literal["succeeded"] = "succeeded"
     model_uri: str
-    trained_tokens: int
+    trained_tokens: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Failed(Contract):
     """The last event of an attempt that cannot be mended by another attempt."""
 
     kind: Literal["failed"] = "failed"
-    code: str
-    message: str
-    param: str | None = None
+    code: Text
+    message: Text
+    param: Text | None = None
 
 
 class Paused(Contract):
     """The last event of an attempt that was asked to stop: another goes on from its last checkpoint."""
 
     kind: Literal["paused"] = "paused"
-    step: int  # the last that it took; 0: it took none
+    step: Step  # the last that it took; 0: it took none
 
 
 class Died(Contract):
     """The last event of an attempt that could not go on. Another may, from the last checkpoint."""
 
     kind: Literal["died"] = "died"
-    cause: str  # for the user: lower case, without a full stop
+    cause: Text  # for the user: lower case, without a full stop
 
 
 class Alive(Contract):
@@ -283,6 +340,23 @@ class CheckResult(Contract):
     error: Failed | None = None
 
 
+def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
+    """A report that this release cannot read becomes a sentence, so that those behind it are read."""
+    try:
+        return read(value)
+    except ValidationError as error:
+        if not (isinstance(value, dict) and isinstance(kind := value.get("kind"), str)):
+            raise
+        why = first_error(error)
+        return Message(level="warn", message=f"A report '{kind:.80}' of the attempt cannot be read here: {why}")
+
+
+def first_error(error: ValidationError) -> str:
+    """In one line: where the value is not what it should be, and why."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    return ": ".join([*([where] if (where := ".".join(map(str, first["loc"]))) else []), first["msg"]])
+
+
 Report = Annotated[
     Message
     | Progress
@@ -297,13 +371,14 @@ Report = Annotated[
     | Died
     | Alive,
     Field(discriminator="kind"),
+    WrapValidator(_or_message),
 ]
 
 
 class JobEvent(Contract):
     """A report with its place: (job, attempt, seq) is unique, so delivery may repeat."""
 
-    seq: int  # from 0, without gaps, per attempt
+    seq: Annotated[int, Field(ge=0, lt=2**62)]  # from 0, without gaps, per attempt
     created_at: float
     report: Report
 
@@ -317,7 +392,15 @@ class EventBatch(Contract):
 Desired = Literal["run", "pause", "cancel"]
 
 
+def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
+    """A wish of another release that this one does not know changes nothing."""
+    try:
+        return read(value)
+    except ValidationError:
+        return "run"
+
+
 class Wish(Contract):
     """The answer to a post of events: what the user wants of the job now."""
 
-    desired: Desired
+    desired: Annotated[Desired, WrapValidator(_or_run)]

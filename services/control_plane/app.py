@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
+import os
 import secrets
+import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
 from services import storage
@@ -47,7 +49,7 @@ from services.control_plane.routes.dependencies import admit, check_query
 from services.control_plane.schemas import refused
 from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import Store, refuses_value
 from services.control_plane.surveys import Surveyor
 from services.control_plane.telemetry import AUTH_FAILURES
 
@@ -94,19 +96,27 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
     reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
     parts = (reconciler, surveyor, sender, live, app.state.authentication)
-    tasks = [asyncio.create_task(part.run()) for part in parts]
+    tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
+    for task in tasks:
+        task.add_done_callback(_end_process)
     try:
         yield
     finally:
         for task in tasks:
+            task.remove_done_callback(_end_process)
             task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
         await sender.close()
         await app.state.inference.close()
         await launcher.close()
         await store.close()
+
+
+def _end_process(part: asyncio.Task[None]) -> None:
+    """A part runs until it is cancelled. Where one ends by itself the process ends, too, and is started anew."""
+    if not part.cancelled():
+        log.critical("%s has ended, and the process ends with it", part.get_name(), exc_info=part.exception())
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
@@ -144,6 +154,8 @@ async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
     """The database is down, or all connections to it are taken: the client comes back by itself."""
+    if isinstance(error, DBAPIError) and refuses_value(error):
+        return await _on_data_error(request, error)
     log.warning("The database does not answer: %s", error)
     message = "The database does not answer; nothing was changed."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()
@@ -151,7 +163,7 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
 
 async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
     """What the request says cannot be kept, nor be looked for."""
-    assert isinstance(error, DataError)
+    assert isinstance(error, DBAPIError)
     log.warning("A value was refused by the database: %s", error.orig)
-    message = "A value in the request holds what cannot be kept, such as a NUL character; take it out."
+    message = "A value in the request cannot be kept: it holds a NUL character, or is too large; change it."
     return InvalidRequest(message).response()

@@ -7,6 +7,7 @@ from typing import Any, assert_never
 
 from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import storage, tracing
@@ -24,10 +25,12 @@ from services.contract import (
     Started,
     StepMetrics,
     Succeeded,
+    storable,
 )
 from services.control_plane import deployments, jobs, models, telemetry
-from services.control_plane.errors import Fenced, InvalidRequest
+from services.control_plane.errors import ApiError, Fenced, InvalidRequest
 from services.control_plane.settings import Settings
+from services.control_plane.store import refuses_value
 from services.control_plane.tables import Attempt, Checkpoint, Event, Job
 
 
@@ -40,6 +43,7 @@ async def begin(
     session.add(attempt)
     await session.flush()
     await session.execute(update(Job).where(Job.id == job_id).values(waits_for=None))
+    await session.refresh(attempt)
     return attempt
 
 
@@ -79,11 +83,6 @@ async def last_failure(session: AsyncSession, job_id: str) -> str | None:
     return await session.scalar(newest.limit(1))
 
 
-def silent_seconds(attempt: Attempt) -> float:
-    """Since its last sign of life."""
-    return (datetime.now(UTC) - attempt.reported_at).total_seconds()
-
-
 async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
     """Note why the attempt is being stopped, and tell it the first time."""
     await _hold(session, attempt.job_id)
@@ -96,7 +95,8 @@ async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:
     """Raises Fenced unless the token is this open attempt's."""
     attempt = await session.get(Attempt, (job_id, number))
-    if attempt is None or attempt.state == "ended" or not secrets.compare_digest(attempt.token, token):
+    own = attempt is not None and secrets.compare_digest(attempt.token.encode(), token.encode())
+    if attempt is None or attempt.state == "ended" or not own:
         raise Fenced(f"Attempt {number} of {job_id} is not open, or the token is not its own; it must stop.")
 
 
@@ -117,22 +117,44 @@ async def record(
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
     if attempt is None or attempt.state == "ended":
         raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
-    is_new = False
+    new, expected = list[JobEvent](), attempt.next_seq
     for event in events:
-        if event.seq > attempt.next_seq and posted:
-            raise InvalidRequest(f"Report {event.seq} came before report {attempt.next_seq}; send that one first.")
-        if event.seq > attempt.next_seq:
-            lost = f"Reports {attempt.next_seq} to {event.seq - 1} of attempt {number} are lost"
+        if event.seq < expected:
+            continue
+        if event.seq > expected and posted:
+            raise InvalidRequest(f"Report {event.seq} came before report {expected}; send that one first.")
+        if event.seq > expected:
+            lost = f"Reports {expected} to {event.seq - 1} of attempt {number} are lost"
             jobs.tell(session, job_id, f"{lost}: their part of its spool is damaged", level="warn")
-            attempt.next_seq = event.seq
-        if event.seq == attempt.next_seq:
+        new.append(event)
+        expected = event.seq + 1
+    await _record_all(session, attempt, new, settings)
+    if posted or new:
+        attempt.next_seq, attempt.reported_at = expected, func.clock_timestamp()
+    telemetry.EVENTS.inc(len(new))
+
+
+async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
+    """What the database refuses is left out, and told: it would be refused again, and those behind it would wait."""
+    if not events:
+        return
+    try:
+        async with session.begin_nested():
             with session.no_autoflush:  # of what changes with each report, the last is written
-                await _record_one(session, attempt, event, settings)
-            attempt.next_seq += 1
-            telemetry.EVENTS.inc()
-            is_new = True
-    if posted or is_new:
-        attempt.reported_at = datetime.now(UTC)
+                for event in events:
+                    await _record_one(session, attempt, event, settings)
+    except Exception as error:
+        refused = isinstance(error, DBAPIError) and refuses_value(error)
+        if isinstance(error, ApiError | SQLAlchemyError) and not refused:
+            raise
+        await session.refresh(attempt)
+        if len(events) > 1:
+            for event in events:
+                await _record_all(session, attempt, [event], settings)
+            return
+        cause = str(getattr(error, "orig", repr(error))).partition("\n")[0]
+        what = f"Report {events[0].seq} ({events[0].report.kind}) of attempt {attempt.number} could not be kept"
+        jobs.tell(session, attempt.job_id, storable(f"{what}: {cause}"), level="warn")
 
 
 async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, settings: Settings) -> None:

@@ -19,7 +19,7 @@ from dpo_core.config import TrainConfig
 from services import storage
 from services.contract import CheckRequest, CheckResult, Failed, Recipe
 from services.control_plane.errors import Unavailable
-from services.control_plane.launcher import Launcher
+from services.control_plane.launcher import Launcher, Refused
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
 from services.control_plane.tables import File, reading_of
@@ -105,8 +105,11 @@ async def _launch(check: Check, attempt: int, launcher: Launcher) -> int:
         await anyio.to_thread.run_sync(storage.write_bytes, uri, request.model_dump_json().encode())
         try:
             await launcher.submit_check(check.submission_id(attempt), uri)
-        except httpx.HTTPError:  # refused, as another request was faster, or its answer was lost
+        except Refused as refusal:
+            raise Unavailable(f"Ray refuses the check: {refusal}", retry_after=60, code="check_refused") from None
+        except httpx.HTTPError:  # its answer was lost, or it was not launched
             status = await launcher.status(check.submission_id(attempt))
+            status = "unknown" if status == "absent" else status
     if status == "unknown":
         message = f"The Ray cluster does not answer. Try again in {RETRY_AFTER_SECONDS} seconds."
         raise Unavailable(message, retry_after=RETRY_AFTER_SECONDS, code="cluster_unavailable")

@@ -7,16 +7,21 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import contract
+from services.control_plane.errors import Unavailable
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
 from services.control_plane.tables import Attempt, Deployment
 
 
 async def use(session: AsyncSession, model: NamedModel) -> None:
-    """Wish the model served, as of now."""
+    """Wish the model served, as of now. Raises Unavailable while another has its application's name."""
     row = insert(Deployment).values(app_name=model.app_name, model_id=model.id, source=model.source)
     used = {"last_used_at": func.clock_timestamp()}
-    await session.execute(row.on_conflict_do_update(index_elements=[Deployment.app_name], set_=used))
+    same = (Deployment.model_id == model.id) & (Deployment.source == model.source)
+    row = row.on_conflict_do_update(index_elements=[Deployment.app_name], set_=used, where=same)
+    if await session.scalar(row.returning(Deployment.app_name)) is None:
+        message = f"'{model.id}' cannot be served while another model has the name {model.app_name} on the cluster."
+        raise Unavailable(message, retry_after=60)
 
 
 async def forget(session: AsyncSession, app_name: str) -> None:

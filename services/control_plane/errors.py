@@ -11,10 +11,13 @@ from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse
 
+from services.contract import storable
+
 
 def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of every answer that is not a success."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    quoted = storable(message)  # it may quote what no answer can hold, such as half a character
+    return {"error": {"message": quoted, "type": kind, "param": param and storable(param), "code": code}}
 
 
 class ApiError(Exception):

@@ -1,22 +1,24 @@
 """Carries out what was decided for a job. Doing it twice is harmless."""
 
 import time
-from datetime import UTC, datetime
 from io import BytesIO
 
 import anyio.to_thread
+import httpx
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import spool, storage, tracing
-from services.contract import AttemptSpec, JobEvent, JobSpec, Message, Reading
+from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message, Reading
 from services.control_plane import attempts, deployments, files, jobs, models, telemetry
 from services.control_plane.decision import Decision, rest_seconds
-from services.control_plane.launcher import Launcher, Submission
+from services.control_plane.launcher import Launcher, Refused, Submission, rays_words
 from services.control_plane.results import results_csv
 from services.control_plane.settings import Settings
 from services.control_plane.store import History, Store, history
 from services.control_plane.tables import Attempt, File, Job, reading_of
 from services.spool import DamagedSegment
+
+LAUNCH_SECONDS = 900  # after which an attempt that Ray's errors kept from starting has failed
 
 
 class Executor:
@@ -33,6 +35,9 @@ class Executor:
         self, decision: Decision, job: Job, attempt: Attempt | None, past: History, submission: Submission
     ) -> None:
         """`attempt` is the open one, `past` what became of all, `submission` Ray's word on the open one."""
+        if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
+            await self._fail(job, unreadable, attempt)
+            return
         match decision:
             case Decision.WAIT:
                 return
@@ -86,7 +91,7 @@ class Executor:
                 started = "The job is starting on the cluster"
                 await jobs.move(session, job, "running", actor=self._holder, event=started)
         if number == 1:
-            telemetry.QUEUE_SECONDS.observe((datetime.now(UTC) - job.created_at).total_seconds())
+            telemetry.QUEUE_SECONDS.observe((attempt.created_at - job.created_at).total_seconds())
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
@@ -101,6 +106,7 @@ class Executor:
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = await self._launcher.own_name(models.start_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
+            wire=WIRE,
             job_id=job.id,
             attempt=attempt.number,
             config=spec.config,
@@ -127,9 +133,25 @@ class Executor:
         )
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
-        await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
+        try:
+            await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
+        except Refused as refusal:
+            await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
+            return
+        except httpx.HTTPStatusError as error:
+            if attempt.silent_seconds < LAUNCH_SECONDS:
+                raise
+            await self._refuse(
+                job, attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {rays_words(error.response.text)}"
+            )
+            return
         async with self._store.begin() as session:
             await attempts.mark_launched(session, attempt)
+
+    async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
+        """No more launches of this attempt. What it counts as keeps a job from being launched for ever."""
+        async with self._store.begin() as session:
+            await self._over(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
         """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
@@ -152,7 +174,7 @@ class Executor:
         """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
         if job.desired != "cancel":
             late = "it did not pause in time" if job.desired == "pause" else None
-            reason = late or f"it gave no sign of life for {attempts.silent_seconds(attempt):.0f} s"
+            reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
                 await attempts.blame(session, attempt, reason)
         await self._launcher.stop(attempt.submission_id)
@@ -230,6 +252,14 @@ class Executor:
             await jobs.move(
                 session, job, "succeeded", closed, actor=self._holder, event="The job has successfully completed"
             )
+
+    async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
+        """Fail a job whose next step this service cannot take."""
+        message = (
+            f"The service tried {tries} times to go on with the job, and cannot: {why}. "
+            "The control plane's log says more; tell its operator, and submit the job again once that is mended."
+        )
+        await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 
     async def _give_up(self, job: Job) -> None:
         async with self._store.begin() as session:

@@ -8,18 +8,18 @@ A paused job goes back to queued. A move is one UPDATE whose WHERE names the sta
 version it was decided on; it, its event and its line in the log of transitions share a database transaction.
 """
 
-import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import tracing
-from services.contract import JobSpec
+from services.contract import JobSpec, first_error, storable
 from services.control_plane import webhooks
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
@@ -212,9 +212,19 @@ def new_event_id() -> str:
 
 
 def fine_tuned_name(job: Job, settings: Settings) -> str:
-    """`ft:base:org:suffix:xxxxxxxx`, a function of the job, so that it is known before training ends."""
-    digest = hashlib.sha256(job.id.encode()).hexdigest()[:8]
-    return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digest}"
+    """`ft:base:org:suffix:` and the job's own 24 digits: no two jobs have one, and it is known before training ends."""
+    digits = job.id.removeprefix("ftjob-")
+    return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digits}"
+
+
+def unreadable(job: Job) -> dict[str, str | None] | None:
+    """The error of a job that another release stored, in a way that this one does not understand."""
+    try:
+        JobSpec.model_validate(job.spec)
+    except ValidationError as error:
+        message = f"This release cannot read what the job asks for ({first_error(error)}); submit it again."
+        return {"code": "unreadable_job", "message": storable(message), "param": None}
+    return None
 
 
 WIRE_NAMES = {  # our metric keys, as OpenAI's events, checkpoints and result files spell them

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from services.contract import Deployment
+from services.contract import Deployment, storable
 from services.control_plane.settings import Settings
 from services.deaths import cause_in, killer_in
 
@@ -25,6 +25,7 @@ SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANSWER_SECONDS = 8  # less than the reconciler's lease, in which it asks for all at once
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
+TRANSIENT = (408, 425, 429)  # of the 4xx those that say: later
 MOST_TOLD = 300  # characters of what Ray says
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
 
@@ -79,6 +80,10 @@ class ServeView:
     seen_at: float
 
 
+class Refused(Exception):
+    """Ray refuses a launch for good; the message has its words."""
+
+
 class Launcher:
     """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing.
 
@@ -89,7 +94,9 @@ class Launcher:
     def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
         token = settings.ray_token
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
-        self._ray = httpx.AsyncClient(base_url=settings.ray_url, headers=headers, timeout=ANSWER_SECONDS)
+        self._ray = httpx.AsyncClient(
+            base_url=settings.ray_url, headers=headers, timeout=ANSWER_SECONDS, event_hooks={"response": [_check_json]}
+        )
         self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
         self._looking = asyncio.Lock()
@@ -100,7 +107,10 @@ class Launcher:
     # --- attempts ---------------------------------------------------------------------------
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
-        """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once."""
+        """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once.
+
+        Raises Refused where Ray would refuse it again.
+        """
         # Ray's supervisor of the job reads the second, and so does the driver.
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         await self._submit(submission_id, "services.training.driver", spec_uri, environment)
@@ -116,7 +126,12 @@ class Launcher:
             "runtime_env": {"env_vars": environment},
         }
         # Ray sets up the driver's environment before it answers.
-        (await self._ray.post("/api/jobs/", json=body, timeout=60)).raise_for_status()
+        answer = await self._ray.post("/api/jobs/", json=body, timeout=60)
+        if answer.is_error and "already exists" in answer.text:
+            return  # an earlier launch, whose answer was lost
+        if answer.is_client_error and answer.status_code not in TRANSIENT:
+            raise Refused(rays_words(answer.text))
+        answer.raise_for_status()
 
     async def status(self, submission_id: str) -> AttemptStatus:
         return (await self._submission(submission_id)).status
@@ -225,6 +240,16 @@ class Launcher:
         return ServeView(applications, base_url, time.monotonic())
 
 
+async def _check_json(answer: httpx.Response) -> None:
+    """A page that a proxy shows in Ray's place tells nothing of Ray."""
+    if answer.request.method == "GET" and answer.is_success:
+        await answer.aread()
+        try:
+            answer.json()
+        except ValueError:
+            raise httpx.DecodingError("What answers in Ray's place sends no JSON.", request=answer.request) from None
+
+
 def _submission(job: dict[str, Any]) -> Submission:
     status = LIVE.get(job["status"], "ended")
     return Submission(status, job.get("error_type"), job.get("driver_exit_code"), job.get("message") or "")
@@ -260,10 +285,10 @@ def _application(app: dict[str, Any]) -> Application:
         "DELETING": "stopping",
     }
     messages = [deployment.get("message", "") for deployment in app.get("deployments", {}).values()]
-    return Application(states.get(app["status"], "loading"), _cause("\n".join([app.get("message", ""), *messages])))
+    return Application(states.get(app["status"], "loading"), rays_words("\n".join([app.get("message", ""), *messages])))
 
 
-def _cause(message: str) -> str:
-    """What a user can act on of Serve's message: the last error that its tracebacks name."""
+def rays_words(message: str) -> str:
+    """What a user can act on of Ray's message: the last error that its tracebacks name."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
-    return errors[-1] if errors else message.strip()[-300:]
+    return storable(errors[-1] if errors else message.strip()[-300:])

@@ -68,12 +68,18 @@ async def find(session: AsyncSession, settings: Settings, model_id: str) -> Name
     return _trained(row)
 
 
+class NameTaken(ValueError):
+    """The name is that of another job's policy."""
+
+
 async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
-    """Offer a trained policy. Doing it twice is harmless, and what a user deleted stays deleted."""
+    """Offer a trained policy. Doing it twice is harmless, and what a user deleted stays deleted. Raises NameTaken."""
     row = insert(Model).values(
         id=model_id, source=source, root=job.model_root, job_id=job.id, project_id=job.project_id
     )
     await session.execute(row.on_conflict_do_nothing())
+    if (owner := await session.scalar(select(Model.job_id).where(Model.id == model_id))) != job.id:
+        raise NameTaken(f"'{model_id}' is a policy of {owner} already, and not of {job.id}")
 
 
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:

@@ -122,7 +122,8 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
     }
     hyperparameters = {**objective, **schedule}
-    integrations = Integrations.model_validate(row.spec.get("integrations", {}))  # which the oldest jobs lack
+    # Which the oldest jobs lack; those of another release may hold more than this one knows.
+    integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
     if rate := config["optim"]["learning_rate"]:
         hyperparameters["learning_rate"] = rate
     return {

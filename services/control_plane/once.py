@@ -30,13 +30,23 @@ TURN, SHARED_TURN = (
     select(Project, func.now().label("now"), take(NAME)).where(Project.id == bindparam("project_id"))
     for take in (func.pg_advisory_xact_lock, func.pg_advisory_xact_lock_shared)
 )
-NEWEST_OF_SAME = (
-    select(Answer)
-    .where(Answer.content == bindparam("content"), Answer.request == bindparam("request"))
-    .where(Answer.retry_count != bindparam("retry_count"))
-    .where(Answer.created_at > func.clock_timestamp() - bindparam("within", type_=Interval))
-    .order_by(Answer.id.desc())
+# Of every project: the admins of several may change one object.
+NEWEST_ABOUT = (
+    select(Answer.__table__)
+    .where(Answer.__table__.c.object_id == bindparam("object_id"))
+    .order_by(Answer.__table__.c.id.desc())
     .limit(1)
+    .subquery()
+)
+NEWEST_OF_SAME, STILL_THE_NEWEST = (
+    select(answers.c.body)
+    .where(answers.c.project_id == bindparam("project_id"), answers.c.request == bindparam("request"))
+    .where(answers.c.content == bindparam("content"))
+    .where(answers.c.retry_count != bindparam("retry_count"))
+    .where(answers.c.created_at > func.clock_timestamp() - bindparam("within", type_=Interval))
+    .order_by(answers.c.id.desc())
+    .limit(1)
+    for answers in (Answer.__table__, NEWEST_ABOUT)
 )
 
 
@@ -53,28 +63,32 @@ class Once:
         self,
         work: Callable[[AsyncSession], Awaitable[dict[str, Any]]],
         *,
+        changes: str | None = None,
         content: str | None = None,
         secret: str | None = None,
     ) -> JSONResponse:
         """The answer of `work`, or that of an earlier send of the same request.
 
-        `work` never commits; if it raises, nothing is kept. `content` stands for a body that is not JSON. The field
-        `secret` of the answer is told once and not kept: a later answer has null there.
+        `work` never commits; if it raises, nothing is kept. `changes` is the id of the object that it changes, None
+        where it makes one: a silent resend of a change acts again if the object was changed otherwise since.
+        `content` stands for a body that is not JSON. The field `secret` of the answer is told once and not kept: a
+        later answer has null there.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())
         async with self._store.begin() as session:
             if key is not None:
                 await self._take_key(session, key)
-                earlier = await self._answer_of(session, key, sent)
+                earlier = found.body if (found := await self._answer_of(session, key, sent)) else None
             else:
                 await self._take_turn(session, sent)
-                earlier = await self._newest_of_same(session, sent)
+                earlier = await self._earlier(session, sent, changes)
             if earlier is not None:
                 header = "x-raydpo-deduplicated" if key is None else "idempotent-replayed"
-                return JSONResponse(earlier.body, headers={header: "true"})
+                return JSONResponse(earlier, headers={header: "true"})
             body = await work(session)
             kept = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
+            kept.object_id = changes
             kept.body = body if secret is None else {**body, secret: None}
             append(session, kept)
             append(session, self._entry(body))
@@ -136,12 +150,19 @@ class Once:
         turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, about)).one()
         session.info.update(project=turn.Project, now=turn.now)
 
-    async def _newest_of_same(self, session: AsyncSession, sent: str) -> Answer | None:
+    async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
         """What another send led to. A first send is another's only if one of its resends overtook it on the way."""
         arrived = timedelta(seconds=time.monotonic() - self._began)
-        about = {"content": sent, "request": self._what, "retry_count": self._retry_count}
-        about["within"] = RESENT_WITHIN if self._retry_count else arrived
-        return (await session.scalars(NEWEST_OF_SAME, about)).first()
+        about: dict[str, Any] = {
+            "project_id": self._store.project_id,
+            "request": self._what,
+            "content": sent,
+            "retry_count": self._retry_count,
+            "within": RESENT_WITHIN if self._retry_count else arrived,
+            "object_id": changes,
+        }
+        final = changes is None or self._request.method == "DELETE"  # nothing undoes it
+        return await session.scalar(NEWEST_OF_SAME if final else STILL_THE_NEWEST, about)
 
 
 def _retry_count(request: Request) -> int:

@@ -44,7 +44,7 @@ def what_each_waits_for(
 
 def needs(job: Job, settings: Settings) -> dict[str, float]:
     """What the job's workers reserve."""
-    num_workers: int = job.spec["num_workers"]
+    num_workers = job.spec.get("num_workers", 1)  # a job that cannot be read ends when it is opened
     gpus = num_workers * settings.num_gpus_per_worker
     return {"CPU": float(num_workers)} | ({"GPU": gpus} if gpus else {})
 

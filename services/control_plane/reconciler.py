@@ -12,7 +12,7 @@ from contextlib import suppress
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.control_plane import attempts, deployments, jobs, journal, quotas, store, telemetry
+from services.control_plane import deployments, jobs, journal, quotas, store, telemetry
 from services.control_plane.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
 from services.control_plane.executor import Executor
 from services.control_plane.launcher import UNKNOWN, AttemptStatus, Launcher, ServeView, Submission
@@ -21,11 +21,13 @@ from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.sweeper import Sweeper
 from services.control_plane.tables import Attempt, Job
+from services.control_plane.trouble import TOLD_AFTER, TRIES, Patience, in_words, is_ours
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
+MODELS = "models"  # what patience calls them all
 AT_ONCE = 8  # jobs: what is slow for one keeps the others, and the lease, less than the sum of all
 UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
@@ -46,6 +48,7 @@ class Reconciler:
         self._store, self._launcher, self._settings = store, launcher, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
+        self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
         self._executor = Executor(store, launcher, settings, holder=holder)
         self._sweeper = Sweeper(store, launcher, settings)
@@ -114,7 +117,9 @@ class Reconciler:
     async def _look_at(
         self, job: Job, attempt: Attempt | None, waits_for: str | None, told: Mapping[str, Submission]
     ) -> None:
-        """One job's trouble is not the others': it is looked at again in the next tick."""
+        """One job's trouble is not the others': it is looked at again later."""
+        if not self._patience.is_due(job.id, job.version):
+            return
         try:
             if waits_for and job.observed == "queued":
                 await self._wait(job, waits_for)
@@ -122,10 +127,25 @@ class Reconciler:
             submission = told[attempt.submission_id] if attempt else UNKNOWN
             with journal.about(job_id=job.id, attempt=attempt.number if attempt else None):
                 await self._reconcile(job, attempt, submission, slot=waits_for is None)
-        except (jobs.Stale, SQLAlchemyError, httpx.HTTPError, OSError) as error:
+            self._patience.forget(job.id)
+        except jobs.Stale as error:
             log.warning("Job %s is left as it is for now: %s", job.id, error)
-        except Exception:
-            log.exception("Job %s is left as it is for now, and its trouble is ours", job.id)
+        except Exception as error:
+            await self._put_off(job, attempt, error)
+
+    async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
+        """The job is tried again later: without end while the world around is down, else a limited number of times."""
+        tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
+        log.warning("Job %s is left as it is for now (%d tries): %r", job.id, tries, error, exc_info=ours)
+        try:
+            if ours and tries >= TRIES:
+                await self._executor.abandon(job, attempt, in_words(error), tries)
+            elif tries == TOLD_AFTER:
+                async with self._store.begin() as session:
+                    message = f"The job's next step fails and is tried again: {in_words(error)}"
+                    jobs.tell(session, job.id, message, level="warn")
+        except Exception as trouble:  # the others come first; it is told at the next try
+            log.warning("Job %s could not be told of it: %r", job.id, trouble)
 
     def _sweep(self) -> None:
         """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
@@ -151,7 +171,7 @@ class Reconciler:
     async def _reconcile(self, job: Job, attempt: Attempt | None, submission: Submission, *, slot: bool) -> None:
         """One decision for one job, carried out. `submission` is Ray's word on the attempt."""
         status = submission.status
-        if attempt is not None and status == "running" and attempts.silent_seconds(attempt) > QUIET_SECONDS:
+        if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
             attempt = await self._executor.collect(job, attempt)
         async with self._store.begin() as session:
             history = await store.history(session, job.id)
@@ -177,12 +197,17 @@ class Reconciler:
             return False
         holds = None if status == "unknown" else status == "running"
         running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
-        return min(running, attempts.silent_seconds(attempt)) > HUNG_SECONDS
+        return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
     async def _serve_models(self, view: ServeView) -> None:
         """Make Ray Serve run what is wanted, and nothing else of ours."""
         present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.wanted(session, self._settings, present)
-        if {deployment.app_name for deployment in wanted} != present:
-            await self._launcher.serve(wanted)
+        names = {deployment.app_name for deployment in wanted}
+        version = hash(frozenset(names))
+        if names == present or not self._patience.is_due(MODELS, version):
+            return
+        self._patience.fail(MODELS, version)  # until Ray takes them
+        await self._launcher.serve(wanted)
+        self._patience.forget(MODELS)

@@ -31,6 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     InstrumentedAttribute,
@@ -268,6 +269,15 @@ def owns(session: AsyncSession, row: Owned) -> bool:
 def project_of(session: AsyncSession) -> str:
     """Whose session it is; one of the service's own has no project."""
     return str(session.info["project_id"])
+
+
+def refuses_value(error: DBAPIError) -> bool:
+    """Whether the database, or its driver, refuses a value: it would refuse it again.
+
+    Of SQLSTATE's classes 22 is for data, 23 for what rows promise, 54 for limits such as that of an index's row.
+    """
+    state = getattr(error.orig, "sqlstate", None) or ""
+    return isinstance(error, DataError) or state[:2] in ("22", "23", "54")
 
 
 async def ping(session: AsyncSession) -> None:

@@ -18,7 +18,7 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 from sqlalchemy import func, select, text, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.contract import Reading
@@ -128,8 +128,8 @@ class Surveyor:
         failed = False
         try:
             await self._check(row)
-        except (OSError, Died) as error:
-            log.warning("A check is tried again in %d s, others meanwhile: %s", RETRY_SECONDS, error)
+        except Exception as error:  # one file's trouble is not the others'
+            log.warning("A check is tried again in %d s, others meanwhile: %r", RETRY_SECONDS, error)
             failed = True
         finally:
             async with self._store.begin() as session:
@@ -162,11 +162,19 @@ class Surveyor:
             while not (await asyncio.wait({checking}, timeout=BEAT_SECONDS))[0]:
                 if not await self._beat(row, num_checked):
                     return
-            await self._write(row, **await checking, num_checked=row.num_bytes)
+            await self._conclude(row, **await checking)
         finally:
             checking.cancel()
-            with suppress(asyncio.CancelledError, Died, OSError):
-                await checking
+            await asyncio.gather(checking, return_exceptions=True)
+
+    async def _conclude(self, row: File, **found: Any) -> None:
+        try:
+            await self._write(row, **found, num_checked=row.num_bytes)
+        except DBAPIError as error:
+            if not store.refuses_value(error):
+                raise
+            refusal = "What its check found cannot be kept: it quotes a NUL character or the like; remove that."
+            await self._write(row, refusal=refusal, num_checked=row.num_bytes)
 
     async def _beat(self, row: File, num_checked: int) -> bool:
         """False where the check is another's now, or the file is gone."""

@@ -54,6 +54,8 @@ class Sweeper:
                 await sweep()
             except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 log.warning("A sweep failed and is tried again: %s", error)
+            except Exception:  # nobody watches this task, and the other sweeps go on
+                log.exception("A sweep failed, by a fault of ours, and is tried again")
 
     async def _expire_files(self) -> None:
         async with self._store.begin() as session:

@@ -10,16 +10,19 @@ from sqlalchemy import (
     CheckConstraint,
     ColumnElement,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
     Text,
     UniqueConstraint,
+    cast,
+    extract,
     func,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
 from services.contract import Reading
 
@@ -87,11 +90,13 @@ class Answer(Owned, Base):
     request: Mapped[str]  # sha256 of key id, method and path
     content: Mapped[str]  # sha256 of what was sent
     retry_count: Mapped[int]  # 0: the client's first send
+    object_id: Mapped[str | None]  # of what was changed; None: something was made
     body: Mapped[dict[str, Any]]
     __table_args__ = (
         UniqueConstraint("project_id", "idempotency_key"),
         Index("answers_by_content", "content", "created_at"),
         Index("answers_by_time", "created_at"),
+        Index("answers_by_object", "object_id", "id", postgresql_where=text("object_id IS NOT NULL")),
     )
 
 
@@ -222,6 +227,9 @@ class Attempt(Base):
     reference: Mapped[str | None]  # app_name that must be served until its scores are in
     outcome: Mapped[dict[str, Any] | None]  # its Succeeded, Failed or Paused report
     reported_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    silent_seconds: Mapped[float] = column_property(  # when it was read, since its last sign of life
+        cast(extract("epoch", func.clock_timestamp() - reported_at), Double)
+    )
     num_accelerators: Mapped[float] = mapped_column(default=0)
     ended_at: Mapped[datetime | None]
     failed: Mapped[bool] = mapped_column(default=False)  # died by itself: may count towards max_attempts
@@ -281,7 +289,7 @@ class Model(Owned, Base):
     """A trained policy, by the name that clients use. Base models live in the settings."""
 
     __tablename__ = "models"
-    id: Mapped[str] = mapped_column(primary_key=True)  # ft:base:org:suffix:xxxxxxxx[:ckpt-step-n]
+    id: Mapped[str] = mapped_column(primary_key=True)  # ft:base:org:suffix:job's digits[:ckpt-step-n]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     source: Mapped[str]  # storage URI of a Hugging Face folder
     root: Mapped[str]  # base model's name
@@ -312,7 +320,8 @@ class WebhookEndpoint(Owned, Base):
     event_types: Mapped[list[str]]
     secret: Mapped[str]
     old_secret: Mapped[str | None]
-    old_secret_until: Mapped[datetime | None]
+    old_secret_until: Mapped[datetime | None] = mapped_column()
+    old_secret_counts: Mapped[bool | None] = column_property(old_secret_until > func.clock_timestamp())  # when read
     disabled_at: Mapped[datetime | None]  # it answered that it is gone
     deleted_at: Mapped[datetime | None]
     __table_args__ = (Index("webhook_endpoints_by_time", "project_id", "created_at", "id"),)

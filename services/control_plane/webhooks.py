@@ -20,7 +20,7 @@ from standardwebhooks import Webhook
 from services import outbound
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.settings import Settings
-from services.control_plane.store import append
+from services.control_plane.store import append, now
 from services.control_plane.tables import TERMINAL, Job, Outbound, WebhookEndpoint
 from services.uri import InvalidUri, check
 
@@ -64,16 +64,16 @@ async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, A
     for name, value in differing.items():
         setattr(endpoint, name, value)
     if differing:
-        endpoint.updated_at = datetime.now(UTC)
+        endpoint.updated_at = await now(session)
     return endpoint
 
 
 async def rotate_secret(session: AsyncSession, endpoint_id: str, *, keep_old: bool) -> WebhookEndpoint:
-    endpoint, now = await find(session, endpoint_id, lock=True), datetime.now(UTC)
+    endpoint, at = await find(session, endpoint_id, lock=True), await now(session)
     endpoint.old_secret, endpoint.old_secret_until = (
-        (endpoint.secret, now + OLD_SECRET_KEPT) if keep_old else (None, None)
+        (endpoint.secret, at + OLD_SECRET_KEPT) if keep_old else (None, None)
     )
-    endpoint.secret, endpoint.updated_at = _new_secret(), now
+    endpoint.secret, endpoint.updated_at = _new_secret(), at
     return endpoint
 
 
@@ -125,14 +125,14 @@ def event(event_type: str, job_id: str) -> dict[str, Any]:
 
 def signed(endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
     """What is sent now, and its headers; with a second signature while an old secret is still active."""
-    now, content = datetime.now(UTC), json.dumps(body, separators=(",", ":"))
+    at, content = datetime.now(UTC), json.dumps(body, separators=(",", ":"))
     keys = [endpoint.secret]
-    if endpoint.old_secret and endpoint.old_secret_until and now < endpoint.old_secret_until:
+    if endpoint.old_secret and endpoint.old_secret_counts:
         keys.append(endpoint.old_secret)
     return content.encode(), {
         "content-type": "application/json",
         "user-agent": "raydpo-webhooks",
         "webhook-id": body["id"],
-        "webhook-timestamp": str(int(now.timestamp())),
-        "webhook-signature": " ".join(Webhook(key).sign(body["id"], now, content) for key in keys),
+        "webhook-timestamp": str(int(at.timestamp())),
+        "webhook-signature": " ".join(Webhook(key).sign(body["id"], at, content) for key in keys),
     }

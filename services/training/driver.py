@@ -18,10 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from services import forkserver, storage
-from services.contract import AttemptSpec, Died, Failed, Paused, Progress, Report, Succeeded
+from services.contract import (
+    WIRE,
+    AttemptAddress,
+    AttemptSpec,
+    Died,
+    Failed,
+    Paused,
+    Progress,
+    Report,
+    Succeeded,
+    first_error,
+)
 from services.forkserver.client import preload
 from services.training.dataset import Data, Dataset
 from services.training.deaths import cause_of
@@ -57,7 +69,11 @@ WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the l
 def main(spec_uri: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, and some are signed
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
+    written = storage.read_bytes(spec_uri)
+    try:
+        spec = read_spec(written)
+    except JobFailed as failure:
+        return refuse(AttemptAddress.model_validate_json(written), failure.report)
     keep_logs(spec.run_uri, spec.attempt, "driver")
     _keep_environment_to_itself()
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
@@ -80,6 +96,31 @@ def main(spec_uri: str) -> int:
         ):
             logger.warning("Not all events were shipped; the control plane finds them in the spool.")
     return STATUSES[outcome.kind]
+
+
+def read_spec(written: bytes) -> AttemptSpec:
+    """Raises JobFailed where another release wrote what this one does not understand."""
+    wire = AttemptAddress.model_validate_json(written).wire
+    try:
+        if wire <= WIRE:
+            return AttemptSpec.model_validate_json(written)
+        why = f"it is version {wire}, and the cluster's image reads up to {WIRE}"
+    except ValidationError as error:
+        why = first_error(error)
+    message = (
+        f"The cluster's image is of another release than the control plane and cannot read the attempt: {why}. "
+        "Its operator has to bring both to one release; then submit the job again."
+    )
+    raise JobFailed(Failed(code="release_mismatch", message=message))
+
+
+def refuse(address: AttemptAddress, report: Failed) -> int:
+    """Tell why this driver does not run the attempt."""
+    reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
+    reporter.report(report)
+    reporter.close(CLOSE_SECONDS)
+    logger.error("%s", report.message)
+    return STATUSES["failed"]
 
 
 def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:

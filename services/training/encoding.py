@@ -214,7 +214,9 @@ def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
 
 
 def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
-    return Dataset(uri=uri, parts=tuple(sorted((part for part in parts if part), key=lambda part: part.name)))
+    return Dataset(
+        uri=uri, parts=tuple(sorted((part for part in parts if part), key=lambda part: (len(part.name), part.name)))
+    )
 
 
 def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:

@@ -17,7 +17,7 @@ import ray
 from services import spool, storage, tracing
 from services.contract import (
     Alive,
-    AttemptSpec,
+    AttemptAddress,
     Desired,
     Died,
     Failed,
@@ -36,6 +36,7 @@ from services.training.stretches import Stretches
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_SEGMENT = 500
+BYTES_PER_SEGMENT = 2**18  # and one event: the control plane refuses posts above `max_json_bytes`, again and again
 POST_TIMEOUT_SECONDS = 10.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 15.0
 HEARTBEAT_SECONDS = 3.0  # between posts
@@ -90,7 +91,7 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 class Reporter:
     """One per attempt, because it numbers the events; in a job it is a Ray actor that driver and workers call."""
 
-    def __init__(self, spec: AttemptSpec, token: str, *, period_seconds: float = 1.0) -> None:
+    def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
         if storage.list_uris(self.spool_uri):
             raise FileExistsError(
@@ -172,8 +173,12 @@ class Reporter:
         return arrived
 
     def _next_segment(self) -> tuple[str, bytes]:
+        events: list[tuple[int, bytes]] = []
+        num_bytes = 0
         with self._changed:
-            events = [self._pending.popleft() for _ in range(min(len(self._pending), EVENTS_PER_SEGMENT))]
+            while self._pending and len(events) < EVENTS_PER_SEGMENT and num_bytes < BYTES_PER_SEGMENT:
+                events.append(self._pending.popleft())
+                num_bytes += len(events[-1][1])
         uri = spool.segment_uri(self._run_uri, self._attempt, events[0][0])
         return uri, b'{"events":[' + b",".join(event for _, event in events) + b"]}"
 

@@ -136,7 +136,9 @@ def is_gated(result: StepResult, spec: AttemptSpec) -> bool:
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
     """The URI of the newest checkpoint that is complete and undamaged."""
-    for uri in reversed(storage.list_uris(storage.join(run_uri, "checkpoints"))):
+    checkpoints = storage.join(run_uri, "checkpoints")
+    for name in sorted(storage.list_folders(checkpoints), key=_step_of, reverse=True):
+        uri = storage.join(checkpoints, name)
         if not storage.exists(storage.join(uri, storage.MANIFEST)):
             continue  # its attempt died while publishing
         try:
@@ -147,6 +149,11 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
         else:
             return uri
     return None
+
+
+def _step_of(name: str) -> int:
+    """Of a checkpoint's folder, whose number may be wider than its zeros."""
+    return int(name.removeprefix("step-"))
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:

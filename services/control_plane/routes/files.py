@@ -139,7 +139,7 @@ async def delete(once: OncePart, file_id: str) -> Response:
         removed.append(await files.remove(session, file_id))
         return deleted("file", file_id)
 
-    answer = await once.act(remove)
+    answer = await once.act(remove, changes=file_id)
     for row in removed:
         await files.remove_bytes(row.uri)
     return answer

@@ -119,7 +119,7 @@ async def _wish(
     async def act(session: AsyncSession) -> dict[str, Any]:
         return job_object(await wish(session, job_id, caller.key_id), settings)
 
-    return await once.act(act)
+    return await once.act(act, changes=job_id)
 
 
 @router.post("/{job_id}/cancel")

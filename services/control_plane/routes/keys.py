@@ -66,4 +66,4 @@ async def revoke(once: OncePart, caller: CallerPart, key_id: str) -> Response:
     async def act(session: AsyncSession) -> dict[str, Any]:
         return key_object(await keys.revoke(session, caller, key_id))
 
-    return await once.act(act)
+    return await once.act(act, changes=key_id)

@@ -39,7 +39,7 @@ async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Respo
         removed.append(model)
         return deleted("model", model_id)
 
-    answer = await once.act(remove)
+    answer = await once.act(remove, changes=model_id)
     for model in removed:
         await anyio.to_thread.run_sync(storage.delete, model.source)
     return answer

@@ -31,7 +31,7 @@ async def create(once: OncePart, settings: SettingsPart, model_id: str, body: Sh
         rows = await permissions.grant(session, model, body.project_ids)
         return listing([permission_object(row) for row in rows], False)
 
-    return await once.act(grant)
+    return await once.act(grant, changes=model_id)
 
 
 @router.get("")
@@ -66,4 +66,4 @@ async def delete(once: OncePart, settings: SettingsPart, model_id: str, permissi
         await permissions.revoke(session, await models.find_own(session, settings, model_id), permission_id)
         return deleted("checkpoint.permission", permission_id)
 
-    return await once.act(revoke)
+    return await once.act(revoke, changes=model_id)

@@ -59,7 +59,7 @@ async def update(once: OncePart, caller: CallerPart, project_id: str, body: Upda
         values = body.model_dump(exclude_unset=True)
         return project_object(await projects.update(session, caller, project_id, values))
 
-    return await once.act(change)
+    return await once.act(change, changes=project_id)
 
 
 @router.post("/{project_id}/archive")
@@ -69,4 +69,4 @@ async def archive(once: OncePart, caller: CallerPart, project_id: str) -> Respon
     async def act(session: AsyncSession) -> dict[str, Any]:
         return project_object(await projects.archive(session, caller, project_id))
 
-    return await once.act(act)
+    return await once.act(act, changes=project_id)

@@ -65,7 +65,7 @@ async def complete(
         return upload_object(row, row.state, file)
 
     async with request.app.state.joining:
-        answer = await once.act(join)
+        answer = await once.act(join, changes=upload_id)
     await files.remove_bytes(uploads.folder(upload_id, settings))
     return answer
 
@@ -76,6 +76,6 @@ async def cancel(once: OncePart, settings: SettingsPart, upload_id: str) -> Resp
         row = await uploads.cancel(session, upload_id)
         return upload_object(row, row.state, None)
 
-    answer = await once.act(end)
+    answer = await once.act(end, changes=upload_id)
     await files.remove_bytes(uploads.folder(upload_id, settings))
     return answer

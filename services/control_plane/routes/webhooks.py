@@ -101,7 +101,7 @@ async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body:
     async def change(session: AsyncSession) -> dict[str, Any]:
         return webhook_object(await webhooks.change(session, endpoint_id, values))
 
-    return await once.act(change)
+    return await once.act(change, changes=endpoint_id)
 
 
 @router.delete("/webhook_endpoints/{endpoint_id}")
@@ -110,7 +110,7 @@ async def delete(once: OncePart, endpoint_id: str) -> Response:
         await webhooks.remove(session, endpoint_id)
         return deleted("webhook_endpoint.deleted", endpoint_id)
 
-    return await once.act(remove)
+    return await once.act(remove, changes=endpoint_id)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/rotate_secret")
@@ -120,7 +120,7 @@ async def rotate_secret(once: OncePart, endpoint_id: str, body: RotateSecret | N
     async def rotate(session: AsyncSession) -> dict[str, Any]:
         return webhook_object(await webhooks.rotate_secret(session, endpoint_id, keep_old=keep_old), with_secret=True)
 
-    return await once.act(rotate)
+    return await once.act(rotate, changes=endpoint_id)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/test")

@@ -167,6 +167,22 @@ def test_a_failure_is_told_and_tried_again_when_it_is_old(ray: FakeRay, ask: Any
     assert len(ray.submissions) == 2
 
 
+@pytest.mark.parametrize(
+    ("answer", "code", "words"),
+    [
+        ((400, "ValueError: no such runtime_env"), "check_refused", "Ray refuses the check: ValueError: no such"),
+        ((500, "No available agent"), "cluster_unavailable", "Try again in"),
+    ],
+)
+def test_a_check_that_ray_does_not_launch_is_not_told_to_be_running(
+    ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch, answer: tuple[int, str], code: str, words: str
+) -> None:
+    monkeypatch.setattr(ray, "post", lambda path, body: answer)
+    found = ask(model="tiny")
+    assert (found.status_code, found.json()["error"]["code"]) == (503, code)
+    assert words in found.json()["error"]["message"]
+
+
 def test_a_cluster_that_does_not_answer_is_unavailable(ray: FakeRay, ask: Any) -> None:
     ray.down = True
     answer = ask(model="tiny")

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import openai
@@ -14,7 +14,7 @@ from services.contract import JobEvent, Message
 from services.control_plane import attempts, live
 from services.control_plane.live import Live
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import Store, newest_events
 from tests.services.control_plane.conftest import API_KEY, pairs
 
 NUM_STREAMS = 300
@@ -139,6 +139,44 @@ def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
         await hub.close()
         for stream in streams:
             assert b"[DONE]" not in b"".join([frame async for frame in stream])
+        task.cancel()
+
+    run(settings, work)
+
+
+def test_a_stream_that_joins_while_the_last_one_leaves_misses_nothing(
+    settings: Settings, job_id: str, base_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a look at the job, whose query takes a moment here."""
+    looking, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(*arguments: Any, **options: Any) -> Any:
+        looking.set()
+        await go_on.wait()
+        return await newest_events(*arguments, **options)
+
+    async def read(stream: AsyncGenerator[bytes], last: int) -> list[int]:
+        found: list[int] = []
+        async with asyncio.timeout(30):
+            while last not in found:
+                found += [int(match) for match in NUMBER.findall(await anext(stream))]
+        return found
+
+    async def work(store: Store) -> None:
+        hub = Live(store, settings)
+        task = asyncio.create_task(hub.run())
+        await report(store, settings, job_id, range(10))
+        leaving = hub.follow(job_id, 0)
+        assert await read(leaving, 9) == list(range(10))
+        monkeypatch.setattr(live, "newest_events", slowly)
+        await report(store, settings, job_id, range(10, 15))
+        await looking.wait()
+        await leaving.aclose()
+        joining = hub.follow(job_id, 0)
+        await anext(joining)
+        go_on.set()
+        assert await read(joining, 14) == list(range(15))
+        await joining.aclose()
         task.cancel()
 
     run(settings, work)

@@ -11,7 +11,8 @@ import psycopg
 import pytest
 
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import API_KEY, pairs
+from services.control_plane.tables import DEFAULT_PROJECT
+from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_project, pairs
 
 
 class DroppingProxy:
@@ -157,3 +158,64 @@ def test_sends_at_the_same_moment_make_one_job(client: openai.OpenAI, base_url: 
     assert all(answer.headers["retry-after-ms"] == "250" for answer in answers if answer.status_code == 409)
     assert len(job_ids(client)) == before + 2
     assert len({answer.json()["id"] for answer in answers if answer.status_code == 200}) == 2
+
+
+def resent(api: httpx.Client, path: str, body: Any = None, *, count: int = 1) -> httpx.Response:
+    """The client's send after `count` that were lost on their way."""
+    return api.post(path, json=body, headers={"x-stainless-retry-count": str(count)})
+
+
+def test_a_resend_of_a_change_acts_again_once_its_opposite_was_done(api: httpx.Client, file_id: str) -> None:
+    body = {"model": "tiny", "training_file": file_id, "method": {"type": "dpo"}}
+    job = f"/fine_tuning/jobs/{api.post('/fine_tuning/jobs', json=body).json()['id']}"
+    for counts in ((0,), (1, 2), (1,)):  # of (1, 2) the first one's answer is lost
+        for wish, status in (("pause", "paused"), ("resume", "queued")):
+            answers = [resent(api, f"{job}/{wish}", count=count) for count in counts]
+            assert [answer.json()["status"] for answer in answers] == [status for _ in counts]
+            assert [answer.headers.get("x-raydpo-deduplicated") for answer in answers] == [None, "true"][: len(counts)]
+            assert api.get(job).json()["status"] == status
+    assert resent(api, f"{job}/cancel").json()["status"] == "cancelled"
+    assert resent(api, f"{job}/cancel", count=2).json()["status"] == "cancelled"
+
+
+def test_a_resent_limit_is_the_projects_whichever_admin_set_another_one_since(api: httpx.Client, base_url: str) -> None:
+    project = f"/x/projects/{new_project(api, 'resent')}"
+    other = new_key(api, scopes=["read", "write", "admin"])["value"]
+    with api_of(base_url, other) as another:
+        for asking, limit, count in ((api, 1, 0), (another, 9, 0), (api, 1, 1)):
+            answer = resent(asking, project, {"max_running_jobs": limit}, count=count)
+            assert answer.json()["max_running_jobs"] == api.get(project).json()["max_running_jobs"] == limit
+
+
+def test_a_resent_rotation_rotates_once_and_a_resent_name_is_the_endpoints(api: httpx.Client) -> None:
+    wanted = {"name": "n", "url": "https://example.com/hook", "event_types": ["fine_tuning.job.succeeded"]}
+    endpoint = f"/webhook_endpoints/{api.post('/webhook_endpoints', json=wanted).json()['id']}"
+    first, second = (resent(api, f"{endpoint}/rotate_secret", count=count) for count in (1, 2))
+    assert first.json()["signing_secret"] == second.json()["signing_secret"]
+    for name, count in (("m", 0), ("n", 0), ("m", 1)):
+        assert (
+            resent(api, endpoint, {"name": name}, count=count).json()["name"]
+            == api.get(endpoint).json()["name"]
+            == name
+        )
+    gone = [api.request("DELETE", endpoint, headers={"x-stainless-retry-count": str(count)}) for count in (0, 1)]
+    assert [answer.status_code for answer in gone] == [200, 200]
+    assert resent(api, endpoint, {"name": "m"}).status_code == 404, "a change of what was deleted since is not answered"
+
+
+def test_a_resent_permission_is_granted_again_after_it_was_revoked(
+    api: httpx.Client, settings: Settings, file_id: str
+) -> None:
+    body = {"model": "tiny", "training_file": file_id, "method": {"type": "dpo"}}
+    job_id, friend = api.post("/fine_tuning/jobs", json=body).json()["id"], new_project(api, "friend")
+    with psycopg.connect(settings.database_url) as rows:
+        row = ("ft:tiny:raydpo::shared", DEFAULT_PROJECT, "/m", "tiny", job_id)
+        rows.execute("INSERT INTO models (id, project_id, source, root, job_id) VALUES (%s, %s, %s, %s, %s)", row)
+    path = "/fine_tuning/checkpoints/ft:tiny:raydpo::shared/permissions"
+    granted = resent(api, path, {"project_ids": [friend]}, count=0).json()["data"][0]["id"]
+    headers = {"x-stainless-retry-count": "0"}
+    assert api.request("DELETE", f"{path}/{granted}", headers=headers).status_code == 200
+    assert resent(api, path, {"project_ids": [friend]}).json()["data"][0]["id"] != granted
+    again = api.request("DELETE", f"{path}/{granted}", headers=headers | {"x-stainless-retry-count": "1"})
+    assert again.status_code == 200, "what is deleted stays so: its resend gets the first one's answer"
+    assert len(api.get(path).json()["data"]) == 1

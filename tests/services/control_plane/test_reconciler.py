@@ -911,24 +911,3 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
     ticks(settings, 2)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
-
-
-def test_a_job_that_cannot_be_understood_keeps_no_other_waiting(
-    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
-) -> None:
-    settings = settings.model_copy(update={"max_running_jobs": 2})
-    file_id = client.fine_tuning.jobs.retrieve(job_id).training_file
-    other = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method={"type": "dpo"}).id
-    with psycopg.connect(settings.database_url, autocommit=True) as connection:
-        (spec,) = connection.execute("SELECT spec::text FROM jobs WHERE id = %s", [job_id]).fetchone() or ("",)
-        connection.execute("UPDATE jobs SET spec = spec || '{\"unknown\": 1}' WHERE id = %s", [job_id])
-        ticks(settings, 2)
-        connection.execute("UPDATE jobs SET spec = %s WHERE id = %s", [spec, job_id])
-    assert list(ray.jobs) == [f"{other}-1"]
-    ticks(settings, 1)
-    assert list(ray.jobs) == [f"{other}-1", f"{job_id}-1"]
-    for each in (job_id, other):
-        spool(settings, each, 1, reports(settings, each))
-        ray.jobs[f"{each}-1"] = "SUCCEEDED"
-    ticks(settings, 2)
-    assert {client.fine_tuning.jobs.retrieve(each).status for each in (job_id, other)} == {"succeeded"}

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import openai
 import psycopg
 import pytest
 
-from services.control_plane import jobs
+from services.control_plane import jobs, webhooks
 from services.control_plane.sender import AT_ONCE_TO_ONE, LONGEST_PAUSE_SECONDS, Sender, pause_seconds
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store, migrate
-from services.control_plane.tables import Job
+from services.control_plane.tables import Job, WebhookEndpoint
 from tests.services.control_plane.conftest import EVENT_TYPES, FAILED, pairs
 from tests.services.receiver import Behaviour, Received, Receiver
 
@@ -240,6 +241,29 @@ def test_a_rotated_secret_signs_beside_the_old_one_for_a_day(
     for message, secret in ((alone, made.signing_secret), (newest, new.signing_secret)):
         with pytest.raises(openai.InvalidWebhookSignatureError):
             unwrap(client, message, secret)
+
+
+def test_how_long_an_old_secret_counts_is_told_by_the_databases_clock_alone(
+    client: openai.OpenAI, settings: Settings, endpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica that sends is two days ahead."""
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Ahead":
+            return cls.fromtimestamp(time.time() + 2 * 86400, tz)
+
+    async def num_signatures() -> int:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            row = await session.get_one(WebhookEndpoint, made.id)
+        await store.close()
+        return len(webhooks.signed(row, {"id": "evt_1"})[1]["webhook-signature"].split())
+
+    made = endpoint("/one")
+    client.webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
+    monkeypatch.setattr(webhooks, "datetime", Ahead)
+    assert asyncio.run(num_signatures()) == 2
 
 
 @pytest.mark.slow

@@ -1,14 +1,20 @@
 """Whose rows a project's session sees and changes, however the statement is written."""
 
 import asyncio
+import secrets
+from datetime import UTC, datetime
 
 import psycopg
 import pytest
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import aliased
 
-from services.control_plane.store import Store, migrate
-from services.control_plane.tables import Model
+from services.control_plane import deployments
+from services.control_plane.errors import Unavailable
+from services.control_plane.models import NamedModel
+from services.control_plane.store import Store, migrate, refuses_value
+from services.control_plane.tables import Model, Project
 
 OWN, SHARED, FOREIGN = "ft:own", "ft:shared", "ft:foreign"
 
@@ -52,3 +58,51 @@ def test_a_shared_model_is_read_and_only_an_own_one_changed(store: Store) -> Non
         await store.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("a\0b", True), (secrets.token_hex(10_000), True), ("sound", False)],
+    ids=["NUL", "too long for an index", "fine"],
+)
+def test_a_value_that_is_refused_is_told_from_a_database_that_is_away(
+    database_url: str, name: str, refused: bool
+) -> None:
+    async def write(store: Store) -> bool:
+        try:
+            async with store.begin() as session:
+                await session.execute(insert(Project).values(id=f"proj_{name[:9]}", name=name))
+        except DBAPIError as error:
+            return refuses_value(error)
+        finally:
+            await store.close()
+        return False
+
+    migrate(database_url)
+    assert asyncio.run(write(Store(database_url))) is refused
+    assert asyncio.run(write(Store("postgresql://nobody@127.0.0.1:1/none"))) is False
+
+
+def test_no_model_is_served_under_the_name_of_another_ones_application(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names differ in 32 bits of a digest; here they are the same."""
+    monkeypatch.setattr(NamedModel, "app_name", "tiny-12345678")
+    at = datetime.now(UTC)
+    one, other = (NamedModel(f"ft:{name}", f"s3://b/{name}", "tiny", at) for name in ("one", "other"))
+
+    migrate(database_url)
+    store = Store(database_url)
+
+    async def use(model: NamedModel) -> None:
+        async with store.begin() as session:
+            await deployments.use(session, model)
+
+    async def use_both() -> None:
+        await use(one)
+        await use(one)
+        with pytest.raises(Unavailable, match="'ft:other' cannot be served while another model has the name"):
+            await use(other)
+        await store.close()
+
+    asyncio.run(use_both())

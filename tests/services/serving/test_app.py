@@ -27,9 +27,12 @@ def build() -> Callable[[dict[str, object]], object]:
     return build
 
 
-def test_an_unknown_field_is_refused(build: Callable[[dict[str, object]], object]) -> None:
-    with pytest.raises(ValidationError, match="max_tokens"):
-        build(DEPLOYMENT | {"max_tokens": 5})
+def test_a_field_of_another_release_is_ignored_and_a_wrong_value_refused(
+    build: Callable[[dict[str, object]], object],
+) -> None:
+    build(DEPLOYMENT | {"max_tokens": 5})
+    with pytest.raises(ValidationError, match="dtype"):
+        build(DEPLOYMENT | {"dtype": "int3"})
 
 
 def test_one_and_a_half_gpus_are_refused(build: Callable[[dict[str, object]], object]) -> None:

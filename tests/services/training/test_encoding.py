@@ -16,6 +16,7 @@ from dpo_core.options import Simpo, Supervised
 from services import storage
 from services.contract import AttemptSpec, InvalidRows, Message, Progress, Report
 from services.training import dataset, encoding
+from services.training.dataset import Part
 from services.training.encoding import Encoded, Piece, encode, encode_piece, recipe_of, refuse_unusable, split, tell
 from services.training.reporting import JobFailed
 from tests.dpo_core.conftest import build_tokenizer
@@ -402,3 +403,9 @@ def test_rows_that_hold_special_tokens_in_their_text_are_named(
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
     warning = "2 of 4 pairs hold special tokens of the model in their text, which it reads as such (line 2, 4)."
     assert reports[-1] == Message(level="warn", message=warning)
+
+
+def test_parts_stand_in_the_order_of_their_numbers_however_many_digits_these_have() -> None:
+    names = ["99999.parquet", "100000.parquet", "100001.parquet"]
+    parts = [Part(name=name, num_rows=1, num_groups=1, num_tokens=1, sha256="") for name in reversed(names)]
+    assert [part.name for part in encoding._dataset("s3://b/encoded", parts).parts] == names

@@ -1,3 +1,4 @@
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,8 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from services import spool, storage
-from services.contract import AttemptSpec, Message, Progress, Report
-from services.training import reporting
+from services.contract import LONGEST_TEXT, WIRE, AttemptSpec, Failed, Message, Progress, Report
+from services.training import driver, reporting
 from services.training.reporting import Reporter, progress
 from tests.conftest import Disk
 
@@ -189,13 +190,51 @@ def test_an_attempt_number_is_used_once(spec: AttemptSpec, control_plane: Any) -
         Reporter(spec, control_plane.token)
 
 
-def test_text_that_is_no_unicode_fails_its_reporter_and_leaves_no_gap(spec: AttemptSpec, control_plane: Any) -> None:
+def test_text_that_is_no_unicode_is_told_as_far_as_it_is(spec: AttemptSpec, control_plane: Any) -> None:
+    reporter = Reporter(spec, control_plane.token)
+    reporter.report(Message(message="half \ud800 a face"))
+    reporter.report(Failed(code="c", message="a\0b"))
+    assert reporter.close(timeout_seconds=10)
+    assert control_plane.reports() == [Message(message="half ? a face"), Failed(code="c", message="a\ufffdb")]
+
+
+def test_long_reports_are_shipped_in_posts_that_the_control_plane_takes(spec: AttemptSpec, control_plane: Any) -> None:
+    reporter = Reporter(spec, control_plane.token)
+    for number in range(300):
+        reporter.report(Message(message=f"{number} {'ü' * LONGEST_TEXT}"))
+    assert reporter.close(timeout_seconds=30)
+    assert control_plane.seqs() == list(range(300))
+    assert max(len(batch.model_dump_json()) for batch in control_plane.posts) < 2**19
+
+
+def test_a_report_that_cannot_be_written_fails_its_reporter_and_leaves_no_gap(
+    spec: AttemptSpec, control_plane: Any
+) -> None:
     reporter = Reporter(spec, control_plane.token)
     with pytest.raises(ValueError, match="surrogate"):
-        reporter.report(Message(message="\ud800"))
+        reporter.report(Progress(stage="\ud800", done=0, total=1))
     reporter.report(Message(message="fine"))
     reporter.close(timeout_seconds=10)
     assert spooled(reporter) == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"wire": WIRE + 1, "config": "unlike any before"}, f"it is version {WIRE + 1}, and the cluster's image reads"),
+        ({"num_workers": "many"}, "num_workers: Input should be a valid integer"),
+    ],
+    ids=["newer", "unreadable"],
+)
+def test_a_driver_of_another_release_says_that_it_cannot_read_its_spec(
+    spec: AttemptSpec, control_plane: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any, why: str
+) -> None:
+    monkeypatch.setenv(driver.TOKEN_VARIABLE, control_plane.token)
+    uri = (tmp_path / "spec.json").as_uri()
+    storage.write_bytes(uri, json.dumps(json.loads(spec.model_dump_json()) | change).encode())
+    assert driver.main(uri) == 1
+    (report,) = control_plane.reports()
+    assert (report.kind, report.code, why in report.message) == ("failed", "release_mismatch", True)
 
 
 def test_progress_is_told_in_a_sentence_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

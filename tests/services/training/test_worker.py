@@ -82,6 +82,15 @@ def test_the_newest_complete_checkpoint_is_resumed(checkpoints: list[str], make_
     assert reports == []
 
 
+def test_the_newest_checkpoint_is_that_of_the_highest_step_however_many_digits_it_has(
+    checkpoints: list[str], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec()
+    for place, step in ((1, 999_999), (0, 1_000_000)):
+        storage.publish(storage.fetch(checkpoints[place]), checkpoint_uri(spec, step))
+    assert newest_checkpoint(spec.run_uri, tmp_path, lambda report: None) == checkpoint_uri(spec, 1_000_000)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     checkpoints: list[str], make_spec: MakeSpec, tmp_path: Path
 ) -> None:
