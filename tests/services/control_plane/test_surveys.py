@@ -101,7 +101,7 @@ def test_what_a_check_found_and_the_database_refuses_is_a_refusal_of_the_file(
     client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
-    monkeypatch.setattr(surveys, "survey_file", lambda uri: {"report": {"a\0b": 1}, "refusal": None})
+    monkeypatch.setattr(surveys, "survey_file", lambda uri, reading: {"report": {"a\0b": 1}, "refusal": None})
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         rows.execute("UPDATE files SET report = NULL WHERE id = %s", [file.id])
     found = client.files.wait_for_processing(file.id, poll_interval=0.2, max_wait_seconds=60)
