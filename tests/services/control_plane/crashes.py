@@ -137,11 +137,11 @@ class Balancer(Proxy):
         return None
 
 
-def environment(database_url: str, storage_folder: Path, balancer: Balancer) -> dict[str, str]:
+def environment(database_url: str, storage_url: str, balancer: Balancer) -> dict[str, str]:
     return {
         "DATABASE_URL": database_url,
         "RAYDPO_API_KEY": API_KEY,
-        "RAYDPO_STORAGE_URL": storage_folder.as_uri(),
+        "RAYDPO_STORAGE_URL": storage_url,
         "RAYDPO_ADVERTISED_URL": balancer.url,
         "RAYDPO_MAX_RUNNING_JOBS": "8",
     }
