@@ -7,10 +7,11 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+import psycopg
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, InternalError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
 from services import storage
@@ -47,7 +48,7 @@ from services.control_plane.routes.dependencies import admit, check_query
 from services.control_plane.schemas import refused
 from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import STATEMENT_SECONDS, Store
 from services.control_plane.surveys import Surveyor
 from services.control_plane.telemetry import AUTH_FAILURES
 
@@ -71,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(OSError, _on_full_disk)
-    for error in (OperationalError, InterfaceError, TimeoutError):
+    for error in (OperationalError, InterfaceError, InternalError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
     app.add_middleware(Limits, settings=settings)
@@ -82,7 +83,10 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings = app.state.settings
-    store, launcher = Store(settings.database_url), Launcher(settings)
+    store = Store(
+        settings.database_url, direct_url=settings.database_direct_url, connections=settings.database_connections
+    )
+    launcher = Launcher(settings)
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
     app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
@@ -142,8 +146,11 @@ async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
-    """The database is down, or all connections to it are taken: the client comes back by itself."""
+    """The database is down or takes no writes, or all connections to it are taken: the client comes back by itself."""
     log.warning("The database does not answer: %s", error)
+    if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.errors.QueryCanceled):
+        message = f"The request waited {STATEMENT_SECONDS} seconds for another on the same object; nothing was changed."
+        return Unavailable(message, retry_after=30, code="database_unavailable").response()
     message = "The database does not answer; nothing was changed."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()
 

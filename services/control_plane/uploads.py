@@ -14,6 +14,7 @@ from services.control_plane import files, surveys
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.files import Stored
 from services.control_plane.settings import Settings
+from services.control_plane.store import wait_long
 from services.control_plane.tables import File, Upload, UploadPart
 
 PENDING_FOR = timedelta(hours=1)
@@ -89,6 +90,7 @@ async def complete(
         return row, await file_of(session, row)
     check_pending(row, state, "completed")
     parts = await _in_order(session, row, part_ids)
+    await wait_long(session)
     stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
     async with files.removed_unless_named(stored):
         if md5 is not None and stored.md5 != md5.lower():
