@@ -20,6 +20,7 @@ from urllib.parse import quote
 from pyarrow import fs
 
 MANIFEST = "manifest.json"
+UNSENT = 32 * 2**20  # bytes of an object that are held in memory at most
 LARGEST_COPY = 5 * 2**30  # bytes of an object that S3 copies by itself
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -69,8 +70,13 @@ def write_stream(uri: str, source: BinaryIO) -> None:
 def _write_object(filesystem: fs.FileSystem, path: str, source: BinaryIO) -> None:
     # Left to itself, Arrow packs what is called .gz once more.
     sink = filesystem.open_output_stream(path, compression=None)
+    written = 0
     try:
-        shutil.copyfileobj(source, sink, 1 << 20)
+        while piece := source.read(1 << 20):
+            sink.write(piece)
+            if (written := written + len(piece)) >= UNSENT:
+                sink.flush()  # or a source that is faster than the network would come to lie in memory
+                written = 0
         sink.close()  # now the object appears
     except BaseException:
         # Arrow offers no way to give an object up: to close its stream, or to free it, completes what was written.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs
 
@@ -121,6 +122,20 @@ def test_a_slow_storage_is_waited_for(s3: S3) -> None:
     s3.proxy.delay_seconds = 0.05
     storage.write_bytes(uri, b"whole")
     assert storage.read_bytes(uri) == b"whole"
+
+
+def test_what_a_slow_storage_has_not_taken_yet_is_not_held_in_memory(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "UNSENT", 5 * 2**20)
+    s3.proxy.delay_seconds = 0.003
+    held = []
+
+    class Source(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            held.append(pa.default_memory_pool().bytes_allocated())
+            return super().read(size)
+
+    storage.write_stream(storage.join(s3.new_folder(), "f"), Source(bytes(50 * 2**20)))
+    assert max(held) - held[0] < 30 * 2**20
 
 
 @pytest.mark.parametrize("largest_copy", [storage.LARGEST_COPY, 3])
