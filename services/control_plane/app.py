@@ -48,7 +48,7 @@ from services.control_plane.routes.dependencies import admit, check_query
 from services.control_plane.schemas import refused
 from services.control_plane.sender import Sender
 from services.control_plane.settings import Settings
-from services.control_plane.store import STATEMENT_SECONDS, Store
+from services.control_plane.store import Store
 from services.control_plane.surveys import Surveyor
 from services.control_plane.telemetry import AUTH_FAILURES
 
@@ -149,7 +149,7 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
     """The database is down or takes no writes, or all connections to it are taken: the client comes back by itself."""
     log.warning("The database does not answer: %s", error)
     if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.errors.QueryCanceled):
-        message = f"The request waited {STATEMENT_SECONDS} seconds for another on the same object; nothing was changed."
+        message = "The request waited too long for another that works on the same; nothing was changed."
         return Unavailable(message, retry_after=30, code="database_unavailable").response()
     message = "The database does not answer; nothing was changed."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 from sqlalchemy import (
     URL,
     BigInteger,
@@ -100,7 +101,9 @@ def _url(database_url: str, *, limits: bool = False) -> URL:
 
 
 def _conninfo(url: URL) -> str:
-    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+    """For psycopg itself. As a URL it would read a space that SQLAlchemy wrote as a plus."""
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    return make_conninfo(**arguments)
 
 
 def migrate(database_url: str) -> None:

@@ -16,14 +16,14 @@ class Proxy:
     `cut_after`: so many bytes of a client are passed on, then its connection is ended.
     """
 
-    def __init__(self, target: tuple[str, int] | str | None = None) -> None:
+    def __init__(self, target: tuple[str, int] | str | None = None, *, host: str = "127.0.0.1") -> None:
         self.refusing, self.delay_seconds = False, 0.0
         self.cut_after: int | None = None
         self._target = target
         self._passing: set[asyncio.Event] = set()  # of each connection
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=1000))
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, host, 0, backlog=1000))
         self.port = int(self._server.sockets[0].getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._loop.run_forever)

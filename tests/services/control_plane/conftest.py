@@ -160,8 +160,9 @@ def settings(offline: Settings) -> Settings:
     return offline
 
 
-@pytest.fixture(scope="module")
-def base_url(settings: Settings) -> Iterator[str]:
+@contextmanager
+def answering(settings: Settings) -> Iterator[str]:
+    """The control plane in this process; its URL."""
     migrate(settings.database_url)
     port = free_port()
     app = create_app(settings)
@@ -170,9 +171,17 @@ def base_url(settings: Settings) -> Iterator[str]:
     thread.start()
     while not server.started:
         assert thread.is_alive()
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def base_url(settings: Settings) -> Iterator[str]:
+    with answering(settings) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
