@@ -30,6 +30,11 @@ def is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in FULL
 
 
+def is_away(error: BaseException) -> bool:
+    """Whether a storage that is no local disk does not answer, or refuses: Arrow has words for that, and no number."""
+    return type(error) is OSError and error.errno is None
+
+
 def join(uri: str, *parts: str) -> str:
     """`parts` below `uri`. They are names, not URIs: what must be escaped in a URI is escaped here."""
     if "://" not in uri:

@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(OSError, _on_full_disk)
+    app.add_exception_handler(OSError, _on_storage_error)
     for error in (OperationalError, InterfaceError, InternalError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
@@ -137,12 +137,16 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
 
 
-async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
-    if not storage.is_full(error):
-        raise error
-    log.error("Storage or TMPDIR is full: %s", error)
-    message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
-    return Unavailable(message, retry_after=30, code="storage_full").response()
+async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
+    if storage.is_full(error):
+        log.error("Storage or TMPDIR is full: %s", error)
+        message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
+        return Unavailable(message, retry_after=30, code="storage_full").response()
+    if storage.is_away(error):
+        log.error("Storage does not answer, or refuses: %s", error)
+        message = "The service's storage does not answer. Nothing of the request was kept; send it again."
+        return Unavailable(message, retry_after=5, code="storage_unavailable").response()
+    raise error
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:

@@ -91,7 +91,11 @@ async def complete(
     check_pending(row, state, "completed")
     parts = await _in_order(session, row, part_ids)
     await wait_long(session)
-    stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
+    try:
+        stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
+    except FileNotFoundError:
+        message = f"The bytes of a part of {row.id} are gone from storage; create another upload and send all parts."
+        raise InvalidRequest(message, param="part_ids") from None
     async with files.removed_unless_named(stored):
         if md5 is not None and stored.md5 != md5.lower():
             message = f"The parts have the MD5 {stored.md5}, not {md5:.64}; send the damaged ones again."

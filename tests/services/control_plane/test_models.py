@@ -8,6 +8,7 @@ import pytest
 
 from services import storage
 from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import pairs
 from tests.services.control_plane.test_sweeper import sweep
 from tests.services.s3 import S3
 
@@ -28,6 +29,19 @@ def test_base_models_are_listed_and_stay(client: openai.OpenAI) -> None:
     assert client.models.retrieve("tiny").object == "model"
     with pytest.raises(openai.PermissionDeniedError, match="base model"):
         client.models.delete("tiny")
+
+
+@pytest.mark.slow
+def test_while_storage_does_not_answer_requests_are_to_be_sent_again(client: openai.OpenAI, s3: S3) -> None:
+    kept = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    s3.proxy.refusing = True
+    s3.proxy.cut()
+    with pytest.raises(openai.InternalServerError, match="storage does not answer") as refused:
+        client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    assert (refused.value.status_code, refused.value.code) == (503, "storage_unavailable")
+    s3.proxy.pass_on()
+    assert [file.id for file in client.files.list()] == [kept.id]
+    assert client.files.content(kept.id).read() == pairs()
 
 
 def train(rows: psycopg.Connection, settings: Settings, job_id: str) -> list[str]:

@@ -91,6 +91,15 @@ def test_nothing_is_left_of_a_refused_completion(client: openai.OpenAI, settings
     assert len(parts_of(settings, upload_id)) == 1
 
 
+def test_parts_that_are_gone_from_storage_are_to_be_sent_again(client: openai.OpenAI, settings: Settings) -> None:
+    upload_id = begin(client)
+    part = send(client, upload_id, DATA)
+    storage.delete(storage.join(settings.storage_url, "uploads", upload_id))  # as the database says that was restored
+    with pytest.raises(openai.BadRequestError, match=f"a part of {upload_id} are gone") as refused:
+        client.uploads.complete(upload_id, part_ids=[part])
+    assert refused.value.param == "part_ids"
+
+
 def test_completing_again_or_at_the_same_moment_gives_one_file(client: openai.OpenAI) -> None:
     upload_id = begin(client)
     part_id = send(client, upload_id, DATA)
