@@ -75,18 +75,23 @@ def write_stream(uri: str, source: BinaryIO) -> None:
 def _write_object(filesystem: fs.FileSystem, path: str, source: BinaryIO) -> None:
     # Left to itself, Arrow packs what is called .gz once more.
     sink = filesystem.open_output_stream(path, compression=None)
-    written = 0
+    written, sending = 0, False
     try:
         while piece := source.read(1 << 20):
+            sending = True
             sink.write(piece)
             if (written := written + len(piece)) >= UNSENT:
                 sink.flush()  # or a source that is faster than the network would come to lie in memory
                 written = 0
+            sending = False
+        sending = True
         sink.close()  # now the object appears
-    except BaseException:
-        # Arrow offers no way to give an object up: to close its stream, or to free it, completes what was written.
-        # So the stream is never freed. What stood there stays; the bucket's rules remove the parts that were sent.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
+    except BaseException as error:
+        # Arrow offers no way to give an object up: to close its stream, or to free it, completes what was written,
+        # unless sending it failed. So the stream is never freed. What stood there stays; the bucket's rules remove
+        # the parts that were sent.
+        if not (sending and isinstance(error, OSError)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
         raise
 
 

@@ -111,9 +111,12 @@ def test_a_storage_that_goes_away_while_it_is_written_keeps_what_was_there(s3: S
                 s3.proxy.cut()
             return super().read(size)
 
+    before = pa.default_memory_pool().bytes_allocated()
     with pytest.raises(OSError, match="AWS Error"):
         storage.write_stream(uri, Source(bytes(24 * 2**20)))
     s3.proxy.pass_on()
+    gc.collect()
+    assert pa.default_memory_pool().bytes_allocated() == before
     assert storage.read_bytes(uri) == b"whole"
 
 

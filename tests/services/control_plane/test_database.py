@@ -278,7 +278,7 @@ def test_a_transaction_in_which_nothing_happens_is_ended_unless_it_has_said_so(d
     async def idle(*, said: bool) -> None:
         async with store.begin() as session:
             await (wait_long if said else check)(session)
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.4)
             await session.execute(text("SELECT 1"))
 
     async def run() -> None:
