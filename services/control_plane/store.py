@@ -106,8 +106,12 @@ def _conninfo(url: URL) -> str:
     return make_conninfo(**arguments)
 
 
+class PoolerUrl(ValueError):
+    """It leads to a pooler, which can neither be listened to nor told limits; the message says what to set."""
+
+
 def migrate(database_url: str) -> None:
-    """Bring the database to the newest schema. Safe to run from several replicas at once."""
+    """Bring the database to the newest schema. Safe to run from several replicas at once. Raises PoolerUrl."""
     if _is_newest(database_url):
         return
     from alembic import command  # as large as the rest of a start, which seldom needs it
@@ -121,7 +125,14 @@ def migrate(database_url: str) -> None:
 
 def _is_newest(database_url: str) -> bool:
     newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
-    with psycopg.connect(_conninfo(_url(database_url))) as connection:
+    try:
+        connected = psycopg.connect(_conninfo(_url(database_url, limits=True)))
+    except psycopg.OperationalError as error:
+        if "startup parameter" not in str(error):
+            raise
+        message = "DATABASE_URL leads to a PgBouncer; set DATABASE_DIRECT_URL to the URL of the server itself, too."
+        raise PoolerUrl(message) from error
+    with connected as connection:
         if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
             return False
         return connection.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)

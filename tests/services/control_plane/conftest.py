@@ -163,7 +163,7 @@ def settings(offline: Settings) -> Settings:
 @contextmanager
 def answering(settings: Settings) -> Iterator[str]:
     """The control plane in this process; its URL."""
-    migrate(settings.database_url)
+    migrate(settings.database_direct_url or settings.database_url)
     port = free_port()
     app = create_app(settings)
     server = Server(app, host="127.0.0.1", port=port, log_level="warning")

@@ -21,7 +21,7 @@ from sqlalchemy.exc import InternalError
 
 from services.control_plane import store
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store, check, migrate, wait_long
+from services.control_plane.store import PoolerUrl, Store, check, migrate, wait_long
 from services.local.postgres import start_postgres, stop_postgres
 from tests.services.control_plane.conftest import API_KEY, answering, api_of, free_port, pair, pairs
 from tests.services.proxy import Proxy
@@ -226,6 +226,8 @@ def answers(url: str) -> bool:
 
 
 def test_behind_a_pgbouncer_all_works(pgbouncer: str, offline: Settings) -> None:
+    with pytest.raises(PoolerUrl, match="set DATABASE_DIRECT_URL"):
+        migrate(pgbouncer)
     settings = {"database_url": pgbouncer, "database_direct_url": offline.database_url}
     migrate(offline.database_url)
     with (
