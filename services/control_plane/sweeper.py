@@ -98,8 +98,8 @@ class Sweeper:
         ages = await self._ages("trash")
         async with self._store.begin() as session:
             alive = select(File.id).where(_among(File.id, list(ages)), File.deleted_at.is_(None))
-            named = set(await session.scalars(alive.limit(MOST)))
-        for name in named:
+            named = set(await session.scalars(alive))
+        for name in list(named)[:MOST]:
             await self._move(name, "trash", "files")
         old = [name for name, seconds in ages.items() if seconds > TRASH_SECONDS and name not in named]
         await _remove([self._place("trash", name) for name in old[:MOST]])

@@ -15,6 +15,7 @@ from moto.backends import get_backend
 from psycopg.types.json import Jsonb
 
 from services import storage
+from services.control_plane import sweeper
 from services.control_plane.launcher import Launcher
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -116,6 +117,21 @@ def test_the_trash_is_kept_for_a_month(settings: Settings) -> None:
     write(settings, "trash", "file-new", days=29)
     sweep(settings)
     assert stored(settings, "trash") == ["file-new"]
+
+
+def test_what_a_row_names_is_never_deleted_from_the_trash(
+    client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeper, "MOST", 1)
+    named = {create(client), create(client)}
+    for name in named:
+        place, trash = (storage.join(settings.storage_url, folder, name) for folder in ("files", "trash"))
+        storage.move(place, trash)
+        age(settings, "trash", name, days=31)
+    for _ in named:
+        assert named <= {*stored(settings, "files"), *stored(settings, "trash")}
+        sweep(settings)
+    assert named <= set(stored(settings, "files"))
 
 
 def test_parts_are_removed_with_their_upload(
