@@ -4,6 +4,7 @@ Folders that must be whole as well (checkpoints, prepared data) carry a `manifes
 `publish` writes last: a folder without one is not there yet.
 """
 
+import ctypes
 import errno
 import hashlib
 import io
@@ -19,12 +20,19 @@ from urllib.parse import quote
 from pyarrow import fs
 
 MANIFEST = "manifest.json"
+UNSENT = 32 * 2**20  # bytes of an object that are held in memory at most
+LARGEST_COPY = 5 * 2**30  # bytes of an object that S3 copies by itself
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_full(error: BaseException) -> bool:
     """Whether there is no room for what was written."""
     return getattr(error, "errno", None) in FULL
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether a storage that is no local disk does not answer, or refuses: Arrow has words for that, and no number."""
+    return type(error) is OSError and error.errno is None
 
 
 def join(uri: str, *parts: str) -> str:
@@ -49,9 +57,7 @@ def write_stream(uri: str, source: BinaryIO) -> None:
     """Copies what is left to read of `source` to `uri`."""
     filesystem, path = _resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
-        # An object appears when its stream is closed. Left to itself, Arrow packs what is called .gz once more.
-        with filesystem.open_output_stream(path, compression=None) as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+        _write_object(filesystem, path, source)
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +70,29 @@ def write_stream(uri: str, source: BinaryIO) -> None:
         beside.rename(target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _write_object(filesystem: fs.FileSystem, path: str, source: BinaryIO) -> None:
+    # Left to itself, Arrow packs what is called .gz once more.
+    sink = filesystem.open_output_stream(path, compression=None)
+    written, sending = 0, False
+    try:
+        while piece := source.read(1 << 20):
+            sending = True
+            sink.write(piece)
+            if (written := written + len(piece)) >= UNSENT:
+                sink.flush()  # or a source that is faster than the network would come to lie in memory
+                written = 0
+            sending = False
+        sending = True
+        sink.close()  # now the object appears
+    except BaseException as error:
+        # Arrow offers no way to give an object up: to close its stream, or to free it, completes what was written,
+        # unless sending it failed. So the stream is never freed. What stood there stays; the bucket's rules remove
+        # the parts that were sent.
+        if not (sending and isinstance(error, OSError)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
+        raise
 
 
 def read_bytes(uri: str) -> bytes:
@@ -120,6 +149,22 @@ def delete(uri: str) -> None:
         filesystem.delete_dir(path)
     elif kind == fs.FileType.File:
         filesystem.delete_file(path)
+
+
+def move(uri: str, target: str) -> None:
+    """Moves a file within one storage. Its age counts from now on."""
+    filesystem, path = _resolve(uri)
+    _, goal = _resolve(target)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        Path(goal).parent.mkdir(parents=True, exist_ok=True)
+        os.utime(path)
+        os.rename(path, goal)
+    elif _info(uri).size > LARGEST_COPY:
+        with open_input(uri) as source:
+            write_stream(target, source)
+        filesystem.delete_file(path)
+    else:
+        filesystem.move(path, goal)
 
 
 def publish(folder: Path, uri: str) -> None:

@@ -21,6 +21,11 @@ from tests import figures, reaper
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    where = "where the control plane's tests keep files: a local folder, or a bucket on an S3 server of the tests"
+    parser.addoption("--storage", choices=["local", "s3"], default="local", help=where)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return  # one of several processes, which inherits the mark

@@ -9,10 +9,11 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import psycopg
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, InternalError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
 from services import storage
@@ -72,8 +73,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(OSError, _on_full_disk)
-    for error in (OperationalError, InterfaceError, TimeoutError):
+    app.add_exception_handler(OSError, _on_storage_error)
+    for error in (OperationalError, InterfaceError, InternalError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
     app.add_middleware(Limits, settings=settings)
@@ -84,7 +85,9 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings = app.state.settings
-    store = Store(settings.database_url)
+    store = Store(
+        settings.database_url, direct_url=settings.database_direct_url, connections=settings.database_connections
+    )
     launcher = Launcher(settings, store.instance)
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
@@ -144,19 +147,26 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
 
 
-async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
-    if not storage.is_full(error):
-        raise error
-    log.error("Storage or TMPDIR is full: %s", error)
-    message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
-    return Unavailable(message, retry_after=30, code="storage_full").response()
+async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
+    if storage.is_full(error):
+        log.error("Storage or TMPDIR is full: %s", error)
+        message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
+        return Unavailable(message, retry_after=30, code="storage_full").response()
+    if storage.is_away(error):
+        log.error("Storage does not answer, or refuses: %s", error)
+        message = "The service's storage does not answer. Nothing of the request was kept; send it again."
+        return Unavailable(message, retry_after=5, code="storage_unavailable").response()
+    raise error
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
-    """The database is down, or all connections to it are taken: the client comes back by itself."""
+    """The database is down or takes no writes, or all connections to it are taken: the client comes back by itself."""
     if isinstance(error, DBAPIError) and refuses_value(error):
         return await _on_data_error(request, error)
     log.warning("The database does not answer: %s", error)
+    if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.errors.QueryCanceled):
+        message = "The request waited too long for another that works on the same; nothing was changed."
+        return Unavailable(message, retry_after=30, code="database_unavailable").response()
     message = "The database does not answer; nothing was changed."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()
 

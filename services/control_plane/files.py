@@ -86,12 +86,14 @@ async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
             await remove_bytes(stored.uri)
 
 
-async def remove_bytes(uri: str) -> None:
-    """Where it fails, the sweeper removes them later."""
+async def remove_bytes(uri: str) -> bool:
+    """Whether they are gone. If not, the sweeper removes them later."""
     try:
         await anyio.to_thread.run_sync(storage.delete, uri)
     except OSError as error:
         log.warning("What is deleted still lies at %s: %s", uri, error)
+        return False
+    return True
 
 
 def clean_name(name: str, param: str) -> str:

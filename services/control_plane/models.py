@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.settings import Settings
 from services.control_plane.store import owns
-from services.control_plane.tables import TERMINAL, CheckpointPermission, Job, Model
+from services.control_plane.tables import TERMINAL, Checkpoint, CheckpointPermission, Job, Model
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
 
 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Stop offering a trained policy, unless a job still trains from it; those it was shared with lose it, too."""
+    """Stop offering a trained policy, unless a job still needs it; those it was shared with lose it, too.
+
+    The caller removes its bytes after the commit.
+    """
     row = await find_own(session, settings, model_id)
     jobs = Job.__table__.c  # of every project: those it was shared with have jobs, too
     using = select(jobs.id, jobs.project_id).where(
@@ -103,6 +106,18 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
     if (job := (await session.execute(using.limit(1))).first()) is not None:
         name = job.id if job.project_id == row.project_id else "a job of a project that it is shared with"
         raise InvalidRequest(f"'{model_id}' is the start of {name}, which has not ended; it must end first.")
+    if model_id == await _resumed_from(session, row.job_id):
+        message = (
+            f"{row.job_id} has not ended and would go on from '{model_id}', its newest checkpoint; cancel it first."
+        )
+        raise InvalidRequest(message)
     await session.execute(delete(CheckpointPermission).where(CheckpointPermission.model_id == model_id))
     row.deleted_at = datetime.now(UTC)
     return _trained(row)
+
+
+async def _resumed_from(session: AsyncSession, job_id: str) -> str | None:
+    """The model of the checkpoint that the job's next attempt begins with; None where there will be none."""
+    newest = select(Checkpoint.model_id).join(Job, Job.id == Checkpoint.job_id)
+    newest = newest.where(Job.id == job_id, Job.observed.not_in(TERMINAL)).order_by(Checkpoint.step.desc())
+    return await session.scalar(newest.limit(1))

@@ -32,6 +32,16 @@ class Settings(BaseSettings):
     home: Path = Field(default=Path("~/.raydpo"), description="state of the embedded stack; settings file raydpo.toml")
     settings_file: Path | None = Field(default=None, description="TOML; None: raydpo.toml in home")
     database_url: str = Field(validation_alias="DATABASE_URL", description="postgresql://…")
+    database_direct_url: str | None = Field(
+        default=None,
+        validation_alias="DATABASE_DIRECT_URL",
+        description="of the server itself, where database_url is that of a PgBouncer in transaction mode",
+    )
+    database_connections: int = Field(
+        default=30,
+        gt=4,
+        description="of one process at most, beside one that listens; each upload being joined holds one",
+    )
     storage_url: str = Field(description="file://, s3:// or gs:// folder of files, runs and models")
     api_key: SecretStr
     advertised_url: str = Field(description="where training inside the cluster reaches this service")

@@ -1,5 +1,8 @@
 """The database, and the queries that more than one noun asks. They take an open session and never commit."""
 
+import asyncio
+import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -9,7 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 from sqlalchemy import (
+    URL,
     BigInteger,
     ColumnElement,
     Select,
@@ -30,7 +35,7 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
@@ -62,17 +67,54 @@ from services.control_plane.tables import (
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
-MAX_CONNECTIONS = 30  # of one process, beside one for each channel that it listens on
+STATEMENT_SECONDS = 30  # then the server gives a statement up, also where it waits for a lock
+IDLE_SECONDS = 60  # then the server ends a transaction in which nothing happens
+ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # then a server that does not answer is taken for lost
+RECYCLE_SECONDS = 1800  # then a connection is replaced: the server's name may lead elsewhere by now
+
+# Either end of a connection notices within seconds that the other has vanished; and only a server that takes writes is
+# one, so that after a failover no connection is made to what is a standby now.
+CONNECTING = {
+    "connect_timeout": "5",
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "target_session_attrs": "read-write",
+}
+SERVER_LIMITS = {
+    "statement_timeout": f"{STATEMENT_SECONDS}s",
+    "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
 
 Row = TypeVar("Row", bound=Base)
 
 
-def _sqlalchemy_url(database_url: str) -> str:
-    return make_url(database_url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+def _url(database_url: str, *, limits: bool = False) -> URL:
+    """With what is said above, unless the URL says otherwise. `limits`: those of the server, which no pooler takes."""
+    url = make_url(database_url).set(drivername="postgresql+psycopg")
+    query = {**CONNECTING, **url.query}
+    if limits:
+        options = [f"-c {name}={value}" for name, value in SERVER_LIMITS.items()]
+        query["options"] = " ".join([*options, str(query.get("options", ""))])  # of two values the last one counts
+    return url.set(query=query)
+
+
+def _conninfo(url: URL) -> str:
+    """For psycopg itself. As a URL it would read a space that SQLAlchemy wrote as a plus."""
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    return make_conninfo(**arguments)
+
+
+class PoolerUrl(ValueError):
+    """It leads to a pooler, which can neither be listened to nor told limits; the message says what to set."""
 
 
 def migrate(database_url: str) -> None:
-    """Bring the database to the newest schema. Safe to run from several replicas at once."""
+    """Bring the database to the newest schema. Safe to run from several replicas at once. Raises PoolerUrl."""
     if _is_newest(database_url):
         return
     from alembic import command  # as large as the rest of a start, which seldom needs it
@@ -80,33 +122,62 @@ def migrate(database_url: str) -> None:
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    config.attributes["database_url"] = _sqlalchemy_url(database_url)
+    config.attributes["database_url"] = _url(database_url).render_as_string(hide_password=False)
     command.upgrade(config, "head")
 
 
 def _is_newest(database_url: str) -> bool:
     newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
-    with psycopg.connect(database_url) as connection:
+    try:
+        connected = psycopg.connect(_conninfo(_url(database_url, limits=True)))
+    except psycopg.OperationalError as error:
+        if "startup parameter" not in str(error):
+            raise
+        message = "DATABASE_URL leads to a PgBouncer; set DATABASE_DIRECT_URL to the URL of the server itself, too."
+        raise PoolerUrl(message) from error
+    with connected as connection:
         if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
             return False
         return connection.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)
 
 
-class Store:
-    """The database: a pool of connections, one transaction per `begin`."""
+class _Connection(psycopg.AsyncConnection[Any]):
+    """It is lost where the server does not answer, though whatever stands between still takes what is sent."""
 
-    def __init__(self, database_url: str) -> None:
+    async def wait(self, *args: Any, **kwargs: Any) -> Any:
+        late = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._hang_up)
+        try:
+            return await super().wait(*args, **kwargs)
+        finally:
+            late.cancel()
+
+    def _hang_up(self) -> None:
+        with socket.socket(fileno=os.dup(self.pgconn.socket)) as own:
+            own.shutdown(socket.SHUT_RDWR)
+
+
+class Store:
+    """The database: a pool of connections, one transaction per `begin`.
+
+    `direct_url`: of the server itself, where `database_url` is a pooler's that gives a connection away after each
+    transaction, as PgBouncer does.
+    """
+
+    def __init__(self, database_url: str, *, direct_url: str | None = None, connections: int = 30) -> None:
+        pooled: dict[str, Any] = {} if direct_url is None else {"prepare_threshold": None}
         # The first error of a connection that died with the database drops all of them from the pool.
         self._engine = create_async_engine(
-            _sqlalchemy_url(database_url),
-            pool_size=MAX_CONNECTIONS,
+            _url(database_url, limits=direct_url is None),
+            pool_size=connections,
             max_overflow=0,  # what it opens it keeps: to connect takes longer than a request
-            connect_args={"connect_timeout": 10},
+            pool_recycle=RECYCLE_SECONDS,
+            connect_args={"async_creator_fn": _Connection.connect, **pooled},
         )
+        event.listen(self._engine.sync_engine, "handle_error", _drop_a_standby)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._database_url = database_url
         self._instance: str | None = None
+        self._listen_url = _url(direct_url or database_url)
 
     @property
     def pool(self) -> QueuePool:
@@ -137,9 +208,8 @@ class Store:
 
         Raises psycopg.OperationalError when the connection is lost.
         """
-        options: dict[str, Any] = {"application_name": f"raydpo {channel}", "connect_timeout": 10}
-        options["tcp_user_timeout"] = 10_000  # a database that vanished is noticed
-        connect = psycopg.AsyncConnection.connect(self._database_url, autocommit=True, **options)
+        url = _conninfo(self._listen_url)
+        connect = _Connection.connect(url, autocommit=True, application_name=f"raydpo {channel}")
         async with await connect as connection:
             await connection.execute(f"LISTEN {channel}")
             while True:
@@ -157,6 +227,12 @@ class Store:
 
     async def close(self) -> None:
         await self._engine.dispose()
+
+
+def _drop_a_standby(context: ExceptionContext) -> None:
+    """A server that takes no writes any more has been replaced by another: its connections are of no use."""
+    if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+        context.is_disconnect = True
 
 
 @dataclass(frozen=True)
@@ -280,8 +356,14 @@ def refuses_value(error: DBAPIError) -> bool:
     return isinstance(error, DataError) or state[:2] in ("22", "23", "54")
 
 
-async def ping(session: AsyncSession) -> None:
-    await session.execute(text("SELECT 1"))
+async def wait_long(session: AsyncSession) -> None:
+    """The server lets the transaction be, however long nothing happens in it."""
+    await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+
+
+async def check(session: AsyncSession) -> None:
+    """Raises SQLAlchemyError where the database takes no writes."""
+    await hold_lease(session, "readyz", "readyz", seconds=60)
 
 
 async def page(

@@ -11,8 +11,9 @@ from datetime import timedelta
 
 import anyio.to_thread
 import httpx
-from sqlalchemy import delete, func, select
+from sqlalchemy import ARRAY, ColumnElement, Text, any_, delete, func, literal, select, update
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import InstrumentedAttribute
 
 from services import storage
 from services.control_plane import files, once, uploads
@@ -20,13 +21,14 @@ from services.control_plane.launcher import Launcher
 from services.control_plane.orphans import stop_orphans
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
-from services.control_plane.tables import File, Lease, Outbound, Upload
+from services.control_plane.tables import File, Lease, Model, Outbound, Upload
 
 log = logging.getLogger(__name__)
 
 MOST = 100  # rows, or files in storage, that one sweep removes
 OUTBOX_KEPT = timedelta(days=30)
 GRACE_SECONDS = 86_400  # an older file that no row names is not about to get one
+TRASH_SECONDS = 30 * 86_400  # a database is restored to no earlier moment
 
 
 class Sweeper:
@@ -39,7 +41,9 @@ class Sweeper:
             (30, self._expire_uploads),
             (60, self._stop_orphans),
             (600, self._forget),
-            (3600, self._remove_orphans),
+            (600, self._remove_models),
+            (3600, self._put_away),
+            (3600, self._empty_trash),
             (3600, self._remove_parts),
         ]
         self._swept = [float("-inf")] * len(self._sweeps)
@@ -78,22 +82,67 @@ class Sweeper:
             await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
             await session.execute(sent)
 
-    async def _remove_orphans(self) -> None:
-        """Bytes of files that were deleted, or whose row was never written."""
-        folder = storage.join(self._settings.storage_url, "files")
-        listed = await anyio.to_thread.run_sync(storage.list_ages, folder)
-        old = [name for name, age in listed if age > GRACE_SECONDS]
+    async def _put_away(self) -> None:
+        """Bytes that no row names go to the trash; those of a deleted file, and of a write that broke off, for good."""
+        ages = await self._ages("files")
+        old = [name for name, seconds in ages.items() if seconds > GRACE_SECONDS]
         async with self._store.begin() as session:
-            known = set(await session.scalars(select(File.id).where(File.deleted_at.is_(None))))
-        await _remove([storage.join(folder, name) for name in old if name not in known][:MOST])
+            named = set(await session.scalars(select(File.id).where(_among(File.id, old), File.deleted_at.is_(None))))
+            unnamed = [name for name in old if name not in named][:MOST]
+            deleted = set(await session.scalars(select(File.id).where(_among(File.id, unnamed))))
+        over = [name for name in unnamed if name in deleted or name.startswith(".")]
+        await _remove([self._place("files", name) for name in over])
+        for name in set(unnamed) - set(over):
+            await self._move(name, "files", "trash")
+
+    async def _empty_trash(self) -> None:
+        """What a row names goes back: the database was restored, twice. What is old goes for good."""
+        ages = await self._ages("trash")
+        async with self._store.begin() as session:
+            alive = select(File.id).where(_among(File.id, list(ages)), File.deleted_at.is_(None))
+            named = set(await session.scalars(alive))
+        for name in list(named)[:MOST]:
+            await self._move(name, "trash", "files")
+        old = [name for name, seconds in ages.items() if seconds > TRASH_SECONDS and name not in named]
+        await _remove([self._place("trash", name) for name in old[:MOST]])
 
     async def _remove_parts(self) -> None:
-        """Parts of uploads that have ended."""
-        folder = storage.join(self._settings.storage_url, "uploads")
-        listed = await anyio.to_thread.run_sync(storage.list_uris, folder)
+        """Parts of uploads that have ended; of those that the database does not know, when they are old."""
+        listed = await anyio.to_thread.run_sync(storage.list_folders, self._place("uploads"))
         async with self._store.begin() as session:
-            pending = set(await session.scalars(select(Upload.id).where(Upload.state == "pending")))
-        await _remove([uri for uri in listed if uri.rsplit("/", 1)[-1] not in pending][:MOST])
+            rows = await session.execute(select(Upload.id, Upload.state).where(_among(Upload.id, listed)))
+            states = {row.id: row.state for row in rows}
+        over = [name for name in listed if states.get(name, "pending") != "pending"]
+        for name in set(listed) - set(states):
+            ages = await self._ages("uploads", name)
+            if min(ages.values(), default=GRACE_SECONDS + 1) > GRACE_SECONDS:
+                over.append(name)
+        await _remove([self._place("uploads", name) for name in over[:MOST]])
+
+    async def _remove_models(self) -> None:
+        """Bytes of deleted models, where they were not removed at once."""
+        left = select(Model).where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
+        async with self._store.begin() as session:
+            models = list(await session.scalars(left.order_by(Model.deleted_at).limit(MOST)))
+        gone = [model.id for model in models if await files.remove_bytes(model.source)]
+        async with self._store.begin() as session:
+            await session.execute(update(Model).where(Model.id.in_(gone)).values(removed_at=func.now()))
+
+    def _place(self, *names: str) -> str:
+        return storage.join(self._settings.storage_url, *names)
+
+    async def _ages(self, *folder: str) -> dict[str, float]:
+        """The files of a folder, with the seconds since each was written."""
+        return dict(await anyio.to_thread.run_sync(storage.list_ages, self._place(*folder)))
+
+    async def _move(self, name: str, folder: str, target: str) -> None:
+        log.warning("Moving %s from %s to %s", name, folder, target)
+        await anyio.to_thread.run_sync(storage.move, self._place(folder, name), self._place(target, name))
+
+
+def _among(column: InstrumentedAttribute[str], names: list[str]) -> ColumnElement[bool]:
+    """As `in_`, of which a statement takes 65,535."""
+    return column == any_(literal(names, ARRAY(Text)))
 
 
 async def _remove(uris: list[str]) -> None:

@@ -295,6 +295,10 @@ class Model(Owned, Base):
     root: Mapped[str]  # base model's name
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     deleted_at: Mapped[datetime | None]
+    removed_at: Mapped[datetime | None]  # its bytes, after it was deleted
+    __table_args__ = (
+        Index("models_to_remove", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND removed_at IS NULL")),
+    )
 
 
 class CheckpointPermission(Base):

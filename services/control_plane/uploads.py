@@ -14,6 +14,7 @@ from services.control_plane import files, surveys
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.files import Stored
 from services.control_plane.settings import Settings
+from services.control_plane.store import wait_long
 from services.control_plane.tables import File, Upload, UploadPart, reading_of
 
 PENDING_FOR = timedelta(hours=1)
@@ -89,7 +90,12 @@ async def complete(
         return row, await file_of(session, row)
     check_pending(row, state, "completed")
     parts = await _in_order(session, row, part_ids)
-    stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
+    await wait_long(session)
+    try:
+        stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
+    except FileNotFoundError:
+        message = f"The bytes of a part of {row.id} are gone from storage; create another upload and send all parts."
+        raise InvalidRequest(message, param="part_ids") from None
     async with files.removed_unless_named(stored):
         if md5 is not None and stored.md5 != md5.lower():
             message = f"The parts have the MD5 {stored.md5}, not {md5:.64}; send the damaged ones again."

@@ -26,7 +26,7 @@ def minimal() -> dict[str, Any]:
 def full() -> dict[str, Any]:
     """Every group of values, changed."""
     return {
-        "database": {"existingSecret": "postgres", "key": "url"},
+        "database": {"existingSecret": "postgres", "key": "url", "directKey": "direct-url"},
         "storage": {
             "url": "gs://bucket/raydpo",
             "existingSecret": "bucket",

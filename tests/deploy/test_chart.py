@@ -132,6 +132,7 @@ def test_the_chart_takes_the_settings_that_it_does_not_make_itself(chart: helm_p
         "home",
         "settings_file",
         "database_url",
+        "database_direct_url",
         "storage_url",
         "api_key",
         "advertised_url",
@@ -308,7 +309,16 @@ def test_the_migration_needs_nothing_of_the_release(manifests: list[Manifest]) -
     spec = job["spec"]["template"]["spec"]
     assert "serviceAccountName" not in spec
     assert [set(volume) for volume in spec["volumes"]] == [{"name", "emptyDir"}]
-    assert set(environment(job["spec"]["template"])) == {"DATABASE_URL"}
+    assert set(environment(job["spec"]["template"])) - {"DATABASE_DIRECT_URL"} == {"DATABASE_URL"}
+
+
+def test_a_database_behind_a_pooler_is_migrated_and_listened_to_directly(
+    render: Render, minimal: dict[str, Any], full: dict[str, Any]
+) -> None:
+    for template in (one(render(full), "Job")["spec"]["template"], pod_templates(render(full))["control-plane"]):
+        direct = environment(template)["DATABASE_DIRECT_URL"]
+        assert direct["valueFrom"]["secretKeyRef"] == {"name": "postgres", "key": "direct-url"}
+    assert "DATABASE_DIRECT_URL" not in environment(pod_templates(render(minimal))["control-plane"])
 
 
 def test_settings_that_change_restart_the_control_plane(render: Render, minimal: dict[str, Any]) -> None:

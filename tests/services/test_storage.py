@@ -1,17 +1,26 @@
-"""Files at URIs, on the local filesystem; `fetch` also from a filesystem that is not local."""
+"""Files at URIs, on the local filesystem and on S3."""
 
+import gc
+import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs
 
 from services import storage
+from tests.services.s3 import S3
 
 
-@pytest.fixture(params=["path", "file://"])
+@pytest.fixture(params=["path", "file://", "s3://"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    root = tmp_path / "with space, 100% and #"
-    return str(root) if request.param == "path" else root.as_uri()
+    name = "with space, 100% and #"
+    if request.param == "s3://":
+        return storage.join(request.getfixturevalue("s3").new_folder(), name)
+    return str(tmp_path / name) if request.param == "path" else (tmp_path / name).as_uri()
 
 
 def test_what_is_written_is_read_again(folder: str) -> None:
@@ -44,14 +53,108 @@ def test_join_keeps_a_filesystems_options_at_the_end() -> None:
     assert storage.join("/b/c/", "d e") == "/b/c/d e"
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    class Broken:
-        def read(self, size: int) -> bytes:
-            raise OSError("the disk is gone")
+class Broken(io.RawIOBase):
+    """Breaks after so many MiB."""
 
-    with pytest.raises(OSError, match="gone"):
-        storage.write_stream(str(tmp_path / "f"), Broken())  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []
+    def __init__(self, megabytes: int) -> None:
+        self._left = megabytes
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._left:
+            raise OSError("the source is gone")
+        self._left -= 1
+        return b"x" * 2**20
+
+
+@pytest.mark.parametrize("megabytes", [0, 3, 12])  # S3 takes pieces of 5 and 10 MiB
+def test_a_write_that_breaks_off_leaves_what_was_there(folder: str, megabytes: int) -> None:
+    new, old = storage.join(folder, "new"), storage.join(folder, "old")
+    storage.write_bytes(old, b"whole")
+    for uri in (new, old):
+        with pytest.raises(OSError, match="gone"):
+            storage.write_stream(uri, Broken(megabytes))
+    gc.collect()  # what is freed must not complete what was written
+    assert storage.list_ages(folder) == [("old", pytest.approx(0, abs=600))]
+    assert storage.read_bytes(old) == b"whole"
+
+
+def test_a_process_that_breaks_off_a_write_ends_and_leaves_nothing(s3: S3) -> None:
+    """Arrow waits for ever for an S3 stream that is freed while the process ends."""
+    uri = storage.join(s3.new_folder(), "f")
+    run = subprocess.run([sys.executable, "-c", BREAKS_OFF, uri], capture_output=True, text=True, timeout=300)
+    assert "the source is gone" in run.stderr
+    assert not storage.exists(uri)
+
+
+BREAKS_OFF = """
+import sys
+from services import storage
+class Broken:
+    def read(self, size):
+        if not pieces:
+            raise OSError("the source is gone")
+        return pieces.pop()
+pieces = [bytes(2**20)] * 12
+storage.write_stream(sys.argv[1], Broken())
+"""
+
+
+@pytest.mark.slow
+def test_a_storage_that_goes_away_while_it_is_written_keeps_what_was_there(s3: S3) -> None:
+    uri = storage.join(s3.new_folder(), "f")
+    storage.write_bytes(uri, b"whole")
+
+    class Source(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 11 * 2**20:  # a piece is sent, more follow
+                s3.proxy.refusing = True
+                s3.proxy.cut()
+            return super().read(size)
+
+    before = pa.default_memory_pool().bytes_allocated()
+    with pytest.raises(OSError, match="AWS Error"):
+        storage.write_stream(uri, Source(bytes(24 * 2**20)))
+    s3.proxy.pass_on()
+    gc.collect()
+    assert pa.default_memory_pool().bytes_allocated() == before
+    assert storage.read_bytes(uri) == b"whole"
+
+
+def test_a_slow_storage_is_waited_for(s3: S3) -> None:
+    uri = storage.join(s3.new_folder(), "f")
+    s3.proxy.delay_seconds = 0.05
+    storage.write_bytes(uri, b"whole")
+    assert storage.read_bytes(uri) == b"whole"
+
+
+def test_what_a_slow_storage_has_not_taken_yet_is_not_held_in_memory(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "UNSENT", 5 * 2**20)
+    s3.proxy.delay_seconds = 0.003
+    held = []
+
+    class Source(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            held.append(pa.default_memory_pool().bytes_allocated())
+            return super().read(size)
+
+    storage.write_stream(storage.join(s3.new_folder(), "f"), Source(bytes(50 * 2**20)))
+    assert max(held) - held[0] < 30 * 2**20
+
+
+@pytest.mark.parametrize("largest_copy", [storage.LARGEST_COPY, 3])
+def test_a_moved_file_is_as_new(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_copy: int
+) -> None:
+    monkeypatch.setattr(storage, "LARGEST_COPY", largest_copy)
+    old, new = storage.join(folder, "a b"), storage.join(folder, "c", "d")
+    storage.write_bytes(old, b"whole")
+    if "s3://" not in folder:
+        os.utime(storage.fetch(old), (1, 1))
+    storage.move(old, new)
+    assert storage.list_files(folder) == []
+    assert storage.read_bytes(new) == b"whole"
+    ((name, seconds),) = storage.list_ages(storage.join(folder, "c"))
+    assert (name, seconds) == ("d", pytest.approx(0, abs=600))
 
 
 def test_publish_writes_the_manifest_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,4 +79,11 @@ nvidia.com/gpu: {{ . }}
     secretKeyRef:
       name: {{ required "database.existingSecret must name the Secret that holds the PostgreSQL URL" .Values.database.existingSecret | quote }}
       key: {{ .Values.database.key | quote }}
+{{- with .Values.database.directKey }}
+- name: DATABASE_DIRECT_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ $.Values.database.existingSecret | quote }}
+      key: {{ . | quote }}
+{{- end }}
 {{- end -}}

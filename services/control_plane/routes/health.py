@@ -1,13 +1,16 @@
 """/healthz: the process answers. /readyz: it can do its work."""
 
+import asyncio
+
 from fastapi import APIRouter
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.errors import Unavailable
 from services.control_plane.routes.dependencies import ServiceStorePart
-from services.control_plane.store import ping
+from services.control_plane.store import Store, check
 
 router = APIRouter()
+READY_SECONDS = 4.0
 
 
 @router.get("/healthz")
@@ -17,10 +20,19 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(store: ServiceStorePart) -> dict[str, str]:
-    """Ready means the database answers. Without Ray, jobs are taken and wait."""
+    """Ready means that the database takes reads and writes. Without Ray, jobs are taken and wait."""
+    checking = asyncio.create_task(_check(store))
+    done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
+    checking.cancel()  # nobody waits until that is done, either
+    if not done or not checking.result():
+        raise Unavailable("The database does not answer, or takes no writes.", retry_after=5)
+    return {"status": "ready"}
+
+
+async def _check(store: Store) -> bool:
     try:
         async with store.begin() as session:
-            await ping(session)
+            await check(session)
     except (SQLAlchemyError, OSError):
-        raise Unavailable("The database does not answer.", retry_after=5) from None
-    return {"status": "ready"}
+        return False
+    return True

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services import storage
-from services.control_plane import deployments, models
+from services.control_plane import deployments, files, models
 from services.control_plane.models import NamedModel
 from services.control_plane.objects import deleted, model_object
 from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
@@ -41,5 +39,5 @@ async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Respo
 
     answer = await once.act(remove, changes=model_id)
     for model in removed:
-        await anyio.to_thread.run_sync(storage.delete, model.source)
+        await files.remove_bytes(model.source)
     return answer

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from services import storage
 from services.control_plane.app import create_app
 from services.control_plane.server import Server
 from services.control_plane.settings import Settings
@@ -155,12 +156,19 @@ def fake_ray() -> Iterator[FakeRay]:
 
 
 @pytest.fixture(scope="module")
-def offline(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def storage_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    if request.config.getoption("--storage") == "s3":
+        return str(request.getfixturevalue("s3_server").new_folder())
+    return (tmp_path_factory.mktemp("home") / "storage").as_uri()
+
+
+@pytest.fixture(scope="module")
+def offline(database_url: str, storage_url: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     home = Path(tmp_path_factory.mktemp("home"))
     return Settings(
         home=home,
         DATABASE_URL=database_url,
-        storage_url=(home / "storage").as_uri(),
+        storage_url=storage_url,
         api_key=API_KEY,
         advertised_url="http://127.0.0.1:9",
         ray_url=f"http://127.0.0.1:{free_port()}",
@@ -175,9 +183,10 @@ def settings(offline: Settings) -> Settings:
     return offline
 
 
-@pytest.fixture(scope="module")
-def base_url(settings: Settings) -> Iterator[str]:
-    migrate(settings.database_url)
+@contextmanager
+def answering(settings: Settings) -> Iterator[str]:
+    """The control plane in this process; its URL."""
+    migrate(settings.database_direct_url or settings.database_url)
     port = free_port()
     app = create_app(settings)
     server = Server(app, host="127.0.0.1", port=port, log_level="warning")
@@ -185,9 +194,17 @@ def base_url(settings: Settings) -> Iterator[str]:
     thread.start()
     while not server.started:
         assert thread.is_alive()
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def base_url(settings: Settings) -> Iterator[str]:
+    with answering(settings) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +218,7 @@ def receiver() -> Iterator[Receiver]:
 SERVER = """
 import sys
 from services.control_plane import surveys
+from services import storage
 from services.control_plane.app import create_app
 from services.control_plane.server import Server
 from services.control_plane.settings import Settings
@@ -245,6 +263,11 @@ def api_of(base_url: str, key: str) -> httpx.Client:
 def api(base_url: str) -> Iterator[httpx.Client]:
     with api_of(base_url, API_KEY) as api:
         yield api
+
+
+def stored(settings: Settings, *folder: str) -> list[str]:
+    """The names of the files in a folder of the service's storage."""
+    return sorted(name for name, _ in storage.list_ages(storage.join(settings.storage_url, *folder)))
 
 
 def new_project(api: httpx.Client, name: str, **limits: Any) -> str:

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from services.contract import AttemptSpec, CheckpointSaved, Paused, Started, Ste
 from services.training.reporting import Reporter
 from tests.services.control_plane.conftest import API_KEY, FakeRay, free_port
 from tests.services.forks import Fork
+from tests.services.proxy import Proxy, Streams
 
 STEPS = 12
 
@@ -123,76 +123,25 @@ class Plane:
         self.process.wait(120)
 
 
-class Balancer:
+class Balancer(Proxy):
     """Sends each connection to a control plane that takes it, as a Service of Kubernetes would."""
 
     def __init__(self) -> None:
         self.ports: list[int] = []
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=1000))
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
+        super().__init__()
 
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _end(self) -> None:
-        await asyncio.sleep(0.05)  # asyncio never closes a connection that it is accepting when its server closes
-        self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        for writer in self._writers:
-            writer.transport.abort()
-        await asyncio.sleep(0.05)  # the loop closes an aborted socket in its next round
-
-    def _accept(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
-        self._writers.add(answer)
-        task = self._loop.create_task(self._serve(client, answer))
-        task.add_done_callback(lambda _: answer.close())
-
-    async def _serve(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+    async def _connect(self) -> Streams | None:
         for port in random.sample(self.ports, len(self.ports)):
-            try:
-                plane, request = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                continue
-            self._writers.add(request)
-            try:
-                await _first_end(_pump(client, request), _pump(plane, answer))
-            finally:
-                request.close()
-            break
+            with suppress(OSError):
+                return await asyncio.open_connection("127.0.0.1", port)
+        return None
 
 
-async def _first_end(*pumps: Coroutine[Any, Any, None]) -> None:
-    """What dies with one side, dies with both."""
-    tasks = [asyncio.ensure_future(pump) for pump in pumps]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await source.read(1 << 16):
-            sink.write(data)
-            await sink.drain()
-
-
-def environment(database_url: str, storage_folder: Path, balancer: Balancer) -> dict[str, str]:
+def environment(database_url: str, storage_url: str, balancer: Balancer) -> dict[str, str]:
     return {
         "DATABASE_URL": database_url,
         "RAYDPO_API_KEY": API_KEY,
-        "RAYDPO_STORAGE_URL": storage_folder.as_uri(),
+        "RAYDPO_STORAGE_URL": storage_url,
         "RAYDPO_ADVERTISED_URL": balancer.url,
         "RAYDPO_MAX_RUNNING_JOBS": "8",
     }

@@ -28,9 +28,9 @@ from tests.services.control_plane.crashes import STEPS, Balancer, LivelyRay, Pla
 class Service:
     """Control planes on one database, behind one address."""
 
-    def __init__(self, folder: Path, database_url: str, ray: LivelyRay, *, planes: int) -> None:
+    def __init__(self, folder: Path, database_url: str, storage_url: str, ray: LivelyRay, *, planes: int) -> None:
         self.ray, self.database_url, self.balancer = ray, database_url, Balancer()
-        settings = environment(database_url, folder / "storage", self.balancer)
+        settings = environment(database_url, storage_url, self.balancer)
         ray_url = f"http://127.0.0.1:{ray.server.server_port}"
         self.planes = [Plane(folder / f"home-{number}", settings, ray_url) for number in range(planes)]
         self.balancer.ports = [plane.port for plane in self.planes]
@@ -89,11 +89,11 @@ def database_url(postgres: Postgres) -> str:
 
 
 @pytest.fixture
-def start(tmp_path: Path, database_url: str) -> Iterator[Callable[..., Service]]:
+def start(tmp_path: Path, database_url: str, storage_url: str) -> Iterator[Callable[..., Service]]:
     started: list[Service] = []
 
     def begin(*, planes: int = 2, step_seconds: float = 0.1) -> Service:
-        service = Service(tmp_path, database_url, LivelyRay(step_seconds=step_seconds), planes=planes)
+        service = Service(tmp_path, database_url, storage_url, LivelyRay(step_seconds=step_seconds), planes=planes)
         started.append(service)
         service.start()
         return service

@@ -1,6 +1,7 @@
 """/v1/x/datasets/check, against a Ray whose jobs the tests themselves end."""
 
 import json
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def ask(base_url: str, file_id: str) -> Callable[..., httpx.Response]:
 
 
 def request_of(ray: FakeRay, submission: int = -1) -> CheckRequest:
-    uri = ray.submissions[submission]["entrypoint"].split()[-1]
+    uri = shlex.split(ray.submissions[submission]["entrypoint"])[-1]
     return CheckRequest.model_validate_json(storage.read_bytes(uri))
 
 
@@ -96,9 +97,8 @@ def test_with_a_model_one_job_runs_and_repeating_the_request_finds_its_result(ra
     again = ask(model="tiny", max_length=64, truncation="keep_end").json()
     assert again == running
     (submission,) = ray.submissions
-    assert submission["entrypoint"].startswith(
-        "exec python -m services.forkserver.client --wait -m services.training.checking file://"
-    )
+    words = ["exec", "python", "-m", "services.forkserver.client", "--wait", "-m", "services.training.checking"]
+    assert shlex.split(submission["entrypoint"])[:-1] == words
     assert submission["submission_id"] == f"{running['id']}-1"
     recipe = request_of(ray).recipe
     assert (recipe.model_source, recipe.max_length, recipe.truncation) == ("/nowhere/tiny", 64, "keep_end")

@@ -4,7 +4,6 @@ import errno
 import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +13,7 @@ import pytest
 
 from services import storage
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import API_KEY, pair, pairs
+from tests.services.control_plane.conftest import API_KEY, pair, pairs, stored
 
 
 def test_an_upload_is_processed_listed_read_back_and_deleted(client: openai.OpenAI) -> None:
@@ -317,10 +316,10 @@ def test_a_full_disk_is_said_and_nothing_is_left(
     def full(uri: str, source: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = sorted(Path(settings.home, "storage", "files").iterdir())
+    before = stored(settings, "files")
     monkeypatch.setattr(storage, "write_stream", full)
     with pytest.raises(openai.InternalServerError, match="storage is full") as refused:
         client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
     assert (refused.value.status_code, refused.value.code) == (503, "storage_full")
     assert refused.value.response.headers["retry-after"] == "30"
-    assert sorted(Path(settings.home, "storage", "files").iterdir()) == before
+    assert stored(settings, "files") == before

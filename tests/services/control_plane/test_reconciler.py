@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -85,6 +86,10 @@ def submit(client: openai.OpenAI, settings: Settings, **extension: Any) -> str:
     ).id
 
 
+def spec_of(submission: dict[str, Any]) -> AttemptSpec:
+    return AttemptSpec.model_validate_json(storage.read_bytes(shlex.split(submission["entrypoint"])[-1]))
+
+
 def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, rested: bool = True) -> None:
     """Tick so often, here alone: the lease is taken from the service's own reconciler.
 
@@ -133,8 +138,8 @@ def reports(settings: Settings, job_id: str, steps: int = 3) -> list[Report]:
     return [
         Started(config=config, num_groups=12, total_steps=steps),
         *(StepMetrics(step=step, total_steps=steps, metrics=metrics) for step in range(1, steps + 1)),
-        CheckpointSaved(step=steps, uri=f"{run}/checkpoints/step-{steps:06}", metrics=metrics),
-        Succeeded(model_uri=f"{run}/export", trained_tokens=1234),
+        CheckpointSaved(step=steps, uri=storage.join(run, "checkpoints", f"step-{steps:06}"), metrics=metrics),
+        Succeeded(model_uri=storage.join(run, "export"), trained_tokens=1234),
     ]
 
 
@@ -144,8 +149,7 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     ticks(settings, 1)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
     assert not ray.applications, "no reference is loaded before the attempt has found that this pays"
-    spec_uri = ray.submissions[0]["entrypoint"].split()[-1]
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(spec_uri))
+    spec = spec_of(ray.submissions[0])
     assert (spec.job_id, spec.attempt) == (job_id, 1)
     assert spec.reference is not None
     assert (spec.reference_source, spec.cache_uri) == ("auto", storage.join(settings.storage_url, "prepared"))
@@ -173,7 +177,7 @@ def test_a_reference_is_served_once_an_attempt_wants_it(
 ) -> None:
     ticks(settings, 1)
     token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    spec = spec_of(ray.submissions[0])
     body = spool(settings, job_id, 1, [ReferenceWanted()]).model_dump(mode="json")
     url = f"{base_url}/internal/attempts/{job_id}/1/events"
     assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
@@ -190,7 +194,7 @@ def test_an_attempt_that_insists_on_a_served_reference_finds_it_wished_for(
 ) -> None:
     job_id = submit(client, settings, x_raydpo={"reference": {"source": "serve"}})
     ticks(settings, 1)
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    spec = spec_of(ray.submissions[0])
     assert ray.applications == [spec.reference]
     spool(settings, job_id, 1, reports(settings, job_id))
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
@@ -203,7 +207,7 @@ def test_no_reference_is_served_to_a_job_whose_trainer_scores(
 ) -> None:
     job_id = submit(client, settings, x_raydpo={"reference": {"source": "trainer"}, "truncation": "keep_end"})
     ticks(settings, 1)
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    spec = spec_of(ray.submissions[0])
     assert (spec.reference, spec.reference_source, spec.config.truncation) == (None, "trainer", "keep_end")
     spool(settings, job_id, 1, [ReferenceReleased(), *reports(settings, job_id)])
     ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
@@ -220,7 +224,7 @@ def test_held_out_rows_reach_the_attempt_and_what_it_makes_of_them_reaches_the_u
         model="tiny", training_file=files[0], validation_file=files[1], method={"type": "dpo"}
     ).id
     ticks(settings, 1)
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    spec = spec_of(ray.submissions[0])
     assert spec.validation_uri is not None
     assert (storage.read_bytes(spec.validation_uri), spec.validation_share) == (pairs(3), 0.0)
 
@@ -250,7 +254,7 @@ def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
     body: Any = {"x_raydpo": {"dataset": uri}}
     job = client.fine_tuning.jobs.create(model="tiny", training_file=uri, method={"type": "dpo"}, extra_body=body)
     ticks(settings, 1)
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    spec = spec_of(ray.submissions[0])
     assert (spec.training_uri, spec.dataset_uris) == (uri, tuple(settings.dataset_uris))
     client.fine_tuning.jobs.cancel(job.id)
     ticks(settings, 3)
@@ -272,7 +276,7 @@ def test_an_attempt_is_told_where_the_job_is_followed_and_what_its_policy_will_b
         extra_body=body,
     )
     ticks(settings, 1)
-    spec = AttemptSpec.model_validate_json(storage.read_bytes(ray.submissions[0]["entrypoint"].split()[-1]))
+    spec = spec_of(ray.submissions[0])
     wandb = WandbIntegration(type="wandb", wandb=Wandb(project="p"))
     assert spec.integrations == Integrations(wandb=(wandb,), mlflow=Mlflow(experiment="e"), tensorboard=True)
     assert (spec.fine_tuned_model or "").startswith("ft:tiny:raydpo:nice:")
@@ -904,9 +908,11 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     ticks(settings, 2)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"][::-1]
-    assert told[0].startswith("The last reports of attempt 1 are lost: file://")
-    assert told[0].endswith("/spool/1/00000000.json has another sha256 than was written")
-    assert told[1:] == ["Attempt 1 is over: it died before it finished; the next one begins 5 s later"]
+    uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
+    assert told == [
+        f"The last reports of attempt 1 are lost: {uri} has another sha256 than was written",
+        "Attempt 1 is over: it died before it finished; the next one begins 5 s later",
+    ]
     spool(settings, job_id, 2, reports(settings, job_id))
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
     ticks(settings, 2)

@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import httpx
 import psycopg
 import pytest
 from psycopg import sql
+from pyarrow import fs
 
 from services.control_plane.settings import Settings
 from services.control_plane.tables import Base
@@ -39,9 +38,10 @@ def rows_of(database_url: str) -> Iterator[str]:
 
 
 def stored(settings: Settings) -> Iterator[str]:
-    for path in Path(unquote(urlsplit(settings.storage_url).path)).rglob("*"):
-        if path.is_file():
-            yield f"{path} {path.read_bytes().decode(errors='replace')}"
+    filesystem, root = fs.FileSystem.from_uri(settings.storage_url)
+    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
+        if info.is_file:
+            yield f"{info.path} {filesystem.open_input_file(info.path).read().decode(errors='replace')}"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from services.control_plane import surveys
 from services.control_plane.settings import Settings
 from services.control_plane.store import migrate
 from tests.services.control_plane import conftest
-from tests.services.control_plane.conftest import API_KEY, pair, pairs, serving
+from tests.services.control_plane.conftest import API_KEY, pair, pairs, serving, stored
 
 LINES = 30_000
 
@@ -58,11 +58,10 @@ def test_a_control_plane_sweeps_when_it_starts_though_no_cluster_answers(offline
         file_id = client.files.create(file=("pairs.jsonl", pair(1)), purpose="fine-tune").id
     with psycopg.connect(offline.database_url) as connection:
         connection.execute("UPDATE files SET expires_at = now()")
-    file = offline.home / "storage" / "files" / file_id
-    assert file.exists()
+    assert stored(offline, "files") == [file_id]
     with serving(offline):
         deadline = time.monotonic() + 300
-        while file.exists():
+        while stored(offline, "files"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 

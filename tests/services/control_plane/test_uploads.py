@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,10 +11,11 @@ import openai
 import psycopg
 import pytest
 
+from services import storage
 from services.control_plane import surveys
 from services.control_plane.settings import Settings
 from services.control_plane.uploads import PENDING_FOR
-from tests.services.control_plane.conftest import API_KEY, pair, pairs
+from tests.services.control_plane.conftest import API_KEY, pair, pairs, stored
 from tests.services.control_plane.test_once import DroppingProxy
 
 DATA = pairs(40)
@@ -32,8 +32,8 @@ def send(client: openai.OpenAI, upload_id: str, data: bytes) -> str:
     return client.uploads.parts.create(upload_id, data=data).id
 
 
-def parts_of(settings: Settings, upload_id: str) -> list[Path]:
-    return sorted(Path(settings.home, "storage", "uploads", upload_id).glob("*"))
+def parts_of(settings: Settings, upload_id: str) -> list[str]:
+    return stored(settings, "uploads", upload_id)
 
 
 def test_the_clients_own_chunks_become_a_file_with_a_life(client: openai.OpenAI, settings: Settings) -> None:
@@ -83,12 +83,21 @@ def test_what_does_not_fit_together_is_refused_and_can_be_mended(client: openai.
 
 
 def test_nothing_is_left_of_a_refused_completion(client: openai.OpenAI, settings: Settings) -> None:
-    before = set(Path(settings.home, "storage", "files").iterdir())
+    before = stored(settings, "files")
     upload_id = begin(client, b"{}")
     with pytest.raises(openai.BadRequestError):
         client.uploads.complete(upload_id, part_ids=[send(client, upload_id, b"{}")])
-    assert set(Path(settings.home, "storage", "files").iterdir()) == before
+    assert stored(settings, "files") == before
     assert len(parts_of(settings, upload_id)) == 1
+
+
+def test_parts_that_are_gone_from_storage_are_to_be_sent_again(client: openai.OpenAI, settings: Settings) -> None:
+    upload_id = begin(client)
+    part = send(client, upload_id, DATA)
+    storage.delete(storage.join(settings.storage_url, "uploads", upload_id))  # as the database says that was restored
+    with pytest.raises(openai.BadRequestError, match=f"a part of {upload_id} are gone") as refused:
+        client.uploads.complete(upload_id, part_ids=[part])
+    assert refused.value.param == "part_ids"
 
 
 def test_completing_again_or_at_the_same_moment_gives_one_file(client: openai.OpenAI) -> None:
@@ -232,7 +241,7 @@ def test_a_file_that_cannot_be_checked_keeps_no_other_waiting_and_is_given_up(
     client: openai.OpenAI, settings: Settings
 ) -> None:
     lost, other = (client.files.create(file=("pairs.jsonl", DATA), purpose="fine-tune") for _ in range(2))
-    Path(settings.home, "storage", "files", lost.id).unlink()
+    storage.delete(storage.join(settings.storage_url, "files", lost.id))
     with psycopg.connect(settings.database_url, autocommit=True) as connection:
         connection.execute("UPDATE files SET report = NULL WHERE id IN (%s, %s)", [lost.id, other.id])
         assert client.files.wait_for_processing(other.id, poll_interval=0.1).status == "processed"

@@ -10,13 +10,13 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from services import storage
 from services.contract import AttemptSpec, Message, Progress, Report
 from services.training import download
 from services.training.reporting import JobFailed
 from services.training.source import as_plain_file
+from tests.services.s3 import S3
 from tests.services.web import Web, running_web
 
 MakeSpec = Callable[..., AttemptSpec]
@@ -60,24 +60,6 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
         yield web
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The options of a URI on a real S3 server."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    options = f"?scheme=http&region=us-east-1&endpoint_override={s3_server.replace(':', '%3A')}"
-    httpx.put(f"http://{s3_server}/bucket", trust_env=False)
-    return options
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
@@ -112,29 +94,30 @@ def test_a_packed_upload_becomes_plain_and_a_plain_one_is_used_where_it_lies(
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows 100%.parquet"])
-def test_one_file_on_s3_or_here(bring: Bring, s3: str, folder: Path, name: str) -> None:
+def test_one_file_on_s3_or_here(bring: Bring, s3: S3, folder: Path, name: str) -> None:
     data = packed(name, ROWS, folder)
-    for root in (f"s3://bucket/one/{s3}", f"{folder.as_uri()}/"):
+    for root in (s3.new_folder(), f"{folder.as_uri()}/"):
         uri = storage.join(root, name)
         storage.write_bytes(uri, data)
         assert bring(uri, root) == ROWS
 
 
-def test_a_plain_file_on_s3_is_not_copied(make_spec: MakeSpec, s3: str, tmp_path: Path) -> None:
-    uri = f"s3://bucket/plain.jsonl{s3}"
+def test_a_plain_file_on_s3_is_not_copied(make_spec: MakeSpec, s3: S3, tmp_path: Path) -> None:
+    folder = s3.new_folder()
+    uri = storage.join(folder, "plain.jsonl")
     storage.write_bytes(uri, ROWS)
-    spec = make_spec(training_uri=uri, dataset_uris=(f"s3://bucket/{s3}",))
+    spec = make_spec(training_uri=uri, dataset_uris=(folder,))
     with as_plain_file(spec, (tmp_path / "source").as_uri(), lambda _: None) as plain:
         assert plain.training_uri == uri
         assert not (tmp_path / "source").exists()
 
 
 def test_a_folder_and_a_star_mean_all_their_files_in_order_of_name(
-    bring: Bring, reports: list[Report], s3: str, folder: Path
+    bring: Bring, reports: list[Report], s3: S3, folder: Path
 ) -> None:
     # The second ends without a newline and the third begins with a byte order mark.
     parts = {"b.jsonl": LINES[4:20], "c.jsonl": LINES[20:], "a.jsonl.gz": LINES[:4], "_SUCCESS": [b"no row"]}
-    for root in (f"s3://bucket/many/{s3}", f"{folder.as_uri()}/"):
+    for root in (s3.new_folder(), f"{folder.as_uri()}/"):
         for name, lines in parts.items():
             data = b"".join(lines).removesuffix(b"\n" if name == "b.jsonl" else b"")
             data = b"\xef\xbb\xbf" * (name == "c.jsonl") + packed(name, data, folder.parent)
@@ -146,8 +129,8 @@ def test_a_folder_and_a_star_mean_all_their_files_in_order_of_name(
         assert bring(root.replace("/?", "/*.jsonl?") if "?" in root else f"{root}*.jsonl", root) == b"".join(LINES[4:])
 
 
-def test_nothing_is_left_out_silently(bring: Bring, s3: str, folder: Path) -> None:
-    for root in (f"s3://bucket/none/{s3}", f"{folder.as_uri()}/"):
+def test_nothing_is_left_out_silently(bring: Bring, s3: S3, folder: Path) -> None:
+    for root in (s3.new_folder(), f"{folder.as_uri()}/"):
         assert failed(bring, root, root) == ("invalid_training_file", f"{root} holds no files.")
         storage.write_bytes(storage.join(root, "inner", "rows.jsonl"), ROWS)
         for name in ("missing.jsonl", "inner"):
@@ -169,7 +152,7 @@ def test_what_is_not_admitted_is_not_read(bring: Bring, folder: Path, tmp_path: 
         assert (code, "is not admitted" in message) == ("invalid_training_file", True)
 
 
-def test_a_refusal_of_s3_is_the_users_to_mend(bring: Bring, s3: str, web: Web) -> None:
+def test_a_refusal_of_s3_is_the_users_to_mend(bring: Bring, s3: S3, web: Web) -> None:
     web.statuses["/bucket/rows.jsonl"] = [403] * 9
     options = f"?scheme=http&region=us-east-1&endpoint_override=127.0.0.1%3A{web.port}"
     code, message = failed(bring, f"s3://bucket/rows.jsonl{options}", f"s3://{options}")
@@ -177,7 +160,7 @@ def test_a_refusal_of_s3_is_the_users_to_mend(bring: Bring, s3: str, web: Web) -
 
 
 @pytest.mark.slow
-def test_a_storage_that_does_not_answer_is_left_to_the_next_attempt(bring: Bring, s3: str) -> None:
+def test_a_storage_that_does_not_answer_is_left_to_the_next_attempt(bring: Bring, s3: S3) -> None:
     nobody = "?scheme=http&region=us-east-1&endpoint_override=127.0.0.1%3A9"
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):
         bring(f"s3://bucket/a.jsonl{nobody}", f"s3://bucket/{nobody}")

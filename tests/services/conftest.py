@@ -1,0 +1,20 @@
+"""An S3 server for all tests of the services."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.services.s3 import S3, running_s3
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    with running_s3() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(s3_server: S3) -> Iterator[S3]:
+    """Its proxy passes everything on, unless a test tells it otherwise."""
+    yield s3_server
+    s3_server.proxy.pass_on()

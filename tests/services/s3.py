@@ -1,0 +1,42 @@
+"""A storage that is no local disk: an S3 server behind a proxy that refuses, delays and cuts connections."""
+
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.services.proxy import Proxy
+
+
+class S3:
+    """`options` end the URIs that lie there."""
+
+    def __init__(self, proxy: Proxy, direct_url: str) -> None:
+        self.proxy, self._direct_url = proxy, direct_url
+        self.options = f"?scheme=http&region=us-east-1&endpoint_override=127.0.0.1%3A{proxy.port}"
+
+    def new_folder(self) -> str:
+        """Its URI, which ends with a slash before the options; in a bucket of its own."""
+        bucket = f"bucket-{secrets.token_hex(4)}"
+        httpx.put(f"{self._direct_url}/{bucket}", trust_env=False).raise_for_status()
+        return f"s3://{bucket}/raydpo/{self.options}"
+
+
+@contextmanager
+def running_s3() -> Iterator[S3]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it has a line for each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    proxy = Proxy((host, port))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield S3(proxy, f"http://{host}:{port}")
+    proxy.close()
+    server.stop()
