@@ -154,7 +154,9 @@ class Live:
             await asyncio.sleep(MERGE_SECONDS)
 
     async def _look_at(self, job_ids: Iterable[str]) -> None:
-        places = {job_id: self._watched[job_id].last for job_id in job_ids if job_id in self._watched}
+        # Held over the reads: a stream that joins after the last one left begins another Watched, at another place.
+        looked_at = {job_id: self._watched[job_id] for job_id in job_ids if job_id in self._watched}
+        places = {job_id: watched.last for job_id, watched in looked_at.items()}
         async with self._store.begin() as session:
             # Before their events: none can follow a terminal state.
             rows = list(await session.scalars(select(Job).where(Job.id.in_(places))))
@@ -162,10 +164,10 @@ class Live:
             for event in await newest_events(session, places, limit=KEPT + 1):
                 events[event.job_id].append(_frame(event))
         for row in rows:
-            if watched := self._watched.get(row.id):
-                watched.add(events[row.id])
-                self._show(watched, row)
-                await watched.news.tell()
+            watched = looked_at[row.id]
+            watched.add(events[row.id])
+            self._show(watched, row)
+            await watched.news.tell()
 
     def _show(self, watched: Watched, row: Job) -> None:
         seen = (row.version, row.waits_for, row.progress)

@@ -14,7 +14,7 @@ from services.contract import JobEvent, Message
 from services.control_plane import attempts, live
 from services.control_plane.live import Live
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
+from services.control_plane.store import Store, newest_events
 from tests.services.control_plane.conftest import API_KEY, pairs
 
 NUM_STREAMS = 300
@@ -139,6 +139,39 @@ def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
         await hub.close()
         for stream in streams:
             assert b"[DONE]" not in b"".join([frame async for frame in stream])
+        task.cancel()
+
+    run(settings, work)
+
+
+def test_a_stream_that_joins_while_the_last_one_leaves_misses_nothing(
+    base_url: str, settings: Settings, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        reading.set()
+        await goes_on.wait()
+        return await newest_events(*args, **options)
+
+    async def work(store: Store) -> None:
+        hub = Live(store, settings)
+        task = asyncio.create_task(hub.run())
+        await report(store, settings, job_id, range(10))
+        first = hub.follow(job_id, 0)
+        while b'"9 x"' not in await anext(first):
+            pass
+        monkeypatch.setattr(live, "newest_events", slow)
+        await report(store, settings, job_id, range(10, 15))
+        await reading.wait()
+        await first.aclose()
+        second, found = hub.follow(job_id, 0), list[int]()
+        await anext(second)
+        goes_on.set()
+        while 14 not in found:
+            found += [int(number) for number in NUMBER.findall(await anext(second))]
+        assert found == list(range(15))
+        await second.aclose()
         task.cancel()
 
     run(settings, work)
