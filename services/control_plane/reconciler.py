@@ -86,12 +86,12 @@ class Reconciler:
                 return
             self._stopwatches.look()
             live, opened = await store.live_jobs(session), await store.open_attempts(session)
-            limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
+            shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
         reachable = await self._launcher.is_reachable()
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         contenders = [job for job in live if job.observed == "running" or job.id not in spent]
         waits = spent | (
-            await self._schedule(contenders, limits)
+            await self._schedule(contenders, shares)
             if reachable
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
@@ -117,12 +117,12 @@ class Reconciler:
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
-    async def _schedule(self, live: Sequence[Job], limits: Mapping[str, int | None]) -> dict[str, str | None]:
+    async def _schedule(self, live: Sequence[Job], shares: Mapping[str, quotas.Share]) -> dict[str, str | None]:
         """What each queued job waits for, if anything."""
         if all(job.observed != "queued" for job in live):
             return {}
         capacity = await self._launcher.capacity()
-        return what_each_waits_for(live, limits, capacity, self._settings)
+        return what_each_waits_for(live, shares, capacity, self._settings)
 
     async def _wait(self, job: Job, what: str) -> None:
         if job.waits_for != what:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Select,
     Text,
     TextClause,
+    and_,
     bindparam,
     column,
     delete,
@@ -44,7 +45,6 @@ from sqlalchemy.pool import QueuePool
 from services.control_plane.errors import InvalidRequest
 from services.control_plane.tables import (
     JOB_STATES,
-    TERMINAL,
     Attempt,
     Base,
     CheckpointPermission,
@@ -54,7 +54,6 @@ from services.control_plane.tables import (
     Model,
     Outbound,
     Owned,
-    Project,
 )
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -291,17 +290,13 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Every job that is not terminal and not queued, and of the queue each project's head."""
-    others = select(Job).where(Job.observed.not_in((*TERMINAL, "queued"))).order_by(Job.created_at, Job.id)
+    """Every job that runs, or is paused and shall not be, and of the queue each project's head."""
+    stirs = or_(Job.observed == "running", and_(Job.observed == "paused", Job.desired != "pause"))
+    others = select(Job).where(stirs).order_by(Job.created_at, Job.id)
     place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
     queued = select(Job.id, place.label("place")).where(Job.observed == "queued", Job.desired == "run").subquery()
     head = select(Job).join(queued, Job.id == queued.c.id).where(queued.c.place <= QUEUE_HEAD)
     return [*await session.scalars(others), *await session.scalars(head)]
-
-
-async def running_limits(session: AsyncSession) -> dict[str, int | None]:
-    """How many jobs of each project may run at once; None: as many as there is room for."""
-    return {row.id: row.max_running_jobs for row in await session.execute(select(Project.id, Project.max_running_jobs))}
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:

@@ -46,6 +46,7 @@ class Project(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     name: Mapped[str] = mapped_column(unique=True)
     archived_at: Mapped[datetime | None]
+    weight: Mapped[float] = mapped_column(server_default="1")  # how much of the cluster it may have beside others
     max_running_jobs: Mapped[int | None]
     max_queued_jobs: Mapped[int | None]
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files
@@ -221,6 +222,7 @@ class Attempt(Base):
         CheckConstraint("state IN ('launching', 'running', 'ended')"),
         CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)"),
         Index("attempts_one_open", "job_id", unique=True, postgresql_where=text("state <> 'ended'")),
+        Index("attempts_by_end", "ended_at"),
     )
 
     @property

@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import aliased
 
-from services.control_plane.store import Store, migrate
+from services.control_plane import quotas
+from services.control_plane.store import Store, live_jobs, migrate
 from services.control_plane.tables import Model
 
 OWN, SHARED, FOREIGN = "ft:own", "ft:shared", "ft:foreign"
@@ -49,6 +50,34 @@ def test_a_shared_model_is_read_and_only_an_own_one_changed(store: Store) -> Non
         async with store.begin_for("proj_a") as session:
             assert set(await session.scalars(select(Model.id))) == {SHARED, FOREIGN}
             assert {model.root for model in await session.scalars(select(Model))} == {"m"}
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_a_paused_job_is_no_work_and_the_last_days_workers_are_counted(database_url: str) -> None:
+    migrate(database_url)
+    columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
+    attempt = "job_id, number, state, token, next_seq, num_accelerators, failed, created_at, ended_at"
+    with psycopg.connect(database_url) as connection:
+        connection.execute("INSERT INTO projects (id, name, weight) VALUES ('proj_w', 'w', 2)")
+        for name, desired, observed in (("p", "pause", "paused"), ("r", "run", "running"), ("q", "run", "queued")):
+            row = (f"ftjob-{name}", desired, observed)
+            values = """%s, 'proj_w', '{"num_workers": 4}', '/m', 'm', 0, %s, %s, 1"""
+            connection.execute(f"INSERT INTO jobs ({columns}) VALUES ({values})", row)
+        for number, began, ended in ((1, 50, 40), (2, 26, 23), (3, 2, None)):  # hours ago
+            since = "now() - make_interval(hours => %s)"
+            values = f"'ftjob-r', %s, %s, '', 0, 0, false, {since}, {since}"
+            state = "ended" if ended else "running"
+            connection.execute(f"INSERT INTO attempts ({attempt}) VALUES ({values})", [number, state, began, ended])
+
+    async def run() -> None:
+        store = Store(database_url)
+        async with store.begin() as session:
+            assert {job.id for job in await live_jobs(session)} >= {"ftjob-r", "ftjob-q"}
+            assert "ftjob-p" not in {job.id for job in await live_jobs(session)}
+            share = (await quotas.shares(session))["proj_w"]
+        assert (share.weight, round(share.worker_hours, 3)) == (2, 4 * (1 + 2))
         await store.close()
 
     asyncio.run(run())
