@@ -18,6 +18,7 @@ from services import storage
 from services.control_plane import files, once, uploads
 from services.control_plane.launcher import Launcher
 from services.control_plane.orphans import stop_orphans
+from services.control_plane.sender import give_up_old
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import File, Lease, Outbound, Upload
@@ -75,6 +76,7 @@ class Sweeper:
             await once.forget_old(session)
             await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
             await session.execute(sent)
+            await give_up_old(session)
 
     async def _remove_orphans(self) -> None:
         """Bytes of files that were deleted, or whose row was never written."""

@@ -306,6 +306,8 @@ class WebhookEndpoint(Owned, Base):
     secret: Mapped[str]
     old_secret: Mapped[str | None]
     old_secret_until: Mapped[datetime | None]
+    num_failures: Mapped[int] = mapped_column(server_default="0")  # sends that failed, one after the other
+    retry_at: Mapped[datetime | None]  # nothing is sent before, as it failed
     disabled_at: Mapped[datetime | None]  # it answered that it is gone
     deleted_at: Mapped[datetime | None]
     __table_args__ = (Index("webhook_endpoints_by_time", "project_id", "created_at", "id"),)
@@ -323,7 +325,7 @@ class Outbound(Base):
     num_sends: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # None: delivered or given up
     outcome: Mapped[str | None]  # of the last send, in words
-    __table_args__ = (Index("outbox_due", "due_at", postgresql_where=text("due_at IS NOT NULL")),)
+    __table_args__ = (Index("outbox_due", "endpoint_id", "due_at", "id", postgresql_where=text("due_at IS NOT NULL")),)
 
 
 class AuditEntry(Base):

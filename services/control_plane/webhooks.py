@@ -59,7 +59,8 @@ async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -
 async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, Any]) -> WebhookEndpoint:
     """Set what differs. Naming its URL, even the same, enables an endpoint that was gone."""
     endpoint = await find(session, endpoint_id, lock=True)
-    wanted = {**values, **({"disabled_at": None} if "url" in values else {})}
+    anew = {"disabled_at": None, "num_failures": 0, "retry_at": None}
+    wanted = {**values, **(anew if "url" in values else {})}
     differing = {name: value for name, value in wanted.items() if getattr(endpoint, name) != value}
     for name, value in differing.items():
         setattr(endpoint, name, value)

@@ -14,8 +14,19 @@ depends_on: Sequence[str] | None = None
 def upgrade() -> None:
     op.add_column("projects", sa.Column("weight", sa.Double(), server_default="1", nullable=False))
     op.create_index("attempts_by_end", "attempts", ["ended_at"])
+    op.add_column("webhook_endpoints", sa.Column("num_failures", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("webhook_endpoints", sa.Column("retry_at", sa.DateTime(timezone=True)))
+    _index_outbox("endpoint_id", "due_at", "id")
+
+
+def _index_outbox(*columns: str) -> None:
+    op.drop_index("outbox_due", table_name="outbox")
+    op.create_index("outbox_due", "outbox", columns, postgresql_where=sa.text("due_at IS NOT NULL"))
 
 
 def downgrade() -> None:
+    _index_outbox("due_at")
+    for column in ("retry_at", "num_failures"):
+        op.drop_column("webhook_endpoints", column)
     op.drop_index("attempts_by_end", table_name="attempts")
     op.drop_column("projects", "weight")
