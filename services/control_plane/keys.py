@@ -81,14 +81,12 @@ async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
     return key
 
 
-async def caller_of(session: AsyncSession, sha256: str) -> Caller | None:
-    """Whom a key's digest stands for: None unless the key and its project live."""
+async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
+    """Whom the keys with these digests stand for, by digest: those that live, as do their projects."""
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
-    query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256 == sha256, unexpired)
-    key = await session.scalar(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
-    if key is None:
-        return None
-    return Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute)
+    query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
+    living = await session.scalars(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
+    return {key.sha256: Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute) for key in living}
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from services.control_plane.authentication import KNOWN_SECONDS, Authentication
+from services.control_plane.errors import Unauthorized
 from services.control_plane.keys import SCOPES
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
@@ -178,3 +179,24 @@ def test_changes_are_told_to_admins_with_who_made_them(api: httpx.Client, base_u
     first = api.get("/x/audit", params={"limit": 1}).json()
     second = api.get("/x/audit", params={"limit": 1, "after": first["last_id"]}).json()
     assert [*first["data"], *second["data"]] == everything[:2]
+
+
+def test_unknown_keys_that_come_together_share_a_look_up_and_none_is_looked_up_twice(settings: Settings) -> None:
+    class Counted(Authentication):
+        look_ups = 0
+
+        async def _look_up(self, digests: list[str]) -> dict[str, Any]:
+            self.look_ups += 1
+            return await super()._look_up(digests)
+
+    async def work() -> None:
+        store = Store(settings.database_url)
+        authentication = Counted(store, settings)
+        for _ in range(2):
+            asked = (authentication.caller(f"rd-nobodys-{number}") for number in range(200))
+            refused = await asyncio.gather(*asked, return_exceptions=True)
+            assert {type(error) for error in refused} == {Unauthorized}
+        assert authentication.look_ups <= 2  # the first one's, and that of all who came meanwhile
+        await store.close()
+
+    asyncio.run(work())
