@@ -15,7 +15,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from services import storage
-from services.control_plane import files, once, uploads
+from services.control_plane import datasets, files, once, uploads
 from services.control_plane.launcher import Launcher
 from services.control_plane.orphans import stop_orphans
 from services.control_plane.sender import give_up_old
@@ -69,6 +69,8 @@ class Sweeper:
     async def _stop_orphans(self) -> None:
         for submission_id in await stop_orphans(self._store, self._launcher):
             log.warning("Stopped %s, whose attempt has ended", submission_id)
+        for submission_id in await datasets.stop_late(self._store, self._launcher):
+            log.warning("Stopped %s, which checked a file for too long", submission_id)
 
     async def _forget(self) -> None:
         sent = delete(Outbound).where(Outbound.due_at.is_(None), Outbound.created_at < func.now() - OUTBOX_KEPT)
@@ -77,6 +79,8 @@ class Sweeper:
             await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
             await session.execute(sent)
             await give_up_old(session)
+            checks = await datasets.forget_old(session, MOST)
+        await _remove(checks)
 
     async def _remove_orphans(self) -> None:
         """Bytes of files that were deleted, or whose row was never written."""

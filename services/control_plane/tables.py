@@ -122,6 +122,17 @@ class File(Owned, Base):
         return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
 
 
+class DatasetCheck(Owned, Base):
+    """A Ray job that checks a training file with a model."""
+
+    __tablename__ = "checks"
+    submission_id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]  # when that was noticed
+    folder: Mapped[str]  # URI of what it leaves
+    __table_args__ = (Index("checks_by_end", "ended_at", "project_id"),)
+
+
 class Upload(Owned, Base):
     """A file that arrives in parts."""
 

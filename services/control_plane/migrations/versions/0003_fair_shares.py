@@ -17,6 +17,15 @@ def upgrade() -> None:
     op.add_column("webhook_endpoints", sa.Column("num_failures", sa.Integer(), server_default="0", nullable=False))
     op.add_column("webhook_endpoints", sa.Column("retry_at", sa.DateTime(timezone=True)))
     _index_outbox("endpoint_id", "due_at", "id")
+    op.create_table(
+        "checks",
+        sa.Column("submission_id", sa.String(), primary_key=True),
+        sa.Column("project_id", sa.String(), sa.ForeignKey("projects.id"), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("ended_at", sa.DateTime(timezone=True)),
+        sa.Column("folder", sa.String(), nullable=False),
+    )
+    op.create_index("checks_by_end", "checks", ["ended_at", "project_id"])
 
 
 def _index_outbox(*columns: str) -> None:
@@ -25,6 +34,7 @@ def _index_outbox(*columns: str) -> None:
 
 
 def downgrade() -> None:
+    op.drop_table("checks")
     _index_outbox("due_at")
     for column in ("retry_at", "num_failures"):
         op.drop_column("webhook_endpoints", column)
