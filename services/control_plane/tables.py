@@ -291,6 +291,7 @@ class Model(Owned, Base):
     root: Mapped[str]  # base model's name
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index("models_by_time", "project_id", "created_at", "id"),)
 
 
 class CheckpointPermission(Base):

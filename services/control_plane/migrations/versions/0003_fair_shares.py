@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.DateTime(timezone=True)),
         sa.Column("folder", sa.String(), nullable=False),
     )
+    op.create_index("models_by_time", "models", ["project_id", "created_at", "id"])
     op.create_index("checks_by_end", "checks", ["ended_at", "project_id"])
 
 
@@ -35,6 +36,7 @@ def _index_outbox(*columns: str) -> None:
 
 def downgrade() -> None:
     op.drop_table("checks")
+    op.drop_index("models_by_time", table_name="models")
     _index_outbox("due_at")
     for column in ("retry_at", "num_failures"):
         op.drop_column("webhook_endpoints", column)
