@@ -96,6 +96,7 @@ class Executor:
             if not spec.is_at_uri:
                 training_uri = (await session.get_one(File, spec.training_file)).uri
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
+            token = await attempts.give_token(session, attempt)
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         attempt_spec = AttemptSpec(
@@ -124,7 +125,7 @@ class Executor:
         )
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
-        await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
+        await self._launcher.submit(attempt.submission_id, spec_uri, token)
         async with self._store.begin() as session:
             await attempts.mark_launched(session, attempt)
 

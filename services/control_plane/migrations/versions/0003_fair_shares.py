@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.DateTime(timezone=True)),
         sa.Column("folder", sa.String(), nullable=False),
     )
+    op.execute("UPDATE attempts SET token = encode(sha256(convert_to(token, 'UTF8')), 'hex')")
     op.create_index("models_by_time", "models", ["project_id", "created_at", "id"])
     op.create_index("checks_by_end", "checks", ["ended_at", "project_id"])
 
