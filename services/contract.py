@@ -134,7 +134,7 @@ class AttemptSpec(Contract):
     reference_source: ReferenceSource = "auto"
     reference_dtype: str = "float32"  # that its deployment computes in
     run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
-    cache_uri: str  # prepared data, shared by all jobs; may be deleted at any time
+    cache_uri: str  # prepared data, shared by the jobs of a project; may be deleted at any time
     integrations: Integrations = Integrations()
     fine_tuned_model: str | None = None  # the name that the policy will have
     traceparent: str | None = None  # of the attempt's span, where its job is traced

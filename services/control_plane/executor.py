@@ -118,7 +118,7 @@ class Executor:
             reference_dtype=self._settings.dtype,
             traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
             run_uri=run_uri,
-            cache_uri=storage.join(self._settings.storage_url, "prepared"),
+            cache_uri=storage.join(self._settings.storage_url, "prepared", job.project_id),
             integrations=spec.integrations,
             fine_tuned_model=jobs.fine_tuned_name(job, self._settings),
             events_url=f"{self._settings.advertised_url}/internal/attempts/{job.id}/{attempt.number}/events",

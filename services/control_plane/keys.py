@@ -10,10 +10,11 @@ from typing import Literal, get_args
 from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.errors import NotFound
+from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.tables import DEFAULT_PROJECT, Key, Project
 
 Scope = Literal["read", "write", "inference", "admin"]
+MAX_KEYS = 100  # that live, of a project whose own admin makes them: each has its requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -60,6 +61,24 @@ async def create(
     await session.flush()
     await session.refresh(key)
     return key, text
+
+
+async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
+    """Raises InvalidRequest for a key by which a project would get more than is usual for one.
+
+    `usual` is the setting's requests per minute. Who manages all projects may give what he likes.
+    """
+    if caller.manages_all:
+        return
+    if usual is not None and requests_per_minute is not None and requests_per_minute > usual:
+        message = (
+            f"requests_per_minute is {requests_per_minute}, and {usual} is the most that a project gives its keys."
+        )
+        raise InvalidRequest(f"{message} An admin of {DEFAULT_PROJECT} may give more.", param="requests_per_minute")
+    living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
+    unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
+    if (count := await session.scalar(living.where(unexpired)) or 0) >= MAX_KEYS:
+        raise InvalidRequest(f"The project has {count} keys, and {MAX_KEYS} is the limit; revoke one first.")
 
 
 def managed_by(caller: Caller) -> Select[Key]:

@@ -9,9 +9,10 @@ import openai
 import psycopg
 import pytest
 
+from services.control_plane import keys
 from services.control_plane.authentication import KNOWN_SECONDS, Authentication
-from services.control_plane.errors import Unauthorized
-from services.control_plane.keys import SCOPES
+from services.control_plane.errors import InvalidRequest, Unauthorized
+from services.control_plane.keys import CONFIGURED, SCOPES, Caller
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_project, pairs
@@ -200,3 +201,36 @@ def test_unknown_keys_that_come_together_share_a_look_up_and_none_is_looked_up_t
         await store.close()
 
     asyncio.run(work())
+
+
+def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
+    api: httpx.Client, base_url: str, settings: Settings
+) -> None:
+    project = new_project(api, "many-keys")
+
+    async def check(caller: Caller, asked: int | None) -> None:
+        store = Store(settings.database_url)
+        try:
+            async with store.begin() as session:
+                await keys.check(session, caller, asked, 60)
+        finally:
+            await store.close()
+
+    own = Caller("key_1", project, frozenset(SCOPES))
+    asyncio.run(check(own, 60))
+    asyncio.run(check(own, None))
+    asyncio.run(check(CONFIGURED, 1_000_000))
+    with pytest.raises(InvalidRequest, match="requests_per_minute is 61, and 60 is the most"):
+        asyncio.run(check(own, 61))
+    with psycopg.connect(settings.database_url) as connection:
+        columns = "id, project_id, name, sha256, hint, scopes"
+        connection.execute(
+            f"INSERT INTO keys ({columns}) SELECT 'key_' || n, %s, 'k', 'sha' || n, '', '{{}}' FROM"
+            " generate_series(1, 99) n",
+            [project],
+        )
+    with api_of(base_url, new_key(api, project_id=project, scopes=["admin"])["value"]) as admin:
+        refused = admin.post("/x/keys", json={"name": "one more"})
+        assert refused.status_code == 400
+        assert "The project has 100 keys, and 100 is the limit; revoke one first." in refused.text
+    assert new_key(api, project_id=project)
