@@ -18,9 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from standardwebhooks import Webhook
 
 from services import outbound
+from services.control_plane import projects
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.settings import Settings
-from services.control_plane.store import append
+from services.control_plane.store import append, project_of
 from services.control_plane.tables import TERMINAL, Job, Outbound, WebhookEndpoint
 from services.uri import InvalidUri, check
 
@@ -38,6 +39,7 @@ def listed() -> Select[WebhookEndpoint]:
 
 
 async def create(session: AsyncSession, values: Mapping[str, Any]) -> WebhookEndpoint:
+    await projects.lock(session, project_of(session))  # so that those that are made at once are counted
     existing = await session.scalar(select(func.count()).select_from(listed().subquery())) or 0
     if existing >= MAX_ENDPOINTS:
         raise InvalidRequest(f"The project has {existing} webhook endpoints, which is the limit; delete one first.")

@@ -23,6 +23,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
 
     async def make(session: AsyncSession) -> dict[str, Any]:
         project = await projects.find_to_use(session, caller, body.project_id or caller.project_id)
+        await projects.lock(session, project.id)  # so that keys that are made at once are counted
         await keys.check(session, caller, body.requests_per_minute, settings.requests_per_minute)
         key, text = await keys.create(
             session,
