@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,23 +41,14 @@ class Room:
         """Raises Unavailable. `has` is what the same request has already; one that is alone is never refused."""
         if self.taken and self.taken + amount > self.most:
             raise self._full(f"Requests hold {self.taken} of {self.most} {self._what}")
+        if holder is not None:
+            held, free = self._held[holder], self.most - self.taken
+            if held > has and held + amount > free - amount:
+                whose = "unknown keys" if holder == STRANGERS else "this project"
+                part = f"Requests of {whose} hold {held} of {self.most} {self._what}, and leave {free} to others"
+                raise self._full(part)
+            self._held[holder] += amount
         self.taken += amount
-        try:
-            self.assign(amount, holder, has=has)
-        except Unavailable:
-            self.taken -= amount
-            raise
-
-    def assign(self, amount: int, holder: str | None, *, has: int = 0) -> None:
-        """Count what is taken for the holder. Raises Unavailable."""
-        if holder is None:
-            return
-        held, free = self._held[holder], self.most - self.taken
-        if held > has and held + amount > free:
-            whose = "unknown keys" if holder == STRANGERS else "this project"
-            part = f"Requests of {whose} hold {held} of {self.most} {self._what}, and leave {free + amount} to others"
-            raise self._full(part)
-        self._held[holder] += amount
 
     def give_back(self, amount: int, holder: str | None = None) -> None:
         self.taken -= amount
@@ -83,17 +73,11 @@ class Bounds:
 class Place:
     """One request's, until it is answered."""
 
-    def __init__(self, bounds: Bounds) -> None:
-        """Raises Unavailable where there is none left."""
-        bounds.places.take(1)
-        self.bounds = bounds
-        self.holder: str | None = None
+    def __init__(self, bounds: Bounds, holder: str | None) -> None:
+        """Raises Unavailable where there is none left for the holder."""
+        bounds.places.take(1, holder)
+        self.bounds, self.holder = bounds, holder
         self._room = bounds.places
-
-    def belong_to(self, holder: str) -> None:
-        """Raises Unavailable where the holder has its part."""
-        self._room.assign(1, holder)
-        self.holder = holder
 
     def become_stream(self) -> None:
         """Leave it for one among the open streams. Raises Unavailable."""
@@ -163,6 +147,7 @@ class Limits:
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
         self._app, self._settings, self._project_of = app, settings, project_of
         self.users, self.attempts = Bounds(settings), Bounds(settings)
+        self._asking = Room(settings.max_requests, "places of requests whose keys are looked up")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNCOUNTED:
@@ -172,36 +157,45 @@ class Limits:
             refusal = InvalidRequest("The URL holds a NUL character; remove it.")
             await refusal.response()(scope, receive, send)
             return
-        with ExitStack() as held:
-            try:
-                place = await self._enter(scope, held)
-            except ApiError as error:
-                await error.response()(scope, receive, send)
-                return
-            body = Body(receive, Headers(scope=scope), self._settings, place)
-            held.callback(body.give_back)
-            scope.setdefault("state", {})["body"] = body
+        try:
+            place = await self._enter(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        body = Body(receive, Headers(scope=scope), self._settings, place)
+        scope.setdefault("state", {})["body"] = body
 
-            async def send_on(message: Message) -> None:
-                if message["type"] == "http.response.start" and _is_stream(scope, message):
-                    place.become_stream()
-                await send(message)
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start" and _is_stream(scope, message):
+                place.become_stream()
+            await send(message)
 
+        try:
             await self._app(scope, body.receive, send_on)
+        finally:
+            body.give_back()
+            place.leave()
 
-    async def _enter(self, scope: Scope, held: ExitStack) -> Place:
-        """A place for the request, before anything of it is read. Raises Unavailable.
+    async def _enter(self, scope: Scope) -> Place:
+        """A place for the request, before anything of it is read. Raises Unavailable."""
+        if scope["path"].startswith(INTERNAL):
+            return Place(self.attempts, None)
+        return Place(self.users, await self._holder(scope))
 
-        Its key tells whose it is. Completions are a holder of their own: while a project waits for its models, its
-        other requests are answered.
+    async def _holder(self, scope: Scope) -> str:
+        """The request's project, as its key tells.
+
+        Completions are a holder of their own: while a project waits for its models, its other requests are answered.
         """
-        place = Place(self.attempts if scope["path"].startswith(INTERNAL) else self.users)
-        held.callback(place.leave)
-        if place.bounds is self.users:
-            scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-            project = await self._project_of(token) if scheme.lower() == "bearer" else None
-            place.belong_to(f"{project} {scope['path'] in GENERATING}" if project else STRANGERS)
-        return place
+        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return STRANGERS
+        self._asking.take(1)
+        try:
+            project = await self._project_of(token)
+        finally:
+            self._asking.give_back(1)
+        return f"{project} {scope['path'] in GENERATING}" if project else STRANGERS
 
 
 def _declared(headers: Mapping[str, str]) -> int:

@@ -13,7 +13,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import Select, any_, func, literal, select
+from sqlalchemy import Select, any_, func, insert, literal, select
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from standardwebhooks import Webhook
 
@@ -21,7 +22,7 @@ from services import outbound
 from services.control_plane import projects
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.settings import Settings
-from services.control_plane.store import append, project_of
+from services.control_plane.store import project_of
 from services.control_plane.tables import TERMINAL, Job, Outbound, WebhookEndpoint
 from services.uri import InvalidUri, check
 
@@ -107,13 +108,15 @@ async def announce(session: AsyncSession, job: Job, to: str) -> None:
     if to not in TERMINAL:
         return
     body = event(f"fine_tuning.job.{to}", job.id)
-    wanting = listed().where(
+    told = (WebhookEndpoint.id, literal(body["id"]), literal(body, JSONB), literal(0))
+    wanting = select(*told).where(
         WebhookEndpoint.project_id == job.project_id,
+        WebhookEndpoint.deleted_at.is_(None),
         WebhookEndpoint.disabled_at.is_(None),
         literal(body["type"]) == any_(WebhookEndpoint.event_types),
     )
-    for endpoint in await session.scalars(wanting):
-        append(session, Outbound(endpoint_id=endpoint.id, event_id=body["id"], body=body))
+    columns = ["endpoint_id", "event_id", "body", "num_sends"]
+    await session.execute(insert(Outbound).from_select(columns, wanting))
 
 
 def event(event_type: str, job_id: str) -> dict[str, Any]:
