@@ -184,6 +184,8 @@ def measure(
 
 
 def quantiles(values: list[float]) -> list[float]:
+    if len(values) < 2:
+        return [float("nan")] * 2
     cuts = statistics.quantiles(values, n=100)
     return [cuts[49], cuts[98]]
 
@@ -215,7 +217,11 @@ async def live(url: str, key: str, file: str, seen: Seen) -> None:
         await asyncio.sleep(random.uniform(0, SUBMIT_SECONDS))
         while True:
             submitted, body = time.time(), {"model": "tiny", "training_file": file, "method": DPO}
-            job = (await ask("submit", "POST", "/fine_tuning/jobs", json=body)).json()["id"]
+            answer = await ask("submit", "POST", "/fine_tuning/jobs", json=body)
+            if answer.status_code != 200:
+                await asyncio.sleep(1)
+                continue
+            job = answer.json()["id"]
             seen.jobs[job] = submitted
             while time.time() < submitted + SUBMIT_SECONDS:
                 await ask("status", "GET", f"/fine_tuning/jobs/{job}")
