@@ -115,7 +115,7 @@ async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
     if job.desired != "pause" or job.observed in TERMINAL:
         raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a paused job can be resumed.")
     if job.observed == "paused":
-        await quotas.admit_resumption(session)
+        await quotas.admit_resumption(session, job.project_id)
     await wish(session, job, "run", actor=actor, event="Resumption requested")
     if job.observed == "paused":
         await move(session, job, "queued", {"progress": None}, actor=actor, event="The job is queued again")

@@ -39,33 +39,36 @@ async def usage(session: AsyncSession) -> Usage:
     """Of the session's project."""
     counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
     jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
-    return Usage(await num_bytes(session, project_of(session)), jobs, await _accelerator_hours(session))
+    return Usage(
+        await num_bytes(session, project_of(session)), jobs, await _accelerator_hours(session, project_of(session))
+    )
 
 
 async def admit_job(session: AsyncSession) -> None:
     """Raises OverQuota if the session's project may not submit another job now; Forbidden if it is archived."""
-    await _admit(session, WAITING)
+    await _admit(session, project_of(session), WAITING)
 
 
-async def admit_resumption(session: AsyncSession) -> None:
+async def admit_resumption(session: AsyncSession, project_id: str) -> None:
     """Raises what `admit_job` raises. A paused job counts as one that waits already, but not as one that may start."""
-    await _admit(session, ("queued",))
+    await _admit(session, project_id, ("queued",))
 
 
-async def _admit(session: AsyncSession, counted: Sequence[str]) -> None:
-    project = await session.get_one(Project, project_of(session))
+async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str]) -> None:
+    project = await session.get_one(Project, project_id)
     if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
         project = await projects.lock(session, project.id)  # submissions of one without limits need not take turns
     if project.archived_at is not None:  # since the key was looked up
         raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
     if project.max_queued_jobs is not None:
-        waiting = await session.scalar(select(func.count()).select_from(Job).where(Job.observed.in_(counted))) or 0
+        of_project = select(func.count()).select_from(Job).where(Job.project_id == project.id)
+        waiting = await session.scalar(of_project.where(Job.observed.in_(counted))) or 0
         if waiting >= project.max_queued_jobs:
             remedy = "wait for one to start, cancel one, or ask an admin to raise max_queued_jobs"
             what = f"{waiting} {' and '.join(counted)} jobs of {project.max_queued_jobs}"
             raise OverQuota(f"The project has {what}; {remedy}.")
     if project.max_accelerator_hours is not None:
-        used = await _accelerator_hours(session)
+        used = await _accelerator_hours(session, project.id)
         if used >= (limit := project.max_accelerator_hours):
             remedy = "ask an admin to raise max_accelerator_hours"
             raise OverQuota(f"The project has used {used:.2f} of {limit:g} accelerator hours; {remedy}.")
@@ -105,6 +108,6 @@ async def num_bytes(session: AsyncSession, project_id: str) -> int:
     return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
 
 
-async def _accelerator_hours(session: AsyncSession) -> float:
+async def _accelerator_hours(session: AsyncSession, project_id: str) -> float:
     query: Select[float] = select(func.sum(Attempt.num_accelerators * HOURS)).join(Job, Job.id == Attempt.job_id)
-    return float(await session.scalar(query) or 0)
+    return float(await session.scalar(query.where(Job.project_id == project_id)) or 0)
