@@ -206,7 +206,7 @@ class AttemptSpec(AttemptAddress):
     reference: str | None = None  # app_name of the deployment that scores, or may; None: none does
     reference_source: ReferenceSource = "auto"
     reference_dtype: str = "float32"  # that its deployment computes in
-    cache_uri: str  # prepared data, shared by all jobs; may be deleted at any time
+    cache_uri: str  # prepared data, shared by the jobs of a project; may be deleted at any time
     integrations: ReadIntegrations = Integrations()
     fine_tuned_model: str | None = None  # the name that the policy will have
 

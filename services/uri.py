@@ -76,6 +76,12 @@ def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
     return {(s.hostname, s.port or PORTS[s.scheme]) for s in splits if s.scheme in PORTS and s.hostname}
 
 
+def names_organization(uri: str, prefixes: Sequence[str]) -> bool:
+    """Whether a prefix that admits a dataset of the hub names its organization: the operator chose whose it is."""
+    whole = [prefix for prefix in prefixes if re.match("hf://datasets/[^/]+(/|$)", prefix)]
+    return any(_is_under(_place(uri), _place(prefix)) for prefix in whole)
+
+
 def _is_under(place: _Place, prefix: _Place) -> bool:
     if place.options != prefix.options or not place.path.startswith(prefix.path):
         return False

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.client import api_command, out, print_rows
+from services.cli.client import api_command, out, pages, print_rows
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -18,7 +18,8 @@ ModelId = Annotated[str, typer.Argument(metavar="ID")]
 @api_command(app, "list")
 def list_models(client: "OpenAI") -> None:
     """All models that can be trained or queried."""
-    rows = [(model.id, model.owned_by, datetime.fromtimestamp(model.created)) for model in client.models.list()]
+    found = pages(client, "/models")
+    rows = [(model["id"], model["owned_by"], datetime.fromtimestamp(model["created"])) for model in found]
     print_rows(["id", "owner", "created"], rows)
 
 

@@ -34,25 +34,28 @@ Queued = Annotated[str | None, _limit("Jobs that wait")]
 Bytes = Annotated[str | None, _limit("Bytes of files")]
 Hours = Annotated[str | None, _limit("Accelerator hours in all")]
 
+Weight = Annotated[float | None, typer.Option(metavar="N", help="Its part of the cluster beside other projects'; 1.")]
 
-def _given(name: str | None, *limits: str | None) -> dict[str, Any]:
+
+def _given(name: str | None, weight: float | None, *limits: str | None) -> dict[str, Any]:
     """What was said; numbers are the service's to judge."""
     said = {key: text for key, text in zip(LIMITS, limits, strict=True) if text is not None}
     values = {key: None if text == "none" else float(text) for key, text in said.items()}
-    return values | ({} if name is None else {"name": name})
+    return values | {key: value for key, value in (("name", name), ("weight", weight)) if value is not None}
 
 
 @api_command(app)
 def create(
     client: "OpenAI",
     name: Annotated[str, typer.Argument(metavar="NAME")],
+    weight: Weight = None,
     max_running_jobs: Running = None,
     max_queued_jobs: Queued = None,
     max_bytes: Bytes = None,
     max_accelerator_hours: Hours = None,
 ) -> None:
     """Make a project; prints its id."""
-    body = _given(name, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
+    body = _given(name, weight, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
     project: Any = client.post("/x/projects", cast_to=object, body=body)
     out.print(project["id"])
 
@@ -62,13 +65,14 @@ def change(
     client: "OpenAI",
     project_id: ProjectId,
     name: Annotated[str | None, typer.Option(help="Another name.")] = None,
+    weight: Weight = None,
     max_running_jobs: Running = None,
     max_queued_jobs: Queued = None,
     max_bytes: Bytes = None,
     max_accelerator_hours: Hours = None,
 ) -> None:
     """Change what a project may use; prints it."""
-    body = _given(name, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
+    body = _given(name, weight, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
     out.print_json(data=client.post(f"/x/projects/{project_id}", cast_to=object, body=body))
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 import psycopg
 from fastapi import Depends, FastAPI, Request
@@ -77,7 +78,11 @@ def create_app(settings: Settings) -> FastAPI:
     for error in (OperationalError, InterfaceError, InternalError, TimeoutError):
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
-    app.add_middleware(Limits, settings=settings)
+
+    async def project_of(token: str) -> str | None:  # asked when the app has its parts
+        return await cast(Authentication, app.state.authentication).project_of(token)
+
+    app.add_middleware(Limits, settings=settings, project_of=project_of)
     app.add_middleware(Access)
     return app
 

@@ -102,6 +102,7 @@ class Executor:
             if not spec.is_at_uri:
                 training_uri = (await session.get_one(File, spec.training_file)).uri
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
+            token = await attempts.give_token(session, attempt)
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = await self._launcher.own_name(models.start_of(job).app_name) if may_be_served else None
@@ -126,7 +127,7 @@ class Executor:
             reference_dtype=self._settings.dtype,
             traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
             run_uri=run_uri,
-            cache_uri=storage.join(self._settings.storage_url, "prepared"),
+            cache_uri=storage.join(self._settings.storage_url, "prepared", job.project_id),
             integrations=spec.integrations,
             fine_tuned_model=jobs.fine_tuned_name(job, self._settings),
             events_url=f"{self._settings.advertised_url}/internal/attempts/{job.id}/{attempt.number}/events",
@@ -134,7 +135,7 @@ class Executor:
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
         try:
-            await self._launcher.submit(attempt.submission_id, spec_uri, attempt.token)
+            await self._launcher.submit(attempt.submission_id, spec_uri, token)
         except Refused as refusal:
             await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
             return

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound, storage
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TRAINING = "fine-tune"
 RESULTS = "fine-tune-results"
+NEEDED = ("training_file", "validation_file")  # fields of a job's spec that name files
 LONGEST_NAME = 255
 SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds that a file may be given
 
@@ -186,8 +187,10 @@ async def remove(session: AsyncSession, file_id: str) -> File:
 async def expire(session: AsyncSession, most: int) -> list[str]:
     """Forget expired files that no live job needs. Returns where the bytes lie, to be deleted after the commit."""
     over = select(File).where(File.deleted_at.is_(None), File.expires_at <= func.clock_timestamp())
+    for name in NEEDED:  # else those that are needed for long would hide the others
+        over = over.where(File.id.not_in(select(Job.spec[name].astext).where(_lives(name))))
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True)))
-    needed = await needed_by(session, [row.id for row in rows])
+    needed = await needed_by(session, [row.id for row in rows])  # a job may have taken one meanwhile
     free = [row for row in rows if row.id not in needed]
     for row in free:
         row.deleted_at = func.clock_timestamp()
@@ -200,11 +203,16 @@ async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str
     Asked after the files are locked, so that no job takes one meanwhile.
     """
     needed: dict[str, str] = {}
-    for name in ("training_file", "validation_file"):
+    for name in NEEDED:
         file_id = Job.spec[name].astext
-        query = select(file_id, Job.id).where(Job.observed.not_in(TERMINAL), file_id.in_(file_ids))
+        query = select(file_id, Job.id).where(_lives(name), file_id.in_(file_ids))
         needed |= {row[0]: row[1] for row in await session.execute(query)}
     return needed
+
+
+def _lives(name: str) -> ColumnElement[bool]:
+    """Jobs that have not ended and name a file as `name`."""
+    return and_(Job.observed.not_in(TERMINAL), Job.spec[name].astext.is_not(None))
 
 
 async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import tracing
 from services.contract import JobSpec, first_error, storable
-from services.control_plane import webhooks
+from services.control_plane import quotas, webhooks
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.models import NamedModel
 from services.control_plane.settings import Settings
@@ -110,10 +110,12 @@ async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
 
 
 async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Wish the job run again. If it has not paused yet, it goes on."""
+    """Wish the job run again. If it has not paused yet, it goes on. Raises OverQuota."""
     job = await lock(session, await find(session, job_id))
     if job.desired != "pause" or job.observed in TERMINAL:
         raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a paused job can be resumed.")
+    if job.observed == "paused":
+        await quotas.admit_resumption(session, job.project_id)
     await wish(session, job, "run", actor=actor, event="Resumption requested")
     if job.observed == "paused":
         await move(session, job, "queued", {"progress": None}, actor=actor, event="The job is queued again")

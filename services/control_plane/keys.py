@@ -10,10 +10,11 @@ from typing import Literal, get_args
 from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.errors import NotFound
+from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.tables import DEFAULT_PROJECT, Key, Project
 
 Scope = Literal["read", "write", "inference", "admin"]
+MAX_KEYS = 100  # that live, of a project whose own admin makes them: each has its requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -62,6 +63,24 @@ async def create(
     return key, text
 
 
+async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
+    """Raises InvalidRequest for a key by which a project would get more than is usual for one.
+
+    `usual` is the setting's requests per minute. Who manages all projects may give what he likes.
+    """
+    if caller.manages_all:
+        return
+    if usual is not None and requests_per_minute is not None and requests_per_minute > usual:
+        message = (
+            f"requests_per_minute is {requests_per_minute}, and {usual} is the most that a project gives its keys."
+        )
+        raise InvalidRequest(f"{message} An admin of {DEFAULT_PROJECT} may give more.", param="requests_per_minute")
+    living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
+    unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
+    if (count := await session.scalar(living.where(unexpired)) or 0) >= MAX_KEYS:
+        raise InvalidRequest(f"The project has {count} keys, and {MAX_KEYS} is the limit; revoke one first.")
+
+
 def managed_by(caller: Caller) -> Select[Key]:
     every = select(Key)
     return every if caller.manages_all else every.where(Key.project_id == caller.project_id)
@@ -81,14 +100,12 @@ async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
     return key
 
 
-async def caller_of(session: AsyncSession, sha256: str) -> Caller | None:
-    """Whom a key's digest stands for: None unless the key and its project live."""
+async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
+    """Whom the keys with these digests stand for, by digest: those that live, as do their projects."""
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
-    query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256 == sha256, unexpired)
-    key = await session.scalar(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
-    if key is None:
-        return None
-    return Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute)
+    query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
+    living = await session.scalars(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
+    return {key.sha256: Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute) for key in living}
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:

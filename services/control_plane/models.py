@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.settings import Settings
-from services.control_plane.store import owns
+from services.control_plane.store import owns, page
 from services.control_plane.tables import TERMINAL, Checkpoint, CheckpointPermission, Job, Model
 
 
@@ -48,10 +48,17 @@ def _trained(row: Model) -> NamedModel:
     return NamedModel(row.id, row.source, row.root, row.created_at, row.job_id)
 
 
-async def list_all(session: AsyncSession, settings: Settings) -> list[NamedModel]:
-    """Bases first, then trained policies and checkpoints, newest first."""
-    query = select(Model).where(Model.deleted_at.is_(None)).order_by(Model.created_at.desc(), Model.id)
-    return bases(settings) + [_trained(row) for row in await session.scalars(query)]
+async def list_page(
+    session: AsyncSession, settings: Settings, *, after: str | None, limit: int
+) -> tuple[list[NamedModel], bool]:
+    """Bases first, then trained policies and checkpoints, newest first; and whether more follow."""
+    first = [] if after else bases(settings)
+    if after in settings.models:
+        first = bases(settings)[list(settings.models).index(after) + 1 :]
+        after = None
+    query, keys = select(Model).where(Model.deleted_at.is_(None)), [Model.created_at, Model.id]
+    rows, more = await page(session, query, keys, after=after, limit=max(0, limit - len(first)))
+    return [*first, *map(_trained, rows)][:limit], more or len(first) > limit
 
 
 async def find(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:

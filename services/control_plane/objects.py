@@ -9,7 +9,7 @@ from services.contract import CheckResult, Integrations, Reading
 from services.control_plane.files import TRAINING
 from services.control_plane.jobs import wire_metrics
 from services.control_plane.models import NamedModel
-from services.control_plane.quotas import Usage
+from services.control_plane.quotas import WAITING, Usage
 from services.control_plane.settings import Settings
 from services.control_plane.tables import (
     AuditEntry,
@@ -244,13 +244,15 @@ def project_object(row: Project) -> dict[str, Any]:
         "created_at": seconds(row.created_at),
         "name": row.name,
         "archived_at": seconds(row.archived_at),
+        "weight": row.weight,
         **{limit: getattr(row, limit) for limit in LIMITS},
     }
 
 
 def usage_object(project: Project, usage: Usage) -> dict[str, Any]:
     """What is used of each limit; a limit of null is none."""
-    used = (usage.jobs["running"], usage.jobs["queued"], usage.num_bytes, round(usage.accelerator_hours, 6))
+    waiting = sum(usage.jobs[state] for state in WAITING)
+    used = (usage.jobs["running"], waiting, usage.num_bytes, round(usage.accelerator_hours, 6))
     return {
         "object": "project.usage",
         "project_id": project.id,

@@ -90,7 +90,7 @@ class Reconciler:
                 return
             self._stopwatches.look()
             live, opened = await store.live_jobs(session), await store.open_attempts(session)
-            limits, out_of_hours = await store.running_limits(session), await quotas.out_of_hours(session)
+            shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
             self._look(), self._launcher.submissions(asked), self._capacity(live)
@@ -98,7 +98,7 @@ class Reconciler:
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         contenders = [job for job in live if job.observed == "running" or job.id not in spent]
         waits = spent | (
-            what_each_waits_for(contenders, limits, capacity, self._settings)
+            what_each_waits_for(contenders, shares, capacity, self._settings)
             if view is not None
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )

@@ -335,6 +335,7 @@ class UpdateProject(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
+    weight: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     max_running_jobs: Limit | None = None
     max_queued_jobs: Limit | None = None
     max_bytes: Annotated[int, Field(ge=0, lt=2**63)] | None = None

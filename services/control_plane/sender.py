@@ -8,13 +8,13 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import httpx
-from sqlalchemy import ColumnElement, case, func, null, select, update
-from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy import ColumnElement, Select, case, func, null, or_, select, true, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound
 from services.control_plane import webhooks
@@ -31,6 +31,7 @@ SEND_SECONDS = 15.0  # from asking the name server to the answer's headers
 LEASE_SECONDS = 60.0  # longer than a send
 AT_ONCE, AT_ONCE_TO_ONE = 64, 4  # sends of one control plane, and of these to one endpoint
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 6 * 3600.0
+LONGEST_CLOSED_SECONDS = 900.0  # an endpoint that answers again is noticed within so long
 TRIED_FOR = timedelta(hours=72)
 
 
@@ -44,14 +45,19 @@ class Claim(NamedTuple):
     num_sends: int  # with the one that is claimed
     endpoint: WebhookEndpoint
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Whose place a send takes: its project's and its endpoint's."""
+        return self.endpoint.project_id, self.endpoint.id
+
 
 class Sender:
-    """Sends what is due, to many endpoints at once: one that is slow takes only its own few places."""
+    """Sends what is due, to many endpoints at once: what is slow or dead costs its owner only."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._client = outbound.async_client(settings.webhook_urls, webhooks.SETTING, max_lookups=AT_ONCE)
-        self._flying: Counter[str] = Counter()  # sends under way, by endpoint
+        self._flying: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
         self._landed = asyncio.Event()
 
     async def close(self) -> None:
@@ -86,25 +92,49 @@ class Sender:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """The oldest due row of each endpoint that has a place left, as far as there are places."""
-        places = AT_ONCE - self._flying.total()
-        if places <= 0:
+        """The oldest due row of each endpoint that has a place left, by turns of the projects."""
+        if self._flying.total() >= AT_ONCE:
             return []
-        full = [name for name, count in self._flying.items() if count >= AT_ONCE_TO_ONE]
-        due = Outbound.due_at <= func.now()
-        oldest = select(Outbound.id).ext(distinct_on(Outbound.endpoint_id))
-        oldest = oldest.where(due, Outbound.endpoint_id.not_in(full))
-        oldest = oldest.order_by(Outbound.endpoint_id, Outbound.due_at, Outbound.id)
-        query = select(Outbound.id, Outbound.body, Outbound.num_sends + 1, WebhookEndpoint).join(WebhookEndpoint)
-        query = query.where(Outbound.id.in_(oldest), due).order_by(Outbound.due_at).limit(places)
         async with self._store.begin() as session:
-            found = await session.execute(query.with_for_update(of=Outbound, skip_locked=True))
-            if not (claims := [Claim(*row) for row in found]):
+            found = await session.execute(self._oldest_due())
+            if not (claims := self._with_places(Claim(*row) for row in found)):
                 return []
             leased = {"due_at": _in_seconds(LEASE_SECONDS), "num_sends": Outbound.num_sends + 1}
             await session.execute(update(Outbound).where(Outbound.id.in_([c.id for c in claims])).values(leased))
-        self._flying.update(claim.endpoint.id for claim in claims)
+            failing = [claim.endpoint.id for claim in claims if claim.endpoint.num_failures]
+            await _close(session, failing, LEASE_SECONDS)  # one send finds out whether it answers again
         return claims
+
+    def _oldest_due(self) -> Select[Any]:
+        """Every endpoint's first row is looked up in an index, however many rows wait behind it."""
+        due, of = Outbound.due_at <= func.now(), WebhookEndpoint
+        waiting = select(Outbound.id, Outbound.due_at).where(Outbound.endpoint_id == of.id, due)
+        oldest = waiting.order_by(Outbound.due_at, Outbound.id).limit(1).lateral("oldest")
+        turn = func.row_number().over(partition_by=of.project_id, order_by=oldest.c.due_at).label("turn")
+        turns = select(oldest.c.id, turn).select_from(of).join(oldest, true())
+        turns = turns.where(or_(of.retry_at.is_(None), of.retry_at <= func.now()), of.id.not_in(self._full()))
+        first = turns.order_by(turn, oldest.c.due_at).limit(AT_ONCE).subquery()
+        query = select(Outbound.id, Outbound.body, Outbound.num_sends + 1, of).join(of)
+        query = query.join(first, first.c.id == Outbound.id).where(due).order_by(first.c.turn, Outbound.due_at)
+        return query.with_for_update(of=Outbound, skip_locked=True)
+
+    def _full(self) -> list[str]:
+        return [endpoint for (_, endpoint), count in self._flying.items() if count >= AT_ONCE_TO_ONE]
+
+    def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
+        """Those that are sent now. No project has more sends under way than there are places free.
+
+        So the slow endpoints of one project leave half of the places to others, those of two projects a third.
+        """
+        sent, per_project = [], Counter[str]()
+        for (project, _), count in self._flying.items():
+            per_project[project] += count
+        for claim in claims:
+            if per_project[claim.endpoint.project_id] < AT_ONCE - per_project.total():
+                per_project[claim.endpoint.project_id] += 1
+                self._flying[claim.place] += 1
+                sent.append(claim)
+        return sent
 
     async def _bring(self, claim: Claim) -> None:
         try:
@@ -113,7 +143,7 @@ class Sender:
         except Exception:  # what one row brings about must not end the sender of all: its lease ends, then it is due
             log.exception("Webhook %s to %s was not sent or not noted", claim.body["id"], claim.endpoint.id)
         finally:
-            self._flying -= Counter([claim.endpoint.id])
+            self._flying -= Counter([claim.place])
             self._landed.set()
 
     async def _try(self, claim: Claim) -> tuple[str, bool]:
@@ -138,7 +168,10 @@ class Sender:
             await session.execute(there.values(disabled_at=func.now()))
 
     async def _note(self, claim: Claim, outcome: str, *, again: bool) -> None:
-        """A send that outlived its lease notes no failure: the row is another's by now."""
+        """A send that outlived its lease notes no failure: the row is another's by now.
+
+        An endpoint that fails is left alone for a while, with all that waits for it.
+        """
         statement = update(Outbound).where(Outbound.id == claim.id)
         due_at: ColumnElement[Any] = null()
         if again:
@@ -147,8 +180,30 @@ class Sender:
             due_at = case((then < Outbound.created_at + TRIED_FOR, then), else_=null())
         async with self._store.begin() as session:
             await session.execute(statement.values(due_at=due_at, outcome=outcome[:500]))
+            if again:
+                failures = claim.endpoint.num_failures + 1  # sends that fail together count as one
+                pause = min(pause_seconds(failures), LONGEST_CLOSED_SECONDS)
+                await _close(session, [claim.endpoint.id], pause, num_failures=failures)
+            elif claim.endpoint.num_failures:
+                answers = update(WebhookEndpoint).where(WebhookEndpoint.id == claim.endpoint.id)
+                await session.execute(answers.values(num_failures=0, retry_at=None))
         shown = outcome.partition(":")[0]  # a URL may hold a secret of its owner's
         log.info("Webhook %s to %s, send %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
+
+
+async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float, **values: int) -> None:
+    """Send nothing to the endpoints for so long."""
+    if endpoint_ids:
+        closed = update(WebhookEndpoint).where(WebhookEndpoint.id.in_(endpoint_ids))
+        await session.execute(closed.values(retry_at=_in_seconds(seconds), **values))
+
+
+async def give_up_old(session: AsyncSession) -> None:
+    """What waited behind the failures of its endpoint for as long as an event is sent is given up, too."""
+    failing = select(WebhookEndpoint.id).where(WebhookEndpoint.num_failures > 0)
+    old = update(Outbound).where(Outbound.due_at.is_not(None), Outbound.created_at < func.now() - TRIED_FOR)
+    outcome = func.coalesce(Outbound.outcome, "not sent: the endpoint did not answer for 72 hours")
+    await session.execute(old.where(Outbound.endpoint_id.in_(failing)).values(due_at=None, outcome=outcome))
 
 
 def pause_seconds(num_sends: int) -> float:

@@ -84,8 +84,13 @@ class Settings(BaseSettings):
     max_requests: int = Field(
         default=1000, gt=0, description="answered at once by one process; open streams not counted"
     )
-    stall_seconds: float = Field(default=30, gt=0, description="a request that sends nothing for so long is ended")
+    stall_seconds: float = Field(
+        default=30, gt=0, description="a client that sends or reads nothing for so long is cut off"
+    )
     max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
+    max_running_checks: int = Field(
+        default=2, gt=0, description="of one project: checks of files with a model, each a Ray job"
+    )
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict, description="what an autoscaling cluster may grow to; {}: it is as large as it is"
     )

@@ -62,7 +62,6 @@ from services.control_plane.tables import (
     Model,
     Outbound,
     Owned,
-    Project,
 )
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -400,11 +399,6 @@ async def live_jobs(session: AsyncSession) -> list[Job]:
     queued = select(Job.id, place.label("place")).where(Job.observed == "queued", Job.desired == "run").subquery()
     head = select(Job).join(queued, Job.id == queued.c.id).where(queued.c.place <= QUEUE_HEAD)
     return [*await session.scalars(others), *await session.scalars(head)]
-
-
-async def running_limits(session: AsyncSession) -> dict[str, int | None]:
-    """How many jobs of each project may run at once; None: as many as there is room for."""
-    return {row.id: row.max_running_jobs for row in await session.execute(select(Project.id, Project.max_running_jobs))}
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:

@@ -32,6 +32,7 @@ from services.control_plane.tables import UNCHECKED, File, reading_of
 log = logging.getLogger(__name__)
 
 IN_PROCESS_BYTES = 4 * 2**20  # 0.1 s at 42 MiB/s: starting a process takes longer
+AT_ONCE = 4  # processes, of 80 MiB each, however many cores the machine has
 AT_ONCE_BYTES = 512 * 2**20  # 12 s: proxies cut answers off after 60
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 2.0
@@ -75,11 +76,11 @@ async def _survey(
 
 
 def _processes() -> anyio.CapacityLimiter:
-    """So many checks run at once in this control plane; others wait."""
+    """At most AT_ONCE checks run at once in this control plane; others wait."""
     try:
         return _limiter.get()
     except LookupError:
-        _limiter.set(anyio.CapacityLimiter(max(2, os.cpu_count() or 1)))
+        _limiter.set(anyio.CapacityLimiter(min(AT_ONCE, max(2, os.cpu_count() or 1))))
         return _limiter.get()
 
 

@@ -16,9 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute
 
 from services import storage
-from services.control_plane import files, once, uploads
+from services.control_plane import datasets, files, once, uploads
 from services.control_plane.launcher import Launcher
 from services.control_plane.orphans import stop_orphans
+from services.control_plane.sender import give_up_old
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from services.control_plane.tables import File, Lease, Model, Outbound, Upload
@@ -74,6 +75,8 @@ class Sweeper:
     async def _stop_orphans(self) -> None:
         for submission_id in await stop_orphans(self._store, self._launcher):
             log.warning("Stopped %s, whose attempt has ended", submission_id)
+        for submission_id in await datasets.stop_late(self._store, self._launcher):
+            log.warning("Stopped %s, which checked a file for too long", submission_id)
 
     async def _forget(self) -> None:
         sent = delete(Outbound).where(Outbound.due_at.is_(None), Outbound.created_at < func.now() - OUTBOX_KEPT)
@@ -81,6 +84,9 @@ class Sweeper:
             await once.forget_old(session)
             await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
             await session.execute(sent)
+            await give_up_old(session)
+            checks = await datasets.forget_old(session, MOST)
+        await _remove(checks)
 
     async def _put_away(self) -> None:
         """Bytes that no row names go to the trash; those of a deleted file, and of a write that broke off, for good."""

@@ -51,6 +51,7 @@ class Project(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     name: Mapped[str] = mapped_column(unique=True)
     archived_at: Mapped[datetime | None]
+    weight: Mapped[float] = mapped_column(server_default="1")  # how much of the cluster it may have beside others
     max_running_jobs: Mapped[int | None]
     max_queued_jobs: Mapped[int | None]
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files
@@ -127,6 +128,17 @@ class File(Owned, Base):
     def alive(cls) -> ColumnElement[bool]:
         """What callers see: an expired file is gone at once, by the database's clock."""
         return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
+
+
+class DatasetCheck(Owned, Base):
+    """A Ray job that checks a training file with a model."""
+
+    __tablename__ = "checks"
+    submission_id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]  # when that was noticed
+    folder: Mapped[str]  # URI of what it leaves
+    __table_args__ = (Index("checks_by_end", "ended_at", "project_id"),)
 
 
 class Upload(Owned, Base):
@@ -222,7 +234,7 @@ class Attempt(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     state: Mapped[str] = mapped_column(default="launching")
-    token: Mapped[str]  # the attempt's own secret: it may only report on itself
+    token: Mapped[str]  # digests of the secrets of its last two launches: who has one may report on this attempt alone
     next_seq: Mapped[int] = mapped_column(BigInteger, default=0)  # every report below is recorded
     reference: Mapped[str | None]  # app_name that must be served until its scores are in
     outcome: Mapped[dict[str, Any] | None]  # its Succeeded, Failed or Paused report
@@ -238,6 +250,7 @@ class Attempt(Base):
         CheckConstraint("state IN ('launching', 'running', 'ended')"),
         CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)"),
         Index("attempts_one_open", "job_id", unique=True, postgresql_where=text("state <> 'ended'")),
+        Index("attempts_by_end", "ended_at"),
     )
 
     @property
@@ -297,6 +310,7 @@ class Model(Owned, Base):
     deleted_at: Mapped[datetime | None]
     removed_at: Mapped[datetime | None]  # its bytes, after it was deleted
     __table_args__ = (
+        Index("models_by_time", "project_id", "created_at", "id"),
         Index("models_to_remove", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND removed_at IS NULL")),
     )
 
@@ -326,6 +340,8 @@ class WebhookEndpoint(Owned, Base):
     old_secret: Mapped[str | None]
     old_secret_until: Mapped[datetime | None] = mapped_column()
     old_secret_counts: Mapped[bool | None] = column_property(old_secret_until > func.clock_timestamp())  # when read
+    num_failures: Mapped[int] = mapped_column(server_default="0")  # sends that failed, one after the other
+    retry_at: Mapped[datetime | None]  # nothing is sent before, as it failed
     disabled_at: Mapped[datetime | None]  # it answered that it is gone
     deleted_at: Mapped[datetime | None]
     __table_args__ = (Index("webhook_endpoints_by_time", "project_id", "created_at", "id"),)
@@ -343,7 +359,7 @@ class Outbound(Base):
     num_sends: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # None: delivered or given up
     outcome: Mapped[str | None]  # of the last send, in words
-    __table_args__ = (Index("outbox_due", "due_at", postgresql_where=text("due_at IS NOT NULL")),)
+    __table_args__ = (Index("outbox_due", "endpoint_id", "due_at", "id", postgresql_where=text("due_at IS NOT NULL")),)
 
 
 class AuditEntry(Base):

@@ -13,14 +13,16 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import Select, any_, func, literal, select
+from sqlalchemy import Select, any_, func, insert, literal, select
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from standardwebhooks import Webhook
 
 from services import outbound
+from services.control_plane import projects
 from services.control_plane.errors import InvalidRequest, NotFound
 from services.control_plane.settings import Settings
-from services.control_plane.store import append, now
+from services.control_plane.store import now, project_of
 from services.control_plane.tables import TERMINAL, Job, Outbound, WebhookEndpoint
 from services.uri import InvalidUri, check
 
@@ -38,6 +40,7 @@ def listed() -> Select[WebhookEndpoint]:
 
 
 async def create(session: AsyncSession, values: Mapping[str, Any]) -> WebhookEndpoint:
+    await projects.lock(session, project_of(session))  # so that those that are made at once are counted
     existing = await session.scalar(select(func.count()).select_from(listed().subquery())) or 0
     if existing >= MAX_ENDPOINTS:
         raise InvalidRequest(f"The project has {existing} webhook endpoints, which is the limit; delete one first.")
@@ -59,7 +62,8 @@ async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -
 async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, Any]) -> WebhookEndpoint:
     """Set what differs. Naming its URL, even the same, enables an endpoint that was gone."""
     endpoint = await find(session, endpoint_id, lock=True)
-    wanted = {**values, **({"disabled_at": None} if "url" in values else {})}
+    anew = {"disabled_at": None, "num_failures": 0, "retry_at": None}
+    wanted = {**values, **(anew if "url" in values else {})}
     differing = {name: value for name, value in wanted.items() if getattr(endpoint, name) != value}
     for name, value in differing.items():
         setattr(endpoint, name, value)
@@ -104,13 +108,15 @@ async def announce(session: AsyncSession, job: Job, to: str) -> None:
     if to not in TERMINAL:
         return
     body = event(f"fine_tuning.job.{to}", job.id)
-    wanting = listed().where(
+    told = (WebhookEndpoint.id, literal(body["id"]), literal(body, JSONB), literal(0))
+    wanting = select(*told).where(
         WebhookEndpoint.project_id == job.project_id,
+        WebhookEndpoint.deleted_at.is_(None),
         WebhookEndpoint.disabled_at.is_(None),
         literal(body["type"]) == any_(WebhookEndpoint.event_types),
     )
-    for endpoint in await session.scalars(wanting):
-        append(session, Outbound(endpoint_id=endpoint.id, event_id=body["id"], body=body))
+    columns = ["endpoint_id", "event_id", "body", "num_sends"]
+    await session.execute(insert(Outbound).from_select(columns, wanting))
 
 
 def event(event_type: str, job_id: str) -> dict[str, Any]:

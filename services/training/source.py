@@ -74,8 +74,8 @@ def _bring(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[
         with outbound.client(prefixes) as client:
             return _download(client, [Remote(uri, 0, uri)], folder_uri, report)
     if scheme == "hf":
-        with hub.client() as client:
-            return _download(client, hub.find(uri), folder_uri, report)
+        with hub.client(uri, prefixes) as client:
+            return _download(client, hub.find(uri, prefixes), folder_uri, report)
     try:
         files = _in_folder(uri, prefixes) if is_folder(uri) else [_File(uri, place)]
         for file in files:

@@ -1,7 +1,7 @@
 """Work on the pieces of a job's file: one by a task, many by Ray Data."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -9,6 +9,7 @@ import ray
 from services.contract import Contract
 
 TASKS_PER_PROCESS = 20  # at most: fewer end further apart, and between two a process waits 0.2 seconds
+MOST_BESIDE = 32  # each holds a tokenizer and its piece of the file
 
 Item = TypeVar("Item", bound=Contract)
 Result = TypeVar("Result", bound=Contract)
@@ -38,8 +39,7 @@ def in_tasks(
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     # Not by Ray's logical CPUs: each process loads a tokenizer or a model, and more of them than real cores only wait.
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    size = min(len(items), max(1, num_nodes * (os.cpu_count() or 1) - beside))
+    size = min(len(items), num_processes(ray.nodes(), os.cpu_count() or 1, beside=beside))
     options = _beside_training() if beside else {"num_gpus": num_gpus or None}
     kind = type(items[0])
 
@@ -53,6 +53,16 @@ def in_tasks(
     tasks = rows.map(work_on, compute=TaskPoolStrategy(size=size), **options)
     for row in tasks.iter_rows():
         yield result.model_validate_json(row["result"])
+
+
+def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int) -> int:
+    """How many work at once: one for each core of a node like this one, and none on a node that lends Ray no CPU.
+
+    Beside training at most MOST_BESIDE, as they claim nothing of Ray's, which would bound them.
+    """
+    lent = (node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
+    usable = sum(cores for each in lent if each) or cores
+    return max(1, min(usable - beside, MOST_BESIDE) if beside else usable)
 
 
 def _in_one_core(work: Callable[[Item], Result], item: Item) -> Result:

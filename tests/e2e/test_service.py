@@ -263,7 +263,7 @@ def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
     changed = {name: tensor + 0.002 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
     digest = cache.model_digest(str(service.model), weights=True)
-    known = engine_rate_uri((service.home / "storage" / "prepared").as_uri(), digest, "float32")
+    known = engine_rate_uri((service.home / "storage" / "prepared" / "proj_default").as_uri(), digest, "float32")
     rates.write(known, Rate(tokens_per_second=1e9))  # so fast that it is asked for few rows, too
     try:
         job_id = submit(client, shop_pairs(60), n_epochs=1)

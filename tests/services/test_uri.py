@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.uri import InvalidUri, admitted, is_folder, matches
+from services.uri import InvalidUri, admitted, is_folder, matches, names_organization
 
 DEFAULT = ["https://", "hf://datasets/"]
 
@@ -114,3 +114,12 @@ def test_a_folders_uri_means_the_files_that_its_last_part_matches() -> None:
     assert [name for name in names if matches("", name)] == ["a.jsonl", "b.jsonl.gz", "a[1].jsonl"]
     assert [name for name in names if matches("*.jsonl", name)] == ["a.jsonl", "a[1].jsonl"]
     assert [name for name in names if matches("a[1]*", name)] == ["a[1].jsonl"]
+
+
+def test_an_organization_is_named_by_a_prefix_that_says_whose_dataset_it_is() -> None:
+    uri = "hf://datasets/acme/rows/a.jsonl"
+    assert names_organization(uri, ["https://", "hf://datasets/acme/"])
+    assert names_organization(uri, ["hf://datasets/acme"])
+    assert names_organization(uri, ["hf://datasets/acme/rows"])
+    assert not names_organization(uri, ["https://", "hf://datasets/"])
+    assert not names_organization("hf://datasets/acme-evil/rows/a.jsonl", ["hf://datasets/acme", "hf://datasets/"])

@@ -24,5 +24,5 @@ async def check(
     if model is None:
         return check_object(f"check-{file.id}", file, None)
     asked = datasets.check_of(file, model, config, settings, await store.store.instance())
-    result = await datasets.result_of(asked, launcher, request.is_disconnected)
+    result = await datasets.result_of(asked, store, launcher, settings, request.is_disconnected)
     return check_object(asked.id, file, result, running=result is None)

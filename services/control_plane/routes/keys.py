@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import keys, projects
 from services.control_plane.objects import key_object, listing
-from services.control_plane.routes.dependencies import CallerPart, Limit, OncePart, StorePart
+from services.control_plane.routes.dependencies import CallerPart, Limit, OncePart, SettingsPart, StorePart
 from services.control_plane.schemas import CreateKey
 from services.control_plane.store import page
 from services.control_plane.tables import Key
@@ -17,12 +17,14 @@ router = APIRouter(prefix="/x/keys")
 
 
 @router.post("")
-async def create(once: OncePart, caller: CallerPart, body: CreateKey) -> Response:
+async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
     """`value` is told in this answer only."""
     expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
 
     async def make(session: AsyncSession) -> dict[str, Any]:
         project = await projects.find_to_use(session, caller, body.project_id or caller.project_id)
+        await projects.lock(session, project.id)  # so that keys that are made at once are counted
+        await keys.check(session, caller, body.requests_per_minute, settings.requests_per_minute)
         key, text = await keys.create(
             session,
             project.id,

@@ -1,23 +1,30 @@
 """/v1/models. Ids may hold slashes, raw or encoded."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane import deployments, files, models
 from services.control_plane.models import NamedModel
-from services.control_plane.objects import deleted, model_object
+from services.control_plane.objects import deleted, listing, model_object
 from services.control_plane.routes.dependencies import OncePart, SettingsPart, StorePart
 
 router = APIRouter(prefix="/models")
 
 
 @router.get("")
-async def list_models(store: StorePart, settings: SettingsPart) -> dict[str, Any]:
+async def list_models(
+    store: StorePart,
+    settings: SettingsPart,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> Response:
+    """Base models, then the newest. OpenAI's client asks for one page, so that a page is long."""
     async with store.look() as session:
-        found = await models.list_all(session, settings)
-    return {"object": "list", "data": [model_object(model, settings) for model in found]}
+        found, more = await models.list_page(session, settings, after=after, limit=limit)
+    return JSONResponse(listing([model_object(model, settings) for model in found], more))
 
 
 @router.get("/{model_id:path}")

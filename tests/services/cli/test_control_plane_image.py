@@ -36,7 +36,7 @@ def test_the_image_migrates_and_serves_with_the_key_from_its_environment(databas
         url = service.stdout.readline().split()[-1]
         assert service.stdout.readline() == "api key: as configured\n"
         answer = httpx.get(f"{url}/models", headers={"Authorization": "Bearer rd-from-a-secret"}, trust_env=False)
-        assert answer.json() == {"object": "list", "data": []}
+        assert answer.json() == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
         service.send_signal(signal.SIGTERM)
         service.communicate(timeout=300)
         assert service.returncode == 0

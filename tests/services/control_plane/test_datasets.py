@@ -1,22 +1,29 @@
 """/v1/x/datasets/check, against a Ray whose jobs the tests themselves end."""
 
+import asyncio
 import json
 import shlex
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import openai
+import psycopg
 import pytest
 
 from services import storage
 from services.contract import CheckRequest, CheckResult, Failed
 from services.control_plane import datasets
+from services.control_plane.launcher import Launcher
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import API_KEY, FakeRay, pair, pairs
+from services.control_plane.store import Store
+from services.control_plane.sweeper import Sweeper
+from tests.services.control_plane.conftest import API_KEY, FakeRay, api_of, new_key, new_project, pair, pairs
 
 REPORT = {"tokens": {"num_kept": 12}, "preview": []}
 DONE = CheckResult(finished_at=0, report=REPORT)
@@ -24,14 +31,22 @@ DONE = CheckResult(finished_at=0, report=REPORT)
 
 @pytest.fixture(scope="module")
 def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
-    return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
+    ray_url = f"http://127.0.0.1:{fake_ray.server.server_port}"
+    return offline.model_copy(update={"ray_url": ray_url, "max_running_checks": 3})
+
+
+def sql(settings: Settings, statement: str) -> list[Any]:
+    with psycopg.connect(settings.database_url) as connection:
+        cursor = connection.execute(statement)
+        return cursor.fetchall() if cursor.description else []
 
 
 @pytest.fixture
-def ray(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
+def ray(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, base_url: str, settings: Settings) -> Iterator[FakeRay]:
     """Its jobs run until a test ends them, and a request waits for a moment only."""
     monkeypatch.setattr(datasets, "WAIT_SECONDS", 0.3)
     monkeypatch.setattr(datasets, "POLL_SECONDS", 0.02)
+    sql(settings, "DELETE FROM checks")
     fake_ray.jobs.clear()
     fake_ray.submissions.clear()
     yield fake_ray
@@ -188,6 +203,79 @@ def test_a_cluster_that_does_not_answer_is_unavailable(ray: FakeRay, ask: Any) -
     answer = ask(model="tiny")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "cluster_unavailable")
     assert int(answer.headers["retry-after"]) > 0
+
+
+def test_of_one_project_a_few_checks_run_at_once(ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "WAIT_SECONDS", 0.0)
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda length: ask(model="tiny", max_length=length), range(100, 108)))
+    assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 5}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert "3 checks of the project are running, which is the limit max_running_checks" in refused.text
+    assert int(refused.headers["retry-after"]) > 0
+    assert len(ray.submissions) == 3
+    finish(ray, DONE)
+    assert ask(model="tiny", max_length=200).json()["status"] == "running"
+
+
+def test_another_project_has_checks_of_its_own_and_sees_no_others(
+    ray: FakeRay, ask: Any, api: httpx.Client, base_url: str
+) -> None:
+    first = ask(model="tiny").json()["id"]
+    finish(ray, DONE)
+    project = new_project(api, "another")
+    with api_of(base_url, new_key(api, project_id=project)["value"]) as own:
+        content = api.get(f"/files/{request_of(ray).recipe.training_uri.rpartition('/')[2]}/content").content
+        file = own.post("/files", files={"file": ("pairs.jsonl", content)}, data={"purpose": "fine-tune"}).json()
+        for length in (None, 65, 66):
+            body = {"training_file": file["id"], "model": "tiny"} | ({"max_length": length} if length else {})
+            answer = own.post("/x/datasets/check", json=body).json()
+            assert (answer["status"], answer["id"] == first) == ("running", False)
+
+
+def test_a_check_that_runs_too_long_is_stopped_and_one_that_was_never_launched_is_forgotten(
+    ray: FakeRay, ask: Any, settings: Settings
+) -> None:
+    late, never = (ask(model="tiny", max_length=length).json()["id"] + "-1" for length in (64, 65))
+    del ray.jobs[never]
+    sql(settings, f"UPDATE checks SET created_at = now() - interval '2 hours' WHERE submission_id <> '{never}'")
+    sql(settings, f"UPDATE checks SET created_at = now() - interval '1 minute' WHERE submission_id = '{never}'")
+    running = "SELECT submission_id FROM checks WHERE ended_at IS NULL"
+    assert sweep(settings) == [late]
+    assert ray.jobs[late] == "STOPPED"
+    assert sweep(settings) == []
+    assert sql(settings, running) == [(never,)]
+    sql(settings, f"UPDATE checks SET created_at = now() - interval '3 minutes' WHERE submission_id = '{never}'")
+    assert sweep(settings) == []
+    assert sql(settings, running) == []
+
+
+def test_what_a_check_left_is_removed_after_a_week(ray: FakeRay, ask: Any, settings: Settings) -> None:
+    ask(model="tiny")
+    finish(ray, DONE)
+    folder = request_of(ray).folder_uri
+    sweep(settings)
+    assert storage.exists(storage.join(folder, "report.json"))
+    sql(settings, "UPDATE checks SET ended_at = now() - interval '8 days'")
+    sweep(settings)
+    assert storage.list_files(folder) == []
+    assert ask(model="tiny").json()["status"] == "running"
+
+
+def sweep(settings: Settings) -> list[str]:
+    """The checks that were stopped."""
+
+    async def run() -> list[str]:
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
+        stopped = await datasets.stop_late(store, launcher)
+        await Sweeper(store, launcher, settings).sweep()
+        await launcher.close()
+        await store.close()
+        return stopped
+
+    return asyncio.run(run())
 
 
 @pytest.mark.slow

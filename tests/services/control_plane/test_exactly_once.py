@@ -60,8 +60,9 @@ async def open_attempt(settings: Settings, job_id: str) -> str:
     store = Store(settings.database_url)
     async with store.begin() as session:
         attempt = await attempts.begin(session, job_id, 1, None, num_accelerators=0)
+        token = await attempts.give_token(session, attempt)
     await store.close()
-    return attempt.token
+    return token
 
 
 @pytest.mark.slow

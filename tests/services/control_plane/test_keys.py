@@ -9,8 +9,10 @@ import openai
 import psycopg
 import pytest
 
+from services.control_plane import keys
 from services.control_plane.authentication import KNOWN_SECONDS, Authentication
-from services.control_plane.keys import SCOPES
+from services.control_plane.errors import InvalidRequest, Unauthorized
+from services.control_plane.keys import CONFIGURED, SCOPES, Caller
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store
 from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_project, pairs
@@ -178,3 +180,57 @@ def test_changes_are_told_to_admins_with_who_made_them(api: httpx.Client, base_u
     first = api.get("/x/audit", params={"limit": 1}).json()
     second = api.get("/x/audit", params={"limit": 1, "after": first["last_id"]}).json()
     assert [*first["data"], *second["data"]] == everything[:2]
+
+
+def test_unknown_keys_that_come_together_share_a_look_up_and_none_is_looked_up_twice(settings: Settings) -> None:
+    class Counted(Authentication):
+        look_ups = 0
+
+        async def _look_up(self, digests: list[str]) -> dict[str, Any]:
+            self.look_ups += 1
+            return await super()._look_up(digests)
+
+    async def work() -> None:
+        store = Store(settings.database_url)
+        authentication = Counted(store, settings)
+        for _ in range(2):
+            asked = (authentication.caller(f"rd-nobodys-{number}") for number in range(200))
+            refused = await asyncio.gather(*asked, return_exceptions=True)
+            assert {type(error) for error in refused} == {Unauthorized}
+        assert authentication.look_ups <= 2  # the first one's, and that of all who came meanwhile
+        await store.close()
+
+    asyncio.run(work())
+
+
+def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
+    api: httpx.Client, base_url: str, settings: Settings
+) -> None:
+    project = new_project(api, "many-keys")
+
+    async def check(caller: Caller, asked: int | None) -> None:
+        store = Store(settings.database_url)
+        try:
+            async with store.begin() as session:
+                await keys.check(session, caller, asked, 60)
+        finally:
+            await store.close()
+
+    own = Caller("key_1", project, frozenset(SCOPES))
+    asyncio.run(check(own, 60))
+    asyncio.run(check(own, None))
+    asyncio.run(check(CONFIGURED, 1_000_000))
+    with pytest.raises(InvalidRequest, match="requests_per_minute is 61, and 60 is the most"):
+        asyncio.run(check(own, 61))
+    with psycopg.connect(settings.database_url) as connection:
+        columns = "id, project_id, name, sha256, hint, scopes"
+        connection.execute(
+            f"INSERT INTO keys ({columns}) SELECT 'key_' || n, %s, 'k', 'sha' || n, '', '{{}}' FROM"
+            " generate_series(1, 99) n",
+            [project],
+        )
+    with api_of(base_url, new_key(api, project_id=project, scopes=["admin"])["value"]) as admin:
+        refused = admin.post("/x/keys", json={"name": "one more"})
+        assert refused.status_code == 400
+        assert "The project has 100 keys, and 100 is the limit; revoke one first." in refused.text
+    assert new_key(api, project_id=project)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import httpx
 import openai
 import psycopg
 import pytest
@@ -133,3 +134,33 @@ def test_without_a_cluster_a_model_is_unavailable_and_says_when_to_come_back(cli
         client.completions.create(model="tiny", prompt="Hi")
     assert refused.value.status_code == 503
     assert int(refused.value.response.headers["retry-after"]) <= 60
+
+
+def test_models_are_listed_page_by_page_bases_first_and_the_first_page_is_long(
+    client: openai.OpenAI, api: httpx.Client, settings: Settings
+) -> None:
+    job = {"model": "tiny", "training_file": client.files.create(file=("p.jsonl", pairs()), purpose="fine-tune").id}
+    job_id = client.fine_tuning.jobs.create(**job, method={"type": "dpo"}).id
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute(
+            "INSERT INTO models (id, project_id, source, root, job_id, created_at)"
+            " SELECT 'ft:tiny:' || n, 'proj_default', '/m', 'tiny', %s, now() - make_interval(secs => n / 10)"
+            " FROM generate_series(1, 1200) n",
+            [job_id],
+        )
+        order = "SELECT id FROM models WHERE deleted_at IS NULL ORDER BY created_at DESC, id DESC"
+        expected = ["tiny", *(row[0] for row in connection.execute(order))]
+    assert [model.id for model in client.models.list()] == expected[:1000]
+    for limit in (1, 500):
+        seen, after = list[str](), dict[str, str]()
+        while len(seen) < 3 * limit:
+            page = api.get("/models", params={"limit": limit, **after}).json()
+            seen += [model["id"] for model in page["data"]]
+            after = {"after": page["last_id"]}
+            if not page["has_more"]:
+                break
+        assert seen == expected[: 3 * limit]
+        assert page["has_more"] is (limit == 1)
+    assert api.get("/models", params={"after": "ft:none"}).status_code == 400
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("DELETE FROM models")

@@ -1,6 +1,7 @@
 """Projects and what they may use."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -20,7 +21,8 @@ def test_a_project_is_created_listed_limited_and_archived(api: httpx.Client, bas
     project = new_project(api, "research", max_queued_jobs=2, max_accelerator_hours=1.5)
     path = f"/x/projects/{project}"
     assert limits(api.get(path).json()) == [None, 2, None, 1.5]
-    changed = api.post(path, json={"max_queued_jobs": None, "max_bytes": 10}).json()
+    changed = api.post(path, json={"max_queued_jobs": None, "max_bytes": 10, "weight": 2}).json()
+    assert changed["weight"] == 2
     assert (changed["name"], limits(changed)) == ("research", [None, None, 10, 1.5])
     assert changed in api.get("/x/projects").json()["data"]
 
@@ -46,6 +48,8 @@ def test_a_project_is_created_listed_limited_and_archived(api: httpx.Client, bas
         ({"name": "n", "max_bytes": -1}, "max_bytes"),
         ({"name": "n", "max_accelerator_hours": "many"}, "max_accelerator_hours"),
         ({"name": "n", "max_jobs": 1}, "max_jobs"),
+        ({"name": "n", "weight": 0}, "weight"),
+        ({"name": "n", "weight": None}, "weight"),
     ],
 )
 def test_a_wrong_project_is_refused_by_name(api: httpx.Client, body: dict[str, Any], param: str) -> None:
@@ -93,7 +97,7 @@ def test_jobs_beyond_the_queue_are_refused_for_good_however_many_come_at_once(ap
     assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429, 429, 429]
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert (refused.json()["error"]["type"], refused.headers["x-should-retry"]) == ("insufficient_quota", "false")
-    assert "2 queued jobs of 2; wait for one to start, cancel one" in refused.text
+    assert "2 queued and paused jobs of 2; wait for one to start, cancel one" in refused.text
 
     usage = api.get(f"/x/projects/{project}/usage").json()
     assert usage == own.get(f"/x/projects/{project}/usage").json()
@@ -106,6 +110,47 @@ def test_jobs_beyond_the_queue_are_refused_for_good_however_many_come_at_once(ap
     for job in own.get("/fine_tuning/jobs").json()["data"]:
         own.post(f"/fine_tuning/jobs/{job['id']}/cancel")
     assert submit(own, file["id"]).status_code == 200
+
+
+@pytest.mark.slow
+def test_paused_jobs_count_and_resuming_asks_the_quota(api: httpx.Client, team: Any, settings: Settings) -> None:
+    project, own, file = team
+    for each in own.get("/fine_tuning/jobs").json()["data"]:
+        if each["finished_at"] is None:
+            own.post(f"/fine_tuning/jobs/{each['id']}/cancel")
+    api.post(f"/x/projects/{project}", json={"max_queued_jobs": 1})
+    paused = submit(own, file["id"]).json()["id"]
+    assert own.post(f"/fine_tuning/jobs/{paused}/pause").json()["status"] == "paused"
+    refused = submit(own, file["id"])
+    assert refused.status_code == 429
+    assert "1 queued and paused jobs of 1" in refused.text
+    assert own.get(f"/x/projects/{project}/usage").json()["limits"]["max_queued_jobs"] == {"used": 1, "limit": 1}
+    assert own.post(f"/fine_tuning/jobs/{paused}/resume").json()["status"] == "queued"
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:  # it runs, and another one is queued
+        connection.execute("UPDATE jobs SET observed = 'running' WHERE id = %s", [paused])
+        queued = submit(own, file["id"]).json()["id"]
+        connection.execute("UPDATE jobs SET observed = 'paused', desired = 'pause' WHERE id = %s", [paused])
+    refused = own.post(f"/fine_tuning/jobs/{paused}/resume")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "exceeded_quota")
+    assert "1 queued jobs of 1" in refused.text
+    own.post(f"/fine_tuning/jobs/{queued}/cancel")
+    assert own.post(f"/fine_tuning/jobs/{paused}/resume").status_code == 200
+    own.post(f"/fine_tuning/jobs/{paused}/cancel")
+
+
+@pytest.mark.slow
+def test_of_many_that_resume_at_once_the_quota_lets_as_many_be_queued(api: httpx.Client, team: Any) -> None:
+    project, own, file = team
+    api.post(f"/x/projects/{project}", json={"max_queued_jobs": None})
+    paused = [submit(own, file["id"]).json()["id"] for _ in range(6)]
+    for job in paused:
+        own.post(f"/fine_tuning/jobs/{job}/pause")
+    api.post(f"/x/projects/{project}", json={"max_queued_jobs": 2})
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda job: own.post(f"/fine_tuning/jobs/{job}/resume").status_code, paused))
+    assert sorted(answers) == [200, 200, 429, 429, 429, 429]
+    for job in paused:
+        own.post(f"/fine_tuning/jobs/{job}/cancel")
 
 
 def test_accelerator_hours_are_counted_and_no_job_is_taken_beyond_them(

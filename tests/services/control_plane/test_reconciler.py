@@ -152,7 +152,8 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     spec = spec_of(ray.submissions[0])
     assert (spec.job_id, spec.attempt) == (job_id, 1)
     assert spec.reference is not None
-    assert (spec.reference_source, spec.cache_uri) == ("auto", storage.join(settings.storage_url, "prepared"))
+    cache_uri = storage.join(settings.storage_url, "prepared", "proj_default")  # of the project: no other learns of it
+    assert (spec.reference_source, spec.cache_uri) == ("auto", cache_uri)
     assert spec.dataset_uris is None
 
     spool(settings, job_id, 1, reports(settings, job_id))

@@ -1,15 +1,21 @@
 """No secret shows up where it does not belong: a job lives, everything fails on its way, and then all is searched."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 
 import httpx
+import openai
 import psycopg
 import pytest
 from psycopg import sql
 from pyarrow import fs
 
+from services.control_plane import attempts
+from services.control_plane.errors import Fenced
+from services.control_plane.keys import digest
 from services.control_plane.settings import Settings
+from services.control_plane.store import Store
 from services.control_plane.tables import Base
 from tests.services.control_plane.conftest import API_KEY, EVERY_SCOPE, FakeRay, api_of, new_key, pairs
 from tests.services.control_plane.test_reconciler import reports, spool, ticks
@@ -17,7 +23,7 @@ from tests.services.control_plane.test_reconciler import reports, spool, ticks
 NO_RECEIVER = "http://127.0.0.1:9/"
 RAY_TOKEN = "canary-of-ray-0123456789"
 # Where a secret is kept so that it can be used. Keys are kept as digests only.
-KEPT = {"attempts": {"token"}, "webhook_endpoints": {"secret", "old_secret"}}
+KEPT = {"webhook_endpoints": {"secret", "old_secret"}}
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +122,24 @@ def test_no_secret_is_told(
 
 def _parameters(path: str) -> list[str]:
     return [part[1:-1] for part in path.split("/") if part.startswith("{")]
+
+
+def test_the_secrets_of_an_attempts_last_two_launches_are_good(client: openai.OpenAI, settings: Settings) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
+
+    async def work() -> None:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            attempt = await attempts.begin(session, job.id, 7, None, num_accelerators=0)
+            given = [await attempts.give_token(session, attempt) for _ in range(3)]
+        for token in given[1:]:
+            async with store.begin() as session:
+                await attempts.authorize(session, job.id, 7, token)
+        for token in (given[0], "", digest(given[1])):
+            async with store.begin() as session:
+                with pytest.raises(Fenced):
+                    await attempts.authorize(session, job.id, 7, token)
+        await store.close()
+
+    asyncio.run(work())

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import secrets
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,7 +19,14 @@ import psycopg
 import pytest
 
 from services.control_plane import jobs, webhooks
-from services.control_plane.sender import AT_ONCE_TO_ONE, LONGEST_PAUSE_SECONDS, Sender, pause_seconds
+from services.control_plane.sender import (
+    AT_ONCE,
+    AT_ONCE_TO_ONE,
+    LONGEST_PAUSE_SECONDS,
+    Sender,
+    give_up_old,
+    pause_seconds,
+)
 from services.control_plane.settings import Settings
 from services.control_plane.store import Store, migrate
 from services.control_plane.tables import Job, WebhookEndpoint
@@ -96,6 +105,7 @@ def sql(settings: Settings, statement: str) -> list[Any]:
 
 def let_time_pass(settings: Settings) -> None:
     sql(settings, "UPDATE outbox SET due_at = now() WHERE due_at IS NOT NULL")
+    sql(settings, "UPDATE webhook_endpoints SET retry_at = now() WHERE retry_at IS NOT NULL")
 
 
 def wait_for(done: Callable[[], Any], seconds: float = 120) -> None:
@@ -180,7 +190,8 @@ def test_after_three_days_nothing_is_sent_any_more(
     endpoint("/one")
     end_job()
     wait_for(lambda: outcomes(settings)[0] == ("answered 500", 1, False))
-    sql(settings, "UPDATE outbox SET created_at = now() - interval '73 hours', due_at = now() WHERE due_at IS NOT NULL")
+    sql(settings, "UPDATE outbox SET created_at = now() - interval '73 hours' WHERE due_at IS NOT NULL")
+    let_time_pass(settings)
     wait_for(lambda: outcomes(settings)[0] == ("answered 500", 2, True))
 
 
@@ -281,6 +292,107 @@ def test_slow_endpoints_take_their_own_places_and_nobody_elses(
     assert len(receiver.at("/slow")) < ends
     wait_for(lambda: outcomes(settings)[: 3 * ends] == [("answered 200", 1, True)] * 3 * ends)
     assert receiver.paths["/slow"].most_at_once == AT_ONCE_TO_ONE
+
+
+@pytest.fixture
+def elsewhere(settings: Settings, postgres_url: str, receiver: Receiver) -> Callable[..., list[str]]:
+    """Claims in a database where nobody else sends: the endpoints of the sends, in order. `rows` are of projects."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {(name := f'turns_{secrets.token_hex(4)}')}")
+    here = settings.model_copy(update={"database_url": postgres_url.replace("/postgres?", f"/{name}?")})
+    migrate(here.database_url)
+    columns, columns_of_rows = (
+        "id, project_id, name, url, event_types, secret",
+        "endpoint_id, event_id, num_sends, body",
+    )
+
+    def claimed(rows: dict[str, tuple[int, int]], before: str = "SELECT 1") -> list[str]:
+        for project, (endpoints, each) in rows.items():
+            sql(here, f"INSERT INTO projects (id, name) VALUES ('{project}', '{project}')")
+            values = f"'{project}-' || n, '{project}', 'n', '{receiver.url}/one', '{{}}', 'whsec_c2VjcmV0'"
+            ends = f"generate_series(1, {endpoints}) n"
+            sql(here, f"INSERT INTO webhook_endpoints ({columns}) SELECT {values} FROM {ends}")
+            values = f"""'{project}-' || n, 'evt_' || m, 0, '{{"id": "evt_1"}}'"""
+            many = f"{ends}, generate_series(1, {each}) m"
+            sql(here, f"INSERT INTO outbox ({columns_of_rows}) SELECT {values} FROM {many}")
+        sql(here, before)
+
+        async def claim() -> list[str]:
+            store = Store(here.database_url)
+            sender, found = Sender(store, here), list[str]()
+            while claims := await sender._claim():
+                found += [claim.endpoint.id for claim in claims]
+            await sender.close()
+            await store.close()
+            return found
+
+        return asyncio.run(claim())
+
+    return claimed
+
+
+def test_a_project_with_many_dead_endpoints_takes_half_of_the_places_and_another_one_is_next(elsewhere: Any) -> None:
+    claimed = elsewhere({"hostile": (100, 20), "victim": (1, 1)})
+    assert "victim-1" in claimed[:2]
+    assert len(claimed) == AT_ONCE // 2 + 1
+    assert Counter(name.split("-")[0] for name in claimed) == {"hostile": AT_ONCE // 2, "victim": 1}
+
+
+def test_many_projects_share_the_places_and_leave_one_free(elsewhere: Any) -> None:
+    claimed = elsewhere({f"p{number}": (10, 4) for number in range(7)})
+    assert Counter(name.split("-")[0] for name in claimed) == {f"p{number}": AT_ONCE // 8 for number in range(7)}
+
+
+def test_an_endpoint_that_fails_is_asked_by_one_send_when_its_pause_is_over(elsewhere: Any) -> None:
+    change = "UPDATE webhook_endpoints SET num_failures = 3, retry_at = now() + {} WHERE id = '{}'"
+    changes = [change.format("interval '1 minute'", "a-1"), change.format("interval '-1 second'", "a-2")]
+    claimed = elsewhere({"a": (3, 10)}, ";".join(changes))
+    assert Counter(claimed) == {"a-2": 1, "a-3": AT_ONCE_TO_ONE}
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_fails_is_left_alone_with_all_that_waits_until_it_answers(
+    client: openai.OpenAI, settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
+) -> None:
+    receiver.paths["/one"] = Behaviour(statuses=[500])
+    made = endpoint("/one")
+    end_job()
+    wait_for(lambda: outcomes(settings)[0] == ("answered 500", 1, False))
+    sql(settings, "UPDATE webhook_endpoints SET retry_at = retry_at + interval '1 hour' WHERE num_failures = 1")
+    for _ in range(3):
+        end_job()
+    endpoint("/two")
+    end_job()
+    wait_for(lambda: receiver.at("/two"))
+    assert len(receiver.at("/one")) == 1
+    client.webhooks.update(made.id, url=made.url)
+    wait_for(lambda: len(receiver.at("/one")) == 5)
+    assert sql(settings, f"SELECT num_failures, retry_at FROM webhook_endpoints WHERE id = '{made.id}'") == [(0, None)]
+
+
+@pytest.mark.slow
+def test_what_waited_three_days_behind_failures_is_given_up(
+    settings: Settings, receiver: Receiver, endpoint: Any, end_job: Any
+) -> None:
+    receiver.paths["/one"] = Behaviour(statuses=[500])
+    endpoint("/one")
+    end_job()
+    wait_for(lambda: outcomes(settings)[0] == ("answered 500", 1, False))
+    end_job()
+    waiting = "SELECT num_sends, outcome FROM outbox WHERE due_at IS NOT NULL ORDER BY id"
+    assert sql(settings, waiting) == [(1, "answered 500"), (0, None)]
+    sql(settings, "UPDATE outbox SET created_at = now() - interval '73 hours' WHERE num_sends = 0")
+
+    async def sweep() -> None:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            await give_up_old(session)
+        await store.close()
+
+    asyncio.run(sweep())
+    assert sql(settings, waiting) == [(1, "answered 500")]
+    ((outcome,),) = sql(settings, "SELECT outcome FROM outbox WHERE num_sends = 0 ORDER BY id DESC LIMIT 1")
+    assert outcome == "not sent: the endpoint did not answer for 72 hours"
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import aliased
 
-from services.control_plane import deployments
+from services.control_plane import deployments, quotas
 from services.control_plane.errors import Unavailable
 from services.control_plane.models import NamedModel
-from services.control_plane.store import Store, migrate, refuses_value
+from services.control_plane.store import Store, live_jobs, migrate, refuses_value
 from services.control_plane.tables import Model, Project
 
 OWN, SHARED, FOREIGN = "ft:own", "ft:shared", "ft:foreign"
@@ -106,3 +106,31 @@ def test_no_model_is_served_under_the_name_of_another_ones_application(
         await store.close()
 
     asyncio.run(use_both())
+
+
+def test_a_paused_job_is_no_work_and_the_last_days_workers_are_counted(database_url: str) -> None:
+    migrate(database_url)
+    columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
+    attempt = "job_id, number, state, token, next_seq, num_accelerators, failed, created_at, ended_at"
+    with psycopg.connect(database_url) as connection:
+        connection.execute("INSERT INTO projects (id, name, weight) VALUES ('proj_w', 'w', 2)")
+        for name, desired, observed in (("p", "pause", "paused"), ("r", "run", "running"), ("q", "run", "queued")):
+            row = (f"ftjob-{name}", desired, observed)
+            values = """%s, 'proj_w', '{"num_workers": 4}', '/m', 'm', 0, %s, %s, 1"""
+            connection.execute(f"INSERT INTO jobs ({columns}) VALUES ({values})", row)
+        for number, began, ended in ((1, 50, 40), (2, 26, 23), (3, 2, None)):  # hours ago
+            since = "now() - make_interval(hours => %s)"
+            values = f"'ftjob-r', %s, %s, '', 0, 0, false, {since}, {since}"
+            state = "ended" if ended else "running"
+            connection.execute(f"INSERT INTO attempts ({attempt}) VALUES ({values})", [number, state, began, ended])
+
+    async def run() -> None:
+        store = Store(database_url)
+        async with store.begin() as session:
+            assert {job.id for job in await live_jobs(session)} >= {"ftjob-r", "ftjob-q"}
+            assert "ftjob-p" not in {job.id for job in await live_jobs(session)}
+            share = (await quotas.shares(session))["proj_w"]
+        assert (share.weight, round(share.worker_hours, 3)) == (2, 4 * (1 + 2))
+        await store.close()
+
+    asyncio.run(run())

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -177,13 +178,24 @@ def test_a_project_has_no_part_in_the_endpoints_of_another(strict: openai.OpenAI
     assert strict.webhooks.retrieve(made.id).name == "n"
 
 
-def test_a_project_has_so_many_endpoints_and_no_more(strict: openai.OpenAI, settings: Settings) -> None:
+def test_a_project_has_so_many_endpoints_and_no_more_however_many_come_at_once(
+    strict: openai.OpenAI, settings: Settings
+) -> None:
     with psycopg.connect(settings.database_url) as connection:
         columns = "id, project_id, name, url, event_types, secret"
         row = "'we_' || n, 'proj_default', 'n', 'https://example.com/', '{}', 'whsec_'"
-        connection.execute(f"INSERT INTO webhook_endpoints ({columns}) SELECT {row} FROM generate_series(1, 100) n")
-    with pytest.raises(openai.BadRequestError, match="100 webhook endpoints, which is the limit"):
-        strict.webhooks.create(name="n", url="https://example.com/", event_types=[FAILED])
+        connection.execute(f"INSERT INTO webhook_endpoints ({columns}) SELECT {row} FROM generate_series(1, 98) n")
+
+    def create(number: int) -> str:
+        try:
+            return strict.webhooks.create(name=str(number), url="https://example.com/", event_types=[FAILED]).object
+        except openai.BadRequestError as refused:
+            return refused.message
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = sorted(threads.map(create, range(8)))
+    assert answers[-2:] == ["webhook_endpoint"] * 2
+    assert all("100 webhook endpoints, which is the limit" in answer for answer in answers[:-2])
 
 
 @pytest.mark.parametrize("prefix", ["http://", "s3://bucket/", "example.com"])

@@ -34,7 +34,7 @@ try:
 except JobFailed as failure:
     print(json.dumps([failure.report.code, failure.report.message]))
 """
-Read = Callable[[str], Any]
+Read = Callable[..., Any]
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def read(web: Web, make_spec: Callable[..., AttemptSpec], tmp_path: Path) -> Read:
-    def read(uri: str) -> Any:
-        spec = make_spec(training_uri=uri, dataset_uris=("hf://datasets/",))
+    def read(uri: str, prefix: str = "hf://datasets/org/") -> Any:
+        spec = make_spec(training_uri=uri, dataset_uris=(prefix,))
         private = {"HF_ENDPOINT": web.url, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path), "no_proxy": "*"}
         command = [sys.executable, "-c", SCRIPT]
         done = subprocess.run(command, input=spec.model_dump_json(), env=os.environ | private, stdout=-1, text=True)
@@ -76,6 +76,12 @@ def test_a_file_comes_from_the_commit_and_the_token_goes_to_the_hub_alone(read: 
     file = [(f"/datasets/org/name/resolve/{COMMIT}/rows.jsonl", "Bearer hf_secret"), ("/store/rows.jsonl", None)]
     assert asked == [("/api/datasets/org/name/revision/v1", "Bearer hf_secret"), *file, *file]
     assert web.requests[-1][1]["range"] == "bytes=100-"
+
+
+@pytest.mark.slow
+def test_the_services_token_is_for_organizations_that_a_prefix_names(read: Read, web: Web) -> None:
+    read("hf://datasets/org/name@v1/rows.jsonl", "hf://datasets/")
+    assert {headers.get("authorization") for _, headers in web.requests} == {None}
 
 
 @pytest.mark.slow

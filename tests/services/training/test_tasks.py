@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from services.training.tasks import MOST_BESIDE, num_processes
+
 PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
@@ -46,3 +48,12 @@ def test_each_item_is_worked_on_once_and_its_result_awaits_no_other_of_its_task(
     assert all(in_time for _, in_time in came), (
         f"an item was begun when the one before it in its task had been received: {came}"
     )
+
+
+def test_processes_beside_training_are_bounded_and_a_head_that_does_no_work_counts_for_none() -> None:
+    head = {"Alive": True, "Resources": {"memory": 1.0}}
+    worker, dead = {"Alive": True, "Resources": {"CPU": 64.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}
+    assert num_processes([head, worker, dead], 4, beside=0) == 4
+    assert num_processes([head], 4, beside=1) == 3
+    assert num_processes([worker] * 2, 4, beside=7) == num_processes([worker], 4, beside=9) == 1
+    assert num_processes([worker] * 100, 64, beside=8) == MOST_BESIDE
