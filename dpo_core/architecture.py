@@ -7,6 +7,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
+class UnusableModel(ValueError):
+    """A model that cannot be trained as it is, however often it is tried."""
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The blocks that the architecture repeats, as far as transformers names them."""
     names = set(model._no_split_modules or ())

@@ -19,16 +19,16 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from dpo_core.architecture import decoder_layers, is_reward_model, kind_of
+from dpo_core.architecture import UnusableModel, decoder_layers, is_reward_model, kind_of
 
 
 def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> PreTrainedModel:
     """The model of an auto class of transformers, on the CPU; `options` change its config.
 
-    Raises ValueError for what is no whole model in full precision.
+    Raises UnusableModel for what is no whole model in full precision.
     """
     if find_adapter_config_file(source) is not None:  # transformers would load the base that it names, and freeze it
-        raise ValueError(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
+        raise UnusableModel(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
     composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     config, names = _of_texts(composite, kind, source)
     _make_ready(config, source)
@@ -46,7 +46,7 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
             output_loading_info=True,
         )
     except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"The weights of {source} cannot be read ({error}); fetch them again.") from None
+        raise UnusableModel(f"The weights of {source} cannot be read ({error}); fetch them again.") from None
     _check_weights(model, report, source)
     _check_finite(model, source)
     _tell_tying(model)
@@ -56,7 +56,7 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
 
 
 def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
-    """Undo what a folder's config says of how its model was last run. Raises ValueError for an id that cannot be."""
+    """Undo what a folder's config says of how its model was last run. Raises UnusableModel for an id that cannot be."""
     config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
     text = config.get_text_config()
     for part in (config, text):
@@ -65,7 +65,7 @@ def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
     padding, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(padding, int) and vocabulary and padding >= vocabulary:
         what = f"{source} has the pad_token_id {padding}, outside its vocabulary of {vocabulary}"
-        raise ValueError(f"{what}; give its config.json one of its tokens, or null.")
+        raise UnusableModel(f"{what}; give its config.json one of its tokens, or null.")
 
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
@@ -75,7 +75,7 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
         return None
     method = quantized.get("quant_method", "of an unnamed method")
     if method != "mxfp4":
-        raise ValueError(
+        raise UnusableModel(
             f"{source} is a quantized model ({method}); train the one it was made from, in full precision."
         )
     return Mxfp4Config(dequantize=True)
@@ -91,7 +91,7 @@ def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[
         return config, None
     text = config.get_text_config(decoder=True)
     if text is config or type(text) not in loadable:
-        raise ValueError(
+        raise UnusableModel(
             f"{source} is of type {config.model_type}, for which transformers has no class to train on texts."
         )
     text.tie_word_embeddings = config.tie_word_embeddings
@@ -107,24 +107,26 @@ _NAMES_OF_TEXTS = {
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
-    """Raises ValueError where transformers would start weights at random, or leave some of the folder's out."""
+    """Raises UnusableModel where transformers would start weights at random, or leave some of the folder's out."""
     wanted, remedy = f"the {type(model).__name__} of its config.json", "use weights and a config of the same model."
     for name, found, expected in sorted(report["mismatched_keys"]):
         if name == "score.weight":
             remedy = f"give num_outputs={found[0]}."
-        raise ValueError(f"{source} has {name} of shape {tuple(found)}, {wanted} wants {tuple(expected)}; {remedy}")
+        raise UnusableModel(f"{source} has {name} of shape {tuple(found)}, {wanted} wants {tuple(expected)}; {remedy}")
     new_head = "score.weight" if is_reward_model(model) else None
     if missing := sorted(set(report["missing_keys"]) - {new_head}):
-        raise ValueError(f"{source} lacks {len(missing)} weights of {wanted}, such as {missing[0]}; {remedy}")
+        raise UnusableModel(f"{source} lacks {len(missing)} weights of {wanted}, such as {missing[0]}; {remedy}")
     if strangers := _missed(report["unexpected_keys"], model):
         what = f"{source} has {len(strangers)} weights, such as {strangers[0]}, that have no place in {wanted}"
-        raise ValueError(f"{what}; {remedy}")
+        raise UnusableModel(f"{what}; {remedy}")
 
 
 def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} of {source} holds numbers that are not finite; use an earlier checkpoint of it.")
+            raise UnusableModel(
+                f"{name} of {source} holds numbers that are not finite; use an earlier checkpoint of it."
+            )
 
 
 # Parts of the names of tables that architectures once saved, and compute now.

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dpo_core.adapter import attach
-from dpo_core.architecture import count_outputs, is_reward_model
+from dpo_core.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.config import Lora
 from dpo_core.folder import processors_of, save_model
 from dpo_core.loading import load_whole
@@ -176,32 +176,32 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_policy(model: nn.Module) -> None:
-    """Raises ValueError for what no scorer can read as one model: a wrapper, such as PEFT's, or an adapted head."""
+    """Raises UnusableModel for what no scorer can read as one model: a wrapper, such as PEFT's, or an adapted head."""
     if not isinstance(model, PreTrainedModel):
         remedy = "give the model itself, with an adapter as load_policy(folder, adapter=Lora(...)) puts it on"
-        raise ValueError(f"{type(model).__name__} is no model of transformers but may wrap one; {remedy}.")
+        raise UnusableModel(f"{type(model).__name__} is no model of transformers but may wrap one; {remedy}.")
     if has_adapter(model) and len(model.peft_config) > 1:
         names = ", ".join(model.peft_config)
-        raise ValueError(f"{type(model).__name__} has several adapters ({names}); delete_adapter all but one.")
+        raise UnusableModel(f"{type(model).__name__} has several adapters ({names}); delete_adapter all but one.")
     head = model.get_output_embeddings()
     if head is not None and hasattr(head, "base_layer"):
-        raise ValueError(
+        raise UnusableModel(
             f"{type(model).__name__} has an adapter on its head, which would not be trained; leave it out."
         )
 
 
 def check_dtype(dtype: torch.dtype) -> None:
     if dtype == torch.float16:
-        raise ValueError("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
+        raise UnusableModel("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
-    """Raises InvalidOption for a model of another kind than the objective trains, ValueError for one in float16, or one
-    that is frozen."""
+    """Raises InvalidOption for a model of another kind than the objective trains, UnusableModel for one that is in
+    float16 or frozen."""
     for parameter in model.parameters():
         check_dtype(parameter.dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"All of {type(model).__name__} is frozen; set requires_grad where it is to be trained.")
+        raise UnusableModel(f"All of {type(model).__name__} is frozen; set requires_grad where it is to be trained.")
     wanted, found = objective.traits.num_outputs, count_outputs(model)
     if wanted != found:
         kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_core.architecture import is_reward_model
+from dpo_core.architecture import UnusableModel, is_reward_model
 from dpo_core.batch import Batch, collate
 from dpo_core.encode import EncodedGroup
 from dpo_core.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
@@ -69,7 +69,7 @@ def _check_causal(model: PreTrainedModel) -> None:
     first, second = (_answer(model, ids[:half] + behind)[:half] for behind in (ids[half:], ids[:half][::-1]))
     if _difference(first, second) > _tolerated(model, first):
         name = type(model).__name__
-        raise ValueError(
+        raise UnusableModel(
             f"{name} sees the tokens that it is to predict; use a causal model (is_decoder, where it has one)."
         )
 

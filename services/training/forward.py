@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_core.encode import EncodedGroup
-from services import storage
 from services.contract import AttemptSpec
+from services.training import policies
 from services.training.dataset import Dataset, Part, read_part, write_scores
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
 
     _use_cores(alone=len(dataset.parts) == 1)
     groups = list(read_part(dataset, part))
-    scored = score_reference(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
+    with policies.refusals():
+        scored = score_reference(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
     return write_scores(uri, part, scored, heads=spec.config.objective.traits.needs_reference_heads)
 
 
@@ -31,7 +32,8 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
     """Of each group, completion and token, in nats."""
     from dpo_core.scorer import reference_token_logps
 
-    return reference_token_logps(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
+    with policies.refusals():
+        return reference_token_logps(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
 
 
 def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:
@@ -57,12 +59,9 @@ def _reference(spec: AttemptSpec) -> "PreTrainedModel":
 @functools.cache
 def _load(model_source: str, device: str) -> "PreTrainedModel":
     """Once per process."""
-    # Imported here because it takes eight seconds of a core, and the driver does without.
     import torch
 
-    from dpo_core.model import load_policy
-
-    policy = load_policy(storage.fetch(model_source), device=torch.device(device))
+    policy = policies.load(model_source, torch.device(device))
     policy.train(False)
     return policy
 

@@ -55,8 +55,11 @@ class JobFailed(Exception):
     """The user's to mend: another attempt would fail alike."""
 
     def __init__(self, report: Failed) -> None:
-        super().__init__(report.message)
+        super().__init__(report)  # what it is made of anew behind a process
         self.report = report
+
+    def __str__(self) -> str:
+        return self.report.message
 
 
 def invalid_file(message: str) -> Failed:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dpo_core.checkpoint import DamagedCheckpoint, read_manifest, verify
 from dpo_core.encode import EncodedGroup
-from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.model import load_tokenizer
 from dpo_core.trainer import StepResult, train
 from services import storage
 from services.contract import (
@@ -31,10 +31,12 @@ from services.contract import (
     StepMetrics,
     Succeeded,
 )
+from services.training import policies
 from services.training.dataset import Data, Dataset, read_groups
 from services.training.logs import keep_logs
 from services.training.order import batched, global_batches, num_places, num_steps
 from services.training.orders import listening
+from services.training.reporting import JobFailed
 from services.training.room import when_there_is_room
 from services.training.stream import Stream
 
@@ -51,6 +53,16 @@ def work(
     The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 reports to it. Every checkpoint
     is evaluated on `validation`.
     """
+    try:
+        with policies.refusals():
+            return _work(spec, data, reporter, validation)
+    except JobFailed as failure:
+        return failure.report
+
+
+def _work(
+    spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None
+) -> Succeeded | Failed | Paused:
     keep_logs(spec.run_uri, spec.attempt, f"worker-{dist.get_rank()}")
     device = ray.train.torch.get_device()
     torch.set_num_threads(_num_threads())
@@ -67,11 +79,10 @@ def work(
         if dist.get_rank() == 0:
             started = Started(config=spec.config, num_groups=num_groups, total_steps=total_steps)
             _report_start(started.model_copy(update={"resumed_from": step}), resume, spec, reporter)
-        source = storage.fetch(spec.model_source)
         results = train(
             spec.config,
-            load_policy(source, device=device),
-            load_tokenizer(source),
+            policies.load(spec.model_source, device),
+            load_tokenizer(storage.fetch(spec.model_source)),
             lambda after_step: global_batches(data, spec.config, after_step=after_step),
             total_steps=total_steps,
             checkpoint_dir=scratch / "checkpoints",

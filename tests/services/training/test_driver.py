@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpo_core.checkpoint import verify
 from dpo_core.config import Optim, TrainConfig
 from dpo_core.model import load_policy
-from dpo_core.options import Orpo
+from dpo_core.options import Dpo, Objective, Orpo
 from services import spool, storage
 from services.contract import (
     AttemptSpec,
@@ -604,6 +606,29 @@ def test_a_uri_that_may_not_be_read_fails_the_job(
     last = control_plane.reports()[-1]
     assert (last.kind, last.code, last.param) == ("failed", "invalid_training_file", "x_raydpo.dataset")
     assert "not public" in last.message
+
+
+@pytest.mark.parametrize("objective", [Orpo(), Dpo()], ids=["found by the workers", "found where it is scored"])
+def test_a_model_that_cannot_be_trained_fails_the_job_and_is_not_tried_again(
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    control_plane: Any,
+    model_source: str,
+    tmp_path: Path,
+    objective: Objective,
+) -> None:
+    model = shutil.copytree(model_source, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config = TrainConfig(objective=objective, batch_size=8, n_epochs=1)
+    driver = start(make_spec(config=config, model_source=str(model), events_url=control_plane.url))
+    assert driver.wait() == 1, driver.log.read_text()[-5000:]
+    last = driver.reports()[-1]
+    assert (last.kind, last.code, last.param) == ("failed", "invalid_model", "model")
+    assert re.search(
+        r"The model cannot be trained: .* lacks 1 weights of .*, such as model.norm.weight; ", last.message
+    )
 
 
 def test_an_attempt_that_cannot_go_on_says_why(
