@@ -412,7 +412,7 @@ def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase")
     all_contents = "\0".join(contents)  # which no text holds
     for index, (message, content) in enumerate(zip(prompt, contents, strict=True)):
         lost = _first_lost(content, written.prompt, tokenizer)
-        if len(prompt) > 1 and not lost and 0 < written.prompt.count(content) < all_contents.count(content):
+        if not lost and (often := all_contents.count(content)) > 1 and 0 < written.prompt.count(content) < often:
             lost = content  # it stands in another message
         if lost:
             return _drops(group, "text", f"message {index + 1} of the prompt, by {message['role']}", lost)
