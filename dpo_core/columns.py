@@ -4,10 +4,11 @@ Standard library only.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Set
 from functools import lru_cache
 
 LONGEST = 40  # characters of a name that may mean something
+MOST_COLUMNS = 100  # of a row whose roles are looked for
 
 SYSTEM_KEYS = frozenset({"system", "system_prompt"})
 TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
@@ -50,7 +51,8 @@ def says_something(key: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _says_something(key: str) -> bool:
-    return _MEANT.fullmatch(_plain(key)) is not None or is_media(key)
+    plain = _plain(key)
+    return (_MEANT.fullmatch(plain) or _MEDIA.fullmatch(plain)) is not None
 
 
 def is_media(key: str) -> bool:
@@ -63,11 +65,12 @@ def role_of(key: str) -> str | None:
     return next((role for role, names in _ROLES.items() if re.fullmatch(names, plain)), None)
 
 
-def likely_columns(keys: Iterable[str]) -> dict[str, str]:
-    """The columns whose names look like roles; what has the name of one is left alone."""
-    keys = sorted(keys)
-    found = {role: key for key in reversed(keys) if (role := role_of(key))}
-    return {role: key for role, key in found.items() if role not in keys}
+def likely_columns(keys: Set[str]) -> dict[str, str]:
+    """The columns whose names look like those of roles that no column has."""
+    if len(keys) > MOST_COLUMNS:
+        return {}
+    found = {role: key for key in sorted(keys, reverse=True) if (role := role_of(key))}
+    return {role: found[role] for role in _ROLES if role in found and role not in keys}
 
 
 def _plain(key: str) -> str:

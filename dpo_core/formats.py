@@ -112,7 +112,9 @@ def detect(row: Row) -> Format:
     what = "of none of the known formats, which docs/api.md lists under Training files"
     remedy = f"name the columns of its roles (of {', '.join(sorted(ROLES))}), or rename them"
     raise row.invalid(
-        "", "unknown_format", f"{keys_of(row)}, {what}; {_if_it_helps(row, likely_columns(row.value)) or remedy}."
+        "",
+        "unknown_format",
+        f"{keys_of(row)}, {what}; {_if_it_helps(row, likely_columns(row.value.keys())) or remedy}.",
     )
 
 

@@ -238,6 +238,12 @@ PUBLISHED = {
         "pairs",
         (3.0, 0.0),
     ),
+    "AlpacaFarm": (
+        {"instruction": ASK, "input": "", "output_1": BAD, "output_2": GOOD, "preference": 2},
+        "pairs",
+        (1.0, 0.0),
+    ),
+    "A or B": ({"prompt": ASK, "response_a": BAD, "response_b": GOOD, "winner": "B"}, "pairs", (1.0, 0.0)),
     "PKU-SafeRLHF": (
         {"prompt": ASK, "response_0": BAD, "response_1": GOOD, "better_response_id": 1, "safer_response_id": 0},
         "pairs",

@@ -424,8 +424,6 @@ ROWS = [
     },
     {"prompt": ASK, "response": GOOD, "helpfulness": 4},
     {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": GOOD}]},
-    {"prompt": ASK, "response_a": GOOD, "response_b": BAD, "winner": "A"},
-    {"instruction": ASK, "output_1": BAD, "output_2": GOOD, "preference": 2},
     {"info": {"post": ASK}, "summaries": [{"text": BAD}, {"text": GOOD}], "choice": 1},
 ]
 
