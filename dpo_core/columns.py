@@ -25,7 +25,7 @@ _MEANT = re.compile(
     "|prompt|question|instruction|input|query|context|(chat|conversation)?history|document|documents|passages?"
     "|conversations?|messages|dialogue|trajectory|thinking|reasoning|reasoningcontent"
     f"|(chosen|rejected|dispreferred|nonpreferred){_ANSWER}|(positive|negative)(response|message)s?"
-    f"|completions?|label|ktotag|ranks|winner|preference|(is)?tie|{_OPINION}"
+    f"|completions?|label|ktotag|ranks|weight|winner|preference|(is)?tie|{_OPINION}"
 )
 _MEDIA = re.compile(r"(chosen|rejected)?(image|img|picture|photo|video|audio)s?(path|url|file|bytes|base64)?s?\d*")
 

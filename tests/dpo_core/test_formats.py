@@ -948,3 +948,9 @@ def test_a_number_that_is_no_text_is_shown():
     assert survey(lines({**TEXTS_OF_ASK, "prompt": 7})).refusal == "Line 1, /prompt: is 7; it must be a text."
     assert survey(lines({**KTO, "label": 1})).refusal == "Line 1, /label: is 1; it must be true or false."
     assert "missing or null" in survey(lines({**TEXTS_OF_ASK, "rejected": math.nan})).refusal
+
+
+def test_a_weight_that_is_not_used_is_refused():
+    row = {"messages": [*PROMPT, *PAIR[0]], "weight": 0.5}
+    (problem,) = survey(lines(row)).problems
+    assert (problem.code, problem.pointer) == ("unread_column", "/weight")

@@ -103,3 +103,11 @@ def test_the_report_agrees_with_the_reader():
 def test_long_ignored_keys_are_shortened():
     (key,) = survey(lines({**PAIR, "k" * 10**6: 1})).ignored_keys
     assert key == "k" * 100
+
+
+def test_completions_that_begin_with_their_prompt_are_counted():
+    twice = {"prompt": "Name a fruit.", "chosen": "Name a fruit. Cherry", "rejected": "Name a fruit. Stone"}
+    assert survey(lines(twice, {**twice, "rejected": "Stone"}, PAIR)).num_repeating == 1
+    of_messages = {"question": twice["prompt"], "chosen": twice["chosen"], "rejected": twice["rejected"]}
+    assert survey(lines(of_messages)).num_repeating == 1
+    assert survey(lines({**twice, "prompt": " "})).num_repeating == 0
