@@ -233,7 +233,10 @@ def _needed(calls: Sequence[ToolCall]) -> str:
 
 
 _OF_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
-_OF_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*('(role|from|content|value)'|"(role|from)")\s*:""")
+_NO_JSON = re.compile(  # how Python writes messages, and messages whose end is lost
+    r"""\s*(\[\s*\{\s*('(role|content|from|value)'|"(role|from)")\s*:"""
+    r"""|\{\s*(['"])(role|from)\5\s*:\s*(['"])(system|user|assistant|human|gpt)\7)"""
+)
 
 
 def opened(row: Row, pointer: str, text: str) -> object:
@@ -243,13 +246,18 @@ def opened(row: Row, pointer: str, text: str) -> object:
     try:
         found = parse_within(row, pointer, text)
     except InvalidRow:
-        if _OF_MESSAGES.match(text):
+        if _NO_JSON.match(text):
             what = "is a text of messages that is no JSON; write them as JSON, in Python with json.dumps."
             raise row.invalid(pointer, "invalid_json", what) from None
         return text  # it only begins like one
-    items = found if isinstance(found, list) else [found]
-    is_conversation = all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items)
-    return found if items and is_conversation else text
+    if isinstance(found, dict):
+        speaker = found.get("role", found.get("from"))
+        is_message = isinstance(speaker, str) and speaker in {*_ROLES, *_SPEAKERS}
+        return found if is_message and not found.keys().isdisjoint({"content", "value"}) else text
+    is_conversation = isinstance(found, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in found
+    )
+    return found if found and is_conversation else text
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:

@@ -63,7 +63,7 @@ def choice(column: str, first: object, second: object, *ties: object) -> Callabl
 
     def lead(row: Row) -> float:
         value = row.value[column]
-        if isinstance(value, dict | list) or type(value) is not type(first) or value not in leads:
+        if isinstance(value, dict | list | bool) or value not in leads:  # tables make 1.0 of 1
             known = ", ".join(map(str, leads))
             raise row.invalid(f"/{column}", "unknown_choice", f"is {shown(value)}; it must be one of {known}.")
         return leads[value]

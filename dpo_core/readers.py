@@ -118,7 +118,8 @@ def _is_asked(row: Row, asked: object, prompt: Sequence[Message]) -> bool:
     if isinstance(asked, list):
         return messages_of(row, "/prompt", asked) == prompt
     if isinstance(asked, str) and asked.startswith("\n\nHuman:"):
-        return [m for m in dialogue_of(row, "/prompt", asked) if m["content"]] == prompt
+        *before, last = dialogue_of(row, "/prompt", asked)
+        return prompt == (before if last == {"role": "assistant", "content": ""} else [*before, last])
     return asked is None or asked in [message["content"] for message in prompt]
 
 

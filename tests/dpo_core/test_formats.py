@@ -954,3 +954,31 @@ def test_a_weight_that_is_not_used_is_refused():
     row = {"messages": [*PROMPT, *PAIR[0]], "weight": 0.5}
     (problem,) = survey(lines(row)).problems
     assert (problem.code, problem.pointer) == ("unread_column", "/weight")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"role": "admin"}',
+        '{"role": ["user"], "content": 1}',
+        '{"role": "user"}',
+        "{'role': 'admin'}",
+        "[{'name': 1}]",
+        '{"a": "b"}',
+    ],
+)
+def test_answers_in_json_are_texts(text):
+    row = {**TEXTS_OF_ASK, "chosen": text}
+    assert list(read_groups(lines(row))) == [Group(ASK, (text, BAD), 1)]
+
+
+def test_a_choice_that_a_table_made_a_float_of_is_the_same():
+    row = PUBLISHED["PKU-SafeRLHF"][0]
+    assert list(read_groups(lines({**row, "better_response_id": 1.0}))) == list(read_groups(lines(row)))
+
+
+def test_an_unanswered_question_in_a_dialogue_is_said_again():
+    asked = f"\n\nHuman: Hi.\n\nAssistant:{HUMAN}"
+    row = {"prompt": asked, "chosen": f"{asked} {GOOD}", "rejected": f"{asked} {BAD}"}
+    (group,) = read_groups(lines(row))
+    assert group.prompt == [user("Hi."), assistant(""), *PROMPT]
