@@ -1,5 +1,6 @@
 """Text becomes token ids, prompt and completions apart, once and for all."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
 _PROBE = "pangolin"
 _THINK = re.compile("</?think>")
+_WORD = re.compile(r"\w+")
 _TAG = re.compile(r"<[^<>]*>|\[[^][]*\]")
 AT_A_TIME = 100  # groups: more are no faster, and take more memory
 RENDER_SECONDS = 10.0  # of processor time, for so many groups: templates take milliseconds
-DROPS_CALLS = "the chat template leaves tool calls out; use one that has them."
+DROPS_CALLS = "the chat template leaves tool calls out, or a part of them; use one that has them."
 SHOWN = 40  # characters of what a template loses
 MOST_TAILS = 1024  # remembered ends of prompts: most rows of a file share one
 
@@ -401,10 +403,18 @@ def _common(asked: str, wholes: Sequence[str]) -> str:
 def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
     """What the row says and the template does not write. Earlier answers may lose their thoughts, as when served."""
     prompt = cast(list[Message], group.prompt)
-    for index, message in enumerate(prompt):
-        thoughtful = message["role"] == "assistant"
-        content = message["content"].rpartition("</think>")[2] if thoughtful else message["content"]
-        if lost := _first_lost(content, written.prompt, tokenizer):
+    for tool in group.tools or ():
+        name = cast(dict[str, str], tool["function"])["name"]
+        if name not in written.prompt:
+            what = f"the chat template leaves out the tool {name[:SHOWN]!r}; use one that writes tools."
+            return _invalid(group, "template_drops_tools", what)
+    contents = [_to_be_seen(message) for message in prompt]
+    all_contents = "\0".join(contents)  # which no text holds
+    for index, (message, content) in enumerate(zip(prompt, contents, strict=True)):
+        lost = _first_lost(content, written.prompt, tokenizer)
+        if not lost and (often := all_contents.count(content)) > 1 and 0 < written.prompt.count(content) < often:
+            lost = content  # it stands in another message
+        if lost:
             return _drops(group, "text", f"message {index + 1} of the prompt, by {message['role']}", lost)
         if _lacks_calls(message, written.prompt):
             return _invalid(group, "template_drops_calls", DROPS_CALLS)
@@ -420,12 +430,31 @@ def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase")
     return None
 
 
+def _to_be_seen(message: Message) -> str:
+    """An earlier answer without its thoughts."""
+    content = message["content"]
+    return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
+
+
 def _lacks_calls(message: Message, text: str) -> bool:
-    return any(call["function"]["name"] not in text for call in message.get("tool_calls", ()))
+    """Whether the text lacks a word of a call: its name, its arguments' names, and what texts among these say."""
+    words = {word for call in message.get("tool_calls", ()) for word in _words(call["function"])}
+    return any(word not in text and json.dumps(word)[1:-1] not in text for word in words)
+
+
+def _words(value: object) -> Iterator[str]:
+    """Of the texts in it, but for the keys `name` and `arguments` of a function."""
+    if isinstance(value, str):
+        yield from _WORD.findall(value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _words(item)
+    elif isinstance(value, dict):
+        yield from _words([*(value.keys() - {"name", "arguments"}), *value.values()])
 
 
 def _drops(group: Group, what: str, where: str, lost: str) -> InvalidRow:
-    sentence = f"the chat template leaves out {what} of {where}: {lost[:SHOWN]!r}; use one that writes it."
+    sentence = f"the chat template leaves out or changes {what} of {where}: {lost[:SHOWN]!r}; use one that writes it."
     return _invalid(group, f"template_drops_{what}", sentence)
 
 

@@ -107,6 +107,7 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
         if expected and form is not expected:
             what = f"must be {expected.name}, as the first row is; {keys_of(row)}."
             raise row.invalid("", "mixed_formats", what)
-        return Record(row.line, form, form.read(row), frozenset(row.value.keys() - form.keys), None)
+        unread = form.unread(row)
+        return Record(row.line, form, form.read(row, unread), unread, None)
     except InvalidRow as error:
         return Record(row.line, form, (), frozenset(), error)

@@ -5,31 +5,19 @@ The keys of a row and the kinds of their values tell its format; nothing is gues
 used, or the row is refused by its name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from dpo_core import published, readers
+from dpo_core.columns import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_columns, role_of, says_something
 from dpo_core.groups import Group
-from dpo_core.jsonl import Row, parse_within, pointer_to
+from dpo_core.jsonl import InvalidRow, Row, parse_within, pointer_to
 from dpo_core.messages import Message, Text, opened
 from dpo_core.options import Kind
 from dpo_core.tools import TOOL_KEYS, tools_of
 from dpo_core.values import number_of, says_nothing, shown, string_of
-
-SYSTEM_KEYS = frozenset({"system", "system_prompt"})
-TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
-MEDIA_KEYS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-# Columns that say what the model should see, or which answer is better, wherever they are published.
-MEANT_KEYS = (
-    SYSTEM_KEYS
-    | TEMPLATE_KEYS
-    | TOOL_KEYS
-    | {"prompt", "question", "instruction", "input", "query", "context", "history", "documents"}
-    | {"conversation", "conversations", "messages", "thinking", "reasoning", "reasoning_content"}
-    | {"chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "completion", "completions"}
-    | {"label", "kto_tag", "ranks"}
-)
 
 
 @dataclass(frozen=True)
@@ -42,13 +30,18 @@ class Format:
     reader: Callable[[Row], Iterator[Group]]
     joins: bool = False  # a row rates one answer; neighbours of one prompt are one group
 
-    def read(self, row: Row) -> list[Group]:
-        """The groups of a row. Raises InvalidRow."""
-        if self._meant.isdisjoint(row.value):  # as in most rows
-            return list(self.reader(row))
-        return list(self._read_all(row))
+    def unread(self, row: Row) -> frozenset[str]:
+        """The columns that no reader uses."""
+        return frozenset(row.value.keys() - self.keys)
 
-    def _read_all(self, row: Row) -> Iterator[Group]:
+    def read(self, row: Row, unread: Set[str]) -> list[Group]:
+        """The groups of a row. Raises InvalidRow, also for what stands unread and says something."""
+        meant = unread and list(filter(says_something, unread))
+        if not meant and self._beside.isdisjoint(row.value):  # as in most rows
+            return list(self.reader(row))
+        return list(self._read_all(row, sorted(meant)))
+
+    def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
         """With what stands beside what the reader reads."""
         weight, margin = (_extra(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
@@ -57,8 +50,7 @@ class Format:
         groups = list(self.reader(row))
         if system:
             groups = [_with_system(row, group, system) for group in groups]
-        if not self._meant_elsewhere.isdisjoint(row.value):
-            self._refuse_unread(row, groups)
+        self._refuse_unread(row, unread, groups)
         for group in groups:
             if isinstance(group.prompt, str) and (tools or arguments):
                 key = "tools" if tools else "chat_template_kwargs"
@@ -75,9 +67,9 @@ class Format:
             )
 
     @cached_property
-    def _meant(self) -> frozenset[str]:
-        """Columns beside those of the reader that say something."""
-        return self._meant_elsewhere | (self.keys & (_OF_MESSAGES | {"weight", "margin"}))
+    def _beside(self) -> frozenset[str]:
+        """Columns that are read beside those of the reader."""
+        return self.keys & (_OF_MESSAGES | {"weight", "margin"})
 
     @cached_property
     def _takes_tools(self) -> bool:
@@ -91,34 +83,52 @@ class Format:
     def _takes_system(self) -> bool:
         return self.keys >= SYSTEM_KEYS
 
-    @cached_property
-    def _meant_elsewhere(self) -> frozenset[str]:
-        return (MEANT_KEYS | MEDIA_KEYS) - self.keys
-
-    def _refuse_unread(self, row: Row, groups: Sequence[Group]) -> None:
-        """A column that means something, is read by nobody, and says what the groups do not say."""
-        for key in sorted(self._meant_elsewhere.intersection(row.value)):
-            if says_nothing(row.value[key]):
+    def _refuse_unread(self, row: Row, unread: Sequence[str], groups: Sequence[Group]) -> None:
+        """A column that says what the groups do not say."""
+        for key in unread:
+            value = row.value[key]
+            if says_nothing(value) or (value is False and role_of(key) != "label") or _is_said(value, groups):
                 continue
-            if key in MEDIA_KEYS:
+            if is_media(key):
                 what = "is not supported yet: models see texts only. Remove it to train on the texts alone."
-                raise row.invalid(f"/{key}", "unsupported", what)
-            if not _is_said(row.value[key], groups):
-                what = f"says more than the format {self.name} reads; rename it, or remove it."
-                raise row.invalid(f"/{key}", "unread_column", what)
+                raise row.invalid(pointer_to((key,)), "unsupported", what)
+            role = role_of(key)
+            named = _if_it_helps(row, {role: key} if role and role not in row.value else {}) or "rename it"
+            what = f"says more than the format {self.name} reads; {named}, or remove it."
+            raise row.invalid(pointer_to((key,)), "unread_column", what)
+
+
+_MAY_OPEN = "[{ \n"  # with which JSON begins
 
 
 def detect(row: Row) -> Format:
     """Raises InvalidRow for a row of no known format."""
     for column in CONVERSATION_KEYS.intersection(row.value):
-        if isinstance(text := row.value[column], str) and text.startswith("[{"):
+        if isinstance(text := row.value[column], str) and text[:1] in _MAY_OPEN:
             row.value[column] = opened(row, f"/{column}", text)
     for form in FORMATS:
         if form.matches(row.value):
             return form
     what = "of none of the known formats, which docs/api.md lists under Training files"
     remedy = f"name the columns of its roles (of {', '.join(sorted(ROLES))}), or rename them"
-    raise row.invalid("", "unknown_format", f"{keys_of(row)}, {what}; {remedy}.")
+    raise row.invalid(
+        "",
+        "unknown_format",
+        f"{keys_of(row)}, {what}; {_if_it_helps(row, likely_columns(row.value.keys())) or remedy}.",
+    )
+
+
+def _if_it_helps(row: Row, columns: Mapping[str, str]) -> str | None:
+    """That the columns of roles should be named, where the row can be read then."""
+    if not columns or not ROLES.issuperset(columns):
+        return None
+    try:
+        renamed = row.renamed(columns)
+        form = detect(renamed)
+        form.read(renamed, form.unread(renamed))
+    except InvalidRow:
+        return None
+    return f"name the columns of its roles: {', '.join(f'{role}={key}' for role, key in columns.items())}"
 
 
 def keys_of(row: Row) -> str:
@@ -127,8 +137,13 @@ def keys_of(row: Row) -> str:
 
 def _is_said(value: object, groups: Sequence[Group]) -> bool:
     """Whether its texts stand in a group: the column says it again."""
-    texts = list(_texts(value))
-    return bool(texts) and any(all(text in said for text in texts) for said in map(_said, groups))
+    texts = [text for text in _texts(value) if text.strip()]
+    return bool(texts) and any(all(_stands_in(said, text) for text in texts) for said in map(_said, groups))
+
+
+def _stands_in(said: str, text: str) -> bool:
+    """Not within a word."""
+    return re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", said) is not None
 
 
 def _said(group: Group) -> str:
@@ -136,14 +151,14 @@ def _said(group: Group) -> str:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Of a text, a message, or a list of these."""
+    """All that a text, a message, or a list or a dictionary of these says."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, dict):
+        yield from _texts([item for key, item in value.items() if key not in ("role", "from")])
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
-    elif isinstance(value, dict):
-        yield from _texts(value.get("content", value.get("value", "")))
 
 
 # --- what any format may bring ------------------------------------------------------------------
@@ -237,7 +252,7 @@ _SIDES_KEYS = frozenset({*readers.SIDES, "weight", "margin"})
 _PAIR_KEYS = _SIDES_KEYS | _OF_MESSAGES | {"prompt"}
 _RANKED_KEYS = _OF_MESSAGES | {"prompt", "completions", "ranks", "scores", "weight"}
 _LABEL_KEYS = _OF_MESSAGES | {"prompt", "completion", "label", "weight"}
-_CHAT_PAIR_KEYS = _OF_MESSAGES | {"messages", "conversations", "weight", "margin"}
+_CHAT_PAIR_KEYS = _OF_MESSAGES | {"messages", "weight", "margin"}
 CONVERSATION_KEYS = frozenset(
     {*readers.SIDES, "prompt", "completion", "messages", "conversations", "context", "rejected_messages"}
     | {"conversation_a", "conversation_b"}
@@ -250,7 +265,26 @@ Test = Callable[[dict[str, object]], bool]
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:
-    return all(isinstance(text := row.get(side), str) and text.startswith("\n\nHuman:") for side in readers.SIDES)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    return (
+        isinstance(chosen, str)
+        and chosen.startswith("\n\nHuman:")
+        and isinstance(rejected, str)
+        and rejected.startswith("\n\nHuman:")
+    )
+
+
+def _answers_a_prompt(row: dict[str, object]) -> bool:
+    """Whether one side is of messages, and the answer does not hold the prompt again."""
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if isinstance(prompt, str) and isinstance(chosen, str):
+        return False
+    if "rejected" not in row or not isinstance(prompt, (str, list, dict)):
+        return False
+    if isinstance(chosen, list):
+        first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
+        return first.get("role", first.get("from")) not in ("system", "developer", "user", "human")
+    return isinstance(chosen, dict) or (not isinstance(prompt, str) and chosen is not None)
 
 
 def _is_openai(row: dict[str, object]) -> bool:
@@ -349,18 +383,18 @@ FORMATS = (
     ),
     Format(
         "prompt/chosen/rejected conversations",
-        "`prompt` of messages, `chosen`, `rejected`",
+        "`prompt`, `chosen`, `rejected` of messages; a text among them is the user's or the assistant's words",
         "pairs",
         _PAIR_KEYS,
-        _has(*readers.SIDES, prompt=list),
-        readers.read_explicit,
+        _answers_a_prompt,
+        readers.read_answers,
     ),
     Format(
         "messages with chosen and rejected",
         "`messages` or `conversations` that end with a question, `chosen`, `rejected` as messages: LLaMA-Factory's, "
         "axolotl's",
         "pairs",
-        _CHAT_PAIR_KEYS | set(readers.SIDES),
+        _CHAT_PAIR_KEYS | {*readers.SIDES, "conversations"},
         _any(_beside_messages(chosen=dict, rejected=dict), _has(*readers.SIDES, conversations=list)),
         readers.read_answers_beside,
     ),
@@ -372,6 +406,14 @@ FORMATS = (
         _has(chosen=list, rejected=list),
         readers.read_conversations,
     ),
+    Format(
+        "HH-RLHF dialogues",
+        r"`chosen`, `rejected` as `\n\nHuman: … \n\nAssistant: …`; read as messages",
+        "pairs",
+        _SIDES_KEYS | SYSTEM_KEYS | {"prompt"},
+        _is_dialogues,
+        readers.read_dialogues,
+    ),
     *map(_with_system_prompt, _TEXTS),
     _TEXTS[0],
     _pairs_of("question/chosen/rejected", "question", *readers.SIDES),
@@ -380,14 +422,6 @@ FORMATS = (
     _pairs_of("prompt/chosen_response/rejected_response", "prompt", "chosen_response", "rejected_response"),
     _pairs_of("instruction/chosen_response/rejected_response", "instruction", "chosen_response", "rejected_response"),
     _pairs_of("question/response_j/response_k", "question", "response_j", "response_k"),
-    Format(
-        "HH-RLHF dialogues",
-        r"`chosen`, `rejected` as `\n\nHuman: … \n\nAssistant: …`; read as messages",
-        "pairs",
-        _SIDES_KEYS | SYSTEM_KEYS,
-        _is_dialogues,
-        readers.read_dialogues,
-    ),
     Format(
         "chosen/rejected texts that hold their prompt",
         "`chosen`, `rejected`, which begin with the prompt; they part at the last space before they differ",
@@ -417,6 +451,12 @@ FORMATS = (
         "prompt response_0 response_1 better_response_id",
     ),
     _published("Chatbot Arena", published.read_arena, "conversation_a conversation_b winner"),
+    replace(
+        _published("AlpacaFarm", published.read_alpaca_farm, "instruction output_1 output_2 preference"),
+        keys=frozenset({"instruction", "input", "output_1", "output_2", "preference", "weight"})
+        | _OF_MESSAGES - TOOL_KEYS,
+    ),
+    _published("A or B", published.read_a_or_b, "prompt response_a response_b winner"),
     _published("SHP", published.read_shp, "history human_ref_A human_ref_B labels"),
     _published("WebGPT comparisons", published.read_webgpt, "question answer_0 answer_1 score_0 score_1"),
     replace(
@@ -443,7 +483,13 @@ FORMATS = (
         readers.read_nectar,
     ),
     _published("NeMo RL preference", published.read_ranked_completions, "context completions", "rankings"),
-    _published("Vertex AI preference", published.read_vertex, "contents completions", "ratings"),
+    replace(
+        _published("Vertex AI preference", published.read_vertex, "contents completions", "ratings"),
+        row="`contents`, `completions`, and `systemInstruction` if there is one",
+        keys=frozenset({"contents", "completions", "weight", *published.VERTEX_SYSTEM_KEYS})
+        | SYSTEM_KEYS
+        | TEMPLATE_KEYS,
+    ),
     Format(
         "messages with a label",
         "`messages` or `conversations`, `label` or `kto_tag` (`true` or `false`) of the last answer: ms-swift's, "
@@ -468,6 +514,14 @@ FORMATS = (
         _CHAT_PAIR_KEYS | {"rejected_messages"},
         _has("messages", "rejected_messages"),
         readers.read_rejected_messages,
+    ),
+    Format(
+        "ShareGPT",
+        "`conversations`; every answer in it whose `weight` is not 0 is learned",
+        "demonstrations",
+        _OF_MESSAGES | {"conversations"},
+        _has("conversations"),
+        partial(readers.read_chat, column="conversations"),
     ),
     Format(
         "OpenAI chat",

@@ -49,8 +49,10 @@ def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
 
 
 def question(row: Row, column: str) -> list[Message]:
-    """A prompt of messages from a column that holds them, or the user's words."""
+    """A prompt of messages from a column that holds them, or one, or the user's words."""
     value = row.value[column]
+    if isinstance(value, dict):
+        value = [value]
     if isinstance(value, list):
         return prompt_of(row, f"/{column}", value)
     return [{"role": "user", "content": string_of(row, f"/{column}", value)}]

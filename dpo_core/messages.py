@@ -20,13 +20,18 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[ToolCall]]  # of the assistant
     tool_call_id: NotRequired[str]  # of a tool: the call that it answers
     reasoning_content: NotRequired[str]  # of the assistant: what it thought before
+    weight: NotRequired[int]  # 0, of the assistant: it is not learned
 
 
 Text = str | list[Message]
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # ShareGPT's, and its followers'.
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _OWNERS = {"tool_calls": "assistant", "tool_call_id": "tool", **dict.fromkeys(THOUGHTS, "assistant")}
 _REMEDIES = {
@@ -64,7 +69,7 @@ def check_completion(
     row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
 ) -> None:
     """Raises InvalidRow for messages that are no completion; `first` is the number of the first of them."""
-    if len(messages) == 1 and messages[0]["role"] == "assistant":  # as nearly all are
+    if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # as nearly all are
         if not may_be_empty:
             refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])
         return
@@ -74,6 +79,9 @@ def check_completion(
             raise row.invalid(f"{pointer}/{first + end}", "invalid_completion", what)
     for index, message in enumerate(messages):
         place = f"{pointer}/{first + index}"
+        if "weight" in message:
+            what = "is 0, which only demonstrations can have: a completion is learned. Remove it, or the row."
+            raise row.invalid(f"{place}/weight", "invalid_weight", what)
         if message["role"] == "system":
             raise row.invalid(place, "invalid_completion", "is a system message; it belongs into the prompt.")
         if index and message["role"] == messages[index - 1]["role"] == "assistant":
@@ -112,8 +120,7 @@ def _message(row: Row, pointer: str, value: object) -> Message:
     role = _role(row, pointer, role)
     _refuse_keys(row, pointer, value, role)
     weight = value.get("weight")
-    if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
-        raise row.invalid(f"{pointer}/weight", "invalid_weight", "must be 0 or 1, on an assistant message.")
+    _refuse_weight(row, pointer, weight, role)
     calls = calls_of(row, f"{pointer}/tool_calls", value.get("tool_calls"))
     if calls and content is None:
         content = ""
@@ -126,19 +133,29 @@ def _message(row: Row, pointer: str, value: object) -> Message:
         message["tool_call_id"] = string_of(row, f"{pointer}/tool_call_id", value["tool_call_id"])
     if (thoughts := _thoughts(row, pointer, value)) is not None:
         message["reasoning_content"] = thoughts
+    if weight == 0:
+        message["weight"] = 0
     return message
 
 
 def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
     """Of ShareGPT's: from and value."""
-    speaker = value["from"]
+    speaker, weight = value["from"], value.get("weight")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         what = f"is {shown(speaker)}; it must be {', '.join(_SPEAKERS)}. Send calls as messages with a role."
         raise row.invalid(f"{pointer}/from", "unknown_role", what)
     for key, item in value.items():
         if key not in ("from", "value", "weight") and not says_nothing(item):
             raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
-    return {"role": _SPEAKERS[speaker], "content": string_of(row, f"{pointer}/value", value.get("value"))}
+    role = _SPEAKERS[speaker]
+    _refuse_weight(row, pointer, weight, role)
+    turn: Message = {"role": role, "content": string_of(row, f"{pointer}/value", value.get("value"))}
+    return {**turn, "weight": 0} if weight == 0 else turn
+
+
+def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
+    if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
+        raise row.invalid(f"{pointer}/weight", "invalid_weight", "must be 0 or 1, on an assistant message.")
 
 
 def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
@@ -181,6 +198,10 @@ def _content(row: Row, pointer: str, value: object) -> str:
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise row.invalid(f"{pointer}/{index}", "unsupported", "must be a text part; no other is supported yet.")
+        for key, item in part.items():
+            if key not in ("type", "text") and not says_nothing(item):
+                what = "is not a key of a text part; models see the text only. Remove it."
+                raise row.invalid(f"{pointer}/{index}{pointer_to((key,))}", "unknown_key", what)
         texts.append(string_of(row, f"{pointer}/{index}/text", part.get("text")))
     return "\n".join(texts)
 
@@ -211,16 +232,32 @@ def _needed(calls: Sequence[ToolCall]) -> str:
     return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
 
 
+_OF_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
+_NO_JSON = re.compile(  # how Python writes messages, and messages whose end is lost
+    r"""\s*(\[\s*\{\s*('(role|content|from|value)'|"(role|from)")\s*:"""
+    r"""|\{\s*(['"])(role|from)\5\s*:\s*(['"])(system|user|assistant|human|gpt)\7)"""
+)
+
+
 def opened(row: Row, pointer: str, text: str) -> object:
-    """The messages that a text holds as JSON, as tables are often written; else the text as it is."""
+    """The messages, or the one, that a text holds as JSON, as tables are often written; else the text as it is."""
+    if not _OF_JSON.match(text):
+        return text
     try:
         found = parse_within(row, pointer, text)
     except InvalidRow:
+        if _NO_JSON.match(text):
+            what = "is a text of messages that is no JSON; write them as JSON, in Python with json.dumps."
+            raise row.invalid(pointer, "invalid_json", what) from None
         return text  # it only begins like one
+    if isinstance(found, dict):
+        speaker = found.get("role", found.get("from"))
+        is_message = isinstance(speaker, str) and speaker in {*_ROLES, *_SPEAKERS}
+        return found if is_message and not found.keys().isdisjoint({"content", "value"}) else text
     is_conversation = isinstance(found, list) and all(
         isinstance(item, dict) and ("role" in item or "from" in item) for item in found
     )
-    return found if is_conversation else text
+    return found if found and is_conversation else text
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dpo_core.groups import Group, answer, best_first, items, parted, question
 from dpo_core.jsonl import Row
 from dpo_core.messages import Message, messages_of, refuse_empty_message
-from dpo_core.values import number_of, shown, string_of
+from dpo_core.values import number_of, says_nothing, shown, string_of
 
 Reader = Callable[[Row], Iterator[Group]]
 
@@ -63,12 +63,25 @@ def choice(column: str, first: object, second: object, *ties: object) -> Callabl
 
     def lead(row: Row) -> float:
         value = row.value[column]
-        if isinstance(value, dict | list) or type(value) is not type(first) or value not in leads:
+        if isinstance(value, dict | list | bool) or value not in leads:  # tables make 1.0 of 1
             known = ", ".join(map(str, leads))
             raise row.invalid(f"/{column}", "unknown_choice", f"is {shown(value)}; it must be one of {known}.")
         return leads[value]
 
     return lead
+
+
+def read_a_or_b(row: Row) -> Iterator[Group]:
+    """Two answers, and the letter of the better."""
+    return two("prompt", "response_a", "response_b", _letter)(row)
+
+
+def _letter(row: Row) -> float:
+    winner = string_of(row, "/winner", row.value["winner"])
+    letter = winner.casefold().removeprefix("model_").removeprefix("response_")
+    if letter not in ("a", "b", "tie"):
+        raise row.invalid("/winner", "unknown_choice", f"is {shown(winner)}; it must be A, B or tie.")
+    return {"a": -1.0, "b": 1.0, "tie": 0.0}[letter]
 
 
 def read_arena(row: Row) -> Iterator[Group]:
@@ -125,6 +138,10 @@ def read_vertex(row: Row) -> Iterator[Group]:
     prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
     if prompt[-1]["role"] != "user":
         raise row.invalid("/contents", "invalid_order", "must end with the user's.")
+    for key in VERTEX_SYSTEM_KEYS:
+        if not says_nothing(given := row.value.get(key)):
+            system = {"role": "system", **given} if isinstance(given, dict) else given
+            prompt.insert(0, _of_parts(row, f"/{key}", system))
     completions, ratings = [], []
     for number, item in enumerate(items(row, "completions", "completion", "score")):
         message = _of_parts(row, f"/completions/{number}/completion", item["completion"])
@@ -134,6 +151,7 @@ def read_vertex(row: Row) -> Iterator[Group]:
     yield best_first(row, prompt, completions, ratings)
 
 
+VERTEX_SYSTEM_KEYS = ("systemInstruction", "system_instruction")
 _VERTEX_ROLES = {"user": "user", "model": "assistant", "system": "system"}
 
 
@@ -158,4 +176,5 @@ def _list(row: Row, column: str) -> list[object]:
 
 # SHP (arXiv 2110.08420) names the better by 1 for A, and WebGPT's comparisons give each answer a score.
 read_shp = two("history", "human_ref_A", "human_ref_B", choice("labels", 1, 0))
+read_alpaca_farm = two("instruction", "output_1", "output_2", choice("preference", 1, 2))
 read_webgpt = two("question", "answer_0", "answer_1", scores("score_0", "score_1"))

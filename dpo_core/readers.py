@@ -15,6 +15,7 @@ from dpo_core.groups import (
     filled,
     items,
     parted,
+    question,
     rejected_like,
     text_or_messages,
 )
@@ -22,6 +23,7 @@ from dpo_core.jsonl import Row, pointer_to
 from dpo_core.messages import (
     Message,
     Text,
+    check_completion,
     completion_of,
     dialogue_of,
     messages_of,
@@ -29,7 +31,7 @@ from dpo_core.messages import (
     refuse_empty_message,
 )
 from dpo_core.tools import TOOL_KEYS, tools_of
-from dpo_core.values import number_of, numbers_of, refuse_empty, shown, string_of
+from dpo_core.values import number_of, numbers_of, refuse_empty, says_nothing, shown, string_of
 
 SIDES = ("chosen", "rejected")
 LABELS = ("label", "kto_tag")
@@ -38,25 +40,20 @@ LABELS = ("label", "kto_tag")
 # --- demonstrations --------------------------------------------------------------------------
 
 
-def read_chat(row: Row) -> Iterator[Group]:
-    messages = messages_of(row, "/messages", row.value["messages"])
-    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _weight(row, i) != 0]
+def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
+    messages = messages_of(row, f"/{column}", row.value[column])
+    weights = [message.pop("weight", 1) for message in messages]
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
     if not trained:
-        raise row.invalid("/messages", "nothing_to_train", "has no assistant message whose weight is not 0.")
+        raise row.invalid(f"/{column}", "nothing_to_train", "has no assistant message whose weight is not 0.")
     for i in trained:
         if i == 0:
-            raise row.invalid("/messages/0", "empty_prompt", "is an assistant message with nothing before it.")
+            raise row.invalid(f"/{column}/0", "empty_prompt", "is an assistant message with nothing before it.")
         if messages[i - 1]["role"] == "assistant":
             what = "follows an assistant message; put the user's or a tool's between."
-            raise row.invalid(f"/messages/{i}", "invalid_order", what)
-        refuse_empty_message(row, f"/messages/{i}/content", messages[i])
+            raise row.invalid(f"/{column}/{i}", "invalid_order", what)
+        refuse_empty_message(row, f"/{column}/{i}/content", messages[i])
         yield Group(messages[:i], ([messages[i]],), row.line)
-
-
-def _weight(row: Row, index: int) -> object:
-    messages = row.value["messages"]
-    assert isinstance(messages, list)  # `messages_of` has seen it
-    return messages[index].get("weight")
 
 
 # --- pairs -----------------------------------------------------------------------------------
@@ -90,6 +87,13 @@ def read_explicit(row: Row) -> Iterator[Group]:
     yield Group(prompt, (chosen, rejected_like(row, "/rejected", row.value["rejected"], prompt)), row.line)
 
 
+def read_answers(row: Row) -> Iterator[Group]:
+    """A question and two answers, of which some are messages."""
+    yield Group(
+        question(row, "prompt"), (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line
+    )
+
+
 def read_conversations(row: Row) -> Iterator[Group]:
     """What both conversations begin with is the prompt."""
     yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in SIDES])
@@ -104,10 +108,19 @@ def read_dialogues(row: Row) -> Iterator[Group]:
 
 def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
     prompt, completions = parted(row, SIDES, sides)
-    asked = row.value.get("prompt")
-    if asked is not None and asked not in [message["content"] for message in prompt]:
+    if "prompt" in row.value and not _is_asked(row, row.value["prompt"], prompt):
         raise row.invalid("/prompt", "different_prompts", "must be one of the messages that chosen and rejected share.")
     return Group(prompt, completions, row.line)
+
+
+def _is_asked(row: Row, asked: object, prompt: Sequence[Message]) -> bool:
+    """Whether it is the prompt, or one of its messages."""
+    if isinstance(asked, list):
+        return messages_of(row, "/prompt", asked) == prompt
+    if isinstance(asked, str) and asked.startswith("\n\nHuman:"):
+        *before, last = dialogue_of(row, "/prompt", asked)
+        return prompt == (before if last == {"role": "assistant", "content": ""} else [*before, last])
+    return asked is None or asked in [message["content"] for message in prompt]
 
 
 def read_implicit(row: Row) -> Iterator[Group]:
@@ -139,10 +152,17 @@ def _label(row: Row, column: str) -> float:
 
 def read_labelled_chat(row: Row) -> Iterator[Group]:
     """The last message is the assistant's, and the label is about it."""
-    column = "messages" if "messages" in row.value else "conversations"
-    prompt, completion = _ending_with_an_answer(row, column)
-    label = next(name for name in LABELS if name in row.value)
+    prompt, completion = _ending_with_an_answer(row, _either_of(row, "messages", "conversations"))
+    label = _either_of(row, *LABELS)
     yield Group(prompt, (completion,), row.line, (_label(row, label),))
+
+
+def _either_of(row: Row, key: str, alias: str) -> str:
+    """The one that says something."""
+    given = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
+    if len(given) == 2:
+        raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
+    return given[0] if given else key if key in row.value else alias
 
 
 def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[Message]]:
@@ -152,7 +172,7 @@ def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[M
         raise row.invalid(pointer, "invalid_completion", "must be a message of the assistant.")
     if not prompt or prompt[-1]["role"] == "assistant":
         raise row.invalid(pointer, "invalid_order", "has no question of the user before it.")
-    refuse_empty_message(row, f"{pointer}/content", last)
+    check_completion(row, f"/{column}", [last], first=len(prompt))
     return prompt, [last]
 
 
@@ -175,7 +195,7 @@ def read_rejected_messages(row: Row) -> Iterator[Group]:
 
 def read_answers_beside(row: Row) -> Iterator[Group]:
     """LLaMA-Factory's and axolotl's: a conversation that ends with a question, and two messages that answer it."""
-    column = "messages" if "messages" in row.value else "conversations"
+    column = _either_of(row, "messages", "conversations")
     prompt = prompt_of(row, f"/{column}", row.value[column])
     yield Group(prompt, (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line)
 

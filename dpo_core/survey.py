@@ -35,6 +35,7 @@ class FeedbackReport:
     num_groups: int
     num_identical: int  # groups whose completions are all the same: they teach nothing
     num_tied: int  # groups whose completions are all rated alike: they say nothing of an order
+    num_repeating: int  # groups whose best and worst completion begin with the prompt: is it written twice?
     num_margins: int  # groups that say by how much the first completion should lead
     num_chosen_longer: int  # groups whose best completion has more characters than its worst
     num_rejected_longer: int
@@ -113,6 +114,7 @@ class _Counts:
         found["num_groups"] += 1
         found["num_identical"] += 1 < len(completions) == completions.count(completions[0])
         found["num_tied"] += is_tied(group)
+        found["num_repeating"] += _repeats(group)
         found["num_margins"] += group.margin is not None
         found["num_chosen_longer"] += best > worst
         found["num_rejected_longer"] += worst > best
@@ -125,7 +127,8 @@ class _Counts:
         self.problems[found.code] = Problem(first.code, first.pointer, first.message, Named(rows.count + 1, lines))
 
     def report(self, duplicates: Duplicates) -> FeedbackReport:
-        names = ("num_groups", "num_identical", "num_tied", "num_margins", "num_chosen_longer", "num_rejected_longer")
+        lengths = ("num_chosen_longer", "num_rejected_longer")
+        names = ("num_groups", "num_identical", "num_tied", "num_repeating", "num_margins", *lengths)
         return FeedbackReport(
             format=self.format,
             kind=self.kind,
@@ -136,6 +139,16 @@ class _Counts:
             problems=tuple(self.problems.values()),
             is_read_whole=self.is_read_whole,
         )
+
+
+def _repeats(group: Group) -> bool:
+    prompt = group.prompt
+    asked = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).rstrip()
+    return bool(asked) and _begins(group.completions[0], asked) and _begins(group.completions[-1], asked)
+
+
+def _begins(text: Text, asked: str) -> bool:
+    return (text if isinstance(text, str) else text[0]["content"]).startswith(asked)
 
 
 def _length(text: Text) -> int:

@@ -1,5 +1,7 @@
 """Values of a row: texts and numbers, each refused by its pointer where it is none. Standard library only."""
 
+import json
+
 from dpo_core.jsonl import Row
 
 NOTHING: tuple[object, ...] = (None, "", [], {})  # with which tables and clients fill what is not there
@@ -39,5 +41,8 @@ def number_of(row: Row, pointer: str, value: object) -> float:
 def shown(value: object) -> str:
     if isinstance(value, str):
         return repr(value[:40])
-    names = {dict: "a dictionary", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "missing or null")
+    if value is None or value != value:
+        return "missing or null"
+    if isinstance(value, (dict, list)):
+        return "a dictionary" if isinstance(value, dict) else "a list"
+    return json.dumps(value)[:40]

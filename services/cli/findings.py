@@ -26,6 +26,7 @@ def print_survey(found: FeedbackReport, *, is_refused: bool) -> None:
         _line(f"    {problem.message}")
     duplicates = found.duplicates
     _count(found.num_identical, "identical: their completions are all the same, and teach nothing")
+    _count(found.num_repeating, "whose completions begin with their prompt: it may be written twice")
     _count(found.num_tied, "tied: rated all alike, and left out of training")
     _count(duplicates.prompts.count, f"with a prompt that stood before, {duplicates.prompts}")
     _count(duplicates.groups.count, f"that stood before word for word, {duplicates.groups}")

@@ -215,6 +215,7 @@ _REASONS = {
     IDENTICAL: ("whose completions are the same once they are written and cut", ""),
     "template_refused": ("that the chat template refuses", "send what it takes, or use another template"),
     "template_drops_calls": ("whose tool calls the chat template leaves out", "use a template that writes them"),
+    "template_drops_tools": ("whose tools the chat template leaves out", "use a template that writes them"),
     "template_drops_text": ("of whose text the chat template leaves out a part", "use a template that writes it"),
     "template_drops_thoughts": ("whose thoughts the chat template leaves out", "use a template that writes them"),
     "template_not_prefix": (

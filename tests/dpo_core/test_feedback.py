@@ -273,7 +273,7 @@ ANSWER = {"role": "tool", "tool_call_id": "a", "content": "Nothing."}
         ({**CONVERSATIONS, "prompt": [{"role": "user"}]}, "/prompt/0/content", "wrong_type"),
         ({**CONVERSATIONS, "prompt": [{**USER, "content": [IMAGE]}]}, "/prompt/0/content/0", "unsupported"),
         ({**CONVERSATIONS, "chosen": [{**GOOD, "weight": 2}]}, "/chosen/0/weight", "invalid_weight"),
-        ({**CONVERSATIONS, "chosen": "Hello!"}, "/chosen", "wrong_type"),
+        ({**CONVERSATIONS, "chosen": 7}, "/chosen", "wrong_type"),
         ({**TEXTS, "chosen": ""}, "/chosen", "empty_completion"),
         ({**TEXTS, "rejected": None}, "/rejected", "wrong_type"),
         ({**TEXTS, "prompt": 3}, "/prompt", "wrong_type"),

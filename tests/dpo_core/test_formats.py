@@ -238,6 +238,12 @@ PUBLISHED = {
         "pairs",
         (3.0, 0.0),
     ),
+    "AlpacaFarm": (
+        {"instruction": ASK, "input": "", "output_1": BAD, "output_2": GOOD, "preference": 2},
+        "pairs",
+        (1.0, 0.0),
+    ),
+    "A or B": ({"prompt": ASK, "response_a": BAD, "response_b": GOOD, "winner": "B"}, "pairs", (1.0, 0.0)),
     "PKU-SafeRLHF": (
         {"prompt": ASK, "response_0": BAD, "response_1": GOOD, "better_response_id": 1, "safer_response_id": 0},
         "pairs",
@@ -726,3 +732,253 @@ def test_columns_may_trade_their_names():
 
 def test_the_documents_have_the_table_of_formats():
     assert table() in (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+
+
+# --- rows as people have them ---
+
+TEXTS_OF_ASK = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
+CHATS = {"chosen": [*PROMPT, *PAIR[0]], "rejected": [*PROMPT, *PAIR[1]]}
+SHAREGPT = [{"from": "human", "value": ASK}, {"from": "gpt", "value": GOOD}]
+HUMAN = f"\n\nHuman: {ASK}\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASK, "chosen": PAIR[0], "rejected": PAIR[1]},
+        {"prompt": ASK, "chosen": PAIR[0][0], "rejected": PAIR[1][0]},
+        {"prompt": PROMPT[0], "chosen": PAIR[0][0], "rejected": PAIR[1][0]},
+        {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD},
+        {"prompt": PROMPT[0], "chosen": GOOD, "rejected": BAD},
+        {"prompt": ASK, "chosen": json.dumps(PAIR[0][0]), "rejected": json.dumps(PAIR[1][0])},
+        {**CHATS, "prompt": PROMPT},
+        {side: "\n" + json.dumps(chat, indent=2) for side, chat in CHATS.items()},
+        {"prompt": HUMAN, "chosen": f"{HUMAN} {GOOD}", "rejected": f"{HUMAN} {BAD}"},
+        {"prompt": ASK, "chosen": f"{HUMAN} {GOOD}", "rejected": f"{HUMAN} {BAD}"},
+    ],
+)
+def test_a_pair_is_the_same_whether_its_parts_are_texts_or_messages(row):
+    assert list(read_groups(lines(row))) == [Group(PROMPT, PAIR, 1)]
+
+
+def test_dialogues_whose_prompt_is_another_are_refused():
+    row = {"prompt": HUMAN.replace("red", "blue"), "chosen": f"{HUMAN} {GOOD}", "rejected": f"{HUMAN} {BAD}"}
+    assert survey(lines(row)).problems[0].code == "different_prompts"
+    assert survey(lines({**CHATS, "prompt": [user("Else?")]})).problems[0].code == "different_prompts"
+
+
+@pytest.mark.parametrize("speaker", ["gpt", "chatgpt", "bot", "model", "assistant"])
+def test_conversations_of_sharegpt_are_demonstrations(speaker):
+    left_out = {"from": speaker, "value": BAD, "weight": 0}
+    row = {"conversations": [SHAREGPT[0], left_out, SHAREGPT[0], {"from": speaker, "value": GOOD}]}
+    assert list(read_groups(lines(row))) == [Group([*PROMPT, *PAIR[1], *PROMPT], (PAIR[0],), 1)]
+
+
+@pytest.mark.parametrize(
+    ("winner", "ratings"), [("A", (1.0, 0.0)), ("response_b", (1.0, 0.0)), ("model_a", (1.0, 0.0)), ("tie", (0.0, 0.0))]
+)
+def test_two_answers_have_a_winner(winner, ratings):
+    row = {"prompt": ASK, "response_a": GOOD, "response_b": BAD, "winner": winner}
+    (group,) = read_groups(lines(row))
+    best = BAD if winner == "response_b" else GOOD
+    assert (group.completions[0], group.ratings) == ([assistant(best)], ratings)
+    assert survey(lines({**row, "winner": "both"})).problems[0].code == "unknown_choice"
+
+
+def test_the_input_of_alpaca_farm_stands_below_its_instruction():
+    row = {"instruction": "Translate.", "input": "Kers", "output_1": BAD, "output_2": GOOD, "preference": 2}
+    assert list(read_groups(lines(row))) == [Group([user("Translate.\nKers")], PAIR, 1, (1.0, 0.0))]
+
+
+@pytest.mark.parametrize("key", ["systemInstruction", "system_instruction"])
+def test_the_system_instruction_of_vertex_ai_stands_before_its_contents(key):
+    row = {**PUBLISHED["Vertex AI preference"][0], key: {"parts": [{"text": "Be brief."}]}}
+    (group,) = read_groups(lines(row))
+    assert group.prompt == [SYSTEM, *PROMPT]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["System", "system message", "sys_prompt", "systemInstruction", "custom_system_prompt"],
+)
+def test_a_system_prompt_by_another_name_is_refused_with_the_columns_that_help(key):
+    row = {**TEXTS_OF_ASK, key: "Be brief."}
+    (problem,) = survey(lines(row)).problems
+    assert (problem.code, problem.pointer) == ("unread_column", f"/{key}")
+    assert f"name the columns of its roles: system={key}, or remove it" in problem.message
+    (record,) = read_records(lines(row), columns={"system": key})
+    assert record.groups[0].prompt == [SYSTEM, *PROMPT]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "Context",
+        "passage",
+        "chat_history",
+        "trajectory",
+        "rejected_output",
+        "chosen_reasoning",
+        "negative_messages",
+        "winner",
+        "preference",
+        "thumbs_up",
+        "Label",
+        "is_tie",
+        "available_tools",
+        "\ufeffprompt",
+    ],
+)
+def test_a_column_that_says_something_is_refused_under_any_spelling(key):
+    for row in (TEXTS_OF_ASK, {"messages": [*PROMPT, *PAIR[0]]}):
+        (problem,) = survey(lines({**row, key: "Else."})).problems
+        assert (problem.code, problem.pointer) == ("unread_column", f"/{key}")
+
+
+@pytest.mark.parametrize("key", ["image_path", "imageUrl", "rejected_images", "img", "image_1", "Audio", "video_file"])
+def test_images_are_refused_under_any_spelling(key):
+    (problem,) = survey(lines({**TEXTS_OF_ASK, key: "x.png"})).problems
+    assert (problem.code, problem.pointer) == ("unsupported", f"/{key}")
+
+
+def test_a_label_by_another_name_is_refused_with_the_column_that_helps():
+    row = {"messages": [*PROMPT, *PAIR[0]], "thumbs_up": False}
+    (problem,) = survey(lines(row)).problems
+    assert "name the columns of its roles: label=thumbs_up" in problem.message
+    (record,) = read_records(lines(row), columns={"label": "thumbs_up"})
+    assert record.groups[0].ratings == (0.0,)
+
+
+def test_columns_of_no_known_meaning_and_of_no_tie_cost_nothing():
+    row = {**TEXTS_OF_ASK, "score_chosen": 3, "chosen_model": "x", "image_id": 7, "is_tie": False, "Unnamed: 0": 1}
+    assert survey(lines(row)).ignored_keys == ("Unnamed: 0", "chosen_model", "image_id", "is_tie", "score_chosen")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"Prompt": ASK, "Chosen": GOOD, "Rejected": BAD},
+            {"prompt": "Prompt", "chosen": "Chosen", "rejected": "Rejected"},
+        ),
+        ({"prompt": ASK, "accepted": GOOD, "rejected": BAD}, {"chosen": "accepted"}),
+        ({"prompt": ASK, "preferred": GOOD, "dispreferred": BAD}, {"chosen": "preferred", "rejected": "dispreferred"}),
+        (
+            {"input": ASK, "response": GOOD, "thumbs_up": True},
+            {"completion": "response", "label": "thumbs_up", "prompt": "input"},
+        ),
+        (
+            {"prompt": ASK, "responses": [GOOD, BAD], "ratings": [2, 1]},
+            {"completions": "responses", "scores": "ratings"},
+        ),
+    ],
+)
+def test_a_row_of_unknown_columns_is_told_the_columns_that_make_it_known(row, columns):
+    (problem,) = survey(lines(row)).problems
+    told = problem.message.partition("name the columns of its roles: ")[2].removesuffix(".")
+    assert dict(part.split("=") for part in told.split(", ")) == columns
+    assert survey(lines(row), columns=columns).refusal is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": ASK, "input": "x", "output": GOOD, "kto_tag": True},
+        {"frage": ASK},
+        {"prompt": 7, "Chosen": GOOD},
+    ],
+)
+def test_columns_that_would_not_make_a_row_known_are_not_told(row):
+    assert "name the columns of its roles (of " in survey(lines(row)).problems[0].message
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+@pytest.mark.parametrize(
+    "text", [str(PROMPT), str(PAIR[0][0]), json.dumps(PROMPT)[:-2], "[{'content': 'x'}\n {'role': 1}]"]
+)
+def test_texts_of_messages_that_are_no_json_are_refused(column, text):
+    (problem,) = survey(lines({**TEXTS_OF_ASK, column: text})).problems
+    assert (problem.code, problem.pointer) == ("invalid_json", f"/{column}")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**CHATS, "rejected": [*PROMPT, {**PAIR[1][0], "weight": 0}]},
+        {"prompt": PROMPT, "chosen": [{**PAIR[0][0], "weight": 0}, user("Sure?"), *PAIR[0]], "rejected": PAIR[1]},
+        {"messages": [*PROMPT, {**PAIR[0][0], "weight": 0}], "label": True},
+    ],
+)
+def test_an_answer_that_is_not_to_be_learned_is_refused_where_answers_are_compared(row):
+    (problem,) = survey(lines(row)).problems
+    assert problem.code == "invalid_weight"
+
+
+def test_a_text_part_that_holds_more_than_a_text_is_refused():
+    part = {"type": "text", "text": ASK, "image": None}
+    row = {"messages": [{"role": "user", "content": [part]}, *PAIR[0]]}
+    assert survey(lines(row)).refusal is None
+    part["image"] = "cat.png"
+    assert survey(lines(row)).problems[0].pointer == "/messages/0/content/0/image"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [*PROMPT, *PAIR[0]], "conversations": SHAREGPT, "label": True},
+        {"messages": [*PROMPT, *PAIR[0]], "kto_tag": False, "label": True},
+        {"messages": PROMPT, "conversations": SHAREGPT[:1], "chosen": PAIR[0][0], "rejected": PAIR[1][0]},
+    ],
+)
+def test_two_columns_that_mean_the_same_are_refused(row):
+    assert survey(lines(row)).problems[0].code == "duplicate_key"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("history", [["Na", "Str"]]), ("conversation", [{"input": "Hello!", "output": "Hi."}])]
+)
+def test_a_column_says_again_what_is_read_in_whole_words_and_in_all_its_texts(key, value):
+    (problem,) = survey(lines({"messages": [*PROMPT, *PAIR[0]], key: value})).problems
+    assert problem.code == "unread_column"
+    again = [{"input": ASK, "output": GOOD}]
+    assert survey(lines({"messages": [*PROMPT, *PAIR[0]], key: again})).refusal is None
+
+
+def test_a_number_that_is_no_text_is_shown():
+    assert survey(lines({**TEXTS_OF_ASK, "prompt": 7})).refusal == "Line 1, /prompt: is 7; it must be a text."
+    assert survey(lines({**KTO, "label": 1})).refusal == "Line 1, /label: is 1; it must be true or false."
+    assert "missing or null" in survey(lines({**TEXTS_OF_ASK, "rejected": math.nan})).refusal
+
+
+def test_a_weight_that_is_not_used_is_refused():
+    row = {"messages": [*PROMPT, *PAIR[0]], "weight": 0.5}
+    (problem,) = survey(lines(row)).problems
+    assert (problem.code, problem.pointer) == ("unread_column", "/weight")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"role": "admin"}',
+        '{"role": ["user"], "content": 1}',
+        '{"role": "user"}',
+        "{'role': 'admin'}",
+        "[{'name': 1}]",
+        '{"a": "b"}',
+    ],
+)
+def test_answers_in_json_are_texts(text):
+    row = {**TEXTS_OF_ASK, "chosen": text}
+    assert list(read_groups(lines(row))) == [Group(ASK, (text, BAD), 1)]
+
+
+def test_a_choice_that_a_table_made_a_float_of_is_the_same():
+    row = PUBLISHED["PKU-SafeRLHF"][0]
+    assert list(read_groups(lines({**row, "better_response_id": 1.0}))) == list(read_groups(lines(row)))
+
+
+def test_an_unanswered_question_in_a_dialogue_is_said_again():
+    asked = f"\n\nHuman: Hi.\n\nAssistant:{HUMAN}"
+    row = {"prompt": asked, "chosen": f"{asked} {GOOD}", "rejected": f"{asked} {BAD}"}
+    (group,) = read_groups(lines(row))
+    assert group.prompt == [user("Hi."), assistant(""), *PROMPT]

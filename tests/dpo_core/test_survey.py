@@ -27,7 +27,7 @@ def test_every_problem_is_counted_with_its_first_row():
         ("empty_completion", "/chosen", Named(1, (4,))),
         ("unknown_format", "", Named(1, (5,))),
     ]
-    assert report.refusal.startswith("Line 2, /chosen: is a number; it must be a text. 6 rows cannot be used: 2 wrong")
+    assert report.refusal.startswith("Line 2, /chosen: is 7; it must be a text. 6 rows cannot be used: 2 wrong")
 
 
 def test_a_good_file_is_not_refused():
@@ -35,7 +35,7 @@ def test_a_good_file_is_not_refused():
 
 
 def test_a_single_bad_row_is_told_in_one_sentence():
-    assert survey(lines(PAIR, {**PAIR, "chosen": 7})).refusal == "Line 2, /chosen: is a number; it must be a text."
+    assert survey(lines(PAIR, {**PAIR, "chosen": 7})).refusal == "Line 2, /chosen: is 7; it must be a text."
 
 
 def test_no_more_than_ten_lines_are_named():
@@ -103,3 +103,11 @@ def test_the_report_agrees_with_the_reader():
 def test_long_ignored_keys_are_shortened():
     (key,) = survey(lines({**PAIR, "k" * 10**6: 1})).ignored_keys
     assert key == "k" * 100
+
+
+def test_completions_that_begin_with_their_prompt_are_counted():
+    twice = {"prompt": "Name a fruit.", "chosen": "Name a fruit. Cherry", "rejected": "Name a fruit. Stone"}
+    assert survey(lines(twice, {**twice, "rejected": "Stone"}, PAIR)).num_repeating == 1
+    of_messages = {"question": twice["prompt"], "chosen": twice["chosen"], "rejected": twice["rejected"]}
+    assert survey(lines(of_messages)).num_repeating == 1
+    assert survey(lines({**twice, "prompt": " "})).num_repeating == 0

@@ -3,6 +3,7 @@
 The templates are written by hand after what published ones do.
 """
 
+import json
 import re
 from datetime import date, timedelta
 from functools import reduce
@@ -87,6 +88,54 @@ TEMPLATES = {
     "drops the last word": EACH + "<|{{ m.role }}|>{{ m.content.split(' ')[:-1] | join(' ') }}" + ENDS + ASKS,
     "writes capitals": EACH + "<|{{ m.role }}|>{{ m.content | upper }}" + ENDS + ASKS,
     "writes nothing": "x",
+    "joins words with one space": EACH + "<|{{ m.role }}|>{{ m.content.split() | join(' ') }}" + ENDS + ASKS,
+    "writes small letters": EACH + "<|{{ m.role }}|>{{ m.content | lower }}" + ENDS + ASKS,
+    "writes roles in capitals": PLAIN.replace("m.role }}", "m.role | upper }}").replace(
+        "<|assistant|>", "<|ASSISTANT|>"
+    ),
+    "numbers rounds": EACH
+    + "[Round {{ loop.index0 // 2 }}]<|{{ m.role }}|>{{ m.content }}"
+    + ENDS
+    + "{% if add_generation_prompt %}[Round {{ (messages | length) // 2 }}]<|assistant|>{% endif %}",
+    "numbers rounds from the end": PLAIN.replace("<|{{", "[{{ loop.revindex }}]<|{{"),
+    "writes tools into the first question": EACH
+    + "<|{{ m.role }}|>{% if loop.first and tools %}{{ tools | tojson }}\n{% endif %}{{ m.content }}"
+    + "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    + ENDS
+    + ASKS,
+    "writes the names of calls": "{{ tools | tojson if tools else '' }}"
+    + EACH
+    + "<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}"
+    + ENDS
+    + ASKS,
+    "takes one system prompt": EACH
+    + "{% if m.role == 'system' and loop.index0 %}{{ raise_exception('Only one system message') }}{% endif %}"
+    + "<|{{ m.role }}|>{{ m.content }}"
+    + ENDS
+    + ASKS,
+    "writes ChatML without line feeds": EACH
+    + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "marks what is generated": EACH
+    + "<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    + ASKS,
+    "drops the last answer": "{% set messages = messages[:-1] if messages[-1].role == 'assistant' else messages %}"
+    + PLAIN,
+    "adds a system prompt": "{% if messages[0].role != 'system' %}<|system|>Be kind.{% endif %}" + PLAIN,
+    "writes its own system prompt": "<|system|>Be kind."
+    + PLAIN.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),
+    "writes the system prompt twice": "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    + PLAIN,
+    "writes contents as JSON": PLAIN.replace("m.content }}", "m.content | tojson }}"),
+    "escapes HTML": PLAIN.replace("m.content }}", "m.content | e }}"),
+    "renames the tags of thoughts": PLAIN.replace(
+        "m.content }}", "m.content | replace('<think>', '[THINK]') | replace('</think>', '[/THINK]') }}"
+    ),
+    "keeps the last question": "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "<|user|>{{ asked[-1].content }}{% if messages[-1].role == 'assistant' %}<|assistant|>{{ messages[-1].content }}"
+    "{{ eos_token }}{% endif %}" + ASKS,
+    "needs a BOS": "{{ bos_token + '' }}" + PLAIN,
 }
 
 
@@ -140,6 +189,12 @@ def seen(group: Group, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 CHOSEN, REJECTED = [assistant("jumps over the dog")], [assistant("sleeps")]
 PAIRED = Group([QUESTION], (CHOSEN, REJECTED), 7)
 WITH_SYSTEM = Group([SYSTEM, QUESTION], (CHOSEN, REJECTED), 7)
+FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"city": "Zürich", "near": ['a "b"']}}}
+WITH_TOOLS = Group([QUESTION], (CHOSEN, REJECTED), 7, tools=[FIND])
+CALLING = Group([QUESTION], ([{**assistant(""), "tool_calls": [CALL]}], REJECTED), 7, tools=[FIND])
+AGAIN = [user("jumps"), assistant("jumps"), user("jumps")]
+MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTED), 7)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +221,32 @@ WITH_SYSTEM = Group([SYSTEM, QUESTION], (CHOSEN, REJECTED), 7)
         ),
         ("drops the last word", PAIRED, "template_drops_text", "message 1 of the prompt, by user"),
         ("writes nothing", PAIRED, "template_drops_text", "message 1 of the prompt, by user"),
+        ("writes small letters", WITH_SYSTEM, "template_drops_text", "leaves out or changes text of message 1"),
+        ("writes its own system prompt", WITH_SYSTEM, "template_drops_text", "by system: 'Answer in Dutch.'"),
+        ("drops the last answer", PAIRED, "template_drops_text", "of a completion: 'jumps over the dog'"),
+        ("writes contents as JSON", MARKUP, "template_drops_text", "of a completion: 'Bold"),
+        ("escapes HTML", MARKUP, "template_drops_text", "message 1 of the prompt, by user: 'What is <b>?'"),
+        (
+            "keeps the last question",
+            Group(AGAIN, (CHOSEN, REJECTED), 7),
+            "template_drops_text",
+            "message 1 of the prompt",
+        ),
+        (
+            "keeps the last question",
+            Group([user("dog"), assistant("fox"), user("a dog or a fox?")], (CHOSEN, REJECTED), 7),
+            "template_drops_text",
+            "message 1 of the prompt, by user: 'dog'",
+        ),
+        ("plain", WITH_TOOLS, "template_drops_tools", "leaves out the tool 'find'; use one that writes tools"),
+        ("writes the names of calls", CALLING, "template_drops_calls", "tool calls out, or a part of them"),
+        (
+            "takes one system prompt",
+            Group([SYSTEM, SYSTEM, QUESTION], (CHOSEN, REJECTED), 7),
+            "template_refused",
+            "Only one system message",
+        ),
+        ("numbers rounds from the end", PAIRED, "template_not_prefix", "'1]<|user|>the quick"),
     ],
 )
 def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, code, said):
@@ -210,6 +291,58 @@ def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, 
             ["<|user|>a<|assistant|>4</s><|user|>b<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
         ),
         (
+            "joins words with one space",
+            Group([user("the  quick\nfox?")], (CHOSEN, REJECTED), 7),
+            ["<|user|>the quick fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+        (
+            "writes roles in capitals",
+            PAIRED,
+            ["<|USER|>the quick brown fox?<|ASSISTANT|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+        (
+            "numbers rounds",
+            Group(AGAIN, (CHOSEN, REJECTED), 7),
+            [
+                "[Round 0]<|user|>jumps[Round 0]<|assistant|>jumps</s>[Round 1]<|user|>jumps[Round 1]<|assistant|>",
+                "jumps over the dog</s>",
+                "sleeps</s>",
+            ],
+        ),
+        (
+            "writes ChatML without line feeds",
+            PAIRED,
+            [
+                "<|im_start|>user\nthe quick brown fox?<|im_end|><|im_start|>assistant\n",
+                "jumps over the dog<|im_end|>",
+                "sleeps<|im_end|>",
+            ],
+        ),
+        (
+            "marks what is generated",
+            PAIRED,
+            ["<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+        (
+            "adds a system prompt",
+            PAIRED,
+            ["<|system|>Be kind.<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
+        ),
+        (
+            "writes the system prompt twice",
+            WITH_SYSTEM,
+            [
+                "Answer in Dutch.<|system|>Answer in Dutch.<|user|>the quick brown fox?<|assistant|>",
+                "jumps over the dog</s>",
+                "sleeps</s>",
+            ],
+        ),
+        (
+            "renames the tags of thoughts",
+            Group([QUESTION], ([assistant("<think>Two.</think>4")], REJECTED), 7),
+            ["<|user|>the quick brown fox?<|assistant|>", "[THINK]Two.[/THINK]4</s>", "sleeps</s>"],
+        ),
+        (
             "counts the messages",
             PAIRED,
             ["1<|user|>the quick brown fox?<|assistant|>", "jumps over the dog</s>", "sleeps</s>"],
@@ -223,6 +356,20 @@ def test_a_row_is_learned_as_the_policy_will_be_asked(templated, name, group, wo
 @pytest.mark.parametrize(("name", "words"), [("begins answers with a thought", "<think>\n"), ("plain", "")])
 def test_words_that_begin_every_answer_are_known(templated, name, words):
     assert prefill(templated(name)) == words
+
+
+def test_tools_and_calls_are_seen_whole(templated):
+    prompt, call, _ = seen(CALLING, templated("writes tools into the first question"))
+    assert prompt.endswith('"properties": {}}}}]\nthe quick brown fox?<|assistant|>')
+    assert json.loads(call.removesuffix("</s>")) == [CALL]
+
+
+def test_a_template_that_needs_a_bos_is_told_that_there_is_none(tokenizer):
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="</s>")
+    own.chat_template = TEMPLATES["needs a BOS"]
+    (found,) = encode_groups([PAIRED], own)
+    assert (found.line, found.code) == (7, "template_refused")
+    assert "'bos_token' is undefined" in found.message
 
 
 def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):
@@ -276,6 +423,7 @@ ROWS = [
         "completions": [{"response": GOOD, "overall_score": 9}, {"response": BAD, "overall_score": 2}],
     },
     {"prompt": ASK, "response": GOOD, "helpfulness": 4},
+    {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": GOOD}]},
     {"info": {"post": ASK}, "summaries": [{"text": BAD}, {"text": GOOD}], "choice": 1},
 ]
 
@@ -311,8 +459,9 @@ def messages(text: Text, role: str) -> list[Message]:
 
 
 def holds(text: str, said: str) -> bool:
-    """But for the spaces at its ends and around thoughts, which templates change."""
-    return all(part.strip() in text for part in re.split("</?think>", said.removesuffix("</s>")))
+    """But for spaces, which templates change."""
+    parts = re.split("</?think>", said.removesuffix("</s>"))
+    return all(" ".join(part.split()) in " ".join(text.split()) for part in parts)
 
 
 def check(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:

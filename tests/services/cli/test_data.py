@@ -48,7 +48,7 @@ def test_a_good_file_is_told_without_a_service(write):
 
 
 def test_a_file_that_would_be_refused_is_told_with_lines_and_pointers(write):
-    found = check(write(PAIRS[0], {**PAIRS[1], "chosen": "Yes."}, "{"))
+    found = check(write(PAIRS[0], {**PAIRS[1], "chosen": 7}, "{"))
     assert found.exit_code == 1
     assert "✗ 1 × wrong_type, line 2\n    at /chosen\n" in found.stdout
     assert "✗ 1 × invalid_jsonl, line 3" in found.stdout
