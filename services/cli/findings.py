@@ -53,7 +53,10 @@ def print_tokens(tokens: "Tokens") -> None:
     for side, lines in tokens.truncated.items():
         _line(f"  {lines.count} with the {side} cut, {lines}", "yellow")
     _special(tokens.special_tokens)
-    _count(tokens.unasked.count, f"without the thoughts that the chat template asks for, {tokens.unasked}")
+    _count(
+        tokens.unasked.count,
+        f"without the words that begin every answer of the chat template, such as <think>, {tokens.unasked}",
+    )
     _count(tokens.unknown.count, f"with characters that the tokenizer does not know, {tokens.unknown}")
     _count(tokens.unended.count, f"with an answer that ends with none of the model's end tokens, {tokens.unended}")
     if compared := tokens.chosen_longer + tokens.rejected_longer:

@@ -254,8 +254,9 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
         (report.special_tokens, "hold special tokens of the model in their text, which it reads as such", ""),
         (
             report.unasked,
-            "have no thoughts, with which the chat template makes every answer begin, and are learned without",
-            "; give them thoughts, or use a template that does not ask for them",
+            "lack the words with which the chat template makes every answer begin, such as <think>, and are learned "
+            "without",
+            "; give their answers such thoughts, or use a template that does not ask for them",
         ),
         (
             report.unknown,

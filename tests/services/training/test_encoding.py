@@ -380,7 +380,9 @@ def test_rows_without_the_thoughts_that_the_template_asks_for_are_named(
         config=TrainConfig(objective=Supervised()),
     )
     groups, reports = run(spec)
-    warning = "1 of 3 demonstrations have no thoughts, with which the chat template makes every answer begin"
+    warning = (
+        "1 of 3 demonstrations lack the words with which the chat template makes every answer begin, such as <think>"
+    )
     assert any(
         isinstance(report, Message) and f"{warning}, and are learned without (line 2)" in report.message
         for report in reports
