@@ -64,7 +64,7 @@ class EncodedGroup:
                 many = f"{len(values)} {name} for {len(self.completion_ids)} completions"
                 raise ValueError(f"Line {self.line} has {many}; give each completion one.")
 
-        if not all(self.num_learned):
+        if self.others is not None and not all(self.num_learned):
             raise ValueError(f"Line {self.line} has a completion of which no token is learned; leave it out.")
 
     def learned(self, completion: int) -> Sequence[int]:

@@ -184,16 +184,15 @@ class _Groups:
 
     def take(self, rows: Iterable[int]) -> Iterator[EncodedGroup]:
         for row in rows:
-            own = {name: values[row] for name, values in self._rest.items()}
-            per_completion = {
-                name: own.get(name) and tuple(own[name]) for name in ("ref_logps", "ref_head_logps", "ratings")
-            }
-            spans = own["others"] and tuple(tuple(map(tuple, each)) for each in own["others"])
-            yield EncodedGroup(
-                prompt_ids=self._prompts.ids(row),
-                completion_ids=tuple(map(self._ids.ids, self._completions.places(row))),
-                **own | per_completion | {"others": spans},
-            )
+            own: dict[str, Any] = {"ref_logps": None}
+            own |= {name: values[row] for name, values in self._rest.items()}
+            for name in ("ref_logps", "ref_head_logps", "ratings"):
+                if own.get(name):
+                    own[name] = tuple(own[name])
+            if own["others"]:
+                own["others"] = tuple(tuple(map(tuple, spans)) for spans in own["others"])
+            completion_ids = tuple(map(self._ids.ids, self._completions.places(row)))
+            yield EncodedGroup(prompt_ids=self._prompts.ids(row), completion_ids=completion_ids, **own)
 
 
 class _Lists:
