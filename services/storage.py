@@ -223,7 +223,11 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 def _infos(uri: str) -> list[fs.FileInfo]:
     filesystem, path = _resolve(uri)
-    infos: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    selector = fs.FileSelector(path, allow_not_found=True)
+    try:
+        infos: list[fs.FileInfo] = filesystem.get_file_info(selector)
+    except FileNotFoundError:  # Arrow's, for a folder that appears while it looks
+        infos = filesystem.get_file_info(selector)
     return infos
 
 

@@ -129,6 +129,7 @@ with answering(settings) as url:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_server_that_vanishes_without_a_word_is_left_for_another(offline: Settings, tmp_path: Path) -> None:
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:

@@ -255,6 +255,7 @@ def test_who_does_not_read_an_answer_is_cut_off(base_url: str, client: openai.Op
     client.files.delete(file.id)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_who_reads_slowly_gets_all(base_url: str, client: openai.OpenAI, settings: Settings) -> None:
     file = client.files.create(file=("pairs.jsonl", pairs(2_000)), purpose="fine-tune")

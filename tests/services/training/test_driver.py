@@ -608,7 +608,13 @@ def test_a_uri_that_may_not_be_read_fails_the_job(
     assert "not public" in last.message
 
 
-@pytest.mark.parametrize("objective", [Orpo(), Dpo()], ids=["found by the workers", "found where it is scored"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(Orpo(), id="found by the workers", marks=pytest.mark.long),
+        pytest.param(Dpo(), id="found where it is scored"),
+    ],
+)
 def test_a_model_that_cannot_be_trained_fails_the_job_and_is_not_tried_again(
     make_spec: MakeSpec,
     start: Callable[[AttemptSpec], Driver],
