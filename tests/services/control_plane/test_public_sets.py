@@ -7,6 +7,8 @@ import pytest
 
 from tests.public_sets import PUBLIC_SETS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_a_public_set_is_uploaded_as_it_is_published(client: openai.OpenAI, name: str) -> None:

@@ -19,6 +19,8 @@ from services.control_plane.store import Store, migrate
 from services.control_plane.tables import File
 from tests.services.control_plane.conftest import FakeRay, served
 
+pytestmark = pytest.mark.slow
+
 FRAUD = {"name": "fraud", "route_prefix": "/", "import_path": "fraud:app", "runtime_env": {"env_vars": {"A": "b"}}}
 
 

@@ -19,6 +19,8 @@ from services.training.encoding import encode_piece, recipe_of, split
 from services.training.forward import score_part
 from tests.public_sets import PUBLIC_SETS, PublicSet
 
+pytestmark = pytest.mark.slow
+
 MakeSpec = Callable[..., AttemptSpec]
 PAIRS, KTO = PUBLIC_SETS["HH-RLHF"], PUBLIC_SETS["LLaMA-Factory, KTO"]
 ROWS = {

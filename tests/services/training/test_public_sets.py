@@ -16,6 +16,8 @@ from services.training.dataset import Dataset
 from services.training.encoding import encode_piece, split
 from tests.public_sets import ASKED, PUBLIC_SETS
 
+pytestmark = pytest.mark.slow
+
 BETTER = {question: good for question, good, _ in ASKED}
 
 
