@@ -5,6 +5,7 @@ A file is JSON Lines in UTF-8. Its first row decides the format; a row of anothe
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
 
 from dpo_core.formats import Format, detect, keys_of
 from dpo_core.groups import Group
@@ -31,20 +32,20 @@ def read_records(
 
     `columns` names the column of each role, such as {"prompt": "question"}, where the file has names of its own.
     """
-    form = None
-    run: list[Record] = []
-    for row in read_rows(lines, first_line):
-        record = _read(row, form, columns or {})
-        form = form or record.format
-        if form is None or not form.joins:
+    records = _read_each(lines, first_line, columns or {})
+    for record in records:
+        if record.format and record.format.joins:
+            yield from _joined(chain([record], records))
+        else:
             yield record
-            continue
-        if run and not _continues(run[0], record):
-            yield from _joined(run)
-            run = []
-        run.append(record)
-    if run:
-        yield from _joined(run)
+
+
+def _read_each(lines: Iterable[bytes], first_line: int, columns: Mapping[str, str]) -> Iterator[Record]:
+    form = None
+    for row in read_rows(lines, first_line):
+        record = _read(row, form, columns)
+        form = form or record.format
+        yield record
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
@@ -53,30 +54,28 @@ def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] |
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
 
-def _continues(first: Record, record: Record) -> bool:
-    """Whether it rates another answer to the same question."""
-    return not (first.problem or record.problem) and first.groups[0].prompt == record.groups[0].prompt
+def _joined(records: Iterable[Record]) -> Iterator[Record]:
+    """Neighbours that rate answers to one prompt: the first has the group of all, if they can be one."""
+    for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
+        rows = list(islice(run, MOST_JOINED + 1))  # a file may have one prompt only, and not fit into memory
+        if rows[0].problem:
+            yield from rows
+        elif 1 < len(rows) <= MOST_JOINED:
+            yield replace(rows[0], groups=[_group_of(rows)])
+            yield from (replace(record, groups=()) for record in rows[1:])
+        else:
+            number = f"{len(rows)}" if len(rows) == 1 else f"more than {MOST_JOINED}"
+            yield from (_unjoined(record, number) for record in chain(rows, run))
 
 
-def _joined(run: Sequence[Record]) -> Iterator[Record]:
-    """The records of a run: the first has the group of all."""
-    first, *others = run
-    if first.problem:
-        yield first
-        return
-    try:
-        yield replace(first, groups=[_group_of(run)])
-    except InvalidRow as problem:
-        yield replace(first, groups=(), problem=problem)
-    for record in others:
-        yield replace(record, groups=())
+def _unjoined(record: Record, number: str) -> Record:
+    what = f"its prompt is rated by {number} neighbouring rows; it needs 2 to {MOST_JOINED}."
+    problem = InvalidRow(record.line, "", "too_few_completions", f"Line {record.line}: {what}")
+    return replace(record, groups=(), problem=problem)
 
 
 def _group_of(run: Sequence[Record]) -> Group:
     rows = [record.groups[0] for record in run]
-    if not 1 < len(rows) <= MOST_JOINED:
-        what = f"rated by {len(rows)} neighbouring rows; it needs 2 to {MOST_JOINED}."
-        raise InvalidRow(rows[0].line, "", "too_few_completions", f"Line {rows[0].line}: its prompt is {what}")
     ratings = [rating for group in rows for rating in group.ratings or ()]
     order = sorted(range(len(rows)), key=lambda i: -ratings[i])
     completions = tuple(rows[i].completions[0] for i in order)

@@ -321,6 +321,13 @@ def test_a_single_rated_answer_and_a_bad_row_between_are_told_by_line():
     assert "Line 3: its prompt is rated by 1 neighbouring rows; it needs 2 to 1000." in problems[0].message
 
 
+def test_every_row_of_a_prompt_with_too_many_answers_is_told():
+    rows = [rated(f"{number}.", number) for number in range(1002)]
+    (problem,) = survey(lines(*rows)).problems
+    assert (problem.code, problem.rows.count) == ("too_few_completions", 1002)
+    assert "Line 1: its prompt is rated by more than 1000 neighbouring rows; it needs 2 to 1000." in problem.message
+
+
 SURE = user("Sure?")
 LONGER = (
     {
