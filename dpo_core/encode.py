@@ -256,7 +256,7 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, who
 
 @cache
 def _first_day() -> date:
-    """One for all that this process encodes, also beyond midnight."""
+    """The date that templates write in all that this process encodes, also beyond midnight."""
     return date.today()
 
 
@@ -307,7 +307,7 @@ def _as_given(message: Message, *, in_parts: bool) -> Mapping[str, object]:
 
 @lru_cache(maxsize=8)
 def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """With what the chat template begins an answer when it asks for one, and not when it writes one: `<think>`."""
+    """The words with which the chat template begins an answer that it asks for, but none that it writes: `<think>`."""
     question: list[Message] = [{"role": "user", "content": _PROBE}]
     try:
         apply = partial(_apply, tokenizer, {})
@@ -394,7 +394,8 @@ def _taken_apart(group: Group, rendered: _Rendered) -> _Written | InvalidRow:
 
 
 def _common(asked: str, wholes: Sequence[str]) -> str:
-    """What a question and its answers begin with, but for half a tag, as an answer may begin with < or [, too."""
+    """What a question and its answers begin with. Where they part within a tag of the question, such as `<think>`, it
+    ends before the tag: the answers may only begin with `<`, too."""
     common = commonprefix([asked, *wholes])  # noqa: RUF071 (characters are meant)
     half = next((tag for tag in _TAG.finditer(asked) if tag.start() < len(common) < tag.end()), None)
     return common[: half.start()] if half else common
@@ -431,7 +432,7 @@ def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase")
 
 
 def _to_be_seen(message: Message) -> str:
-    """An earlier answer without its thoughts."""
+    """What the template must write of a message in the prompt: of an answer, the content without its thoughts."""
     content = message["content"]
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
 

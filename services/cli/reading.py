@@ -37,7 +37,7 @@ def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
 
 
 def reading(columns: Sequence[str] | None, max_invalid_share: float | None) -> dict[str, Any]:
-    """The same as x_raydpo has it."""
+    """What these options are in x_raydpo."""
     drop = {"invalid_rows": "drop", "max_invalid_share": max_invalid_share} if max_invalid_share else {}
     roles = roles_of(columns)
     return ({"columns": roles} if roles else {}) | drop

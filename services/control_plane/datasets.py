@@ -70,7 +70,7 @@ def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Setti
         model.source,
         config.max_length,
         config.truncation,
-        file.reading,
+        reading.model_dump(),
     ]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     recipe = Recipe(
@@ -78,8 +78,7 @@ def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Setti
         model_source=model.source,
         max_length=config.max_length,
         truncation=config.truncation,
-        invalid_rows=reading.invalid_rows,
-        columns=reading.columns,
+        **dict(reading),
     )
     return Check(f"check-{key}", storage.join(settings.storage_url, "checks", key), recipe)
 

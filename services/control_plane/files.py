@@ -109,8 +109,6 @@ def clean_name(name: str, param: str) -> str:
 
 # --- rows ------------------------------------------------------------------------------------
 
-AS_THEY_ARE = Reading()
-
 
 async def add(
     session: AsyncSession,
@@ -121,7 +119,7 @@ async def add(
     project_id: str,
     life_seconds: int | None = None,
     report: dict[str, Any] | None = None,
-    reading: Reading = AS_THEY_ARE,
+    reading: Reading | None = None,
 ) -> File:
     """The row that names the bytes. A training file without a report is checked in the background."""
     now = await session.scalar(select(func.clock_timestamp()))
@@ -137,7 +135,7 @@ async def add(
         sha256=stored.sha256,
         uri=stored.uri,
         report=report,
-        reading=None if reading == AS_THEY_ARE else reading.model_dump(),
+        reading=reading and reading.model_dump(),
     )
     session.add(row)
     await session.flush()

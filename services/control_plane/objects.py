@@ -152,7 +152,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
             "priority": row.priority,
             "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,
-            **_reading(Reading.model_validate({key: row.spec[key] for key in Reading.model_fields if key in row.spec})),
+            **_reading(Reading.model_validate(row.spec)),
             "tensorboard": integrations.tensorboard,
             "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
             "progress": _progress(row),

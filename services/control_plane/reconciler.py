@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
-MODELS = "models"  # what patience calls them all
+MODELS = "models"  # under this name Patience counts failures to load models
 AT_ONCE = 8  # jobs: what is slow for one keeps the others, and the lease, less than the sum of all
 UNREACHABLE = "the Ray cluster to answer"
 QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies

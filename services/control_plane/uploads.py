@@ -90,6 +90,7 @@ async def complete(
         return row, await file_of(session, row)
     check_pending(row, state, "completed")
     parts = await _in_order(session, row, part_ids)
+    reading = reading_of(row)
     await wait_long(session)
     try:
         stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
@@ -100,7 +101,7 @@ async def complete(
         if md5 is not None and stored.md5 != md5.lower():
             message = f"The parts have the MD5 {stored.md5}, not {md5:.64}; send the damaged ones again."
             raise InvalidRequest(message, param="md5")
-        report = await surveys.report_of(stored, reading_of(row), param="part_ids")
+        report = await surveys.report_of(stored, reading, param="part_ids")
         file = await files.add(
             session,
             stored,
@@ -109,7 +110,7 @@ async def complete(
             project_id=row.project_id,
             life_seconds=row.file_seconds,
             report=report,
-            reading=reading_of(row),
+            reading=reading,
         )
     row.state, row.file_id = "completed", file.id
     await session.flush()

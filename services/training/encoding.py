@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
 NUM_FIRST = 1000  # rows among which the first that can be used tells the format
 NUM_LAST = 3  # tokens of an answer: some templates write a line feed behind its end
-RARE = "ʘ東𓀀🫠\u2062"  # who knows these, as byte-level tokenizers do, knows all
+RARE = "ʘ東𓀀🫠\u2062"  # a tokenizer with ids for these has ids for all characters, as byte-level ones do
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
 MOST_PIECES = 20_000  # about; beyond them pieces grow
@@ -303,11 +303,12 @@ def _encode(
     kept: list[EncodedGroup] = []
     held_out: list[EncodedGroup] = []
     special_tokens = _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    may_lack_some = not _knows_all(RARE, tokenizer)
     for group in groups:
         texts = _texts(group, tokenizer)
         if any(map(special_tokens.search, texts)):
             tally.mark_special(group.line)
-        if not _knows_all(RARE, tokenizer) and not all(_knows_all(text, tokenizer) for text in texts):
+        if may_lack_some and not all(_knows_all(text, tokenizer) for text in texts):
             tally.mark_unknown(group.line)
     for group, encoded in zip(groups, encode_groups(groups, tokenizer, today=recipe.today), strict=True):
         if isinstance(encoded, InvalidRow):
@@ -375,7 +376,7 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Its own. The BOS and EOS that texts bring are theirs to bring."""
+    """The texts of the group, without the BOS and EOS that texts may bring."""
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
     return texts

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_core.encode import EncodedGroup
+from services import storage
 from services.contract import AttemptSpec
 from services.training import policies
 from services.training.dataset import Dataset, Part, read_part, write_scores
@@ -61,7 +62,7 @@ def _load(model_source: str, device: str) -> "PreTrainedModel":
     """Once per process."""
     import torch
 
-    policy = policies.load(model_source, torch.device(device))
+    policy = policies.load(storage.fetch(model_source), torch.device(device))
     policy.train(False)
     return policy
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services import storage
 from services.contract import Failed
 from services.training.reporting import JobFailed
 
@@ -13,21 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(model_source: str, device: "torch.device") -> "PreTrainedModel":
+def load(folder: Path, device: "torch.device") -> "PreTrainedModel":
     """Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is."""
-    # Imported here because it takes eight seconds of a core, and the driver does without.
+    # Imported here because it takes eight seconds of a core, and the driver works without it.
     from dpo_core.model import load_policy
 
-    folder = storage.fetch(model_source)
     try:
         return load_policy(folder, device=device)
-    except (ValueError, ImportError) as error:  # the last: of what a quantized model needs
+    except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
         raise _unusable(error) from error
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What is found out about a model when it first computes ends the job, too."""
+    """Turns UnusableModel, which a model's first forward may raise, into JobFailed."""
     from dpo_core.architecture import UnusableModel
 
     try:

@@ -76,8 +76,7 @@ def prepare(
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
     """All of it, in the same way."""
-    how = {"columns": spec.validation_reading.columns, "invalid_rows": spec.validation_reading.invalid_rows}
-    alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **how}
+    alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **dict(spec.validation_reading)}
     try:
         return _prepare_file(spec.model_copy(update=alone), "Validation", report)[0]
     except JobFailed as failure:

@@ -55,7 +55,7 @@ class JobFailed(Exception):
     """The user's to mend: another attempt would fail alike."""
 
     def __init__(self, report: Failed) -> None:
-        super().__init__(report)  # what it is made of anew behind a process
+        super().__init__(report)  # with which pickle makes it anew in another process
         self.report = report
 
     def __str__(self) -> str:

@@ -79,10 +79,11 @@ def _work(
         if dist.get_rank() == 0:
             started = Started(config=spec.config, num_groups=num_groups, total_steps=total_steps)
             _report_start(started.model_copy(update={"resumed_from": step}), resume, spec, reporter)
+        source = storage.fetch(spec.model_source)
         results = train(
             spec.config,
-            policies.load(spec.model_source, device),
-            load_tokenizer(storage.fetch(spec.model_source)),
+            policies.load(source, device),
+            load_tokenizer(source),
             lambda after_step: global_batches(data, spec.config, after_step=after_step),
             total_steps=total_steps,
             checkpoint_dir=scratch / "checkpoints",

@@ -53,8 +53,7 @@ async def _check_files(session: AsyncSession, spec: JobSpec) -> JobSpec:
         file = await files.find_checked(session, spec.training_file, param="training_file")
         _check_file(file, spec.config.objective, "training_file")
         _check_size(file)
-        how = reading_of(file)
-        spec = spec.model_copy(update={"invalid_rows": how.invalid_rows, "columns": how.columns})
+        spec = spec.model_copy(update=dict(reading_of(file)))
     if spec.validation_file:
         held_out = await files.find_checked(session, spec.validation_file, param="validation_file")
         _check_file(held_out, spec.config.objective, "validation_file")

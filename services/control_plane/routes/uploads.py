@@ -24,7 +24,7 @@ async def create(once: OncePart, store: StorePart, settings: SettingsPart, body:
         "filename": files.clean_name(body.filename, "filename"),
         "num_bytes": body.bytes,
         "file_seconds": body.life_seconds,
-        "reading": body.reading().model_dump() if body.x_raydpo else None,
+        "reading": body.reading().model_dump(),
     }
 
     async def begin(session: AsyncSession) -> dict[str, Any]:
