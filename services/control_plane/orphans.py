@@ -6,9 +6,9 @@ from datetime import timedelta
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.launcher import Launcher
-from services.control_plane.store import Store
-from services.control_plane.tables import Attempt
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Attempt
+from services.control_plane.ray_api import Launcher
 
 GRACE = timedelta(seconds=60)  # an attempt that told its outcome is about to exit
 
