@@ -32,14 +32,13 @@ from services.control_plane.http.access_log import Access
 from services.control_plane.http.dependencies import admit, check_query
 from services.control_plane.http.limits import Limits
 from services.control_plane.http.rate_limit import Rates
+from services.control_plane.http.validation import refused
 from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs.lookups import Lookups
-from services.control_plane.jobs.requests import refused
 from services.control_plane.models import api as models_api
 from services.control_plane.models import inference_api, sharing_api
 from services.control_plane.models.inference import Inference
 from services.control_plane.progress import api as progress_api
-from services.control_plane.progress import logs_api
 from services.control_plane.progress.streams import Live
 from services.control_plane.ray_api import Launcher
 from services.control_plane.settings import Settings
@@ -62,7 +61,6 @@ def create_app(settings: Settings) -> FastAPI:
         files_api,
         uploads_api,
         jobs_api,
-        logs_api,
         sharing_api,
         models_api,
         model_check_api,

@@ -5,22 +5,24 @@ Every sweep may be done twice, or at once by two, without harm; each does a boun
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import anyio.to_thread
 import httpx
-from sqlalchemy import ARRAY, ColumnElement, Text, any_, delete, func, literal, select, update
+from sqlalchemy import ARRAY, ColumnElement, Text, any_, delete, func, literal, select, tuple_, update
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from services import storage
+from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.store import Store
-from services.control_plane.core.tables import File, Lease, Model, Outbound, Upload
+from services.control_plane.core.tables import Attempt, File, Lease, Model, Outbound, Upload
 from services.control_plane.files import files, model_check, uploads
 from services.control_plane.http import idempotency
-from services.control_plane.orphans import stop_orphans
 from services.control_plane.ray_api import Launcher
 from services.control_plane.settings import Settings
 from services.control_plane.webhooks.outbox import give_up_old
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 MOST = 100  # rows, or files in storage, that one sweep removes
 OUTBOX_KEPT = timedelta(days=30)
 GRACE_SECONDS = 86_400  # an older file that no row names is not about to get one
+EXIT_GRACE = timedelta(seconds=60)  # an attempt that told its outcome is about to exit
 TRASH_SECONDS = 30 * 86_400  # a database is restored to no earlier moment
 
 
@@ -74,7 +77,7 @@ class Sweeper:
         await _remove(folders)
 
     async def _stop_orphans(self) -> None:
-        for submission_id in await stop_orphans(self._store, self._launcher):
+        for submission_id in await _stop_orphans(self._store, self._launcher):
             log.warning("Stopped %s, whose attempt has ended", submission_id)
         for submission_id in await model_check.stop_late(self._store, self._launcher):
             log.warning("Stopped %s, which checked a file for too long", submission_id)
@@ -131,7 +134,7 @@ class Sweeper:
         left = select(Model).where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
         async with self._store.begin() as session:
             models = list(await session.scalars(left.order_by(Model.deleted_at).limit(MOST)))
-        gone = [model.id for model in models if await files.remove_bytes(model.source)]
+        gone = [model.id for model in models if await remove_bytes(model.source)]
         async with self._store.begin() as session:
             await session.execute(update(Model).where(Model.id.in_(gone)).values(removed_at=func.now()))
 
@@ -156,5 +159,29 @@ async def _remove(uris: list[str]) -> None:
     if uris:
         log.info("Removing %s from storage, and %d more", uris[0], len(uris) - 1)
     for uri in uris:
-        await files.remove_bytes(uri)
+        await remove_bytes(uri)
         await asyncio.sleep(0)
+
+
+async def _stop_orphans(store: Store, launcher: Launcher) -> list[str]:
+    """Stops what runs in Ray for an attempt that has ended, late or deaf to its stop, and returns the submissions.
+
+    What this database does not know belongs to another service.
+    """
+    running = [found for found in map(_attempt_of, await launcher.live_submissions()) if found]
+    async with store.begin() as session:
+        orphans = await _ended(session, running)
+    for submission_id in orphans:
+        await launcher.stop(submission_id)
+    return orphans
+
+
+def _attempt_of(submission_id: str) -> tuple[str, int] | None:
+    match = re.fullmatch(r"(ftjob-[0-9a-f]+)-([0-9]+)", submission_id)
+    return (match[1], int(match[2])) if match else None
+
+
+async def _ended(session: AsyncSession, running: list[tuple[str, int]]) -> list[str]:
+    query = select(Attempt).where(tuple_(Attempt.job_id, Attempt.number).in_(running))
+    attempts = await session.scalars(query.where(Attempt.ended_at < func.now() - EXIT_GRACE))
+    return [attempt.submission_id for attempt in attempts]

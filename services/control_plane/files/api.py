@@ -13,13 +13,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import storage
 from services.control_plane.core.errors import RangeNotSatisfiable
+from services.control_plane.core.removal import remove_bytes
+from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import File
 from services.control_plane.files import files, row_check
+from services.control_plane.files.requests import CreateFile
+from services.control_plane.files.responses import file_object
 from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
 from services.control_plane.http.forms import multipart, read_form
-from services.control_plane.jobs.requests import CreateFile
-from services.control_plane.jobs.responses import deleted, file_object, listing
 
 router = APIRouter(prefix="/files")
 
@@ -141,5 +143,5 @@ async def delete(once: OncePart, file_id: str) -> Response:
 
     answer = await once.act(remove, changes=file_id)
     for row in removed:
-        await files.remove_bytes(row.uri)
+        await remove_bytes(row.uri)
     return answer

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services import outbound, storage
 from services.contract import Reading
 from services.control_plane.core.errors import InvalidRequest, NotFound, OverQuota
+from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.tables import TERMINAL, File, Job, Project
 from services.control_plane.core.telemetry import UPLOADED_BYTES
 from services.control_plane.settings import Settings
@@ -85,16 +86,6 @@ async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
     finally:
         if not stored.named:
             await remove_bytes(stored.uri)
-
-
-async def remove_bytes(uri: str) -> bool:
-    """Whether they are gone. If not, the sweeper removes them later."""
-    try:
-        await anyio.to_thread.run_sync(storage.delete, uri)
-    except OSError as error:
-        log.warning("What is deleted still lies at %s: %s", uri, error)
-        return False
-    return True
 
 
 def clean_name(name: str, param: str) -> str:

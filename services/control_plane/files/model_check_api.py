@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from services.control_plane.files import files, model_check
+from services.control_plane.files.requests import CheckDataset
+from services.control_plane.files.responses import check_object
 from services.control_plane.http.dependencies import LauncherPart, SettingsPart, StorePart
-from services.control_plane.jobs.requests import CheckDataset
-from services.control_plane.jobs.responses import check_object
 from services.control_plane.models import models
 
 router = APIRouter(prefix="/x/datasets")

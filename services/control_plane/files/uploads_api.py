@@ -6,11 +6,12 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.removal import remove_bytes
 from services.control_plane.files import files, uploads
+from services.control_plane.files.requests import CompleteUpload, CreateUpload
+from services.control_plane.files.responses import part_object, upload_object
 from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
 from services.control_plane.http.forms import multipart, read_form
-from services.control_plane.jobs.requests import CompleteUpload, CreateUpload
-from services.control_plane.jobs.responses import part_object, upload_object
 
 router = APIRouter(prefix="/uploads")
 
@@ -66,7 +67,7 @@ async def complete(
 
     async with request.app.state.joining:
         answer = await once.act(join, changes=upload_id)
-    await files.remove_bytes(uploads.folder(upload_id, settings))
+    await remove_bytes(uploads.folder(upload_id, settings))
     return answer
 
 
@@ -77,5 +78,5 @@ async def cancel(once: OncePart, settings: SettingsPart, upload_id: str) -> Resp
         return upload_object(row, row.state, None)
 
     answer = await once.act(end, changes=upload_id)
-    await files.remove_bytes(uploads.folder(upload_id, settings))
+    await remove_bytes(uploads.folder(upload_id, settings))
     return answer

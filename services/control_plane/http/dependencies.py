@@ -16,12 +16,8 @@ from services.control_plane.core.errors import Forbidden, InvalidRequest, Unauth
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.http.idempotency import Once
 from services.control_plane.http.rate_limit import Rates
-from services.control_plane.jobs.lookups import Lookups
-from services.control_plane.models.inference import Inference
-from services.control_plane.progress.streams import Live
 from services.control_plane.ray_api import Launcher
 from services.control_plane.settings import Settings
-from services.control_plane.webhooks.outbox import Sender
 
 bearer = HTTPBearer(auto_error=False)
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
@@ -40,29 +36,9 @@ async def _launcher(request: Request) -> Launcher:
     return cast(Launcher, request.app.state.launcher)
 
 
-async def _inference(request: Request) -> Inference:
-    return cast(Inference, request.app.state.inference)
-
-
-async def _live(request: Request) -> Live:
-    return cast(Live, request.app.state.live)
-
-
-async def _lookups(request: Request) -> Lookups:
-    return cast(Lookups, request.app.state.lookups)
-
-
-async def _sender(request: Request) -> Sender:
-    return cast(Sender, request.app.state.sender)
-
-
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
 LauncherPart = Annotated[Launcher, Depends(_launcher)]
-InferencePart = Annotated[Inference, Depends(_inference)]
-LivePart = Annotated[Live, Depends(_live)]
-LookupsPart = Annotated[Lookups, Depends(_lookups)]
-SenderPart = Annotated[Sender, Depends(_sender)]
 
 
 async def admit(request: Request, credentials: Bearer) -> Caller:

@@ -8,7 +8,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.core import telemetry
 from services.control_plane.core.store import Store, census
-from services.control_plane.http.dependencies import LivePart, ServiceStorePart
+from services.control_plane.http.dependencies import ServiceStorePart
 
 router = APIRouter()
 
@@ -16,11 +16,10 @@ CENSUS_SECONDS = 5.0  # one look at the database serves all who ask within
 
 
 @router.get("/metrics", include_in_schema=False)
-async def metrics(request: Request, store: ServiceStorePart, live: LivePart) -> Response:
+async def metrics(request: Request, store: ServiceStorePart) -> Response:
     if time.monotonic() - getattr(request.app.state, "counted_at", float("-inf")) > CENSUS_SECONDS:
         request.app.state.counted_at = time.monotonic()
         await _count(store)
-    telemetry.OPEN_STREAMS.set(live.num_streams)
     telemetry.CONNECTIONS.labels("in_use").set(store.pool.checkedout())
     telemetry.CONNECTIONS.labels("idle").set(store.pool.checkedin())
     telemetry.CONNECTIONS_LIMIT.set(store.pool.size())

@@ -1,9 +1,9 @@
 """/v1/fine_tuning/jobs"""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -12,26 +12,34 @@ from services import tracing
 from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Checkpoint, Event, File, Job, reading_of
 from services.control_plane.files import files
 from services.control_plane.http.dependencies import (
     CallerPart,
     Limit,
-    LookupsPart,
     OncePart,
     SettingsPart,
     StorePart,
 )
 from services.control_plane.http.idempotency import Once
 from services.control_plane.jobs import jobs
+from services.control_plane.jobs.lookups import Lookups
 from services.control_plane.jobs.requests import CreateJob
-from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object, listing
+from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
 from services.control_plane.models import models
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
 router = APIRouter(prefix="/fine_tuning/jobs")
+
+
+async def _lookups(request: Request) -> Lookups:
+    return cast(Lookups, request.app.state.lookups)
+
+
+LookupsPart = Annotated[Lookups, Depends(_lookups)]
 
 
 @router.post("")

@@ -1,114 +1,18 @@
-"""Rows as OpenAI's client reads them. Times are Unix seconds, integers; what is ours stands in `x_raydpo`."""
+"""Jobs, their events and checkpoints as clients read them."""
 
 import time
-from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
-from services.contract import CheckResult, Integrations, Reading
+from services.contract import Integrations, Reading
+from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
-    AuditEntry,
     Checkpoint,
-    CheckpointPermission,
     Event,
-    File,
     Job,
-    Key,
-    Project,
-    Upload,
-    UploadPart,
-    WebhookEndpoint,
-    reading_of,
 )
-from services.control_plane.files.files import TRAINING
+from services.control_plane.files.responses import reading_fields
 from services.control_plane.jobs.jobs import wire_metrics
-from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
-from services.control_plane.tenants.quotas import WAITING, Usage
-
-
-def seconds(moment: datetime | None) -> int | None:
-    return None if moment is None else int(moment.timestamp())
-
-
-def listing(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """One page; the client asks for the next with `after=last_id`."""
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": list(data), "has_more": has_more, **ends}
-
-
-def deleted(kind: str, name: str) -> dict[str, Any]:
-    return {"id": name, "object": kind, "deleted": True}
-
-
-def file_object(row: File) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "file",
-        "bytes": row.num_bytes,
-        "created_at": seconds(row.created_at),
-        "expires_at": seconds(row.expires_at),
-        "filename": row.filename,
-        "purpose": row.purpose,
-        "status": _file_status(row),
-        "status_details": row.refusal,
-        "x_raydpo": {
-            "sha256": row.sha256,
-            "report": row.report,
-            "checked_bytes": row.num_checked,
-            **_reading(reading_of(row)),
-        },
-    }
-
-
-def _reading(how: Reading) -> dict[str, Any]:
-    return {
-        "columns": how.columns or None,
-        "invalid_rows": how.invalid_rows.how,
-        "max_invalid_share": how.invalid_rows.max_share if how.invalid_rows.how == "drop" else None,
-    }
-
-
-def _file_status(row: File) -> str:
-    if row.refusal is not None:
-        return "error"
-    return "uploaded" if row.purpose == TRAINING and row.report is None else "processed"
-
-
-def upload_object(row: Upload, state: str, file: File | None) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "upload",
-        "bytes": row.num_bytes,
-        "created_at": seconds(row.created_at),
-        "expires_at": seconds(row.expires_at),
-        "filename": row.filename,
-        "purpose": row.purpose,
-        "status": state,
-        "file": file and file_object(file),
-    }
-
-
-def part_object(row: UploadPart) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "upload.part",
-        "created_at": seconds(row.created_at),
-        "upload_id": row.upload_id,
-    }
-
-
-def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
-    """A file's survey and, where a model was asked, what its check found."""
-    error = result.error if result else None
-    found = result.report or {} if result else {}
-    return {
-        "object": "dataset.check",
-        "id": check_id,
-        "status": "running" if running else "failed" if error else "completed",
-        "report": {"survey": file.report, **found},
-        "error": error and {"code": error.code, "message": error.message, "param": error.param},
-    }
 
 
 def job_object(row: Job, settings: Settings) -> dict[str, Any]:
@@ -152,7 +56,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
             "priority": row.priority,
             "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,
-            **_reading(Reading.model_validate(row.spec)),
+            **reading_fields(Reading.model_validate(row.spec)),
             "tensorboard": integrations.tensorboard,
             "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
             "progress": _progress(row),
@@ -205,97 +109,4 @@ def checkpoint_object(row: Checkpoint) -> dict[str, Any]:
         "fine_tuning_job_id": row.job_id,
         "step_number": row.step,
         "metrics": {"step": row.step, **wire_metrics(row.metrics)},
-    }
-
-
-def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "object": "model",
-        "created": seconds(model.created_at),
-        "owned_by": settings.organization,
-        "x_raydpo": {"root": model.root, "job": model.job_id},
-    }
-
-
-def key_object(row: Key) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "key",
-        "created_at": seconds(row.created_at),
-        "name": row.name,
-        "project_id": row.project_id,
-        "redacted_value": f"rd-…{row.hint}",
-        "scopes": row.scopes,
-        "requests_per_minute": row.requests_per_minute,
-        "expires_at": seconds(row.expires_at),
-        "revoked_at": seconds(row.revoked_at),
-        "last_used_at": seconds(row.last_used_at),
-    }
-
-
-LIMITS = ("max_running_jobs", "max_queued_jobs", "max_bytes", "max_accelerator_hours")
-
-
-def project_object(row: Project) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "project",
-        "created_at": seconds(row.created_at),
-        "name": row.name,
-        "archived_at": seconds(row.archived_at),
-        "weight": row.weight,
-        **{limit: getattr(row, limit) for limit in LIMITS},
-    }
-
-
-def usage_object(project: Project, usage: Usage) -> dict[str, Any]:
-    """What is used of each limit; a limit of null is none."""
-    waiting = sum(usage.jobs[state] for state in WAITING)
-    used = (usage.jobs["running"], waiting, usage.num_bytes, round(usage.accelerator_hours, 6))
-    return {
-        "object": "project.usage",
-        "project_id": project.id,
-        "jobs": usage.jobs,
-        "limits": {
-            name: {"used": value, "limit": getattr(project, name)} for name, value in zip(LIMITS, used, strict=True)
-        },
-    }
-
-
-def audit_object(row: AuditEntry) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "audit.entry",
-        "created_at": seconds(row.created_at),
-        "project_id": row.project_id,
-        "key_id": row.key_id,
-        "request_id": row.request_id,
-        "action": row.action,
-        "object_id": row.object_id,
-        "status": row.status,
-    }
-
-
-def permission_object(row: CheckpointPermission) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "checkpoint.permission",
-        "created_at": seconds(row.created_at),
-        "project_id": row.project_id,
-    }
-
-
-def webhook_object(row: WebhookEndpoint, *, with_secret: bool = False) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "webhook_endpoint",
-        "created_at": seconds(row.created_at),
-        "updated_at": seconds(row.updated_at or row.created_at),
-        "name": row.name,
-        "url": row.url,
-        "event_types": row.event_types,
-        "signing_secret_hint": f"whsec_…{row.secret[-4:]}",
-        **({"signing_secret": row.secret} if with_secret else {}),
-        "x_raydpo": {"disabled_at": seconds(row.disabled_at)},
     }

@@ -6,11 +6,12 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.files import files
+from services.control_plane.core.removal import remove_bytes
+from services.control_plane.core.responses import deleted, listing
 from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
-from services.control_plane.jobs.responses import deleted, listing, model_object
 from services.control_plane.models import deployments, models
 from services.control_plane.models.models import NamedModel
+from services.control_plane.models.responses import model_object
 
 router = APIRouter(prefix="/models")
 
@@ -47,5 +48,5 @@ async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Respo
 
     answer = await once.act(remove, changes=model_id)
     for model in removed:
-        await files.remove_bytes(model.source)
+        await remove_bytes(model.source)
     return answer

@@ -1,11 +1,30 @@
 """/v1/chat/completions and /v1/completions, forwarded to Ray Serve."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated, cast
 
-from services.control_plane.http.dependencies import InferencePart, StorePart
-from services.control_plane.jobs.requests import InferenceBody
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, ConfigDict
+
+from services.control_plane.http.dependencies import StorePart
+from services.control_plane.http.validation import Text
+from services.control_plane.models.inference import Inference
 
 router = APIRouter()
+
+
+async def _inference(request: Request) -> Inference:
+    return cast(Inference, request.app.state.inference)
+
+
+InferencePart = Annotated[Inference, Depends(_inference)]
+
+
+class InferenceBody(BaseModel):
+    """The part of an inference body that the control plane reads; the rest is the server's to judge."""
+
+    model_config = ConfigDict(extra="allow")
+    model: Text
+    stream: bool | None = False
 
 
 @router.post("/chat/completions")

@@ -7,12 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import CheckpointPermission
 from services.control_plane.http.dependencies import Limit, OncePart, SettingsPart, StorePart
-from services.control_plane.jobs.requests import Text
-from services.control_plane.jobs.responses import deleted, listing, permission_object
+from services.control_plane.http.validation import Text
 from services.control_plane.models import models, sharing
+from services.control_plane.models.responses import permission_object
 
 router = APIRouter(prefix="/fine_tuning/checkpoints/{model_id:path}/permissions")
 

@@ -1,20 +1,28 @@
-"""/v1/x/jobs: a job as it happens, and its metrics as columns."""
+"""/v1/x/jobs: a job as it happens, its metrics as columns, and what its processes printed."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from fastapi import APIRouter, Header, Query
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
-from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from services.control_plane.http.dependencies import LivePart, StorePart
+from services.control_plane.http.dependencies import SettingsPart, StorePart
 from services.control_plane.jobs import jobs
+from services.control_plane.progress import logs
 from services.control_plane.progress.metrics import Range, series
-from services.control_plane.progress.streams import KEEPALIVE
+from services.control_plane.progress.streams import KEEPALIVE, Live
 
 router = APIRouter(prefix="/x/jobs")
+
+
+async def _live(request: Request) -> Live:
+    return cast(Live, request.app.state.live)
+
+
+LivePart = Annotated[Live, Depends(_live)]
 
 
 class EventStream(StreamingResponse):
@@ -55,3 +63,21 @@ async def metrics(store: StorePart, job_id: str, asked: Annotated[Range, Query()
     async with store.look() as session:
         await jobs.find(session, job_id)
         return {"object": "fine_tuning.job.metrics", "job_id": job_id, **await series(session, job_id, asked)}
+
+
+@router.get("/{job_id}/logs")
+async def read_logs(
+    store: StorePart,
+    settings: SettingsPart,
+    job_id: str,
+    attempt: Annotated[int | None, Query(ge=1)] = None,
+    source: Annotated[str, Query(pattern="^(driver|worker-[0-9]+)$")] = "driver",
+    after: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> dict[str, Any]:
+    """The first first; ask for the next page with `after=next`."""
+    async with store.look() as session:
+        await jobs.find(session, job_id)
+    return await anyio.to_thread.run_sync(
+        lambda: logs.page(settings, job_id, attempt=attempt, source=source, after=after, limit=limit)
+    )

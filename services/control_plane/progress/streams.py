@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.core.store import Store, newest_events, next_events
 from services.control_plane.core.tables import TERMINAL, Job
-from services.control_plane.core.telemetry import STREAM_TABLE_READS
+from services.control_plane.core.telemetry import OPEN_STREAMS, STREAM_TABLE_READS
 from services.control_plane.jobs.responses import event_object, job_object
 from services.control_plane.settings import Settings
 
@@ -106,10 +106,6 @@ class Live:
         self._woken = asyncio.Event()
         self._reading = asyncio.Semaphore(READERS)
         self._closed = False
-
-    @property
-    def num_streams(self) -> int:
-        return sum(watched.num_streams for watched in self._watched.values())
 
     async def close(self) -> None:
         """End every stream where it is; its client resumes elsewhere."""
@@ -225,10 +221,12 @@ class Live:
         if not watched.num_streams:
             self._wake([job_id])
         watched.num_streams += 1
+        OPEN_STREAMS.inc()
         return watched
 
     def _leave(self, job_id: str, watched: Watched) -> None:
         watched.num_streams -= 1
+        OPEN_STREAMS.dec()
         if not watched.num_streams:
             del self._watched[job_id]
 

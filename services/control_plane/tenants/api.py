@@ -5,12 +5,13 @@ from typing import Any
 from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Project
 from services.control_plane.http.dependencies import CallerPart, Limit, OncePart, StorePart
-from services.control_plane.jobs.requests import CreateProject, UpdateProject
-from services.control_plane.jobs.responses import listing, project_object, usage_object
 from services.control_plane.tenants import projects, quotas
+from services.control_plane.tenants.requests import CreateProject, UpdateProject
+from services.control_plane.tenants.responses import project_object, usage_object
 
 router = APIRouter(prefix="/x/projects")
 

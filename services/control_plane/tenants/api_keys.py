@@ -7,12 +7,13 @@ from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.auth import keys
+from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Key
 from services.control_plane.http.dependencies import CallerPart, Limit, OncePart, SettingsPart, StorePart
-from services.control_plane.jobs.requests import CreateKey
-from services.control_plane.jobs.responses import key_object, listing
 from services.control_plane.tenants import projects
+from services.control_plane.tenants.requests import CreateKey
+from services.control_plane.tenants.responses import key_object
 
 router = APIRouter(prefix="/x/keys")
 

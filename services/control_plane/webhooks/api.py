@@ -1,21 +1,28 @@
 """/v1/webhook_endpoints. The signing secret stands in the answers to create and rotate_secret only."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.responses import deleted, listing, seconds
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import WebhookEndpoint
-from services.control_plane.http.dependencies import Limit, OncePart, SenderPart, SettingsPart, StorePart
-from services.control_plane.jobs.requests import Text
-from services.control_plane.jobs.responses import deleted, listing, webhook_object
+from services.control_plane.http.dependencies import Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.http.validation import Text
 from services.control_plane.webhooks import webhooks
-from services.control_plane.webhooks.outbox import Unreachable
+from services.control_plane.webhooks.outbox import Sender, Unreachable
 
 router = APIRouter()
+
+
+async def _sender(request: Request) -> Sender:
+    return cast(Sender, request.app.state.sender)
+
+
+SenderPart = Annotated[Sender, Depends(_sender)]
 
 
 def _event_type(name: str, info: ValidationInfo) -> str:
@@ -72,7 +79,7 @@ async def create(once: OncePart, settings: SettingsPart, body: CreateWebhook) ->
     webhooks.check_url(body.url, settings)
 
     async def add(session: AsyncSession) -> dict[str, Any]:
-        return webhook_object(await webhooks.create(session, body.model_dump()), with_secret=True)
+        return _webhook_object(await webhooks.create(session, body.model_dump()), with_secret=True)
 
     return await once.act(add)
 
@@ -83,13 +90,13 @@ async def list_endpoints(store: StorePart, after: str | None = None, limit: Limi
     async with store.look() as session:
         keys = [WebhookEndpoint.created_at, WebhookEndpoint.id]
         rows, more = await page(session, webhooks.listed(), keys, after=after, limit=limit)
-    return listing([webhook_object(row) for row in rows], more)
+    return listing([_webhook_object(row) for row in rows], more)
 
 
 @router.get("/webhook_endpoints/{endpoint_id}")
 async def retrieve(store: StorePart, endpoint_id: str) -> dict[str, Any]:
     async with store.look() as session:
-        return webhook_object(await webhooks.find(session, endpoint_id))
+        return _webhook_object(await webhooks.find(session, endpoint_id))
 
 
 @router.post("/webhook_endpoints/{endpoint_id}")
@@ -99,7 +106,7 @@ async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body:
         webhooks.check_url(body.url, settings)
 
     async def change(session: AsyncSession) -> dict[str, Any]:
-        return webhook_object(await webhooks.change(session, endpoint_id, values))
+        return _webhook_object(await webhooks.change(session, endpoint_id, values))
 
     return await once.act(change, changes=endpoint_id)
 
@@ -118,7 +125,7 @@ async def rotate_secret(once: OncePart, endpoint_id: str, body: RotateSecret | N
     keep_old = body is not None and body.keep_old_secret_active_for_24_hours
 
     async def rotate(session: AsyncSession) -> dict[str, Any]:
-        return webhook_object(await webhooks.rotate_secret(session, endpoint_id, keep_old=keep_old), with_secret=True)
+        return _webhook_object(await webhooks.rotate_secret(session, endpoint_id, keep_old=keep_old), with_secret=True)
 
     return await once.act(rotate, changes=endpoint_id)
 
@@ -138,4 +145,19 @@ async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: Sen
         "event_type": body.event_type,
         "status_code": status,
         "success": True,
+    }
+
+
+def _webhook_object(row: WebhookEndpoint, *, with_secret: bool = False) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "webhook_endpoint",
+        "created_at": seconds(row.created_at),
+        "updated_at": seconds(row.updated_at or row.created_at),
+        "name": row.name,
+        "url": row.url,
+        "event_types": row.event_types,
+        "signing_secret_hint": f"whsec_…{row.secret[-4:]}",
+        **({"signing_secret": row.secret} if with_secret else {}),
+        "x_raydpo": {"disabled_at": seconds(row.disabled_at)},
     }
