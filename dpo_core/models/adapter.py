@@ -1,17 +1,21 @@
 """Low-rank adapters: which layers of a model take them, and how they are put on."""
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo_core.config import Lora
-from dpo_core.models.architecture import kind_of
+from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
 
 
@@ -30,7 +34,8 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
         raise InvalidOption("target_modules", f"{type(model).__name__} has no linear layer that takes an adapter.")
     config = LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         target_modules=targets,
@@ -48,6 +53,63 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
     except ValueError as error:  # PEFT's, of modules that are not there or of a kind that it cannot adapt
         raise InvalidOption("target_modules", _refusal(model, targets, error)) from None
     _check_targets(model, linears, head)
+
+
+def dropouts(model: nn.Module) -> list[nn.Module]:
+    """The layers that leave out some of what enters the adapter while it is trained."""
+    return [
+        layer
+        for name, layer in model.named_modules()
+        if ".lora_dropout." in name and isinstance(layer, nn.Dropout) and layer.p
+    ]
+
+
+def base_of(folder: Path) -> str:
+    """The folder or hub id of the base that a saved adapter stands on, as its `adapter_config.json` says."""
+    source = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    if not source:
+        raise UnusableModel(f"{folder / CONFIG} names no base_model_name_or_path; say there which model it is of.")
+    return str(source)
+
+
+def options_of(folder: Path) -> Lora:
+    """The options of a saved adapter. Raises UnusableModel for an adapter of another kind than LoRA."""
+    from peft import LoraConfig, PeftConfig
+
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig) or config.bias != "none":
+        raise UnusableModel(f"{folder} is an adapter of another kind than LoRA without biases; merge it into its base.")
+    targets = config.target_modules
+    return Lora(
+        r=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets or ())),
+    )
+
+
+def put_weights(model: Any, folder: Path) -> None:
+    """Bring the weights of a saved adapter to the model's own. Raises UnusableModel if they do not fit one another."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict
+
+    saved = {_own_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
+    strangers = sorted(saved.keys() ^ get_peft_model_state_dict(model).keys())
+    if strangers:
+        what = f"Only one of the adapter {folder} and this model has {strangers[0]}"
+        raise UnusableModel(f"{what} ({len(strangers)} such weights); give it the base that it was trained on.")
+    try:
+        set_peft_model_state_dict(model, saved)
+    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+        reason = str(error).splitlines()[-1].strip()
+        raise UnusableModel(f"The adapter {folder} is of a base of other sizes: {reason}") from None
+
+
+def _own_name(name: str) -> str:
+    """The name of a weight in a model of transformers; PEFT saves it as within a PeftModel."""
+    return name.removeprefix("base_model.model.")
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
