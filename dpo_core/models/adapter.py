@@ -1,6 +1,5 @@
 """Low-rank adapters: which layers of a model take them, and how they are put on."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo_core.config import Lora
+from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
 
 
@@ -62,14 +61,6 @@ def dropouts(model: nn.Module) -> list[nn.Module]:
         for name, layer in model.named_modules()
         if ".lora_dropout." in name and isinstance(layer, nn.Dropout) and layer.p
     ]
-
-
-def base_of(folder: Path) -> str:
-    """The folder or hub id of the base that a saved adapter stands on, as its `adapter_config.json` says."""
-    source = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
-    if not source:
-        raise UnusableModel(f"{folder / CONFIG} names no base_model_name_or_path; say there which model it is of.")
-    return str(source)
 
 
 def options_of(folder: Path) -> Lora:

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from dpo_core.config import Lora
-from dpo_core.models.adapter import attach, base_of, options_of, put_weights
+from dpo_core.models.adapter import attach, options_of, put_weights
+from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
 from dpo_core.models.loading import load_whole
@@ -141,7 +142,7 @@ def load_merged(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """A trained adapter and its base as one model without an adapter. Raises ValueError as `merge_adapter` does."""
+    """A trained adapter and its base as one model, ready to train. Raises ValueError as `merge_adapter` does."""
     from peft.utils import load_peft_weights
 
     source = base_of(adapter) if base is None else base
@@ -152,7 +153,8 @@ def load_merged(
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
     loaded = _load(kind, source, dtype, device, None, **options)
-    return cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
+    merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
+    return merged.requires_grad_(True).eval()
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from dpo_core.config import Lora
 from services.control_plane.core.log_setup import LogFormat
 from services.uri import check_prefix
 
@@ -18,10 +20,25 @@ def _model_name(name: str) -> str:
     return name
 
 
+ModelName = Annotated[str, AfterValidator(_model_name)]
+
+
 def _webhook_prefix(prefix: str) -> str:
     if not re.match("https://|http://[^/]", prefix):
         raise ValueError(f"{prefix!r} must begin with https://, or with http:// and a host")
     return check_prefix(prefix)
+
+
+class BaseModel(pydantic.BaseModel):
+    """A model that jobs start from."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    source: str  # local folder, storage URI or hub id
+    adapter: Lora | Literal["none"] = Lora()  # what a job trains that does not say it; none: all weights
+
+
+def _base_model(value: object) -> object:
+    return {"source": value} if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -66,8 +83,11 @@ class Settings(BaseSettings):
         default=None, gt=0, description="of a key that has no limit of its own, in each replica; None: no limit"
     )
 
-    models: dict[Annotated[str, AfterValidator(_model_name)], str] = Field(
-        default_factory=dict, description="base models: name = local folder, storage URI or hub id"
+    models: dict[Annotated[str, AfterValidator(_model_name)], Annotated[BaseModel, BeforeValidator(_base_model)]] = (
+        Field(
+            default_factory=dict,
+            description="base models: name = local folder, storage URI or hub id; or a table of source and adapter",
+        )
     )
     organization: str = Field(default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="second part of ft: names")
 

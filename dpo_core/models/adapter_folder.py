@@ -1,0 +1,20 @@
+"""The folder of a saved adapter, as PEFT writes it. Standard library only."""
+
+import json
+from pathlib import Path
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The storage URI, folder or hub id of the base, as the adapter's config says. Raises ValueError if it does not."""
+    source = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    if not source:
+        raise ValueError(
+            f"{folder / CONFIG} has no base_model_name_or_path; say there which model it is an adapter of."
+        )
+    return str(source)
