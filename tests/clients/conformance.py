@@ -1,6 +1,6 @@
 """What of OpenAI's surface a service answers: each operation and each field is tried, and the table is printed.
 
-    python -m tests.clients.conformance MODEL > docs/conformance.md
+    python -m tests.clients.conformance MODEL > docs/wire/conformance.md
 
 OPENAI_BASE_URL and OPENAI_API_KEY name a service of which nothing else is asked meanwhile, and HOOKS_PORT a port of
 loopback that its `webhook_urls` admit. A small job is trained; others are cancelled.

@@ -1,6 +1,6 @@
 """Every family of decoders in transformers, made tiny, loaded, scored, trained, saved, loaded and resumed.
 
-python -m tests.dpo_core.models.families > docs/models.md
+python -m tests.dpo_core.models.families > docs/use/models.md
 """
 
 import logging

@@ -280,7 +280,7 @@ def test_a_sum_of_objectives_is_echoed_with_its_parts(client: openai.OpenAI, tra
 
 
 def test_every_objective_and_its_options_are_documented() -> None:
-    documented = (ROOT / "docs" / "api.md").read_text()
+    documented = (ROOT / "docs" / "wire" / "api.md").read_text()
     for kind in METHODS:
         given = [(field.name, getattr(OBJECTIVES[kind](), field.name)) for field in fields(OBJECTIVES[kind])]
         options = [f"`{name}` {_shown(value)}" for name, value in given if name != "type"]
