@@ -28,11 +28,11 @@ MANY = 6  # values are counted, not listed
 HEAD = """\
 # What of OpenAI's API is there
 
-Each operation, and each field with each of the values that OpenAI lists, was tried on a running service; a test prints
-this page anew and compares. Of {operations} operations {offered} are offered, the others are refused by name; {works}
+A test tries each operation, and each field with each of the values that OpenAI lists, on a running service. It prints
+this page and compares. Of {operations} operations {offered} are offered, the others are refused by name; {works}
 fields and values are taken, {refused} refused by name, {missing} missing. What OpenAI does not have is refused as well.
 
-What it was compared with is {sources}.
+It compares with {sources}.
 """
 
 WHY = """\
