@@ -11,6 +11,8 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from services.control_plane.jobs.requests import EXTENSIONS, HYPERPARAMETERS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LISTED = subprocess.run(
@@ -85,3 +87,8 @@ def test_every_code_of_an_error_is_explained() -> None:
     assert {"model_unavailable", "internal_error", "release_mismatch"} <= codes
     explained = set(re.findall("`([a-z_]+)`", (DOCS / "wire" / "errors.md").read_text()))
     assert codes - explained == set()
+
+
+def test_every_option_of_a_job_is_explained() -> None:
+    explained = re.findall("^\\| (`.*?) \\| ", (DOCS / "use" / "jobs.md").read_text(), re.MULTILINE)
+    assert (EXTENSIONS | HYPERPARAMETERS) - set(re.findall(r"\w+", " ".join(explained))) == set()
