@@ -15,7 +15,7 @@ from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_merged, load_policy
 from services import storage
 from services.contract import AttemptSpec, CheckpointSaved, Message, Started, Weights
-from tests.services.training.test_driver import Driver, figures, only, start, train_workers  # noqa: F401
+from tests.services.training.attempt import Driver, figures, only, train_workers
 
 pytestmark = pytest.mark.ray
 
@@ -65,7 +65,7 @@ def test_an_adapter_is_trained_and_names_its_base(adapted: Driver, model_source:
 def test_an_adapters_worker_that_is_killed_costs_no_bit(
     adapted: Driver,
     make_spec: MakeSpec,
-    start: Callable[[AttemptSpec], Driver],  # noqa: F811
+    start: Callable[[AttemptSpec], Driver],
     ray_environment: dict[str, str],
 ) -> None:
     driver = start(make_spec(config=CONFIG, num_workers=2, **GIVEN))
@@ -96,7 +96,7 @@ def test_a_job_goes_on_with_an_adapter_and_its_start_is_the_reference(
 def test_an_adapter_is_merged_where_all_weights_are_trained(
     adapted: Driver,
     make_spec: MakeSpec,
-    start: Callable[[AttemptSpec], Driver],  # noqa: F811
+    start: Callable[[AttemptSpec], Driver],
 ) -> None:
     config = TrainConfig(batch_size=24, n_epochs=1, optim=Optim(learning_rate=1e-4))
     driver = done(
