@@ -15,7 +15,7 @@ from dpo_core.data.columns import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_c
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, parse_within, pointer_to
 from dpo_core.data.messages import Message, Text, opened
-from dpo_core.data.tools import TOOL_KEYS, tools_of
+from dpo_core.data.tools import TOOL_KEYS, refuse_filled, tools_of
 from dpo_core.data.values import number_of, says_nothing, shown, string_of
 from dpo_core.options import Kind
 
@@ -37,9 +37,13 @@ class Format:
     def read(self, row: Row, unread: Set[str]) -> list[Group]:
         """The groups of a row. Raises InvalidRow, also for what stands unread and says something."""
         meant = unread and list(filter(says_something, unread))
-        if not meant and self._beside.isdisjoint(row.value):  # as in most rows
-            return list(self.reader(row))
-        return list(self._read_all(row, sorted(meant)))
+        plain = not meant and self._beside.isdisjoint(row.value)  # as in most rows
+        groups = list(self.reader(row) if plain else self._read_all(row, sorted(meant)))
+        if groups and (last := groups[-1]).tools:  # of the groups of a chat the last one holds all messages
+            for part in (last.prompt, *last.completions):
+                for message in part if isinstance(part, list) else ():
+                    refuse_filled(row, last.tools, message.get("tool_calls", ()))
+        return groups
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
         """With what stands beside what the reader reads."""

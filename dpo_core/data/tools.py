@@ -1,7 +1,7 @@
 """Tools that a prompt offers and the calls of them, as chat templates take them. Standard library only."""
 
-from collections.abc import Set
-from typing import NotRequired, TypedDict
+from collections.abc import Sequence, Set
+from typing import Any, NotRequired, TypedDict, cast
 
 from dpo_core.data.jsonl import Row, parse_within, pointer_to
 from dpo_core.data.values import shown, string_of
@@ -11,6 +11,7 @@ MOST_CALLS = 128  # of one message: every answer is looked for among them
 Tool = dict[str, object]  # as it stands in the row: "type", and "function" with name, description and parameters
 
 # What a row says of a function; "return" is what transformers.utils.get_json_schema adds.
+_FILLED = "as tables fill what a row lacks; keep tools, and arguments of calls, in texts of JSON."
 _DESCRIBED = {"name", "description", "parameters", "strict", "return"}
 
 
@@ -48,16 +49,24 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
     parameters = function.get("parameters")
     if not isinstance(parameters, dict | None):
         raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary: a JSON Schema.")
-    _refuse_filled(row, f"{pointer}/function/parameters/properties", (parameters or {}).get("properties"))
+    properties = (parameters or {}).get("properties")
+    for key, schema in properties.items() if isinstance(properties, dict) else ():
+        if schema is None:
+            place = f"{pointer}/function/parameters/properties{pointer_to((key,))}"
+            raise row.invalid(place, "null_property", f"is null, {_FILLED}")
     return tool if tool.get("type") else {**tool, "type": "function"}
 
 
-def _refuse_filled(row: Row, pointer: str, properties: object) -> None:
-    """Tables give each tool the properties of all others, as null, and each call their arguments."""
-    for name, schema in properties.items() if isinstance(properties, dict) else ():
-        if schema is None:
-            what = "is null, as tables fill what a row lacks; keep tools, and arguments of calls, in texts of JSON."
-            raise row.invalid(pointer + pointer_to((name,)), "null_property", what)
+def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) -> None:
+    """Raises InvalidRow for a call with an argument that is null, and that its tool does not have."""
+    for call in calls:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        nulls = {key for key, value in arguments.items() if value is None}
+        for function in [cast(dict[str, Any], tool["function"]) for tool in tools] if nulls else ():
+            properties = (function.get("parameters") or {}).get("properties")
+            if function["name"] == name and isinstance(properties, dict) and (unknown := nulls - properties.keys()):
+                what = f"a call of {shown(name)} has the argument {shown(min(unknown))}, which is null, {_FILLED}"
+                raise row.invalid("", "null_argument", what)
 
 
 def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:

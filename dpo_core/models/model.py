@@ -38,19 +38,20 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     adapter: Lora | Path | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
-    With an `adapter` all else is frozen: a new one, of which torch.manual_seed before the call repeats the first
-    weights, or the folder of a trained one, which is trained on. Of a multimodal
-    model that transformers loads for texts only as a part, that part is loaded; a model in MXFP4 is expanded.
+    With an `adapter` all else is frozen: a new one, whose first weights `seed` draws, or the folder of a trained one,
+    which is trained on. Of a multimodal model that transformers loads for texts only as a part, that part is loaded; a
+    model in MXFP4 is expanded.
 
     Raises InvalidOption where the model has none of the adapter's target modules, or they would not learn, and
     ValueError for float16, for another quantized model, for a folder that holds an adapter, and for one whose weights
     and config do not fit each other.
     """
     check_dtype(dtype)
-    return _load(AutoModelForCausalLM, source, dtype, device, adapter)
+    return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed)
 
 
 def load_reward_model(
@@ -60,15 +61,16 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     adapter: Lora | Path | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """The same weights with a linear head in place of the vocabulary's, new unless `source` is a reward model.
+    """The same weights with a linear head in place of the vocabulary's, drawn by `seed` unless `source` has one.
 
     A head has one output, the reward; for `reward_gaussian` two, its mean and the logarithm of its variance.
     It is marked as a regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` gives the outputs
     as they are; else vLLM makes probabilities of them. The folder of an adapter is refused; merge it first.
     """
     check_dtype(dtype)
-    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, **_regression(num_outputs))
+    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, seed, **_regression(num_outputs))
 
 
 def _regression(num_outputs: int) -> dict[str, object]:
@@ -89,18 +91,21 @@ def _load(
     dtype: torch.dtype | str,
     device: str | torch.device,
     adapter: Lora | Path | None,
+    seed: int,
     **options: object,
 ) -> PreTrainedModel:
-    model = load_whole(kind, source, dtype=dtype, **options).to(device).eval()
-    if adapter is not None:
-        rewards = is_reward_model(model)
-        # A new head is trained whole.
-        attach(
-            model,
-            adapter if isinstance(adapter, Lora) else options_of(adapter),
-            task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
-            trained_whole=["score"] if rewards else None,
-        )
+    with torch.random.fork_rng([]):  # new weights are drawn on the CPU
+        torch.default_generator.manual_seed(seed)
+        model = load_whole(kind, source, dtype=dtype, **options).to(device).eval()
+        if adapter is not None:
+            rewards = is_reward_model(model)
+            # A new head is trained whole.
+            attach(
+                model,
+                adapter if isinstance(adapter, Lora) else options_of(adapter),
+                task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
+                trained_whole=["score"] if rewards else None,
+            )
     if isinstance(adapter, Path):
         put_weights(model, adapter)
     return model
@@ -152,7 +157,7 @@ def load_merged(
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
-    loaded = _load(kind, source, dtype, device, None, **options)
+    loaded = _load(kind, source, dtype, device, None, 0, **options)
     merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
     return merged.requires_grad_(True).eval()
 

@@ -2,10 +2,11 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types import FileObject
 
+T = TypeVar("T")
+
 ONE_REQUEST_BYTES = 512 * 2**20  # what a service takes in one request, if it was not told otherwise
 PART_BYTES = 64 * 2**20  # of an upload in parts
 
@@ -23,6 +26,7 @@ err = Console(highlight=False, emoji=False, soft_wrap=True, stderr=True)
 
 Url = Annotated[str | None, typer.Option(help="Base URL of the API, …/v1; or RAYDPO_URL.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with the API key; or the key itself in RAYDPO_API_KEY.")]
+Limit = Annotated[int, typer.Option(help="So many of the first.", min=1)]
 CONNECTION = [
     inspect.Parameter("url", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Url),
     inspect.Parameter("key_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=KeyFile),
@@ -78,6 +82,14 @@ def pages(client: "OpenAI", path: str) -> Iterator[dict[str, Any]]:
         if not page["has_more"]:
             return
         after = {"after": page["last_id"]}
+
+
+def first(items: Iterable[T], limit: int) -> list[T]:
+    """As many, and a word where there are more: to list all would ask for every page."""
+    found = list(islice(items, limit + 1))
+    if len(found) > limit:
+        err.print(f"These are the first {limit}; --limit shows more.")
+    return found[:limit]
 
 
 def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "FileObject":

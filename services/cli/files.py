@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.client import api_command, err, out, print_rows, send_file
+from services.cli.client import Limit, api_command, err, first, out, print_rows, send_file
 from services.cli.reading import Columns, MaxInvalidShare, reading
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def upload(
 
 
 @api_command(app, "list")
-def list_files(client: "OpenAI") -> None:
-    """All files, newest first."""
+def list_files(client: "OpenAI", limit: Limit = 100) -> None:
+    """Files, newest first."""
     rows = [
         (file.id, file.filename, file.purpose, file.bytes, datetime.fromtimestamp(file.created_at))
-        for file in client.files.list()
+        for file in first(client.files.list(limit=100), limit)
     ]
     print_rows(["id", "name", "purpose", "bytes", "created"], rows)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, fail, out, print_rows, send_file
+from services.cli.client import Limit, api_command, err, fail, first, out, print_rows, send_file
 from services.cli.logs import read_logs
 from services.cli.reading import Columns, MaxInvalidShare, reading
 from services.cli.watch import watch_job
@@ -58,8 +58,8 @@ def create(
 
 
 @api_command(app, "list")
-def list_jobs(client: "OpenAI") -> None:
-    """All jobs, newest first."""
+def list_jobs(client: "OpenAI", limit: Limit = 100) -> None:
+    """Jobs, newest first."""
     rows = [
         (
             job.id,
@@ -69,7 +69,7 @@ def list_jobs(client: "OpenAI") -> None:
             job.fine_tuned_model or "",
             datetime.fromtimestamp(job.created_at),
         )
-        for job in client.fine_tuning.jobs.list()
+        for job in first(client.fine_tuning.jobs.list(limit=100), limit)
     ]
     print_rows(["id", "status", "method", "model", "policy", "created"], rows)
 

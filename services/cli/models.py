@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.client import api_command, out, pages, print_rows
+from services.cli.client import Limit, api_command, first, out, pages, print_rows
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -16,9 +16,9 @@ ModelId = Annotated[str, typer.Argument(metavar="ID")]
 
 
 @api_command(app, "list")
-def list_models(client: "OpenAI") -> None:
-    """All models that can be trained or queried."""
-    found = pages(client, "/models")
+def list_models(client: "OpenAI", limit: Limit = 100) -> None:
+    """Models that can be trained or queried: bases, then policies, newest first."""
+    found = first(pages(client, "/models"), limit)
     rows = [(model["id"], model["owned_by"], datetime.fromtimestamp(model["created"])) for model in found]
     print_rows(["id", "owner", "created"], rows)
 

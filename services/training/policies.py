@@ -21,10 +21,7 @@ def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
 
     Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is.
     """
-    import torch
-
     adapter = spec.weights.adapter
-    torch.manual_seed(spec.config.seed)  # of the first weights of an adapter or of a reward model's head
     with refusals():
         start, base = fetch(spec.model_source)
         if base is None:
@@ -76,7 +73,8 @@ def _load(spec: AttemptSpec, source: Path, device: "torch.device", **options: An
     num_outputs = spec.config.objective.traits.num_outputs
     load = functools.partial(model.load_reward_model, num_outputs=num_outputs) if num_outputs else model.load_policy
     try:
-        return load(source, dtype=_dtype(spec.weights.precision), device=device, **options)
+        dtype, seed = _dtype(spec.weights.precision), spec.config.seed
+        return load(source, dtype=dtype, device=device, seed=seed, **options)
     except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
         raise _unusable(error) from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from dpo_core.data.feedback import read_groups, read_records
 from dpo_core.data.formats import table
@@ -650,6 +651,41 @@ def test_keys_that_columnar_files_fill_with_null_are_absent():
     nulls = {"name": None, "tool_calls": None, "tool_call_id": None, "function_call": None, "refusal": None}
     filled = {side: [nulls | message for message in TRL[side]] for side in ("prompt", "chosen", "rejected")}
     assert list(read_groups(lines({**TRL, **filled}))) == list(read_groups(lines(TRL)))
+
+
+@pytest.mark.parametrize("without", ["type", "id", "type and id"])
+def test_a_call_may_come_without_its_type_and_with_its_place_in_a_stream(without):
+    call = {key: value for key, value in weather_call("a", PARIS).items() if key not in without.split()}
+    found = read_groups(lines({"messages": [user("How warm is Paris?"), calling({"index": 0, **call})]}))
+    assert [group.completions for group in found] == [([calling({"type": "function", **call})],)]
+
+
+@pytest.mark.parametrize("key", ["thinking", "reasoning", "reasoning_content"])
+def test_an_answer_may_be_as_a_client_dumps_it(key):
+    dumped = ChatCompletionMessage(role="assistant", content="4").model_dump()
+    bad = ChatCompletionMessage(role="assistant", content="5").model_dump()
+    row = {
+        "input": {"messages": [user("2 + 2?")]},
+        "preferred_output": [{**dumped, key: "Two and two."}],
+        "non_preferred_output": [{**bad, key: None}],
+    }
+    (group,) = read_groups(lines(row))
+    assert group.completions == ([{**assistant("4"), "reasoning_content": "Two and two."}], [assistant("5")])
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen"])
+@pytest.mark.parametrize("tools", [[LIGHT], json.dumps([LIGHT])], ids=["tools", "tools as text"])
+def test_an_argument_that_a_table_filled_with_null_is_refused(place, tools):
+    def row(arguments):
+        call = calling({"type": "function", "function": {"name": "control_light", "arguments": arguments}})
+        prompt = [user("Turn on the lights."), *([call, TRL_PROMPT[3]] if place == "prompt" else [])]
+        chosen = call if place == "chosen" else assistant("Done!")
+        return {"prompt": prompt, "chosen": [chosen], "rejected": [assistant("No.")], "tools": tools}
+
+    assert survey(lines(row({"room": None}))).refusal is None  # it says so itself
+    with pytest.raises(InvalidRow, match="a call of 'control_light' has the argument 'by', which is null") as caught:
+        list(read_groups(lines(row({"room": "attic", "by": None}))))
+    assert caught.value.code == "null_argument"
 
 
 def test_a_call_says_enough_without_text():

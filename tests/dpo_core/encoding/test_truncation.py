@@ -1,8 +1,10 @@
+import copy
 from dataclasses import replace
 
 import pytest
 
-from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.data.groups import Group
+from dpo_core.encoding.encode import EncodedGroup, encode_group
 from dpo_core.encoding.truncation import truncate
 
 GROUP = EncodedGroup([1, 2, 3, 4], ([5, 6, 7], [8]), None, 1)
@@ -32,6 +34,15 @@ def test_a_side_is_cut(how, limit, prompt, completions):
 def test_a_prompt_keeps_its_bos_where_there_is_room_for_another(limit, prompt):
     assert truncate(replace(GROUP, has_bos=True), limit, "keep_end").prompt_ids == prompt
     assert truncate(GROUP, limit, "keep_end").prompt_ids == [1, 2, 3, 4][3 - limit :]
+
+
+def test_the_bos_that_a_template_or_the_tokenizer_writes_is_kept(tokenizer):
+    question, yes, no = ({"role": role, "content": "yes " * n} for role, n in (("user", 50), *[("assistant", 1)] * 2))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template.replace("{{ bos_token }}", "")
+    group = encode_group(Group([question], ([yes], [no]), 1), tokenizer)
+    cut = truncate(group, 40, "keep_end").prompt_ids
+    assert cut == [tokenizer.bos_token_id, *group.prompt_ids[1 - len(cut) :]]
 
 
 @pytest.mark.parametrize(("how", "limit"), [("drop", 6), ("keep_start", 4), ("keep_end", 3)])

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dpo_core.config import Lora, Optim, TrainConfig
-from dpo_core.models.model import load_policy, merge_adapter
+from dpo_core.models.model import load_policy, load_reward_model, merge_adapter
 from dpo_core.options import InvalidOption
 from dpo_core.policy.scorer import score_reference
 from dpo_core.training.trainer import train
@@ -42,7 +42,6 @@ def base(make_policy, tokenizer, tmp_path):
 
 
 def train_adapter(base, tokenizer, pairs, folder, adapter, config=CONFIG, **kwargs):
-    torch.manual_seed(0)
     policy = load_policy(base, adapter=adapter)
     batches = [pairs] * kwargs.pop("last_step", 4)
     steps = list(train(config, policy, tokenizer, batches, total_steps=4, checkpoint_dir=folder, **kwargs))
@@ -140,6 +139,20 @@ def test_a_trained_adapter_is_put_on_no_other_base(base, make_policy, tokenizer,
     make_policy(num_hidden_layers=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"Only one of the adapter .* such weights"):
         load_policy(tmp_path / "other", adapter=tmp_path / "run" / "step-000004" / "model")
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_model])
+def test_new_weights_are_drawn_by_the_seed_and_by_nothing_else(load, base):
+    before = torch.get_rng_state()
+    one, again, other = (
+        {name: p for name, p in load(base, adapter=Lora(r=4), seed=seed).named_parameters() if p.requires_grad}
+        for seed in (0, 0, 1)
+    )
+    torch.testing.assert_close(one, again, rtol=0, atol=0)
+    drawn = [name for name in one if "lora_B" not in name]
+    assert drawn
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_modules_that_the_model_lacks_are_refused(base):

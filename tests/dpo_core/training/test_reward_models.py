@@ -33,7 +33,6 @@ def make_reward_model(make_policy, tokenizer, tmp_path):
     def make(num_outputs: int = 1, adapter: Lora | None = None, **overrides):
         make_policy(0, **overrides).save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
-        torch.manual_seed(0)  # of the head
         return load_reward_model(tmp_path / "base", num_outputs=num_outputs, adapter=adapter)
 
     return make

@@ -83,7 +83,6 @@ def train_in(
 ) -> None:
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
     pairs = read_pairs(home)
-    torch.manual_seed(0)  # of a new adapter
     policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
     if folder.name == "rank1":
         torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights

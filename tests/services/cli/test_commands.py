@@ -106,6 +106,19 @@ def test_file_option_takes_a_uri_too(raydpo):
     raydpo("jobs", "cancel", job["id"])
 
 
+def test_lists_are_as_long_as_asked_and_say_when_more_follow(raydpo, pairs):
+    ids = [raydpo("files", "upload", pairs).stdout.strip() for _ in range(3)]
+    some = raydpo("files", "list", "--limit", 2)
+    assert [line.split("\t")[0] for line in some.stdout.splitlines()] == ids[:0:-1]
+    assert some.stderr == "These are the first 2; --limit shows more.\n"
+    for file_id in ids:
+        raydpo("jobs", "cancel", raydpo("jobs", "create", "--model", "tiny", "--file", file_id).stdout.strip())
+    assert len(raydpo("jobs", "list", "--limit", 2).stdout.splitlines()) == 2
+    assert len(raydpo("models", "list", "--limit", 1).stdout.splitlines()) == 1
+    whole = raydpo("jobs", "list", "--limit", 1000)
+    assert (len(whole.stdout.splitlines()) >= 3, whole.stderr) == (True, "")
+
+
 def test_models_lists_by_itself(raydpo):
     assert raydpo("models").stdout == raydpo("models", "list").stdout
     assert json.loads(raydpo("models", "show", "tiny").stdout)["id"] == "tiny"

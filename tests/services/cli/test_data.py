@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -102,6 +103,20 @@ def test_nothing_left_to_train_on_is_a_failure(write, model):
     found = check(write(*PAIRS), "--model", model, "--max-length", 4)
     assert found.exit_code == 1
     assert "no row is left to train on" in found.stderr
+
+
+def test_what_the_template_says_is_quoted_with_a_remedy(write, model, tmp_path):
+    strict = shutil.copytree(model, tmp_path / "strict")
+    template = strict / "chat_template.jinja"
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    template.write_text(refuses + template.read_text())
+    rows = [{**pair, "prompt": [{"role": "system", "content": "Be brief."}, *pair["prompt"]]} for pair in PAIRS]
+    some, none = (check(write(*kept), "--model", strict) for kept in ([*rows, PAIRS[0]], rows))
+    assert (some.exit_code, none.exit_code) == (0, 1)
+    for found in (some, none):
+        assert "Line 1: the chat template refuses the messages: System role not supported." in found.output
+    assert "send what it takes, or use another template" in none.stderr
+    assert "--max-length" not in none.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a control plane does beside its answers, and what becomes of it when that dies."""
 
+import asyncio
 import signal
 import time
 from pathlib import Path
@@ -120,6 +121,17 @@ Surveyor.run = ends
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("cores", "checks"), [(64, 4), (3, 3), (1, 2)])
+def test_checks_at_once_are_few_however_many_cores_there_are(
+    cores: int, checks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def places() -> float:
+        return surveys._processes().total_tokens
+
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert asyncio.run(places()) == checks
+
+
 def test_a_part_that_ends_ends_the_process(offline: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     migrate(offline.database_url)
     monkeypatch.setattr(conftest, "SERVER", ENDING + conftest.SERVER)

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.models.model import load_policy, load_reward_model, load_tokenizer
 from dpo_core.options import OBJECTIVES, Dpo, Kto, LdDpo, Mpo
 from dpo_core.training.trainer import train
 from services.contract import AttemptSpec
@@ -65,7 +65,11 @@ def test_an_objective_trains_on_what_a_job_prepares(
     groups = prepare(config, rows)
     assert len(groups) >= 8
     batches = [groups[:4], groups[4:8]]
-    policy, tokenizer = load_policy(byte_level_model), load_tokenizer(byte_level_model)
+    num_outputs, tokenizer = objective.traits.num_outputs, load_tokenizer(byte_level_model)
+    if num_outputs:
+        policy = load_reward_model(byte_level_model, num_outputs=num_outputs)
+    else:
+        policy = load_policy(byte_level_model)
     run = train(config.resolved(8), policy, tokenizer, batches, total_steps=2, checkpoint_dir=tmp_path / "checkpoints")
     steps = list(run)
     assert [step.step for step in steps] == [1, 2]
