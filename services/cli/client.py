@@ -69,17 +69,6 @@ def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable
     return register
 
 
-def pages(client: "OpenAI", path: str) -> Iterator[dict[str, Any]]:
-    """The items of one of our own lists, page by page."""
-    after: dict[str, object] = {}
-    while True:
-        page: Any = client.get(path, cast_to=object, options={"params": {"limit": 100, **after}})
-        yield from page["data"]
-        if not page["has_more"]:
-            return
-        after = {"after": page["last_id"]}
-
-
 def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "FileObject":
     """Upload rows, in parts if they are many, and wait until they are checked. `reading` is x_raydpo's of a file."""
     said = {"x_raydpo": reading} if reading else {}

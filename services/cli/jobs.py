@@ -1,13 +1,13 @@
 """raydpo jobs: train a policy, and watch."""
 
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, fail, out, print_rows, send_file
+from services.cli.client import api_command, err, fail, out, send_file
+from services.cli.lists import date, list_command
 from services.cli.logs import read_logs
 from services.cli.reading import Columns, MaxInvalidShare, reading
 from services.cli.watch import watch_job
@@ -57,21 +57,19 @@ def create(
         _watch(client, job.id)
 
 
-@api_command(app, "list")
-def list_jobs(client: "OpenAI") -> None:
-    """All jobs, newest first."""
-    rows = [
-        (
-            job.id,
-            job.status,
-            job.method.type if job.method else "",
-            job.model,
-            job.fine_tuned_model or "",
-            datetime.fromtimestamp(job.created_at),
-        )
-        for job in client.fine_tuning.jobs.list()
-    ]
-    print_rows(["id", "status", "method", "model", "policy", "created"], rows)
+list_command(
+    app,
+    "/fine_tuning/jobs",
+    "Jobs, newest first.",
+    {
+        "id": "id",
+        "status": "status",
+        "method": lambda job: job["method"]["type"],
+        "model": "model",
+        "policy": lambda job: job["fine_tuned_model"] or "",
+        "created": date("created_at"),
+    },
+)
 
 
 @api_command(app)

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,47 @@ def test_file_option_takes_a_uri_too(raydpo):
     job = json.loads(raydpo("jobs", "show", created.stdout.strip()).stdout)
     assert job["training_file"] == "hf://datasets/org/name/rows.jsonl"
     raydpo("jobs", "cancel", job["id"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["files", "jobs", "webhooks", "keys", "projects", "models"])
+def test_a_list_shows_twenty_or_so_many_as_are_asked_for_and_says_that_more_follow(raydpo, pairs, kind):
+    files = [raydpo("files", "upload", pairs).stdout.strip() for _ in range(2)] if kind in ("files", "jobs") else []
+    make = {
+        "jobs": ("create", "--model", "tiny", "--file", *files[:1]),
+        "webhooks": ("create", "https://example.com/hook"),
+        "keys": ("create", "listed"),
+        "projects": ("create", "listed"),
+    }
+    for number in range(2 if kind in make else 0):
+        words = [f"listed-{number}" if word == "listed" else word for word in make[kind]]
+        assert raydpo(kind, *words).exit_code == 0
+    shown = raydpo(kind, "list", "--limit", 1)
+    assert len(shown.stdout.splitlines()) == 1
+    more = "These are the first 1, and more follow: --limit N shows N.\n"
+    assert shown.stderr == ("" if kind == "models" else more)
+    (first,) = json.loads(raydpo(kind, "list", "--limit", 1, "--json").stdout)
+    assert first["id"] == shown.stdout.split("\t")[0]
+    assert raydpo(kind, "list", "--limit", 0).exit_code == 2
+    if kind == "webhooks":
+        for line in raydpo(kind, "list").stdout.splitlines():
+            raydpo(kind, "delete", line.split("\t")[0])
+
+
+def test_a_list_asks_for_no_more_pages_than_it_shows():
+    from services.cli.lists import _items
+
+    asked = []
+
+    class Pages:
+        def get(self, path, *, cast_to, options):
+            asked.append(dict(options["params"]))
+            return {"data": [{"id": len(asked)}] * options["params"]["limit"], "has_more": True, "last_id": len(asked)}
+
+    assert len(list(islice(_items(Pages(), "/files", 21), 21))) == 21
+    assert asked == [{"limit": 21}]
+    assert len(list(islice(_items(Pages(), "/files", 150), 150))) == 150
+    assert asked[1:] == [{"limit": 100}, {"limit": 100, "after": 2}]
 
 
 def test_models_lists_by_itself(raydpo):
