@@ -1,4 +1,6 @@
-"""raydpo audit: who changed what."""
+"""raydpo audit: who changed what, and who was refused."""
+
+from typing import Any
 
 import typer
 
@@ -6,5 +8,17 @@ from services.cli.lists import Columns, date, list_command
 
 
 def register(app: typer.Typer) -> None:
-    columns: Columns = {"when": date("created_at"), "key": "key_id", "action": "action", "object": "object_id"}
-    list_command(app, "/x/audit", "Who changed what, newest first. Needs an admin key.", columns, name="audit")
+    columns: Columns = {
+        "when": date("created_at"),
+        "key": "key_id",
+        "action": "action",
+        "object": lambda entry: entry["object_id"] or "",
+        "result": _result,
+    }
+    what = "Who changed what, and who was refused, newest first. Needs an admin key."
+    list_command(app, "/x/audit", what, columns, name="audit")
+
+
+def _result(entry: dict[str, Any]) -> str:
+    code, number = entry["code"], entry["num_requests"]
+    return f"{entry['status']}{f' {code}' if code else ''}{f', {number} times' if number > 1 else ''}"

@@ -363,7 +363,7 @@ class Outbound(Base):
 
 
 class AuditEntry(Base):
-    """Who did what. Never changed."""
+    """Who did what, and who was refused. Never changed."""
 
     __tablename__ = "audit_log"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -374,6 +374,8 @@ class AuditEntry(Base):
     action: Mapped[str]  # method and route
     object_id: Mapped[str | None]
     status: Mapped[int]
+    code: Mapped[str | None]  # of a refusal
+    num_requests: Mapped[int] = mapped_column(default=1)  # above 1: as many refusals, of which this is the first
     __table_args__ = (Index("audit_log_by_project", "project_id", "id"),)
 
 
