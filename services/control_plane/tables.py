@@ -234,7 +234,9 @@ class Attempt(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     state: Mapped[str] = mapped_column(default="launching")
-    token: Mapped[str]  # digests of the secrets of its last two launches: who has one may report on this attempt alone
+    token: Mapped[
+        str
+    ]  # digests of what it may report with: its last two launches' secrets, then its own in their place
     next_seq: Mapped[int] = mapped_column(BigInteger, default=0)  # every report below is recorded
     reference: Mapped[str | None]  # app_name that must be served until its scores are in
     outcome: Mapped[dict[str, Any] | None]  # its Succeeded, Failed or Paused report
