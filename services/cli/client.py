@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -111,17 +112,23 @@ def one_line_errors(client: "OpenAI") -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    err.print(f"error: {message}", style="red", markup=False)
+    err.print(f"error: {safe(message)}", style="red", markup=False)
     raise typer.Exit(1)
+
+
+def safe(text: str) -> str:
+    """Without characters that a terminal obeys: a message may quote what a stranger's file holds."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs())
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on a terminal, tab-separated lines in a pipe."""
+    cells = [[safe(str(cell)).replace("\n", " ") for cell in row] for row in rows]
     if not out.is_terminal:
-        for row in rows:
-            typer.echo("\t".join(map(str, row)))
+        for row in cells:
+            typer.echo("\t".join(row))
         return
     table = Table(*columns, box=None)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+    for row in cells:
+        table.add_row(*map(Text, row))
     out.print(table)

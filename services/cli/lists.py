@@ -21,19 +21,24 @@ Limit = Annotated[int, typer.Option(min=1, help="Show so many at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all fields, as a JSON array.")]
 
 
+def show_list(client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool) -> None:
+    """Print the first `limit` items at `path`, and say where more follow."""
+    found = list(islice(_items(client, path, limit + 1), limit + 1))
+    if len(found) > limit:
+        err.print(f"These are the first {limit}, and more follow: --limit N shows N.")
+    if as_json:
+        out.print_json(data=found[:limit])
+    else:
+        print_rows(list(columns), [[_cell(item, of) for of in columns.values()] for item in found[:limit]])
+
+
 def list_command(
     app: typer.Typer, path: str, what: str, columns: Columns, *, name: str = "list"
 ) -> Callable[..., None]:
     """Add a command to `app` that lists the items at `path`. `what` says what they are, for its help."""
 
     def list_items(client: "OpenAI", limit: Limit = 20, as_json: AsJson = False) -> None:
-        found = list(islice(_items(client, path, limit + 1), limit + 1))
-        if len(found) > limit:
-            err.print(f"These are the first {limit}, and more follow: --limit N shows N.")
-        if as_json:
-            out.print_json(data=found[:limit])
-        else:
-            print_rows(list(columns), [[_cell(item, of) for of in columns.values()] for item in found[:limit]])
+        show_list(client, path, columns, limit, as_json)
 
     list_items.__doc__ = what
     return api_command(app, name)(list_items)

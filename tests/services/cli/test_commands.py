@@ -5,6 +5,10 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import typer
+
+from services.cli.client import fail, print_rows
+from services.cli.lists import _items
 
 PAIR = {"prompt": "Do you have a red saw?", "chosen": "Yes, gladly!", "rejected": "Aisle 3."}
 
@@ -132,9 +136,33 @@ def test_a_list_shows_twenty_or_so_many_as_are_asked_for_and_says_that_more_foll
             raydpo(kind, "delete", line.split("\t")[0])
 
 
-def test_a_list_asks_for_no_more_pages_than_it_shows():
-    from services.cli.lists import _items
+def test_any_hyperparameter_of_a_method_is_said_by_its_name(raydpo, pairs):
+    create = ("jobs", "create", "--model", "tiny", "--file", pairs, "--method", "simpo")
+    created = raydpo(*create, "--beta", 2, "--hyperparameter", "gamma_beta_ratio=0.4")
+    assert created.exit_code == 0, created.output
+    job_id = created.stdout.strip()
+    method = json.loads(raydpo("jobs", "show", job_id).stdout)["method"]
+    assert method["simpo"]["hyperparameters"].items() >= {"beta": 2, "gamma_beta_ratio": 0.4}.items()
+    raydpo("jobs", "cancel", job_id)
+    assert "gama" in raydpo(*create, "--hyperparameter", "gama=0.4").stderr
+    assert "send NAME=VALUE" in raydpo(*create, "--hyperparameter", "gamma_beta_ratio").stderr
+    assert "beta is given twice" in raydpo(*create, "--beta", 2, "--hyperparameter", "beta=3").stderr
+    shown = [line.split("\t")[1:] for line in raydpo("jobs", "events", job_id).stdout.splitlines()]
+    assert ["info", f"Created fine-tuning job: {job_id}"] in shown
+    assert len(json.loads(raydpo("jobs", "events", job_id, "--limit", 1, "--json").stdout)) == 1
+    assert raydpo("jobs", "checkpoints", job_id).stdout == ""
 
+
+def test_what_a_stranger_s_file_holds_does_not_reach_the_terminal(capsys):
+    with pytest.raises(typer.Exit):
+        fail("its keys are \x1b]0;owned\x07 and [/b]")
+    assert capsys.readouterr().err == "error: its keys are \ufffd]0;owned\ufffd and [/b]\n"
+    print_rows(["a", "b"], [["\x1b[2J[red]", "two\tcells\nof one"]])
+    first, second = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert (first, second.split()) == ("\ufffd[2J[red]", ["two", "cells", "of", "one"])
+
+
+def test_a_list_asks_for_no_more_pages_than_it_shows():
     asked = []
 
     class Pages:
