@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -18,6 +19,13 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _without_key(place: str) -> str:
+    """Of a folder of storage: it is told in Ray's list of jobs, in rows and in logs."""
+    if "@" in urlsplit(place).netloc:
+        raise ValueError("holds a key before its '@'; leave that out, and give it as AWS_ACCESS_KEY_ID or the like")
+    return place
+
+
 def _webhook_prefix(prefix: str) -> str:
     if not re.match("https://|http://[^/]", prefix):
         raise ValueError(f"{prefix!r} must begin with https://, or with http:// and a host")
@@ -27,7 +35,9 @@ def _webhook_prefix(prefix: str) -> str:
 class Settings(BaseSettings):
     """Read from `RAYDPO_*` (and `DATABASE_URL`), then from the TOML file; unknown keys in the file are refused."""
 
-    model_config = SettingsConfigDict(env_prefix="RAYDPO_", extra="forbid", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RAYDPO_", extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True
+    )
 
     home: Path = Field(default=Path("~/.raydpo"), description="state of the embedded stack; settings file raydpo.toml")
     settings_file: Path | None = Field(default=None, description="TOML; None: raydpo.toml in home")
@@ -42,7 +52,9 @@ class Settings(BaseSettings):
         gt=4,
         description="of one process at most, beside one that listens; each upload being joined holds one",
     )
-    storage_url: str = Field(description="file://, s3:// or gs:// folder of files, runs and models")
+    storage_url: Annotated[str, AfterValidator(_without_key)] = Field(
+        description="file://, s3:// or gs:// folder of files, runs and models"
+    )
     api_key: SecretStr
     advertised_url: str = Field(description="where training inside the cluster reaches this service")
     ray_url: str = Field(description="Ray's dashboard, http://host:8265")
@@ -66,7 +78,7 @@ class Settings(BaseSettings):
         default=None, gt=0, description="of a key that has no limit of its own, in each replica; None: no limit"
     )
 
-    models: dict[Annotated[str, AfterValidator(_model_name)], str] = Field(
+    models: dict[Annotated[str, AfterValidator(_model_name)], Annotated[str, AfterValidator(_without_key)]] = Field(
         default_factory=dict, description="base models: name = local folder, storage URI or hub id"
     )
     organization: str = Field(default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="second part of ft: names")

@@ -234,6 +234,14 @@ def stranger_file(api: httpx.Client) -> str:
     return str(sent.json()["id"])
 
 
+def test_a_completion_of_a_policy_that_is_another_s_is_refused_in_the_audit(api: httpx.Client, base_url: str) -> None:
+    key = new_key(api, project_id=new_project(api, "asking"), scopes=["inference"])
+    with api_of(base_url, key["value"]) as theirs:
+        assert theirs.post("/chat/completions", json={"model": "ft:none", "messages": []}).status_code == 404
+    (entry,) = audit_of(api, key)
+    assert (entry["action"], entry["code"]) == ("POST /v1/chat/completions", "model_not_found")
+
+
 def test_a_key_that_is_refused_all_the_time_leaves_ten_lines_a_minute_and_one_that_counts_the_rest(
     api: httpx.Client, settings: Settings
 ) -> None:

@@ -485,6 +485,24 @@ def test_a_job_that_waits_for_its_turn_after_a_long_rest_is_cancelled_at_once(
     ticks(settings, 3)
 
 
+def test_a_job_that_comes_back_from_a_long_rest_waits_for_workers_that_are_there(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    for number in (1, 2, 3):
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2, rested=False)
+        rest(settings, job_id, (5, 25, 125)[number - 1])
+        ray.resources = {"CPU": 8.0} if number < 3 else {"CPU": 0.0}
+        ticks(settings, 1, rested=False)
+    assert state(client, job_id) == ("running", "a larger cluster: it needs 1 CPU, and there are 0")
+    ray.resources = {"CPU": 8.0}
+    ticks(settings, 1, rested=False)
+    assert ray.jobs[f"{job_id}-4"] == "RUNNING"
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
 def test_an_attempt_that_left_a_new_checkpoint_begins_the_count_anew(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from pyarrow import fs
+from pydantic import ValidationError
 
 from services.contract import OWN_TOKEN_HEADER
 from services.control_plane import attempts
@@ -168,6 +169,17 @@ def test_the_secrets_of_an_attempts_last_two_launches_are_good(client: openai.Op
         await store.close()
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("where", ["storage_url", "models"])
+def test_a_place_in_storage_holds_no_key_and_its_refusal_does_not_tell_it(offline: Settings, where: str) -> None:
+    """Ray shows where the spec of an attempt lies, and Serve where a model does."""
+    place = "s3://AKIAEXAMPLE:hush-hush@bucket/raydpo"
+    given = {"storage_url": place} if where == "storage_url" else {"models": {"tiny": place}}
+    with pytest.raises(ValidationError, match="holds a key before its '@'; leave that out") as refusal:
+        Settings(**{**offline.model_dump(), **given})
+    assert "hush-hush" not in str(refusal.value)
+    Settings(**{**offline.model_dump(), "storage_url": "s3://bucket/raydpo?region=eu-west-1"})
 
 
 def test_of_two_that_exchange_a_secret_at_the_same_moment_one_has_it(client: openai.OpenAI, settings: Settings) -> None:
