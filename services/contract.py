@@ -29,6 +29,9 @@ from dpo_core.config import Lora, TrainConfig, Truncation
 WIRE = 2
 """The version of what an attempt is told. An older driver refuses a newer one in words. 2 adds `Weights`."""
 
+OWN_TOKEN_HEADER = "x-raydpo-own-token"
+"""In a post with the token of a launch: what the attempt reports with from there on."""
+
 LONGEST_TEXT = 10_000  # characters of a sentence or name that an attempt reports
 
 

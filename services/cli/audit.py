@@ -1,24 +1,24 @@
-"""raydpo audit: who changed what."""
+"""raydpo audit: who changed what, and who was refused."""
 
-from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 
-from services.cli.client import Limit, api_command, first, pages, print_rows
-
-if TYPE_CHECKING:
-    from openai import OpenAI
+from services.cli.lists import Columns, date, list_command
 
 
 def register(app: typer.Typer) -> None:
-    api_command(app)(audit)
+    columns: Columns = {
+        "when": date("created_at"),
+        "key": "key_id",
+        "action": "action",
+        "object": lambda entry: entry["object_id"] or "",
+        "result": _result,
+    }
+    what = "Who changed what, and who was refused, newest first. Needs an admin key."
+    list_command(app, "/x/audit", what, columns, name="audit")
 
 
-def audit(client: "OpenAI", limit: Limit = 100) -> None:
-    """Who changed what, newest first. Needs an admin key."""
-    rows = [
-        (datetime.fromtimestamp(entry["created_at"]), entry["key_id"], entry["action"], entry["object_id"])
-        for entry in first(pages(client, "/x/audit"), limit)
-    ]
-    print_rows(["when", "key", "action", "object"], rows)
+def _result(entry: dict[str, Any]) -> str:
+    code, number = entry["code"], entry["num_requests"]
+    return f"{entry['status']}{f' {code}' if code else ''}{f', {number} times' if number > 1 else ''}"

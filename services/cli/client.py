@@ -2,21 +2,19 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types import FileObject
-
-T = TypeVar("T")
 
 ONE_REQUEST_BYTES = 512 * 2**20  # what a service takes in one request, if it was not told otherwise
 PART_BYTES = 64 * 2**20  # of an upload in parts
@@ -26,7 +24,6 @@ err = Console(highlight=False, emoji=False, soft_wrap=True, stderr=True)
 
 Url = Annotated[str | None, typer.Option(help="Base URL of the API, …/v1; or RAYDPO_URL.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with the API key; or the key itself in RAYDPO_API_KEY.")]
-Limit = Annotated[int, typer.Option(help="So many of the first.", min=1)]
 CONNECTION = [
     inspect.Parameter("url", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Url),
     inspect.Parameter("key_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=KeyFile),
@@ -73,25 +70,6 @@ def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable
     return register
 
 
-def pages(client: "OpenAI", path: str) -> Iterator[dict[str, Any]]:
-    """The items of one of our own lists, page by page."""
-    after: dict[str, object] = {}
-    while True:
-        page: Any = client.get(path, cast_to=object, options={"params": {"limit": 100, **after}})
-        yield from page["data"]
-        if not page["has_more"]:
-            return
-        after = {"after": page["last_id"]}
-
-
-def first(items: Iterable[T], limit: int) -> list[T]:
-    """As many, and a word where there are more: to list all would ask for every page."""
-    found = list(islice(items, limit + 1))
-    if len(found) > limit:
-        err.print(f"These are the first {limit}; --limit shows more.")
-    return found[:limit]
-
-
 def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "FileObject":
     """Upload rows, in parts if they are many, and wait until they are checked. `reading` is x_raydpo's of a file."""
     said = {"x_raydpo": reading} if reading else {}
@@ -134,17 +112,23 @@ def one_line_errors(client: "OpenAI") -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    err.print(f"error: {message}", style="red", markup=False)
+    err.print(f"error: {safe(message)}", style="red", markup=False)
     raise typer.Exit(1)
+
+
+def safe(text: str) -> str:
+    """Without characters that a terminal obeys: a message may quote what a stranger's file holds."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs())
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on a terminal, tab-separated lines in a pipe."""
+    cells = [[safe(str(cell)).replace("\n", " ") for cell in row] for row in rows]
     if not out.is_terminal:
-        for row in rows:
-            typer.echo("\t".join(map(str, row)))
+        for row in cells:
+            typer.echo("\t".join(row))
         return
     table = Table(*columns, box=None)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+    for row in cells:
+        table.add_row(*map(Text, row))
     out.print(table)

@@ -1,12 +1,12 @@
 """raydpo files: training data and results."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.client import Limit, api_command, err, first, out, print_rows, send_file
+from services.cli.client import api_command, err, out, send_file
+from services.cli.lists import date, list_command
 from services.cli.reading import Columns, MaxInvalidShare, reading
 
 if TYPE_CHECKING:
@@ -30,14 +30,12 @@ def upload(
     out.print(stored.id)
 
 
-@api_command(app, "list")
-def list_files(client: "OpenAI", limit: Limit = 100) -> None:
-    """Files, newest first."""
-    rows = [
-        (file.id, file.filename, file.purpose, file.bytes, datetime.fromtimestamp(file.created_at))
-        for file in first(client.files.list(limit=100), limit)
-    ]
-    print_rows(["id", "name", "purpose", "bytes", "created"], rows)
+list_command(
+    app,
+    "/files",
+    "Files, newest first.",
+    {"id": "id", "name": "filename", "purpose": "purpose", "bytes": "bytes", "created": date("created_at")},
+)
 
 
 @api_command(app)

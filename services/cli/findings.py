@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from dpo_core.data.survey import FeedbackReport
-from services.cli.client import out
+from services.cli.client import out, safe
 
 if TYPE_CHECKING:
     from services.training.check_program import Tokens
@@ -77,9 +77,9 @@ def print_preview(rows: Sequence["Preview"]) -> None:
 
 def _marked(before: str, learned: str, colour: str) -> None:
     if out.is_terminal:
-        out.print(Text.assemble(_safe(before), (_safe(learned), colour)))
+        out.print(Text.assemble(safe(before), (safe(learned), colour)))
     else:
-        out.print(Text(_safe(f"{before}⟦{learned}⟧")))
+        out.print(Text(safe(f"{before}⟦{learned}⟧")))
 
 
 def _histogram(side: str, lengths: "Lengths") -> None:
@@ -104,9 +104,4 @@ def _title(text: str) -> None:
 
 
 def _line(text: str, style: str = "") -> None:
-    out.print(Text(_safe(text), style=style))
-
-
-def _safe(text: str) -> str:
-    """Without characters that a terminal obeys."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs())
+    out.print(Text(safe(text), style=style))

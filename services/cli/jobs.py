@@ -1,13 +1,14 @@
 """raydpo jobs: train a policy, and watch."""
 
-from collections.abc import Mapping
-from datetime import datetime
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import Limit, api_command, err, fail, first, out, print_rows, send_file
+from services.cli.client import api_command, err, fail, out, safe, send_file
+from services.cli.lists import AsJson, Limit, date, list_command, show_list
 from services.cli.logs import read_logs
 from services.cli.reading import Columns, MaxInvalidShare, reading
 from services.cli.watch import watch_job
@@ -32,6 +33,10 @@ def create(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step, over all workers.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
+    hyperparameter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other of the method, such as gamma_beta_ratio=0.4; repeat."),
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the trained policy's name.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     workers: Annotated[int | None, typer.Option(help="Ray Train workers.")] = None,
@@ -42,6 +47,7 @@ def create(
     """Submit a job; prints its id."""
     options = {"beta": beta, "n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     hyperparameters = {name: value for name, value in options.items() if value is not None}
+    _add_named(hyperparameters, hyperparameter or ())
     how = reading(columns, max_invalid_share)
     request: dict[str, Any] = {
         "model": model,
@@ -57,27 +63,45 @@ def create(
         _watch(client, job.id)
 
 
-@api_command(app, "list")
-def list_jobs(client: "OpenAI", limit: Limit = 100) -> None:
-    """Jobs, newest first."""
-    rows = [
-        (
-            job.id,
-            job.status,
-            job.method.type if job.method else "",
-            job.model,
-            job.fine_tuned_model or "",
-            datetime.fromtimestamp(job.created_at),
-        )
-        for job in first(client.fine_tuning.jobs.list(limit=100), limit)
-    ]
-    print_rows(["id", "status", "method", "model", "policy", "created"], rows)
+list_command(
+    app,
+    "/fine_tuning/jobs",
+    "Jobs, newest first.",
+    {
+        "id": "id",
+        "status": "status",
+        "method": lambda job: job["method"]["type"],
+        "model": "model",
+        "policy": lambda job: job["fine_tuned_model"] or "",
+        "created": date("created_at"),
+    },
+)
 
 
 @api_command(app)
 def show(client: "OpenAI", job_id: JobId) -> None:
     """What is known of a job."""
     out.print_json(client.fine_tuning.jobs.retrieve(job_id).model_dump_json())
+
+
+@api_command(app)
+def events(client: "OpenAI", job_id: JobId, limit: Limit = 20, as_json: AsJson = False) -> None:
+    """What was told of a job, newest first."""
+    path = f"/fine_tuning/jobs/{job_id}/events"
+    show_list(client, path, {"when": date("created_at"), "level": "level", "message": "message"}, limit, as_json)
+
+
+@api_command(app)
+def checkpoints(client: "OpenAI", job_id: JobId, limit: Limit = 20, as_json: AsJson = False) -> None:
+    """The checkpoints of a job, newest first. Each is a model."""
+    path = f"/fine_tuning/jobs/{job_id}/checkpoints"
+    show_list(
+        client,
+        path,
+        {"id": "id", "step": "step_number", "model": "fine_tuned_model_checkpoint"},
+        limit,
+        as_json,
+    )
 
 
 @api_command(app)
@@ -117,7 +141,21 @@ def logs(
 ) -> None:
     """What driver and workers of a job printed."""
     for line in read_logs(client, job_id, attempt=attempt, source=source, follow=follow):
-        out.print(line, markup=False)
+        out.print(safe(line), markup=False)
+
+
+def _add_named(hyperparameters: dict[str, Any], given: Sequence[str]) -> None:
+    """Numbers and the like as JSON has them, all else as text. Fails for what names none, or one that is there."""
+    for each in given:
+        name, _, value = each.partition("=")
+        if not name or not value:
+            fail(f"--hyperparameter {each}: send NAME=VALUE.")
+        if name in hyperparameters:
+            fail(f"--hyperparameter {each}: {name} is given twice; give it once.")
+        try:
+            hyperparameters[name] = json.loads(value)
+        except ValueError:
+            hyperparameters[name] = value
 
 
 def _file_id(client: "OpenAI", file: str, how: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, fail, out, pages, print_rows
+from services.cli.client import api_command, err, fail, out
+from services.cli.lists import list_command
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -40,16 +41,6 @@ def create(
     out.print(key["value"])
 
 
-@api_command(app, "list")
-def list_keys(client: "OpenAI") -> None:
-    """All keys that you manage, newest first."""
-    rows = [
-        (key["id"], key["name"], key["project_id"], key["redacted_value"], ",".join(key["scopes"]), _state(key))
-        for key in pages(client, "/x/keys")
-    ]
-    print_rows(["id", "name", "project", "key", "scopes", "state"], rows)
-
-
 def _state(key: dict[str, Any]) -> str:
     if key["revoked_at"]:
         return "revoked"
@@ -57,6 +48,21 @@ def _state(key: dict[str, Any]) -> str:
         ends = datetime.fromtimestamp(key["expires_at"])
         return f"expired {ends}" if key["expires_at"] <= time.time() else f"until {ends}"
     return "works"
+
+
+list_command(
+    app,
+    "/x/keys",
+    "Keys that you manage, newest first.",
+    {
+        "id": "id",
+        "name": "name",
+        "project": "project_id",
+        "key": "redacted_value",
+        "scopes": lambda key: ",".join(key["scopes"]),
+        "state": _state,
+    },
+)
 
 
 @api_command(app)

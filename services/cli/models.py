@@ -1,11 +1,11 @@
 """raydpo models: base models and trained policies."""
 
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.client import Limit, api_command, first, out, pages, print_rows
+from services.cli.client import api_command, out
+from services.cli.lists import date, list_command
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -15,12 +15,12 @@ app = typer.Typer(help="Base models and trained policies; alone, it lists them."
 ModelId = Annotated[str, typer.Argument(metavar="ID")]
 
 
-@api_command(app, "list")
-def list_models(client: "OpenAI", limit: Limit = 100) -> None:
-    """Models that can be trained or queried: bases, then policies, newest first."""
-    found = first(pages(client, "/models"), limit)
-    rows = [(model["id"], model["owned_by"], datetime.fromtimestamp(model["created"])) for model in found]
-    print_rows(["id", "owner", "created"], rows)
+list_models = list_command(
+    app,
+    "/models",
+    "Models that can be trained or queried.",
+    {"id": "id", "owner": "owned_by", "created": date("created")},
+)
 
 
 @app.callback(invoke_without_command=True)

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, out, pages, print_rows
+from services.cli.client import api_command, out
+from services.cli.lists import list_command
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -76,18 +77,21 @@ def change(
     out.print_json(data=client.post(f"/x/projects/{project_id}", cast_to=object, body=body))
 
 
-@api_command(app, "list")
-def list_projects(client: "OpenAI") -> None:
-    """All projects that you manage, newest first."""
-    rows = [
-        (project["id"], project["name"], "archived" if project["archived_at"] else "active", _limits(project))
-        for project in pages(client, "/x/projects")
-    ]
-    print_rows(["id", "name", "state", "limits"], rows)
-
-
 def _limits(project: dict[str, Any]) -> str:
     return " ".join(f"{name}={project[name]}" for name in LIMITS if project[name] is not None) or "none"
+
+
+list_command(
+    app,
+    "/x/projects",
+    "Projects that you manage, newest first.",
+    {
+        "id": "id",
+        "name": "name",
+        "state": lambda project: "archived" if project["archived_at"] else "active",
+        "limits": _limits,
+    },
+)
 
 
 @api_command(app)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
+
+from services.cli.client import safe
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -46,9 +49,14 @@ def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuning
                         steps = f"{metrics['step']}/{metrics['total_steps']}"
                         console.print(f"step {steps}  {metrics_line(metrics)}")
                 case _:
-                    moment = datetime.fromtimestamp(told["created_at"]).strftime("%H:%M:%S")
-                    console.print(f"{moment} {told['message']}", style=STYLES.get(told["level"]))
+                    console.print(message_line(told))
     return client.fine_tuning.jobs.retrieve(job_id)
+
+
+def message_line(told: Mapping[str, Any]) -> Text:
+    """An event as it is: what it quotes of a file is no markup, and moves no cursor."""
+    moment = datetime.fromtimestamp(told["created_at"]).strftime("%H:%M:%S")
+    return Text(f"{moment} {safe(told['message'])}", style=STYLES.get(told["level"], ""))
 
 
 def metrics_line(metrics: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, out, print_rows
+from services.cli.client import api_command, err, out
+from services.cli.lists import list_command
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -17,18 +18,22 @@ EndpointId = Annotated[str, typer.Argument(metavar="ID")]
 Events = Annotated[list[str] | None, typer.Option("--event", help="Type of event, repeated; without it all.")]
 
 
-@api_command(app, "list")
-def list_endpoints(client: "OpenAI") -> None:
-    """All endpoints, newest first."""
-    found: Any = client.get(f"{PATH}?limit=100", cast_to=object)
-    rows = [
-        (each["id"], each["name"], each["url"], " ".join(each["event_types"]), _state(each)) for each in found["data"]
-    ]
-    print_rows(["id", "name", "url", "events", "state"], rows)
-
-
 def _state(endpoint: dict[str, Any]) -> str:
     return "disabled: it was gone" if endpoint["x_raydpo"]["disabled_at"] else "enabled"
+
+
+list_command(
+    app,
+    PATH,
+    "Endpoints, newest first.",
+    {
+        "id": "id",
+        "name": "name",
+        "url": "url",
+        "events": lambda endpoint: " ".join(endpoint["event_types"]),
+        "state": _state,
+    },
+)
 
 
 @api_command(app)

@@ -32,6 +32,7 @@ from services.control_plane.http.access_log import Access
 from services.control_plane.http.dependencies import admit, check_query
 from services.control_plane.http.limits import Limits
 from services.control_plane.http.rate_limit import Rates
+from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
 from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs.lookups import Lookups
@@ -99,13 +100,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.store, app.state.launcher = store, launcher
     app.state.inference = Inference(store, launcher, settings)
     app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
-    app.state.lookups = Lookups(store)
+    app.state.lookups, app.state.refusals = Lookups(store), Refusals(store)
     live = app.state.live = Live(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
     reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
-    parts = (reconciler, surveyor, sender, live, app.state.authentication)
+    parts = (reconciler, surveyor, sender, live, app.state.authentication, app.state.refusals)
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
     for task in tasks:
         task.add_done_callback(_end_process)
@@ -133,6 +134,7 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     if error.status == 401:
         AUTH_FAILURES.labels(error.code).inc()
+    await cast(Refusals, request.app.state.refusals).note(request, error)
     return error.response()
 
 

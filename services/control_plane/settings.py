@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
@@ -20,6 +21,13 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _without_key(place: str) -> str:
+    """Of a folder of storage: it is told in Ray's list of jobs, in rows and in logs."""
+    if "@" in urlsplit(place).netloc:
+        raise ValueError("holds a key before its '@'; leave that out, and give it as AWS_ACCESS_KEY_ID or the like")
+    return place
+
+
 ModelName = Annotated[str, AfterValidator(_model_name)]
 
 
@@ -33,7 +41,7 @@ class BaseModel(pydantic.BaseModel):
     """A model that jobs start from."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-    source: str  # local folder, storage URI or hub id
+    source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id
     adapter: Lora | Literal["none"] = Lora()  # what a job trains that does not say it; none: all weights
 
 
@@ -44,7 +52,9 @@ def _base_model(value: object) -> object:
 class Settings(BaseSettings):
     """Read from `RAYDPO_*` (and `DATABASE_URL`), then from the TOML file; unknown keys in the file are refused."""
 
-    model_config = SettingsConfigDict(env_prefix="RAYDPO_", extra="forbid", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RAYDPO_", extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True
+    )
 
     home: Path = Field(
         default=Path("~/.raydpo"), description="Folder of all that `raydpo up` keeps, and of the file `raydpo.toml`."
@@ -67,7 +77,7 @@ class Settings(BaseSettings):
         description="Most connections of one process, beside one that listens. "
         "Each upload that is being joined holds one.",
     )
-    storage_url: str = Field(
+    storage_url: Annotated[str, AfterValidator(_without_key)] = Field(
         description="Folder of files, runs and models: `file://`, `s3://` or `gs://`. "
         "Without it `raydpo up` uses `storage` in `home`."
     )

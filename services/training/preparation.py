@@ -94,6 +94,8 @@ def _prepare_file(
     """Those to train on, and those held out."""
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
+    if spec.dataset_uris is not None:  # nothing has looked at it before
+        report(Message(message=f"{purpose} file: reading it and checking its rows."))
     with source.as_plain_file(spec, folder, report) as plain:
         uri = storage.join(spec.cache_uri, _encoding_key(plain))
         encode_here = partial(_encode, plain, uri, report, None if needs_reference else begin)

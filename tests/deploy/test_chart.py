@@ -113,9 +113,8 @@ def test_the_control_plane_reads_every_variable_and_the_file(
     known = {field.validation_alias or f"RAYDPO_{name.upper()}" for name, field in Settings.model_fields.items()}
     assert set(environment(template)) <= known | {"OTEL_EXPORTER_OTLP_ENDPOINT"}
     assert settings.log_format == "json"
-    given = {
-        name: {"source": each} if isinstance(each, str) else each for name, each in values.get("models", {}).items()
-    }
+    sources = values.get("models", {}).items()
+    given = {name: {"source": each} if isinstance(each, str) else each for name, each in sources}
     assert {name: model.model_dump(exclude_unset=True) for name, model in settings.models.items()} == given
     assert {name: getattr(settings, name) for name in values.get("settings", {})} == values.get("settings", {})
     assert settings.storage_url == values["storage"]["url"]

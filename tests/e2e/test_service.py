@@ -164,6 +164,26 @@ def test_a_running_job_is_cancelled_and_its_processes_end(service: Service, clie
     wait_for(lambda: not service.processes(job_id), "the driver is gone", seconds=60)
 
 
+def test_the_token_that_ray_shows_of_a_running_job_is_of_no_use(service: Service, client: openai.OpenAI) -> None:
+    job_id = submit(client, shop_pairs(60), **LONG | {"n_epochs": 50})
+    wait_for_step(client, job_id, 1)
+    with ray_of(service) as ray:
+        listed = {job["submission_id"]: job for job in ray.get("/api/jobs/").json()}
+    shown = listed[f"{job_id}-1"]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    url = f"{service.url}/internal/attempts/{job_id}/1/events"
+    answer = httpx.post(url, json={"events": []}, headers={"Authorization": f"Bearer {shown}"})
+    assert answer.status_code == 409
+    client.fine_tuning.jobs.cancel(job_id)
+    assert finished(client, job_id).status == "cancelled"
+
+
+def ray_of(service: Service) -> httpx.Client:
+    """Ray's own API, for whoever has its token."""
+    stack, token = json.loads((service.home / "stack.json").read_text()), (service.home / "ray.token").read_text()
+    url = f"http://127.0.0.1:{stack['dashboard_port']}"
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"})
+
+
 def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
     service: Service, client: openai.OpenAI
 ) -> None:
@@ -177,9 +197,8 @@ def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
 
     client.fine_tuning.jobs.resume(job_id)
     wait_for_step(client, job_id, checkpoint.step_number + 5)
-    stack, token = json.loads((service.home / "stack.json").read_text()), (service.home / "ray.token").read_text()
-    stop = f"http://127.0.0.1:{stack['dashboard_port']}/api/jobs/{job_id}-2/stop"
-    assert httpx.post(stop, headers={"Authorization": f"Bearer {token}"}).is_success
+    with ray_of(service) as ray:
+        assert ray.post(f"/api/jobs/{job_id}-2/stop").is_success
 
     def resumed() -> list[str]:
         found = [re.match("Resumed from checkpoint at step ([0-9]+)", message) for message in messages(client, job_id)]

@@ -107,11 +107,24 @@ async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
         jobs.tell(session, attempt.job_id, f"Attempt {attempt.number} is being stopped: {reason}", level="warn")
 
 
-async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:
-    """Raises Fenced unless the token is this open attempt's."""
+async def authorize(session: AsyncSession, job_id: str, number: int, token: str, own_token: str | None = None) -> None:
+    """Raises Fenced unless the token is this open attempt's. From here on `own_token`, if any, is good in its place.
+
+    Ray's list of jobs shows the token of a launch, and nobody but the attempt knows its own.
+    """
     attempt = await session.get(Attempt, (job_id, number))
     if attempt is None or attempt.state == "ended" or digest(token) not in attempt.token.split():
-        raise Fenced(f"Attempt {number} of {job_id} is not open, or the token is not its own; it must stop.")
+        raise _not_its_own(job_id, number)
+    if own_token:
+        await _hold(session, job_id)
+        exchange = update(Attempt).where(Attempt.job_id == job_id, Attempt.number == number)
+        exchange = exchange.where(Attempt.token.contains(digest(token))).values(token=digest(own_token))
+        if (await session.execute(exchange.returning(Attempt.number))).first() is None:
+            raise _not_its_own(job_id, number)  # another was faster
+
+
+def _not_its_own(job_id: str, number: int) -> Fenced:
+    return Fenced(f"Attempt {number} of {job_id} is not open, or the token is not its own; it must stop.")
 
 
 async def record(

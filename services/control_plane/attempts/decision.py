@@ -11,10 +11,12 @@ HUNG_SECONDS = 300.0  # without a sign of life, of an attempt that beats every f
 PAUSE_SECONDS = 600.0  # to take the running steps, write the checkpoint and copy it
 PAUSE_STEPS = 3
 FIRST_REST_SECONDS, REST_FACTOR, MOST_REST_SECONDS = 5.0, 5, 3600.0  # between an attempt that died and the next
+LONG_REST_SECONDS = 60.0  # in so long a one other jobs have its slot
 
 
 class Decision(Enum):
     WAIT = auto()
+    QUEUE = auto()  # no attempt may start now: say what it waits for
     OPEN = auto()  # write a new attempt
     LAUNCH = auto()  # submit the written attempt
     ADOPT = auto()  # it runs, though we never heard the launch's answer
@@ -68,12 +70,17 @@ def _without_attempt(job: Job, past: Past) -> Decision:
         return Decision.GIVE_UP
     if job.observed == "running" and past.rested_seconds < rest_seconds(past.failures):
         return Decision.WAIT  # one that a user resumed starts at its turn
-    return Decision.OPEN if past.slot else Decision.WAIT
+    return Decision.OPEN if past.slot else Decision.QUEUE
 
 
 def rest_seconds(failures: int) -> float:
     """How long after the last of so many failures in a row the next attempt may begin: what killed it may pass."""
     return min(FIRST_REST_SECONDS * REST_FACTOR ** (failures - 1), MOST_REST_SECONDS) if failures else 0.0
+
+
+def leaves_slot(failures: int) -> bool:
+    """Whether a job without an attempt has given its slot to others, after so many failures in a row."""
+    return rest_seconds(failures) >= LONG_REST_SECONDS
 
 
 def pause_seconds(job: Job) -> float:

@@ -6,13 +6,23 @@ Unknown is never failed: without Ray's own word on an attempt, nothing changes.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.control_plane.attempts.decision import HUNG_SECONDS, Decision, Past, Stopwatches, decide, pause_seconds
+from services.control_plane.attempts.decision import (
+    HUNG_SECONDS,
+    Decision,
+    Past,
+    Stopwatches,
+    decide,
+    leaves_slot,
+    pause_seconds,
+    rest_seconds,
+)
 from services.control_plane.attempts.executor import Executor
 from services.control_plane.attempts.patience import TOLD_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.attempts.scheduling import what_each_waits_for
@@ -93,15 +103,17 @@ class Reconciler:
                 return
             self._stopwatches.look()
             live, opened = await store.live_jobs(session), await store.open_attempts(session)
+            resting, back = await _without_slots(session, live, opened)
             shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
-            self._look(), self._launcher.submissions(asked), self._capacity(live)
+            self._look(), self._launcher.submissions(asked), self._capacity(live, back)
         )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
-        contenders = [job for job in live if job.observed == "running" or job.id not in spent]
+        holders = {job.id for job in live if job.observed == "running"} - resting - back
+        contenders = [job for job in live if job.id in holders or job.id not in spent.keys() | resting]
         waits = spent | (
-            what_each_waits_for(contenders, shares, capacity, self._settings)
+            what_each_waits_for(contenders, shares, capacity, self._settings, back)
             if view is not None
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
@@ -129,7 +141,7 @@ class Reconciler:
                 return
             submission = told[attempt.submission_id] if attempt else UNKNOWN
             with log_setup.about(job_id=job.id, attempt=attempt.number if attempt else None):
-                await self._reconcile(job, attempt, submission, slot=waits_for is None)
+                await self._reconcile(job, attempt, submission, waits_for)
             self._patience.forget(job.id)
         except jobs.Stale as error:
             log.warning("Job %s is left as it is for now: %s", job.id, error)
@@ -162,16 +174,19 @@ class Reconciler:
         except httpx.HTTPError:
             return None
 
-    async def _capacity(self, live: Sequence[Job]) -> dict[str, float]:
-        """Of the cluster, where a job is queued."""
-        return await self._launcher.capacity() if any(job.observed == "queued" for job in live) else {}
+    async def _capacity(self, live: Sequence[Job], back: Collection[str]) -> dict[str, float]:
+        """Of the cluster, where a job waits for its turn."""
+        waits = back or any(job.observed == "queued" for job in live)
+        return await self._launcher.capacity() if waits else {}
 
     async def _wait(self, job: Job, what: str) -> None:
         if job.waits_for != what:
             async with self._store.begin() as session:
                 await jobs.wait_for(session, job, what)
 
-    async def _reconcile(self, job: Job, attempt: Attempt | None, submission: Submission, *, slot: bool) -> None:
+    async def _reconcile(
+        self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None
+    ) -> None:
         """One decision for one job, carried out. `submission` is Ray's word on the attempt."""
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
@@ -179,7 +194,7 @@ class Reconciler:
         async with self._store.begin() as session:
             history = await store.history(session, job.id)
         past = Past(
-            slot=slot,
+            slot=waits_for is None,
             failures=history.failures,
             limit=self._settings.max_attempts,
             rested_seconds=history.rested_seconds,
@@ -190,6 +205,9 @@ class Reconciler:
         if decision is Decision.COLLECT and attempt is not None:
             attempt = await self._executor.collect(job, attempt)
             decision = decide(job, attempt, status, past, collected=True)
+        if decision is Decision.QUEUE and waits_for is not None:
+            await self._wait(job, waits_for)
+            return
         if decision is not Decision.WAIT:
             log.info("Job %s: %s", job.id, decision.name.lower())
         await self._executor.carry_out(decision, job, attempt, history, submission)
@@ -214,3 +232,16 @@ class Reconciler:
         self._patience.fail(MODELS, version)  # until Ray takes them
         await self._launcher.serve(wanted)
         self._patience.forget(MODELS)
+
+
+async def _without_slots(
+    session: AsyncSession, live: Sequence[Job], opened: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Running jobs that hold nothing: those that rest for long after a death, and those whose long rest is over."""
+    resting, back = set[str](), set[str]()
+    for job in live:
+        if job.observed == "running" and job.id not in opened:
+            past = await store.history(session, job.id)
+            if leaves_slot(past.failures):
+                (resting if past.rested_seconds < rest_seconds(past.failures) else back).add(job.id)
+    return resting, back

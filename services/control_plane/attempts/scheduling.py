@@ -6,11 +6,13 @@ highest priority goes first, then the oldest job.
 
 A job that waits for room keeps its place, so that smaller ones behind it cannot starve it. One that waits for its
 project's limit, or for a larger cluster, keeps nobody.
+
+A running job that waits for its next attempt for long holds nothing meanwhile, and then takes its turn again.
 """
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from services.control_plane.core.tables import Job
@@ -21,15 +23,20 @@ Resources = Mapping[str, float]  # by Ray's names: CPU, GPU
 
 
 def what_each_waits_for(
-    live: Sequence[Job], shares: Mapping[str, Share], capacity: Resources, settings: Settings
+    live: Sequence[Job],
+    shares: Mapping[str, Share],
+    capacity: Resources,
+    settings: Settings,
+    back: Collection[str] = (),
 ) -> dict[str, str | None]:
-    """For each queued job: None if it may start now. `shares` are the projects'."""
-    running = [job for job in live if job.observed == "running"]
+    """For each queued job: None if it may start now. `shares` are the projects'; `back` take their turn again."""
+    running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
     held = sum((Counter(needs(job, settings)) for job in running), Counter[str]())
     num_running, first = len(running), None
     waits: dict[str, str | None] = {}
-    turns = _Turns(live, shares)
+    waiting = [job for job in live if job.desired == "run" and (job.observed == "queued" or job.id in back)]
+    turns = _Turns(running, waiting, shares)
     for job in turns:
         needed, limit = needs(job, settings), shares.get(job.project_id, Share()).max_running_jobs
         if limit is not None and per_project[job.project_id] >= limit:
@@ -53,17 +60,16 @@ def what_each_waits_for(
 
 
 class _Turns:
-    """The queued jobs in the order in which they may start, which changes as they do."""
+    """The waiting jobs in the order in which they may start, which changes as they do."""
 
-    def __init__(self, live: Sequence[Job], shares: Mapping[str, Share]) -> None:
+    def __init__(self, running: Sequence[Job], waiting: Sequence[Job], shares: Mapping[str, Share]) -> None:
         self._shares = shares
         self._workers: Counter[str] = Counter()  # that run, by project
         self._queues: defaultdict[str, list[Job]] = defaultdict(list)
-        for job in live:
-            if job.observed == "running":
-                self.start(job)
-            elif job.observed == "queued" and job.desired == "run":
-                self._queues[job.project_id].append(job)
+        for job in running:
+            self.start(job)
+        for job in waiting:
+            self._queues[job.project_id].append(job)
         for queue in self._queues.values():
             queue.sort(key=lambda job: (-job.priority, job.created_at, job.id))
 

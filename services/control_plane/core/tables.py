@@ -236,7 +236,9 @@ class Attempt(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     state: Mapped[str] = mapped_column(default="launching")
-    token: Mapped[str]  # digests of the secrets of its last two launches: who has one may report on this attempt alone
+    token: Mapped[
+        str
+    ]  # digests of what it may report with: its last two launches' secrets, then its own in their place
     next_seq: Mapped[int] = mapped_column(BigInteger, default=0)  # every report below is recorded
     reference: Mapped[str | None]  # app_name that must be served until its scores are in
     outcome: Mapped[dict[str, Any] | None]  # its Succeeded, Failed or Paused report
@@ -368,7 +370,7 @@ class Outbound(Base):
 
 
 class AuditEntry(Base):
-    """Who did what. Never changed."""
+    """Who did what, and who was refused. Never changed."""
 
     __tablename__ = "audit_log"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -379,6 +381,8 @@ class AuditEntry(Base):
     action: Mapped[str]  # method and route
     object_id: Mapped[str | None]
     status: Mapped[int]
+    code: Mapped[str | None]  # of a refusal
+    num_requests: Mapped[int] = mapped_column(default=1)  # above 1: as many refusals, of which this is the first
     __table_args__ = (Index("audit_log_by_project", "project_id", "id"),)
 
 

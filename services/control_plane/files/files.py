@@ -11,14 +11,14 @@ from datetime import timedelta
 from typing import Any, BinaryIO, cast
 
 import anyio.to_thread
-from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy import ColumnElement, and_, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import outbound, storage
 from services.contract import Reading
 from services.control_plane.core.errors import InvalidRequest, NotFound, OverQuota
 from services.control_plane.core.removal import remove_bytes
-from services.control_plane.core.tables import TERMINAL, File, Job, Project
+from services.control_plane.core.tables import TERMINAL, UNCHECKED, File, Job, Project
 from services.control_plane.core.telemetry import UPLOADED_BYTES
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
@@ -149,10 +149,21 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
     elif row.refusal:
         message = f"{row.id} cannot be used: {row.refusal}"
     elif row.report is None:
-        message = f"{row.id} is still being checked; wait for it with client.files.wait_for_processing('{row.id}')."
+        where = await _check_in_words(session, row)
+        message = f"{row.id} {where}; wait for it with client.files.wait_for_processing('{row.id}')."
     else:
         return row
     raise InvalidRequest(message, param=param, code=f"invalid_{param}")
+
+
+async def _check_in_words(session: AsyncSession, row: File) -> str:
+    """Where the check in the background is. Of files that wait before it only the project's own are told."""
+    if row.num_checked is not None:
+        return f"is still being checked: {row.num_checked} of {row.num_bytes} bytes are read"
+    older = tuple_(File.created_at, File.id) < (row.created_at, row.id)
+    own = select(func.count()).select_from(File).where(text(UNCHECKED), File.project_id == row.project_id, older)
+    before = await session.scalar(own)
+    return f"is still to be checked: {before} {'file' if before == 1 else 'files'} of the project before it"
 
 
 async def _find(session: AsyncSession, file_id: str, param: str, lock: str | None) -> File:

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
-from sqlalchemy import func, select, text, update
+from sqlalchemy import Select, exists, func, literal, select, text, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -25,7 +25,7 @@ from services.contract import Reading
 from services.control_plane.core import store
 from services.control_plane.core.errors import InvalidRequest, Unavailable
 from services.control_plane.core.store import Store
-from services.control_plane.core.tables import UNCHECKED, File, reading_of
+from services.control_plane.core.tables import UNCHECKED, File, Lease, reading_of
 from services.control_plane.files.check_program import survey_file
 from services.control_plane.files.files import Stored
 
@@ -39,6 +39,7 @@ BEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 GIVEN_UP_AFTER = timedelta(days=1)
+LEASE = "check of "  # and a file's id
 
 
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("checks at once")
@@ -144,8 +145,7 @@ class Surveyor:
             .where(text(UNCHECKED), File.created_at < func.now() - GIVEN_UP_AFTER)
             .values(refusal="Its rows could not be checked for a day; upload it again.")
         )
-        oldest = select(File).where(text(UNCHECKED)).order_by(File.created_at).limit(20)
-        for row in await session.scalars(oldest):
+        for row in await session.scalars(_next(20)):
             if await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS):
                 return row
         return None
@@ -189,5 +189,17 @@ class Surveyor:
             return await session.scalar(statement) is not None
 
 
+def _next(most: int) -> Select[File]:
+    """The files whose checks begin next: of each project the oldest, then of each the second, and so on.
+
+    Those that are being checked, or were put off, count as their project's, and keep no other waiting.
+    """
+    place = func.row_number().over(partition_by=File.project_id, order_by=(File.created_at, File.id))
+    unchecked = select(File.id, place.label("place")).where(text(UNCHECKED)).subquery()
+    leased = exists().where(Lease.name == literal(LEASE) + File.id, Lease.expires_at > func.clock_timestamp())
+    query = select(File).join(unchecked, unchecked.c.id == File.id).where(~leased)
+    return query.order_by(unchecked.c.place, File.created_at, File.id).limit(most)
+
+
 def _lease(row: File) -> str:
-    return f"check of {row.id}"
+    return f"{LEASE}{row.id}"

@@ -167,8 +167,8 @@ async def move(
 
 
 async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
-    """Say what keeps a queued job from starting, once."""
-    changed = update(Job).where(Job.id == job.id, Job.observed == "queued", Job.waits_for.is_distinct_from(what))
+    """Say what keeps a job, or its next attempt, from starting, once."""
+    changed = update(Job).where(Job.id == job.id, Job.observed == job.observed, Job.waits_for.is_distinct_from(what))
     if (await session.execute(changed.values(waits_for=what).returning(Job.id))).first() is not None:
         tell(session, job.id, f"Waiting for {what}")
 

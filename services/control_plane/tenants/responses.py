@@ -66,4 +66,6 @@ def audit_object(row: AuditEntry) -> dict[str, Any]:
         "action": row.action,
         "object_id": row.object_id,
         "status": row.status,
+        "code": row.code,
+        "num_requests": row.num_requests,
     }

@@ -5,6 +5,7 @@ What comes back is the user's wish; without anything to ship, an empty batch eve
 """
 
 import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ import ray
 
 from services import spool, storage, tracing
 from services.contract import (
+    OWN_TOKEN_HEADER,
     Alive,
     AttemptAddress,
     Desired,
@@ -102,7 +104,10 @@ class Reporter:
             )
         self._run_uri, self._attempt = spec.run_uri, spec.attempt
         self._events_url = spec.events_url
-        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        # Ray shows the launch's token to whoever lists its jobs: it is exchanged for one that nobody else knows.
+        own_token = secrets.token_urlsafe(32)
+        self._exchange: dict[str, str] | None = {"Authorization": f"Bearer {token}", OWN_TOKEN_HEADER: own_token}
+        self._headers = {"Authorization": f"Bearer {own_token}"}
         self._period_seconds = period_seconds
         self._next_seq = 0
         self._stretches = Stretches(spec.traceparent)
@@ -194,7 +199,7 @@ class Reporter:
 
     def _ship(self) -> None:
         pause = FIRST_RETRY_SECONDS
-        with httpx.Client(timeout=POST_TIMEOUT_SECONDS, headers=self._headers) as client:
+        with httpx.Client(timeout=POST_TIMEOUT_SECONDS, headers={"Content-Type": "application/json"}) as client:
             while self._order != "fenced":
                 uri = self._next_unshipped()
                 if self._closing.is_set():
@@ -217,7 +222,7 @@ class Reporter:
     def _post(self, client: httpx.Client, uri: str | None) -> bool:
         """Whether the control plane has the segment now. It knows a segment that it saw before by its numbers."""
         try:
-            answer = client.post(self._events_url, content=spool.read_body(uri) if uri else HEARTBEAT)
+            answer = self._send(client, spool.read_body(uri) if uri else HEARTBEAT)
             if answer.status_code == httpx.codes.CONFLICT:
                 order: Order = "fenced"
             else:
@@ -237,6 +242,15 @@ class Reporter:
                 self._unshipped.popleft()
             self._changed.notify_all()
         return True
+
+    def _send(self, client: httpx.Client, body: bytes) -> httpx.Response:
+        """Offers the exchange until it is refused, as it is once it was made: an answer may have been lost."""
+        if self._exchange is not None:
+            answer = client.post(self._events_url, content=body, headers=self._exchange)
+            if answer.status_code != httpx.codes.CONFLICT:
+                return answer
+            self._exchange = None
+        return client.post(self._events_url, content=body, headers=self._headers)
 
     def _beat_in_spool(self) -> None:
         """The control plane finds it there if this attempt cannot reach it."""

@@ -1,9 +1,14 @@
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import typer
+
+from services.cli.client import fail, print_rows
+from services.cli.lists import _items
 
 PAIR = {"prompt": "Do you have a red saw?", "chosen": "Yes, gladly!", "rejected": "Aisle 3."}
 
@@ -106,17 +111,69 @@ def test_file_option_takes_a_uri_too(raydpo):
     raydpo("jobs", "cancel", job["id"])
 
 
-def test_lists_are_as_long_as_asked_and_say_when_more_follow(raydpo, pairs):
-    ids = [raydpo("files", "upload", pairs).stdout.strip() for _ in range(3)]
-    some = raydpo("files", "list", "--limit", 2)
-    assert [line.split("\t")[0] for line in some.stdout.splitlines()] == ids[:0:-1]
-    assert some.stderr == "These are the first 2; --limit shows more.\n"
-    for file_id in ids:
-        raydpo("jobs", "cancel", raydpo("jobs", "create", "--model", "tiny", "--file", file_id).stdout.strip())
-    assert len(raydpo("jobs", "list", "--limit", 2).stdout.splitlines()) == 2
-    assert len(raydpo("models", "list", "--limit", 1).stdout.splitlines()) == 1
-    whole = raydpo("jobs", "list", "--limit", 1000)
-    assert (len(whole.stdout.splitlines()) >= 3, whole.stderr) == (True, "")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["files", "jobs", "webhooks", "keys", "projects", "models"])
+def test_a_list_shows_twenty_or_so_many_as_are_asked_for_and_says_that_more_follow(raydpo, pairs, kind):
+    files = [raydpo("files", "upload", pairs).stdout.strip() for _ in range(2)] if kind in ("files", "jobs") else []
+    make = {
+        "jobs": ("create", "--model", "tiny", "--file", *files[:1]),
+        "webhooks": ("create", "https://example.com/hook"),
+        "keys": ("create", "listed"),
+        "projects": ("create", "listed"),
+    }
+    for number in range(2 if kind in make else 0):
+        words = [f"listed-{number}" if word == "listed" else word for word in make[kind]]
+        assert raydpo(kind, *words).exit_code == 0
+    shown = raydpo(kind, "list", "--limit", 1)
+    assert len(shown.stdout.splitlines()) == 1
+    more = "These are the first 1, and more follow: --limit N shows N.\n"
+    assert shown.stderr == ("" if kind == "models" else more)
+    (first,) = json.loads(raydpo(kind, "list", "--limit", 1, "--json").stdout)
+    assert first["id"] == shown.stdout.split("\t")[0]
+    assert raydpo(kind, "list", "--limit", 0).exit_code == 2
+    if kind == "webhooks":
+        for line in raydpo(kind, "list").stdout.splitlines():
+            raydpo(kind, "delete", line.split("\t")[0])
+
+
+def test_any_hyperparameter_of_a_method_is_said_by_its_name(raydpo, pairs):
+    create = ("jobs", "create", "--model", "tiny", "--file", pairs, "--method", "simpo")
+    created = raydpo(*create, "--beta", 2, "--hyperparameter", "gamma_beta_ratio=0.4")
+    assert created.exit_code == 0, created.output
+    job_id = created.stdout.strip()
+    method = json.loads(raydpo("jobs", "show", job_id).stdout)["method"]
+    assert method["simpo"]["hyperparameters"].items() >= {"beta": 2, "gamma_beta_ratio": 0.4}.items()
+    raydpo("jobs", "cancel", job_id)
+    assert "gama" in raydpo(*create, "--hyperparameter", "gama=0.4").stderr
+    assert "send NAME=VALUE" in raydpo(*create, "--hyperparameter", "gamma_beta_ratio").stderr
+    assert "beta is given twice" in raydpo(*create, "--beta", 2, "--hyperparameter", "beta=3").stderr
+    shown = [line.split("\t")[1:] for line in raydpo("jobs", "events", job_id).stdout.splitlines()]
+    assert ["info", f"Created fine-tuning job: {job_id}"] in shown
+    assert len(json.loads(raydpo("jobs", "events", job_id, "--limit", 1, "--json").stdout)) == 1
+    assert raydpo("jobs", "checkpoints", job_id).stdout == ""
+
+
+def test_what_a_stranger_s_file_holds_does_not_reach_the_terminal(capsys):
+    with pytest.raises(typer.Exit):
+        fail("its keys are \x1b]0;owned\x07 and [/b]")
+    assert capsys.readouterr().err == "error: its keys are \ufffd]0;owned\ufffd and [/b]\n"
+    print_rows(["a", "b"], [["\x1b[2J[red]", "two\tcells\nof one"]])
+    first, second = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert (first, second.split()) == ("\ufffd[2J[red]", ["two", "cells", "of", "one"])
+
+
+def test_a_list_asks_for_no_more_pages_than_it_shows():
+    asked = []
+
+    class Pages:
+        def get(self, path, *, cast_to, options):
+            asked.append(dict(options["params"]))
+            return {"data": [{"id": len(asked)}] * options["params"]["limit"], "has_more": True, "last_id": len(asked)}
+
+    assert len(list(islice(_items(Pages(), "/files", 21), 21))) == 21
+    assert asked == [{"limit": 21}]
+    assert len(list(islice(_items(Pages(), "/files", 150), 150))) == 150
+    assert asked[1:] == [{"limit": 100}, {"limit": 100, "after": 2}]
 
 
 def test_models_lists_by_itself(raydpo):

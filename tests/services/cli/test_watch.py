@@ -6,13 +6,21 @@ import pytest
 from openai import OpenAI
 from rich.console import Console
 
-from services.cli.watch import metrics_line, watch_job
+from services.cli.watch import message_line, metrics_line, watch_job
 
 
 def test_metrics_line_shows_what_is_there():
     dpo = {"step": 3, "train_loss": 0.51294, "train_reward_margin": 0.4821, "train_reward_accuracy": 0.9688}
     assert metrics_line(dpo) == "loss 0.5129  margin 0.482  accuracy 97%"
     assert metrics_line({"step": 3, "train_loss": 2.0, "train_reward_margin": None}) == "loss 2.0000"
+
+
+def test_a_message_is_shown_as_it_is_and_moves_no_cursor():
+    """Such as one that quotes a row."""
+    said = StringIO()
+    told = {"created_at": 0, "level": "warn", "message": "Line 3, /\x1b[2J[/b]: is not a key"}
+    Console(file=said, width=200).print(message_line(told))
+    assert said.getvalue().rstrip().endswith("Line 3, /\ufffd[2J[/b]: is not a key")
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import psycopg
 import pytest
 from psycopg import sql
 from pyarrow import fs
+from pydantic import ValidationError
 
+from services.contract import OWN_TOKEN_HEADER
 from services.control_plane.attempts import attempts
 from services.control_plane.auth.keys import digest
 from services.control_plane.core.errors import Fenced
@@ -124,6 +126,30 @@ def _parameters(path: str) -> list[str]:
     return [part[1:-1] for part in path.split("/") if part.startswith("{")]
 
 
+def test_the_secret_that_ray_shows_is_good_until_the_attempt_has_one_of_its_own(
+    client: openai.OpenAI, settings: Settings, fake_ray: FakeRay, base_url: str
+) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
+    ticks(settings, 1)
+    (submission,) = (each for each in fake_ray.submissions if each["submission_id"] == f"{job_id}-1")
+    shown, own, strangers = submission["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"], "o" * 43, "s" * 43
+
+    def post(token: str, **headers: str) -> int:
+        url = f"{base_url}/internal/attempts/{job_id}/1/events"
+        return httpx.post(url, json={"events": []}, headers={"Authorization": f"Bearer {token}", **headers}).status_code
+
+    assert post(shown) == 200  # a driver of the release before has no other
+    assert post(shown, **{OWN_TOKEN_HEADER: "short"}) == 400
+    assert post(own) == 409
+    assert post(shown, **{OWN_TOKEN_HEADER: own}) == 200
+    assert [post(shown), post(shown, **{OWN_TOKEN_HEADER: strangers}), post(strangers)] == [409, 409, 409]
+    assert [post(own), post(own)] == [200, 200]
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+    assert post(own) == 409
+
+
 def test_the_secrets_of_an_attempts_last_two_launches_are_good(client: openai.OpenAI, settings: Settings) -> None:
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
@@ -140,6 +166,45 @@ def test_the_secrets_of_an_attempts_last_two_launches_are_good(client: openai.Op
             async with store.begin() as session:
                 with pytest.raises(Fenced):
                     await attempts.authorize(session, job.id, 7, token)
+        await store.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("where", ["storage_url", "models"])
+def test_a_place_in_storage_holds_no_key_and_its_refusal_does_not_tell_it(offline: Settings, where: str) -> None:
+    """Ray shows where the spec of an attempt lies, and Serve where a model does."""
+    place = "s3://AKIAEXAMPLE:hush-hush@bucket/raydpo"
+    given = {"storage_url": place} if where == "storage_url" else {"models": {"tiny": place}}
+    with pytest.raises(ValidationError, match="holds a key before its '@'; leave that out") as refusal:
+        Settings(**{**offline.model_dump(), **given})
+    assert "hush-hush" not in str(refusal.value)
+    Settings(**{**offline.model_dump(), "storage_url": "s3://bucket/raydpo?region=eu-west-1"})
+
+
+def test_of_two_that_exchange_a_secret_at_the_same_moment_one_has_it(client: openai.OpenAI, settings: Settings) -> None:
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"})
+
+    async def work() -> None:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            attempt = await attempts.begin(session, job.id, 1, None, num_accelerators=0)
+            given = await attempts.give_token(session, attempt)
+
+        async def exchange(own: str) -> str | None:
+            try:
+                async with store.begin() as session:
+                    await attempts.authorize(session, job.id, 1, given, own)
+                    await asyncio.sleep(0.1)
+            except Fenced:
+                return None
+            return own
+
+        (taken,) = {await each for each in asyncio.as_completed([exchange("a"), exchange("b")])} - {None}
+        assert taken is not None
+        async with store.begin() as session:
+            await attempts.authorize(session, job.id, 1, taken)
         await store.close()
 
     asyncio.run(work())

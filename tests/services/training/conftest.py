@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_core.config import TrainConfig
 from services import forkserver
-from services.contract import AttemptSpec, Desired, EventBatch, Report, Wish
+from services.contract import OWN_TOKEN_HEADER, AttemptSpec, Desired, EventBatch, Report, Wish
 from tests.dpo_core.conftest import build_policy, build_tokenizer
 from tests.dpo_core.encoding.test_encode import HERMES_TEMPLATE
 from tests.services.training.attempt import Driver
@@ -48,6 +48,7 @@ class ControlPlane(ThreadingHTTPServer):
         self.desired: Desired = "run"
         self.token = "token-of-the-attempt"
         self.tokens: set[str] = set()
+        self.own_tokens: set[str] = set()  # that came with a launch's
         self.posts: list[EventBatch] = []
 
     def seqs(self) -> list[int]:
@@ -67,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         answer = self.server.script.pop(0) if self.server.script else self.server.default
         if answer is None or answer < 300:
             self.server.tokens.add(self.headers["Authorization"])
+            if own_token := self.headers[OWN_TOKEN_HEADER]:
+                self.server.own_tokens.add(own_token)
             self.server.posts.append(EventBatch.model_validate_json(body))
         if answer is None:
             self.connection.close()

@@ -502,6 +502,9 @@ def test_an_attempt_trains_on_rows_from_the_web(
     reports = driver.reports()
     stages = list(dict.fromkeys(report.stage for report in only(Progress, reports)))
     assert stages == ["downloading", "encoding", "exporting"]
+    messages = [report.message for report in only(Message, reports)]
+    begun = messages.index("Training file: reading it and checking its rows.")
+    assert begun < messages.index("Training file has 24 pairs (OpenAI preference format).")
     assert len(only(StepMetrics, reports)) == 3
     assert isinstance(reports[-1], Succeeded)
 

@@ -435,6 +435,74 @@ def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
     ticks(settings, 3)
 
 
+def test_a_job_that_rests_for_minutes_lets_others_run_and_then_takes_its_turn(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    other = submit(client, settings)
+    for number, seconds in ((1, 5), (2, 25)):  # in so short rests its place is its own
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2, rested=False)
+        assert state(client, other) == ("queued", "another job to end: 1 may run at once")
+        rest(settings, job_id, seconds)
+        ticks(settings, 1, rested=False)
+    ray.jobs[f"{job_id}-3"] = "FAILED"
+    ticks(settings, 2, rested=False)
+    assert state(client, other) == ("running", None)
+    assert str(state(client, job_id)[1]).startswith("its next attempt, 125 s after the last one")
+    rest(settings, job_id, 125)
+    ticks(settings, 2, rested=False)
+    assert state(client, job_id) == ("running", "another job to end: 1 may run at once")
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+    assert told.count("Waiting for another job to end: 1 may run at once") == 1
+    assert f"{job_id}-4" not in ray.jobs
+    spool(settings, other, 1, reports(settings, other))
+    ray.jobs[f"{other}-1"] = "SUCCEEDED"
+    ticks(settings, 3, rested=False)
+    assert ray.jobs[f"{job_id}-4"] == "RUNNING"
+    assert state(client, job_id) == ("running", None)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_a_job_that_waits_for_its_turn_after_a_long_rest_is_cancelled_at_once(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    other = submit(client, settings)
+    for number in (1, 2, 3):
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2, rested=False)
+        rest(settings, job_id, 25 if number < 3 else 0)
+        ticks(settings, 1, rested=False)
+    rest(settings, job_id, 125)
+    ticks(settings, 1, rested=False)
+    assert state(client, other)[0] == "running"
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 1)
+    assert state(client, job_id) == ("cancelled", None)
+    client.fine_tuning.jobs.cancel(other)
+    ticks(settings, 3)
+
+
+def test_a_job_that_comes_back_from_a_long_rest_waits_for_workers_that_are_there(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    for number in (1, 2, 3):
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2, rested=False)
+        rest(settings, job_id, (5, 25, 125)[number - 1])
+        ray.resources = {"CPU": 8.0} if number < 3 else {"CPU": 0.0}
+        ticks(settings, 1, rested=False)
+    assert state(client, job_id) == ("running", "a larger cluster: it needs 1 CPU, and there are 0")
+    ray.resources = {"CPU": 8.0}
+    ticks(settings, 1, rested=False)
+    assert ray.jobs[f"{job_id}-4"] == "RUNNING"
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
 def test_an_attempt_that_left_a_new_checkpoint_begins_the_count_anew(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:

@@ -52,6 +52,15 @@ def test_a_project_at_its_limit_keeps_no_other_project(several: Settings) -> Non
     assert waits == {"job-2": "another job of its project to end: 1 may run at once", "job-3": None}
 
 
+def test_a_job_that_comes_back_from_a_long_rest_takes_its_turn_again(offline: Settings) -> None:
+    live = [job(1, observed="running"), job(2), job(3, observed="running")]
+    others = "another job to end: 1 may run at once"
+    assert what_each_waits_for(live, {}, {"CPU": 8}, offline, {"job-1"}) == {"job-1": others, "job-2": others}
+    assert what_each_waits_for(live[:2], {}, {"CPU": 8}, offline, {"job-1"}) == {"job-1": None, "job-2": others}
+    live[0].desired = "cancel"
+    assert what_each_waits_for(live[:2], {}, {"CPU": 8}, offline, {"job-1"}) == {"job-2": None}
+
+
 def test_priority_is_within_a_project_and_projects_take_turns(several: Settings) -> None:
     live = [job(number, priority=10) for number in range(5)] + [job(9, project_id="b"), job(8, project_id="b")]
     waits = what_each_waits_for(live, {}, {"CPU": 64, "GPU": 64}, several)

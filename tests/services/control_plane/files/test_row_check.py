@@ -12,7 +12,7 @@ import psycopg
 import pyarrow as pa
 import pytest
 
-from services.control_plane.core.store import migrate
+from services.control_plane.core.store import Store, migrate
 from services.control_plane.files import row_check
 from services.control_plane.settings import Settings
 from tests.services.control_plane import conftest
@@ -97,6 +97,75 @@ def test_a_file_whose_check_cannot_be_told_keeps_no_other_waiting(offline: Setti
         assert process.poll() is None
 
 
+def unchecked(settings: Settings, project: str, *names: str) -> None:
+    """Training files whose bytes are not there, so that their checks fail and are put off."""
+    with psycopg.connect(settings.database_url) as rows:
+        rows.execute("INSERT INTO projects (id, name) VALUES (%s, %s) ON CONFLICT DO NOTHING", [project, project])
+        for name in names:
+            rows.execute(
+                "INSERT INTO files (id, created_at, project_id, filename, purpose, num_bytes, sha256, uri) "
+                "VALUES (%s, clock_timestamp(), %s, 'a', 'fine-tune', 9, '', 'file:///nowhere/none')",
+                [name, project],
+            )
+
+
+def no_files(settings: Settings) -> None:
+    with psycopg.connect(settings.database_url) as rows:
+        rows.execute("DELETE FROM files")
+        rows.execute("DELETE FROM leases WHERE name LIKE 'check of %'")
+
+
+def test_projects_take_turns_with_their_checks_and_those_put_off_keep_nobody_waiting(offline: Settings) -> None:
+    migrate(offline.database_url)
+    no_files(offline)
+    unchecked(offline, "proj_a", *(f"file-a{number:02d}" for number in range(25)))
+    unchecked(offline, "proj_b", "file-b00", "file-b01")
+
+    async def looked_at(count: int) -> list[str]:
+        """The files whose checks were begun, in order."""
+        opened, told = Store(offline.database_url), list[str]()
+        surveyor = surveys.Surveyor(opened, holder="a test")
+        for _ in range(count):
+            await surveyor.tick()
+            with psycopg.connect(offline.database_url) as rows:
+                names = rows.execute("SELECT right(name, 8) FROM leases WHERE name LIKE 'check of %'").fetchall()
+            (new,) = {str(name) for (name,) in names} - set(told)
+            told.append(new)
+        await opened.close()
+        return told
+
+    begun = asyncio.run(looked_at(27))
+    assert begun[:5] == ["file-a00", "file-b00", "file-a01", "file-b01", "file-a02"]
+    assert begun[5:] == [f"file-a{number:02d}" for number in range(3, 25)]
+    no_files(offline)
+
+
+def test_a_job_on_a_file_that_is_not_checked_is_told_how_far_its_check_is(
+    client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(self: Any) -> None:
+        return None
+
+    monkeypatch.setattr(surveys.Surveyor, "tick", nothing)
+    time.sleep(row_check.TICK_SECONDS)
+    unchecked(settings, "proj_other", "file-of-another")
+    unchecked(settings, "proj_default", "file-first", "file-second", "file-third")
+
+    def refusal(file_id: str) -> str:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method={"type": "dpo"})
+        assert refused.value.code == "invalid_training_file"
+        return refused.value.message
+
+    assert "file-first is still to be checked: 0 files of the project before it; wait" in refusal("file-first")
+    assert "file-second is still to be checked: 1 file of the project before it; wait" in refusal("file-second")
+    assert "file-third is still to be checked: 2 files of the project before it; wait" in refusal("file-third")
+    with psycopg.connect(settings.database_url) as rows:
+        rows.execute("UPDATE files SET num_checked = 4 WHERE id = 'file-first'")
+    assert "file-first is still being checked: 4 of 9 bytes are read; wait" in refusal("file-first")
+    no_files(settings)
+
+
 def test_what_a_check_found_and_the_database_refuses_is_a_refusal_of_the_file(
     client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +195,7 @@ def test_checks_at_once_are_few_however_many_cores_there_are(
     cores: int, checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def places() -> float:
-        return surveys._processes().total_tokens
+        return row_check._processes().total_tokens
 
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert asyncio.run(places()) == checks

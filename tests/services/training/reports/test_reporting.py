@@ -57,6 +57,21 @@ def test_every_report_is_spooled_and_shipped_once_in_order(spec: AttemptSpec, co
     assert control_plane.tokens == {f"Bearer {control_plane.token}"}
 
 
+def test_the_token_of_a_launch_is_given_away_for_one_that_nobody_knows_also_where_the_answer_is_lost(
+    spec: AttemptSpec, control_plane: Any
+) -> None:
+    control_plane.script = [None, 409]  # the exchange is done, its answer lost, and the launch's token refused
+    reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
+    reporter.report(Message(message="one"))
+    until(lambda: len(control_plane.posts) == 2)
+    reporter.report(Message(message="two"))
+    assert reporter.close(timeout_seconds=10)
+    assert control_plane.seqs() == [0, 1]
+    (own,) = control_plane.tokens - {f"Bearer {control_plane.token}"}
+    assert own == f"Bearer {control_plane.own_tokens.pop()}"
+    assert not control_plane.own_tokens
+
+
 @pytest.mark.slow
 def test_dropped_answers_and_errors_are_retried_until_all_arrived(spec: AttemptSpec, control_plane: Any) -> None:
     control_plane.script = [None, 503, 401, 200, None]
@@ -83,7 +98,7 @@ def test_a_control_plane_that_is_away_delays_nothing_and_the_spool_keeps_all(
 
 
 def test_a_fenced_attempt_learns_it_and_ships_no_more(spec: AttemptSpec, control_plane: Any) -> None:
-    control_plane.script = [409]
+    control_plane.script = [409, 409]  # as to its launch's token, so to its own
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
     reporter.report(Message(message="too late"))
     until(lambda: reporter.order() == "fenced")
