@@ -124,7 +124,7 @@ def test_projects_take_turns_with_their_checks_and_those_put_off_keep_nobody_wai
     async def looked_at(count: int) -> list[str]:
         """The files whose checks were begun, in order."""
         opened, told = Store(offline.database_url), list[str]()
-        surveyor = surveys.Surveyor(opened, holder="a test")
+        surveyor = row_check.Surveyor(opened, holder="a test")
         for _ in range(count):
             await surveyor.tick()
             with psycopg.connect(offline.database_url) as rows:
@@ -146,7 +146,7 @@ def test_a_job_on_a_file_that_is_not_checked_is_told_how_far_its_check_is(
     async def nothing(self: Any) -> None:
         return None
 
-    monkeypatch.setattr(surveys.Surveyor, "tick", nothing)
+    monkeypatch.setattr(row_check.Surveyor, "tick", nothing)
     time.sleep(row_check.TICK_SECONDS)
     unchecked(settings, "proj_other", "file-of-another")
     unchecked(settings, "proj_default", "file-first", "file-second", "file-third")
