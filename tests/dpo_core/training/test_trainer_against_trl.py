@@ -10,15 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from dpo_core import options as o
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.data.feedback import read_groups
 from dpo_core.data.groups import Group
 from dpo_core.encoding.encode import EncodedGroup, encode_group
-from dpo_core.models.model import load_reward_model
+from dpo_core.models.model import load_policy, load_reward_model
 from dpo_core.training.trainer import train
 
 STEPS, BATCH_SIZE, BETA, RATE = 20, 4, 0.1, 3e-4
@@ -97,6 +98,40 @@ def test_twenty_steps_are_those_of_trl(make_policy, tokenizer, scored, tmp_path)
             assert own[key] == pytest.approx(other[THEIR_KEYS.get(key, key)], rel=1e-4, abs=1e-4), (step, key)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"]
+)
+def test_twenty_steps_of_an_adapter_are_those_of_trl(dtype, tolerance, make_policy, tokenizer, scored, tmp_path):
+    """A trained adapter is trained on, and as it was is the reference. TRL computes in float32 in both cases."""
+    make_policy(0, initializer_range=0.1).save_pretrained(tmp_path / "base")
+    options = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), options)
+    torch.manual_seed(0)
+    for name, weight in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = train_with_trl(theirs, None, tokenizer, tmp_path / "trl")
+    ours, reference = (load_policy(tmp_path / "base", adapter=tmp_path / "adapter", dtype=dtype) for _ in range(2))
+    encoded = [encode_group(group, tokenizer) for group in read_groups([json.dumps(row).encode() for row in ROWS])]
+    groups = scored(encoded, reference.requires_grad_(False))
+    config = TrainConfig(
+        objective=o.Dpo(beta=BETA),
+        optim=Optim(learning_rate=RATE, warmup_ratio=0.0),
+        batch_size=BATCH_SIZE,
+        n_epochs=STEPS // 2,
+        checkpoint_steps=STEPS,
+    )
+    batches = [groups[:BATCH_SIZE], groups[BATCH_SIZE:]] * (STEPS // 2)
+    found = list(train(config, ours, tokenizer, batches, total_steps=STEPS, checkpoint_dir=tmp_path / "ours"))
+    assert abs(expected[-1]["loss"] - expected[0]["loss"]) > 5 * tolerance  # so there is something to compare
+    for own, other in zip(found, expected, strict=True):
+        for key in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+            assert own.metrics[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (own.step, key)
 
 
 def assert_same_four_steps(objective: o.Objective, groups: list[EncodedGroup], policy, tokenizer, folder, expected):

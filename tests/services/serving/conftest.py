@@ -1,4 +1,4 @@
-"""One Ray with two applications for all tests of this folder: a policy, and a model without a chat template."""
+"""One Ray with two applications for all tests of this folder: a policy, and an adapter without a chat template."""
 
 import json
 import os
@@ -16,8 +16,11 @@ import pytest
 import torch
 from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dpo_core.config import Lora
+from dpo_core.models.model import load_policy, load_tokenizer
 from services.contract import Score, Spans
 from services.local.ray_head import RayHead, start_ray, stop_ray
 
@@ -83,6 +86,17 @@ class Serving:
         return {"Authorization": f"Bearer {self.token}"}
 
 
+def make_adapter(base: Path, folder: Path) -> Path:
+    """A random adapter that changes what its base says."""
+    policy = load_policy(base, adapter=Lora(r=4))
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    policy.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
 def make_model(folder: Path, chat_template: str | None) -> Path:
     """A random two-layer Llama. Its weights are wide, so that a wrong mask or position shows."""
     bpe = Tokenizer(models.BPE())
@@ -122,15 +136,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serving(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Serving]:
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    return make_adapter(make_model(folder / "plain", None), folder / "adapter")
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, adapter_folder: Path) -> Iterator[Serving]:
     home = tmp_path_factory.mktemp("serving")
     token = home / "token"
     token.write_text(secrets.token_hex(32))
-    plain_folder = make_model(home / "plain", None)
     try:
         serving = Serving(start_ray(home, token, say=print), token.read_text(), {})
         serving.deploy(POLICY | {"source": model_folder.as_uri(), "dtype": "float32"})
-        serving.deploy(PLAIN | {"source": str(plain_folder), "dtype": "float32"})
+        serving.deploy(PLAIN | {"source": str(adapter_folder), "dtype": "float32"})
         serving.wait(lambda apps: all(app["status"] == "RUNNING" for app in apps.values()))
         yield serving
     finally:
