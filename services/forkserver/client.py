@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from services.forkserver import JOB_VARIABLE, VARIABLE, launcher_of, is_alive
+from services.forkserver import JOB_VARIABLE, VARIABLE, is_alive, launcher_of
 
 # A worker with its own environment starts with the second, which then runs the first.
 RAY_WORKERS = ("default_worker.py", "setup_worker.py")

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from services.forkserver import RAYLET_VARIABLE, VARIABLE, launcher_of, is_alive
+from services.forkserver import RAYLET_VARIABLE, VARIABLE, is_alive, launcher_of
 
 # Without Ray, which reads its settings on import: each worker has its own.
 MODULES = (

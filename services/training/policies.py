@@ -1,4 +1,4 @@
-"""The model that a job begins with, or why no attempt could train it."""
+"""Loads the model that a job trains. A model that cannot be trained fails the job."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load(folder: Path, device: "torch.device") -> "PreTrainedModel":
-    """Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is."""
+    """Loads a policy. Raises JobFailed for a model that transformers does not know or that cannot be trained."""
     # Imported here because it takes eight seconds of a core, and the driver works without it.
     from dpo_core.models.model import load_policy
 
@@ -25,8 +25,8 @@ def load(folder: Path, device: "torch.device") -> "PreTrainedModel":
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turns UnusableModel, which a model's first forward may raise, into JobFailed."""
+def unusable_models_fail_the_job() -> Iterator[None]:
+    """Turns UnusableModel, which a model's first forward may raise in the block, into JobFailed."""
     from dpo_core.models.architecture import UnusableModel
 
     try:
