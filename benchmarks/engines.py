@@ -87,12 +87,12 @@ def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, **answers)
     generate(rows("warm"))
     loaded = family_peak()
-    asked = rows("rows")
+    scored_rows = rows("rows")
     started = time.perf_counter()
-    outputs = generate(asked)
+    outputs = generate(scored_rows)
     seconds = time.perf_counter() - started
     used = family_peak()
-    _keep_sums(args, [_sum(answer, len(row[1])) for answer, row in zip(outputs, asked, strict=True)])
+    _keep_sums(args, [_sum(answer, len(row[1])) for answer, row in zip(outputs, scored_rows, strict=True)])
     return {"seconds": seconds, "loaded_bytes": loaded, "peak_bytes": used}
 
 

@@ -125,8 +125,8 @@ def run(client: openai.OpenAI, recorder: Recorder, file: Path, options: argparse
             raise SystemExit(f"the job is {ended.status}: {ended.error}")
         mark("end of the job")
         if options.answer and last:
-            asked = [{"role": "user", "content": "Where do I find a red saw?"}]
-            client.chat.completions.create(model=ended.fine_tuned_model, messages=asked, max_tokens=8)  # type: ignore[arg-type]
+            messages = [{"role": "user", "content": "Where do I find a red saw?"}]
+            client.chat.completions.create(model=ended.fine_tuned_model, messages=messages, max_tokens=8)  # type: ignore[arg-type]
             mark("first answer")
     return Run(marks, [life.since(began) for life in lives])
 

@@ -26,7 +26,7 @@ def forget_peak() -> None:
 
 
 def family_peak(pid: int | None = None) -> int:
-    """Returns the sum of the peaks of a process and its running descendants. Shared memory counts once for each."""
+    """Returns the sum of the peaks of a process and its descendants. Memory that they share counts for each of them."""
     with suppress(psutil.NoSuchProcess):
         return peak(pid) + sum(peak(child.pid) for child in psutil.Process(pid).children(recursive=True))
     return 0

@@ -1,4 +1,4 @@
-"""Compares scoring the reference with a job's Ray Serve deployment and with vLLM's own offline `LLM.generate`.
+"""Compares two ways to score the reference: a job's Ray Serve deployment, and vLLM's own offline `LLM.generate`.
 
     python benchmarks/scoring.py --rows 256 --mean-length 256 --repeats 3 --json results.json
 
@@ -54,8 +54,8 @@ def main() -> None:
     _print_table(medians)
     if args.json:
         names = ("rows", "mean_length", "longest", "dtype", "hidden_size", "layers")
-        asked = {name: getattr(args, name) for name in names} | {"tokens": num_tokens}
-        args.json.write_text(json.dumps({"arguments": asked, "medians": medians, "runs": runs}, indent=1))
+        arguments = {name: getattr(args, name) for name in names} | {"tokens": num_tokens}
+        args.json.write_text(json.dumps({"arguments": arguments, "medians": medians, "runs": runs}, indent=1))
 
 
 def _arguments() -> argparse.Namespace:
@@ -110,8 +110,8 @@ def _groups(num_rows: int, mean_length: int, limit: int, vocabulary: int, *, spr
 
 
 def _in_its_own_process(args: argparse.Namespace, column: str, num_tokens: int) -> Figures:
-    given = [f"--model={args.model}", f"--dtype={args.dtype}", f"--folder={args.folder}"]
-    run = subprocess.run([sys.executable, __file__, *given, "--column", column], capture_output=True, text=True)
+    options = [f"--model={args.model}", f"--dtype={args.dtype}", f"--folder={args.folder}"]
+    run = subprocess.run([sys.executable, __file__, *options, "--column", column], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{column} failed:\n{run.stderr}")
     figures: Figures = json.loads(run.stdout.rpartition("RESULT ")[2])

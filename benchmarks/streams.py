@@ -131,9 +131,9 @@ def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key
                     headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
                 )
                 assert answer.is_success, answer.text
-            asked = time.monotonic()
+            asked_at = time.monotonic()
             http.get(f"{url}/fine_tuning/jobs/{next(iter(tokens))}", headers={"Authorization": f"Bearer {key}"})
-            waited.append(time.monotonic() - asked)
+            waited.append(time.monotonic() - asked_at)
             time.sleep(max(0.0, began + (seq + 1) / options.per_second - time.monotonic()))
     print(
         f"meanwhile a job is retrieved in {sorted(waited)[len(waited) // 2] * 1000:.0f} ms, at most {max(waited):.2f} s"

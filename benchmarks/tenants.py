@@ -156,11 +156,11 @@ def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
         project = admin.post(f"{url}/x/projects", json={"name": name}).json()["id"]
         scopes = ["read", "write", "inference", "admin"]
         made = admin.post(f"{url}/x/keys", json={"name": "k", "project_id": project, "scopes": scopes}).json()
-    with httpx.Client(headers={"authorization": f"Bearer {made['value']}"}, timeout=60) as own:
+    with httpx.Client(headers={"authorization": f"Bearer {made['value']}"}, timeout=60) as client:
         hook = {"name": "n", "url": f"{receiver_url}/{name}", "event_types": ["fine_tuning.job.succeeded"]}
-        own.post(f"{url}/webhook_endpoints", json=hook).raise_for_status()
+        client.post(f"{url}/webhook_endpoints", json=hook).raise_for_status()
         upload = {"files": {"file": ("p.jsonl", pairs())}, "data": {"purpose": "fine-tune"}}
-        return name, str(made["value"]), str(own.post(f"{url}/files", **upload).json()["id"])
+        return name, str(made["value"]), str(client.post(f"{url}/files", **upload).json()["id"])
 
 
 # --- the nine ------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def main() -> None:
             medians[name]["weights_difference"] = difference
     _print_table(medians)
     if args.json:
-        asked = {"kind": args.kind, "dtype": args.dtype, "rows": args.pairs, "batch_size": args.batch_size}
-        args.json.write_text(json.dumps({"arguments": asked, "medians": medians, "runs": runs}, indent=1))
+        arguments = {"kind": args.kind, "dtype": args.dtype, "rows": args.pairs, "batch_size": args.batch_size}
+        args.json.write_text(json.dumps({"arguments": arguments, "medians": medians, "runs": runs}, indent=1))
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,10 +88,10 @@ def _read_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_its_own_process(args: argparse.Namespace, column: str, folder: Path) -> Figures:
-    given = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "model", "dtype", "batch-size")]
+    options = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "model", "dtype", "batch-size")]
     ablate = ["--ablate"] if args.ablate else []
     weights = folder / f"{column}.pt"
-    command = [sys.executable, __file__, *given, *ablate, "--column", column, "--weights", str(weights)]
+    command = [sys.executable, __file__, *options, *ablate, "--column", column, "--weights", str(weights)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{column} failed:\n{run.stderr}")

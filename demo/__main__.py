@@ -226,7 +226,7 @@ def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence
 
 def print_how_to_chat(console: Console, service: Service, client: OpenAI, policy: str, prompt: str) -> None:
     command = Path(sys.executable).parent / "raydpo"
-    console.print(f"\nThe service stays up at {client.base_url}; its key lies in {service.home / 'api.key'}. Try:")
+    console.print(f"\nThe service stays up at {client.base_url}; its key is in {service.home / 'api.key'}. Try:")
     console.print(f"  export RAYDPO_HOME={service.home}", highlight=False, soft_wrap=True)
     console.print(f"  {command} models", highlight=False, soft_wrap=True)
     console.print(f'  {command} chat {policy} "{prompt}"', highlight=False, soft_wrap=True, emoji=False)

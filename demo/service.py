@@ -49,5 +49,5 @@ class Service:
         self._child.wait(STOP_SECONDS)
 
     def leave(self) -> None:
-        """Lets the service run on after the demo. Otherwise Popen would warn that it still runs."""
+        """Lets the service run on after the demo, and keeps Popen from warning that it still runs."""
         self._child.returncode = 0

@@ -28,7 +28,7 @@ MAX_EXPANSION = 1000  # times its own size that a file may unpack to; real text 
 
 
 def is_plain(file: BinaryIO) -> bool:
-    """Whether the file is plain JSON Lines. Its position must be the start, and is the start again afterwards."""
+    """Whether the file is plain JSON Lines. Call this at the start of the file, where it stays."""
     return _unpacker(file) is None
 
 

@@ -38,7 +38,7 @@ class Contract(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Asked(Contract):
+class UserInput(Contract):
     """A value that users write, too: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
@@ -94,7 +94,7 @@ class Score(NamedTuple):
 Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
-class Wandb(Asked):
+class Wandb(UserInput):
     """A run in Weights & Biases. Its host and key are settings of the cluster."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
@@ -103,14 +103,14 @@ class Wandb(Asked):
     tags: Annotated[tuple[Annotated[Line, StringConstraints(max_length=64)], ...], Field(max_length=64)] | None = None
 
 
-class WandbIntegration(Asked):
+class WandbIntegration(UserInput):
     """The entry for Weights & Biases in OpenAI's list of integrations."""
 
     type: Literal["wandb"]
     wandb: Wandb
 
 
-class Mlflow(Asked):
+class Mlflow(UserInput):
     """A run in MLflow. Its tracking server is a setting of the cluster."""
 
     experiment: Line
@@ -134,7 +134,7 @@ ReferenceSource = Literal["auto", "serve", "trainer"]
 MIN_EXAMPLES = 10  # rows that a training file must have
 
 
-class InvalidRows(Asked):
+class InvalidRows(UserInput):
     """What happens if rows cannot be used: the file is refused, or up to `max_share` of its rows are left out."""
 
     how: Literal["refuse", "drop"] = "refuse"
@@ -147,10 +147,10 @@ ReadIntegrations = Annotated[Integrations, _tolerant(Integrations)]
 
 
 class Reading(Contract):
-    """How the rows of a file are read."""
+    """Settings for reading the rows of a file."""
 
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the file's column of a role, such as prompt
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the file's column
 
 
 class JobSpec(Contract):
@@ -161,7 +161,7 @@ class JobSpec(Contract):
     validation_file: str | None = None
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the training file's column
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     config: ReadConfig
@@ -201,7 +201,7 @@ class AttemptSpec(AttemptAddress):
     validation_reading: Reading = Reading()
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the training file's column
     model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
     reference: str | None = None  # app_name of the deployment that may score; None: there is none
     reference_source: ReferenceSource = "auto"
@@ -220,7 +220,7 @@ class Recipe(Contract):
     truncation: Truncation
     validation_share: float = 0.0
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the training file's column
     today: date | None = None  # for chat templates that write the date; None: the current date
     other_prompts: bool = False  # whether each group gets an answer to another prompt, which some objectives need
 

@@ -31,7 +31,7 @@ def killer_in(text: str) -> str | None:
     """Returns how the cluster lost or killed the processes. None: the text does not say that it did."""
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
-        held = [float(found) for found in HELD.findall(text)]
+        held = [float(gigabytes) for gigabytes in HELD.findall(text)]
         killed = f"; Ray killed processes that held {sum(held):.2f} GB" if held else ""
         return f"{MEMORY} {ip}: {used} GB of {limit} GB were in use{killed}"
     if earlier_sentence := re.search(rf"{MEMORY} .*", text):

@@ -125,7 +125,7 @@ def _split(uri: str) -> SplitResult:
     if split.scheme not in SCHEMES or "://" not in uri:
         raise InvalidUri(f"{uri!r:.200} must begin with one of {', '.join(f'{s}://' for s in SCHEMES)}.")
     if "@" in split.netloc:
-        raise InvalidUri(f"A URI must hold no credentials, but that of host {split.hostname} does; take them out.")
+        raise InvalidUri(f"A URI must contain no credentials, but that of host {split.hostname} does; remove them.")
     if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]*", split.netloc):
         raise InvalidUri(f"{split.netloc!r} is not a host name; write it in ASCII.")
     return split

@@ -85,7 +85,7 @@ def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> Ra
         if child.poll() is not None or time.monotonic() > deadline:
             raise StackError(f"Ray did not start; the last lines of {log}:\n{_tail(log)}")
         time.sleep(0.2)
-    child.returncode = 0  # it outlives this object on purpose; Popen would warn
+    child.returncode = 0  # Ray outlives this object on purpose; otherwise Popen would warn
     return head
 
 

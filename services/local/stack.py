@@ -17,7 +17,7 @@ class Stack:
 
     database_url: str
     ray_url: str
-    ray_token_file: Path | None  # None: the cluster is the caller's
+    ray_token_file: Path | None  # None: the caller provides the cluster
     serve_url: str | None  # None: the caller's cluster reports it
 
 

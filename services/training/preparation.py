@@ -23,7 +23,7 @@ from services.training.data.encoding import (
     refuse_unusable,
     report_contents,
 )
-from services.training.data.row_stream import Stream, streamed
+from services.training.data.row_stream import Stream, stream_encoder
 from services.training.data.tasks import in_tasks
 from services.training.reference import parity, rates, trainer_scores
 from services.training.reference.rates import Rate
@@ -144,7 +144,8 @@ def _encode(
     def encode_pieces(pieces: Sequence[Piece], *, beside: int = 0) -> Iterator[Encoded]:
         return in_tasks(lambda piece: encode_piece(recipe, uri, piece), pieces, Encoded, beside=beside)
 
-    return encode(spec, uri, streamed(spec, uri, encode_pieces, begin, report) if begin else encode_pieces, report)
+    encoder = stream_encoder(spec, uri, encode_pieces, begin, report) if begin else encode_pieces
+    return encode(spec, uri, encoder, report)
 
 
 # --- scores --------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ class _Disagrees(Exception):
 
 
 class _Slower(Exception):
-    """The deployment, loaded and measured, would end scoring later than the trainer's own forward."""
+    """The deployment, loaded and measured, would finish scoring later than the trainer's own forward."""
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
@@ -239,7 +240,10 @@ def _score_once(
 def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
-    """Waits for the reference's deployment and checks it. Raises _Disagrees, with the figures, or _Slower."""
+    """Waits for the reference's deployment, checks it, and returns a function that scores parts with it.
+
+    Raises _Disagrees, with the figures, or _Slower.
+    """
 
     def connect() -> Reference:
         return await_reference(app_name, report)

@@ -102,7 +102,7 @@ def find(
         cached = entry.model_validate_json(storage.read_bytes(manifest))
         check(cached)
     except (DamagedPart, ValidationError) as error:
-        report(Message(level="warn", message=f"Prepared data are damaged and are made again: {error}"))
+        report(Message(level="warn", message=f"Prepared data are damaged, so they are made again: {error}"))
         return None
     return cached
 

@@ -204,8 +204,8 @@ def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
 
 def _refuse_margins(spec: AttemptSpec, contents: EncodingReport, kind: str) -> None:
     if contents.margins.count and not spec.config.objective.traits.takes_margins:
-        where = f"{contents.margins.count} {kind} have a margin ({contents.margins})"
-        sentence = f"{where}; method '{spec.config.objective.type}' takes none. Remove them, or use dpo."
+        margins = f"{contents.margins.count} {kind} have a margin ({contents.margins})"
+        sentence = f"{margins}; method '{spec.config.objective.type}' takes none. Remove them, or use dpo."
         raise JobFailed(invalid_file(sentence))
 
 

@@ -13,7 +13,7 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """The number of some groups or rows, and the lines of the first ten."""
+    """Some groups or rows: how many there are, and the lines of the first ten."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -33,7 +33,7 @@ class Lengths(Contract):
 
     total: int = 0
     longest: int = 0
-    # A power of two → the number of groups with at most so many tokens, and more than half of that.
+    # A power of two → the number of groups whose length is at most that, and more than half of it.
     histogram: dict[int, int] = Field(default_factory=dict)
 
 
@@ -52,7 +52,7 @@ class EncodingReport(Contract):
     dropped: dict[str, Reason] = Field(default_factory=dict)  # groups that are left out, by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # groups that were cut, by side
     special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
-    unasked: Lines = Lines()  # groups that are learned without the words with which the template asks for an answer
+    unasked: Lines = Lines()  # groups whose prompt lacks the words with which the template begins every answer
     unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
     unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
     lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before cuts
@@ -129,7 +129,7 @@ class Tally:
         self._special_tokens.append(line)
 
     def mark_unasked(self, line: int) -> None:
-        """Counts a group that is learned without the words with which the template asks for an answer."""
+        """Counts a group whose prompt lacks the words with which the template begins every answer, such as <think>."""
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:

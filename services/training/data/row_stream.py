@@ -22,7 +22,7 @@ MOST_WAITING = 10_000  # calls at once, from every worker, and from workers that
 
 @dataclass(frozen=True)
 class Stream:
-    """Data that are still being encoded. Workers read it like a Dataset; the held-out groups come last."""
+    """Data that are still being encoded. Workers read them like a Dataset; the held-out groups come last."""
 
     uri: str
     num_rows: tuple[int, ...]  # of each piece
@@ -50,7 +50,7 @@ class EncodePieces(Protocol):
         """`beside` is the number of workers that train meanwhile. If there are any, pieces are begun in their order."""
 
 
-def streamed(
+def stream_encoder(
     spec: AttemptSpec,
     uri: str,
     encode_pieces: EncodePieces,

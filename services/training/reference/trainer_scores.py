@@ -19,7 +19,7 @@ LEAST_TOKENS_PER_PACK = 4096
 
 
 def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Part:
-    """Writes the scores of a part to the folder `uri`."""
+    """Scores the groups of a part, and writes the scores to the folder `uri`."""
     from dpo_core.policy.scorer import score_reference
 
     _use_cores(alone=len(dataset.parts) == 1)
@@ -59,7 +59,7 @@ def _reference(spec: AttemptSpec) -> "PreTrainedModel":
 
 @functools.cache
 def _load(model_source: str, device: str) -> "PreTrainedModel":
-    """Once per process."""
+    """Loads the policy, once per process."""
     import torch
 
     policy = policies.load(storage.fetch(model_source), torch.device(device))

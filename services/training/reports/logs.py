@@ -109,8 +109,8 @@ class Tail:
     def lines(self, *, to_the_end: bool) -> Iterator[bytes]:
         """Yields the lines written since the last call. `to_the_end`: includes a last line that is incomplete."""
         while data := self._file.read(READ_BYTES):
-            *whole, self._rest = re.split(rb"\r?\n|\r", self._rest + data)
-            yield from (line + b"\n" for line in whole)
+            *lines, self._rest = re.split(rb"\r?\n|\r", self._rest + data)
+            yield from (line + b"\n" for line in lines)
             if len(self._rest) > LINE_BYTES:
                 yield self._rest + b"\n"
                 self._rest = b""

@@ -116,7 +116,7 @@ class Reporter:
         self._answered_at = self._driver_at = time.monotonic()
         self._worker_at = float("-inf")
         self._closing = threading.Event()
-        self._changed = threading.Condition()  # guards all of the above but _segment
+        self._changed = threading.Condition()  # guards all attributes above except _segment
         self._writing = threading.Lock()  # guards _segment
         for work in (self._spool_periodically, self._post_periodically):
             threading.Thread(target=work, daemon=True).start()

@@ -7,7 +7,7 @@ from services.deaths import cause_in
 
 
 def cause_of(*errors: BaseException) -> str:
-    """Returns the errors' cause for the user: if one worker was killed, the kill, and not what the others raised."""
+    """Returns the cause of the errors, for the user: a worker's kill if there is one, rather than others' errors."""
     raised = [inner for error in errors for inner in _inner(error)]
     text = "\n".join("".join(traceback.format_exception(each)) for each in raised)
     return cause_in(text) or type(raised[0]).__name__

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def retry_while_full(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
-    """Calls `write` until storage is not full, for it or its tasks and actors, and returns its result.
+    """Calls `write` again and again while storage is full, also for its tasks and actors. Returns its result.
 
     `what` names the work in a message, such as "exporting the policy".
     """

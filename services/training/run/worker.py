@@ -131,7 +131,7 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
             rate = result.metrics["lr"]
             sentence = f"{key} is {value} at step {result.step} with the learning rate {rate:.3g}; lower it."
             return Failed(code="training_diverged", message=sentence, param="hyperparameters")
-    if is_gated(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
+    if starts_at_ln2(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
         sentence = (
             f"The first loss is {loss:.6f} and not ln 2 = {math.log(2):.6f} within {LN2_TOLERANCE}: "
             f"the reference {spec.reference} and the policy disagree; deploy the same weights in float32."
@@ -140,7 +140,7 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
     return None
 
 
-def is_gated(result: StepResult, spec: AttemptSpec) -> bool:
+def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
     """Whether the loss must be ln 2: with DPO, at the first step, when the policy still equals the reference."""
     return result.step == 1 and spec.config.objective.type == "dpo"
 
@@ -163,7 +163,7 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
 
 
 def _step_of(name: str) -> int:
-    """Returns the step in a checkpoint's folder name, which may have more digits than it is padded to."""
+    """Returns the step in a checkpoint's folder name. Large steps have more digits, so names do not sort."""
     return int(name.removeprefix("step-"))
 
 
@@ -188,7 +188,7 @@ def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, repo
 
 
 def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
-    if is_gated(result, spec):
+    if starts_at_ln2(result, spec):
         sentence = f"The first loss is {result.metrics['loss']:.6f}, ln 2 as it must be: reference and policy agree."
         reporter.report.remote(Message(message=sentence))
     metrics = StepMetrics(step=result.step, total_steps=result.total_steps, metrics=result.metrics)

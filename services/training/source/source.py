@@ -25,7 +25,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 class _File(NamedTuple):
     name: str  # for the user
-    uri: str  # where storage can read it
+    uri: str  # that storage can read
 
 
 @contextmanager

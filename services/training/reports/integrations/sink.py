@@ -1,4 +1,4 @@
-"""The interface of an integration."""
+"""The interface of an integration: a sink for the metrics of a job's steps."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
