@@ -102,7 +102,7 @@ def _in_its_own_process(args: argparse.Namespace, folder: Path, model: Path) -> 
 def _print_table(num_rows: int, by_stage: dict[str, Figures]) -> None:
     encode, size = by_stage["encode"], by_stage["survey"]["bytes_on_disk"]
     tokens = encode["tokens"]
-    print(f"\n{num_rows:,} rows, {size / 1e9:.3f} GB, {tokens / num_rows:.0f} tokens to a row, {os.cpu_count()} cores")
+    print(f"\n{num_rows:,} rows, {size / 1e9:.3f} GB, {tokens / num_rows:.0f} tokens per row, {os.cpu_count()} cores")
     head = ("seconds", "rows/s", "tokens/s", "driver MB", "task MB", "disk MB")
     print(f"{'':24}" + "".join(f"{title:>13}" for title in head))
     units = {"seconds": (1, 2), "rows_per_second": (1, 0), "tokens_per_second": (1, 0)}  # divisor and decimals

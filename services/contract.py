@@ -348,7 +348,7 @@ def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
         if not (isinstance(value, dict) and isinstance(kind := value.get("kind"), str)):
             raise
         why = first_error(error)
-        return Message(level="warn", message=f"A report '{kind:.80}' of the attempt cannot be read here: {why}")
+        return Message(level="warn", message=f"This release cannot read a report '{kind:.80}' of the attempt: {why}")
 
 
 def first_error(error: ValidationError) -> str:

@@ -139,7 +139,7 @@ def _resolve(host: str, port: int) -> list[str]:
         raise InvalidUri(f"{host!r:.200} is not a host name.") from None
     except socket.gaierror as error:
         if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-            raise InvalidUri(f"The host {host} does not exist.") from None
+            raise InvalidUri(f"The host {host} does not exist; check its name.") from None
         raise httpx.ConnectError(f"{host}: {error}") from error
     return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 

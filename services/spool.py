@@ -48,7 +48,7 @@ def read(uri: str) -> EventBatch:
     try:
         return EventBatch.model_validate_json(read_body(uri))
     except ValidationError:
-        raise DamagedSegment(f"{uri} holds no reports") from None
+        raise DamagedSegment(f"{uri} has no readable reports") from None
 
 
 def _digest(body: bytes) -> bytes:

@@ -40,7 +40,8 @@ def admitted(uri: str, prefixes: Sequence[str]) -> str:
     check(uri, prefixes)
     split = urlsplit(uri)
     if split.scheme != "file" and not split.hostname:
-        raise InvalidUri(f"{uri} names no {'host' if split.scheme in PORTS else 'bucket'}.")
+        name = "host" if split.scheme in PORTS else "bucket"
+        raise InvalidUri(f"{uri} names no {name}; write it after '{split.scheme}://'.")
     if split.scheme in PORTS and is_folder(uri):
         raise InvalidUri(f"{uri} names a folder, which cannot be listed over {split.scheme}; name a file.")
     if split.scheme == "hf" and not (split.netloc == "datasets" and HUB_PATH.fullmatch(split.path)):
@@ -114,7 +115,7 @@ def _place(uri: str) -> _Place:
 def _split(uri: str) -> SplitResult:
     """Refuses what two parsers might read differently, and credentials, because a job shows its URI."""
     if len(uri) > MAX_LENGTH:
-        raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}.")
+        raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}. Shorten it.")
     if not uri.isprintable() or "\\" in uri or "#" in uri:
         raise InvalidUri(f"{uri!r:.200} has a backslash, a '#' or a control character; percent-encode it.")
     try:

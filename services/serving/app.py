@@ -119,5 +119,5 @@ def _local(source: str) -> str:
             with safe_open(file, framework="numpy"):
                 continue
         except SafetensorError as error:
-            raise ValueError(f"{file.name} in {source} is damaged, {error}; publish it again.") from error
+            raise ValueError(f"{file.name} in {source} is damaged ({error}); publish it again.") from error
     return str(folder)

@@ -47,7 +47,7 @@ class Reference:
         engine has died.
         """
         if len(prompt_ids) != len(completion_ids):
-            raise ValueError(f"{len(prompt_ids)} prompts came with {len(completion_ids)} completions; send pairs.")
+            raise ValueError(f"{len(prompt_ids)} prompts came with {len(completion_ids)} completions; send as many.")
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         for index, row in enumerate(rows):
             self._check(index, *row)

@@ -171,7 +171,7 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
     except FileNotFoundError:
         raise DamagedPart(f"{uri} is missing; prepare the data again.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise DamagedPart(f"{uri} has another sha256 than its manifest says; prepare the data again.")
+        raise DamagedPart(f"{uri} does not match the sha256 in its manifest; prepare the data again.")
     return data
 
 

@@ -195,9 +195,9 @@ def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
         return
     long = contents.dropped.get(TOO_LONG)
     if long and long.count == contents.num_groups:
-        shortest = f"the shortest has {contents.shortest_too_long}"
+        shortest = f"(the shortest has {contents.shortest_too_long})"
         remedy = _remedy(spec, encoding)
-        raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens, {shortest}; {remedy}."))
+        raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens {shortest}; {remedy}."))
     reasons = " ".join(left_out(contents, kind, limit, _remedy(spec, encoding)))
     raise JobFailed(invalid_file(f"None of {contents.num_groups} {kind} is left to train on. {reasons}"))
 

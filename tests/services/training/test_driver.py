@@ -475,7 +475,7 @@ def test_data_whose_bits_flipped_in_the_cache_are_made_again_and_never_trained_o
     for reports, damaged in zip(found[1:], (ids, scores), strict=True):
         (warning,) = [report.message for report in only(Message, reports) if report.level == "warn"]
         assert warning.startswith("Prepared data are damaged, so they are made again: ")
-        assert f"{damaged.parent.name}/{damaged.name} has another sha256" in warning
+        assert f"{damaged.parent.name}/{damaged.name} does not match the sha256" in warning
         assert figures(reports) == figures(found[0])
 
 

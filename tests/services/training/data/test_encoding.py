@@ -135,7 +135,7 @@ def test_nothing_short_enough_is_the_users_to_mend(make_spec: MakeSpec, run: Any
     with pytest.raises(JobFailed) as failure:
         run(make_spec(config=TrainConfig(max_length=8)))
     assert failure.value.report.code == "invalid_training_file"
-    assert failure.value.report.message.startswith("All 24 pairs are longer than 8 tokens, the shortest has ")
+    assert failure.value.report.message.startswith("All 24 pairs are longer than 8 tokens (the shortest has ")
     assert failure.value.report.message.endswith("; raise max_length, choose another truncation, or shorten them.")
 
 
