@@ -75,7 +75,7 @@ def main(spec_uri: str) -> int:
     except JobFailed as failure:
         return refuse(AttemptAddress.model_validate_json(written), failure.report)
     keep_logs(spec.run_uri, spec.attempt, "driver")
-    _keep_environment_to_itself()
+    _hide_environment_from_workers()
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
     _in_thread(lambda: importlib.import_module(TRAINER))  # takes two seconds, while the file is encoded
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
@@ -235,7 +235,7 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
     return future
 
 
-def _keep_environment_to_itself() -> None:
+def _hide_environment_from_workers() -> None:
     """Hides the driver's environment from workers: it holds the attempt's token, and would slow their start."""
     if config := os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR):
         without_environment = {key: value for key, value in json.loads(config).items() if key != "runtime_env"}

@@ -222,7 +222,7 @@ def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
 
 
 def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """Yields the pieces of a file. Above 160 GB the pieces get larger, and not more.
+    """Yields the pieces of a file. Above 160 GB they grow in size, not in number.
 
     Rows of one group are in one piece; `columns` is as for `read_records`.
     """

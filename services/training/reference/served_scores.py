@@ -1,4 +1,4 @@
-"""Scores the reference's completions part by part, and does so with its deployment, with many calls in flight.
+"""Scores data with the reference, part by part. Its deployment scores with many calls in flight.
 
 A part's scores are one file. A part that has one is not scored again.
 """
