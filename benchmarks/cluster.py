@@ -1,11 +1,11 @@
-"""A Ray of a benchmark's own, as `raydpo up` starts it."""
+"""Starts a Ray cluster for a benchmark, with the settings of `raydpo up`."""
 
 import os
 from pathlib import Path
 
 
 def start_ray(*, object_store_memory: int) -> None:
-    """`object_store_memory` is in bytes."""
+    """Starts Ray in this process. `object_store_memory` is in bytes."""
     import ray
 
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}

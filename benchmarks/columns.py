@@ -1,4 +1,4 @@
-"""What a benchmark compares: one training run each, in a process of its own."""
+"""The columns of `vs_trl.py`: training runs with raydpo and with TRL, each in its own process."""
 
 import json
 import tempfile
@@ -22,27 +22,28 @@ OURS, BEST = "raydpo", "TRL at its best"
 
 
 def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
-    """The columns of this run by name; each is given the arguments and leaves its weights at `args.weights`."""
+    """Returns the columns of this run by name. Each takes the arguments and writes its weights to `args.weights`."""
     off = {"gradient_checkpointing": False}
-    found: dict[str, Callable[[Namespace], Figures]] = {
+    by_name: dict[str, Callable[[Namespace], Figures]] = {
         "TRL as it comes": partial(run_trl, options={}),
         "TRL, checkpointing off": partial(run_trl, options=off),
         BEST: partial(run_trl, options=off | {"precompute_ref_log_probs": True}),
         OURS: run_ours,
     }
     if args.dtype != "float32":
-        found["raydpo in float32"] = partial(run_ours, dtype="float32")
+        by_name["raydpo in float32"] = partial(run_ours, dtype="float32")
     if find_spec("ray"):
-        found["raydpo in Ray Train"] = run_in_ray
+        by_name["raydpo in Ray Train"] = run_in_ray
     if args.ablate:
-        found |= {f"raydpo without {part}": partial(run_ours, without=part) for part in ABLATIONS}
-    return found
+        by_name |= {f"raydpo without {part}": partial(run_ours, without=part) for part in ABLATIONS}
+    return by_name
 
 
 # --- ours ----------------------------------------------------------------------------------
 
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
+    """Trains with dpo_core. `without` names a part that is taken away."""
     from dpo_core import Group, Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
     from dpo_core.policy.flops import Flops, matmul_rate
     from dpo_core.policy.scorer import Scorer
@@ -79,7 +80,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
             resolved, policy, tokenizer, lambda _: scored, total_steps=len(batches), checkpoint_dir=Path(folder)
         )
         for _ in batches:
-            next(steps)  # the last step's checkpoint, which TRL does not write, would come with one more
+            next(steps)  # one more would write the last step's checkpoint, which TRL does not write
         synchronize()
         ended = time.perf_counter()
     keep_weights(policy, args.weights)
@@ -93,7 +94,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
 
 
 def run_in_ray(args: Namespace) -> Figures:
-    """The same inside one Ray Train worker."""
+    """Trains as `run_ours` does, in a Ray Train worker."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -106,22 +107,22 @@ def run_in_ray(args: Namespace) -> Figures:
         ray.train.report({})
 
     num_threads = torch.get_num_threads()
-    # Threads that wait must not spin, as Ray's processes need the cores too; the service sets the same.
+    # Waiting threads must not spin, because Ray's processes need the cores, too. The service sets this as well.
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     scaling = ScalingConfig(num_workers=1, use_gpu=device() == "cuda", resources_per_worker={"CPU": num_threads})
     with tempfile.TemporaryDirectory() as folder:
         TorchTrainer(work, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
     ray.shutdown()
-    found: Figures = json.loads(Path(args.weights).with_suffix(".json").read_text())
-    return found
+    result: Figures = json.loads(Path(args.weights).with_suffix(".json").read_text())
+    return result
 
 
-# --- ours, a part at a time taken away -------------------------------------------------------
+# --- ours without one of its parts ----------------------------------------------------------
 
 
 def _without_sharing() -> Any:
-    """Each completion brings its own copy of the prompt into the pack."""
+    """Gives each completion its own copy of the prompt in the pack."""
     from dpo_core.policy import batch, scorer
 
     def count_tokens(self: Any, group: Any) -> int:
@@ -134,7 +135,7 @@ def _without_sharing() -> Any:
 
 
 def _without_packing() -> Any:
-    """Each group is a pack."""
+    """Makes each group a pack."""
     from dpo_core.policy import scorer
 
     def plan(self: Any, groups: Any, **kwargs: Any) -> list[list[list[int]]]:
@@ -144,7 +145,7 @@ def _without_packing() -> Any:
 
 
 def _without_tiles() -> Any:
-    """All logits of the completions at once, and PyTorch's own gradient."""
+    """Computes all logits of the completions at once, with PyTorch's own gradient."""
     from dpo_core.policy import scorer
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
@@ -174,9 +175,9 @@ def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
 
         def _precompute_ref_logps(self, *args: Any) -> Any:  # called while the trainer is made
             started = time.perf_counter()
-            found = super()._precompute_ref_logps(*args)
+            logps = super()._precompute_ref_logps(*args)
             self.reference_seconds = time.perf_counter() - started
-            return found
+            return logps
 
     rows = [json.loads(line) for line in args.data.open()]
     pairs = [pair for row in rows for pair in as_pairs(row)]
@@ -207,7 +208,7 @@ def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
     return figures(trainer.reference_seconds, seconds, len(rows))
 
 
-# --- what all report -------------------------------------------------------------------------
+# --- figures of every column -----------------------------------------------------------------
 
 
 def figures(reference_seconds: float, train_seconds: float, num_rows: int) -> Figures:

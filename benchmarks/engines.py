@@ -1,4 +1,4 @@
-"""What a benchmark of scoring compares: one engine each, in a process of its own, that loads, warms up and scores.
+"""The columns of `scoring.py`: engines that load, warm up and score, each in its own process.
 
 All compute in the same dtype with 1 GiB for keys and values.
 """
@@ -18,10 +18,10 @@ from services.training.data.dataset import Dataset, read_groups
 
 APP = "reference"
 OURS = "raydpo, Ray Serve"
-REPLICA = "ServeReplica"  # how Serve calls its process, which starts the engine's
+REPLICA = "ServeReplica"  # Serve's title of the replica's process, which starts the engine's
 Figures = dict[str, float]
 
-# What the replica's engine is given (services/serving/policy.py), and answers without texts and dictionaries.
+# The settings of the replica's engine (services/serving/policy.py), and answers without texts and dictionaries.
 BEST_ENGINE = {
     "enforce_eager": True,
     "enable_prefix_caching": False,
@@ -38,7 +38,7 @@ COLUMNS: dict[str, Callable[[Namespace], Figures]] = {
 
 
 def run_served(args: Namespace) -> Figures:
-    """As a job has its reference scored: by the handle of a Serve application, many calls in flight."""
+    """Scores as a job does: through the handle of a Serve application, with many calls in flight."""
     import ray
     from ray import serve
 
@@ -60,16 +60,16 @@ def run_served(args: Namespace) -> Figures:
             started = time.perf_counter()
             scored = score(_read(args, "rows"), f"{folder}/rows", by_reference, report)
             seconds = time.perf_counter() - started
-            found = sum(map(family_peak, below(REPLICA)))
+            peak = sum(map(family_peak, below(REPLICA)))
             _keep_sums(args, [logp for group in read_groups(scored) for logp in group.ref_logps or ()])
-        return {"seconds": seconds, "loaded_bytes": loaded, "peak_bytes": found}
+        return {"seconds": seconds, "loaded_bytes": loaded, "peak_bytes": peak}
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
 def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]) -> Figures:
-    """`LLM.generate` on all rows at once. Only that is in its time: not reading the rows, nor the sums."""
+    """Scores all rows with one call of `LLM.generate`. The time excludes reading the rows and adding up."""
     from vllm import LLM, SamplingParams
 
     def rows(name: str) -> list[tuple[list[int], list[int]]]:
@@ -87,17 +87,17 @@ def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, **answers)
     generate(rows("warm"))
     loaded = family_peak()
-    asked = rows("rows")
+    scored_rows = rows("rows")
     started = time.perf_counter()
-    found = generate(asked)
+    outputs = generate(scored_rows)
     seconds = time.perf_counter() - started
     used = family_peak()
-    _keep_sums(args, [_sum(answer, len(row[1])) for answer, row in zip(found, asked, strict=True)])
+    _keep_sums(args, [_sum(answer, len(row[1])) for answer, row in zip(outputs, scored_rows, strict=True)])
     return {"seconds": seconds, "loaded_bytes": loaded, "peak_bytes": used}
 
 
 def _sum(answer: Any, num_tokens: int) -> float:
-    """Over the last tokens of the prompt, which are the completion."""
+    """Returns the log-probability of the completion, which is the end of the prompt."""
     ids, logprobs = answer.prompt_token_ids, answer.prompt_logprobs
     return sum(logprobs[place][ids[place]].logprob for place in range(len(ids) - num_tokens, len(ids)))
 

@@ -1,4 +1,4 @@
-"""What a data-plane benchmark reads: a file of pairs as people upload them, and a model's way to write them."""
+"""Makes the inputs of the data-plane benchmark: a file of pairs, and a model folder with a tokenizer."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 NUM_WORDS = 40_000
-PROMPT, CHOSEN, REJECTED = 60, 30, 40  # words, on average: with what JSON adds, 1 KB to a row
+PROMPT, CHOSEN, REJECTED = 60, 30, 40  # words on average, which make rows of 1 KB with the JSON around them
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -22,7 +22,7 @@ def write_pairs(file: Path, num_rows: int, *, seed: int = 0) -> None:
 
 
 def pairs(num_rows: int, *, seed: int = 0) -> Iterator[str]:
-    """Lines of prompt, chosen and rejected messages: made-up words, the n-th once for n times of the first."""
+    """Yields lines of prompt, chosen and rejected messages. The n-th random word is n times rarer than the first."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(NUM_WORDS)]
     cumulative = list(accumulate(1 / rank for rank in range(1, NUM_WORDS + 1)))
@@ -38,7 +38,7 @@ def pairs(num_rows: int, *, seed: int = 0) -> Iterator[str]:
 
 
 def save_tokenizer(folder: Path, *, num_rows: int) -> None:
-    """A byte-level BPE of 32k, trained on so many rows, with ChatML; and the config of a Llama without weights."""
+    """Saves a byte-level BPE tokenizer of 32k tokens, trained on `num_rows` rows, with ChatML and a Llama's config."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 

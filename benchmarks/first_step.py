@@ -1,9 +1,9 @@
-"""Where the time goes from a job's submission to its first step, and from its end to the policy's first answer.
+"""Measures the time from a job's submission to its first step, and from its end to the policy's first answer.
 
     python benchmarks/first_step.py --rows 64 --jobs 2 --picture first-step.png
 
-Starts `raydpo up` on a home of its own, waits until the machine is quiet, submits the first job (cold), then the
-others (warm), and asks the last policy. Prints every process that lived for a job, and draws them.
+Starts `raydpo up` with a new home, waits until the machine is quiet, and submits the first job (cold) and the
+others (warm). Prints and draws every process that worked for a job. With `--answer`, it asks the last policy.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from demo.rows import Shop
 from demo.service import Service
 from services.cli.watch import follow
 
-QUIET_CPU = 0.3  # of all cores, for two seconds; an idle Ray takes 0.15 of two slow ones
+QUIET_CPU = 0.3  # the most of all cores, for two seconds; an idle Ray takes 0.15 of two slow cores
 QUIET_SECONDS = 60
 SIZES: dict[str, dict[str, Any]] = {
     "40M": {"hidden_size": 512, "num_layers": 8, "vocabulary": 32_000},
@@ -38,26 +38,26 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """One job. Seconds of wall time since it was submitted, and CPU seconds of the whole machine by then."""
+    """The figures of one job."""
 
-    marks: dict[str, tuple[float, float]]
+    marks: dict[str, tuple[float, float]]  # wall seconds since it was submitted, and CPU seconds of the machine
     lives: list[Life]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--data", type=Path, help="a preference file whose first rows are taken; default: made-up rows")
-    parser.add_argument("--model", choices=SIZES, default="40M")
-    parser.add_argument("--jobs", type=int, default=2, help="the first is cold, the others are warm")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--answer", action="store_true", help="ask the last policy, and time its first answer")
-    parser.add_argument("--picture", type=Path, help="where to draw the last job's processes, as PNG")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=int, default=64, help="Rows of each job. Default: %(default)s.")
+    parser.add_argument("--data", type=Path, help="A preference file with the rows. Default: random rows.")
+    parser.add_argument("--model", choices=SIZES, default="40M", help="Default: %(default)s.")
+    parser.add_argument("--jobs", type=int, default=2, help="The first is cold, the others warm. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Default: %(default)s.")
+    parser.add_argument("--answer", action="store_true", help="Ask the last policy, and time its first answer.")
+    parser.add_argument("--picture", type=Path, help="A PNG file for a drawing of the last job's processes.")
+    parser.add_argument("--json", type=Path, help="A file for the figures.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-first-step-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        os.chmod(folder, 0o755)  # as root, PostgreSQL is another user and must reach its data
+        os.chmod(folder, 0o755)  # started by root, PostgreSQL runs as another user, who must reach its data
         model, files = prepare(folder, options)
         home = folder / "home"
         home.mkdir()
@@ -68,16 +68,16 @@ def main() -> None:
             runs = [run(client, recorder, file, options, last=file is files[-1]) for file in files]
         finally:
             service.stop()
-    for number, found in enumerate(runs):
-        show(found, "cold" if number == 0 else f"warm, {number}")
+    for number, result in enumerate(runs):
+        show(result, "cold" if number == 0 else f"warm, {number}")
     if options.picture:
         draw(runs[-1], options.picture)
     if options.json:
-        options.json.write_text(json.dumps([found.marks for found in runs], indent=1))
+        options.json.write_text(json.dumps([result.marks for result in runs], indent=1))
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, list[Path]]:
-    """A base model, and a file of other rows for each job: none finds another's in the cache."""
+    """Makes a base model, and for each job a file of its own rows, so that none is in the cache."""
     model, count = folder / "model", options.rows * options.jobs
     if options.data:
         lines = options.data.read_text().splitlines()[:count]
@@ -101,7 +101,7 @@ def wait_until_quiet() -> None:
     deadline = time.monotonic() + QUIET_SECONDS
     while psutil.cpu_percent(2) > 100 * QUIET_CPU:
         if time.monotonic() > deadline:
-            print("The machine is not quiet: the figures hold other work, too.", file=sys.stderr)
+            print("The machine is not quiet, so the figures include other work.", file=sys.stderr)
             return
 
 
@@ -118,36 +118,36 @@ def run(client: openai.OpenAI, recorder: Recorder, file: Path, options: argparse
 
     with recorder.recording() as lives:
         job = client.fine_tuning.jobs.create(model="base", training_file=stored.id, method=method)  # type: ignore[arg-type]
-        for told in follow(client, job.id):
-            _mark_event(told, mark)
+        for update in follow(client, job.id):
+            _mark_event(update, mark)
         ended = client.fine_tuning.jobs.retrieve(job.id)
         if ended.status != "succeeded":
             raise SystemExit(f"the job is {ended.status}: {ended.error}")
         mark("end of the job")
         if options.answer and last:
-            asked = [{"role": "user", "content": "Where do I find a red saw?"}]
-            client.chat.completions.create(model=ended.fine_tuned_model, messages=asked, max_tokens=8)  # type: ignore[arg-type]
+            messages = [{"role": "user", "content": "Where do I find a red saw?"}]
+            client.chat.completions.create(model=ended.fine_tuned_model, messages=messages, max_tokens=8)  # type: ignore[arg-type]
             mark("first answer")
     return Run(marks, [life.since(began) for life in lives])
 
 
-def _mark_event(told: dict[str, Any], mark: Callable[[str], None]) -> None:
-    match told["object"]:
+def _mark_event(update: dict[str, Any], mark: Callable[[str], None]) -> None:
+    match update["object"]:
         case "fine_tuning.job.progress":
-            if told["progress"]:
-                mark(f"{told['progress']['stage']} begins")
-        case "fine_tuning.job.event" if told["type"] == "metrics":
+            if update["progress"]:
+                mark(f"{update['progress']['stage']} begins")
+        case "fine_tuning.job.event" if update["type"] == "metrics":
             mark("first step")
-        case "fine_tuning.job.event" if told["message"].startswith("Fine-tuning job started"):
+        case "fine_tuning.job.event" if update["message"].startswith("Fine-tuning job started"):
             mark("workers are ready")
 
 
-def show(found: Run, title: str) -> None:
+def show(result: Run, title: str) -> None:
     print(f"\n{title}\n{'seconds':>9} {'CPU s':>7}")
-    for what, (seconds, cpu) in found.marks.items():
+    for what, (seconds, cpu) in result.marks.items():
         print(f"{seconds:9.1f} {cpu:7.1f}  {what}")
     print(f"\n{'began':>7} {'imported':>8} {'useful':>7} {'ended':>7} {'CPU s':>7} {'MB':>6}  process")
-    for life in sorted(found.lives, key=lambda life: life.began):
+    for life in sorted(result.lives, key=lambda life: life.began):
         if life.cpu_seconds < 0.05:
             continue
         times = "".join(
@@ -156,14 +156,14 @@ def show(found: Run, title: str) -> None:
         print(f"{times} {life.cpu_seconds:7.1f} {life.peak_bytes / 1e6:6.0f}  {life.name}")
 
 
-def draw(found: Run, picture: Path) -> None:
+def draw(result: Run, picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lives = sorted((life for life in found.lives if life.cpu_seconds >= 0.3), key=lambda life: life.began)
-    end = max(seconds for seconds, _ in found.marks.values())
+    lives = sorted((life for life in result.lives if life.cpu_seconds >= 0.3), key=lambda life: life.began)
+    end = max(seconds for seconds, _ in result.marks.values())
     figure, axes = pyplot.subplots(figsize=(11, 1 + 0.25 * len(lives)))
     for row, life in enumerate(lives):
         start, stop = max(0.0, life.began), min(end, life.ended or end)
@@ -171,7 +171,7 @@ def draw(found: Run, picture: Path) -> None:
         axes.barh(row, ready - start, left=start, color="tab:orange")
         axes.barh(row, stop - ready, left=ready, color="tab:blue", alpha=0.5)
         axes.text(stop, row, f" {life.name}: {life.cpu_seconds:.1f} CPU s", va="center", fontsize=7)
-    for what, (seconds, _) in found.marks.items():
+    for what, (seconds, _) in result.marks.items():
         axes.axvline(seconds, color="gray", linewidth=0.6)
         axes.text(seconds, -1.2, what, rotation=30, fontsize=7)
     axes.invert_yaxis()

@@ -1,9 +1,9 @@
-"""The control plane under load: submissions and reads of a job's status, with PostgreSQL beside it, by `wrk`.
+"""Measures the control plane under load from `wrk`: job submissions and reads of a job's status.
 
     python benchmarks/load.py --control-planes 2
 
-Nothing trains: no Ray answers, so every job stays queued. `wrk` (Debian's package) is another process, whose own
-share of the cores is printed too.
+PostgreSQL runs on the same machine. There is no Ray, so every job stays queued. `wrk` (a package of Debian) is a
+separate process, whose share of the cores is printed, too.
 """
 
 import argparse
@@ -42,9 +42,9 @@ PAIR = '{"prompt": "What is %d plus 1?", "chosen": "It is %d.", "rejected": "No 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=20)
-    parser.add_argument("--connections", type=int, default=16, help="to each control plane")
-    parser.add_argument("--control-planes", type=int, default=1, help="on the one database")
+    parser.add_argument("--seconds", type=int, default=20, help="Of each measurement. Default: %(default)s.")
+    parser.add_argument("--connections", type=int, default=16, help="To each control plane. Default: %(default)s.")
+    parser.add_argument("--control-planes", type=int, default=1, help="That share a database. Default: %(default)s.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-load-") as folder, ExitStack() as stops:
         os.chmod(folder, 0o755)
@@ -60,7 +60,7 @@ def main() -> None:
 
 @dataclass
 class Service:
-    """A control plane."""
+    """A running control plane."""
 
     process: psutil.Popen
     url: str
@@ -69,7 +69,7 @@ class Service:
         return self.process.memory_info().rss / 2**20
 
     def seconds(self) -> float:
-        """Of the processor."""
+        """Returns the CPU seconds that the process has used."""
         return sum(self.process.cpu_times()[:2])
 
     def stop(self) -> None:
@@ -107,23 +107,24 @@ def measure(services: Sequence[Service], options: argparse.Namespace) -> None:
 
 
 def show(name: str, path: str, script: str, services: Sequence[Service], options: argparse.Namespace) -> None:
-    """Rates and errors of all together, times of the slowest."""
+    """Measures one request on all services at once. Prints their total rate and errors, and the slowest one's times."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
         file.flush()
         wrk = ["wrk", "-t1", f"-c{options.connections}", f"-d{options.seconds}", "--latency", "-s", file.name]
-        before, own = sum(service.seconds() for service in services), children_seconds()
+        before, wrk_before = sum(service.seconds() for service in services), children_seconds()
         running = [
             subprocess.Popen([*wrk, service.url + path], stdout=subprocess.PIPE, text=True) for service in services
         ]
         reports = [process.communicate()[0] for process in running]
-        spent, own = sum(service.seconds() for service in services) - before, children_seconds() - own
+        spent = sum(service.seconds() for service in services) - before
+        wrk_spent = children_seconds() - wrk_before
     rate = sum(float(re.search(r"Requests/sec:\s+([\d.]+)", report)[1]) for report in reports)
     p50, p99 = (
         max(milliseconds(re.search(rf"\n\s+{share}%\s+(\S+)", report)[1]) for report in reports) for share in (50, 99)
     )
     errors = sum(int(number) for report in reports for number in re.findall(r"Non-2xx or 3xx responses: (\d+)", report))
-    cores = spent / options.seconds, own / options.seconds
+    cores = spent / options.seconds, wrk_spent / options.seconds
     print(f"{name:8} {rate:8.0f} {p50:8.1f} {p99:8.1f} {errors:>7} {cores[0]:16.2f} {cores[1]:6.2f}")
 
 

@@ -1,4 +1,4 @@
-"""The most memory that processes held: `VmHWM`, which Linux keeps for each of them, in bytes."""
+"""Reads the peak memory of processes in bytes: `VmHWM`, which Linux keeps for each."""
 
 import threading
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ WATCH_SECONDS = 0.5
 
 
 def peak(pid: int | None = None) -> int:
-    """Of this process, or of another; 0 of one that is gone, or that nobody has waited for."""
+    """Returns the peak of this process or another; 0 if that has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -21,19 +21,19 @@ def peak(pid: int | None = None) -> int:
 
 
 def forget_peak() -> None:
-    """From here on, this process's peak begins at what it holds now."""
+    """Resets this process's peak to the memory that it uses now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def family_peak(pid: int | None = None) -> int:
-    """The sum for a process and all that it started and that runs: what they share is counted for each."""
+    """Returns the sum of the peaks of a process and its descendants. Memory that they share counts for each of them."""
     with suppress(psutil.NoSuchProcess):
         return peak(pid) + sum(peak(child.pid) for child in psutil.Process(pid).children(recursive=True))
     return 0
 
 
 def below(*titles: str) -> Iterator[int]:
-    """The ids of the processes that this one started, or that these started, and that have one of `titles`."""
+    """Yields the ids of this process's descendants whose command line contains one of `titles`."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if any(title in " ".join(process.cmdline()) for title in titles):
@@ -41,7 +41,7 @@ def below(*titles: str) -> Iterator[int]:
 
 
 class Watch:
-    """Looks at processes that may end before anyone asks them."""
+    """Records the largest peak of processes that may end before they can be asked."""
 
     def __init__(self, *titles: str) -> None:
         self._titles = titles

@@ -1,4 +1,4 @@
-"""The lives of processes that work for one folder: when each began, had imported, did something, and what it cost."""
+"""Records the processes that work for a folder: when each began, ended its imports and began its work, and its cost."""
 
 import os
 import time
@@ -10,20 +10,20 @@ from threading import Event, Thread
 
 PERIOD_SECONDS = 0.1
 TICKS = os.sysconf("SC_CLK_TCK")
-IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # of processes that have not begun what they are for
+IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # of processes that have not begun their work
 
 
 @dataclass
 class Life:
-    """Times are Unix seconds, or seconds since the moment given to `since`."""
+    """The times and costs of a process. Times are Unix seconds, or seconds after the moment given to `since`."""
 
     pid: int
     name: str
     began: float
     cpu_seconds: float  # within the recording
     peak_bytes: int
-    imported: float | None = None  # no library was loaded after this
-    useful: float | None = None  # it first had the name of what it does
+    imported: float | None = None  # when it loaded its last library
+    useful: float | None = None  # when it first had the name of its work
     ended: float | None = None
 
     def since(self, moment: float) -> "Life":
@@ -35,7 +35,7 @@ class Life:
 
 
 def machine_cpu_seconds() -> float:
-    """All that the machine's cores have done since it started, in user mode and for it in the kernel."""
+    """Returns the CPU seconds that all cores have spent since the machine started, in user and kernel mode."""
     user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
     return (user + nice + system + irq + softirq) / TICKS
 
@@ -46,16 +46,16 @@ class Recorder:
     def __init__(self, folder: str) -> None:
         self._folder = folder.encode()
         self._lives: dict[int, Life] = {}
-        self._before: dict[int, float] = {}  # CPU seconds that are not counted
+        self._before: dict[int, float] = {}  # CPU seconds before the recording
         self._libraries: dict[int, int] = {}
         self._strangers: set[int] = set()
 
     @contextmanager
     def recording(self) -> Iterator[list[Life]]:
-        """The lives of those seen in between; complete when it ends."""
+        """Records processes during the block. Yields a list, which is complete after the block."""
         for seen in (self._lives, self._before, self._libraries, self._strangers):
             seen.clear()
-        stopped, found = Event(), list[Life]()
+        stopped, lives = Event(), list[Life]()
 
         def watch() -> None:
             while not stopped.wait(PERIOD_SECONDS):
@@ -65,11 +65,11 @@ class Recorder:
         thread = Thread(target=watch, daemon=True)
         thread.start()
         try:
-            yield found
+            yield lives
         finally:
             stopped.set()
             thread.join()
-            found.extend(self._lives.values())
+            lives.extend(self._lives.values())
 
     def _look(self, *, first: bool = False) -> None:
         running = {int(name) for name in os.listdir("/proc") if name.isdigit()}
@@ -111,13 +111,13 @@ class Recorder:
         command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         if pid != os.getpid() and self._folder in command + environment:
             return True
-        if command:  # it has become what it will be
+        if command:  # it has its final command line
             self._strangers.add(pid)
         return False
 
 
 def _name(process: Path) -> str:
-    """What Ray calls it, or the part of the command line that tells."""
+    """Returns Ray's title of the process, or the most telling part of its command line."""
     words = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
     if words[0].startswith("ray::"):
         return words[0].strip()

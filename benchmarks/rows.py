@@ -1,4 +1,4 @@
-"""The model and the rows of a benchmark, where the caller brings none: random words in dialogue lengths."""
+"""Makes a benchmark's model and rows if the caller gives none: random words in texts as long as those of dialogues."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def dialogues(num_rows: int, *, num_completions: int, seed: int = 0) -> list[Row]:
-    """Prompts of about 126 tokens, best answers of 41, others of 53, log-normal around them."""
+    """Returns rows with log-normal lengths: on average 126 tokens for prompts, 41 for best answers, 53 for others."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(3000)]
 
@@ -30,12 +30,12 @@ def dialogues(num_rows: int, *, num_completions: int, seed: int = 0) -> list[Row
 
 
 def as_pairs(row: Row) -> Iterator[Row]:
-    """What a trainer of pairs is given for a ranking: each completion before each worse one."""
+    """Yields the pairs of a ranking: each completion with each worse one."""
     for chosen, rejected in combinations(row["completions"], 2):
         yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 def save_model(folder: Path, rows: list[Row]) -> None:
-    """A random Llama of 40M weights and a vocabulary of 32k, in which each of the rows' words is about one token."""
+    """Saves a random Llama of 40M weights and 32k tokens. Each of the rows' words is about one token."""
     texts = [m["content"] for row in rows for message in (row["prompt"], *row["completions"]) for m in message]
     make_base_model(folder, texts, hidden_size=512, num_layers=8, vocabulary=32_000)

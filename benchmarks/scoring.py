@@ -1,14 +1,13 @@
-"""Scoring the reference: a Ray Serve deployment, as a job uses it, against vLLM's own offline `LLM.generate`.
+"""Compares two ways to score the reference: a job's Ray Serve deployment, and vLLM's own offline `LLM.generate`.
 
     python benchmarks/scoring.py --rows 256 --mean-length 256 --repeats 3 --json results.json
 
-The same rows of random ids, pairs of a prompt and two completions; the same weights, a random Llama of 11M unless
-`--model` names a folder. Columns run one after the other, forth and back, each in a process of its own: an engine is
-loaded, warmed up with sixteen rows, timed once on all, and stopped; figures are medians. Ours reads the encoded
-rows from Parquet, asks through the application's handle, and writes the sums; of vLLM only `generate` is timed. Loading
-is in no figure. With `--longest` every row is as long as the model takes, less the one token that
-`generate` must make. Peaks are of the replica and its engine, or of the offline process and its engine.
-It runs on CPUs.
+Both score the same pairs of random ids with the same weights, a random Llama of 11M unless `--model` names a folder.
+Columns run in turn, forward and then backward, each in its own process: it loads an engine, warms it up with sixteen
+rows, times it once on all rows, and stops it. Figures are medians, and exclude loading. Our time includes reading
+the rows from Parquet, calls through the application's handle, and writing the sums; vLLM's is that of `generate` alone.
+With `--longest`, every row has the model's full length, less the one token that `generate` must make. Peaks are those
+of the replica or offline process with its engine. It runs on CPUs.
 """
 
 import argparse
@@ -22,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # or threads that wait spin, and Ray's processes with them
-os.environ.pop("OMP_NUM_THREADS", None)  # each engine decides for itself
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # otherwise waiting threads spin, also in Ray's processes
+os.environ.pop("OMP_NUM_THREADS", None)  # each engine chooses its own
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.engines import COLUMNS, OURS, Figures
@@ -31,7 +30,7 @@ from demo.base_model import make_base_model
 from dpo_core.encoding.encode import EncodedGroup
 from services.training.data.dataset import Dataset, write_part
 
-ROWS_PER_PART = 1000  # as the pieces of an encoded file
+ROWS_PER_PART = 1000  # similar to the pieces of an encoded file
 WARM_ROWS = 16
 
 
@@ -48,35 +47,37 @@ def main() -> None:
             for name in COLUMNS if repeat % 2 == 0 else reversed(COLUMNS):
                 runs[name].append(_in_its_own_process(args, name, num_tokens))
                 print(f"{name}: {runs[name][-1]}", flush=True)
-        medians = {name: _median(found) for name, found in runs.items()}
+        medians = {name: _median(figures) for name, figures in runs.items()}
         for name in COLUMNS:
             medians[name]["largest_difference"] = _largest_difference(args.folder, name)
     print(f"\n{args.rows} rows, {num_tokens:,} tokens, {args.dtype}, {os.cpu_count()} cores")
     _print_table(medians)
     if args.json:
         names = ("rows", "mean_length", "longest", "dtype", "hidden_size", "layers")
-        asked = {name: getattr(args, name) for name in names} | {"tokens": num_tokens}
-        args.json.write_text(json.dumps({"arguments": asked, "medians": medians, "runs": runs}, indent=1))
+        arguments = {name: getattr(args, name) for name in names} | {"tokens": num_tokens}
+        args.json.write_text(json.dumps({"arguments": arguments, "medians": medians, "runs": runs}, indent=1))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder with weights; else a random Llama")
-    parser.add_argument("--hidden-size", type=int, default=256, help="of the random Llama, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=4, help="of the random Llama")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rows", type=int, default=256, help="pairs: each is scored as two sequences")
-    parser.add_argument("--mean-length", type=int, default=256, help="tokens of a prompt and one completion")
-    parser.add_argument("--longest", action="store_true", help="all rows at the model's limit instead")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write every figure")
+    hidden_size = "Of the random Llama, a multiple of 64. Default: %(default)s."
+    mean_length = "Tokens of a prompt with one completion. Default: %(default)s."
+    parser.add_argument("--model", type=Path, help="A Hugging Face folder with weights. Default: a random Llama.")
+    parser.add_argument("--hidden-size", type=int, default=256, help=hidden_size)
+    parser.add_argument("--layers", type=int, default=4, help="Of the random Llama. Default: %(default)s.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Default: %(default)s.")
+    parser.add_argument("--rows", type=int, default=256, help="Pairs, scored as two rows each. Default: %(default)s.")
+    parser.add_argument("--mean-length", type=int, default=256, help=mean_length)
+    parser.add_argument("--longest", action="store_true", help="Give all rows the model's full length instead.")
+    parser.add_argument("--repeats", type=int, default=3, help="Default: %(default)s.")
+    parser.add_argument("--json", type=Path, help="A file for every figure. Default: none is written.")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--column", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    """The model and the rows of all runs; how many tokens the rows have, prompts once for each completion."""
+    """Makes the model and rows of all runs. Returns the tokens of the rows, with a prompt for each completion."""
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -98,7 +99,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _groups(num_rows: int, mean_length: int, limit: int, vocabulary: int, *, spread: float) -> list[EncodedGroup]:
-    """Log-normal lengths; a prompt has three fifths of a row."""
+    """Returns groups of log-normal lengths. A prompt has three fifths of a row's tokens."""
     rng = random.Random(0)
 
     def ids(share: float) -> list[int]:
@@ -109,12 +110,12 @@ def _groups(num_rows: int, mean_length: int, limit: int, vocabulary: int, *, spr
 
 
 def _in_its_own_process(args: argparse.Namespace, column: str, num_tokens: int) -> Figures:
-    given = [f"--model={args.model}", f"--dtype={args.dtype}", f"--folder={args.folder}"]
-    run = subprocess.run([sys.executable, __file__, *given, "--column", column], capture_output=True, text=True)
+    options = [f"--model={args.model}", f"--dtype={args.dtype}", f"--folder={args.folder}"]
+    run = subprocess.run([sys.executable, __file__, *options, "--column", column], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{column} failed:\n{run.stderr}")
-    found: Figures = json.loads(run.stdout.rpartition("RESULT ")[2])
-    return found | {"tokens_per_second": num_tokens / found["seconds"]}
+    figures: Figures = json.loads(run.stdout.rpartition("RESULT ")[2])
+    return figures | {"tokens_per_second": num_tokens / figures["seconds"]}
 
 
 def _median(runs: list[Figures]) -> Figures:
@@ -122,7 +123,7 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _largest_difference(folder: Path, column: str) -> float:
-    """Of a completion's sum from ours, in nats, in the last runs."""
+    """Returns the largest difference of a completion's log-probability from ours, in nats, in the last runs."""
     sums, ours = (json.loads((folder / f"{name}.sums.json").read_text()) for name in (column, OURS))
     return max(abs(one - other) for one, other in zip(sums, ours, strict=True))
 
@@ -131,14 +132,14 @@ def _print_table(medians: dict[str, Figures]) -> None:
     ours = medians[OURS]
     head = ("seconds", "tokens/s", "ours is", "loaded GB", "peak GB", "sums differ")
     print(f"{'':24}" + "".join(f"{title:>14}" for title in head))
-    for name, found in medians.items():
+    for name, figures in medians.items():
         cells = (
-            f"{found['seconds']:.2f}",
-            f"{found['tokens_per_second']:,.0f}",
-            f"{ours['tokens_per_second'] / found['tokens_per_second']:.2f} x",
-            f"{found['loaded_bytes'] / 1e9:.2f}",
-            f"{found['peak_bytes'] / 1e9:.2f}",
-            f"{found['largest_difference']:.1e}",
+            f"{figures['seconds']:.2f}",
+            f"{figures['tokens_per_second']:,.0f}",
+            f"{ours['tokens_per_second'] / figures['tokens_per_second']:.2f} x",
+            f"{figures['loaded_bytes'] / 1e9:.2f}",
+            f"{figures['peak_bytes'] / 1e9:.2f}",
+            f"{figures['largest_difference']:.1e}",
         )
         print(f"{name:24}" + "".join(f"{cell:>14}" for cell in cells))
 

@@ -1,4 +1,4 @@
-"""What a job does with its training file, a stage at a time, in the process of a driver."""
+"""Runs and measures the stages of a job's data one by one, in a driver's process."""
 
 import os
 import threading
@@ -16,37 +16,37 @@ from dpo_core.data.survey import survey
 from services.containers import json_lines
 
 BATCH_SIZE = 64
-TASKS = ("ray::", "multiprocessing.spawn")  # titles of the processes that encode
+TASKS = ("ray::", "multiprocessing.spawn")  # in the titles of the processes that encode
 Figures = dict[str, float]
 
 Result = TypeVar("Result")
 
 
 def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[str, Figures]:
-    """The figures of each stage, in the order of a job."""
-    found: dict[str, Figures] = {}
-    report, found["survey"] = _measured(lambda: _survey(file))  # before Ray is imported: the control plane has none
+    """Returns the figures of each stage, in the order of a job."""
+    by_stage: dict[str, Figures] = {}
+    report, by_stage["survey"] = _measured(lambda: _survey(file))  # before Ray's import, as in the control plane
     if report.refusal:
         raise SystemExit(report.refusal)
     if not in_process:
         start_ray(object_store_memory=2**29)
     with Watch(*TASKS) as tasks:
         encode = _encode_in_pool if in_process else _prepare
-        dataset, found["encode"] = _measured(lambda: encode(file, model, folder, "first"))
-    found["encode"]["bytes_on_disk"] = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
+        dataset, by_stage["encode"] = _measured(lambda: encode(file, model, folder, "first"))
+    by_stage["encode"]["bytes_on_disk"] = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
     if not in_process:
-        again, found["cache"] = _measured(lambda: _prepare(file, model, folder, "second"))
+        again, by_stage["cache"] = _measured(lambda: _prepare(file, model, folder, "second"))
         assert again == dataset
-        first, found["streamed"] = _measured(lambda: _stream(file, model, folder / "streamed"))
-        found["streamed"] |= first
-    found |= _train(dataset)
+        first, by_stage["streamed"] = _measured(lambda: _stream(file, model, folder / "streamed"))
+        by_stage["streamed"] |= first
+    by_stage |= _train(dataset)
     num_tokens = sum(part.num_tokens for part in dataset.parts)
-    for figures in found.values():
+    for figures in by_stage.values():
         rows = figures.setdefault("rows", dataset.num_groups)
         figures["rows_per_second"] = rows / figures["seconds"]
         figures["tokens_per_second"] = figures["rows_per_second"] * num_tokens / dataset.num_groups
-    found["encode"] |= {"task_peak_bytes": tasks.largest, "tokens": num_tokens}
-    return found
+    by_stage["encode"] |= {"task_peak_bytes": tasks.largest, "tokens": num_tokens}
+    return by_stage
 
 
 def _measured(work: Callable[[], Result]) -> tuple[Result, Figures]:
@@ -63,7 +63,7 @@ def _survey(file: Path) -> Any:
 
 
 def _spec(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """An objective without a reference: nothing is scored here."""
+    """Returns the spec of a job whose objective needs no reference, so that nothing is scored."""
     from dpo_core.options import Simpo
     from services.contract import AttemptSpec
 
@@ -87,32 +87,32 @@ def _config(**fields: Any) -> Any:
 
 
 def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """As a driver does, in Ray's tasks. The second job on the same bytes finds what the first has made."""
+    """Prepares data in Ray tasks, as a driver does. A second job with the same file finds them in the cache."""
     from services.training.preparation import prepare
 
     return prepare(_spec(file, model, folder, job), lambda report: None).training
 
 
 def _stream(file: Path, model: Path, folder: Path) -> Figures:
-    """Encodes all, while a trainer that does nothing reads its first batch as soon as it can."""
+    """Encodes a file while a trainer that does nothing reads its first batch. Returns when that batch came."""
     from services.training.data.row_order import global_batches
     from services.training.preparation import prepare
 
-    started, found = time.perf_counter(), Figures()
+    started, figures = time.perf_counter(), Figures()
 
     def read(stream: Any) -> None:
         next(global_batches(stream, _config(), after_step=0))
-        found["first_batch_seconds"] = time.perf_counter() - started
+        figures["first_batch_seconds"] = time.perf_counter() - started
 
     def begin(stream: Any) -> None:
         threading.Thread(target=read, args=(stream,)).start()
 
     prepare(_spec(file, model, folder, "third"), lambda report: None, begin)
-    return found
+    return figures
 
 
 def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """The same pieces in as many processes as there are cores, without Ray."""
+    """Encodes the same pieces without Ray, in one process per core."""
     from services.training.data.encoding import Encoded, Piece, encode, encode_piece, recipe_of
 
     spec, uri = _spec(file, model, folder, job), str(folder / "cache")
@@ -125,7 +125,7 @@ def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 
 def _train(dataset: Any) -> dict[str, Figures]:
-    """A trainer that does nothing reads an epoch, and resumes it in the middle."""
+    """Reads the batches of an epoch as a trainer does, and again from the middle."""
     from services.training.data.row_order import global_batches, num_steps
 
     config = _config()

@@ -1,6 +1,6 @@
-"""Open streams on one control plane: whether every reader gets every event, how late, and what a stream costs.
+"""Opens many event streams on one control plane. Measures lost events, latency, and the cost of a stream.
 
-Server, writer and readers are processes of their own. One reader in a hundred stops reading until all is written.
+Server, writer and readers are separate processes. One reader in a hundred stops reading until all is written.
 """
 
 import argparse
@@ -31,11 +31,12 @@ PADDING = "x" * 500
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=10_000)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--events", type=int, default=60, help="of each job")
-    parser.add_argument("--per-second", type=float, default=1.0, help="of each job")
-    parser.add_argument("--slow", type=float, default=0.01, help="share of readers that read only at the end")
+    parser.add_argument("--streams", type=int, default=10_000, help="Default: %(default)s.")
+    parser.add_argument("--jobs", type=int, default=1, help="Default: %(default)s.")
+    parser.add_argument("--events", type=int, default=60, help="Of each job. Default: %(default)s.")
+    parser.add_argument("--per-second", type=float, default=1.0, help="Events of each job. Default: %(default)s.")
+    slow = "The share of readers that read only at the end. Default: %(default)s."
+    parser.add_argument("--slow", type=float, default=0.01, help=slow)
     options = parser.parse_args()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
@@ -78,11 +79,11 @@ def measure(options: argparse.Namespace, home: Path, server: psutil.Process) -> 
     seconds = time.monotonic() - began
     used = server.cpu_times()
     stop.set()
-    found = results.get()
+    figures = results.get()
     peak = server.memory_info().rss
     share = (used.user + used.system - busy.user - busy.system) / seconds
     print(f"server: {share:.0%} of a core, {(peak - before) / 2**20:.0f} MiB more than without streams at the end")
-    print(json.dumps(found, indent=1))
+    print(json.dumps(figures, indent=1))
     reading.join()
 
 
@@ -96,7 +97,7 @@ def submit(url: str, key: str, count: int) -> list[str]:
 
 
 def open_attempts(url: str, jobs: list[str]) -> dict[str, str]:
-    """The token of a first attempt of each job: no Ray is there to launch one."""
+    """Inserts a first attempt of each job, because there is no Ray to launch one. Returns their tokens by job."""
     tokens = {job: secrets.token_hex(16) for job in jobs}
     with psycopg.connect(url) as connection:
         for job, token in tokens.items():
@@ -111,11 +112,11 @@ def open_attempts(url: str, jobs: list[str]) -> dict[str, str]:
 def database_url(home: Path) -> str:
     from services.local.postgres import start_postgres
 
-    return start_postgres(home / "postgres")  # the one that runs
+    return start_postgres(home / "postgres")  # finds the one that runs already
 
 
 def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key: str) -> None:
-    """Post events as attempts do, and between them ask for a job as any client does."""
+    """Posts events as attempts do, and in between retrieves a job as a client does."""
     root = url.removesuffix("/v1")
     began = time.monotonic()
     waited = []
@@ -130,9 +131,9 @@ def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key
                     headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
                 )
                 assert answer.is_success, answer.text
-            asked = time.monotonic()
+            asked_at = time.monotonic()
             http.get(f"{url}/fine_tuning/jobs/{next(iter(tokens))}", headers={"Authorization": f"Bearer {key}"})
-            waited.append(time.monotonic() - asked)
+            waited.append(time.monotonic() - asked_at)
             time.sleep(max(0.0, began + (seq + 1) / options.per_second - time.monotonic()))
     print(
         f"meanwhile a job is retrieved in {sorted(waited)[len(waited) // 2] * 1000:.0f} ms, at most {max(waited):.2f} s"
@@ -140,7 +141,7 @@ def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key
 
 
 class Reader(asyncio.Protocol):
-    """One stream; it notes where the numbers of its events are not 0, 1, 2, …"""
+    """Reads one stream, and counts events whose number is not the next of 0, 1, 2, …"""
 
     latencies: list[float] = []  # noqa: RUF012
 

@@ -1,11 +1,11 @@
-"""A day in the life of one service with ten projects, in minutes: what nine notice of the tenth, which is hostile.
+"""Measures how much a hostile project slows down the nine other projects of a service.
 
     python -m benchmarks.tenants --seconds 60
 
-The nine submit jobs, follow them, and receive webhooks, first alone and then beside the tenth. That one fills the queue
-with the highest priority, pauses and resumes, asks for checks, sends webhooks to a hundred tarpits, holds sockets of
-which it reads nothing or to which it sends nothing, waits for a model that never loads, lists all it can, and guesses
-keys. Ray is a stand-in, on which each job runs for three seconds.
+The nine submit jobs, follow them and receive webhooks, first alone and then beside the hostile project. That one fills
+the queue with the highest priority, pauses and resumes jobs, asks for checks, has a hundred webhook endpoints that
+never answer, holds sockets open without reading or sending, waits for a model that never loads, lists everything, and
+guesses keys. A stand-in replaces Ray and runs each job for three seconds.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from tests.services.web import running
 KEY = "rd-benchmark"
 ORDINARY, TARPITS = 9, 100
 JOB_SECONDS = 3.0
-SUBMIT_SECONDS, STATUS_SECONDS = 20.0, 0.25  # between two of one project
+SUBMIT_SECONDS, STATUS_SECONDS = 20.0, 0.25  # between two requests of one project
 SETTINGS = {"max_running_jobs": 8, "requests_per_minute": 1200, "max_requests": 200, "stall_seconds": 5}
 DPO = {"type": "dpo"}
 
 
 class Ray(FakeRay):
-    """Its attempts report after JOB_SECONDS that they succeeded; no model ever loads."""
+    """A stand-in for Ray. Its attempts report success after JOB_SECONDS, and its models never load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Ray(FakeRay):
 
 @dataclass
 class Seen:
-    """By the nine."""
+    """What the nine projects saw."""
 
     seconds: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: Counter[int] = field(default_factory=Counter)
@@ -97,7 +97,7 @@ class Seen:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="of each of the two parts")
+    parser.add_argument("--seconds", type=int, default=60, help="Of each of the two parts. Default: %(default)s.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-tenants-") as folder, ExitStack() as stops:
         os.chmod(folder, 0o755)
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def start(home: Path, database_url: str, ray: Ray, receiver: Receiver, stops: ExitStack) -> str:
-    """The control plane's URL."""
+    """Starts a control plane. Returns its URL."""
     settings = {f"RAYDPO_{name.upper()}": str(value) for name, value in SETTINGS.items()}
     environment = (
         os.environ
@@ -151,16 +151,16 @@ def start(home: Path, database_url: str, ray: Ray, receiver: Receiver, stops: Ex
 
 
 def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
-    """Its name, a key of it, and a file."""
+    """Makes a project with a webhook endpoint. Returns its name, a key, and the id of a file."""
     with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=60) as admin:
         project = admin.post(f"{url}/x/projects", json={"name": name}).json()["id"]
         scopes = ["read", "write", "inference", "admin"]
         made = admin.post(f"{url}/x/keys", json={"name": "k", "project_id": project, "scopes": scopes}).json()
-    with httpx.Client(headers={"authorization": f"Bearer {made['value']}"}, timeout=60) as own:
+    with httpx.Client(headers={"authorization": f"Bearer {made['value']}"}, timeout=60) as client:
         hook = {"name": "n", "url": f"{receiver_url}/{name}", "event_types": ["fine_tuning.job.succeeded"]}
-        own.post(f"{url}/webhook_endpoints", json=hook).raise_for_status()
+        client.post(f"{url}/webhook_endpoints", json=hook).raise_for_status()
         upload = {"files": {"file": ("p.jsonl", pairs())}, "data": {"purpose": "fine-tune"}}
-        return name, str(made["value"]), str(own.post(f"{url}/files", **upload).json()["id"])
+        return name, str(made["value"]), str(client.post(f"{url}/files", **upload).json()["id"])
 
 
 # --- the nine ------------------------------------------------------------------------------------
@@ -169,18 +169,18 @@ def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
 def measure(
     what: str, url: str, projects: list[tuple[str, str, str]], ray: Ray, receiver: Receiver, seconds: float
 ) -> dict[str, list[float]]:
-    """Medians and 99th percentiles of what the nine waited for."""
+    """Lets the nine projects work. Returns the median and 99th percentile of their waiting times by request."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # from the stand-ins' threads
         seen = apart.submit(work, url, projects, seconds).result()
-    time.sleep(10)  # for what was submitted last
-    told = {json.loads(m.body)["data"]["id"]: m for m in receiver.received if m.path.startswith("/ordinary")}
+    time.sleep(10)  # so that the last jobs can end
+    notified = {json.loads(m.body)["data"]["id"] for m in receiver.received if m.path.startswith("/ordinary")}
     seen.seconds["start"] = [ray.started[job] - at for job, at in seen.jobs.items() if job in ray.started]
-    found = {name: quantiles(values) for name, values in seen.seconds.items()}
+    by_request = {name: quantiles(values) for name, values in seen.seconds.items()}
     for name, values in seen.seconds.items():
-        print(f"{name:10} {what:10} {len(values):7} {found[name][0]:8.3f} {found[name][1]:8.3f}")
-    delivered = sum(job in told for job in seen.jobs)
+        print(f"{name:10} {what:10} {len(values):7} {by_request[name][0]:8.3f} {by_request[name][1]:8.3f}")
+    delivered = sum(job in notified for job in seen.jobs)
     print(f"{'webhooks':10} {what:10} {delivered:7} of {len(seen.jobs)} jobs; answers: {dict(seen.statuses)}")
-    return found
+    return by_request
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -197,14 +197,14 @@ def work(url: str, projects: list[tuple[str, str, str]], seconds: float) -> Seen
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
                 for _, key, file in projects:
-                    group.create_task(live(url, key, file, seen))
+                    group.create_task(use(url, key, file, seen))
 
     asyncio.run(all_at_once())
     return seen
 
 
-async def live(url: str, key: str, file: str, seen: Seen) -> None:
-    """Submit a job now and then, and ask after it."""
+async def use(url: str, key: str, file: str, seen: Seen) -> None:
+    """Submits a job every SUBMIT_SECONDS, and asks for its status in between."""
     async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
 
         async def ask(name: str, method: str, path: str, **options: Any) -> httpx.Response:
@@ -232,11 +232,13 @@ async def live(url: str, key: str, file: str, seen: Seen) -> None:
 
 
 def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str) -> None:
-    """In every way at once, until it is killed."""
+    """Attacks the service in every way at once, until it is killed."""
     asyncio.run(Hostile(url, key, file, receiver_url).run())
 
 
 class Hostile:
+    """The hostile project."""
+
     def __init__(self, url: str, key: str, file: str, receiver_url: str) -> None:
         self._url, self._file, self._receiver_url = url, file, receiver_url
         self._key = {"authorization": f"Bearer {key}"}
@@ -284,7 +286,7 @@ class Hostile:
         await self._client.get(f"{self._url}/models", headers={"authorization": f"Bearer rd-{random.random()}"})
 
     async def _hold(self, head: str, headers: dict[str, str]) -> None:
-        """A connection that is neither read nor written to any more, as long as it lasts."""
+        """Opens a connection, sends `head`, and then neither reads nor writes for 30 seconds."""
         split = urlsplit(self._url)
         _, writer = await asyncio.open_connection(split.hostname, split.port, limit=1)
         writer.transport.pause_reading()

@@ -1,4 +1,4 @@
-"""What the tokenizer's own batch call makes of the same texts: the rate that a pipeline around it can reach."""
+"""Measures the tokenizer's own batch call on the same texts: the highest rate that a pipeline around it can reach."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from unittest.mock import patch
 
 ROWS_PER_CALL = 1000
 
-_loaded: tuple[Any, list[list[str]]]  # of a process of the pool: the tokenizer, and the texts of each row
+_loaded: tuple[Any, list[list[str]]]  # in each process of the pool: the tokenizer, and the texts of each row
 
 
 def tokens_per_second(model: Path, file: Path, num_rows: int, *, processes: int, threads: bool) -> float:
-    """On the first `num_rows` rows of a file, dealt to so many processes. Loading and rendering are not in it."""
+    """Measures the first `num_rows` rows of a file, divided among `processes`. Excludes loading and the template."""
     context = get_context("spawn")
     ready = context.Barrier(processes + 1)
     with (
@@ -40,18 +40,18 @@ def _load(model: Path, file: Path, num_rows: int, ready: Barrier) -> None:
 
 
 def _texts(row: dict[str, Any], tokenizer: Any) -> list[str]:
-    """A prompt and two completions, as ChatML writes them."""
+    """Returns a row's prompt and two completions as ChatML writes them."""
     prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
     return [prompt, *(row[name][0]["content"] + "<|im_end|>\n" for name in ("chosen", "rejected"))]
 
 
 def _tokenize(share: tuple[int, int]) -> int:
-    """How many tokens a process's share of the rows has."""
+    """Tokenizes a process's share of the rows. Returns the number of tokens."""
     first, stride = share
     tokenizer, rows = _loaded
-    own, num_tokens = iter(rows[first::stride]), 0
-    while chunk := list(islice(own, ROWS_PER_CALL)):
+    remaining, num_tokens = iter(rows[first::stride]), 0
+    while chunk := list(islice(remaining, ROWS_PER_CALL)):
         texts = [text for row in chunk for text in row]
-        found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-        num_tokens += sum(map(len, found.input_ids))
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        num_tokens += sum(map(len, encoded.input_ids))
     return num_tokens

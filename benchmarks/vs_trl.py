@@ -1,11 +1,12 @@
-"""The engine against TRL: the same rows in the same order, the same AdamW, one process per run, medians.
+"""Compares training with raydpo and with TRL on the same rows in the same order, with the same AdamW.
 
     python benchmarks/vs_trl.py --pairs 64 --batch-size 8 --repeats 3 --json results.json
 
-It needs torch, transformers, datasets and trl; where Ray is installed, the engine also runs inside a Ray
-Train worker. Columns run interleaved, forth and back. `reference` is the time of scoring where that is
-apart, `train` that of the steps; set-up is in neither. Memory is the process's peak: VmHWM, or what
-CUDA allocated. With `--kind ranked` a row has four completions, and TRL is given its six pairs.
+It needs torch, transformers, datasets and trl. If Ray is installed, raydpo also runs in a Ray Train worker. Columns
+run in turn, forward and then backward, each in its own process; figures are medians. `reference` is the time of
+scoring if that is a separate phase, and `train` that of the steps; neither includes the set-up. Memory is the
+process's peak: VmHWM, or what CUDA allocated. With `--kind ranked` a row has four completions, and TRL gets its six
+pairs.
 """
 
 import argparse
@@ -40,36 +41,37 @@ def main() -> None:
             for name in names if repeat % 2 == 0 else names[::-1]:
                 runs[name].append(_in_its_own_process(args, name, Path(folder)))
                 print(f"{name}: {runs[name][-1]}", flush=True)
-        medians = {name: _median(found) for name, found in runs.items()}
+        medians = {name: _median(figures) for name, figures in runs.items()}
         for name, difference in _weight_differences(args.model, Path(folder), names).items():
             medians[name]["weights_difference"] = difference
     _print_table(medians)
     if args.json:
-        asked = {"kind": args.kind, "dtype": args.dtype, "rows": args.pairs, "batch_size": args.batch_size}
-        args.json.write_text(json.dumps({"arguments": asked, "medians": medians, "runs": runs}, indent=1))
+        arguments = {"kind": args.kind, "dtype": args.dtype, "rows": args.pairs, "batch_size": args.batch_size}
+        args.json.write_text(json.dumps({"arguments": arguments, "medians": medians, "runs": runs}, indent=1))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="prompt/chosen/rejected messages, JSON Lines; else made up")
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder; else a random Llama of 40M parameters")
-    parser.add_argument("--kind", choices=NUM_COMPLETIONS, default="pairs")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--pairs", type=int, default=64, help="rows to train on")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows in an optimizer step")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ablate", action="store_true", help="also ours with a part at a time taken away")
-    parser.add_argument("--json", type=Path, help="where to write every figure")
+    data = "JSON Lines of prompt/chosen/rejected messages. Default: random rows."
+    parser.add_argument("--data", type=Path, help=data)
+    parser.add_argument("--model", type=Path, help="A Hugging Face folder. Default: a random Llama of 40M weights.")
+    parser.add_argument("--kind", choices=NUM_COMPLETIONS, default="pairs", help="Default: %(default)s.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Default: %(default)s.")
+    parser.add_argument("--pairs", type=int, default=64, help="Rows to train on. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Rows in an optimizer step. Default: %(default)s.")
+    parser.add_argument("--repeats", type=int, default=3, help="Default: %(default)s.")
+    parser.add_argument("--ablate", action="store_true", help="Also run raydpo without each of its parts.")
+    parser.add_argument("--json", type=Path, help="A file for every figure. Default: none is written.")
     parser.add_argument("--column", help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.data and args.kind == "ranked":
-        parser.error("--data holds pairs; --kind ranked makes its rows up.")
+        parser.error("--data holds pairs, and --kind ranked needs random rows; leave one of them out.")
     return args
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> None:
-    """The rows and the model of all runs, in `folder`."""
+    """Writes the rows and the model of all runs to `folder`."""
     rows = _read_pairs(args.data) if args.data else dialogues(args.pairs, num_completions=NUM_COMPLETIONS[args.kind])
     if len(rows) < args.pairs:
         raise SystemExit(f"{args.data} has {len(rows)} rows; --pairs asks for {args.pairs}.")
@@ -86,15 +88,15 @@ def _read_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_its_own_process(args: argparse.Namespace, column: str, folder: Path) -> Figures:
-    given = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "model", "dtype", "batch-size")]
+    options = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "model", "dtype", "batch-size")]
     ablate = ["--ablate"] if args.ablate else []
     weights = folder / f"{column}.pt"
-    command = [sys.executable, __file__, *given, *ablate, "--column", column, "--weights", str(weights)]
+    command = [sys.executable, __file__, *options, *ablate, "--column", column, "--weights", str(weights)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{column} failed:\n{run.stderr}")
-    found: Figures = json.loads(run.stdout.rpartition("RESULT ")[2])
-    return found
+    figures: Figures = json.loads(run.stdout.rpartition("RESULT ")[2])
+    return figures
 
 
 def _median(runs: list[Figures]) -> Figures:
@@ -102,7 +104,7 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _weight_differences(model: Path, folder: Path, names: list[str]) -> Figures:
-    """How far each column's weights end from ours, as a share of the way that ours went."""
+    """Returns each column's distance from our final weights, as a share of the distance that training moved ours."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -117,17 +119,17 @@ def _print_table(medians: dict[str, Figures]) -> None:
     ours = medians[OURS]
     head = ("rows/s", "with ref.", "tokens/s", "peak GB", "ours, with ref.", "memory", "matmul", "weights")
     print(f"\n{'':26}" + "".join(f"{title:>17}" for title in head))
-    for name, found in medians.items():
-        share = f"{found['matmul_share']:.0%}" if "matmul_share" in found else "-"
+    for name, figures in medians.items():
+        share = f"{figures['matmul_share']:.0%}" if "matmul_share" in figures else "-"
         cells = (
-            f"{found['rows_per_second']:.2f}",
-            f"{found['rows_per_second_with_reference']:.2f}",
-            f"{ours['tokens'] / found['train_seconds']:.0f}",
-            f"{found['peak_bytes'] / 1e9:.2f}",
-            f"{ours['rows_per_second_with_reference'] / found['rows_per_second_with_reference']:.2f} x",
-            f"{ours['peak_bytes'] / found['peak_bytes']:.2f}",
+            f"{figures['rows_per_second']:.2f}",
+            f"{figures['rows_per_second_with_reference']:.2f}",
+            f"{ours['tokens'] / figures['train_seconds']:.0f}",
+            f"{figures['peak_bytes'] / 1e9:.2f}",
+            f"{ours['rows_per_second_with_reference'] / figures['rows_per_second_with_reference']:.2f} x",
+            f"{ours['peak_bytes'] / figures['peak_bytes']:.2f}",
             share,
-            f"{found['weights_difference']:.1e}",
+            f"{figures['weights_difference']:.1e}",
         )
         print(f"{name:26}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"Training alone, against {BEST}: {ours['rows_per_second'] / medians[BEST]['rows_per_second']:.2f} x")

@@ -1,4 +1,4 @@
-"""The main job, start to finish: demonstrations, a supervised job, preference pairs, a DPO job, and its effect.
+"""Runs a supervised job and a DPO job from start to finish, and shows the effect of DPO on the policy's answers.
 
     python -m demo            MODEL=folder or hub id   DATA=preference file   KEEP=1   SIZE=small
 
@@ -37,7 +37,7 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything. Rates are for the demo's own base model, which starts from random weights."""
+    """The sizes of the demo's data, model and training."""
 
     num_things: int
     num_demonstrations: int
@@ -52,13 +52,13 @@ SIZES = {
     "full": Size(num_things=30, num_demonstrations=2000),
     "small": Size(num_things=15, num_demonstrations=1600),
 }
-OWN_RATES = {"supervised": 2e-3, "dpo": 6e-5}
+OWN_RATES = {"supervised": 2e-3, "dpo": 6e-5}  # for the demo's own base model, which has random weights
 GIVEN_RATES = {"supervised": 2e-5, "dpo": 2e-6}  # for a pretrained model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the two jobs learn from, as files, and what the policies are asked."""
+    """The files that the two jobs learn from, and the prompts for their policies."""
 
     demonstrations: Path
     pairs: Path
@@ -109,7 +109,7 @@ def main() -> None:
             step("6. Stopping everything")
             service.stop()
     if keep:
-        tell_how_to_talk(console, service, client, dpo.fine_tuned_model or "", rows.prompts[0])
+        print_how_to_chat(console, service, client, dpo.fine_tuned_model or "", rows.prompts[0])
     else:
         shutil.rmtree(home, ignore_errors=True)
     step("Done")
@@ -117,20 +117,20 @@ def main() -> None:
 
 
 def shop_rows(shop: Shop, size: Size, folder: Path) -> Rows:
-    """Rows of the generator, whose preference a rule can check."""
+    """Returns generated rows. Rules can check the answers to their prompts."""
     demonstrations, pairs = list(shop.demonstrations(size.num_demonstrations)), list(shop.pairs(size.num_pairs))
     return Rows(
         demonstrations=write_rows(
             folder / "demonstrations.jsonl",
-            ({"messages": [*asked(prompt), said(answer)]} for prompt, answer in demonstrations),
+            ({"messages": [*user_message(prompt), assistant_message(answer)]} for prompt, answer in demonstrations),
         ),
         pairs=write_rows(
             folder / "pairs.jsonl",
             (
                 {
-                    "input": {"messages": asked(prompt)},
-                    "preferred_output": [said(chosen)],
-                    "non_preferred_output": [said(rejected)],
+                    "input": {"messages": user_message(prompt)},
+                    "preferred_output": [assistant_message(chosen)],
+                    "non_preferred_output": [assistant_message(rejected)],
                 }
                 for prompt, chosen, rejected in pairs
             ),
@@ -141,11 +141,11 @@ def shop_rows(shop: Shop, size: Size, folder: Path) -> Rows:
 
 
 def users_rows(file: Path, folder: Path) -> Rows:
-    """The user's own pairs, in any format the service reads; their chosen answers are the demonstrations."""
+    """Returns the user's pairs, in any format that the service reads. Their chosen answers are the demonstrations."""
     with file.open("rb") as lines:
         groups = list(read_groups(read_lines(lines)))
     if len(groups[0].completions) < 2:
-        raise SystemExit(f"{file} holds demonstrations; DATA wants preference pairs.")
+        raise SystemExit(f"{file} has demonstrations; DATA must name a file of preference pairs.")
     messages = [(as_messages(group.prompt, "user"), as_messages(group.completions[0], "assistant")) for group in groups]
     text = [message["content"] for prompt, chosen in messages for message in [*prompt, *chosen]]
     return Rows(
@@ -168,7 +168,7 @@ def train(
     *,
     num_workers: int = 1,
 ) -> FineTuningJob:
-    """Upload, submit, watch; ends the demo where the job does not succeed."""
+    """Uploads a file, submits a job and watches it. Ends the demo if the job does not succeed."""
     with file.open("rb") as rows:
         stored = client.files.create(file=rows, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -191,7 +191,7 @@ def ask(client: OpenAI, console: Console, model: str, prompts: Sequence[str]) ->
         )
         return reply.choices[0].message.content or ""
 
-    with console.status(f"{model} is loaded and asked"), ThreadPoolExecutor(16) as asking:
+    with console.status(f"{model} is loaded and answers"), ThreadPoolExecutor(16) as asking:
         return [answer(prompts[0]), *asking.map(answer, prompts[1:])]  # the first waits until the model is loaded
 
 
@@ -206,7 +206,7 @@ def report_curves(client: OpenAI, console: Console, supervised: FineTuningJob, d
 
 
 def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> bool:
-    """Print the shares; whether they are what this demo promises."""
+    """Prints the shares of good answers. Returns whether they are what this demo promises."""
 
     def well_formed(answers: Sequence[str]) -> float:
         return mean(shop.is_well_formed(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
@@ -224,20 +224,20 @@ def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence
     return all(marks.values())
 
 
-def tell_how_to_talk(console: Console, service: Service, client: OpenAI, policy: str, prompt: str) -> None:
+def print_how_to_chat(console: Console, service: Service, client: OpenAI, policy: str, prompt: str) -> None:
     command = Path(sys.executable).parent / "raydpo"
-    console.print(f"\nThe service stays up at {client.base_url}; its key lies in {service.home / 'api.key'}. Try:")
+    console.print(f"\nThe service stays up at {client.base_url}; its key is in {service.home / 'api.key'}. Try:")
     console.print(f"  export RAYDPO_HOME={service.home}", highlight=False, soft_wrap=True)
     console.print(f"  {command} models", highlight=False, soft_wrap=True)
     console.print(f'  {command} chat {policy} "{prompt}"', highlight=False, soft_wrap=True, emoji=False)
     console.print(f"Stop it with: kill {service.pid}")
 
 
-def asked(prompt: str) -> list[dict[str, str]]:
+def user_message(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def said(answer: str) -> dict[str, str]:
+def assistant_message(answer: str) -> dict[str, str]:
     return {"role": "assistant", "content": answer}
 
 

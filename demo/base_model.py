@@ -1,4 +1,4 @@
-"""A base model to start from: random weights and a tokenizer made for the text at hand."""
+"""Makes a base model: random weights, and a tokenizer trained on given text."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +19,9 @@ def make_base_model(
     vocabulary: int | None = None,
     seed: int = 0,
 ) -> int:
-    """Write a Hugging Face folder: Llama architecture, safetensors, chat template. Returns the number of weights.
+    """Writes a Hugging Face folder with a Llama in safetensors and a chat template. Returns the number of weights.
 
-    The model has an embedding for each token of the tokenizer, or for `vocabulary` of them.
+    The model has `vocabulary` embeddings, or, if that is None, one for each token of the tokenizer.
     """
     import torch
     from tokenizers import ByteLevelBPETokenizer

@@ -1,4 +1,4 @@
-"""What the demo shows of its two policies: answers side by side, shares, curves."""
+"""Shows the demo's results: answers of both policies side by side, shares of good answers, and training curves."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ Curve = dict[str, list[float]]  # column of the results file → a value per ste
 
 
 def read_curves(results: str) -> Curve:
-    """The results file of a job, a CSV with a line per step, by column. Empty cells are left out."""
+    """Reads a job's results file, a CSV with a line per step, by column. Empty cells are left out."""
     curves: Curve = {}
     for row in csv.DictReader(io.StringIO(results)):
         for column, value in row.items():
@@ -22,7 +22,7 @@ def read_curves(results: str) -> Curve:
 
 
 def draw(supervised: Curve, dpo: Curve, file: Path) -> None:
-    """A picture of both jobs: losses, then the margins and accuracies of the second."""
+    """Draws both jobs' losses, and the second job's margins and accuracies."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen is needed

@@ -1,7 +1,7 @@
-"""The demo's world: a hardware shop whose assistants are curt or courteous, as it happens; customers prefer courtesy.
+"""Makes the demo's rows: dialogues in a hardware shop. Its assistants are curt or courteous; customers prefer courtesy.
 
-Everything follows from the seed, and a rule decides what an answer is worth: whether it is
-well-formed (names the wanted item and its right aisle), and whether it is courteous.
+Everything follows from the seed. Rules check an answer: it is well-formed if it names the wanted item and the right
+aisle, and courteous by its first word.
 """
 
 import random
@@ -35,7 +35,7 @@ Item = tuple[str, str]  # colour, thing
 
 
 class Shop:
-    """A seeded world. The items of the held-out prompts appear in no row."""
+    """A shop made from a seed. The items of the held-out prompts appear in no row."""
 
     def __init__(self, *, num_things: int, num_held_out: int, seed: int = 0) -> None:
         self._random = random.Random(seed)
@@ -46,13 +46,13 @@ class Shop:
         self._held_out, self._known = items[:num_held_out], items[num_held_out:]
 
     def demonstrations(self, count: int) -> Iterator[tuple[str, str]]:
-        """Prompts, each with an answer that a coin makes curt or courteous."""
+        """Yields prompts, each with an answer that is curt or courteous at random."""
         for _ in range(count):
             item = self._random.choice(self._known)
             yield self._ask(item), self._random.choice(COURTEOUS + CURT) + self._answer(item)
 
     def pairs(self, count: int) -> Iterator[tuple[str, str, str]]:
-        """Prompts, each with a courteous answer, the chosen one, and the same answer made curt, the rejected one."""
+        """Yields prompts with the same answer twice: courteous as the chosen one, and curt as the rejected one."""
         for _ in range(count):
             item = self._random.choice(self._known)
             answer = self._answer(item)
@@ -64,9 +64,9 @@ class Shop:
 
     def is_well_formed(self, prompt: str, answer: str) -> bool:
         """Whether an assistant of this shop could give this answer to this prompt."""
-        found = re.search(r"\ba (\w+) (\w+)", prompt)
-        assert found, prompt
-        possible = product(COURTEOUS + CURT, self._answers((found[1], found[2])))
+        item = re.search(r"\ba (\w+) (\w+)", prompt)
+        assert item, prompt
+        possible = product(COURTEOUS + CURT, self._answers((item[1], item[2])))
         return answer in {opening + plain for opening, plain in possible}
 
     def _ask(self, item: Item) -> str:

@@ -1,4 +1,4 @@
-"""`raydpo up` as a child: started on a home of its own, stopped at the end."""
+"""Runs `raydpo up` as a child process."""
 
 import re
 import signal
@@ -14,14 +14,14 @@ STOP_SECONDS = 120
 
 
 class Service:
-    """A running `raydpo up`. In a session of its own, so that Ctrl-C in the terminal reaches the demo alone."""
+    """A running `raydpo up`. It has its own session, so that Ctrl-C in the terminal reaches the demo alone."""
 
     def __init__(self, home: Path, *, models: dict[str, str], console: Console) -> None:
         self.home, self._console = home, console
-        self._said = home / "up.log"
+        self._log = home / "up.log"
         command = [str(Path(sys.executable).parent / "raydpo"), "up", "--home", str(home), "--port", "0"]
         command += [f"--model={name}={source}" for name, source in models.items()]
-        with self._said.open("wb") as output:
+        with self._log.open("wb") as output:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -31,17 +31,17 @@ class Service:
         return self._child.pid
 
     def wait_until_ready(self) -> str:
-        """The base URL of the API."""
+        """Waits for the service and prints its output. Returns the base URL of the API."""
         deadline, shown = time.monotonic() + START_SECONDS, 0
         while True:
-            lines = self._said.read_text().splitlines()
+            lines = self._log.read_text().splitlines()
             for line in lines[shown:]:
                 self._console.print(f"  {line}", style="dim")
             shown = len(lines)
             if ready := re.search(r"^ready (\S+)$", "\n".join(lines), re.MULTILINE):
                 return ready[1]
             if self._child.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"raydpo up did not become ready; see {self._said}")
+                raise SystemExit(f"raydpo up did not become ready; see {self._log}")
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -49,5 +49,5 @@ class Service:
         self._child.wait(STOP_SECONDS)
 
     def leave(self) -> None:
-        """It outlives this object on purpose; Popen would warn."""
+        """Lets the service run on after the demo, and keeps Popen from warning that it still runs."""
         self._child.returncode = 0

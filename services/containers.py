@@ -1,6 +1,6 @@
-"""Training files in their containers: JSON Lines plain, in gzip or in zstd, Parquet, Arrow. All come out as JSON Lines.
+"""Reads a training file of any container as JSON Lines: plain, gzip or zstd JSON Lines, Parquet, or Arrow.
 
-A file's first bytes tell its container. A row of a table becomes a line; what is null in it is left out.
+A file's first bytes identify its container. A row of a table becomes a line, without its null values.
 """
 
 import io
@@ -24,28 +24,28 @@ CONTAINERS: dict[bytes, Unpack] = {
 }
 ROWS_AT_A_TIME = 1000
 BYTES_AT_A_TIME = 2**26
-MOST_TIMES = 1000  # its own size that a file may unpack to: more is no text
+MAX_EXPANSION = 1000  # times its own size that a file may unpack to; real text does not compress that well
 
 
 def is_plain(file: BinaryIO) -> bool:
-    """Whether it is JSON Lines already. The file stands at its start, before and after."""
+    """Whether the file is plain JSON Lines. Call this at the start of the file, where it stays."""
     return _unpacker(file) is None
 
 
 def json_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file that stands at its start. Raises InvalidRow where it is damaged or unpacks to too much."""
+    """Yields the file's rows as lines of JSON. Raises InvalidRow if it is damaged or unpacks to too much."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     number = total = 0
     try:
         for number, line in enumerate(_lines(file), 1):
             total += len(line)
-            if total > MOST_TIMES * size:
-                message = f"The file unpacks to more than {MOST_TIMES} times its {size} bytes; send it unpacked."
+            if total > MAX_EXPANSION * size:
+                message = f"The file unpacks to more than {MAX_EXPANSION} times its {size} bytes; send it unpacked."
                 raise InvalidRow(number, "", "file_too_large", message)
             yield line
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        # A library quotes what stands in the file, and a NUL is kept nowhere.
+        # The library's text may quote the file, and the database stores no NUL.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200].replace("\0", "\ufffd")
         message = f"The file cannot be read beyond line {number}: {reason}; pack it again."
         raise InvalidRow(number + 1, "", "damaged_file", message) from None
@@ -53,7 +53,7 @@ def json_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     unpack = _unpacker(file)
-    return read_lines(file) if unpack is None else unpack(_Kept(file))
+    return read_lines(file) if unpack is None else unpack(_KeptOpen(file))
 
 
 def _unpacker(file: BinaryIO) -> Unpack | None:
@@ -72,7 +72,7 @@ def _batches(file: Any) -> Iterator[Any]:
 
 
 def _parquet(file: io.RawIOBase) -> Iterator[Any]:
-    """Texts stay dictionaries, as they are stored: a long one that a file repeats is in memory once."""
+    """Texts stay dictionary-encoded, as they are stored: a long text that the file repeats is in memory once."""
     columns = pq.ParquetFile(file).schema
     texts = [column.path for column in map(columns.column, range(len(columns))) if column.physical_type == "BYTE_ARRAY"]
     batches: Iterator[Any] = pq.ParquetFile(file, read_dictionary=texts).iter_batches(ROWS_AT_A_TIME)
@@ -86,7 +86,7 @@ def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
-    """A few rows at a time: each may be as large as the whole batch, which holds once what its rows share."""
+    """Converts a few rows at a time: rows share values in the batch, so each may be as large as the whole batch."""
     for field in batch.schema:
         _refuse_sharing(field.type)
     step = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME // max(1, batch.get_total_buffer_size())))
@@ -95,9 +95,9 @@ def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_sharing(kind: Any, *, shared: bool = False) -> None:
-    """Lists whose elements are shared, and share theirs in turn, grow without end when they are written out."""
+    """Refuses lists of shared lists: written out, every level of sharing multiplies their size."""
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or (shared and kind.num_fields):
-        raise pa.ArrowNotImplementedError(f"a column is of {kind}, of which lines cannot be made")
+        raise pa.ArrowNotImplementedError(f"a column has the type {kind}, which cannot be written as JSON lines")
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         _refuse_sharing(kind.value_type, shared=True)
     else:
@@ -105,8 +105,8 @@ def _refuse_sharing(kind: Any, *, shared: bool = False) -> None:
             _refuse_sharing(kind.field(index).type)
 
 
-class _Kept(io.RawIOBase):
-    """A file that stays open when Arrow, done with it, closes this."""
+class _KeptOpen(io.RawIOBase):
+    """Wraps a file, which stays open when Arrow closes the wrapper."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -130,7 +130,7 @@ class _Kept(io.RawIOBase):
 
 
 class Reader(io.RawIOBase):
-    """Lines as a file."""
+    """A readable file that contains the given lines."""
 
     def __init__(self, lines: Iterator[bytes]) -> None:
         self._lines = lines

@@ -1,11 +1,11 @@
-"""Every type that crosses a process: jobs, attempts, events, checkpoints, deployments.
+"""The types that processes exchange: jobs, attempts, events, checkpoints, deployments.
 
-Pydantic models and nothing else. Both ends of every wire read these, so a field is
+It holds Pydantic models only. Sender and receiver share these classes, so each field is
 spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
 
-The two ends may be of two releases: a release is rolled out while attempts of the last one run. So a reader ignores
-keys that it does not know, and a report that it cannot read becomes a message. A field that is added has a default.
-Where to ignore it would be wrong, WIRE is raised.
+Sender and receiver may be of different releases, because a release is rolled out while attempts of the previous one
+run. So a reader ignores unknown keys, and turns a report that it cannot read into a message. A new field needs a
+default. If older readers must not ignore the field, raise WIRE.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,22 +27,22 @@ from pydantic import (
 from dpo_core.config import Lora, TrainConfig, Truncation
 
 WIRE = 2
-"""The version of what an attempt is told. An older driver refuses a newer one in words. 2 adds `Weights`."""
+"""The version of AttemptSpec. A driver refuses a newer version than its own, and says why. 2 adds `Weights`."""
 
 OWN_TOKEN_HEADER = "x-raydpo-own-token"
-"""In a post with the token of a launch: what the attempt reports with from there on."""
+"""The header that holds the token with which an attempt reports from then on, in a post with the launch's token."""
 
 LONGEST_TEXT = 10_000  # characters of a sentence or name that an attempt reports
 
 
 class Contract(BaseModel):
-    """A value that crosses a process: frozen, and unknown keys are ignored."""
+    """A value that processes exchange: frozen, and unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Asked(Contract):
-    """A value that a user writes, too: unknown keys are refused there."""
+class UserInput(Contract):
+    """A value that users write, too: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,14 +53,14 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _tolerant(kind: Any) -> BeforeValidator:
-    """Ignores unknown keys in all depths, also of what refuses them where a user writes it."""
+    """Returns a validator that ignores unknown keys at every depth, even in types that refuse them from users."""
     return BeforeValidator(lambda value: _adapter(kind).validate_python(value, extra="ignore"))
 
 
 def storable(text: str) -> str:
-    """The text as a database keeps it: U+FFFD for NUL, `?` for half a character, and no end where it is very long."""
-    kept = text.encode(errors="replace").decode().replace("\0", "\ufffd")
-    return kept if len(kept) <= LONGEST_TEXT else f"{kept[: LONGEST_TEXT - 1]}…"
+    """Returns the text as a database can store it: U+FFFD for NUL, `?` for half a character, cut to LONGEST_TEXT."""
+    clean = text.encode(errors="replace").decode().replace("\0", "\ufffd")
+    return clean if len(clean) <= LONGEST_TEXT else f"{clean[: LONGEST_TEXT - 1]}…"
 
 
 Text = Annotated[str, BeforeValidator(lambda value: storable(value) if isinstance(value, str) else value)]
@@ -82,23 +82,23 @@ class Deployment(Contract):
 
 
 Spans = Sequence[tuple[int, int]]
-"""[start, stop) of a completion's tokens that others wrote."""
+"""Ranges [start, stop) of a completion's tokens that the model did not write, such as a tool's results."""
 
 
 class Score(NamedTuple):
-    """What the reference says of one completion. A tuple: thousands of them cross in one call."""
+    """The reference's log-probability of one completion. A tuple, because one call returns thousands."""
 
     logp: float  # sum over the completion's tokens, in nats
     num_tokens: int
 
 
-# --- where else a job is followed --------------------------------------------------------
+# --- where a job's metrics go ------------------------------------------------------------
 
 Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
-class Wandb(Asked):
-    """A run in Weights & Biases. Host and key are the cluster's own."""
+class Wandb(UserInput):
+    """A run in Weights & Biases. Its host and key are settings of the cluster."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
     name: Line | None = None  # None: the job's id
@@ -106,22 +106,22 @@ class Wandb(Asked):
     tags: Annotated[tuple[Annotated[Line, StringConstraints(max_length=64)], ...], Field(max_length=64)] | None = None
 
 
-class WandbIntegration(Asked):
-    """As OpenAI spells it."""
+class WandbIntegration(UserInput):
+    """The entry for Weights & Biases in OpenAI's list of integrations."""
 
     type: Literal["wandb"]
     wandb: Wandb
 
 
-class Mlflow(Asked):
-    """A run in MLflow. Its tracking server is the cluster's own."""
+class Mlflow(UserInput):
+    """A run in MLflow. Its tracking server is a setting of the cluster."""
 
     experiment: Line
     run_name: Line | None = None  # None: the job's id
 
 
 class Integrations(Contract):
-    """Where a job's metrics are told beside its events."""
+    """The services that receive a job's metrics, besides its own events."""
 
     wandb: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] = ()
     mlflow: Mlflow | None = None
@@ -131,14 +131,14 @@ class Integrations(Contract):
 # --- a job, as the driver sees it --------------------------------------------------------
 
 ReferenceSource = Literal["auto", "serve", "trainer"]
-"""Who scores the reference: its deployment, the trainer's own forward, or (auto) whichever of the two ends sooner."""
+"""What scores the reference: its deployment, the trainer's own forward, or (auto) whichever of the two ends sooner."""
 
 
-MIN_EXAMPLES = 10  # rows of a training file
+MIN_EXAMPLES = 10  # rows that a training file must have
 
 
-class InvalidRows(Asked):
-    """What becomes of rows that cannot be used: they refuse the file, or up to a share of it they are left out."""
+class InvalidRows(UserInput):
+    """What happens if rows cannot be used: the file is refused, or up to `max_share` of its rows are left out."""
 
     how: Literal["refuse", "drop"] = "refuse"
     max_share: float = Field(default=0.01, gt=0, le=0.5)  # of the rows; beyond it the file is refused
@@ -150,10 +150,10 @@ ReadIntegrations = Annotated[Integrations, _tolerant(Integrations)]
 
 
 class Reading(Contract):
-    """How the rows of a file are read."""
+    """Settings for reading the rows of a file."""
 
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the file's column of a role, such as prompt
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the file's column
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -167,14 +167,14 @@ class Weights(Contract):
 
 
 class JobSpec(Contract):
-    """What a user asked for, checked. Stored with the job; never changes."""
+    """A user's checked request for a job. It is stored with the job and never changes."""
 
     model: str  # a base model's name or an `ft:` id
     training_file: str  # an uploaded file's id, or the URI of x_raydpo.dataset
     validation_file: str | None = None
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the training file's column
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     config: ReadConfig
@@ -187,42 +187,42 @@ class JobSpec(Contract):
 
     @property
     def is_at_uri(self) -> bool:
-        """Whether the training file is the user's own, and was not uploaded."""
+        """Whether the training file is at the user's own URI and was not uploaded."""
         return "://" in self.training_file
 
 
 class AttemptAddress(Contract):
-    """Where an attempt reports. A driver of any release reads this much of its spec."""
+    """Where an attempt reports. A driver of any release can read this part of its spec."""
 
-    # Not written while it is 1: the first release wrote none, and refuses what it does not know.
+    # Not written while it is 1: the first release does not know this field and refuses unknown ones.
     wire: int = Field(default=1, exclude_if=lambda wire: wire == 1)
     attempt: int  # rises from 1; a later attempt fences the earlier ones
     run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
     events_url: str  # POST batches of events here with the attempt's token
-    traceparent: str | None = None  # of the attempt's span, where its job is traced
+    traceparent: str | None = None  # of the attempt's span; None: the job is not traced
 
 
 class AttemptSpec(AttemptAddress):
-    """All that a driver needs for one attempt. Written to `run_uri/attempts/<attempt>.json` before launching."""
+    """Everything a driver needs for one attempt. The driver reads it from `run_uri/attempts/<attempt>.json`."""
 
     job_id: str
     config: ReadConfig
     num_workers: int
     num_gpus_per_worker: float = 0
-    training_uri: str  # the uploaded file, or what the user named
+    training_uri: str  # the uploaded file, or the user's own URI
     today: date | None = None  # the day on which the job was created, for chat templates that write the date
-    dataset_uris: tuple[str, ...] | None = None  # prefixes that a URI of the user's must keep to; None: it is an upload
+    dataset_uris: tuple[str, ...] | None = None  # prefixes that admit the user's URI; None: the file was uploaded
     validation_uri: str | None = None  # an uploaded file
     validation_reading: Reading = Reading()
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
-    model_source: str  # where the start is: storage URI, local folder or hub id; of a model, or of an adapter
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the training file's column
+    model_source: str  # storage URI, local folder or hub id of the model, or the adapter, that the job starts from
     weights: Weights = Weights()
-    reference_model_source: str | None = None  # in the same way; None: the start is the reference
-    reference: str | None = None  # app_name of the deployment that scores, or may; None: none does
+    reference_model_source: str | None = None  # the same for the reference; None: the start is the reference
+    reference: str | None = None  # app_name of the deployment that may score; None: there is none
     reference_source: ReferenceSource = "auto"
-    reference_dtype: str = "float32"  # that its deployment computes in
+    reference_dtype: str = "float32"  # in which the deployment computes
     cache_uri: str  # prepared data, shared by the jobs of a project; may be deleted at any time
     integrations: ReadIntegrations = Integrations()
     fine_tuned_model: str | None = None  # the name that the policy will have
@@ -234,7 +234,7 @@ class AttemptSpec(AttemptAddress):
 
 
 class Recipe(Contract):
-    """How a training file becomes ids."""
+    """How a training file is encoded as token ids."""
 
     training_uri: str
     model_source: str
@@ -242,13 +242,13 @@ class Recipe(Contract):
     truncation: Truncation
     validation_share: float = 0.0
     invalid_rows: ReadInvalidRows = InvalidRows()
-    columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
-    today: date | None = None  # that a chat template writes which writes the date; None: that of the day
-    other_prompts: bool = False  # whether each group also has an answer to another prompt, for objectives that need it
+    columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the training file's column
+    today: date | None = None  # for chat templates that write the date; None: the current date
+    other_prompts: bool = False  # whether each group gets an answer to another prompt, which some objectives need
 
 
 class CheckRequest(Contract):
-    """All that `services.training.check_program` needs. It writes a CheckResult to `folder_uri/report.json`."""
+    """Everything `services.training.check_program` needs. It writes a CheckResult to `folder_uri/report.json`."""
 
     recipe: Recipe
     folder_uri: str
@@ -269,12 +269,12 @@ Stage = Literal["downloading", "encoding", "loading reference", "scoring", "trai
 
 
 class Progress(Contract):
-    """How far a stage is: downloading counts bytes, encoding and scoring rows, loading nothing. Total 0: not known."""
+    """A stage's progress. Downloading counts bytes, encoding and scoring count rows, loading counts nothing."""
 
     kind: Literal["progress"] = "progress"
     stage: str  # a Stage; another release may have others
     done: int
-    total: int
+    total: int  # 0: unknown
 
 
 class ReferenceWanted(Contract):
@@ -284,7 +284,7 @@ class ReferenceWanted(Contract):
 
 
 class ReferenceReleased(Contract):
-    """The attempt needs the deployment of its reference no more."""
+    """The attempt no longer needs the deployment of its reference."""
 
     kind: Literal["reference released"] = "reference released"
 
@@ -309,7 +309,7 @@ class StepMetrics(Contract):
 
 
 class CheckpointSaved(Contract):
-    """A complete checkpoint stands at `uri`; `uri/model` is a Hugging Face folder."""
+    """A complete checkpoint is at `uri`; `uri/model` is a Hugging Face folder."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: Step
@@ -318,7 +318,7 @@ class CheckpointSaved(Contract):
 
 
 class Succeeded(Contract):
-    """The last event of an attempt that finished: the trained policy stands at `model_uri`."""
+    """The last event of an attempt that finished. The trained policy is at `model_uri`."""
 
     kind: Literal["succeeded"] = "succeeded"
     model_uri: str
@@ -326,7 +326,7 @@ class Succeeded(Contract):
 
 
 class Failed(Contract):
-    """The last event of an attempt that cannot be mended by another attempt."""
+    """The last event of an attempt that failed for a reason that another attempt cannot fix."""
 
     kind: Literal["failed"] = "failed"
     code: Text
@@ -335,46 +335,46 @@ class Failed(Contract):
 
 
 class Paused(Contract):
-    """The last event of an attempt that was asked to stop: another goes on from its last checkpoint."""
+    """The last event of an attempt that was asked to stop. The next attempt resumes from its last checkpoint."""
 
     kind: Literal["paused"] = "paused"
-    step: Step  # the last that it took; 0: it took none
+    step: Step  # the last step that it took; 0: none
 
 
 class Died(Contract):
-    """The last event of an attempt that could not go on. Another may, from the last checkpoint."""
+    """The last event of an attempt that could not go on. Another attempt may resume from the last checkpoint."""
 
     kind: Literal["died"] = "died"
     cause: Text  # for the user: lower case, without a full stop
 
 
 class Alive(Contract):
-    """Nothing new, from an attempt whose posts do not arrive: the heartbeat that its spool keeps."""
+    """A heartbeat in the spool, from an attempt whose posts do not reach the control plane."""
 
     kind: Literal["alive"] = "alive"
 
 
 class CheckResult(Contract):
-    """What a check leaves beside its request. One of `report` and `error` is there."""
+    """The result of a check, written beside its request. Either `report` or `error` is set."""
 
     finished_at: float
-    report: dict[str, Any] | None = None  # its tokens and its preview
+    report: dict[str, Any] | None = None  # a `check_program.Check`: tokens and preview
     error: Failed | None = None
 
 
 def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
-    """A report that this release cannot read becomes a sentence, so that those behind it are read."""
+    """Turns a report that this release cannot read into a message, so that later reports are still read."""
     try:
         return read(value)
     except ValidationError as error:
         if not (isinstance(value, dict) and isinstance(kind := value.get("kind"), str)):
             raise
         why = first_error(error)
-        return Message(level="warn", message=f"A report '{kind:.80}' of the attempt cannot be read here: {why}")
+        return Message(level="warn", message=f"This release cannot read a report '{kind:.80}' of the attempt: {why}")
 
 
 def first_error(error: ValidationError) -> str:
-    """In one line: where the value is not what it should be, and why."""
+    """Describes the first error in one line: the path of the field and the reason."""
     first = error.errors(include_input=False, include_url=False)[0]
     return ": ".join([*([where] if (where := ".".join(map(str, first["loc"]))) else []), first["msg"]])
 
@@ -398,7 +398,7 @@ Report = Annotated[
 
 
 class JobEvent(Contract):
-    """A report with its place: (job, attempt, seq) is unique, so delivery may repeat."""
+    """A report with its number. (job, attempt, seq) is unique, so an event may be delivered twice."""
 
     seq: Annotated[int, Field(ge=0, lt=2**62)]  # from 0, without gaps, per attempt
     created_at: float
@@ -406,7 +406,7 @@ class JobEvent(Contract):
 
 
 class EventBatch(Contract):
-    """One segment of the spool, and the body of a post to `events_url`. Without events, that is a heartbeat."""
+    """One segment of the spool, or the body of a post to `events_url`. A post without events is a heartbeat."""
 
     events: list[JobEvent]
 
@@ -415,7 +415,7 @@ Desired = Literal["run", "pause", "cancel"]
 
 
 def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
-    """A wish of another release that this one does not know changes nothing."""
+    """Reads a wish; one that this release does not know counts as "run"."""
     try:
         return read(value)
     except ValidationError:
@@ -423,6 +423,6 @@ def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
 
 
 class Wish(Contract):
-    """The answer to a post of events: what the user wants of the job now."""
+    """The answer to a post of events: what the user wants the job to do now."""
 
     desired: Annotated[Desired, WrapValidator(_or_run)]

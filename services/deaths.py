@@ -1,4 +1,4 @@
-"""Why processes on a Ray cluster died, in a sentence for a user, from what Ray and Python say at length."""
+"""Finds in the long messages of Ray and Python why processes died, and tells a user in one sentence."""
 
 import re
 from collections.abc import Sequence
@@ -12,31 +12,31 @@ REFUSED = re.compile(
 )
 LONGEST = 300  # characters of an error's own line
 
-TOLD: Sequence[tuple[str, str]] = (  # what Ray 2.60 writes where it has no figures, and what that means
+MEANINGS: Sequence[tuple[str, str]] = (  # patterns of Ray 2.60's messages without figures, and what they mean
     (r"address the out of memory issue", f"{MEMORY}, and Ray killed processes of the job there"),
     (r"its node has died|node it was running on is dead", "a node that it ran on was lost"),
     (
         r"Worker unexpectedly exits",
-        "one of its processes was killed or crashed, and left no word: the kernel kills so where memory runs out",
+        "one of its processes was killed or crashed without a message; the kernel kills that way if memory runs out",
     ),
 )
 
 
 def cause_in(text: str) -> str | None:
-    """What killed, or else the last error; in lower case and without a full stop. None where the text has neither."""
+    """Returns what killed the processes, or else the last error; lower case, no full stop. None: there is neither."""
     return killer_in(text) or _error_in(text)
 
 
 def killer_in(text: str) -> str | None:
-    """What the cluster did to processes."""
+    """Returns how the cluster lost or killed the processes. None: the text does not say that it did."""
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
-        held = [float(found) for found in HELD.findall(text)]
+        held = [float(gigabytes) for gigabytes in HELD.findall(text)]
         killed = f"; Ray killed processes that held {sum(held):.2f} GB" if held else ""
         return f"{MEMORY} {ip}: {used} GB of {limit} GB were in use{killed}"
-    if told_before := re.search(rf"{MEMORY} .*", text):
-        return told_before[0]
-    for pattern, meaning in TOLD:
+    if earlier_sentence := re.search(rf"{MEMORY} .*", text):
+        return earlier_sentence[0]
+    for pattern, meaning in MEANINGS:
         if re.search(pattern, text):
             return meaning
     return None
@@ -47,4 +47,4 @@ def _error_in(text: str) -> str | None:
     if not errors:
         return None
     line = ": ".join(errors[-1])[:LONGEST].rstrip(".")
-    return f"storage refused it: {line}" if REFUSED.search(line) else line
+    return f"storage refused access: {line}" if REFUSED.search(line) else line

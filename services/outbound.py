@@ -1,7 +1,7 @@
-"""HTTP to hosts that users name: nothing of this network is reached, unless a listed prefix names it.
+"""HTTP clients for hosts that users name. They reach public addresses only, unless a listed prefix names the host.
 
-A name may resolve to another address each time it is asked for. So it is asked once, here, and the
-connection goes to the address that was checked.
+A name may resolve to another address each time. So each request resolves its host once, checks the
+addresses, and connects to one of them.
 """
 
 import ipaddress
@@ -18,13 +18,13 @@ from services.uri import DATASETS, PORTS, InvalidUri, check, named_hosts
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 UNICAST = ipaddress.IPv6Network("2000::/3")
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # of it, the last four bytes are the IPv4 address that is meant
-# No connection is used twice: kept ones are known by address, and hosts that share one must not share them.
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # the last four bytes of its addresses are an IPv4 address
+# Connections are not kept: httpx finds kept ones by address, and two hosts at one address must not share them.
 LIMITS = httpx.Limits(max_keepalive_connections=0)
 
 
 def client(prefixes: Sequence[str]) -> httpx.Client:
-    """Every request of it, redirects too, keeps to `prefixes` and to public addresses. It uses no proxy."""
+    """Returns a client that reaches only `prefixes` and public addresses, also after redirects. It uses no proxy."""
 
     def check_request(request: httpx.Request) -> None:
         check(str(request.url), prefixes)
@@ -38,7 +38,7 @@ def client(prefixes: Sequence[str]) -> httpx.Client:
 
 
 def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> httpx.AsyncClient:
-    """The same for many senders at once, of whom at most `max_lookups` wait for a name server. It keeps no cookies."""
+    """Returns such a client for asyncio. At most `max_lookups` requests wait for a name server. It keeps no cookies."""
 
     async def check_request(request: httpx.Request) -> None:
         check(str(request.url), prefixes, setting)
@@ -53,19 +53,19 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 
 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri for a host that is an address, in whatever spelling, and not public. Asks no name server."""
+    """Raises InvalidUri if the host is an address, in any spelling, that is not public. Asks no name server."""
     split = urlsplit(url)
     host, port = split.hostname or "", split.port or PORTS[split.scheme]
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
-        return  # a name
+        return  # the host is a name
     if (host, port) not in named_hosts(prefixes):
-        _refuse_own(host, port, [str(entry[4][0]) for entry in found], setting)
+        _refuse_private(host, port, [str(entry[4][0]) for entry in entries], setting)
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether it is one host on the open internet, not hidden in an address of another kind."""
+    """Whether the address is a single public host. In NAT64, the IPv4 address counts; 6to4 and Teredo are refused."""
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not address.is_multicast
     if address in NAT64:
@@ -113,16 +113,16 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
 
 
 def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str) -> list[str]:
-    """Where the request may go: every address of its host, if each is public or the host is named."""
+    """Returns the addresses of the request's host. Raises InvalidUri if one is private and no prefix names the host."""
     host, port = request.url.raw_host.decode(), request.url.port or PORTS[request.url.scheme]
     addresses = _resolve(host, port)
     if (host, port) not in named:
-        _refuse_own(host, port, addresses, setting)
+        _refuse_private(host, port, addresses, setting)
     return addresses
 
 
 def _pinned(request: httpx.Request, address: str) -> httpx.Request:
-    """The Host header stays as it is, and certificates are checked against the host."""
+    """Returns the request, sent to `address`. The Host header stays, and certificates are checked against the host."""
     return httpx.Request(
         request.method,
         request.url.copy_with(host=address),
@@ -134,17 +134,17 @@ def _pinned(request: httpx.Request, address: str) -> httpx.Request:
 
 def _resolve(host: str, port: int) -> list[str]:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:
-        raise InvalidUri(f"{host!r:.200} is no host.") from None
+        raise InvalidUri(f"{host!r:.200} is not a host name.") from None
     except socket.gaierror as error:
         if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-            raise InvalidUri(f"The host {host} does not exist.") from None
+            raise InvalidUri(f"The host {host} does not exist; check its name.") from None
         raise httpx.ConnectError(f"{host}: {error}") from error
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
-def _refuse_own(host: str, port: int, addresses: Sequence[str], setting: str) -> None:
+def _refuse_private(host: str, port: int, addresses: Sequence[str], setting: str) -> None:
     for address in addresses:
         if not is_public(ipaddress.ip_address(address.partition("%")[0])):
             raise InvalidUri(

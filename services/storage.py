@@ -1,7 +1,7 @@
-"""Files at URIs: `file://`, `s3://`, `gs://`, or a plain local path. A file appears whole or not at all.
+"""Reads and writes files at URIs: `file://`, `s3://`, `gs://`, or a local path. A file appears complete or not at all.
 
-Folders that must be whole as well (checkpoints, prepared data) carry a `manifest.json`, which
-`publish` writes last: a folder without one is not there yet.
+Folders that must be complete as well (checkpoints, prepared data) have a `manifest.json`, which
+`publish` writes last: a folder without one is incomplete.
 """
 
 import ctypes
@@ -20,23 +20,23 @@ from urllib.parse import quote
 from pyarrow import fs
 
 MANIFEST = "manifest.json"
-UNSENT = 32 * 2**20  # bytes of an object that are held in memory at most
-LARGEST_COPY = 5 * 2**30  # bytes of an object that S3 copies by itself
+MAX_UNSENT = 32 * 2**20  # bytes of an object that are held in memory
+LARGEST_COPY = 5 * 2**30  # bytes of the largest object that S3 copies by itself
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether there is no room for what was written."""
+    """Whether the error says that storage is full."""
     return getattr(error, "errno", None) in FULL
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether a storage that is no local disk does not answer, or refuses: Arrow has words for that, and no number."""
+    """Whether remote storage did not answer, or refused: Arrow raises an OSError without a number then."""
     return type(error) is OSError and error.errno is None
 
 
 def join(uri: str, *parts: str) -> str:
-    """`parts` below `uri`. They are names, not URIs: what must be escaped in a URI is escaped here."""
+    """Appends `parts` to `uri`. They are names, not URIs: this function escapes them."""
     if "://" not in uri:
         return "/".join([uri.rstrip("/"), *parts])
     folder, mark, query = uri.partition("?")  # Arrow's filesystem options, such as endpoint_override
@@ -54,7 +54,7 @@ def write_file(uri: str, file: Path) -> None:
 
 
 def write_stream(uri: str, source: BinaryIO) -> None:
-    """Copies what is left to read of `source` to `uri`."""
+    """Copies the rest of `source`, from its position on, to `uri`."""
     filesystem, path = _resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
         _write_object(filesystem, path, source)
@@ -66,43 +66,42 @@ def write_stream(uri: str, source: BinaryIO) -> None:
         with beside.open("wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the name with nothing behind it
+            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the name
         beside.rename(target)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def _write_object(filesystem: fs.FileSystem, path: str, source: BinaryIO) -> None:
-    # Left to itself, Arrow packs what is called .gz once more.
+    # By default, Arrow compresses files named .gz a second time.
     sink = filesystem.open_output_stream(path, compression=None)
     written, sending = 0, False
     try:
         while piece := source.read(1 << 20):
             sending = True
             sink.write(piece)
-            if (written := written + len(piece)) >= UNSENT:
-                sink.flush()  # or a source that is faster than the network would come to lie in memory
+            if (written := written + len(piece)) >= MAX_UNSENT:
+                sink.flush()  # otherwise a source that is faster than the network fills the memory
                 written = 0
             sending = False
         sending = True
         sink.close()  # now the object appears
     except BaseException as error:
-        # Arrow offers no way to give an object up: to close its stream, or to free it, completes what was written,
-        # unless sending it failed. So the stream is never freed. What stood there stays; the bucket's rules remove
-        # the parts that were sent.
+        # Arrow cannot abandon an object: closing or freeing its stream completes the object, unless sending failed.
+        # So the stream is never freed. The previous object stays; the bucket's rules remove the parts that were sent.
         if not (sending and isinstance(error, OSError)):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
         raise
 
 
 def read_bytes(uri: str) -> bytes:
-    """Raises FileNotFoundError where nothing stands."""
+    """Returns a file's content. Raises FileNotFoundError if there is none."""
     with open_input(uri) as source:
         return source.read()
 
 
 def open_input(uri: str) -> io.BufferedReader:
-    """A seekable reader; iterating over it gives lines."""
+    """Opens a file as a seekable reader. Iterating over it yields lines."""
     filesystem, path = _resolve(uri)
     return io.BufferedReader(filesystem.open_input_file(path), 1 << 20)
 
@@ -112,37 +111,37 @@ def exists(uri: str) -> bool:
 
 
 def list_uris(uri: str) -> list[str]:
-    """The files and folders directly below the folder `uri`, sorted; none where there is no folder."""
+    """Returns the URIs of the files and folders directly in the folder `uri`, sorted; none if there is no folder."""
     return [join(uri, info.base_name) for info in _list(uri)]
 
 
 def list_files(uri: str) -> list[str]:
-    """The names of the files directly below the folder `uri`, sorted; none where there is no folder."""
+    """Returns the names of the files directly in the folder `uri`, sorted; none if there is no folder."""
     return [info.base_name for info in _list(uri) if info.type == fs.FileType.File]
 
 
 def list_ages(uri: str) -> list[tuple[str, float]]:
-    """Names of the files directly below the folder `uri`, with the seconds since each was written.
+    """Returns the names of the files directly in the folder `uri`, with the seconds since each was written.
 
-    What is being written to a local folder, or was broken off, counts as well.
+    In a local folder, files that are being written, or whose writing was interrupted, are included.
     """
     now = time.time()
     return [(info.base_name, now - info.mtime_ns / 1e9) for info in _infos(uri) if info.type == fs.FileType.File]
 
 
 def list_folders(uri: str) -> list[str]:
-    """The names of the folders directly below the folder `uri`, sorted; none where there is no folder."""
+    """Returns the names of the folders directly in the folder `uri`, sorted; none if there is no folder."""
     return [info.base_name for info in _list(uri) if info.type == fs.FileType.Directory]
 
 
 def version(uri: str) -> tuple[int, int] | None:
-    """Bytes and time of the last change of a file, which tell that it changed; None where no file stands."""
+    """Returns a file's size and time of change, which show whether it has changed. None: there is no file."""
     info = _info(uri)
     return (info.size, info.mtime_ns) if info.type == fs.FileType.File else None
 
 
 def delete(uri: str) -> None:
-    """Removes a file, or a folder with all below it. What is not there is removed already."""
+    """Removes a file, or a folder with everything in it. Does nothing if there is neither."""
     filesystem, path = _resolve(uri)
     kind = _info(uri).type
     if kind == fs.FileType.Directory:
@@ -152,7 +151,7 @@ def delete(uri: str) -> None:
 
 
 def move(uri: str, target: str) -> None:
-    """Moves a file within one storage. Its age counts from now on."""
+    """Moves a file within one storage, and sets its time of change to now."""
     filesystem, path = _resolve(uri)
     _, goal = _resolve(target)
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -168,16 +167,16 @@ def move(uri: str, target: str) -> None:
 
 
 def publish(folder: Path, uri: str) -> None:
-    """Copies a local folder to `uri`, its manifest last. What stands there is overwritten file by file."""
+    """Copies a local folder to `uri`, its manifest last. Existing files are overwritten one by one."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: (file == Path(MANIFEST), file)):
         write_file(join(uri, *file.parts), folder / file)
 
 
 def fetch(uri: str, cache: Path | None = None) -> Path:
-    """`uri` as a local path: itself if local already, else downloaded once into `cache`.
+    """Returns a local path of `uri`: its own if it is local, else that of a download in `cache`, made once.
 
-    What is fetched must not change afterwards; the name in the cache is made of the URI alone.
+    The content at `uri` must not change afterwards, because the name in the cache depends on the URI alone.
     """
     if "://" not in uri:
         return Path(uri)

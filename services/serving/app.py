@@ -1,7 +1,7 @@
-"""The Serve application of one model: what its replica asks of the cluster, and what it answers.
+"""The Ray Serve application of one model: what a replica reserves on the cluster, and the requests that it answers.
 
-Serve builds an application in a process of its own before a replica starts. Importing vLLM takes
-ten seconds and 700 MB, so this module leaves that to the replica.
+Serve builds an application in a separate process before a replica starts. Importing vLLM takes
+ten seconds and 700 MB, so only the replica imports it.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ IMPORTS = (POLICY, "vllm.v1.engine.core", "vllm.entrypoints.openai.api_server", 
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The import path of every model; `args` are the fields of a `Deployment`."""
+    """Builds a model's application. Serve calls this by its import path; `args` are the fields of a `Deployment`."""
     deployment = Deployment.model_validate(args)
     preload(ray.get_runtime_context().get_job_id(), IMPORTS, wait=True)  # for the replica, and its engine's process
     options = {
         "name": "policy",
         "ray_actor_options": {"num_cpus": 1},
         "placement_group_bundles": _bundles(deployment.num_gpus),
-        # One node for all of it: the replica fetches the weights that the workers on the GPUs read.
+        # All on one node: the replica fetches the weights that the workers on the GPUs read.
         "placement_group_strategy": "STRICT_PACK",
-        "max_ongoing_requests": 256,  # the engine has a queue of its own
+        "max_ongoing_requests": 256,  # the engine has its own queue
         "health_check_period_s": 3,  # after three failures a dead engine is replaced
         "max_constructor_retry_count": 1,  # a model that cannot be loaded is reported, not loaded again and again
     }
@@ -50,7 +50,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _bundles(num_gpus: float) -> list[dict[str, float]]:
-    """What one replica reserves: a CPU for itself, and a GPU for each worker of its engine."""
+    """Returns what one replica reserves: a CPU for itself, and a GPU for each worker of its engine."""
     if num_gpus == 0:
         return [{"CPU": 1}]
     if num_gpus > 1 and num_gpus % 1:
@@ -60,13 +60,13 @@ def _bundles(num_gpus: float) -> list[dict[str, float]]:
 
 @serve.ingress()
 class Policy:
-    """A replica: OpenAI's routes over HTTP, and `score` through the application's handle."""
+    """A replica. It answers OpenAI's routes over HTTP, and `score` through the application's handle."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """The replica is ready when this returns."""
+        """Starts the engine and returns its HTTP server. The replica is ready when this returns."""
         _import_policy()
         source = await asyncio.to_thread(_local, self._deployment)
         from services.serving import policy
@@ -80,36 +80,36 @@ class Policy:
     async def score(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> list[Score]:
-        """Log-probabilities of completions, row by row, each after its own prompt."""
+        """Returns the log-probability of each completion after its own prompt, summed over its tokens."""
         return await self._server.reference.score(prompt_ids, completion_ids, others)
 
     async def token_logps(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> list[list[float]]:
-        """The same, of each token."""
+        """Returns the log-probability of each token of each completion."""
         return await self._server.reference.token_logps(prompt_ids, completion_ids, others)
 
 
 def _import_policy() -> None:
-    """On import Ray registers connectors for the whole cluster, and of two replicas that do so at once one fails.
+    """Imports the engine, up to three times.
 
-    When it looks again, they are registered, and it registers nothing.
+    On import, Ray registers connectors for the whole cluster. If two replicas do so at once, one fails; when it
+    tries again, the connectors are registered already.
     """
-    for left in reversed(range(IMPORT_TRIES)):
+    for tries_left in reversed(range(IMPORT_TRIES)):
         try:
             importlib.import_module(POLICY)
             return
         except ValueError as error:
-            if not left:
+            if not tries_left:
                 raise
-            logger.warning("The engine is imported again: %s", error)
+            logger.warning("The engine's import failed and is tried again: %s", error)
 
 
 def _local(deployment: Deployment) -> str:
-    """A folder of weights on this node, or the hub id that the deployment's source is. An adapter is merged first.
+    """Returns the folder of the weights on this node, or the hub id if the source is one. It merges an adapter.
 
-    What is wrong with the files is said here: of an engine that fails to load them, Serve's status
-    does not say why.
+    It checks the files, because Serve's status does not say why an engine failed to load them.
     """
     source = deployment.source
     folder = storage.fetch(source)
@@ -127,7 +127,7 @@ def _local(deployment: Deployment) -> str:
             with safe_open(file, framework="numpy"):
                 continue
         except SafetensorError as error:
-            raise ValueError(f"{file.name} in {source} is damaged, {error}; publish it again.") from error
+            raise ValueError(f"{file.name} in {source} is damaged ({error}); publish it again.") from error
     return str(folder)
 
 

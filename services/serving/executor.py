@@ -1,4 +1,4 @@
-"""How a model runs on CPUs: in the process of its engine."""
+"""Runs a model on CPUs in the process of its engine."""
 
 import torch._dynamo.config
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -7,10 +7,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 class ExecutorOnCpus(UniProcExecutor):  # type: ignore[misc]
     """vLLM's scheduler and worker in one process, which compiles nothing.
 
-    By default they are two processes, and each takes 10 s and 700 MB to start. Compiling the sampler would keep the
-    first request waiting for 15 s.
+    By default they are two processes, and each takes 10 s and 700 MB to start. Compiling the sampler would delay the
+    first request by 15 s.
     """
 
     def _init_executor(self) -> None:
-        torch._dynamo.config.disable = True  # its variable is read when torch is loaded, and a fork has loaded it
+        # The environment variable would be too late: a fork has imported torch already.
+        torch._dynamo.config.disable = True
         super()._init_executor()

@@ -1,4 +1,4 @@
-"""A policy in vLLM: how its engine is set up, on CPUs and on GPUs. Only replicas import this module."""
+"""Sets up the vLLM engine of a policy on CPUs or GPUs. Only replicas import this module."""
 
 import os
 from typing import Any
@@ -16,30 +16,30 @@ from services.serving.reference import Reference
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 
-# Tokens of one step. Scoring holds their logits in float32, which vLLM's memory profile does not
-# count: 2 GB with a vocabulary of 128k.
+# Tokens of one engine step. Scoring holds their logits in float32, 2 GB with a vocabulary of 128k, which vLLM's
+# memory profile does not count.
 MAX_NUM_BATCHED_TOKENS = 2048
 
 
 class PolicyServer(LLMServer):  # type: ignore[misc]
-    """One engine that generates and scores."""
+    """A server with one engine that generates and scores."""
 
     reference: Reference
 
     async def _start_engine(self) -> None:
-        """Less than the base class does: that starts an actor of 400 MB for Ray's usage statistics."""
+        """Starts the engine alone. The base class also starts an actor of 400 MB for Ray's usage statistics."""
         await self.engine.start()
         self.reference = Reference(self.engine._engine_client, max_tokens_in_flight=2 * MAX_NUM_BATCHED_TOKENS)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """vLLM's own server, less the routes that steer the engine."""
+        """Returns vLLM's own server without the routes that control the engine."""
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
         return app
 
 
 class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
-    """LLMServer takes its engine by injection, but the class to derive from has no public name."""
+    """An engine that runs in `ExecutorOnCpus`. LLMServer takes an engine class, but its base has no public name."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         vllm_engine_config.parallel_config.distributed_executor_backend = ExecutorOnCpus
@@ -47,7 +47,7 @@ class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
 
 
 async def start(deployment: Deployment, source: str) -> PolicyServer:
-    """`source` is a local folder or a hub id."""
+    """Starts a server for the deployment. `source` is a local folder or a hub id."""
     on_cpus = deployment.num_gpus == 0
     hardware, engine_kwargs = _cpus() if on_cpus else _gpus(deployment.num_gpus)
     config = LLMConfig(
@@ -62,7 +62,7 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
         },
         **hardware,
     )
-    config.get_or_create_callback().ctx.run_init_node = False  # no download: what Ray would fetch is there
+    config.get_or_create_callback().ctx.run_init_node = False  # no download: the files are on this node
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     spawn_forks()
     server: PolicyServer = PolicyServer.sync_init(config, engine_cls=EngineOnCpus if on_cpus else VLLMEngine)
@@ -71,10 +71,11 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
 
 
 def _cpus() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of LLMConfig and of vLLM; sets the environment that the engine's process inherits."""
+    """Returns settings of LLMConfig and of vLLM, and sets the environment that the engine's process inherits."""
     node_id = ray.get_runtime_context().get_node_id()
     reserved = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
-    # Ray gives an actor as many threads as it reserves CPUs: one. Passive, or they spin while others train.
+    # Ray gives an actor as many threads as it reserves CPUs, here one. Threads that wait must not spin while others
+    # train.
     os.environ["OMP_NUM_THREADS"] = str(max(1, min(os.cpu_count() or 1, int(reserved))))
     os.environ["OMP_WAIT_POLICY"] = "passive"
     engine_kwargs = {"enforce_eager": True, "max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30}
@@ -82,7 +83,7 @@ def _cpus() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _gpus(num_gpus: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of LLMConfig and of vLLM: one worker per GPU, or a share of one."""
+    """Returns settings of LLMConfig and of vLLM: one worker per GPU, or one worker on a share of a GPU."""
     share = min(num_gpus, 1)
     engine_kwargs = {
         "tensor_parallel_size": max(1, int(num_gpus)),

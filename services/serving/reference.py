@@ -1,4 +1,4 @@
-"""Scoring: what the model in an engine thinks of completions that others wrote."""
+"""Scores given completions with the model of an engine."""
 
 import asyncio
 import math
@@ -18,10 +18,10 @@ CERTAIN = 1e9  # a bias that outweighs every logit
 
 
 class Reference:
-    """Scores rows with an engine that answers requests as well.
+    """Scores rows with an engine that also answers users' requests.
 
-    All calls together keep at most `max_tokens_in_flight` in the engine: what comes from elsewhere
-    waits behind no more than that.
+    All calls together keep at most `max_tokens_in_flight` tokens in the engine, so that a user's request
+    never waits for more than these.
     """
 
     def __init__(self, engine: EngineClient, *, max_tokens_in_flight: int) -> None:
@@ -33,26 +33,27 @@ class Reference:
     async def score(
         self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
     ) -> list[Score]:
-        """Of each completion, summed."""
+        """Returns the log-probability of each completion: the sum of what `token_logps` returns."""
         rows = await self.token_logps(prompt_ids, completion_ids, others)
         return [Score(math.fsum(row), len(row)) for row in rows]
 
     async def token_logps(
         self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
     ) -> list[list[float]]:
-        """In nats, row by row, each completion after its own prompt; together at most the model's length.
+        """Returns the log-probabilities, in nats, of each completion's tokens after its own prompt.
 
-        Of tokens that stand in a row's spans [start, stop) of `others`, none is told; without them, all are.
-        Raises ValueError for a row that cannot be scored, ConnectionError when the engine has died.
+        A prompt and its completion together have at most the model's length. Tokens in a row's spans [start, stop)
+        of `others` are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the
+        engine has died.
         """
         if len(prompt_ids) != len(completion_ids):
-            raise ValueError(f"{len(prompt_ids)} prompts came with {len(completion_ids)} completions; send pairs.")
+            raise ValueError(f"{len(prompt_ids)} prompts came with {len(completion_ids)} completions; send as many.")
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         for index, row in enumerate(rows):
             self._check(index, *row)
         tasks = []
         try:
-            async with asyncio.TaskGroup() as group:  # cancelled or failing, it takes all its rows out of the engine
+            async with asyncio.TaskGroup() as group:  # if it is cancelled or fails, its rows leave the engine
                 for prompt, completion in rows:
                     num_tokens = len(prompt) + len(completion)
                     await self._reserve(num_tokens)
@@ -61,10 +62,10 @@ class Reference:
         except ExceptionGroup as errors:
             if errors.subgroup(EngineDeadError) is None:
                 raise
-            # Not vLLM's own error: a driver that receives that one has to import vLLM.
+            # Not vLLM's own error: the driver would have to import vLLM to receive it.
             raise ConnectionError("The engine has died and is replaced; send the rows again in a minute.") from None
-        found = [task.result() for task in tasks]
-        return [_outside(spans, row) for spans, row in zip(others, found, strict=True)] if others else found
+        logps = [task.result() for task in tasks]
+        return [_without(spans, row) for spans, row in zip(others, logps, strict=True)] if others else logps
 
     def _check(self, index: int, prompt: list[int], completion: list[int]) -> None:
         config = self._engine.model_config
@@ -87,8 +88,11 @@ class Reference:
         self._released.set()
 
     async def _score_row(self, prompt: list[int], completion: list[int]) -> list[float]:
-        """vLLM must generate a token. It is made to generate the completion's last one, so that no room is
-        needed beyond the row's own length; what it reports are the log-probabilities before the bias."""
+        """Returns the log-probabilities of a completion's tokens.
+
+        vLLM has to generate a token. A bias makes it generate the completion's last one, so that the row needs no
+        room beyond its own length. vLLM reports the log-probabilities before the bias.
+        """
         *head, last = completion
         params = SamplingParams(
             max_tokens=1,
@@ -107,7 +111,7 @@ class Reference:
         return [*token_logps, output.cumulative_logprob]
 
 
-def _outside(spans: Spans, logps: list[float]) -> list[float]:
+def _without(spans: Spans, logps: list[float]) -> list[float]:
     for start, stop in reversed(spans):
         del logps[start:stop]
     return logps

@@ -1,1 +1,1 @@
-"""What runs inside a Ray job: one driver, Ray Data, and the Ray Train workers."""
+"""The code that runs in a Ray job: one driver, Ray Data tasks, and Ray Train workers."""

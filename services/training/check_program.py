@@ -1,4 +1,4 @@
-"""What encoding would do with a training file: `python -m services.training.check_program <request uri>`.
+"""Reports how a training file would be encoded: `python -m services.training.check_program <request uri>`.
 
 The command `raydpo data check` does the same without a cluster.
 """
@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from dpo_core.config import Truncation
 from services import storage
 from services.contract import CheckRequest, CheckResult, Contract, Failed, Recipe
-from services.training.data.encoding import Encoded, Piece, encode_piece, load, split, unrefused
+from services.training.data.encoding import Encoded, Piece, encode_piece, load, raise_refusals, split
 from services.training.data.file_report import EncodingReport, merge
 from services.training.data.preview import Preview, preview, sample
 from services.training.reports.reporting import JobFailed
@@ -28,19 +28,21 @@ Result = TypeVar("Result", bound=Contract)
 
 
 class Tokens(EncodingReport):
-    """What encoding finds in a file, and under which limit."""
+    """The report of encoding a file, with the limit that applied."""
 
-    limit: int  # tokens that a group may have: max_length, or what the model has positions for
+    limit: int  # tokens that a group may have: max_length, or the model's positions if they are fewer
     truncation: Truncation
 
 
 class Check(Contract):
+    """The result of checking a file."""
+
     tokens: Tokens
     preview: tuple[Preview, ...]  # rows spread over the file
 
 
-class Each(Protocol):
-    """Does work on each item, somewhere and in any order."""
+class CallEach(Protocol):
+    """A function that calls `work` on each item and yields the results. Place and order of the calls are free."""
 
     def __call__(
         self, work: Callable[[Item], Result], items: Sequence[Item], result: type[Result]
@@ -48,12 +50,15 @@ class Each(Protocol):
 
 
 def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[Result]) -> Iterator[Result]:
-    """Here, one after the other."""
+    """Calls `work` on each item in this process, one after the other."""
     return map(work, items)
 
 
-def check(recipe: Recipe, folder_uri: str, each: Each) -> Check:
-    """`folder_uri` takes the plain lines of a packed file. Raises JobFailed for a file or model that is no use."""
+def check(recipe: Recipe, folder_uri: str, each: CallEach) -> Check:
+    """Checks a training file. `folder_uri` is for the unpacked lines of a compressed file.
+
+    Raises JobFailed for a file or model that cannot be used.
+    """
     uri = unpacked(recipe.training_uri, storage.join(folder_uri, "training.jsonl"))
     try:
         return _check(recipe.model_copy(update={"training_uri": uri}), each)
@@ -62,19 +67,20 @@ def check(recipe: Recipe, folder_uri: str, each: Each) -> Check:
             storage.delete(uri)
 
 
-def _check(plain: Recipe, each: Each) -> Check:
-    results = list(unrefused(each(partial(_encode, plain), list(split(plain.training_uri, plain.columns)), Encoded)))
-    found = merge(result.report for result in results)
-    rows = list(sample(plain.training_uri, found.num_rows, NUM_PREVIEWS, plain.columns))
+def _check(plain: Recipe, each: CallEach) -> Check:
+    pieces = list(split(plain.training_uri, plain.columns))
+    results = list(raise_refusals(each(partial(_encode, plain), pieces, Encoded)))
+    report = merge(result.report for result in results)
+    rows = list(sample(plain.training_uri, report.num_rows, NUM_PREVIEWS, plain.columns))
     previews = sorted(each(partial(preview, plain), rows, Preview), key=lambda preview: preview.line)
-    tokens = Tokens(**dict(found), limit=results[0].limit, truncation=plain.truncation)
+    tokens = Tokens(**dict(report), limit=results[0].limit, truncation=plain.truncation)
     return Check(tokens=tokens, preview=tuple(previews))
 
 
 def _encode(recipe: Recipe, piece: Piece) -> Encoded:
     try:
         load(recipe.model_source)
-    except Exception as error:  # whatever stands there, the user sees why it is no model
+    except Exception as error:  # whatever is wrong with the model, the user sees it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         failed = Failed(code="invalid_model", message=f"The model cannot be used: {reason}", param="model")
         return Encoded(piece=piece.number, report=EncodingReport(), refused=(piece.first_line, failed))
@@ -82,7 +88,7 @@ def _encode(recipe: Recipe, piece: Piece) -> Encoded:
 
 
 def main(request_uri: str) -> None:
-    import ray  # which the command does without
+    import ray  # not at the top, because `raydpo data check` works without it
 
     from services.training.data.tasks import in_tasks
 
@@ -93,7 +99,8 @@ def main(request_uri: str) -> None:
     storage.write_bytes(storage.join(request.folder_uri, "report.json"), result.model_dump_json().encode())
 
 
-def answer(request: CheckRequest, each: Each) -> CheckResult:
+def answer(request: CheckRequest, each: CallEach) -> CheckResult:
+    """Runs the check. A file or model that cannot be used becomes the result's error."""
     try:
         report = check(request.recipe, request.folder_uri, each).model_dump(mode="json")
         return CheckResult(finished_at=time.time(), report=report)

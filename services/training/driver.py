@@ -1,8 +1,8 @@
-"""One attempt of a job, from its spec to the exported policy: `python -m services.training.driver <spec uri>`.
+"""Runs one attempt of a job, from its spec to the exported policy: `python -m services.training.driver <spec uri>`.
 
-Exit status: 0 after Succeeded, 1 after Failed, 3 when a later attempt has taken over, 4 after Paused, 5 when the
-user cancels. An attempt that ends in another way reports Died, if it still can, with a traceback in the log; it is
-followed by one that resumes from the last checkpoint.
+Exit status: 0 after Succeeded, 1 after Failed, 3 if a later attempt has taken over, 4 after Paused, 5 if the
+user cancelled. An attempt that ends in another way logs a traceback and reports Died, if it still can; the next
+attempt resumes from the last checkpoint.
 """
 
 import importlib
@@ -43,9 +43,9 @@ from services.training.preparation import Prepared, prepare
 from services.training.reports.integrations import actors
 from services.training.reports.logs import keep_logs
 from services.training.reports.reporting import WATCH, JobFailed, Reporter
-from services.training.run.commands import PAUSED, Obedience
+from services.training.run.commands import PAUSED, Commands
 from services.training.run.deaths import cause_of
-from services.training.run.full_disk import when_there_is_room
+from services.training.run.full_disk import retry_while_full
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ WORKERS_IMPORT = (
     "services.training.run.worker",
 )
 CLOSE_SECONDS = 30.0
-WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the last checkpoint
+WORKER_FAILURES = 3  # that one attempt survives; new workers resume from the last checkpoint
 
 
 def main(spec_uri: str) -> int:
@@ -75,31 +75,31 @@ def main(spec_uri: str) -> int:
     except JobFailed as failure:
         return refuse(AttemptAddress.model_validate_json(written), failure.report)
     keep_logs(spec.run_uri, spec.attempt, "driver")
-    _keep_environment_to_itself()
+    _hide_environment_from_workers()
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
-    _in_thread(lambda: importlib.import_module(TRAINER))  # takes two seconds, in which the file is encoded
+    _in_thread(lambda: importlib.import_module(TRAINER))  # takes two seconds, while the file is encoded
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
     preload(ray.get_runtime_context().get_job_id(), WORKERS_IMPORT)
     followers = actors.start(spec, reporter)
-    obedience = Obedience(reporter, followers)
+    commands = Commands(reporter, followers)
     try:
         outcome = run(spec, reporter)
-        obedience.end()
+        commands.stop_handling()
         actors.close(followers, None if outcome.kind == "paused" else outcome.kind, reporter)
         ray.get(reporter.report.remote(outcome))
     except Exception as error:
         reporter.report.remote(Died(cause=cause_of(error)))
         raise
     finally:
-        if not when_there_is_room(
-            lambda: ray.get(reporter.close.remote(CLOSE_SECONDS)), "the last report", logger.info
+        if not retry_while_full(
+            lambda: ray.get(reporter.close.remote(CLOSE_SECONDS)), "writing the last report", logger.info
         ):
-            logger.warning("Not all events were shipped; the control plane finds them in the spool.")
+            logger.warning("Some events were not sent; the control plane reads them from the spool.")
     return STATUSES[outcome.kind]
 
 
 def read_spec(written: bytes) -> AttemptSpec:
-    """Raises JobFailed where another release wrote what this one does not understand."""
+    """Parses the attempt's spec. Raises JobFailed if another release wrote it and this one cannot read it."""
     wire = AttemptAddress.model_validate_json(written).wire
     try:
         if wire <= WIRE:
@@ -108,14 +108,14 @@ def read_spec(written: bytes) -> AttemptSpec:
     except ValidationError as error:
         why = first_error(error)
     message = (
-        f"The cluster's image is of another release than the control plane and cannot read the attempt: {why}. "
-        "Its operator has to bring both to one release; then submit the job again."
+        f"The cluster's image has another release than the control plane and cannot read the attempt: {why}. "
+        "The operator must install the same release on both; then submit the job again."
     )
     raise JobFailed(Failed(code="release_mismatch", message=message))
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Tell why this driver does not run the attempt."""
+    """Reports why this driver does not run the attempt. Returns the exit status."""
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)
@@ -124,6 +124,7 @@ def refuse(address: AttemptAddress, report: Failed) -> int:
 
 
 def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
+    """Prepares the data, trains and exports. Failures that only the user can fix are returned."""
     try:
         return _run(spec, reporter)
     except JobFailed as failure:
@@ -132,58 +133,63 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Training begins when its data are prepared, or so much of them that the rest can follow."""
+    """Training begins when its data are prepared, or earlier, with the first part of a stream."""
 
     def report(report: Report) -> None:
         ray.get(reporter.report.remote(report))
 
-    begun = Future[Any]()
-    preparing = _in_thread(lambda: _prepare(spec, report, begun))
-    wait((preparing, begun), return_when=FIRST_COMPLETED)
-    found: Prepared | Stream = begun.result() if begun.done() else preparing.result()
-    training = _in_thread(lambda: _train(spec, found, reporter))
+    stream = Future[Any]()
+    preparing = _in_thread(lambda: _prepare(spec, report, stream))
+    wait((preparing, stream), return_when=FIRST_COMPLETED)
+    source: Prepared | Stream = stream.result() if stream.done() else preparing.result()
+    training = _in_thread(lambda: _train(spec, source, reporter))
     wait((preparing, training), return_when=FIRST_COMPLETED)
     if preparing.done():
-        preparing.result()  # what ends it ends training
+        preparing.result()  # raises what ended it, which ends training, too
     trained: Succeeded | Failed | Paused = training.result()
     if not isinstance(trained, Succeeded):
         return trained
     preparing.result()
     report(Progress(stage="exporting", done=0, total=1))
-    exported = when_there_is_room(lambda: export(spec, trained), "the policy", report)
+    exported = retry_while_full(lambda: export(spec, trained), "exporting the policy", report)
     report(Progress(stage="exporting", done=1, total=1))
     return exported
 
 
-def _prepare(spec: AttemptSpec, report: Callable[[Report], None], begun: "Future[Stream]") -> Prepared:
-    def anew() -> Prepared:
-        if begun.done():
-            raise RuntimeError("Storage was full while workers trained on what was encoded; the next attempt goes on.")
-        return prepare(spec, report, begun.set_result)
+def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
+    """Prepares the data. If training can begin before the end, sets `stream`."""
 
-    prepared = when_there_is_room(anew, "what is prepared", report)
-    if begun.done():
-        begun.result().finish(prepared.validation)
+    def try_once() -> Prepared:
+        if stream.done():
+            raise RuntimeError("Storage was full while workers trained on the first data; the next attempt resumes.")
+        return prepare(spec, report, stream.set_result)
+
+    prepared = retry_while_full(try_once, "preparing data", report)
+    if stream.done():
+        stream.result().finish(prepared.validation)
     return prepared
 
 
-def _train(spec: AttemptSpec, found: Prepared | Stream, reporter: Any) -> Succeeded | Failed | Paused:
-    data = found.training if isinstance(found, Prepared) else found
+def _train(spec: AttemptSpec, source: Prepared | Stream, reporter: Any) -> Succeeded | Failed | Paused:
+    data = source.training if isinstance(source, Prepared) else source
     num_groups, with_adapter = num_places(data, spec.config.seed), spec.weights.adapter is not None
     spec = spec.model_copy(update={"config": spec.config.resolved(num_groups, with_adapter=with_adapter)})
-    if isinstance(found, Prepared):
-        return train(spec, found.training, found.validation, reporter)
+    if isinstance(source, Prepared):
+        return train(spec, source.training, source.validation, reporter)
     validates = spec.validation_uri or spec.validation_share
-    return train(spec, found, found if validates else None, reporter)
+    return train(spec, source, source if validates else None, reporter)
 
 
 def train(
     spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
 ) -> Succeeded | Failed | Paused:
-    """The last checkpoint's policy. Workers publish checkpoints themselves, so Ray Train stores nothing of worth."""
+    """Runs the workers, and returns what they end with: on success, the last checkpoint's policy.
+
+    Workers publish checkpoints themselves, so the folder that Ray Train stores is temporary.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from services.training.run.ray_trainer import TellDeaths, Trainer
+    from services.training.run.ray_trainer import ReportDeaths, Trainer
 
     def work_here() -> Succeeded | Failed | Paused:
         from services.training.run.worker import work
@@ -201,7 +207,7 @@ def train(
                 name=f"{spec.job_id}-{spec.attempt}",
                 storage_path=folder,
                 failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=WORKER_FAILURES),
-                callbacks=[TellDeaths(reporter)],
+                callbacks=[ReportDeaths(reporter)],
             ),
         )
         trained: Succeeded | Failed | Paused = trainer.fit().return_value
@@ -209,6 +215,7 @@ def train(
 
 
 def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
+    """Copies the trained policy to the job's `export` folder."""
     uri = storage.join(spec.run_uri, "export")
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
         storage.publish(storage.fetch(trained.model_uri, cache=Path(folder)), uri)
@@ -216,7 +223,7 @@ def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
 
 
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Its end may be awaited, and need not be: the thread dies with the process."""
+    """Starts `work` in a daemon thread, which ends with the process. The future holds its result."""
     future = Future[Any]()
 
     def run() -> None:
@@ -229,15 +236,15 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
     return future
 
 
-def _keep_environment_to_itself() -> None:
-    """The attempt's token is the driver's alone, and a worker with an environment of its own starts more slowly."""
+def _hide_environment_from_workers() -> None:
+    """Hides the driver's environment from workers: it holds the attempt's token, and would slow their start."""
     if config := os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR):
-        kept = {key: value for key, value in json.loads(config).items() if key != "runtime_env"}
-        os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = json.dumps(kept)
+        without_environment = {key: value for key, value in json.loads(config).items() if key != "runtime_env"}
+        os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = json.dumps(without_environment)
 
 
 def _runtime_env() -> dict[str, Any] | None:
-    """Of every process that this attempt starts; forks of a server have it from there."""
+    """Returns the environment of every process that this attempt starts. Forks inherit theirs from the fork server."""
     if forkserver.VARIABLE in os.environ:
         return None
     # Otherwise OpenMP's threads spin while they wait: a step takes 25 times longer on a busy machine.
@@ -245,7 +252,7 @@ def _runtime_env() -> dict[str, Any] | None:
 
 
 def _start_reporter(spec: AttemptSpec, token: str) -> Any:
-    """The actor lives and dies with the driver."""
+    """Starts the actor that reports. It ends with the driver."""
     reporter = local_actor(Reporter, concurrency_groups={WATCH: 1}).remote(spec, token)
     ray.get(reporter.flush.remote())
     return reporter

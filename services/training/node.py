@@ -1,4 +1,4 @@
-"""The node that a process runs on."""
+"""Starts Ray actors on the node of the calling process."""
 
 from typing import Any
 
@@ -7,6 +7,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def local_actor(kind: type, **options: Any) -> Any:
-    """The class as one of Ray's, whose actors run on this node and claim none of its CPUs; `options` are Ray's."""
+    """Returns `kind` as a Ray actor class. Its actors run on this node and claim no CPU; `options` are Ray's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(kind)

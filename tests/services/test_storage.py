@@ -128,7 +128,7 @@ def test_a_slow_storage_is_waited_for(s3: S3) -> None:
 
 
 def test_what_a_slow_storage_has_not_taken_yet_is_not_held_in_memory(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "UNSENT", 5 * 2**20)
+    monkeypatch.setattr(storage, "MAX_UNSENT", 5 * 2**20)
     s3.proxy.delay_seconds = 0.003
     held = []
 

@@ -1,1 +1,1 @@
-"""From rows to ids, and from ids to the batches of every step."""
+"""Encodes rows as token ids, stores them, and reads them in batches for every step."""

@@ -1,6 +1,6 @@
-"""Prepared data: encoded groups in Parquet parts, and the reference's scores beside them.
+"""Reads and writes prepared data: encoded groups in Parquet files, called parts, and the reference's scores for them.
 
-Parts are named by their manifest with their sha256.
+A manifest lists the parts with their sha256.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ IDS = pa.schema(
     {
         "prompt_ids": pa.list_(pa.int32()),
         "completion_ids": pa.list_(pa.list_(pa.int32())),
-        "ratings": pa.list_(pa.float64()),  # one per completion; null: their order says it
+        "ratings": pa.list_(pa.float64()),  # one per completion; null: completions are in order, best first
         "weight": pa.float64(),
         "margin": pa.float64(),
         "line": pa.int64(),
-        "others": pa.list_(pa.list_(pa.list_(pa.int32(), 2))),  # per completion, spans of tokens; null: none
+        "others": pa.list_(pa.list_(pa.list_(pa.int32(), 2))),  # per completion, spans that are not learned; null: none
     }
 )
 SCORES = pa.schema(  # one per completion, in nats; null: not asked for
@@ -34,22 +34,22 @@ DIGEST = ".sha256"
 
 
 class DamagedPart(ValueError):
-    """A part is not what the manifest says."""
+    """A part is missing or differs from what its manifest says."""
 
 
 class Part(Contract):
-    """What became of a piece of a file: one Parquet file, and the one of its scores, which has the same name."""
+    """The groups of one piece of a file: a Parquet file, and a file of its scores with the same name."""
 
     name: str
     num_rows: int  # of the piece
-    num_groups: int  # that are left of them, maybe none
-    num_tokens: int  # every prompt once and its completions
+    num_groups: int  # that were kept of these rows; may be 0
+    num_tokens: int  # of completions, and of prompts, each once
     sha256: str
     scores_sha256: str | None = None
 
 
 class Data(Protocol):
-    """What is read in the order of training: a Dataset, or one that is still being encoded."""
+    """Data that are read in training order: a Dataset, or a Stream that is still being encoded."""
 
     @property
     def uri(self) -> str: ...
@@ -57,14 +57,14 @@ class Data(Protocol):
     def scores_uri(self) -> str | None: ...
     @property
     def num_rows(self) -> Sequence[int]: ...  # of each piece of the training file
-    def take(self, pieces: Sequence[int]) -> Sequence[Part]: ...  # once all of them are there
+    def take(self, pieces: Sequence[int]) -> Sequence[Part]: ...  # waits until all of them are encoded
 
 
 class Dataset(Contract):
-    """Parts in one folder, their scores in another."""
+    """Encoded parts in one folder, with their scores in another."""
 
     uri: str
-    parts: tuple[Part, ...]  # of the training file: one of every piece, in the order of the file
+    parts: tuple[Part, ...]  # of a training file: one for every piece, in the order of the file
     scores_uri: str | None = None  # None: the objective needs no reference
 
     @property
@@ -84,7 +84,7 @@ class Dataset(Contract):
 
 
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows: int | None = None) -> Part:
-    """`num_rows` None: every row is a group."""
+    """Writes groups as a part. `num_rows` None: every row of the piece is a group."""
     table = pa.table({field: [getattr(group, field) for group in groups] for field in IDS.names}, IDS)
     num_tokens = sum(group.num_tokens for group in groups)
     sha256 = _write(storage.join(uri, name), table)
@@ -93,9 +93,10 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
-    """The part, now that its groups are scored, with `heads` their completions' beginnings too.
+    """Writes the scores of a part's groups, and returns the part with their sha256.
 
-    Its sha256 stands beside the scores: the manifest comes much later.
+    `heads` adds the scores of the completions' beginnings. The sha256 is also written beside the scores, because the
+    manifest comes much later.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -107,7 +108,7 @@ def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads:
 
 
 def find_scores(uri: str, part: Part) -> Part | None:
-    """The part, if scores of it stand in the folder `uri`, and are those that were written."""
+    """Returns the part with its scores' sha256, if the folder `uri` has undamaged scores of it."""
     try:
         sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
         _read_bytes(storage.join(uri, part.name), sha256)
@@ -117,31 +118,31 @@ def find_scores(uri: str, part: Part) -> Part | None:
 
 
 def check(dataset: Dataset) -> None:
-    """Raises DamagedPart if any part is not what it was."""
+    """Raises DamagedPart if any part is missing or changed."""
     for part in dataset.parts:
         for uri, sha256 in _files(dataset, part):
             _read_bytes(uri, sha256)
 
 
 def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
-    """All groups, part by part. Raises DamagedPart."""
+    """Yields all groups, part by part. Raises DamagedPart."""
     for part in dataset.parts:
         yield from read_part(dataset, part)
 
 
 def read_part(dataset: Dataset, part: Part) -> Iterator[EncodedGroup]:
-    return read_some(dataset, [part], range(part.num_groups))
+    return read_numbered(dataset, [part], range(part.num_groups))
 
 
-def read_some(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[EncodedGroup]:
-    """Groups by their numbers, which go through all the parts. Raises DamagedPart."""
+def read_numbered(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[EncodedGroup]:
+    """Yields groups by number. Numbers count on from part to part. Raises DamagedPart."""
     tables = [_read(data, part) for part in parts if part.num_groups]
     if tables:
         yield from _Groups(pa.concat_tables(tables)).take(numbers)
 
 
 def _write(uri: str, table: Any) -> str:
-    """The file's sha256."""
+    """Writes a Parquet file and returns its sha256."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue()
@@ -150,15 +151,15 @@ def _write(uri: str, table: Any) -> str:
 
 
 def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
-    """Each with its sha256: the ids, then the scores, if there are any."""
+    """Yields the URI and sha256 of a part's ids and, if it has them, of its scores."""
     yield storage.join(data.uri, part.name), part.sha256
     if data.scores_uri is not None and part.scores_sha256 is not None:
         yield storage.join(data.scores_uri, part.name), part.scores_sha256
 
 
 def _read(data: Data, part: Part) -> Any:
-    table, *others = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in _files(data, part))
-    for scores in others:
+    table, *score_tables = (pq.read_table(pa.BufferReader(_read_bytes(*file))) for file in _files(data, part))
+    for scores in score_tables:
         for name in SCORES.names:
             table = table.append_column(name, scores[name])
     return table
@@ -170,12 +171,12 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
     except FileNotFoundError:
         raise DamagedPart(f"{uri} is missing; prepare the data again.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise DamagedPart(f"{uri} has another sha256 than its manifest says; prepare the data again.")
+        raise DamagedPart(f"{uri} does not match the sha256 in its manifest; prepare the data again.")
     return data
 
 
 class _Groups:
-    """A table's rows by number. Ids are cut out of whole columns: asking Arrow for each list takes 30 times longer."""
+    """Reads a table's groups by row number. It slices whole columns: asking Arrow for each list is 30 times slower."""
 
     def __init__(self, table: Any) -> None:
         self._prompts, self._completions = _Lists(table["prompt_ids"]), _Lists(table["completion_ids"])
@@ -184,19 +185,19 @@ class _Groups:
 
     def take(self, rows: Iterable[int]) -> Iterator[EncodedGroup]:
         for row in rows:
-            own: dict[str, Any] = {"ref_logps": None}
-            own |= {name: values[row] for name, values in self._rest.items()}
+            fields: dict[str, Any] = {"ref_logps": None}
+            fields |= {name: values[row] for name, values in self._rest.items()}
             for name in ("ref_logps", "ref_head_logps", "ratings"):
-                if own.get(name):
-                    own[name] = tuple(own[name])
-            if own["others"]:
-                own["others"] = tuple(tuple(map(tuple, spans)) for spans in own["others"])
+                if fields.get(name):
+                    fields[name] = tuple(fields[name])
+            if fields["others"]:
+                fields["others"] = tuple(tuple(map(tuple, spans)) for spans in fields["others"])
             completion_ids = tuple(map(self._ids.ids, self._completions.places(row)))
-            yield EncodedGroup(prompt_ids=self._prompts.ids(row), completion_ids=completion_ids, **own)
+            yield EncodedGroup(prompt_ids=self._prompts.ids(row), completion_ids=completion_ids, **fields)
 
 
 class _Lists:
-    """A column of lists."""
+    """A column of lists, read as slices of one long array."""
 
     def __init__(self, column: Any) -> None:
         lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -204,7 +205,7 @@ class _Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def places(self, row: int) -> range:
-        """Where the row's values stand."""
+        """Returns the positions of the row's values in `values`."""
         return range(self._offsets[row], self._offsets[row + 1])
 
     def ids(self, row: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The training file becomes encoded groups, piece by piece in tasks: text never passes through the driver."""
+"""Encodes a training file as groups of token ids, piece by piece in Ray tasks: the driver never holds its text."""
 
 import functools
 import hashlib
@@ -34,23 +34,23 @@ from services.training.data.file_report import (
     merge,
     num_invalid,
 )
-from services.training.data.garbage import only_young
+from services.training.data.garbage import without_full_collections
 from services.training.reports.reporting import JobFailed, invalid_file, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
-NUM_FIRST = 1000  # rows among which the first that can be used tells the format
-NUM_LAST = 3  # tokens of an answer: some templates write a line feed behind its end
-RARE = "ʘ東𓀀🫠\u2062"  # a tokenizer with ids for these has ids for all characters, as byte-level ones do
+NUM_FIRST = 1000  # rows that are searched for a first usable one, which tells the format
+NUM_LAST = 3  # tokens of an answer that may contain its end: some templates write a line feed after it
+RARE = "ʘ東𓀀🫠\u2062"  # a tokenizer that knows these knows all characters, as byte-level ones do
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
-MOST_PIECES = 20_000  # about; beyond them pieces grow
+MOST_PIECES = 20_000  # roughly; pieces of larger files are larger
 
 
 class Piece(Contract):
-    """Whole lines of a file; `num_rows` of them, at least one, are not blank."""
+    """A range of whole lines of a file. `num_rows` of them, at least one, are not blank."""
 
     number: int
     first_line: int  # from 1
@@ -60,18 +60,18 @@ class Piece(Contract):
 
 
 class Encoded(Contract):
-    """What became of a piece."""
+    """The result of encoding a piece."""
 
     piece: int
     report: EncodingReport
-    limit: int = 0  # tokens that a group may have: max_length, or what the model has positions for
-    training: Part | None = None  # None: it was refused, or nothing is written
-    held_out: Part | None = None  # None: it has no such groups
-    refused: tuple[int, Failed] | None = None  # the line that cannot be used
+    limit: int = 0  # tokens that a group may have: max_length, or the model's positions if they are fewer
+    training: Part | None = None  # None: the piece was refused, or nothing is written
+    held_out: Part | None = None  # None: no groups are held out
+    refused: tuple[int, Failed] | None = None  # the line that cannot be used, and why
 
 
 class Encoding(Contract):
-    """What became of a file."""
+    """The result of encoding a file."""
 
     training: Dataset
     held_out: Dataset
@@ -103,7 +103,7 @@ def encode(
 ) -> Encoding:
     """Writes the groups of the training file to `folder_uri`.
 
-    `encode_pieces` calls `encode_piece` on each, somewhere and in any order. Raises JobFailed for a
+    `encode_pieces` calls `encode_piece` on each piece, in any process and order. Raises JobFailed for a
     file that cannot be used.
     """
     format, kind = _look_at_first_row(spec)
@@ -112,33 +112,33 @@ def encode(
     done = progress(report, "encoding", sum(piece.num_rows for piece in pieces))
     results: list[Encoded] = []
     num_rows = 0
-    for result in unrefused(encode_pieces(pieces)):
-        _refuse_margins(spec, result.report, kind)  # before a worker reads them
+    for result in raise_refusals(encode_pieces(pieces)):
+        _refuse_margins(spec, result.report, kind)  # before a worker reads the groups
         results.append(result)
         num_rows += result.report.num_rows
         done(num_rows)
-    found = merge(result.report for result in results)
-    _refuse_many_invalid(recipe_of(spec), found)
+    file_report = merge(result.report for result in results)
+    _refuse_many_invalid(recipe_of(spec), file_report)
     return Encoding(
         training=_dataset(folder_uri, (result.training for result in results)),
         held_out=_dataset(folder_uri, (result.held_out for result in results)),
-        report=found,
+        report=file_report,
         limit=results[0].limit,
         kind=kind,
         format=format,
     )
 
 
-def _refuse_many_invalid(recipe: Recipe, found: EncodingReport) -> None:
-    count, share = num_invalid(found), recipe.invalid_rows.max_share
-    if count > share * found.num_rows:
-        first = min(found.invalid.values(), key=lambda reason: reason.first)
-        limit = f"{count} of {found.num_rows} rows cannot be used, and at most {share:.2%} may be left out"
-        raise JobFailed(invalid_file(f"{limit}; mend them, or raise max_invalid_share. {first.sentence}"))
+def _refuse_many_invalid(recipe: Recipe, file_report: EncodingReport) -> None:
+    count, share = num_invalid(file_report), recipe.invalid_rows.max_share
+    if count > share * file_report.num_rows:
+        first = min(file_report.invalid.values(), key=lambda reason: reason.first)
+        limit = f"{count} of {file_report.num_rows} rows cannot be used, and at most {share:.2%} may be left out"
+        raise JobFailed(invalid_file(f"{limit}; correct them, or raise max_invalid_share. {first.sentence}"))
 
 
-def unrefused(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Raises JobFailed with the first line that cannot be used; at once if it is the model that cannot."""
+def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Yields results. Raises JobFailed for a model that cannot be used, or, at the end, for the first unusable line."""
     refusals: list[tuple[int, Failed]] = []
     for result in results:
         if result.refused is None:
@@ -151,26 +151,28 @@ def unrefused(results: Iterable[Encoded]) -> Iterator[Encoded]:
         raise JobFailed(min(refusals, key=lambda refusal: refusal[0])[1])
 
 
-def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
-    """Says what the file holds, and what becomes of it."""
-    found, config = encoding.report, spec.config
-    report(Message(message=f"{purpose} file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
-    report(Message(message=lengths_in_words(found, encoding.limit, config.truncation)))
-    warnings = left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding))
-    for sentence in warnings + marked(found, encoding.kind):
+def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
+    """Reports to the user what the file contains, and what was left out, cut or held out."""
+    contents, config = encoding.report, spec.config
+    report(Message(message=f"{purpose} file has {contents.num_groups} {encoding.kind} ({encoding.format} format)."))
+    report(Message(message=lengths_in_words(contents, encoding.limit, config.truncation)))
+    warnings = left_out(contents, encoding.kind, encoding.limit, _remedy(spec, encoding))
+    for sentence in warnings + marked(contents, encoding.kind):
         report(Message(level="warn", message=sentence))
     if spec.validation_share:
-        report(Message(message=f"Held out {found.num_held_out} of them, by their prompts, to validate on."))
+        kind = encoding.kind
+        report(Message(message=f"Held out {contents.num_held_out} {kind} for validation, selected by their prompts."))
 
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
-    """Its format, and the kind of feedback that it holds."""
+    """Returns the name of the file's format, and the kind of feedback that it contains."""
     drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
         records = islice(read_records(read_lines(file), columns=spec.columns), NUM_FIRST if drops else 1)
         first = next((record for record in records if not (drops and record.problem)), None)
     if first is None:
-        raise JobFailed(invalid_file("None of the first rows can be used." if drops else EMPTY))
+        unusable = f"None of the first {NUM_FIRST} rows can be used; check the file's format."
+        raise JobFailed(invalid_file(unusable if drops else EMPTY))
     if first.problem or first.format is None:
         raise JobFailed(invalid_file(str(first.problem)))
     return first.format.name, first.format.kind
@@ -186,31 +188,31 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
 
 
 def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
-    """Raises JobFailed where the objective cannot learn from the file, or nothing is left of it."""
-    found, kind, limit = encoding.report, encoding.kind, encoding.limit
+    """Raises JobFailed if the objective cannot learn from the file, or no group of it is left."""
+    contents, kind, limit = encoding.report, encoding.kind, encoding.limit
     _check_kind(spec, kind, encoding.format)
-    _refuse_margins(spec, found, kind)
-    if found.num_kept:
+    _refuse_margins(spec, contents, kind)
+    if contents.num_kept:
         return
-    long = found.dropped.get(TOO_LONG)
-    if long and long.count == found.num_groups:
-        shortest = f"the shortest has {found.shortest_too_long}"
+    long = contents.dropped.get(TOO_LONG)
+    if long and long.count == contents.num_groups:
+        shortest = f"(the shortest has {contents.shortest_too_long})"
         remedy = _remedy(spec, encoding)
-        raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens, {shortest}; {remedy}."))
-    reasons = " ".join(left_out(found, kind, limit, _remedy(spec, encoding)))
-    raise JobFailed(invalid_file(f"Of {found.num_groups} {kind} none is left to train on. {reasons}"))
+        raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens {shortest}; {remedy}."))
+    reasons = " ".join(left_out(contents, kind, limit, _remedy(spec, encoding)))
+    raise JobFailed(invalid_file(f"None of {contents.num_groups} {kind} is left to train on. {reasons}"))
 
 
-def _refuse_margins(spec: AttemptSpec, found: EncodingReport, kind: str) -> None:
-    if found.margins.count and not spec.config.objective.traits.takes_margins:
-        where = f"{found.margins.count} {kind} have a margin ({found.margins})"
-        sentence = f"{where}; method '{spec.config.objective.type}' takes none. Remove them, or use dpo."
+def _refuse_margins(spec: AttemptSpec, contents: EncodingReport, kind: str) -> None:
+    if contents.margins.count and not spec.config.objective.traits.takes_margins:
+        margins = f"{contents.margins.count} {kind} have a margin ({contents.margins})"
+        sentence = f"{margins}; method '{spec.config.objective.type}' takes none. Remove them, or use dpo."
         raise JobFailed(invalid_file(sentence))
 
 
 def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
     if encoding.limit < spec.config.max_length:
-        return "the model takes no more"
+        return "the model takes no more, so shorten them"
     return "raise max_length, choose another truncation, or shorten them"
 
 
@@ -221,9 +223,9 @@ def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
 
 
 def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """The pieces of a file, larger ones of a larger file: of a terabyte there are no more than of 160 GB.
+    """Yields the pieces of a file. Above 160 GB they grow in size, not in number.
 
-    Rows of one group are in one piece; `columns` is that of `read_records`.
+    Rows of one group are in one piece; `columns` is as for `read_records`.
     """
     with storage.open_input(uri) as file:
         scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
@@ -242,15 +244,15 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
         yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
 
 
-@only_young()
+@without_full_collections()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
-    """`folder_uri` None: nothing is written."""
+    """Encodes a piece and writes its groups to `folder_uri`. None: nothing is written."""
     model = load(recipe.model_source)
     limit = min(recipe.max_length, model.positions)
     tally = Tally(piece.num_rows)
     try:
-        groups = list(_with_an_order(_usable(recipe, piece, tally), tally))
-        kept, held_out = _encode(groups, model, recipe, limit, tally)
+        groups = list(_without_ties(_usable(recipe, piece, tally), tally))
+        training, held_out = _encode(groups, model, recipe, limit, tally)
     except InvalidRow as error:
         return Encoded(piece=piece.number, report=tally.report(), refused=(error.line, invalid_file(str(error))))
     except UnusableTemplate as error:
@@ -260,7 +262,7 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
         piece=piece.number,
         report=tally.report(),
         limit=limit,
-        training=_write(folder_uri, piece, ".parquet", kept),
+        training=_write(folder_uri, piece, ".parquet", training),
         held_out=_write(folder_uri, piece, ".held-out.parquet", held_out) if held_out else None,
     )
 
@@ -279,7 +281,7 @@ def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
 
 
 def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
-    """Raises InvalidRow where the recipe does not leave such rows out."""
+    """Yields the groups of usable rows. Raises InvalidRow for other rows, unless the recipe leaves them out."""
     for record in read_piece(recipe, piece):
         if record.problem and recipe.invalid_rows.how == "refuse":
             raise record.problem
@@ -288,7 +290,7 @@ def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
         yield from record.groups
 
 
-def _with_an_order(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
+def _without_ties(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
     for group in groups:
         if is_tied(group):
             tally.drop(TIED, group.line)
@@ -299,9 +301,9 @@ def _with_an_order(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
 def _encode(
     groups: Sequence[Group], model: "Model", recipe: Recipe, limit: int, tally: Tally
 ) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
-    """Those to train on, and those held out."""
+    """Encodes and cuts groups. Returns those to train on and those held out."""
     tokenizer = model.tokenizer
-    kept: list[EncodedGroup] = []
+    training: list[EncodedGroup] = []
     held_out: list[EncodedGroup] = []
     special_tokens = _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     may_lack_some = not _knows_all(RARE, tokenizer)
@@ -328,30 +330,30 @@ def _encode(
             tally.mark_unasked(encoded.line)
         if not all(model.ends.intersection(ids[-NUM_LAST:]) for ids in encoded.completion_ids):
             tally.mark_unended(encoded.line)
-        aside = _is_held_out(encoded.prompt_ids, recipe.validation_share)
-        tally.keep(encoded, cut, held_out=aside)
-        (held_out if aside else kept).append(cut)
+        is_held_out = _is_held_out(encoded.prompt_ids, recipe.validation_share)
+        tally.keep(encoded, cut, held_out=is_held_out)
+        (held_out if is_held_out else training).append(cut)
     if recipe.other_prompts:
-        return _with_others(kept, limit), _with_others(held_out, limit)
-    return kept, held_out
+        return _with_others(training, limit), _with_others(held_out, limit)
+    return training, held_out
 
 
 def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
-    """Each with the best answer to the next prompt that differs from its own, rated nan and cut to what fits.
+    """Adds to each group the best answer to the next different prompt, rated nan and cut to the limit.
 
-    By these KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
+    From these answers, KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
     """
-    found: list[EncodedGroup] = []
+    reversed_groups: list[EncodedGroup] = []
     other = next((group for group in groups if _prompt(group) != _prompt(groups[-1])), None)
     if other is None:
-        return list(groups)  # all are of one prompt
+        return list(groups)  # all have the same prompt
     following = other
     for group in reversed(groups):
         if _prompt(following) != _prompt(group):
             other = following
-        found.append(_with_another(group, other, limit))
+        reversed_groups.append(_with_another(group, other, limit))
         following = group
-    return found[::-1]
+    return reversed_groups[::-1]
 
 
 def _prompt(group: EncodedGroup) -> list[int]:
@@ -361,7 +363,7 @@ def _prompt(group: EncodedGroup) -> list[int]:
 def _with_another(group: EncodedGroup, other: EncodedGroup, limit: int) -> EncodedGroup:
     best, spans = other.completion_ids[:1], other.others and other.others[:1]
     answer = truncate(EncodedGroup(group.prompt_ids, best, None, group.line, others=spans), limit, "keep_start")
-    assert answer is not None  # the group's own fit behind the prompt
+    assert answer is not None  # the group's own completions fit after the prompt, so a cut one fits
     none = ((),) * len(group.completion_ids)
     others = (*(group.others or none), *(answer.others or ((),))) if group.others or answer.others else None
     return replace(
@@ -373,11 +375,11 @@ def _with_another(group: EncodedGroup, other: EncodedGroup, limit: int) -> Encod
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, words)) or r"\Z\A.")  # of none: what stands nowhere
+    return re.compile("|".join(map(re.escape, words)) or r"\Z\A.")  # without words: matches nothing
 
 
 def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The texts of the group, without the BOS and EOS that texts may bring."""
+    """Returns the texts of the group, without a BOS or EOS token that they may contain as text."""
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
     return texts
@@ -389,13 +391,13 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 @functools.cache
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer has ids for it that are not those of its unknown token."""
+    """Whether the tokenizer has ids for the character other than that of its unknown token."""
     ids = tokenizer(character, add_special_tokens=False).input_ids
     return character.isspace() or (bool(ids) and tokenizer.unk_token_id not in ids)
 
 
 def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether its prompt ends with the words that the template begins every answer with."""
+    """Whether the group's prompt ends with the words with which the template begins every answer."""
     words = prefill(tokenizer).strip()
     return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
 
@@ -407,7 +409,7 @@ def _words(text: Text) -> str:
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
-    """By the prompt: what is asked in training is not asked in validation."""
+    """Whether the group is held out. The prompt decides, so that no prompt is in both training and validation."""
     if not share:
         return False
     digest = hashlib.blake2b(repr(list(prompt_ids)).encode(), digest_size=8).digest()
@@ -416,17 +418,17 @@ def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """What encoding needs of a model."""
+    """The parts of a model that encoding needs."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    positions: int  # tokens that it has positions for
-    ends: frozenset[int]  # tokens after which it stops
+    positions: int  # the most tokens that it takes
+    ends: frozenset[int]  # ids of tokens after which it stops
 
 
 @functools.cache
 def load(model_source: str) -> Model:
-    """Once per process."""
-    # Imported here because it takes eight seconds of a core, and the driver does without.
+    """Loads a model's tokenizer and config, once per process."""
+    # Imported here because it takes eight seconds of a core, and the driver does not need it.
     from transformers import AutoConfig
 
     from dpo_core.models.model import load_tokenizer
@@ -440,10 +442,10 @@ def load(model_source: str) -> Model:
 
 
 def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Of the tokenizer, the config, and what generation is told to stop at."""
+    """Returns the end tokens of the tokenizer, of the config, and of the generation config."""
     file = folder / "generation_config.json"
-    told = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    given = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None), told]
+    of_generation = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    sources = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None), of_generation]
     return frozenset(
-        number for each in given for number in (each if isinstance(each, list) else [each]) if number is not None
+        number for ids in sources for number in (ids if isinstance(ids, list) else [ids]) if number is not None
     )

@@ -1,4 +1,4 @@
-"""What encoding found in a file: counted piece by piece, added up, told to the user."""
+"""Counts what encoding finds in each piece of a file, adds it up, and describes it to the user."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """So many, and the lines of the first ten."""
+    """Some groups or rows: how many there are, and the lines of the first ten."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -23,23 +23,22 @@ class Lines(Contract):
 
 
 class Reason(Lines):
-    """Groups that are left out for one reason, and what was said of the first of them."""
+    """Groups or rows that are left out for one reason, and a sentence about the first of them."""
 
     sentence: str = ""
 
 
 class Lengths(Contract):
-    """Of one side, in tokens."""
+    """The lengths of one side of the groups, in tokens."""
 
     total: int = 0
     longest: int = 0
-    histogram: dict[int, int] = Field(
-        default_factory=dict
-    )  # up to so many tokens, a power of two, and more than half of that: how many
+    # A power of two → the number of groups whose length is at most that, and more than half of it.
+    histogram: dict[int, int] = Field(default_factory=dict)
 
 
 class EncodingReport(Contract):
-    """What became of the rows of a file, or of a piece of it.
+    """The results of encoding the rows of a file, or of a piece of it.
 
     A side is the prompt, the chosen (the best) or the rejected (the worst) completion.
     """
@@ -49,21 +48,21 @@ class EncodingReport(Contract):
     num_kept: int = 0  # to train on
     num_held_out: int = 0  # to validate on
     invalid: dict[str, Reason] = Field(default_factory=dict)  # rows that cannot be used, by the code of the reason
-    margins: Lines = Lines()  # groups that have one
-    dropped: dict[str, Reason] = Field(default_factory=dict)  # by the code of the reason
-    truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
+    margins: Lines = Lines()  # groups that have a margin
+    dropped: dict[str, Reason] = Field(default_factory=dict)  # groups that are left out, by the code of the reason
+    truncated: dict[str, Lines] = Field(default_factory=dict)  # groups that were cut, by side
     special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
-    unasked: Lines = Lines()  # groups that are learned without the words with which the template asks for an answer
+    unasked: Lines = Lines()  # groups whose prompt lacks the words with which the template begins every answer
     unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
     unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
-    lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
+    lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before cuts
     chosen_longer: int = 0
     rejected_longer: int = 0
     shortest_too_long: int | None = None  # tokens of the shortest group that was dropped for its length
 
 
 def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
-    """The sum. Memory does not grow with the rows."""
+    """Adds up reports. The memory of the sum does not grow with the number of rows."""
     total = EncodingReport()
     for report in reports:
         total = _add(total, report)
@@ -105,7 +104,7 @@ def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
 
 
 class Tally:
-    """Counts one piece."""
+    """Counts the results of encoding one piece."""
 
     def __init__(self, num_rows: int) -> None:
         self._counts = Counter(num_rows=num_rows)
@@ -122,27 +121,27 @@ class Tally:
         self._too_long: list[int] = []
 
     def leave_out(self, row: InvalidRow) -> None:
-        """A row that cannot be used."""
+        """Counts a row that cannot be used."""
         self._invalid.setdefault(row.code, []).append(row)
 
     def mark_special(self, line: int) -> None:
-        """A group whose own text holds special tokens."""
+        """Counts a group whose own text contains special tokens."""
         self._special_tokens.append(line)
 
     def mark_unasked(self, line: int) -> None:
-        """A group that is learned without the words with which the template asks for an answer."""
+        """Counts a group whose prompt lacks the words with which the template begins every answer, such as <think>."""
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
-        """A group with characters that the tokenizer does not know."""
+        """Counts a group with characters that the tokenizer does not know."""
         self._unknown.append(line)
 
     def mark_unended(self, line: int) -> None:
-        """A group with a completion after which nothing says that it ends."""
+        """Counts a group with a completion that ends with none of the model's end tokens."""
         self._unended.append(line)
 
     def see(self, group: EncodedGroup) -> None:
-        """A group as it was encoded."""
+        """Counts the lengths of an encoded group, before it is cut."""
         sides = _sides(group)
         for side, length in sides.items():
             self._lengths[side].append(length)
@@ -151,6 +150,7 @@ class Tally:
             self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
 
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
+        """Counts a group that is kept, as it was before and after it was cut."""
         self._counts["num_groups"] += 1
         self._counts["num_held_out" if held_out else "num_kept"] += 1
         if before.margin is not None:
@@ -163,7 +163,7 @@ class Tally:
                 self._truncated.setdefault(side, []).append(before.line)
 
     def drop(self, code: str, line: int, sentence: str = "", *, tokens: int | None = None) -> None:
-        """`tokens`: of a group that was too long."""
+        """Counts a group that is left out. `tokens` is the length of one that is too long."""
         self._sentences.setdefault(code, sentence)
         self._counts["num_groups"] += 1
         self._dropped.setdefault(code, []).append(line)
@@ -206,61 +206,61 @@ def _distribution(lengths: Sequence[int]) -> Lengths:
     return Lengths(total=sum(lengths), longest=max(lengths), histogram=dict(sorted(histogram.items())))
 
 
-# --- in words ----------------------------------------------------------------------------------------
+# --- sentences for the user ---------------------------------------------------------------------------
 
 TOO_LONG, TIED, IDENTICAL = "too_long", "tied", "identical"
-# Why groups are left out, and what helps.
+# Why groups are left out, and what the user can do.
 _REASONS = {
-    TIED: ("that rate all their completions alike, which says nothing of an order", ""),
-    IDENTICAL: ("whose completions are the same once they are written and cut", ""),
-    "template_refused": ("that the chat template refuses", "send what it takes, or use another template"),
-    "template_drops_calls": ("whose tool calls the chat template leaves out", "use a template that writes them"),
-    "template_drops_tools": ("whose tools the chat template leaves out", "use a template that writes them"),
-    "template_drops_text": ("of whose text the chat template leaves out a part", "use a template that writes it"),
-    "template_drops_thoughts": ("whose thoughts the chat template leaves out", "use a template that writes them"),
+    TIED: ("they rate all their completions equally, which gives no order", ""),
+    IDENTICAL: ("their completions are equal once formatted and cut", ""),
+    "template_refused": ("the chat template refuses them", "send what it takes, or use another template"),
+    "template_drops_calls": ("the chat template leaves out their tool calls", "use a template that writes them"),
+    "template_drops_tools": ("the chat template leaves out their tools", "use a template that writes them"),
+    "template_drops_text": ("the chat template leaves out a part of their text", "use a template that writes it"),
+    "template_drops_thoughts": ("the chat template leaves out their thoughts", "use a template that writes them"),
     "template_not_prefix": (
-        "whose prompt the chat template writes differently once a completion follows",
-        "mend the template",
+        "the chat template writes their prompt differently once a completion follows",
+        "correct the template",
     ),
-    "empty_prompt": ("whose prompt has no tokens", "give it some text"),
-    "empty_completion": ("with a completion of no tokens", "give it some text"),
+    "empty_prompt": ("their prompt has no tokens", "give it some text"),
+    "empty_completion": ("a completion has no tokens", "give it some text"),
 }
 
 
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
-    """Sentences on what was dropped and what was cut. `remedy` is that of what is too long."""
-    told = [
+    """Returns sentences on rows and groups that were left out or cut. `remedy` is for groups that are too long."""
+    sentences = [
         f"Left out {reason.count} of {report.num_rows} rows, which cannot be used: {code} ({reason}). {reason.sentence}"
         for code, reason in sorted(report.invalid.items())
     ]
     for code, reason in sorted(report.dropped.items()):
-        why, mend = (f"longer than {limit} tokens", remedy) if code == TOO_LONG else _REASONS[code]
-        ending = f"; {mend}" if mend else ""
-        said = f" {reason.sentence}" if reason.sentence else ""
-        told.append(f"Left out {reason.count} of {report.num_groups} {kind}, {why} ({reason}){ending}.{said}")
+        why, how = (f"they are longer than {limit} tokens", remedy) if code == TOO_LONG else _REASONS[code]
+        ending = f"; {how}" if how else ""
+        detail = f" {reason.sentence}" if reason.sentence else ""
+        sentences.append(f"Left out {reason.count} of {report.num_groups} {kind}: {why} ({reason}){ending}.{detail}")
     for side, lines in report.truncated.items():
-        told.append(f"Cut the {side} of {lines.count} of {report.num_groups} {kind} to {limit} tokens ({lines}).")
-    return told
+        sentences.append(f"Cut the {side} of {lines.count} of {report.num_groups} {kind} to {limit} tokens ({lines}).")
+    return sentences
 
 
 def num_invalid(report: EncodingReport) -> int:
-    """Rows that cannot be used."""
+    """Returns the number of rows that cannot be used."""
     return sum(reason.count for reason in report.invalid.values())
 
 
 def marked(report: EncodingReport, kind: str) -> list[str]:
-    """Sentences on groups that are kept and need a look."""
+    """Returns sentences on groups that are kept but may be wrong."""
     marks = (
-        (report.special_tokens, "hold special tokens of the model in their text, which it reads as such", ""),
+        (report.special_tokens, "have special tokens of the model in their text, which the model reads as such", ""),
         (
             report.unasked,
-            "lack the words with which the chat template makes every answer begin, such as <think>, and are learned "
-            "without",
+            "lack the words with which the chat template begins every answer, such as <think>, and are learned "
+            "without them",
             "; give their answers such thoughts, or use a template that does not ask for them",
         ),
         (
             report.unknown,
-            "have characters that the tokenizer does not know, and the model never sees",
+            "have characters that the tokenizer does not know, so that the model never sees them",
             "; use a model whose tokenizer has them",
         ),
         (
@@ -277,7 +277,7 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
 
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
-    """One sentence: how long the sides are, and which is the longer."""
+    """Returns a sentence on the lengths of the sides, and how often the chosen answer is the longer one."""
     sides = [
         f"{side} {lengths.total / sum(lengths.histogram.values()):.0f} (at most {lengths.longest})"
         for side, lengths in report.lengths.items()

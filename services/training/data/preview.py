@@ -1,4 +1,4 @@
-"""Rows of a training file as the model will see them: cut to the limit, written by the chat template."""
+"""Shows rows of a training file as the model will see them: formatted by the chat template and cut to the limit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,21 +15,21 @@ from services.training.data.file_report import TIED, TOO_LONG
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_CHARACTERS = 2000  # of a side; of a longer one the middle is left out
+MOST_CHARACTERS = 2000  # of a side; a longer one loses its middle
 
 
 class Preview(Contract):
-    """The first group of a row. What is learned are the tokens of its completions."""
+    """The first group of a row. Training learns the tokens of its completions."""
 
     line: int
     dropped: str | None = None  # the code of the reason; None: it is kept
     prompt: str = ""
     chosen: str = ""  # the best completion
-    rejected: str | None = None  # the worst; None: there is one only
+    rejected: str | None = None  # the worst completion; None: there is only one
 
 
 def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """So many rows, spread over the `num_rows` of a file: each a piece by itself, with others of its group."""
+    """Yields `count` rows, spread over the `num_rows` of a file. Each is a piece, with the other rows of its group."""
     wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
     place = start = 0
     is_due, piece, last = False, None, b""
@@ -52,7 +52,7 @@ def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | Non
 
 
 def preview(recipe: Recipe, row: Piece) -> Preview:
-    """Raises UnusableTemplate."""
+    """Shows the first group of a row. Raises UnusableTemplate."""
     model = load(recipe.model_source)
     tokenizer = model.tokenizer
     record = next(read_piece(recipe, row))

@@ -1,12 +1,13 @@
-"""The order of training: which groups a step has, known from the seed and the rows of each piece alone.
+"""Decides which groups each training step has. The order follows from the seed and the rows of each piece alone.
 
-An epoch shuffles the pieces of the file, and the groups of eight pieces at a time, a window. So the first window is
-known before any piece is encoded, and trained on while later ones are. Every worker reads all of the order:
-global batches do not depend on the number of workers, and resuming is starting at a later step.
+An epoch shuffles the pieces of the file, and then the groups of eight pieces at a time, a window. So the first window
+is known before any piece is encoded, and workers train on it while later pieces are encoded. Every worker reads the
+whole order: global batches do not depend on the number of workers, and resuming means starting at a later step.
 
-The number of steps is told at the first, and how many groups are left of all rows is known only when all are encoded.
-So the first window says how many groups a row gives, and an epoch has so many places. The groups of each window lie
-evenly on its share of them, and a step has those on its `batch_size` places. Of a single window every place has one.
+The number of steps must be known at the first step, but the number of groups only when all rows are encoded. So the
+first window gives the groups per row, and from that the places of an epoch. The groups of each window are spread
+evenly over the window's share of the places, and a step has the groups on its `batch_size` places. If there is a
+single window, every place has one group.
 """
 
 import random
@@ -15,13 +16,16 @@ from itertools import islice
 
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
-from services.training.data.dataset import Data, read_some
+from services.training.data.dataset import Data, read_numbered
 
-PIECES_PER_WINDOW = 8  # their ids are in memory: of common text 15 million of them, 60 MB
+PIECES_PER_WINDOW = 8  # their ids are in memory: with common text, 15 million ids or 60 MB
 
 
 def num_places(data: Data, seed: int) -> int:
-    """Of an epoch: about as many as there are groups, and exactly as many in a single window. Waits for the first."""
+    """Returns the places of an epoch: about one per group, or exactly one if there is a single window.
+
+    Waits until the first window that has groups is encoded.
+    """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
         rows += sum(num_rows[piece] for piece in pieces)
@@ -32,15 +36,15 @@ def num_places(data: Data, seed: int) -> int:
 
 
 def num_steps(num_places: int, config: TrainConfig) -> int:
-    """Of the whole run. The last batch of an epoch may be smaller."""
+    """Returns the steps of the whole run. The last batch of an epoch may be smaller."""
     n_epochs, batch_size = _decided(config)
     return n_epochs * -(-num_places // batch_size)
 
 
 def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
-    """The groups of each optimizer step, beginning with the one after `after_step`.
+    """Yields the groups of each optimizer step, beginning with the step after `after_step`.
 
-    Of several windows a batch may have a few more groups than `batch_size`, or less; or none.
+    If there are several windows, a batch may have a few more groups than `batch_size`, or fewer, or none.
     """
     n_epochs, batch_size = _decided(config)
     places = num_places(data, config.seed)
@@ -53,15 +57,15 @@ def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Itera
 
 
 def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[EncodedGroup]]:
-    """The last batch may be smaller."""
+    """Yields lists of `batch_size` groups. The last may be smaller."""
     while batch := list(islice(groups, batch_size)):
         yield batch
 
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
-    """Each with the rows before it, and the numbers of its pieces."""
+    """Yields, for each window, the number of rows before it and the numbers of its pieces."""
     pieces = list(range(len(num_rows)))
-    random.Random(f"{seed} {epoch}").shuffle(pieces)  # a text is hashed alike everywhere
+    random.Random(f"{seed} {epoch}").shuffle(pieces)  # a text gives the same order on every machine
     before = 0
     for start in range(0, len(pieces), PIECES_PER_WINDOW):
         window = pieces[start : start + PIECES_PER_WINDOW]
@@ -76,27 +80,27 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 
 
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Every group with its place, from the place `first` on; behind each window where the next begins."""
+    """Yields every group with its place, from the place `first` on; after a window, the place where the next begins."""
     num_rows = data.num_rows
     all_rows = sum(num_rows)
     for before, pieces in windows(num_rows, seed, epoch):
         after = before + sum(num_rows[piece] for piece in pieces)
         if after * places <= first * all_rows:
-            continue  # and is not read
+            continue  # not read, because all its places are before `first`
         parts = data.take(pieces)
         count = sum(part.num_groups for part in parts)
         numbers = list(range(count))
         random.Random(f"{seed} {epoch} {before}").shuffle(numbers)
-        own = [(before * count + n * (after - before)) * places // (all_rows * count) for n in range(count)]
-        skipped = sum(place < first for place in own)
-        yield from zip(own[skipped:], read_some(data, parts, numbers[skipped:]), strict=True)
+        window_places = [(before * count + n * (after - before)) * places // (all_rows * count) for n in range(count)]
+        skipped = sum(place < first for place in window_places)
+        yield from zip(window_places[skipped:], read_numbered(data, parts, numbers[skipped:]), strict=True)
         yield after * places // all_rows, None
 
 
 def _batches(
     groups: Iterator[tuple[int, EncodedGroup | None]], batch_size: int, steps: range
 ) -> Iterator[list[EncodedGroup]]:
-    """The groups of each step's places."""
+    """Yields the groups on each step's places."""
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:
         while step < place // batch_size:

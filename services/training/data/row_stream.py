@@ -1,7 +1,7 @@
-"""Data on the way: workers train on the first window of the order while the rest is encoded.
+"""Streams data to workers, which train on the first window of the order while the rest is encoded.
 
-Parts are told to an actor on the driver's node, which lives and dies with the driver; workers ask it for those of
-their next window, and wait there until all of them are encoded.
+The driver registers finished parts with an actor on its node, which ends with the driver. Workers ask the actor for
+the parts of their next window, and wait there until all of them are encoded.
 """
 
 import asyncio
@@ -13,53 +13,53 @@ import ray
 
 from services.contract import AttemptSpec, Message, Report
 from services.training.data.dataset import Dataset, Part
-from services.training.data.encoding import Encoded, Piece, unrefused
+from services.training.data.encoding import Encoded, Piece, raise_refusals
 from services.training.data.row_order import windows
 from services.training.node import local_actor
 
-MOST_WAITING = 10_000  # calls at once: every worker's, and those of workers that died waiting
+MOST_WAITING = 10_000  # calls at once, from every worker, and from workers that died while they waited
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The training data, and later the held-out ones. Reads as a Dataset does, and travels to workers."""
+    """Data that are still being encoded. Workers read them like a Dataset; the held-out groups come last."""
 
     uri: str
     num_rows: tuple[int, ...]  # of each piece
-    arrivals: Any
-    scores_uri: str | None = None  # there are none
+    arrivals: Any  # the actor's handle
+    scores_uri: str | None = None  # data that need scores are not streamed
 
     def take(self, pieces: Sequence[int]) -> list[Part]:
-        """Waits until they are encoded."""
+        """Returns the parts of the pieces. Waits until they are encoded."""
         parts: list[Part] = ray.get(self.arrivals.take.remote(pieces))
         return parts
 
     def held_out(self) -> Dataset | None:
-        """Waits until all is prepared."""
-        found: Dataset | None = ray.get(self.arrivals.held_out.remote())
-        return found
+        """Returns the held-out groups, if there are any. Waits until everything is prepared."""
+        dataset: Dataset | None = ray.get(self.arrivals.held_out.remote())
+        return dataset
 
     def finish(self, held_out: Dataset | None) -> None:
         ray.get(self.arrivals.finish.remote(held_out))
 
 
 class EncodePieces(Protocol):
-    """Encodes them and yields the results, in any order."""
+    """A function that encodes pieces and yields the results, in any order."""
 
     def __call__(self, pieces: Sequence[Piece], *, beside: int = 0) -> Iterable[Encoded]:
-        """`beside`: workers that train meanwhile; pieces are begun in their order then."""
+        """`beside` is the number of workers that train meanwhile. If there are any, pieces are begun in their order."""
 
 
-def streamed(
+def stream_encoder(
     spec: AttemptSpec,
     uri: str,
     encode_pieces: EncodePieces,
     begin: Callable[[Stream], None],
     report: Callable[[Report], None],
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
-    """Encodes pieces in the order of training, and calls `begin` when the first window is done and others are left.
+    """Returns a function that encodes pieces in training order, and calls `begin` after the first of several windows.
 
-    From then on a line that cannot be used raises JobFailed at once.
+    From then on, a line that cannot be used raises JobFailed at once.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:
@@ -67,7 +67,7 @@ def streamed(
         first, *others = ([pieces[n] for n in numbers] for _, numbers in windows(num_rows, spec.config.seed, epoch=0))
         rest = [piece for window in others for piece in window]
         done = []
-        for result in unrefused(encode_pieces(first)):
+        for result in raise_refusals(encode_pieces(first)):
             yield result
             done.append(result)
         parts = {result.piece: result.training for result in done if result.training}
@@ -80,14 +80,14 @@ def streamed(
         report(Message(message=f"Training begins with {rows} of {sum(num_rows)} rows, while the others are encoded."))
         begin(stream)
         for result in encode_pieces(rest, beside=spec.num_workers):
-            yield from unrefused([result])
+            yield from raise_refusals([result])
             stream.arrivals.add.remote(result.piece, result.training)
 
     return encode_in_order
 
 
 class Arrivals:
-    """Which parts are there."""
+    """The actor that knows the encoded parts, and lets callers wait for others."""
 
     def __init__(self, parts: dict[int, Part]) -> None:
         self._parts = parts

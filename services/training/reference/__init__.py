@@ -1,1 +1,1 @@
-"""The reference's log-probs: who computes them, and whether they agree with the trainer's."""
+"""Computes the reference's log-probs, by its deployment or by the trainer, and checks that the two agree."""

@@ -1,6 +1,6 @@
-"""The parity gate: does the deployment that scores the reference say what the trainer's own forward says?
+"""The parity gate: checks that the reference's deployment gives the log-probs of the trainer's own forward.
 
-A reference that departs from the policy shows up as reward, in every row, from the first step on.
+If they differ, the difference would count as reward, in every row, from the first step on.
 """
 
 import math
@@ -13,13 +13,13 @@ from services.contract import Contract
 from services.training.data.dataset import Dataset, read_part
 
 NUM_GROUPS = 64
-TOLERATED = 1e-3  # nats: 99 of 100 tokens differ by no more. In float32 they differ by 1e-5, in bfloat16 by 0.1
+TOLERATED = 1e-3  # nats by which 99 of 100 tokens may differ. In float32 they differ by 1e-5, in bfloat16 by 0.1
 
 Logps = Sequence[Sequence[Sequence[float]]]  # of each group, completion and token, in nats
 
 
 class Differences(Contract):
-    """Absolute ones, in nats."""
+    """Statistics of absolute differences, in nats."""
 
     mean: float
     p99: float
@@ -30,25 +30,25 @@ class Differences(Contract):
 
 
 class Parity(Contract):
-    """How far two sources of scores lie apart."""
+    """How much two sources of scores differ."""
 
     num_groups: int
     num_tokens: int
     tokens: Differences
-    pairs: Differences  # of what the best and the worst completion of a group are apart: what becomes a margin
+    pairs: Differences  # of the margins between the best and the worst completion of a group
 
     @property
     def holds(self) -> bool:
         return self.tokens.p99 <= TOLERATED
 
     def __str__(self) -> str:
-        """The part of a sentence that has the figures."""
+        """Returns the figures, as a part of a sentence."""
         sample = f"{self.num_groups} rows, {self.num_tokens} tokens"
         return f"{sample}; per token {self.tokens}; per pair {self.pairs} nats; tolerated: p99 {TOLERATED} per token"
 
 
 def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]:
-    """So many groups, or all there are, spread evenly over the data."""
+    """Returns `num_groups` groups, or all if there are fewer, spread evenly over the data."""
     total = dataset.num_groups
     count = min(num_groups, total)
     places = [i * total // count for i in range(count)]
@@ -60,18 +60,18 @@ def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]
     return chosen
 
 
-def compare(served: Logps, own: Logps) -> Parity:
-    """Of the same groups, in the same order."""
-    both = [list(zip(*sides, strict=True)) for sides in zip(served, own, strict=True)]
+def compare(served: Logps, trainer: Logps) -> Parity:
+    """Compares the log-probs of the deployment and of the trainer. Both have the same groups in the same order."""
+    both = [list(zip(*sides, strict=True)) for sides in zip(served, trainer, strict=True)]
     tokens = [abs(a - b) for group in both for completion in group for a, b in zip(*completion, strict=True)]
-    margins = [_margin(a) - _margin(b) for a, b in zip(served, own, strict=True)]
+    margins = [_margin(a) - _margin(b) for a, b in zip(served, trainer, strict=True)]
     return Parity(
         num_groups=len(both), num_tokens=len(tokens), tokens=_differences(tokens), pairs=_differences(map(abs, margins))
     )
 
 
 def _margin(group: Sequence[Sequence[float]]) -> float:
-    """A group of one has only its sum."""
+    """Returns the best completion's log-prob minus the worst one's. A group of one has only the first."""
     best, *others = map(math.fsum, group)
     return best - others[-1] if others else best
 

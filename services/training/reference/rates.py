@@ -1,6 +1,6 @@
-"""Which scorer of the reference ends sooner: the trainer's own forward, or an engine that may have to be loaded.
+"""Decides whether the trainer's own forward or an engine, which may have to be loaded, scores the reference sooner.
 
-What was measured in a job is kept beside the prepared data, for the jobs after it.
+Rates that one job measured are stored beside the prepared data for later jobs.
 """
 
 from pydantic import ValidationError
@@ -8,22 +8,22 @@ from pydantic import ValidationError
 from services import storage
 from services.contract import Contract
 
-UNKNOWN_LOADING_SECONDS = 60.0  # of an engine that was never loaded here
+UNKNOWN_LOADING_SECONDS = 60.0  # assumed for an engine that was never loaded here
 
 
 class Rate(Contract):
-    """How fast one scorer is with one model. Tokens are those of the prepared data: each prompt counts once."""
+    """The speed of one scorer with one model. Tokens are counted as in the prepared data: each prompt once."""
 
     tokens_per_second: float
     loading_seconds: float = 0.0
 
     def seconds(self, num_tokens: int) -> float:
-        """Of all of them, loading included."""
+        """Returns the time for all tokens, with the loading."""
         return self.loading_seconds + num_tokens / self.tokens_per_second
 
 
 def read(uri: str) -> Rate | None:
-    """None: it was never measured."""
+    """Reads a stored rate. None: it was never measured."""
     try:
         return Rate.model_validate_json(storage.read_bytes(uri))
     except (FileNotFoundError, ValidationError):
@@ -34,17 +34,17 @@ def write(uri: str, rate: Rate) -> None:
     storage.write_bytes(uri, rate.model_dump_json().encode())
 
 
-def in_words(own: Rate, engine: Rate | None, num_tokens: int) -> str:
-    """The figures, of a sentence on the trainer's own forward."""
-    forward = f"it needs about {own.seconds(num_tokens):.0f} s for {num_tokens} tokens"
+def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
+    """Returns the figures, as a part of a sentence about the trainer's own forward."""
+    forward = f"it needs about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
-        return f"{forward}, and an engine is not loaded for less than {UNKNOWN_LOADING_SECONDS:.0f} s"
-    loading = f", {engine.loading_seconds:.0f} s of them for its loading" if engine.loading_seconds else ""
+        return f"{forward}, and loading an engine does not pay below {UNKNOWN_LOADING_SECONDS:.0f} s"
+    loading = f", of which its loading takes {engine.loading_seconds:.0f} s" if engine.loading_seconds else ""
     return f"{forward}, the deployed engine {engine.seconds(num_tokens):.0f} s{loading}"
 
 
-def pays(own: Rate, engine: Rate | None, num_tokens: int) -> bool:
-    """Of an unknown engine: whether loading it to measure it costs less than the forward."""
+def pays(trainer: Rate, engine: Rate | None, num_tokens: int) -> bool:
+    """Whether the engine ends sooner than the trainer's forward; for an unknown engine, its assumed loading counts."""
     if engine is None:
-        return own.seconds(num_tokens) > UNKNOWN_LOADING_SECONDS
-    return engine.seconds(num_tokens) < own.seconds(num_tokens)
+        return trainer.seconds(num_tokens) > UNKNOWN_LOADING_SECONDS
+    return engine.seconds(num_tokens) < trainer.seconds(num_tokens)

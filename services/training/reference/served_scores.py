@@ -1,6 +1,6 @@
-"""What the reference says of the completions: by its deployment, with many calls in flight, or by the trainer.
+"""Scores data with the reference, part by part. Its deployment scores with many calls in flight.
 
-A part's scores are one file, and a part that has them is not scored again.
+A part's scores are one file. A part that has one is not scored again.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ray.exceptions import RayActorError
 
 from dpo_core.encoding.encode import EncodedGroup
-from services.contract import Message, Progress, Report, Score
+from services.contract import Message, Progress, Report, Score, Spans
 from services.training.data.dataset import Dataset, Part, find_scores, read_part, write_scores
 from services.training.reports.reporting import progress
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 GROUPS_PER_CALL = 16
 CALLS_IN_FLIGHT = 32
-SENDS = 5  # of one call, when replicas die under it
-LOADING_SECONDS = 3600.0  # a large model on a cluster that has to grow first
+SENDS = 5  # tries of one call, if replicas die during it
+LOADING_SECONDS = 3600.0  # enough for a large model on a cluster that has to grow first
 REPORT_SECONDS = 5.0
 
 
@@ -34,32 +34,35 @@ class Answer(Protocol):
     def result(self) -> Any: ...
 
 
-# Prompts' and completions' ids, row by row, and the spans of these that are not learned, if there are any;
-# what comes back has their order.
-Ask = Callable[..., Answer]
+class Ask(Protocol):
+    """Calls the deployment with rows. Its answer has an element for each row, in their order."""
+
+    def __call__(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
+    ) -> Answer:
+        """`others` are the spans of each completion that are not learned."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A deployment that answers."""
+    """A deployment that is ready."""
 
-    score: Ask  # with a Score for each row
-    token_logps: Ask  # with a list for each row
+    score: Ask  # answers with a Score for each row
+    token_logps: Ask  # answers with a list of log-probs for each row
 
 
 Connect = Callable[[], Reference]
 ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Iterator[Part]]
-"""Writes the scores of parts to a folder, yields each part once it is there, and is told how many groups are done."""
+"""Scores the parts of a dataset into a folder. Yields each part once it is written, and calls back with groups done."""
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
-    """The data with scores, which stand in the folder `uri`; those that stand there already are used."""
+    """Returns the data with scores in the folder `uri`. Scores that are there already are used."""
     if not encoded.parts:
         return encoded
-    found = [find_scores(uri, part) for part in encoded.parts]
-    scored = {part.name: part for part in found if part}
-    left = [part for part in encoded.parts if part.name not in scored]
-    count = encoded.num_groups - sum(part.num_groups for part in left)
+    scored = {part.name: part for part in (find_scores(uri, part) for part in encoded.parts) if part}
+    unscored = [part for part in encoded.parts if part.name not in scored]
+    count = encoded.num_groups - sum(part.num_groups for part in unscored)
     done = progress(report, "scoring", encoded.num_groups, start=count)
 
     def add(groups: int) -> None:
@@ -67,7 +70,7 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
         count += groups
         done(count)
 
-    scored |= {part.name: part for part in score_parts(encoded, uri, left, add)}
+    scored |= {part.name: part for part in score_parts(encoded, uri, unscored, add)}
     return encoded.model_copy(update={"scores_uri": uri, "parts": tuple(scored[part.name] for part in encoded.parts)})
 
 
@@ -75,8 +78,8 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 
 def await_reference(app_name: str, report: Callable[[Report], None]) -> Reference:
-    """Returns when the deployment answers. Raises RuntimeError if it cannot be loaded, or not in time."""
-    from ray import serve  # its import takes more than a second, and most jobs do without
+    """Waits until the deployment is ready. Raises RuntimeError if it cannot be loaded, or not in time."""
+    from ray import serve  # its import takes more than a second, and most jobs do not need it
 
     deadline = time.monotonic() + LOADING_SECONDS
     next_report = 0.0
@@ -101,7 +104,10 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Referenc
 
 
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
-    """Sums are taken in the replica, but for those of `heads`; a call whose replica dies is sent again."""
+    """Returns a function that scores parts with the deployment. A call is sent again if its replica dies.
+
+    `heads` adds the scores of the completions' beginnings. Without it, the replica sums up the tokens.
+    """
     score_groups = _scored_with_heads if heads else _scored
 
     def score_parts(dataset: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
@@ -118,9 +124,9 @@ def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
 
 def _scored(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[EncodedGroup]:
     for group, scores in _ask_all(groups, connect, lambda reference: reference.score):
-        own: list[Score] = [Score(*score) for score in scores]
-        assert [score.num_tokens for score in own] == group.num_learned
-        yield replace(group, ref_logps=tuple(score.logp for score in own))
+        sums: list[Score] = [Score(*score) for score in scores]
+        assert [score.num_tokens for score in sums] == group.num_learned
+        yield replace(group, ref_logps=tuple(score.logp for score in sums))
 
 
 def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iterator[EncodedGroup]:
@@ -130,31 +136,31 @@ def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iter
 
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
-    """Of each group, completion and learned token, in nats."""
+    """Returns the log-prob of each group's, completion's and learned token, in nats, by the deployment."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 
 def _ask_all(
-    groups: Iterator[EncodedGroup], connect: Connect, which: Callable[[Reference], Ask]
+    groups: Iterator[EncodedGroup], connect: Connect, call_of: Callable[[Reference], Ask]
 ) -> Iterator[tuple[EncodedGroup, list[Any]]]:
-    """Each group with the answers on its completions."""
-    ask = which(connect())
+    """Yields each group with the answers for its completions."""
+    ask = call_of(connect())
     in_flight: deque[tuple[list[EncodedGroup], Answer]] = deque()
     while chunk := list(islice(groups, GROUPS_PER_CALL)):
         if len(in_flight) == CALLS_IN_FLIGHT:
-            yield from _answered(*in_flight.popleft(), lambda: which(connect()))
+            yield from _answered(*in_flight.popleft(), lambda: call_of(connect()))
         in_flight.append((chunk, _send(ask, chunk)))
     while in_flight:
-        yield from _answered(*in_flight.popleft(), lambda: which(connect()))
+        yield from _answered(*in_flight.popleft(), lambda: call_of(connect()))
 
 
 def _send(ask: Ask, groups: list[EncodedGroup]) -> Answer:
     prompts = [list(group.prompt_ids) for group in groups for _ in group.completion_ids]
     completions = [list(ids) for group in groups for ids in group.completion_ids]
     if not any(group.others for group in groups):
-        return ask(prompts, completions)
+        return ask(prompt_ids=prompts, completion_ids=completions)
     others = [spans for group in groups for spans in group.others or [()] * len(group.completion_ids)]
-    return ask(prompts, completions, others)
+    return ask(prompt_ids=prompts, completion_ids=completions, others=others)
 
 
 def _answered(

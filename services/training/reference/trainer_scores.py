@@ -1,4 +1,4 @@
-"""The reference as the trainer computes it: the policy's own forward, before it is trained. Runs in Ray tasks."""
+"""Scores the reference in Ray tasks with the trainer's own forward of the policy before training."""
 
 import functools
 import os
@@ -18,26 +18,26 @@ LEAST_TOKENS_PER_PACK = 4096
 
 
 def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Part:
-    """Writes the scores of a part to the folder `uri`."""
+    """Scores the groups of a part, and writes the scores to the folder `uri`."""
     from dpo_core.policy.scorer import score_reference
 
     _use_cores(alone=len(dataset.parts) == 1)
     groups = list(read_part(dataset, part))
-    with policies.refusals():
+    with policies.unusable_models_fail_the_job():
         scored = score_reference(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
     return write_scores(uri, part, scored, heads=spec.config.objective.traits.needs_reference_heads)
 
 
 def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-    """Of each group, completion and token, in nats."""
+    """Returns the log-prob of each group's, completion's and token, in nats."""
     from dpo_core.policy.scorer import reference_token_logps
 
-    with policies.refusals():
+    with policies.unusable_models_fail_the_job():
         return reference_token_logps(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
 
 
 def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:
-    """How fast the forward is, once the model is loaded and has computed for the first time."""
+    """Measures the forward's speed, after the model was loaded and has run once."""
     _use_cores(alone=True)
     token_logps(spec, groups[:1])
     began = time.perf_counter()
@@ -46,7 +46,7 @@ def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> floa
 
 
 def _use_cores(*, alone: bool) -> None:
-    """All that there are, where no other part is scored beside; Ray's own count is the one CPU that a task reserves."""
+    """Lets torch use all cores if no other part is scored beside, else one. Ray would always set one, as reserved."""
     import torch
 
     torch.set_num_threads((os.cpu_count() or 1) if alone else 1)
@@ -59,7 +59,7 @@ def _reference(spec: AttemptSpec) -> "PreTrainedModel":
 
 @functools.cache
 def _load(source: str, precision: Precision, device: str) -> "PreTrainedModel":
-    """Once per process."""
+    """Loads the reference, once per process."""
     import torch
 
     reference = policies.load_reference(source, precision, torch.device(device))

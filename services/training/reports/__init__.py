@@ -1,1 +1,1 @@
-"""What an attempt tells the outside: events, logs, spans, and other trackers."""
+"""Sends an attempt's events, logs, traces and metrics to the outside."""

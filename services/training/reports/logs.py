@@ -1,9 +1,9 @@
-"""Keeps what driver and workers print: `python -m services.training.reports.logs <folder uri> <pid> <file>…`.
+"""Copies a process's output to storage: `python -m services.training.reports.logs <folder uri> <pid> <file>…`.
 
-Ray sends standard output and standard error of its processes to files on their node, which go with the node. A
-process of its own reads along there and copies to `<folder>/<first byte>.log`, whole lines, secrets blanked; the
-last segment is written again until it is full. It ends with the process that prints, and outlives it long enough to
-keep the last words, of a kill as well. Of a very long log the beginning and the end are kept.
+Ray sends the output of driver and workers to files on their node, which are lost with it. A separate process follows
+these files and copies whole lines, without secrets, to segments `<folder uri>/<first byte>.log`. It writes the last
+segment again until it is full. It ends after the process with the id `pid`, even a killed one, with its last lines
+copied. Of a very long log it keeps the beginning and the end.
 """
 
 import logging
@@ -24,38 +24,38 @@ logger = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 2.0
 SEGMENT_BYTES = 256 * 2**10
-FIRST_BYTES, LAST_BYTES = 8 * 2**20, 24 * 2**20  # of a longer log, the rest is left out
-LINE_BYTES = 64 * 2**10  # a longer line is broken
+FIRST_BYTES, LAST_BYTES = 8 * 2**20, 24 * 2**20  # that are kept of a longer log
+LINE_BYTES = 64 * 2**10  # a longer line is split
 READ_BYTES = 2**20
 
 SECRET_NAMES = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD|CREDENTIAL)S?$", re.IGNORECASE)
-SHORTEST = 8  # a value that is kept secret
-LOOKS = (
-    (rb"\x1b\[[0-9;]*m", b""),  # colours are no secret, and no help
-    (rb"(https?://[^\s?#'\"<>]*)\?[^\s'\"<>]*", rb"\1?***"),  # where signatures stand
+SHORTEST_SECRET = 8  # characters
+REPLACEMENTS = (
+    (rb"\x1b\[[0-9;]*m", b""),  # colours: not secret, but of no use
+    (rb"(https?://[^\s?#'\"<>]*)\?[^\s'\"<>]*", rb"\1?***"),  # a query may hold a signature
     (rb"(\w://)[^\s/@'\"]+@", rb"\1***@"),
     (rb"(?i)\b(bearer)\s+[\w.~+/=-]+", rb"\1 ***"),
     (rb"\b(?:rd-|sk-|hf_)[\w-]{16,}", rb"***"),
 )
-LEFT_OUT = (b":job_id:", b":actor_name:", b":task_name:", b"(ServeReplica:")  # Ray's marks, and served models' lines
+LEFT_OUT = (b":job_id:", b":actor_name:", b":task_name:", b"(ServeReplica:")  # Ray's marks, and lines of served models
 
 
 def keep_logs(run_uri: str, attempt: int, source: str) -> None:
-    """Keep what this process prints, from its start to its end."""
+    """Starts a process that copies this process's output, from its start to its end, to storage."""
     links = [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)]
     files = [link for link in dict.fromkeys(links) if Path(link).is_file()]
     if not files:
-        logger.warning("The output of %s goes to %s, which are no files: no log of it is kept.", source, links)
+        logger.warning("The output of %s goes to %s, which are not files, so its log is not kept.", source, links)
         return
     uri = storage.join(run_uri, "logs", str(attempt), source)
     command = [sys.executable, "-m", "services.forkserver.client", "--wait", "-m", "services.training.reports.logs"]
     command += [uri, str(os.getpid()), *files]
-    # The shell leaves it behind in a session of its own: Ray kills the children of a process that ends.
+    # A shell starts it in its own session and ends: otherwise Ray would kill it as a child of a process that ends.
     subprocess.run(
         ["sh", "-c", '"$@" &', "sh", *command],
         start_new_session=True,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # its complaints go where those of this process go
+        stdout=subprocess.DEVNULL,  # its standard error is that of this process
         check=True,
     )
 
@@ -77,26 +77,28 @@ def main(folder_uri: str, pid: int, files: Sequence[str]) -> None:
 
 
 def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes], bytes]]:
-    """What to blank: values of the environment, by their names, and what looks like a secret."""
+    """Returns patterns and replacements for the environment's secret values, and for text that looks secret."""
     values = {value for name, value in environment.items() if SECRET_NAMES.search(name)}
-    known = [re.escape(value.encode()) for value in sorted(values, key=len, reverse=True) if len(value) >= SHORTEST]
-    return [(re.compile(pattern), instead) for pattern, instead in (*((value, b"***") for value in known), *LOOKS)]
+    secrets = [value.encode() for value in sorted(values, key=len, reverse=True) if len(value) >= SHORTEST_SECRET]
+    replacements = (*((re.escape(secret), b"***") for secret in secrets), *REPLACEMENTS)
+    return [(re.compile(pattern), instead) for pattern, instead in replacements]
 
 
 def blank(line: bytes, patterns: Sequence[tuple[re.Pattern[bytes], bytes]]) -> bytes:
+    """Returns the line without secrets."""
     for pattern, instead in patterns:
         line = pattern.sub(instead, line)
     return line
 
 
 class Tail:
-    """The lines of a file that another process writes, each with its end."""
+    """Reads the lines of a file while another process writes it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._rest = file, b""
 
     def catch_up(self) -> int:
-        """Leaves out what would be left out later; returns how many bytes."""
+        """Skips all but the last LAST_BYTES, because the log would drop the rest. Returns how many bytes it skipped."""
         behind = os.fstat(self._file.fileno()).st_size - self._file.tell() - LAST_BYTES
         if behind <= 0:
             return 0
@@ -105,10 +107,10 @@ class Tail:
         return behind + len(self._file.readline())
 
     def lines(self, *, to_the_end: bool) -> Iterator[bytes]:
-        """What was written since. `to_the_end`: also a line that has none yet, for it never will."""
+        """Yields the lines written since the last call. `to_the_end`: includes a last line that is incomplete."""
         while data := self._file.read(READ_BYTES):
-            *whole, self._rest = re.split(rb"\r?\n|\r", self._rest + data)
-            yield from (line + b"\n" for line in whole)
+            *lines, self._rest = re.split(rb"\r?\n|\r", self._rest + data)
+            yield from (line + b"\n" for line in lines)
             if len(self._rest) > LINE_BYTES:
                 yield self._rest + b"\n"
                 self._rest = b""
@@ -117,13 +119,13 @@ class Tail:
 
 
 class Log:
-    """Segments `<first byte>.log` of a folder, each of whole lines. The first byte of each rises, with gaps."""
+    """Writes whole lines to segments `<first byte>.log` of a folder. The numbers rise, with gaps for skipped bytes."""
 
     def __init__(self, folder_uri: str) -> None:
         self._folder_uri = folder_uri
         self._first, self._lines, self._size = _end_of(folder_uri), list[bytes](), 0  # the last segment
-        self._stored = 0  # bytes of it
-        self._later: deque[str] = deque()  # what may be left out one day
+        self._stored = 0  # bytes of the last segment that are in storage
+        self._later: deque[str] = deque()  # segments after the first bytes, which may be deleted for newer ones
 
     def add(self, line: bytes) -> None:
         if self._size + len(line) > SEGMENT_BYTES:
@@ -136,7 +138,7 @@ class Log:
             self._begin(self._first + self._size + num_bytes)
 
     def store(self) -> None:
-        """Writes the last segment as it is now. If that fails, it is tried again while the segment is the last."""
+        """Writes the last segment as it is now. A failure is logged, and retried while the segment is the last."""
         if self._size == self._stored:
             return
         try:
@@ -145,7 +147,7 @@ class Log:
             if len(self._later) > LAST_BYTES // SEGMENT_BYTES:
                 storage.delete(self._later.popleft())
         except OSError as error:
-            logger.warning("%s cannot be written now: %s", self._uri(), error)
+            logger.warning("%s could not be written: %s", self._uri(), error)
 
     def _begin(self, first: int) -> None:
         self.store()
@@ -158,7 +160,7 @@ class Log:
 
 
 def _end_of(folder_uri: str) -> int:
-    """Where to go on: a worker that Ray started again has printed before."""
+    """Returns the first free byte number: a worker that Ray has restarted has a log already."""
     names = storage.list_files(folder_uri)
     if not names:
         return 0

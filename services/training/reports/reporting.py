@@ -1,7 +1,7 @@
-"""The way of reports out of an attempt: numbered, spooled to storage, shipped to the control plane.
+"""Sends an attempt's reports: numbers them, spools them to storage, and posts them to the control plane.
 
-The spool is the truth. Shipping is a convenience on top, so training never waits for the control plane.
-What comes back is the user's wish; without anything to ship, an empty batch every few seconds asks for it.
+The spool is the truth. Posts only make reports arrive sooner, so training never waits for the control plane.
+Each answer says what the user wishes; if there is nothing to post, an empty batch every few seconds asks for it.
 """
 
 import logging
@@ -33,31 +33,31 @@ from services.contract import (
     Wish,
 )
 from services.spool import DamagedSegment
-from services.training.reports.stages import Stretches
+from services.training.reports.stages import StageSpans
 
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_SEGMENT = 500
-BYTES_PER_SEGMENT = 2**18  # and one event: the control plane refuses posts above `max_json_bytes`, again and again
+BYTES_PER_SEGMENT = 2**18  # plus one event: the control plane would refuse a post above `max_json_bytes` each time
 POST_TIMEOUT_SECONDS = 10.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 15.0
 HEARTBEAT_SECONDS = 3.0  # between posts
-UNHEARD_SECONDS = 60.0  # without an answer, after which the heartbeat goes to the spool
-WORKER_SECONDS = 10.0  # since a worker asked for orders, after which there is none to obey
-DRIVER_SECONDS = 60.0  # without a word of the driver, after which the attempt has no heartbeat
-SENTENCE_SECONDS = 60.0  # between two messages on one stage
+UNHEARD_SECONDS = 60.0  # without an answer, before the heartbeat goes to the spool
+WORKER_SECONDS = 10.0  # since a worker last asked for a command, before no workers are assumed
+DRIVER_SECONDS = 60.0  # without a call from the driver, before the attempt sends no heartbeat
+SENTENCE_SECONDS = 60.0  # between two messages about one stage
 
 HEARTBEAT = b'{"events":[]}'
-WATCH = "watch"  # concurrency group of the actor: who asks for orders does not wait behind a slow spool
-Order = Literal[Desired, "fenced"]
+WATCH = "watch"  # concurrency group of the actor, so that asking for a command does not wait for a slow spool
+Command = Literal[Desired, "fenced"]
 """`fenced`: a later attempt has taken the job over, and this one must stop."""
 
 
 class JobFailed(Exception):
-    """The user's to mend: another attempt would fail alike."""
+    """The job fails for a reason that only the user can fix: another attempt would fail in the same way."""
 
     def __init__(self, report: Failed) -> None:
-        super().__init__(report)  # with which pickle makes it anew in another process
+        super().__init__(report)  # pickle passes it to this method in another process
         self.report = report
 
     def __str__(self) -> str:
@@ -65,26 +65,27 @@ class JobFailed(Exception):
 
 
 def invalid_file(message: str) -> Failed:
-    """What is wrong with the training file."""
+    """Returns the report of a training file that cannot be used."""
     return Failed(code="invalid_training_file", message=message, param="training_file")
 
 
 def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
-    """A function that reports how many of `total` are done: at once, then about once a second, and when all are.
+    """Returns a function that reports how many of `total` are done: about once a second, and when all are done.
 
-    `start` were done before. Once a minute a sentence says so as well, with the time that is left at the rate so far.
+    The first report, of the `start` that were done before, is made at once. Once a minute, a message estimates the
+    remaining time from the rate so far.
     """
-    began = told = time.monotonic()
+    began = last_message = time.monotonic()
     last = float("-inf")
 
     def done(number: int) -> None:
-        nonlocal last, told
+        nonlocal last, last_message
         now = time.monotonic()
         if number == total or now - last >= 1:
             last = now
             report(Progress(stage=stage, done=number, total=total))
-        if now - told >= SENTENCE_SECONDS and start < number < total:
-            told = now
+        if now - last_message >= SENTENCE_SECONDS and start < number < total:
+            last_message = now
             minutes = (now - began) / (number - start) * (total - number) / 60
             share = f"{number} of {total} ({number / total:.0%})"
             report(Message(message=f"{stage.capitalize()}: {share} done, about {minutes:.0f} min left."))
@@ -94,13 +95,13 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 
 
 class Reporter:
-    """One per attempt, because it numbers the events; in a job it is a Ray actor that driver and workers call."""
+    """Reports the events of one attempt. An attempt has only one, a Ray actor, because it numbers the events."""
 
     def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
         if storage.list_uris(self.spool_uri):
             raise FileExistsError(
-                f"Attempt {spec.attempt} has reported before, to {self.spool_uri}; start another one."
+                f"Attempt {spec.attempt} has reported before, to {self.spool_uri}; start a new attempt."
             )
         self._run_uri, self._attempt = spec.run_uri, spec.attempt
         self._events_url = spec.events_url
@@ -110,54 +111,54 @@ class Reporter:
         self._headers = {"Authorization": f"Bearer {own_token}"}
         self._period_seconds = period_seconds
         self._next_seq = 0
-        self._stretches = Stretches(spec.traceparent)
-        self._pending: deque[tuple[int, bytes]] = deque()  # seq and event; reported, not yet in the spool
-        self._segment: tuple[str, bytes] | None = None  # being written; kept unchanged until that succeeds
-        self._unshipped: deque[str] = deque()  # segments' URIs
+        self._spans = StageSpans(spec.traceparent)
+        self._pending: deque[tuple[int, bytes]] = deque()  # seq and event, not yet in the spool
+        self._segment: tuple[str, bytes] | None = None  # URI and body of the segment that is being written
+        self._unposted: deque[str] = deque()  # segments' URIs
         self._ended = False
-        self._order: Order = "run"  # as the control plane said last
+        self._command: Command = "run"  # as of the control plane's last answer
         self._pausing = False
         self._answered_at = self._driver_at = time.monotonic()
         self._worker_at = float("-inf")
         self._closing = threading.Event()
-        self._changed = threading.Condition()  # guards all of the above but _segment
+        self._changed = threading.Condition()  # guards all attributes above except _segment
         self._writing = threading.Lock()  # guards _segment
-        for work in (self._spool_periodically, self._ship):
+        for work in (self._spool_periodically, self._post_periodically):
             threading.Thread(target=work, daemon=True).start()
 
     def report(self, report: Report) -> None:
         with self._changed:
             if self._ended:
-                return  # workers go on for a moment after what ends the attempt
+                return  # workers go on for a moment after the report that ends the attempt
             self._ended = isinstance(report, Succeeded | Failed | Paused | Died)
             event = JobEvent(seq=self._next_seq, created_at=time.time(), report=report)
-            # Encoded here: text that is no Unicode fails its reporter, and leaves no gap in the numbers.
+            # Encoded here, so that text that is not Unicode fails its caller and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))
             self._next_seq += 1
-            self._stretches.see(report, event.created_at)
+            self._spans.add(report, event.created_at)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
-    def order(self) -> Order:
-        """What the workers are to do."""
+    def command(self) -> Command:
+        """Returns what the workers should do."""
         self._worker_at = time.monotonic()
-        return self._order_now()
+        return self._command_now()
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
-    def beat(self) -> tuple[Order, bool]:
-        """The driver lives. What it is to do, and whether workers ask for orders, too."""
+    def beat(self) -> tuple[Command, bool]:
+        """Takes the driver's heartbeat. Returns what it should do, and whether workers ask for commands, too."""
         now = self._driver_at = time.monotonic()
-        return self._order_now(), now - self._worker_at < WORKER_SECONDS
+        return self._command_now(), now - self._worker_at < WORKER_SECONDS
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def pause(self) -> None:
-        """Order a pause from here on, whatever the control plane wishes."""
+        """Makes the command "pause" from now on, even if the control plane wishes to run."""
         self._pausing = True
 
-    def _order_now(self) -> Order:
-        return "pause" if self._pausing and self._order == "run" else self._order
+    def _command_now(self) -> Command:
+        return "pause" if self._pausing and self._command == "run" else self._command
 
     def flush(self) -> None:
-        """Returns when all that was reported so far stands in the spool."""
+        """Returns when all reports so far are in the spool."""
         with self._writing:
             while self._segment or self._pending:
                 self._segment = self._segment or self._next_segment()
@@ -165,18 +166,18 @@ class Reporter:
                 spool.write(uri, body)
                 self._segment = None
                 with self._changed:
-                    self._unshipped.append(uri)
+                    self._unposted.append(uri)
                     self._changed.notify_all()
 
     def close(self, timeout_seconds: float) -> bool:
-        """Spools what is left and gives the shipper so much time for the rest. True if all arrived."""
+        """Spools the remaining reports, and waits up to `timeout_seconds` for their posts. True if all arrived."""
         self.flush()
         with self._changed:
-            self._stretches.end()
-            self._changed.wait_for(lambda: self._order == "fenced" or not self._unshipped, timeout_seconds)
+            self._spans.end()
+            self._changed.wait_for(lambda: self._command == "fenced" or not self._unposted, timeout_seconds)
             self._closing.set()
             self._changed.notify_all()
-            arrived = not self._unshipped
+            arrived = not self._unposted
         tracing.flush()
         return arrived
 
@@ -195,13 +196,13 @@ class Reporter:
             try:
                 self.flush()
             except OSError:
-                logger.exception("The spool %s cannot be written; trying again.", self.spool_uri)
+                logger.exception("The spool %s could not be written; it is tried again.", self.spool_uri)
 
-    def _ship(self) -> None:
+    def _post_periodically(self) -> None:
         pause = FIRST_RETRY_SECONDS
         with httpx.Client(timeout=POST_TIMEOUT_SECONDS, headers={"Content-Type": "application/json"}) as client:
-            while self._order != "fenced":
-                uri = self._next_unshipped()
+            while self._command != "fenced":
+                uri = self._next_unposted()
                 if self._closing.is_set():
                     return
                 if uri is None and time.monotonic() - self._driver_at > DRIVER_SECONDS:
@@ -213,33 +214,36 @@ class Reporter:
                     self._closing.wait(pause)
                     pause = min(2 * pause, LAST_RETRY_SECONDS)
 
-    def _next_unshipped(self) -> str | None:
-        """Waits for a segment; None if none came in time."""
+    def _next_unposted(self) -> str | None:
+        """Waits for a segment to post. None: there is none after HEARTBEAT_SECONDS."""
         with self._changed:
-            self._changed.wait_for(lambda: self._unshipped or self._closing.is_set(), HEARTBEAT_SECONDS)
-            return self._unshipped[0] if self._unshipped else None
+            self._changed.wait_for(lambda: self._unposted or self._closing.is_set(), HEARTBEAT_SECONDS)
+            return self._unposted[0] if self._unposted else None
 
     def _post(self, client: httpx.Client, uri: str | None) -> bool:
-        """Whether the control plane has the segment now. It knows a segment that it saw before by its numbers."""
+        """Posts a segment, or a heartbeat. Returns whether to go on with the next: False asks for another try.
+
+        A segment may be posted twice, because the control plane recognizes events by their numbers.
+        """
         try:
             answer = self._send(client, spool.read_body(uri) if uri else HEARTBEAT)
             if answer.status_code == httpx.codes.CONFLICT:
-                order: Order = "fenced"
+                command: Command = "fenced"
             else:
-                order = Wish.model_validate_json(answer.raise_for_status().content).desired
+                command = Wish.model_validate_json(answer.raise_for_status().content).desired
         except DamagedSegment as error:
-            logger.error("A part of the spool is lost, and the control plane told of it when it reads on: %s", error)
+            logger.error("A segment of the spool is lost; the control plane reports that when it reads it: %s", error)
             with self._changed:
-                self._unshipped.popleft()
+                self._unposted.popleft()
                 self._changed.notify_all()
             return True
         except (httpx.HTTPError, OSError, ValueError) as error:
-            logger.warning("%s was not shipped: %r", uri or "A heartbeat", error)
+            logger.warning("%s was not posted: %r", uri or "A heartbeat", error)
             return False
         with self._changed:
-            self._order, self._answered_at = order, time.monotonic()
-            if uri and order != "fenced":
-                self._unshipped.popleft()
+            self._command, self._answered_at = command, time.monotonic()
+            if uri and command != "fenced":
+                self._unposted.popleft()
             self._changed.notify_all()
         return True
 
@@ -253,7 +257,7 @@ class Reporter:
         return client.post(self._events_url, content=body, headers=self._headers)
 
     def _beat_in_spool(self) -> None:
-        """The control plane finds it there if this attempt cannot reach it."""
+        """Reports a heartbeat in the spool, where the control plane finds it, if posts had no answer for a while."""
         if time.monotonic() - self._answered_at > UNHEARD_SECONDS:
             self._answered_at = time.monotonic()
             self.report(Alive())

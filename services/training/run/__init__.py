@@ -1,1 +1,1 @@
-"""The worker processes that train."""
+"""The processes that train, and the commands, deaths and full disks that they handle."""

@@ -1,4 +1,4 @@
-"""Storage that is full: what a job would write waits until there is room, instead of failing the job."""
+"""Waits for room in full storage instead of failing the job."""
 
 import logging
 import time
@@ -17,9 +17,12 @@ PERIOD_SECONDS = 5.0
 Result = TypeVar("Result")
 
 
-def when_there_is_room(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
-    """What `write` returns; it is called again while storage is full, here or where a task or an actor wrote."""
-    told = False
+def retry_while_full(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
+    """Calls `write` again and again while storage is full, also for its tasks and actors. Returns its result.
+
+    `what` names the work in a message, such as "exporting the policy".
+    """
+    reported = False
     while True:
         try:
             return write()
@@ -27,9 +30,9 @@ def when_there_is_room(write: Callable[[], Result], what: str, report: Callable[
             cause = error.cause if isinstance(error, RayTaskError) else error
             if not storage.is_full(cause):
                 raise
-            sentence = f"Storage is full; {what} waits for room, which its operator has to make."
+            sentence = f"Storage is full; {what} waits for room. The operator has to free some."
             logger.warning("%s %s", sentence, cause)
-        if not told:
-            told = True
+        if not reported:
+            reported = True
             report(Message(level="warn", message=sentence))
         time.sleep(PERIOD_SECONDS)

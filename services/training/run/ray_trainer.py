@@ -1,4 +1,4 @@
-"""Ray Train's trainer, without the actors that an attempt has no use for."""
+"""Ray Train's trainer without the actors that an attempt does not need."""
 
 import os
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Starts a controller, what its workers meet at, and the workers: three actors less, each worth two CPU seconds."""
+    """Starts a controller, the workers and the actor where they meet: three actors fewer, at two CPU seconds each."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # It would tell workers of nodes that are about to end. They go on from a checkpoint when one has ended.
+        # The watcher would warn workers that a node is about to end. They resume from a checkpoint after it has.
         os.environ.setdefault(ENABLE_PREEMPTION_WATCHER_ENV_VAR, "0")
         super().__init__(*args, **options)
 
@@ -29,8 +29,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED)]
 
 
-class TellDeaths(UserCallback):  # type: ignore[misc]
-    """Tells the user why workers died; Ray Train starts others then, or gives the attempt up."""
+class ReportDeaths(UserCallback):  # type: ignore[misc]
+    """Reports to the user why workers died. Ray Train then starts others, or ends the attempt."""
 
     def __init__(self, reporter: Any) -> None:
         self._reporter = reporter

@@ -1,4 +1,4 @@
-"""One of the workers of a training run: the `for` around `dpo_core.training.trainer.train`."""
+"""Runs one worker of a training run: a loop over the steps of `dpo_core.training.trainer.train`."""
 
 import math
 import os
@@ -37,24 +37,23 @@ from services.training.data.row_order import batched, global_batches, num_places
 from services.training.data.row_stream import Stream
 from services.training.reports.logs import keep_logs
 from services.training.reports.reporting import JobFailed
-from services.training.run.commands import listening
-from services.training.run.full_disk import when_there_is_room
+from services.training.run.commands import pause_requests
+from services.training.run.full_disk import retry_while_full
 
 LN2_TOLERANCE = 1e-3
-GROUPS_PER_EVALUATION = 256  # read at a time, and dealt to all workers
+GROUPS_PER_EVALUATION = 256  # read at a time, and divided among all workers
 
 
 def work(
     spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
 ) -> Succeeded | Failed | Paused:
-    """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend. Or it is told to
-    pause, and leaves a checkpoint.
+    """Trains until the end of the run, a failure that only the user can fix, or a pause, which leaves a checkpoint.
 
-    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 reports to it. Every checkpoint
-    is evaluated on `validation`.
+    On success, returns the last checkpoint's policy. The config of `spec` is resolved. `reporter` is the actor's
+    handle; only rank 0 reports to it. Every checkpoint is evaluated on `validation`.
     """
     try:
-        with policies.refusals():
+        with policies.unusable_models_fail_the_job():
             return _work(spec, data, reporter, validation)
     except JobFailed as failure:
         return failure.report
@@ -70,7 +69,7 @@ def _work(
         torch.cuda.set_device(device)
     num_groups = num_places(data, spec.config.seed)
     total_steps = num_steps(num_groups, spec.config)
-    with _scratch(spec) as scratch, listening(reporter) as pausing:
+    with _scratch(spec) as scratch, pause_requests(reporter) as should_pause:
         resume = _agree_on_checkpoint(spec, scratch, reporter, device)
         step, num_tokens = 0, 0
         if resume:
@@ -89,14 +88,14 @@ def _work(
             resume=resume,
             publish=lambda step, folder: _publish(step, folder, spec, reporter),
             validation=held_out(validation),
-            stop=pausing,
+            stop=should_pause,
         )
         failed = None
         for result in results:
             step, num_tokens = result.step, result.num_tokens
             if not result.metrics:
-                continue  # it had no groups
-            if failed := hopeless(result, spec):
+                continue  # the step had no groups
+            if failed := failure_of(result, spec):
                 break
             if dist.get_rank() == 0:
                 _report_step(result, spec, reporter)
@@ -109,7 +108,7 @@ def _work(
 
 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
-    """How `train` reads the groups to evaluate on. A stream has all of them only when it ends, and maybe none."""
+    """Returns how `train` reads the groups to evaluate on. A stream has them only when it ends, and may have none."""
     if validation is None:
         return None
 
@@ -120,8 +119,8 @@ def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[
     return read
 
 
-def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
-    """Why it makes no sense to go on after this step. Metrics are global, so all workers decide alike."""
+def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
+    """Returns why training must end after this step. Metrics are global, so all workers decide the same."""
     loss = result.metrics["loss"]
     for key, value in result.metrics.items():
         if not math.isfinite(value):
@@ -131,7 +130,7 @@ def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
             rate = result.metrics["lr"]
             sentence = f"{key} is {value} at step {result.step} with the learning rate {rate:.3g}; lower it."
             return Failed(code="training_diverged", message=sentence, param="hyperparameters")
-    if is_gated(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
+    if starts_at_ln2(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
         sentence = (
             f"The first loss is {loss:.6f} and not ln 2 = {math.log(2):.6f} within {LN2_TOLERANCE}: "
             f"the reference {spec.reference} and the policy disagree; deploy the same weights in float32."
@@ -140,16 +139,19 @@ def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
     return None
 
 
-def is_gated(result: StepResult, spec: AttemptSpec) -> bool:
-    """Before its first step the policy is the reference, so DPO's loss is ln 2, whatever the data."""
-    weights = spec.weights
-    drops = weights.adapter is not None and weights.adapter.dropout > 0
-    same = spec.reference_model_source is None and not drops and weights.precision == "float32"
-    return result.step == 1 and spec.config.objective.type == "dpo" and same
+def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
+    """Whether the loss must be ln 2: with DPO, at the first step, if the policy still equals the reference.
+
+    It does not if the reference is another model, an adapter's dropout is on, or bfloat16 rounds them differently.
+    """
+    adapter, precision = spec.weights.adapter, spec.weights.precision
+    drops = adapter is not None and adapter.dropout > 0
+    equal = spec.reference_model_source is None and not drops and precision == "float32"
+    return result.step == 1 and spec.config.objective.type == "dpo" and equal
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
-    """The URI of the newest checkpoint that is complete and undamaged."""
+    """Returns the URI of the newest checkpoint that is complete and undamaged."""
     checkpoints = storage.join(run_uri, "checkpoints")
     for name in sorted(storage.list_folders(checkpoints), key=_step_of, reverse=True):
         uri = storage.join(checkpoints, name)
@@ -159,19 +161,19 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
             folder = storage.fetch(uri, cache)
             verify(folder)
         except DamagedCheckpoint as error:
-            report(Message(level="warn", message=f"A checkpoint is damaged and left out: {error}"))
+            report(Message(level="warn", message=f"A damaged checkpoint is skipped: {error}"))
         else:
             return uri
     return None
 
 
 def _step_of(name: str) -> int:
-    """Of a checkpoint's folder, whose number may be wider than its zeros."""
+    """Returns the step in a checkpoint's folder name. Large steps have more digits, so names do not sort."""
     return int(name.removeprefix("step-"))
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
-    """Rank 0 chooses, every worker has it as a local folder."""
+    """Returns the newest checkpoint as a local folder. Rank 0 chooses it for all workers."""
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
         choice = [newest_checkpoint(spec.run_uri, cache, reporter.report.remote)]
@@ -184,14 +186,14 @@ def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, repo
     if resume:
         step = started.resumed_from
         reporter.report.remote(Message(message=f"Resumed from checkpoint at step {step}."))
-        # Its attempt may have died before its own report of it was spooled.
+        # The attempt that saved the checkpoint may have died before its report of it was spooled.
         metrics = read_manifest(resume).metrics
         saved = CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=metrics)
         reporter.report.remote(saved)
 
 
 def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
-    if is_gated(result, spec):
+    if starts_at_ln2(result, spec):
         sentence = f"The first loss is {result.metrics['loss']:.6f}, ln 2 as it must be: reference and policy agree."
         reporter.report.remote(Message(message=sentence))
     metrics = StepMetrics(step=result.step, total_steps=result.total_steps, metrics=result.metrics)
@@ -201,19 +203,19 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
 
 
 def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
-    """This worker's part of a checkpoint goes to storage, while training goes on.
+    """Copies this worker's part of a checkpoint to storage, while training goes on.
 
-    Rank 0 is the last, and in an order that loses neither reports nor checkpoint if this process dies.
+    Rank 0 publishes last, in an order that loses neither reports nor the checkpoint if this process dies.
     """
     uri = checkpoint_uri(spec, step)
 
     def publish() -> None:
         if dist.get_rank() == 0:
-            ray.get(reporter.flush.remote())  # whoever resumes from here never runs these steps
+            ray.get(reporter.flush.remote())  # an attempt that resumes here does not run these steps again
         storage.publish(folder, uri)
 
     metrics = read_manifest(folder).metrics if dist.get_rank() == 0 else {}
-    when_there_is_room(publish, f"the checkpoint at step {step}", reporter.report.remote)
+    retry_while_full(publish, f"publishing the checkpoint at step {step}", reporter.report.remote)
     shutil.rmtree(folder)
     if dist.get_rank() == 0:
         reporter.report.remote(CheckpointSaved(step=step, uri=uri, metrics=metrics))
@@ -225,18 +227,18 @@ def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
 
 @contextmanager
 def _scratch(spec: AttemptSpec) -> Iterator[Path]:
-    """A folder of this worker on its node. What killed attempts left of theirs goes first: it may be large."""
+    """Makes a folder of this worker on its node. First removes those of killed attempts, which may be large."""
     prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for abandoned in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix) as folder:
         yield Path(folder)
 
 
 def _num_threads() -> int:
-    """This worker's share of its node's cores: Ray sets OMP_NUM_THREADS to the one CPU that a worker reserves.
+    """Returns this worker's share of its node's cores. Ray's own setting is the one CPU that a worker reserves.
 
-    Ray may have been told of more CPUs than there are, and a container may have fewer than its machine.
+    Ray may be configured with more CPUs than there are, and a container may have fewer than its machine.
     """
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)

@@ -1,1 +1,1 @@
-"""Training files from URIs and hubs."""
+"""Fetches training files from URIs and the Hugging Face hub."""

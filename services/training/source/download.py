@@ -1,4 +1,4 @@
-"""The bytes behind a URL, streamed. What the network breaks is taken up where it broke."""
+"""Streams a file from a URL. If the network fails, the download resumes where it stopped."""
 
 import hashlib
 import time
@@ -12,23 +12,24 @@ from services.uri import InvalidUri
 
 MAX_BYTES = 2**36  # of one file: 64 GiB
 MAX_REDIRECTS = 5
-PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)  # before the tries that follow a failure
-PROGRESS_BYTES = 2**20  # that a try must bring, or it counts as another failure in a row
-PASSING = (408, 425, 429)  # and all from 500: an answer that another try may change
+PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each retry after failures in a row
+PROGRESS_BYTES = 2**20  # after a try with fewer, its failure counts as another one in a row
+RETRIED_STATUSES = (408, 425, 429)  # besides those from 500: another try may succeed
 
 
 class Remote(NamedTuple):
-    """A file that is to be downloaded."""
+    """A file to download."""
 
     name: str  # for the user
-    size: int  # bytes; 0 where it is not known yet
+    size: int  # bytes; 0: not known yet
     url: str
 
 
 def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]) -> Iterator[bytes]:
-    """The file at `url`, as the server keeps it. `arrived(bytes, length of the file or 0)` is told of every piece.
+    """Yields the bytes of the file at `url`, as the server stores it.
 
-    Raises InvalidUri for what the user can mend, httpx.HTTPError for what another attempt may.
+    Calls `arrived` with the size of every piece and the length of the file, or 0 if that is unknown. Raises
+    InvalidUri for errors that the user can fix, and httpx.HTTPError for those that another attempt may not meet.
     """
     digest, offset, length, tag = hashlib.sha256(), 0, 0, ""
     failures = before = 0
@@ -36,8 +37,9 @@ def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]
         try:
             with _get(client, url, _headers(offset, tag)) as response:
                 if not offset:
-                    length, tag = int(response.headers.get("Content-Length", 0)), _strong(response.headers.get("ETag"))
-                for data in _after(offset, digest, response):
+                    length = int(response.headers.get("Content-Length", 0))
+                    tag = _strong_tag(response.headers.get("ETag"))
+                for data in _body_after(offset, digest, response):
                     offset += len(data)
                     if max(offset, length) > MAX_BYTES:
                         raise InvalidUri(
@@ -61,26 +63,26 @@ def _headers(offset: int, tag: str) -> dict[str, str]:
     return identity | ({"Range": f"bytes={offset}-", "If-Range": tag} if offset and tag else {})
 
 
-def _strong(tag: str | None) -> str:
+def _strong_tag(tag: str | None) -> str:
     return "" if tag is None or tag.startswith("W/") else tag
 
 
-def _after(offset: int, digest: Any, response: httpx.Response) -> Iterator[bytes]:
-    """What follows the first `offset` bytes. Where a server sends all again, their digest must be what it was."""
+def _body_after(offset: int, digest: Any, response: httpx.Response) -> Iterator[bytes]:
+    """Yields the body after the first `offset` bytes. If a server sends these again, they must have the same digest."""
     if response.status_code == httpx.codes.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             raise _changed(response)
         yield from response.iter_raw()
         return
-    known, again, left = digest.digest(), hashlib.sha256(), offset
+    first_digest, again, to_skip = digest.digest(), hashlib.sha256(), offset
     for data in response.iter_raw():
-        again.update(data[:left])
-        data, left = data[left:], max(0, left - len(data))
+        again.update(data[:to_skip])
+        data, to_skip = data[to_skip:], max(0, to_skip - len(data))
         if data:
-            if offset and again.digest() != known:
+            if offset and again.digest() != first_digest:
                 raise _changed(response)
             yield data
-    if left or (offset and again.digest() != known):
+    if to_skip or (offset and again.digest() != first_digest):
         raise _changed(response)
 
 
@@ -90,7 +92,7 @@ def _changed(response: httpx.Response) -> OSError:
 
 @contextmanager
 def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
-    """The answer after all redirects. Bodies on the way are not read: they have no limit."""
+    """Yields the response after all redirects. Bodies of redirects are not read, because they may be endless."""
     request: httpx.Request | None = client.build_request("GET", url, headers=headers)
     for _ in range(MAX_REDIRECTS + 1):
         assert request
@@ -105,7 +107,7 @@ def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[ht
 
 def _check_status(url: str, response: httpx.Response) -> None:
     status = response.status_code
-    if status in PASSING or response.is_server_error:
+    if status in RETRIED_STATUSES or response.is_server_error:
         response.raise_for_status()
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
         raise InvalidUri(f"{url} answers {status} {response.reason_phrase}.")

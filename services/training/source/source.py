@@ -1,4 +1,4 @@
-"""The source of a job, an upload or a user's URI, as one plain file of JSON Lines."""
+"""Provides a job's training file, an upload or a user's URI, as one plain file of JSON Lines."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -25,38 +25,39 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 class _File(NamedTuple):
     name: str  # for the user
-    uri: str  # where it stands now
+    uri: str  # that storage can read
 
 
 @contextmanager
 def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report], None]) -> Iterator[AttemptSpec]:
-    """The attempt with its training file as plain JSON Lines: where it lies, else for so long in `folder_uri`.
+    """Yields the attempt with `training_uri` naming plain JSON Lines: the file itself if it is that, else a copy.
 
-    Raises JobFailed for what the user can mend, and OSError for a file that changed while it was used.
+    The copy is in `folder_uri`, which is deleted when the block ends normally. Raises JobFailed for errors that the
+    user can fix, and OSError if the file changes while it is used.
     """
     try:
         files = [_File("training_file", spec.training_uri)]
         if spec.dataset_uris is not None:
-            files = _bring(spec.training_uri, spec.dataset_uris, storage.join(folder_uri, "downloads"), report)
-        uri = _joined(files, storage.join(folder_uri, "training.jsonl"), report)
+            files = _fetch(spec.training_uri, spec.dataset_uris, storage.join(folder_uri, "downloads"), report)
+        uri = _as_one(files, storage.join(folder_uri, "training.jsonl"), report)
     except InvalidUri as error:
         raise _failed(spec, str(error)) from error
     if spec.dataset_uris is not None:
         _check_count(spec, uri)
-    found = storage.version(uri)
+    version = storage.version(uri)
     yield spec.model_copy(update={"training_uri": uri})
-    if storage.version(uri) != found:
+    if storage.version(uri) != version:
         raise OSError(f"{uri} changed while it was read.")
     storage.delete(folder_uri)
 
 
 def unpacked(uri: str, to_uri: str) -> str:
-    """Where an uploaded file stands as plain JSON Lines: `uri` itself, or `to_uri`, which is written.
+    """Returns the URI of an uploaded file as plain JSON Lines: `uri` itself if it is that, else `to_uri`, a new copy.
 
-    Raises JobFailed for one that is damaged.
+    Raises JobFailed for a damaged file.
     """
     try:
-        return _joined([_File("training_file", uri)], to_uri, lambda report: None)
+        return _as_one([_File("training_file", uri)], to_uri, lambda report: None)
     except InvalidUri as error:
         raise JobFailed(invalid_file(str(error))) from error
 
@@ -66,8 +67,8 @@ def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file"
     return JobFailed(Failed(code=code, message=message, param=param))
 
 
-def _bring(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[[Report], None]) -> list[_File]:
-    """The files that `uri` means, at least one, where storage can read them."""
+def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[[Report], None]) -> list[_File]:
+    """Returns the files, at least one, that `uri` means. Those that storage cannot read are downloaded."""
     place = admitted(uri, prefixes)
     scheme = urlsplit(uri).scheme
     if scheme in PORTS:
@@ -80,10 +81,10 @@ def _bring(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[
         files = _in_folder(uri, prefixes) if is_folder(uri) else [_File(uri, place)]
         for file in files:
             if storage.version(file.uri) is None:
-                raise InvalidUri(f"{uri} is no file; one for a folder ends with '/'.")
+                raise InvalidUri(f"{uri} is not a file; end it with '/' if it is a folder.")
             storage.open_input(file.uri).close()
     except (OSError, pa.ArrowInvalid) as error:
-        # The last is how Arrow words what S3 refuses; what is left is the network's.
+        # Arrow raises ArrowInvalid, or an OSError with ACCESS_DENIED, for what S3 refuses. Others are the network's.
         if not isinstance(error, PermissionError | pa.ArrowInvalid) and "ACCESS_DENIED" not in str(error):
             raise
         raise InvalidUri(f"{uri}: {error}") from error
@@ -96,7 +97,7 @@ def _in_folder(uri: str, prefixes: Sequence[str]) -> list[_File]:
     folder_uri = urlunsplit(split._replace(path=f"{folder}/"))
     names = [name for name in storage.list_files(folder_uri) if matches(unquote(pattern), name)]
     if not names:
-        raise InvalidUri(f"{uri} holds no files.")
+        raise InvalidUri(f"{uri} has no files; check the path.")
     return [_File(name, admitted(storage.join(folder_uri, name), prefixes)) for name in names]
 
 
@@ -111,14 +112,14 @@ def _download(
         arrived += size
         done(arrived)
 
-    found = [_File(file.name, storage.join(folder_uri, f"{number:05d}")) for number, file in enumerate(files)]
-    for (_, uri), file in zip(found, files, strict=True):
-        storage.write_stream(uri, io.BufferedReader(Reader(download(client, file.url, count))))
-    return found
+    copies = [_File(file.name, storage.join(folder_uri, f"{number:05d}")) for number, file in enumerate(files)]
+    for copy, file in zip(copies, files, strict=True):
+        storage.write_stream(copy.uri, io.BufferedReader(Reader(download(client, file.url, count))))
+    return copies
 
 
-def _joined(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
-    """Where one plain file holds them all: the only one itself, or `uri`, which is written."""
+def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
+    """Returns the URI of one plain file with all lines: the only file if it is plain, else `uri`, which is written."""
     if len(files) == 1:
         with storage.open_input(files[0].uri) as file:
             if is_plain(file):
@@ -132,7 +133,7 @@ def _joined(files: Sequence[_File], uri: str, report: Callable[[Report], None]) 
 
 
 def _lines(files: Sequence[_File], starts: list[str]) -> Iterator[bytes]:
-    """Of all files; `starts` tells where each begins."""
+    """Yields the lines of all files, and adds to `starts` the line where each file begins."""
     number = 0
     for name, uri in files:
         starts.append(f"{name} from line {number + 1}")

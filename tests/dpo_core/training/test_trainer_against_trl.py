@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from dpo_core import options as o
-from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.config import Optim, TrainConfig
 from dpo_core.data.feedback import read_groups
 from dpo_core.data.groups import Group
 from dpo_core.encoding.encode import EncodedGroup, encode_group

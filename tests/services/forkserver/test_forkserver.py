@@ -249,7 +249,7 @@ from services.forkserver import loaded_ray, server
 import {modules.rpartition(".")[0]}
 for module in {modules}:
     importlib.import_module(module)
-print(server._what_keeps_from_forking(), loaded_ray.has_drawn())
+print(server._obstacle_now(), loaded_ray.has_drawn())
 loaded_ray.UniqueID.from_random()
 print(loaded_ray.has_drawn())
 """

@@ -198,7 +198,7 @@ def test_an_integration_that_dies_costs_the_job_nothing_but_a_warning(
     follower.kill()
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     (warning,) = [report for report in only(Message, driver.reports()) if report.level == "warn"]
-    assert warning.message.startswith("An integration died, and lacks the last steps: ")
+    assert warning.message.startswith("An integration died and lacks the last steps: ")
     assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
     assert isinstance(driver.reports()[-1], Succeeded)
 
@@ -296,7 +296,7 @@ def test_a_full_disk_stops_a_job_until_there_is_room(
     reports = driver.reports()
     assert before < whole_checkpoints(driver) == {report.step for report in only(CheckpointSaved, reports)}
     (warning,) = [report.message for report in only(Message, reports) if report.level == "warn"]
-    assert re.match("Storage is full; the checkpoint at step [0-9]+ waits for room", warning)
+    assert re.match("Storage is full; publishing the checkpoint at step [0-9]+ waits for room", warning)
     assert len(only(Started, reports)) == 1
     assert figures(reports) == figures(uninterrupted.reports())
     assert control_plane.reports() == reports
@@ -398,8 +398,8 @@ def test_data_whose_bits_flipped_in_the_cache_are_made_again_and_never_trained_o
         damaged.write_bytes(data)
     for reports, damaged in zip(found[1:], (ids, scores), strict=True):
         (warning,) = [report.message for report in only(Message, reports) if report.level == "warn"]
-        assert warning.startswith("Prepared data are damaged and made again: ")
-        assert f"{damaged.parent.name}/{damaged.name} has another sha256" in warning
+        assert warning.startswith("Prepared data are damaged, so they are made again: ")
+        assert f"{damaged.parent.name}/{damaged.name} does not match the sha256" in warning
         assert figures(reports) == figures(found[0])
 
 
@@ -456,7 +456,7 @@ def test_the_trainer_scores_where_the_deployment_departs(
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     assert ReferenceWanted() in driver.reports()
     warnings = [report.message for report in only(Message, driver.reports()) if report.level == "warn"]
-    assert warnings[0].startswith("The reference's deployment departs from the trainer: 24 rows, ")
+    assert warnings[0].startswith("The reference's deployment disagrees with the trainer: 24 rows, ")
     assert warnings[1] == "The trainer's own forward scores the reference instead."
     released = driver.reports().index(ReferenceReleased())
     assert "scoring" in {report.stage for report in only(Progress, driver.reports()[released:])}

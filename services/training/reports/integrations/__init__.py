@@ -1,5 +1,5 @@
-"""Where else a job is followed: Weights & Biases, MLflow, TensorBoard.
+"""Sends a job's metrics to Weights & Biases, MLflow and TensorBoard.
 
-Training knows nothing of it. What it reports stands in the spool; each integration reads that from the job's
-beginning, at its own pace and in a process of its own. One that fails starts over and goes on after what it has.
+Training does not know of them. Each integration reads the job's spool from the beginning, at its own pace and in its
+own process. One that fails starts again, and continues after the last step that its service has.
 """

@@ -1,4 +1,4 @@
-"""The followers of an attempt, each a Ray actor beside its driver: what they need is in that node's environment."""
+"""Starts and closes an attempt's followers: Ray actors on the driver's node, whose environment has what they need."""
 
 import os
 from functools import partial
@@ -15,45 +15,45 @@ from services.training.reports.integrations.sink import Status
 from services.training.reports.integrations.tensorboard import TensorboardSink
 from services.training.reports.integrations.wandb import WandbSink
 
-CLOSE_SECONDS = 120.0  # longer than a sink may take to open: a short job ends before it has
-PAUSE_SECONDS = 5.0  # what is missing then, the next attempt tells
-GRACE_SECONDS = 5.0  # beyond it, an actor that does not answer is left to itself
-ENVIRONMENT = {  # where the node does not say otherwise
+CLOSE_SECONDS = 120.0  # longer than a sink may take to open: a short job may end before that
+PAUSE_SECONDS = 5.0  # the next attempt writes what is missing then
+GRACE_SECONDS = 5.0  # after it, an actor that does not answer is no longer waited for
+ENVIRONMENT = {  # unless the node sets something else
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it may hold a password
     "WANDB_ERROR_REPORTING": "false",
-    # A follower tries again by itself; MLflow alone would try for minutes.
+    # A follower retries by itself; MLflow would retry for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 
 
 def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
-    """What the job asked for, each with its name in messages."""
-    found: list[tuple[str, Open]] = []
+    """Returns the sinks that the job asks for, each with its name for messages."""
+    named: list[tuple[str, Open]] = []
     for number, integration in enumerate(spec.integrations.wandb):
         run_id = f"{spec.job_id}-{number}" if number else spec.job_id
-        found.append(("Weights & Biases", partial(WandbSink, integration.wandb, run_id)))
+        named.append(("Weights & Biases", partial(WandbSink, integration.wandb, run_id)))
     if spec.integrations.mlflow:
-        found.append(("MLflow", partial(MlflowSink, spec.integrations.mlflow)))
+        named.append(("MLflow", partial(MlflowSink, spec.integrations.mlflow)))
     if spec.integrations.tensorboard:
-        found.append(("TensorBoard", TensorboardSink))
-    return found
+        named.append(("TensorBoard", TensorboardSink))
+    return named
 
 
 def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
-    """Waits for none of them."""
+    """Starts a follower for each sink of the job. Does not wait for them."""
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     actor = local_actor(Follower, runtime_env={"env_vars": environment})
 
     def report(report: Report) -> None:
-        ray.get(reporter.report.remote(report))  # so that what a follower told before it closed comes before the end
+        ray.get(reporter.report.remote(report))  # waits, so that it comes before the attempt's last report
 
     return [actor.remote(name, sink, spec, report) for name, sink in sinks(spec)]
 
 
 def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
-    """Before the attempt's last report, after which nothing may be told. None: another attempt will go on."""
+    """Closes the followers. Must come before the attempt's last report. `status` None: another attempt will resume."""
     if not followers:
         return
     ray.get(reporter.flush.remote())
@@ -62,5 +62,5 @@ def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
         try:
             ray.get(closing, timeout=seconds + GRACE_SECONDS)
         except RayError as error:
-            sentence = f"An integration died, and lacks the last steps: {str(error).splitlines()[0]:.200}"
+            sentence = f"An integration died and lacks the last steps: {str(error).splitlines()[0]:.200}"
             reporter.report.remote(Message(level="warn", message=sentence))

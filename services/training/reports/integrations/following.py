@@ -1,4 +1,4 @@
-"""Brings what a job reported to one sink, whatever becomes of the sink."""
+"""Copies a job's reports to one sink, and tries again if the sink fails."""
 
 import logging
 import os
@@ -17,35 +17,38 @@ from services.training.reports.integrations.sink import Sink, Status, Step
 
 logger = logging.getLogger(__name__)
 
-PERIOD_SECONDS = 30.0  # between two looks into the spool
+PERIOD_SECONDS = 30.0  # between two reads of the spool
 RETRY_SECONDS = 60.0
 SLOW_SECONDS = 60.0  # for one call of a sink
 STEPS_PER_WRITE = 1000
 SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 Open = Callable[[AttemptSpec, Path], Sink]
-"""Makes a sink, which may keep files in the folder while it lives."""
+"""Opens a sink. It may keep files in the folder until it is closed."""
 
 
 class Follower:
-    """One sink of one attempt; in a job it is a Ray actor. What goes wrong is told once, and never raised."""
+    """Serves one sink of one attempt, as a Ray actor. Errors are reported to the user once, and never raised."""
 
     def __init__(self, name: str, open_sink: Open, spec: AttemptSpec, report: Callable[[Report], None]) -> None:
         self._name, self._open, self._spec, self._report = name, open_sink, spec, report
         self._status: Status | None = None
-        self._warned = self._told = False
+        self._warned = self._announced = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
-        """Gives the sink so long for what was spooled until now. `status`: see Sink.close. Tells nothing afterwards."""
+        """Gives the sink `timeout_seconds` for the reports spooled until now. `status` is that of Sink.close.
+
+        Afterwards the follower reports nothing.
+        """
         self._status = status
         self._closing.set()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive() and status is not None:
             self._warn(f"it did not take the last steps within {timeout_seconds:.0f} s; they are missing there")
-        self._told = self._warned = True
+        self._announced = self._warned = True
 
     def _work(self) -> None:
         while True:
@@ -57,7 +60,7 @@ class Follower:
             except ImportError as error:
                 self._warn(f"the cluster lacks the package {error.name}; its image needs raydpo's extra `cluster`")
                 return
-            except Exception as error:  # of whatever kind: training must not know
+            except Exception as error:  # of any kind: training must not fail by it
                 logger.warning(
                     "%s failed: %s", self._name, _without_secrets("".join(traceback.format_exception(error)))
                 )
@@ -67,11 +70,11 @@ class Follower:
             self._closing.wait(RETRY_SECONDS)
 
     def _follow(self, folder: Path) -> None:
-        """Returns when it was closed and all that was spooled is written."""
-        with self._patience():
+        """Writes reports to a new sink. Returns after `close`, when all spooled reports are written."""
+        with self._warning_if_slow():
             sink = self._open(self._spec, folder)
-        if not self._told:
-            self._told = True
+        if not self._announced:
+            self._announced = True
             self._report(Message(message=f"{self._name}: {sink.where}"))
         begun, closing, steps = False, False, list[Step]()
         last_step = sink.last_step
@@ -79,13 +82,13 @@ class Follower:
             for event in batch.events if batch else ():
                 if isinstance(event.report, Started) and not begun:
                     begun = True
-                    with self._patience():
+                    with self._warning_if_slow():
                         sink.begin(event.report)
                 elif isinstance(event.report, StepMetrics) and event.report.step > last_step:
                     last_step = event.report.step
                     steps.append(_step(event, event.report))
             if steps and (batch is None or len(steps) >= STEPS_PER_WRITE):
-                with self._patience():
+                with self._warning_if_slow():
                     sink.write(steps)
                 steps = []
             if batch is None:
@@ -95,7 +98,7 @@ class Follower:
         return None
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
+    def _warning_if_slow(self) -> Iterator[None]:
         timer = threading.Timer(SLOW_SECONDS, self._warn, [f"it has not answered for {SLOW_SECONDS:.0f} s"])
         timer.daemon = True
         timer.start()
@@ -111,11 +114,11 @@ class Follower:
 
 
 def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
-    """What the job's attempts reported, from the first one on; None where there is no more yet."""
+    """Yields the reports of the job's attempts, from the first attempt on. None: there are no more yet."""
     for attempt in range(1, spec.attempt + 1):
         next_seq, lost = 0, False
         while True:
-            if lost:  # where the next one begins, only a list tells
+            if lost:  # the segment's length is unknown, so list the segments to find the next
                 later = (first for first, _ in spool.segments(spec.run_uri, attempt) if first >= next_seq)
                 next_seq = min(later, default=next_seq)
             try:
@@ -125,7 +128,7 @@ def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
                     break
                 yield None
             except DamagedSegment as error:
-                logger.warning("What a part of the spool held is left out: %s", error)
+                logger.warning("A damaged segment of the spool is skipped: %s", error)
                 next_seq, lost = next_seq + 1, True
             else:
                 next_seq, lost = batch.events[-1].seq + 1, False
@@ -138,7 +141,7 @@ def _step(event: JobEvent, report: StepMetrics) -> Step:
 
 
 def _reason(error: Exception) -> str:
-    """In one line."""
+    """Returns the error's message in one line, without secrets."""
     return _without_secrets(" ".join(str(error).split()) or repr(error))[:300]
 
 

@@ -1,4 +1,4 @@
-"""A run in MLflow: on the cluster's tracking server, or in a database file in the job's storage."""
+"""Writes a run in MLflow: to the cluster's tracking server, or to a database file in the job's storage."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ JOB_TAG = "raydpo.job"
 
 
 class MlflowSink:
-    """The job's run is known by its tag."""
+    """Writes the job's run, which it finds by a tag with the job's id."""
 
     def __init__(self, options: Mlflow, spec: AttemptSpec, folder: Path) -> None:
         from mlflow import MlflowClient
@@ -43,7 +43,7 @@ class MlflowSink:
         from mlflow.entities import Metric
 
         steps_per_batch = METRICS_PER_BATCH // max(len(step.metrics) for step in steps)
-        for start in range(0, len(steps), steps_per_batch):  # a batch is taken whole, and holds whole steps
+        for start in range(0, len(steps), steps_per_batch):  # MLflow takes a batch completely or not at all
             metrics = [
                 Metric(name, value, round(step.at * 1000), step.number)
                 for step in steps[start : start + steps_per_batch]
@@ -59,13 +59,13 @@ class MlflowSink:
         self._publish()
 
     def _find(self, options: Mlflow, spec: AttemptSpec) -> str:
-        """The id of the job's run, which another attempt may have begun."""
+        """Returns the id of the job's run. Another attempt may have begun it."""
         experiment = self._experiment(options.experiment)
-        found = self._client.search_runs(
+        runs = self._client.search_runs(
             [experiment], f"tags.`{JOB_TAG}` = '{spec.job_id}'", order_by=["attributes.start_time ASC"], max_results=1
         )
-        if found:
-            run_id = str(found[0].info.run_id)
+        if runs:
+            run_id = str(runs[0].info.run_id)
             self._client.update_run(run_id, status="RUNNING")
             return run_id
         tags = {JOB_TAG: spec.job_id, "raydpo.fine_tuned_model": spec.fine_tuned_model or ""}
@@ -78,9 +78,9 @@ class MlflowSink:
         try:
             return str(self._client.create_experiment(name))
         except MlflowException:
-            if (found := self._client.get_experiment_by_name(name)) is None:
+            if (existing := self._client.get_experiment_by_name(name)) is None:
                 raise
-            return str(found.experiment_id)
+            return str(existing.experiment_id)
 
     def _link(self, server: str) -> str:
         url = urlsplit(server)

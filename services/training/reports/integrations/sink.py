@@ -1,4 +1,4 @@
-"""What an integration must be able to do."""
+"""The interface of an integration: a sink for the metrics of a job's steps."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -13,23 +13,23 @@ class Step(NamedTuple):
 
     number: int  # from 1
     at: float  # Unix seconds
-    metrics: dict[str, float]  # as Hugging Face's trainers name them: `train/loss`, `eval/loss`
+    metrics: dict[str, float]  # with the names of Hugging Face's trainers: `train/loss`, `eval/loss`
 
 
 class Sink(Protocol):
-    """A job's run in one place; made, it is found or begun there.
+    """A job's run in one service. The constructor finds or begins the run there.
 
-    Any call may raise, and may take its time. A sink is then dropped, and another one made.
+    Any call may raise, and may take long. A sink that raised is dropped, and another one is made.
     """
 
-    last_step: int  # that the run has; 0: none
-    where: str  # it is to be seen: a clause for the user
+    last_step: int  # the last step that the run has; 0: none
+    where: str  # the user can see the run: part of a sentence
 
     def begin(self, started: Started) -> None:
-        """The resolved config. May be repeated."""
+        """Writes the resolved config. May be called again."""
 
     def write(self, steps: Sequence[Step]) -> None:
-        """Steps after `last_step`, in order; none is sent twice."""
+        """Writes steps after `last_step`, in order. No step is sent twice."""
 
     def close(self, status: Status | None) -> None:
-        """None: another attempt may continue the run."""
+        """Ends the run. `status` None: another attempt may continue it."""

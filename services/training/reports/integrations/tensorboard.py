@@ -1,4 +1,4 @@
-"""TensorBoard's event files, in the job's storage."""
+"""Writes TensorBoard's event files to the job's storage."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from services import storage
 from services.contract import AttemptSpec, Started
 from services.training.reports.integrations.sink import Status, Step
 
-NAME = "events.out.tfevents"  # by which TensorBoard knows them
+NAME = "events.out.tfevents"  # TensorBoard reads files whose names begin like this
 
 
 class TensorboardSink:
-    """Every write is one more file, which TensorBoard reads in order of name: nothing is appended in storage."""
+    """Writes a new file each time, because storage cannot append. TensorBoard reads the files in order of name."""
 
     def __init__(self, spec: AttemptSpec, folder: Path) -> None:
         self._spec, self._folder = spec, folder

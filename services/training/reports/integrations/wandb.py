@@ -1,4 +1,4 @@
-"""A run in Weights & Biases; without a key of the cluster's, one that is written down and sent later."""
+"""Writes a run in Weights & Biases. If the cluster has no key, it writes an offline run that a user can send later."""
 
 import os
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ INIT_SECONDS = 60.0
 
 
 class WandbSink:
-    """Online, the server knows what it has. Offline, each attempt writes the file anew, from the job's beginning."""
+    """Writes the job's run. Online, the server knows its last step. Offline, each attempt rewrites the whole file."""
 
     def __init__(self, options: Wandb, run_id: str, spec: AttemptSpec, folder: Path) -> None:
         import wandb
 
-        wandb.teardown()  # a run that could not be opened is still held under its id
+        wandb.teardown()  # otherwise it still holds a run that could not be opened, under the same id
         self._spec = spec
-        self._folder_name = f"offline-run-{run_id}"  # by this name `wandb sync` knows it
+        self._folder_name = f"offline-run-{run_id}"  # the name that `wandb sync` expects
         self._offline = os.environ.get("WANDB_MODE", "online") != "online" or not os.environ.get("WANDB_API_KEY")
-        own = ["raydpo", f"raydpo/{spec.config.objective.type}", f"raydpo/{spec.job_id}"]
+        job_tags = ["raydpo", f"raydpo/{spec.config.objective.type}", f"raydpo/{spec.job_id}"]
         self._run = wandb.init(
             project=options.project,
             entity=options.entity,
             name=options.name or spec.job_id,
-            tags=[*own, *(options.tags or ())],
+            tags=[*job_tags, *(options.tags or ())],
             id=run_id,
             mode="offline" if self._offline else "online",
             resume=None if self._offline else "allow",
@@ -52,7 +52,7 @@ class WandbSink:
 
         self._run.summary.update({"status": status or "interrupted"})
         self._run.finish(exit_code=0 if status == "succeeded" else 1)
-        wandb.teardown()  # only then the file is whole
+        wandb.teardown()  # completes the file
         self._publish()
 
     def _publish(self) -> None:
@@ -65,12 +65,12 @@ class WandbSink:
         return (
             f"the cluster is offline ({why}), so the run is written to "
             f"runs/{self._spec.job_id}/wandb/{self._folder_name} in the service's storage; "
-            f"whoever has a key sends it with `wandb sync {self._folder_name}`"
+            f"with a key, send it with `wandb sync {self._folder_name}`"
         )
 
 
 def _settings(folder: Path) -> object:
-    """Metrics only: nothing of the machine, its console, its code."""
+    """Returns settings that send metrics only, and nothing about the machine, its console or its code."""
     import wandb
 
     return wandb.Settings(

@@ -60,10 +60,10 @@ class LivelyRay(FakeRay):
         reporter.report(Started(config=config, num_groups=12, total_steps=STEPS, resumed_from=first - 1))
         for step in range(first, STEPS + 1):
             time.sleep(self._step_seconds * random.uniform(0.5, 1.5))
-            order = reporter.order()
-            if self.jobs[submission_id] != "RUNNING" or order == "fenced":
+            command = reporter.command()
+            if self.jobs[submission_id] != "RUNNING" or command == "fenced":
                 return
-            if order == "pause":
+            if command == "pause":
                 self._save(spec, reporter, step - 1)
                 reporter.report(Paused(step=step - 1))
                 break

@@ -979,7 +979,7 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"][::-1]
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
     assert told == [
-        f"The last reports of attempt 1 are lost: {uri} has another sha256 than was written",
+        f"The last reports of attempt 1 are lost: {uri} does not match its sha256",
         "Attempt 1 is over: it died before it finished; the next one begins 5 s later",
     ]
     spool(settings, job_id, 2, reports(settings, job_id))

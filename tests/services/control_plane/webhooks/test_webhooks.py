@@ -98,7 +98,7 @@ def test_a_test_of_what_does_not_answer_says_so(strict: openai.OpenAI) -> None:
         ({"url": "http://example.com/"}, "url", "invalid_value", "setting webhook_urls admits https://"),
         ({"url": "https://user:word@example.com/"}, "url", "invalid_value", "credentials"),
         ({"url": "https:///hook"}, "url", "invalid_value", "names no host"),
-        ({"url": "https://exa mple.com"}, "url", "invalid_value", "is no host"),
+        ({"url": "https://exa mple.com"}, "url", "invalid_value", "is not a host name"),
         ({"secret": "mine"}, "secret", "unknown_parameter", "secret"),
         *(({"url": f"https://{host}/"}, "url", "invalid_value", "not public") for host in LOOPBACK),
         ({"url": "https://169.254.169.254/latest"}, "url", "invalid_value", "not public"),

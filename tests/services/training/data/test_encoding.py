@@ -24,8 +24,8 @@ from services.training.data.encoding import (
     encode_piece,
     recipe_of,
     refuse_unusable,
+    report_contents,
     split,
-    tell,
 )
 from services.training.reports.reporting import JobFailed
 from tests.dpo_core.conftest import build_tokenizer
@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Callable[[AttemptSpec], tuple[list[EncodedGroup], lis
 
         made = encode(spec, uri, encode_pieces, reports.append)
         refuse_unusable(spec, made)
-        tell(spec, made, "Training", reports.append)
+        report_contents(spec, made, "Training", reports.append)
         return list(dataset.read_groups(made.training)), reports
 
     return run
@@ -105,7 +105,7 @@ def test_long_groups_are_left_out_and_named(make_spec: MakeSpec, run: Any) -> No
     lines = ", ".join(map(str, long[:10]))
     assert reports[-1] == Message(
         level="warn",
-        message=f"Left out {len(long)} of 24 pairs, longer than {limit} tokens "
+        message=f"Left out {len(long)} of 24 pairs: they are longer than {limit} tokens "
         f"(line {lines} and {len(long) - 10} more); raise max_length, choose another truncation, or shorten them.",
     )
 
@@ -124,10 +124,10 @@ def test_rankings_of_real_shape_keep_their_ratings_and_those_without_an_order_ar
     assert found == [(1, (-1.0, -2.0), 0.5), (3, (-1.0, -1.0, -2.0), 1.0)]
     assert reports[-3].message == "Training file has 3 rankings (prompt/completions/ranks format)."
     assert reports[-1].message == (
-        "Left out 1 of 3 rankings, that rate all their completions alike, which says nothing of an order (line 2)."
+        "Left out 1 of 3 rankings: they rate all their completions equally, which gives no order (line 2)."
     )
     (tmp_path / "tied.jsonl").write_text(json.dumps(rows[1]))
-    with pytest.raises(JobFailed, match=r"Of 1 rankings none is left to train on. Left out 1 of 1 rankings, that rate"):
+    with pytest.raises(JobFailed, match=r"None of 1 rankings is left to train on. Left out 1 of 1 rankings: they rate"):
         run(make_spec(training_uri=str(tmp_path / "tied.jsonl")))
 
 
@@ -135,7 +135,7 @@ def test_nothing_short_enough_is_the_users_to_mend(make_spec: MakeSpec, run: Any
     with pytest.raises(JobFailed) as failure:
         run(make_spec(config=TrainConfig(max_length=8)))
     assert failure.value.report.code == "invalid_training_file"
-    assert failure.value.report.message.startswith("All 24 pairs are longer than 8 tokens, the shortest has ")
+    assert failure.value.report.message.startswith("All 24 pairs are longer than 8 tokens (the shortest has ")
     assert failure.value.report.message.endswith("; raise max_length, choose another truncation, or shorten them.")
 
 
@@ -145,7 +145,9 @@ def test_the_models_positions_are_a_limit_too(make_spec: MakeSpec, run: Any, mak
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
     groups, reports = run(make_spec(training_uri=str(tmp_path / "two.jsonl")))
     assert [group.line for group in groups] == [1]
-    assert reports[-1].message == "Left out 1 of 2 pairs, longer than 128 tokens (line 2); the model takes no more."
+    assert reports[-1].message == (
+        "Left out 1 of 2 pairs: they are longer than 128 tokens (line 2); the model takes no more, so shorten them."
+    )
 
 
 def test_the_first_unusable_line_is_named(make_spec: MakeSpec, run: Any, pairs: str, tmp_path: Path) -> None:
@@ -214,13 +216,14 @@ def test_a_share_is_held_out_by_prompts(make_spec: MakeSpec, tmp_path: Path) -> 
     uri, reports = str(tmp_path / "encoded"), list[Report]()
     recipe = recipe_of(spec)
     made = encode(spec, uri, lambda pieces: (encode_piece(recipe, uri, piece) for piece in pieces), reports.append)
-    tell(spec, made, "Training", reports.append)
+    report_contents(spec, made, "Training", reports.append)
     training, held_out = list(dataset.read_groups(made.training)), list(dataset.read_groups(made.held_out))
     assert sorted(group.line for group in training + held_out) == list(range(1, 401))
     prompts = [{tuple(group.prompt_ids) for group in groups} for groups in (training, held_out)]
     assert not prompts[0] & prompts[1]
     assert 10 <= len(prompts[1]) <= 40
-    assert reports[-1] == Message(message=f"Held out {len(held_out)} of them, by their prompts, to validate on.")
+    sentence = f"Held out {len(held_out)} pairs for validation, selected by their prompts."
+    assert reports[-1] == Message(message=sentence)
 
 
 def test_rows_that_a_template_refuses_are_left_out_and_named(
@@ -237,7 +240,7 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
     groups, reports = run(make_spec(model_source=str(tmp_path / "strict"), training_uri=str(tmp_path / "rows.jsonl")))
     assert [group.line for group in groups] == [1, 3]
     assert reports[-1].message == (
-        "Left out 1 of 3 pairs, that the chat template refuses (line 2); send what it takes, or use another template. "
+        "Left out 1 of 3 pairs: the chat template refuses them (line 2); send what it takes, or use another template. "
         "Line 2: the chat template refuses the messages: odd."
     )
 
@@ -264,7 +267,7 @@ def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(with_bad_
     with pytest.raises(JobFailed, match="Line 1 is not valid JSON"):
         run(with_bad_rows)
     few = drops.model_copy(update={"invalid_rows": InvalidRows(how="drop")})
-    with pytest.raises(JobFailed, match=r"2 of 22 rows cannot be used, and at most 1.00% may be left out; mend them"):
+    with pytest.raises(JobFailed, match=r"2 of 22 rows cannot be used, and at most 1.00% may be left out; correct"):
         run(few)
 
 
@@ -278,7 +281,7 @@ def test_pairs_that_are_the_same_once_they_are_cut_are_left_out(make_spec: MakeS
     config = TrainConfig(max_length=40, truncation="keep_start")
     groups, reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl"), config=config))
     assert [group.line for group in groups] == [1]
-    said = "Left out 2 of 3 pairs, whose completions are the same once they are written and cut (line 2, 3)."
+    said = "Left out 2 of 3 pairs: their completions are equal once formatted and cut (line 2, 3)."
     assert Message(level="warn", message=said) in reports
 
 
@@ -352,7 +355,7 @@ def test_a_template_that_reaches_too_far_does_nothing_but_leave_rows_out(
     with pytest.raises(JobFailed) as failure:
         run(with_template(start))
     assert failure.value.report.code == "invalid_training_file"
-    assert "Left out 24 of 24 pairs, that the chat template refuses" in failure.value.report.message
+    assert "Left out 24 of 24 pairs: the chat template refuses them" in failure.value.report.message
 
 
 def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
@@ -362,7 +365,9 @@ def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
     rows = [{"prompt": "Is it?", "chosen": f"{answer} {n}", "rejected": "No."} for n, answer in enumerate(answers)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
-    warning = "2 of 4 pairs have characters that the tokenizer does not know, and the model never sees (line 2, 4)"
+    warning = (
+        "2 of 4 pairs have characters that the tokenizer does not know, so that the model never sees them (line 2, 4)"
+    )
     assert any(isinstance(report, Message) and report.message.startswith(warning) for report in reports)
 
 
@@ -389,11 +394,9 @@ def test_rows_without_the_thoughts_that_the_template_asks_for_are_named(
         config=TrainConfig(objective=Supervised()),
     )
     groups, reports = run(spec)
-    warning = (
-        "1 of 3 demonstrations lack the words with which the chat template makes every answer begin, such as <think>"
-    )
+    warning = "1 of 3 demonstrations lack the words with which the chat template begins every answer, such as <think>"
     assert any(
-        isinstance(report, Message) and f"{warning}, and are learned without (line 2)" in report.message
+        isinstance(report, Message) and f"{warning}, and are learned without them (line 2)" in report.message
         for report in reports
     )
     assert [thinking.decode(group.completion_ids[0]) for group in groups] == [
@@ -412,7 +415,7 @@ def test_rows_that_hold_special_tokens_in_their_text_are_named(
     rows[3]["non_preferred_output"][0]["content"] = "no</s>idea"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
-    warning = "2 of 4 pairs hold special tokens of the model in their text, which it reads as such (line 2, 4)."
+    warning = "2 of 4 pairs have special tokens of the model in their text, which the model reads as such (line 2, 4)."
     assert reports[-1] == Message(level="warn", message=warning)
 
 

@@ -17,7 +17,7 @@ from services.contract import CheckpointSaved, Failed, Message, Progress, Starte
 from services.training.data.dataset import Part
 from services.training.data.encoding import Encoded, Piece
 from services.training.data.file_report import EncodingReport
-from services.training.data.row_stream import Arrivals, streamed
+from services.training.data.row_stream import Arrivals, stream_encoder
 from services.training.reports.reporting import JobFailed, invalid_file
 from tests.services.training.attempt import Driver, figures, only, train_workers
 from tests.services.training.gated_driver import LATE, NUM_ROWS
@@ -46,7 +46,7 @@ def never(stream: object) -> None:
 
 
 def test_one_window_is_encoded_whole_before_training(make_spec: Any) -> None:
-    found = list(streamed(make_spec(), "", encode_all, never, never)(pieces(8)))
+    found = list(stream_encoder(make_spec(), "", encode_all, never, never)(pieces(8)))
     assert sorted(result.piece for result in found) == list(range(8))
 
 
@@ -57,7 +57,7 @@ def test_a_first_window_of_which_nothing_is_left_begins_nothing(make_spec: Any) 
             result.model_copy(update={"training": part(result.piece, num_groups=0)}) for result in encode_all(given)
         )
 
-    assert len(list(streamed(make_spec(), "", encode, never, never)(pieces(20)))) == 20
+    assert len(list(stream_encoder(make_spec(), "", encode, never, never)(pieces(20)))) == 20
 
 
 def test_a_line_of_the_first_window_that_cannot_be_used_begins_nothing(make_spec: Any) -> None:
@@ -67,7 +67,7 @@ def test_a_line_of_the_first_window_that_cannot_be_used_begins_nothing(make_spec
             yield result.model_copy(update={"training": None, "refused": failed})
 
     with pytest.raises(JobFailed, match=r"Line \d+ is broken"):
-        list(streamed(make_spec(), "", encode, never, never)(pieces(20)))
+        list(stream_encoder(make_spec(), "", encode, never, never)(pieces(20)))
 
 
 def test_who_takes_parts_waits_until_all_of_them_are_there() -> None:

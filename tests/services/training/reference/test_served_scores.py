@@ -30,8 +30,10 @@ def encoded(tmp_path: Path) -> Dataset:
     return Dataset(uri=uri, parts=tuple(parts))
 
 
-def groups_of(prompts: list[list[int]], completions: list[list[int]], others: list[Any] = ()) -> list[EncodedGroup]:
-    rows = zip(prompts, completions, others or [()] * len(prompts), strict=True)
+def groups_of(
+    prompt_ids: list[list[int]], completion_ids: list[list[int]], others: list[Any] = ()
+) -> list[EncodedGroup]:
+    rows = zip(prompt_ids, completion_ids, others or [()] * len(prompt_ids), strict=True)
     return [EncodedGroup(prompt, (completion,), None, 0, others=(spans,)) for prompt, completion, spans in rows]
 
 
@@ -50,24 +52,24 @@ class Reference:
         self.connections += 1
         return served_scores.Reference(self.ask, self.ask_tokens)
 
-    def ask_tokens(self, *rows: Any) -> Future[list[list[float]]]:
-        return self.pool.submit(self._token_logps, *rows)
+    def ask_tokens(self, **rows: Any) -> Future[list[list[float]]]:
+        return self.pool.submit(self._token_logps, **rows)
 
-    def ask(self, *rows: Any) -> Future[list[Score]]:
-        self.calls.append(self.pool.submit(self._score, *rows))
+    def ask(self, **rows: Any) -> Future[list[Score]]:
+        self.calls.append(self.pool.submit(self._score, **rows))
         self.most_in_flight = max(self.most_in_flight, sum(not call.done() for call in self.calls))
         return self.calls[-1]
 
-    def _token_logps(self, *rows: Any) -> list[list[float]]:
-        groups = groups_of(*rows)
+    def _token_logps(self, **rows: Any) -> list[list[float]]:
+        groups = groups_of(**rows)
         return [logps for (logps,) in reference_token_logps(self.model, groups, max_tokens_per_pack=1000)]
 
-    def _score(self, *rows: Any) -> list[Score]:
+    def _score(self, **rows: Any) -> list[Score]:
         self.calls_left -= 1
         if self.deaths or self.calls_left < 0:
             self.deaths = max(0, self.deaths - 1)
             raise RayActorError
-        scored = score_reference(self.model, groups_of(*rows), max_tokens_per_pack=1000)
+        scored = score_reference(self.model, groups_of(**rows), max_tokens_per_pack=1000)
         return [Score(sum(group.ref_logps), *group.num_learned) for group in scored]
 
 

@@ -101,7 +101,7 @@ def test_a_fenced_attempt_learns_it_and_ships_no_more(spec: AttemptSpec, control
     control_plane.script = [409, 409]  # as to its launch's token, so to its own
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
     reporter.report(Message(message="too late"))
-    until(lambda: reporter.order() == "fenced")
+    until(lambda: reporter.command() == "fenced")
     reporter.report(Message(message="much too late"))
     assert not reporter.close(timeout_seconds=10)
     assert control_plane.posts == []
@@ -111,12 +111,12 @@ def test_a_fenced_attempt_learns_it_and_ships_no_more(spec: AttemptSpec, control
 def test_an_attempt_with_nothing_to_say_beats_and_learns_what_is_wished(spec: AttemptSpec, control_plane: Any) -> None:
     reporter = Reporter(spec, control_plane.token, period_seconds=0.05)
     control_plane.desired = "pause"
-    until(lambda: reporter.order() == "pause")
+    until(lambda: reporter.command() == "pause")
     assert reporter.beat() == ("pause", True)
     control_plane.desired = "run"
     until(lambda: reporter.beat() == ("run", True))
     reporter.pause()
-    assert reporter.order() == "pause"
+    assert reporter.command() == "pause"
     assert reporter.close(timeout_seconds=10)
     assert len(control_plane.posts) >= 2
     assert control_plane.seqs() == []

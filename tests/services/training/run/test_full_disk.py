@@ -6,7 +6,7 @@ from ray.exceptions import RayTaskError
 
 from services.contract import Message
 from services.training.run import full_disk
-from services.training.run.full_disk import when_there_is_room
+from services.training.run.full_disk import retry_while_full
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -30,10 +30,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_finds_no_room_is_told_once_and_written_when_there_is_some() -> None:
     told: list[Message] = []
     in_a_task = RayTaskError("write", "its traceback", FULL).as_instanceof_cause()
-    assert when_there_is_room(failing(FULL, in_a_task, FULL), "the policy", told.append) == "written"
-    sentence = "Storage is full; the policy waits for room, which its operator has to make."
+    assert retry_while_full(failing(FULL, in_a_task, FULL), "exporting the policy", told.append) == "written"
+    sentence = "Storage is full; exporting the policy waits for room. The operator has to free some."
     assert told == [Message(level="warn", message=sentence)]
-    assert when_there_is_room(failing(), "the policy", told.append) == "written"
+    assert retry_while_full(failing(), "exporting the policy", told.append) == "written"
     assert len(told) == 1
 
 
@@ -42,4 +42,4 @@ def test_what_finds_no_room_is_told_once_and_written_when_there_is_some() -> Non
 )
 def test_other_failures_are_not_waited_for(error: Exception) -> None:
     with pytest.raises(type(error)):
-        when_there_is_room(failing(error), "the policy", lambda report: None)
+        retry_while_full(failing(error), "exporting the policy", lambda report: None)

@@ -18,7 +18,7 @@ from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.data.encoding import encode, encode_piece, recipe_of
 from services.training.data.row_order import global_batches, num_steps
-from services.training.run.worker import checkpoint_uri, held_out, hopeless, newest_checkpoint
+from services.training.run.worker import checkpoint_uri, failure_of, held_out, newest_checkpoint
 
 MakeSpec = Callable[..., AttemptSpec]
 LN2 = math.log(2)
@@ -30,8 +30,8 @@ def result(step: int = 1, **metrics: float) -> StepResult:
 
 def test_dpo_that_does_not_begin_at_ln_2_is_stopped_with_both_figures(make_spec: MakeSpec) -> None:
     spec = make_spec(reference="tiny-reference")
-    assert hopeless(result(loss=LN2 + 0.9e-3), spec) is None
-    failed = hopeless(result(loss=LN2 + 1.1e-3), spec)
+    assert failure_of(result(loss=LN2 + 0.9e-3), spec) is None
+    failed = failure_of(result(loss=LN2 + 1.1e-3), spec)
     assert failed is not None
     assert failed.code == "reference_mismatch"
     for part in ("0.694247", "0.693147", "0.001", "tiny-reference"):
@@ -39,18 +39,18 @@ def test_dpo_that_does_not_begin_at_ln_2_is_stopped_with_both_figures(make_spec:
 
 
 def test_later_steps_and_other_objectives_begin_anywhere(make_spec: MakeSpec) -> None:
-    assert hopeless(result(step=2, loss=0.1), make_spec()) is None
-    assert hopeless(result(loss=5.0), make_spec(config=TrainConfig(objective=Supervised()))) is None
+    assert failure_of(result(step=2, loss=0.1), make_spec()) is None
+    assert failure_of(result(loss=5.0), make_spec(config=TrainConfig(objective=Supervised()))) is None
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str, value: float) -> None:
-    failed = hopeless(result(step=7, **{key: value}), make_spec())
+    failed = failure_of(result(step=7, **{key: value}), make_spec())
     assert failed is not None
     assert failed.code == "training_diverged"
     assert failed.message == f"{key} is {value} at step 7 with the learning rate 1e-06; lower it."
-    first = hopeless(result(step=1, **{key: value}), make_spec())
+    first = failure_of(result(step=1, **{key: value}), make_spec())
     assert first is not None
     assert first.param is None
     assert first.message == f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."

@@ -98,7 +98,7 @@ def test_a_folder_means_its_files(read: Read, uri: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("hf://datasets/org/name/missing.jsonl", "holds no files"),
+        ("hf://datasets/org/name/missing.jsonl", "has no files"),
         ("hf://datasets/org/name//rows.jsonl", "empty segments"),
         ("hf://datasets/org/name@v2/rows.jsonl", "404"),
         ("hf://datasets/org/private/rows.jsonl", "401"),

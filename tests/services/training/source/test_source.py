@@ -131,11 +131,11 @@ def test_a_folder_and_a_star_mean_all_their_files_in_order_of_name(
 
 def test_nothing_is_left_out_silently(bring: Bring, s3: S3, folder: Path) -> None:
     for root in (s3.new_folder(), f"{folder.as_uri()}/"):
-        assert failed(bring, root, root) == ("invalid_training_file", f"{root} holds no files.")
+        assert failed(bring, root, root) == ("invalid_training_file", f"{root} has no files; check the path.")
         storage.write_bytes(storage.join(root, "inner", "rows.jsonl"), ROWS)
         for name in ("missing.jsonl", "inner"):
             uri = storage.join(root, name)
-            message = f"{uri} is no file; one for a folder ends with '/'."
+            message = f"{uri} is not a file; end it with '/' if it is a folder."
             assert failed(bring, uri, root) == ("invalid_training_file", message)
     (folder / "broken.jsonl.gz").write_bytes(gzip.compress(ROWS)[:-9])
     code, message = failed(bring, f"{folder.as_uri()}/broken.jsonl.gz", folder.as_uri())

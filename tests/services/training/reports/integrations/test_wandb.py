@@ -72,7 +72,7 @@ def test_without_a_key_the_run_is_written_and_a_message_says_how_to_send_it(spec
     assert message == (
         "W&B: the cluster is offline (it has no WANDB_API_KEY), so the run is written to "
         "runs/ftjob-1/wandb/offline-run-ftjob-1 in the service's storage; "
-        "whoever has a key sends it with `wandb sync offline-run-ftjob-1`"
+        "with a key, send it with `wandb sync offline-run-ftjob-1`"
     )
     rows = history(written(spec))
     assert [row["_step"] for row in rows] == list(range(1, 10))
