@@ -1,5 +1,6 @@
 """Whole models from folders: with all weights that their config asks for, and no others, or refused in words."""
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from dpo_core.architecture import UnusableModel, decoder_layers, is_reward_model, kind_of
+
+logger = logging.getLogger(__name__)
 
 
 def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> PreTrainedModel:
@@ -50,6 +53,11 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
     _check_weights(model, report, source)
     _check_finite(model, source)
     _tell_tying(model)
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        sentence = (
+            "%s asks for the loss that balances experts (output_router_logits); training adds none to its objective."
+        )
+        logger.warning(sentence, source)
     if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
         model.to(model.dtype)
     return cast(PreTrainedModel, model)

@@ -287,6 +287,9 @@ not trained. Checkpoints of a family may differ: a cap of attention, a window th
 that stretch with the text end sharing. **Adapter** names the linear layers, or stacked weights of experts, that
 `Lora()` is put on.
 
+Experts are trained by the objective alone: a router's load-balancing loss is not added, whatever `router_aux_loss_coef`
+is. TRL adds it. A model whose config has `output_router_logits` is told so in a warning when it is loaded.
+
 | Family | Prompts | Why | Adapter |
 |---|---|---|---|
 """
