@@ -1,7 +1,8 @@
 """A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
 
     manifest.json                           step, counters, metrics, config, files
-    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
+    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's, and
+                                            base_model.json, by which it knows its base
     optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the trained
                                             weights in float32, where the model has fewer bits
 
@@ -63,6 +64,7 @@ class Manifest:
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
     dtype: str | None = None  # that the policy computes in; None: the release that wrote it did not say
+    base: str | None = None  # `adapter.fingerprint` of what the adapter was put on; None: all weights, or as above
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:

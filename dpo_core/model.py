@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpo_core.adapter import attach
+from dpo_core.adapter import attach, check_base
 from dpo_core.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.config import Lora
 from dpo_core.folder import processors_of, save_model
@@ -138,6 +138,7 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
     base = _load(kind, source, "auto", "cpu", None, **options)
+    check_base(adapter, base.requires_grad_(False))
     merged = _put_on(base, adapter, weights.keys()).merge_and_unload()
     tokenizer = agree_on_padding(merged, load_tokenizer(adapter))
     save_model(merged, folder, tokenizer, processors_of(base))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_core.adapter import fingerprint
 from dpo_core.admission import admit
 from dpo_core.checkpoint import Manifest, load, name_of, resumable
 from dpo_core.config import TrainConfig
@@ -23,7 +24,7 @@ from dpo_core.flops import Flops, matmul_rate
 from dpo_core.gradients import backward, check_agreement, make_packs
 from dpo_core.memory import checkpoint_activations, fit
 from dpo_core.metrics import measure
-from dpo_core.model import check_model, check_policy
+from dpo_core.model import check_model, check_policy, has_adapter
 from dpo_core.objectives import Statistics, check_groups
 from dpo_core.optim import learning_rate, make_optimizer
 from dpo_core.ranks import on_any_rank, rank, together
@@ -156,6 +157,10 @@ class _Run:
         first = list(islice(batches, 1))  # shows what packs will hold
         self.batches = chain(first, batches)
         agree_on_weights(policy)
+        self.base = fingerprint(policy) if has_adapter(policy) else None
+        if manifest and self.base and manifest.base not in (None, self.base):
+            what = f"{resume} is of an adapter on a base with other weights than {policy.name_or_path}"
+            raise ValueError(f"{what}; load the policy from the base of that run.")
         self.scorer = Scorer(policy)
         self.config = fit(config, self.scorer, first[0] if first else ())
         recomputed = self.config.activation_checkpointing == "on"
@@ -239,6 +244,7 @@ class _Run:
             config=asdict(self.config),
             files={},
             dtype=name_of(self.dtype),
+            base=self.base,
         )
 
 
