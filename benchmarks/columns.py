@@ -44,8 +44,8 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
     from dpo_core import Group, Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
-    from dpo_core.flops import Flops, matmul_rate
-    from dpo_core.scorer import Scorer
+    from dpo_core.policy.flops import Flops, matmul_rate
+    from dpo_core.policy.scorer import Scorer
 
     def in_batches(groups: list[Any]) -> Iterator[list[Any]]:
         return (groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size))
@@ -122,7 +122,7 @@ def run_in_ray(args: Namespace) -> Figures:
 
 def _without_sharing() -> Any:
     """Each completion brings its own copy of the prompt into the pack."""
-    from dpo_core import batch, scorer
+    from dpo_core.policy import batch, scorer
 
     def count_tokens(self: Any, group: Any) -> int:
         return len(group.completion_ids) * len(group.prompt_ids) + sum(map(len, group.completion_ids))
@@ -135,7 +135,7 @@ def _without_sharing() -> Any:
 
 def _without_packing() -> Any:
     """Each group is a pack."""
-    from dpo_core import scorer
+    from dpo_core.policy import scorer
 
     def plan(self: Any, groups: Any, **kwargs: Any) -> list[list[list[int]]]:
         return [[[i] for i in range(len(groups))]]
@@ -145,7 +145,7 @@ def _without_packing() -> Any:
 
 def _without_tiles() -> Any:
     """All logits of the completions at once, and PyTorch's own gradient."""
-    from dpo_core import scorer
+    from dpo_core.policy import scorer
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
         logits = torch.nn.functional.linear(hidden, weight, bias).float()

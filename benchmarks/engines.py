@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.cluster import start_ray
 from benchmarks.memory import below, family_peak
 from services.contract import Deployment, Report
-from services.training.dataset import Dataset, read_groups
+from services.training.data.dataset import Dataset, read_groups
 
 APP = "reference"
 OURS = "raydpo, Ray Serve"
@@ -43,7 +43,7 @@ def run_served(args: Namespace) -> Figures:
     from ray import serve
 
     from services.serving.app import build
-    from services.training.scoring import await_reference, by_deployment, score
+    from services.training.reference.served_scores import await_reference, by_deployment, score
 
     def report(report: Report) -> None:
         pass

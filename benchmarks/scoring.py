@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.engines import COLUMNS, OURS, Figures
 from demo.base_model import make_base_model
-from dpo_core.encode import EncodedGroup
-from services.training.dataset import Dataset, write_part
+from dpo_core.encoding.encode import EncodedGroup
+from services.training.data.dataset import Dataset, write_part
 
 ROWS_PER_PART = 1000  # as the pieces of an encoded file
 WARM_ROWS = 16

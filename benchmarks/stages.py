@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from benchmarks.cluster import start_ray
 from benchmarks.memory import Watch, forget_peak, peak
-from dpo_core.survey import survey
+from dpo_core.data.survey import survey
 from services.containers import json_lines
 
 BATCH_SIZE = 64
@@ -95,7 +95,7 @@ def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 def _stream(file: Path, model: Path, folder: Path) -> Figures:
     """Encodes all, while a trainer that does nothing reads its first batch as soon as it can."""
-    from services.training.order import global_batches
+    from services.training.data.row_order import global_batches
     from services.training.preparation import prepare
 
     started, found = time.perf_counter(), Figures()
@@ -113,7 +113,7 @@ def _stream(file: Path, model: Path, folder: Path) -> Figures:
 
 def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
     """The same pieces in as many processes as there are cores, without Ray."""
-    from services.training.encoding import Encoded, Piece, encode, encode_piece, recipe_of
+    from services.training.data.encoding import Encoded, Piece, encode, encode_piece, recipe_of
 
     spec, uri = _spec(file, model, folder, job), str(folder / "cache")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
@@ -126,7 +126,7 @@ def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 def _train(dataset: Any) -> dict[str, Figures]:
     """A trainer that does nothing reads an epoch, and resumes it in the middle."""
-    from services.training.order import global_batches, num_steps
+    from services.training.data.row_order import global_batches, num_steps
 
     config = _config()
     middle = num_steps(dataset.num_groups, config) // 2

@@ -26,9 +26,9 @@ from demo.base_model import make_base_model
 from demo.report import Curve, draw, print_answers, print_shares, read_curves
 from demo.rows import Shop, is_courteous
 from demo.service import Service
-from dpo_core.feedback import read_groups
-from dpo_core.jsonl import read_lines
-from dpo_core.messages import Text
+from dpo_core.data.feedback import read_groups
+from dpo_core.data.jsonl import read_lines
+from dpo_core.data.messages import Text
 from services.cli.watch import metrics_line, watch_job
 
 SHOWN_ANSWERS = 6

@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpo_core.checkpoint import latest_checkpoint
     from dpo_core.config import Lora, Optim, TrainConfig
-    from dpo_core.encode import EncodedGroup, encode_group
-    from dpo_core.feedback import read_groups
-    from dpo_core.groups import Group
-    from dpo_core.model import load_policy, load_reward_model, load_tokenizer, merge_adapter
-    from dpo_core.scorer import score_reference
-    from dpo_core.trainer import StepResult, train
+    from dpo_core.data.feedback import read_groups
+    from dpo_core.data.groups import Group
+    from dpo_core.encoding.encode import EncodedGroup, encode_group
+    from dpo_core.models.model import load_policy, load_reward_model, load_tokenizer, merge_adapter
+    from dpo_core.policy.scorer import score_reference
+    from dpo_core.training.checkpoint import latest_checkpoint
+    from dpo_core.training.trainer import StepResult, train
 
 __all__ = [
     "EncodedGroup",
@@ -37,14 +37,14 @@ __all__ = [
 ]
 
 _FILES = {
-    "checkpoint": ("latest_checkpoint",),
+    "training.checkpoint": ("latest_checkpoint",),
     "config": ("Lora", "Optim", "TrainConfig"),
-    "encode": ("EncodedGroup", "encode_group"),
-    "feedback": ("read_groups",),
-    "groups": ("Group",),
-    "model": ("load_policy", "load_reward_model", "load_tokenizer", "merge_adapter"),
-    "scorer": ("score_reference",),
-    "trainer": ("StepResult", "train"),
+    "encoding.encode": ("EncodedGroup", "encode_group"),
+    "data.feedback": ("read_groups",),
+    "data.groups": ("Group",),
+    "models.model": ("load_policy", "load_reward_model", "load_tokenizer", "merge_adapter"),
+    "policy.scorer": ("score_reference",),
+    "training.trainer": ("StepResult", "train"),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 

@@ -1,7 +1,7 @@
 """The objectives by name, each with its options and the paper they are from. Standard library only.
 
 `beta` is the strength of the anchor throughout: a higher one keeps the policy closer to its reference.
-Formulas and the code that computes them are in `dpo_core.objectives`.
+Formulas and the code that computes them are in `dpo_core.objectives.losses`.
 """
 
 import math

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_core.jsonl import InvalidRow, read_lines
+from dpo_core.data.jsonl import InvalidRow, read_lines
 
 Unpack = Callable[[io.RawIOBase], Iterator[bytes]]
 CONTAINERS: dict[bytes, Unpack] = {

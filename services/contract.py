@@ -226,7 +226,7 @@ class Recipe(Contract):
 
 
 class CheckRequest(Contract):
-    """All that `services.training.checking` needs. It writes a CheckResult to `folder_uri/report.json`."""
+    """All that `services.training.check_program` needs. It writes a CheckResult to `folder_uri/report.json`."""
 
     recipe: Recipe
     folder_uri: str

@@ -29,7 +29,7 @@ audit.register(app)
 @app.command()
 def migrate() -> None:
     """Bring the database that DATABASE_URL names, or DATABASE_DIRECT_URL beside a PgBouncer, to the newest schema."""
-    from services.control_plane.store import PoolerUrl, migrate
+    from services.control_plane.core.store import PoolerUrl, migrate
 
     if not (database_url := os.environ.get("DATABASE_DIRECT_URL") or os.environ.get("DATABASE_URL")):
         fail("DATABASE_URL is not set; it names the database, postgresql://user:password@host/name.")

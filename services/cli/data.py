@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from dpo_core.config import TrainConfig, Truncation
+from dpo_core.data.survey import FeedbackReport, survey
 from dpo_core.options import InvalidOption
-from dpo_core.survey import FeedbackReport, survey
 from services.cli.client import err, fail
 from services.cli.findings import print_preview, print_survey, print_tokens
 from services.cli.reading import Columns, MaxInvalidShare, roles_of
 
 if TYPE_CHECKING:
-    from services.training.checking import Check
+    from services.training.check_program import Check
 
 app = typer.Typer(no_args_is_help=True, help="Training files on this machine.")
 
@@ -66,7 +66,7 @@ def check(
 
 
 def _fail_for_want_of_rows(found: FeedbackReport, checked: "Check") -> NoReturn:
-    from services.training.report import left_out
+    from services.training.data.file_report import left_out
 
     remedy = "raise --max-length, choose another --truncation, or shorten them"
     reasons = left_out(checked.tokens, found.kind or "groups", checked.tokens.limit, remedy)
@@ -89,8 +89,8 @@ def _encode(
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         fail(f"--model needs {' and '.join(missing)}: pip install 'raydpo[cluster]', or leave --model out.")
     from services.contract import InvalidRows, Recipe
-    from services.training.checking import check, in_turn
-    from services.training.reporting import JobFailed
+    from services.training.check_program import check, in_turn
+    from services.training.reports.reporting import JobFailed
 
     recipe = Recipe(
         training_uri=file.resolve().as_uri(),

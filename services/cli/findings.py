@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from dpo_core.survey import FeedbackReport
+from dpo_core.data.survey import FeedbackReport
 from services.cli.client import out
 
 if TYPE_CHECKING:
-    from services.training.checking import Tokens
-    from services.training.preview import Preview
-    from services.training.report import Lengths, Lines
+    from services.training.check_program import Tokens
+    from services.training.data.file_report import Lengths, Lines
+    from services.training.data.preview import Preview
 
 BAR = 40  # characters of the longest bar of a histogram
 POINTER_SHOWN = 100

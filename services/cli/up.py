@@ -16,11 +16,11 @@ import httpx
 from pydantic import ValidationError
 
 from services.cli.client import out
-from services.control_plane import journal
 from services.control_plane.app import create_app
-from services.control_plane.server import Server
+from services.control_plane.core import log_setup
+from services.control_plane.core.store import PoolerUrl, migrate
+from services.control_plane.http.server import Server
 from services.control_plane.settings import Settings
-from services.control_plane.store import PoolerUrl, migrate
 from services.local.errors import StackError
 from services.local.stack import Stack, running_stack, write_secret
 
@@ -42,7 +42,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
     try:
         with running_stack(home, ray_address=ray_address, database_url=database_url, say=out.print) as stack:
             settings = _settings(home, stack, sources, url)
-            journal.configure(settings.log_format, home / "raydpo.log")
+            log_setup.configure(settings.log_format, home / "raydpo.log")
             migrate(settings.database_direct_url or settings.database_url)
             server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
             gc.freeze()  # what is loaded now stays: to walk it again and again would hold up requests

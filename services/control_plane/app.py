@@ -18,42 +18,34 @@ from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, InternalError,
 from starlette.exceptions import HTTPException
 
 from services import storage
-from services.control_plane.access import Access
-from services.control_plane.authentication import Authentication
-from services.control_plane.errors import ApiError, InvalidRequest, Unavailable, envelope
-from services.control_plane.inference import Inference
-from services.control_plane.launcher import Launcher
-from services.control_plane.limits import Limits
-from services.control_plane.live import Live
-from services.control_plane.lookups import Lookups
-from services.control_plane.rates import Rates
-from services.control_plane.reconciler import Reconciler
-from services.control_plane.routes import (
-    attempts,
-    audit,
-    datasets,
-    files,
-    fine_tuning,
-    health,
-    inference,
-    keys,
-    logs,
-    metrics,
-    models,
-    permissions,
-    projects,
-    streams,
-    unsupported,
-    uploads,
-    webhooks,
-)
-from services.control_plane.routes.dependencies import admit, check_query
-from services.control_plane.schemas import refused
-from services.control_plane.sender import Sender
+from services.control_plane.attempts import api as attempts_api
+from services.control_plane.attempts.reconciler import Reconciler
+from services.control_plane.auth.authentication import Authentication
+from services.control_plane.core.errors import ApiError, InvalidRequest, Unavailable, envelope
+from services.control_plane.core.store import Store, refuses_value
+from services.control_plane.core.telemetry import AUTH_FAILURES
+from services.control_plane.files import api as files_api
+from services.control_plane.files import model_check_api, uploads_api
+from services.control_plane.files.row_check import Surveyor
+from services.control_plane.http import health, metrics, unsupported
+from services.control_plane.http.access_log import Access
+from services.control_plane.http.dependencies import admit, check_query
+from services.control_plane.http.limits import Limits
+from services.control_plane.http.rate_limit import Rates
+from services.control_plane.http.validation import refused
+from services.control_plane.jobs import api as jobs_api
+from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.models import api as models_api
+from services.control_plane.models import inference_api, sharing_api
+from services.control_plane.models.inference import Inference
+from services.control_plane.progress import api as progress_api
+from services.control_plane.progress.streams import Live
+from services.control_plane.ray_api import Launcher
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store, refuses_value
-from services.control_plane.surveys import Surveyor
-from services.control_plane.telemetry import AUTH_FAILURES
+from services.control_plane.tenants import api as tenants_api
+from services.control_plane.tenants import api_keys, audit
+from services.control_plane.webhooks import api as webhooks_api
+from services.control_plane.webhooks.outbox import Sender
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +57,20 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     checks = [Depends(admit), Depends(check_query)]
-    owned = (files, uploads, fine_tuning, logs, permissions, models, datasets, inference, webhooks, streams)
-    for routes in (*owned, keys, projects, audit, unsupported):
+    owned = (
+        files_api,
+        uploads_api,
+        jobs_api,
+        sharing_api,
+        models_api,
+        model_check_api,
+        inference_api,
+        webhooks_api,
+        progress_api,
+    )
+    for routes in (*owned, api_keys, tenants_api, audit, unsupported):
         app.include_router(routes.router, prefix="/v1", dependencies=checks)
-    app.include_router(attempts.router)
+    app.include_router(attempts_api.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.add_exception_handler(ApiError, _on_api_error)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from services.control_plane.journal import LogFormat
+from services.control_plane.core.log_setup import LogFormat
 from services.uri import check_prefix
 
 

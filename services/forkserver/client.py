@@ -29,7 +29,7 @@ SPAWNED = "--multiprocessing-fork"
 RAY = "services.forkserver.loaded_ray"
 # Drivers have a server of their own, which imports these before the first is asked for.
 DRIVER = "services.training.driver"
-DRIVERS_IMPORT = (RAY, DRIVER, "services.training.trainer", "services.training.worker")
+DRIVERS_IMPORT = (RAY, DRIVER, "services.training.run.ray_trainer", "services.training.run.worker")
 START_SECONDS = 60.0
 IDLE_SECONDS = 60.0  # a job's server ends so long after its last fork has
 

@@ -40,7 +40,7 @@ MODULES = (
     "pyarrow.parquet",
     "services.contract",
     "services.storage",
-    "dpo_core.feedback",
+    "dpo_core.data.feedback",
     "httpx",
     "aiohttp",
     "uvicorn",
@@ -49,8 +49,8 @@ MODULES = (
     "rich.syntax",
     "fastapi.applications",
     "torch",
-    "dpo_core.scorer",
-    "dpo_core.trainer",
+    "dpo_core.policy.scorer",
+    "dpo_core.training.trainer",
     "torch.distributed.fsdp",
 )
 # Read when libraries are loaded, here and for all forks.

@@ -35,32 +35,32 @@ from services.contract import (
     first_error,
 )
 from services.forkserver.client import preload
-from services.training.dataset import Data, Dataset
-from services.training.deaths import cause_of
-from services.training.integrations import actors
-from services.training.logs import keep_logs
+from services.training.data.dataset import Data, Dataset
+from services.training.data.row_order import num_places
+from services.training.data.row_stream import Stream
 from services.training.node import local_actor
-from services.training.order import num_places
-from services.training.orders import PAUSED, Obedience
 from services.training.preparation import Prepared, prepare
-from services.training.reporting import WATCH, JobFailed, Reporter
-from services.training.room import when_there_is_room
-from services.training.stream import Stream
+from services.training.reports.integrations import actors
+from services.training.reports.logs import keep_logs
+from services.training.reports.reporting import WATCH, JobFailed, Reporter
+from services.training.run.commands import PAUSED, Obedience
+from services.training.run.deaths import cause_of
+from services.training.run.full_disk import when_there_is_room
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "RAYDPO_ATTEMPT_TOKEN"
 STATUSES = {"succeeded": 0, "failed": 1, "paused": PAUSED}
-TRAINER = "services.training.trainer"
+TRAINER = "services.training.run.ray_trainer"
 WORKERS_IMPORT = (
-    "services.training.reporting",
-    "services.training.encoding",
-    "services.training.forward",
+    "services.training.reports.reporting",
+    "services.training.data.encoding",
+    "services.training.reference.trainer_scores",
     "ray.data",
     "ray.train",
     "ray.train.torch",
     TRAINER,
-    "services.training.worker",
+    "services.training.run.worker",
 )
 CLOSE_SECONDS = 30.0
 WORKER_FAILURES = 3  # of one attempt; the workers that follow resume from the last checkpoint
@@ -182,10 +182,10 @@ def train(
     """The last checkpoint's policy. Workers publish checkpoints themselves, so Ray Train stores nothing of worth."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from services.training.trainer import TellDeaths, Trainer
+    from services.training.run.ray_trainer import TellDeaths, Trainer
 
     def work_here() -> Succeeded | Failed | Paused:
-        from services.training.worker import work
+        from services.training.run.worker import work
 
         return work(spec, data, reporter, validation)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.contract import Failed
-from services.training.reporting import JobFailed
+from services.training.reports.reporting import JobFailed
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def load(folder: Path, device: "torch.device") -> "PreTrainedModel":
     """Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is."""
     # Imported here because it takes eight seconds of a core, and the driver works without it.
-    from dpo_core.model import load_policy
+    from dpo_core.models.model import load_policy
 
     try:
         return load_policy(folder, device=device)
@@ -27,7 +27,7 @@ def load(folder: Path, device: "torch.device") -> "PreTrainedModel":
 @contextmanager
 def refusals() -> Iterator[None]:
     """Turns UnusableModel, which a model's first forward may raise, into JobFailed."""
-    from dpo_core.architecture import UnusableModel
+    from dpo_core.models.architecture import UnusableModel
 
     try:
         yield

@@ -8,12 +8,12 @@ from itertools import accumulate
 
 import ray
 
-from dpo_core.encode import EncodedGroup
+from dpo_core.encoding.encode import EncodedGroup
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, ReferenceReleased, ReferenceWanted, Report
-from services.training import cache, dataset, forward, parity, rates, source
-from services.training.dataset import Dataset, Part
-from services.training.encoding import (
+from services.training.data import cache, dataset
+from services.training.data.dataset import Dataset, Part
+from services.training.data.encoding import (
     Encoded,
     Encoding,
     Piece,
@@ -23,9 +23,11 @@ from services.training.encoding import (
     refuse_unusable,
     tell,
 )
-from services.training.rates import Rate
-from services.training.reporting import JobFailed
-from services.training.scoring import (
+from services.training.data.row_stream import Stream, streamed
+from services.training.data.tasks import in_tasks
+from services.training.reference import parity, rates, trainer_scores
+from services.training.reference.rates import Rate
+from services.training.reference.served_scores import (
     Reference,
     ScoreParts,
     await_reference,
@@ -33,8 +35,8 @@ from services.training.scoring import (
     score,
     served_token_logps,
 )
-from services.training.stream import Stream, streamed
-from services.training.tasks import in_tasks
+from services.training.reports.reporting import JobFailed
+from services.training.source import source
 
 ENCODING, SCORING = 4, 2  # raised when the same input becomes something else
 NUM_TIMED_TOKENS = 4096  # fewer would say more of the start than of the rate
@@ -195,7 +197,7 @@ def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, rep
     sample = parity.sample(encoding.training)
     ends = accumulate(group.num_tokens for group in sample)
     groups = [group for group, end in zip(sample, ends, strict=True) if end - group.num_tokens < NUM_TIMED_TOKENS]
-    task = ray.remote(forward.tokens_per_second).options(num_cpus=1, num_gpus=spec.num_gpus_per_worker)
+    task = ray.remote(trainer_scores.tokens_per_second).options(num_cpus=1, num_gpus=spec.num_gpus_per_worker)
     own = Rate(tokens_per_second=ray.get(task.remote(spec, groups)))
     num_tokens = encoding.training.num_tokens + encoding.held_out.num_tokens
     if rates.pays(own, engine, num_tokens):
@@ -267,7 +269,7 @@ def _begin_own_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) ->
     """On a GPU if one is free: the deployment may have the only one."""
     free = ray.available_resources().get("GPU", 0) >= spec.num_gpus_per_worker
     here = spec if free else spec.model_copy(update={"num_gpus_per_worker": 0})
-    task = ray.remote(forward.token_logps).options(num_cpus=1, num_gpus=here.num_gpus_per_worker)
+    task = ray.remote(trainer_scores.token_logps).options(num_cpus=1, num_gpus=here.num_gpus_per_worker)
     return task.remote(here, groups)
 
 
@@ -275,7 +277,7 @@ def _by_trainer(spec: AttemptSpec, report: Callable[[Report], None]) -> ScorePar
     report(ReferenceReleased())  # its deployment may have the GPU that this needs
 
     def score_parts(data: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
-        score_part = partial(forward.score_part, spec, data, uri)
+        score_part = partial(trainer_scores.score_part, spec, data, uri)
         for part in in_tasks(score_part, parts, Part, num_gpus=spec.num_gpus_per_worker):
             done(part.num_groups)
             yield part

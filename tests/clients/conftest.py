@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from services.control_plane.store import migrate
+from services.control_plane.core.store import migrate
 from tests.clients.programs import Address, FlakyProxy
+from tests.services.control_plane.attempts.crashes import LivelyRay, Plane
 from tests.services.control_plane.conftest import API_KEY, free_port
-from tests.services.control_plane.crashes import LivelyRay, Plane
 
 WORDS = ["In", " aisle", " four", "."]
 

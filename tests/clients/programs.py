@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.clients import installed
-from tests.services.control_plane.test_once import DroppingProxy
+from tests.services.control_plane.http.test_idempotency import DroppingProxy
 
 HERE = Path(__file__).parent
 

@@ -2,9 +2,9 @@ import torch
 
 from demo.base_model import make_base_model
 from demo.rows import Shop
-from dpo_core.encode import encode_group
-from dpo_core.groups import Group
-from dpo_core.model import load_policy, load_tokenizer
+from dpo_core.data.groups import Group
+from dpo_core.encoding.encode import encode_group
+from dpo_core.models.model import load_policy, load_tokenizer
 
 
 def test_base_model_is_a_folder_the_service_reads_and_its_template_is_a_prefix(tmp_path):

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from services.cli.app import app
-from services.control_plane.routes import health, metrics
+from services.control_plane.http import health, metrics
 from services.control_plane.settings import Settings
 
 CHART = Path(__file__).parents[2] / "deploy" / "chart"

@@ -7,7 +7,7 @@ from pathlib import Path
 from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from services.control_plane import telemetry
+from services.control_plane.core import telemetry
 
 DEFINED = [metric for metric in vars(telemetry).values() if isinstance(metric, MetricWrapperBase)]
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "raydpo.json"

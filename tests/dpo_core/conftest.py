@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_core.encode import EncodedGroup
-from dpo_core.scorer import score_reference
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.policy.scorer import score_reference
 
 VOCABULARY = 320
 SIZES = {  # of small models of any architecture

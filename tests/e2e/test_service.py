@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo.rows import Shop
-from services.training import cache, rates
+from services.training.data import cache
 from services.training.preparation import engine_rate_uri
-from services.training.rates import Rate
+from services.training.reference import rates
+from services.training.reference.rates import Rate
 from tests.clients import installed
 from tests.clients.programs import Address, FlakyProxy, has_node, run_node, run_python
 from tests.e2e.conftest import Service, wait_for

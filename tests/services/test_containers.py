@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_core.jsonl import InvalidRow
+from dpo_core.data.jsonl import InvalidRow
 from services.containers import Reader, is_plain, json_lines
 
 ROWS = [{"prompt": "Hi", "chosen": f"Hello {i}", "rejected": "é"} for i in range(2500)]
@@ -129,7 +129,7 @@ BOMBS = {
 READ = """
 import resource, sys, time
 from services.containers import json_lines
-from dpo_core.survey import survey
+from dpo_core.data.survey import survey
 def megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before, start = megabytes(), time.process_time()
 print(survey(json_lines(open(sys.argv[1], "rb"))).refusal)

@@ -3,7 +3,7 @@
 from alembic import context
 from sqlalchemy import create_engine, text
 
-from services.control_plane.tables import Base
+from services.control_plane.core.tables import Base
 
 MIGRATION_LOCK = 0x7261_7964_706F  # "raydpo"
 

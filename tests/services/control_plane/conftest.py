@@ -18,9 +18,9 @@ import pytest
 
 from services import storage
 from services.control_plane.app import create_app
-from services.control_plane.server import Server
+from services.control_plane.core.store import migrate
+from services.control_plane.http.server import Server
 from services.control_plane.settings import Settings
-from services.control_plane.store import migrate
 from tests.clients import strict
 from tests.services.forks import Fork
 from tests.services.receiver import Receiver
@@ -220,7 +220,7 @@ import sys
 from services.control_plane import surveys
 from services import storage
 from services.control_plane.app import create_app
-from services.control_plane.server import Server
+from services.control_plane.http.server import Server
 from services.control_plane.settings import Settings
 surveys.AT_ONCE_BYTES = int(sys.argv[2])
 Server(create_app(Settings()), port=int(sys.argv[1]), log_level="error").run()

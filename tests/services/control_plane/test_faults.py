@@ -14,15 +14,17 @@ from sqlalchemy import event, func, select, update
 from sqlalchemy.orm import Session
 
 from services.contract import Deployment, Paused
-from services.control_plane import files, jobs, models
-from services.control_plane.launcher import Launcher
-from services.control_plane.reconciler import Reconciler
-from services.control_plane.schemas import CreateJob
+from services.control_plane.attempts.reconciler import Reconciler
+from services.control_plane.core.store import Store, migrate
+from services.control_plane.core.tables import DEFAULT_PROJECT, TERMINAL, Attempt, Job, Lease
+from services.control_plane.files import files
+from services.control_plane.jobs import jobs
+from services.control_plane.jobs.requests import CreateJob
+from services.control_plane.models import models
+from services.control_plane.ray_api import Launcher
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store, migrate
-from services.control_plane.tables import DEFAULT_PROJECT, TERMINAL, Attempt, Job, Lease
+from tests.services.control_plane.attempts.test_reconciler import reports, spool
 from tests.services.control_plane.conftest import FakeRay, pairs
-from tests.services.control_plane.test_reconciler import reports, spool
 
 MOST_TICKS = 20
 

@@ -8,8 +8,8 @@ import openai
 import psutil
 import pytest
 
+from services.control_plane.core.store import migrate
 from services.control_plane.settings import Settings
-from services.control_plane.store import migrate
 from tests.services.control_plane.conftest import API_KEY, serving
 
 MIB = 2**20

@@ -11,14 +11,14 @@ import pytest
 from psycopg import sql
 from pyarrow import fs
 
-from services.control_plane import attempts
-from services.control_plane.errors import Fenced
-from services.control_plane.keys import digest
+from services.control_plane.attempts import attempts
+from services.control_plane.auth.keys import digest
+from services.control_plane.core.errors import Fenced
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Base
 from services.control_plane.settings import Settings
-from services.control_plane.store import Store
-from services.control_plane.tables import Base
+from tests.services.control_plane.attempts.test_reconciler import reports, spool, ticks
 from tests.services.control_plane.conftest import API_KEY, EVERY_SCOPE, FakeRay, api_of, new_key, pairs
-from tests.services.control_plane.test_reconciler import reports, spool, ticks
 
 NO_RECEIVER = "http://127.0.0.1:9/"
 RAY_TOKEN = "canary-of-ray-0123456789"

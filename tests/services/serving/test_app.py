@@ -13,7 +13,7 @@ from openai import OpenAI
 from pydantic import ValidationError
 
 from services.contract import Deployment
-from services.control_plane.launcher import Launcher
+from services.control_plane.ray_api import Launcher
 from services.control_plane.settings import Settings
 from tests.services.serving.conftest import PLAIN, POLICY, Serving
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dpo_core.config import Lora, Optim, TrainConfig
-from dpo_core.encode import EncodedGroup
-from dpo_core.model import load_reward_model, load_tokenizer, merge_adapter
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_reward_model, load_tokenizer, merge_adapter
 from dpo_core.options import RewardBradleyTerry
-from dpo_core.scorer import Scorer
-from dpo_core.trainer import train
+from dpo_core.policy.scorer import Scorer
+from dpo_core.training.trainer import train
 
 pytestmark = pytest.mark.ray
 

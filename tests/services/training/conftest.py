@@ -25,7 +25,7 @@ from dpo_core.config import TrainConfig
 from services import forkserver
 from services.contract import AttemptSpec, Desired, EventBatch, Report, Wish
 from tests.dpo_core.conftest import build_policy, build_tokenizer
-from tests.dpo_core.test_encode import HERMES_TEMPLATE
+from tests.dpo_core.encoding.test_encode import HERMES_TEMPLATE
 from tests.services.web import running
 
 with warnings.catch_warnings():

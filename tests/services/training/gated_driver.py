@@ -9,11 +9,12 @@ from pathlib import Path
 
 from services import storage
 from services.contract import Recipe
-from services.training import driver, encoding, order, preparation
-from services.training.encoding import Encoded, Piece, encode_piece
+from services.training import driver, preparation
+from services.training.data import encoding, row_order
+from services.training.data.encoding import Encoded, Piece, encode_piece
 
 NUM_ROWS = 24
-*_, (_, LATE) = order.windows([1] * NUM_ROWS, seed=0, epoch=0)
+*_, (_, LATE) = row_order.windows([1] * NUM_ROWS, seed=0, epoch=0)
 
 
 def encode_behind_the_gate(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpo_core.checkpoint import verify
 from dpo_core.config import Optim, TrainConfig
-from dpo_core.model import load_policy
+from dpo_core.models.model import load_policy
 from dpo_core.options import Dpo, Objective, Orpo
+from dpo_core.training.checkpoint import verify
 from services import spool, storage
 from services.contract import (
     AttemptSpec,
@@ -46,10 +46,11 @@ from services.contract import (
     WandbIntegration,
 )
 from services.deaths import cause_in
-from services.training import cache, rates
-from services.training.logs import LEFT_OUT, blank, patterns_of
+from services.training.data import cache
 from services.training.preparation import engine_rate_uri
-from services.training.rates import Rate
+from services.training.reference import rates
+from services.training.reference.rates import Rate
+from services.training.reports.logs import LEFT_OUT, blank, patterns_of
 from tests.conftest import Disk
 from tests.services.training.conftest import ray_cluster
 from tests.services.web import running_web

@@ -1,0 +1,112 @@
+"""What people said about completions: the groups of a file, row by row. Standard library only.
+
+A file is JSON Lines in UTF-8. Its first row decides the format; a row of another format is refused.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
+
+from dpo_core.data.formats import Format, detect, keys_of
+from dpo_core.data.groups import Group
+from dpo_core.data.jsonl import InvalidRow, Row, read_rows
+
+MOST_JOINED = 1000  # rows of one prompt
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a file: its groups, or the first thing that is wrong with it."""
+
+    line: int
+    format: Format | None  # None: the row is none, or of none of the formats
+    groups: Sequence[Group]
+    ignored_keys: frozenset[str]  # that no reader uses
+    problem: InvalidRow | None
+
+
+def read_records(
+    lines: Iterable[bytes], *, first_line: int = 1, columns: Mapping[str, str] | None = None
+) -> Iterator[Record]:
+    """Every row of a file, in its order. A part of a file is read alike, when `first_line` says where it begins.
+
+    `columns` names the column of each role, such as {"prompt": "question"}, where the file has names of its own.
+    """
+    records = _read_each(lines, first_line, columns or {})
+    for record in records:
+        if record.format and record.format.joins:
+            yield from _joined(chain([record], records))
+        else:
+            yield record
+
+
+def _read_each(lines: Iterable[bytes], first_line: int, columns: Mapping[str, str]) -> Iterator[Record]:
+    form = None
+    for row in read_rows(lines, first_line):
+        record = _read(row, form, columns)
+        form = form or record.format
+        yield record
+
+
+def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
+    """Whether two neighbouring lines are of one group, so that a file must not be cut between them."""
+    records = list(read_records([line, following], columns=columns))
+    return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
+
+
+def _joined(records: Iterable[Record]) -> Iterator[Record]:
+    """Neighbours that rate answers to one prompt: the first has the group of all, if they can be one."""
+    for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
+        rows = list(islice(run, MOST_JOINED + 1))  # a file may have one prompt only, and not fit into memory
+        if rows[0].problem:
+            yield from rows
+        elif 1 < len(rows) <= MOST_JOINED:
+            yield replace(rows[0], groups=[_group_of(rows)])
+            yield from (replace(record, groups=()) for record in rows[1:])
+        else:
+            number = f"{len(rows)}" if len(rows) == 1 else f"more than {MOST_JOINED}"
+            yield from (_unjoined(record, number) for record in chain(rows, run))
+
+
+def _unjoined(record: Record, number: str) -> Record:
+    what = f"its prompt is rated by {number} neighbouring rows; it needs 2 to {MOST_JOINED}."
+    problem = InvalidRow(record.line, "", "too_few_completions", f"Line {record.line}: {what}")
+    return replace(record, groups=(), problem=problem)
+
+
+def _group_of(run: Sequence[Record]) -> Group:
+    rows = [record.groups[0] for record in run]
+    ratings = [rating for group in rows for rating in group.ratings or ()]
+    order = sorted(range(len(rows)), key=lambda i: -ratings[i])
+    completions = tuple(rows[i].completions[0] for i in order)
+    return replace(rows[0], completions=completions, ratings=tuple(ratings[i] for i in order))
+
+
+def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:
+    """The groups of a file, in its order. Raises InvalidRow on reaching a row that cannot be used."""
+    for record in read_records(lines, first_line=first_line):
+        if record.problem:
+            raise record.problem
+        yield from record.groups
+
+
+def is_tied(group: Group) -> bool:
+    """Whether it has several completions and rates them all alike."""
+    return len(group.completions) > 1 and group.ratings is not None and len(set(group.ratings)) == 1
+
+
+def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, str]) -> Record:
+    form = None
+    try:
+        if isinstance(row, InvalidRow):
+            raise row
+        if columns:
+            row = row.renamed(columns)
+        form = detect(row)
+        if expected and form is not expected:
+            what = f"must be {expected.name}, as the first row is; {keys_of(row)}."
+            raise row.invalid("", "mixed_formats", what)
+        unread = form.unread(row)
+        return Record(row.line, form, form.read(row, unread), unread, None)
+    except InvalidRow as error:
+        return Record(row.line, form, (), frozenset(), error)

@@ -1,0 +1,114 @@
+"""A prompt and what people think of its completions, however a file says it. Standard library only."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dpo_core.data.jsonl import Row
+from dpo_core.data.messages import Message, Text, check_completion, completion_of, prompt_of
+from dpo_core.data.tools import Tool
+from dpo_core.data.values import refuse_empty, string_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its completions, best first: one is a demonstration, two are a pair."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    line: int  # where it stands in the file, from 1
+    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
+    weight: float = 1.0  # of its loss
+    margin: float | None = None  # by which the first completion should lead
+    tools: list[Tool] | None = None  # that the prompt offers, for the chat template
+    template_arguments: dict[str, object] | None = None  # more for the chat template
+
+
+def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
+    """Raises InvalidRow where there are not two completions."""
+    order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
+    if len(order) < 2:
+        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs two.")
+    return Group(prompt, tuple(completions[i] for i in order), row.line, tuple(ratings[i] for i in order))
+
+
+def text_or_messages(row: Row, pointer: str, value: object) -> Text:
+    """A prompt in the form that the row has."""
+    return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
+
+
+def completion_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
+    """In the form of its prompt."""
+    return completion_of(row, pointer, value) if isinstance(prompt, list) else filled(row, pointer, value)
+
+
+def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
+    """In the form of its prompt. It may be empty: to end at once is an answer, too, and its tokens are the end."""
+    if isinstance(prompt, list):
+        return completion_of(row, pointer, value, may_be_empty=True)
+    return string_of(row, pointer, value)
+
+
+def question(row: Row, column: str) -> list[Message]:
+    """A prompt of messages from a column that holds them, or one, or the user's words."""
+    value = row.value[column]
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        return prompt_of(row, f"/{column}", value)
+    return [{"role": "user", "content": string_of(row, f"/{column}", value)}]
+
+
+def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
+    """A completion of messages from messages, a message, or the assistant's words."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        return completion_of(row, pointer, value, may_be_empty=may_be_empty)
+    text = string_of(row, pointer, value)
+    if not may_be_empty:
+        refuse_empty(row, pointer, text)
+    return [{"role": "assistant", "content": text}]
+
+
+def parted(
+    row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
+) -> tuple[list[Message], tuple[Text, ...]]:
+    """Two conversations as the prompt that they share, and two completions: they part at an answer of the assistant.
+
+    Raises InvalidRow where they part elsewhere.
+    """
+    pairs = enumerate(zip(*sides, strict=False))
+    border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)
+    if border < 1 or any([m["role"] for m in side[border : border + 1]] != ["assistant"] for side in sides):
+        what = f"and {columns[0]} must begin with the same messages, the prompt, and first differ in the assistant's."
+        raise row.invalid(f"/{columns[1]}", "different_prompts", what)
+    prompt = sides[0][:border]
+    if prompt[-1]["role"] == "assistant":
+        what = "ends the prompt; end it with the user's or a tool's."
+        raise row.invalid(f"/{columns[0]}/{border - 1}", "invalid_order", what)
+    for column, side, empty in zip(columns, sides, may_be_empty, strict=True):
+        check_completion(row, f"/{column}", side[border:], first=border, may_be_empty=empty)
+    return prompt, tuple(side[border:] for side in sides)
+
+
+def completions_of(row: Row, column: str) -> list[object]:
+    """The list in a column. Raises InvalidRow for an empty one."""
+    value = row.value[column]
+    if not isinstance(value, list) or not value:
+        raise row.invalid(f"/{column}", "wrong_type", "must be a list of completions.")
+    return value
+
+
+def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
+    """The dictionaries of such a list, each with the keys."""
+    for number, item in enumerate(completions_of(row, column)):
+        if not isinstance(item, dict) or not item.keys() >= set(keys):
+            what = f"must be a dictionary with {' and '.join(keys)}."
+            raise row.invalid(f"/{column}/{number}", "wrong_type", what)
+        yield item
+
+
+def filled(row: Row, pointer: str, value: object) -> str:
+    text = string_of(row, pointer, value)
+    refuse_empty(row, pointer, text)
+    return text

@@ -1,0 +1,272 @@
+"""Messages of a row, each refused by its pointer where it is none. Standard library only.
+
+They are read in OpenAI's chat format, and in ShareGPT's with `from` and `value`; thoughts as vLLM, Qwen and gpt-oss
+name them. What is null or empty says nothing, under any key.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
+
+from dpo_core.data.jsonl import InvalidRow, Row, parse_within, pointer_to
+from dpo_core.data.tools import ToolCall, calls_of
+from dpo_core.data.values import refuse_empty, says_nothing, shown, string_of
+
+
+class Message(TypedDict):
+    role: str
+    content: str  # empty where there are only calls: templates print None, and vLLM gives them "" too
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]  # of the assistant
+    tool_call_id: NotRequired[str]  # of a tool: the call that it answers
+    reasoning_content: NotRequired[str]  # of the assistant: what it thought before
+    weight: NotRequired[int]  # 0, of the assistant: it is not learned
+
+
+Text = str | list[Message]
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+# ShareGPT's, and its followers'.
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_OWNERS = {"tool_calls": "assistant", "tool_call_id": "tool", **dict.fromkeys(THOUGHTS, "assistant")}
+_REMEDIES = {
+    "function_call": "is the older form; send tool_calls.",
+    "refusal": "is not supported yet; remove it.",
+    "audio": "is not supported yet; remove it.",
+}
+_MESSAGE_KEYS = {"role", "content", "name", "weight", *_OWNERS, *_REMEDIES}
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TURNS = {"Human": "user", "Assistant": "assistant"}
+
+
+def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
+    messages = _list_of(row, pointer, value)
+    last = f"{pointer}/{len(messages) - 1}"
+    if messages[-1]["role"] == "assistant":
+        what = "ends the prompt with an assistant message; end it with the user's or a tool's."
+        raise row.invalid(last, "invalid_order", what)
+    if unanswered := _unanswered(row, pointer, messages):
+        raise row.invalid(last, "invalid_order", f"ends the prompt too early; {_needed(unanswered)}")
+    return messages
+
+
+def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
+    """What the assistant says, and what others, a tool or a user, say between."""
+    messages = _list_of(row, pointer, value)
+    if len(messages) > 1:
+        _unanswered(row, pointer, messages)
+    check_completion(row, pointer, messages, may_be_empty=may_be_empty)
+    return messages
+
+
+def check_completion(
+    row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
+) -> None:
+    """Raises InvalidRow for messages that are no completion; `first` is the number of the first of them."""
+    if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # as nearly all are
+        if not may_be_empty:
+            refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])
+        return
+    for end in (0, len(messages) - 1):
+        if messages[end]["role"] != "assistant":
+            what = "must be a message of the assistant: a completion begins and ends with one."
+            raise row.invalid(f"{pointer}/{first + end}", "invalid_completion", what)
+    for index, message in enumerate(messages):
+        place = f"{pointer}/{first + index}"
+        if "weight" in message:
+            what = "is 0, which only demonstrations can have: a completion is learned. Remove it, or the row."
+            raise row.invalid(f"{place}/weight", "invalid_weight", what)
+        if message["role"] == "system":
+            raise row.invalid(place, "invalid_completion", "is a system message; it belongs into the prompt.")
+        if index and message["role"] == messages[index - 1]["role"] == "assistant":
+            what = "follows an assistant message; put the user's or a tool's between."
+            raise row.invalid(place, "invalid_order", what)
+        if message["role"] == "assistant":
+            refuse_empty_message(row, f"{place}/content", message)
+
+
+def messages_of(row: Row, pointer: str, value: object) -> list[Message]:
+    """A conversation. Its last calls may be without answers."""
+    messages = _list_of(row, pointer, value)
+    _unanswered(row, pointer, messages)
+    return messages
+
+
+def refuse_empty_message(row: Row, pointer: str, message: Message) -> None:
+    if not message.get("tool_calls"):
+        refuse_empty(row, pointer, message["content"])
+
+
+def _list_of(row: Row, pointer: str, value: object) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise row.invalid(pointer, "wrong_type", "must be a list of at least one message.")
+    return [_message(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
+
+
+def _message(row: Row, pointer: str, value: object) -> Message:
+    if not isinstance(value, dict):
+        raise row.invalid(pointer, "wrong_type", "must be a message: a dictionary with role and content.")
+    role, content = value.get("role"), value.get("content")
+    if len(value) == 2 and isinstance(role, str) and isinstance(content, str) and role in _ROLES:
+        return {"role": _ROLES[role], "content": content}  # as nearly all are: nothing else to check
+    if "from" in value and role is None:
+        return _turn(row, pointer, value)
+    role = _role(row, pointer, role)
+    _refuse_keys(row, pointer, value, role)
+    weight = value.get("weight")
+    _refuse_weight(row, pointer, weight, role)
+    calls = calls_of(row, f"{pointer}/tool_calls", value.get("tool_calls"))
+    if calls and content is None:
+        content = ""
+    message: Message = {"role": role, "content": _content(row, f"{pointer}/content", content)}
+    if value.get("name") is not None:
+        message["name"] = string_of(row, f"{pointer}/name", value["name"])
+    if calls:
+        message["tool_calls"] = calls
+    if value.get("tool_call_id") is not None:
+        message["tool_call_id"] = string_of(row, f"{pointer}/tool_call_id", value["tool_call_id"])
+    if (thoughts := _thoughts(row, pointer, value)) is not None:
+        message["reasoning_content"] = thoughts
+    if weight == 0:
+        message["weight"] = 0
+    return message
+
+
+def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
+    """Of ShareGPT's: from and value."""
+    speaker, weight = value["from"], value.get("weight")
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        what = f"is {shown(speaker)}; it must be {', '.join(_SPEAKERS)}. Send calls as messages with a role."
+        raise row.invalid(f"{pointer}/from", "unknown_role", what)
+    for key, item in value.items():
+        if key not in ("from", "value", "weight") and not says_nothing(item):
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
+    role = _SPEAKERS[speaker]
+    _refuse_weight(row, pointer, weight, role)
+    turn: Message = {"role": role, "content": string_of(row, f"{pointer}/value", value.get("value"))}
+    return {**turn, "weight": 0} if weight == 0 else turn
+
+
+def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
+    if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
+        raise row.invalid(f"{pointer}/weight", "invalid_weight", "must be 0 or 1, on an assistant message.")
+
+
+def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
+    """Raises InvalidRow where two keys say different ones."""
+    given = [key for key in THOUGHTS if not says_nothing(value.get(key))]
+    for key in given:
+        string_of(row, f"{pointer}/{key}", value[key])
+        if value[key] != value[given[0]]:
+            raise row.invalid(f"{pointer}/{key}", "duplicate_key", f"and {given[0]} mean the same; send one.")
+    return str(value[given[0]]) if given else None
+
+
+def _role(row: Row, pointer: str, role: object) -> str:
+    if role == "function":
+        what = "is function, the older form; send role tool with its tool_call_id."
+        raise row.invalid(f"{pointer}/role", "unsupported", what)
+    if not isinstance(role, str) or role not in _ROLES:
+        known = "system, developer, user, assistant or tool"
+        raise row.invalid(f"{pointer}/role", "unknown_role", f"is {shown(role)}; it must be {known}.")
+    return _ROLES[role]
+
+
+def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) -> None:
+    for key, item in value.items():
+        if says_nothing(item):
+            continue
+        if key not in _MESSAGE_KEYS:
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
+        if key in _REMEDIES:
+            raise row.invalid(f"{pointer}/{key}", "unsupported", _REMEDIES[key])
+        if _OWNERS.get(key, role) != role:
+            raise row.invalid(f"{pointer}/{key}", "unknown_key", f"is not a key of a message of role {role}.")
+
+
+def _content(row: Row, pointer: str, value: object) -> str:
+    """Parts are joined by a line feed, as vLLM joins them when the policy is asked."""
+    if not isinstance(value, list):
+        return string_of(row, pointer, value)
+    texts = []
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise row.invalid(f"{pointer}/{index}", "unsupported", "must be a text part; no other is supported yet.")
+        for key, item in part.items():
+            if key not in ("type", "text") and not says_nothing(item):
+                what = "is not a key of a text part; models see the text only. Remove it."
+                raise row.invalid(f"{pointer}/{index}{pointer_to((key,))}", "unknown_key", what)
+        texts.append(string_of(row, f"{pointer}/{index}/text", part.get("text")))
+    return "\n".join(texts)
+
+
+def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[ToolCall]:
+    """The calls that are open at the end. All others were answered before anybody else spoke."""
+    calls: list[ToolCall] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            calls.remove(_answered(row, f"{pointer}/{index}", message, calls))
+        elif calls:
+            raise row.invalid(f"{pointer}/{index}", "invalid_order", f"comes too early; {_needed(calls)}")
+        else:
+            calls = list(message.get("tool_calls", ()))
+    return calls
+
+
+def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall]) -> ToolCall:
+    """The call that a tool message answers: the first with its id, and with its name where it says one."""
+    for call in calls:
+        if call.get("id") == message.get("tool_call_id") and message.get("name") in (None, call["function"]["name"]):
+            return call
+    what = "and name fit no unanswered call of the assistant message before; repeat that call's id."
+    raise row.invalid(f"{pointer}/tool_call_id", "unknown_tool_call", what)
+
+
+def _needed(calls: Sequence[ToolCall]) -> str:
+    return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
+
+
+_OF_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
+_NO_JSON = re.compile(  # how Python writes messages, and messages whose end is lost
+    r"""\s*(\[\s*\{\s*('(role|content|from|value)'|"(role|from)")\s*:"""
+    r"""|\{\s*(['"])(role|from)\5\s*:\s*(['"])(system|user|assistant|human|gpt)\7)"""
+)
+
+
+def opened(row: Row, pointer: str, text: str) -> object:
+    """The messages, or the one, that a text holds as JSON, as tables are often written; else the text as it is."""
+    if not _OF_JSON.match(text):
+        return text
+    try:
+        found = parse_within(row, pointer, text)
+    except InvalidRow:
+        if _NO_JSON.match(text):
+            what = "is a text of messages that is no JSON; write them as JSON, in Python with json.dumps."
+            raise row.invalid(pointer, "invalid_json", what) from None
+        return text  # it only begins like one
+    if isinstance(found, dict):
+        speaker = found.get("role", found.get("from"))
+        is_message = isinstance(speaker, str) and speaker in {*_ROLES, *_SPEAKERS}
+        return found if is_message and not found.keys().isdisjoint({"content", "value"}) else text
+    is_conversation = isinstance(found, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in found
+    )
+    return found if found and is_conversation else text
+
+
+def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
+    """The turns of a dialogue in one text, as in HH-RLHF (arXiv 2204.05862): "\\n\\nHuman: …\\n\\nAssistant: …"."""
+    start, *turns = _TURN.split(text)
+    if start.strip() or not turns:
+        raise row.invalid(pointer, "wrong_type", 'must begin with "\\n\\nHuman:" and its text.')
+    speakers, contents = turns[::2], turns[1::2]
+    return [
+        {"role": _TURNS[speaker], "content": content.strip()}
+        for speaker, content in zip(speakers, contents, strict=True)
+    ]

@@ -1,0 +1,180 @@
+"""Public preference sets whose columns have names of their own: two answers and what somebody said of them.
+
+Each reader yields prompts and completions of messages. Standard library only.
+"""
+
+from collections.abc import Callable, Iterator
+
+from dpo_core.data.groups import Group, answer, best_first, items, parted, question
+from dpo_core.data.jsonl import Row
+from dpo_core.data.messages import Message, messages_of, refuse_empty_message
+from dpo_core.data.values import number_of, says_nothing, shown, string_of
+
+Reader = Callable[[Row], Iterator[Group]]
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Reader:
+    """Columns of a question, the better answer and the worse."""
+
+    def read(row: Row) -> Iterator[Group]:
+        better = answer(row, f"/{chosen}", row.value[chosen])
+        worse = answer(row, f"/{rejected}", row.value[rejected], may_be_empty=True)
+        yield Group(_asked(row, prompt), (better, worse), row.line)
+
+    return read
+
+
+def _asked(row: Row, column: str) -> list[Message]:
+    """The question, behind what Alpaca's rows give as its input."""
+    asked = question(row, column)
+    given = row.value.get("input")
+    if column == "instruction" and given not in (None, ""):
+        asked[-1] = {**asked[-1], "content": f"{asked[-1]['content']}\n{string_of(row, '/input', given)}"}
+    return asked
+
+
+def two(prompt: str, first: str, second: str, lead: Callable[[Row], float]) -> Reader:
+    """Columns of a question and two answers; `lead` says by how much the second is better, 0 for a tie."""
+
+    def read(row: Row) -> Iterator[Group]:
+        answers = [answer(row, f"/{column}", row.value[column], may_be_empty=True) for column in (first, second)]
+        yield best_first(row, _asked(row, prompt), answers, _ratings(lead(row)))
+
+    return read
+
+
+def _ratings(lead: float) -> tuple[float, float]:
+    return max(0.0, -lead), max(0.0, lead)
+
+
+def strength(column: str) -> Callable[[Row], float]:
+    """A number, negative where the first is better, as in HelpSteer 2 and 3."""
+    return lambda row: number_of(row, f"/{column}", row.value[column])
+
+
+def scores(first: str, second: str) -> Callable[[Row], float]:
+    """Two numbers, the higher for the better."""
+    return lambda row: number_of(row, f"/{second}", row.value[second]) - number_of(row, f"/{first}", row.value[first])
+
+
+def choice(column: str, first: object, second: object, *ties: object) -> Callable[[Row], float]:
+    """A word or a number that names the better answer."""
+    leads: dict[object, float] = {first: -1.0, second: 1.0, **dict.fromkeys(ties, 0.0)}
+
+    def lead(row: Row) -> float:
+        value = row.value[column]
+        if isinstance(value, dict | list | bool) or value not in leads:  # tables make 1.0 of 1
+            known = ", ".join(map(str, leads))
+            raise row.invalid(f"/{column}", "unknown_choice", f"is {shown(value)}; it must be one of {known}.")
+        return leads[value]
+
+    return lead
+
+
+def read_a_or_b(row: Row) -> Iterator[Group]:
+    """Two answers, and the letter of the better."""
+    return two("prompt", "response_a", "response_b", _letter)(row)
+
+
+def _letter(row: Row) -> float:
+    winner = string_of(row, "/winner", row.value["winner"])
+    letter = winner.casefold().removeprefix("model_").removeprefix("response_")
+    if letter not in ("a", "b", "tie"):
+        raise row.invalid("/winner", "unknown_choice", f"is {shown(winner)}; it must be A, B or tie.")
+    return {"a": -1.0, "b": 1.0, "tie": 0.0}[letter]
+
+
+def read_arena(row: Row) -> Iterator[Group]:
+    """LMSYS's Chatbot Arena: two conversations with the same questions, and who won."""
+    columns = ("conversation_a", "conversation_b")
+    sides = [messages_of(row, f"/{column}", row.value[column]) for column in columns]
+    prompt, answers = parted(row, columns, sides, may_be_empty=(True, True))
+    lead = choice("winner", "model_a", "model_b", "tie", "tie (bothbad)")(row)
+    yield best_first(row, prompt, answers, _ratings(lead))
+
+
+def read_rated(row: Row) -> Iterator[Group]:
+    """HelpSteer 1 and 2: one answer and its helpfulness, which is what its authors order answers by."""
+    completion = answer(row, "/response", row.value["response"], may_be_empty=True)
+    rating = number_of(row, "/helpfulness", row.value["helpfulness"])
+    yield Group(_asked(row, "prompt"), (completion,), row.line, (rating,))
+
+
+def read_summaries(row: Row) -> Iterator[Group]:
+    """OpenAI's comparisons of summaries (arXiv 2009.01325), whose prompt is written as in TRL's tldr-preference."""
+    info = row.value["info"]
+    assert isinstance(info, dict)
+    summaries = row.value["summaries"]
+    if not isinstance(summaries, list) or len(summaries) != 2:
+        raise row.invalid("/summaries", "wrong_type", "must be a list of two summaries.")
+    answers = []
+    for number, item in enumerate(summaries):
+        if not isinstance(item, dict) or "text" not in item:
+            raise row.invalid(f"/summaries/{number}", "wrong_type", "must be a dictionary with text.")
+        answers.append(answer(row, f"/summaries/{number}/text", item["text"]))
+    lead = choice("choice", 0, 1)(row)
+    yield best_first(row, [{"role": "user", "content": _to_summarize(row, info)}], answers, _ratings(lead))
+
+
+def _to_summarize(row: Row, info: dict[str, object]) -> str:
+    names = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": ""}
+    parts = [f"{label}{string_of(row, f'/info/{name}', info[name])}" for name, label in names.items() if info.get(name)]
+    if not parts:
+        raise row.invalid("/info", "missing_key", "lacks a post or an article.")
+    return "\n\n".join([*parts, "TL;DR:"])
+
+
+def read_ranked_completions(row: Row) -> Iterator[Group]:
+    """NeMo RL: a context, and completions of messages that each have a rank, 0 for the best."""
+    completions, ranks = [], []
+    for number, item in enumerate(items(row, "completions", "completion", "rank")):
+        completions.append(answer(row, f"/completions/{number}/completion", item["completion"]))
+        ranks.append(-number_of(row, f"/completions/{number}/rank", item["rank"]))
+    yield best_first(row, question(row, "context"), completions, ranks)
+
+
+def read_vertex(row: Row) -> Iterator[Group]:
+    """Google's Vertex AI: contents of parts, and completions that each have a score."""
+    prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
+    if prompt[-1]["role"] != "user":
+        raise row.invalid("/contents", "invalid_order", "must end with the user's.")
+    for key in VERTEX_SYSTEM_KEYS:
+        if not says_nothing(given := row.value.get(key)):
+            system = {"role": "system", **given} if isinstance(given, dict) else given
+            prompt.insert(0, _of_parts(row, f"/{key}", system))
+    completions, ratings = [], []
+    for number, item in enumerate(items(row, "completions", "completion", "score")):
+        message = _of_parts(row, f"/completions/{number}/completion", item["completion"])
+        refuse_empty_message(row, f"/completions/{number}/completion", message)
+        completions.append([message])
+        ratings.append(number_of(row, f"/completions/{number}/score", item["score"]))
+    yield best_first(row, prompt, completions, ratings)
+
+
+VERTEX_SYSTEM_KEYS = ("systemInstruction", "system_instruction")
+_VERTEX_ROLES = {"user": "user", "model": "assistant", "system": "system"}
+
+
+def _of_parts(row: Row, pointer: str, value: object) -> Message:
+    parts = value.get("parts") if isinstance(value, dict) else None
+    role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
+    if role is None or not isinstance(parts, list):
+        raise row.invalid(pointer, "wrong_type", "must be a dictionary with role (user or model) and parts.")
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or part.keys() != {"text"}:
+            raise row.invalid(f"{pointer}/parts/{number}", "unsupported", "must be a text; no other is supported yet.")
+    texts = [string_of(row, f"{pointer}/parts/{number}/text", part["text"]) for number, part in enumerate(parts)]
+    return {"role": role, "content": "\n".join(texts)}
+
+
+def _list(row: Row, column: str) -> list[object]:
+    value = row.value[column]
+    if not isinstance(value, list) or not value:
+        raise row.invalid(f"/{column}", "wrong_type", "must be a list that is not empty.")
+    return value
+
+
+# SHP (arXiv 2110.08420) names the better by 1 for A, and WebGPT's comparisons give each answer a score.
+read_shp = two("history", "human_ref_A", "human_ref_B", choice("labels", 1, 0))
+read_alpaca_farm = two("instruction", "output_1", "output_2", choice("preference", 1, 2))
+read_webgpt = two("question", "answer_0", "answer_1", scores("score_0", "score_1"))

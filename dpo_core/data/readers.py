@@ -1,0 +1,235 @@
+"""How rows of formats that many use say their groups. Standard library only.
+
+Each reader yields the groups of a row, and raises InvalidRow by the pointer of what it cannot use.
+"""
+
+from collections.abc import Iterator, Sequence
+from os.path import commonprefix
+
+from dpo_core.data.groups import (
+    Group,
+    answer,
+    best_first,
+    completion_like,
+    completions_of,
+    filled,
+    items,
+    parted,
+    question,
+    rejected_like,
+    text_or_messages,
+)
+from dpo_core.data.jsonl import Row, pointer_to
+from dpo_core.data.messages import (
+    Message,
+    Text,
+    check_completion,
+    completion_of,
+    dialogue_of,
+    messages_of,
+    prompt_of,
+    refuse_empty_message,
+)
+from dpo_core.data.tools import TOOL_KEYS, tools_of
+from dpo_core.data.values import number_of, numbers_of, refuse_empty, says_nothing, shown, string_of
+
+SIDES = ("chosen", "rejected")
+LABELS = ("label", "kto_tag")
+
+
+# --- demonstrations --------------------------------------------------------------------------
+
+
+def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
+    messages = messages_of(row, f"/{column}", row.value[column])
+    weights = [message.pop("weight", 1) for message in messages]
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
+    if not trained:
+        raise row.invalid(f"/{column}", "nothing_to_train", "has no assistant message whose weight is not 0.")
+    for i in trained:
+        if i == 0:
+            raise row.invalid(f"/{column}/0", "empty_prompt", "is an assistant message with nothing before it.")
+        if messages[i - 1]["role"] == "assistant":
+            what = "follows an assistant message; put the user's or a tool's between."
+            raise row.invalid(f"/{column}/{i}", "invalid_order", what)
+        refuse_empty_message(row, f"/{column}/{i}/content", messages[i])
+        yield Group(messages[:i], ([messages[i]],), row.line)
+
+
+# --- pairs -----------------------------------------------------------------------------------
+
+
+def read_preference(row: Row) -> Iterator[Group]:
+    given = row.value.get("input")
+    if not isinstance(given, dict):
+        raise row.invalid("/input", "wrong_type", "must be a dictionary with messages.")
+    for key in given:
+        if key not in TOOL_KEYS | {"messages"}:
+            raise row.invalid(pointer_to(("input", key)), "unknown_key", "is not a key of input.")
+    prompt = prompt_of(row, "/input/messages", given.get("messages"))
+    outputs = [_either(row, f"{side}_output", f"{side}_completion") for side in ("preferred", "non_preferred")]
+    completions = tuple(completion_of(row, f"/{key}", row.value[key]) for key in outputs)
+    yield Group(prompt, completions, row.line, tools=tools_of(row, "/input", given))
+
+
+def _either(row: Row, key: str, alias: str) -> str:
+    present = [name for name in (key, alias) if name in row.value]
+    if len(present) == 1:
+        return present[0]
+    if present:
+        raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
+    raise row.invalid(f"/{key}", "missing_key", "is missing.")
+
+
+def read_explicit(row: Row) -> Iterator[Group]:
+    prompt = text_or_messages(row, "/prompt", row.value["prompt"])
+    chosen = completion_like(row, "/chosen", row.value["chosen"], prompt)
+    yield Group(prompt, (chosen, rejected_like(row, "/rejected", row.value["rejected"], prompt)), row.line)
+
+
+def read_answers(row: Row) -> Iterator[Group]:
+    """A question and two answers, of which some are messages."""
+    yield Group(
+        question(row, "prompt"), (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line
+    )
+
+
+def read_conversations(row: Row) -> Iterator[Group]:
+    """What both conversations begin with is the prompt."""
+    yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in SIDES])
+
+
+def read_dialogues(row: Row) -> Iterator[Group]:
+    texts = (string_of(row, f"/{side}", row.value[side]) for side in SIDES)
+    yield _split_conversations(
+        row, [dialogue_of(row, f"/{side}", text) for side, text in zip(SIDES, texts, strict=True)]
+    )
+
+
+def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
+    prompt, completions = parted(row, SIDES, sides)
+    if "prompt" in row.value and not _is_asked(row, row.value["prompt"], prompt):
+        raise row.invalid("/prompt", "different_prompts", "must be one of the messages that chosen and rejected share.")
+    return Group(prompt, completions, row.line)
+
+
+def _is_asked(row: Row, asked: object, prompt: Sequence[Message]) -> bool:
+    """Whether it is the prompt, or one of its messages."""
+    if isinstance(asked, list):
+        return messages_of(row, "/prompt", asked) == prompt
+    if isinstance(asked, str) and asked.startswith("\n\nHuman:"):
+        *before, last = dialogue_of(row, "/prompt", asked)
+        return prompt == (before if last == {"role": "assistant", "content": ""} else [*before, last])
+    return asked is None or asked in [message["content"] for message in prompt]
+
+
+def read_implicit(row: Row) -> Iterator[Group]:
+    """What both texts begin with is the prompt, up to the last space before they differ, as in TRL."""
+    texts = [string_of(row, f"/{side}", row.value[side]) for side in SIDES]
+    prompt = commonprefix(texts).removesuffix(" ")  # noqa: RUF071 (characters are meant)
+    if not prompt:
+        raise row.invalid("", "empty_prompt", "chosen and rejected begin differently; give the row a prompt.")
+    for side, text in zip(SIDES, texts, strict=True):
+        refuse_empty(row, f"/{side}", text[len(prompt) :])
+    yield Group(prompt, tuple(text[len(prompt) :] for text in texts), row.line)
+
+
+# --- ratings, rankings and labels --------------------------------------------------------------
+
+
+def read_unpaired(row: Row) -> Iterator[Group]:
+    prompt = text_or_messages(row, "/prompt", row.value["prompt"])
+    completion = completion_like(row, "/completion", row.value["completion"], prompt)
+    yield Group(prompt, (completion,), row.line, (_label(row, "label"),))
+
+
+def _label(row: Row, column: str) -> float:
+    label = row.value[column]
+    if not isinstance(label, bool):
+        raise row.invalid(f"/{column}", "wrong_type", f"is {shown(label)}; it must be true or false.")
+    return float(label)
+
+
+def read_labelled_chat(row: Row) -> Iterator[Group]:
+    """The last message is the assistant's, and the label is about it."""
+    prompt, completion = _ending_with_an_answer(row, _either_of(row, "messages", "conversations"))
+    label = _either_of(row, *LABELS)
+    yield Group(prompt, (completion,), row.line, (_label(row, label),))
+
+
+def _either_of(row: Row, key: str, alias: str) -> str:
+    """The one that says something."""
+    given = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
+    if len(given) == 2:
+        raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
+    return given[0] if given else key if key in row.value else alias
+
+
+def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[Message]]:
+    *prompt, last = messages_of(row, f"/{column}", row.value[column])
+    pointer = f"/{column}/{len(prompt)}"
+    if last["role"] != "assistant":
+        raise row.invalid(pointer, "invalid_completion", "must be a message of the assistant.")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise row.invalid(pointer, "invalid_order", "has no question of the user before it.")
+    check_completion(row, f"/{column}", [last], first=len(prompt))
+    return prompt, [last]
+
+
+def read_rejected_response(row: Row) -> Iterator[Group]:
+    """ms-swift's: the conversation ends with the better answer; the worse one is a text."""
+    prompt, chosen = _ending_with_an_answer(row, "messages")
+    yield Group(prompt, (chosen, _worse(row, "rejected_response")), row.line)
+
+
+def _worse(row: Row, column: str) -> list[Message]:
+    return answer(row, f"/{column}", row.value[column], may_be_empty=True)
+
+
+def read_rejected_messages(row: Row) -> Iterator[Group]:
+    """ms-swift's: two conversations that begin alike."""
+    columns = ("messages", "rejected_messages")
+    prompt, completions = parted(row, columns, [messages_of(row, f"/{name}", row.value[name]) for name in columns])
+    yield Group(prompt, completions, row.line)
+
+
+def read_answers_beside(row: Row) -> Iterator[Group]:
+    """LLaMA-Factory's and axolotl's: a conversation that ends with a question, and two messages that answer it."""
+    column = _either_of(row, "messages", "conversations")
+    prompt = prompt_of(row, f"/{column}", row.value[column])
+    yield Group(prompt, (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line)
+
+
+def read_ranked(row: Row) -> Iterator[Group]:
+    prompt = text_or_messages(row, "/prompt", row.value["prompt"])
+    given = completions_of(row, "completions")
+    completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(given)]
+    if "ranks" in row.value and "scores" in row.value:
+        raise row.invalid("/scores", "duplicate_key", "and ranks say the same; send one.")
+    key = "ranks" if "ranks" in row.value else "scores"
+    numbers = numbers_of(row, f"/{key}", row.value[key], count=len(completions))
+    yield best_first(row, prompt, completions, [-n for n in numbers] if key == "ranks" else numbers)
+
+
+def read_ultrafeedback(row: Row) -> Iterator[Group]:
+    instruction = string_of(row, "/instruction", row.value["instruction"])
+    completions, scores = _answers(row, "completions", text="response", number="overall_score")
+    yield best_first(row, [{"role": "user", "content": instruction}], completions, scores)
+
+
+def read_nectar(row: Row) -> Iterator[Group]:
+    prompt = dialogue_of(row, "/prompt", string_of(row, "/prompt", row.value["prompt"]))
+    if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
+        raise row.invalid("/prompt", "invalid_order", 'must end with "\\n\\nAssistant:", where the answers go.')
+    completions, ranks = _answers(row, "answers", text="answer", number="rank")
+    yield best_first(row, prompt[:-1], completions, [-rank for rank in ranks])
+
+
+def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text], list[float]]:
+    """Of a list of dictionaries, the assistant's messages and the numbers they were given."""
+    answers: list[Text] = []
+    numbers = []
+    for i, item in enumerate(items(row, key, text, number)):
+        answers.append([{"role": "assistant", "content": filled(row, f"/{key}/{i}/{text}", item[text])}])
+        numbers.append(number_of(row, f"/{key}/{i}/{number}", item[number]))
+    return answers, numbers

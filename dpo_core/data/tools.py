@@ -1,0 +1,124 @@
+"""Tools that a prompt offers and the calls of them, as chat templates take them. Standard library only."""
+
+from collections.abc import Set
+from typing import NotRequired, TypedDict
+
+from dpo_core.data.jsonl import Row, parse_within, pointer_to
+from dpo_core.data.values import shown, string_of
+
+TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
+MOST_CALLS = 128  # of one message: every answer is looked for among them
+Tool = dict[str, object]  # as it stands in the row: "type", and "function" with name, description and parameters
+
+# What a row says of a function; "return" is what transformers.utils.get_json_schema adds.
+_DESCRIBED = {"name", "description", "parameters", "strict", "return"}
+
+
+class Call(TypedDict):
+    name: str
+    arguments: dict[str, object]  # templates write the JSON themselves
+
+
+class ToolCall(TypedDict):
+    id: NotRequired[str]  # TRL's rows have none
+    type: str
+    function: Call
+
+
+def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | None:
+    """What `holder` says of tools. None for an empty list too, above which some templates would write a heading."""
+    if holder.get("functions") not in (None, []):
+        remedy = 'is the older form; send tools, each {"type": "function", "function": …}.'
+        raise row.invalid(f"{pointer}/functions", "unsupported", remedy)
+    if not isinstance(holder.get("parallel_tool_calls"), bool | None):
+        raise row.invalid(f"{pointer}/parallel_tool_calls", "wrong_type", "must be true or false.")
+    tools = _unpacked(row, f"{pointer}/tools", holder.get("tools"))
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise row.invalid(f"{pointer}/tools", "wrong_type", "must be a list of tools, or its JSON as a text.")
+    return [_tool(row, f"{pointer}/tools/{index}", item) for index, item in enumerate(tools)] or None
+
+
+def _tool(row: Row, pointer: str, value: object) -> Tool:
+    tool = _dictionary(row, pointer, value, {"type", "function"})
+    _, function = _function(row, pointer, tool, _DESCRIBED)
+    if function.get("description") is not None:
+        string_of(row, f"{pointer}/function/description", function["description"])
+    parameters = function.get("parameters")
+    if not isinstance(parameters, dict | None):
+        raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary: a JSON Schema.")
+    _refuse_filled(row, f"{pointer}/function/parameters/properties", (parameters or {}).get("properties"))
+    return tool if tool.get("type") else {**tool, "type": "function"}
+
+
+def _refuse_filled(row: Row, pointer: str, properties: object) -> None:
+    """Tables give each tool the properties of all others, as null, and each call their arguments."""
+    for name, schema in properties.items() if isinstance(properties, dict) else ():
+        if schema is None:
+            what = "is null, as tables fill what a row lacks; keep tools, and arguments of calls, in texts of JSON."
+            raise row.invalid(pointer + pointer_to((name,)), "null_property", what)
+
+
+def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
+    """Of an assistant message; empty where it makes none."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise row.invalid(pointer, "wrong_type", "must be a list of tool calls.")
+    if len(value) > MOST_CALLS:
+        what = f"holds {len(value)} calls; at most {MOST_CALLS} fit in a message."
+        raise row.invalid(pointer, "too_many_calls", what)
+    calls = [_call(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
+    ids = [call["id"] for call in calls if "id" in call]
+    if len(set(ids)) < len(ids):
+        raise row.invalid(pointer, "duplicate_id", "gives two calls the same id; give each its own.")
+    return calls
+
+
+def _call(row: Row, pointer: str, value: object) -> ToolCall:
+    call = _dictionary(row, pointer, value, {"id", "type", "function", "index"})  # the index comes with streams
+    name, function = _function(row, pointer, call, {"name", "arguments"})
+    arguments = _unpacked(row, f"{pointer}/function/arguments", function.get("arguments"))
+    if not isinstance(arguments, dict):
+        what = f"is {shown(arguments)}; it must be a JSON object, {{}} where there are no arguments."
+        raise row.invalid(f"{pointer}/function/arguments", "wrong_type", what)
+    if _holds_nan(arguments):
+        raise row.invalid(f"{pointer}/function/arguments", "invalid_number", "hold NaN, which is not a JSON number.")
+    called: Call = {"name": name, "arguments": arguments}
+    if call.get("id") is None:
+        return {"type": "function", "function": called}
+    return {"id": string_of(row, f"{pointer}/id", call["id"]), "type": "function", "function": called}
+
+
+def _holds_nan(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_nan, value.values() if isinstance(value, dict) else value))
+    return value != value
+
+
+def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
+    """The name that a tool or a call has, and all that it says of its function."""
+    if holder.get("type") not in (None, "function"):
+        what = f'is {shown(holder.get("type"))}; only "function" is supported.'
+        raise row.invalid(f"{pointer}/type", "unsupported", what)
+    function = _dictionary(row, f"{pointer}/function", holder.get("function"), keys)
+    name = string_of(row, f"{pointer}/function/name", function.get("name"))
+    if not name.strip():
+        raise row.invalid(f"{pointer}/function/name", "empty_name", "is empty; a function needs a name.")
+    return name, function
+
+
+def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[str, object]:
+    known = ", ".join(sorted(keys))
+    if not isinstance(value, dict):
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a dictionary of {known}.")
+    for key in value:
+        if key not in keys:
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", f"is not one of {known}.")
+    return value
+
+
+def _unpacked(row: Row, pointer: str, value: object) -> object:
+    """What a text holds as JSON: OpenAI keeps arguments so, and TRL tools."""
+    return parse_within(row, pointer, value) if isinstance(value, str) else value

@@ -1,0 +1,48 @@
+"""Values of a row: texts and numbers, each refused by its pointer where it is none. Standard library only."""
+
+import json
+
+from dpo_core.data.jsonl import Row
+
+NOTHING: tuple[object, ...] = (None, "", [], {})  # with which tables and clients fill what is not there
+LARGEST = 1e9  # of numbers that people give
+
+
+def says_nothing(value: object) -> bool:
+    """Whether a value is null, empty or NaN."""
+    return value in NOTHING or value != value
+
+
+def string_of(row: Row, pointer: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
+    return value
+
+
+def refuse_empty(row: Row, pointer: str, text: str) -> None:
+    if not text.strip():
+        raise row.invalid(pointer, "empty_completion", "is empty; a completion needs text.")
+
+
+def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:
+    if not isinstance(value, list) or len(value) != count:
+        raise row.invalid(pointer, "wrong_type", f"must be a list of {count} numbers, one for each completion.")
+    return [number_of(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
+
+
+def number_of(row: Row, pointer: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a number.")
+    if not abs(value) <= LARGEST:
+        raise row.invalid(pointer, "invalid_number", f"is {value}; it must be from {-LARGEST:g} to {LARGEST:g}.")
+    return float(value)
+
+
+def shown(value: object) -> str:
+    if isinstance(value, str):
+        return repr(value[:40])
+    if value is None or value != value:
+        return "missing or null"
+    if isinstance(value, (dict, list)):
+        return "a dictionary" if isinstance(value, dict) else "a list"
+    return json.dumps(value)[:40]

@@ -1,0 +1,27 @@
+"""What becomes of groups that are longer than the limit: dropped, or cut where the config says."""
+
+from dataclasses import replace
+
+from dpo_core.config import Truncation
+from dpo_core.encoding.encode import EncodedGroup
+
+
+def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
+    """The group with at most `max_length` tokens of prompt and any one completion; None: it cannot be kept.
+
+    `keep_start` cuts the ends of completions, which then end without EOS; `keep_end` cuts the start of
+    the prompt, alike for all its completions, behind the tokenizer's BOS. Neither leaves a side without tokens: such a
+    group is dropped.
+    """
+    longest = max(map(len, group.completion_ids))
+    if len(group.prompt_ids) + longest <= max_length:
+        return group
+    if how == "keep_start" and (room := max_length - len(group.prompt_ids)) > 0:
+        others = group.others and tuple(
+            tuple((start, min(stop, room)) for start, stop in spans if start < room) for spans in group.others
+        )
+        return replace(group, completion_ids=tuple(ids[:room] for ids in group.completion_ids), others=others)
+    if how == "keep_end" and (room := max_length - longest) > 0:
+        head = list(group.prompt_ids[:1]) if group.has_bos and room > 1 else []
+        return replace(group, prompt_ids=[*head, *group.prompt_ids[len(head) - room :]])
+    return None

@@ -1,0 +1,174 @@
+"""Low-rank adapters: which layers of a model take them, and how they are put on."""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo_core.config import Lora
+from dpo_core.models.architecture import kind_of
+from dpo_core.options import InvalidOption
+
+BASE = "base_model.json"  # beside an adapter: what its base is known by
+SAMPLED = 64  # numbers of each weight of a base
+ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
+
+
+def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_whole: list[str] | None = None) -> None:
+    """Put a new adapter on the model and freeze all else but `trained_whole`.
+
+    Raises InvalidOption for target modules that the model lacks, or that would not learn.
+    """
+    from peft import LoraConfig
+
+    linears = _linears(model)
+    all_linear = adapter.target_modules == "all-linear"
+    default = _names(model, _adaptable(model, linears)) + _experts(model)
+    targets = default if all_linear else list(adapter.target_modules)
+    if not targets:
+        raise InvalidOption("target_modules", f"{type(model).__name__} has no linear layer that takes an adapter.")
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in linears),
+        task_type=task_type,
+        modules_to_save=trained_whole,
+        base_model_name_or_path=model.name_or_path,
+    )
+    head = model.get_output_embeddings()
+    try:
+        with warnings.catch_warnings():
+            # PEFT doubles the rank of experts by a pattern that it then does not find.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            model.add_adapter(config)
+    except ValueError as error:  # PEFT's, of modules that are not there or of a kind that it cannot adapt
+        raise InvalidOption("target_modules", _refusal(model, targets, error)) from None
+    _check_targets(model, linears, head)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What a base is known by, with an adapter on it or without, in any precision: a digest of some numbers of each
+    frozen weight but a reward model's head, which may be new. Releases of transformers rename weights, so names do not
+    count."""
+    samples = [
+        weight.detach().flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad and "score." not in name
+    ]
+    parts = torch.split(torch.cat(samples).cpu().view(torch.int16), [len(sample) for sample in samples])
+    return hashlib.sha256(b"".join(sorted(part.numpy().tobytes() for part in parts))).hexdigest()
+
+
+def base_file(known_by: str) -> bytes:
+    return json.dumps({"sha256_of_samples": known_by}).encode()
+
+
+def check_base(folder: Path, model: PreTrainedModel) -> None:
+    """Raises ValueError where the adapter in a folder was trained on another base. One from elsewhere names none."""
+    file = folder / BASE
+    if file.is_file() and file.read_bytes() != base_file(fingerprint(model)):
+        what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
+        raise ValueError(f"{what}; put that one back.")
+
+
+def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        base = module.get_base_layer()
+        if base is head:
+            message = f"target_modules names {name}, the head, whose adapter is not trained; leave it out."
+            raise InvalidOption("target_modules", message)
+        if isinstance(base, nn.Linear) and name not in linears:
+            message = f"target_modules names {name}, whose adapter texts would not train; leave it out."
+            raise InvalidOption("target_modules", message)
+
+
+def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> str:
+    from peft.utils.error import NoMatchingPeftModuleError
+
+    if isinstance(error, NoMatchingPeftModuleError):
+        name = type(model).__name__
+        return f"target_modules is {tuple(targets)}, of which {name} has none; name some of its linear layers."
+    return f"target_modules is {tuple(targets)}: {str(error).partition('. ')[0]}."
+
+
+def _linears(model: PreTrainedModel) -> set[str]:
+    """The names of the linear layers whose output a text's loss depends on, as a backward pass shows.
+
+    That leaves out the layers of a tower for images, those that return more than a product, those of which only the
+    weights are read, and those that only choose, such as some routers. Freezes the model.
+    """
+    learning: set[str] = set()
+    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        weight = cast(Tensor, module.weight)
+        sizes = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
+        whole = [*inputs[0].shape[:-1], sizes[1]] if inputs and inputs[0].shape[-1] == sizes[0] else None
+        if isinstance(output, Tensor) and list(output.shape) == whole and output.requires_grad:
+            hook: Any = output.register_hook
+            hook(lambda gradient: learning.add(names[module]) if gradient.any() else None)
+
+    model.requires_grad_(False)
+    embeddings = cast(nn.Module, model.get_input_embeddings())
+    hooks = [module.register_forward_hook(note) for module in names]
+    hooks.append(embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_().clone()))
+    try:
+        ids = torch.arange(3, 11, device=model.device)[None] % model.config.get_text_config().vocab_size
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kinds = {kind_of(name) for name in learning}  # a few tokens do not reach every expert
+    return {name for name in names.values() if kind_of(name) in kinds}
+
+
+def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
+    """Those layers without the head, routers, and the layers of a Mamba block of which its kernels read the weights."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if name in linears and module is not head and not _is_router(name) and not _is_read_only(model, name)
+    ]
+
+
+def _experts(model: PreTrainedModel) -> list[str]:
+    """The names, routers' apart, by which PEFT adapts experts that transformers keeps in one weight."""
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    if not any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()):
+        return []
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(model.config.get_text_config().model_type)
+    return sorted(set(_MOE_TARGET_MODULE_MAPPING.get(pattern, ())) - ROUTERS)
+
+
+def _is_router(name: str) -> bool:
+    return any("router" in part or part in ROUTERS for part in name.split("."))
+
+
+def _is_read_only(model: PreTrainedModel, name: str) -> bool:
+    parent, _, own = name.rpartition(".")
+    block = model.get_submodule(parent)
+    is_mamba = all(hasattr(block, part) for part in ("A_log", "D", "conv1d"))
+    return is_mamba and own != "in_proj"
+
+
+def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
+    """The last parts of the chosen names, or whole names where another module's name ends in the same part."""
+    suffixes = {name.rpartition(".")[2] for name in chosen}
+    others = [name for name, _ in model.named_modules() if name not in set(chosen)]
+    clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}
+    return sorted(clear) + [name for name in chosen if name.rpartition(".")[2] not in clear]

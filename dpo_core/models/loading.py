@@ -1,0 +1,168 @@
+"""Whole models from folders: with all weights that their config asks for, and no others, or refused in words."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Mxfp4Config,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import find_adapter_config_file
+
+from dpo_core.models.architecture import UnusableModel, decoder_layers, is_reward_model, kind_of
+
+logger = logging.getLogger(__name__)
+
+
+def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> PreTrainedModel:
+    """The model of an auto class of transformers, on the CPU; `options` change its config.
+
+    Raises UnusableModel for what is no whole model in full precision.
+    """
+    if find_adapter_config_file(source) is not None:  # transformers would load the base that it names, and freeze it
+        raise UnusableModel(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
+    composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    config, names = _of_texts(composite, kind, source)
+    _make_ready(config, source)
+    quantization = _expansion(composite, source)
+    try:
+        model, report = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization,
+            key_mapping=names,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, in words
+            output_loading_info=True,
+        )
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UnusableModel(f"The weights of {source} cannot be read ({error}); fetch them again.") from None
+    _check_weights(model, report, source)
+    _check_finite(model, source)
+    _tell_tying(model)
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        sentence = (
+            "%s asks for the loss that balances experts (output_router_logits); training adds none to its objective."
+        )
+        logger.warning(sentence, source)
+    if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
+        model.to(model.dtype)
+    return cast(PreTrainedModel, model)
+
+
+def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
+    """Undo what a folder's config says of how its model was last run. Raises UnusableModel for an id that cannot be."""
+    config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
+    text = config.get_text_config()
+    for part in (config, text):
+        part.output_attentions = part.output_hidden_states = False
+        part.return_dict = True
+    padding, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(padding, int) and vocabulary and padding >= vocabulary:
+        what = f"{source} has the pad_token_id {padding}, outside its vocabulary of {vocabulary}"
+        raise UnusableModel(f"{what}; give its config.json one of its tokens, or null.")
+
+
+def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
+    """How quantized weights become whole ones: gpt-oss is published in MXFP4 alone. Others are refused."""
+    quantized = getattr(config, "quantization_config", None)
+    if not quantized:
+        return None
+    method = quantized.get("quant_method", "of an unnamed method")
+    if method != "mxfp4":
+        raise UnusableModel(
+            f"{source} is a quantized model ({method}); train the one it was made from, in full precision."
+        )
+    return Mxfp4Config(dequantize=True)
+
+
+def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
+    """The config to load, and how weights are renamed: those of a multimodal model of which transformers has
+    no class for texts alone are loaded into the class of its text model."""
+    loadable = (
+        MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    )
+    if type(config) in loadable:
+        return config, None
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in loadable:
+        raise UnusableModel(
+            f"{source} is of type {config.model_type}, for which transformers has no class to train on texts."
+        )
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text, _NAMES_OF_TEXTS
+
+
+# Of weights in a multimodal model, as transformers has written them since 4.52 and before.
+_NAMES_OF_TEXTS = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+
+def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
+    """Raises UnusableModel where transformers would start weights at random, or leave some of the folder's out."""
+    wanted, remedy = f"the {type(model).__name__} of its config.json", "use weights and a config of the same model."
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        if name == "score.weight":
+            remedy = f"give num_outputs={found[0]}."
+        raise UnusableModel(f"{source} has {name} of shape {tuple(found)}, {wanted} wants {tuple(expected)}; {remedy}")
+    new_head = "score.weight" if is_reward_model(model) else None
+    if missing := sorted(set(report["missing_keys"]) - {new_head}):
+        raise UnusableModel(f"{source} lacks {len(missing)} weights of {wanted}, such as {missing[0]}; {remedy}")
+    if strangers := _missed(report["unexpected_keys"], model):
+        what = f"{source} has {len(strangers)} weights, such as {strangers[0]}, that have no place in {wanted}"
+        raise UnusableModel(f"{what}; {remedy}")
+
+
+def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UnusableModel(
+                f"{name} of {source} holds numbers that are not finite; use an earlier checkpoint of it."
+            )
+
+
+# Parts of the names of tables that architectures once saved, and compute now.
+_TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bias", ".attention.bias")
+
+
+def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Those weights without a place in the model that belong to its layers, or to a reward model's head. Towers for
+    images, and layers behind the last that predict further tokens, are not trained on texts."""
+    config = model.config.get_text_config()
+    first_further: int = getattr(config, "num_hidden_layers", 0)
+    further = range(first_further, first_further + (getattr(config, "num_nextn_predict_layers", None) or 0))
+    repeated = {type(layer) for layer in decoder_layers(model)}
+    layers = {kind_of(name) for name, module in model.named_modules() if type(module) in repeated}
+    own = ("score.", *(f"{layer}." for layer in layers))
+
+    def is_missed(name: str) -> bool:
+        number = re.search(r"\.(\d+)\.", name)
+        is_further = number is not None and int(number[1]) in further
+        return kind_of(name).startswith(own) and not is_further and not any(table in name for table in _TABLES)
+
+    return sorted(filter(is_missed, names))
+
+
+def _tell_tying(model: PreTrainedModel) -> None:
+    """transformers unties a head that differs from the embeddings in the folder; the config, which vLLM reads, says so
+    from here on."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    for config in (model.config, model.config.get_text_config()):
+        if head is not None and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = head.weight is cast(nn.Module, embeddings).weight

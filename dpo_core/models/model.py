@@ -1,0 +1,211 @@
+"""Models from Hugging Face folders: policies, with or without an adapter, reward models, and tokenizers.
+
+Weights come as safetensors only, and no code that travels with a model is run.
+"""
+
+import warnings
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from dpo_core.config import Lora
+from dpo_core.models.adapter import attach, check_base
+from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
+from dpo_core.models.folder import processors_of, save_model
+from dpo_core.models.loading import load_whole
+from dpo_core.options import InvalidOption, Objective
+
+WORDS_REMEMBERED = 100_000  # with their ids, by a tokenizer: with its own 10,000 text takes up to a quarter longer
+
+
+def load_policy(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    adapter: Lora | None = None,
+) -> PreTrainedModel:
+    """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
+
+    With an `adapter` all else is frozen; torch.manual_seed before the call repeats its first weights. Of a multimodal
+    model that transformers loads for texts only as a part, that part is loaded; a model in MXFP4 is expanded.
+
+    Raises InvalidOption where the model has none of the adapter's target modules, or they would not learn, and
+    ValueError for float16, for another quantized model, for a folder that holds an adapter, and for one whose weights
+    and config do not fit each other.
+    """
+    check_dtype(dtype)
+    return _load(AutoModelForCausalLM, source, dtype, device, adapter)
+
+
+def load_reward_model(
+    source: str | Path,
+    *,
+    num_outputs: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    adapter: Lora | None = None,
+) -> PreTrainedModel:
+    """The same weights with a linear head in place of the vocabulary's, new unless `source` is a reward model.
+
+    A head has one output, the reward; for `reward_gaussian` two, its mean and the logarithm of its variance.
+    It is marked as a regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` gives the outputs
+    as they are; else vLLM makes probabilities of them. The folder of an adapter is refused; merge it first.
+    """
+    check_dtype(dtype)
+    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, **_regression(num_outputs))
+
+
+def _regression(num_outputs: int) -> dict[str, object]:
+    return {"num_labels": num_outputs, "problem_type": "regression"}
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+    words: Any = tokenizer.backend_tokenizer.model if isinstance(tokenizer, PreTrainedTokenizerFast) else None
+    if hasattr(words, "_resize_cache"):
+        words._resize_cache(WORDS_REMEMBERED)
+    return tokenizer
+
+
+def _load(
+    kind: Any,
+    source: str | Path,
+    dtype: torch.dtype | str,
+    device: str | torch.device,
+    adapter: Lora | None,
+    **options: object,
+) -> PreTrainedModel:
+    model = load_whole(kind, source, dtype=dtype, **options).to(device).eval()
+    if adapter is not None:
+        rewards = is_reward_model(model)
+        # A new head is trained whole.
+        attach(
+            model,
+            adapter,
+            task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
+            trained_whole=["score"] if rewards else None,
+        )
+    return model
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Within, a policy with an adapter is its own reference."""
+    if not has_adapter(model):
+        yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def merge_adapter(adapter: Path, folder: Path) -> None:
+    """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder.
+
+    Raises ValueError where they do not belong together, and for the adapter's own folder.
+    """
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    if folder.resolve() == adapter.resolve():
+        raise ValueError(f"{folder} is the adapter's own folder; name another for the merged model.")
+    config: Any = PeftConfig.from_pretrained(adapter)
+    source = config.base_model_name_or_path
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise ValueError(f"{adapter} is of the base {source}, which is not there; put it back, or name it where it is.")
+    weights = load_peft_weights(adapter, device="cpu")
+    heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
+    kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
+    options = _regression(len(heads[0])) if heads else {}
+    base = _load(kind, source, "auto", "cpu", None, **options)
+    check_base(adapter, base.requires_grad_(False))
+    merged = _put_on(base, adapter, weights.keys()).merge_and_unload()
+    tokenizer = agree_on_padding(merged, load_tokenizer(adapter))
+    save_model(merged, folder, tokenizer, processors_of(base))
+
+
+def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
+    """PEFT's model of both. It would leave out weights that have no place in the base, and begin others anew."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    what = f"{adapter} is not an adapter of {base.name_or_path}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
+            both = PeftModel.from_pretrained(base, adapter)
+    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+        raise ValueError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
+    if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
+        raise ValueError(f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights).")
+    return both
+
+
+def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer to save beside a model. Beside a reward model it pads with a token that ends no text, and the
+    model's config names that token: transformers reads the reward of a row at the last token that is another."""
+    if not is_reward_model(model):
+        return tokenizer
+    tokenizer = deepcopy(tokenizer)
+    candidates = [tokenizer.pad_token, *tokenizer.all_special_tokens]
+    usable = [token for token in candidates if token not in (None, tokenizer.eos_token)]
+    if not usable:
+        raise ValueError(f"The tokenizer has nothing to pad with but {tokenizer.eos_token}; give it a pad_token.")
+    tokenizer.pad_token = usable[0]
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def check_policy(model: nn.Module) -> None:
+    """Raises UnusableModel for what no scorer can read as one model: a wrapper, such as PEFT's, or an adapted head."""
+    if not isinstance(model, PreTrainedModel):
+        remedy = "give the model itself, with an adapter as load_policy(folder, adapter=Lora(...)) puts it on"
+        raise UnusableModel(f"{type(model).__name__} is no model of transformers but may wrap one; {remedy}.")
+    if has_adapter(model) and len(model.peft_config) > 1:
+        names = ", ".join(model.peft_config)
+        raise UnusableModel(f"{type(model).__name__} has several adapters ({names}); delete_adapter all but one.")
+    head = model.get_output_embeddings()
+    if head is not None and hasattr(head, "base_layer"):
+        raise UnusableModel(
+            f"{type(model).__name__} has an adapter on its head, which would not be trained; leave it out."
+        )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise UnusableModel("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
+
+
+def check_model(model: nn.Module, objective: Objective) -> None:
+    """Raises InvalidOption for a model of another kind than the objective trains, UnusableModel for one that is in
+    float16 or frozen."""
+    for parameter in model.parameters():
+        check_dtype(parameter.dtype)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UnusableModel(f"All of {type(model).__name__} is frozen; set requires_grad where it is to be trained.")
+    wanted, found = objective.traits.num_outputs, count_outputs(model)
+    if wanted != found:
+        kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]
+        remedy = f"load_reward_model with num_outputs={wanted}" if wanted else "load_policy"
+        message = f"objective is {objective.type}, which trains {kinds[0]}, not {kinds[1]}; use {remedy}."
+        raise InvalidOption("objective", message)

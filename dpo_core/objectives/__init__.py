@@ -1,0 +1,1 @@
+"""What is minimized: the losses and their metrics."""

@@ -1,0 +1,1 @@
+"""A model that computes log-probs of completions: packs, attention, head."""

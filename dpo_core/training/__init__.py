@@ -1,0 +1,1 @@
+"""The training loop: gradients, optimizer, ranks, checkpoints."""

@@ -1,0 +1,180 @@
+"""From a policy and an optimizer to the files of checkpoints, while training goes on."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_core.models.adapter import BASE, base_file
+from dpo_core.models.folder import processors_of, save_model, skeleton
+from dpo_core.models.model import agree_on_padding, has_adapter
+from dpo_core.training.checkpoint import MANIFEST, MASTER, STEP, FileDigest, Manifest, sha256_of
+from dpo_core.training.ranks import num_ranks, rank, together
+from dpo_core.training.weights import Weights
+
+Publish = Callable[[int, Path], None]  # step and folder
+
+
+class Writer:
+    """Writes checkpoints `folder/step-000012` while training goes on, one at a time, each whole or not at all.
+
+    A save waits for the one before it. What fails in the background is raised by the next call.
+    Every rank that holds a part writes it, to a `folder` that is shared or its own. `publish` is called
+    on each of them with the checkpoint's folder once its part is written; on rank 0 last, and with the
+    manifest. As a context manager: leaves when all is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: Weights,
+        publish: Publish | None = None,
+    ) -> None:
+        self._folder, self._policy, self._weights = folder, policy, weights
+        self._skeleton = skeleton(policy)
+        self._tokenizer = agree_on_padding(self._skeleton, tokenizer)
+        self._files = {} if has_adapter(policy) else processors_of(policy)
+        self._publish = publish or (lambda step, folder: None)
+        self._part, self._num_parts = _part(weights)
+        self._others = dist.new_group(backend="gloo") if self._num_parts > 1 else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, manifest: Manifest, optimizer: torch.optim.AdamW) -> None:
+        """Copy what the checkpoint holds, and return. `manifest` lacks its files."""
+        self.wait()
+        model = _model_state(self._policy, self._weights)
+        if self._part is not None or self._others:
+            state = _optimizer_state(self._weights, optimizer)
+            self._pending = self._pool.submit(self._write, manifest, model, state)
+
+    def check(self) -> None:
+        """Raises what a write has failed with."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        whole = self._folder / f"step-{manifest.step:06d}"
+        partial = whole.with_name(f".{whole.name}.partial")
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if self._others:
+            dist.barrier(self._others)
+        try:
+            files = self._gather(lambda: self._write_part(partial, manifest, model, state))
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint would keep a full disk full
+            if isinstance(error, SafetensorError):
+                what = f"The checkpoint of step {manifest.step} could not be written to {self._folder} ({error})"
+                raise OSError(f"{what}; make room, and resume from the one before.") from error
+            raise
+        if rank() == 0:
+            (partial / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1))
+            shutil.rmtree(whole, ignore_errors=True)  # an earlier attempt's
+            os.rename(partial, whole)
+            self._publish(manifest.step, whole)
+
+    def _write_part(
+        self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> dict[str, FileDigest]:
+        """This rank's files; those of others than rank 0 are published."""
+        partial.mkdir(parents=True, exist_ok=True)
+        paths = []
+        if self._part is not None:
+            paths = [partial / f"optimizer-{self._part + 1:05d}-of-{self._num_parts:05d}.safetensors"]
+            save_file(state, paths[0])
+        if rank() == 0:
+            files = {BASE: base_file(manifest.base)} if manifest.base else self._files
+            save_model(self._skeleton, partial / "model", self._tokenizer, files, state_dict=model)
+            if not has_adapter(self._skeleton):  # of a sharded policy transformers writes down the shards' precision
+                self._skeleton.config.dtype = manifest.dtype
+                self._skeleton.config.save_pretrained(partial / "model")
+            paths += sorted(path for path in (partial / "model").rglob("*") if path.is_file())
+        digests = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, sha256_of(path)) for path in paths}
+        if paths and rank() > 0:
+            self._publish(manifest.step, partial)
+        return digests
+
+    def _gather(self, write: Callable[[], dict[str, FileDigest]]) -> dict[str, FileDigest]:
+        """What all ranks write; on rank 0."""
+        if self._others is None:
+            return write()
+        files = together(write, torch.device("cpu"), self._others)
+        parts: list[Any] = [None] * num_ranks()
+        dist.gather_object(files, parts if rank() == 0 else None, group=self._others)
+        return {name: digest for part in parts for name, digest in (part or {}).items()}
+
+
+def _part(weights: Weights) -> tuple[int | None, int]:
+    """Which part of the optimizer's state this rank writes, and how many there are. Of copies, the first is written."""
+    first = next(iter(weights.stepped.values()))
+    if not isinstance(first, DTensor):
+        return (0 if rank() == 0 else None), 1
+    place = first.device_mesh.get_coordinate()
+    assert place is not None
+    (dimension,) = [i for i, placement in enumerate(first.placements) if isinstance(placement, Shard)]
+    is_first = all(at == 0 for i, at in enumerate(place) if i != dimension)
+    return (place[dimension] if is_first else None), first.device_mesh.size(dimension)
+
+
+def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
+    """Copies of the trained weights on the CPU, whole, tied ones once; of an adapter alone, if there is one.
+
+    In the policy's own precision. Empty on other ranks.
+    """
+    if weights.is_sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
+        state = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
+    else:
+        kept = weights.trained if has_adapter(policy) else policy.state_dict()
+        state = {name: _copy(tensor) for name, tensor in kept.items()} if rank() == 0 else {}
+    dtypes = weights.dtypes
+    return {
+        name: tensor.to(dtypes.get(name, tensor.dtype))
+        for name, tensor in state.items()
+        if name not in policy.all_tied_weights_keys
+    }
+
+
+def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Copies of this rank's part of AdamW's state and of float32 weights, on the CPU. A parameter that never had a
+    gradient has taken no step and has no moments."""
+    state = {f"{name}.{MASTER}": _copy(parameter) for name, parameter in weights.in_float32.items()}
+    for name, parameter in weights.stepped.items():
+        own = optimizer.state.get(parameter, {STEP: torch.tensor(0.0)})
+        state |= {f"{name}.{key}": _copy(tensor) for key, tensor in own.items()}
+    return state
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,291 @@
+"""The life of an attempt, from its opening to its end, and the only writer of what it reports."""
+
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, assert_never
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services import storage, tracing
+from services.contract import (
+    Alive,
+    CheckpointSaved,
+    Died,
+    Failed,
+    JobEvent,
+    Message,
+    Paused,
+    Progress,
+    ReferenceReleased,
+    ReferenceWanted,
+    Started,
+    StepMetrics,
+    Succeeded,
+    storable,
+)
+from services.control_plane.auth.keys import digest
+from services.control_plane.core import telemetry
+from services.control_plane.core.errors import ApiError, Fenced, InvalidRequest
+from services.control_plane.core.store import refuses_value
+from services.control_plane.core.tables import Attempt, Checkpoint, Event, Job
+from services.control_plane.jobs import jobs
+from services.control_plane.models import deployments, models
+from services.control_plane.settings import Settings
+
+
+async def begin(
+    session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
+) -> Attempt:
+    """Write the attempt before it is launched, so that no launch is ever unknown. Its job waits no more."""
+    attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
+    attempt.token, attempt.next_seq = "", 0
+    session.add(attempt)
+    await session.flush()
+    await session.execute(update(Job).where(Job.id == job_id).values(waits_for=None))
+    await session.refresh(attempt)
+    return attempt
+
+
+async def give_token(session: AsyncSession, attempt: Attempt) -> str:
+    """A secret for the next launch of the attempt, of which the digest is kept.
+
+    The launch before it may have been accepted though its answer was lost, so that its secret is good, too.
+    """
+    token = secrets.token_urlsafe(32)
+    digests = func.right(func.concat_ws(" ", Attempt.token, digest(token)), 2 * len(digest(token)) + 1)
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    await session.execute(statement.values(token=digests))
+    return token
+
+
+async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    await session.execute(statement.where(Attempt.state == "launching").values(state="running"))
+
+
+async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
+    """Close the attempt; from here on its reports are refused. False: it was closed before."""
+    await _hold(session, attempt.job_id)
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
+    values = {"state": "ended", "ended_at": func.now(), "reason": reason, "failed": failed}
+    if ended := (await session.execute(statement.values(**values))).first() is not None:
+        how = reason if reason in ("succeeded", "failed") else "died" if failed else "other"
+        telemetry.ATTEMPTS_ENDED.labels(how).inc()
+        job = update(Job).where(Job.id == attempt.job_id).values(progress=None)
+        _trace(attempt, how, await session.scalar(job.returning(Job.traceparent)))
+    return ended
+
+
+def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
+    tracing.record(
+        "attempt",
+        parent=parent,
+        key=attempt.submission_id,
+        start=attempt.created_at.timestamp(),
+        end=datetime.now(UTC).timestamp(),
+        attributes={"raydpo.job": attempt.job_id, "raydpo.attempt": attempt.number, "raydpo.end": how},
+    )
+
+
+async def last_failure(session: AsyncSession, job_id: str) -> str | None:
+    """Why the newest of the job's failed attempts ended."""
+    newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
+    return await session.scalar(newest.limit(1))
+
+
+async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
+    """Note why the attempt is being stopped, and tell it the first time."""
+    await _hold(session, attempt.job_id)
+    statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
+    statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
+    if (await session.execute(statement.returning(Attempt.number))).first() is not None:
+        jobs.tell(session, attempt.job_id, f"Attempt {attempt.number} is being stopped: {reason}", level="warn")
+
+
+async def authorize(session: AsyncSession, job_id: str, number: int, token: str) -> None:
+    """Raises Fenced unless the token is this open attempt's."""
+    attempt = await session.get(Attempt, (job_id, number))
+    if attempt is None or attempt.state == "ended" or digest(token) not in attempt.token.split():
+        raise Fenced(f"Attempt {number} of {job_id} is not open, or the token is not its own; it must stop.")
+
+
+async def record(
+    session: AsyncSession,
+    job_id: str,
+    number: int,
+    events: Sequence[JobEvent],
+    settings: Settings,
+    *,
+    posted: bool,
+) -> None:
+    """Record what an attempt reports: in order, each report once, however often it is sent.
+
+    What the attempt posts itself is a sign of life. What lies in its spool is one while it is new.
+    """
+    await _hold(session, job_id)
+    attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
+    if attempt is None or attempt.state == "ended":
+        raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
+    new, expected = list[JobEvent](), attempt.next_seq
+    for event in events:
+        if event.seq < expected:
+            continue
+        if event.seq > expected and posted:
+            raise InvalidRequest(f"Report {event.seq} came before report {expected}; send that one first.")
+        if event.seq > expected:
+            lost = f"Reports {expected} to {event.seq - 1} of attempt {number} are lost"
+            jobs.tell(session, job_id, f"{lost}: their part of its spool is damaged", level="warn")
+        new.append(event)
+        expected = event.seq + 1
+    await _record_all(session, attempt, new, settings)
+    if posted or new:
+        attempt.next_seq, attempt.reported_at = expected, func.clock_timestamp()
+    telemetry.EVENTS.inc(len(new))
+
+
+async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
+    """What the database refuses is left out, and told: it would be refused again, and those behind it would wait."""
+    if not events:
+        return
+    try:
+        async with session.begin_nested():
+            with session.no_autoflush:  # of what changes with each report, the last is written
+                for event in events:
+                    await _record_one(session, attempt, event, settings)
+    except Exception as error:
+        refused = isinstance(error, DBAPIError) and refuses_value(error)
+        if isinstance(error, ApiError | SQLAlchemyError) and not refused:
+            raise
+        await session.refresh(attempt)
+        if len(events) > 1:
+            for event in events:
+                await _record_all(session, attempt, [event], settings)
+            return
+        cause = str(getattr(error, "orig", repr(error))).partition("\n")[0]
+        what = f"Report {events[0].seq} ({events[0].report.kind}) of attempt {attempt.number} could not be kept"
+        jobs.tell(session, attempt.job_id, storable(f"{what}: {cause}"), level="warn")
+
+
+async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, settings: Settings) -> None:
+    report = event.report
+    match report:
+        case Message():
+            await _tell_reported(session, attempt, event, report.message, level=report.level)
+        case Progress():
+            await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
+        case ReferenceWanted():
+            start = models.start_of(await session.get_one(Job, attempt.job_id))
+            attempt.reference = start.app_name
+            await deployments.use(session, start)
+        case ReferenceReleased():
+            attempt.reference = None
+        case Started():
+            await session.execute(
+                update(Job).where(Job.id == attempt.job_id).values(training=report.model_dump(mode="json"))
+            )
+            await _tell_reported(session, attempt, event, _started(report))
+        case StepMetrics():
+            await _set_progress(session, attempt, "training", report.step, report.total_steps, event.created_at)
+            await _tell_reported(session, attempt, event, _step(report), data=_step_data(report), step=report.step)
+        case CheckpointSaved():
+            await _add_checkpoint(session, attempt, event, report, settings)
+        case Succeeded() | Failed() | Paused():
+            attempt.outcome = report.model_dump(mode="json")
+        case Died():
+            attempt.reason = attempt.reason or report.cause
+        case Alive():
+            pass
+        case _:
+            assert_never(report)
+
+
+async def _tell_reported(
+    session: AsyncSession,
+    attempt: Attempt,
+    event: JobEvent,
+    message: str,
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+    step: int | None = None,
+) -> None:
+    row = insert(Event).values(
+        public_id=jobs.new_event_id(),
+        job_id=attempt.job_id,
+        attempt=attempt.number,
+        seq=event.seq,
+        created_at=datetime.fromtimestamp(event.created_at, UTC),
+        level=level,
+        type="message" if step is None else "metrics",
+        message=message,
+        data=data,
+        step=step,
+    )
+    await session.execute(row.on_conflict_do_nothing())  # a resumed attempt repeats steps after its checkpoint
+
+
+async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
+    """`since` and `start` are where the stage began, so that a reader can tell its rate.
+
+    `encoding` is there while an attempt trains on the first rows and encodes the others.
+    """
+    job = await session.get_one(Job, attempt.job_id)
+    before = job.progress or {}
+    if before.get("attempt") != attempt.number:
+        before = {}
+    if stage == "encoding" and before.get("stage") == "training":
+        encoding = {"done": done, "total": total} if done < total else None
+        job.progress = before | {"encoding": encoding}
+        return
+    known = before if before.get("stage") == stage and before["done"] <= done else None
+    began = {"since": known["since"], "start": known["start"]} if known else {"since": at, "start": done}
+    own = {"attempt": attempt.number, "encoding": before.get("encoding")}
+    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began, **own}
+
+
+async def _add_checkpoint(
+    session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
+) -> None:
+    job = await session.get_one(Job, attempt.job_id)
+    name = f"{jobs.fine_tuned_name(job, settings)}:ckpt-step-{report.step}"
+    row = insert(Checkpoint).values(
+        id=f"ftckpt_{secrets.token_hex(12)}",
+        job_id=job.id,
+        step=report.step,
+        uri=report.uri,
+        model_id=name,
+        metrics=report.metrics,
+    )
+    added = await session.execute(row.on_conflict_do_nothing().returning(Checkpoint.id))
+    if added.first() is not None:
+        await models.add(session, name, storage.join(report.uri, "model"), job)
+        await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
+
+
+async def _hold(session: AsyncSession, job_id: str) -> None:
+    """Locks the job, as whoever writes its events does: always before its attempt, or two would wait for each other."""
+    await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
+
+
+def _started(report: Started) -> str:
+    resumed = f", resuming after step {report.resumed_from}" if report.resumed_from else ""
+    return f"Fine-tuning job started: {report.num_groups} examples, {report.total_steps} steps{resumed}"
+
+
+def _step(report: StepMetrics) -> str:
+    metrics = report.metrics
+    words = [f"training loss={metrics['loss']:.4f}"]
+    if "rewards/margins" in metrics:
+        words += [f"margin={metrics['rewards/margins']:.4f}", f"accuracy={metrics['rewards/accuracies']:.3f}"]
+    if "eval/loss" in metrics:
+        words.append(f"full validation loss={metrics['eval/loss']:.4f}")
+    return f"Step {report.step}/{report.total_steps}: {', '.join(words)}"
+
+
+def _step_data(report: StepMetrics) -> dict[str, Any]:
+    return {"step": report.step, "total_steps": report.total_steps, **jobs.wire_metrics(report.metrics)}

@@ -1,0 +1,290 @@
+"""Carries out what was decided for a job. Doing it twice is harmless."""
+
+import time
+from io import BytesIO
+
+import anyio.to_thread
+import httpx
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services import spool, storage, tracing
+from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message, Reading
+from services.control_plane.attempts import attempts
+from services.control_plane.attempts.decision import Decision, rest_seconds
+from services.control_plane.core import telemetry
+from services.control_plane.core.store import History, Store, history
+from services.control_plane.core.tables import Attempt, File, Job, reading_of
+from services.control_plane.files import files
+from services.control_plane.jobs import jobs
+from services.control_plane.jobs.results import results_csv
+from services.control_plane.models import deployments, models
+from services.control_plane.ray_api import Launcher, Refused, Submission, rays_words
+from services.control_plane.settings import Settings
+from services.spool import DamagedSegment
+
+LAUNCH_SECONDS = 900  # after which an attempt that Ray's errors kept from starting has failed
+
+
+class Executor:
+    """Raises jobs.Stale where the job was moved meanwhile, and what the database, storage and Ray raise.
+
+    The job is left to the next decision then.
+    """
+
+    def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
+        self._store, self._launcher, self._settings = store, launcher, settings
+        self._holder = holder  # in the log of transitions
+
+    async def carry_out(
+        self, decision: Decision, job: Job, attempt: Attempt | None, past: History, submission: Submission
+    ) -> None:
+        """`attempt` is the open one, `past` what became of all, `submission` Ray's word on the open one."""
+        if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
+            await self._fail(job, unreadable, attempt)
+            return
+        match decision:
+            case Decision.WAIT:
+                return
+            case Decision.OPEN:
+                await self._launch(job, await self._open(job, past.total + 1))
+            case Decision.PAUSE:
+                async with self._store.begin() as session:
+                    await jobs.move(session, job, "paused", actor=self._holder, event="The job is paused")
+            case Decision.CANCEL:
+                async with self._store.begin() as session:
+                    await jobs.move(session, job, "cancelled", actor=self._holder, event="The job was cancelled")
+            case Decision.GIVE_UP:
+                await self._give_up(job)
+            case _:
+                assert attempt is not None
+                await self._carry_out_on(decision, job, attempt, submission)
+
+    async def _carry_out_on(self, decision: Decision, job: Job, attempt: Attempt, submission: Submission) -> None:
+        match decision:
+            case Decision.LAUNCH:
+                await self._launch(job, attempt)
+            case Decision.ADOPT:
+                async with self._store.begin() as session:
+                    await attempts.mark_launched(session, attempt)
+            case Decision.STOP:
+                await self._stop(job, attempt)
+            case Decision.FINISH:
+                await self._finish(job, attempt)
+            case Decision.REST:
+                await self._rest(job, attempt)
+            case Decision.LOSE:
+                await self._lose(job, attempt, submission)
+
+    # --- attempts ---------------------------------------------------------------------------
+
+    async def _open(self, job: Job, number: int) -> Attempt:
+        """Write the attempt and, where it insists on a served reference, wish that served, in one transaction.
+
+        An attempt that may choose asks for its reference when it has found that this pays.
+        """
+        start, spec = models.start_of(job), JobSpec.model_validate(job.spec)
+        insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
+        reference = start.app_name if insists else None
+        accelerators = spec.num_workers * self._settings.num_gpus_per_worker
+        async with self._store.begin() as session:
+            await jobs.confirm(session, job)
+            attempt = await attempts.begin(session, job.id, number, reference, num_accelerators=accelerators)
+            if reference is not None:
+                await deployments.use(session, start)
+            if job.observed == "queued":
+                started = "The job is starting on the cluster"
+                await jobs.move(session, job, "running", actor=self._holder, event=started)
+        if number == 1:
+            telemetry.QUEUE_SECONDS.observe((attempt.created_at - job.created_at).total_seconds())
+        return attempt
+
+    async def _launch(self, job: Job, attempt: Attempt) -> None:
+        """Write what the driver reads, and submit it. Ray takes one submission id once."""
+        spec = JobSpec.model_validate(job.spec)
+        training_uri = spec.training_file
+        async with self._store.begin() as session:
+            if not spec.is_at_uri:
+                training_uri = (await session.get_one(File, spec.training_file)).uri
+            held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
+            token = await attempts.give_token(session, attempt)
+        run_uri = self._run_uri(job)
+        may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
+        reference = await self._launcher.own_name(models.start_of(job).app_name) if may_be_served else None
+        attempt_spec = AttemptSpec(
+            wire=WIRE,
+            job_id=job.id,
+            attempt=attempt.number,
+            config=spec.config,
+            num_workers=spec.num_workers,
+            num_gpus_per_worker=self._settings.num_gpus_per_worker,
+            training_uri=training_uri,
+            today=job.created_at.date(),
+            dataset_uris=tuple(self._settings.dataset_uris) if spec.is_at_uri else None,
+            validation_uri=held_out.uri if held_out else None,
+            validation_reading=reading_of(held_out) if held_out else Reading(),
+            validation_share=spec.validation_share,
+            invalid_rows=spec.invalid_rows,
+            columns=spec.columns,
+            model_source=job.model_source,
+            reference=reference,
+            reference_source=spec.reference_source,
+            reference_dtype=self._settings.dtype,
+            traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
+            run_uri=run_uri,
+            cache_uri=storage.join(self._settings.storage_url, "prepared", job.project_id),
+            integrations=spec.integrations,
+            fine_tuned_model=jobs.fine_tuned_name(job, self._settings),
+            events_url=f"{self._settings.advertised_url}/internal/attempts/{job.id}/{attempt.number}/events",
+        )
+        spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
+        await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
+        try:
+            await self._launcher.submit(attempt.submission_id, spec_uri, token)
+        except Refused as refusal:
+            await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
+            return
+        except httpx.HTTPStatusError as error:
+            if attempt.silent_seconds < LAUNCH_SECONDS:
+                raise
+            await self._refuse(
+                job, attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {rays_words(error.response.text)}"
+            )
+            return
+        async with self._store.begin() as session:
+            await attempts.mark_launched(session, attempt)
+
+    async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
+        """No more launches of this attempt. What it counts as keeps a job from being launched for ever."""
+        async with self._store.begin() as session:
+            await self._over(session, job, attempt, reason, failed=True)
+
+    async def collect(self, job: Job, attempt: Attempt) -> Attempt:
+        """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
+        listed = await anyio.to_thread.run_sync(spool.segments, self._run_uri(job), attempt.number)
+        segments = _segments_from(listed, attempt.next_seq)
+        for first, uri in segments:
+            try:
+                events = (await anyio.to_thread.run_sync(spool.read, uri)).events
+            except DamagedSegment as error:
+                if (first, uri) != segments[-1]:
+                    continue  # that reports are missing is told with the next segment
+                lost = Message(level="warn", message=f"The last reports of attempt {attempt.number} are lost: {error}")
+                events = [JobEvent(seq=first, created_at=time.time(), report=lost)]
+            async with self._store.begin() as session:
+                await attempts.record(session, job.id, attempt.number, events, self._settings, posted=False)
+        async with self._store.begin() as session:
+            return await session.get_one(Attempt, (job.id, attempt.number))
+
+    async def _stop(self, job: Job, attempt: Attempt) -> None:
+        """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
+        if job.desired != "cancel":
+            late = "it did not pause in time" if job.desired == "pause" else None
+            reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
+            async with self._store.begin() as session:
+                await attempts.blame(session, attempt, reason)
+        await self._launcher.stop(attempt.submission_id)
+
+    async def _rest(self, job: Job, attempt: Attempt) -> None:
+        """The attempt stopped because it was told to; if that was not the user, another goes on."""
+        step = (attempt.outcome or {})["step"]
+        where = f" after step {step}" if step else ""
+        async with self._store.begin() as session:
+            await jobs.confirm(session, job)
+            await attempts.end(session, attempt, f"it was asked to stop, and did{where}")
+            if job.desired == "pause":
+                await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
+            else:
+                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
+
+    async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
+        """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
+        failed = submission.status == "ended" and job.desired == "run"
+        reason = attempt.reason or submission.cause()
+        applications = (await self._launcher.look()).applications if attempt.reference else {}
+        reference = applications.get(attempt.reference or "")
+        async with self._store.begin() as session:
+            await jobs.confirm(session, job)
+            await self._over(session, job, attempt, reason, failed=failed)
+            if attempt.reference and reference and reference.state == "failed":
+                await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
+
+    async def _over(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
+        """Close an attempt without an outcome. Told once, however many control planes do it."""
+        if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
+            rest = await self._rest_after_failure(session, job) if failed else ""
+            jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}{rest}", level="warn")
+
+    async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
+        """Says in the job what it waits for, and returns that for an event. Empty where it is given up."""
+        failures = (await history(session, job.id)).failures
+        if failures >= self._settings.max_attempts:
+            return ""
+        seconds = f"{rest_seconds(failures):.0f} s"
+        counted = f"{failures} of {self._settings.max_attempts} died in a row without a new checkpoint"
+        await jobs.hold_back(session, job, f"its next attempt, {seconds} after the last one: {counted}")
+        return f"; the next one begins {seconds} later"
+
+    def _run_uri(self, job: Job) -> str:
+        return storage.join(self._settings.storage_url, "runs", job.id)
+
+    # --- ends -------------------------------------------------------------------------------
+
+    async def _finish(self, job: Job, attempt: Attempt) -> None:
+        """Close the job as the attempt's last report says."""
+        outcome = attempt.outcome or {}
+        if outcome["kind"] == "succeeded":
+            await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
+            return
+        error = {key: outcome[key] for key in ("code", "message", "param")}
+        await self._fail(job, error, attempt)
+
+    async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
+        """The policy, the result file and the move, told in one transaction."""
+        name = jobs.fine_tuned_name(job, self._settings)
+        async with self._store.begin() as session:
+            csv = results_csv(await jobs.metrics_of(session, job.id))
+        stored = await files.store_file(BytesIO(csv), self._settings)
+        async with self._store.begin() as session:
+            await jobs.confirm(session, job)
+            results = await files.add(
+                session, stored, filename="step_metrics.csv", purpose=files.RESULTS, project_id=job.project_id
+            )
+            await models.add(session, name, model_uri, job)
+            await attempts.end(session, attempt, "succeeded")
+            jobs.tell(session, job.id, f"New fine-tuned model created: {name}")
+            jobs.tell(session, job.id, f"Completed results file: {results.id}")
+            closed = {"fine_tuned_model": name, "trained_tokens": trained_tokens, "result_file": results.id}
+            await jobs.move(
+                session, job, "succeeded", closed, actor=self._holder, event="The job has successfully completed"
+            )
+
+    async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
+        """Fail a job whose next step this service cannot take."""
+        message = (
+            f"The service tried {tries} times to go on with the job, and cannot: {why}. "
+            "The control plane's log says more; tell its operator, and submit the job again once that is mended."
+        )
+        await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
+
+    async def _give_up(self, job: Job) -> None:
+        async with self._store.begin() as session:
+            cause = await attempts.last_failure(session, job.id)
+        message = (
+            f"The job died {self._settings.max_attempts} times in a row on the cluster without a new checkpoint, the "
+            f"last time because {cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
+            f"GET /v1/x/jobs/{job.id}/logs. Submit it again once that is mended."
+        )
+        await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
+
+    async def _fail(self, job: Job, error: dict[str, str | None], attempt: Attempt | None) -> None:
+        async with self._store.begin() as session:
+            if attempt is not None:
+                await attempts.end(session, attempt, "failed")
+            event = f"The job failed: {error['message']}"
+            await jobs.move(session, job, "failed", {"error": error}, actor=self._holder, event=event, level="error")
+
+
+def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
+    """Those that may hold `next_seq` or later."""
+    start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
+    return segments[start:]

@@ -1,0 +1,66 @@
+"""What becomes of a job whose next step fails: it is tried again after 0, 1, 3, 7 and more seconds, at most 60.
+
+Without end while the database, storage or Ray are away; else a limited number of times.
+"""
+
+from collections.abc import Callable
+
+import httpx
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnection
+
+from services.contract import storable
+from services.control_plane.core.store import refuses_value
+from services.control_plane.ray_api import rays_words
+
+LONGEST_PAUSE_SECONDS = 60.0
+TOLD_AFTER = 4  # tries in vain, about ten seconds
+TRIES = 15  # about ten minutes
+
+
+class Patience:
+    """Of this control plane, and forgotten with it. A job that was moved or wished otherwise is tried at once."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failed: dict[str, tuple[int, int, float]] = {}  # by job: its version, tries, when it is due again
+
+    def is_due(self, job_id: str, version: int) -> bool:
+        failed_in, _, due_at = self._failed.get(job_id, (version, 0, float("-inf")))
+        return failed_in != version or self._clock() >= due_at
+
+    def fail(self, job_id: str, version: int) -> int:
+        """How often it has failed, with this time."""
+        failed_in, tries, _ = self._failed.get(job_id, (version, 0, 0.0))
+        tries = tries + 1 if failed_in == version else 1
+        pause = min(2.0 ** (tries - 1) - 1, LONGEST_PAUSE_SECONDS)
+        self._failed[job_id] = (version, tries, self._clock() + pause)
+        return tries
+
+    def forget(self, job_id: str) -> None:
+        """Its step was taken."""
+        self._failed.pop(job_id, None)
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether the error says that this job cannot go on, and not that the database, storage or Ray are away."""
+    if isinstance(error, DBAPIError):
+        return refuses_value(error)
+    return not isinstance(error, NoConnection | httpx.HTTPError | OSError)
+
+
+def in_words(error: Exception) -> str:
+    """For the user: without statements, their values, and addresses."""
+    match error:
+        case DBAPIError() if refuses_value(error):
+            return storable(f"the database refuses a value: {str(error.orig).partition(chr(10))[0]}")
+        case DBAPIError() | NoConnection():
+            return "the database does not answer"
+        case httpx.HTTPStatusError():
+            return f"Ray answers {error.response.status_code}: {rays_words(error.response.text)}"
+        case httpx.HTTPError():
+            return "Ray does not answer"
+        case OSError():
+            return f"storage fails: {error.strerror or type(error).__name__}"
+        case _:
+            return storable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")

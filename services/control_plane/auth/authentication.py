@@ -1,0 +1,112 @@
+"""Who a bearer token stands for: the configured key, a key of the table, or a token of the issuer."""
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+from cachetools import TTLCache
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.control_plane.auth import keys
+from services.control_plane.auth.keys import CONFIGURED, Caller, digest
+from services.control_plane.core.batching import Together
+from services.control_plane.core.errors import ApiError, Unauthorized
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Project
+from services.control_plane.settings import Settings
+
+if TYPE_CHECKING:
+    from services.control_plane.auth.oidc import Issuer
+
+log = logging.getLogger(__name__)
+
+KNOWN_SECONDS = 1.0  # a key that is revoked, or expires, works so much longer
+MAX_KNOWN = 10_000
+NOTE_SECONDS = 60.0  # when a key was last used is written so often, all at once
+
+
+class Authentication:
+    """Callers by their tokens, known for a second so that reading costs no query for the key.
+
+    Keys that nobody knows cost as little: those that come at the same moment share a query, too.
+    """
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store, self._settings = store, settings
+        self._issuer = _issuer(settings) if settings.oidc_issuer else None
+        self._known: TTLCache[str, Caller] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
+        self._unknown: TTLCache[str, bool] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
+        self._keys = Together(self._look_up)
+        self._used: set[str] = set()
+
+    async def caller(self, token: str) -> Caller:
+        """Raises Unauthorized."""
+        if secrets.compare_digest(token.encode(), self._settings.api_key.get_secret_value().encode()):
+            return CONFIGURED
+        name = digest(token)
+        caller = self._known.get(name)
+        if caller is None:
+            caller = self._known[name] = await self._find(token, name)
+        self._used.add(caller.key_id)
+        return caller
+
+    async def _find(self, token: str, name: str) -> Caller:
+        if self._issuer is not None and self._issuer.is_token(token):
+            return await self._with_project(await self._issuer.caller(token))
+        caller = None if name in self._unknown else await self._keys.get(name)
+        if caller is None:
+            self._unknown[name] = True
+            shown = f"{token[:3]}…{token[-4:]}" if len(token) >= 16 else "the one sent"
+            message = f"Incorrect API key provided: {shown}. The service printed where its key lies when it started."
+            raise Unauthorized(message, code="invalid_api_key")
+        return caller
+
+    async def _look_up(self, digests: list[str]) -> dict[str, Caller]:
+        async with self._store.begin() as session:
+            return await keys.callers_of(session, digests)
+
+    async def project_of(self, token: str) -> str | None:
+        """The caller's project; None where he is nobody's, or nobody can tell now."""
+        try:
+            return (await self.caller(token)).project_id
+        except (ApiError, SQLAlchemyError, OSError):
+            return None
+
+    async def _with_project(self, caller: Caller) -> Caller:
+        async with self._store.begin() as session:
+            living = select(Project.id).where(Project.id == caller.project_id, Project.archived_at.is_(None))
+            if await session.scalar(living) is None:
+                message = f"The token's project '{caller.project_id}' does not exist, or is archived."
+                raise Unauthorized(message, code="invalid_api_key")
+        return caller
+
+    # --- last use -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Note uses until cancelled, and once more then."""
+        try:
+            while True:
+                await asyncio.sleep(NOTE_SECONDS)
+                await self.note_uses()
+        finally:
+            await self.note_uses()
+            if self._issuer is not None:
+                await self._issuer.close()
+
+    async def note_uses(self) -> None:
+        used, self._used = self._used, set()
+        if not used:
+            return
+        try:
+            async with self._store.begin() as session:
+                await keys.note_uses(session, list(used))
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("The last use of %d keys is not noted: %s", len(used), error)
+
+
+def _issuer(settings: Settings) -> "Issuer":
+    from services.control_plane.auth.oidc import Issuer  # its cryptography is a tenth of a start
+
+    return Issuer(settings)

@@ -1,0 +1,122 @@
+"""API keys: whose request it is, and what it may do. Of a key's text only the digest is kept."""
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal, get_args
+
+from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import InvalidRequest, NotFound
+from services.control_plane.core.tables import DEFAULT_PROJECT, Key, Project
+
+Scope = Literal["read", "write", "inference", "admin"]
+MAX_KEYS = 100  # that live, of a project whose own admin makes them: each has its requests per minute
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a key, its project, and its scopes. `requests_per_minute` None: as the settings say."""
+
+    key_id: str
+    project_id: str
+    scopes: frozenset[Scope]
+    requests_per_minute: int | None = None
+
+    @property
+    def manages_all(self) -> bool:
+        """An admin of the default project manages all projects, another one its own."""
+        return self.project_id == DEFAULT_PROJECT
+
+
+CONFIGURED = Caller("key_configured", DEFAULT_PROJECT, frozenset(SCOPES))  # of the key that the settings name
+
+
+async def create(
+    session: AsyncSession,
+    project_id: str,
+    *,
+    name: str,
+    scopes: Sequence[Scope],
+    requests_per_minute: int | None,
+    expires_at: datetime | None,
+) -> tuple[Key, str]:
+    """The key, and its text, which nobody can tell later."""
+    text = f"rd-{secrets.token_urlsafe(32)}"
+    key = Key(
+        id=f"key_{secrets.token_hex(12)}",
+        project_id=project_id,
+        name=name,
+        sha256=digest(text),
+        hint=text[-4:],
+        scopes=sorted(set(scopes), key=SCOPES.index),
+        requests_per_minute=requests_per_minute,
+        expires_at=expires_at,
+    )
+    session.add(key)
+    await session.flush()
+    await session.refresh(key)
+    return key, text
+
+
+async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
+    """Raises InvalidRequest for a key by which a project would get more than is usual for one.
+
+    `usual` is the setting's requests per minute. Who manages all projects may give what he likes.
+    """
+    if caller.manages_all:
+        return
+    if usual is not None and requests_per_minute is not None and requests_per_minute > usual:
+        message = (
+            f"requests_per_minute is {requests_per_minute}, and {usual} is the most that a project gives its keys."
+        )
+        raise InvalidRequest(f"{message} An admin of {DEFAULT_PROJECT} may give more.", param="requests_per_minute")
+    living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
+    unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
+    if (count := await session.scalar(living.where(unexpired)) or 0) >= MAX_KEYS:
+        raise InvalidRequest(f"The project has {count} keys, and {MAX_KEYS} is the limit; revoke one first.")
+
+
+def managed_by(caller: Caller) -> Select[Key]:
+    every = select(Key)
+    return every if caller.manages_all else every.where(Key.project_id == caller.project_id)
+
+
+async def find(session: AsyncSession, caller: Caller, key_id: str) -> Key:
+    key = await session.scalar(managed_by(caller).where(Key.id == key_id))
+    if key is None:
+        raise NotFound(f"No such key: {key_id}", param="key_id", code="key_not_found")
+    return key
+
+
+async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
+    """Doing it twice is harmless."""
+    key = await find(session, caller, key_id)
+    key.revoked_at = key.revoked_at or datetime.now(UTC)
+    return key
+
+
+async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
+    """Whom the keys with these digests stand for, by digest: those that live, as do their projects."""
+    unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
+    query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
+    living = await session.scalars(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
+    return {key.sha256: Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute) for key in living}
+
+
+def known(words: Sequence[object]) -> frozenset[Scope]:
+    """The scopes among them."""
+    return frozenset(scope for scope in SCOPES if scope in words)
+
+
+async def note_uses(session: AsyncSession, key_ids: Sequence[str]) -> None:
+    await session.execute(update(Key).where(Key.id.in_(key_ids)).values(last_used_at=func.now()))
+
+
+def digest(text: str) -> str:
+    """A key has 256 bits of chance, so that a plain digest of it tells nothing."""
+    return hashlib.sha256(text.encode()).hexdigest()

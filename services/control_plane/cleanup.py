@@ -1,0 +1,187 @@
+"""Removes what nobody needs any more. Runs beside the reconciler, in the control plane that holds its lease.
+
+Every sweep may be done twice, or at once by two, without harm; each does a bounded amount, and the next goes on.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+import anyio.to_thread
+import httpx
+from sqlalchemy import ARRAY, ColumnElement, Text, any_, delete, func, literal, select, tuple_, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
+
+from services import storage
+from services.control_plane.core.removal import remove_bytes
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Attempt, File, Lease, Model, Outbound, Upload
+from services.control_plane.files import files, model_check, uploads
+from services.control_plane.http import idempotency
+from services.control_plane.ray_api import Launcher
+from services.control_plane.settings import Settings
+from services.control_plane.webhooks.outbox import give_up_old
+
+log = logging.getLogger(__name__)
+
+MOST = 100  # rows, or files in storage, that one sweep removes
+OUTBOX_KEPT = timedelta(days=30)
+GRACE_SECONDS = 86_400  # an older file that no row names is not about to get one
+EXIT_GRACE = timedelta(seconds=60)  # an attempt that told its outcome is about to exit
+TRASH_SECONDS = 30 * 86_400  # a database is restored to no earlier moment
+
+
+class Sweeper:
+    """Each sweep, and how often it is due, in seconds. What a control plane has not swept yet is due at once."""
+
+    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
+        self._store, self._launcher, self._settings = store, launcher, settings
+        self._sweeps: list[tuple[float, Callable[[], Awaitable[None]]]] = [
+            (30, self._expire_files),
+            (30, self._expire_uploads),
+            (60, self._stop_orphans),
+            (600, self._forget),
+            (600, self._remove_models),
+            (3600, self._put_away),
+            (3600, self._empty_trash),
+            (3600, self._remove_parts),
+        ]
+        self._swept = [float("-inf")] * len(self._sweeps)
+
+    async def sweep(self) -> None:
+        """All that are due; what fails is logged, and tried again when it is due again."""
+        for number, (seconds, sweep) in enumerate(self._sweeps):
+            if time.monotonic() - self._swept[number] < seconds:
+                continue
+            self._swept[number] = time.monotonic()
+            try:
+                await sweep()
+            except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
+                log.warning("A sweep failed and is tried again: %s", error)
+            except Exception:  # nobody watches this task, and the other sweeps go on
+                log.exception("A sweep failed, by a fault of ours, and is tried again")
+
+    async def _expire_files(self) -> None:
+        async with self._store.begin() as session:
+            uris = await files.expire(session, MOST)
+        await _remove(uris)
+
+    async def _expire_uploads(self) -> None:
+        async with self._store.begin() as session:
+            folders = await uploads.expire(session, MOST, self._settings)
+        await _remove(folders)
+
+    async def _stop_orphans(self) -> None:
+        for submission_id in await _stop_orphans(self._store, self._launcher):
+            log.warning("Stopped %s, whose attempt has ended", submission_id)
+        for submission_id in await model_check.stop_late(self._store, self._launcher):
+            log.warning("Stopped %s, which checked a file for too long", submission_id)
+
+    async def _forget(self) -> None:
+        sent = delete(Outbound).where(Outbound.due_at.is_(None), Outbound.created_at < func.now() - OUTBOX_KEPT)
+        async with self._store.begin() as session:
+            await idempotency.forget_old(session)
+            await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
+            await session.execute(sent)
+            await give_up_old(session)
+            checks = await model_check.forget_old(session, MOST)
+        await _remove(checks)
+
+    async def _put_away(self) -> None:
+        """Bytes that no row names go to the trash; those of a deleted file, and of a write that broke off, for good."""
+        ages = await self._ages("files")
+        old = [name for name, seconds in ages.items() if seconds > GRACE_SECONDS]
+        async with self._store.begin() as session:
+            named = set(await session.scalars(select(File.id).where(_among(File.id, old), File.deleted_at.is_(None))))
+            unnamed = [name for name in old if name not in named][:MOST]
+            deleted = set(await session.scalars(select(File.id).where(_among(File.id, unnamed))))
+        over = [name for name in unnamed if name in deleted or name.startswith(".")]
+        await _remove([self._place("files", name) for name in over])
+        for name in set(unnamed) - set(over):
+            await self._move(name, "files", "trash")
+
+    async def _empty_trash(self) -> None:
+        """What a row names goes back: the database was restored, twice. What is old goes for good."""
+        ages = await self._ages("trash")
+        async with self._store.begin() as session:
+            alive = select(File.id).where(_among(File.id, list(ages)), File.deleted_at.is_(None))
+            named = set(await session.scalars(alive))
+        for name in list(named)[:MOST]:
+            await self._move(name, "trash", "files")
+        old = [name for name, seconds in ages.items() if seconds > TRASH_SECONDS and name not in named]
+        await _remove([self._place("trash", name) for name in old[:MOST]])
+
+    async def _remove_parts(self) -> None:
+        """Parts of uploads that have ended; of those that the database does not know, when they are old."""
+        listed = await anyio.to_thread.run_sync(storage.list_folders, self._place("uploads"))
+        async with self._store.begin() as session:
+            rows = await session.execute(select(Upload.id, Upload.state).where(_among(Upload.id, listed)))
+            states = {row.id: row.state for row in rows}
+        over = [name for name in listed if states.get(name, "pending") != "pending"]
+        for name in set(listed) - set(states):
+            ages = await self._ages("uploads", name)
+            if min(ages.values(), default=GRACE_SECONDS + 1) > GRACE_SECONDS:
+                over.append(name)
+        await _remove([self._place("uploads", name) for name in over[:MOST]])
+
+    async def _remove_models(self) -> None:
+        """Bytes of deleted models, where they were not removed at once."""
+        left = select(Model).where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
+        async with self._store.begin() as session:
+            models = list(await session.scalars(left.order_by(Model.deleted_at).limit(MOST)))
+        gone = [model.id for model in models if await remove_bytes(model.source)]
+        async with self._store.begin() as session:
+            await session.execute(update(Model).where(Model.id.in_(gone)).values(removed_at=func.now()))
+
+    def _place(self, *names: str) -> str:
+        return storage.join(self._settings.storage_url, *names)
+
+    async def _ages(self, *folder: str) -> dict[str, float]:
+        """The files of a folder, with the seconds since each was written."""
+        return dict(await anyio.to_thread.run_sync(storage.list_ages, self._place(*folder)))
+
+    async def _move(self, name: str, folder: str, target: str) -> None:
+        log.warning("Moving %s from %s to %s", name, folder, target)
+        await anyio.to_thread.run_sync(storage.move, self._place(folder, name), self._place(target, name))
+
+
+def _among(column: InstrumentedAttribute[str], names: list[str]) -> ColumnElement[bool]:
+    """As `in_`, of which a statement takes 65,535."""
+    return column == any_(literal(names, ARRAY(Text)))
+
+
+async def _remove(uris: list[str]) -> None:
+    if uris:
+        log.info("Removing %s from storage, and %d more", uris[0], len(uris) - 1)
+    for uri in uris:
+        await remove_bytes(uri)
+        await asyncio.sleep(0)
+
+
+async def _stop_orphans(store: Store, launcher: Launcher) -> list[str]:
+    """Stops what runs in Ray for an attempt that has ended, late or deaf to its stop, and returns the submissions.
+
+    What this database does not know belongs to another service.
+    """
+    running = [found for found in map(_attempt_of, await launcher.live_submissions()) if found]
+    async with store.begin() as session:
+        orphans = await _ended(session, running)
+    for submission_id in orphans:
+        await launcher.stop(submission_id)
+    return orphans
+
+
+def _attempt_of(submission_id: str) -> tuple[str, int] | None:
+    match = re.fullmatch(r"(ftjob-[0-9a-f]+)-([0-9]+)", submission_id)
+    return (match[1], int(match[2])) if match else None
+
+
+async def _ended(session: AsyncSession, running: list[tuple[str, int]]) -> list[str]:
+    query = select(Attempt).where(tuple_(Attempt.job_id, Attempt.number).in_(running))
+    attempts = await session.scalars(query.where(Attempt.ended_at < func.now() - EXIT_GRACE))
+    return [attempt.submission_id for attempt in attempts]

@@ -1,0 +1,19 @@
+"""The parts that all answers share. Times are Unix seconds, integers; what is ours stands in `x_raydpo`."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+
+def seconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def listing(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """One page; the client asks for the next with `after=last_id`."""
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"object": "list", "data": list(data), "has_more": has_more, **ends}
+
+
+def deleted(kind: str, name: str) -> dict[str, Any]:
+    return {"id": name, "object": kind, "deleted": True}

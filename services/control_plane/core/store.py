@@ -1,0 +1,483 @@
+"""The database, and the queries that more than one noun asks. They take an open session and never commit."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    ColumnElement,
+    Select,
+    Text,
+    TextClause,
+    and_,
+    bindparam,
+    column,
+    delete,
+    event,
+    func,
+    literal,
+    or_,
+    select,
+    text,
+    true,
+    tuple_,
+    values,
+)
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.engine import ExceptionContext, make_url
+from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import (
+    InstrumentedAttribute,
+    LoaderCriteriaOption,
+    ORMExecuteState,
+    Session,
+    UOWTransaction,
+    with_loader_criteria,
+)
+from sqlalchemy.pool import QueuePool
+
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.tables import (
+    JOB_STATES,
+    Attempt,
+    Base,
+    Checkpoint,
+    CheckpointPermission,
+    Event,
+    Instance,
+    Job,
+    Lease,
+    Model,
+    Outbound,
+    Owned,
+)
+
+MIGRATIONS = Path(__file__).parents[1] / "migrations"
+QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
+STATEMENT_SECONDS = 30  # then the server gives a statement up, also where it waits for a lock
+IDLE_SECONDS = 60  # then the server ends a transaction in which nothing happens
+ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # then a server that does not answer is taken for lost
+RECYCLE_SECONDS = 1800  # then a connection is replaced: the server's name may lead elsewhere by now
+
+# Either end of a connection notices within seconds that the other has vanished; and only a server that takes writes is
+# one, so that after a failover no connection is made to what is a standby now.
+CONNECTING = {
+    "connect_timeout": "5",
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "target_session_attrs": "read-write",
+}
+SERVER_LIMITS = {
+    "statement_timeout": f"{STATEMENT_SECONDS}s",
+    "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
+
+Row = TypeVar("Row", bound=Base)
+
+
+def _url(database_url: str, *, limits: bool = False) -> URL:
+    """With what is said above, unless the URL says otherwise. `limits`: those of the server, which no pooler takes."""
+    url = make_url(database_url).set(drivername="postgresql+psycopg")
+    query = {**CONNECTING, **url.query}
+    if limits:
+        options = [f"-c {name}={value}" for name, value in SERVER_LIMITS.items()]
+        query["options"] = " ".join([*options, str(query.get("options", ""))])  # of two values the last one counts
+    return url.set(query=query)
+
+
+def _conninfo(url: URL) -> str:
+    """For psycopg itself. As a URL it would read a space that SQLAlchemy wrote as a plus."""
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    return make_conninfo(**arguments)
+
+
+class PoolerUrl(ValueError):
+    """It leads to a pooler, which can neither be listened to nor told limits; the message says what to set."""
+
+
+def migrate(database_url: str) -> None:
+    """Bring the database to the newest schema. Safe to run from several replicas at once. Raises PoolerUrl."""
+    if _is_newest(database_url):
+        return
+    from alembic import command  # as large as the rest of a start, which seldom needs it
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["database_url"] = _url(database_url).render_as_string(hide_password=False)
+    command.upgrade(config, "head")
+
+
+def _is_newest(database_url: str) -> bool:
+    newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
+    try:
+        connected = psycopg.connect(_conninfo(_url(database_url, limits=True)))
+    except psycopg.OperationalError as error:
+        if "startup parameter" not in str(error):
+            raise
+        message = "DATABASE_URL leads to a PgBouncer; set DATABASE_DIRECT_URL to the URL of the server itself, too."
+        raise PoolerUrl(message) from error
+    with connected as connection:
+        if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
+            return False
+        return connection.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)
+
+
+class _Connection(psycopg.AsyncConnection[Any]):
+    """It is lost where the server does not answer, though whatever stands between still takes what is sent."""
+
+    async def wait(self, *args: Any, **kwargs: Any) -> Any:
+        late = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._hang_up)
+        try:
+            return await super().wait(*args, **kwargs)
+        finally:
+            late.cancel()
+
+    def _hang_up(self) -> None:
+        with socket.socket(fileno=os.dup(self.pgconn.socket)) as own:
+            own.shutdown(socket.SHUT_RDWR)
+
+
+class Store:
+    """The database: a pool of connections, one transaction per `begin`.
+
+    `direct_url`: of the server itself, where `database_url` is a pooler's that gives a connection away after each
+    transaction, as PgBouncer does.
+    """
+
+    def __init__(self, database_url: str, *, direct_url: str | None = None, connections: int = 30) -> None:
+        pooled: dict[str, Any] = {} if direct_url is None else {"prepare_threshold": None}
+        # The first error of a connection that died with the database drops all of them from the pool.
+        self._engine = create_async_engine(
+            _url(database_url, limits=direct_url is None),
+            pool_size=connections,
+            max_overflow=0,  # what it opens it keeps: to connect takes longer than a request
+            pool_recycle=RECYCLE_SECONDS,
+            connect_args={"async_creator_fn": _Connection.connect, **pooled},
+        )
+        event.listen(self._engine.sync_engine, "handle_error", _drop_a_standby)
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._instance: str | None = None
+        self._listen_url = _url(direct_url or database_url)
+
+    @property
+    def pool(self) -> QueuePool:
+        return cast(QueuePool, self._engine.pool)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """A transaction of the service's own, which sees every project."""
+        async with self._sessions.begin() as session:
+            yield session
+            await _append(session)
+
+    @asynccontextmanager
+    async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
+        """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
+        async with self._sessions(info={"project_id": project_id}) as session, session.begin():
+            yield session
+            await _append(session)
+
+    @asynccontextmanager
+    async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
+        """As `begin_for`, to read: each statement is a transaction of its own, which saves two trips of three."""
+        async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
+            yield session
+
+    async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
+        """What is notified, on a connection of its own. None, at first and after so long a silence: look for yourself.
+
+        Raises psycopg.OperationalError when the connection is lost.
+        """
+        url = _conninfo(self._listen_url)
+        connect = _Connection.connect(url, autocommit=True, application_name=f"raydpo {channel}")
+        async with await connect as connection:
+            await connection.execute(f"LISTEN {channel}")
+            while True:
+                yield None
+                async for notice in connection.notifies(timeout=quiet_seconds):
+                    yield notice.payload
+                await connection.execute("SELECT 1")
+
+    async def instance(self) -> str:
+        """The id of the service that this database belongs to. It never changes."""
+        if self._instance is None:
+            async with self.begin() as session:
+                self._instance = (await session.scalars(select(Instance.id))).one()
+        return self._instance
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+
+def _drop_a_standby(context: ExceptionContext) -> None:
+    """A server that takes no writes any more has been replaced by another: its connections are of no use."""
+    if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+        context.is_disconnect = True
+
+
+@dataclass(frozen=True)
+class ProjectStore:
+    """The database as a caller may see it."""
+
+    store: Store
+    project_id: str
+
+    def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
+        return self.store.begin_for(self.project_id)
+
+    def look(self) -> AbstractAsyncContextManager[AsyncSession]:
+        return self.store.look_for(self.project_id)
+
+
+@event.listens_for(Session, "do_orm_execute")
+def _see_own_only(state: ORMExecuteState) -> None:
+    project_id = state.session.info.get("project_id")
+    if project_id is not None and state.is_orm_statement:  # no other names what is owned
+        state.statement = state.statement.options(*_own(project_id, state.is_select))
+
+
+@lru_cache(maxsize=4096)  # to make them takes longer than the rest of a statement
+def _own(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
+    """A model is read by those it is shared with, too; changed by its owner alone."""
+    criteria: dict[type[Owned], ColumnElement[bool]] = {
+        kind: kind.project_id == project_id for kind in Owned.__subclasses__()
+    }
+    if reading:
+        shared = select(CheckpointPermission.model_id).where(CheckpointPermission.project_id == project_id)
+        criteria[Model] = or_(criteria[Model], Model.id.in_(shared))
+    return tuple(with_loader_criteria(kind, seen, include_aliases=True) for kind, seen in criteria.items())
+
+
+@event.listens_for(Session, "before_flush")
+def _write_own_only(session: Session, context: UOWTransaction, instances: object) -> None:
+    project_id = session.info.get("project_id")
+    if project_id is None:
+        return
+    for row in session.new:
+        _claim(row, project_id)
+    for row in (*session.dirty, *session.deleted):
+        assert not isinstance(row, Owned) or row.project_id == project_id
+
+
+def _claim(row: object, project_id: str) -> None:
+    if isinstance(row, Owned):
+        assert row.project_id in (None, project_id)
+        row.project_id = project_id
+
+
+async def now(session: AsyncSession) -> datetime:
+    """When the transaction began, which is `created_at` of all that it writes."""
+    if "now" not in session.info:
+        session.info["now"] = await session.scalar(select(func.now()))
+    return cast(datetime, session.info["now"])
+
+
+def append(session: AsyncSession, row: Base) -> None:
+    """Add a row that no query of this transaction reads: such rows are written at its end, by one statement.
+
+    What keeps the books of a change (its events, its line in a log) is more rows than the change itself, and a trip
+    to the database for each would be most of a request. What the database fills in stays unknown here.
+    """
+    if (project_id := session.info.get("project_id")) is not None:
+        _claim(row, project_id)
+    for name, default in _columns(type(row)).items():
+        if getattr(row, name) is None:
+            setattr(row, name, default)
+    session.info.setdefault("appended", {}).setdefault(type(row), []).append(row)
+
+
+@cache
+def _columns(kind: type[Base]) -> dict[str, Any]:
+    """What the database does not fill in, with its default here."""
+    own = (column for column in kind.__table__.c if column.server_default is None)
+    return {column.name: getattr(column.default, "arg", None) for column in own}
+
+
+async def _append(session: AsyncSession) -> None:
+    appended: dict[type[Base], list[Base]] = session.info.pop("appended", {})
+    if not appended:
+        return
+    await session.flush()  # what they refer to
+    given = {
+        kind.__tablename__: [{name: getattr(row, name) for name in _columns(kind)} for row in rows]
+        for kind, rows in appended.items()
+    }
+    await session.execute(_insertion(tuple(appended)), given)
+
+
+@cache
+def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
+    """Its parameters are named as their tables. Rows of one kind get their ids in the order in which they are given."""
+    parts = []
+    for kind in kinds:
+        table, columns = kind.__tablename__, ", ".join(_columns(kind))
+        source = f"jsonb_populate_recordset(NULL::{table}, :{table})"
+        parts.append(f"new_{table} AS (INSERT INTO {table} ({columns}) SELECT {columns} FROM {source})")
+    given = [bindparam(kind.__tablename__, type_=JSONB) for kind in kinds]
+    return text(f"WITH {', '.join(parts)} SELECT 1").bindparams(*given)
+
+
+def owns(session: AsyncSession, row: Owned) -> bool:
+    """Whether the session may change what it sees."""
+    return session.info.get("project_id") in (None, row.project_id)
+
+
+def project_of(session: AsyncSession) -> str:
+    """Whose session it is; one of the service's own has no project."""
+    return str(session.info["project_id"])
+
+
+def refuses_value(error: DBAPIError) -> bool:
+    """Whether the database, or its driver, refuses a value: it would refuse it again.
+
+    Of SQLSTATE's classes 22 is for data, 23 for what rows promise, 54 for limits such as that of an index's row.
+    """
+    state = getattr(error.orig, "sqlstate", None) or ""
+    return isinstance(error, DataError) or state[:2] in ("22", "23", "54")
+
+
+async def wait_long(session: AsyncSession) -> None:
+    """The server lets the transaction be, however long nothing happens in it."""
+    await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+
+
+async def check(session: AsyncSession) -> None:
+    """Raises SQLAlchemyError where the database takes no writes."""
+    await hold_lease(session, "readyz", "readyz", seconds=60)
+
+
+async def page(
+    session: AsyncSession,
+    query: Select[Row],
+    keys: Sequence[InstrumentedAttribute[Any]],
+    *,
+    after: str | int | None,
+    limit: int,
+    cursor: InstrumentedAttribute[Any] | None = None,
+    descending: bool = True,
+) -> tuple[list[Row], bool]:
+    """One page of `query` in the order of `keys` (together unique), and whether more rows follow.
+
+    `after` is the `cursor`, or else the last key, of a row of the same query; any other is refused.
+    """
+    if after is not None:
+        last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
+        if last is None:
+            raise InvalidRequest(f"No such item to list after: {after}", param="after")
+        bounds = tuple_(*(literal(getattr(last, key.key), key.type) for key in keys))
+        beyond: ColumnElement[bool] = tuple_(*keys) < bounds if descending else tuple_(*keys) > bounds
+        query = query.where(beyond)
+    query = query.order_by(*(key.desc() if descending else key.asc() for key in keys))
+    rows = list(await session.scalars(query.limit(limit + 1)))
+    return rows[:limit], len(rows) > limit
+
+
+async def live_jobs(session: AsyncSession) -> list[Job]:
+    """Every job that runs, or is paused and shall be something else, and of the queue each project's head."""
+    wanted = and_(Job.observed == "paused", Job.desired != "pause")
+    others = select(Job).where(or_(Job.observed == "running", wanted)).order_by(Job.created_at, Job.id)
+    place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
+    queued = select(Job.id, place.label("place")).where(Job.observed == "queued", Job.desired == "run").subquery()
+    head = select(Job).join(queued, Job.id == queued.c.id).where(queued.c.place <= QUEUE_HEAD)
+    return [*await session.scalars(others), *await session.scalars(head)]
+
+
+async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
+    """The attempt in progress of each job that has one, by job id."""
+    return {row.job_id: row for row in await session.scalars(select(Attempt).where(Attempt.state != "ended"))}
+
+
+@dataclass(frozen=True)
+class History:
+    """The attempts of a job that have begun."""
+
+    total: int
+    failures: int  # those that died by themselves, from the last one on that left a new checkpoint
+    rested_seconds: float  # since the last failure, by the database's clock; 0 without one
+
+
+async def history(session: AsyncSession, job_id: str) -> History:
+    own = Attempt.job_id == job_id
+    saved = select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job_id).scalar_subquery()
+    progressed = select(func.max(Attempt.number)).where(own, Attempt.created_at <= saved).scalar_subquery()
+    failed = Attempt.failed & (Attempt.number >= func.coalesce(progressed, 0))
+    rested = func.extract("epoch", func.clock_timestamp() - func.max(Attempt.ended_at).filter(failed))
+    row = (await session.execute(select(func.count(), func.count().filter(failed), rested).where(own))).one()
+    return History(row[0], row[1], float(row[2] or 0))
+
+
+EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level, Event.type, Event.message, Event.data)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What there is, for all projects."""
+
+    jobs: Mapping[str, int]  # by state
+    lease_seconds: float  # until the reconciler's ends; NaN: nobody ever held it
+    outbox: int  # messages that wait
+    outbox_seconds: float  # since the oldest of them was written
+
+
+async def census(session: AsyncSession) -> Census:
+    by_state = (await session.execute(select(Job.observed, func.count().label("number")).group_by(Job.observed))).all()
+    left = func.extract("epoch", Lease.expires_at - func.clock_timestamp())
+    lease = await session.scalar(select(left).where(Lease.name == "reconciler"))
+    age = func.extract("epoch", func.now() - func.min(Outbound.created_at))
+    waiting, oldest = (await session.execute(select(func.count(), age).where(Outbound.due_at.is_not(None)))).one()
+    jobs = dict.fromkeys(JOB_STATES, 0) | {row.observed: row.number for row in by_state}
+    return Census(jobs, float("nan") if lease is None else float(lease), waiting, float(oldest or 0))
+
+
+async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
+    """Of each job the last `limit` events above the id that is given for it, in order."""
+    asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
+    newest = (
+        select(*EVENT)
+        .where(Event.job_id == asked.c.job_id, Event.id > asked.c.after)
+        .order_by(Event.id.desc())
+        .limit(limit)
+        .lateral("newest")
+    )
+    query = select(newest).select_from(asked).join(newest, true()).order_by(newest.c.id)
+    return (await session.execute(query)).all()
+
+
+async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
+    """The job's events that follow the one with the id `after`, in order."""
+    query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
+    return (await session.execute(query)).all()
+
+
+async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
+    """Take or renew a lease by the database's clock; False while another holds it."""
+    until = func.clock_timestamp() + timedelta(seconds=seconds)
+    statement = insert(Lease).values(name=name, holder=holder, expires_at=until)
+    free = or_(Lease.holder == holder, Lease.expires_at < func.clock_timestamp())
+    statement = statement.on_conflict_do_update(
+        index_elements=[Lease.name], set_={"holder": holder, "expires_at": until}, where=free
+    )
+    return (await session.execute(statement.returning(Lease.name))).first() is not None
+
+
+async def release_lease(session: AsyncSession, name: str, holder: str) -> None:
+    await session.execute(delete(Lease).where(Lease.name == name, Lease.holder == holder))

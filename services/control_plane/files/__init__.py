@@ -1,0 +1,1 @@
+"""Files and uploads, and the checks of their rows."""

@@ -1,0 +1,53 @@
+"""Checks the rows of one stored file: `python -m services.control_plane.files.check_program URI READING`.
+
+A process of its own, because reading rows takes one core for minutes. Every second it prints how many bytes it has
+read, at last the report; each is a line of JSON. Where nobody reads these any more, it ends.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+from dpo_core.data.survey import survey
+from services import storage
+from services.containers import json_lines
+from services.contract import Reading
+
+TELL_SECONDS = 1.0
+
+
+def survey_file(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """The file's FeedbackReport as JSON has it, and its refusal. `tell` hears of the bytes read."""
+    share = reading.invalid_rows.max_share if reading.invalid_rows.how == "drop" else 0.0
+    with storage.open_input(uri) as source:
+        lines = json_lines(source)
+        report = survey(_told(lines, source, tell) if tell else lines, columns=reading.columns)
+    return {"report": asdict(report), "refusal": report.refusal_beyond(share)}
+
+
+def _told(lines: Iterator[bytes], source: BinaryIO, tell: Callable[[int], None]) -> Iterator[bytes]:
+    told = time.monotonic()
+    for line in lines:
+        yield line
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            tell(source.tell())
+
+
+def _say(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def main(uri: str, reading: str) -> None:
+    os.nice(10)  # requests are answered first
+    how = Reading.model_validate_json(reading)
+    _say(survey_file(uri, how, lambda num_bytes: _say({"num_checked": num_bytes})))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,213 @@
+"""Checks of training files with a model: a Ray job finds out what encoding would do, once for the same content.
+
+A check has a folder, named by all that its result depends on, and in it a folder for each attempt, numbered from 1:
+`request.json`, and `report.json` when it is done. A row of the table `checks` says whose it is. Of one project a few
+run at once.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import anyio.to_thread
+import httpx
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.config import TrainConfig
+from services import storage
+from services.contract import CheckRequest, CheckResult, Failed, Recipe
+from services.control_plane.core.errors import RateLimited, Unavailable
+from services.control_plane.core.store import ProjectStore, Store
+from services.control_plane.core.tables import DatasetCheck, File, reading_of
+from services.control_plane.models.models import NamedModel
+from services.control_plane.ray_api import Launcher, Refused
+from services.control_plane.settings import Settings
+from services.control_plane.tenants import projects
+
+CHECKING = 1  # raised when the same content gives another result
+WAIT_SECONDS = 60.0
+POLL_SECONDS = 0.5
+FAILURE_SECONDS = 60.0  # so long a failure is told; then the user may have mended it, and it is tried again
+RETRY_AFTER_SECONDS = 15
+LAUNCHING_SECONDS = 120.0  # from its row to Ray's knowing it
+LONGEST_SECONDS = 3600.0  # then it is stopped
+KEPT = timedelta(days=7)  # after its end
+
+
+@dataclass(frozen=True)
+class Check:
+    """A file as one model would see it."""
+
+    id: str
+    uri: str
+    recipe: Recipe
+
+    def folder(self, attempt: int) -> str:
+        return storage.join(self.uri, str(attempt))
+
+    def submission_id(self, attempt: int) -> str:
+        """Of the attempt's Ray job."""
+        return f"{self.id}-{attempt}"
+
+
+def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings, instance: str) -> Check:
+    """The same for the same bytes, model and options of one project; another one does not learn what was checked.
+
+    Another service on the cluster has checks of its own.
+    """
+    reading, project = reading_of(file), file.project_id
+    content = [
+        CHECKING,
+        instance,
+        project,
+        file.sha256,
+        model.source,
+        config.max_length,
+        config.truncation,
+        reading.model_dump(),
+    ]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    recipe = Recipe(
+        training_uri=file.uri,
+        model_source=model.source,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        **dict(reading),
+    )
+    return Check(f"check-{key}", storage.join(settings.storage_url, "checks", key), recipe)
+
+
+async def result_of(
+    check: Check,
+    store: ProjectStore,
+    launcher: Launcher,
+    settings: Settings,
+    is_disconnected: Callable[[], Awaitable[bool]],
+) -> CheckResult | None:
+    """What the check found; None if it still runs after a minute, or nobody waits. Raises Unavailable, RateLimited."""
+    attempt, result = await _newest(check)
+    if result is None:
+        attempt = await _launch(check, attempt, store, launcher, settings.max_running_checks)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while result is None and time.monotonic() < deadline and not await is_disconnected():
+        ended = await launcher.status(check.submission_id(attempt)) == "ended"
+        result = await _read(check, attempt)  # after the status: it is written before the job ends
+        if result is None and ended:
+            what = f"The check ended without a result; the log of {check.submission_id(attempt)} in Ray says why."
+            return CheckResult(finished_at=time.time(), error=Failed(code="check_lost", message=what))
+        if result is None:
+            await asyncio.sleep(POLL_SECONDS)
+    return result
+
+
+async def _newest(check: Check) -> tuple[int, CheckResult | None]:
+    """The last attempt, 0 before the first, and its result. After an old failure: the next one."""
+    folders: list[str] = await anyio.to_thread.run_sync(storage.list_folders, check.uri)
+    attempt = max(map(int, folders), default=0)
+    result = await _read(check, attempt) if attempt else None
+    if result and result.error and time.time() - result.finished_at > FAILURE_SECONDS:
+        return attempt + 1, None
+    return attempt, result
+
+
+async def _launch(check: Check, attempt: int, store: ProjectStore, launcher: Launcher, most: int) -> int:
+    """Sees to it that the attempt runs, or the next one if it is dead. Doing it twice is harmless."""
+    attempt = max(1, attempt)
+    status = await launcher.status(check.submission_id(attempt))
+    if status == "ended" and await _read(check, attempt) is None:
+        attempt += 1
+        status = await launcher.status(check.submission_id(attempt))
+    if status == "absent":
+        await _admit(check.submission_id(attempt), check.folder(attempt), store, launcher, most)
+        uri = storage.join(check.folder(attempt), "request.json")
+        request = CheckRequest(recipe=check.recipe, folder_uri=check.folder(attempt))
+        await anyio.to_thread.run_sync(storage.write_bytes, uri, request.model_dump_json().encode())
+        try:
+            await launcher.submit_check(check.submission_id(attempt), uri)
+        except Refused as refusal:
+            raise Unavailable(f"Ray refuses the check: {refusal}", retry_after=60, code="check_refused") from None
+        except httpx.HTTPError:  # its answer was lost, or it was not launched
+            status = await launcher.status(check.submission_id(attempt))
+            status = "unknown" if status == "absent" else status
+    if status == "unknown":
+        message = f"The Ray cluster does not answer. Try again in {RETRY_AFTER_SECONDS} seconds."
+        raise Unavailable(message, retry_after=RETRY_AFTER_SECONDS, code="cluster_unavailable")
+    return attempt
+
+
+async def _read(check: Check, attempt: int) -> CheckResult | None:
+    uri = storage.join(check.folder(attempt), "report.json")
+    try:
+        data: bytes = await anyio.to_thread.run_sync(partial(storage.read_bytes, uri))
+    except FileNotFoundError:
+        return None
+    return CheckResult.model_validate_json(data)
+
+
+# --- how many ---------------------------------------------------------------------------------
+
+
+async def _admit(submission_id: str, folder: str, store: ProjectStore, launcher: Launcher, most: int) -> None:
+    """Count the check among those that run for its project. Raises RateLimited where these are `most` already."""
+    for looked in (False, True):
+        async with store.begin() as session:
+            await projects.lock(session, store.project_id)
+            running = await _running(session)
+            if any(each.submission_id == submission_id for each, _ in running):
+                return
+            if len(running) < most:
+                session.add(DatasetCheck(submission_id=submission_id, folder=folder))
+                return
+        if not looked:
+            ended = [each.submission_id for each, age in running if not await _lives(each, age, launcher)]
+            async with store.begin() as session:
+                await _note_ends(session, ended)
+    message = f"{most} checks of the project are running, which is the limit max_running_checks; wait for one to end."
+    raise RateLimited(message, seconds=RETRY_AFTER_SECONDS, headers={})
+
+
+async def _running(session: AsyncSession) -> list[tuple[DatasetCheck, float]]:
+    """The checks that have not ended, as far as was noted, with their ages in seconds."""
+    age = func.extract("epoch", func.clock_timestamp() - DatasetCheck.created_at)
+    rows = await session.execute(select(DatasetCheck, age).where(DatasetCheck.ended_at.is_(None)))
+    return [(row, float(age)) for row, age in rows]
+
+
+async def _lives(check: DatasetCheck, age: float, launcher: Launcher) -> bool:
+    """Unless Ray says that it ended, or does not know it long after it was launched."""
+    status = await launcher.status(check.submission_id)
+    return status != "ended" and not (status == "absent" and age > LAUNCHING_SECONDS)
+
+
+async def _note_ends(session: AsyncSession, submission_ids: list[str]) -> None:
+    ended = update(DatasetCheck).where(DatasetCheck.submission_id.in_(submission_ids))
+    await session.execute(ended.values(ended_at=func.clock_timestamp()))
+
+
+async def stop_late(store: Store, launcher: Launcher) -> list[str]:
+    """Stop checks that run for longer than any may, and note which have ended. Returns those that were stopped."""
+    async with store.begin() as session:
+        running = await _running(session)
+    ended, late = list[str](), list[str]()
+    for check, age in running:
+        if not await _lives(check, age, launcher):
+            ended.append(check.submission_id)
+        elif age > LONGEST_SECONDS:
+            await launcher.stop(check.submission_id)
+            late.append(check.submission_id)
+    async with store.begin() as session:
+        await _note_ends(session, ended)
+    return late
+
+
+async def forget_old(session: AsyncSession, most: int) -> list[str]:
+    """Forget checks that were asked for long ago. Returns their folders, to be deleted after the commit."""
+    old = select(DatasetCheck.submission_id).where(DatasetCheck.ended_at < func.now() - KEPT).limit(most)
+    forgotten = delete(DatasetCheck).where(DatasetCheck.submission_id.in_(old)).returning(DatasetCheck.folder)
+    return list(await session.scalars(forgotten))

@@ -1,0 +1,124 @@
+"""Bodies of requests about files, uploads and checks of their rows."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+)
+
+from dpo_core.config import TrainConfig, Truncation
+from dpo_core.data.formats import ROLES
+from services.contract import InvalidRows, Reading
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.files.files import LONGEST_LIFE, LONGEST_NAME, SHORTEST_LIFE, TRAINING
+from services.control_plane.files.uploads import MOST_PARTS
+from services.control_plane.http.validation import Text, parse, refuse_unknown
+
+READING = {"columns", "invalid_rows", "max_invalid_share"}
+
+
+Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=256)]]
+
+
+def reading(extension: Mapping[str, Any]) -> Reading:
+    """What x_raydpo says of a file's rows. Raises InvalidRequest naming the field."""
+    return Reading(columns=_columns(extension.get("columns", {})), invalid_rows=_invalid_rows(extension))
+
+
+def _columns(given: object) -> dict[str, str]:
+    where = "x_raydpo.columns"
+    columns: dict[str, str] = parse(Columns, given, where)
+    if unknown := sorted(columns.keys() - ROLES):
+        message = f"{where} names '{unknown[0]:.80}', which is no role; the roles are {', '.join(sorted(ROLES))}."
+        raise InvalidRequest(message, param=f"{where}.{unknown[0]:.80}", code="unknown_parameter")
+    return columns
+
+
+def _invalid_rows(extension: Mapping[str, Any]) -> InvalidRows:
+    paths = {"how": "x_raydpo.invalid_rows", "max_share": "x_raydpo.max_invalid_share"}
+    given = {"how": extension.get("invalid_rows"), "max_share": extension.get("max_invalid_share")}
+    given = {name: value for name, value in given.items() if value is not None}
+    found: InvalidRows = parse(InvalidRows, given, "x_raydpo", paths)
+    if "max_share" in given and found.how == "refuse":
+        message = f"{paths['max_share']} is for invalid_rows 'drop'; send that as well."
+        raise InvalidRequest(message, param=paths["max_share"])
+    return found
+
+
+class CheckDataset(BaseModel):
+    """Body of POST /x/datasets/check."""
+
+    model_config = ConfigDict(extra="forbid")
+    training_file: Text
+    model: Text | None = None
+    max_length: int | None = None
+    truncation: Truncation | None = None
+
+    def config(self) -> TrainConfig:
+        """What a job with these options would use. Raises InvalidRequest naming the field."""
+        given = self.model_dump(include={"max_length", "truncation"}, exclude_none=True)
+        if given and self.model is None:
+            (name, *_) = given
+            message = f"{name} is of tokens, and only a model tells these; send model too."
+            raise InvalidRequest(message, param=name)
+        return parse(TrainConfig, given, "", {name: name for name in given})
+
+
+class ExpiresAfter(BaseModel):
+    """How long a file lives. In forms its parts are `expires_after[anchor]` and `expires_after[seconds]`."""
+
+    model_config = ConfigDict(extra="forbid")
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=SHORTEST_LIFE, le=LONGEST_LIFE)]
+
+
+class CreateFile(BaseModel):
+    """The fields of POST /files beside the file itself."""
+
+    model_config = ConfigDict(extra="forbid")
+    purpose: Text
+    expires_after: ExpiresAfter | None = None
+    x_raydpo: dict[str, Any] | None = None
+
+    @field_validator("purpose")
+    @classmethod
+    def _check_purpose(cls, purpose: str) -> str:
+        if purpose != TRAINING:
+            message = f"purpose '{purpose:.80}' is not supported; it must be '{TRAINING}'."
+            raise InvalidRequest(message, param="purpose", code="unsupported_value")
+        return purpose
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        return parse(cls, fields, "")
+
+    @property
+    def life_seconds(self) -> int | None:
+        return self.expires_after.seconds if self.expires_after else None
+
+    def reading(self) -> Reading:
+        """Raises InvalidRequest naming the field."""
+        extension = self.x_raydpo or {}
+        refuse_unknown(extension, READING, "x_raydpo")
+        return reading(extension)
+
+
+class CreateUpload(CreateFile):
+    """Body of POST /uploads."""
+
+    filename: Text
+    bytes: Annotated[int, Field(ge=1)]
+    mime_type: Annotated[str, StringConstraints(max_length=LONGEST_NAME, pattern=r"^[ -~]+$")]
+
+
+class CompleteUpload(BaseModel):
+    """Body of POST /uploads/{id}/complete. The parts in their order."""
+
+    model_config = ConfigDict(extra="forbid")
+    part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]
+    md5: Text | None = None

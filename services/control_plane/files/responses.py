@@ -1,0 +1,83 @@
+"""Files, uploads and checks as clients read them."""
+
+from typing import Any
+
+from services.contract import CheckResult, Reading
+from services.control_plane.core.responses import seconds
+from services.control_plane.core.tables import (
+    File,
+    Upload,
+    UploadPart,
+    reading_of,
+)
+from services.control_plane.files.files import TRAINING
+
+
+def file_object(row: File) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "file",
+        "bytes": row.num_bytes,
+        "created_at": seconds(row.created_at),
+        "expires_at": seconds(row.expires_at),
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": _file_status(row),
+        "status_details": row.refusal,
+        "x_raydpo": {
+            "sha256": row.sha256,
+            "report": row.report,
+            "checked_bytes": row.num_checked,
+            **reading_fields(reading_of(row)),
+        },
+    }
+
+
+def reading_fields(how: Reading) -> dict[str, Any]:
+    return {
+        "columns": how.columns or None,
+        "invalid_rows": how.invalid_rows.how,
+        "max_invalid_share": how.invalid_rows.max_share if how.invalid_rows.how == "drop" else None,
+    }
+
+
+def _file_status(row: File) -> str:
+    if row.refusal is not None:
+        return "error"
+    return "uploaded" if row.purpose == TRAINING and row.report is None else "processed"
+
+
+def upload_object(row: Upload, state: str, file: File | None) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "upload",
+        "bytes": row.num_bytes,
+        "created_at": seconds(row.created_at),
+        "expires_at": seconds(row.expires_at),
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": state,
+        "file": file and file_object(file),
+    }
+
+
+def part_object(row: UploadPart) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "upload.part",
+        "created_at": seconds(row.created_at),
+        "upload_id": row.upload_id,
+    }
+
+
+def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
+    """A file's survey and, where a model was asked, what its check found."""
+    error = result.error if result else None
+    found = result.report or {} if result else {}
+    return {
+        "object": "dataset.check",
+        "id": check_id,
+        "status": "running" if running else "failed" if error else "completed",
+        "report": {"survey": file.report, **found},
+        "error": error and {"code": error.code, "message": error.message, "param": error.param},
+    }

@@ -1,0 +1,193 @@
+"""Checks of the rows of training files: before the answer where that takes seconds, else in the background.
+
+A large file's row is written unchecked. Every control plane looks for such rows; the holder of a file's lease checks
+it, so that a check survives whoever dies, and none runs twice.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
+from sqlalchemy import func, select, text, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.contract import Reading
+from services.control_plane.core import store
+from services.control_plane.core.errors import InvalidRequest, Unavailable
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import UNCHECKED, File, reading_of
+from services.control_plane.files.check_program import survey_file
+from services.control_plane.files.files import Stored
+
+log = logging.getLogger(__name__)
+
+IN_PROCESS_BYTES = 4 * 2**20  # 0.1 s at 42 MiB/s: starting a process takes longer
+AT_ONCE = 4  # processes, of 80 MiB each, however many cores the machine has
+AT_ONCE_BYTES = 512 * 2**20  # 12 s: proxies cut answers off after 60
+TICK_SECONDS = 1.0
+BEAT_SECONDS = 2.0
+LEASE_SECONDS = 15.0
+RETRY_SECONDS = 30.0
+GIVEN_UP_AFTER = timedelta(days=1)
+
+
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("checks at once")
+
+
+class Died(Exception):
+    """The process that checked a file ended without a report."""
+
+
+async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str, Any] | None:
+    """The report on rows that can be used; None: they are many, and are checked in the background.
+
+    Raises InvalidRequest naming the first bad line.
+    """
+    if stored.num_bytes > AT_ONCE_BYTES:
+        return None
+    try:
+        found = await _survey(stored.uri, stored.num_bytes, reading)
+    except Died:
+        log.exception("A check died")
+        raise Unavailable("The check of the file's rows died; send it again.", retry_after=5) from None
+    if found["refusal"]:
+        raise InvalidRequest(found["refusal"], param=param, code="invalid_file_format")
+    report: dict[str, Any] = found["report"]
+    return report
+
+
+async def _survey(
+    uri: str, num_bytes: int, reading: Reading, tell: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    if num_bytes <= IN_PROCESS_BYTES:
+        return await anyio.to_thread.run_sync(survey_file, uri, reading)
+    async with _processes():
+        return await _survey_apart(uri, reading, tell)
+
+
+def _processes() -> anyio.CapacityLimiter:
+    """At most AT_ONCE checks run at once in this control plane; others wait."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        _limiter.set(anyio.CapacityLimiter(min(AT_ONCE, max(2, os.cpu_count() or 1))))
+        return _limiter.get()
+
+
+async def _survey_apart(uri: str, reading: Reading, tell: Callable[[int], None] | None) -> dict[str, Any]:
+    command = (sys.executable, "-m", "services.control_plane.files.check_program", uri, reading.model_dump_json())
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, limit=2**24)
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        errors = asyncio.create_task(process.stderr.read())
+        found: dict[str, Any] = {}
+        async for line in process.stdout:
+            found = json.loads(line)
+            if tell is not None and "num_checked" in found:
+                tell(found["num_checked"])
+        if await process.wait() != 0 or "report" not in found:
+            raise Died(f"{uri}: exit status {process.returncode}: {(await errors)[-2000:].decode(errors='replace')}")
+        return found
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+class Surveyor:
+    """One runs in every control plane, and checks one file at a time."""
+
+    def __init__(self, store: Store, *, holder: str) -> None:
+        self._store, self._holder = store, holder
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self.tick()
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("The database does not answer; a check is tried again: %s", error)
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def tick(self) -> None:
+        async with self._store.begin() as session:
+            row = await self._claim(session)
+        if row is None:
+            return
+        failed = False
+        try:
+            await self._check(row)
+        except Exception as error:  # one file's trouble is not the others'
+            log.warning("A check is tried again in %d s, others meanwhile: %r", RETRY_SECONDS, error)
+            failed = True
+        finally:
+            async with self._store.begin() as session:
+                await store.release_lease(session, _lease(row), self._holder)
+                if failed:
+                    await store.hold_lease(session, _lease(row), "nobody", seconds=RETRY_SECONDS)
+
+    async def _claim(self, session: AsyncSession) -> File | None:
+        await session.execute(
+            update(File)
+            .where(text(UNCHECKED), File.created_at < func.now() - GIVEN_UP_AFTER)
+            .values(refusal="Its rows could not be checked for a day; upload it again.")
+        )
+        oldest = select(File).where(text(UNCHECKED)).order_by(File.created_at).limit(20)
+        for row in await session.scalars(oldest):
+            if await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS):
+                return row
+        return None
+
+    async def _check(self, row: File) -> None:
+        """Survey the file while the lease is held; what was found is written once."""
+        num_checked = 0
+
+        def tell(num_bytes: int) -> None:
+            nonlocal num_checked
+            num_checked = num_bytes
+
+        checking = asyncio.create_task(_survey(row.uri, row.num_bytes, reading_of(row), tell))
+        try:
+            while not (await asyncio.wait({checking}, timeout=BEAT_SECONDS))[0]:
+                if not await self._beat(row, num_checked):
+                    return
+            await self._conclude(row, **await checking)
+        finally:
+            checking.cancel()
+            await asyncio.gather(checking, return_exceptions=True)
+
+    async def _conclude(self, row: File, **found: Any) -> None:
+        try:
+            await self._write(row, **found, num_checked=row.num_bytes)
+        except DBAPIError as error:
+            if not store.refuses_value(error):
+                raise
+            refusal = "What its check found cannot be kept: it quotes a NUL character or the like; remove that."
+            await self._write(row, refusal=refusal, num_checked=row.num_bytes)
+
+    async def _beat(self, row: File, num_checked: int) -> bool:
+        """False where the check is another's now, or the file is gone."""
+        async with self._store.begin() as session:
+            held = await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS)
+        return held and await self._write(row, num_checked=num_checked)
+
+    async def _write(self, row: File, **values: Any) -> bool:
+        async with self._store.begin() as session:
+            statement = update(File).where(text(UNCHECKED), File.id == row.id).values(**values).returning(File.id)
+            return await session.scalar(statement) is not None
+
+
+def _lease(row: File) -> str:
+    return f"check of {row.id}"

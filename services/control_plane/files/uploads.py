@@ -1,0 +1,169 @@
+"""Files that arrive in parts: each part is an object in storage, until the file is completed, cancelled or expires."""
+
+import io
+import secrets
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, BinaryIO, cast
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services import storage
+from services.control_plane.core.errors import InvalidRequest, NotFound
+from services.control_plane.core.store import wait_long
+from services.control_plane.core.tables import File, Upload, UploadPart, reading_of
+from services.control_plane.files import files, row_check
+from services.control_plane.files.files import Stored
+from services.control_plane.settings import Settings
+
+PENDING_FOR = timedelta(hours=1)
+PART_BYTES = 64 * 2**20  # the client's own part size
+MOST_PARTS = 10_000
+
+
+def folder(upload_id: str, settings: Settings) -> str:
+    """Where its parts lie."""
+    return storage.join(settings.storage_url, "uploads", upload_id)
+
+
+async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) -> Upload:
+    """The row of a new upload. Its bytes are counted towards the project's quota from now on."""
+    await files.reserve(session, project_id, wanted["num_bytes"], param="bytes")
+    now = await session.scalar(select(func.clock_timestamp()))
+    assert now is not None
+    upload_id = f"upload_{secrets.token_hex(12)}"
+    row = Upload(id=upload_id, created_at=now, expires_at=now + PENDING_FOR, project_id=project_id, **wanted)
+    session.add(row)
+    await session.flush()
+    return row
+
+
+async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> tuple[Upload, str]:
+    """The upload and its state by the database's clock. With `lock`, only the caller may end it."""
+    query = select(Upload).where(Upload.id == upload_id)
+    if lock:
+        query = query.with_for_update(key_share=True)  # parts that name it may still be added
+    if (row := await session.scalar(query)) is None:
+        raise NotFound(f"No such Upload object: {upload_id}", param="upload_id", code="upload_not_found")
+    over = row.state == "pending" and await session.scalar(select(func.clock_timestamp() > row.expires_at))
+    return row, "expired" if over else row.state
+
+
+async def file_of(session: AsyncSession, row: Upload) -> File | None:
+    """What it was completed to, unless that is gone."""
+    return await session.scalar(select(File).where(File.id == row.file_id, File.alive()))
+
+
+def check_pending(row: Upload, state: str, wish: str) -> None:
+    if state != "pending":
+        raise InvalidRequest(f"{row.id} is {state} and cannot be {wish}; create another upload.", param="upload_id")
+
+
+async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> UploadPart:
+    """The row of a part. Raises InvalidRequest where the upload has ended, or holds too much already."""
+    await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(upload_id, 0))))  # parts, in turn
+    row, state = await find(session, upload_id)
+    check_pending(row, state, "added to")
+    sums = select(func.count(), func.sum(UploadPart.num_bytes)).where(UploadPart.upload_id == upload_id)
+    count, sent = (await session.execute(sums)).one()
+    total, most = int(sent or 0) + stored.num_bytes, 2 * row.num_bytes  # each part may be sent once more
+    if total > most:
+        message = f"The parts have {total} bytes; twice the {row.num_bytes} of the upload are the limit. Cancel it."
+        raise InvalidRequest(message, param="data")
+    if count >= MOST_PARTS:
+        raise InvalidRequest(f"The upload has {count} parts, which is the limit; send larger ones.", param="data")
+    part = UploadPart(id=stored.id, upload_id=upload_id, num_bytes=stored.num_bytes, uri=stored.uri)
+    session.add(part)
+    await session.flush()
+    await session.refresh(part)
+    stored.named = True
+    return part
+
+
+async def complete(
+    session: AsyncSession, upload_id: str, part_ids: Sequence[str], md5: str | None, settings: Settings
+) -> tuple[Upload, File | None]:
+    """Join the parts to a file. The upload's lock is held meanwhile, so that a second try waits and finds it done."""
+    row, state = await find(session, upload_id, lock=True)
+    if state == "completed":
+        return row, await file_of(session, row)
+    check_pending(row, state, "completed")
+    parts = await _in_order(session, row, part_ids)
+    reading = reading_of(row)
+    await wait_long(session)
+    try:
+        stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
+    except FileNotFoundError:
+        message = f"The bytes of a part of {row.id} are gone from storage; create another upload and send all parts."
+        raise InvalidRequest(message, param="part_ids") from None
+    async with files.removed_unless_named(stored):
+        if md5 is not None and stored.md5 != md5.lower():
+            message = f"The parts have the MD5 {stored.md5}, not {md5:.64}; send the damaged ones again."
+            raise InvalidRequest(message, param="md5")
+        report = await row_check.report_of(stored, reading, param="part_ids")
+        file = await files.add(
+            session,
+            stored,
+            filename=row.filename,
+            purpose=row.purpose,
+            project_id=row.project_id,
+            life_seconds=row.file_seconds,
+            report=report,
+            reading=reading,
+        )
+    row.state, row.file_id = "completed", file.id
+    await session.flush()
+    return row, file
+
+
+async def cancel(session: AsyncSession, upload_id: str) -> Upload:
+    """Doing it twice gives the same answer."""
+    row, state = await find(session, upload_id, lock=True)
+    if state != "cancelled":
+        check_pending(row, state, "cancelled")
+        row.state = "cancelled"
+    return row
+
+
+async def expire(session: AsyncSession, most: int, settings: Settings) -> list[str]:
+    """End uploads whose hour is over; one that is being completed is left alone. Returns their folders."""
+    over = select(Upload).where(Upload.state == "pending", Upload.expires_at <= func.clock_timestamp())
+    rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True, key_share=True)))
+    for row in rows:
+        row.state = "expired"
+    return [folder(row.id, settings) for row in rows]
+
+
+async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
+    """A part may be named twice: where equal parts were sent again, the answer to both is one id."""
+    query = select(UploadPart).where(UploadPart.upload_id == row.id)
+    parts = {part.id: part for part in await session.scalars(query)}
+    for part_id in part_ids:
+        if part_id not in parts:
+            raise InvalidRequest(f"{part_id:.80} is no part of {row.id}.", param="part_ids")
+    ordered = [parts[part_id] for part_id in part_ids]
+    if (total := sum(part.num_bytes for part in ordered)) != row.num_bytes:
+        message = f"The parts have {total} bytes, the upload was created with {row.num_bytes}; add what is missing."
+        raise InvalidRequest(message, param="part_ids")
+    return ordered
+
+
+class Joined(io.RawIOBase):
+    """Parts read one after the other."""
+
+    def __init__(self, parts: Sequence[UploadPart]) -> None:
+        self._left = [part.uri for part in reversed(parts)]
+        self._open: BinaryIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._open or self._left:
+            self._open = self._open or storage.open_input(self._left.pop())
+            if taken := self._open.readinto(buffer):  # type: ignore[attr-defined]
+                return int(taken)
+            self._open.close()
+            self._open = None
+        return 0

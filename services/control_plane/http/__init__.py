@@ -1,0 +1,1 @@
+"""What every request passes: limits, the caller's key, idempotency, the access log."""

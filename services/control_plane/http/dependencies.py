@@ -1,0 +1,111 @@
+"""What routes are given: the parts wired in `app`, and the caller's key checked."""
+
+from collections.abc import Collection
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Query, Request
+from fastapi.dependencies.utils import get_flat_dependant
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
+
+from services.control_plane.auth import scopes
+from services.control_plane.auth.authentication import Authentication
+from services.control_plane.auth.keys import Caller
+from services.control_plane.core.errors import Forbidden, InvalidRequest, Unauthorized
+from services.control_plane.core.store import ProjectStore, Store
+from services.control_plane.http.idempotency import Once
+from services.control_plane.http.rate_limit import Rates
+from services.control_plane.ray_api import Launcher
+from services.control_plane.settings import Settings
+
+bearer = HTTPBearer(auto_error=False)
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+Limit = Annotated[int, Query(ge=1, le=100)]  # items on one page
+
+
+async def _settings(request: Request) -> Settings:
+    return cast(Settings, request.app.state.settings)
+
+
+async def _store(request: Request) -> Store:
+    return cast(Store, request.app.state.store)
+
+
+async def _launcher(request: Request) -> Launcher:
+    return cast(Launcher, request.app.state.launcher)
+
+
+SettingsPart = Annotated[Settings, Depends(_settings)]
+ServiceStorePart = Annotated[Store, Depends(_store)]
+LauncherPart = Annotated[Launcher, Depends(_launcher)]
+
+
+async def admit(request: Request, credentials: Bearer) -> Caller:
+    """Whoever asks, if the key lives, is within its rate, and has the scope that the route needs.
+
+    It takes its parts from the app: FastAPI would walk through dependencies again for each part that needs a caller.
+    """
+    parts = request.app.state
+    if credentials is None or not credentials.credentials:
+        message = "You didn't provide an API key. Send it in the header `Authorization: Bearer YOUR_KEY`."
+        raise Unauthorized(message, code="invalid_api_key")
+    caller = request.state.caller = await cast(Authentication, parts.authentication).caller(credentials.credentials)
+    settings = cast(Settings, parts.settings)
+    _check_named(request, "organization", settings.organization)
+    _check_named(request, "project", caller.project_id)
+    if limit := caller.requests_per_minute or settings.requests_per_minute:
+        request.state.headers |= cast(Rates, parts.rates).take(caller.key_id, limit)
+    _check_scope(request, caller)
+    return caller
+
+
+def _check_named(request: Request, what: str, own: str) -> None:
+    """OpenAI's clients may name where they believe the key to be."""
+    if (named := request.headers.get(f"openai-{what}")) not in (None, own):
+        message = f"OpenAI-{what.capitalize()} is '{named}', but the key is of '{own}'; leave the header out."
+        raise Unauthorized(message, code=f"mismatched_{what}")
+
+
+def _check_scope(request: Request, caller: Caller) -> None:
+    path = request.scope["route"].path
+    if (scope := scopes.needed(request.method, path)) not in caller.scopes:
+        has = ", ".join(sorted(caller.scopes)) or "none"
+        message = f"{request.method} {path} needs a key with the scope '{scope}'; this one has {has}."
+        raise Forbidden(message, code="missing_scope")
+
+
+CallerPart = Annotated[Caller, Depends(admit)]
+
+
+def _names(param: Any) -> Collection[str]:
+    """Of one field of FastAPI's, which may be a model of several."""
+    kind = param.field_info.annotation
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [field.alias or name for name, field in kind.model_fields.items()]
+    return [param.alias]
+
+
+async def check_query(request: Request) -> None:
+    """Raises InvalidRequest for a parameter that the route does not read. `a[b]` is one of `a`."""
+    route = cast(APIRoute, request.scope["route"])
+    if not request.query_params or not route.include_in_schema:
+        return
+    known = {name for param in get_flat_dependant(route.dependant).query_params for name in _names(param)}
+    for name in request.query_params:
+        if name.partition("[")[0] not in known:
+            raise InvalidRequest(f"Unknown parameter: '{name:.80}'.", param=name[:80], code="unknown_parameter")
+
+
+async def _project_store(request: Request, caller: CallerPart) -> ProjectStore:
+    return ProjectStore(request.app.state.store, caller.project_id)
+
+
+StorePart = Annotated[ProjectStore, Depends(_project_store)]
+
+
+async def _once(request: Request, caller: CallerPart) -> Once:
+    return Once(request, await _project_store(request, caller), caller)
+
+
+OncePart = Annotated[Once, Depends(_once)]

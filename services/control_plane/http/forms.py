@@ -1,0 +1,74 @@
+"""Requests that carry a file: read after the key is checked, to disk, and within bounds."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from services.control_plane.core.errors import InvalidRequest, TooLarge
+from services.control_plane.http.limits import Body
+
+FIELDS, FIELD_BYTES = 16, 4096  # of what comes beside the file
+OVERHEAD_BYTES = 2**17  # of boundaries, headers and fields
+
+
+@dataclass(frozen=True)
+class Form:
+    """`fields` hold what comes beside the file; `a[b]` is b in a."""
+
+    source: BinaryIO
+    num_bytes: int
+    filename: str
+    fields: dict[str, Any]
+
+
+@asynccontextmanager
+async def read_form(request: Request, part: str, *, most: int, remedy: str) -> AsyncIterator[Form]:
+    """The multipart body of a request, whose file of at most `most` bytes is the part of that name."""
+    body: Body = request.state.body
+    body.spool(most + OVERHEAD_BYTES, remedy)
+    try:
+        form = await request.form(max_files=1, max_fields=FIELDS, max_part_size=FIELD_BYTES)
+    except HTTPException as error:
+        raise InvalidRequest(f"The multipart body cannot be read: {error.detail}") from None
+    except ClientDisconnect:
+        raise InvalidRequest("The connection was closed before the body was complete.") from None
+    try:
+        items = form.multi_items()
+        file = next((value for name, value in items if name == part and isinstance(value, UploadFile)), None)
+        if file is None:
+            message = f"Missing required parameter: '{part}', a part of a multipart form that has a file name."
+            raise InvalidRequest(message, param=part, code="missing_required_parameter")
+        num_bytes = file.size or 0
+        if num_bytes > most:
+            raise TooLarge(f"{part} has {num_bytes} bytes; the limit is {most}. {remedy}", param=part)
+        fields = _nested([(name, value) for name, value in items if value is not file])
+        yield Form(file.file, num_bytes, file.filename or "", fields)
+    finally:
+        await form.close()
+        body.give_back()
+
+
+def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in items:
+        *outer, last = name.removesuffix("]").replace("][", "[").split("[")
+        place: Any = fields
+        for key in outer:
+            place = place.setdefault(key, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last in place:
+            raise InvalidRequest(f"'{name:.80}' stands twice; send it once.", param=name[:80])
+        place[last] = value
+    return fields
+
+
+def multipart(part: str, *fields: str) -> dict[str, Any]:
+    """The body as the OpenAPI document shows it."""
+    properties = {part: {"type": "string", "format": "binary"}} | {name: {"type": "string"} for name in fields}
+    schema = {"type": "object", "properties": properties, "required": [part, *fields[:1]]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

@@ -1,0 +1,38 @@
+"""/healthz: the process answers. /readyz: it can do its work."""
+
+import asyncio
+
+from fastapi import APIRouter
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.control_plane.core.errors import Unavailable
+from services.control_plane.core.store import Store, check
+from services.control_plane.http.dependencies import ServiceStorePart
+
+router = APIRouter()
+READY_SECONDS = 4.0
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(store: ServiceStorePart) -> dict[str, str]:
+    """Ready means that the database takes reads and writes. Without Ray, jobs are taken and wait."""
+    checking = asyncio.create_task(_check(store))
+    done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
+    checking.cancel()  # nobody waits until that is done, either
+    if not done or not checking.result():
+        raise Unavailable("The database does not answer, or takes no writes.", retry_after=5)
+    return {"status": "ready"}
+
+
+async def _check(store: Store) -> bool:
+    try:
+        async with store.begin() as session:
+            await check(session)
+    except (SQLAlchemyError, OSError):
+        return False
+    return True

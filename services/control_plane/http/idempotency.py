@@ -1,0 +1,176 @@
+"""A retry acts once: what a request changed, the answer to it and who asked are written in one transaction.
+
+Two ways to know a retry: the header `Idempotency-Key`, and the count that OpenAI's clients send with each of their
+silent resends, `x-stainless-retry-count`.
+"""
+
+import json
+import time
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import Interval, bindparam, delete, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.auth.keys import Caller, digest
+from services.control_plane.core.errors import InFlight, InvalidRequest
+from services.control_plane.core.store import ProjectStore, append
+from services.control_plane.core.tables import Answer, AuditEntry, Project
+
+KEPT = timedelta(hours=24)
+RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and a little before it sends again
+LONGEST_KEY = 255
+
+# Of every request that changes something; to build them takes as long as to ask them.
+NAME = func.hashtextextended(bindparam("name"), 0)
+TURN, SHARED_TURN = (
+    select(Project, func.now().label("now"), take(NAME)).where(Project.id == bindparam("project_id"))
+    for take in (func.pg_advisory_xact_lock, func.pg_advisory_xact_lock_shared)
+)
+# Of every project: the admins of several may change one object.
+NEWEST_ABOUT = (
+    select(Answer.__table__)
+    .where(Answer.__table__.c.object_id == bindparam("object_id"))
+    .order_by(Answer.__table__.c.id.desc())
+    .limit(1)
+    .subquery()
+)
+NEWEST_OF_SAME, STILL_THE_NEWEST = (
+    select(answers.c.body)
+    .where(answers.c.project_id == bindparam("project_id"), answers.c.request == bindparam("request"))
+    .where(answers.c.content == bindparam("content"))
+    .where(answers.c.retry_count != bindparam("retry_count"))
+    .where(answers.c.created_at > func.clock_timestamp() - bindparam("within", type_=Interval))
+    .order_by(answers.c.id.desc())
+    .limit(1)
+    for answers in (Answer.__table__, NEWEST_ABOUT)
+)
+
+
+class Once:
+    """One request that changes something."""
+
+    def __init__(self, request: Request, store: ProjectStore, caller: Caller) -> None:
+        self._request, self._store, self._caller = request, store, caller
+        self._began = time.monotonic()
+        self._what = digest(f"{caller.key_id} {request.method} {request.url.path}")
+        self._retry_count = _retry_count(request)
+
+    async def act(
+        self,
+        work: Callable[[AsyncSession], Awaitable[dict[str, Any]]],
+        *,
+        changes: str | None = None,
+        content: str | None = None,
+        secret: str | None = None,
+    ) -> JSONResponse:
+        """The answer of `work`, or that of an earlier send of the same request.
+
+        `work` never commits; if it raises, nothing is kept. `changes` is the id of the object that it changes, None
+        where it makes one: a silent resend of a change acts again if the object was changed otherwise since.
+        `content` stands for a body that is not JSON. The field `secret` of the answer is told once and not kept: a
+        later answer has null there.
+        """
+        key = self._key()
+        sent = digest(content if content is not None else await self._body())
+        async with self._store.begin() as session:
+            if key is not None:
+                await self._take_key(session, key)
+                earlier = found.body if (found := await self._answer_of(session, key, sent)) else None
+            else:
+                await self._take_turn(session, sent)
+                earlier = await self._earlier(session, sent, changes)
+            if earlier is not None:
+                header = "x-raydpo-deduplicated" if key is None else "idempotent-replayed"
+                return JSONResponse(earlier, headers={header: "true"})
+            body = await work(session)
+            kept = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
+            kept.object_id = changes
+            kept.body = body if secret is None else {**body, secret: None}
+            append(session, kept)
+            append(session, self._entry(body))
+        return JSONResponse(body)
+
+    def _entry(self, body: dict[str, Any]) -> AuditEntry:
+        """About what the answer names or, where that is a list, what the path names."""
+        request = self._request
+        named = body.get("id") or next(reversed(request.path_params.values()), None)
+        return AuditEntry(
+            project_id=self._caller.project_id,
+            key_id=self._caller.key_id,
+            request_id=request.state.request_id,
+            action=f"{request.method} {request.scope['route'].path}",
+            object_id=named,
+            status=200,
+        )
+
+    async def _body(self) -> str:
+        """Without what does not matter: the order of keys, and spaces."""
+        raw = await self._request.body()
+        return json.dumps(json.loads(raw), sort_keys=True) if raw else ""
+
+    # --- Idempotency-Key ---------------------------------------------------------------------------
+
+    def _key(self) -> str | None:
+        key = self._request.headers.get("idempotency-key")
+        if key is not None and not 0 < len(key) <= LONGEST_KEY:
+            message = f"Idempotency-Key has {len(key)} characters; it must have 1 to {LONGEST_KEY}."
+            raise InvalidRequest(message, param="Idempotency-Key")
+        return key
+
+    async def _take_key(self, session: AsyncSession, key: str) -> None:
+        name = func.hashtextextended(f"{self._store.project_id} {key}", 0)
+        if not await session.scalar(select(func.pg_try_advisory_xact_lock(name))):
+            raise InFlight("A request with this Idempotency-Key is being answered; send it again.")
+
+    async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
+        query = select(Answer, Answer.created_at > func.now() - KEPT).where(Answer.idempotency_key == key)
+        if (found := (await session.execute(query)).first()) is None:
+            return None
+        answer, alive = found
+        if not alive:
+            await session.execute(delete(Answer).where(Answer.id == answer.id))
+            return None
+        if (answer.request, answer.content) != (self._what, sent):
+            message = f"Idempotency-Key '{key}' came with another request before; use a new key for a new request."
+            raise InvalidRequest(message, param="Idempotency-Key", code="idempotency_key_in_use")
+        return answer
+
+    # --- silent resends ----------------------------------------------------------------------------
+
+    async def _take_turn(self, session: AsyncSession, sent: str) -> None:
+        """First sends do not wait for each other; a resend waits for all, and all for it.
+
+        The same trip brings what the session then knows: the project, for those who look at its limits, and the time.
+        """
+        about = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
+        turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, about)).one()
+        session.info.update(project=turn.Project, now=turn.now)
+
+    async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
+        """What another send led to. A first send is another's only if one of its resends overtook it on the way."""
+        arrived = timedelta(seconds=time.monotonic() - self._began)
+        about: dict[str, Any] = {
+            "project_id": self._store.project_id,
+            "request": self._what,
+            "content": sent,
+            "retry_count": self._retry_count,
+            "within": RESENT_WITHIN if self._retry_count else arrived,
+            "object_id": changes,
+        }
+        final = changes is None or self._request.method == "DELETE"  # nothing undoes it
+        return await session.scalar(NEWEST_OF_SAME if final else STILL_THE_NEWEST, about)
+
+
+def _retry_count(request: Request) -> int:
+    """0 for a first send, and for clients that do not say."""
+    given = request.headers.get("x-stainless-retry-count", "")
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
+
+
+async def forget_old(session: AsyncSession) -> None:
+    """Answers are kept for a day."""
+    await session.execute(delete(Answer).where(Answer.created_at < func.now() - KEPT))

@@ -1,0 +1,88 @@
+"""The HTTP protocol of the server: uvicorn's, with bounds on what comes before a body, and on who does not read."""
+
+import asyncio
+import json
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from services.control_plane.core.errors import envelope
+from services.control_plane.http.limits import SLOWEST
+
+HEAD_BYTES = 2**16  # of request line and headers
+HEAD_SECONDS = 30.0
+
+
+class Protocol(HttpToolsProtocol):
+    """A connection whose client must say within half a minute, in 64 KiB, what it wants, and must read the answer."""
+
+    _head_bytes: int | None = 0  # None: the head is complete
+    _head_timer: asyncio.TimerHandle | None = None
+    _unread: int | None = None  # bytes that could not be sent when it was looked last; None: all were sent
+    _read_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # writing is paused as soon as something cannot be sent
+        self._expect_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is None or self.transport.is_closing():
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > HEAD_BYTES:
+            self.send_400_response(f"Request line and headers have more than {HEAD_BYTES} bytes; send less.")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._all_read()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        self._all_read()
+        super().resume_writing()
+
+    def _expect_reading(self) -> None:
+        """Cut the connection where too little was read since the last look: closing it would wait for the reader."""
+        stall: float = self.config.app.state.settings.stall_seconds  # type: ignore[union-attr]  # the app it was given
+        unread = self.transport.get_write_buffer_size()
+        if self._unread is not None and self._unread - unread < stall * SLOWEST:
+            self.transport.abort()
+            return
+        self._unread, self._read_timer = unread, self.loop.call_later(stall, self._expect_reading)
+
+    def _all_read(self) -> None:
+        self._unread = None
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """The envelope, where no application is asked."""
+        body = json.dumps(envelope(msg, "invalid_request_error")).encode()
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
+        self.transport.close()
+
+    def _expect_head(self) -> None:
+        self._head_bytes = 0
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

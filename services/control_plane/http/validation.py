@@ -1,0 +1,59 @@
+"""Checks of request bodies: each refusal names the field, what is wrong, and what is known there."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+
+from dpo_core.options import InvalidOption
+from services.control_plane.core.errors import InvalidRequest
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+Parsed = TypeVar("Parsed")
+
+
+@functools.cache  # to make one takes milliseconds
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] | None = None) -> Parsed:
+    try:
+        parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise refused(first, first["loc"], where, paths) from None
+    return parsed
+
+
+def refused(
+    error: Mapping[str, Any], location: Sequence[str | int], where: str = "", paths: Mapping[str, str] | None = None
+) -> InvalidRequest:
+    """A pydantic error as OpenAI words it: the dotted path of the field, a code, and what is wrong."""
+    cause = error.get("ctx", {}).get("error")
+    path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
+    param = (paths or {}).get(path[-1]) if path else None
+    param = param or ".".join([*([where] if where else []), *path])
+    if error["type"] == "extra_forbidden":
+        return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+    if error["type"] == "missing":
+        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    reason = str(cause) if cause else f"{error['msg']}, but it is {error['input']!r:.80}."
+    return InvalidRequest(f"Invalid value for '{param}': {reason}", param=param)
+
+
+def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(
+                f"Unknown parameter: '{where}.{name}'. Known here: {', '.join(sorted(known))}.",
+                param=f"{where}.{name}",
+                code="unknown_parameter",
+            )

@@ -1,0 +1,1 @@
+"""Fine-tuning jobs: what a request asks for, and what a client is shown."""

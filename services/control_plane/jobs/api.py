@@ -1,0 +1,167 @@
+"""/v1/fine_tuning/jobs"""
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, cast
+
+from fastapi import APIRouter, Depends, Request, Response
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.options import Objective
+from services import tracing
+from services.contract import MIN_EXAMPLES, JobSpec
+from services.control_plane.auth.keys import Caller
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.responses import listing
+from services.control_plane.core.store import page
+from services.control_plane.core.tables import Checkpoint, Event, File, Job, reading_of
+from services.control_plane.files import files
+from services.control_plane.http.dependencies import (
+    CallerPart,
+    Limit,
+    OncePart,
+    SettingsPart,
+    StorePart,
+)
+from services.control_plane.http.idempotency import Once
+from services.control_plane.jobs import jobs
+from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.jobs.requests import CreateJob
+from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
+from services.control_plane.models import models
+from services.control_plane.settings import Settings
+from services.control_plane.tenants import quotas
+
+router = APIRouter(prefix="/fine_tuning/jobs")
+
+
+async def _lookups(request: Request) -> Lookups:
+    return cast(Lookups, request.app.state.lookups)
+
+
+LookupsPart = Annotated[Lookups, Depends(_lookups)]
+
+
+@router.post("")
+async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
+    spec = body.spec()
+    if spec.is_at_uri:
+        await files.check_uri(spec.training_file, settings)
+
+    async def submit(session: AsyncSession) -> dict[str, Any]:
+        model = await models.find(session, settings, spec.model)
+        checked = await _check_files(session, spec)
+        await quotas.admit_job(session)
+        return job_object(await jobs.submit(session, checked, model, caller.key_id), settings)
+
+    with tracing.span("submit job"):
+        return await once.act(submit)
+
+
+async def _check_files(session: AsyncSession, spec: JobSpec) -> JobSpec:
+    """The spec, with how an uploaded training file is read."""
+    if not spec.is_at_uri:
+        file = await files.find_checked(session, spec.training_file, param="training_file")
+        _check_file(file, spec.config.objective, "training_file")
+        _check_size(file)
+        spec = spec.model_copy(update=dict(reading_of(file)))
+    if spec.validation_file:
+        held_out = await files.find_checked(session, spec.validation_file, param="validation_file")
+        _check_file(held_out, spec.config.objective, "validation_file")
+    return spec
+
+
+def _check_file(file: File, objective: Objective, param: str) -> None:
+    """An upload's rows must be of the kind that the objective learns from; a job checks a URI's."""
+    code, report = f"invalid_{param}", file.report
+    assert report is not None
+    learns_from = objective.traits.learns_from
+    if report["kind"] not in learns_from:
+        kinds = " or ".join(learns_from)
+        message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}."
+        raise InvalidRequest(message, param=param, code=code)
+    if report.get("num_margins") and not objective.traits.takes_margins:
+        message = f"{file.id} has margins; method '{objective.type}' takes none. Remove them, or use dpo."
+        raise InvalidRequest(message, param=param, code=code)
+
+
+def _check_size(file: File) -> None:
+    if file.report and file.report["num_rows"] < MIN_EXAMPLES:
+        rows = file.report["num_rows"]
+        message = f"Training file has {rows} example(s), but must have at least {MIN_EXAMPLES} examples"
+        raise InvalidRequest(message, param="training_file", code="invalid_n_examples")
+
+
+@router.get("")
+async def list_jobs(
+    request: Request,
+    store: StorePart,
+    settings: SettingsPart,
+    after: str | None = None,
+    limit: Limit = 20,
+    metadata: Literal["null"] | None = None,
+) -> dict[str, Any]:
+    """Newest first; `metadata[k]=v` keeps the jobs that carry it, `metadata=null` those that carry none."""
+    query = select(Job)
+    if metadata:
+        query = query.where(Job.spec["metadata"].astext.is_(None))
+    for name, value in request.query_params.multi_items():
+        if name.startswith("metadata["):
+            query = query.where(Job.spec["metadata"][name[9:].removesuffix("]")].astext == value)
+    async with store.look() as session:
+        keys = [Job.created_at, Job.id]
+        rows, more = await page(session, query, keys, after=after, limit=limit)
+    return listing([job_object(row, settings) for row in rows], more)
+
+
+@router.get("/{job_id}")
+async def retrieve(lookups: LookupsPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
+    return job_object(await lookups.job(caller.project_id, job_id), settings)
+
+
+async def _wish(
+    wish: Callable[[AsyncSession, str, str], Awaitable[Job]],
+    once: Once,
+    caller: Caller,
+    settings: Settings,
+    job_id: str,
+) -> Response:
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return job_object(await wish(session, job_id, caller.key_id), settings)
+
+    return await once.act(act, changes=job_id)
+
+
+@router.post("/{job_id}/cancel")
+async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.cancel, once, caller, settings, job_id)
+
+
+@router.post("/{job_id}/pause")
+async def pause(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.pause, once, caller, settings, job_id)
+
+
+@router.post("/{job_id}/resume")
+async def resume(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.resume, once, caller, settings, job_id)
+
+
+@router.get("/{job_id}/events")
+async def events(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
+    """Newest first."""
+    async with store.look() as session:
+        await jobs.find(session, job_id)
+        query = select(Event).where(Event.job_id == job_id)
+        rows, more = await page(session, query, [Event.id], cursor=Event.public_id, after=after, limit=limit)
+    return listing([event_object(row) for row in rows], more)
+
+
+@router.get("/{job_id}/checkpoints")
+async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
+    """Newest first."""
+    async with store.look() as session:
+        await jobs.find(session, job_id)
+        query = select(Checkpoint).where(Checkpoint.job_id == job_id)
+        rows, more = await page(session, query, [Checkpoint.step], cursor=Checkpoint.id, after=after, limit=limit)
+    return listing([checkpoint_object(row) for row in rows], more)

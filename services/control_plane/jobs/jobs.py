@@ -1,0 +1,265 @@
+"""The life of a job: every move it can make.
+
+    queued ──► running ──► succeeded | failed
+       ├── paused ──┤
+       └────────────┴────► cancelled
+
+A paused job goes back to queued. A move is one UPDATE whose WHERE names the states it may come from and the
+version it was decided on; it, its event and its line in the log of transitions share a database transaction.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services import tracing
+from services.contract import JobSpec, first_error, storable
+from services.control_plane.core.errors import InvalidRequest, NotFound
+from services.control_plane.core.store import append, now
+from services.control_plane.core.tables import TERMINAL, Event, Job, Transition
+from services.control_plane.models.models import NamedModel
+from services.control_plane.settings import Settings
+from services.control_plane.tenants import quotas
+from services.control_plane.webhooks import webhooks
+
+MOVES = {  # to: from
+    "queued": ("paused",),
+    "running": ("queued",),
+    "paused": ("queued", "running"),
+    "succeeded": ("running",),
+    "failed": ("queued", "running"),
+    "cancelled": ("queued", "running", "paused"),
+}
+
+
+class Stale(Exception):
+    """The job is not what a decision rested on; decide again."""
+
+
+async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor: str) -> Job:
+    """Write the job and its first events."""
+    job = Job(
+        id=f"ftjob-{secrets.token_hex(12)}",
+        spec=spec.model_dump(mode="json"),
+        model_source=model.source,
+        model_root=model.root,
+        traceparent=tracing.current(),
+        priority=spec.priority,
+    )
+    append(session, job)
+    job.created_at = await now(session)
+    _log(session, job.id, job.version, job.desired, job.observed, actor, "submitted")
+    tell(session, job.id, f"Created fine-tuning job: {job.id}")
+    validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"
+    tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
+    return job
+
+
+async def find(session: AsyncSession, job_id: str) -> Job:
+    job = await session.get(Job, job_id)
+    if job is None:
+        raise not_found(job_id)
+    return job
+
+
+def not_found(job_id: str) -> NotFound:
+    return NotFound(f"Could not find fine tune: {job_id}", param="fine_tuning_job_id", code="fine_tune_not_found")
+
+
+async def lock(session: AsyncSession, job: Job) -> Job:
+    """The job as it is now; nobody moves it before this transaction ends."""
+    return await session.get_one(Job, job.id, with_for_update=True, populate_existing=True)
+
+
+async def confirm(session: AsyncSession, job: Job) -> None:
+    """Locks the job. Raises Stale unless it is in the version that a decision rested on."""
+    version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
+    if version != job.version:
+        raise Stale(f"{job.id} is in version {version}, not {job.version}")
+
+
+async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
+    """Wish the job cancelled; one that does not run is cancelled at once."""
+    job = await lock(session, await find(session, job_id))
+    if job.observed in TERMINAL:
+        raise InvalidRequest(f"Job {job_id} has already {job.observed}; only a live job can be cancelled.")
+    if job.desired != "cancel":
+        await wish(session, job, "cancel", actor=actor, event="Cancellation requested")
+    if job.observed != "running":
+        await move(session, job, "cancelled", actor=actor, event="The job was cancelled")
+    await session.refresh(job)
+    return job
+
+
+async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
+    """Wish the job paused; one that does not run yet is paused at once."""
+    job = await lock(session, await find(session, job_id))
+    if job.observed not in ("queued", "running") or job.desired == "cancel":
+        raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a queued or a running job can be paused.")
+    if job.desired != "pause":
+        await wish(session, job, "pause", actor=actor, event="Pause requested")
+    if job.observed == "queued":
+        await move(session, job, "paused", actor=actor, event="The job is paused")
+    await session.refresh(job)
+    return job
+
+
+async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
+    """Wish the job run again. If it has not paused yet, it goes on. Raises OverQuota."""
+    job = await lock(session, await find(session, job_id))
+    if job.desired != "pause" or job.observed in TERMINAL:
+        raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a paused job can be resumed.")
+    if job.observed == "paused":
+        await quotas.admit_resumption(session, job.project_id)
+    await wish(session, job, "run", actor=actor, event="Resumption requested")
+    if job.observed == "paused":
+        await move(session, job, "queued", {"progress": None}, actor=actor, event="The job is queued again")
+    await session.refresh(job)
+    return job
+
+
+def _state(job: Job) -> str:
+    if job.observed == "running" and job.desired != "run":
+        return {"pause": "pausing", "cancel": "being cancelled"}[job.desired]
+    return job.observed
+
+
+async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, event: str) -> None:
+    """What the user wants of a job that is locked."""
+    job.desired, job.version = desired, job.version + 1
+    _log(session, job.id, job.version, desired, job.observed, actor, event)
+    tell(session, job.id, event)
+    await session.flush()
+
+
+async def move(
+    session: AsyncSession,
+    job: Job,
+    to: str,
+    values: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    actor: str,
+    event: str,
+    level: str = "info",
+) -> None:
+    """Move the job from where `job` saw it, and tell it. Raises Stale if it was moved or wished otherwise since."""
+    closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
+    statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)
+    statement = statement.values(observed=to, version=Job.version + 1, waits_for=None, **closing, **values)
+    moved = (await session.execute(statement.returning(Job.version, Job.desired))).first()
+    if moved is None:
+        raise Stale(f"{job.id} is no longer {job.observed} in version {job.version}")
+    _log(session, job.id, moved.version, moved.desired, to, actor, event)
+    tell(session, job.id, event, level=level)
+    await webhooks.announce(session, job, to)
+
+
+async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
+    """Say what keeps a queued job from starting, once."""
+    changed = update(Job).where(Job.id == job.id, Job.observed == "queued", Job.waits_for.is_distinct_from(what))
+    if (await session.execute(changed.values(waits_for=what).returning(Job.id))).first() is not None:
+        tell(session, job.id, f"Waiting for {what}")
+
+
+async def hold_back(session: AsyncSession, job: Job, what: str) -> None:
+    """Say what a running job waits for that has no attempt now."""
+    await session.execute(update(Job).where(Job.id == job.id).values(waits_for=what))
+
+
+def _log(
+    session: AsyncSession, job_id: str, version: int, desired: str, observed: str, actor: str, reason: str
+) -> None:
+    row = Transition(job_id=job_id, version=version, desired=desired, observed=observed, actor=actor, reason=reason)
+    append(session, row)
+
+
+def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
+    """Where a job's log leads: desired, observed, version. Raises ValueError at a step that no rule allows."""
+    for before, after in pairwise(transitions):
+        stays = before.observed == after.observed
+        if after.version != before.version + 1 or not (stays or before.observed in MOVES.get(after.observed, ())):
+            raise ValueError(f"{after.job_id}: no rule leads from {before.observed} to {after.observed}.")
+    last = transitions[-1]
+    return last.desired, last.observed, last.version
+
+
+async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
+    """Every wish and move of the job, in order."""
+    query = select(Transition).where(Transition.job_id == job_id).order_by(Transition.version)
+    return list(await session.scalars(query))
+
+
+async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
+    """Where an event of the job stands among them all."""
+    place = await session.scalar(select(Event.id).where(Event.public_id == event_id, Event.job_id == job_id))
+    if place is None:
+        raise InvalidRequest(f"{job_id} has no event '{event_id:.80}' to resume after.", param="Last-Event-ID")
+    return place
+
+
+def tell(
+    session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
+) -> None:
+    """An event of the service's own."""
+    append(session, Event(public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data))
+
+
+def new_event_id() -> str:
+    return f"ftevent-{secrets.token_hex(12)}"
+
+
+def fine_tuned_name(job: Job, settings: Settings) -> str:
+    """`ft:base:org:suffix:` and the job's own 24 digits: no two jobs have one, and it is known before training ends."""
+    digits = job.id.removeprefix("ftjob-")
+    return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digits}"
+
+
+def unreadable(job: Job) -> dict[str, str | None] | None:
+    """The error of a job that another release stored, in a way that this one does not understand."""
+    try:
+        JobSpec.model_validate(job.spec)
+    except ValidationError as error:
+        message = f"This release cannot read what the job asks for ({first_error(error)}); submit it again."
+        return {"code": "unreadable_job", "message": storable(message), "param": None}
+    return None
+
+
+WIRE_NAMES = {  # our metric keys, as OpenAI's events, checkpoints and result files spell them
+    "loss": "train_loss",
+    "mean_token_accuracy": "train_mean_token_accuracy",
+    "rewards/accuracies": "train_reward_accuracy",
+    "rewards/margins": "train_reward_margin",
+    "rewards/chosen": "rewards_chosen",
+    "rewards/rejected": "rewards_rejected",
+    "logps/chosen": "logps_chosen",
+    "logps/rejected": "logps_rejected",
+    "grad_norm": "grad_norm",
+    "lr": "learning_rate",
+    "tokens_per_second": "tokens_per_second",
+    "eval/loss": "full_valid_loss",
+    "eval/mean_token_accuracy": "full_valid_mean_token_accuracy",
+    "eval/rewards/accuracies": "full_valid_reward_accuracy",
+    "eval/rewards/margins": "full_valid_reward_margin",
+}
+
+
+def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics by the names that existing parsers look for; ours without such a name keep theirs.
+
+    OpenAI evaluates a sample at most steps and all of the validation file at some; here it is always all,
+    which therefore stands under the sample's names, too.
+    """
+    found = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
+    return found | {key.removeprefix("full_"): value for key, value in found.items() if key.startswith("full_valid_")}
+
+
+async def metrics_of(session: AsyncSession, job_id: str) -> list[dict[str, Any]]:
+    """The data of every metrics event, by step."""
+    query = select(Event.data).where(Event.job_id == job_id, Event.step.is_not(None)).order_by(Event.step)
+    return [data for data in await session.scalars(query) if data is not None]

@@ -1,0 +1,31 @@
+"""Jobs by their ids, as clients that poll ask for them: who asks at the same moment shares a statement."""
+
+from functools import partial
+
+from sqlalchemy import ARRAY, Text, any_, literal, select
+
+from services.control_plane.core.batching import Together
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Job
+from services.control_plane.jobs.jobs import not_found
+
+
+class Lookups:
+    """Of one process. Each project's are asked for by themselves."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._projects: dict[str, Together[Job]] = {}
+
+    async def job(self, project_id: str, job_id: str) -> Job:
+        """Raises NotFound."""
+        if project_id not in self._projects:
+            self._projects[project_id] = Together(partial(self._find, project_id))
+        if (job := await self._projects[project_id].get(job_id)) is None:
+            raise not_found(job_id)
+        return job
+
+    async def _find(self, project_id: str, job_ids: list[str]) -> dict[str, Job]:
+        async with self._store.look_for(project_id) as session:
+            query = select(Job).where(Job.id == any_(literal(job_ids, ARRAY(Text()))))
+            return {job.id: job for job in await session.scalars(query)}

@@ -1,0 +1,212 @@
+"""The body of a request for a job. Unknown fields are refused by name, values by their limits."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+)
+
+from dpo_core.config import Optim, TrainConfig
+from dpo_core.options import OBJECTIVES, Objective, RewardObjective
+from services.contract import Integrations, JobSpec, Mlflow, Reading, ReferenceSource, WandbIntegration
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.files.requests import READING, reading
+from services.control_plane.http.validation import Text, parse, refuse_unknown
+
+# Where each option of a training run stands in a request; those of the objective join the first.
+HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
+
+
+EXTENSIONS = {
+    "dataset",
+    "num_workers",
+    "priority",
+    "max_length",
+    "truncation",
+    "reference",
+    "max_tokens_per_pack",
+    "activation_checkpointing",
+    "sharding",
+    "checkpoint_steps",
+    "validation_share",
+    "tensorboard",
+    "mlflow",
+    *READING,
+} | {field.name for field in fields(Optim)} - HYPERPARAMETERS
+
+
+Workers = Annotated[int, Field(ge=1, le=1024)]
+
+
+Priority = Annotated[int, Field(ge=-10, le=10)]
+
+
+Share = Annotated[float, Field(gt=0, le=0.5)]
+
+
+Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+METHODS = [kind for kind, cls in OBJECTIVES.items() if cls not in get_args(RewardObjective)]  # these are not served
+
+
+class Method(BaseModel):
+    """`{"type": "dpo", "dpo": {"hyperparameters": {…}}}`: the second key is named by the first."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+    def hyperparameters(self) -> dict[str, Any]:
+        options = dict(self.__pydantic_extra__ or {})
+        refuse_unknown(options, {self.type}, "method")
+        own = parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
+        refuse_unknown(own, {"hyperparameters"}, f"method.{self.type}")
+        return parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
+
+
+class Reference(BaseModel):
+    """`x_raydpo.reference`."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: ReferenceSource = "auto"
+
+
+class CreateJob(BaseModel):
+    """Body of POST /fine_tuning/jobs."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Text
+    training_file: Text | None = None  # may be left out where x_raydpo.dataset says it, or repeat that
+    validation_file: Text | None = None
+    method: Method | None = None
+    hyperparameters: dict[str, Any] | None = None  # the older place for those of `supervised`
+    suffix: Suffix | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Metadata | None = None
+    x_raydpo: dict[str, Any] | None = None
+    integrations: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] | None = None
+
+    def spec(self) -> JobSpec:
+        """The job asked for, every value checked. Raises InvalidRequest naming the field."""
+        if self.validation_file and self.validation_file == self.training_file:
+            message = f"validation_file is the training file, {self.training_file}; send one with other rows."
+            raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
+        kind = self.method.type if self.method else "supervised"
+        if kind not in METHODS:
+            message = f"method.type '{kind}' is not supported; it must be one of {', '.join(METHODS)}."
+            raise InvalidRequest(message, param="method.type", code="unsupported_value")
+        if self.method and self.hyperparameters:
+            message = "hyperparameters is the older spelling of method.<type>.hyperparameters; send one of them."
+            raise InvalidRequest(message, param="hyperparameters")
+        given = self.method.hyperparameters() if self.method else self.hyperparameters or {}
+        where = f"method.{kind}.hyperparameters" if self.method else "hyperparameters"
+        extension = self.x_raydpo or {}
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        config = train_config(kind, given, where, extension, seed)
+        workers = parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
+        reference = parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
+        priority = parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
+        how = self._reading()
+        named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
+        return JobSpec(
+            **named,
+            training_file=self._training_file(),
+            config=config,
+            num_workers=workers,
+            priority=priority,
+            reference_source=reference.source,
+            validation_share=self._validation_share(),
+            invalid_rows=how.invalid_rows,
+            columns=how.columns,
+            integrations=self._integrations(),
+        )
+
+    def _integrations(self) -> Integrations:
+        extension = self.x_raydpo or {}
+        mlflow = extension.get("mlflow")
+        return Integrations(
+            wandb=self.integrations or (),
+            mlflow=None if mlflow is None else parse(Mlflow, mlflow, "x_raydpo.mlflow"),
+            tensorboard=parse(StrictBool, extension.get("tensorboard", False), "x_raydpo.tensorboard"),
+        )
+
+    def _validation_share(self) -> float:
+        share = (self.x_raydpo or {}).get("validation_share")
+        if share is None:
+            return 0.0
+        where = "x_raydpo.validation_share"
+        if self.validation_file:
+            raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
+        return parse(Share, share, where)
+
+    def _reading(self) -> Reading:
+        extension = self.x_raydpo or {}
+        if extension.get("dataset") is None and (given := READING.intersection(extension)):
+            where = f"x_raydpo.{min(given)}"
+            message = f"{where} is said when a file is uploaded, in x_raydpo there; here it is for x_raydpo.dataset."
+            raise InvalidRequest(message, param=where)
+        return reading(extension)
+
+    def _training_file(self) -> str:
+        """The id of an uploaded file, or a URI."""
+        if (given := (self.x_raydpo or {}).get("dataset")) is not None:
+            uri = parse(Text, given, "x_raydpo.dataset")
+            if "://" not in uri:
+                message = f"x_raydpo.dataset is '{uri:.80}', which is no URI; an uploaded file goes into training_file."
+                raise InvalidRequest(message, param="x_raydpo.dataset")
+            if self.training_file not in (None, uri):
+                message = "training_file and x_raydpo.dataset differ; leave one out, or send the URI in both."
+                raise InvalidRequest(message, param="training_file")
+            return uri
+        if self.training_file is None:
+            message = "Missing required parameter: 'training_file'."
+            raise InvalidRequest(message, param="training_file", code="missing_required_parameter")
+        if "://" in self.training_file:
+            message = "training_file is a URI; send it in x_raydpo.dataset as well."
+            raise InvalidRequest(message, param="training_file")
+        return self.training_file
+
+
+def train_config(
+    kind: str, hyperparameters: Mapping[str, Any], where: str, extension: Mapping[str, Any], seed: int
+) -> TrainConfig:
+    """The run that a request describes; `auto` means the same as leaving the option out."""
+    objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
+    refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)
+    refuse_unknown(extension, EXTENSIONS, "x_raydpo")
+    given = {key: value for key, value in {**hyperparameters, **extension}.items() if value != "auto"}
+    paths = {key: f"{where}.{key}" for key in hyperparameters} | {key: f"x_raydpo.{key}" for key in extension}
+
+    def part(names: set[str]) -> dict[str, Any]:
+        return {key: value for key, value in given.items() if key in names}
+
+    of_optim = {field.name for field in fields(Optim)}
+    if "objectives" in given:
+        given["objectives"] = _parts(given["objectives"], f"{where}.objectives")
+    objective = parse(OBJECTIVES[kind], part(objective_options), where, paths)
+    optim = parse(Optim, part(of_optim), where, paths)
+    rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})
+    return parse(TrainConfig, {"objective": objective, "optim": optim, "seed": seed, **rest}, where, paths)
+
+
+def _parts(given: object, where: str) -> list[Objective]:
+    """The objectives of a sum, each by its type."""
+    parts = parse(list[dict[str, Any]], given, where)
+    for number, part in enumerate(parts):
+        if (kind := part.get("type")) not in METHODS or kind == "mpo":
+            known = ", ".join(name for name in METHODS if name != "mpo")
+            message = f"{where}.{number}.type is {kind!r:.80}; it must be one of {known}."
+            raise InvalidRequest(message, param=f"{where}.{number}.type", code="unsupported_value")
+    return [parse(OBJECTIVES[part["type"]], part, f"{where}.{number}") for number, part in enumerate(parts)]

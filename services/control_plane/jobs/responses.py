@@ -1,0 +1,112 @@
+"""Jobs, their events and checkpoints as clients read them."""
+
+import time
+from typing import Any
+
+from services.contract import Integrations, Reading
+from services.control_plane.core.responses import seconds
+from services.control_plane.core.tables import (
+    Checkpoint,
+    Event,
+    Job,
+)
+from services.control_plane.files.responses import reading_fields
+from services.control_plane.jobs.jobs import wire_metrics
+from services.control_plane.settings import Settings
+
+
+def job_object(row: Job, settings: Settings) -> dict[str, Any]:
+    resolved = (row.training or {}).get("config")
+    config = resolved or row.spec["config"]
+    objective = dict(config["objective"])
+    kind = objective.pop("type")
+    schedule = {
+        "n_epochs": config["n_epochs"] or "auto",
+        "batch_size": config["batch_size"] or "auto",
+        "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
+    }
+    hyperparameters = {**objective, **schedule}
+    # Which the oldest jobs lack; those of another release may hold more than this one knows.
+    integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
+    if rate := config["optim"]["learning_rate"]:
+        hyperparameters["learning_rate"] = rate
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job",
+        "created_at": seconds(row.created_at),
+        "error": row.error,
+        "estimated_finish": _estimated_finish(row),
+        "fine_tuned_model": row.fine_tuned_model,
+        "finished_at": seconds(row.finished_at),
+        "hyperparameters": schedule,
+        "integrations": [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb],
+        "metadata": row.spec["metadata"],
+        "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
+        "model": row.spec["model"],
+        "organization_id": settings.organization,
+        "result_files": [row.result_file] if row.result_file else [],
+        "seed": config["seed"],
+        "status": row.observed,
+        "trained_tokens": row.trained_tokens,
+        "training_file": row.spec["training_file"],
+        "user_provided_suffix": row.spec["suffix"],
+        "validation_file": row.spec.get("validation_file"),  # which the oldest jobs lack
+        "x_raydpo": {
+            "num_workers": row.spec["num_workers"],
+            "priority": row.priority,
+            "waits_for": row.waits_for,
+            "validation_share": row.spec.get("validation_share") or None,
+            **reading_fields(Reading.model_validate(row.spec)),
+            "tensorboard": integrations.tensorboard,
+            "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
+            "progress": _progress(row),
+        },
+    }
+
+
+def _eta_seconds(row: Job) -> float | None:
+    """At the rate of the stage so far; None while there is none."""
+    progress = (row.observed == "running" and row.progress) or {}
+    done = progress.get("done", 0) - progress.get("start", 0)
+    if done <= 0 or progress["total"] <= 0:
+        return None
+    left = (progress["at"] - progress["since"]) / done * (progress["total"] - progress["done"])
+    return max(0.0, float(left - (time.time() - progress["at"])))
+
+
+def _progress(row: Job) -> dict[str, Any] | None:
+    if row.progress is None or row.observed != "running":
+        return None
+    found = {key: row.progress.get(key) for key in ("stage", "done", "total", "encoding")}
+    return found | {"eta_seconds": _eta_seconds(row)}
+
+
+def _estimated_finish(row: Job) -> int | None:
+    """Known once training runs: earlier stages tell nothing of its length."""
+    progress = _progress(row) or {}
+    eta = progress.get("eta_seconds") if progress.get("stage") == "training" else None
+    return None if eta is None else int(time.time() + eta)
+
+
+def event_object(row: Event) -> dict[str, Any]:
+    return {
+        "id": row.public_id,
+        "object": "fine_tuning.job.event",
+        "created_at": seconds(row.created_at),
+        "level": row.level,
+        "message": row.message,
+        "type": row.type,
+        "data": row.data,
+    }
+
+
+def checkpoint_object(row: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": seconds(row.created_at),
+        "fine_tuned_model_checkpoint": row.model_id,
+        "fine_tuning_job_id": row.job_id,
+        "step_number": row.step,
+        "metrics": {"step": row.step, **wire_metrics(row.metrics)},
+    }

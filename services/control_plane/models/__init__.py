@@ -1,0 +1,1 @@
+"""Base models and trained policies: names, sharing, deployments, inference."""

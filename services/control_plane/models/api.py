@@ -1,0 +1,52 @@
+"""/v1/models. Ids may hold slashes, raw or encoded."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.removal import remove_bytes
+from services.control_plane.core.responses import deleted, listing
+from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.models import deployments, models
+from services.control_plane.models.models import NamedModel
+from services.control_plane.models.responses import model_object
+
+router = APIRouter(prefix="/models")
+
+
+@router.get("")
+async def list_models(
+    store: StorePart,
+    settings: SettingsPart,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> Response:
+    """Base models, then the newest. OpenAI's client asks for one page, so that a page is long."""
+    async with store.look() as session:
+        found, more = await models.list_page(session, settings, after=after, limit=limit)
+    return JSONResponse(listing([model_object(model, settings) for model in found], more))
+
+
+@router.get("/{model_id:path}")
+async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> dict[str, Any]:
+    async with store.look() as session:
+        return model_object(await models.find(session, settings, model_id), settings)
+
+
+@router.delete("/{model_id:path}")
+async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Response:
+    """Stop offering and serving a trained policy, and remove its weights."""
+    removed: list[NamedModel] = []
+
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        model = await models.remove(session, settings, model_id)
+        await deployments.forget(session, model.app_name)
+        removed.append(model)
+        return deleted("model", model_id)
+
+    answer = await once.act(remove, changes=model_id)
+    for model in removed:
+        await remove_bytes(model.source)
+    return answer

@@ -1,0 +1,116 @@
+"""Completions, forwarded to Ray Serve: the model is loaded on first use, errors come back in the envelope."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from fastapi import Response
+from fastapi.responses import StreamingResponse
+
+from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
+from services.control_plane.core.store import ProjectStore, Store
+from services.control_plane.models import deployments, models
+from services.control_plane.models.models import NamedModel
+from services.control_plane.ray_api import Launcher
+from services.control_plane.settings import Settings
+
+RETRY_AFTER_SECONDS = 15
+TOUCH_SECONDS = 10.0  # a model in use is marked so at most this often
+REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
+
+
+class Inference:
+    """Forwards OpenAI's completion calls to the model's Serve application."""
+
+    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
+        self._store, self._launcher, self._settings = store, launcher, settings
+        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
+        self._serve = httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), limits=limits)
+        self._touched: dict[str, float] = {}
+
+    async def close(self) -> None:
+        await self._serve.aclose()
+
+    async def forward(self, caller: ProjectStore, path: str, body: dict[str, Any]) -> Response:
+        """Answer `POST /v1/<path>` from the caller's model that `body` names; a stream stays a stream."""
+        async with caller.begin() as session:
+            model = await models.find(session, self._settings, body["model"])
+        base_url = await self._wait_until_served(model)
+        app = await self._launcher.own_name(model.app_name)
+        request = self._serve.build_request("POST", f"{base_url}/{app}/v1/{path}", json=body)
+        try:
+            answer = await self._serve.send(request, stream=True)
+        except httpx.TransportError:
+            raise self._unavailable(model, "did not answer") from None
+        if answer.status_code != 200:
+            await answer.aread()
+            raise self._refusal(model, answer)
+        if body.get("stream"):
+            return StreamingResponse(_chunks(answer), media_type="text/event-stream")
+        content = await answer.aread()
+        await answer.aclose()
+        return Response(content, media_type="application/json")
+
+    async def _wait_until_served(self, model: NamedModel) -> str:
+        """The proxy's URL once the model is up. Raises Unavailable after `model_wait_seconds`, or if it cannot load."""
+        deadline = time.monotonic() + self._settings.model_wait_seconds
+        while time.monotonic() < deadline:
+            try:
+                view = await self._launcher.look()
+            except httpx.HTTPError:
+                raise self._unavailable(model, "cannot be reached: the Ray cluster does not answer") from None
+            app = view.applications.get(model.app_name)
+            await self._touch(model, again=app is None)
+            if app and app.state == "running" and view.base_url:
+                return view.base_url
+            if app and app.state == "failed":
+                async with self._store.begin() as session:
+                    await deployments.forget(session, model.app_name)  # so that the next request tries anew
+                raise self._unavailable(model, f"could not be loaded: {app.message}")
+            await asyncio.sleep(0.5)
+        raise self._unavailable(model, f"is still loading after {self._settings.model_wait_seconds:.0f} seconds")
+
+    async def _touch(self, model: NamedModel, *, again: bool) -> None:
+        """Mark the model as in use; `again` at once, since it may have been forgotten for another."""
+        if again or time.monotonic() - self._touched.get(model.app_name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
+            async with self._store.begin() as session:
+                await deployments.use(session, model)
+            self._touched[model.app_name] = time.monotonic()
+
+    def _unavailable(self, model: NamedModel, trouble: str) -> Unavailable:
+        self._touched.pop(model.app_name, None)
+        return Unavailable(
+            f"The model '{model.id}' {trouble}. Try again in {RETRY_AFTER_SECONDS} seconds.",
+            retry_after=RETRY_AFTER_SECONDS,
+            code="model_unavailable",
+        )
+
+    def _refusal(self, model: NamedModel, answer: httpx.Response) -> ApiError:
+        """The server's error in OpenAI's envelope."""
+        try:
+            said = answer.json()
+        except json.JSONDecodeError:
+            said = {}
+        error = said.get("error") if isinstance(said.get("error"), dict) else said
+        message = str(error.get("message") or answer.text[:500] or "no reason given")
+        param = error.get("param") if isinstance(error.get("param"), str) else None
+        if refusal := REFUSALS.get(answer.status_code):
+            return refusal(message, param=param, code="invalid_value")
+        if answer.status_code in (429, 503):
+            return self._unavailable(model, f"is overloaded: {message}")
+        return ApiError(f"The model '{model.id}' failed: {message}", code="model_error")
+
+
+async def _chunks(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """The server's events as they come; a stream that breaks ends with an error the client raises."""
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    except httpx.TransportError:
+        error = ApiError("The model stopped answering in the middle of the stream.", code="model_error")
+        yield f"data: {json.dumps(error.body())}\n\n".encode()
+    finally:
+        await answer.aclose()

@@ -1,0 +1,130 @@
+"""Models by the names clients use: bases from the settings, trained policies and checkpoints from jobs."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import delete, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
+from services.control_plane.core.store import owns, page
+from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Job, Model
+from services.control_plane.settings import Settings
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that jobs start from and clients query."""
+
+    id: str
+    source: str  # storage URI, local folder or hub id
+    root: str  # name of the base model it descends from
+    created_at: datetime
+    job_id: str | None = None  # None: a base model
+
+    @property
+    def app_name(self) -> str:
+        """Its Serve application: the name in plain letters, told apart by a digest of name and source."""
+        digest = hashlib.sha256(f"{self.id}\n{self.source}".encode()).hexdigest()[:8]
+        return f"{re.sub('[^A-Za-z0-9]+', '-', self.id)[:40].strip('-').lower()}-{digest}"
+
+
+def start_of(job: Job) -> NamedModel:
+    """The model that the job trains from, which is also its reference."""
+    return NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
+
+
+STARTED_AT = datetime.now(UTC)  # base models have no birthday of their own
+
+
+def bases(settings: Settings) -> list[NamedModel]:
+    return [NamedModel(name, source, name, STARTED_AT) for name, source in settings.models.items()]
+
+
+def _trained(row: Model) -> NamedModel:
+    return NamedModel(row.id, row.source, row.root, row.created_at, row.job_id)
+
+
+async def list_page(
+    session: AsyncSession, settings: Settings, *, after: str | None, limit: int
+) -> tuple[list[NamedModel], bool]:
+    """Bases first, then trained policies and checkpoints, newest first; and whether more follow."""
+    first = [] if after else bases(settings)
+    if after in settings.models:
+        first = bases(settings)[list(settings.models).index(after) + 1 :]
+        after = None
+    query, keys = select(Model).where(Model.deleted_at.is_(None)), [Model.created_at, Model.id]
+    rows, more = await page(session, query, keys, after=after, limit=max(0, limit - len(first)))
+    return [*first, *map(_trained, rows)][:limit], more or len(first) > limit
+
+
+async def find(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
+    """The model by its name; NotFound lists the base models, since most misses are misspelled bases."""
+    for base in bases(settings):
+        if base.id == model_id:
+            return base
+    row = await session.get(Model, model_id)
+    if row is None or row.deleted_at is not None:
+        known = ", ".join(settings.models) or "none; start with --model NAME=SOURCE"
+        raise NotFound(
+            f"The model '{model_id}' does not exist. Base models: {known}.", param="model", code="model_not_found"
+        )
+    return _trained(row)
+
+
+class NameTaken(ValueError):
+    """The name is that of another job's policy."""
+
+
+async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
+    """Offer a trained policy. Doing it twice is harmless, and what a user deleted stays deleted. Raises NameTaken."""
+    row = insert(Model).values(
+        id=model_id, source=source, root=job.model_root, job_id=job.id, project_id=job.project_id
+    )
+    await session.execute(row.on_conflict_do_nothing())
+    if (owner := await session.scalar(select(Model.job_id).where(Model.id == model_id))) != job.id:
+        raise NameTaken(f"'{model_id}' is a policy of {owner} already, and not of {job.id}")
+
+
+async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
+    """A trained policy of the caller's own, locked. Raises Forbidden for what is only shared with the caller."""
+    if (await find(session, settings, model_id)).job_id is None:
+        raise Forbidden(f"'{model_id}' is a base model: every project has it, as the settings say.", param="model")
+    row = await session.get_one(Model, model_id, with_for_update={"key_share": True}, populate_existing=True)
+    if not owns(session, row):
+        message = f"'{model_id}' is shared by the project that owns it, which alone may delete and share it."
+        raise Forbidden(message, param="model")
+    return row
+
+
+async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
+    """Stop offering a trained policy, unless a job still needs it; those it was shared with lose it, too.
+
+    The caller removes its bytes after the commit.
+    """
+    row = await find_own(session, settings, model_id)
+    jobs = Job.__table__.c  # of every project: those it was shared with have jobs, too
+    using = select(jobs.id, jobs.project_id).where(
+        jobs.observed.not_in(TERMINAL), jobs.spec["model"].astext == model_id
+    )
+    if (job := (await session.execute(using.limit(1))).first()) is not None:
+        name = job.id if job.project_id == row.project_id else "a job of a project that it is shared with"
+        raise InvalidRequest(f"'{model_id}' is the start of {name}, which has not ended; it must end first.")
+    if model_id == await _resumed_from(session, row.job_id):
+        message = (
+            f"{row.job_id} has not ended and would go on from '{model_id}', its newest checkpoint; cancel it first."
+        )
+        raise InvalidRequest(message)
+    await session.execute(delete(CheckpointPermission).where(CheckpointPermission.model_id == model_id))
+    row.deleted_at = datetime.now(UTC)
+    return _trained(row)
+
+
+async def _resumed_from(session: AsyncSession, job_id: str) -> str | None:
+    """The model of the checkpoint that the job's next attempt begins with; None where there will be none."""
+    newest = select(Checkpoint.model_id).join(Job, Job.id == Checkpoint.job_id)
+    newest = newest.where(Job.id == job_id, Job.observed.not_in(TERMINAL)).order_by(Checkpoint.step.desc())
+    return await session.scalar(newest.limit(1))

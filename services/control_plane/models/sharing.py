@@ -1,0 +1,35 @@
+"""Checkpoint permissions: a project lets others use a model of its own. Who sees what stands in `store`."""
+
+import secrets
+from collections.abc import Sequence
+
+from sqlalchemy import delete, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import InvalidRequest, NotFound
+from services.control_plane.core.tables import CheckpointPermission, Model, Project
+
+
+async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str]) -> list[CheckpointPermission]:
+    """Share the model with these projects; with those that have it already nothing changes."""
+    known = select(Project.id).where(Project.id.in_(project_ids), Project.archived_at.is_(None))
+    if unknown := set(project_ids) - set(await session.scalars(known)):
+        raise InvalidRequest(f"No such project: {min(unknown)}", param="project_ids")
+    if model.project_id in project_ids:
+        raise InvalidRequest(f"The model belongs to {model.project_id}; name other projects.", param="project_ids")
+    rows = [
+        {"id": f"cp_{secrets.token_hex(12)}", "model_id": model.id, "project_id": name} for name in set(project_ids)
+    ]
+    await session.execute(insert(CheckpointPermission).values(rows).on_conflict_do_nothing())
+    query = select(CheckpointPermission).where(CheckpointPermission.model_id == model.id)
+    query = query.where(CheckpointPermission.project_id.in_(project_ids))
+    return list(await session.scalars(query.order_by(CheckpointPermission.created_at, CheckpointPermission.id)))
+
+
+async def revoke(session: AsyncSession, model: Model, permission_id: str) -> None:
+    """Jobs that were submitted before go on."""
+    row = delete(CheckpointPermission).where(CheckpointPermission.id == permission_id)
+    row = row.where(CheckpointPermission.model_id == model.id)
+    if (await session.execute(row.returning(CheckpointPermission.id))).first() is None:
+        raise NotFound(f"No such permission of '{model.id}': {permission_id}", param="permission_id")

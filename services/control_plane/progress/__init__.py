@@ -1,0 +1,1 @@
+"""A job's events, metrics and logs, as clients follow them."""

@@ -1,0 +1,83 @@
+"""/v1/x/jobs: a job as it happens, its metrics as columns, and what its processes printed."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, cast
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from services.control_plane.http.dependencies import SettingsPart, StorePart
+from services.control_plane.jobs import jobs
+from services.control_plane.progress import logs
+from services.control_plane.progress.metrics import Range, series
+from services.control_plane.progress.streams import KEEPALIVE, Live
+
+router = APIRouter(prefix="/x/jobs")
+
+
+async def _live(request: Request) -> Live:
+    return cast(Live, request.app.state.live)
+
+
+LivePart = Annotated[Live, Depends(_live)]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events in the request's own task: starlette's way takes two more for each, sse-starlette's four.
+
+    Who has left is noticed when there was nothing to say.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[bytes]) -> None:
+        super().__init__(frames, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._frames = frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._frames) as frames:
+            async for frame in frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                if frame is KEEPALIVE and await Request(scope, receive).is_disconnected():
+                    return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@router.get("/{job_id}/stream")
+async def stream(
+    store: StorePart, live: LivePart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
+) -> EventStream:
+    """The job's events from the first one, or after the last one that the client has, and on until it is terminal."""
+    async with store.look() as session:
+        await jobs.find(session, job_id)
+        place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0
+    return EventStream(live.follow(job_id, place))
+
+
+@router.get("/{job_id}/metrics")
+async def metrics(store: StorePart, job_id: str, asked: Annotated[Range, Query()]) -> dict[str, Any]:
+    async with store.look() as session:
+        await jobs.find(session, job_id)
+        return {"object": "fine_tuning.job.metrics", "job_id": job_id, **await series(session, job_id, asked)}
+
+
+@router.get("/{job_id}/logs")
+async def read_logs(
+    store: StorePart,
+    settings: SettingsPart,
+    job_id: str,
+    attempt: Annotated[int | None, Query(ge=1)] = None,
+    source: Annotated[str, Query(pattern="^(driver|worker-[0-9]+)$")] = "driver",
+    after: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> dict[str, Any]:
+    """The first first; ask for the next page with `after=next`."""
+    async with store.look() as session:
+        await jobs.find(session, job_id)
+    return await anyio.to_thread.run_sync(
+        lambda: logs.page(settings, job_id, attempt=attempt, source=source, after=after, limit=limit)
+    )

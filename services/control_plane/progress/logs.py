@@ -1,0 +1,49 @@
+"""What driver and workers of a job printed, as its attempts keep it in storage."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from services import storage
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.settings import Settings
+
+PAGE_BYTES = 2**20
+
+
+def page(
+    settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
+) -> dict[str, Any]:
+    """Lines from byte `after` on; `next` is where the next page begins. Attempt None: the newest."""
+    folder = storage.join(settings.storage_url, "runs", job_id, "logs")
+    attempts = sorted(map(int, storage.list_folders(folder)))
+    if attempt is None:
+        attempt = max(attempts, default=1)
+    if attempts and attempt not in attempts:
+        raise InvalidRequest(f"There are logs of the attempts {attempts}, not of {attempt}.", param="attempt")
+    sources = storage.list_folders(storage.join(folder, str(attempt)))
+    lines: list[str] = []
+    following, num_bytes, has_more = after, 0, False
+    for end, line in _lines(storage.join(folder, str(attempt), source), after):
+        if has_more := len(lines) == limit or num_bytes > PAGE_BYTES:
+            break
+        lines.append(line)
+        following, num_bytes = end, num_bytes + len(line)
+    shown = {"attempt": attempt, "attempts": attempts, "source": source, "sources": sources}
+    return {"object": "job.logs", **shown, "data": lines, "next": following, "has_more": has_more}
+
+
+def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
+    """Each with the byte where the next one begins. What the log was cut by is a line of its own."""
+    names = storage.list_files(folder)
+    firsts = [int(name.removesuffix(".log")) for name in names]
+    at = after
+    for first, end, name in zip(firsts, [*firsts[1:], math.inf], names, strict=False):
+        if end <= at:
+            continue
+        if at < first:
+            yield first, f"... {first - at} bytes were left out, for the log is too long ..."
+            at = first
+        for line in storage.read_bytes(storage.join(folder, name))[at - first :].splitlines(keepends=True):
+            at += len(line)
+            yield at, line.decode(errors="replace").rstrip("\n")

@@ -1,0 +1,294 @@
+"""Ray over HTTP: its Jobs API runs attempts, its Serve API runs models. The control plane imports no ray."""
+
+import asyncio
+import re
+import shlex
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import httpx
+
+from services.contract import Deployment, storable
+from services.control_plane.settings import Settings
+from services.deaths import cause_in, killer_in
+
+AttemptStatus = Literal["pending", "running", "ended", "absent", "unknown"]
+
+LIVE: dict[str, AttemptStatus] = {"PENDING": "pending", "RUNNING": "running"}
+NEVER_STARTED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE")
+SERVE_API = "/api/serve/applications/"
+SERVE_PORT = 8000  # Ray's own default
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANSWER_SECONDS = 8  # less than the reconciler's lease, in which it asks for all at once
+STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
+TRANSIENT = (408, 425, 429)  # of the 4xx those that say: later
+MOST_TOLD = 300  # characters of what Ray says
+VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job of Ray's, as Ray tells of it."""
+
+    status: AttemptStatus
+    error_type: str | None = None  # how it failed, in Ray's categories
+    exit_code: int | None = None  # of its driver; below 0: the signal that killed it
+    message: str = ""  # with the last lines of the driver's log
+
+    def cause(self) -> str:
+        """Why an attempt ended that did not say it itself, for the user."""
+        if self.status == "absent":
+            return "the cluster it ran on is gone"
+        if self.error_type and self.error_type.startswith(NEVER_STARTED):
+            return f"Ray could not start it: {self.message[:MOST_TOLD]}"
+        if number := _signal(self.exit_code):
+            kernel = ", as the kernel does where memory runs out" if number is signal.SIGKILL else ""
+            return killer_in(self.message) or f"it was killed by {number.name}{kernel}"
+        status = f"it ended with status {self.exit_code}" if self.exit_code else "it died before it finished"
+        return cause_in(self.message) or status
+
+
+def _signal(exit_code: int | None) -> signal.Signals | None:
+    """That ended a process, from its exit status as Python or as a shell tells it."""
+    if exit_code is None:
+        return None
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    return signal.Signals(number) if number in set(signal.Signals) else None
+
+
+UNKNOWN = Submission("unknown")
+
+
+@dataclass(frozen=True)
+class Application:
+    """A Serve application as Serve reports it."""
+
+    state: Literal["loading", "running", "failed", "stopping"]
+    message: str
+
+
+@dataclass(frozen=True)
+class ServeView:
+    """One look at Ray Serve."""
+
+    applications: dict[str, Application]  # our own
+    base_url: str | None  # of its HTTP proxy; None while Serve is not up
+    seen_at: float
+
+
+class Refused(Exception):
+    """Ray refuses a launch for good; the message has its words."""
+
+
+class Launcher:
+    """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing.
+
+    The cluster may be shared. `instance` tells the id that the names of this service's applications begin with in
+    Ray; callers see neither that id nor the applications of others.
+    """
+
+    def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
+        token = settings.ray_token
+        headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+        self._ray = httpx.AsyncClient(
+            base_url=settings.ray_url, headers=headers, timeout=ANSWER_SECONDS, event_hooks={"response": [_check_json]}
+        )
+        self._settings, self._instance = settings, instance
+        self._view: ServeView | None = None
+        self._looking = asyncio.Lock()
+
+    async def close(self) -> None:
+        await self._ray.aclose()
+
+    # --- attempts ---------------------------------------------------------------------------
+
+    async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
+        """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once.
+
+        Raises Refused where Ray would refuse it again.
+        """
+        # Ray's supervisor of the job reads the second, and so does the driver.
+        environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        await self._submit(submission_id, "services.training.driver", spec_uri, environment)
+
+    async def submit_check(self, submission_id: str, request_uri: str) -> None:
+        """Launch the check of a training file, likewise."""
+        await self._submit(submission_id, "services.training.check_program", request_uri, {})
+
+    async def _submit(self, submission_id: str, program: str, uri: str, environment: dict[str, str]) -> None:
+        body = {
+            "entrypoint": f"exec python -m services.forkserver.client --wait -m {program} {shlex.quote(uri)}",
+            "submission_id": submission_id,
+            "runtime_env": {"env_vars": environment},
+        }
+        # Ray sets up the driver's environment before it answers.
+        answer = await self._ray.post("/api/jobs/", json=body, timeout=60)
+        if answer.is_error and "already exists" in answer.text:
+            return  # an earlier launch, whose answer was lost
+        if answer.is_client_error and answer.status_code not in TRANSIENT:
+            raise Refused(rays_words(answer.text))
+        answer.raise_for_status()
+
+    async def status(self, submission_id: str) -> AttemptStatus:
+        return (await self._submission(submission_id)).status
+
+    async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
+        """What Ray says of these and others, in one answer. One that is missing in it is asked for by itself."""
+        if not submission_ids:
+            return {}
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                told = {job["submission_id"]: _submission(job) for job in await self._jobs()}
+                missing = [each for each in submission_ids if each not in told]
+                told |= dict(zip(missing, await asyncio.gather(*map(self._submission, missing)), strict=True))
+        except (httpx.HTTPError, TimeoutError):
+            return dict.fromkeys(submission_ids, UNKNOWN)
+        return told
+
+    async def _submission(self, submission_id: str) -> Submission:
+        """`absent` only on Ray's own word that it does not know the id; any doubt is `unknown`."""
+        try:
+            answer = await self._ray.get(f"/api/jobs/{submission_id}")
+        except httpx.HTTPError:
+            return UNKNOWN
+        if answer.status_code == 404 and "does not exist" in answer.text:
+            return Submission("absent")
+        return _submission(answer.json()) if answer.status_code == 200 else UNKNOWN
+
+    async def _jobs(self) -> list[dict[str, Any]]:
+        """All of the cluster, those of others too."""
+        jobs: list[dict[str, Any]] = (await self._ray.get("/api/jobs/")).raise_for_status().json()
+        return jobs
+
+    async def stop(self, submission_id: str) -> None:
+        """Ask Ray to stop the attempt: SIGTERM, then SIGKILL."""
+        (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
+
+    async def live_submissions(self) -> list[str]:
+        """The submission ids of all that runs, or waits to."""
+        return [job["submission_id"] for job in await self._jobs() if job["status"] in LIVE and job["submission_id"]]
+
+    async def capacity(self) -> dict[str, float]:
+        """What the cluster has of each resource, or may grow to. Empty where Ray does not say."""
+        try:
+            nodes = (await self._ray.get("/api/v0/nodes")).raise_for_status().json()["data"]["result"]["result"]
+        except (httpx.HTTPError, KeyError, TypeError):
+            return {}
+        there = {str(name): amount for name, amount in self._settings.max_cluster.items()}
+        for name in ("CPU", "GPU"):
+            total = sum(node["resources_total"].get(name, 0) for node in nodes if node["state"] == "ALIVE")
+            there[name] = max(total, there.get(name, 0))
+        return there
+
+    # --- models -----------------------------------------------------------------------------
+
+    async def own_name(self, app_name: str) -> str:
+        """The application's name in Ray, which is also its route."""
+        return f"{await self._prefix()}{app_name}"
+
+    async def _prefix(self) -> str:
+        return f"raydpo-{await self._instance()}-"
+
+    async def serve(self, deployments: Sequence[Deployment]) -> None:
+        """Make these, and no others, our running applications.
+
+        Serve removes every application of this API that a PUT leaves out, so those of others are sent along as they
+        were submitted. Serve leaves unchanged ones alone.
+        """
+        prefix = await self._prefix()
+        status = await self._serve_status()
+        others = _configs_of_others(status["applications"], prefix)
+        body = {
+            "applications": [*others, *(_config(deployment, prefix) for deployment in deployments)],
+            "proxy_location": "HeadOnly",
+            "http_options": self._http_options(),
+            "target_capacity": status.get("target_capacity"),  # of all applications
+        }
+        answer = await self._ray.put(SERVE_API, json=body, timeout=60)
+        answer.raise_for_status()
+        self._view = None
+
+    async def look(self) -> ServeView:
+        """Serve's applications, at most half a second old."""
+        async with self._looking:
+            if self._view is None or time.monotonic() - self._view.seen_at > VIEW_SECONDS:
+                self._view = self._read(await self._serve_status(), await self._prefix())
+            return self._view
+
+    async def _serve_status(self) -> dict[str, Any]:
+        answer = await self._ray.get(SERVE_API)
+        status: dict[str, Any] = answer.raise_for_status().json()
+        return status
+
+    def _http_options(self) -> dict[str, Any]:
+        """Where Serve listens if it has to be started: on loopback if Ray does."""
+        url = urlsplit(self._settings.serve_url or self._settings.ray_url)
+        host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"
+        return {"host": host, "port": url.port if self._settings.serve_url else SERVE_PORT}
+
+    def _read(self, status: dict[str, Any], prefix: str) -> ServeView:
+        own = {name: app for name, app in status["applications"].items() if name.startswith(prefix)}
+        applications = {name.removeprefix(prefix): _application(app) for name, app in own.items()}
+        base_url = self._settings.serve_url
+        http = status.get("http_options") or {}
+        if base_url is None and http.get("port"):
+            base_url = f"http://{urlsplit(self._settings.ray_url).hostname}:{http['port']}"
+        return ServeView(applications, base_url, time.monotonic())
+
+
+async def _check_json(answer: httpx.Response) -> None:
+    """A page that a proxy shows in Ray's place tells nothing of Ray."""
+    if answer.request.method == "GET" and answer.is_success:
+        await answer.aread()
+        try:
+            answer.json()
+        except ValueError:
+            raise httpx.DecodingError("What answers in Ray's place sends no JSON.", request=answer.request) from None
+
+
+def _submission(job: dict[str, Any]) -> Submission:
+    status = LIVE.get(job["status"], "ended")
+    return Submission(status, job.get("error_type"), job.get("driver_exit_code"), job.get("message") or "")
+
+
+def _config(deployment: Deployment, prefix: str) -> dict[str, Any]:
+    name = f"{prefix}{deployment.app_name}"
+    return {
+        "name": name,
+        "route_prefix": f"/{name}",
+        "import_path": "services.serving.app:build",
+        "args": deployment.model_copy(update={"app_name": name}).model_dump(mode="json"),
+    }
+
+
+def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    """As they were submitted. A PUT touches no application of `serve.run`, and would take it over if it were sent."""
+    configs = []
+    for name, app in applications.items():
+        if name.startswith(prefix) or app["source"] != "declarative" or app["status"] == "DELETING":
+            continue
+        if app.get("deployed_app_config") is None:
+            sentence = f"Serve does not tell how its application '{name}' was deployed; a PUT would remove it."
+            raise httpx.HTTPError(sentence)
+        configs.append(app["deployed_app_config"])
+    return configs
+
+
+def _application(app: dict[str, Any]) -> Application:
+    states: dict[str, Literal["loading", "running", "failed", "stopping"]] = {
+        "RUNNING": "running",
+        "DEPLOY_FAILED": "failed",
+        "DELETING": "stopping",
+    }
+    messages = [deployment.get("message", "") for deployment in app.get("deployments", {}).values()]
+    return Application(states.get(app["status"], "loading"), rays_words("\n".join([app.get("message", ""), *messages])))
+
+
+def rays_words(message: str) -> str:
+    """What a user can act on of Ray's message: the last error that its tracebacks name."""
+    errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return storable(errors[-1] if errors else message.strip()[-300:])

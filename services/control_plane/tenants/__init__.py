@@ -1,0 +1,1 @@
+"""Projects, their keys, their quotas and the audit log."""

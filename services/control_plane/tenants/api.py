@@ -1,0 +1,73 @@
+"""/v1/x/projects"""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.responses import listing
+from services.control_plane.core.store import page
+from services.control_plane.core.tables import Project
+from services.control_plane.http.dependencies import CallerPart, Limit, OncePart, StorePart
+from services.control_plane.tenants import projects, quotas
+from services.control_plane.tenants.requests import CreateProject, UpdateProject
+from services.control_plane.tenants.responses import project_object, usage_object
+
+router = APIRouter(prefix="/x/projects")
+
+
+@router.post("")
+async def create(once: OncePart, caller: CallerPart, body: CreateProject) -> Response:
+    async def make(session: AsyncSession) -> dict[str, Any]:
+        return project_object(await projects.create(session, caller, body.model_dump()))
+
+    return await once.act(make)
+
+
+@router.get("")
+async def list_projects(
+    store: StorePart,
+    caller: CallerPart,
+    after: str | None = None,
+    limit: Limit = 20,
+) -> dict[str, Any]:
+    """Newest first, the archived ones too."""
+    keys, query = [Project.created_at, Project.id], projects.managed_by(caller)
+    async with store.look() as session:
+        rows, more = await page(session, query, keys, after=after, limit=limit)
+    return listing([project_object(row) for row in rows], more)
+
+
+@router.get("/{project_id}")
+async def retrieve(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
+    async with store.look() as session:
+        return project_object(await projects.find(session, caller, project_id))
+
+
+@router.get("/{project_id}/usage")
+async def usage(store: StorePart, caller: CallerPart, project_id: str) -> dict[str, Any]:
+    async with store.look() as session:
+        project = await projects.find(session, caller, project_id)
+    async with store.store.look_for(project.id) as session:
+        return usage_object(project, await quotas.usage(session))
+
+
+@router.post("/{project_id}")
+async def update(once: OncePart, caller: CallerPart, project_id: str, body: UpdateProject) -> Response:
+    """What is sent changes; a limit of null is no limit."""
+
+    async def change(session: AsyncSession) -> dict[str, Any]:
+        values = body.model_dump(exclude_unset=True)
+        return project_object(await projects.update(session, caller, project_id, values))
+
+    return await once.act(change, changes=project_id)
+
+
+@router.post("/{project_id}/archive")
+async def archive(once: OncePart, caller: CallerPart, project_id: str) -> Response:
+    """Its keys stop working within a second."""
+
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return project_object(await projects.archive(session, caller, project_id))
+
+    return await once.act(act, changes=project_id)

@@ -1,0 +1,73 @@
+"""/v1/x/keys"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Response
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.auth import keys
+from services.control_plane.core.responses import listing
+from services.control_plane.core.store import page
+from services.control_plane.core.tables import Key
+from services.control_plane.http.dependencies import CallerPart, Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.tenants import projects
+from services.control_plane.tenants.requests import CreateKey
+from services.control_plane.tenants.responses import key_object
+
+router = APIRouter(prefix="/x/keys")
+
+
+@router.post("")
+async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
+    """`value` is told in this answer only."""
+    expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
+
+    async def make(session: AsyncSession) -> dict[str, Any]:
+        project = await projects.find_to_use(session, caller, body.project_id or caller.project_id)
+        await projects.lock(session, project.id)  # so that keys that are made at once are counted
+        await keys.check(session, caller, body.requests_per_minute, settings.requests_per_minute)
+        key, text = await keys.create(
+            session,
+            project.id,
+            name=body.name,
+            scopes=body.scopes,
+            requests_per_minute=body.requests_per_minute,
+            expires_at=expires_at,
+        )
+        return {**key_object(key), "value": text}
+
+    return await once.act(make, secret="value")
+
+
+@router.get("")
+async def list_keys(
+    store: StorePart,
+    caller: CallerPart,
+    project_id: str | None = None,
+    after: str | None = None,
+    limit: Limit = 20,
+) -> dict[str, Any]:
+    """Newest first, the revoked ones too."""
+    query = keys.managed_by(caller)
+    if project_id is not None:
+        query = query.where(Key.project_id == project_id)
+    async with store.look() as session:
+        rows, more = await page(session, query, [Key.created_at, Key.id], after=after, limit=limit)
+    return listing([key_object(row) for row in rows], more)
+
+
+@router.get("/{key_id}")
+async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[str, Any]:
+    async with store.look() as session:
+        return key_object(await keys.find(session, caller, key_id))
+
+
+@router.post("/{key_id}/revoke")
+async def revoke(once: OncePart, caller: CallerPart, key_id: str) -> Response:
+    """It stops working within a second."""
+
+    async def act(session: AsyncSession) -> dict[str, Any]:
+        return key_object(await keys.revoke(session, caller, key_id))
+
+    return await once.act(act, changes=key_id)

@@ -1,0 +1,87 @@
+"""Projects: who owns what, and how much of it."""
+
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.auth.keys import Caller
+from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
+from services.control_plane.core.tables import DEFAULT_PROJECT, TERMINAL, Job, Project
+
+
+def managed_by(caller: Caller) -> Select[Project]:
+    every = select(Project)
+    return every if caller.manages_all else every.where(Project.id == caller.project_id)
+
+
+async def find(session: AsyncSession, caller: Caller, project_id: str) -> Project:
+    project = await session.scalar(managed_by(caller).where(Project.id == project_id))
+    if project is None:
+        raise NotFound(f"No such project: {project_id}", param="project_id", code="project_not_found")
+    return project
+
+
+async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) -> Project:
+    project = await find(session, caller, project_id)
+    if project.archived_at is not None:
+        raise InvalidRequest(f"Project {project_id} is archived; use another one.", param="project_id")
+    return project
+
+
+async def find_to_change(session: AsyncSession, caller: Caller, project_id: str) -> Project:
+    """Locked, so that nothing enters it meanwhile. Nobody raises the limits of his own project."""
+    project = await find_to_use(session, caller, project_id)
+    check_manages_all(caller)
+    return await lock(session, project.id)
+
+
+def check_manages_all(caller: Caller) -> None:
+    if not caller.manages_all:
+        message = f"Only an admin key of the default project changes projects; this one is of {caller.project_id}."
+        raise Forbidden(message, code="insufficient_permissions")
+
+
+async def lock(session: AsyncSession, project_id: str) -> Project:
+    """The project as it is now; nothing that counts against its limits is added before this transaction ends."""
+    return await session.get_one(Project, project_id, with_for_update={"key_share": True}, populate_existing=True)
+
+
+async def create(session: AsyncSession, caller: Caller, values: Mapping[str, Any]) -> Project:
+    check_manages_all(caller)
+    project = Project(id=f"proj_{secrets.token_hex(12)}")
+    session.add(project)
+    return await _write(session, project, values)
+
+
+async def update(session: AsyncSession, caller: Caller, project_id: str, values: Mapping[str, Any]) -> Project:
+    return await _write(session, await find_to_change(session, caller, project_id), values)
+
+
+async def _write(session: AsyncSession, project: Project, values: Mapping[str, Any]) -> Project:
+    for name, value in values.items():
+        setattr(project, name, value)
+    try:
+        await session.flush()
+    except IntegrityError:  # names are unique
+        message = f"There is a project with the name '{project.name}' already; choose another."
+        raise InvalidRequest(message, param="name") from None
+    await session.refresh(project)
+    return project
+
+
+async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
+    """Its keys stop working; what it owns stays. Refused while a job lives, which nobody could cancel then."""
+    if project_id == DEFAULT_PROJECT:
+        raise InvalidRequest("The default project cannot be archived: the configured key is of it.", param="project_id")
+    project = await find_to_change(session, caller, project_id)
+    jobs = Job.__table__  # not the mapped class, of which a caller's session sees its own project's only
+    living = select(func.count()).where(jobs.c.project_id == project_id, jobs.c.observed.not_in(TERMINAL))
+    if count := await session.scalar(living):
+        raise InvalidRequest(f"Project {project_id} has {count} jobs that have not ended; cancel them first.")
+    project.archived_at = datetime.now(UTC)
+    return project

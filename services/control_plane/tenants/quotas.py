@@ -1,0 +1,113 @@
+"""What a project may use, and what it uses. Sums are taken while its row is locked, so that no limit is passed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import Select, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import Forbidden, OverQuota
+from services.control_plane.core.store import project_of
+from services.control_plane.core.tables import JOB_STATES, Attempt, File, Job, Project, Upload
+from services.control_plane.tenants import projects
+
+HOURS = func.extract("epoch", func.coalesce(Attempt.ended_at, func.now()) - Attempt.created_at) / 3600
+WAITING = ("queued", "paused")  # states that count against max_queued_jobs
+SHARED_OVER = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What decides when a project's next job starts."""
+
+    max_running_jobs: int | None = None  # None: as many as there is room for
+    weight: float = 1.0
+    worker_hours: float = 0.0  # that its attempts had in the last day: workers times hours
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one project."""
+
+    num_bytes: int
+    jobs: dict[str, int]  # by state
+    accelerator_hours: float
+
+
+async def usage(session: AsyncSession) -> Usage:
+    """Of the session's project."""
+    counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
+    jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
+    return Usage(
+        await num_bytes(session, project_of(session)), jobs, await _accelerator_hours(session, project_of(session))
+    )
+
+
+async def admit_job(session: AsyncSession) -> None:
+    """Raises OverQuota if the session's project may not submit another job now; Forbidden if it is archived."""
+    await _admit(session, project_of(session), WAITING)
+
+
+async def admit_resumption(session: AsyncSession, project_id: str) -> None:
+    """Raises what `admit_job` raises. A paused job counts as one that waits already, but not as one that may start."""
+    await _admit(session, project_id, ("queued",))
+
+
+async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str]) -> None:
+    project = await session.get_one(Project, project_id)
+    if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
+        project = await projects.lock(session, project.id)  # submissions of one without limits need not take turns
+    if project.archived_at is not None:  # since the key was looked up
+        raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
+    if project.max_queued_jobs is not None:
+        of_project = select(func.count()).select_from(Job).where(Job.project_id == project.id)
+        waiting = await session.scalar(of_project.where(Job.observed.in_(counted))) or 0
+        if waiting >= project.max_queued_jobs:
+            remedy = "wait for one to start, cancel one, or ask an admin to raise max_queued_jobs"
+            what = f"{waiting} {' and '.join(counted)} jobs of {project.max_queued_jobs}"
+            raise OverQuota(f"The project has {what}; {remedy}.")
+    if project.max_accelerator_hours is not None:
+        used = await _accelerator_hours(session, project.id)
+        if used >= (limit := project.max_accelerator_hours):
+            remedy = "ask an admin to raise max_accelerator_hours"
+            raise OverQuota(f"The project has used {used:.2f} of {limit:g} accelerator hours; {remedy}.")
+
+
+async def shares(session: AsyncSession) -> dict[str, Share]:
+    """Of every project, by its id."""
+    since = func.now() - SHARED_OVER
+    hours = func.extract(
+        "epoch", func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.created_at, since)
+    )
+    used = select(Job.project_id, func.sum(Job.spec["num_workers"].as_integer() * hours / 3600).label("worker_hours"))
+    used = used.join(Attempt).where(or_(Attempt.ended_at.is_(None), Attempt.ended_at > since)).group_by(Job.project_id)
+    recent = used.subquery()
+    query = select(Project.id, Project.max_running_jobs, Project.weight, recent.c.worker_hours)
+    rows = await session.execute(query.outerjoin(recent, recent.c.project_id == Project.id))
+    return {row.id: Share(row.max_running_jobs, row.weight, float(row.worker_hours or 0)) for row in rows}
+
+
+async def out_of_hours(session: AsyncSession) -> dict[str, str]:
+    """The projects whose jobs may open no attempt: what these wait for, in words, by project id."""
+    used = func.sum(Attempt.num_accelerators * HOURS)
+    query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
+    query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
+    rows = await session.execute(query.group_by(Project.id))
+    return {
+        project_id: f"accelerator hours: its project has used its {limit:g}; an admin can raise max_accelerator_hours"
+        for project_id, hours, limit in rows
+        if limit is not None and (hours or 0) >= limit
+    }
+
+
+async def num_bytes(session: AsyncSession, project_id: str) -> int:
+    """Of a project's files, and of those that are still arriving."""
+    files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.alive())
+    uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
+    return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)
+
+
+async def _accelerator_hours(session: AsyncSession, project_id: str) -> float:
+    query: Select[float] = select(func.sum(Attempt.num_accelerators * HOURS)).join(Job, Job.id == Attempt.job_id)
+    return float(await session.scalar(query.where(Job.project_id == project_id)) or 0)

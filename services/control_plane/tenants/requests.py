@@ -1,0 +1,56 @@
+"""Bodies of requests about projects and keys."""
+
+import time
+from typing import Annotated
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+)
+
+from services.control_plane.auth.keys import Scope
+from services.control_plane.http.validation import Text
+
+Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+Limit = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class CreateKey(BaseModel):
+    """Body of POST /x/keys."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name
+    project_id: Text | None = None  # the caller's own
+    scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "write", "inference"]
+    requests_per_minute: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
+    expires_at: Annotated[int, Field(lt=2**33)] | None = None  # Unix seconds
+
+    @field_validator("expires_at")
+    @classmethod
+    def _is_to_come(cls, value: int | None) -> int | None:
+        if value is not None and value <= time.time():
+            raise ValueError(f"{value} is past; it must be Unix seconds to come.")
+        return value
+
+
+class UpdateProject(BaseModel):
+    """Body of POST /x/projects/{id}: what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name = ""
+    weight: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    max_running_jobs: Limit | None = None
+    max_queued_jobs: Limit | None = None
+    max_bytes: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    max_accelerator_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class CreateProject(UpdateProject):
+    """Body of POST /x/projects."""
+
+    name: Name

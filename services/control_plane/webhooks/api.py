@@ -1,0 +1,163 @@
+"""/v1/webhook_endpoints. The signing secret stands in the answers to create and rotate_secret only."""
+
+from typing import Annotated, Any, cast
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.responses import deleted, listing, seconds
+from services.control_plane.core.store import page
+from services.control_plane.core.tables import WebhookEndpoint
+from services.control_plane.http.dependencies import Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.http.validation import Text
+from services.control_plane.webhooks import webhooks
+from services.control_plane.webhooks.outbox import Sender, Unreachable
+
+router = APIRouter()
+
+
+async def _sender(request: Request) -> Sender:
+    return cast(Sender, request.app.state.sender)
+
+
+SenderPart = Annotated[Sender, Depends(_sender)]
+
+
+def _event_type(name: str, info: ValidationInfo) -> str:
+    if name not in webhooks.EVENT_TYPES:
+        message = f"There are no events '{name:.80}' here; there are {', '.join(webhooks.EVENT_TYPES)}."
+        raise InvalidRequest(message, param=info.field_name, code="unsupported_value")
+    return name
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+EventType = Annotated[str, AfterValidator(_event_type)]
+EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lambda given: sorted(set(given)))]
+
+
+class CreateWebhook(BaseModel):
+    """Body of POST /webhook_endpoints."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name
+    url: Text
+    event_types: EventTypes
+
+
+class UpdateWebhook(BaseModel):
+    """Body of POST /webhook_endpoints/{id}: what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name = ""
+    url: Text = ""
+    event_types: EventTypes = []
+
+
+class RotateSecret(BaseModel):
+    """Body of POST /webhook_endpoints/{id}/rotate_secret."""
+
+    model_config = ConfigDict(extra="forbid")
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class SendTest(BaseModel):
+    """Body of POST /webhook_endpoints/{id}/test."""
+
+    model_config = ConfigDict(extra="forbid")
+    event_type: EventType
+
+
+@router.get("/webhook_event_types")
+async def event_types() -> dict[str, Any]:
+    return {"object": "list", "data": webhooks.EVENT_TYPES}
+
+
+@router.post("/webhook_endpoints")
+async def create(once: OncePart, settings: SettingsPart, body: CreateWebhook) -> Response:
+    webhooks.check_url(body.url, settings)
+
+    async def add(session: AsyncSession) -> dict[str, Any]:
+        return _webhook_object(await webhooks.create(session, body.model_dump()), with_secret=True)
+
+    return await once.act(add)
+
+
+@router.get("/webhook_endpoints")
+async def list_endpoints(store: StorePart, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
+    """Newest first."""
+    async with store.look() as session:
+        keys = [WebhookEndpoint.created_at, WebhookEndpoint.id]
+        rows, more = await page(session, webhooks.listed(), keys, after=after, limit=limit)
+    return listing([_webhook_object(row) for row in rows], more)
+
+
+@router.get("/webhook_endpoints/{endpoint_id}")
+async def retrieve(store: StorePart, endpoint_id: str) -> dict[str, Any]:
+    async with store.look() as session:
+        return _webhook_object(await webhooks.find(session, endpoint_id))
+
+
+@router.post("/webhook_endpoints/{endpoint_id}")
+async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body: UpdateWebhook) -> Response:
+    values = body.model_dump(exclude_unset=True)
+    if "url" in values:
+        webhooks.check_url(body.url, settings)
+
+    async def change(session: AsyncSession) -> dict[str, Any]:
+        return _webhook_object(await webhooks.change(session, endpoint_id, values))
+
+    return await once.act(change, changes=endpoint_id)
+
+
+@router.delete("/webhook_endpoints/{endpoint_id}")
+async def delete(once: OncePart, endpoint_id: str) -> Response:
+    async def remove(session: AsyncSession) -> dict[str, Any]:
+        await webhooks.remove(session, endpoint_id)
+        return deleted("webhook_endpoint.deleted", endpoint_id)
+
+    return await once.act(remove, changes=endpoint_id)
+
+
+@router.post("/webhook_endpoints/{endpoint_id}/rotate_secret")
+async def rotate_secret(once: OncePart, endpoint_id: str, body: RotateSecret | None = None) -> Response:
+    keep_old = body is not None and body.keep_old_secret_active_for_24_hours
+
+    async def rotate(session: AsyncSession) -> dict[str, Any]:
+        return _webhook_object(await webhooks.rotate_secret(session, endpoint_id, keep_old=keep_old), with_secret=True)
+
+    return await once.act(rotate, changes=endpoint_id)
+
+
+@router.post("/webhook_endpoints/{endpoint_id}/test")
+async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: SendTest) -> dict[str, Any]:
+    """One send, now. It changes nothing here, so a resend sends again."""
+    async with store.begin() as session:
+        endpoint = await webhooks.find(session, endpoint_id)
+    try:
+        status = await sender.send(endpoint, webhooks.event(body.event_type, "ftjob-test"))
+    except Unreachable as error:
+        raise InvalidRequest(f"The endpoint was not reached: {error}", code="webhook_unreachable") from None
+    return {
+        "object": "webhook_endpoint.test",
+        "webhook_endpoint_id": endpoint_id,
+        "event_type": body.event_type,
+        "status_code": status,
+        "success": True,
+    }
+
+
+def _webhook_object(row: WebhookEndpoint, *, with_secret: bool = False) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "webhook_endpoint",
+        "created_at": seconds(row.created_at),
+        "updated_at": seconds(row.updated_at or row.created_at),
+        "name": row.name,
+        "url": row.url,
+        "event_types": row.event_types,
+        "signing_secret_hint": f"whsec_…{row.secret[-4:]}",
+        **({"signing_secret": row.secret} if with_secret else {}),
+        "x_raydpo": {"disabled_at": seconds(row.disabled_at)},
+    }

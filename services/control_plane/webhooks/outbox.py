@@ -1,0 +1,224 @@
+"""Brings webhooks out of the outbox. One runs in every control plane; each row is claimed by one of them.
+
+A claim is a lease: the row is due again when it ends, so a send whose sender died before it was noted is repeated
+under the same webhook-id. Receivers drop what they have seen.
+"""
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+import httpx
+from sqlalchemy import ColumnElement, Select, case, func, null, or_, select, true, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services import outbound
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import Outbound, WebhookEndpoint
+from services.control_plane.core.telemetry import WEBHOOK_SENDS
+from services.control_plane.settings import Settings
+from services.control_plane.webhooks import webhooks
+from services.uri import InvalidUri
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+SEND_SECONDS = 15.0  # from asking the name server to the answer's headers
+LEASE_SECONDS = 60.0  # longer than a send
+AT_ONCE, AT_ONCE_TO_ONE = 64, 4  # sends of one control plane, and of these to one endpoint
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 6 * 3600.0
+LONGEST_CLOSED_SECONDS = 900.0  # an endpoint that answers again is noticed within so long
+TRIED_FOR = timedelta(hours=72)
+
+
+class Unreachable(Exception):
+    """No answer came; the message says why, to the endpoint's owner."""
+
+
+class Claim(NamedTuple):
+    id: int
+    body: dict[str, Any]
+    num_sends: int  # with the one that is claimed
+    endpoint: WebhookEndpoint
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Whose place a send takes: its project's and its endpoint's."""
+        return self.endpoint.project_id, self.endpoint.id
+
+
+class Sender:
+    """Sends what is due, to many endpoints at once: what is slow or dead costs its owner only."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._client = outbound.async_client(settings.webhook_urls, webhooks.SETTING, max_lookups=AT_ONCE)
+        self._flying: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
+        self._landed = asyncio.Event()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def run(self) -> None:
+        """Send until cancelled. Sends that this cuts off are repeated when their leases end."""
+        async with asyncio.TaskGroup() as sends:
+            while True:
+                self._landed.clear()
+                try:
+                    while claims := await self._claim():
+                        for claim in claims:
+                            sends.create_task(self._bring(claim))
+                except Exception:  # nobody watches this task: whatever it was, it is tried again
+                    log.exception("Webhooks wait: the outbox could not be read")
+                    await asyncio.sleep(TICK_SECONDS)
+                await _until(self._landed, TICK_SECONDS)
+
+    async def send(self, endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> int:
+        """The status that the endpoint answers. Raises Unreachable where it does not."""
+        content, headers = webhooks.signed(endpoint, body)
+        try:
+            async with (
+                asyncio.timeout(SEND_SECONDS),
+                self._client.stream("POST", endpoint.url, content=content, headers=headers) as answer,
+            ):
+                return answer.status_code  # its body is not read: it has no limit
+        except TimeoutError:
+            raise Unreachable(f"no answer within {SEND_SECONDS:.0f} seconds") from None
+        except (InvalidUri, httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Unreachable(str(error) or type(error).__name__) from error
+
+    async def _claim(self) -> list[Claim]:
+        """The oldest due row of each endpoint that has a place left, by turns of the projects."""
+        if self._flying.total() >= AT_ONCE:
+            return []
+        async with self._store.begin() as session:
+            found = await session.execute(self._oldest_due())
+            if not (claims := self._with_places(Claim(*row) for row in found)):
+                return []
+            leased = {"due_at": _in_seconds(LEASE_SECONDS), "num_sends": Outbound.num_sends + 1}
+            await session.execute(update(Outbound).where(Outbound.id.in_([c.id for c in claims])).values(leased))
+            failing = [claim.endpoint.id for claim in claims if claim.endpoint.num_failures]
+            await _close(session, failing, LEASE_SECONDS)  # one send finds out whether it answers again
+        return claims
+
+    def _oldest_due(self) -> Select[Any]:
+        """Every endpoint's first row is looked up in an index, however many rows wait behind it."""
+        due, of = Outbound.due_at <= func.now(), WebhookEndpoint
+        waiting = select(Outbound.id, Outbound.due_at).where(Outbound.endpoint_id == of.id, due)
+        oldest = waiting.order_by(Outbound.due_at, Outbound.id).limit(1).lateral("oldest")
+        turn = func.row_number().over(partition_by=of.project_id, order_by=oldest.c.due_at).label("turn")
+        turns = select(oldest.c.id, turn).select_from(of).join(oldest, true())
+        turns = turns.where(or_(of.retry_at.is_(None), of.retry_at <= func.now()), of.id.not_in(self._full()))
+        first = turns.order_by(turn, oldest.c.due_at).limit(AT_ONCE).subquery()
+        query = select(Outbound.id, Outbound.body, Outbound.num_sends + 1, of).join(of)
+        query = query.join(first, first.c.id == Outbound.id).where(due).order_by(first.c.turn, Outbound.due_at)
+        return query.with_for_update(of=Outbound, skip_locked=True)
+
+    def _full(self) -> list[str]:
+        return [endpoint for (_, endpoint), count in self._flying.items() if count >= AT_ONCE_TO_ONE]
+
+    def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
+        """Those that are sent now. No project has more sends under way than there are places free.
+
+        So the slow endpoints of one project leave half of the places to others, those of two projects a third.
+        """
+        sent, per_project = [], Counter[str]()
+        for (project, _), count in self._flying.items():
+            per_project[project] += count
+        for claim in claims:
+            if per_project[claim.endpoint.project_id] < AT_ONCE - per_project.total():
+                per_project[claim.endpoint.project_id] += 1
+                self._flying[claim.place] += 1
+                sent.append(claim)
+        return sent
+
+    async def _bring(self, claim: Claim) -> None:
+        try:
+            outcome, again = await self._try(claim)
+            await self._note(claim, outcome, again=again)
+        except Exception:  # what one row brings about must not end the sender of all: its lease ends, then it is due
+            log.exception("Webhook %s to %s was not sent or not noted", claim.body["id"], claim.endpoint.id)
+        finally:
+            self._flying -= Counter([claim.place])
+            self._landed.set()
+
+    async def _try(self, claim: Claim) -> tuple[str, bool]:
+        """What became of a send, in words, and whether to send again."""
+        endpoint = claim.endpoint
+        if endpoint.deleted_at or endpoint.disabled_at:
+            return "not sent: the endpoint is disabled or deleted", False
+        try:
+            status = await self.send(endpoint, claim.body)
+        except Unreachable as error:
+            WEBHOOK_SENDS.labels("unreachable").inc()
+            return f"not reached: {error}", True
+        WEBHOOK_SENDS.labels(f"{status // 100}xx").inc()
+        if status == httpx.codes.GONE:
+            await self._disable(endpoint)
+        return f"answered {status}", not (200 <= status < 300 or status == httpx.codes.GONE)
+
+    async def _disable(self, endpoint: WebhookEndpoint) -> None:
+        """Nobody is there any more; unless it was given another URL meanwhile."""
+        there = update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint.id, WebhookEndpoint.url == endpoint.url)
+        async with self._store.begin() as session:
+            await session.execute(there.values(disabled_at=func.now()))
+
+    async def _note(self, claim: Claim, outcome: str, *, again: bool) -> None:
+        """A send that outlived its lease notes no failure: the row is another's by now.
+
+        An endpoint that fails is left alone for a while, with all that waits for it.
+        """
+        statement = update(Outbound).where(Outbound.id == claim.id)
+        due_at: ColumnElement[Any] = null()
+        if again:
+            statement = statement.where(Outbound.num_sends == claim.num_sends)
+            then = _in_seconds(pause_seconds(claim.num_sends))
+            due_at = case((then < Outbound.created_at + TRIED_FOR, then), else_=null())
+        async with self._store.begin() as session:
+            await session.execute(statement.values(due_at=due_at, outcome=outcome[:500]))
+            if again:
+                failures = claim.endpoint.num_failures + 1  # sends that fail together count as one
+                pause = min(pause_seconds(failures), LONGEST_CLOSED_SECONDS)
+                await _close(session, [claim.endpoint.id], pause, num_failures=failures)
+            elif claim.endpoint.num_failures:
+                answers = update(WebhookEndpoint).where(WebhookEndpoint.id == claim.endpoint.id)
+                await session.execute(answers.values(num_failures=0, retry_at=None))
+        shown = outcome.partition(":")[0]  # a URL may hold a secret of its owner's
+        log.info("Webhook %s to %s, send %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
+
+
+async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float, **values: int) -> None:
+    """Send nothing to the endpoints for so long."""
+    if endpoint_ids:
+        closed = update(WebhookEndpoint).where(WebhookEndpoint.id.in_(endpoint_ids))
+        await session.execute(closed.values(retry_at=_in_seconds(seconds), **values))
+
+
+async def give_up_old(session: AsyncSession) -> None:
+    """What waited behind the failures of its endpoint for as long as an event is sent is given up, too."""
+    failing = select(WebhookEndpoint.id).where(WebhookEndpoint.num_failures > 0)
+    old = update(Outbound).where(Outbound.due_at.is_not(None), Outbound.created_at < func.now() - TRIED_FOR)
+    outcome = func.coalesce(Outbound.outcome, "not sent: the endpoint did not answer for 72 hours")
+    await session.execute(old.where(Outbound.endpoint_id.in_(failing)).values(due_at=None, outcome=outcome))
+
+
+def pause_seconds(num_sends: int) -> float:
+    """After so many sends; a fifth more or less, so that what failed together is not tried together."""
+    pause: float = min(FIRST_PAUSE_SECONDS * 2 ** min(num_sends - 1, 30), LONGEST_PAUSE_SECONDS)
+    return pause * random.uniform(0.8, 1.2)
+
+
+def _in_seconds(seconds: float) -> ColumnElement[datetime]:
+    """By the database's clock."""
+    return func.clock_timestamp() + timedelta(seconds=seconds)
+
+
+async def _until(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return

@@ -1,0 +1,144 @@
+"""Webhooks: where a project wants to be told of its jobs, and what it is told.
+
+What is told is written in the transaction of the job's move, so that it is told if and only if the job moved;
+`sender` brings it out.
+"""
+
+import base64
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from sqlalchemy import Select, any_, func, insert, literal, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncSession
+from standardwebhooks import Webhook
+
+from services import outbound
+from services.control_plane.core.errors import InvalidRequest, NotFound
+from services.control_plane.core.store import now, project_of
+from services.control_plane.core.tables import TERMINAL, Job, Outbound, WebhookEndpoint
+from services.control_plane.settings import Settings
+from services.control_plane.tenants import projects
+from services.uri import InvalidUri, check
+
+SETTING = "webhook_urls"
+EVENT_TYPES = tuple(f"fine_tuning.job.{state}" for state in TERMINAL)
+MAX_ENDPOINTS = 100  # of a project: each is another row in the transaction that ends a job
+OLD_SECRET_KEPT = timedelta(hours=24)
+
+
+# --- endpoints ---------------------------------------------------------------------------------
+
+
+def listed() -> Select[WebhookEndpoint]:
+    return select(WebhookEndpoint).where(WebhookEndpoint.deleted_at.is_(None))
+
+
+async def create(session: AsyncSession, values: Mapping[str, Any]) -> WebhookEndpoint:
+    await projects.lock(session, project_of(session))  # so that those that are made at once are counted
+    existing = await session.scalar(select(func.count()).select_from(listed().subquery())) or 0
+    if existing >= MAX_ENDPOINTS:
+        raise InvalidRequest(f"The project has {existing} webhook endpoints, which is the limit; delete one first.")
+    endpoint = WebhookEndpoint(id=f"we_{secrets.token_hex(12)}", secret=_new_secret(), **values)
+    session.add(endpoint)
+    await session.flush()
+    await session.refresh(endpoint)
+    return endpoint
+
+
+async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -> WebhookEndpoint:
+    query = listed().where(WebhookEndpoint.id == endpoint_id)
+    endpoint = await session.scalar(query.with_for_update() if lock else query)
+    if endpoint is None:
+        raise NotFound(f"No such webhook endpoint: {endpoint_id}", param="webhook_endpoint_id")
+    return endpoint
+
+
+async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, Any]) -> WebhookEndpoint:
+    """Set what differs. Naming its URL, even the same, enables an endpoint that was gone."""
+    endpoint = await find(session, endpoint_id, lock=True)
+    anew = {"disabled_at": None, "num_failures": 0, "retry_at": None}
+    wanted = {**values, **(anew if "url" in values else {})}
+    differing = {name: value for name, value in wanted.items() if getattr(endpoint, name) != value}
+    for name, value in differing.items():
+        setattr(endpoint, name, value)
+    if differing:
+        endpoint.updated_at = await now(session)
+    return endpoint
+
+
+async def rotate_secret(session: AsyncSession, endpoint_id: str, *, keep_old: bool) -> WebhookEndpoint:
+    endpoint, at = await find(session, endpoint_id, lock=True), await now(session)
+    endpoint.old_secret, endpoint.old_secret_until = (
+        (endpoint.secret, at + OLD_SECRET_KEPT) if keep_old else (None, None)
+    )
+    endpoint.secret, endpoint.updated_at = _new_secret(), at
+    return endpoint
+
+
+async def remove(session: AsyncSession, endpoint_id: str) -> None:
+    (await find(session, endpoint_id, lock=True)).deleted_at = datetime.now(UTC)
+
+
+def check_url(url: str, settings: Settings) -> None:
+    """What can be told of a URL before anything is connected to. Raises InvalidRequest."""
+    try:
+        check(url, settings.webhook_urls, SETTING)
+        if not urlsplit(url).hostname:
+            raise InvalidUri(f"{url} names no host.")
+        outbound.check_literal(url, settings.webhook_urls, SETTING)
+    except InvalidUri as error:
+        raise InvalidRequest(str(error), param="url") from None
+
+
+def _new_secret() -> str:
+    return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
+# --- what is told ------------------------------------------------------------------------------
+
+
+async def announce(session: AsyncSession, job: Job, to: str) -> None:
+    """Tell the endpoints of the job's project that it ended, in the transaction of that move."""
+    if to not in TERMINAL:
+        return
+    body = event(f"fine_tuning.job.{to}", job.id)
+    told = (WebhookEndpoint.id, literal(body["id"]), literal(body, JSONB), literal(0))
+    wanting = select(*told).where(
+        WebhookEndpoint.project_id == job.project_id,
+        WebhookEndpoint.deleted_at.is_(None),
+        WebhookEndpoint.disabled_at.is_(None),
+        literal(body["type"]) == any_(WebhookEndpoint.event_types),
+    )
+    columns = ["endpoint_id", "event_id", "body", "num_sends"]
+    await session.execute(insert(Outbound).from_select(columns, wanting))
+
+
+def event(event_type: str, job_id: str) -> dict[str, Any]:
+    return {
+        "id": f"evt_{secrets.token_hex(12)}",
+        "object": "event",
+        "created_at": int(time.time()),
+        "type": event_type,
+        "data": {"id": job_id},
+    }
+
+
+def signed(endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """What is sent now, and its headers; with a second signature while an old secret is still active."""
+    at, content = datetime.now(UTC), json.dumps(body, separators=(",", ":"))
+    keys = [endpoint.secret]
+    if endpoint.old_secret and endpoint.old_secret_counts:
+        keys.append(endpoint.old_secret)
+    return content.encode(), {
+        "content-type": "application/json",
+        "user-agent": "raydpo-webhooks",
+        "webhook-id": body["id"],
+        "webhook-timestamp": str(int(at.timestamp())),
+        "webhook-signature": " ".join(Webhook(key).sign(body["id"], at, content) for key in keys),
+    }

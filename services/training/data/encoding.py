@@ -1,0 +1,447 @@
+"""The training file becomes encoded groups, piece by piece in tasks: text never passes through the driver."""
+
+import functools
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_core.data.feedback import Record, are_one_group, is_tied, read_records
+from dpo_core.data.groups import Group
+from dpo_core.data.jsonl import InvalidRow, read_lines
+from dpo_core.data.messages import Text
+from dpo_core.encoding.encode import EncodedGroup, UnusableTemplate, encode_groups, prefill
+from dpo_core.encoding.truncation import truncate
+from services import storage
+from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
+from services.training.data.dataset import Dataset, Part, write_part
+from services.training.data.file_report import (
+    IDENTICAL,
+    TIED,
+    TOO_LONG,
+    EncodingReport,
+    Tally,
+    left_out,
+    lengths_in_words,
+    marked,
+    merge,
+    num_invalid,
+)
+from services.training.data.garbage import only_young
+from services.training.reports.reporting import JobFailed, invalid_file, progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
+NUM_FIRST = 1000  # rows among which the first that can be used tells the format
+NUM_LAST = 3  # tokens of an answer: some templates write a line feed behind its end
+RARE = "ʘ東𓀀🫠\u2062"  # a tokenizer with ids for these has ids for all characters, as byte-level ones do
+ROWS_PER_PIECE = 5000
+BYTES_PER_PIECE = 8 * 2**20
+MOST_PIECES = 20_000  # about; beyond them pieces grow
+
+
+class Piece(Contract):
+    """Whole lines of a file; `num_rows` of them, at least one, are not blank."""
+
+    number: int
+    first_line: int  # from 1
+    num_rows: int
+    start: int  # bytes
+    size: int  # bytes
+
+
+class Encoded(Contract):
+    """What became of a piece."""
+
+    piece: int
+    report: EncodingReport
+    limit: int = 0  # tokens that a group may have: max_length, or what the model has positions for
+    training: Part | None = None  # None: it was refused, or nothing is written
+    held_out: Part | None = None  # None: it has no such groups
+    refused: tuple[int, Failed] | None = None  # the line that cannot be used
+
+
+class Encoding(Contract):
+    """What became of a file."""
+
+    training: Dataset
+    held_out: Dataset
+    report: EncodingReport
+    limit: int
+    kind: str
+    format: str
+
+
+def recipe_of(spec: AttemptSpec) -> Recipe:
+    return Recipe(
+        training_uri=spec.training_uri,
+        model_source=spec.model_source,
+        max_length=spec.config.max_length,
+        truncation=spec.config.truncation,
+        validation_share=spec.validation_share,
+        invalid_rows=spec.invalid_rows,
+        columns=spec.columns,
+        today=spec.today,
+        other_prompts=spec.config.objective.traits.needs_other_prompts,
+    )
+
+
+def encode(
+    spec: AttemptSpec,
+    folder_uri: str,
+    encode_pieces: Callable[[Sequence[Piece]], Iterable[Encoded]],
+    report: Callable[[Report], None],
+) -> Encoding:
+    """Writes the groups of the training file to `folder_uri`.
+
+    `encode_pieces` calls `encode_piece` on each, somewhere and in any order. Raises JobFailed for a
+    file that cannot be used.
+    """
+    format, kind = _look_at_first_row(spec)
+    _check_kind(spec, kind, format)
+    pieces = list(split(spec.training_uri, spec.columns))
+    done = progress(report, "encoding", sum(piece.num_rows for piece in pieces))
+    results: list[Encoded] = []
+    num_rows = 0
+    for result in unrefused(encode_pieces(pieces)):
+        _refuse_margins(spec, result.report, kind)  # before a worker reads them
+        results.append(result)
+        num_rows += result.report.num_rows
+        done(num_rows)
+    found = merge(result.report for result in results)
+    _refuse_many_invalid(recipe_of(spec), found)
+    return Encoding(
+        training=_dataset(folder_uri, (result.training for result in results)),
+        held_out=_dataset(folder_uri, (result.held_out for result in results)),
+        report=found,
+        limit=results[0].limit,
+        kind=kind,
+        format=format,
+    )
+
+
+def _refuse_many_invalid(recipe: Recipe, found: EncodingReport) -> None:
+    count, share = num_invalid(found), recipe.invalid_rows.max_share
+    if count > share * found.num_rows:
+        first = min(found.invalid.values(), key=lambda reason: reason.first)
+        limit = f"{count} of {found.num_rows} rows cannot be used, and at most {share:.2%} may be left out"
+        raise JobFailed(invalid_file(f"{limit}; mend them, or raise max_invalid_share. {first.sentence}"))
+
+
+def unrefused(results: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Raises JobFailed with the first line that cannot be used; at once if it is the model that cannot."""
+    refusals: list[tuple[int, Failed]] = []
+    for result in results:
+        if result.refused is None:
+            yield result
+        elif result.refused[1].param == "model":
+            raise JobFailed(result.refused[1])
+        else:
+            refusals.append(result.refused)
+    if refusals:
+        raise JobFailed(min(refusals, key=lambda refusal: refusal[0])[1])
+
+
+def tell(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
+    """Says what the file holds, and what becomes of it."""
+    found, config = encoding.report, spec.config
+    report(Message(message=f"{purpose} file has {found.num_groups} {encoding.kind} ({encoding.format} format)."))
+    report(Message(message=lengths_in_words(found, encoding.limit, config.truncation)))
+    warnings = left_out(found, encoding.kind, encoding.limit, _remedy(spec, encoding))
+    for sentence in warnings + marked(found, encoding.kind):
+        report(Message(level="warn", message=sentence))
+    if spec.validation_share:
+        report(Message(message=f"Held out {found.num_held_out} of them, by their prompts, to validate on."))
+
+
+def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
+    """Its format, and the kind of feedback that it holds."""
+    drops = spec.invalid_rows.how == "drop"
+    with storage.open_input(spec.training_uri) as file:
+        records = islice(read_records(read_lines(file), columns=spec.columns), NUM_FIRST if drops else 1)
+        first = next((record for record in records if not (drops and record.problem)), None)
+    if first is None:
+        raise JobFailed(invalid_file("None of the first rows can be used." if drops else EMPTY))
+    if first.problem or first.format is None:
+        raise JobFailed(invalid_file(str(first.problem)))
+    return first.format.name, first.format.kind
+
+
+def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
+    objective = spec.config.objective
+    if kind not in objective.traits.learns_from:
+        needed = " or ".join(objective.traits.learns_from)
+        raise JobFailed(
+            invalid_file(f"The file holds {kind} ({format} format); method {objective.type} needs {needed}.")
+        )
+
+
+def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
+    """Raises JobFailed where the objective cannot learn from the file, or nothing is left of it."""
+    found, kind, limit = encoding.report, encoding.kind, encoding.limit
+    _check_kind(spec, kind, encoding.format)
+    _refuse_margins(spec, found, kind)
+    if found.num_kept:
+        return
+    long = found.dropped.get(TOO_LONG)
+    if long and long.count == found.num_groups:
+        shortest = f"the shortest has {found.shortest_too_long}"
+        remedy = _remedy(spec, encoding)
+        raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens, {shortest}; {remedy}."))
+    reasons = " ".join(left_out(found, kind, limit, _remedy(spec, encoding)))
+    raise JobFailed(invalid_file(f"Of {found.num_groups} {kind} none is left to train on. {reasons}"))
+
+
+def _refuse_margins(spec: AttemptSpec, found: EncodingReport, kind: str) -> None:
+    if found.margins.count and not spec.config.objective.traits.takes_margins:
+        where = f"{found.margins.count} {kind} have a margin ({found.margins})"
+        sentence = f"{where}; method '{spec.config.objective.type}' takes none. Remove them, or use dpo."
+        raise JobFailed(invalid_file(sentence))
+
+
+def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
+    if encoding.limit < spec.config.max_length:
+        return "the model takes no more"
+    return "raise max_length, choose another truncation, or shorten them"
+
+
+def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
+    return Dataset(
+        uri=uri, parts=tuple(sorted((part for part in parts if part), key=lambda part: (len(part.name), part.name)))
+    )
+
+
+def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
+    """The pieces of a file, larger ones of a larger file: of a terabyte there are no more than of 160 GB.
+
+    Rows of one group are in one piece; `columns` is that of `read_records`.
+    """
+    with storage.open_input(uri) as file:
+        scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
+        file.seek(0)
+        number = start = rows = size = 0
+        first_line, last = 1, b""
+        for line_number, line in enumerate(read_lines(file), 1):
+            if line.strip():
+                is_full = rows >= ROWS_PER_PIECE * scale or (rows and size >= BYTES_PER_PIECE * scale)
+                if is_full and not are_one_group(last, line, columns=columns):
+                    yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
+                    number, first_line, start, rows, size = number + 1, line_number, start + size, 0, 0
+                rows, last = rows + 1, line
+            size += len(line)
+    if rows:
+        yield Piece(number=number, first_line=first_line, num_rows=rows, start=start, size=size)
+
+
+@only_young()
+def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
+    """`folder_uri` None: nothing is written."""
+    model = load(recipe.model_source)
+    limit = min(recipe.max_length, model.positions)
+    tally = Tally(piece.num_rows)
+    try:
+        groups = list(_with_an_order(_usable(recipe, piece, tally), tally))
+        kept, held_out = _encode(groups, model, recipe, limit, tally)
+    except InvalidRow as error:
+        return Encoded(piece=piece.number, report=tally.report(), refused=(error.line, invalid_file(str(error))))
+    except UnusableTemplate as error:
+        failed = Failed(code="invalid_model", message=str(error), param="model")
+        return Encoded(piece=piece.number, report=tally.report(), refused=(piece.first_line, failed))
+    return Encoded(
+        piece=piece.number,
+        report=tally.report(),
+        limit=limit,
+        training=_write(folder_uri, piece, ".parquet", kept),
+        held_out=_write(folder_uri, piece, ".held-out.parquet", held_out) if held_out else None,
+    )
+
+
+def _write(folder_uri: str | None, piece: Piece, suffix: str, groups: Sequence[EncodedGroup]) -> Part | None:
+    if folder_uri is None:
+        return None
+    return write_part(folder_uri, f"{piece.number:05d}{suffix}", groups, num_rows=piece.num_rows)
+
+
+def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
+    with storage.open_input(recipe.training_uri) as file:
+        file.seek(piece.start)
+        lines = read_lines(io.BytesIO(file.read(piece.size)))
+    return read_records(lines, first_line=piece.first_line, columns=recipe.columns)
+
+
+def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
+    """Raises InvalidRow where the recipe does not leave such rows out."""
+    for record in read_piece(recipe, piece):
+        if record.problem and recipe.invalid_rows.how == "refuse":
+            raise record.problem
+        if record.problem:
+            tally.leave_out(record.problem)
+        yield from record.groups
+
+
+def _with_an_order(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
+    for group in groups:
+        if is_tied(group):
+            tally.drop(TIED, group.line)
+        else:
+            yield group
+
+
+def _encode(
+    groups: Sequence[Group], model: "Model", recipe: Recipe, limit: int, tally: Tally
+) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
+    """Those to train on, and those held out."""
+    tokenizer = model.tokenizer
+    kept: list[EncodedGroup] = []
+    held_out: list[EncodedGroup] = []
+    special_tokens = _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    may_lack_some = not _knows_all(RARE, tokenizer)
+    for group in groups:
+        texts = _texts(group, tokenizer)
+        if any(map(special_tokens.search, texts)):
+            tally.mark_special(group.line)
+        if may_lack_some and not all(_knows_all(text, tokenizer) for text in texts):
+            tally.mark_unknown(group.line)
+    for group, encoded in zip(groups, encode_groups(groups, tokenizer, today=recipe.today), strict=True):
+        if isinstance(encoded, InvalidRow):
+            tally.drop(encoded.code, encoded.line, encoded.message)
+            continue
+        tally.see(encoded)
+        cut = truncate(encoded, limit, recipe.truncation)
+        if cut is None:
+            tokens = len(encoded.prompt_ids) + max(map(len, encoded.completion_ids))
+            tally.drop(TOO_LONG, encoded.line, tokens=tokens)
+            continue
+        if len(cut.completion_ids) > 1 and len(set(map(tuple, cut.completion_ids))) == 1:
+            tally.drop(IDENTICAL, cut.line)
+            continue
+        if isinstance(group.prompt, list) and not _is_asked(encoded, tokenizer):
+            tally.mark_unasked(encoded.line)
+        if not all(model.ends.intersection(ids[-NUM_LAST:]) for ids in encoded.completion_ids):
+            tally.mark_unended(encoded.line)
+        aside = _is_held_out(encoded.prompt_ids, recipe.validation_share)
+        tally.keep(encoded, cut, held_out=aside)
+        (held_out if aside else kept).append(cut)
+    if recipe.other_prompts:
+        return _with_others(kept, limit), _with_others(held_out, limit)
+    return kept, held_out
+
+
+def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
+    """Each with the best answer to the next prompt that differs from its own, rated nan and cut to what fits.
+
+    By these KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
+    """
+    found: list[EncodedGroup] = []
+    other = next((group for group in groups if _prompt(group) != _prompt(groups[-1])), None)
+    if other is None:
+        return list(groups)  # all are of one prompt
+    following = other
+    for group in reversed(groups):
+        if _prompt(following) != _prompt(group):
+            other = following
+        found.append(_with_another(group, other, limit))
+        following = group
+    return found[::-1]
+
+
+def _prompt(group: EncodedGroup) -> list[int]:
+    return list(group.prompt_ids)
+
+
+def _with_another(group: EncodedGroup, other: EncodedGroup, limit: int) -> EncodedGroup:
+    best, spans = other.completion_ids[:1], other.others and other.others[:1]
+    answer = truncate(EncodedGroup(group.prompt_ids, best, None, group.line, others=spans), limit, "keep_start")
+    assert answer is not None  # the group's own fit behind the prompt
+    none = ((),) * len(group.completion_ids)
+    others = (*(group.others or none), *(answer.others or ((),))) if group.others or answer.others else None
+    return replace(
+        group,
+        completion_ids=(*group.completion_ids, *answer.completion_ids),
+        ratings=(*group.ranked(), math.nan),
+        others=others,
+    )
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)) or r"\Z\A.")  # of none: what stands nowhere
+
+
+def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The texts of the group, without the BOS and EOS that texts may bring."""
+    texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
+    texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
+    return texts
+
+
+def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return all(_knows(character, tokenizer) for character in set(text))
+
+
+@functools.cache
+def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer has ids for it that are not those of its unknown token."""
+    ids = tokenizer(character, add_special_tokens=False).input_ids
+    return character.isspace() or (bool(ids) and tokenizer.unk_token_id not in ids)
+
+
+def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether its prompt ends with the words that the template begins every answer with."""
+    words = prefill(tokenizer).strip()
+    return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
+
+
+def _words(text: Text) -> str:
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{message['content']}{message.get('tool_calls', '')}" for message in text)
+
+
+def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
+    """By the prompt: what is asked in training is not asked in validation."""
+    if not share:
+        return False
+    digest = hashlib.blake2b(repr(list(prompt_ids)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+@dataclass(frozen=True)
+class Model:
+    """What encoding needs of a model."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    positions: int  # tokens that it has positions for
+    ends: frozenset[int]  # tokens after which it stops
+
+
+@functools.cache
+def load(model_source: str) -> Model:
+    """Once per process."""
+    # Imported here because it takes eight seconds of a core, and the driver does without.
+    from transformers import AutoConfig
+
+    from dpo_core.models.model import load_tokenizer
+
+    folder = storage.fetch(model_source)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    tokenizer = load_tokenizer(folder)
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    return Model(tokenizer, positions, _ends(folder, config, tokenizer))
+
+
+def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Of the tokenizer, the config, and what generation is told to stop at."""
+    file = folder / "generation_config.json"
+    told = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    given = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None), told]
+    return frozenset(
+        number for each in given for number in (each if isinstance(each, list) else [each]) if number is not None
+    )

@@ -1,0 +1,287 @@
+"""What encoding found in a file: counted piece by piece, added up, told to the user."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pydantic import Field
+
+from dpo_core.config import Truncation
+from dpo_core.data.duplicates import LINES_NAMED, Named
+from dpo_core.data.jsonl import InvalidRow
+from dpo_core.encoding.encode import EncodedGroup
+from services.contract import Contract
+
+
+class Lines(Contract):
+    """So many, and the lines of the first ten."""
+
+    count: int = 0
+    first: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return str(Named(self.count, self.first))
+
+
+class Reason(Lines):
+    """Groups that are left out for one reason, and what was said of the first of them."""
+
+    sentence: str = ""
+
+
+class Lengths(Contract):
+    """Of one side, in tokens."""
+
+    total: int = 0
+    longest: int = 0
+    histogram: dict[int, int] = Field(
+        default_factory=dict
+    )  # up to so many tokens, a power of two, and more than half of that: how many
+
+
+class EncodingReport(Contract):
+    """What became of the rows of a file, or of a piece of it.
+
+    A side is the prompt, the chosen (the best) or the rejected (the worst) completion.
+    """
+
+    num_rows: int = 0
+    num_groups: int = 0  # in those rows
+    num_kept: int = 0  # to train on
+    num_held_out: int = 0  # to validate on
+    invalid: dict[str, Reason] = Field(default_factory=dict)  # rows that cannot be used, by the code of the reason
+    margins: Lines = Lines()  # groups that have one
+    dropped: dict[str, Reason] = Field(default_factory=dict)  # by the code of the reason
+    truncated: dict[str, Lines] = Field(default_factory=dict)  # by side
+    special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
+    unasked: Lines = Lines()  # groups that are learned without the words with which the template asks for an answer
+    unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
+    unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
+    lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before anything is cut
+    chosen_longer: int = 0
+    rejected_longer: int = 0
+    shortest_too_long: int | None = None  # tokens of the shortest group that was dropped for its length
+
+
+def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
+    """The sum. Memory does not grow with the rows."""
+    total = EncodingReport()
+    for report in reports:
+        total = _add(total, report)
+    return total
+
+
+def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
+    counts = ("num_rows", "num_groups", "num_kept", "num_held_out", "chosen_longer", "rejected_longer")
+    shortest = [n for n in (a.shortest_too_long, b.shortest_too_long) if n is not None]
+    return EncodingReport(
+        **{name: getattr(a, name) + getattr(b, name) for name in counts},
+        margins=_add_lines(a.margins, b.margins),
+        invalid={key: _add_reasons(a.invalid.get(key), b.invalid.get(key)) for key in a.invalid | b.invalid},
+        dropped={key: _add_reasons(a.dropped.get(key), b.dropped.get(key)) for key in a.dropped | b.dropped},
+        truncated={key: _add_lines(a.truncated.get(key), b.truncated.get(key)) for key in a.truncated | b.truncated},
+        special_tokens=_add_lines(a.special_tokens, b.special_tokens),
+        unasked=_add_lines(a.unasked, b.unasked),
+        unknown=_add_lines(a.unknown, b.unknown),
+        unended=_add_lines(a.unended, b.unended),
+        lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
+        shortest_too_long=min(shortest, default=None),
+    )
+
+
+def _add_lines(a: Lines | None, b: Lines | None) -> Lines:
+    a, b = a or Lines(), b or Lines()
+    return Lines(count=a.count + b.count, first=tuple(sorted((*a.first, *b.first))[:LINES_NAMED]))
+
+
+def _add_reasons(a: Reason | None, b: Reason | None) -> Reason:
+    first = min((reason for reason in (a, b) if reason), key=lambda reason: reason.first)
+    return Reason(**_add_lines(a, b).model_dump(), sentence=first.sentence)
+
+
+def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
+    a, b = a or Lengths(), b or Lengths()
+    histogram = dict(sorted((Counter(a.histogram) + Counter(b.histogram)).items()))
+    return Lengths(total=a.total + b.total, longest=max(a.longest, b.longest), histogram=histogram)
+
+
+class Tally:
+    """Counts one piece."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._counts = Counter(num_rows=num_rows)
+        self._invalid: dict[str, list[InvalidRow]] = {}
+        self._dropped: dict[str, list[int]] = {}
+        self._sentences: dict[str, str] = {}
+        self._unasked: list[int] = []
+        self._unknown: list[int] = []
+        self._unended: list[int] = []
+        self._truncated: dict[str, list[int]] = {}
+        self._margins: list[int] = []
+        self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+        self._special_tokens: list[int] = []
+        self._too_long: list[int] = []
+
+    def leave_out(self, row: InvalidRow) -> None:
+        """A row that cannot be used."""
+        self._invalid.setdefault(row.code, []).append(row)
+
+    def mark_special(self, line: int) -> None:
+        """A group whose own text holds special tokens."""
+        self._special_tokens.append(line)
+
+    def mark_unasked(self, line: int) -> None:
+        """A group that is learned without the words with which the template asks for an answer."""
+        self._unasked.append(line)
+
+    def mark_unknown(self, line: int) -> None:
+        """A group with characters that the tokenizer does not know."""
+        self._unknown.append(line)
+
+    def mark_unended(self, line: int) -> None:
+        """A group with a completion after which nothing says that it ends."""
+        self._unended.append(line)
+
+    def see(self, group: EncodedGroup) -> None:
+        """A group as it was encoded."""
+        sides = _sides(group)
+        for side, length in sides.items():
+            self._lengths[side].append(length)
+        if "rejected" in sides:
+            self._counts["chosen_longer"] += sides["chosen"] > sides["rejected"]
+            self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
+
+    def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
+        self._counts["num_groups"] += 1
+        self._counts["num_held_out" if held_out else "num_kept"] += 1
+        if before.margin is not None:
+            self._margins.append(before.line)
+        if after is before:
+            return
+        now = _sides(after)
+        for side, length in _sides(before).items():
+            if now[side] < length:
+                self._truncated.setdefault(side, []).append(before.line)
+
+    def drop(self, code: str, line: int, sentence: str = "", *, tokens: int | None = None) -> None:
+        """`tokens`: of a group that was too long."""
+        self._sentences.setdefault(code, sentence)
+        self._counts["num_groups"] += 1
+        self._dropped.setdefault(code, []).append(line)
+        if tokens is not None:
+            self._too_long.append(tokens)
+
+    def report(self) -> EncodingReport:
+        return EncodingReport(
+            **self._counts,
+            invalid={
+                code: _reason([row.line for row in rows], rows[0].message) for code, rows in self._invalid.items()
+            },
+            margins=_named(self._margins),
+            dropped={code: _reason(lines, self._sentences[code]) for code, lines in self._dropped.items()},
+            truncated={side: _named(lines) for side, lines in self._truncated.items()},
+            special_tokens=_named(self._special_tokens),
+            unasked=_named(self._unasked),
+            unknown=_named(self._unknown),
+            unended=_named(self._unended),
+            lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},
+            shortest_too_long=min(self._too_long, default=None),
+        )
+
+
+def _sides(group: EncodedGroup) -> dict[str, int]:
+    best, *others = map(len, group.completion_ids)
+    return {"prompt": len(group.prompt_ids), "chosen": best} | ({"rejected": others[-1]} if others else {})
+
+
+def _named(lines: Sequence[int]) -> Lines:
+    return Lines(count=len(lines), first=tuple(lines[:LINES_NAMED]))
+
+
+def _reason(lines: Sequence[int], sentence: str) -> Reason:
+    return Reason(**_named(lines).model_dump(), sentence=sentence)
+
+
+def _distribution(lengths: Sequence[int]) -> Lengths:
+    histogram = Counter(1 << (length - 1).bit_length() for length in lengths)
+    return Lengths(total=sum(lengths), longest=max(lengths), histogram=dict(sorted(histogram.items())))
+
+
+# --- in words ----------------------------------------------------------------------------------------
+
+TOO_LONG, TIED, IDENTICAL = "too_long", "tied", "identical"
+# Why groups are left out, and what helps.
+_REASONS = {
+    TIED: ("that rate all their completions alike, which says nothing of an order", ""),
+    IDENTICAL: ("whose completions are the same once they are written and cut", ""),
+    "template_refused": ("that the chat template refuses", "send what it takes, or use another template"),
+    "template_drops_calls": ("whose tool calls the chat template leaves out", "use a template that writes them"),
+    "template_drops_tools": ("whose tools the chat template leaves out", "use a template that writes them"),
+    "template_drops_text": ("of whose text the chat template leaves out a part", "use a template that writes it"),
+    "template_drops_thoughts": ("whose thoughts the chat template leaves out", "use a template that writes them"),
+    "template_not_prefix": (
+        "whose prompt the chat template writes differently once a completion follows",
+        "mend the template",
+    ),
+    "empty_prompt": ("whose prompt has no tokens", "give it some text"),
+    "empty_completion": ("with a completion of no tokens", "give it some text"),
+}
+
+
+def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
+    """Sentences on what was dropped and what was cut. `remedy` is that of what is too long."""
+    told = [
+        f"Left out {reason.count} of {report.num_rows} rows, which cannot be used: {code} ({reason}). {reason.sentence}"
+        for code, reason in sorted(report.invalid.items())
+    ]
+    for code, reason in sorted(report.dropped.items()):
+        why, mend = (f"longer than {limit} tokens", remedy) if code == TOO_LONG else _REASONS[code]
+        ending = f"; {mend}" if mend else ""
+        said = f" {reason.sentence}" if reason.sentence else ""
+        told.append(f"Left out {reason.count} of {report.num_groups} {kind}, {why} ({reason}){ending}.{said}")
+    for side, lines in report.truncated.items():
+        told.append(f"Cut the {side} of {lines.count} of {report.num_groups} {kind} to {limit} tokens ({lines}).")
+    return told
+
+
+def num_invalid(report: EncodingReport) -> int:
+    """Rows that cannot be used."""
+    return sum(reason.count for reason in report.invalid.values())
+
+
+def marked(report: EncodingReport, kind: str) -> list[str]:
+    """Sentences on groups that are kept and need a look."""
+    marks = (
+        (report.special_tokens, "hold special tokens of the model in their text, which it reads as such", ""),
+        (
+            report.unasked,
+            "lack the words with which the chat template makes every answer begin, such as <think>, and are learned "
+            "without",
+            "; give their answers such thoughts, or use a template that does not ask for them",
+        ),
+        (
+            report.unknown,
+            "have characters that the tokenizer does not know, and the model never sees",
+            "; use a model whose tokenizer has them",
+        ),
+        (
+            report.unended,
+            "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop",
+            "; use a template that ends answers",
+        ),
+    )
+    return [
+        f"{lines.count} of {report.num_groups} {kind} {what} ({lines}){remedy}."
+        for lines, what, remedy in marks
+        if lines.count
+    ]
+
+
+def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
+    """One sentence: how long the sides are, and which is the longer."""
+    sides = [
+        f"{side} {lengths.total / sum(lengths.histogram.values()):.0f} (at most {lengths.longest})"
+        for side, lengths in report.lengths.items()
+    ]
+    compared = report.chosen_longer + report.rejected_longer
+    bias = f" The chosen answer is the longer one in {report.chosen_longer / compared:.0%}." if compared else ""
+    return f"Tokens, on average: {', '.join(sides)}; limit {limit}, {truncation}.{bias}"

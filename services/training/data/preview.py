@@ -1,0 +1,82 @@
+"""Rows of a training file as the model will see them: cut to the limit, written by the chat template."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dpo_core.data.feedback import are_one_group, is_tied
+from dpo_core.data.jsonl import InvalidRow, read_lines
+from dpo_core.encoding.encode import EncodedGroup, encode_groups
+from dpo_core.encoding.truncation import truncate
+from services import storage
+from services.contract import Contract, Recipe
+from services.training.data.encoding import Piece, load, read_piece
+from services.training.data.file_report import TIED, TOO_LONG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_CHARACTERS = 2000  # of a side; of a longer one the middle is left out
+
+
+class Preview(Contract):
+    """The first group of a row. What is learned are the tokens of its completions."""
+
+    line: int
+    dropped: str | None = None  # the code of the reason; None: it is kept
+    prompt: str = ""
+    chosen: str = ""  # the best completion
+    rejected: str | None = None  # the worst; None: there is one only
+
+
+def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
+    """So many rows, spread over the `num_rows` of a file: each a piece by itself, with others of its group."""
+    wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
+    place = start = 0
+    is_due, piece, last = False, None, b""
+    with storage.open_input(uri) as file:
+        for number, line in enumerate(read_lines(file), 1):
+            if line.strip():
+                is_due = is_due or place in wanted
+                if (piece or is_due) and not are_one_group(last, line, columns=columns):
+                    if piece:
+                        yield piece
+                    piece = Piece(number=place, first_line=number, num_rows=0, start=start, size=0) if is_due else None
+                    is_due = False
+                if piece:
+                    size = start + len(line) - piece.start
+                    piece = piece.model_copy(update={"num_rows": piece.num_rows + 1, "size": size})
+                place, last = place + 1, line
+            start += len(line)
+    if piece:
+        yield piece
+
+
+def preview(recipe: Recipe, row: Piece) -> Preview:
+    """Raises UnusableTemplate."""
+    model = load(recipe.model_source)
+    tokenizer = model.tokenizer
+    record = next(read_piece(recipe, row))
+    if record.problem:
+        return Preview(line=record.line, dropped=record.problem.code)
+    group = record.groups[0]
+    if is_tied(group):
+        return Preview(line=group.line, dropped=TIED)
+    (encoded,) = encode_groups([group], tokenizer, today=recipe.today)
+    if isinstance(encoded, InvalidRow):
+        return Preview(line=group.line, dropped=encoded.code)
+    limit = min(recipe.max_length, model.positions)
+    cut = truncate(encoded, limit, recipe.truncation)
+    return _written(cut or encoded, tokenizer, dropped=None if cut else TOO_LONG)
+
+
+def _written(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase", *, dropped: str | None) -> Preview:
+    def words(ids: Sequence[int]) -> str:
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        half = MOST_CHARACTERS // 2
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} […] {text[-half:]}"
+
+    best, *others = group.completion_ids
+    rejected = words(others[-1]) if others else None
+    return Preview(
+        line=group.line, dropped=dropped, prompt=words(group.prompt_ids), chosen=words(best), rejected=rejected
+    )

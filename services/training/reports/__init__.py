@@ -1,0 +1,1 @@
+"""What an attempt tells the outside: events, logs, spans, and other trackers."""

@@ -1,0 +1,149 @@
+"""Brings what a job reported to one sink, whatever becomes of the sink."""
+
+import logging
+import os
+import re
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services import spool
+from services.contract import AttemptSpec, EventBatch, JobEvent, Message, Report, Started, StepMetrics
+from services.spool import DamagedSegment
+from services.training.reports.integrations.sink import Sink, Status, Step
+
+logger = logging.getLogger(__name__)
+
+PERIOD_SECONDS = 30.0  # between two looks into the spool
+RETRY_SECONDS = 60.0
+SLOW_SECONDS = 60.0  # for one call of a sink
+STEPS_PER_WRITE = 1000
+SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+Open = Callable[[AttemptSpec, Path], Sink]
+"""Makes a sink, which may keep files in the folder while it lives."""
+
+
+class Follower:
+    """One sink of one attempt; in a job it is a Ray actor. What goes wrong is told once, and never raised."""
+
+    def __init__(self, name: str, open_sink: Open, spec: AttemptSpec, report: Callable[[Report], None]) -> None:
+        self._name, self._open, self._spec, self._report = name, open_sink, spec, report
+        self._status: Status | None = None
+        self._warned = self._told = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def close(self, status: Status | None, timeout_seconds: float) -> None:
+        """Gives the sink so long for what was spooled until now. `status`: see Sink.close. Tells nothing afterwards."""
+        self._status = status
+        self._closing.set()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive() and status is not None:
+            self._warn(f"it did not take the last steps within {timeout_seconds:.0f} s; they are missing there")
+        self._told = self._warned = True
+
+    def _work(self) -> None:
+        while True:
+            last_try = self._closing.is_set()
+            try:
+                with tempfile.TemporaryDirectory(prefix="raydpo-integration-", ignore_cleanup_errors=True) as folder:
+                    self._follow(Path(folder))
+                return
+            except ImportError as error:
+                self._warn(f"the cluster lacks the package {error.name}; its image needs raydpo's extra `cluster`")
+                return
+            except Exception as error:  # of whatever kind: training must not know
+                logger.warning(
+                    "%s failed: %s", self._name, _without_secrets("".join(traceback.format_exception(error)))
+                )
+                self._warn(f"{_reason(error)}; it is tried again every {RETRY_SECONDS:.0f} s")
+            if last_try:
+                return
+            self._closing.wait(RETRY_SECONDS)
+
+    def _follow(self, folder: Path) -> None:
+        """Returns when it was closed and all that was spooled is written."""
+        with self._patience():
+            sink = self._open(self._spec, folder)
+        if not self._told:
+            self._told = True
+            self._report(Message(message=f"{self._name}: {sink.where}"))
+        begun, closing, steps = False, False, list[Step]()
+        last_step = sink.last_step
+        for batch in _spooled(self._spec):
+            for event in batch.events if batch else ():
+                if isinstance(event.report, Started) and not begun:
+                    begun = True
+                    with self._patience():
+                        sink.begin(event.report)
+                elif isinstance(event.report, StepMetrics) and event.report.step > last_step:
+                    last_step = event.report.step
+                    steps.append(_step(event, event.report))
+            if steps and (batch is None or len(steps) >= STEPS_PER_WRITE):
+                with self._patience():
+                    sink.write(steps)
+                steps = []
+            if batch is None:
+                if closing:
+                    return sink.close(self._status)
+                closing = self._closing.wait(PERIOD_SECONDS)
+        return None
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        timer = threading.Timer(SLOW_SECONDS, self._warn, [f"it has not answered for {SLOW_SECONDS:.0f} s"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._report(Message(level="warn", message=f"{self._name}: {reason}. Training goes on."))
+
+
+def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
+    """What the job's attempts reported, from the first one on; None where there is no more yet."""
+    for attempt in range(1, spec.attempt + 1):
+        next_seq, lost = 0, False
+        while True:
+            if lost:  # where the next one begins, only a list tells
+                later = (first for first, _ in spool.segments(spec.run_uri, attempt) if first >= next_seq)
+                next_seq = min(later, default=next_seq)
+            try:
+                batch = spool.read(spool.segment_uri(spec.run_uri, attempt, next_seq))
+            except FileNotFoundError:
+                if attempt < spec.attempt:
+                    break
+                yield None
+            except DamagedSegment as error:
+                logger.warning("What a part of the spool held is left out: %s", error)
+                next_seq, lost = next_seq + 1, True
+            else:
+                next_seq, lost = batch.events[-1].seq + 1, False
+                yield batch
+
+
+def _step(event: JobEvent, report: StepMetrics) -> Step:
+    names = {key: key if key.startswith("eval/") else f"train/{key}" for key in report.metrics}
+    return Step(report.step, event.created_at, {names[key]: value for key, value in report.metrics.items()})
+
+
+def _reason(error: Exception) -> str:
+    """In one line."""
+    return _without_secrets(" ".join(str(error).split()) or repr(error))[:300]
+
+
+def _without_secrets(text: str) -> str:
+    for name in SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, f"${name}")
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)  # a user and a password before a host

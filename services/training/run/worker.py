@@ -1,0 +1,242 @@
+"""One of the workers of a training run: the `for` around `dpo_core.training.trainer.train`."""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_tokenizer
+from dpo_core.training.checkpoint import DamagedCheckpoint, read_manifest, verify
+from dpo_core.training.trainer import StepResult, train
+from services import storage
+from services.contract import (
+    AttemptSpec,
+    CheckpointSaved,
+    Failed,
+    Message,
+    Paused,
+    Report,
+    Started,
+    StepMetrics,
+    Succeeded,
+)
+from services.training import policies
+from services.training.data.dataset import Data, Dataset, read_groups
+from services.training.data.row_order import batched, global_batches, num_places, num_steps
+from services.training.data.row_stream import Stream
+from services.training.reports.logs import keep_logs
+from services.training.reports.reporting import JobFailed
+from services.training.run.commands import listening
+from services.training.run.full_disk import when_there_is_room
+
+LN2_TOLERANCE = 1e-3
+GROUPS_PER_EVALUATION = 256  # read at a time, and dealt to all workers
+
+
+def work(
+    spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
+) -> Succeeded | Failed | Paused:
+    """Trains to the end of the run: the last checkpoint's policy, or what only the user can mend. Or it is told to
+    pause, and leaves a checkpoint.
+
+    The config of `spec` is resolved. `reporter` is the actor's handle; only rank 0 reports to it. Every checkpoint
+    is evaluated on `validation`.
+    """
+    try:
+        with policies.refusals():
+            return _work(spec, data, reporter, validation)
+    except JobFailed as failure:
+        return failure.report
+
+
+def _work(
+    spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None
+) -> Succeeded | Failed | Paused:
+    keep_logs(spec.run_uri, spec.attempt, f"worker-{dist.get_rank()}")
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(_num_threads())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    num_groups = num_places(data, spec.config.seed)
+    total_steps = num_steps(num_groups, spec.config)
+    with _scratch(spec) as scratch, listening(reporter) as pausing:
+        resume = _agree_on_checkpoint(spec, scratch, reporter, device)
+        step, num_tokens = 0, 0
+        if resume:
+            manifest = read_manifest(resume)
+            step, num_tokens = manifest.step, manifest.num_tokens
+        if dist.get_rank() == 0:
+            started = Started(config=spec.config, num_groups=num_groups, total_steps=total_steps)
+            _report_start(started.model_copy(update={"resumed_from": step}), resume, spec, reporter)
+        source = storage.fetch(spec.model_source)
+        results = train(
+            spec.config,
+            policies.load(source, device),
+            load_tokenizer(source),
+            lambda after_step: global_batches(data, spec.config, after_step=after_step),
+            total_steps=total_steps,
+            checkpoint_dir=scratch / "checkpoints",
+            resume=resume,
+            publish=lambda step, folder: _publish(step, folder, spec, reporter),
+            validation=held_out(validation),
+            stop=pausing,
+        )
+        failed = None
+        for result in results:
+            step, num_tokens = result.step, result.num_tokens
+            if not result.metrics:
+                continue  # it had no groups
+            if failed := hopeless(result, spec):
+                break
+            if dist.get_rank() == 0:
+                _report_step(result, spec, reporter)
+    if dist.get_rank() == 0:
+        ray.get(reporter.flush.remote())  # all of this before the driver reports the end
+    if not failed and step < total_steps:
+        return Paused(step=step)
+    model_uri = storage.join(checkpoint_uri(spec, total_steps), "model")
+    return failed or Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
+
+
+def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
+    """How `train` reads the groups to evaluate on. A stream has all of them only when it ends, and maybe none."""
+    if validation is None:
+        return None
+
+    def read() -> Iterator[list[EncodedGroup]] | None:
+        dataset = validation.held_out() if isinstance(validation, Stream) else validation
+        return batched(read_groups(dataset), GROUPS_PER_EVALUATION) if dataset else None
+
+    return read
+
+
+def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
+    """Why it makes no sense to go on after this step. Metrics are global, so all workers decide alike."""
+    loss = result.metrics["loss"]
+    for key, value in result.metrics.items():
+        if not math.isfinite(value):
+            if result.step == 1:
+                sentence = f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."
+                return Failed(code="training_diverged", message=sentence)
+            rate = result.metrics["lr"]
+            sentence = f"{key} is {value} at step {result.step} with the learning rate {rate:.3g}; lower it."
+            return Failed(code="training_diverged", message=sentence, param="hyperparameters")
+    if is_gated(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
+        sentence = (
+            f"The first loss is {loss:.6f} and not ln 2 = {math.log(2):.6f} within {LN2_TOLERANCE}: "
+            f"the reference {spec.reference} and the policy disagree; deploy the same weights in float32."
+        )
+        return Failed(code="reference_mismatch", message=sentence)
+    return None
+
+
+def is_gated(result: StepResult, spec: AttemptSpec) -> bool:
+    """Before its first step the policy is the reference, so DPO's loss is ln 2, whatever the data."""
+    return result.step == 1 and spec.config.objective.type == "dpo"
+
+
+def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
+    """The URI of the newest checkpoint that is complete and undamaged."""
+    checkpoints = storage.join(run_uri, "checkpoints")
+    for name in sorted(storage.list_folders(checkpoints), key=_step_of, reverse=True):
+        uri = storage.join(checkpoints, name)
+        if not storage.exists(storage.join(uri, storage.MANIFEST)):
+            continue  # its attempt died while publishing
+        try:
+            folder = storage.fetch(uri, cache)
+            verify(folder)
+        except DamagedCheckpoint as error:
+            report(Message(level="warn", message=f"A checkpoint is damaged and left out: {error}"))
+        else:
+            return uri
+    return None
+
+
+def _step_of(name: str) -> int:
+    """Of a checkpoint's folder, whose number may be wider than its zeros."""
+    return int(name.removeprefix("step-"))
+
+
+def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
+    """Rank 0 chooses, every worker has it as a local folder."""
+    choice: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        choice = [newest_checkpoint(spec.run_uri, cache, reporter.report.remote)]
+    dist.broadcast_object_list(choice, src=0, device=device)
+    return storage.fetch(choice[0], cache) if choice[0] else None
+
+
+def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, reporter: Any) -> None:
+    reporter.report.remote(started)
+    if resume:
+        step = started.resumed_from
+        reporter.report.remote(Message(message=f"Resumed from checkpoint at step {step}."))
+        # Its attempt may have died before its own report of it was spooled.
+        metrics = read_manifest(resume).metrics
+        saved = CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=metrics)
+        reporter.report.remote(saved)
+
+
+def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
+    if is_gated(result, spec):
+        sentence = f"The first loss is {result.metrics['loss']:.6f}, ln 2 as it must be: reference and policy agree."
+        reporter.report.remote(Message(message=sentence))
+    metrics = StepMetrics(step=result.step, total_steps=result.total_steps, metrics=result.metrics)
+    reporter.report.remote(metrics)
+    if result.warning:
+        reporter.report.remote(Message(level="warn", message=result.warning))
+
+
+def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
+    """This worker's part of a checkpoint goes to storage, while training goes on.
+
+    Rank 0 is the last, and in an order that loses neither reports nor checkpoint if this process dies.
+    """
+    uri = checkpoint_uri(spec, step)
+
+    def publish() -> None:
+        if dist.get_rank() == 0:
+            ray.get(reporter.flush.remote())  # whoever resumes from here never runs these steps
+        storage.publish(folder, uri)
+
+    metrics = read_manifest(folder).metrics if dist.get_rank() == 0 else {}
+    when_there_is_room(publish, f"the checkpoint at step {step}", reporter.report.remote)
+    shutil.rmtree(folder)
+    if dist.get_rank() == 0:
+        reporter.report.remote(CheckpointSaved(step=step, uri=uri, metrics=metrics))
+
+
+def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
+    return storage.join(spec.run_uri, "checkpoints", f"step-{step:06d}")
+
+
+@contextmanager
+def _scratch(spec: AttemptSpec) -> Iterator[Path]:
+    """A folder of this worker on its node. What killed attempts left of theirs goes first: it may be large."""
+    prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
+
+
+def _num_threads() -> int:
+    """This worker's share of its node's cores: Ray sets OMP_NUM_THREADS to the one CPU that a worker reserves.
+
+    Ray may have been told of more CPUs than there are, and a container may have fewer than its machine.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    num_workers: int = ray.train.get_context().get_local_world_size()
+    return max(1, min(os.cpu_count() or 1, int(logical)) // num_workers)

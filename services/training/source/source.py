@@ -1,0 +1,156 @@
+"""The source of a job, an upload or a user's URI, as one plain file of JSON Lines."""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import httpx
+import pyarrow as pa
+
+from dpo_core.data.jsonl import InvalidRow, read_lines
+from services import outbound, storage
+from services.containers import Reader, is_plain, json_lines
+from services.contract import MIN_EXAMPLES, AttemptSpec, Failed, Message, Report
+from services.training.reports.reporting import JobFailed, invalid_file, progress
+from services.training.source import hub
+from services.training.source.download import Remote, download
+from services.uri import PORTS, InvalidUri, admitted, is_folder, matches
+
+FILES_NAMED = 10
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class _File(NamedTuple):
+    name: str  # for the user
+    uri: str  # where it stands now
+
+
+@contextmanager
+def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report], None]) -> Iterator[AttemptSpec]:
+    """The attempt with its training file as plain JSON Lines: where it lies, else for so long in `folder_uri`.
+
+    Raises JobFailed for what the user can mend, and OSError for a file that changed while it was used.
+    """
+    try:
+        files = [_File("training_file", spec.training_uri)]
+        if spec.dataset_uris is not None:
+            files = _bring(spec.training_uri, spec.dataset_uris, storage.join(folder_uri, "downloads"), report)
+        uri = _joined(files, storage.join(folder_uri, "training.jsonl"), report)
+    except InvalidUri as error:
+        raise _failed(spec, str(error)) from error
+    if spec.dataset_uris is not None:
+        _check_count(spec, uri)
+    found = storage.version(uri)
+    yield spec.model_copy(update={"training_uri": uri})
+    if storage.version(uri) != found:
+        raise OSError(f"{uri} changed while it was read.")
+    storage.delete(folder_uri)
+
+
+def unpacked(uri: str, to_uri: str) -> str:
+    """Where an uploaded file stands as plain JSON Lines: `uri` itself, or `to_uri`, which is written.
+
+    Raises JobFailed for one that is damaged.
+    """
+    try:
+        return _joined([_File("training_file", uri)], to_uri, lambda report: None)
+    except InvalidUri as error:
+        raise JobFailed(invalid_file(str(error))) from error
+
+
+def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file") -> JobFailed:
+    param = "training_file" if spec.dataset_uris is None else "x_raydpo.dataset"
+    return JobFailed(Failed(code=code, message=message, param=param))
+
+
+def _bring(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[[Report], None]) -> list[_File]:
+    """The files that `uri` means, at least one, where storage can read them."""
+    place = admitted(uri, prefixes)
+    scheme = urlsplit(uri).scheme
+    if scheme in PORTS:
+        with outbound.client(prefixes) as client:
+            return _download(client, [Remote(uri, 0, uri)], folder_uri, report)
+    if scheme == "hf":
+        with hub.client(uri, prefixes) as client:
+            return _download(client, hub.find(uri, prefixes), folder_uri, report)
+    try:
+        files = _in_folder(uri, prefixes) if is_folder(uri) else [_File(uri, place)]
+        for file in files:
+            if storage.version(file.uri) is None:
+                raise InvalidUri(f"{uri} is no file; one for a folder ends with '/'.")
+            storage.open_input(file.uri).close()
+    except (OSError, pa.ArrowInvalid) as error:
+        # The last is how Arrow words what S3 refuses; what is left is the network's.
+        if not isinstance(error, PermissionError | pa.ArrowInvalid) and "ACCESS_DENIED" not in str(error):
+            raise
+        raise InvalidUri(f"{uri}: {error}") from error
+    return files
+
+
+def _in_folder(uri: str, prefixes: Sequence[str]) -> list[_File]:
+    split = urlsplit(uri)
+    folder, _, pattern = split.path.rpartition("/")
+    folder_uri = urlunsplit(split._replace(path=f"{folder}/"))
+    names = [name for name in storage.list_files(folder_uri) if matches(unquote(pattern), name)]
+    if not names:
+        raise InvalidUri(f"{uri} holds no files.")
+    return [_File(name, admitted(storage.join(folder_uri, name), prefixes)) for name in names]
+
+
+def _download(
+    client: httpx.Client, files: Sequence[Remote], folder_uri: str, report: Callable[[Report], None]
+) -> list[_File]:
+    total, arrived, done = sum(file.size for file in files), 0, None
+
+    def count(size: int, length: int) -> None:
+        nonlocal arrived, done
+        done = done or progress(report, "downloading", total or length)
+        arrived += size
+        done(arrived)
+
+    found = [_File(file.name, storage.join(folder_uri, f"{number:05d}")) for number, file in enumerate(files)]
+    for (_, uri), file in zip(found, files, strict=True):
+        storage.write_stream(uri, io.BufferedReader(Reader(download(client, file.url, count))))
+    return found
+
+
+def _joined(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
+    """Where one plain file holds them all: the only one itself, or `uri`, which is written."""
+    if len(files) == 1:
+        with storage.open_input(files[0].uri) as file:
+            if is_plain(file):
+                return files[0].uri
+    starts: list[str] = []
+    storage.write_stream(uri, io.BufferedReader(Reader(_lines(files, starts))))
+    if len(files) > 1:
+        more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
+        report(Message(message=f"Training file joins {len(files)} files: {', '.join(starts[:FILES_NAMED])}{more}."))
+    return uri
+
+
+def _lines(files: Sequence[_File], starts: list[str]) -> Iterator[bytes]:
+    """Of all files; `starts` tells where each begins."""
+    number = 0
+    for name, uri in files:
+        starts.append(f"{name} from line {number + 1}")
+        line = b"\n"
+        with storage.open_input(uri) as file:
+            try:
+                for here, line in enumerate(json_lines(file)):
+                    number += 1
+                    yield line if here else line.removeprefix(BYTE_ORDER_MARK)
+            except InvalidRow as error:
+                raise InvalidUri(f"{name}: {error}") from None
+        if not line.endswith(b"\n"):
+            yield b"\n"
+
+
+def _check_count(spec: AttemptSpec, uri: str) -> None:
+    with storage.open_input(uri) as file:
+        rows = sum(1 for _ in islice(filter(bytes.strip, read_lines(file)), MIN_EXAMPLES))
+    if rows < MIN_EXAMPLES:
+        message = f"Training file has {rows} example(s), but must have at least {MIN_EXAMPLES} examples"
+        raise _failed(spec, message, "invalid_n_examples")

@@ -1,0 +1,46 @@
+from dataclasses import replace
+
+import pytest
+
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.encoding.truncation import truncate
+
+GROUP = EncodedGroup([1, 2, 3, 4], ([5, 6, 7], [8]), None, 1)
+
+
+@pytest.mark.parametrize("how", ["drop", "keep_start", "keep_end"])
+def test_what_fits_is_left_alone(how):
+    assert truncate(GROUP, 7, how) is GROUP
+
+
+@pytest.mark.parametrize(
+    ("how", "limit", "prompt", "completions"),
+    [
+        ("keep_start", 6, [1, 2, 3, 4], ([5, 6], [8])),
+        ("keep_start", 5, [1, 2, 3, 4], ([5], [8])),
+        ("keep_end", 6, [2, 3, 4], ([5, 6, 7], [8])),
+        ("keep_end", 4, [4], ([5, 6, 7], [8])),
+    ],
+)
+def test_a_side_is_cut(how, limit, prompt, completions):
+    cut = truncate(GROUP, limit, how)
+    assert (cut.prompt_ids, cut.completion_ids, cut.line) == (prompt, completions, 1)
+    assert len(cut.prompt_ids) + max(map(len, cut.completion_ids)) <= limit
+
+
+@pytest.mark.parametrize(("limit", "prompt"), [(6, [1, 3, 4]), (5, [1, 4]), (4, [4])])
+def test_a_prompt_keeps_its_bos_where_there_is_room_for_another(limit, prompt):
+    assert truncate(replace(GROUP, has_bos=True), limit, "keep_end").prompt_ids == prompt
+    assert truncate(GROUP, limit, "keep_end").prompt_ids == [1, 2, 3, 4][3 - limit :]
+
+
+@pytest.mark.parametrize(("how", "limit"), [("drop", 6), ("keep_start", 4), ("keep_end", 3)])
+def test_no_side_is_left_without_tokens(how, limit):
+    assert truncate(GROUP, limit, how) is None
+
+
+def test_what_others_say_in_a_completion_is_cut_with_it():
+    group = EncodedGroup([1, 2], ([3, 4, 5, 6, 7], [8, 9, 10]), None, 1, others=(((1, 2), (3, 4)), ((1, 2),)))
+    assert truncate(group, 6, "keep_start").others == (((1, 2), (3, 4)), ((1, 2),))
+    assert truncate(group, 5, "keep_start").others == (((1, 2),), ((1, 2),))
+    assert truncate(group, 3, "keep_start").others == ((), ())

@@ -1,0 +1,311 @@
+"""Low-rank adapters: the base is the reference, and stays as it is."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV32Config,
+    FalconH1Config,
+    Gemma3Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PhimoeConfig,
+)
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.models.adapter import BASE, fingerprint
+from dpo_core.models.model import load_policy, load_reward_model, merge_adapter
+from dpo_core.options import InvalidOption
+from dpo_core.policy.scorer import score_reference
+from dpo_core.training.trainer import train
+from tests.dpo_core import conftest
+
+CONFIG = TrainConfig(optim=Optim(learning_rate=1e-2), batch_size=8, n_epochs=1, max_length=64, checkpoint_steps=2)
+ADAPTERS = {
+    "lora": Lora(r=4),
+    "rslora": Lora(r=4, use_rslora=True),
+    "dora": Lora(r=4, use_dora=True),
+    "of two modules": Lora(target_modules=("q_proj", "v_proj")),
+}
+
+
+@pytest.fixture
+def base(make_policy, tokenizer, tmp_path):
+    folder = tmp_path / "base"
+    make_policy(tie_word_embeddings=True).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train_adapter(base, tokenizer, pairs, folder, adapter, config=CONFIG, **kwargs):
+    torch.manual_seed(0)
+    policy = load_policy(base, adapter=adapter)
+    batches = [pairs] * kwargs.pop("last_step", 4)
+    steps = list(train(config, policy, tokenizer, batches, total_steps=4, checkpoint_dir=folder, **kwargs))
+    return policy, steps
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_only_the_adapter_learns_and_its_base_is_the_reference(name, base, tokenizer, pairs, tmp_path):
+    policy = load_policy(base, adapter=ADAPTERS[name])
+    groups = score_reference(policy, pairs, max_tokens_per_pack=8192)
+    plain = load_policy(base)
+    policy, steps = train_adapter(base, tokenizer, groups, tmp_path / "run", ADAPTERS[name])
+    assert steps[0].metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert steps[-1].metrics["loss"] < steps[0].metrics["loss"]
+    after = score_reference(policy, pairs, max_tokens_per_pack=8192)  # the adapter is off
+    assert [g.ref_logps for g in after] == [g.ref_logps for g in groups]
+    weights = dict(policy.named_parameters())
+    for key, parameter in plain.named_parameters():
+        names = (key, key.replace(".weight", ".base_layer.weight"))
+        assert torch.equal(next(weights[name] for name in names if name in weights), parameter)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_checkpoint_holds_the_adapter_and_merges_into_a_model(name, base, tokenizer, pairs, tmp_path):
+    policy, _ = train_adapter(base, tokenizer, pairs, tmp_path / "run", ADAPTERS[name])
+    adapter = tmp_path / "run" / "step-000004" / "model"
+    assert (adapter / "adapter_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
+    ids = torch.tensor([pairs[3].prompt_ids])
+    expected = policy(input_ids=ids).logits
+    torch.testing.assert_close(AutoPeftModelForCausalLM.from_pretrained(adapter)(input_ids=ids).logits, expected)
+    merge_adapter(adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in key for key, _ in merged.named_parameters())
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_resuming_an_adapter_repeats_the_run_bit_for_bit(name, base, tokenizer, pairs, tmp_path):
+    straight, steps = train_adapter(base, tokenizer, pairs, tmp_path / "run", ADAPTERS[name])
+    resumed, rest = train_adapter(
+        base,
+        tokenizer,
+        pairs,
+        tmp_path / "again",
+        ADAPTERS[name],
+        resume=tmp_path / "run" / "step-000002",
+    )
+    assert [step.metrics["loss"] for step in rest] == [step.metrics["loss"] for step in steps[2:]]
+    for (name, ours), (_, theirs) in zip(resumed.named_parameters(), straight.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_activations_computed_again_change_nothing(base, tokenizer, pairs, tmp_path):
+    kept, _ = train_adapter(base, tokenizer, pairs, tmp_path / "kept", Lora())
+    config = replace(CONFIG, activation_checkpointing="on")
+    again, _ = train_adapter(base, tokenizer, pairs, tmp_path / "again", Lora(), config)
+    torch.testing.assert_close(dict(again.named_parameters()), dict(kept.named_parameters()))
+
+
+def test_modules_that_the_model_lacks_are_refused(base):
+    with pytest.raises(InvalidOption, match="w_query") as refused:
+        load_policy(base, adapter=Lora(target_modules=("w_query",)))
+    assert refused.value.field == "target_modules"
+
+
+def adapted(config, tokenizer, folder, adapter=None):
+    """Where the adapter is, of a new model of that config."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    policy = load_policy(folder, adapter=adapter or Lora(r=2))
+    return policy, {name.partition(".lora_B")[0] for name, _ in policy.named_parameters() if "lora_B" in name}
+
+
+SIZES = conftest.SIZES | {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA4 = Llama4TextConfig(**SIZES, intermediate_size_mlp=64, num_local_experts=2)
+PHIMOE = PhimoeConfig(**SIZES, num_local_experts=4)
+MIXTRAL = MixtralConfig(**SIZES, num_local_experts=4)
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+FALCON_H1 = FalconH1Config(**SIZES, **MAMBA)
+DEEPSEEK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize("config", [LLAMA4, PHIMOE, MIXTRAL], ids=lambda config: config.model_type)
+def test_by_default_routers_are_left_out_and_what_is_adapted_learns(config, tokenizer, pairs, tmp_path):
+    policy, names = adapted(config, tokenizer, tmp_path / "base")
+    assert not any("router" in name or name.endswith("gate") for name in names)
+    assert any("experts" in name for name in names) == (config is MIXTRAL)
+    list(train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path / "run"))
+    assert all(weight.any() for name, weight in policy.named_parameters() if "lora_B" in name)
+
+
+def test_by_default_the_towers_of_a_multimodal_model_are_left_out(tokenizer, tmp_path):
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=SIZES, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    _, names = adapted(config, tokenizer, tmp_path)
+    assert len(names) == 2 * 7
+    assert all("language_model" in name for name in names)
+
+
+def test_by_default_mamba_blocks_have_their_first_layer_adapted(tokenizer, tmp_path):
+    _, names = adapted(FALCON_H1, tokenizer, tmp_path)
+    assert {name.rpartition(".")[2] for name in names if ".mamba." in name} == {"in_proj"}
+    assert {"q_proj", "o_proj"} <= {name.rpartition(".")[2] for name in names}
+
+
+def test_by_default_layers_that_only_choose_are_left_out(tokenizer, tmp_path):
+    config = DeepseekV32Config(
+        **SIZES | DEEPSEEK | {"num_key_value_heads": 4},
+        first_k_dense_replace=1,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        index_topk=4,
+    )
+    _, names = adapted(config, tokenizer, tmp_path)
+    assert names
+    assert not any("indexer" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "reason"),
+    [
+        (LlamaConfig(**SIZES), "lm_head", "names lm_head, the head, whose adapter is not trained"),
+        (LLAMA4, "router", "router, whose adapter texts would not train"),
+        (FALCON_H1, "out_proj", "Module 'out_proj' is incompatible with Mamba-based models"),
+        (LlamaConfig(**SIZES), "input_layernorm", "is not supported"),
+    ],
+    ids=["head", "router", "mamba", "norm"],
+)
+def test_modules_whose_adapter_would_not_learn_are_refused(config, module, reason, tokenizer, tmp_path):
+    with pytest.raises(InvalidOption, match=reason) as refused:
+        adapted(config, tokenizer, tmp_path, Lora(r=2, target_modules=("q_proj", module)))
+    assert refused.value.field == "target_modules"
+
+
+def test_a_model_that_peft_has_wrapped_is_refused(policy, pairs):
+    wrapped = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"PeftModel is no model of transformers.*load_policy"):
+        score_reference(wrapped, pairs, max_tokens_per_pack=64)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"num_hidden_layers": 1}, r"only one of them has \S+layers\.1\.\S+ \(14 such weights\)"),
+        ({"num_hidden_layers": 3}, r"only one of them has \S+layers\.2\.\S+ \(14 such weights\)"),
+        ({"hidden_size": 64}, "size mismatch for .*lora_"),
+    ],
+    ids=["fewer layers", "more layers", "another width"],
+)
+def test_an_adapter_is_merged_into_no_base_but_its_own(other, reason, base, make_policy, tokenizer, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    make_policy(**other).save_pretrained(base)
+    with pytest.raises(ValueError, match=rf"adapter is not an adapter of \S+: {reason}"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.fixture
+def other_weights(base, make_policy):
+    """Puts a model of the same sizes in the place of the base."""
+    return lambda: make_policy(seed=1, tie_word_embeddings=True).save_pretrained(base)
+
+
+def test_an_adapter_is_not_resumed_on_a_base_of_the_same_sizes(base, other_weights, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=2))
+    other_weights()
+    with pytest.raises(
+        ValueError, match=f"step-000002 is of an adapter on a base with other weights than {base}; load"
+    ):
+        train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2), resume=tmp_path / "run" / "step-000002")
+
+
+def test_an_adapter_is_not_merged_into_a_base_of_the_same_sizes(base, other_weights, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=2))
+    other_weights()
+    adapter = tmp_path / "run" / "step-000004" / "model"
+    with pytest.raises(ValueError, match=rf"{adapter} is not an adapter of {base}: .* put that one back"):
+        merge_adapter(adapter, tmp_path / "merged")
+    (adapter / BASE).unlink()  # as of adapters from elsewhere
+    merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_a_checkpoint_that_does_not_name_its_base_is_resumed(base, other_weights, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2))
+    manifest = tmp_path / "step-000002" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    assert len(told.pop("base")) == 64
+    manifest.write_text(json.dumps(told))
+    other_weights()
+    _, steps = train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2), resume=tmp_path / "step-000002")
+    assert [step.step for step in steps] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**SIZES), MIXTRAL, FALCON_H1, LLAMA4], ids=lambda config: config.model_type
+)
+def test_a_base_is_known_in_any_precision_with_an_adapter_and_without(config, tokenizer, tmp_path):
+    policy, _ = adapted(config, tokenizer, tmp_path, Lora(r=2, use_dora=config.model_type == "llama"))
+    known = fingerprint(load_policy(tmp_path).requires_grad_(False))
+    assert fingerprint(policy) == known
+    assert fingerprint(load_policy(tmp_path, adapter=Lora(r=2), dtype=torch.bfloat16)) == known
+    name, weight = next((n, p) for n, p in policy.named_parameters() if "q_proj" in n and not p.requires_grad)
+    weight.data *= 1.1
+    assert fingerprint(policy) != known, name
+
+
+def test_a_base_is_known_under_the_adapter_of_a_reward_model_whose_head_is_new(base):
+    seen = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        seen.add(fingerprint(load_reward_model(base, adapter=Lora(r=2))))
+    assert len(seen) == 1
+
+
+def test_an_adapter_whose_base_is_gone_is_refused_by_its_name(base, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"adapter is of the base {base}, which is not there; put it back"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_merged_model_is_not_written_into_the_folder_of_its_adapter(base, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    files = sorted((tmp_path / "adapter").iterdir())
+    with pytest.raises(ValueError, match="adapter is the adapter's own folder; name another"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "adapter" / "." / ".." / "adapter")
+    assert sorted((tmp_path / "adapter").iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (Lora(r=4, lora_alpha=4), "lora_alpha is 32, here it is 4"),
+        (Lora(r=4, use_rslora=True), "use_rslora is False, here it is True"),
+    ],
+)
+def test_an_adapter_that_counts_for_more_or_less_is_not_resumed(other, reason, base, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=4))
+    with pytest.raises(ValueError, match=f"was trained with an adapter whose {reason}; load the policy with the same"):
+        train_adapter(base, tokenizer, pairs, tmp_path, other, resume=tmp_path / "step-000002")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_several_adapters_are_refused_by_name(base, pairs):
+    policy = load_policy(base, adapter=Lora(r=2))
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "second")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has several adapters \(default, second\); delete_adapter"):
+        score_reference(policy, pairs, max_tokens_per_pack=64)
+
+
+def test_a_head_that_was_adapted_elsewhere_is_refused(policy, pairs):
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="has an adapter on its head"):
+        score_reference(policy, pairs, max_tokens_per_pack=64)
+
+
+@pytest.mark.parametrize(("field", "value"), [("r", 0), ("lora_alpha", 0.0), ("target_modules", ())])
+def test_options_beyond_their_limits_are_refused(field, value):
+    with pytest.raises(InvalidOption, match=field):
+        Lora(**{field: value})

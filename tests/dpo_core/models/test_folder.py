@@ -1,0 +1,68 @@
+"""What stands beside the weights in a folder that training leaves."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.models.model import load_policy, merge_adapter
+from dpo_core.training.trainer import train
+
+CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1, max_length=64)
+LOOSE = [{"temperature": 0.6, "top_p": 0.9}, {"do_sample": False, "top_k": 20, "eos_token_id": [1, 2]}]
+PROCESSORS = {
+    "preprocessor_config.json": b'{"image_processor_type": "Gemma3ImageProcessor"}',
+    "processor_config.json": b'{"processor_class": "Gemma3Processor"}\n',
+}
+
+
+@pytest.fixture
+def model(policy, tokenizer, tmp_path):
+    policy.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def trained(model, tokenizer, pairs, folder, adapter=None):
+    """The folder of the model after a step; with an adapter, after it is merged."""
+    policy = load_policy(model, adapter=adapter)
+    list(train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=folder))
+    saved = folder / "step-000001" / "model"
+    if adapter is not None:
+        merge_adapter(saved, folder / "merged")
+    return folder / "merged" if adapter else saved
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "merged"])
+@pytest.mark.parametrize("loose", LOOSE, ids=["no do_sample", "do_sample is false"])
+def test_a_generation_config_that_transformers_would_not_save_comes_out_as_it_went_in(
+    loose, adapter, model, tokenizer, pairs, tmp_path
+):
+    (model / "generation_config.json").write_text(json.dumps(loose))
+    saved = trained(model, tokenizer, pairs, tmp_path, adapter)
+    written = json.loads((saved / "generation_config.json").read_text())
+    assert loose.items() <= written.items()
+    assert written.keys() - loose.keys() <= {"_from_model_config", "transformers_version"}
+    assert AutoModelForCausalLM.from_pretrained(saved).generation_config.to_diff_dict() == {
+        **GenerationConfig.from_pretrained(model).to_diff_dict(),
+        "transformers_version": written["transformers_version"],
+    }
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "merged"])
+def test_files_of_processors_are_copied(adapter, model, tokenizer, pairs, tmp_path):
+    for name, content in PROCESSORS.items():
+        (model / name).write_bytes(content)
+    saved = trained(model, tokenizer, pairs, tmp_path, adapter)
+    assert {name: (saved / name).read_bytes() for name in PROCESSORS} == PROCESSORS
+
+
+def test_where_the_folder_of_the_model_is_gone_that_is_said(model, tokenizer, pairs, tmp_path, caplog):
+    policy = load_policy(model)
+    shutil.rmtree(model)
+    with caplog.at_level(logging.WARNING, "dpo_core.models.folder"):
+        list(train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path))
+    assert "Files of processors, if there are any, are not copied" in caplog.text

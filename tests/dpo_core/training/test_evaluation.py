@@ -1,0 +1,146 @@
+"""What `train` makes of held-out groups."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpo_core.config import Optim, TrainConfig
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_policy
+from dpo_core.options import Aot, Bco, Dpo, Kto, Lipo, Mpo, Supervised
+from dpo_core.training.checkpoint import read_manifest
+from dpo_core.training.trainer import train
+
+CONFIG = TrainConfig(
+    objective=Dpo(beta=0.5),
+    optim=Optim(learning_rate=1e-2),
+    batch_size=8,
+    n_epochs=1,
+    max_length=64,
+    checkpoint_steps=2,
+)
+SUPERVISED = replace(CONFIG, objective=Supervised())
+
+
+def run(config, policy, tokenizer, batches, folder, **kwargs):
+    return list(train(config, policy, tokenizer, batches, total_steps=len(batches), checkpoint_dir=folder, **kwargs))
+
+
+def evaluated(result) -> dict[str, float]:
+    return {key.removeprefix("eval/"): value for key, value in result.metrics.items() if key.startswith("eval/")}
+
+
+@pytest.mark.parametrize("config", [CONFIG, SUPERVISED], ids=["dpo", "supervised"])
+def test_every_checkpoint_is_evaluated_as_if_it_began_to_train_on_all_of_them(
+    config, policy, tokenizer, pairs, demonstrations, tmp_path
+):
+    groups = pairs if config is CONFIG else demonstrations
+    batches, held_out = [groups[:2], groups[2:4], groups[:3], groups[1:4], groups[:1]], groups[3:]
+    results = run(config, policy, tokenizer, batches, tmp_path, validation=lambda: [held_out[:1], held_out[1:]])
+    assert [result.step for result in results if evaluated(result)] == [2, 4, 5]
+    for step in (2, 4, 5):
+        found, checkpoint = evaluated(results[step - 1]), tmp_path / f"step-{step:06d}"
+        begun = run(config, load_policy(checkpoint / "model"), tokenizer, [held_out], tmp_path / "again")[0].metrics
+        assert {"loss", "mean_token_accuracy" if config is SUPERVISED else "rewards/margins"} <= found.keys()
+        assert found == pytest.approx({key: begun[key] for key in found}, rel=1e-5, abs=1e-6)
+        assert read_manifest(checkpoint).metrics == results[step - 1].metrics
+
+
+def with_completions_of_other_prompts(pairs: list[EncodedGroup], scored, reference) -> list[EncodedGroup]:
+    groups = [
+        EncodedGroup(pair.prompt_ids, (*pair.completion_ids, other.completion_ids[0]), None, pair.line)
+        for pair, other in zip(pairs, [pairs[-1], *pairs], strict=False)
+    ]
+    return [replace(group, ratings=(1.0, 0.0, math.nan)) for group in scored(groups, reference)]
+
+
+OBJECTIVES = [Dpo(), Supervised(), Lipo(), Kto(), Bco(), Aot(), Aot(paired=False), Mpo()]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.type)
+def test_they_are_all_one_batch_however_they_are_cut(
+    objective, make_policy, make_groups, tokenizer, pairs, demonstrations, scored, tmp_path
+):
+    groups = {
+        "supervised": demonstrations,
+        "lipo": scored([*make_groups(4, 3), *make_groups(4, 4, seed=1)], make_policy(1)),
+        "kto": with_completions_of_other_prompts(pairs, scored, make_policy(1)),
+    }.get(objective.type, pairs)
+    groups = [replace(group, weight=0.5 + place / 4) for place, group in enumerate(groups)]
+
+    def evaluate(held_out: list[list[EncodedGroup]], tokens: int) -> dict[str, float]:
+        config = replace(CONFIG, objective=objective, max_tokens_per_pack=tokens)
+        results = run(config, make_policy(), tokenizer, [groups[:4]], tmp_path, validation=lambda: held_out)
+        return evaluated(results[0])
+
+    at_once = evaluate([groups], 8192)
+    for held_out in ([groups[:5], groups[5:6], groups[6:]], [[group] for group in groups]):
+        assert evaluate(held_out, 64) == pytest.approx(at_once, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SUPERVISED, replace(CONFIG, objective=Bco())], ids=["dpo", "sft", "bco"])
+def test_training_goes_on_bit_for_bit_as_without(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
+    groups = demonstrations if config is SUPERVISED else pairs
+    watched, alone = make_policy(), make_policy()
+    batches, clocks = [groups[:3], groups[3:6], groups[1:5], groups[:4]], {"tokens_per_second", "hfu"}
+    ours, theirs = (
+        run(config, policy, tokenizer, batches, tmp_path / name, validation=validation)
+        for policy, name, validation in ((watched, "watched", lambda: [groups[6:]]), (alone, "alone", None))
+    )
+    for result, plain in zip(ours, theirs, strict=True):
+        assert [result.metrics[key] for key in plain.metrics.keys() - clocks] == [
+            plain.metrics[key] for key in plain.metrics.keys() - clocks
+        ]
+    torch.testing.assert_close(dict(watched.named_parameters()), dict(alone.named_parameters()), rtol=0, atol=0)
+    manifests = [read_manifest(tmp_path / name / "step-000004") for name in ("watched", "alone")]
+    assert manifests[0].statistics == manifests[1].statistics
+    assert manifests[0].files == manifests[1].files
+    assert manifests[0].num_tokens == manifests[1].num_tokens
+
+
+def test_they_are_read_anew_for_every_checkpoint(policy, tokenizer, pairs, tmp_path):
+    read = []
+
+    def validation():
+        read.append(len(read))
+        yield pairs[4:6]
+        yield pairs[6:]
+
+    results = run(CONFIG, policy, tokenizer, [pairs[:4]] * 4, tmp_path, validation=validation)
+    assert read == [0, 1]
+    assert [bool(evaluated(result)) for result in results] == [False, True, False, True]
+
+
+def test_nothing_is_evaluated_where_there_is_nothing_after_all(policy, tokenizer, pairs, tmp_path):
+    (result,) = run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: None)
+    assert not evaluated(result)
+
+
+def test_no_held_out_groups_are_refused(policy, tokenizer, pairs, tmp_path):
+    with pytest.raises(ValueError, match="No groups came to evaluate on; give validation some, or leave it out"):
+        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=list)
+
+
+def test_held_out_groups_that_the_objective_cannot_read_are_refused_by_line(
+    policy, tokenizer, pairs, demonstrations, tmp_path
+):
+    with pytest.raises(ValueError, match="Line 3 has 1 completions; dpo takes at least 2"):
+        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: [demonstrations[2:]])
+
+
+def test_a_policy_that_makes_no_number_of_them_ends_the_run_without_its_checkpoint(policy, tokenizer, pairs, tmp_path):
+    def break_it():
+        torch.nn.init.constant_(policy.lm_head.weight, math.nan)
+        return [pairs]
+
+    with pytest.raises(FloatingPointError, match=r"diverged at step 1 \(eval/loss nan\)"):
+        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=break_it)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_diverged_is_not_evaluated(policy, tokenizer, pairs, tmp_path):
+    torch.nn.init.constant_(policy.lm_head.weight, math.nan)
+    with pytest.raises(FloatingPointError, match=r"\(loss nan, grad_norm nan\)"):
+        run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=pytest.fail)

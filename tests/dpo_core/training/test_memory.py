@@ -1,0 +1,257 @@
+"""Bytes are counted as torch's allocator tells them to its profiler: every one, exactly."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MixtralConfig
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_policy
+from dpo_core.policy.scorer import Scorer
+from dpo_core.training import memory
+from dpo_core.training.checkpoint import read_manifest
+from dpo_core.training.trainer import train
+from tests.dpo_core import conftest
+
+MB, GB = 2**20, 2**30
+CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=4, max_length=256)
+
+
+def changes(work: Callable[[], object]) -> list[int]:
+    """The bytes of every allocation, and below 0 of every release, in their order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        kept = work()  # what it returns lives until here
+    del kept
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def groups_of(num_tokens: int) -> list[EncodedGroup]:
+    ids = list(range(5, 69))
+    return [EncodedGroup(ids, (ids, ids), None, line) for line in range(num_tokens // (3 * len(ids)))]
+
+
+@pytest.fixture
+def free(monkeypatch):
+    def pretend(num_bytes: int | None) -> None:
+        monkeypatch.setattr(memory, "_free_bytes", lambda device: num_bytes)
+
+    return pretend
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_what_was_asked_for_is_kept(policy, free, checkpointing):
+    free(0)
+    asked = replace(CONFIG, max_tokens_per_pack=777, activation_checkpointing=checkpointing)
+    assert memory.fit(asked, Scorer(policy)) == asked
+    assert memory.fit(replace(asked, activation_checkpointing="auto"), Scorer(policy)).max_tokens_per_pack == 777
+    fitted = memory.fit(replace(asked, max_tokens_per_pack=None), Scorer(policy))
+    assert fitted.activation_checkpointing == checkpointing
+
+
+@pytest.mark.parametrize("num_bytes", [64 * GB, None], ids=["plenty", "unknown"])
+def test_where_memory_is_plenty_or_unknown_a_pack_has_the_most_tokens_and_nothing_is_computed_again(
+    policy, free, num_bytes
+):
+    free(num_bytes)
+    fitted = memory.fit(CONFIG, Scorer(policy))
+    assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (memory.MOST_TOKENS["cpu"], "off")
+
+
+def test_less_memory_gives_fewer_tokens_and_at_last_activations_computed_again(policy, free, caplog):
+    choices = []
+    for megabytes in (512, 64, 32, 16, 8, 4, 2):
+        free(megabytes * MB)
+        fitted = memory.fit(CONFIG, Scorer(policy))
+        choices.append((fitted.max_tokens_per_pack, fitted.activation_checkpointing))
+    kept = [tokens for tokens, checkpointing in choices if checkpointing == "off"]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) > 3
+    assert [checkpointing for _, checkpointing in choices] == sorted(c for _, c in choices)
+    assert choices[-1][1] == "on"
+    assert all(CONFIG.max_length <= tokens <= 8192 and tokens.bit_count() == 1 for tokens, _ in choices)
+    assert not caplog.records
+
+
+def test_where_max_length_does_not_fit_either_that_is_said(policy, free, caplog):
+    free(MB // 4)
+    with caplog.at_level(logging.WARNING, "dpo_core.training.memory"):
+        fitted = memory.fit(CONFIG, Scorer(policy))
+    assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (CONFIG.max_length, "on")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("A pack of max_length, 256 tokens, may not fit into memory: about ")
+
+
+def test_what_the_optimizer_and_a_tile_of_logits_will_take_is_not_spent(policy, make_policy, free):
+    """A float32 weight takes 12 bytes more; one in half precision has a float32 master besides."""
+    num_weights = sum(p.numel() for p in policy.parameters())
+    budgets, rows = [], 256
+    for dtype, state in ((torch.float32, 12), (torch.bfloat16, 16)):
+        tile = rows * conftest.VOCABULARY * (4 if dtype == torch.float32 else 6)
+        free(state * num_weights + tile + 10 * MB)
+        budgets.append(memory._budget(Scorer(make_policy().to(dtype)), "auto"))
+    assert budgets == [int(memory.SHARE * 10 * MB)] * 2
+
+
+@pytest.mark.parametrize("megabytes", [64, 40, 8, 4, 2])
+def test_a_pack_takes_what_is_free_and_no_more(make_policy, free, megabytes):
+    """No less than a fifth of it either: a part is held back, and powers of two may halve the rest."""
+    free(megabytes * MB)
+    scorer = Scorer(make_policy(num_hidden_layers=4))
+    fitted = memory.fit(CONFIG, scorer)
+    if fitted.activation_checkpointing == "on":
+        memory.checkpoint_activations(scorer)
+    batch = scorer.collate(groups_of(fitted.max_tokens_per_pack))
+    peak = max(accumulate(changes(lambda: scorer(batch).sum().backward())))
+    assert megabytes * MB / 5 < peak <= megabytes * MB
+
+
+def of_shape(prompt: int, *completions: int, line: int = 1) -> EncodedGroup:
+    ids = [5 + i % 300 for i in range(max(prompt, *completions))]
+    return EncodedGroup(ids[:prompt], tuple(ids[:length] for length in completions), None, line)
+
+
+# A prompt's keys are kept once for each completion: with as many heads of keys as of queries they are much of it.
+SHAPES = {"pairs": (48, 32, 32), "many short completions": (128, *[4] * 32), "a ranking": (20, *[40] * 8)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("megabytes", [40, 22])
+def test_a_pack_fits_whatever_the_shape_of_its_groups(shape, megabytes, make_policy, free):
+    free(megabytes * MB)
+    scorer = Scorer(make_policy(num_hidden_layers=4, num_key_value_heads=4))
+    groups = [of_shape(*SHAPES[shape], line=line) for line in range(64)]
+    fitted = memory.fit(replace(CONFIG, activation_checkpointing="off"), scorer, groups[:4])
+    pack = groups[: max(1, fitted.max_tokens_per_pack // groups[0].num_tokens)]
+    batch = scorer.collate(pack)
+    assert max(accumulate(changes(lambda: scorer(batch).sum().backward()))) <= megabytes * MB
+
+
+@pytest.mark.parametrize("shape", [(512, *[8] * 16), (256, 256, 256), (100, 3), (9, 500, 500)], ids=str)
+def test_what_a_token_takes_is_seen_on_an_example_in_the_shape_of_the_groups(shape, make_policy):
+    scorer, group = Scorer(make_policy(num_key_value_heads=4, num_hidden_layers=4)), of_shape(*shape)
+    found = memory._kept_bytes(scorer, group) / scorer.count_tokens(group)
+    assert memory._bytes_per_token(scorer, [group]) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(63, 1), (1, 63, 63), (2, *[3] * 40), (30, 34, 1)], ids=str)
+def test_the_example_keeps_within_the_positions_of_the_model(shape):
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    scorer = Scorer(AutoModelForCausalLM.from_config(config).eval())
+    memory.fit(replace(CONFIG, max_length=64), scorer, [of_shape(*shape)])
+
+
+def test_training_sizes_packs_by_its_first_batch(make_policy, tokenizer, scored, free, tmp_path):
+    free(24 * MB)
+    tokens = {}
+    for name, shape in SHAPES.items():
+        policy = make_policy(num_hidden_layers=4, num_key_value_heads=4)
+        groups = scored([of_shape(*shape, line=line) for line in range(8)], policy)
+        folder = tmp_path / name
+        list(
+            train(
+                CONFIG, policy, tokenizer, lambda _, groups=groups: iter([groups]), total_steps=1, checkpoint_dir=folder
+            )
+        )
+        tokens[name] = read_manifest(folder / "step-000001").config["max_tokens_per_pack"]
+    assert tokens["many short completions"] < tokens["pairs"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "free_bytes"), [("max", 8 * GB), (str(6 * GB), 3 * GB)], ids=["a machine", "a container"]
+)
+def test_ranks_divide_what_their_machine_or_container_has_left(policy, tmp_path, monkeypatch, limit, free_bytes):
+    """A container's files in memory are given up when asked: 5 GB used of 6, 2 of them files, leave 3."""
+    files = {
+        "meminfo": f"MemTotal: {16 * GB // 1024} kB\nMemAvailable: {8 * GB // 1024} kB\nHugePages_Total: 0\n",
+        "memory.max": limit,
+        "memory.current": f"{5 * GB}\n",
+        "memory.stat": f"anon {3 * GB}\ninactive_file {2 * GB}\nactive_file 0\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory._free_bytes(policy.device) == free_bytes
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory._free_bytes(policy.device) == free_bytes // 4
+
+
+def test_what_the_allocator_of_a_gpu_holds_unused_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (10 * GB, 80 * GB)), ("memory_reserved", 60 * GB), ("memory_allocated", GB)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory._free_bytes(torch.device("cuda")) == 69 * GB
+
+
+SIZES = conftest.SIZES | {"num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def with_adapter(make_policy, folder):
+    make_policy(num_hidden_layers=4).save_pretrained(folder)
+    policy = load_policy(folder, adapter=Lora(r=4))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # 0 at first, and then the other half has no gradient
+            torch.nn.init.normal_(parameter)
+    return policy
+
+
+MODELS = {
+    "dense": lambda make_policy, _: make_policy(num_hidden_layers=4),
+    "with an adapter": with_adapter,
+    "a mixture of experts": lambda *_: AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4)),
+    "without sharing": lambda *_: AutoModelForCausalLM.from_config(Gemma2Config(**SIZES)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_computed_again_take_less_memory_and_change_no_bit(name, make_policy, tmp_path):
+    scorer = Scorer(MODELS[name](make_policy, tmp_path).eval())
+    batch = scorer.collate(groups_of(2048))
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+
+    def step() -> tuple[int, list[torch.Tensor]]:
+        found = []
+
+        def work() -> None:
+            measured = scorer(batch)
+            weights = torch.linspace(-1, 1, measured.numel()).view_as(measured)
+            found.extend([measured.detach(), *torch.autograd.grad(measured, trained, weights)])
+
+        return max(accumulate(changes(work))), found
+
+    peak, kept = step()
+    memory.checkpoint_activations(scorer)
+    lower_peak, again = step()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, again, strict=True))
+    assert lower_peak < 0.6 * peak
+
+
+def peak_of_a_step(policy, tokenizer, groups, folder) -> int:
+    """The second one, with AdamW's moments there. Tensors of the size of the embeddings are counted out: those and the
+    head have a gradient each."""
+    config = replace(CONFIG, batch_size=len(groups))
+    steps = train(config, policy, tokenizer, [groups] * 3, total_steps=3, checkpoint_dir=folder)
+    next(steps)
+    found = changes(lambda: next(steps))
+    steps.close()
+    weight = policy.lm_head.weight.nbytes
+    assert max(accumulate(change for change in found if abs(change) == weight)) == 2 * weight
+    return max(accumulate(change for change in found if abs(change) != weight))
+
+
+@pytest.mark.slow
+def test_a_vocabulary_four_times_as_large_takes_no_more_memory_but_for_its_weights(
+    make_policy, make_groups, scored, tokenizer, tmp_path
+):
+    sizes = {"hidden_size": 96, "intermediate_size": 192}
+    small, large = (make_policy(vocab_size=size, **sizes) for size in (32768, 131072))
+    groups = scored(make_groups(48, 2), small)
+    expected = peak_of_a_step(small, tokenizer, groups, tmp_path)
+    found = peak_of_a_step(large, tokenizer, groups, tmp_path)
+    assert found == pytest.approx(expected, rel=0.1)

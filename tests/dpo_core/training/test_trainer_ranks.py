@@ -1,0 +1,293 @@
+"""`train` on two and on four gloo ranks: each is a fork of a process that has imported this file."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.options import Dpo, Mpo
+from dpo_core.policy.scorer import Scorer
+from dpo_core.training.checkpoint import DamagedCheckpoint, load, read_manifest, verify
+from dpo_core.training.optim import make_optimizer
+from dpo_core.training.trainer import train
+from dpo_core.training.weights import Weights, shard
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).parents[3]
+CONFIG = TrainConfig(
+    objective=Dpo(beta=0.5),
+    optim=Optim(learning_rate=1e-2),
+    batch_size=8,
+    n_epochs=1,
+    max_length=64,
+    max_tokens_per_pack=64,
+    checkpoint_steps=2,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    num_ranks: int
+    config: TrainConfig
+    adapter: Lora | None = None
+    dtype: torch.dtype = torch.float32
+    model: str = "model"
+
+
+CASES = {
+    "copies": Case(2, CONFIG),
+    "copies, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo())),
+    "copies of an adapter": Case(2, CONFIG, adapter=Lora(r=4)),
+    "shards": Case(2, replace(CONFIG, sharding="full")),
+    "shards, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo(), sharding="full")),
+    "shards, activations computed again": Case(2, replace(CONFIG, sharding="full", activation_checkpointing="on")),
+    "shards that compute in bfloat16": Case(2, replace(CONFIG, sharding="full"), dtype=torch.bfloat16),
+    "shards of an adapter in bfloat16": Case(
+        2, replace(CONFIG, sharding="full"), adapter=Lora(r=4), dtype=torch.bfloat16
+    ),
+    "shards that cannot share prompts": Case(2, replace(CONFIG, sharding="full"), model="capped model"),
+    "four shards": Case(4, replace(CONFIG, sharding="full")),
+    "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
+}
+STOPPED = ["copies", "shards"]
+IN_HALVES = [name for name, case in CASES.items() if case.dtype == torch.bfloat16]
+SHARDED = [name for name, case in CASES.items() if case.config.sharding != "auto" and case.dtype == torch.float32]
+
+
+def read_pairs(folder: Path) -> list[EncodedGroup]:
+    return [EncodedGroup(**fields) for fields in json.loads((folder / "pairs.json").read_text())]
+
+
+def train_in(
+    home: Path,
+    folder: Path,
+    case: Case,
+    *,
+    resume: Path | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
+    pairs = read_pairs(home)
+    torch.manual_seed(0)  # of a new adapter
+    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
+    if folder.name == "rank1":
+        torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
+    batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves ranks without a pack
+    steps = train(
+        case.config, policy, load_tokenizer(home / "model"), batches,
+        total_steps=3, checkpoint_dir=folder.parent if case.config.sharding != "auto" else folder, resume=resume,
+        validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]], stop=stop,
+    )  # fmt: skip
+    results = [(r.step, r.num_tokens, r.metrics) for r in steps]
+    assert all(parameter.dtype == case.dtype for parameter in policy.parameters() if not parameter.requires_grad)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in policy.named_parameters()}
+    save_file({name: tensor.float() for name, tensor in whole.items()}, folder / "weights.safetensors")
+
+
+def stop_in(home: Path, name: str, rank: int) -> None:
+    """Rank 1 alone wishes to stop after the first step; all do, and go on as if they had not."""
+    case, folder = CASES[name], home / f"{name}, stopped" / f"rank{rank}"
+    wishes = iter([False, rank == 1])
+    train_in(home, folder, case, stop=lambda: next(wishes))
+    shared = folder.parent if case.config.sharding != "auto" else folder.parent / "rank0"
+    dist.barrier()  # the checkpoint is rank 0's to complete
+    train_in(home, folder / "resumed", case, resume=shared / "step-000001")
+
+
+def disagree_in(folder: Path) -> None:
+    """Give each rank other groups: both must notice, and neither hang."""
+    model, pairs = folder / "model", read_pairs(folder)
+    own = pairs[: 3 + dist.get_rank()]
+    for batch, what in ((own, "global batches for step 1"), (pairs, "groups to evaluate on")):
+        results = train(
+            CONFIG, load_policy(model), load_tokenizer(model), [batch],
+            total_steps=1, checkpoint_dir=folder, validation=lambda: [own],
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"different {what}"):
+            list(results)
+
+
+def fail_in(home: Path) -> None:
+    """Rank 1 alone cannot publish its part of a checkpoint, then cannot resume: rank 0 does not wait for it."""
+    own = dist.get_rank()
+
+    def publish(step: int, folder: Path) -> None:
+        if own == 1:
+            raise OSError("no room")
+
+    for publishing, resume in ((publish, None), (None, home / "shards" / ("step-000002", "no step")[own])):
+        steps = train(
+            CASES["shards"].config, load_policy(home / "model"), load_tokenizer(home / "model"), [read_pairs(home)] * 3,
+            total_steps=3, checkpoint_dir=home / "failed", publish=publishing, resume=resume,
+        )  # fmt: skip
+        with pytest.raises((RuntimeError, OSError, DamagedCheckpoint)) as failed:
+            list(steps)
+        expected = ("Another rank failed", "no room" if publishing else "is missing")[own]
+        assert expected in str(failed.value)
+
+
+def compute_unlike_completions_in(home: Path) -> None:
+    """Lengths that one rank could compute in one padded batch, and the other could not."""
+    scorer = Scorer(load_policy(home / "capped model"))
+    shard(scorer, "full")
+    lengths = ((1, 30), (5, 5))[dist.get_rank()]
+    group = EncodedGroup([5], tuple([6] * length for length in lengths), None, 1)
+    scorer(scorer.collate([group])).sum().backward()
+
+
+def run_rank(rank: int, num_ranks: int, home: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous{num_ranks}", rank=rank, world_size=num_ranks)
+    for name, case in CASES.items():
+        if case.num_ranks == num_ranks:
+            train_in(home, home / name / f"rank{rank}", case)
+    if num_ranks == 4:  # from another number of ranks
+        shards = CASES["four shards"]
+        train_in(home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002")
+    else:
+        for name in STOPPED:
+            stop_in(home, name, rank)
+        for name in IN_HALVES:  # where nothing is left to do
+            whole = home / f"{name}, by one"
+            resumed, checkpoint = whole / "resumed" / f"rank{rank}", whole / "step-000003"
+            train_in(home, resumed, CASES[name], resume=checkpoint)
+        disagree_in(home)
+        fail_in(home)
+        compute_unlike_completions_in(home)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def home(make_policy, sizes, tokenizer, pairs, tmp_path_factory) -> Path:
+    """What all ranks of all cases left."""
+    home = tmp_path_factory.mktemp("ranks")
+    make_policy().save_pretrained(home / "model")
+    Gemma2ForCausalLM(Gemma2Config(**sizes)).save_pretrained(home / "capped model")
+    tokenizer.save_pretrained(home / "model")
+    (home / "pairs.json").write_text(json.dumps([asdict(pair) for pair in pairs]))
+    for name in IN_HALVES:
+        train_in(home, home / f"{name}, by one" / "rank0", CASES[name])
+    subprocess.run([sys.executable, "-m", "tests.dpo_core.training.test_trainer_ranks", home], cwd=ROOT, check=True)
+    return home
+
+
+def results(folder: Path) -> list[tuple[list[int], dict[str, float]]]:
+    """Steps and tokens, and the metrics that do not depend on the clock."""
+    steps = json.loads((folder / "results.json").read_text())
+    return [(counts, {k: v for k, v in m.items() if k not in ("tokens_per_second", "hfu")}) for *counts, m in steps]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_train_as_one_does(name, home):
+    case = CASES[name]
+    train_in(home, home / name / "alone" / "rank0", replace(case, config=replace(case.config, sharding="auto")))
+    alone, *every = (home / name / folder for folder in ("alone/rank0", *(f"rank{r}" for r in range(case.num_ranks))))
+    tolerance = 0.1 if case.dtype == torch.bfloat16 else 1e-4
+    for folder in every:
+        for (counts, metrics), (their_counts, theirs) in zip(results(folder), results(alone), strict=True):
+            assert counts == their_counts
+            assert metrics == pytest.approx(theirs, rel=tolerance, abs=tolerance / 10)
+    expected, *found = (load_file(folder / "weights.safetensors") for folder in (alone, *every))
+    for weights in found:
+        torch.testing.assert_close(weights, found[0], rtol=0, atol=0)
+    if case.dtype == torch.float32:
+        torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_checkpoint_of_shards_is_whole_and_resumed_by_one(name, home):
+    case = CASES[name]
+    checkpoint = home / name / "step-000002"
+    parts = [path for path in verify(checkpoint).files if path.startswith("optimizer-")]
+    assert len(parts) == (4 if name == "four shards" else 2)
+    alone = replace(case, config=replace(case.config, sharding="auto"))
+    train_in(home, home / name / "resumed" / "rank0", alone, resume=checkpoint)
+    resumed, straight = (load_file(home / name / f / "weights.safetensors") for f in ("resumed/rank0", "rank0"))
+    torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+def masters_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The trained weights in float32, in a checkpoint in bfloat16."""
+    parts = [load_file(path) for path in sorted(checkpoint.glob("optimizer-*"))]
+    names = [key.removesuffix(".master") for key in parts[0] if key.endswith(".master")]
+    return {name: torch.cat([part[f"{name}.master"] for part in parts]) for name in names}
+
+
+@pytest.mark.parametrize("name", IN_HALVES)
+def test_shards_in_bfloat16_go_on_from_one_and_one_from_shards_with_every_bit(name, home):
+    case, by_one = CASES[name], home / f"{name}, by one"
+    expected = masters_of(by_one / "step-000003")
+    found = load_file(by_one / "resumed" / "rank1" / "weights.safetensors")
+    torch.testing.assert_close({key: found[key] for key in expected}, expected, rtol=0, atol=0)
+
+    shards = load_file(home / name / "rank0" / "weights.safetensors")
+    checkpoint = home / name / "step-000003"
+    expected = masters_of(checkpoint)
+    torch.testing.assert_close({key: shards[key] for key in expected}, expected, rtol=0, atol=0)
+    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
+    weights = Weights(policy)
+    optimizer = make_optimizer(weights.stepped.values(), Optim())
+    load(checkpoint, read_manifest(checkpoint), policy=policy, weights=weights, optimizer=optimizer)
+    found = {key: parameter.detach() for key, parameter in weights.masters.items()}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(torch.equal(weights.trained[key], master.bfloat16()) for key, master in expected.items())
+
+
+@pytest.mark.parametrize("name", IN_HALVES)
+def test_a_model_is_saved_in_its_own_precision_by_shards_too(name, home):
+    model = home / name / "step-000003" / "model"
+    (weights,) = model.glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
+    if CASES[name].adapter is None:
+        assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_four_ranks_go_on_where_two_were(home):
+    resumed, straight = (
+        load_file(home / name / "weights.safetensors") for name in ("resumed by four/rank0", "shards/rank0")
+    )
+    torch.testing.assert_close(resumed, straight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_stop_together_when_one_of_them_is_told_and_go_on_as_if_they_had_not(name, rank, home):
+    stopped, straight = home / f"{name}, stopped" / f"rank{rank}", home / name / f"rank{rank}"
+    assert results(stopped) + results(stopped / "resumed") == results(straight)
+    assert len(results(stopped)) == 1
+    weights = [load_file(folder / "weights.safetensors") for folder in (stopped / "resumed", straight)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_of_copies_one_is_saved(home):
+    assert list((home / "copies" / "rank0").glob("step-*"))
+    assert not list((home / "copies" / "rank1").glob("step-*"))
+
+
+def run_all_ranks(home: Path) -> None:
+    """The first rank that fails ends the others, and its error is raised here."""
+    import_module("peft")  # else each rank imports it for itself
+    for num_ranks in (2, 4):
+        start_processes(run_rank, (num_ranks, home), nprocs=num_ranks, daemon=True, start_method="fork")
+
+
+if __name__ == "__main__":
+    run_all_ranks(Path(sys.argv[1]))

@@ -1,0 +1,163 @@
+"""What is stepped, what stays as it is, and into how many parts it is split."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3Config
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.models.model import load_policy
+from dpo_core.training import ranks, weights
+from dpo_core.training.optim import make_optimizer
+from dpo_core.training.trainer import train
+
+DECAYING = TrainConfig(
+    optim=Optim(learning_rate=1e-2, weight_decay=0.1), batch_size=8, n_epochs=1, checkpoint_steps=2, max_length=64
+)
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+
+def model_with_a_tower(sizes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(Gemma3Config(text_config=sizes, vision_config=TOWER)).eval()
+
+
+def of_the_tower(policy):
+    return {name: p.detach().clone() for name, p in policy.named_parameters() if "vision" in name}
+
+
+def test_weights_that_no_gradient_reaches_stay_as_they_are_and_have_no_moments(
+    sizes, tokenizer, pairs, scored, tmp_path
+):
+    policy = model_with_a_tower(sizes)
+    before = of_the_tower(policy)
+    list(train(DECAYING, policy, tokenizer, [scored(pairs, policy)] * 4, total_steps=4, checkpoint_dir=tmp_path))
+    assert before
+    torch.testing.assert_close(of_the_tower(policy), before, rtol=0, atol=0)
+    state = load_file(tmp_path / "step-000004" / "optimizer-00001-of-00001.safetensors")
+    assert {state[key].item() for key in state if key.endswith(".step") and "vision" in key} == {0}
+    assert not [key for key in state if key.endswith("exp_avg") and "vision" in key]
+    assert [key for key in state if key.endswith("exp_avg") and "vision" not in key]
+
+
+def test_a_weight_that_the_first_step_did_not_reach_goes_on_bit_for_bit(make_policy, tokenizer, pairs, tmp_path):
+    """AdamW counts the steps of each weight by itself."""
+    config, policy = replace(DECAYING, checkpoint_steps=1), make_policy()
+    forgotten = policy.lm_head.weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    steps = train(config, policy, tokenizer, [pairs] * 3, total_steps=3, checkpoint_dir=tmp_path / "straight")
+    next(steps)
+    forgotten.remove()
+    list(steps)
+    saved, resumed = tmp_path / "straight" / "step-000001", make_policy(7)
+    list(train(config, resumed, tokenizer, [pairs] * 3, total_steps=3, checkpoint_dir=tmp_path / "again", resume=saved))
+    torch.testing.assert_close(dict(resumed.named_parameters()), dict(policy.named_parameters()), rtol=0, atol=0)
+    state = load_file(tmp_path / "again" / "step-000003" / "optimizer-00001-of-00001.safetensors")
+    assert (state["lm_head.weight.step"], state["model.norm.weight.step"]) == (2, 3)
+
+
+GB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("choices", "gigabytes", "shards"),
+    [
+        ((1, 8, 64), 40, 1),  # half of 80
+        ((1, 8, 64), 41, 8),
+        ((8, 8, 64), 1, 8),
+        ((8, 8, 64), 321, 64),
+        ((1, 1, 8), 40, 1),
+        ((1, 1, 8), 41, 8),
+        ((1, 1, 8), 1000, 8),
+    ],
+)
+def test_auto_takes_the_fewest_parts_that_fit_into_half_of_a_gpu(choices, gigabytes, shards):
+    assert weights.fewest_shards(choices, lambda shards: gigabytes * GB // shards, 80 * GB) == shards
+
+
+def gpu(monkeypatch, *, ranks, local_ranks, gigabytes):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    monkeypatch.setattr(weights, "num_ranks", lambda: ranks)
+    monkeypatch.setattr(weights, "lowest", lambda value, device: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes * GB))
+
+
+class OnGpu(nn.Module):
+    """A model of a billion weights in bfloat16, 18 GB with all that training keeps; with `adapter` 2 GB."""
+
+    device, dtype, _no_split_modules = torch.device("cuda"), torch.bfloat16, ("Linear",)
+
+    def __init__(self, *, adapter: bool = False):
+        super().__init__()
+        with torch.device("meta"):
+            self.layers = nn.ModuleList(nn.Linear(2**15, 2**10, bias=False, dtype=self.dtype) for _ in range(32))
+        self.requires_grad_(not adapter)
+        self._hf_peft_config_loaded = adapter
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "hybrid", "full"])
+def test_what_was_asked_for_is_done(sharding, monkeypatch):
+    gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=0)
+    scorer = SimpleNamespace(model=OnGpu(), takes_batches=True)
+    assert weights.num_shards(scorer, sharding) == {"replicated": 1, "hybrid": 4, "full": 8}[sharding]
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "adapter", "gigabytes", "shards"),
+    [
+        (4, False, 80, 4),  # whole weights are split within a node
+        (4, False, 7, 8),
+        (1, False, 80, 1),  # and not between nodes, unless they have to
+        (1, False, 20, 8),
+        (4, True, 80, 1),  # an adapter's base is copied where it fits
+        (4, True, 3, 4),
+        (1, True, 3, 8),
+    ],
+)
+def test_auto_looks_at_the_nodes_and_at_what_they_hold(local_ranks, adapter, gigabytes, shards, monkeypatch):
+    gpu(monkeypatch, ranks=8, local_ranks=local_ranks, gigabytes=gigabytes)
+    scorer = SimpleNamespace(model=OnGpu(adapter=adapter), takes_batches=True)
+    assert weights.num_shards(scorer, "auto") == shards
+
+
+def test_auto_copies_what_cannot_be_split(monkeypatch):
+    gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=1)
+    assert weights.num_shards(SimpleNamespace(model=OnGpu(), takes_batches=False), "auto") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "adapter"])
+def test_the_state_of_a_run_is_counted_to_the_byte(dtype, adapter, policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path, dtype=dtype, adapter=adapter)
+    own = weights.Weights(loaded)
+    optimizer = make_optimizer(own.stepped.values(), Optim())
+    for parameter in own.stepped.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    tensors = [*loaded.parameters(), *own.masters.values(), *(p.grad for p in own.stepped.values()), *moments]
+    assert weights.state_bytes(loaded, 1) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_parts_of_the_state_are_counted_with_two_layers_and_what_is_outside_of_them(make_policy):
+    policy = make_policy(num_hidden_layers=4).to(torch.bfloat16)
+    layer = sum(weight.numel() for weight in policy.model.layers[0].parameters())
+    num_weights = sum(weight.numel() for weight in policy.parameters())
+    gathered = 2 * 2 * (num_weights - 4 * layer + 2 * layer)  # in bfloat16, and as many gradients
+    assert weights.state_bytes(policy, 4) == 16 * num_weights // 4 + gathered
+
+
+def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypatch):
+    sent = []
+    monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda tensor: sent.append(tensor.dtype))
+    dtypes = [torch.float64, torch.bfloat16, torch.int64, torch.float32, torch.float16, torch.int32, torch.bfloat16]
+    ranks.add_up(*(torch.ones(2, dtype=dtype) for dtype in dtypes))
+    assert sent == dtypes[:-1]

@@ -1,0 +1,920 @@
+"""The life of a job against a Ray that lies, dies and loses answers; the database and the storage are real."""
+
+import asyncio
+import csv
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import openai
+import psycopg
+import pytest
+from services.control_plane.orphans import stop_orphans
+from sqlalchemy import func, update
+
+from dpo_core.config import TrainConfig
+from services import storage
+from services.contract import (
+    Alive,
+    AttemptSpec,
+    CheckpointSaved,
+    Died,
+    EventBatch,
+    Failed,
+    Integrations,
+    JobEvent,
+    Mlflow,
+    Paused,
+    Progress,
+    ReferenceReleased,
+    ReferenceWanted,
+    Report,
+    Started,
+    StepMetrics,
+    Succeeded,
+    Wandb,
+    WandbIntegration,
+)
+from services.control_plane.attempts.decision import Decision
+from services.control_plane.attempts.executor import Executor
+from services.control_plane.attempts.reconciler import Reconciler
+from services.control_plane.core.store import History, Store, live_jobs
+from services.control_plane.core.tables import Attempt, Job, Lease, Transition
+from services.control_plane.jobs import jobs
+from services.control_plane.ray_api import Launcher, Submission
+from services.control_plane.settings import Settings
+from services.spool import segment_uri, write
+from tests.services.control_plane.conftest import FakeRay, pairs
+from tests.services.test_deaths import OUT_OF_MEMORY
+
+
+@pytest.fixture
+def ray(fake_ray: FakeRay) -> FakeRay:
+    fake_ray.jobs.clear()
+    fake_ray.submissions.clear()
+    fake_ray.told.clear()
+    fake_ray.lose_answers = fake_ray.down = False
+    fake_ray.resources = {"CPU": 8.0}
+    return fake_ray
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay) -> Settings:
+    """The service's own, and those of the reconcilers here."""
+    return offline.model_copy(update={"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}"})
+
+
+@pytest.fixture
+def job_id(client: openai.OpenAI, settings: Settings, ray: FakeRay) -> Iterator[str]:
+    yield submit(client, settings)
+    # Whatever a test left alive would take the slot of the next one.
+    for job in client.fine_tuning.jobs.list():
+        assert job.status in ("succeeded", "failed", "cancelled")
+
+
+def submit(client: openai.OpenAI, settings: Settings, **extension: Any) -> str:
+    """The id of a job on a file of its own, which was checked before."""
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    ticks(settings, 1)
+    method: Any = {"type": "dpo"}
+    return client.fine_tuning.jobs.create(
+        model="tiny", training_file=file.id, method=method, extra_body=extension or None
+    ).id
+
+
+def spec_of(submission: dict[str, Any]) -> AttemptSpec:
+    return AttemptSpec.model_validate_json(storage.read_bytes(shlex.split(submission["entrypoint"])[-1]))
+
+
+def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, rested: bool = True) -> None:
+    """Tick so often, here alone: the lease is taken from the service's own reconciler.
+
+    `apart`: seconds from one tick to the next, by the reconcilers' clock. `rested`: what died did so long ago.
+    """
+    now = 0.0
+
+    async def run() -> None:
+        nonlocal now
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
+        reconcilers = [
+            Reconciler(store, launcher, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
+        ]
+        async with store.begin() as session:
+            await session.execute(update(Lease).values(holder="test-0", expires_at=func.now() + timedelta(hours=1)))
+        for _ in range(count):
+            # A tick that Ray's silence ends is tried again, as `run` does.
+            done = await asyncio.gather(*(reconciler.tick() for reconciler in reconcilers), return_exceptions=True)
+            assert all(isinstance(outcome, httpx.HTTPError | None) for outcome in done), done
+            now += apart
+            async with store.begin() as session:
+                long_ago = update(Attempt).where(Attempt.failed).values(ended_at=Attempt.ended_at - timedelta(hours=2))
+                await session.execute(long_ago) if rested else None
+        async with store.begin() as session:
+            await session.execute(update(Lease).values(expires_at=func.now() + timedelta(hours=1)))
+        await launcher.close()
+        await store.close()
+
+    asyncio.run(run())
+
+
+def spool(settings: Settings, job_id: str, attempt: int, reports: list[Report], *, first: int = 0) -> EventBatch:
+    """Lay reports where an attempt's driver would have left them."""
+    events = [JobEvent(seq=first + i, created_at=time.time(), report=report) for i, report in enumerate(reports)]
+    batch = EventBatch(events=events)
+    uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), attempt, first)
+    write(uri, batch.model_dump_json().encode())
+    return batch
+
+
+def reports(settings: Settings, job_id: str, steps: int = 3) -> list[Report]:
+    run = storage.join(settings.storage_url, "runs", job_id)
+    metrics = {"loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 0.75}
+    config = TrainConfig().resolved(12)
+    return [
+        Started(config=config, num_groups=12, total_steps=steps),
+        *(StepMetrics(step=step, total_steps=steps, metrics=metrics) for step in range(1, steps + 1)),
+        CheckpointSaved(step=steps, uri=storage.join(run, "checkpoints", f"step-{steps:06}"), metrics=metrics),
+        Succeeded(model_uri=storage.join(run, "export"), trained_tokens=1234),
+    ]
+
+
+def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    assert not ray.applications, "no reference is loaded before the attempt has found that this pays"
+    spec = spec_of(ray.submissions[0])
+    assert (spec.job_id, spec.attempt) == (job_id, 1)
+    assert spec.reference is not None
+    cache_uri = storage.join(settings.storage_url, "prepared", "proj_default")  # of the project: no other learns of it
+    assert (spec.reference_source, spec.cache_uri) == ("auto", cache_uri)
+    assert spec.dataset_uris is None
+
+    spool(settings, job_id, 1, reports(settings, job_id))
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert (job.status, job.trained_tokens, len(ray.submissions)) == ("succeeded", 1234, 1)
+    assert job.method is not None
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    assert job.method.dpo.hyperparameters.n_epochs == 1  # resolved
+    lines = client.files.content(job.result_files[0]).text.splitlines()
+    assert lines[0].startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy")
+    assert len(lines) == 4
+    names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in client.fine_tuning.jobs.checkpoints.list(job_id)]
+    assert names == [f"{job.fine_tuned_model}:ckpt-step-3"]
+    assert {job.fine_tuned_model, *names} <= {model.id for model in client.models.list()}
+
+
+def test_a_reference_is_served_once_an_attempt_wants_it(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    spec = spec_of(ray.submissions[0])
+    body = spool(settings, job_id, 1, [ReferenceWanted()]).model_dump(mode="json")
+    url = f"{base_url}/internal/attempts/{job_id}/1/events"
+    assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    ticks(settings, 1)
+    assert ray.applications == [spec.reference]
+    spool(settings, job_id, 1, [ReferenceReleased(), *reports(settings, job_id)], first=1)
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+
+
+def test_an_attempt_that_insists_on_a_served_reference_finds_it_wished_for(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    job_id = submit(client, settings, x_raydpo={"reference": {"source": "serve"}})
+    ticks(settings, 1)
+    spec = spec_of(ray.submissions[0])
+    assert ray.applications == [spec.reference]
+    spool(settings, job_id, 1, reports(settings, job_id))
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+
+
+def test_no_reference_is_served_to_a_job_whose_trainer_scores(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    job_id = submit(client, settings, x_raydpo={"reference": {"source": "trainer"}, "truncation": "keep_end"})
+    ticks(settings, 1)
+    spec = spec_of(ray.submissions[0])
+    assert (spec.reference, spec.reference_source, spec.config.truncation) == (None, "trainer", "keep_end")
+    spool(settings, job_id, 1, [ReferenceReleased(), *reports(settings, job_id)])
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+
+
+def test_held_out_rows_reach_the_attempt_and_what_it_makes_of_them_reaches_the_user(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    files = [client.files.create(file=("pairs.jsonl", pairs(count)), purpose="fine-tune").id for count in (12, 3)]
+    ticks(settings, 1)
+    job_id = client.fine_tuning.jobs.create(
+        model="tiny", training_file=files[0], validation_file=files[1], method={"type": "dpo"}
+    ).id
+    ticks(settings, 1)
+    spec = spec_of(ray.submissions[0])
+    assert spec.validation_uri is not None
+    assert (storage.read_bytes(spec.validation_uri), spec.validation_share) == (pairs(3), 0.0)
+
+    started, *steps, saved, succeeded = reports(settings, job_id, steps=2)
+    found = {"eval/loss": 0.6, "eval/rewards/accuracies": 0.5, "eval/rewards/margins": 0.25, "eval/kl": 0.125}
+    steps[-1], saved = (r.model_copy(update={"metrics": r.metrics | found}) for r in (steps[-1], saved))
+    spool(settings, job_id, 1, [started, *steps, saved, succeeded])
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    told = {"valid_loss": 0.6, "valid_reward_accuracy": 0.5, "valid_reward_margin": 0.25}
+    told |= {f"full_{name}": value for name, value in told.items()} | {"eval/kl": 0.125}
+    last, first = [e for e in client.fine_tuning.jobs.list_events(job_id, limit=100) if e.type == "metrics"]
+    assert last.message.endswith("full validation loss=0.6000")
+    assert told.items() <= dict(last.data).items()
+    assert not told.keys() & dict(first.data)
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job_id)
+    assert told.items() <= checkpoint.metrics.to_dict().items()
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
+    assert [[row[name] for name in told] for row in rows] == [[""] * len(told), [str(v) for v in told.values()]]
+
+
+def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    uri = "s3://bucket/rows/a.jsonl"
+    body: Any = {"x_raydpo": {"dataset": uri}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uri, method={"type": "dpo"}, extra_body=body)
+    ticks(settings, 1)
+    spec = spec_of(ray.submissions[0])
+    assert (spec.training_uri, spec.dataset_uris) == (uri, tuple(settings.dataset_uris))
+    client.fine_tuning.jobs.cancel(job.id)
+    ticks(settings, 3)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+
+
+def test_an_attempt_is_told_where_the_job_is_followed_and_what_its_policy_will_be_called(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    body: Any = {
+        "x_raydpo": {"dataset": "s3://bucket/rows/a.jsonl", "mlflow": {"experiment": "e"}, "tensorboard": True}
+    }
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file="s3://bucket/rows/a.jsonl",
+        method={"type": "dpo"},
+        suffix="nice",
+        integrations=[{"type": "wandb", "wandb": {"project": "p"}}],
+        extra_body=body,
+    )
+    ticks(settings, 1)
+    spec = spec_of(ray.submissions[0])
+    wandb = WandbIntegration(type="wandb", wandb=Wandb(project="p"))
+    assert spec.integrations == Integrations(wandb=(wandb,), mlflow=Mlflow(experiment="e"), tensorboard=True)
+    assert (spec.fine_tuned_model or "").startswith("ft:tiny:raydpo:nice:")
+    client.fine_tuning.jobs.cancel(job.id)
+    ticks(settings, 3)
+
+
+def test_reports_are_recorded_once_in_order_and_only_from_the_open_attempt(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    url = f"{base_url}/internal/attempts/{job_id}/1/events"
+    batch = spool(settings, job_id, 1, reports(settings, job_id)[:-1]).model_dump(mode="json")
+
+    def post(body: dict[str, Any], key: str = token) -> int:
+        return httpx.post(url, json=body, headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert post({"events": batch["events"][2:]}) == 400  # a gap
+    assert [post(batch), post(batch)] == [200, 200]
+    assert post(batch, "another") == 409
+    steps = [e.data for e in client.fine_tuning.jobs.list_events(job_id, limit=100) if e.type == "metrics"]
+    assert [data["step"] for data in steps] == [3, 2, 1]
+    assert steps[0]["train_loss"] == 0.5
+    assert steps[0]["train_reward_margin"] == 1.0
+
+    ray.jobs[f"{job_id}-1"] = "FAILED"
+    ticks(settings, 2)  # the attempt is lost, a second one launched
+    assert post(batch) == 409
+    # A resumed attempt computes some steps again: they are told once.
+    spool(settings, job_id, 2, reports(settings, job_id))
+    ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    events = client.fine_tuning.jobs.list_events(job_id, limit=100).data
+    assert sum(event.type == "metrics" for event in events) == 3
+
+
+def test_encoding_that_goes_on_stands_beside_training_in_the_progress(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    started, first, second, *_ = reports(settings, job_id)
+    told = [Progress(stage="encoding", done=done, total=24) for done in (8, 9, 16, 24)]
+    shown = []
+    for seq, report in enumerate([told[0], started, told[1], first, told[2], second, told[3]]):
+        body = spool(settings, job_id, 1, [report], first=seq).model_dump(mode="json")
+        url = f"{base_url}/internal/attempts/{job_id}/1/events"
+        assert httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        progress = (client.fine_tuning.jobs.retrieve(job_id).model_extra or {})["x_raydpo"]["progress"]
+        shown.append((progress["stage"], progress["done"], progress["encoding"]))
+    assert shown == [
+        ("encoding", 8, None),
+        ("encoding", 8, None),
+        ("encoding", 9, None),
+        ("training", 1, None),
+        ("training", 1, {"done": 16, "total": 24}),
+        ("training", 2, {"done": 16, "total": 24}),
+        ("training", 2, None),
+    ]
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_a_lost_answer_to_the_launch_launches_nothing_twice(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ray.lose_answers = True
+    ticks(settings, 4)
+    assert len(ray.submissions) == 1
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+
+
+@pytest.mark.slow
+def test_unknown_is_never_failed_and_a_lost_cluster_counts_against_nobody(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    ray.down = True
+    ticks(settings, 3)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    ray.down = False
+    for number in range(1, 6):  # more often than attempts may fail
+        ray.jobs.clear()  # a new cluster knows none of the old one's jobs
+        ticks(settings, 2)
+        assert list(ray.jobs) == [f"{job_id}-{number + 1}"]
+    spool(settings, job_id, 6, [Failed(code="invalid_training_file", message="It is bad.", param="training_file")])
+    ray.jobs[f"{job_id}-6"] = "FAILED"
+    ticks(settings, 2)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error.code, job.error.message, job.error.param) == (
+        "invalid_training_file",
+        "It is bad.",
+        "training_file",
+    )
+
+
+def test_a_job_whose_attempts_keep_dying_fails_and_says_that_it_was_not_the_user(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    for number in range(1, settings.max_attempts + 1):
+        ticks(settings, 2)
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+    ray.told[f"{job_id}-{settings.max_attempts}"] = {"message": OUT_OF_MEMORY, "driver_exit_code": 1}
+    ticks(settings, 3)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.error is not None
+    assert (job.status, job.error.code, len(ray.submissions)) == ("failed", "infrastructure_failure", 5)
+    assert "the last time because memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB" in str(job.error.message)
+    assert f"raydpo jobs logs {job_id}" in str(job.error.message)
+
+
+def state(client: openai.OpenAI, job_id: str) -> tuple[str, Any]:
+    job = client.fine_tuning.jobs.retrieve(job_id).to_dict()
+    return str(job["status"]), job["x_raydpo"]["waits_for"]  # type: ignore[index]
+
+
+def rest(settings: Settings, job_id: str, seconds: float) -> None:
+    """Let so much time pass since the job's attempts ended."""
+    with psycopg.connect(settings.database_url) as connection:
+        statement = "UPDATE attempts SET ended_at = ended_at - make_interval(secs => %s) WHERE job_id = %s"
+        connection.execute(statement, (seconds, job_id))
+
+
+def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    for number, seconds in ((1, 5), (2, 25), (3, 125)):
+        ray.told[f"{job_id}-{number}"] = {"message": OUT_OF_MEMORY, "driver_exit_code": 1}
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2, rested=False)
+        counted = f"{number} of 5 died in a row without a new checkpoint"
+        assert state(client, job_id) == ("running", f"its next attempt, {seconds} s after the last one: {counted}")
+        event = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0]
+        assert (event.level, event.message) == (
+            "warn",
+            f"Attempt {number} is over: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
+            f"Ray killed processes that held 0.14 GB; the next one begins {seconds} s later",
+        )
+        rest(settings, job_id, seconds - 3)
+        ticks(settings, 1, rested=False)
+        assert len(ray.submissions) == number
+        rest(settings, job_id, 3)
+        ticks(settings, 1, rested=False)
+        assert len(ray.submissions) == number + 1
+        assert state(client, job_id) == ("running", None)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_an_attempt_that_left_a_new_checkpoint_begins_the_count_anew(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    """However often workers are killed, a job that comes further goes on."""
+    ticks(settings, 1)
+    for number in range(1, 2 * settings.max_attempts):
+        steps = number // 3  # two of three attempts leave the checkpoint that was there
+        spool(settings, job_id, number, reports(settings, job_id, steps=steps)[:-1] if steps else [])
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 1, rested=False)
+        waits_for = state(client, job_id)[1]
+        assert waits_for.endswith(f"{number % 3 + 1 if steps else number} of 5 died in a row without a new checkpoint")
+        rest(settings, job_id, 3600)
+        ticks(settings, 1, rested=False)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_an_attempt_says_itself_why_it_dies(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    """Ray tells the last ten lines of a log, and its own word on memory is longer."""
+    ticks(settings, 1)
+    spool(settings, job_id, 1, [Died(cause="memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use")])
+    ray.told[f"{job_id}-1"] = {"message": "RayTaskError: something", "driver_exit_code": 1}
+    ray.jobs[f"{job_id}-1"] = "FAILED"
+    ticks(settings, 1)
+    told = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0].message
+    assert told.startswith("Attempt 1 is over: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; ")
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_a_job_that_is_paused_and_resumed_need_not_wait_out_what_killed_it(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    ray.jobs[f"{job_id}-1"] = "FAILED"
+    ticks(settings, 1, rested=False)
+    client.fine_tuning.jobs.pause(job_id)
+    ticks(settings, 1, rested=False)
+    assert state(client, job_id) == ("paused", None)
+    client.fine_tuning.jobs.resume(job_id)
+    ticks(settings, 1, rested=False)
+    assert (state(client, job_id), len(ray.submissions)) == (("running", None), 2)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
+    settings: Settings, ray: FakeRay, client: openai.OpenAI, job_id: str
+) -> None:
+    """A tick may outlast its lease: two reconcilers carry out one decision then."""
+    ticks(settings, 1)
+
+    async def lose_twice() -> None:
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
+        executor = Executor(store, launcher, settings, holder="test")
+        async with store.begin() as session:
+            job, attempt = await session.get_one(Job, job_id), await session.get_one(Attempt, (job_id, 1))
+        for _ in range(2):
+            await executor.carry_out(Decision.LOSE, job, attempt, History(1, 0, 0.0), Submission("ended", exit_code=-9))
+        await launcher.close()
+        await store.close()
+
+    asyncio.run(lose_twice())
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+    (over,) = [message for message in told if message.startswith("Attempt 1 is over")]
+    assert "killed by SIGKILL, as the kernel does where memory runs out" in over
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_a_tick_asks_ray_once_for_all_attempts_and_for_nothing_of_paused_jobs(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    many = settings.model_copy(update={"max_running_jobs": 4})
+    running = [submit(client, settings) for _ in range(3)]
+    paused = [submit(client, settings) for _ in range(2)]
+    for job_id in paused:
+        client.fine_tuning.jobs.pause(job_id)
+    ticks(many, 1)
+    ray.asked.clear()
+    ticks(many, 1)
+    assert [path for path in ray.asked if path.startswith("/api/jobs")] == ["/api/jobs/"]
+
+    async def live() -> set[str]:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            found = {job.id for job in await live_jobs(session)}
+        await store.close()
+        return found
+
+    assert asyncio.run(live()) == set(running)
+    for job_id in (*running, *paused):
+        client.fine_tuning.jobs.cancel(job_id)
+    ticks(many, 3)
+
+
+def test_what_a_tick_asks_ray_is_asked_at_once(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that are slow one after the other would outlast the lease."""
+    ticks(settings, 1)
+    waiting = submit(client, settings)
+    all_asked, get = threading.Barrier(3, timeout=5), ray.get
+    seen: set[str] = set()
+
+    def hold(path: str) -> tuple[int, Any]:
+        if path not in seen:
+            seen.add(path)
+            all_asked.wait()  # raises where the others are not asked meanwhile
+        return get(path)
+
+    monkeypatch.setattr(ray, "get", hold)
+    ticks(settings, 1)
+    assert not all_asked.broken
+    assert seen == {"/api/jobs/", "/api/serve/applications/", "/api/v0/nodes"}
+    monkeypatch.undo()
+    for each in (job_id, waiting):
+        client.fine_tuning.jobs.cancel(each)
+    ticks(settings, 3)
+
+
+def test_an_attempt_that_ray_leaves_out_of_its_list_is_asked_for_before_it_is_given_up(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks(settings, 1)
+    get = ray.get
+    monkeypatch.setattr(ray, "get", lambda path: (200, []) if path == "/api/jobs/" else get(path))
+    ticks(settings, 2)
+    assert len(ray.submissions) == 1
+    monkeypatch.undo()
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_several_control_planes_act_as_one(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 3, planes=3)
+    assert len(ray.submissions) == 1
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3, planes=3)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+
+
+def test_a_project_out_of_accelerator_hours_opens_no_attempt_and_keeps_its_job(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, api: httpx.Client
+) -> None:
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": 2})
+    ray.resources = {"CPU": 8.0, "GPU": 2.0}
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 0})
+    ticks(on_gpus, 2)
+    assert (client.fine_tuning.jobs.retrieve(job_id).status, ray.submissions) == ("queued", [])
+    waits_for = client.fine_tuning.jobs.retrieve(job_id).to_dict()["x_raydpo"]["waits_for"]  # type: ignore[index]
+    assert waits_for == "accelerator hours: its project has used its 0; an admin can raise max_accelerator_hours"
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 1})
+    ticks(on_gpus, 1)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    hours = api.get("/x/projects/proj_default/usage").json()["limits"]["max_accelerator_hours"]["used"]
+    assert 0 < hours < 0.1
+    # What runs goes on.
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": 0})
+    ticks(on_gpus, 1)
+    spool(settings, job_id, 1, reports(settings, job_id))
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(on_gpus, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    api.post("/x/projects/proj_default", json={"max_accelerator_hours": None})
+
+
+def test_a_job_that_does_not_fit_waits_and_says_for_what(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    def waits_for() -> object:
+        return client.fine_tuning.jobs.retrieve(job_id).to_dict()["x_raydpo"]["waits_for"]  # type: ignore[index]
+
+    ray.resources = {"CPU": 0.0}
+    ticks(settings, 3)
+    assert (waits_for(), ray.submissions) == ("a larger cluster: it needs 1 CPU, and there are 0", [])
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
+    assert sum(message.startswith("Waiting for a larger cluster") for message in told) == 1
+    ray.resources = {"CPU": 8.0}
+    ticks(settings, 2)
+    assert (waits_for(), len(ray.submissions)) == (None, 1)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+
+def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_left(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+    foreign = "ftjob-0123456789abcdef01234567-1"
+    ray.jobs |= {f"{job_id}-1": "RUNNING", foreign: "RUNNING"}  # the first was launched late, by whom it took an hour
+
+    async def sweep() -> list[str]:
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
+        within_grace = await stop_orphans(store, launcher)
+        async with store.begin() as session:
+            await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
+        stopped = await stop_orphans(store, launcher)
+        await launcher.close()
+        await store.close()
+        return [*within_grace, "then", *stopped]
+
+    assert asyncio.run(sweep()) == ["then", f"{job_id}-1"]
+    assert ray.jobs == {f"{job_id}-1": "STOPPED", foreign: "RUNNING"}
+
+
+def test_the_log_of_a_job_replays_to_what_it_is_and_refuses_what_no_rule_allows(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+
+    async def read() -> tuple[Job, list[Transition]]:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            found = await session.get_one(Job, job_id), await jobs.log_of(session, job_id)
+        await store.close()
+        return found
+
+    job, log = asyncio.run(read())
+    assert [(line.desired, line.observed) for line in log] == [
+        ("run", "queued"),
+        ("run", "running"),
+        ("cancel", "running"),
+        ("cancel", "cancelled"),
+    ]
+    assert jobs.replay(log) == (job.desired, job.observed, job.version)
+    assert {line.actor for line in log} == {"key_configured", "test-0"}
+    with pytest.raises(ValueError, match="no rule leads from running to queued"):
+        jobs.replay([log[1], Transition(job_id=job_id, version=3, desired="run", observed="queued")])
+
+
+# --- pause and resume ------------------------------------------------------------------------
+
+
+def status(client: openai.OpenAI, job_id: str) -> str:
+    return client.fine_tuning.jobs.retrieve(job_id).status
+
+
+def told(client: openai.OpenAI, job_id: str) -> list[str]:
+    """What the service said of the job, the first first."""
+    return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
+
+
+def succeed(client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, attempt: int) -> None:
+    assert list(ray.jobs)[-1] == f"{job_id}-{attempt}"
+    spool(settings, job_id, attempt, reports(settings, job_id))
+    ray.jobs[f"{job_id}-{attempt}"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert status(client, job_id) == "succeeded"
+
+
+def cancelled(client: openai.OpenAI, settings: Settings, job_id: str) -> None:
+    client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 3)
+    assert status(client, job_id) == "cancelled"
+
+
+def test_a_queued_job_is_paused_resumed_and_cancelled_at_once(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    jobs = client.fine_tuning.jobs
+    with pytest.raises(openai.BadRequestError, match="is queued; only a paused job can be resumed"):
+        jobs.resume(job_id)
+    assert jobs.pause(job_id).status == "paused"
+    with pytest.raises(openai.BadRequestError, match="is paused; only a queued or a running job can be paused"):
+        jobs.pause(job_id)
+    ticks(settings, 3)
+    assert not ray.submissions
+    assert jobs.resume(job_id).status == "queued"
+    assert jobs.pause(job_id).status == "paused"
+    assert jobs.cancel(job_id).status == "cancelled"
+    for wish in (jobs.pause, jobs.resume):
+        with pytest.raises(openai.BadRequestError, match="is cancelled; only"):
+            wish(job_id)
+
+
+def test_a_running_job_is_paused_when_its_attempt_is_and_another_attempt_goes_on(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str, base_url: str
+) -> None:
+    ticks(settings, 1)
+    with pytest.raises(openai.BadRequestError, match="is running; only a paused job can be resumed"):
+        client.fine_tuning.jobs.resume(job_id)
+    token = ray.submissions[0]["runtime_env"]["env_vars"]["RAYDPO_ATTEMPT_TOKEN"]
+    url, bearer = f"{base_url}/internal/attempts/{job_id}/1/events", {"Authorization": f"Bearer {token}"}
+    assert httpx.post(url, json={"events": []}, headers=bearer).json() == {"desired": "run"}
+    assert client.fine_tuning.jobs.pause(job_id).status == "running"
+    assert client.fine_tuning.jobs.pause(job_id).status == "running", "wishing it twice is as wishing it once"
+    assert httpx.post(url, json={"events": []}, headers=bearer).json() == {"desired": "pause"}
+    ticks(settings, 2)
+    assert status(client, job_id) == "running"
+    assert ray.jobs[f"{job_id}-1"] == "RUNNING"
+
+    paused = reports(settings, job_id, steps=2)[:3]
+    spool(settings, job_id, 1, [*paused, Paused(step=2)])
+    ray.jobs[f"{job_id}-1"] = "FAILED"  # Ray's word for a status that is not 0
+    ticks(settings, 4)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert (job.status, job.finished_at, job.estimated_finish, len(ray.submissions)) == ("paused", None, None, 1)
+    assert client.fine_tuning.jobs.resume(job_id).status == "queued"
+    ticks(settings, 1)
+    assert status(client, job_id) == "running"
+    succeed(client, settings, ray, job_id, 2)
+    sentences = ["Pause requested", "The job is paused after step 2", "Resumption requested", "The job is queued again"]
+    assert [message for message in told(client, job_id) if message in sentences] == sentences
+
+
+def test_a_pause_that_comes_too_late_changes_nothing(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.pause(job_id)
+    succeed(client, settings, ray, job_id, 1)
+    with pytest.raises(openai.BadRequestError, match="is succeeded; only a paused job can be resumed"):
+        client.fine_tuning.jobs.resume(job_id)
+
+
+@pytest.mark.slow
+def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_another(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.pause(job_id)
+    client.fine_tuning.jobs.resume(job_id)
+    ticks(settings, 2)
+    assert (status(client, job_id), len(ray.submissions)) == ("running", 1)
+    for number in range(1, 6):  # as often as it is told to stop, by whomever: none of them is a failure
+        spool(settings, job_id, number, [Paused(step=number)])
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 3)
+        assert list(ray.jobs)[-1] == f"{job_id}-{number + 1}"
+    assert "Attempt 1 was asked to stop, and did after step 1" in told(client, job_id)
+    succeed(client, settings, ray, job_id, 6)
+
+
+@pytest.mark.slow
+def test_an_attempt_that_dies_while_a_pause_is_wished_has_not_failed(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    for number in range(1, 6):  # more often than attempts may fail
+        ticks(settings, 1)
+        client.fine_tuning.jobs.pause(job_id)
+        ray.jobs[f"{job_id}-{number}"] = "FAILED"
+        ticks(settings, 2)
+        assert status(client, job_id) == "paused"
+        client.fine_tuning.jobs.resume(job_id)
+    ticks(settings, 1)
+    succeed(client, settings, ray, job_id, 6)
+
+
+@pytest.mark.slow
+def test_an_attempt_that_does_not_pause_in_time_is_stopped_by_ray(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    client.fine_tuning.jobs.pause(job_id)
+    ticks(settings, 70, apart=8.0)
+    assert ray.jobs[f"{job_id}-1"] == "RUNNING"
+    ticks(settings, 80, apart=8.0)
+    assert (status(client, job_id), ray.jobs[f"{job_id}-1"]) == ("paused", "STOPPED")
+    assert "Attempt 1 is being stopped: it did not pause in time" in told(client, job_id)
+    cancelled(client, settings, job_id)
+
+
+# --- attempts that hang ----------------------------------------------------------------------
+
+
+def silence(settings: Settings, job_id: str, seconds: float = 3600) -> None:
+    """The attempt's last sign of life was so long ago."""
+
+    async def run() -> None:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            heard = func.now() - timedelta(seconds=seconds)
+            await session.execute(update(Attempt).where(Attempt.job_id == job_id).values(reported_at=heard))
+        await store.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_silent_attempt_is_stopped_and_the_next_one_goes_on(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    silence(settings, job_id)
+    ticks(settings, 45, apart=8.0)
+    assert list(ray.jobs.values()) == ["STOPPED", "RUNNING"]
+    stopped = [message for message in told(client, job_id) if "is being stopped" in message]
+    assert len(stopped) == 1
+    assert stopped[0].startswith("Attempt 1 is being stopped: it gave no sign of life for 36")
+    succeed(client, settings, ray, job_id, 2)
+
+
+@pytest.mark.slow
+def test_silence_counts_only_while_a_control_plane_watched_and_ray_said_that_it_runs(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    silence(settings, job_id)
+    ticks(settings, 35, apart=8.0)  # a control plane that came back and watched for less than five minutes
+    ticks(settings, 45, apart=11.0)  # one that was away again and again
+    ray.jobs[f"{job_id}-1"] = "PENDING"
+    ticks(settings, 45, apart=8.0)
+    ray.jobs[f"{job_id}-1"] = "RUNNING"
+    ticks(settings, 35, apart=8.0)
+    assert list(ray.jobs.values()) == ["RUNNING"]
+    cancelled(client, settings, job_id)
+
+
+@pytest.mark.slow
+def test_an_attempt_that_cannot_post_but_beats_in_its_spool_is_alive(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    silence(settings, job_id)
+    spool(settings, job_id, 1, [Alive()])
+    ticks(settings, 45, apart=8.0)
+    assert list(ray.jobs.values()) == ["RUNNING"]
+    silence(settings, job_id)  # and what was read before is no sign of life
+    ticks(settings, 45, apart=8.0)
+    assert list(ray.jobs.values()) == ["STOPPED", "RUNNING"]
+    cancelled(client, settings, job_id)
+
+
+# --- damaged spools ------------------------------------------------------------------------------
+
+
+def flip(settings: Settings, job_id: str, attempt: int, first: int) -> None:
+    """A digit of what the segment tells becomes another."""
+    uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), attempt, first)
+    data = storage.read_bytes(uri)
+    assert b'"loss":0.5' in data
+    storage.write_bytes(uri, data.replace(b'"loss":0.5', b'"loss":0.4'))
+
+
+def test_reports_whose_bits_flipped_are_not_told_and_those_after_them_are(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    all_reports = reports(settings, job_id)
+    spool(settings, job_id, 1, all_reports[:2])
+    spool(settings, job_id, 1, all_reports[2:3], first=2)
+    spool(settings, job_id, 1, all_reports[3:], first=3)
+    flip(settings, job_id, 1, 2)
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+    events = list(client.fine_tuning.jobs.list_events(job_id))
+    assert [event.data["step"] for event in events if event.type == "metrics"] == [3, 1]  # type: ignore[index]
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning == "Reports 2 to 2 of attempt 1 are lost: their part of its spool is damaged"
+
+
+def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
+) -> None:
+    ticks(settings, 1)
+    spool(settings, job_id, 1, reports(settings, job_id))
+    flip(settings, job_id, 1, 0)
+    ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    told = [event.message for event in client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"][::-1]
+    uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
+    assert told == [
+        f"The last reports of attempt 1 are lost: {uri} has another sha256 than was written",
+        "Attempt 1 is over: it died before it finished; the next one begins 5 s later",
+    ]
+    spool(settings, job_id, 2, reports(settings, job_id))
+    ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"

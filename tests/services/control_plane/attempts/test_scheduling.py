@@ -1,0 +1,108 @@
+"""Who goes first, and what the others are told."""
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.control_plane.attempts.scheduling import needs, what_each_waits_for
+from services.control_plane.core.tables import Job
+from services.control_plane.settings import Settings
+from services.control_plane.tenants.quotas import Share
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def job(number: int, **values: Any) -> Job:
+    workers = values.pop("workers", 1)
+    given = {"project_id": "a", "priority": 0, "observed": "queued", "desired": "run"} | values
+    return Job(id=f"job-{number}", created_at=START + timedelta(seconds=number), spec={"num_workers": workers}, **given)
+
+
+@pytest.fixture(scope="module")
+def several(offline: Settings) -> Settings:
+    return offline.model_copy(update={"max_running_jobs": 3, "num_gpus_per_worker": 1.0})
+
+
+def starting(waits: dict[str, str | None]) -> list[str]:
+    return [job_id for job_id, what in waits.items() if what is None]
+
+
+def test_the_highest_priority_goes_first_then_the_oldest(offline: Settings) -> None:
+    waits = what_each_waits_for([job(1), job(2, priority=1), job(3, priority=1)], {}, {"CPU": 8}, offline)
+    assert waits == {"job-2": None} | dict.fromkeys(("job-3", "job-1"), "another job to end: 1 may run at once")
+
+
+def test_a_large_job_keeps_its_place_and_one_that_never_fits_keeps_nobody(several: Settings) -> None:
+    live = [job(1, workers=2, observed="running"), job(2, workers=9), job(3, workers=3), job(4)]
+    waits = what_each_waits_for(live, {}, {"CPU": 64, "GPU": 4}, several)
+    assert waits == {
+        "job-2": "a larger cluster: it needs 9 GPU, and there are 4",
+        "job-3": "running jobs to end: with them it needs 5 GPU, and there are 4",
+        "job-4": "its turn: job-3 goes first",
+    }
+
+
+def test_a_project_at_its_limit_keeps_no_other_project(several: Settings) -> None:
+    live = [job(1, observed="running"), job(2), job(3, project_id="b")]
+    waits = what_each_waits_for(live, {"a": Share(1), "b": Share()}, {"CPU": 64, "GPU": 4}, several)
+    assert waits == {"job-2": "another job of its project to end: 1 may run at once", "job-3": None}
+
+
+def test_priority_is_within_a_project_and_projects_take_turns(several: Settings) -> None:
+    live = [job(number, priority=10) for number in range(5)] + [job(9, project_id="b"), job(8, project_id="b")]
+    waits = what_each_waits_for(live, {}, {"CPU": 64, "GPU": 64}, several)
+    assert starting(waits) == ["job-0", "job-8", "job-1"]
+
+
+def test_of_one_place_the_project_gets_it_that_used_the_least_for_its_weight(offline: Settings) -> None:
+    live = [job(1), job(2, project_id="b"), job(3, project_id="c")]
+    shares = {"a": Share(worker_hours=10), "b": Share(worker_hours=4), "c": Share(worker_hours=6, weight=2)}
+    assert starting(what_each_waits_for(live, shares, {}, offline)) == ["job-3"]
+    assert starting(what_each_waits_for(live, {}, {}, offline)) == ["job-1"]
+
+
+def test_running_workers_are_shared_by_weight(several: Settings) -> None:
+    live = [job(number, project_id="ab"[number % 2]) for number in range(60)]
+    wide = several.model_copy(update={"max_running_jobs": 12})
+    waits = what_each_waits_for(live, {"a": Share(weight=2), "b": Share(weight=1)}, {}, wide)
+    assert Counter(int(name[4:]) % 2 for name in starting(waits)) == {0: 8, 1: 4}
+
+
+def test_a_job_of_another_project_that_goes_first_is_not_named(several: Settings) -> None:
+    live = [job(1, workers=3, project_id="b", observed="running"), job(2, workers=2), job(3), job(4, project_id="b")]
+    waits = what_each_waits_for(live, {}, {"CPU": 64, "GPU": 4}, several)
+    assert waits["job-3"] == "its turn: job-2 goes first"
+    assert waits["job-4"] == "its turn: a job of another project goes first"
+
+
+def test_where_ray_does_not_say_what_it_has_jobs_start(several: Settings) -> None:
+    assert starting(what_each_waits_for([job(1, workers=100)], {}, {}, several)) == ["job-1"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6), st.integers(-2, 2), st.booleans()), max_size=20),
+    st.integers(1, 8),
+)
+def test_no_limit_is_ever_exceeded_and_every_queued_job_is_answered(
+    several: Settings, jobs: list[tuple[str, int, int, bool]], gpus: int
+) -> None:
+    live = [
+        job(i, project_id=project, workers=workers, priority=priority, observed="running" if runs else "queued")
+        for i, (project, workers, priority, runs) in enumerate(jobs)
+    ]
+    limits = {"a": 1, "b": 2, "c": None}
+    shares = {project: Share(limit) for project, limit in limits.items()}
+    waits = what_each_waits_for(live, shares, {"CPU": 99, "GPU": gpus}, several)
+    assert waits.keys() == {each.id for each in live if each.observed == "queued"}
+    started = [each for each in live if each.id in starting(waits)]
+    running = [each for each in live if each.observed == "running"]
+    if started:
+        assert len(running + started) <= several.max_running_jobs
+        assert sum(needs(each, several)["GPU"] for each in running + started) <= gpus
+    for project, limit in limits.items():
+        own = [each for each in running + started if each.project_id == project]
+        assert limit is None or len(own) <= max(limit, sum(each in running for each in own))

@@ -1,0 +1,186 @@
+"""Tokens of an OpenID Connect issuer: a server on loopback that publishes real keys."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from services.control_plane.auth import oidc
+from services.control_plane.auth.keys import Caller
+from services.control_plane.auth.oidc import Issuer
+from services.control_plane.core.errors import Unauthorized, Unavailable
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import api_of, new_project
+from tests.services.web import Web, running_web
+
+AUDIENCE = "raydpo"
+
+
+class Idp:
+    """It signs tokens with keys that it publishes, or not."""
+
+    def __init__(self, web: Web) -> None:
+        self.web, self.url = web, f"{web.url}/realms/a"
+        self.keys: dict[str, Any] = {
+            "rsa": rsa.generate_private_key(public_exponent=65537, key_size=2048),
+            "ec": ec.generate_private_key(ec.SECP256R1()),
+            "hidden": rsa.generate_private_key(public_exponent=65537, key_size=2048),
+        }
+        about = {"issuer": self.url, "jwks_uri": f"{web.url}/keys"}
+        web.files["/realms/a/.well-known/openid-configuration"] = json.dumps(about).encode()
+        self.publish("rsa", "ec")
+
+    def publish(self, *names: str) -> None:
+        published = []
+        for name in names:
+            algorithm = jwt.get_algorithm_by_name("ES256" if name == "ec" else "RS256")
+            public = algorithm.to_jwk(self.keys[name].public_key(), as_dict=True)
+            published.append({**public, "kid": name, "use": "sig"})
+        self.web.files["/keys"] = json.dumps({"keys": published}).encode()
+
+    def token(self, key: str = "rsa", *, alg: str | None = None, kid: str | None = None, **changes: Any) -> str:
+        claims = {
+            "iss": self.url,
+            "aud": AUDIENCE,
+            "sub": "ada",
+            "exp": time.time() + 300,
+            "project": "proj_default",
+            "scope": "openid read write",
+        }
+        kept = {name: value for name, value in {**claims, **changes}.items() if value is not None}
+        algorithm = alg or ("ES256" if key == "ec" else "RS256")
+        secret = "x" * 64 if algorithm == "HS256" else None if algorithm == "none" else self.keys[key]
+        return jwt.encode(kept, secret, algorithm=algorithm, headers={"kid": kid or key})
+
+
+@pytest.fixture(scope="module")
+def idp() -> Iterator[Idp]:
+    with running_web() as web:
+        yield Idp(web)
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, idp: Idp) -> Settings:
+    return offline.model_copy(update={"oidc_issuer": idp.url, "oidc_audience": AUDIENCE})
+
+
+def ask(base_url: str, token: str, path: str = "/files", method: str = "GET") -> httpx.Response:
+    with api_of(base_url, token) as api:
+        return api.request(method, path)
+
+
+@pytest.mark.parametrize("key", ["rsa", "ec"])
+def test_a_token_of_the_issuer_works_as_its_claims_say(base_url: str, idp: Idp, key: str) -> None:
+    token = idp.token(key)
+    assert ask(base_url, token).status_code == 200
+    assert ask(base_url, token, "/fine_tuning/jobs/ftjob-none/cancel", "POST").status_code == 404
+    assert ask(base_url, token, "/x/keys").status_code == 403
+    assert ask(base_url, idp.token(key, scope=["admin"]), "/x/keys").status_code == 200
+    assert ask(base_url, idp.token(key, scope=None)).status_code == 403
+
+
+def test_a_token_is_of_its_project_while_that_lives(api: httpx.Client, base_url: str, idp: Idp) -> None:
+    project = new_project(api, "of tokens")
+    token = idp.token(project=project, scope="admin")
+    assert [each["id"] for each in ask(base_url, token, "/x/projects").json()["data"]] == [project]
+    api.post(f"/x/projects/{project}/archive")
+    assert ask(base_url, idp.token(project=project)).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"key": "hidden"}, "none of the issuer's"),
+        ({"key": "hidden", "kid": "rsa"}, "Signature verification failed"),
+        ({"aud": "another"}, "Audience doesn't match"),
+        ({"aud": None}, 'missing the "aud" claim'),
+        ({"iss": "https://elsewhere.example"}, "Invalid issuer"),
+        ({"exp": None}, 'missing the "exp" claim'),
+        ({"exp": time.time() - 61}, "Signature has expired"),
+        ({"nbf": time.time() + 86_400}, "not yet valid"),
+        ({"sub": None}, 'missing the "sub" claim'),
+        ({"alg": "HS256", "kid": "rsa"}, "alg value is not allowed"),
+        ({"alg": "none", "kid": "rsa"}, "alg value is not allowed"),
+        ({"project": None}, "its claim 'project' must be a project's id"),
+        ({"project": "proj_none"}, "'proj_none' does not exist"),
+    ],
+)
+def test_any_other_token_is_a_wrong_key(base_url: str, idp: Idp, changes: dict[str, Any], said: str) -> None:
+    answer = ask(base_url, idp.token(**changes))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert said in answer.json()["error"]["message"]
+
+
+def test_a_clock_that_differs_by_less_than_a_minute_is_no_matter(base_url: str, idp: Idp) -> None:
+    assert ask(base_url, idp.token(exp=time.time() - 30)).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["a.b.c", "..", "eyJhbGciOiJSUzI1NiJ9.e30.AA", "é.é.é"])
+def test_what_only_looks_like_a_token_is_a_wrong_key(settings: Settings, text: str) -> None:
+    with pytest.raises(Unauthorized):
+        callers(settings, [text])
+
+
+def callers(settings: Settings, tokens: list[str], before_each: Any = lambda number: None) -> list[Caller]:
+    async def find() -> list[Caller]:
+        issuer, found = Issuer(settings), []
+        for number, token in enumerate(tokens):
+            before_each(number)
+            found.append(await issuer.caller(token))
+        await issuer.close()
+        return found
+
+    return asyncio.run(find())
+
+
+def test_keys_are_kept_through_an_outage_and_fetched_again_when_they_rotate(
+    settings: Settings, idp: Idp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oidc, "PAUSE_SECONDS", 0)
+    idp.web.requests.clear()
+
+    def change(number: int) -> None:
+        if number == 2:
+            idp.web.statuses["/realms/a/.well-known/openid-configuration"] = [500] * 2
+            monkeypatch.setattr(oidc, "FRESH_SECONDS", 0)  # the keys are due, and the issuer is down
+        if number == 4:
+            idp.publish("hidden")
+
+    found = callers(settings, [idp.token(), idp.token(), idp.token(), idp.token(), idp.token("hidden")], change)
+    assert [caller.key_id for caller in found] == ["oidc:ada"] * 5
+    assert [path for path, _ in idp.web.requests].count("/keys") == 2
+    idp.publish("rsa", "ec")
+
+
+def test_strangers_cannot_make_it_ask_the_issuer_more_often(settings: Settings, idp: Idp) -> None:
+    idp.web.requests.clear()
+
+    async def flood() -> None:
+        issuer = Issuer(settings)
+        answers = await asyncio.gather(
+            *(issuer.caller(idp.token("hidden", kid=f"unknown-{i}")) for i in range(50)), return_exceptions=True
+        )
+        assert all(isinstance(answer, Unauthorized) for answer in answers)
+        await issuer.close()
+
+    asyncio.run(flood())
+    assert len(idp.web.requests) == 2
+
+
+def test_an_issuer_that_never_answered_makes_tokens_unknown_not_wrong(settings: Settings, idp: Idp) -> None:
+    with pytest.raises(Unavailable):
+        callers(settings.model_copy(update={"oidc_issuer": f"{idp.web.url}/nowhere"}), [idp.token()])
+
+
+def test_without_the_settings_a_token_is_a_wrong_key(offline: Settings, idp: Idp) -> None:
+    assert offline.oidc_issuer is None
+    with pytest.raises(ValueError, match="oidc_issuer and oidc_audience go together"):
+        Settings(**{**offline.model_dump(), "oidc_issuer": "https://issuer.example"})
+    with pytest.raises(ValueError, match="oidc_issuer"):
+        Settings(**{**offline.model_dump(), "oidc_issuer": "http://issuer.example", "oidc_audience": "a"})

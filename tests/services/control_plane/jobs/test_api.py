@@ -1,0 +1,511 @@
+"""/v1/fine_tuning/jobs: what is taken, what is refused and how; no cluster answers, so jobs stay queued."""
+
+import gzip
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psycopg
+import pytest
+from openai.types.fine_tuning import FineTuningJobWandbIntegrationObject
+from pydantic import ValidationError
+
+from dpo_core.options import OBJECTIVES
+from services.contract import Integrations, JobSpec
+from services.control_plane.jobs.requests import METHODS
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import API_KEY, pairs
+
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.fixture(scope="module")
+def training_file(client: openai.OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+
+
+def dpo(**hyperparameters: Any) -> Any:
+    return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+
+
+def create(client: openai.OpenAI, file_id: str, **changes: Any) -> Any:
+    body = {"model": "tiny", "training_file": file_id, "method": dpo(beta=0.2)} | changes
+    return client.fine_tuning.jobs.create(**body)
+
+
+def test_a_job_is_queued_and_echoes_what_was_asked(client: openai.OpenAI, training_file: str) -> None:
+    job = create(
+        client, training_file, method=dpo(beta=0.2, n_epochs="auto"), suffix="nice", seed=7, metadata={"team": "a"}
+    )
+    assert (job.status, job.error, job.fine_tuned_model, job.seed) == ("queued", None, None, 7)
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    assert job.method.dpo.hyperparameters.n_epochs == "auto"
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert messages[-1] == f"Created fine-tuning job: {job.id}"  # newest first
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "param", "code"),
+    [
+        ({"model": "unknown"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"training_file": "file-none"}, openai.NotFoundError, "training_file", "file_not_found"),
+        ({"method": dpo(beta=-1)}, openai.BadRequestError, "method.dpo.hyperparameters.beta", "invalid_value"),
+        ({"method": dpo(beta="much")}, openai.BadRequestError, "method.dpo.hyperparameters.beta", "invalid_value"),
+        ({"method": dpo(betta=1)}, openai.BadRequestError, "method.dpo.hyperparameters.betta", "unknown_parameter"),
+        ({"method": dpo(n_epochs=51)}, openai.BadRequestError, "method.dpo.hyperparameters.n_epochs", "invalid_value"),
+        (
+            {"method": {"type": "mpo", "mpo": {"hyperparameters": {"objectives": [{"type": "sft"}], "weights": [1]}}}},
+            openai.BadRequestError,
+            "method.mpo.hyperparameters.objectives.0.type",
+            "unsupported_value",
+        ),
+        (
+            {"method": {"type": "mpo", "mpo": {"hyperparameters": {"objectives": [{"type": "dpo", "beta": 7}]}}}},
+            openai.BadRequestError,
+            "method.mpo.hyperparameters.objectives.0.beta",
+            "invalid_value",
+        ),
+        ({"method": {"type": "reward_gaussian"}}, openai.BadRequestError, "method.type", "unsupported_value"),
+        ({"method": {"type": "dpo", "kto": {}}}, openai.BadRequestError, "method.kto", "unknown_parameter"),
+        ({"method": {"type": "supervised"}}, openai.BadRequestError, "training_file", "invalid_training_file"),
+        ({"validation_file": "file-none"}, openai.NotFoundError, "validation_file", "file_not_found"),
+        ({"suffix": "a b"}, openai.BadRequestError, "suffix", "invalid_value"),
+        ({"seed": -1}, openai.BadRequestError, "seed", "invalid_value"),
+        ({"extra_body": {"betta": 1}}, openai.BadRequestError, "betta", "unknown_parameter"),
+        ({"extra_body": {"x_raydpo": {"lora": 8}}}, openai.BadRequestError, "x_raydpo.lora", "unknown_parameter"),
+        (
+            {"extra_body": {"x_raydpo": {"reference": {"source": "teacher"}}}},
+            openai.BadRequestError,
+            "x_raydpo.reference.source",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"reference": {"by": "serve"}}}},
+            openai.BadRequestError,
+            "x_raydpo.reference.by",
+            "unknown_parameter",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"truncation": "middle"}}},
+            openai.BadRequestError,
+            "x_raydpo.truncation",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"sharding": "half"}}},
+            openai.BadRequestError,
+            "x_raydpo.sharding",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"max_tokens_per_pack": 100}}},
+            openai.BadRequestError,
+            "x_raydpo.max_tokens_per_pack",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"num_workers": 0}}},
+            openai.BadRequestError,
+            "x_raydpo.num_workers",
+            "invalid_value",
+        ),
+        (
+            {"validation_file": "file-x", "extra_body": {"x_raydpo": {"validation_share": 0.1}}},
+            openai.BadRequestError,
+            "x_raydpo.validation_share",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"invalid_rows": "drop"}}},  # an upload has none
+            openai.BadRequestError,
+            "x_raydpo.invalid_rows",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"columns": {"prompt": "question"}}}},
+            openai.BadRequestError,
+            "x_raydpo.columns",
+            "invalid_value",
+        ),
+        (
+            {
+                "extra_body": {"x_raydpo": {"columns": {"answer": "x"}, "dataset": "file:///x"}},
+                "training_file": "file:///x",
+            },
+            openai.BadRequestError,
+            "x_raydpo.columns.answer",
+            "unknown_parameter",
+        ),
+        (
+            {
+                "extra_body": {"x_raydpo": {"invalid_rows": "ignore", "dataset": "file:///x"}},
+                "training_file": "file:///x",
+            },
+            openai.BadRequestError,
+            "x_raydpo.invalid_rows",
+            "invalid_value",
+        ),
+        (
+            {"extra_body": {"x_raydpo": {"max_invalid_share": 0.9}}},
+            openai.BadRequestError,
+            "x_raydpo.max_invalid_share",
+            "invalid_value",
+        ),
+        (
+            {"method": dpo(learning_rate=1e-5, learning_rate_multiplier=2)},
+            openai.BadRequestError,
+            "method.dpo.hyperparameters.learning_rate_multiplier",
+            "invalid_value",
+        ),
+    ],
+)
+def test_bad_requests_are_refused_by_name(
+    client: openai.OpenAI,
+    training_file: str,
+    changes: dict[str, Any],
+    error: type[openai.APIStatusError],
+    param: str,
+    code: str,
+) -> None:
+    with pytest.raises(error) as refused:
+        create(client, training_file, **changes)
+    assert (refused.value.param, refused.value.code, refused.value.type) == (param, code, "invalid_request_error")
+
+
+WANDB = {"project": "my project", "name": "first", "entity": "team_1", "tags": ["a", "b"]}
+
+
+def wandb(**changes: Any) -> list[dict[str, Any]]:
+    return [{"type": "wandb", "wandb": {"project": "p"} | changes}]
+
+
+def followed(**extension: Any) -> dict[str, Any]:
+    return {"extra_body": {"x_raydpo": extension}}
+
+
+def test_where_a_job_is_followed_is_echoed_as_asked(client: openai.OpenAI, training_file: str) -> None:
+    asked = [{"type": "wandb", "wandb": WANDB}, *wandb(name=None)]
+    mlflow = {"experiment": "préférences / dpo", "run_name": "first"}
+    job = create(client, training_file, integrations=asked, **followed(tensorboard=True, mlflow=mlflow))
+    for found in (job, client.fine_tuning.jobs.cancel(job.id)):
+        for integration in found.integrations:
+            FineTuningJobWandbIntegrationObject.model_validate(integration.to_dict(), strict=True)
+        assert [each.to_dict() for each in found.integrations] == [{"type": "wandb", "wandb": WANDB}, *wandb()]
+        assert found.to_dict()["x_raydpo"] | {"tensorboard": True, "mlflow": mlflow} == found.to_dict()["x_raydpo"]
+    job = create(client, training_file, integrations=None)
+    assert client.fine_tuning.jobs.cancel(job.id).integrations == []
+
+
+def test_a_job_of_an_older_release_is_followed_nowhere(
+    client: openai.OpenAI, training_file: str, settings: Settings
+) -> None:
+    job = create(client, training_file, integrations=wandb(), **followed(tensorboard=True))
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE jobs SET spec = spec - 'integrations' WHERE id = %s", [job.id])
+        (spec,) = connection.execute("SELECT spec FROM jobs WHERE id = %s", [job.id]).fetchone() or ()
+    assert JobSpec.model_validate(spec).integrations == Integrations()
+    found = client.fine_tuning.jobs.cancel(job.id)
+    assert (found.integrations, found.to_dict()["x_raydpo"]["tensorboard"]) == ([], False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"integrations": wandb() * 6}, "integrations", "invalid_value"),
+        ({"integrations": [{"type": "neptune"}]}, "integrations.0.type", "invalid_value"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0.wandb", "missing_required_parameter"),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {}}]},
+            "integrations.0.wandb.project",
+            "missing_required_parameter",
+        ),
+        ({"integrations": [*wandb(), *wandb(project="a/b")]}, "integrations.1.wandb.project", "invalid_value"),
+        ({"integrations": wandb(project="p" * 129)}, "integrations.0.wandb.project", "invalid_value"),
+        ({"integrations": wandb(entity="../team")}, "integrations.0.wandb.entity", "invalid_value"),
+        ({"integrations": wandb(name="a\x00b")}, "integrations.0.wandb.name", "invalid_value"),
+        ({"integrations": wandb(tags=["a", "b" * 65])}, "integrations.0.wandb.tags.1", "invalid_value"),
+        ({"integrations": wandb(tags=["a"] * 65)}, "integrations.0.wandb.tags", "invalid_value"),
+        ({"integrations": wandb(tags="ab")}, "integrations.0.wandb.tags", "invalid_value"),
+        ({"integrations": wandb(base_url="http://10.0.0.1")}, "integrations.0.wandb.base_url", "unknown_parameter"),
+        (followed(tensorboard={}), "x_raydpo.tensorboard", "invalid_value"),
+        (followed(mlflow={}), "x_raydpo.mlflow.experiment", "missing_required_parameter"),
+        (followed(mlflow={"experiment": ""}), "x_raydpo.mlflow.experiment", "invalid_value"),
+        (
+            followed(mlflow={"experiment": "e", "tracking_uri": "http://10.0.0.1"}),
+            "x_raydpo.mlflow.tracking_uri",
+            "unknown_parameter",
+        ),
+    ],
+)
+def test_where_a_job_may_not_be_followed_is_refused_by_name(
+    client: openai.OpenAI, training_file: str, changes: dict[str, Any], param: str, code: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, training_file, **changes)
+    assert (refused.value.param, refused.value.code) == (param, code)
+
+
+def test_other_objectives_are_taken_with_their_own_options_and_echoed(
+    client: openai.OpenAI, training_file: str
+) -> None:
+    method = {"type": "simpo", "simpo": {"hyperparameters": {"gamma_beta_ratio": 0.3}}}
+    job = create(client, training_file, method=method)
+    echoed = job.method.to_dict()
+    assert echoed["type"] == "simpo"
+    assert (
+        echoed["simpo"]["hyperparameters"] | {"beta": 2.5, "gamma_beta_ratio": 0.3}
+        == echoed["simpo"]["hyperparameters"]
+    )
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def _shown(value: object) -> str:
+    """A default as the table has it; of the parts of a sum their types."""
+    if isinstance(value, tuple):
+        return ", ".join(str(getattr(item, "type", item)) for item in value)
+    return str(value)
+
+
+def test_a_sum_of_objectives_is_echoed_with_its_parts(client: openai.OpenAI, training_file: str) -> None:
+    given = {"objectives": [{"type": "dpo", "beta": 0.2}, {"type": "kto"}], "weights": [1.0, 0.5]}
+    job = create(client, training_file, method={"type": "mpo", "mpo": {"hyperparameters": given}})
+    told = job.method.to_dict()["mpo"]["hyperparameters"]
+    assert [(part["type"], part["beta"]) for part in told["objectives"]] == [("dpo", 0.2), ("kto", 0.1)]
+    assert told["weights"] == [1.0, 0.5]
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_every_objective_and_its_options_are_documented() -> None:
+    documented = (ROOT / "docs" / "api.md").read_text()
+    for kind in METHODS:
+        given = [(field.name, getattr(OBJECTIVES[kind](), field.name)) for field in fields(OBJECTIVES[kind])]
+        options = [f"`{name}` {_shown(value)}" for name, value in given if name != "type"]
+        assert f"| `{kind}` | {', '.join(options) or '—'} |" in documented
+
+
+def test_too_few_examples_are_refused_with_both_numbers(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("few.jsonl", pairs(3)), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError, match=r"has 3 example\(s\), but must have at least 10"):
+        create(client, file.id)
+
+
+def upload(client: openai.OpenAI, row: dict[str, Any]) -> str:
+    packed = gzip.compress(b"\n".join([json.dumps(row).encode()] * 10))
+    return client.files.create(file=("rows.jsonl.gz", packed), purpose="fine-tune").id
+
+
+@pytest.mark.parametrize(
+    ("row", "takes", "refuses"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, "dpo", "simpo"),
+        ({"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 2, 2]}, "lipo", "ipo"),
+        ({"prompt": "a", "completion": "b", "label": True}, "bco", "dpo"),
+    ],
+    ids=["margins", "rankings", "unpaired"],
+)
+def test_a_file_is_for_the_objectives_that_learn_from_what_it_holds(
+    client: openai.OpenAI, row: dict[str, Any], takes: str, refuses: str
+) -> None:
+    file_id = upload(client, row)
+    client.fine_tuning.jobs.cancel(create(client, file_id, method={"type": takes}).id)
+    with pytest.raises(openai.BadRequestError, match=f"{file_id} (holds|has) .* method '{refuses}'") as refused:
+        create(client, file_id, method={"type": refuses})
+    assert refused.value.code == "invalid_training_file"
+
+
+def test_a_validation_file_is_echoed_and_must_not_be_the_training_file(
+    client: openai.OpenAI, training_file: str
+) -> None:
+    held_out = client.files.create(file=("held_out.jsonl", pairs(1)), purpose="fine-tune").id
+    job = create(client, training_file, validation_file=held_out)
+    assert client.fine_tuning.jobs.cancel(job.id).validation_file == held_out
+    with pytest.raises(openai.BadRequestError, match=f"is the training file, {training_file}") as refused:
+        create(client, training_file, validation_file=training_file)
+    assert (refused.value.param, refused.value.code) == ("validation_file", "invalid_validation_file")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}],
+    ids=["another kind", "margins"],
+)
+def test_a_validation_file_holds_what_the_objective_learns_from(
+    client: openai.OpenAI, training_file: str, row: dict[str, Any]
+) -> None:
+    file_id = upload(client, row)
+    with pytest.raises(openai.BadRequestError, match=f"{file_id} (holds|has) .* method 'ipo'") as refused:
+        create(client, training_file, method={"type": "ipo"}, validation_file=file_id)
+    assert (refused.value.param, refused.value.code) == ("validation_file", "invalid_validation_file")
+
+
+def test_a_share_to_hold_out_is_echoed_and_refused_beyond_its_limits(client: openai.OpenAI, training_file: str) -> None:
+    job = create(client, training_file, extra_body={"x_raydpo": {"validation_share": 0.5}})
+    assert client.fine_tuning.jobs.cancel(job.id).to_dict()["x_raydpo"]["validation_share"] == 0.5
+    for share, limit in ((0, "greater than 0"), (0.51, "less than or equal to 0.5")):
+        with pytest.raises(openai.BadRequestError, match=f"{limit}, but it is {share}") as refused:
+            create(client, training_file, extra_body={"x_raydpo": {"validation_share": share}})
+        assert (refused.value.param, refused.value.code) == ("x_raydpo.validation_share", "invalid_value")
+
+
+def create_at(client: openai.OpenAI, uri: Any, **changes: Any) -> Any:
+    return create(client, uri, extra_body={"x_raydpo": {"dataset": uri}}, **changes)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://example.com/rows.jsonl?token=x",
+        "hf://datasets/org/name@v1/data/*.parquet",
+        "s3://bucket/rows/a.jsonl",
+        "s3://bucket/rows/",
+    ],
+)
+def test_a_job_trains_on_a_uri_and_echoes_it(client: openai.OpenAI, uri: str) -> None:
+    job = create_at(client, uri)
+    assert (job.status, job.training_file) == ("queued", uri)
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert messages[0] == f"Files are validated when it runs, moving job to queued state: {uri}"
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_over_plain_http_training_file_may_be_left_out_but_not_both(base_url: str) -> None:
+    body = {"model": "tiny", "method": dpo(), "x_raydpo": {"dataset": "https://example.com/rows.jsonl"}}
+    with httpx.Client(base_url=f"{base_url}/v1", headers={"Authorization": f"Bearer {API_KEY}"}) as http:
+        job = http.post("/fine_tuning/jobs", json=body).json()
+        assert job["training_file"] == "https://example.com/rows.jsonl"
+        assert http.post(f"/fine_tuning/jobs/{job['id']}/cancel").is_success
+        refused = http.post("/fine_tuning/jobs", json={"model": "tiny", "method": dpo()})
+    assert refused.json()["error"]["code"] == "missing_required_parameter"
+    assert refused.json()["error"]["param"] == "training_file"
+
+
+def test_a_local_file_must_be_admitted_and_be_there(client: openai.OpenAI, settings: Settings) -> None:
+    data = settings.home / "data"
+    data.mkdir()
+    (data / "rows.jsonl").write_bytes(pairs())
+    (data / "link.jsonl").symlink_to(settings.home / "secret.jsonl")
+    (settings.home / "secret.jsonl").write_bytes(pairs())
+    client.fine_tuning.jobs.cancel(create_at(client, f"{data.as_uri()}/rows.jsonl").id)
+    client.fine_tuning.jobs.cancel(create_at(client, f"{data.as_uri()}/*.jsonl").id)
+    for name, message in [
+        ("missing.jsonl", "is no file"),
+        ("../secret.jsonl", "is not admitted"),
+        ("%2e%2e/secret.jsonl", "is not admitted"),
+        ("link.jsonl", "is not admitted"),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message) as refused:
+            create_at(client, f"{data.as_uri()}/{name}")
+        assert (refused.value.param, refused.value.code) == ("x_raydpo.dataset", "invalid_training_file")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://bucket/other.jsonl", "the setting dataset_uris admits https://, hf://datasets/, s3://bucket/rows/"),
+        ("s3://bucket/rows/a.jsonl?endpoint_override=127.0.0.1:1", "is not admitted"),
+        ("gs://bucket/a.jsonl", "is not admitted"),
+        ("file:///etc/passwd", "is not admitted"),
+        ("http://example.com/rows.jsonl", "is not admitted"),
+        ("https://user:secret@example.com/rows.jsonl", "no credentials"),
+        ("https://example.com/rows/", "names a folder"),
+        ("https://127.0.0.1/rows.jsonl", "not public"),
+        ("https://2130706433/rows.jsonl", "not public"),
+        ("https://0x7f.1/rows.jsonl", "not public"),
+        ("https://0177.0.0.1/rows.jsonl", "not public"),
+        ("https://[::ffff:10.0.0.1]/rows.jsonl", "not public"),
+        ("https://[2002:a00:1::]/rows.jsonl", "not public"),
+        ("https://169.254.169.254/latest/meta-data", "not public"),
+    ],
+)
+def test_a_uri_that_may_not_be_read_is_refused_at_the_door(client: openai.OpenAI, uri: str, message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create_at(client, uri)
+    assert (refused.value.param, refused.value.code) == ("x_raydpo.dataset", "invalid_training_file")
+    assert message in refused.value.message
+    assert "secret" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("training_file", "dataset", "param"),
+    [
+        ("file-x", "https://example.com/rows.jsonl", "training_file"),
+        ("https://example.com/a.jsonl", "https://example.com/b.jsonl", "training_file"),
+        ("https://example.com/a.jsonl", None, "training_file"),
+        ("file-x", "file-x", "x_raydpo.dataset"),
+        ("file-x", "", "x_raydpo.dataset"),
+        ("file-x", 7, "x_raydpo.dataset"),
+    ],
+)
+def test_a_file_and_a_uri_exclude_each_other(
+    client: openai.OpenAI, training_file: str, dataset: Any, param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, training_file, extra_body={"x_raydpo": {"dataset": dataset}})
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("prefix", ["ftp://", "rows/", "https://user:secret@example.com/", "s3://bucket/../other/"])
+def test_a_prefix_that_admits_nothing_is_refused_at_the_start(settings: Settings, prefix: str) -> None:
+    with pytest.raises(ValidationError, match="dataset_uris"):
+        Settings.model_validate(settings.model_dump() | {"dataset_uris": [prefix]})
+
+
+def test_a_queued_job_is_cancelled_at_once_and_only_once(client: openai.OpenAI, training_file: str) -> None:
+    job = create(client, training_file)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="already cancelled"):
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_jobs_page_and_filter_by_metadata(client: openai.OpenAI, training_file: str) -> None:
+    made = [create(client, training_file, metadata={"of": "paging"}).id for _ in range(5)]
+    found = [job.id for job in client.fine_tuning.jobs.list(limit=2, metadata={"of": "paging"})]
+    assert found == made[::-1]
+
+
+def test_every_error_has_the_envelope(base_url: str) -> None:
+    with httpx.Client(base_url=base_url, headers={"Authorization": f"Bearer {API_KEY}"}) as http:
+        answers = [
+            http.get("/v1/nothing"),
+            http.put("/v1/files"),
+            http.post("/v1/fine_tuning/jobs", content=b"{"),
+            http.post("/v1/fine_tuning/jobs", json={}),
+            http.get("/v1/files", params={"limit": 0}),
+            http.post("/v1/fine_tuning/jobs/ftjob-none/cancel"),
+            http.get("/v1/files/a%00b"),
+            http.get("/v1/fine_tuning/jobs", params={"after": "\0"}),
+        ]
+    assert [answer.status_code for answer in answers] == [404, 405, 400, 400, 400, 404, 400, 400]
+    for answer in answers:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert answer.headers["x-request-id"].startswith("req_")
+    assert answers[3].json()["error"]["code"] == "missing_required_parameter"
+
+
+def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.alpha.graders.validate(grader={"type": "multi"})  # type: ignore[typeddict-item]
+    assert (refused.value.param, refused.value.code) == ("fine_tuning/alpha", "unsupported_value")
+    with pytest.raises(openai.BadRequestError, match="completions are not kept"):
+        client.chat.completions.list()
+
+
+def test_a_parameter_that_a_route_does_not_read_is_refused_by_name(client: openai.OpenAI) -> None:
+    for path in ("/files", "/models/tiny", "/fine_tuning/jobs", "/webhook_endpoints"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.get(f"{path}?limt=1", cast_to=object)
+        assert (refused.value.param, refused.value.code) == ("limt", "unknown_parameter")
+
+
+def test_a_wrong_key_and_no_key_are_refused(base_url: str) -> None:
+    wrong = openai.OpenAI(base_url=f"{base_url}/v1", api_key="rd-wrong", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError) as refused:
+        wrong.models.list()
+    assert refused.value.code == "invalid_api_key"
+    assert httpx.get(f"{base_url}/v1/models").status_code == 401
+    assert httpx.get(f"{base_url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{base_url}/readyz").json() == {"status": "ready"}

@@ -1,0 +1,183 @@
+"""Many readers, slow readers, a deaf listener: nothing is lost and nobody waits for another."""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import openai
+import psycopg
+import pytest
+
+from services.contract import JobEvent, Message
+from services.control_plane.attempts import attempts
+from services.control_plane.core.store import Store, newest_events
+from services.control_plane.progress import streams
+from services.control_plane.progress.streams import Live
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import API_KEY, pairs
+
+NUM_STREAMS = 300
+NUMBER = re.compile(rb'"message":"(\d+) ')
+
+
+@pytest.fixture
+def job_id(client: openai.OpenAI, settings: Settings) -> str:
+    """With an attempt that may report."""
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
+
+    async def open_attempt() -> None:
+        store = Store(settings.database_url)
+        async with store.begin() as session:
+            await attempts.begin(session, job, 1, None, num_accelerators=0)
+        await store.close()
+
+    asyncio.run(open_attempt())
+    return job
+
+
+async def report(store: Store, settings: Settings, job_id: str, numbers: range, padding: int = 1) -> None:
+    events = [
+        JobEvent(seq=number, created_at=time.time(), report=Message(message=f"{number} {'x' * padding}"))
+        for number in numbers
+    ]
+    async with store.begin() as session:
+        await attempts.record(session, job_id, 1, events, settings, posted=True)
+
+
+async def open_stream(base_url: str, job_id: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = base_url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    request = f"GET /v1/x/jobs/{job_id}/stream HTTP/1.1\r\nHost: raydpo\r\nAuthorization: Bearer {API_KEY}\r\n\r\n"
+    writer.write(request.encode())
+    await reader.readuntil(b"fine_tuning.job.progress")
+    return reader, writer
+
+
+async def numbers_until(reader: asyncio.StreamReader, last: int) -> list[int]:
+    """Of the events, as they come."""
+    found: list[int] = []
+    while last not in found:
+        line = await reader.readuntil(b"\n")
+        found += [int(match) for match in NUMBER.findall(line)]
+    return found
+
+
+def run(settings: Settings, work: Callable[[Store], Any]) -> None:
+    async def with_store() -> None:
+        store = Store(settings.database_url)
+        try:
+            async with asyncio.timeout(120):
+                await work(store)
+        finally:
+            await store.close()
+
+    asyncio.run(with_store())
+
+
+@pytest.mark.slow
+def test_many_streams_get_every_event_once_while_slow_ones_do_not_read(
+    base_url: str, settings: Settings, job_id: str
+) -> None:
+    async def work(store: Store) -> None:
+        streams = [await open_stream(base_url, job_id) for _ in range(NUM_STREAMS)]
+        slow = streams[:3]
+        padding = 20_000  # more than sockets hold, in the end
+        batches = [range(start, start + 100) for start in range(0, 600, 100)]
+        for _, writer in slow:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        reading = [asyncio.create_task(numbers_until(reader, 599)) for reader, _ in streams[3:10]]
+        others = [asyncio.create_task(numbers_until(reader, 99)) for reader, _ in streams[10:]]
+        await report(store, settings, job_id, batches[0])
+        assert all(found == list(range(100)) for found in await asyncio.gather(*others))
+        for _, writer in streams[10:]:
+            writer.close()
+        for batch in batches[1:]:
+            await report(store, settings, job_id, batch, padding)
+        assert all(found == list(range(600)) for found in await asyncio.gather(*reading))
+        for reader, writer in slow:
+            writer.transport.resume_reading()  # type: ignore[attr-defined]
+            assert await numbers_until(reader, 599) == list(range(600))
+        for _, writer in streams[:10]:
+            writer.close()
+
+    run(settings, work)
+
+
+@pytest.mark.slow
+def test_a_lost_listening_connection_loses_no_event(base_url: str, settings: Settings, job_id: str) -> None:
+    async def work(store: Store) -> None:
+        reader, writer = await open_stream(base_url, job_id)
+        with psycopg.connect(settings.database_url, autocommit=True) as admin:
+            listening = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            listening += " WHERE application_name = 'raydpo jobs' AND datname = current_database()"
+            assert admin.execute(listening).fetchall() == [(True,)]
+        await report(store, settings, job_id, range(3))
+        assert await numbers_until(reader, 2) == [0, 1, 2]
+        writer.close()
+
+    run(settings, work)
+
+
+def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
+    settings: Settings, job_id: str, base_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "KEEPALIVE_SECONDS", 0.2)
+
+    async def work(store: Store) -> None:
+        hub = Live(store, settings)
+        task = asyncio.create_task(hub.run())
+        streams = [hub.follow(job_id, 0) for _ in range(50)]
+        for stream in streams:
+            while b"progress" not in await anext(stream):
+                pass
+        assert store.pool.checkedout() == 0
+        for stream in streams[:2]:
+            while await anext(stream) != streams.KEEPALIVE:
+                pass
+        await hub.close()
+        for stream in streams:
+            assert b"[DONE]" not in b"".join([frame async for frame in stream])
+        task.cancel()
+
+    run(settings, work)
+
+
+def test_a_stream_that_joins_while_the_last_one_leaves_misses_nothing(
+    settings: Settings, job_id: str, base_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a look at the job, whose query takes a moment here."""
+    looking, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(*arguments: Any, **options: Any) -> Any:
+        looking.set()
+        await go_on.wait()
+        return await newest_events(*arguments, **options)
+
+    async def read(stream: AsyncGenerator[bytes], last: int) -> list[int]:
+        found: list[int] = []
+        async with asyncio.timeout(30):
+            while last not in found:
+                found += [int(match) for match in NUMBER.findall(await anext(stream))]
+        return found
+
+    async def work(store: Store) -> None:
+        hub = Live(store, settings)
+        task = asyncio.create_task(hub.run())
+        await report(store, settings, job_id, range(10))
+        leaving = hub.follow(job_id, 0)
+        assert await read(leaving, 9) == list(range(10))
+        monkeypatch.setattr(streams, "newest_events", slowly)
+        await report(store, settings, job_id, range(10, 15))
+        await looking.wait()
+        await leaving.aclose()
+        joining = hub.follow(job_id, 0)
+        await anext(joining)
+        go_on.set()
+        assert await read(joining, 14) == list(range(15))
+        await joining.aclose()
+        task.cancel()
+
+    run(settings, work)

@@ -1,0 +1,208 @@
+"""What nobody needs any more is removed; what somebody needs stays."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import openai
+import psycopg
+import pytest
+from moto.backends import get_backend
+from psycopg.types.json import Jsonb
+
+from services import storage
+from services.control_plane import cleanup
+from services.control_plane.cleanup import MOST, Sweeper
+from services.control_plane.core.store import Store
+from services.control_plane.ray_api import Launcher
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import pairs, stored
+from tests.services.s3 import S3
+
+
+@pytest.fixture(scope="module", params=["local", "s3"])
+def storage_url(request: pytest.FixtureRequest, s3_server: S3, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return s3_server.new_folder() if request.param == "s3" else tmp_path_factory.mktemp("storage").as_uri()
+
+
+@pytest.fixture
+def rows(settings: Settings) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        yield connection
+
+
+def sweep(settings: Settings) -> None:
+    """As a control plane does that begins to lead."""
+
+    async def run() -> None:
+        store = Store(settings.database_url)
+        launcher = Launcher(settings, store.instance)
+        await Sweeper(store, launcher, settings).sweep()
+        await launcher.close()
+        await store.close()
+
+    asyncio.run(run())
+
+
+def create(client: openai.OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+
+
+def age(settings: Settings, *names: str, days: float) -> None:
+    """As if a file in the service's storage had been written so long ago."""
+    split, seconds = urlsplit(storage.join(settings.storage_url, *names)), days * 86_400
+    if split.scheme == "file":
+        os.utime(unquote(split.path), (time.time() - seconds, time.time() - seconds))
+    else:
+        key = get_backend("s3")["123456789012"]["aws"].buckets[split.netloc].keys[split.path[1:]]
+        key.last_modified -= timedelta(seconds=seconds)
+
+
+def write(settings: Settings, *names: str, days: float = 0) -> None:
+    storage.write_bytes(storage.join(settings.storage_url, *names), b"{}")
+    age(settings, *names, days=days)
+
+
+def test_bytes_of_an_expired_file_stay_until_the_jobs_that_need_it_end(
+    client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    needed, idle = create(client), create(client)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=needed, method={"type": "dpo"})
+    client.fine_tuning.jobs.pause(job.id)
+    rows.execute("UPDATE files SET expires_at = now()")
+    sweep(settings)
+    assert needed in stored(settings, "files")
+    assert idle not in stored(settings, "files")
+    rows.execute("UPDATE jobs SET observed = 'cancelled', finished_at = now() WHERE id = %s", [job.id])
+    sweep(settings)
+    assert needed not in stored(settings, "files")
+
+
+def test_expired_files_that_paused_jobs_need_hide_no_others(
+    client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    needed, idle = create(client), create(client)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=needed, method={"type": "dpo"})
+    client.fine_tuning.jobs.pause(job.id)
+    name = f"'{needed}-' || n"
+    others = f"{name}, created_at, now() - interval '1 day', filename, purpose, num_bytes, sha256, uri, project_id"
+    columns = "id, created_at, expires_at, filename, purpose, num_bytes, sha256, uri, project_id"
+    rows.execute(
+        f"INSERT INTO files ({columns}) SELECT {others} FROM files, generate_series(1, {MOST}) n WHERE id = %s",
+        [needed],
+    )
+    rows.execute(
+        "INSERT INTO jobs (id, project_id, spec, model_source, model_root, desired, observed, version, priority)"
+        f" SELECT '{job.id}-' || n, project_id, spec || jsonb_build_object('validation_file', {name}), model_source,"
+        f" model_root, desired, observed, 1, 0 FROM jobs, generate_series(1, {MOST}) n WHERE id = %s",
+        [job.id],
+    )
+    rows.execute("UPDATE files SET expires_at = now() WHERE id = %s", [idle])
+    sweep(settings)
+    assert idle not in stored(settings, "files")
+    rows.execute("UPDATE jobs SET observed = 'cancelled', finished_at = now() WHERE observed = 'paused'")
+
+
+def test_old_bytes_that_no_row_names_are_put_away_and_come_back_when_a_row_names_them_again(
+    client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    named, deleted, lost = create(client), create(client), create(client)
+    client.files.delete(deleted)
+    write(settings, "files", deleted, days=2)  # as if deleting had failed
+    row = rows.execute("DELETE FROM files WHERE id = %s RETURNING *", [lost]).fetchone()
+    assert row is not None  # as in a database that was restored to an earlier moment
+    for name in (named, lost):
+        age(settings, "files", name, days=2)
+    write(settings, "files", "file-fresh")
+    if settings.storage_url.startswith("file:"):
+        write(settings, "files", ".file-half.1234", days=2)  # a write that broke off
+    sweep(settings)
+    assert set(stored(settings, "files")) & {named, deleted, lost, "file-fresh"} == {named, "file-fresh"}
+    assert not [name for name in stored(settings, "files") if name.startswith(".")]
+    assert stored(settings, "trash") == [lost]
+    sweep(settings)
+    assert stored(settings, "trash") == [lost]
+
+    rows.execute(f"INSERT INTO files VALUES ({', '.join(['%s'] * len(row))})", [_adapted(value) for value in row])
+    sweep(settings)
+    assert stored(settings, "trash") == []
+    assert client.files.content(lost).read() == pairs()
+
+
+def _adapted(value: Any) -> Any:
+    return Jsonb(value) if isinstance(value, dict) else value
+
+
+@pytest.mark.usefixtures("base_url")
+def test_the_trash_is_kept_for_a_month(settings: Settings) -> None:
+    write(settings, "trash", "file-old", days=31)
+    write(settings, "trash", "file-new", days=29)
+    sweep(settings)
+    assert stored(settings, "trash") == ["file-new"]
+
+
+def test_what_a_row_names_is_never_deleted_from_the_trash(
+    client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleanup, "MOST", 1)
+    named = {create(client), create(client)}
+    for name in named:
+        place, trash = (storage.join(settings.storage_url, folder, name) for folder in ("files", "trash"))
+        storage.move(place, trash)
+        age(settings, "trash", name, days=31)
+    for _ in named:
+        assert named <= {*stored(settings, "files"), *stored(settings, "trash")}
+        sweep(settings)
+    assert named <= set(stored(settings, "files"))
+
+
+def test_parts_are_removed_with_their_upload(
+    client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    def begin() -> str:
+        upload = client.uploads.create(filename="a", purpose="fine-tune", bytes=2, mime_type="text/plain")
+        client.uploads.parts.create(upload.id, data=b"{}")
+        return upload.id
+
+    pending, expired, cancelled = begin(), begin(), begin()
+    client.uploads.cancel(cancelled)
+    write(settings, "uploads", cancelled, "part_late")
+    write(settings, "uploads", "upload_lost", "part_old", days=2)
+    write(settings, "uploads", "upload_lost_lately", "part_new")  # whoever restored the database may do so again
+    rows.execute("UPDATE uploads SET expires_at = now() WHERE id = %s", [expired])
+    sweep(settings)
+    left = {name for name in (pending, expired, cancelled) if stored(settings, "uploads", name)}
+    assert left == {pending}
+    assert not stored(settings, "uploads", "upload_lost")
+    assert stored(settings, "uploads", "upload_lost_lately")
+    states: Any = rows.execute("SELECT state FROM uploads WHERE id = %s", [expired]).fetchone()
+    assert states == ("expired",)
+
+
+def test_old_answers_and_leases_are_forgotten(
+    settings: Settings, client: openai.OpenAI, rows: psycopg.Connection
+) -> None:
+    create(client)
+    rows.execute("UPDATE answers SET created_at = now() - interval '25 hours'")
+    rows.execute("INSERT INTO leases VALUES ('old', 'a', now() - interval '25 hours')")
+    sweep(settings)
+
+
+@pytest.mark.usefixtures("base_url")
+def test_webhooks_are_forgotten_a_month_after_they_were_brought(settings: Settings, rows: psycopg.Connection) -> None:
+    endpoint = "'we_old', 'proj_default', 'a', 'http://localhost:1/', '{}', 's'"
+    rows.execute(
+        f"INSERT INTO webhook_endpoints (id, project_id, name, url, event_types, secret) VALUES ({endpoint})"
+        " ON CONFLICT DO NOTHING"
+    )
+    rows.execute("DELETE FROM outbox")
+    for name, due_at, days in (("brought", None, 31), ("due", "3000-01-01", 31), ("new", None, 1)):
+        values = "'we_old', %s, '{}', 1, %s, now() - make_interval(days => %s)"
+        columns = "endpoint_id, event_id, body, num_sends, due_at, created_at"
+        rows.execute(f"INSERT INTO outbox ({columns}) VALUES ({values})", [name, due_at, days])
+    sweep(settings)
+    assert rows.execute("SELECT event_id FROM outbox ORDER BY id").fetchall() == [("due",), ("new",)]

@@ -1,0 +1,54 @@
+"""What is read from Ray's answers."""
+
+import pytest
+
+from services.control_plane.ray_api import _application, _submission
+from tests.services.test_deaths import LOST_NODE
+
+TRACEBACK = """The deployment failed to start 1 times in a row.
+Traceback (most recent call last):
+  File "app.py", line 57, in __serve_build_asgi_app__
+FileNotFoundError: /models/tiny holds no config.json; give the folder of a Hugging Face model."""
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [("RUNNING", "running"), ("DEPLOY_FAILED", "failed"), ("DELETING", "stopping"), ("DEPLOYING", "loading")],
+)
+def test_serve_status_is_read_as_ours(status: str, state: str) -> None:
+    assert _application({"status": status}).state == state
+
+
+def test_of_a_traceback_only_the_error_is_told() -> None:
+    told = _application({"status": "DEPLOY_FAILED", "deployments": {"policy": {"message": TRACEBACK}}}).message
+    assert told == "FileNotFoundError: /models/tiny holds no config.json; give the folder of a Hugging Face model."
+
+
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        ({"driver_exit_code": -9}, "it was killed by SIGKILL, as the kernel does where memory runs out"),
+        ({"driver_exit_code": 139, "message": "KeyError: 1 was logged"}, "it was killed by SIGSEGV"),
+        ({"driver_exit_code": -9, "message": LOST_NODE}, "a node that it ran on was lost"),
+        ({"driver_exit_code": 1}, "it ended with status 1"),
+        ({"driver_exit_code": 1, "message": "ValueError: no config.json"}, "ValueError: no config.json"),
+        ({}, "it died before it finished"),
+        (
+            {"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "runtime_env setup failed: no conda"},
+            "Ray could not start it: runtime_env setup failed: no conda",
+        ),
+        (
+            {"error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "Job supervisor actor failed to start"},
+            "Ray could not start it: Job supervisor actor failed to start",
+        ),
+        (
+            {
+                "error_type": "JOB_SUPERVISOR_ACTOR_DIED",
+                "message": "Job supervisor actor died: The actor died because its node has died. Node Id: 7",
+            },
+            "a node that it ran on was lost",
+        ),
+    ],
+)
+def test_why_an_attempt_ended_is_read_from_what_ray_says_of_its_job(told: dict[str, object], cause: str) -> None:
+    assert _submission({"status": "FAILED", **told}).cause() == cause

@@ -1,0 +1,52 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from services.contract import Contract, Message, Report
+from services.training.data import cache
+from services.training.data.dataset import DamagedPart
+
+
+class Entry(Contract):
+    words: str
+
+
+def test_a_key_is_of_all_that_something_is_made_from() -> None:
+    assert cache.key(a=1, b="x") == cache.key(b="x", a=1)
+    assert len({cache.key(a=1), cache.key(a=2), cache.key(b=1), cache.key(a="1")}) == 4
+
+
+def test_a_changed_byte_of_weights_is_another_model(model_source: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(model_source, tmp_path / "copy")
+    both = [cache.model_digest(str(copy), weights=weights) for weights in (True, False)]
+    assert both == [cache.model_digest(model_source, weights=weights) for weights in (True, False)], "wherever it lies"
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert cache.model_digest(str(copy), weights=True) != both[0]
+    assert cache.model_digest(str(copy), weights=False) == both[1]
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert cache.model_digest(str(copy), weights=False) != both[1]
+
+
+def test_what_is_saved_is_found_unless_it_is_damaged(tmp_path: Path) -> None:
+    reports: list[Report] = []
+
+    def refuse(entry: Entry) -> None:
+        raise DamagedPart(f"{entry.words} is missing")
+
+    assert cache.find(str(tmp_path), Entry, refuse, reports.append) is None
+    cache.save(str(tmp_path), Entry(words="all of it"))
+    assert cache.find(str(tmp_path), Entry, lambda entry: None, reports.append) == Entry(words="all of it")
+    assert not reports
+    assert cache.find(str(tmp_path), Entry, refuse, reports.append) is None
+    sentence = "Prepared data are damaged and made again: all of it is missing"
+    assert reports == [Message(level="warn", message=sentence)]
+
+
+@pytest.mark.parametrize("text", ["{", '{"words": 1}', "\0"])
+def test_a_manifest_that_is_none_is_made_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    assert cache.find(str(tmp_path), Entry, lambda entry: None, lambda report: None) is None

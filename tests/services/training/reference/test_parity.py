@@ -1,0 +1,49 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_policy
+from dpo_core.policy.scorer import reference_token_logps
+from services.training.data.dataset import Dataset, write_part
+from services.training.reference.parity import NUM_GROUPS, compare, sample
+
+
+def build_group(number: int) -> EncodedGroup:
+    return EncodedGroup([1 + number % 5, 3, 4], ([5, 6 + number % 9], [7 + number % 11]), None, number)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Dataset:
+    ranges = [range(30), range(30, 37), range(37, 200)]
+    parts = [write_part(str(tmp_path), f"{i}", [build_group(n) for n in numbers]) for i, numbers in enumerate(ranges)]
+    return Dataset(uri=str(tmp_path), parts=tuple(parts))
+
+
+def test_a_sample_is_spread_over_all_parts(data: Dataset) -> None:
+    lines = [group.line for group in sample(data)]
+    assert len(lines) == NUM_GROUPS
+    assert {b - a for a, b in pairwise(lines)} == {3, 4}
+    assert [group.line for group in sample(data, 1000)] == list(range(200))
+
+
+def test_differences_are_of_tokens_and_of_margins() -> None:
+    served = [[[-1.0, -2.0], [-3.0]], [[-1.0], [-1.0]]]
+    own = [[[-1.0, -2.5], [-3.25]], [[-1.0], [-1.0]]]
+    found = compare(served, own)
+    assert (found.num_groups, found.num_tokens) == (2, 5)
+    assert (found.tokens.mean, found.tokens.p99, found.tokens.largest) == (0.15, 0.5, 0.5)
+    assert (found.pairs.mean, found.pairs.largest) == (0.125, 0.25)
+    assert not found.holds
+    assert "per token mean 0.15, p99 0.5, largest 0.5; per pair mean 0.12" in str(found)
+
+
+def test_equal_weights_hold_and_slightly_different_ones_do_not(model_source: str, data: Dataset) -> None:
+    groups = sample(data)
+    policy, other = load_policy(model_source), load_policy(model_source)
+    own = reference_token_logps(policy, groups, max_tokens_per_pack=100)
+    assert compare(reference_token_logps(policy, groups, max_tokens_per_pack=1000), own).holds
+    for parameter in other.parameters():
+        parameter.data *= 1.002
+    assert not compare(reference_token_logps(other, groups, max_tokens_per_pack=1000), own).holds

@@ -1,0 +1,142 @@
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from dpo_core.config import Optim, TrainConfig
+from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.options import Supervised
+from dpo_core.training.checkpoint import Manifest
+from dpo_core.training.optim import make_optimizer
+from dpo_core.training.trainer import StepResult, train
+from dpo_core.training.weights import Weights
+from dpo_core.training.writer import Writer
+from services import storage
+from services.contract import AttemptSpec, Message, Report
+from services.training.data.encoding import encode, encode_piece, recipe_of
+from services.training.data.row_order import global_batches, num_steps
+from services.training.run.worker import checkpoint_uri, held_out, hopeless, newest_checkpoint
+
+MakeSpec = Callable[..., AttemptSpec]
+LN2 = math.log(2)
+
+
+def result(step: int = 1, **metrics: float) -> StepResult:
+    return StepResult(step, 10, {"loss": LN2, "lr": 1e-6} | metrics, 100, None)
+
+
+def test_dpo_that_does_not_begin_at_ln_2_is_stopped_with_both_figures(make_spec: MakeSpec) -> None:
+    spec = make_spec(reference="tiny-reference")
+    assert hopeless(result(loss=LN2 + 0.9e-3), spec) is None
+    failed = hopeless(result(loss=LN2 + 1.1e-3), spec)
+    assert failed is not None
+    assert failed.code == "reference_mismatch"
+    for part in ("0.694247", "0.693147", "0.001", "tiny-reference"):
+        assert part in failed.message
+
+
+def test_later_steps_and_other_objectives_begin_anywhere(make_spec: MakeSpec) -> None:
+    assert hopeless(result(step=2, loss=0.1), make_spec()) is None
+    assert hopeless(result(loss=5.0), make_spec(config=TrainConfig(objective=Supervised()))) is None
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str, value: float) -> None:
+    failed = hopeless(result(step=7, **{key: value}), make_spec())
+    assert failed is not None
+    assert failed.code == "training_diverged"
+    assert failed.message == f"{key} is {value} at step 7 with the learning rate 1e-06; lower it."
+    first = hopeless(result(step=1, **{key: value}), make_spec())
+    assert first is not None
+    assert first.param is None
+    assert first.message == f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."
+
+
+@pytest.fixture
+def checkpoints(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> list[str]:
+    """URIs of three checkpoints, of the steps 10, 20 and 30."""
+    policy, spec = load_policy(model_source), make_spec()
+    weights = Weights(policy)
+    optimizer = make_optimizer(weights.stepped.values(), spec.config.resolved(24).optim)
+    weights.collect_gradients(max_norm=1.0)
+    optimizer.step()
+
+    def publish(step: int, folder: Path) -> None:
+        storage.publish(folder, checkpoint_uri(spec, step))
+
+    with Writer(tmp_path / "scratch", policy, load_tokenizer(model_source), weights, publish) as writer:
+        for step in (10, 20, 30):
+            writer.save(Manifest(step, 30, step, step, {}, {}, asdict(spec.config), {}), optimizer)
+    return [checkpoint_uri(spec, step) for step in (10, 20, 30)]
+
+
+def test_the_newest_complete_checkpoint_is_resumed(checkpoints: list[str], make_spec: MakeSpec, tmp_path: Path) -> None:
+    reports: list[Report] = []
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, reports.append) == checkpoints[2]
+    storage.delete(storage.join(checkpoints[2], storage.MANIFEST))  # died while publishing
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, reports.append) == checkpoints[1]
+    assert reports == []
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step_however_many_digits_it_has(
+    checkpoints: list[str], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec()
+    for place, step in ((1, 999_999), (0, 1_000_000)):
+        storage.publish(storage.fetch(checkpoints[place]), checkpoint_uri(spec, step))
+    assert newest_checkpoint(spec.run_uri, tmp_path, lambda report: None) == checkpoint_uri(spec, 1_000_000)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    checkpoints: list[str], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    weights = storage.fetch(storage.join(checkpoints[2], "model", "model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    storage.delete(storage.join(checkpoints[1], "optimizer-00001-of-00001.safetensors"))
+    reports: list[Message] = []
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, reports.append) == checkpoints[0]
+    assert [report.level for report in reports] == ["warn", "warn"]
+    assert "step-000030/model/model.safetensors" in reports[0].message
+    assert "step-000020/optimizer-00001-of-00001.safetensors is missing" in reports[1].message
+
+
+def test_a_fresh_run_has_no_checkpoint(make_spec: MakeSpec, tmp_path: Path) -> None:
+    assert newest_checkpoint(make_spec().run_uri, tmp_path, lambda report: None) is None
+
+
+def test_demonstrations_are_trained_as_they_were_encoded_and_evaluated_alike(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "What is 1 and 1?"}, {"role": "assistant", "content": "It is 2."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    config = TrainConfig(objective=Supervised(), n_epochs=4, optim=Optim(learning_rate=1e-3)).resolved(1)
+    spec, uri = make_spec(config=config, training_uri=str(tmp_path / "chat.jsonl")), str(tmp_path / "encoded")
+    recipe = recipe_of(spec)
+    made = encode(spec, uri, lambda pieces: [encode_piece(recipe, uri, piece) for piece in pieces], lambda report: None)
+    data = made.training
+    results = train(
+        config,
+        load_policy(spec.model_source),
+        load_tokenizer(spec.model_source),
+        lambda after_step: global_batches(data, config, after_step=after_step),
+        total_steps=num_steps(data.num_groups, config),
+        checkpoint_dir=tmp_path,
+        validation=held_out(data),
+    )
+    metrics = [result.metrics for result in results]
+    losses = [step["loss"] for step in metrics]
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
+    # The held-out groups being those of every step, a policy makes of them what the next step begins with.
+    assert [step["eval/loss"] for step in metrics[:-1]] == pytest.approx(losses[1:])
+    assert metrics[-1]["eval/loss"] < losses[-1]
+
+
+def test_without_held_out_groups_nothing_is_evaluated() -> None:
+    assert held_out(None) is None
