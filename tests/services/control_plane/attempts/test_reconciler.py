@@ -13,7 +13,6 @@ import httpx
 import openai
 import psycopg
 import pytest
-from services.control_plane.orphans import stop_orphans
 from sqlalchemy import func, update
 
 from dpo_core.config import TrainConfig
@@ -45,6 +44,7 @@ from services.control_plane.attempts.reconciler import Reconciler
 from services.control_plane.core.store import History, Store, live_jobs
 from services.control_plane.core.tables import Attempt, Job, Lease, Transition
 from services.control_plane.jobs import jobs
+from services.control_plane.orphans import stop_orphans
 from services.control_plane.ray_api import Launcher, Submission
 from services.control_plane.settings import Settings
 from services.spool import segment_uri, write
