@@ -194,7 +194,7 @@ def _write(
     endless = f"The chat template computes on line {line} for more than {RENDER_SECONDS:g} seconds; mend it."
     try:
         with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
-            rendered = _render(groups, tokenizer, today)
+            rendered = render(groups, tokenizer, today)
     except Exception as error:  # a template is a stranger's program, and fails in every way
         if len(groups) > 1:
             return [text for group in groups for text in _write([group], tokenizer, today)]
@@ -207,7 +207,7 @@ def _write(
     return [_written(group, found, tokenizer) for group, found in zip(groups, rendered, strict=True)]
 
 
-def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
+def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
     """Of each group, as the template writes them: its prompt, and the prompt with each completion."""
     rendered: list[_Rendered] = []
     for (chat, tools, arguments), alike in groupby(groups, key=_for_the_template):

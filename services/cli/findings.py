@@ -59,6 +59,8 @@ def print_tokens(tokens: "Tokens") -> None:
     )
     _count(tokens.unknown.count, f"with characters that the tokenizer does not know, {tokens.unknown}")
     _count(tokens.unended.count, f"with an answer that ends with none of the model's end tokens, {tokens.unended}")
+    for what, lines in sorted(tokens.unread.items()):
+        _count(lines.count, f"with {what}, which the chat template does not read, {lines}")
     if compared := tokens.chosen_longer + tokens.rejected_longer:
         _line(f"  the chosen completion is the longer one in {tokens.chosen_longer / compared:.0%}, in tokens")
     for side, lengths in tokens.lengths.items():

@@ -18,6 +18,7 @@ from dpo_core.data.jsonl import InvalidRow, read_lines
 from dpo_core.data.messages import Text
 from dpo_core.encoding.encode import EncodedGroup, UnusableTemplate, encode_groups, prefill
 from dpo_core.encoding.truncation import truncate
+from dpo_core.encoding.unread import unread
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training.data.dataset import Dataset, Part, write_part
@@ -327,6 +328,8 @@ def _encode(
             tally.mark_unasked(encoded.line)
         if not all(model.ends.intersection(ids[-NUM_LAST:]) for ids in encoded.completion_ids):
             tally.mark_unended(encoded.line)
+        for what in unread(group, tokenizer, today=recipe.today):
+            tally.mark_unread(what, encoded.line)
         aside = _is_held_out(encoded.prompt_ids, recipe.validation_share)
         tally.keep(encoded, cut, held_out=aside)
         (held_out if aside else kept).append(cut)

@@ -5,6 +5,7 @@ The templates are written by hand after what published ones do.
 
 import json
 import re
+from dataclasses import replace
 from datetime import date, timedelta
 from functools import reduce
 from typing import Any
@@ -21,6 +22,7 @@ from dpo_core.data.jsonl import InvalidRow
 from dpo_core.data.messages import Message, Text
 from dpo_core.encoding import encode
 from dpo_core.encoding.encode import EncodedGroup, encode_group, encode_groups, prefill
+from dpo_core.encoding.unread import unread
 from tests.dpo_core.data.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 
 EACH = "{% for m in messages %}"
@@ -379,6 +381,63 @@ def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):
     )
     group = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"thinks": True})
     assert seen(group, own)[0].endswith("<|assistant|>")
+
+
+WRITES_NAMES = EACH + "<|{{ m.role }}|>{{ m.name + ': ' if m.name else '' }}{{ m.content }}" + ENDS + ASKS
+NAMED = Group([user("fox?") | {"name": "Ann"}], (CHOSEN, REJECTED), 7)
+ANSWERED_BY_NAME = Group([QUESTION], ([assistant("4", name="Bob")], REJECTED), 7)
+CALLED = [{**assistant(""), "tool_calls": [CALL]}, {"role": "tool", "content": "dog", "name": "find"}]
+THINKING = {"enable_thinking": False, "reasoning_effort": "low"}
+
+
+@pytest.mark.parametrize(
+    ("template", "group", "found"),
+    [
+        (PLAIN, PAIRED, []),
+        (PLAIN, NAMED, ["messages/name"]),
+        (PLAIN, ANSWERED_BY_NAME, ["messages/name"]),
+        (WRITES_NAMES, NAMED, []),
+        (WRITES_NAMES, ANSWERED_BY_NAME, []),
+        (WRITES_NAMES.replace("if m.name", "if m.name and m.role == 'user'"), ANSWERED_BY_NAME, ["messages/name"]),
+        (WRITES_NAMES.replace("if m.name", "if m.role == 'user'"), NAMED, []),  # it wants one
+        (PLAIN, Group([QUESTION, *CALLED], (CHOSEN, REJECTED), 7), []),
+        (
+            PLAIN,
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/enable_thinking", "chat_template_kwargs/reasoning_effort"],
+        ),
+        (
+            PLAIN + "{% if enable_thinking is defined and enable_thinking is true %}<think>{% endif %}",
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/reasoning_effort"],
+        ),
+        (  # the name is read, but of a message, and it is in a comment
+            PLAIN.replace("m.content }}", "m.content }}{{ m.enable_thinking }}{# reasoning_effort #}"),
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/enable_thinking", "chat_template_kwargs/reasoning_effort"],
+        ),
+        (
+            "{% if reasoning_effort is not defined %}{% set reasoning_effort = 'high' %}{% endif %}"
+            + "{{ reasoning_effort }}"
+            + TEMPLATES["marks what is generated"],
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/enable_thinking"],
+        ),
+        (PLAIN, Group("fox?", (" dog", " fox"), 7), []),
+    ],
+)
+def test_what_the_template_does_not_read_is_known(tokenizer, template, group, found):
+    own = _fresh(tokenizer)
+    own.chat_template = template
+    assert list(unread(group, own)) == found
+
+
+def test_what_one_of_several_templates_reads_is_known(tokenizer):
+    own = _fresh(tokenizer)
+    own.chat_template = {"default": PLAIN, "tool_use": PLAIN + "{{ xml_tools }}"}
+    asked = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"xml_tools": True})
+    assert list(unread(asked, own)) == ["chat_template_kwargs/xml_tools"]
+    assert list(unread(replace(asked, tools=[FIND]), own)) == []
 
 
 def test_a_template_that_writes_the_date_writes_one_day_beyond_midnight(tokenizer, monkeypatch):

@@ -76,6 +76,14 @@ def test_the_report_is_json_on_demand(write, model, form):
     assert list(json.loads(check(file, "--json").stdout)) == ["survey"]
 
 
+def test_what_the_template_does_not_read_is_told(write, model):
+    file = write(*PAIRS, {**PAIRS[0], "prompt": [{"role": "user", "content": "Well?", "name": "Ann"}]})
+    found = check(file, "--model", model).stdout
+    assert "1 with messages/name, which the chat template does not read, line 21" in found
+    tokens = json.loads(check(file, "--json", "--model", model).stdout)["tokens"]
+    assert tokens["unread"] == {"messages/name": {"count": 1, "first": [21]}}
+
+
 def test_rows_that_cannot_be_used_may_be_left_out_up_to_a_share(write, model):
     file = write(*PAIRS, {"text": "x"})
     assert check(file).exit_code == 1

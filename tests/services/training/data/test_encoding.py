@@ -296,6 +296,27 @@ def test_answers_that_nothing_ends_are_told(make_spec: MakeSpec, run: Any, model
     assert reports[-1] == Message(level="warn", message=said)
 
 
+def test_what_the_template_does_not_read_is_told(make_spec: MakeSpec, run: Any, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Tell {n}.", **({"name": "Ann"} if n % 2 else {})}],
+            "chosen": [{"role": "assistant", "content": "Yes."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "chat_template_kwargs": {"enable_thinking": False} if n == 2 else None,
+        }
+        for n in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    groups, reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))
+    assert len(groups) == 4
+    assert [report.message for report in reports if getattr(report, "level", "") == "warn"] == [
+        "1 of 4 pairs have chat_template_kwargs/enable_thinking, which the chat template does not read (line 3); use "
+        "one that does, or remove it.",
+        "2 of 4 pairs have messages/name, which the chat template does not read (line 2, 4); use one that does, or "
+        "remove it.",
+    ]
+
+
 def test_margins_are_refused_by_line_where_the_objective_takes_none(
     make_spec: MakeSpec, run: Any, tmp_path: Path
 ) -> None:
