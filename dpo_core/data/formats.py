@@ -16,7 +16,7 @@ from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, parse_within, pointer_to
 from dpo_core.data.messages import Message, Text, opened
 from dpo_core.data.tools import TOOL_KEYS, tools_of
-from dpo_core.data.values import number_of, says_nothing, shown, string_of
+from dpo_core.data.values import is_finite, number_of, says_nothing, shown, string_of
 from dpo_core.options import Kind
 
 
@@ -184,17 +184,13 @@ def _with_system(row: Row, group: Group, system: str) -> Group:
     return replace(group, prompt=[message, *group.prompt])
 
 
-RESERVED_ARGUMENTS = frozenset(
-    {
-        "messages",
-        "conversation",
-        "tools",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "chat_template",
-    }
+# What the template is given by us, and what transformers takes for itself before the template is called.
+_TAKEN = (
+    "messages conversation conversations tools add_generation_prompt continue_final_message tokenize chat_template "
+    "strftime_now raise_exception bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
 )
+RESERVED_ARGUMENTS = frozenset(_TAKEN.split())
 
 
 def _template_arguments(row: Row) -> dict[str, object] | None:
@@ -211,6 +207,11 @@ def _template_arguments(row: Row) -> dict[str, object] | None:
     for key in given:
         if key in RESERVED_ARGUMENTS or not key.isidentifier():
             raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", "cannot be given by a row.")
+        if str(given[key]).casefold() in ("true", "false") and not isinstance(given[key], bool):
+            what = f"is the text {shown(given[key])}, and templates take any text for true; write it without quotes."
+            raise row.invalid(pointer_to(("chat_template_kwargs", key)), "wrong_type", what)
+    if not is_finite(given):
+        raise row.invalid("/chat_template_kwargs", "invalid_number", "hold a number that JSON has not.")
     return {key: value for key, value in given.items() if value is not None} or None
 
 

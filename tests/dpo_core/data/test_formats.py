@@ -449,6 +449,16 @@ def test_rows_with_a_column_of_system_prompts_are_of_one_form():
         ),
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "chat_template_kwargs": {"a": 1}}, None, "unsupported"),
         ({**KTO, "chat_template_kwargs": {"tokenize": True}}, "/chat_template_kwargs/tokenize", "unknown_key"),
+        *(
+            ({**KTO, "chat_template_kwargs": {key: "</s>"}}, f"/chat_template_kwargs/{key}", "unknown_key")
+            for key in ("eos_token", "bos_token", "strftime_now", "max_length", "return_dict", "conversations")
+        ),
+        *(
+            ({**KTO, "chat_template_kwargs": {"thinks": text}}, "/chat_template_kwargs/thinks", "wrong_type")
+            for text in ("false", "False", "true", "TRUE")
+        ),
+        ({**KTO, "chat_template_kwargs": {"at": [math.nan]}}, "/chat_template_kwargs", "invalid_number"),
+        ({**KTO, "chat_template_kwargs": '{"at": 1e999}'}, "/chat_template_kwargs", "invalid_number"),
         ({**KTO, "chat_template_kwargs": "x"}, "/chat_template_kwargs", "invalid_json"),
         ({**PUBLISHED["Chatbot Arena"][0], "winner": "me"}, "/winner", "unknown_choice"),
         ({**PUBLISHED["PKU-SafeRLHF"][0], "better_response_id": True}, "/better_response_id", "unknown_choice"),
