@@ -277,7 +277,7 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
             "; use a template that ends answers",
         ),
         *(
-            (lines, f"have {what}, which the chat template does not read", "; use one that does, or remove it")
+            (lines, f"have {what}, which the chat template does not read", "; use one that does, or change the rows")
             for what, lines in sorted(report.unread.items())
         ),
     )

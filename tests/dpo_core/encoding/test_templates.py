@@ -105,6 +105,13 @@ TEMPLATES = {
     + "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
     + ENDS
     + ASKS,
+    "writes the names of tools": "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}" + PLAIN,
+    "writes texts of calls": EACH
+    + "<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }}"
+    + "{% for key, value in call.function.arguments.items() %} {{ key }}{{ value if value is string }}{% endfor %}]"
+    + "{% endfor %}"
+    + ENDS
+    + ASKS,
     "writes the names of calls": "{{ tools | tojson if tools else '' }}"
     + EACH
     + "<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}"
@@ -193,8 +200,12 @@ PAIRED = Group([QUESTION], (CHOSEN, REJECTED), 7)
 WITH_SYSTEM = Group([SYSTEM, QUESTION], (CHOSEN, REJECTED), 7)
 FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"city": "Zürich", "near": ['a "b"']}}}
+DESCRIBED = {"type": "function", "function": {"name": "find", "description": 'Finds "x".'}}
+WITH_CITY = {"type": "function", "function": {"name": "find", "parameters": {"properties": {"city": {}}}}}
 WITH_TOOLS = Group([QUESTION], (CHOSEN, REJECTED), 7, tools=[FIND])
 CALLING = Group([QUESTION], ([{**assistant(""), "tool_calls": [CALL]}], REJECTED), 7, tools=[FIND])
+COUNT = {"type": "function", "function": {"name": "find", "arguments": {"n": 573}}}
+CALLING_WITH_NUMBER = Group([QUESTION], ([{**assistant(""), "tool_calls": [COUNT]}], REJECTED), 7)
 AGAIN = [user("jumps"), assistant("jumps"), user("jumps")]
 MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTED), 7)
 
@@ -240,7 +251,16 @@ MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTE
             "template_drops_text",
             "message 1 of the prompt, by user: 'dog'",
         ),
-        ("plain", WITH_TOOLS, "template_drops_tools", "leaves out the tool 'find'; use one that writes tools"),
+        ("plain", WITH_TOOLS, "template_drops_tools", "the tool 'find', or a part of it; use one that writes tools"),
+        (
+            "plain",
+            replace(WITH_TOOLS, prompt=[user("find the fox")]),
+            "template_drops_tools",
+            "leaves out the tool 'find'",
+        ),
+        ("writes the names of tools", replace(WITH_TOOLS, tools=[DESCRIBED]), "template_drops_tools", "a part of it"),
+        ("writes the names of tools", replace(WITH_TOOLS, tools=[WITH_CITY]), "template_drops_tools", "a part of it"),
+        ("writes texts of calls", CALLING_WITH_NUMBER, "template_drops_calls", "tool calls out, or a part of them"),
         ("writes the names of calls", CALLING, "template_drops_calls", "tool calls out, or a part of them"),
         (
             "takes one system prompt",
@@ -387,6 +407,15 @@ WRITES_NAMES = EACH + "<|{{ m.role }}|>{{ m.name + ': ' if m.name else '' }}{{ m
 NAMED = Group([user("fox?") | {"name": "Ann"}], (CHOSEN, REJECTED), 7)
 ANSWERED_BY_NAME = Group([QUESTION], ([assistant("4", name="Bob")], REJECTED), 7)
 CALLED = [{**assistant(""), "tool_calls": [CALL]}, {"role": "tool", "content": "dog", "name": "find"}]
+ASKED_TWICE = [{**CALL, "id": "a"}, {**CALL, "id": "b"}]
+
+
+def answers(*ids: str) -> Group:
+    """Two calls, and the results in this order."""
+    results = [{"role": "tool", "content": f"dog {id}", "tool_call_id": id} for id in ids]
+    return Group([QUESTION, {**assistant(""), "tool_calls": ASKED_TWICE}, *results], (CHOSEN, REJECTED), 7)
+
+
 THINKING = {"enable_thinking": False, "reasoning_effort": "low"}
 
 
@@ -401,6 +430,9 @@ THINKING = {"enable_thinking": False, "reasoning_effort": "low"}
         (WRITES_NAMES.replace("if m.name", "if m.name and m.role == 'user'"), ANSWERED_BY_NAME, ["messages/name"]),
         (WRITES_NAMES.replace("if m.name", "if m.role == 'user'"), NAMED, []),  # it wants one
         (PLAIN, Group([QUESTION, *CALLED], (CHOSEN, REJECTED), 7), []),
+        (PLAIN, answers("a", "b"), []),
+        (PLAIN, answers("b", "a"), ["messages/tool_call_id"]),
+        (PLAIN.replace("m.content }}", "m.content }}{{ m.tool_call_id }}"), answers("b", "a"), []),
         (
             PLAIN,
             Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),

@@ -311,9 +311,9 @@ def test_what_the_template_does_not_read_is_told(make_spec: MakeSpec, run: Any, 
     assert len(groups) == 4
     assert [report.message for report in reports if getattr(report, "level", "") == "warn"] == [
         "1 of 4 pairs have chat_template_kwargs/enable_thinking, which the chat template does not read (line 3); use "
-        "one that does, or remove it.",
+        "one that does, or change the rows.",
         "2 of 4 pairs have messages/name, which the chat template does not read (line 2, 4); use one that does, or "
-        "remove it.",
+        "change the rows.",
     ]
 
 
