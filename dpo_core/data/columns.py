@@ -14,6 +14,7 @@ SYSTEM_KEYS = frozenset({"system", "system_prompt"})
 TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
 
 _ANSWER = "(response|answer|output|completion|text|message|conversation|reasoning|thinking)?s?"
+_NOUN = "response|answer|output|completion|candidate|generation|reply|model|option"
 _SYSTEM = "(custom)?sys(tem)?(prompt|message|instruction)?s?"
 _ONE = "(chosen|accepted|preferred|better|good|winning|positive)"
 _OTHER = "(rejected|dispreferred|nonpreferred|worse|bad|losing|negative)"
@@ -57,6 +58,12 @@ def _says_something(key: str) -> bool:
 
 def is_media(key: str) -> bool:
     return _MEDIA.fullmatch(_plain(key)) is not None
+
+
+def holds_answer(key: str, name: str) -> bool:
+    """Whether a column may hold the answer of that name: `response_a` that of A, `answer_1` that of 1."""
+    plain = _plain(name)
+    return bool(plain) and re.fullmatch(f"({_NOUN})?s?{re.escape(plain)}", _plain(key[:LONGEST])) is not None
 
 
 def role_of(key: str) -> str | None:

@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from dpo_core.data import published, readers
-from dpo_core.data.columns import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_columns, role_of, says_something
+from dpo_core.data.columns import (
+    LONGEST,
+    SYSTEM_KEYS,
+    TEMPLATE_KEYS,
+    holds_answer,
+    is_media,
+    likely_columns,
+    role_of,
+    says_something,
+)
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, parse_within, pointer_to
 from dpo_core.data.messages import Message, Text, opened
@@ -37,9 +46,11 @@ class Format:
     def read(self, row: Row, unread: Set[str]) -> list[Group]:
         """The groups of a row. Raises InvalidRow, also for what stands unread and says something."""
         meant = unread and list(filter(says_something, unread))
-        if not meant and self._beside.isdisjoint(row.value):  # as in most rows
-            return list(self.reader(row))
-        return list(self._read_all(row, sorted(meant)))
+        as_most_rows = not meant and self._beside.isdisjoint(row.value)
+        groups = list(self.reader(row) if as_most_rows else self._read_all(row, sorted(meant)))
+        for group in groups if unread else ():
+            _refuse_names(row, unread, group)
+        return groups
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
         """With what stands beside what the reader reads."""
@@ -133,6 +144,20 @@ def _if_it_helps(row: Row, columns: Mapping[str, str]) -> str | None:
 
 def keys_of(row: Row) -> str:
     return "its keys are " + (", ".join(key[:40] for key in sorted(row.value)[:10]) or "none")
+
+
+def _refuse_names(row: Row, unread: Set[str], group: Group) -> None:
+    """Answers that only name the columns in which the answers stand, such as A and B of response_a and response_b."""
+    if len(group.completions) < 2:
+        return
+    contents = [text if isinstance(text, str) else text[-1]["content"] for text in group.completions]
+    if max(map(len, contents)) > LONGEST:  # as nearly all are
+        return
+    named = [next((key for key in sorted(unread) if holds_answer(key, content)), None) for content in contents]
+    first, *_, last = named
+    if first and last and first != last and None not in named and not _is_said([row.value[first]], [group]):
+        what = f"and {last} are what the answers name, and nothing reads them; write the answers themselves."
+        raise row.invalid(pointer_to((first,)), "unread_column", what)
 
 
 def _is_said(value: object, groups: Sequence[Group]) -> bool:

@@ -471,6 +471,49 @@ def test_a_column_that_says_something_is_refused_by_name_where_nothing_reads_it(
     assert caught.value.pointer == (pointer or "/chat_template_kwargs")
 
 
+NAMING = {"prompt": ASK, "response_a": GOOD, "response_b": BAD}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**NAMING, "chosen": "A", "rejected": "B"},
+        {**NAMING, "chosen": "response_b", "rejected": "response_a"},
+        {
+            **NAMING,
+            "chosen": [{"role": "assistant", "content": "A"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+        },
+        {"prompt": ASK, "1": GOOD, "2": BAD, "chosen": "1", "rejected": "2"},
+        {"prompt": ASK, "Answer 1": GOOD, "Answer 2": BAD, "completions": ["1", "2"], "ranks": [2, 1]},
+    ],
+    ids=["letters", "names", "messages", "numbers", "a ranking"],
+)
+def test_answers_that_only_name_columns_are_refused(row):
+    with pytest.raises(InvalidRow, match="are what the answers name, and nothing reads them") as caught:
+        list(read_groups(lines(row)))
+    assert caught.value.code == "unread_column"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            **NAMING,
+            "prompt": f"A: {GOOD}\nB: {BAD}",
+            "chosen": "A",
+            "rejected": "B",
+        },  # a choice, and the letter is meant
+        {"prompt": ASK, "chosen": "A", "rejected": "B", "score_a": 1, "score_b": 2},
+        {**NAMING, "chosen": GOOD, "rejected": BAD},
+    ],
+    ids=["a choice", "scores", "the answers"],
+)
+def test_short_answers_beside_columns_of_other_meaning_are_read(row):
+    (group,) = read_groups(lines(row))
+    assert group.completions == (row["chosen"], row["rejected"])
+
+
 @pytest.mark.parametrize("nothing", [None, "", [], {}, math.nan])
 def test_a_column_that_says_nothing_costs_nothing(nothing):
     row = {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "images": nothing, "context": nothing, "margin": nothing}
