@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
 NUM_FIRST = 1000  # rows among which the first that can be used tells the format
 NUM_LAST = 3  # tokens of an answer: some templates write a line feed behind its end
-RARE = "ʘ東𓀀🫠\u2062"  # a tokenizer with ids for these has ids for all characters, as byte-level ones do
+RARE = "ʘ東𓀀🫠\u2062\n\tAé"  # a tokenizer that keeps these keeps all characters, as byte-level ones do
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
 MOST_PIECES = 20_000  # about; beyond them pieces grow
@@ -391,9 +392,12 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 @functools.cache
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer has ids for it that are not those of its unknown token."""
-    ids = tokenizer(character, add_special_tokens=False).input_ids
-    return character.isspace() or (bool(ids) and tokenizer.unk_token_id not in ids)
+    """Whether it is in the tokenizer's ids, and not only its unknown token, a small letter, or a space for a line."""
+    ids = tokenizer(f"a{character}b", add_special_tokens=False).input_ids
+    if character.isspace() and character not in "\n\t":
+        return True
+    kept = unicodedata.normalize("NFKD", tokenizer.decode(ids))
+    return tokenizer.unk_token_id not in ids and unicodedata.normalize("NFKD", character) in kept
 
 
 def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:

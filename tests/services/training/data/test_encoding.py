@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, normalizers
 
 from dpo_core.config import TrainConfig
 from dpo_core.data.feedback import read_groups
@@ -385,6 +386,32 @@ def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
     warning = "2 of 4 pairs have characters that the tokenizer does not know, and the model never sees (line 2, 4)"
     assert any(isinstance(report, Message) and report.message.startswith(warning) for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "lost"),
+    [
+        (normalizers.Lowercase(), "Is it"),
+        (normalizers.Replace(Regex(r"\s+"), " "), "one\ntwo"),
+        (normalizers.Replace("\t", " "), "one\ttwo"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "é"),
+    ],
+    ids=["capitals", "lines", "tabs", "accents"],
+)
+def test_rows_with_what_the_tokenizer_does_not_keep_are_named(
+    normalizer: Any, lost: str, make_spec: MakeSpec, run: Any, tmp_path: Path
+) -> None:
+    changing = build_tokenizer()
+    changing.backend_tokenizer.normalizer = normalizer
+    shutil.copytree(make_spec().model_source, tmp_path / "model")
+    changing.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{text}?", "chosen": f"yes {text}", "rejected": "no"} for text in ("is  e\u0301ß ﬁ", lost)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = make_spec(training_uri=str(tmp_path / "rows.jsonl"), model_source=str(tmp_path / "model"))
+    told = [report.message for report in run(spec)[1] if "never sees" in getattr(report, "message", "")]
+    first = "line 1, 2" if lost == "é" else "line 2"
+    assert len(told) == 1
+    assert f"({first})" in told[0]
 
 
 def test_rows_without_the_thoughts_that_the_template_asks_for_are_named(
