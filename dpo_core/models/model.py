@@ -133,6 +133,9 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
     source = config.base_model_name_or_path
     if Path(source).is_absolute() and not Path(source).is_dir():
         raise ValueError(f"{adapter} is of the base {source}, which is not there; put it back, or name it where it is.")
+    if config.revision not in (None, "main"):
+        what = f"{adapter} is of the revision {config.revision} of {source}; load that into a folder"
+        raise ValueError(f"{what}, and name it as base_model_name_or_path in adapter_config.json, without a revision.")
     weights = load_peft_weights(adapter, device="cpu")
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM

@@ -270,6 +270,14 @@ def test_an_adapter_whose_base_is_gone_is_refused_by_its_name(base, tmp_path):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
+def test_an_adapter_of_one_revision_of_its_base_is_not_merged_into_another(base, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "abc"}))
+    with pytest.raises(ValueError, match=f"adapter is of the revision abc of {base}; load that into a folder"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_a_merged_model_is_not_written_into_the_folder_of_its_adapter(base, tmp_path):
     load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
     files = sorted((tmp_path / "adapter").iterdir())

@@ -80,6 +80,10 @@ DISAGREEING = {
         lambda folder: rewrite(folder, lambda weights: weights["model.norm.weight"][3:4].fill_(torch.nan)),
         r"model\.norm\.weight of \S+base holds numbers that are not finite; use an earlier checkpoint",
     ),
+    "weights of two models": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}'),
+        r"base holds model.safetensors and model.safetensors.index.json, the weights of two models; remove one of them",
+    ),
     "a file that is cut": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
         r"base cannot be read \(.*\); fetch them again",
