@@ -45,6 +45,16 @@ _ROLES = {
 }
 
 
+_SCORE = "(avg|average|mean)?(score|rating|reward)s?"
+
+
+@lru_cache(maxsize=1024)
+def side_rated(key: str) -> str | None:
+    """Of which side such a column is the score, as far as its name says it: `score_chosen`, `rejected_rating`."""
+    plain, sides = _plain(key[:LONGEST]), {"chosen": _ONE, "rejected": _OTHER}
+    return next((side for side, word in sides.items() if re.fullmatch(f"{word}{_SCORE}|{_SCORE}{word}", plain)), None)
+
+
 def says_something(key: str) -> bool:
     """Whether the name is of a prompt, an answer, a label, or anything else that the model should see."""
     return len(key) <= LONGEST and _says_something(key)

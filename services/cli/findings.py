@@ -32,6 +32,8 @@ def print_survey(found: FeedbackReport, *, is_refused: bool) -> None:
     _count(duplicates.groups.count, f"that stood before word for word, {duplicates.groups}")
     turned = f"that prefer what an earlier one liked less, {duplicates.contradictions}"
     _count(duplicates.contradictions.count, turned)
+    contrary = f"whose own scores rate the rejected answer higher: are the two exchanged? {found.contrary}"
+    _count(found.contrary.count, contrary)
     if compared := found.num_chosen_longer + found.num_rejected_longer:
         _line(f"  the chosen completion is the longer one in {found.num_chosen_longer / compared:.0%}, in characters")
     if found.ignored_keys:

@@ -40,9 +40,10 @@ def check(*arguments):
 
 
 def test_a_good_file_is_told_without_a_service(write):
-    found = check(write(*PAIRS, PAIRS[0]))
+    found = check(write(*PAIRS, {**PAIRS[0], "chosen_score": 1, "rejected_score": 2}))
     assert found.exit_code == 0, found.output
     assert "conversations: 21 rows, 21 pairs" in found.stdout
+    assert "1 whose own scores rate the rejected answer higher: are the two exchanged? line 21" in found.stdout
     assert "1 that stood before word for word, line 21" in found.stdout
     assert "the chosen completion is the longer one in 0%" in found.stdout
 
