@@ -327,7 +327,7 @@ def _encode(
             continue
         if isinstance(group.prompt, list) and not _is_asked(encoded, tokenizer):
             tally.mark_unasked(encoded.line)
-        if not all(model.ends.intersection(ids[-NUM_LAST:]) for ids in encoded.completion_ids):
+        if not all(_is_ended(ids, model) for ids in encoded.completion_ids):
             tally.mark_unended(encoded.line)
         for what in unread(group, tokenizer, today=recipe.today):
             tally.mark_unread(what, encoded.line)
@@ -404,6 +404,18 @@ def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool
     """Whether its prompt ends with the words that the template begins every answer with."""
     words = prefill(tokenizer).strip()
     return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
+
+
+def _is_ended(ids: Sequence[int], model: "Model") -> bool:
+    """Whether an end token stands at its end, with nothing but spaces behind it."""
+    last = ids[-NUM_LAST:]
+    behind = next((i for i, number in enumerate(reversed(last)) if number in model.ends), None)
+    return behind is not None and _is_blank(tuple(last[len(last) - behind :]), model.tokenizer)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_blank(ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return not ids or not tokenizer.decode(ids).strip()
 
 
 def _words(text: Text) -> str:

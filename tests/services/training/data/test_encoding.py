@@ -283,11 +283,14 @@ def test_pairs_that_are_the_same_once_they_are_cut_are_left_out(make_spec: MakeS
     assert Message(level="warn", message=said) in reports
 
 
-def test_answers_that_nothing_ends_are_told(make_spec: MakeSpec, run: Any, model_source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["'....'", "eos_token + '#'"])
+def test_answers_that_nothing_ends_are_told(
+    end: str, make_spec: MakeSpec, run: Any, model_source: str, tmp_path: Path
+) -> None:
     endless = tmp_path / "endless"
     shutil.copytree(model_source, endless)
     template = endless / "chat_template.jinja"
-    template.write_text(template.read_text().replace("eos_token", "'....'"))
+    template.write_text(template.read_text().replace("eos_token", end))
     assert not [report for report in run(make_spec())[1] if "end tokens" in getattr(report, "message", "")]
     reports = run(make_spec(model_source=str(endless)))[1]
     said = (
