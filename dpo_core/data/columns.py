@@ -18,15 +18,17 @@ _NOUN = "response|answer|output|completion|candidate|generation|reply|model|opti
 _SYSTEM = "(custom)?sys(tem)?(prompt|message|instruction)?s?"
 _ONE = "(chosen|accepted|preferred|better|good|winning|positive)"
 _OTHER = "(rejected|dispreferred|nonpreferred|worse|bad|losing|negative)"
+_WEIGHT = "(sample|loss|example|row|importance)?weight"
 _OPINION = "thumbs(up|down)?|liked|disliked|desirable"
 
 # Columns that say what the model should see, or which answer is better, wherever they are published.
 _MEANT = re.compile(
     f"{_SYSTEM}|chattemplatekwargs|(available)?tools|functions|paralleltoolcalls|tool(definition|schema)s?"
-    "|prompt|question|instruction|input|query|context|(chat|conversation)?history|document|documents|passages?"
+    "|prompt|question|instructions?|input|query|context|(chat|conversation)?history|(retrieved)?(document|doc|passage)s?"
     "|conversations?|messages|dialogue|trajectory|thinking|reasoning|reasoningcontent"
     f"|(chosen|rejected|dispreferred|nonpreferred){_ANSWER}|(positive|negative)(response|message)s?"
-    f"|completions?|label|ktotag|ranks|weight|winner|preference|(is)?tie|{_OPINION}"
+    f"|(chosen|rejected)thoughts?|(thinking|reasoning|thoughts?)(chosen|rejected)|(assistant|response)?prefill"
+    f"|completions?|label|ktotag|ranks|{_WEIGHT}|(loss|train|training)mask|winner|preference|(is)?tie|{_OPINION}"
 )
 _MEDIA = re.compile(r"(chosen|rejected)?(image|img|picture|photo|video|audio)s?(path|url|file|bytes|base64)?s?\d*")
 
@@ -39,6 +41,7 @@ _ROLES = {
     "completions": "(completion|response|answer|output|generation)s",
     "completion": "(model)?(completion|response|answer|output)",
     "label": f"label|ktotag|{_OPINION}",
+    "weight": _WEIGHT,
     "scores": "(score|rating|reward)s?",
     "ranks": "rank(ing)?s?",
     "messages": "messages|conversations?|dialogue|trajectory",

@@ -441,6 +441,19 @@ def test_rows_with_a_column_of_system_prompts_are_of_one_form():
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "context": "Fruit is red."}, "/context", "unread_column"),
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "history": [["Hi", "Hello"]]}, "/history", "unread_column"),
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "label": True}, "/label", "unread_column"),
+        *(
+            ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, key: value}, f"/{key}", "unread_column")
+            for key, value in {
+                "sample_weight": 0.5,
+                "loss_weight": 2,
+                "chosen_thoughts": "So.",
+                "reasoning_rejected": "So.",
+                "instructions": "Answer in rhyme.",
+                "retrieved_docs": ["Fruit is red."],
+                "prefill": "Well,",
+            }.items()
+        ),
+        ({"messages": [*PROMPT, *PAIR[0]], "loss_mask": [0, 1]}, "/loss_mask", "unread_column"),
         ({**HH, "system": "x", "system_prompt": "y"}, "/system_prompt", "duplicate_key"),
         (
             {"prompt": [SYSTEM, *PROMPT], "chosen": PAIR[0], "rejected": PAIR[1], "system": "y"},
