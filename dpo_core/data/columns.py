@@ -14,7 +14,7 @@ SYSTEM_KEYS = frozenset({"system", "system_prompt"})
 TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
 
 _ANSWER = "(response|answer|output|completion|text|message|conversation|reasoning|thinking)?s?"
-_NOUN = "response|answer|output|completion|candidate|generation|reply|model|option"
+_NOUN = "response|answer|output|completion|candidate|generation|reply|model|option|choice"
 _SYSTEM = "(custom)?sys(tem)?(prompt|message|instruction)?s?"
 _ONE = "(chosen|accepted|preferred|better|good|winning|positive)"
 _OTHER = "(rejected|dispreferred|nonpreferred|worse|bad|losing|negative)"
@@ -74,9 +74,10 @@ def is_media(key: str) -> bool:
 
 
 def holds_answer(key: str, name: str) -> bool:
-    """Whether a column may hold the answer of that name: `response_a` that of A, `answer_1` that of 1."""
+    """Whether a column may hold the answer of that name: `response_a` that of A, `answer_1` or `answers` that of 1."""
     plain = _plain(name)
-    return bool(plain) and re.fullmatch(f"({_NOUN})?s?{re.escape(plain)}", _plain(key[:LONGEST])) is not None
+    names = f"({_NOUN})?s?{re.escape(plain)}" + (f"|({_NOUN})s" if plain.isdecimal() else "")
+    return bool(plain) and re.fullmatch(names, _plain(key[:LONGEST])) is not None
 
 
 def role_of(key: str) -> str | None:

@@ -155,7 +155,10 @@ def _refuse_names(row: Row, unread: Set[str], group: Group) -> None:
         return
     named = [next((key for key in sorted(unread) if holds_answer(key, content)), None) for content in contents]
     first, *_, last = named
-    if first and last and first != last and None not in named and not _is_said([row.value[first]], [group]):
+    if not first or not last or None in named or (first == last and not isinstance(row.value[first], list)):
+        return
+    texts = list(_texts(row.value[first]))
+    if texts and not set(texts).issuperset(contents) and not _is_said(texts, [group]):
         what = f"and {last} are what the answers name, and nothing reads them; write the answers themselves."
         raise row.invalid(pointer_to((first,)), "unread_column", what)
 

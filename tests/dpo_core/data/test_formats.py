@@ -498,9 +498,10 @@ NAMING = {"prompt": ASK, "response_a": GOOD, "response_b": BAD}
             "rejected": [{"role": "assistant", "content": "b"}],
         },
         {"prompt": ASK, "1": GOOD, "2": BAD, "chosen": "1", "rejected": "2"},
+        {"prompt": ASK, "responses": [GOOD, BAD], "chosen": "0", "rejected": "1"},
         {"prompt": ASK, "Answer 1": GOOD, "Answer 2": BAD, "completions": ["1", "2"], "ranks": [2, 1]},
     ],
-    ids=["letters", "names", "messages", "numbers", "a ranking"],
+    ids=["letters", "names", "messages", "numbers", "places in a list", "a ranking"],
 )
 def test_answers_that_only_name_columns_are_refused(row):
     with pytest.raises(InvalidRow, match="are what the answers name, and nothing reads them") as caught:
@@ -519,8 +520,12 @@ def test_answers_that_only_name_columns_are_refused(row):
         },  # a choice, and the letter is meant
         {"prompt": ASK, "chosen": "A", "rejected": "B", "score_a": 1, "score_b": 2},
         {**NAMING, "chosen": GOOD, "rejected": BAD},
+        {"prompt": ASK, "chosen": "4", "rejected": "5", "num_responses": 9, "tags": ["sums", "short"]},
+        {"prompt": ASK, "chosen": "4", "rejected": "5", "choices": ["4", "5", "6"]},
+        {"prompt": ASK, "chosen": "4", "rejected": "5", "choices": [4, 5, 6]},
+        {"prompt": f"1: {GOOD}, 2: {BAD}", "choices": [GOOD, BAD], "chosen": "1", "rejected": "2"},
     ],
-    ids=["a choice", "scores", "the answers"],
+    ids=["a choice", "scores", "the answers", "tags", "a choice by number", "texts of numbers", "numbers"],
 )
 def test_short_answers_beside_columns_of_other_meaning_are_read(row):
     (group,) = read_groups(lines(row))
