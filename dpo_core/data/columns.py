@@ -53,8 +53,9 @@ _SCORE = "(avg|average|mean)?(score|rating|reward)s?"
 
 @lru_cache(maxsize=1024)
 def side_rated(key: str) -> str | None:
-    """Of which side such a column is the score, as far as its name says it: `score_chosen`, `rejected_rating`."""
-    plain, sides = _plain(key[:LONGEST]), {"chosen": _ONE, "rejected": _OTHER}
+    """Of which side such a column is the score, as far as its name says it: `score_chosen`, `rejected_rating`. Ask it
+    of names of at most LONGEST characters: it remembers them."""
+    plain, sides = _plain(key), {"chosen": _ONE, "rejected": _OTHER}
     return next((side for side, word in sides.items() if re.fullmatch(f"{word}{_SCORE}|{_SCORE}{word}", plain)), None)
 
 

@@ -6,9 +6,8 @@ A file is JSON Lines in UTF-8. Its first row decides the format; a row of anothe
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
-from typing import cast
 
-from dpo_core.data.columns import side_rated
+from dpo_core.data.columns import LONGEST, side_rated
 from dpo_core.data.formats import Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows
@@ -117,9 +116,11 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
 
 
 def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
-    scores = [(side, row.value[key]) for key in unread if (side := side_rated(key))]
-    values = dict(scores)
-    chosen, rejected = values.get("chosen"), values.get("rejected")
-    if form.kind != "pairs" or len(scores) != 2 or not all(isinstance(n, int | float) for n in (chosen, rejected)):
+    if form.kind != "pairs":
         return False
-    return cast(float, rejected) > cast(float, chosen)
+    rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]
+    if len(rated) != 2:
+        return False
+    scores = dict(rated)
+    chosen, rejected = scores.get("chosen"), scores.get("rejected")
+    return isinstance(chosen, int | float) and isinstance(rejected, int | float) and rejected > chosen

@@ -148,11 +148,10 @@ def keys_of(row: Row) -> str:
 
 def _refuse_names(row: Row, unread: Set[str], group: Group) -> None:
     """Answers that only name the columns in which the answers stand, such as A and B of response_a and response_b."""
-    if len(group.completions) < 2:
-        return
+    best = group.completions[0]
+    if len(best if isinstance(best, str) else best[-1]["content"]) > LONGEST or len(group.completions) < 2:
+        return  # as nearly all are
     contents = [text if isinstance(text, str) else text[-1]["content"] for text in group.completions]
-    if max(map(len, contents)) > LONGEST:  # as nearly all are
-        return
     named = [next((key for key in sorted(unread) if holds_answer(key, content)), None) for content in contents]
     first, *_, last = named
     if not first or not last or None in named or (first == last and not isinstance(row.value[first], list)):

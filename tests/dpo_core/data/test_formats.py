@@ -525,7 +525,7 @@ def test_answers_that_only_name_columns_are_refused(row):
         {"prompt": ASK, "chosen": "4", "rejected": "5", "choices": [4, 5, 6]},
         {"prompt": f"1: {GOOD}, 2: {BAD}", "choices": [GOOD, BAD], "chosen": "1", "rejected": "2"},
     ],
-    ids=["a choice", "scores", "the answers", "tags", "a choice by number", "texts of numbers", "numbers"],
+    ids=["a choice", "scores", "the answers", "tags", "texts of numbers", "numbers", "a choice by number"],
 )
 def test_short_answers_beside_columns_of_other_meaning_are_read(row):
     (group,) = read_groups(lines(row))
