@@ -16,7 +16,7 @@ HEAD = """\
 # The Helm chart of raydpo
 
 The control plane, its migration and a Ray cluster.
-How to install it is in [docs/kubernetes.md](../../docs/kubernetes.md).
+How to install it is in [docs/operate/kubernetes.md](../../docs/operate/kubernetes.md).
 This file is made from `values.yaml` by `deploy/chart_readme.py`.
 
 | value | default | meaning |

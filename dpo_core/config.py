@@ -44,8 +44,9 @@ class Optim:
 class Lora:
     """Low-rank adapters, arXiv 2106.09685, trained in place of the weights they are added to."""
 
-    r: Annotated[int, Limit("from 1 to 1024", lambda x: 1 <= x <= 1024)] = 16
-    lora_alpha: Positive = 32
+    r: Annotated[int, Limit("from 1 to 1024", lambda x: 1 <= x <= 1024)] = 32
+    alpha: Positive = 64
+    dropout: Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)] = 0.0  # of what enters the adapter, in training
     use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv 2312.03732; else by alpha / r
     use_dora: bool = False  # train magnitudes apart from directions, arXiv 2402.09353
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # all but the head
@@ -53,6 +54,8 @@ class Lora:
     def __post_init__(self) -> None:
         check(bool(self.target_modules), "target_modules", self.target_modules, '"all-linear" or names of modules')
 
+
+ADAPTERS_RATE = 10  # times the learning rate of all weights, by default
 
 Sharding = Literal["auto", "replicated", "full", "hybrid"]
 Truncation = Literal["drop", "keep_start", "keep_end"]
@@ -88,12 +91,12 @@ class TrainConfig:
         )
         check(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
-    def resolved(self, num_groups: int) -> "TrainConfig":
-        """This run with every `None` decided for `num_groups` rows of data."""
+    def resolved(self, num_groups: int, *, with_adapter: bool = False) -> "TrainConfig":
+        """This run with every `None` decided for `num_groups` rows of data, and for an adapter or all weights."""
         batch = min(self.batch_size or max(8, min(64, num_groups // 50)), num_groups)
         epochs = self.n_epochs or self.objective.traits.default_epochs
-        default_rate = self.objective.traits.default_learning_rate * (self.optim.learning_rate_multiplier or 1)
-        rate = self.optim.learning_rate or default_rate
+        default_rate = self.objective.traits.default_learning_rate * (ADAPTERS_RATE if with_adapter else 1)
+        rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)
         every = self.checkpoint_steps or max(1, -(-epochs * -(-num_groups // batch) // 4))
         optim = replace(self.optim, learning_rate=rate, learning_rate_multiplier=None)
         return replace(self, optim=optim, n_epochs=epochs, batch_size=batch, checkpoint_steps=every)

@@ -24,10 +24,10 @@ from pydantic import (
     WrapValidator,
 )
 
-from dpo_core.config import TrainConfig, Truncation
+from dpo_core.config import Lora, TrainConfig, Truncation
 
-WIRE = 1
-"""The version of what an attempt is told. An older driver refuses a newer one in words."""
+WIRE = 2
+"""The version of what an attempt is told. An older driver refuses a newer one in words. 2 adds `Weights`."""
 
 LONGEST_TEXT = 10_000  # characters of a sentence or name that an attempt reports
 
@@ -153,6 +153,16 @@ class Reading(Contract):
     columns: dict[str, str] = Field(default_factory=dict)  # the file's column of a role, such as prompt
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
+class Weights(Contract):
+    """Which weights a job trains, and what it computes in."""
+
+    adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
+    precision: Precision = "float32"  # what is trained has float32 masters in both
+
+
 class JobSpec(Contract):
     """What a user asked for, checked. Stored with the job; never changes."""
 
@@ -165,8 +175,10 @@ class JobSpec(Contract):
     suffix: str | None = None
     metadata: dict[str, str] | None = None
     config: ReadConfig
+    weights: Weights = Weights()
     num_workers: int = Field(default=1, ge=1, le=1024)
     reference_source: ReferenceSource = "auto"
+    reference_model: str | None = None  # a base model's name or an `ft:` id; None: the model that the job starts from
     integrations: ReadIntegrations = Integrations()
     priority: int = Field(default=0, ge=-10, le=10)  # higher starts first
 
@@ -202,13 +214,20 @@ class AttemptSpec(AttemptAddress):
     validation_share: float = Field(default=0.0, ge=0, le=0.5)  # of the training file's groups, held out
     invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # the training file's column of a role, such as prompt
-    model_source: str  # the starting weights, and the reference: storage URI, local folder or hub id
+    model_source: str  # where the start is: storage URI, local folder or hub id; of a model, or of an adapter
+    weights: Weights = Weights()
+    reference_model_source: str | None = None  # in the same way; None: the start is the reference
     reference: str | None = None  # app_name of the deployment that scores, or may; None: none does
     reference_source: ReferenceSource = "auto"
     reference_dtype: str = "float32"  # that its deployment computes in
     cache_uri: str  # prepared data, shared by the jobs of a project; may be deleted at any time
     integrations: ReadIntegrations = Integrations()
     fine_tuned_model: str | None = None  # the name that the policy will have
+
+    @property
+    def reference_model(self) -> str:
+        """Where the reference's weights are."""
+        return self.reference_model_source or self.model_source
 
 
 class Recipe(Contract):

@@ -120,7 +120,7 @@ def detect(row: Row) -> Format:
     for form in FORMATS:
         if form.matches(row.value):
             return form
-    what = "of none of the known formats, which docs/api.md lists under Training files"
+    what = "of none of the known formats, which docs/use/data.md lists"
     remedy = f"name the columns of its roles (of {', '.join(sorted(ROLES))}), or rename them"
     raise row.invalid(
         "",

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo_core.config import Lora
-from dpo_core.models.architecture import kind_of
+from dpo_core.models.adapter_folder import WEIGHTS
+from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
 BASE = "base_model.json"  # beside an adapter: what its base is known by
@@ -35,7 +37,8 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
         raise InvalidOption("target_modules", f"{type(model).__name__} has no linear layer that takes an adapter.")
     config = LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         target_modules=targets,
@@ -73,11 +76,60 @@ def base_file(known_by: str) -> bytes:
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises ValueError where the adapter in a folder was trained on another base. One from elsewhere names none."""
+    """Raises UnusableModel where the adapter in a folder was trained on another base. One from elsewhere names none."""
     file = folder / BASE
     if file.is_file() and file.read_bytes() != base_file(fingerprint(model)):
         what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
-        raise ValueError(f"{what}; put that one back.")
+        raise UnusableModel(f"{what}; put that one back.")
+
+
+def dropouts(model: nn.Module) -> list[nn.Module]:
+    """The layers that leave out some of what enters the adapter while it is trained."""
+    return [
+        layer
+        for name, layer in model.named_modules()
+        if ".lora_dropout." in name and isinstance(layer, nn.Dropout) and layer.p
+    ]
+
+
+def options_of(folder: Path) -> Lora:
+    """The options of a saved adapter. Raises UnusableModel for an adapter of another kind than LoRA."""
+    from peft import LoraConfig, PeftConfig
+
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig) or config.bias != "none":
+        raise UnusableModel(f"{folder} is an adapter of another kind than LoRA without biases; merge it into its base.")
+    targets = config.target_modules
+    return Lora(
+        r=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets or ())),
+    )
+
+
+def put_weights(model: Any, folder: Path) -> None:
+    """Bring the weights of a saved adapter to the model's own. Raises UnusableModel if they do not fit one another."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict
+
+    saved = {_own_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
+    strangers = sorted(saved.keys() ^ get_peft_model_state_dict(model).keys())
+    if strangers:
+        what = f"Only one of the adapter {folder} and this model has {strangers[0]}"
+        raise UnusableModel(f"{what} ({len(strangers)} such weights); give it the base that it was trained on.")
+    try:
+        set_peft_model_state_dict(model, saved)
+    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+        reason = str(error).splitlines()[-1].strip()
+        raise UnusableModel(f"The adapter {folder} is of a base of other sizes: {reason}") from None
+
+
+def _own_name(name: str) -> str:
+    """The name of a weight in a model of transformers; PEFT saves it as within a PeftModel."""
+    return name.removeprefix("base_model.model.")
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:

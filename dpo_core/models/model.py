@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from dpo_core.config import Lora
-from dpo_core.models.adapter import attach, check_base
+from dpo_core.models.adapter import attach, check_base, options_of, put_weights
+from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
 from dpo_core.models.loading import load_whole
@@ -36,11 +37,12 @@ def load_policy(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    adapter: Lora | None = None,
+    adapter: Lora | Path | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
-    With an `adapter` all else is frozen; torch.manual_seed before the call repeats its first weights. Of a multimodal
+    With an `adapter` all else is frozen: a new one, of which torch.manual_seed before the call repeats the first
+    weights, or the folder of a trained one, which is trained on. Of a multimodal
     model that transformers loads for texts only as a part, that part is loaded; a model in MXFP4 is expanded.
 
     Raises InvalidOption where the model has none of the adapter's target modules, or they would not learn, and
@@ -57,7 +59,7 @@ def load_reward_model(
     num_outputs: int = 1,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    adapter: Lora | None = None,
+    adapter: Lora | Path | None = None,
 ) -> PreTrainedModel:
     """The same weights with a linear head in place of the vocabulary's, new unless `source` is a reward model.
 
@@ -86,7 +88,7 @@ def _load(
     source: str | Path,
     dtype: torch.dtype | str,
     device: str | torch.device,
-    adapter: Lora | None,
+    adapter: Lora | Path | None,
     **options: object,
 ) -> PreTrainedModel:
     model = load_whole(kind, source, dtype=dtype, **options).to(device).eval()
@@ -95,10 +97,13 @@ def _load(
         # A new head is trained whole.
         attach(
             model,
-            adapter,
+            adapter if isinstance(adapter, Lora) else options_of(adapter),
             task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
             trained_whole=["score"] if rewards else None,
         )
+    if isinstance(adapter, Path):
+        put_weights(model, adapter)
+        check_base(adapter, model)
     return model
 
 
@@ -108,8 +113,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Within, a policy with an adapter is its own reference."""
-    if not has_adapter(model):
+    """Within, a policy with an adapter that is trained is its own reference. A frozen adapter is part of the model."""
+    if not has_adapter(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
     model.disable_adapters()
@@ -119,32 +124,39 @@ def adapter_off(model: Any) -> Iterator[None]:
         model.enable_adapters()
 
 
-def merge_adapter(adapter: Path, folder: Path) -> None:
-    """Write a trained adapter and the base that its `adapter_config.json` names as one Hugging Face folder.
+def merge_adapter(adapter: Path, folder: Path, *, base: str | Path | None = None, dtype: str = "auto") -> None:
+    """Write a trained adapter and its base as one Hugging Face folder.
 
-    Raises ValueError where they do not belong together, and for the adapter's own folder.
+    `base` None: where the adapter's `adapter_config.json` says. `dtype` is that of the merged weights, as transformers
+    spells it; auto: the base's own. Raises ValueError if they do not belong together, and for the adapter's own folder.
     """
-    from peft import PeftConfig
-    from peft.utils import load_peft_weights
-
     if folder.resolve() == adapter.resolve():
         raise ValueError(f"{folder} is the adapter's own folder; name another for the merged model.")
-    config: Any = PeftConfig.from_pretrained(adapter)
-    source = config.base_model_name_or_path
+    merged = load_merged(adapter, base=base, dtype=dtype)
+    save_model(merged, folder, agree_on_padding(merged, load_tokenizer(adapter)), processors_of(merged))
+
+
+def load_merged(
+    adapter: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """A trained adapter and its base as one model, ready to train. Raises ValueError as `merge_adapter` does."""
+    from peft.utils import load_peft_weights
+
+    source = base_of(adapter) if base is None else base
     if Path(source).is_absolute() and not Path(source).is_dir():
         raise ValueError(f"{adapter} is of the base {source}, which is not there; put it back, or name it where it is.")
-    if config.revision not in (None, "main"):
-        what = f"{adapter} is of the revision {config.revision} of {source}; load that into a folder"
-        raise ValueError(f"{what}, and name it as base_model_name_or_path in adapter_config.json, without a revision.")
     weights = load_peft_weights(adapter, device="cpu")
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
-    base = _load(kind, source, "auto", "cpu", None, **options)
-    check_base(adapter, base.requires_grad_(False))
-    merged = _put_on(base, adapter, weights.keys()).merge_and_unload()
-    tokenizer = agree_on_padding(merged, load_tokenizer(adapter))
-    save_model(merged, folder, tokenizer, processors_of(base))
+    loaded = _load(kind, source, dtype, device, None, **options)
+    check_base(adapter, loaded.requires_grad_(False))
+    merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
+    return merged.requires_grad_(True).eval()
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from dpo_core.config import TrainConfig
+from dpo_core.models.adapter import put_weights
 from dpo_core.models.model import has_adapter
 from dpo_core.training.weights import Weights
 
@@ -205,7 +205,7 @@ def _check_adapter(folder: Path, policy: Any) -> None:
     from peft import PeftConfig
 
     (own,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+    for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
         values = [getattr(config, key, None) for config in (before, own)]
         if values[0] != values[1]:
             what = f"{folder} was trained with an adapter whose {key} is {values[0]}, here it is {values[1]}"
@@ -240,13 +240,7 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
 
 def _load_model(folder: Path, policy: PreTrainedModel) -> None:
     if has_adapter(policy):
-        from peft import set_peft_model_state_dict
-
-        saved = load_file(folder / "adapter_model.safetensors")  # named as within a PeftModel
-        own = {name.removeprefix("base_model.model."): saved[name] for name in saved}
-        if strangers := set_peft_model_state_dict(policy, own).unexpected_keys:
-            what = f"The adapter of {folder} has {strangers[0]}, which has no place in this model"
-            raise ValueError(f"{what} ({len(strangers)} such weights); start a new run from the base.")
+        put_weights(policy, folder)
     else:
         whole = type(policy).from_pretrained(folder, dtype="auto", use_safetensors=True)
         set_model_state_dict(policy, whole.state_dict(), options=StateDictOptions(full_state_dict=True))

@@ -191,7 +191,8 @@ class _Run:
         assert self.config.max_tokens_per_pack is not None  # fitted
         check_groups(objective, self._admitted(groups))
         check_agreement(groups, f"global batches for step {self.step}", scorer.model.device)
-        packs = make_packs(scorer, groups, max_tokens_per_pack=self.config.max_tokens_per_pack)
+        tokens, seed = self.config.max_tokens_per_pack, self.config.seed * 2**32 + self.step
+        packs = make_packs(scorer, groups, max_tokens_per_pack=tokens, seed=seed)
         scores, loss = backward(objective, scorer, groups, packs, self.statistics)
         grad_norm = self.weights.collect_gradients(optim.max_grad_norm)
         scalars = {"loss": loss, **measure(objective, scores), "grad_norm": grad_norm}

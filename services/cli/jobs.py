@@ -26,7 +26,7 @@ def create(
     model: Annotated[str, typer.Option(help="A base model, or a policy to go on from.")],
     file: Annotated[str, typer.Option(help="A local file, which is uploaded, the id of an uploaded one, or a URI.")],
     method: Annotated[
-        str, typer.Option(help="The objective: supervised, dpo, ipo, simpo, … as docs/api.md lists them.")
+        str, typer.Option(help="The objective: supervised, dpo, ipo, simpo, … as docs/use/objectives.md lists them.")
     ] = "dpo",
     beta: Annotated[float | None, typer.Option(help="dpo: how strongly the reference holds.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,

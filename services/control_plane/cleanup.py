@@ -77,7 +77,7 @@ class Sweeper:
         await _remove(folders)
 
     async def _stop_orphans(self) -> None:
-        for submission_id in await _stop_orphans(self._store, self._launcher):
+        for submission_id in await stop_orphans(self._store, self._launcher):
             log.warning("Stopped %s, whose attempt has ended", submission_id)
         for submission_id in await model_check.stop_late(self._store, self._launcher):
             log.warning("Stopped %s, which checked a file for too long", submission_id)
@@ -163,7 +163,7 @@ async def _remove(uris: list[str]) -> None:
         await asyncio.sleep(0)
 
 
-async def _stop_orphans(store: Store, launcher: Launcher) -> list[str]:
+async def stop_orphans(store: Store, launcher: Launcher) -> list[str]:
     """Stops what runs in Ray for an attempt that has ended, late or deaf to its stop, and returns the submissions.
 
     What this database does not know belongs to another service.

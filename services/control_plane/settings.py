@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from dpo_core.config import Lora
 from services.control_plane.core.log_setup import LogFormat
 from services.uri import check_prefix
 
@@ -18,10 +20,25 @@ def _model_name(name: str) -> str:
     return name
 
 
+ModelName = Annotated[str, AfterValidator(_model_name)]
+
+
 def _webhook_prefix(prefix: str) -> str:
     if not re.match("https://|http://[^/]", prefix):
         raise ValueError(f"{prefix!r} must begin with https://, or with http:// and a host")
     return check_prefix(prefix)
+
+
+class BaseModel(pydantic.BaseModel):
+    """A model that jobs start from."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    source: str  # local folder, storage URI or hub id
+    adapter: Lora | Literal["none"] = Lora()  # what a job trains that does not say it; none: all weights
+
+
+def _base_model(value: object) -> object:
+    return {"source": value} if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -29,79 +46,136 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="RAYDPO_", extra="forbid", frozen=True, populate_by_name=True)
 
-    home: Path = Field(default=Path("~/.raydpo"), description="state of the embedded stack; settings file raydpo.toml")
-    settings_file: Path | None = Field(default=None, description="TOML; None: raydpo.toml in home")
-    database_url: str = Field(validation_alias="DATABASE_URL", description="postgresql://…")
+    home: Path = Field(
+        default=Path("~/.raydpo"), description="Folder of all that `raydpo up` keeps, and of the file `raydpo.toml`."
+    )
+    settings_file: Path | None = Field(
+        default=None, description="The settings file, in TOML. Without it: `raydpo.toml` in `home`."
+    )
+    database_url: str = Field(
+        validation_alias="DATABASE_URL",
+        description="The database, `postgresql://user:password@host/name`. Without it `raydpo up` starts one.",
+    )
     database_direct_url: str | None = Field(
         default=None,
         validation_alias="DATABASE_DIRECT_URL",
-        description="of the server itself, where database_url is that of a PgBouncer in transaction mode",
+        description="The server's own URL, if `database_url` leads to a PgBouncer in transaction mode.",
     )
     database_connections: int = Field(
         default=30,
         gt=4,
-        description="of one process at most, beside one that listens; each upload being joined holds one",
+        description="Most connections of one process, beside one that listens. "
+        "Each upload that is being joined holds one.",
     )
-    storage_url: str = Field(description="file://, s3:// or gs:// folder of files, runs and models")
-    api_key: SecretStr
-    advertised_url: str = Field(description="where training inside the cluster reaches this service")
-    ray_url: str = Field(description="Ray's dashboard, http://host:8265")
-    ray_token: SecretStr | None = None
+    storage_url: str = Field(
+        description="Folder of files, runs and models: `file://`, `s3://` or `gs://`. "
+        "Without it `raydpo up` uses `storage` in `home`."
+    )
+    api_key: SecretStr = Field(
+        description="The first key: an admin of the default project. "
+        "Without it `raydpo up` makes one and keeps it in `api.key` in `home`."
+    )
+    advertised_url: str = Field(
+        description="Where attempts inside the cluster reach this service. "
+        "Without it `raydpo up` uses the address where it listens."
+    )
+    ray_url: str = Field(
+        description="Ray's dashboard, `http://host:8265`. `raydpo up` sets it: `--ray-address`, or that of its own Ray."
+    )
+    ray_token: SecretStr | None = Field(
+        default=None, description="Ray's token. `raydpo up` sets it if it starts Ray itself."
+    )
     serve_url: str | None = Field(
-        default=None, description="Ray Serve's proxy; None: Ray's host, port as Serve reports"
+        default=None,
+        description="Ray Serve's proxy. Without it: the host of `ray_url`, and the port that Serve reports.",
     )
 
     log_format: LogFormat = Field(
-        default="text", description="text: to raydpo.log in home; json: an object a line, to standard error"
+        default="text",
+        description="`text` writes sentences to `raydpo.log` in `home`, `json` an object a line to standard error.",
     )
     oidc_issuer: str | None = Field(
         default=None,
         pattern=r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])",
-        description="whose tokens are taken in place of keys; None: nobody's",
+        description="The OpenID Connect issuer whose tokens are accepted in place of keys. Without it: none.",
     )
-    oidc_audience: str | None = Field(default=None, description="whom those tokens must be meant for")
-    oidc_project_claim: str = Field(default="project", description="claim that names a project by its id")
-    oidc_scopes_claim: str = Field(default="scope", description="claim that holds scopes: a list, or a text")
+    oidc_audience: str | None = Field(
+        default=None, description="The audience that those tokens must name. It goes with `oidc_issuer`."
+    )
+    oidc_project_claim: str = Field(default="project", description="The claim that holds the id of a project.")
+    oidc_scopes_claim: str = Field(
+        default="scope", description="The claim that holds the scopes: a list, or a text with spaces."
+    )
     requests_per_minute: int | None = Field(
-        default=None, gt=0, description="of a key that has no limit of its own, in each replica; None: no limit"
+        default=None,
+        gt=0,
+        description="Limit of a key that has none of its own. Each replica counts for itself. Without it: none.",
     )
 
-    models: dict[Annotated[str, AfterValidator(_model_name)], str] = Field(
-        default_factory=dict, description="base models: name = local folder, storage URI or hub id"
+    models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
+        default_factory=dict,
+        description="Base models, by name: a local folder, a storage URI, or a hub id; or a table of `source` and "
+        "`adapter`, which is what jobs train that do not say it.",
     )
-    organization: str = Field(default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="second part of ft: names")
+    organization: str = Field(
+        default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="The second part of the names of policies, `ft:…`."
+    )
 
     dataset_uris: list[Annotated[str, AfterValidator(check_prefix)]] = Field(
-        default=["https://", "hf://datasets/"], description="prefixes of the URIs that a job may train on"
+        default=["https://", "hf://datasets/"],
+        description="Prefixes of the URIs that a job may train on. "
+        "The service reads `s3://`, `gs://` and `file://` with its own rights.",
     )
     webhook_urls: list[Annotated[str, AfterValidator(_webhook_prefix)]] = Field(
-        default=["https://"], description="prefixes of the URLs that webhooks may be sent to"
+        default=["https://"], description="Prefixes of the URLs that webhooks may be sent to."
     )
-    max_upload_bytes: int = Field(default=512 * 2**20, gt=0, description="of a file sent in one request")
-    max_file_bytes: int = Field(default=8 * 2**30, gt=0, description="of a file sent in parts")
-    max_json_bytes: int = Field(default=4 * 2**20, gt=0, description="of any other request body")
-    max_spool_bytes: int = Field(default=4 * 2**30, gt=0, description="of TMPDIR, for uploads that are being received")
+    max_upload_bytes: int = Field(default=512 * 2**20, gt=0, description="Size of a file that comes in one request.")
+    max_file_bytes: int = Field(default=8 * 2**30, gt=0, description="Size of a file that comes in parts.")
+    max_json_bytes: int = Field(default=4 * 2**20, gt=0, description="Size of any other body of a request.")
+    max_spool_bytes: int = Field(
+        default=4 * 2**30,
+        gt=0,
+        description="What uploads that are being received may take of `TMPDIR`. One that is alone may take more.",
+    )
     max_requests: int = Field(
-        default=1000, gt=0, description="answered at once by one process; open streams not counted"
+        default=1000,
+        gt=0,
+        description="Requests that one process answers at once. Open event streams, reports of attempts and `/metrics` "
+        "do not count.",
     )
     stall_seconds: float = Field(
-        default=30, gt=0, description="a client that sends or reads nothing for so long is cut off"
+        default=30, gt=0, description="How long a client may send or read nothing before the service cuts it off."
     )
-    max_running_jobs: int = Field(default=1, gt=0, description="jobs that train at once; others wait in order")
+    max_running_jobs: int = Field(default=1, gt=0, description="Jobs that run at once; the others wait.")
     max_running_checks: int = Field(
-        default=2, gt=0, description="of one project: checks of files with a model, each a Ray job"
+        default=2, gt=0, description="Checks of files with a model that run at once for one project; each is a Ray job."
     )
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
-        default_factory=dict, description="what an autoscaling cluster may grow to; {}: it is as large as it is"
+        default_factory=dict,
+        description="What an autoscaling cluster may grow to, such as `{CPU = 64, GPU = 8}`. "
+        "Without it, a job waits until the nodes that are there are enough.",
     )
     max_attempts: int = Field(
-        default=5, gt=0, description="launches in a row that die without a new checkpoint before their job fails"
+        default=5,
+        gt=0,
+        description="Attempts in a row that die without a new checkpoint before their job fails.",
     )
-    max_loaded_models: int = Field(default=2, gt=0, description="models served at once; the least recently used stops")
-    model_wait_seconds: float = Field(default=180, gt=0, description="a request waits so long for a loading model")
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    num_gpus_per_worker: float = Field(default=0, ge=0)
-    num_gpus_per_model: float = Field(default=0, ge=0)
+    max_loaded_models: int = Field(
+        default=2, gt=0, description="Models that are loaded at once; beyond it the least recently used one stops."
+    )
+    model_wait_seconds: float = Field(
+        default=180, gt=0, description="How long a request waits for a model that is loading."
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32",
+        description="The type in which models are served. Served in float32, the reference agrees with the trainer.",
+    )
+    num_gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each training worker; 0 trains on CPUs.")
+    num_gpus_per_model: float = Field(
+        default=0,
+        ge=0,
+        description="GPUs of each loaded model: a share below 1, or a whole number; 0 serves on CPUs.",
+    )
 
     @model_validator(mode="after")
     def _issuer_has_audience(self) -> Self:

@@ -5,9 +5,13 @@ ten seconds and 700 MB, so this module leaves that to the replica.
 """
 
 import asyncio
+import atexit
 import importlib
 import logging
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +20,7 @@ from ray import serve
 from ray.serve import Application
 from safetensors import SafetensorError, safe_open
 
+from dpo_core.models.adapter_folder import base_of, is_adapter
 from services import storage
 from services.contract import Deployment, Score, Spans
 from services.forkserver.client import preload
@@ -62,8 +67,8 @@ class Policy:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """The replica is ready when this returns."""
-        source = await asyncio.to_thread(_local, self._deployment.source)
         _import_policy()
+        source = await asyncio.to_thread(_local, self._deployment)
         from services.serving import policy
 
         self._server = await policy.start(self._deployment, source)
@@ -100,15 +105,18 @@ def _import_policy() -> None:
             logger.warning("The engine is imported again: %s", error)
 
 
-def _local(source: str) -> str:
-    """A folder of weights on this node, or the hub id that `source` is.
+def _local(deployment: Deployment) -> str:
+    """A folder of weights on this node, or the hub id that the deployment's source is. An adapter is merged first.
 
     What is wrong with the files is said here: of an engine that fails to load them, Serve's status
     does not say why.
     """
+    source = deployment.source
     folder = storage.fetch(source)
     if not folder.is_absolute():
         return source
+    if is_adapter(folder):
+        return str(_merged(folder, deployment.dtype))
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -121,3 +129,14 @@ def _local(source: str) -> str:
         except SafetensorError as error:
             raise ValueError(f"{file.name} in {source} is damaged, {error}; publish it again.") from error
     return str(folder)
+
+
+def _merged(adapter: Path, dtype: str) -> Path:
+    """The adapter and its base as one model, in a folder that lives as long as this process."""
+    from dpo_core.models.model import merge_adapter
+
+    base = storage.fetch(base_of(adapter))
+    folder = Path(tempfile.mkdtemp(prefix="raydpo-merged-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    merge_adapter(adapter, folder, base=base, dtype=dtype)
+    return folder

@@ -169,7 +169,8 @@ def _prepare(spec: AttemptSpec, report: Callable[[Report], None], begun: "Future
 
 def _train(spec: AttemptSpec, found: Prepared | Stream, reporter: Any) -> Succeeded | Failed | Paused:
     data = found.training if isinstance(found, Prepared) else found
-    spec = spec.model_copy(update={"config": spec.config.resolved(num_places(data, spec.config.seed))})
+    num_groups, with_adapter = num_places(data, spec.config.seed), spec.weights.adapter is not None
+    spec = spec.model_copy(update={"config": spec.config.resolved(num_groups, with_adapter=with_adapter)})
     if isinstance(found, Prepared):
         return train(spec, found.training, found.validation, reporter)
     validates = spec.validation_uri or spec.validation_share

@@ -1,11 +1,14 @@
-"""The model that a job begins with, or why no attempt could train it."""
+"""The model that a job begins with and its reference, or why no attempt could train it."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from services.contract import Failed
+from dpo_core.models import adapter_folder
+from services import storage
+from services.contract import AttemptSpec, Failed, Precision
 from services.training.reports.reporting import JobFailed
 
 if TYPE_CHECKING:
@@ -13,26 +16,91 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(folder: Path, device: "torch.device") -> "PreTrainedModel":
-    """Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is."""
-    # Imported here because it takes eight seconds of a core, and the driver works without it.
-    from dpo_core.models.model import load_policy
+def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
+    """The start of the job, ready to train: all weights, a new adapter, or the adapter that it starts from.
 
-    try:
-        return load_policy(folder, device=device)
-    except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
-        raise _unusable(error) from error
+    Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is.
+    """
+    import torch
+
+    adapter = spec.weights.adapter
+    torch.manual_seed(spec.config.seed)  # of the first weights of an adapter or of a reward model's head
+    with refusals():
+        start, base = fetch(spec.model_source)
+        if base is None:
+            return _named(_load(spec, start, device, adapter=adapter), spec.model_source)
+        if adapter is None:
+            return _merged(start, base, spec.weights.precision, device)
+        return _named(_load(spec, base, device, adapter=start), base_of(spec.model_source))
+
+
+def load_reference(source: str, precision: Precision, device: "torch.device") -> "PreTrainedModel":
+    """A model, or an adapter on its base, that nothing is trained of. Raises JobFailed as `load_policy` does."""
+    # Imported here because it takes eight seconds of a core, and the driver works without it.
+    from dpo_core.models import model
+
+    with refusals():
+        folder, base = fetch(source)
+        adapter = None if base is None else folder
+        reference = model.load_policy(base or folder, dtype=_dtype(precision), device=device, adapter=adapter)
+    reference.requires_grad_(False)
+    return reference
+
+
+def fetch(source: str) -> tuple[Path, Path | None]:
+    """A model as a local folder, and that of its base if it is an adapter. Hub ids stay what they are."""
+    folder, base = storage.fetch(source), base_of(source)
+    return folder, None if base == source else storage.fetch(base)
+
+
+def base_of(source: str) -> str:
+    """Where the base of an adapter is, or the model itself: storage URI, local folder or hub id."""
+    folder = storage.fetch(source)
+    return adapter_folder.base_of(folder) if adapter_folder.is_adapter(folder) else source
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turns UnusableModel, which a model's first forward may raise, into JobFailed."""
+    """Turns what says that a model cannot be trained, at its load or in its first forward, into JobFailed."""
     from dpo_core.models.architecture import UnusableModel
 
     try:
         yield
     except UnusableModel as error:
         raise _unusable(error) from error
+
+
+def _load(spec: AttemptSpec, source: Path, device: "torch.device", **options: Any) -> "PreTrainedModel":
+    from dpo_core.models import model
+
+    num_outputs = spec.config.objective.traits.num_outputs
+    load = functools.partial(model.load_reward_model, num_outputs=num_outputs) if num_outputs else model.load_policy
+    try:
+        return load(source, dtype=_dtype(spec.weights.precision), device=device, **options)
+    except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
+        raise _unusable(error) from error
+
+
+def _merged(adapter: Path, base: Path, precision: Precision, device: "torch.device") -> "PreTrainedModel":
+    from dpo_core.models.model import load_merged
+
+    try:
+        return load_merged(adapter, base=base, dtype=_dtype(precision), device=device)
+    except (ValueError, ImportError) as error:
+        raise _unusable(error) from error
+
+
+def _named(policy: "PreTrainedModel", source: str) -> "PreTrainedModel":
+    """Makes the adapter's folders name the base by where it is for everybody, and not by this node's copy of it."""
+    for config in getattr(policy, "peft_config", {}).values():
+        config.base_model_name_or_path = source
+    return policy
+
+
+def _dtype(precision: Precision) -> "torch.dtype":
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def _unusable(error: Exception) -> JobFailed:

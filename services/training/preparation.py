@@ -162,9 +162,9 @@ class _Slower(Exception):
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
     """By the reference's deployment if that ends sooner and says what the trainer's own forward says, else by that."""
-    weights = cache.model_digest(spec.model_source, weights=True)
+    weights = cache.model_digest(spec.reference_model, weights=True)
     uri_of = partial(_scores_uri, spec, encoding, weights)
-    own_uri = uri_of(by="trainer", dtype="float32", packages=("torch", "transformers"))
+    own_uri = uri_of(by="trainer", dtype=spec.weights.precision, packages=("torch", "transformers"))
     served_uri = uri_of(by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
     for uri in (own_uri, served_uri) if spec.reference_source == "auto" else ():
         if found := cache.find(uri, Scored, _check, lambda _: None):

@@ -1,6 +1,6 @@
 """What of OpenAI's surface a service answers: each operation and each field is tried, and the table is printed.
 
-    python -m tests.clients.conformance MODEL > docs/conformance.md
+    python -m tests.clients.conformance MODEL > docs/wire/conformance.md
 
 OPENAI_BASE_URL and OPENAI_API_KEY name a service of which nothing else is asked meanwhile, and HOOKS_PORT a port of
 loopback that its `webhook_urls` admit. A small job is trained; others are cancelled.
@@ -28,11 +28,11 @@ MANY = 6  # values are counted, not listed
 HEAD = """\
 # What of OpenAI's API is there
 
-Each operation, and each field with each of the values that OpenAI lists, was tried on a running service; a test prints
-this page anew and compares. Of {operations} operations {offered} are offered, the others are refused by name; {works}
+A test tries each operation, and each field with each of the values that OpenAI lists, on a running service. It prints
+this page and compares. Of {operations} operations {offered} are offered, the others are refused by name; {works}
 fields and values are taken, {refused} refused by name, {missing} missing. What OpenAI does not have is refused as well.
 
-What it was compared with is {sources}.
+It compares with {sources}.
 """
 
 WHY = """\

@@ -386,6 +386,6 @@ def test_versions_are_those_of_the_project(chart: helm_python.Chart, manifests: 
 
 
 def test_the_values_of_the_guide_render(render: Render) -> None:
-    guide = (CHART.parents[1] / "docs" / "kubernetes.md").read_text()
+    guide = (CHART.parents[1] / "docs" / "operate" / "kubernetes.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     assert render(yaml.safe_load(example))

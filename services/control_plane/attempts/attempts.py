@@ -179,9 +179,9 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
         case Progress():
             await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
         case ReferenceWanted():
-            start = models.start_of(await session.get_one(Job, attempt.job_id))
-            attempt.reference = start.app_name
-            await deployments.use(session, start)
+            reference = models.reference_of(await session.get_one(Job, attempt.job_id))
+            attempt.reference = reference.app_name
+            await deployments.use(session, reference)
         case ReferenceReleased():
             attempt.reference = None
         case Started():

@@ -8,7 +8,7 @@ import httpx
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import spool, storage, tracing
-from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message, Reading
+from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message, Reading, Weights
 from services.control_plane.attempts import attempts
 from services.control_plane.attempts.decision import Decision, rest_seconds
 from services.control_plane.core import telemetry
@@ -82,15 +82,15 @@ class Executor:
 
         An attempt that may choose asks for its reference when it has found that this pays.
         """
-        start, spec = models.start_of(job), JobSpec.model_validate(job.spec)
+        reference, spec = models.reference_of(job), JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
-        reference = start.app_name if insists else None
         accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            attempt = await attempts.begin(session, job.id, number, reference, num_accelerators=accelerators)
-            if reference is not None:
-                await deployments.use(session, start)
+            app_name = reference.app_name if insists else None
+            attempt = await attempts.begin(session, job.id, number, app_name, num_accelerators=accelerators)
+            if insists:
+                await deployments.use(session, reference)
             if job.observed == "queued":
                 started = "The job is starting on the cluster"
                 await jobs.move(session, job, "running", actor=self._holder, event=started)
@@ -109,9 +109,9 @@ class Executor:
             token = await attempts.give_token(session, attempt)
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
-        reference = await self._launcher.own_name(models.start_of(job).app_name) if may_be_served else None
+        reference = await self._launcher.own_name(models.reference_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
-            wire=WIRE,
+            wire=1 if spec.weights == Weights() and spec.reference_model is None else WIRE,
             job_id=job.id,
             attempt=attempt.number,
             config=spec.config,
@@ -126,6 +126,8 @@ class Executor:
             invalid_rows=spec.invalid_rows,
             columns=spec.columns,
             model_source=job.model_source,
+            weights=spec.weights,
+            reference_model_source=job.reference_source,
             reference=reference,
             reference_source=spec.reference_source,
             reference_dtype=self._settings.dtype,

@@ -187,6 +187,8 @@ class Job(Owned, Base):
     spec: Mapped[dict[str, Any]]  # JobSpec
     model_source: Mapped[str]  # pinned at submission, with the base it descends from
     model_root: Mapped[str]
+    base_source: Mapped[str | None]  # of the base that model_source, an adapter, stands on
+    reference_source: Mapped[str | None]  # of the reference, if it is not the model that the job starts from
     priority: Mapped[int] = mapped_column(default=0)  # higher goes first
     desired: Mapped[str] = mapped_column(default="run")
     observed: Mapped[str] = mapped_column(default="queued")
@@ -304,8 +306,11 @@ class Model(Owned, Base):
     __tablename__ = "models"
     id: Mapped[str] = mapped_column(primary_key=True)  # ft:base:org:suffix:job's digits[:ckpt-step-n]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    source: Mapped[str]  # storage URI of a Hugging Face folder
+    source: Mapped[str]  # storage URI of a Hugging Face folder, or of an adapter's
     root: Mapped[str]  # base model's name
+    base_source: Mapped[str | None]  # of what an adapter stands on; None: it holds all weights
+    adapter: Mapped[dict[str, Any] | None]  # its options
+    num_outputs: Mapped[int] = mapped_column(server_default="0")  # of a reward model's head; 0: it is no reward model
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     deleted_at: Mapped[datetime | None]
     removed_at: Mapped[datetime | None]  # its bytes, after it was deleted

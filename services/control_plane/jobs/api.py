@@ -24,11 +24,12 @@ from services.control_plane.http.dependencies import (
     StorePart,
 )
 from services.control_plane.http.idempotency import Once
-from services.control_plane.jobs import jobs
+from services.control_plane.jobs import jobs, weights
 from services.control_plane.jobs.lookups import Lookups
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
 from services.control_plane.models import models
+from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
@@ -44,18 +45,29 @@ LookupsPart = Annotated[Lookups, Depends(_lookups)]
 
 @router.post("")
 async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
-    spec = body.spec()
+    spec, asked = body.spec(), body.weights()
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
-        checked = await _check_files(session, spec)
+        weights.check_start(spec, model)
+        reference = await _reference(session, spec, model, settings)
+        decided = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
+        checked = await _check_files(session, decided)
         await quotas.admit_job(session)
-        return job_object(await jobs.submit(session, checked, model, caller.key_id), settings)
+        return job_object(await jobs.submit(session, checked, model, reference, caller.key_id), settings)
 
     with tracing.span("submit job"):
         return await once.act(submit)
+
+
+async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
+    if spec.reference_model is None:
+        return start if spec.config.objective.traits.needs_reference else None
+    reference = await models.find(session, settings, spec.reference_model, param="x_raydpo.reference.model")
+    weights.check_reference(spec, reference)
+    return reference
 
 
 async def _check_files(session: AsyncSession, spec: JobSpec) -> JobSpec:

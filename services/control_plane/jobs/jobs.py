@@ -23,6 +23,7 @@ from services.contract import JobSpec, first_error, storable
 from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.store import append, now
 from services.control_plane.core.tables import TERMINAL, Event, Job, Transition
+from services.control_plane.jobs import weights
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
@@ -42,13 +43,17 @@ class Stale(Exception):
     """The job is not what a decision rested on; decide again."""
 
 
-async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor: str) -> Job:
-    """Write the job and its first events."""
+async def submit(
+    session: AsyncSession, spec: JobSpec, model: NamedModel, reference: NamedModel | None, actor: str
+) -> Job:
+    """Write the job and its first events. `reference` None: the objective has none."""
     job = Job(
         id=f"ftjob-{secrets.token_hex(12)}",
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
         model_root=model.root,
+        base_source=model.base_source,
+        reference_source=reference.source if reference and spec.reference_model else None,
         traceparent=tracing.current(),
         priority=spec.priority,
     )
@@ -58,6 +63,7 @@ async def submit(session: AsyncSession, spec: JobSpec, model: NamedModel, actor:
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
     validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"
     tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
+    tell(session, job.id, weights.in_words(spec.weights, model, reference))
     return job
 
 

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -13,12 +13,13 @@ from pydantic import (
     StringConstraints,
 )
 
-from dpo_core.config import Optim, TrainConfig
-from dpo_core.options import OBJECTIVES, Objective, RewardObjective
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.options import OBJECTIVES, Mpo, Objective, RewardObjective
 from services.contract import Integrations, JobSpec, Mlflow, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, parse, refuse_unknown
+from services.control_plane.jobs.weights import WeightsAsked
 
 # Where each option of a training run stands in a request; those of the objective join the first.
 HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
@@ -30,6 +31,8 @@ EXTENSIONS = {
     "priority",
     "max_length",
     "truncation",
+    "adapter",
+    "precision",
     "reference",
     "max_tokens_per_pack",
     "activation_checkpointing",
@@ -59,7 +62,9 @@ Metadata = Annotated[
 ]
 
 
-METHODS = [kind for kind, cls in OBJECTIVES.items() if cls not in get_args(RewardObjective)]  # these are not served
+AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
+METHODS = list(OBJECTIVES)
+PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]  # of a sum
 
 
 class Method(BaseModel):
@@ -81,6 +86,7 @@ class Reference(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     source: ReferenceSource = "auto"
+    model: Text | None = None  # a base model's name or an `ft:` id; None: the model that the job starts from
 
 
 class CreateJob(BaseModel):
@@ -127,11 +133,18 @@ class CreateJob(BaseModel):
             num_workers=workers,
             priority=priority,
             reference_source=reference.source,
+            reference_model=reference.model,
             validation_share=self._validation_share(),
             invalid_rows=how.invalid_rows,
             columns=how.columns,
             integrations=self._integrations(),
         )
+
+    def weights(self) -> WeightsAsked:
+        """Raises InvalidRequest naming the field."""
+        extension = self.x_raydpo or {}
+        precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
+        return WeightsAsked(_adapter(extension.get("adapter", "auto")), precision)
 
     def _integrations(self) -> Integrations:
         extension = self.x_raydpo or {}
@@ -179,6 +192,18 @@ class CreateJob(BaseModel):
         return self.training_file
 
 
+def _adapter(given: object) -> Lora | Literal["none", "auto"]:
+    """`{"type": "lora", …}`, "none" or "auto"."""
+    where = "x_raydpo.adapter"
+    if given in ("none", "auto"):
+        return given
+    options = parse(dict[str, Any], given, where)
+    if (kind := options.pop("type", "lora")) != "lora":
+        message = f"{where}.type is {kind!r:.80}; it must be 'lora', or send {where} = 'none' to train all weights."
+        raise InvalidRequest(message, param=f"{where}.type", code="unsupported_value")
+    return parse(Lora, options, where)
+
+
 def train_config(
     kind: str, hyperparameters: Mapping[str, Any], where: str, extension: Mapping[str, Any], seed: int
 ) -> TrainConfig:
@@ -205,8 +230,8 @@ def _parts(given: object, where: str) -> list[Objective]:
     """The objectives of a sum, each by its type."""
     parts = parse(list[dict[str, Any]], given, where)
     for number, part in enumerate(parts):
-        if (kind := part.get("type")) not in METHODS or kind == "mpo":
-            known = ", ".join(name for name in METHODS if name != "mpo")
+        if (kind := part.get("type")) not in PARTS:
+            known = ", ".join(PARTS)
             message = f"{where}.{number}.type is {kind!r:.80}; it must be one of {known}."
             raise InvalidRequest(message, param=f"{where}.{number}.type", code="unsupported_value")
     return [parse(OBJECTIVES[part["type"]], part, f"{where}.{number}") for number, part in enumerate(parts)]

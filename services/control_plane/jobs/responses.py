@@ -1,9 +1,10 @@
 """Jobs, their events and checkpoints as clients read them."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
-from services.contract import Integrations, Reading
+from services.contract import Integrations, Reading, Weights
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
     Checkpoint,
@@ -28,6 +29,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
     hyperparameters = {**objective, **schedule}
     # Which the oldest jobs lack; those of another release may hold more than this one knows.
     integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
+    weights = Weights.model_validate(row.spec.get("weights", {}))  # which the oldest jobs lack
     if rate := config["optim"]["learning_rate"]:
         hyperparameters["learning_rate"] = rate
     return {
@@ -53,6 +55,12 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "validation_file": row.spec.get("validation_file"),  # which the oldest jobs lack
         "x_raydpo": {
             "num_workers": row.spec["num_workers"],
+            "adapter": {"type": "lora", **asdict(weights.adapter)} if weights.adapter else "none",
+            "precision": weights.precision,
+            "reference": {
+                "source": row.spec.get("reference_source", "auto"),
+                "model": row.spec.get("reference_model") or row.spec["model"],
+            },
             "priority": row.priority,
             "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,

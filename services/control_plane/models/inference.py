@@ -38,6 +38,9 @@ class Inference:
         """Answer `POST /v1/<path>` from the caller's model that `body` names; a stream stays a stream."""
         async with caller.begin() as session:
             model = await models.find(session, self._settings, body["model"])
+        if model.num_outputs:
+            message = f"'{model.id}' is a reward model: it scores texts and writes none. Name a policy or a base model."
+            raise InvalidRequest(message, param="model", code="invalid_value")
         base_url = await self._wait_until_served(model)
         app = await self._launcher.own_name(model.app_name)
         request = self._serve.build_request("POST", f"{base_url}/{app}/v1/{path}", json=body)

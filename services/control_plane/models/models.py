@@ -2,13 +2,15 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dpo_core.config import Lora
+from services.contract import JobSpec
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.core.store import owns, page
 from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Job, Model
@@ -24,6 +26,9 @@ class NamedModel:
     root: str  # name of the base model it descends from
     created_at: datetime
     job_id: str | None = None  # None: a base model
+    base_source: str | None = None  # where the base of an adapter is; None: the model holds all weights
+    adapter: Lora | None = None  # the options of an adapter
+    num_outputs: int = 0  # of a reward model's head; 0: it is no reward model
 
     @property
     def app_name(self) -> str:
@@ -32,20 +37,24 @@ class NamedModel:
         return f"{re.sub('[^A-Za-z0-9]+', '-', self.id)[:40].strip('-').lower()}-{digest}"
 
 
-def start_of(job: Job) -> NamedModel:
-    """The model that the job trains from, which is also its reference."""
-    return NamedModel(job.spec["model"], job.model_source, job.model_root, job.created_at)
+def reference_of(job: Job) -> NamedModel:
+    """The model that the job's policy is compared with: the one that it starts from, unless the user named another."""
+    name = job.spec.get("reference_model") or job.spec["model"]
+    return NamedModel(name, job.reference_source or job.model_source, job.model_root, job.created_at)
 
 
 STARTED_AT = datetime.now(UTC)  # base models have no birthday of their own
 
 
 def bases(settings: Settings) -> list[NamedModel]:
-    return [NamedModel(name, source, name, STARTED_AT) for name, source in settings.models.items()]
+    return [NamedModel(name, model.source, name, STARTED_AT) for name, model in settings.models.items()]
 
 
 def _trained(row: Model) -> NamedModel:
-    return NamedModel(row.id, row.source, row.root, row.created_at, row.job_id)
+    adapter = Lora(**row.adapter) if row.adapter else None
+    return NamedModel(
+        row.id, row.source, row.root, row.created_at, row.job_id, row.base_source, adapter, row.num_outputs
+    )
 
 
 async def list_page(
@@ -61,7 +70,7 @@ async def list_page(
     return [*first, *map(_trained, rows)][:limit], more or len(first) > limit
 
 
-async def find(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
+async def find(session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model") -> NamedModel:
     """The model by its name; NotFound lists the base models, since most misses are misspelled bases."""
     for base in bases(settings):
         if base.id == model_id:
@@ -70,7 +79,7 @@ async def find(session: AsyncSession, settings: Settings, model_id: str) -> Name
     if row is None or row.deleted_at is not None:
         known = ", ".join(settings.models) or "none; start with --model NAME=SOURCE"
         raise NotFound(
-            f"The model '{model_id}' does not exist. Base models: {known}.", param="model", code="model_not_found"
+            f"The model '{model_id}' does not exist. Base models: {known}.", param=param, code="model_not_found"
         )
     return _trained(row)
 
@@ -81,8 +90,17 @@ class NameTaken(ValueError):
 
 async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
     """Offer a trained policy. Doing it twice is harmless, and what a user deleted stays deleted. Raises NameTaken."""
+    spec = JobSpec.model_validate(job.spec)
+    adapter = spec.weights.adapter
     row = insert(Model).values(
-        id=model_id, source=source, root=job.model_root, job_id=job.id, project_id=job.project_id
+        id=model_id,
+        source=source,
+        root=job.model_root,
+        base_source=adapter and (job.base_source or job.model_source),
+        adapter=adapter and asdict(adapter),
+        num_outputs=spec.config.objective.traits.num_outputs,
+        job_id=job.id,
+        project_id=job.project_id,
     )
     await session.execute(row.on_conflict_do_nothing())
     if (owner := await session.scalar(select(Model.job_id).where(Model.id == model_id))) != job.id:
@@ -107,12 +125,18 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
     """
     row = await find_own(session, settings, model_id)
     jobs = Job.__table__.c  # of every project: those it was shared with have jobs, too
-    using = select(jobs.id, jobs.project_id).where(
-        jobs.observed.not_in(TERMINAL), jobs.spec["model"].astext == model_id
-    )
+    named = or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
+    using = select(jobs.id, jobs.project_id).where(jobs.observed.not_in(TERMINAL), named)
     if (job := (await session.execute(using.limit(1))).first()) is not None:
         name = job.id if job.project_id == row.project_id else "a job of a project that it is shared with"
-        raise InvalidRequest(f"'{model_id}' is the start of {name}, which has not ended; it must end first.")
+        raise InvalidRequest(
+            f"'{model_id}' is the start or the reference of {name}, which has not ended; it must end first."
+        )
+    models = Model.__table__.c  # of every project
+    standing = select(models.id, models.project_id).where(models.base_source == row.source, models.deleted_at.is_(None))
+    if (other := (await session.execute(standing.limit(1))).first()) is not None:
+        name = f"'{other.id}'" if other.project_id == row.project_id else "of a project that it is shared with"
+        raise InvalidRequest(f"'{model_id}' is the base of the adapter {name}; delete that first.")
     if model_id == await _resumed_from(session, row.job_id):
         message = (
             f"{row.job_id} has not ended and would go on from '{model_id}', its newest checkpoint; cancel it first."

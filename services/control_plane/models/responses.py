@@ -1,5 +1,6 @@
 """Models and the permissions to use them, as clients read them."""
 
+from dataclasses import asdict
 from typing import Any
 
 from services.control_plane.core.responses import seconds
@@ -16,7 +17,12 @@ def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
         "object": "model",
         "created": seconds(model.created_at),
         "owned_by": settings.organization,
-        "x_raydpo": {"root": model.root, "job": model.job_id},
+        "x_raydpo": {
+            "root": model.root,
+            "job": model.job_id,
+            "kind": "reward" if model.num_outputs else "policy",
+            "adapter": {"type": "lora", **asdict(model.adapter)} if model.adapter else "none",
+        },
     }
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from services import storage
 from services.contract import Contract, Message, Report
+from services.training import policies
 from services.training.data.dataset import DamagedPart
 
 WAIT_SECONDS = 1.0
@@ -39,9 +40,11 @@ def digest(uri: str) -> str:
 def model_digest(source: str, *, weights: bool) -> str:
     """Of a model's weights, or of what it reads and writes text with. Both include its config."""
     folder = _folder(source)
+    base = policies.base_of(source)
     patterns = (*WEIGHTS, "config.json") if weights else WORDS
     files = {file.relative_to(folder).as_posix(): file for pattern in patterns for file in folder.rglob(pattern)}
-    return key(**{name: digest(str(file)) for name, file in files.items()})
+    digests = {name: digest(str(file)) for name, file in files.items()}
+    return key(**digests, **({} if base == source else {"base": model_digest(base, weights=weights)}))
 
 
 def writes_the_date(source: str) -> bool:

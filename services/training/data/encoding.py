@@ -22,6 +22,7 @@ from dpo_core.encoding.truncation import truncate
 from dpo_core.encoding.unread import unread
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
+from services.training import policies
 from services.training.data.dataset import Dataset, Part, write_part
 from services.training.data.file_report import (
     IDENTICAL,
@@ -450,10 +451,11 @@ def load(model_source: str) -> Model:
     from dpo_core.models.model import load_tokenizer
 
     folder = storage.fetch(model_source)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    base = storage.fetch(policies.base_of(model_source))
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
     tokenizer = load_tokenizer(folder)
     positions = getattr(config, "max_position_embeddings", None) or 2**31
-    return Model(tokenizer, positions, _ends(folder, config, tokenizer))
+    return Model(tokenizer, positions, _ends(base, config, tokenizer))
 
 
 def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_core.encoding.encode import EncodedGroup
-from services import storage
-from services.contract import AttemptSpec
+from services.contract import AttemptSpec, Precision
 from services.training import policies
 from services.training.data.dataset import Dataset, Part, read_part, write_scores
 
@@ -54,17 +53,18 @@ def _use_cores(*, alone: bool) -> None:
 
 
 def _reference(spec: AttemptSpec) -> "PreTrainedModel":
-    return _load(spec.model_source, "cuda" if spec.num_gpus_per_worker else "cpu")
+    device = "cuda" if spec.num_gpus_per_worker else "cpu"
+    return _load(spec.reference_model, spec.weights.precision, device)
 
 
 @functools.cache
-def _load(model_source: str, device: str) -> "PreTrainedModel":
+def _load(source: str, precision: Precision, device: str) -> "PreTrainedModel":
     """Once per process."""
     import torch
 
-    policy = policies.load(storage.fetch(model_source), torch.device(device))
-    policy.train(False)
-    return policy
+    reference = policies.load_reference(source, precision, torch.device(device))
+    reference.train(False)
+    return reference
 
 
 def _tokens_per_pack(spec: AttemptSpec) -> int:

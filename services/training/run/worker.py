@@ -79,11 +79,10 @@ def _work(
         if dist.get_rank() == 0:
             started = Started(config=spec.config, num_groups=num_groups, total_steps=total_steps)
             _report_start(started.model_copy(update={"resumed_from": step}), resume, spec, reporter)
-        source = storage.fetch(spec.model_source)
         results = train(
             spec.config,
-            policies.load(source, device),
-            load_tokenizer(source),
+            policies.load_policy(spec, device),
+            load_tokenizer(storage.fetch(spec.model_source)),
             lambda after_step: global_batches(data, spec.config, after_step=after_step),
             total_steps=total_steps,
             checkpoint_dir=scratch / "checkpoints",
@@ -143,7 +142,10 @@ def hopeless(result: StepResult, spec: AttemptSpec) -> Failed | None:
 
 def is_gated(result: StepResult, spec: AttemptSpec) -> bool:
     """Before its first step the policy is the reference, so DPO's loss is ln 2, whatever the data."""
-    return result.step == 1 and spec.config.objective.type == "dpo"
+    weights = spec.weights
+    drops = weights.adapter is not None and weights.adapter.dropout > 0
+    same = spec.reference_model_source is None and not drops and weights.precision == "float32"
+    return result.step == 1 and spec.config.objective.type == "dpo" and same
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:

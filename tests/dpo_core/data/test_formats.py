@@ -809,7 +809,7 @@ def test_columns_may_trade_their_names():
 
 
 def test_the_documents_have_the_table_of_formats():
-    assert table() in (Path(__file__).parents[3] / "docs" / "api.md").read_text()
+    assert table() in (Path(__file__).parents[3] / "docs" / "use" / "data.md").read_text()
 
 
 # --- rows as people have them ---

@@ -1,6 +1,6 @@
 """Every family of decoders in transformers, made tiny, loaded, scored, trained, saved, loaded and resumed.
 
-python -m tests.dpo_core.models.families > docs/models.md
+python -m tests.dpo_core.models.families > docs/use/models.md
 """
 
 import logging
@@ -277,15 +277,16 @@ HEAD = """# Models
 
 <!-- Printed by `python -m tests.dpo_core.models.families`; tests/dpo_core/models/test_families.py compares. -->
 
-What was done with each family of decoders in transformers {version}, made tiny: loaded from a folder, scored and
-compared with transformers' own forward of each sequence, trained two steps whole and two with the default adapter,
-saved, loaded, merged and resumed. Other families were not tried; they are probed alike when they are loaded.
+A test made a tiny model of each family of decoders in transformers {version}. It loaded the model from a folder, scored
+rows and compared them with transformers' own forward of each sequence, trained it for two steps whole and two with the
+default adapter, and saved, loaded, merged and resumed it. Other families were not tried; the service probes them in the
+same way when it loads them.
 
-**Prompts** says how completions get at theirs. *shared*: each prompt is computed once. *behind copies*: each completion
-has its own copy, in padded batches. *one at a time*: each completion is a forward of the model's own. *refused*: it is
-not trained. Checkpoints of a family may differ: a cap of attention, a window that is in the mask alone, or positions
-that stretch with the text end sharing. **Adapter** names the linear layers, or stacked weights of experts, that
-`Lora()` is put on.
+**Prompts** says how completions read their prompt. *shared*: each prompt is computed once. *behind copies*: each
+completion has its own copy, in padded batches. *one at a time*: each completion is a forward of the model's own.
+*refused*: the family is not trained. Checkpoints of a family may differ: a cap of attention, a window that is in the
+mask alone, or positions that stretch with the text end the sharing. **Adapter** names the linear layers, or stacked
+weights of experts, that `Lora()` adapts by default.
 
 Experts are trained by the objective alone: a router's load-balancing loss is not added, whatever `router_aux_loss_coef`
 is. TRL adds it. A model whose config has `output_router_logits` is told so in a warning when it is loaded.

@@ -30,6 +30,7 @@ ADAPTERS = {
     "lora": Lora(r=4),
     "rslora": Lora(r=4, use_rslora=True),
     "dora": Lora(r=4, use_dora=True),
+    "dropout": Lora(r=4, dropout=0.3),
     "of two modules": Lora(target_modules=("q_proj", "v_proj")),
 }
 
@@ -96,11 +97,51 @@ def test_resuming_an_adapter_repeats_the_run_bit_for_bit(name, base, tokenizer, 
         assert torch.equal(ours, theirs), name
 
 
-def test_activations_computed_again_change_nothing(base, tokenizer, pairs, tmp_path):
-    kept, _ = train_adapter(base, tokenizer, pairs, tmp_path / "kept", Lora())
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_computed_again_change_nothing(dropout, base, tokenizer, pairs, tmp_path):
+    adapter = Lora(dropout=dropout)
+    kept, _ = train_adapter(base, tokenizer, pairs, tmp_path / "kept", adapter)
     config = replace(CONFIG, activation_checkpointing="on")
-    again, _ = train_adapter(base, tokenizer, pairs, tmp_path / "again", Lora(), config)
+    again, _ = train_adapter(base, tokenizer, pairs, tmp_path / "again", adapter, config)
     torch.testing.assert_close(dict(again.named_parameters()), dict(kept.named_parameters()))
+
+
+def test_dropout_acts_in_training_alone_and_as_the_seed_says(base, tokenizer, pairs, tmp_path):
+    def losses(name, adapter, seed=0):
+        policy, steps = train_adapter(base, tokenizer, pairs, tmp_path / name, adapter, replace(CONFIG, seed=seed))
+        assert not any(module.training for module in policy.modules())
+        return [step.metrics["loss"] for step in steps]
+
+    plain, dropped = losses("plain", Lora(r=4)), losses("dropped", Lora(r=4, dropout=0.5))
+    assert plain[0] == pytest.approx(dropped[0], abs=1e-6)  # the adapter adds nothing yet
+    assert plain[1:] != pytest.approx(dropped[1:], abs=1e-3)
+    assert losses("repeated", Lora(r=4, dropout=0.5)) == dropped
+    assert losses("other", Lora(r=4, dropout=0.5), seed=1)[1:] != dropped[1:]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_trained_adapter_is_trained_on(name, base, tokenizer, pairs, tmp_path):
+    first, _ = train_adapter(base, tokenizer, pairs, tmp_path / "first", ADAPTERS[name])
+    folder = tmp_path / "first" / "step-000004" / "model"
+    second = load_policy(base, adapter=folder)
+    theirs = dict(first.named_parameters())
+    for key, parameter in second.named_parameters():
+        assert torch.equal(parameter, theirs[key]), key
+        assert parameter.requires_grad == theirs[key].requires_grad, key
+    reference = load_policy(base, adapter=folder).requires_grad_(False)
+    groups = score_reference(reference, pairs, max_tokens_per_pack=8192)
+    assert groups[0].ref_logps != score_reference(second, pairs, max_tokens_per_pack=8192)[0].ref_logps
+    steps = list(train(CONFIG, second, tokenizer, [groups] * 2, total_steps=2, checkpoint_dir=tmp_path / "second"))
+    if not ADAPTERS[name].dropout:
+        assert steps[0].metrics["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert steps[1].metrics["loss"] < steps[0].metrics["loss"]
+
+
+def test_a_trained_adapter_is_put_on_no_other_base(base, make_policy, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=4))
+    make_policy(num_hidden_layers=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"Only one of the adapter .* such weights"):
+        load_policy(tmp_path / "other", adapter=tmp_path / "run" / "step-000004" / "model")
 
 
 def test_modules_that_the_model_lacks_are_refused(base):
@@ -221,13 +262,18 @@ def test_an_adapter_is_not_resumed_on_a_base_of_the_same_sizes(base, other_weigh
         train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2), resume=tmp_path / "run" / "step-000002")
 
 
-def test_an_adapter_is_not_merged_into_a_base_of_the_same_sizes(base, other_weights, tokenizer, pairs, tmp_path):
+def test_an_adapter_is_neither_merged_into_nor_put_on_a_base_of_the_same_sizes(
+    base, other_weights, tokenizer, pairs, tmp_path
+):
     train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=2))
     other_weights()
     adapter = tmp_path / "run" / "step-000004" / "model"
     with pytest.raises(ValueError, match=rf"{adapter} is not an adapter of {base}: .* put that one back"):
         merge_adapter(adapter, tmp_path / "merged")
+    with pytest.raises(ValueError, match=rf"{adapter} is not an adapter of {base}: .* put that one back"):
+        load_policy(base, adapter=adapter)
     (adapter / BASE).unlink()  # as of adapters from elsewhere
+    load_policy(base, adapter=adapter)
     merge_adapter(adapter, tmp_path / "merged")
 
 
@@ -289,7 +335,7 @@ def test_a_merged_model_is_not_written_into_the_folder_of_its_adapter(base, tmp_
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (Lora(r=4, lora_alpha=4), "lora_alpha is 32, here it is 4"),
+        (Lora(r=4, alpha=4), "lora_alpha is 64, here it is 4"),
         (Lora(r=4, use_rslora=True), "use_rslora is False, here it is True"),
     ],
 )
@@ -313,7 +359,7 @@ def test_a_head_that_was_adapted_elsewhere_is_refused(policy, pairs):
         score_reference(policy, pairs, max_tokens_per_pack=64)
 
 
-@pytest.mark.parametrize(("field", "value"), [("r", 0), ("lora_alpha", 0.0), ("target_modules", ())])
+@pytest.mark.parametrize(("field", "value"), [("r", 0), ("alpha", 0.0), ("target_modules", ())])
 def test_options_beyond_their_limits_are_refused(field, value):
     with pytest.raises(InvalidOption, match=field):
         Lora(**{field: value})

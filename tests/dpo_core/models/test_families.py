@@ -1,4 +1,4 @@
-"""Every family does what docs/models.md says of it."""
+"""Every family does what docs/use/models.md says of it."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import transformers
 
 from tests.dpo_core.models.families import FAMILIES, HEAD, examine, row
 
-TABLE = Path(__file__).parents[3] / "docs" / "models.md"
-ANEW = "If this is meant: python -m tests.dpo_core.models.families > docs/models.md"
+TABLE = Path(__file__).parents[3] / "docs" / "use" / "models.md"
+ANEW = "If this is meant: python -m tests.dpo_core.models.families > docs/use/models.md"
 # The most used, and one of each manner; the others are long.
 OFTEN = {
     "bert",

@@ -219,7 +219,7 @@ def test_weights_of_an_adapter_that_have_no_place_are_refused(make_policy, token
     moved = next(iter(saved))
     saved[moved.replace("self_attn", "other").replace("mlp", "other")] = saved.pop(moved)
     save_file(saved, file)
-    with pytest.raises(ValueError, match=r"has model.layers.0.other.*no place in this model \(1 such weights\)"):
+    with pytest.raises(ValueError, match=r"Only one of .* has model.layers.0.*\(2 such weights\)"):
         _load_model(tmp_path / "adapter", policy)
 
 

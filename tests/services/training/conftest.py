@@ -26,6 +26,7 @@ from services import forkserver
 from services.contract import AttemptSpec, Desired, EventBatch, Report, Wish
 from tests.dpo_core.conftest import build_policy, build_tokenizer
 from tests.dpo_core.encoding.test_encode import HERMES_TEMPLATE
+from tests.services.training.attempt import Driver
 from tests.services.web import running
 
 with warnings.catch_warnings():
@@ -230,3 +231,17 @@ def ray_cluster(model_source: str, **settings: str) -> Iterator[dict[str, str]]:
         finally:
             cluster.communicate(timeout=60)  # closes its standard input
             shutil.rmtree(folder, ignore_errors=True)  # the fork server takes its socket away meanwhile
+
+
+@pytest.fixture
+def start(ray_environment: dict[str, str], control_plane: Any) -> Iterator[Callable[[AttemptSpec], Driver]]:
+    drivers: list[Driver] = []
+
+    def start(spec: AttemptSpec) -> Driver:
+        drivers.append(Driver(spec, ray_environment, control_plane.token))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.process.kill()
+        driver.process.wait()

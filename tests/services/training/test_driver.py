@@ -3,15 +3,13 @@
 import gzip
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from dpo_core.config import Optim, TrainConfig
 from dpo_core.models.model import load_policy
 from dpo_core.options import Dpo, Objective, Orpo
 from dpo_core.training.checkpoint import verify
-from services import spool, storage
+from services import storage
 from services.contract import (
     AttemptSpec,
     CheckpointSaved,
@@ -38,7 +36,6 @@ from services.contract import (
     Progress,
     ReferenceReleased,
     ReferenceWanted,
-    Report,
     Started,
     StepMetrics,
     Succeeded,
@@ -52,6 +49,7 @@ from services.training.reference import rates
 from services.training.reference.rates import Rate
 from services.training.reports.logs import LEFT_OUT, blank, patterns_of
 from tests.conftest import Disk
+from tests.services.training.attempt import Driver, figures, only, ray_processes, train_workers
 from tests.services.training.conftest import ray_cluster
 from tests.services.web import running_web
 
@@ -63,80 +61,6 @@ CONFIG = TrainConfig(
 )  # 240 steps of milliseconds: long enough to be killed in
 NUM_STEPS = 240
 FROZEN_SECONDS = 5.0
-
-
-class Driver:
-    def __init__(
-        self, spec: AttemptSpec, environment: dict[str, str], token: str, program: str = "services.training.driver"
-    ) -> None:
-        uri = storage.join(spec.run_uri, "attempts", f"{spec.attempt}.json")
-        storage.write_bytes(uri, spec.model_dump_json().encode())
-        self.spec = spec
-        self.log = storage.fetch(spec.run_uri) / f"{spec.attempt}.log"
-        command = [sys.executable, "-m", "services.forkserver.client", "--wait", "-m", program, uri]
-        environment = environment | {"RAYDPO_ATTEMPT_TOKEN": token}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-    def wait(self, seconds: float = 1500) -> int:
-        return self.process.wait(seconds)
-
-    def fork(self) -> psutil.Process:
-        """The driver itself; `process` is the client that stands for it."""
-        (fork,) = filter(self._prints_here, psutil.process_iter(["cmdline"]))
-        return fork
-
-    def _prints_here(self, process: psutil.Process) -> bool:
-        if "services.forkserver.server" not in (process.info["cmdline"] or ()):
-            return False
-        try:
-            return os.readlink(f"/proc/{process.pid}/fd/1") == str(self.log)
-        except OSError:  # it has ended
-            return False
-
-    def reports(self) -> list[Report]:
-        segments = spool.segments(self.spec.run_uri, self.spec.attempt)
-        events = [event for _, uri in segments for event in spool.read(uri).events]
-        assert [event.seq for event in events] == list(range(len(events)))
-        return [event.report for event in events]
-
-    def printed(self, words: str, seconds: float = 600) -> None:
-        deadline = time.monotonic() + seconds
-        while words not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()[-5000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
-            time.sleep(0.1)
-
-    def reported(self, kind: type[Report], seconds: float = 900, count: int = 1) -> None:
-        deadline = time.monotonic() + seconds
-        while len(only(kind, self.reports())) < count:
-            assert self.process.poll() is None, self.log.read_text()[-5000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
-            time.sleep(0.05)
-
-
-@pytest.fixture
-def start(ray_environment: dict[str, str], control_plane: Any) -> Iterator[Callable[[AttemptSpec], Driver]]:
-    drivers: list[Driver] = []
-
-    def start(spec: AttemptSpec) -> Driver:
-        drivers.append(Driver(spec, ray_environment, control_plane.token))
-        return drivers[-1]
-
-    yield start
-    for driver in drivers:
-        driver.process.kill()
-        driver.process.wait()
-
-
-def only(kind: Any, reports: list[Report]) -> list[Any]:
-    return [report for report in reports if isinstance(report, kind)]
-
-
-def figures(reports: list[Report]) -> dict[int, dict[str, float]]:
-    """The metrics of each step, without those that depend on the clock."""
-    steps, clock = only(StepMetrics, reports), ("tokens_per_second", "hfu")
-    return {s.step: {key: s.metrics[key] for key in s.metrics if key not in clock} for s in steps}
 
 
 @pytest.fixture(scope="module")
@@ -477,22 +401,6 @@ def test_data_whose_bits_flipped_in_the_cache_are_made_again_and_never_trained_o
         assert warning.startswith("Prepared data are damaged and made again: ")
         assert f"{damaged.parent.name}/{damaged.name} has another sha256" in warning
         assert figures(reports) == figures(found[0])
-
-
-def train_workers(ray_environment: dict[str, str]) -> list[psutil.Process]:
-    return ray_processes("ray::RayTrainWo", ray_environment)
-
-
-def ray_processes(name: str, ray_environment: dict[str, str]) -> list[psutil.Process]:
-    """Of this module's own Ray."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess):  # it ends just now
-            if not process.name().startswith(name) or process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            if process.environ().get("RAY_AUTH_TOKEN") == ray_environment["RAY_AUTH_TOKEN"]:
-                found.append(process)
-    return found
 
 
 def test_a_validation_file_is_prepared_alike_and_evaluated_with_every_checkpoint(

@@ -41,10 +41,10 @@ from services.contract import (
 from services.control_plane.attempts.decision import Decision
 from services.control_plane.attempts.executor import Executor
 from services.control_plane.attempts.reconciler import Reconciler
+from services.control_plane.cleanup import stop_orphans
 from services.control_plane.core.store import History, Store, live_jobs
 from services.control_plane.core.tables import Attempt, Job, Lease, Transition
 from services.control_plane.jobs import jobs
-from services.control_plane.orphans import stop_orphans
 from services.control_plane.ray_api import Launcher, Submission
 from services.control_plane.settings import Settings
 from services.spool import segment_uri, write

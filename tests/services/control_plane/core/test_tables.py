@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -32,7 +31,7 @@ def test_migrating_again_changes_nothing(database_url: str) -> None:
 def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> None:
     """They belong to the default project then, and have a transition to start from."""
     config = Config()
-    config.set_main_option("script_location", str(Path(store.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(store.MIGRATIONS))
     config.attributes["database_url"] = database_url.replace("postgresql://", "postgresql+psycopg://")
     command.downgrade(config, "0001")
     with psycopg.connect(database_url) as connection:

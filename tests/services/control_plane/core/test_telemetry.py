@@ -74,9 +74,9 @@ def test_a_client_may_name_its_request_and_every_answer_has_an_id(
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_records_say_what_they_are_about(log_format: log_setup.LogFormat, tmp_path: Path) -> None:
     program = (
-        "import logging; from pathlib import Path; from services.control_plane import journal\n"
-        f"journal.configure({log_format!r}, Path({str(tmp_path / 'log')!r}))\n"
-        "with journal.about(request_id='req_1'), journal.about(job_id='ftjob-1', attempt=2):\n"
+        "import logging; from pathlib import Path; from services.control_plane.core import log_setup\n"
+        f"log_setup.configure({log_format!r}, Path({str(tmp_path / 'log')!r}))\n"
+        "with log_setup.about(request_id='req_1'), log_setup.about(job_id='ftjob-1', attempt=2):\n"
         "    logging.getLogger('a').info('It %s.', 'works', extra={'status': 200})\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

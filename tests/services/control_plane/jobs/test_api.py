@@ -280,11 +280,13 @@ def test_a_sum_of_objectives_is_echoed_with_its_parts(client: openai.OpenAI, tra
 
 
 def test_every_objective_and_its_options_are_documented() -> None:
-    documented = (ROOT / "docs" / "api.md").read_text()
+    documented = (ROOT / "docs" / "use" / "objectives.md").read_text()
     for kind in METHODS:
         given = [(field.name, getattr(OBJECTIVES[kind](), field.name)) for field in fields(OBJECTIVES[kind])]
         options = [f"`{name}` {_shown(value)}" for name, value in given if name != "type"]
-        assert f"| `{kind}` | {', '.join(options) or '—'} |" in documented
+        traits = OBJECTIVES[kind]().traits
+        kinds, reference = ", ".join(traits.learns_from), "yes" if traits.needs_reference else "no"
+        assert f"| `{kind}` | {', '.join(options) or '—'} | {kinds} | {reference} |" in documented
 
 
 def test_too_few_examples_are_refused_with_both_numbers(client: openai.OpenAI) -> None:

@@ -129,16 +129,16 @@ def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
     async def work(store: Store) -> None:
         hub = Live(store, settings)
         task = asyncio.create_task(hub.run())
-        streams = [hub.follow(job_id, 0) for _ in range(50)]
-        for stream in streams:
+        followed = [hub.follow(job_id, 0) for _ in range(50)]
+        for stream in followed:
             while b"progress" not in await anext(stream):
                 pass
         assert store.pool.checkedout() == 0
-        for stream in streams[:2]:
+        for stream in followed[:2]:
             while await anext(stream) != streams.KEEPALIVE:
                 pass
         await hub.close()
-        for stream in streams:
+        for stream in followed:
             assert b"[DONE]" not in b"".join([frame async for frame in stream])
         task.cancel()
 

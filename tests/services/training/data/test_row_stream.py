@@ -19,8 +19,8 @@ from services.training.data.encoding import Encoded, Piece
 from services.training.data.file_report import EncodingReport
 from services.training.data.row_stream import Arrivals, streamed
 from services.training.reports.reporting import JobFailed, invalid_file
+from tests.services.training.attempt import Driver, figures, only, train_workers
 from tests.services.training.gated_driver import LATE, NUM_ROWS
-from tests.services.training.test_driver import Driver, figures, only, train_workers
 
 GATED = "tests.services.training.gated_driver"
 CONFIG = TrainConfig(objective=Orpo(), batch_size=4, n_epochs=2, checkpoint_steps=2, optim=Optim(learning_rate=1e-3))

@@ -1,0 +1,16 @@
+"""What is said of each setting."""
+
+from pathlib import Path
+
+from services.control_plane.settings import Settings
+from tests.services.control_plane.settings_table import table
+
+PAGE = Path(__file__).parents[3] / "docs" / "operate" / "settings.md"
+
+
+def test_every_setting_is_explained() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_the_page_has_the_table_of_settings() -> None:
+    assert table() in PAGE.read_text(), "Put in what `python -m tests.services.control_plane.settings_table` prints."

@@ -1,0 +1,121 @@
+"""Whole attempts that train adapters: what they leave, who goes on from it, and which reference they have."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.models.model import load_merged, load_policy
+from services import storage
+from services.contract import AttemptSpec, CheckpointSaved, Message, Started, Weights
+from tests.services.training.attempt import Driver, figures, only, train_workers
+
+pytestmark = pytest.mark.ray
+
+CONFIG = TrainConfig(batch_size=4, n_epochs=40, checkpoint_steps=40, optim=Optim(learning_rate=1e-2))
+ADAPTER = Weights(adapter=Lora(r=4, alpha=8))
+GIVEN = {"weights": ADAPTER, "reference_source": "trainer", "wire": 2}
+MakeSpec = Callable[..., AttemptSpec]
+
+
+def done(driver: Driver) -> Driver:
+    assert driver.wait() == 0, (driver.reports()[-1], driver.log.read_text()[-5000:])
+    return driver
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    make_spec_in: MakeSpec,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_environment: dict[str, str],
+    lasting_control_plane: Any,
+) -> Driver:
+    """An attempt of two workers that trained an adapter."""
+    folder = tmp_path_factory.mktemp("adapted")
+    spec = make_spec_in(folder, config=CONFIG, num_workers=2, events_url=lasting_control_plane.url, **GIVEN)
+    return done(Driver(spec, ray_environment, lasting_control_plane.token))
+
+
+def exported(driver: Driver) -> Path:
+    return storage.fetch(f"{driver.spec.run_uri}/export")
+
+
+def test_an_adapter_is_trained_and_names_its_base(adapted: Driver, model_source: str) -> None:
+    reports = adapted.reports()
+    assert figures(reports)[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert figures(reports)[240]["loss"] < 0.3
+    folder = exported(adapted)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (model_source, 4, 8)
+    assert not (folder / "model.safetensors").exists()
+    ids = torch.arange(3, 40)[None]
+    plain, merged = AutoPeftModelForCausalLM.from_pretrained(folder), load_merged(folder)
+    torch.testing.assert_close(merged(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(model_source)(input_ids=ids).logits
+    assert (base - plain(input_ids=ids).logits).abs().max() > 0.1
+
+
+def test_an_adapters_worker_that_is_killed_costs_no_bit(
+    adapted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    ray_environment: dict[str, str],
+) -> None:
+    driver = start(make_spec(config=CONFIG, num_workers=2, **GIVEN))
+    driver.reported(CheckpointSaved)
+    train_workers(ray_environment)[1].kill()
+    done(driver)
+    assert len(only(Started, driver.reports())) == 2
+    assert figures(driver.reports()) == figures(adapted.reports())
+    ours, theirs = (load_policy(adapted.spec.model_source, adapter=exported(each)) for each in (driver, adapted))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_job_goes_on_with_an_adapter_and_its_start_is_the_reference(
+    adapted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    model_source: str,
+) -> None:
+    driver = done(start(make_spec(model_source=str(exported(adapted)), config=CONFIG, **GIVEN)))
+    first, last = (figures(driver.reports())[step] for step in (1, 240))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/accuracies"] == 0
+    assert last["loss"] < 0.69
+    config = json.loads((exported(driver) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model_source
+
+
+def test_an_adapter_is_merged_where_all_weights_are_trained(
+    adapted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+) -> None:
+    config = TrainConfig(batch_size=24, n_epochs=1, optim=Optim(learning_rate=1e-4))
+    driver = done(
+        start(make_spec(model_source=str(exported(adapted)), config=config, **GIVEN | {"weights": Weights()}))
+    )
+    assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert (exported(driver) / "model.safetensors").is_file()
+
+
+def test_another_model_may_be_the_reference(
+    adapted: Driver,
+    make_spec: MakeSpec,
+    start: Callable[[AttemptSpec], Driver],
+    model_source: str,
+) -> None:
+    """The first loss is that of the start against it, as the run that made the start would have had it next."""
+    given = GIVEN | {"model_source": str(exported(adapted)), "reference_model_source": model_source}
+    driver = done(start(make_spec(config=CONFIG, **given)))
+    metrics = figures(driver.reports())
+    assert metrics[1]["loss"] < 0.3
+    assert metrics[1]["rewards/accuracies"] > 0.9
+    assert not any("ln 2" in report.message for report in only(Message, driver.reports()))
