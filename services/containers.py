@@ -6,6 +6,7 @@ A file's first bytes identify its container. A row of a table becomes a line, wi
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -44,7 +45,7 @@ def json_lines(file: BinaryIO) -> Iterator[bytes]:
                 message = f"The file unpacks to more than {MAX_EXPANSION} times its {size} bytes; send it unpacked."
                 raise InvalidRow(number, "", "file_too_large", message)
             yield line
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, KeyError, pa.ArrowException) as error:
         # The library's text may quote the file, and the database stores no NUL.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200].replace("\0", "\ufffd")
         message = f"The file cannot be read beyond line {number}: {reason}; pack it again."
@@ -82,27 +83,43 @@ def _parquet(file: io.RawIOBase) -> Iterator[Any]:
 def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
     for row in chain.from_iterable(map(_dictionaries, batches)):
         present = {name: value for name, value in row.items() if value is not None}
-        yield json.dumps(present, ensure_ascii=False, default=str).encode() + b"\n"
+        yield json.dumps(present, ensure_ascii=False, default=_as_json).encode() + b"\n"
+
+
+def _as_json(value: object) -> object:
+    """Of what tables hold and JSON does not: texts that were written as bytes, decimals, dates."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = "\0"
+    return {"bytes": len(value)} if "\0" in text else text
 
 
 def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
     """Converts a few rows at a time: rows share values in the batch, so each may be as large as the whole batch."""
-    for field in batch.schema:
-        _refuse_sharing(field.type)
+    _refuse_unwritable(pa.struct(list(batch.schema)))
     step = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME // max(1, batch.get_total_buffer_size())))
     for start in range(0, batch.num_rows, step):
-        yield from batch.slice(start, step).to_pylist()
+        yield from batch.slice(start, step).to_pylist(maps_as_pydicts="strict")
 
 
-def _refuse_sharing(kind: Any, *, shared: bool = False) -> None:
-    """Refuses lists of shared lists: written out, every level of sharing multiplies their size."""
+def _refuse_unwritable(kind: Any, *, shared: bool = False) -> None:
+    """Refuses two columns of one name, and lists of shared lists: written out, every level multiplies their size."""
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or (shared and kind.num_fields):
         raise pa.ArrowNotImplementedError(f"a column has the type {kind}, which cannot be written as JSON lines")
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        _refuse_sharing(kind.value_type, shared=True)
-    else:
-        for index in range(kind.num_fields):
-            _refuse_sharing(kind.field(index).type)
+        _refuse_unwritable(kind.value_type, shared=True)
+        return
+    names = set[str]()
+    for field in map(kind.field, range(kind.num_fields)):
+        if field.name in names:
+            raise pa.ArrowInvalid(f"two columns are called {field.name}")
+        names.add(field.name)
+        _refuse_unwritable(field.type)
 
 
 class _KeptOpen(io.RawIOBase):

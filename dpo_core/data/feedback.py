@@ -3,10 +3,11 @@
 A file is JSON Lines in UTF-8. Its first row decides the format; a row of another format is refused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
+from dpo_core.data.columns import LONGEST, side_rated
 from dpo_core.data.formats import Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows
@@ -23,6 +24,7 @@ class Record:
     groups: Sequence[Group]
     ignored_keys: frozenset[str]  # that no reader uses
     problem: InvalidRow | None
+    is_contrary: bool = False  # it is a pair, and scores in it that nobody reads rate the rejected answer higher
 
 
 def read_records(
@@ -107,6 +109,18 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
             what = f"must be {expected.name}, as the first row is; {keys_of(row)}."
             raise row.invalid("", "mixed_formats", what)
         unread = form.unread(row)
-        return Record(row.line, form, form.read(row, unread), unread, None)
+        groups = form.read(row, unread)
+        return Record(row.line, form, groups, unread, None, bool(unread) and _is_contrary(row, unread, form))
     except InvalidRow as error:
         return Record(row.line, form, (), frozenset(), error)
+
+
+def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
+    if form.kind != "pairs":
+        return False
+    rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]
+    if len(rated) != 2:
+        return False
+    scores = dict(rated)
+    chosen, rejected = scores.get("chosen"), scores.get("rejected")
+    return isinstance(chosen, int | float) and isinstance(rejected, int | float) and rejected > chosen

@@ -11,12 +11,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from dpo_core.data import published, readers
-from dpo_core.data.columns import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_columns, role_of, says_something
+from dpo_core.data.columns import (
+    LONGEST,
+    SYSTEM_KEYS,
+    TEMPLATE_KEYS,
+    holds_answer,
+    is_media,
+    likely_columns,
+    role_of,
+    says_something,
+)
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, parse_within, pointer_to
 from dpo_core.data.messages import Message, Text, opened
 from dpo_core.data.tools import TOOL_KEYS, refuse_filled, tools_of
-from dpo_core.data.values import number_of, says_nothing, shown, string_of
+from dpo_core.data.values import is_finite, number_of, says_nothing, shown, string_of
 from dpo_core.options import Kind
 
 
@@ -43,6 +52,8 @@ class Format:
             for part in (last.prompt, *last.completions):
                 for message in part if isinstance(part, list) else ():
                     refuse_filled(row, last.tools, message.get("tool_calls", ()))
+        for group in groups if unread else ():
+            _refuse_names(row, unread, group)
         return groups
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
@@ -139,6 +150,22 @@ def keys_of(row: Row) -> str:
     return "its keys are " + (", ".join(key[:40] for key in sorted(row.value)[:10]) or "none")
 
 
+def _refuse_names(row: Row, unread: Set[str], group: Group) -> None:
+    """Answers that only name the columns in which the answers stand, such as A and B of response_a and response_b."""
+    best = group.completions[0]
+    if len(best if isinstance(best, str) else best[-1]["content"]) > LONGEST or len(group.completions) < 2:
+        return  # as nearly all are
+    contents = [text if isinstance(text, str) else text[-1]["content"] for text in group.completions]
+    named = [next((key for key in sorted(unread) if holds_answer(key, content)), None) for content in contents]
+    first, *_, last = named
+    if not first or not last or None in named or (first == last and not isinstance(row.value[first], list)):
+        return
+    texts = list(_texts(row.value[first]))
+    if texts and not set(texts).issuperset(contents) and not _is_said(texts, [group]):
+        what = f"and {last} are what the answers name, and nothing reads them; write the answers themselves."
+        raise row.invalid(pointer_to((first,)), "unread_column", what)
+
+
 def _is_said(value: object, groups: Sequence[Group]) -> bool:
     """Whether its texts stand in a group: the column says it again."""
     texts = [text for text in _texts(value) if text.strip()]
@@ -188,17 +215,13 @@ def _with_system(row: Row, group: Group, system: str) -> Group:
     return replace(group, prompt=[message, *group.prompt])
 
 
-RESERVED_ARGUMENTS = frozenset(
-    {
-        "messages",
-        "conversation",
-        "tools",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "chat_template",
-    }
+# What the template is given by us, and what transformers takes for itself before the template is called.
+_TAKEN = (
+    "messages conversation conversations tools add_generation_prompt continue_final_message tokenize chat_template "
+    "strftime_now raise_exception bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
 )
+RESERVED_ARGUMENTS = frozenset(_TAKEN.split())
 
 
 def _template_arguments(row: Row) -> dict[str, object] | None:
@@ -215,6 +238,11 @@ def _template_arguments(row: Row) -> dict[str, object] | None:
     for key in given:
         if key in RESERVED_ARGUMENTS or not key.isidentifier():
             raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", "cannot be given by a row.")
+        if str(given[key]).casefold() in ("true", "false") and not isinstance(given[key], bool):
+            what = f"is the text {shown(given[key])}, and templates take any text for true; write it without quotes."
+            raise row.invalid(pointer_to(("chat_template_kwargs", key)), "wrong_type", what)
+    if not is_finite(given):
+        raise row.invalid("/chat_template_kwargs", "invalid_number", "hold a number that JSON has not.")
     return {key: value for key, value in given.items() if value is not None} or None
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 
 from dpo_core.data.duplicates import LINES_NAMED, Duplicates, Named, find_duplicates
@@ -40,6 +40,7 @@ class FeedbackReport:
     num_chosen_longer: int  # groups whose best completion has more characters than its worst
     num_rejected_longer: int
     ignored_keys: tuple[str, ...]  # columns that no reader uses
+    contrary: Named  # pairs with scores of their own, which nothing reads, that rate the rejected completion higher
     duplicates: Duplicates
     problems: tuple[Problem, ...]  # in the order of the file
     is_read_whole: bool = True  # False: the container is damaged, and what stands behind was not read
@@ -86,6 +87,7 @@ class _Counts:
     of_groups: Counter[str] = field(default_factory=Counter)
     ignored: set[str] = field(default_factory=set)
     problems: dict[str, Problem] = field(default_factory=dict)
+    contrary: Named = field(default_factory=lambda: Named(0, ()))
     is_read_whole: bool = True
 
     def groups(self, records: Iterable[Record]) -> Iterator[Group]:
@@ -105,6 +107,8 @@ class _Counts:
             self.format, self.kind = record.format.name, record.format.kind
         if record.ignored_keys and len(self.ignored) < KEYS_NAMED:
             self.ignored |= {key[:KEY_SHOWN] for key in nsmallest(KEYS_NAMED, record.ignored_keys)}
+        if record.is_contrary:
+            self.contrary = _more(self.contrary, record.line)
         if record.problem:
             self.add_problem(record.problem)
 
@@ -121,10 +125,8 @@ class _Counts:
 
     def add_problem(self, found: InvalidRow) -> None:
         known = self.problems.get(found.code)
-        rows = known.rows if known else Named(0, ())
-        lines = rows.lines if len(rows.lines) == LINES_NAMED else (*rows.lines, found.line)
-        first = known or Problem(found.code, found.pointer, found.message, rows)
-        self.problems[found.code] = Problem(first.code, first.pointer, first.message, Named(rows.count + 1, lines))
+        first = known or Problem(found.code, found.pointer, found.message, Named(0, ()))
+        self.problems[found.code] = replace(first, rows=_more(first.rows, found.line))
 
     def report(self, duplicates: Duplicates) -> FeedbackReport:
         lengths = ("num_chosen_longer", "num_rejected_longer")
@@ -135,10 +137,15 @@ class _Counts:
             num_rows=self.rows,
             **{name: self.of_groups[name] for name in names},
             ignored_keys=tuple(nsmallest(KEYS_NAMED, self.ignored)),
+            contrary=self.contrary,
             duplicates=duplicates,
             problems=tuple(self.problems.values()),
             is_read_whole=self.is_read_whole,
         )
+
+
+def _more(rows: Named, line: int) -> Named:
+    return Named(rows.count + 1, rows.lines if len(rows.lines) == LINES_NAMED else (*rows.lines, line))
 
 
 def _repeats(group: Group) -> bool:

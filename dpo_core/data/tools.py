@@ -4,7 +4,7 @@ from collections.abc import Sequence, Set
 from typing import Any, NotRequired, TypedDict, cast
 
 from dpo_core.data.jsonl import Row, parse_within, pointer_to
-from dpo_core.data.values import shown, string_of
+from dpo_core.data.values import is_finite, shown, string_of
 
 TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
 MOST_CALLS = 128  # of one message: every answer is looked for among them
@@ -46,6 +46,8 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
     _, function = _function(row, pointer, tool, _DESCRIBED)
     if function.get("description") is not None:
         string_of(row, f"{pointer}/function/description", function["description"])
+    if not is_finite(function):
+        raise row.invalid(f"{pointer}/function", "invalid_number", "holds a number that JSON has not.")
     parameters = function.get("parameters")
     if not isinstance(parameters, dict | None):
         raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary: a JSON Schema.")
@@ -92,18 +94,12 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
     if not isinstance(arguments, dict):
         what = f"is {shown(arguments)}; it must be a JSON object, {{}} where there are no arguments."
         raise row.invalid(f"{pointer}/function/arguments", "wrong_type", what)
-    if _holds_nan(arguments):
-        raise row.invalid(f"{pointer}/function/arguments", "invalid_number", "hold NaN, which is not a JSON number.")
+    if not is_finite(arguments):
+        raise row.invalid(f"{pointer}/function/arguments", "invalid_number", "hold a number that JSON has not.")
     called: Call = {"name": name, "arguments": arguments}
     if call.get("id") is None:
         return {"type": "function", "function": called}
     return {"id": string_of(row, f"{pointer}/id", call["id"]), "type": "function", "function": called}
-
-
-def _holds_nan(value: object) -> bool:
-    if isinstance(value, dict | list):
-        return any(map(_holds_nan, value.values() if isinstance(value, dict) else value))
-    return value != value
 
 
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:

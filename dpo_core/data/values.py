@@ -1,6 +1,7 @@
 """Values of a row: texts and numbers, each refused by its pointer where it is none. Standard library only."""
 
 import json
+import math
 
 from dpo_core.data.jsonl import Row
 
@@ -11,6 +12,13 @@ LARGEST = 1e9  # of numbers that people give
 def says_nothing(value: object) -> bool:
     """Whether a value is null, empty or NaN."""
     return value in NOTHING or value != value
+
+
+def is_finite(value: object) -> bool:
+    """Whether JSON can write all numbers in it: not NaN, nor 1e999, which Python reads as infinite."""
+    if isinstance(value, dict | list):
+        return all(map(is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def string_of(row: Row, pointer: str, value: object) -> str:

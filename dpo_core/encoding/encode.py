@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache, lru_cache, partial
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PROBE = "pangolin"
 _THINK = re.compile("</?think>")
 _WORD = re.compile(r"\w+")
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tag, which changes no text
 _TAG = re.compile(r"<[^<>]*>|\[[^][]*\]")
 AT_A_TIME = 100  # groups: more are no faster, and take more memory
 RENDER_SECONDS = 10.0  # of processor time, for so many groups: templates take milliseconds
@@ -194,7 +195,7 @@ def _write(
     endless = f"The chat template computes on line {line} for more than {RENDER_SECONDS:g} seconds; mend it."
     try:
         with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
-            rendered = _render(groups, tokenizer, today)
+            rendered = render(groups, tokenizer, today)
     except Exception as error:  # a template is a stranger's program, and fails in every way
         if len(groups) > 1:
             return [text for group in groups for text in _write([group], tokenizer, today)]
@@ -207,7 +208,7 @@ def _write(
     return [_written(group, found, tokenizer) for group, found in zip(groups, rendered, strict=True)]
 
 
-def _render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
+def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
     """Of each group, as the template writes them: its prompt, and the prompt with each completion."""
     rendered: list[_Rendered] = []
     for (chat, tools, arguments), alike in groupby(groups, key=_for_the_template):
@@ -321,6 +322,15 @@ def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 @lru_cache(maxsize=8)
+def variables(template: str) -> frozenset[str]:
+    """The names of what a chat template is given that it reads anywhere."""
+    from jinja2 import Environment, meta
+
+    parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
+    return frozenset(meta.find_undeclared_variables(parsed))
+
+
+@lru_cache(maxsize=8)
 def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template writes the parts of a content, and nothing of a text."""
 
@@ -404,10 +414,12 @@ def _common(asked: str, wholes: Sequence[str]) -> str:
 def _lost(group: Group, written: _Written, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
     """What the row says and the template does not write. Earlier answers may lose their thoughts, as when served."""
     prompt = cast(list[Message], group.prompt)
+    unread = group.tools and "tools" not in variables(tokenizer.get_chat_template(None, group.tools))
     for tool in group.tools or ():
-        name = cast(dict[str, str], tool["function"])["name"]
-        if name not in written.prompt:
-            what = f"the chat template leaves out the tool {name[:SHOWN]!r}; use one that writes tools."
+        function = cast(dict[str, object], tool["function"])
+        if unread or _lacks_tool(function, written.prompt):
+            name = cast(str, function["name"])[:SHOWN]
+            what = f"the chat template leaves out the tool {name!r}, or a part of it; use one that writes tools."
             return _invalid(group, "template_drops_tools", what)
     contents = [_to_be_seen(message) for message in prompt]
     all_contents = "\0".join(contents)  # which no text holds
@@ -437,16 +449,29 @@ def _to_be_seen(message: Message) -> str:
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
 
 
+def _lacks_tool(function: Mapping[str, object], text: str) -> bool:
+    """Whether the text lacks its name, or a word of its description or of its parameters' names."""
+    properties = cast(dict[str, object], function.get("parameters") or {}).get("properties")
+    said = [str(function.get("description") or ""), *(properties if isinstance(properties, dict) else ())]
+    lost = any(each not in text and _lack(set(_words(each)), text) for each in said)
+    return lost or str(function["name"]) not in text
+
+
 def _lacks_calls(message: Message, text: str) -> bool:
-    """Whether the text lacks a word of a call: its name, its arguments' names, and what texts among these say."""
-    words = {word for call in message.get("tool_calls", ()) for word in _words(call["function"])}
+    """Whether the text lacks a word of a call: its name, its arguments' names, and the words and numbers of these."""
+    return _lack({word for call in message.get("tool_calls", ()) for word in _words(call["function"])}, text)
+
+
+def _lack(words: Set[str], text: str) -> bool:
     return any(word not in text and json.dumps(word)[1:-1] not in text for word in words)
 
 
 def _words(value: object) -> Iterator[str]:
-    """Of the texts in it, but for the keys `name` and `arguments` of a function."""
+    """Of the texts and numbers in it, but for the keys `name` and `arguments` of a function."""
     if isinstance(value, str):
         yield from _WORD.findall(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield str(value)
     elif isinstance(value, list):
         for item in value:
             yield from _words(item)

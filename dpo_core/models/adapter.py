@@ -1,5 +1,7 @@
 """Low-rank adapters: which layers of a model take them, and how they are put on."""
 
+import hashlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +17,8 @@ from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
+BASE = "base_model.json"  # beside an adapter: what its base is known by
+SAMPLED = 64  # numbers of each weight of a base
 ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
 
 
@@ -52,6 +56,31 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
     except ValueError as error:  # PEFT's, of modules that are not there or of a kind that it cannot adapt
         raise InvalidOption("target_modules", _refusal(model, targets, error)) from None
     _check_targets(model, linears, head)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What a base is known by, with an adapter on it or without, in any precision: a digest of some numbers of each
+    frozen weight but a reward model's head, which may be new. Releases of transformers rename weights, so names do not
+    count."""
+    samples = [
+        weight.detach().flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad and "score." not in name
+    ]
+    parts = torch.split(torch.cat(samples).cpu().view(torch.int16), [len(sample) for sample in samples])
+    return hashlib.sha256(b"".join(sorted(part.numpy().tobytes() for part in parts))).hexdigest()
+
+
+def base_file(known_by: str) -> bytes:
+    return json.dumps({"sha256_of_samples": known_by}).encode()
+
+
+def check_base(folder: Path, model: PreTrainedModel) -> None:
+    """Raises UnusableModel where the adapter in a folder was trained on another base. One from elsewhere names none."""
+    file = folder / BASE
+    if file.is_file() and file.read_bytes() != base_file(fingerprint(model)):
+        what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
+        raise UnusableModel(f"{what}; put that one back.")
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:

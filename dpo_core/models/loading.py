@@ -1,5 +1,6 @@
 """Whole models from folders: with all weights that their config asks for, and no others, or refused in words."""
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +18,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from dpo_core.models.architecture import UnusableModel, decoder_layers, is_reward_model, kind_of
+
+logger = logging.getLogger(__name__)
 
 
 def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> PreTrainedModel:
@@ -29,6 +32,9 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
     """
     if find_adapter_config_file(source) is not None:  # transformers would load the base that it names, and freeze it
         raise UnusableModel(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
+    if all(Path(source, name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        both = f"{SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}"  # transformers reads the first, vLLM the second
+        raise UnusableModel(f"{source} holds {both}, the weights of two models; remove one of them.")
     composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     config, names = _of_texts(composite, kind, source)
     _make_ready(config, source)
@@ -50,6 +56,11 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
     _check_weights(model, report, source)
     _check_finite(model, source)
     _tell_tying(model)
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        sentence = (
+            "%s asks for the loss that balances experts (output_router_logits); training adds none to its objective."
+        )
+        logger.warning(sentence, source)
     if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
         model.to(model.dtype)
     return cast(PreTrainedModel, model)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dpo_core.config import Lora
-from dpo_core.models.adapter import attach, options_of, put_weights
+from dpo_core.models.adapter import attach, check_base, options_of, put_weights
 from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
@@ -108,6 +108,7 @@ def _load(
             )
     if isinstance(adapter, Path):
         put_weights(model, adapter)
+        check_base(adapter, model)
     return model
 
 
@@ -158,6 +159,7 @@ def load_merged(
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
     loaded = _load(kind, source, dtype, device, None, 0, **options)
+    check_base(adapter, loaded.requires_grad_(False))
     merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
     return merged.requires_grad_(True).eval()
 

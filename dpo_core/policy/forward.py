@@ -1,6 +1,9 @@
 """A model's answers for a batch: from one packed stream, in padded batches, or by its own forward one by one."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -31,15 +34,17 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def readings(config: PretrainedConfig) -> list[Logits]:
-    """What a config may mean by its factors of the logits, the likeliest meaning first: HyperCLOVA X multiplies by what
-    others divide by."""
-    scale, cap = 1.0, next((found for name in _CAPS if (found := getattr(config, name, None))), None)
-    for name in _MULTIPLIES:
-        scale *= getattr(config, name, None) or 1.0
-    divisor = 1.0
-    for name in _DIVIDES:
-        divisor *= getattr(config, name, None) or 1.0
-    return [Logits(scale / divisor, cap), *([Logits(scale * divisor, cap)] if divisor != 1 else [])]
+    """What a config may mean by its factors of the logits and their cap, the likeliest meaning first: HyperCLOVA X
+    multiplies by what others divide by, and some classes read none of what stands in their config."""
+    factor, divisor = (math.prod(_numbers(config, names)) for names in (_MULTIPLIES, _DIVIDES))
+    caps = [*_numbers(config, _CAPS), None]
+    return list(dict.fromkeys(Logits(*made) for made in product((factor / divisor, factor * divisor, 1.0), caps)))
+
+
+def _numbers(config: PretrainedConfig, names: Sequence[str]) -> list[float]:
+    """Those that are numbers and not 0: MPT's may be a word."""
+    values = [getattr(config, name, None) for name in names]
+    return [float(value) for value in values if isinstance(value, int | float) and value]
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

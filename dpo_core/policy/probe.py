@@ -35,7 +35,7 @@ def probe(model: PreTrainedModel) -> Manner:
     """The fastest manner in which a miniature of the model answers as its own forward does.
 
     Where there is no miniature, the model itself is tried on a few tokens, which show too little of it to share
-    prompts. Raises ValueError for a model that is not causal.
+    prompts, and in half precision too little to trust batches. Raises ValueError for a model that is not causal.
     """
     config = model.config.get_text_config()
     stretched = _depends_on_length(config)
@@ -45,8 +45,9 @@ def probe(model: PreTrainedModel) -> Manner:
     place = 0
     if not no_sharing:
         no_sharing, place = _departs(subject, shared=True)
-    no_batches = stretched
-    if no_sharing and not stretched:
+    coarse = f"{model.dtype} hides small differences" if subject is model and model.dtype != torch.float32 else ""
+    no_batches = stretched or coarse
+    if no_sharing and not no_batches:
         no_batches, place = _departs(subject, shared=False)
     return Manner(readings(config)[place], no_sharing, no_batches)
 

@@ -1,7 +1,8 @@
 """A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
 
     manifest.json                           step, counters, metrics, config, files
-    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
+    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's, and
+                                            base_model.json, by which it knows its base
     optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the trained
                                             weights in float32, where the model has fewer bits
 
@@ -13,6 +14,7 @@ some sums of backward have no fixed order. A run may go on with another number o
 import hashlib
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from dpo_core.config import TrainConfig
 from dpo_core.models.adapter import put_weights
@@ -63,6 +65,7 @@ class Manifest:
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
     dtype: str | None = None  # that the policy computes in; None: the release that wrote it did not say
+    base: str | None = None  # `adapter.fingerprint` of what the adapter was put on; None: all weights, or as above
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
@@ -138,6 +141,8 @@ def load(
         saved.check_precision(weights)
     if has_adapter(policy):
         _check_adapter(folder, policy)
+    else:
+        _check_config(folder, policy)
     _load_model(folder / "model", policy)
     for name, parameter in weights.stepped.items():
         if saved.has(name, MASTER):
@@ -205,6 +210,32 @@ def _check_adapter(folder: Path, policy: Any) -> None:
         if values[0] != values[1]:
             what = f"{folder} was trained with an adapter whose {key} is {values[0]}, here it is {values[1]}"
             raise ValueError(f"{what}; load the policy with the same Lora.")
+
+
+# What a config says of files, and of how the model is begun, loaded and asked, but not of what it computes.
+_ASIDE = re.compile(
+    r"_name_or_path|architectures|dtype|transformers_version|use_cache|quantization_config|(pad|bos|eos)_token_id"
+    r"|.*(initializer|dropout|pdrop|aux_loss).*|output_router_logits"
+)
+
+
+def _check_config(folder: Path, policy: PreTrainedModel) -> None:
+    """Raises ValueError where the same weights would be of another model than they were."""
+    before, own = (
+        _computed(config.to_dict()) for config in (AutoConfig.from_pretrained(folder / "model"), policy.config)
+    )
+    for key in ("model_type", *sorted(before.keys() | own.keys())):
+        if before.get(key) != own.get(key):
+            what = f"{folder} is of a model whose {key} is {before.get(key)}, here it is {own.get(key)}"
+            raise ValueError(f"{what}; give train the same model.")
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _computed(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not _ASIDE.fullmatch(str(key))
+    }
 
 
 def _load_model(folder: Path, policy: PreTrainedModel) -> None:

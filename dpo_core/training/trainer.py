@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.models.model import check_model, check_policy
+from dpo_core.models.adapter import fingerprint
+from dpo_core.models.model import check_model, check_policy, has_adapter
 from dpo_core.objectives.drift import Drift
 from dpo_core.objectives.losses import Statistics, check_groups
 from dpo_core.objectives.metrics import measure
@@ -156,6 +157,10 @@ class _Run:
         first = list(islice(batches, 1))  # shows what packs will hold
         self.batches = chain(first, batches)
         agree_on_weights(policy)
+        self.base = fingerprint(policy) if has_adapter(policy) else None
+        if manifest and self.base and manifest.base not in (None, self.base):
+            what = f"{resume} is of an adapter on a base with other weights than {policy.name_or_path}"
+            raise ValueError(f"{what}; load the policy from the base of that run.")
         self.scorer = Scorer(policy)
         self.config = fit(config, self.scorer, first[0] if first else ())
         recomputed = self.config.activation_checkpointing == "on"
@@ -240,6 +245,7 @@ class _Run:
             config=asdict(self.config),
             files={},
             dtype=name_of(self.dtype),
+            base=self.base,
         )
 
 

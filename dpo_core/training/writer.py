@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_core.models.adapter import BASE, base_file
 from dpo_core.models.folder import processors_of, save_model, skeleton
 from dpo_core.models.model import agree_on_padding, has_adapter
 from dpo_core.training.checkpoint import MANIFEST, MASTER, STEP, FileDigest, Manifest, sha256_of
@@ -112,15 +113,16 @@ class Writer:
             paths = [partial / f"optimizer-{self._part + 1:05d}-of-{self._num_parts:05d}.safetensors"]
             save_file(state, paths[0])
         if rank() == 0:
-            save_model(self._skeleton, partial / "model", self._tokenizer, self._files, state_dict=model)
+            files = {BASE: base_file(manifest.base)} if manifest.base else self._files
+            save_model(self._skeleton, partial / "model", self._tokenizer, files, state_dict=model)
             if not has_adapter(self._skeleton):  # of a sharded policy transformers writes down the shards' precision
                 self._skeleton.config.dtype = manifest.dtype
                 self._skeleton.config.save_pretrained(partial / "model")
             paths += sorted(path for path in (partial / "model").rglob("*") if path.is_file())
-        files = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, sha256_of(path)) for path in paths}
+        digests = {str(path.relative_to(partial)): FileDigest(path.stat().st_size, sha256_of(path)) for path in paths}
         if paths and rank() > 0:
             self._publish(manifest.step, partial)
-        return files
+        return digests
 
     def _gather(self, write: Callable[[], dict[str, FileDigest]]) -> dict[str, FileDigest]:
         """What all ranks write; on rank 0."""

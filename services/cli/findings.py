@@ -32,6 +32,8 @@ def print_survey(found: FeedbackReport, *, is_refused: bool) -> None:
     _count(duplicates.groups.count, f"that stood before word for word, {duplicates.groups}")
     turned = f"that prefer what an earlier one liked less, {duplicates.contradictions}"
     _count(duplicates.contradictions.count, turned)
+    contrary = f"whose own scores rate the rejected answer higher: are the two exchanged? {found.contrary}"
+    _count(found.contrary.count, contrary)
     if compared := found.num_chosen_longer + found.num_rejected_longer:
         _line(f"  the chosen completion is the longer one in {found.num_chosen_longer / compared:.0%}, in characters")
     if found.ignored_keys:
@@ -59,6 +61,8 @@ def print_tokens(tokens: "Tokens") -> None:
     )
     _count(tokens.unknown.count, f"with characters that the tokenizer does not know, {tokens.unknown}")
     _count(tokens.unended.count, f"with an answer that ends with none of the model's end tokens, {tokens.unended}")
+    for what, lines in sorted(tokens.unread.items()):
+        _count(lines.count, f"with {what}, which the chat template does not read, {lines}")
     if compared := tokens.chosen_longer + tokens.rejected_longer:
         _line(f"  the chosen completion is the longer one in {tokens.chosen_longer / compared:.0%}, in tokens")
     for side, lengths in tokens.lengths.items():

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -157,6 +159,51 @@ def test_a_text_that_is_no_unicode_is_refused() -> None:
     for kind in ("Parquet", "Arrow"):
         with pytest.raises(InvalidRow, match="cannot be read beyond line 0: 'utf-8' codec"):
             list(json_lines(io.BytesIO(packed(pa.table({"prompt": text}), kind))))
+
+
+def test_what_tables_hold_and_json_does_not_is_read_as_it_is_meant() -> None:
+    called = pa.array([[("city", "Paris")]], pa.map_(pa.string(), pa.string()))
+    table = pa.table(
+        {
+            "prompt": pa.array(["é?".encode()]),  # as writers that mark no texts
+            "messages": pa.array([[{"role": b"user", "content": b"Hi"}]]),
+            "score": pa.array([Decimal("9.50")]),
+            "arguments": called,
+            "embedding": pa.array([b"\xff\x00"]),
+            "key": pa.array([b"a\x00"]),
+            "made_at": pa.array([datetime(2026, 11, 30)]),
+        }
+    )
+    (line,) = json_lines(io.BytesIO(packed(table, "Parquet")))
+    assert json.loads(line) == {
+        "prompt": "é?",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "score": 9.5,
+        "arguments": {"city": "Paris"},
+        "embedding": {"bytes": 2},
+        "key": {"bytes": 2},
+        "made_at": "2026-11-30 00:00:00",
+    }
+
+
+TWINS = pa.array([("a", "b")], pa.struct([("role", pa.string()), ("role", pa.string())]))
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (
+            pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], ["prompt", "prompt"]),
+            "two columns are called prompt",
+        ),
+        (pa.table({"messages": pa.ListArray.from_arrays([0, 1], TWINS)}), "two columns are called role"),
+        (pa.table({"m": pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64()))}), "a"),
+    ],
+    ids=["columns", "fields", "keys of a map"],
+)
+def test_what_a_table_says_twice_is_refused(table: pa.Table, reason: str) -> None:
+    with pytest.raises(InvalidRow, match=f"cannot be read beyond line 0: .*{reason}.*; pack it again"):
+        list(json_lines(io.BytesIO(packed(table, "an Arrow stream"))))
 
 
 def test_texts_that_a_table_keeps_as_dictionaries_are_texts() -> None:

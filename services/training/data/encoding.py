@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +19,7 @@ from dpo_core.data.jsonl import InvalidRow, read_lines
 from dpo_core.data.messages import Text
 from dpo_core.encoding.encode import EncodedGroup, UnusableTemplate, encode_groups, prefill
 from dpo_core.encoding.truncation import truncate
+from dpo_core.encoding.unread import unread
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training import policies
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
 NUM_FIRST = 1000  # rows that are searched for a first usable one, which tells the format
 NUM_LAST = 3  # tokens of an answer that may contain its end: some templates write a line feed after it
-RARE = "ʘ東𓀀🫠\u2062"  # a tokenizer that knows these knows all characters, as byte-level ones do
+RARE = "ʘ東𓀀🫠\u2062\n\tAé"  # a tokenizer that keeps these keeps all characters, as byte-level ones do
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
 MOST_PIECES = 20_000  # roughly; pieces of larger files are larger
@@ -328,8 +330,10 @@ def _encode(
             continue
         if isinstance(group.prompt, list) and not _is_asked(encoded, tokenizer):
             tally.mark_unasked(encoded.line)
-        if not all(model.ends.intersection(ids[-NUM_LAST:]) for ids in encoded.completion_ids):
+        if not all(_is_ended(ids, model) for ids in encoded.completion_ids):
             tally.mark_unended(encoded.line)
+        for what in unread(group, tokenizer, today=recipe.today):
+            tally.mark_unread(what, encoded.line)
         is_held_out = _is_held_out(encoded.prompt_ids, recipe.validation_share)
         tally.keep(encoded, cut, held_out=is_held_out)
         (held_out if is_held_out else training).append(cut)
@@ -391,15 +395,30 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 @functools.cache
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer has ids for the character other than that of its unknown token."""
-    ids = tokenizer(character, add_special_tokens=False).input_ids
-    return character.isspace() or (bool(ids) and tokenizer.unk_token_id not in ids)
+    """Whether the ids keep the character: not as the unknown token, a small letter, or a space for a line feed."""
+    ids = tokenizer(f"a{character}b", add_special_tokens=False).input_ids
+    if character.isspace() and character not in "\n\t":
+        return True
+    kept = unicodedata.normalize("NFKD", tokenizer.decode(ids))
+    return tokenizer.unk_token_id not in ids and unicodedata.normalize("NFKD", character) in kept
 
 
 def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the group's prompt ends with the words with which the template begins every answer."""
     words = prefill(tokenizer).strip()
     return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
+
+
+def _is_ended(ids: Sequence[int], model: "Model") -> bool:
+    """Whether an end token stands at its end, with nothing but spaces behind it."""
+    last = ids[-NUM_LAST:]
+    behind = next((i for i, number in enumerate(reversed(last)) if number in model.ends), None)
+    return behind is not None and _is_blank(tuple(last[len(last) - behind :]), model.tokenizer)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_blank(ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return not ids or not tokenizer.decode(ids).strip()
 
 
 def _words(text: Text) -> str:

@@ -55,6 +55,7 @@ class EncodingReport(Contract):
     unasked: Lines = Lines()  # groups whose prompt lacks the words with which the template begins every answer
     unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
     unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
+    unread: dict[str, Lines] = Field(default_factory=dict)  # groups with what the template does not read, by its name
     lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before cuts
     chosen_longer: int = 0
     rejected_longer: int = 0
@@ -82,6 +83,7 @@ def _add(a: EncodingReport, b: EncodingReport) -> EncodingReport:
         unasked=_add_lines(a.unasked, b.unasked),
         unknown=_add_lines(a.unknown, b.unknown),
         unended=_add_lines(a.unended, b.unended),
+        unread={key: _add_lines(a.unread.get(key), b.unread.get(key)) for key in a.unread | b.unread},
         lengths={key: _add_lengths(a.lengths.get(key), b.lengths.get(key)) for key in a.lengths | b.lengths},
         shortest_too_long=min(shortest, default=None),
     )
@@ -114,6 +116,7 @@ class Tally:
         self._unasked: list[int] = []
         self._unknown: list[int] = []
         self._unended: list[int] = []
+        self._unread: dict[str, list[int]] = {}
         self._truncated: dict[str, list[int]] = {}
         self._margins: list[int] = []
         self._lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
@@ -139,6 +142,10 @@ class Tally:
     def mark_unended(self, line: int) -> None:
         """Counts a group with a completion that ends with none of the model's end tokens."""
         self._unended.append(line)
+
+    def mark_unread(self, what: str, line: int) -> None:
+        """A group that says something to the chat template which it does not read."""
+        self._unread.setdefault(what, []).append(line)
 
     def see(self, group: EncodedGroup) -> None:
         """Counts the lengths of an encoded group, before it is cut."""
@@ -183,6 +190,7 @@ class Tally:
             unasked=_named(self._unasked),
             unknown=_named(self._unknown),
             unended=_named(self._unended),
+            unread={what: _named(lines) for what, lines in self._unread.items()},
             lengths={side: _distribution(lengths) for side, lengths in self._lengths.items() if lengths},
             shortest_too_long=min(self._too_long, default=None),
         )
@@ -267,6 +275,10 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
             report.unended,
             "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop",
             "; use a template that ends answers",
+        ),
+        *(
+            (lines, f"have {what}, which the chat template does not read", "; use one that does, or change the rows")
+            for what, lines in sorted(report.unread.items())
         ),
     )
     return [

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -322,6 +323,7 @@ def arguments(given: object) -> dict[str, object]:
         (arguments('"here"'), "/0/function/arguments", "wrong_type"),
         (arguments([1]), "/0/function/arguments", "wrong_type"),
         (arguments('{"where": [0, NaN]}'), "/0/function/arguments", "invalid_number"),
+        (arguments('{"where": {"x": 1e999}}'), "/0/function/arguments", "invalid_number"),
         (arguments('{"where": [0, Infinity]}'), "/0/function/arguments/where/1", "invalid_number"),
         (arguments('{"where": 1, "where": 2}'), "/0/function/arguments/where", "duplicate_key"),
         (arguments('{"where": "a\\u0000b"}'), "/0/function/arguments/where", "invalid_text"),
@@ -343,6 +345,7 @@ def described(**changes: object) -> list[object]:
 @pytest.mark.parametrize(
     ("tools", "pointer", "code"),
     [
+        (described(parameters={"properties": {"n": {"default": math.nan}}}), "/1/function", "invalid_number"),
         (
             described(parameters={"type": "object", "properties": {"at": {"type": "string"}, "what": None}}),
             "/1/function/parameters/properties/what",

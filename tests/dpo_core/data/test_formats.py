@@ -442,6 +442,19 @@ def test_rows_with_a_column_of_system_prompts_are_of_one_form():
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "context": "Fruit is red."}, "/context", "unread_column"),
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "history": [["Hi", "Hello"]]}, "/history", "unread_column"),
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "label": True}, "/label", "unread_column"),
+        *(
+            ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, key: value}, f"/{key}", "unread_column")
+            for key, value in {
+                "sample_weight": 0.5,
+                "loss_weight": 2,
+                "chosen_thoughts": "So.",
+                "reasoning_rejected": "So.",
+                "instructions": "Answer in rhyme.",
+                "retrieved_docs": ["Fruit is red."],
+                "prefill": "Well,",
+            }.items()
+        ),
+        ({"messages": [*PROMPT, *PAIR[0]], "loss_mask": [0, 1]}, "/loss_mask", "unread_column"),
         ({**HH, "system": "x", "system_prompt": "y"}, "/system_prompt", "duplicate_key"),
         (
             {"prompt": [SYSTEM, *PROMPT], "chosen": PAIR[0], "rejected": PAIR[1], "system": "y"},
@@ -450,6 +463,16 @@ def test_rows_with_a_column_of_system_prompts_are_of_one_form():
         ),
         ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "chat_template_kwargs": {"a": 1}}, None, "unsupported"),
         ({**KTO, "chat_template_kwargs": {"tokenize": True}}, "/chat_template_kwargs/tokenize", "unknown_key"),
+        *(
+            ({**KTO, "chat_template_kwargs": {key: "</s>"}}, f"/chat_template_kwargs/{key}", "unknown_key")
+            for key in ("eos_token", "bos_token", "strftime_now", "max_length", "return_dict", "conversations")
+        ),
+        *(
+            ({**KTO, "chat_template_kwargs": {"thinks": text}}, "/chat_template_kwargs/thinks", "wrong_type")
+            for text in ("false", "False", "true", "TRUE")
+        ),
+        ({**KTO, "chat_template_kwargs": {"at": [math.nan]}}, "/chat_template_kwargs", "invalid_number"),
+        ({**KTO, "chat_template_kwargs": '{"at": 1e999}'}, "/chat_template_kwargs", "invalid_number"),
         ({**KTO, "chat_template_kwargs": "x"}, "/chat_template_kwargs", "invalid_json"),
         ({**PUBLISHED["Chatbot Arena"][0], "winner": "me"}, "/winner", "unknown_choice"),
         ({**PUBLISHED["PKU-SafeRLHF"][0], "better_response_id": True}, "/better_response_id", "unknown_choice"),
@@ -460,6 +483,54 @@ def test_a_column_that_says_something_is_refused_by_name_where_nothing_reads_it(
         list(read_groups(lines(row)))
     assert caught.value.code == code
     assert caught.value.pointer == (pointer or "/chat_template_kwargs")
+
+
+NAMING = {"prompt": ASK, "response_a": GOOD, "response_b": BAD}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**NAMING, "chosen": "A", "rejected": "B"},
+        {**NAMING, "chosen": "response_b", "rejected": "response_a"},
+        {
+            **NAMING,
+            "chosen": [{"role": "assistant", "content": "A"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+        },
+        {"prompt": ASK, "1": GOOD, "2": BAD, "chosen": "1", "rejected": "2"},
+        {"prompt": ASK, "responses": [GOOD, BAD], "chosen": "0", "rejected": "1"},
+        {"prompt": ASK, "Answer 1": GOOD, "Answer 2": BAD, "completions": ["1", "2"], "ranks": [2, 1]},
+    ],
+    ids=["letters", "names", "messages", "numbers", "places in a list", "a ranking"],
+)
+def test_answers_that_only_name_columns_are_refused(row):
+    with pytest.raises(InvalidRow, match="are what the answers name, and nothing reads them") as caught:
+        list(read_groups(lines(row)))
+    assert caught.value.code == "unread_column"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            **NAMING,
+            "prompt": f"A: {GOOD}\nB: {BAD}",
+            "chosen": "A",
+            "rejected": "B",
+        },  # a choice, and the letter is meant
+        {"prompt": ASK, "chosen": "A", "rejected": "B", "score_a": 1, "score_b": 2},
+        {**NAMING, "chosen": GOOD, "rejected": BAD},
+        {"prompt": ASK, "chosen": "4", "rejected": "5", "num_responses": 9, "tags": ["sums", "short"]},
+        {"prompt": ASK, "chosen": "4", "rejected": "5", "choices": ["4", "5", "6"]},
+        {"prompt": ASK, "chosen": "4", "rejected": "5", "choices": [4, 5, 6]},
+        {"prompt": f"1: {GOOD}, 2: {BAD}", "choices": [GOOD, BAD], "chosen": "1", "rejected": "2"},
+    ],
+    ids=["a choice", "scores", "the answers", "tags", "texts of numbers", "numbers", "a choice by number"],
+)
+def test_short_answers_beside_columns_of_other_meaning_are_read(row):
+    (group,) = read_groups(lines(row))
+    assert group.completions == (row["chosen"], row["rejected"])
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], {}, math.nan])

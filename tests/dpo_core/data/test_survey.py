@@ -100,6 +100,21 @@ def test_the_report_agrees_with_the_reader():
     assert report.duplicates.prompts.count == 200 - len({row["prompt"] for row in rows})
 
 
+def test_pairs_whose_own_scores_say_the_opposite_are_counted():
+    pairs = [
+        {**PAIR, "score_chosen": 3, "score_rejected": 9},
+        {**PAIR, "score_chosen": 9, "score_rejected": 3.5},
+        {**PAIR, "rejected_rating": 5.0, "chosen_rating": 4},
+        {**PAIR, "score_chosen": 3, "score_rejected": 3},
+        {**PAIR, "score_chosen": "3", "score_rejected": 9},
+        {**PAIR, "score_chosen": 3},
+        {**PAIR, "chosen_score": 3, "rejected_score": 9, "chosen_rating": 9, "rejected_rating": 3},
+    ]
+    assert survey(lines(*pairs)).contrary == Named(2, (1, 3))
+    of_messages = {"question": "Sky?", "chosen": "Blue.", "rejected": "Green.", "RewardChosen": 1, "RewardRejected": 2}
+    assert survey(lines(of_messages)).contrary == Named(1, (1,))
+
+
 def test_long_ignored_keys_are_shortened():
     (key,) = survey(lines({**PAIR, "k" * 10**6: 1})).ignored_keys
     assert key == "k" * 100

@@ -5,6 +5,7 @@ The templates are written by hand after what published ones do.
 
 import json
 import re
+from dataclasses import replace
 from datetime import date, timedelta
 from functools import reduce
 from typing import Any
@@ -21,6 +22,7 @@ from dpo_core.data.jsonl import InvalidRow
 from dpo_core.data.messages import Message, Text
 from dpo_core.encoding import encode
 from dpo_core.encoding.encode import EncodedGroup, encode_group, encode_groups, prefill
+from dpo_core.encoding.unread import unread
 from tests.dpo_core.data.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 
 EACH = "{% for m in messages %}"
@@ -101,6 +103,13 @@ TEMPLATES = {
     "writes tools into the first question": EACH
     + "<|{{ m.role }}|>{% if loop.first and tools %}{{ tools | tojson }}\n{% endif %}{{ m.content }}"
     + "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    + ENDS
+    + ASKS,
+    "writes the names of tools": "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}" + PLAIN,
+    "writes texts of calls": EACH
+    + "<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }}"
+    + "{% for key, value in call.function.arguments.items() %} {{ key }}{{ value if value is string }}{% endfor %}]"
+    + "{% endfor %}"
     + ENDS
     + ASKS,
     "writes the names of calls": "{{ tools | tojson if tools else '' }}"
@@ -191,8 +200,12 @@ PAIRED = Group([QUESTION], (CHOSEN, REJECTED), 7)
 WITH_SYSTEM = Group([SYSTEM, QUESTION], (CHOSEN, REJECTED), 7)
 FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"city": "Zürich", "near": ['a "b"']}}}
+DESCRIBED = {"type": "function", "function": {"name": "find", "description": 'Finds "x".'}}
+WITH_CITY = {"type": "function", "function": {"name": "find", "parameters": {"properties": {"city": {}}}}}
 WITH_TOOLS = Group([QUESTION], (CHOSEN, REJECTED), 7, tools=[FIND])
 CALLING = Group([QUESTION], ([{**assistant(""), "tool_calls": [CALL]}], REJECTED), 7, tools=[FIND])
+COUNT = {"type": "function", "function": {"name": "find", "arguments": {"n": 573}}}
+CALLING_WITH_NUMBER = Group([QUESTION], ([{**assistant(""), "tool_calls": [COUNT]}], REJECTED), 7)
 AGAIN = [user("jumps"), assistant("jumps"), user("jumps")]
 MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTED), 7)
 
@@ -238,7 +251,16 @@ MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTE
             "template_drops_text",
             "message 1 of the prompt, by user: 'dog'",
         ),
-        ("plain", WITH_TOOLS, "template_drops_tools", "leaves out the tool 'find'; use one that writes tools"),
+        ("plain", WITH_TOOLS, "template_drops_tools", "the tool 'find', or a part of it; use one that writes tools"),
+        (
+            "plain",
+            replace(WITH_TOOLS, prompt=[user("find the fox")]),
+            "template_drops_tools",
+            "leaves out the tool 'find'",
+        ),
+        ("writes the names of tools", replace(WITH_TOOLS, tools=[DESCRIBED]), "template_drops_tools", "a part of it"),
+        ("writes the names of tools", replace(WITH_TOOLS, tools=[WITH_CITY]), "template_drops_tools", "a part of it"),
+        ("writes texts of calls", CALLING_WITH_NUMBER, "template_drops_calls", "tool calls out, or a part of them"),
         ("writes the names of calls", CALLING, "template_drops_calls", "tool calls out, or a part of them"),
         (
             "takes one system prompt",
@@ -379,6 +401,75 @@ def test_arguments_of_a_row_are_given_to_the_template(templated, tokenizer):
     )
     group = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"thinks": True})
     assert seen(group, own)[0].endswith("<|assistant|>")
+
+
+WRITES_NAMES = EACH + "<|{{ m.role }}|>{{ m.name + ': ' if m.name else '' }}{{ m.content }}" + ENDS + ASKS
+NAMED = Group([user("fox?") | {"name": "Ann"}], (CHOSEN, REJECTED), 7)
+ANSWERED_BY_NAME = Group([QUESTION], ([assistant("4", name="Bob")], REJECTED), 7)
+CALLED = [{**assistant(""), "tool_calls": [CALL]}, {"role": "tool", "content": "dog", "name": "find"}]
+ASKED_TWICE = [{**CALL, "id": "a"}, {**CALL, "id": "b"}]
+
+
+def answers(*ids: str) -> Group:
+    """Two calls, and the results in this order."""
+    results = [{"role": "tool", "content": f"dog {id}", "tool_call_id": id} for id in ids]
+    return Group([QUESTION, {**assistant(""), "tool_calls": ASKED_TWICE}, *results], (CHOSEN, REJECTED), 7)
+
+
+THINKING = {"enable_thinking": False, "reasoning_effort": "low"}
+
+
+@pytest.mark.parametrize(
+    ("template", "group", "found"),
+    [
+        (PLAIN, PAIRED, []),
+        (PLAIN, NAMED, ["messages/name"]),
+        (PLAIN, ANSWERED_BY_NAME, ["messages/name"]),
+        (WRITES_NAMES, NAMED, []),
+        (WRITES_NAMES, ANSWERED_BY_NAME, []),
+        (WRITES_NAMES.replace("if m.name", "if m.name and m.role == 'user'"), ANSWERED_BY_NAME, ["messages/name"]),
+        (WRITES_NAMES.replace("if m.name", "if m.role == 'user'"), NAMED, []),  # it wants one
+        (PLAIN, Group([QUESTION, *CALLED], (CHOSEN, REJECTED), 7), []),
+        (PLAIN, answers("a", "b"), []),
+        (PLAIN, answers("b", "a"), ["messages/tool_call_id"]),
+        (PLAIN.replace("m.content }}", "m.content }}{{ m.tool_call_id }}"), answers("b", "a"), []),
+        (
+            PLAIN,
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/enable_thinking", "chat_template_kwargs/reasoning_effort"],
+        ),
+        (
+            PLAIN + "{% if enable_thinking is defined and enable_thinking is true %}<think>{% endif %}",
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/reasoning_effort"],
+        ),
+        (  # the name is read, but of a message, and it is in a comment
+            PLAIN.replace("m.content }}", "m.content }}{{ m.enable_thinking }}{# reasoning_effort #}"),
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/enable_thinking", "chat_template_kwargs/reasoning_effort"],
+        ),
+        (
+            "{% if reasoning_effort is not defined %}{% set reasoning_effort = 'high' %}{% endif %}"
+            + "{{ reasoning_effort }}"
+            + TEMPLATES["marks what is generated"],
+            Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments=THINKING),
+            ["chat_template_kwargs/enable_thinking"],
+        ),
+        (PLAIN, Group("fox?", (" dog", " fox"), 7), []),
+    ],
+)
+def test_what_the_template_does_not_read_is_known(tokenizer, template, group, found):
+    own = _fresh(tokenizer)
+    own.chat_template = template
+    assert list(unread(group, own)) == found
+
+
+def test_what_one_of_several_templates_reads_is_known(tokenizer):
+    own = _fresh(tokenizer)
+    own.chat_template = {"default": PLAIN, "tool_use": PLAIN + "{{ xml_tools }}"}
+    asked = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"xml_tools": True})
+    assert list(unread(asked, own)) == ["chat_template_kwargs/xml_tools"]
+    assert list(unread(replace(asked, tools=[FIND]), own)) == []
 
 
 def test_a_template_that_writes_the_date_writes_one_day_beyond_midnight(tokenizer, monkeypatch):

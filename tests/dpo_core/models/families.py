@@ -288,6 +288,9 @@ completion has its own copy, in padded batches. *one at a time*: each completion
 mask alone, or positions that stretch with the text end the sharing. **Adapter** names the linear layers, or stacked
 weights of experts, that `Lora()` adapts by default.
 
+Experts are trained by the objective alone: a router's load-balancing loss is not added, whatever `router_aux_loss_coef`
+is. TRL adds it. A model whose config has `output_router_logits` is told so in a warning when it is loaded.
+
 | Family | Prompts | Why | Adapter |
 |---|---|---|---|
 """

@@ -1,5 +1,6 @@
 """Low-rank adapters: the base is the reference, and stays as it is."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.models.adapter import BASE, fingerprint
 from dpo_core.models.model import load_policy, load_reward_model, merge_adapter
 from dpo_core.options import InvalidOption
 from dpo_core.policy.scorer import score_reference
@@ -258,10 +260,80 @@ def test_an_adapter_is_merged_into_no_base_but_its_own(other, reason, base, make
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
+@pytest.fixture
+def other_weights(base, make_policy):
+    """Puts a model of the same sizes in the place of the base."""
+    return lambda: make_policy(seed=1, tie_word_embeddings=True).save_pretrained(base)
+
+
+def test_an_adapter_is_not_resumed_on_a_base_of_the_same_sizes(base, other_weights, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=2))
+    other_weights()
+    with pytest.raises(
+        ValueError, match=f"step-000002 is of an adapter on a base with other weights than {base}; load"
+    ):
+        train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2), resume=tmp_path / "run" / "step-000002")
+
+
+def test_an_adapter_is_neither_merged_into_nor_put_on_a_base_of_the_same_sizes(
+    base, other_weights, tokenizer, pairs, tmp_path
+):
+    train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=2))
+    other_weights()
+    adapter = tmp_path / "run" / "step-000004" / "model"
+    with pytest.raises(ValueError, match=rf"{adapter} is not an adapter of {base}: .* put that one back"):
+        merge_adapter(adapter, tmp_path / "merged")
+    with pytest.raises(ValueError, match=rf"{adapter} is not an adapter of {base}: .* put that one back"):
+        load_policy(base, adapter=adapter)
+    (adapter / BASE).unlink()  # as of adapters from elsewhere
+    load_policy(base, adapter=adapter)
+    merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_a_checkpoint_that_does_not_name_its_base_is_resumed(base, other_weights, tokenizer, pairs, tmp_path):
+    train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2))
+    manifest = tmp_path / "step-000002" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    assert len(told.pop("base")) == 64
+    manifest.write_text(json.dumps(told))
+    other_weights()
+    _, steps = train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2), resume=tmp_path / "step-000002")
+    assert [step.step for step in steps] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**SIZES), MIXTRAL, FALCON_H1, LLAMA4], ids=lambda config: config.model_type
+)
+def test_a_base_is_known_in_any_precision_with_an_adapter_and_without(config, tokenizer, tmp_path):
+    policy, _ = adapted(config, tokenizer, tmp_path, Lora(r=2, use_dora=config.model_type == "llama"))
+    known = fingerprint(load_policy(tmp_path).requires_grad_(False))
+    assert fingerprint(policy) == known
+    assert fingerprint(load_policy(tmp_path, adapter=Lora(r=2), dtype=torch.bfloat16)) == known
+    name, weight = next((n, p) for n, p in policy.named_parameters() if "q_proj" in n and not p.requires_grad)
+    weight.data *= 1.1
+    assert fingerprint(policy) != known, name
+
+
+def test_a_base_is_known_under_the_adapter_of_a_reward_model_whose_head_is_new(base):
+    seen = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        seen.add(fingerprint(load_reward_model(base, adapter=Lora(r=2))))
+    assert len(seen) == 1
+
+
 def test_an_adapter_whose_base_is_gone_is_refused_by_its_name(base, tmp_path):
     load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
     base.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=f"adapter is of the base {base}, which is not there; put it back"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_an_adapter_of_one_revision_of_its_base_is_not_merged_into_another(base, tmp_path):
+    load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "abc"}))
+    with pytest.raises(ValueError, match=f"adapter is of the revision abc of {base}; load that into a folder"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 

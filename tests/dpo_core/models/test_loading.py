@@ -7,11 +7,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy, load_reward_model
 from dpo_core.training.trainer import train
+from tests.dpo_core import conftest
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1, max_length=64)
 
@@ -78,6 +79,10 @@ DISAGREEING = {
     "a number that is none": (
         lambda folder: rewrite(folder, lambda weights: weights["model.norm.weight"][3:4].fill_(torch.nan)),
         r"model\.norm\.weight of \S+base holds numbers that are not finite; use an earlier checkpoint",
+    ),
+    "weights of two models": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}'),
+        r"base holds model.safetensors and model.safetensors.index.json, the weights of two models; remove one of them",
     ),
     "a file that is cut": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
@@ -181,3 +186,11 @@ def test_weights_in_float16_are_trained_in_float32(make_policy, folder):
     policy = load_policy(folder)
     assert policy.dtype == torch.float32
     assert torch.equal(policy.lm_head.weight, half.lm_head.weight.float())
+
+
+def test_a_model_that_asks_for_balanced_experts_is_told_that_none_are_balanced(tmp_path, caplog):
+    for asks in (False, True):
+        config = MixtralConfig(**conftest.SIZES, num_local_experts=2, output_router_logits=asks)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        load_policy(tmp_path)
+        assert ("asks for the loss that balances experts (output_router_logits)" in caplog.text) == asks

@@ -9,11 +9,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
+    CohereConfig,
     FalconH1Config,
+    GraniteConfig,
     HyperCLOVAXConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     MiniCPM3Config,
     Ministral3Config,
+    MptConfig,
+    MuseGlimmerConfig,
+    MuseGlimmerForConditionalGeneration,
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -87,6 +93,8 @@ def test_a_scale_that_grows_with_the_position_is_shared(plain_token_logps):
 @pytest.mark.parametrize(
     "config",
     [
+        CohereConfig(**SIZES, logit_scale=0.25),
+        GraniteConfig(**SIZES, logits_scaling=4.0),
         HyperCLOVAXConfig(**SIZES, logits_scaling=0.25),
         MiniCPM3Config(**SIZES | {"num_key_value_heads": 4}, dim_model_base=8, q_lora_rank=16, kv_lora_rank=16),
     ],
@@ -94,6 +102,28 @@ def test_a_scale_that_grows_with_the_position_is_shared(plain_token_logps):
 )
 def test_scales_of_logits_are_read_under_every_name(config, plain_token_logps):
     assert assert_agrees(build(config), plain_token_logps).shares_prompts
+
+
+def test_a_scale_before_a_cap_is_read_in_a_multimodal_model(plain_token_logps):
+    layers = {"layer_types": ["full_attention"]}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2} | layers
+    text = SIZES | {"num_hidden_layers": 1, "output_multiplier": 0.25, "final_logit_softcapping": 5.0} | layers
+    torch.manual_seed(0)
+    policy = MuseGlimmerForConditionalGeneration(MuseGlimmerConfig(text_config=text, vision_config=vision)).eval()
+    assert assert_agrees(policy, plain_token_logps).shares_prompts
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, logits_scaling=4.0),
+        LlamaConfig(**SIZES, logit_scale=0.5, final_logit_softcapping=3.0),
+        MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=conftest.VOCABULARY, logit_scale="inv_sqrt_d_model"),
+    ],
+    ids=["divides", "multiplies and caps", "a word"],
+)
+def test_what_a_config_says_of_logits_and_its_class_does_not_read_changes_nothing(config, plain_token_logps):
+    assert assert_agrees(build(config), plain_token_logps).takes_batches
 
 
 def test_the_scale_of_a_model_with_a_state_is_read_too(plain_token_logps):
@@ -144,6 +174,12 @@ def test_a_model_without_a_miniature_shares_nothing_and_agrees(make_policy, plai
     assert not scorer.shares_prompts
     assert scorer.takes_batches
     assert "no miniature, TypeError: there is one of me" in caplog.text
+
+
+def test_a_model_without_a_miniature_is_not_believed_in_half_precision(make_policy, monkeypatch):
+    monkeypatch.setattr(Oddity, "made", 0)
+    scorer = Scorer(Oddity(make_policy().config).eval().bfloat16())
+    assert scorer.manner.no_batches == "torch.bfloat16 hides small differences"
 
 
 def test_a_model_that_sees_what_it_is_to_predict_is_refused():

@@ -13,6 +13,7 @@ from threading import Event
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy
@@ -29,6 +30,7 @@ from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import train
 from dpo_core.training.weights import Weights
 from dpo_core.training.writer import Writer
+from tests.dpo_core.conftest import SIZES
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
 OPTIMIZER = "optimizer-00001-of-00001.safetensors"
@@ -126,6 +128,32 @@ def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer,
     adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
     with pytest.raises(ValueError, match="is of other weights than are trained here"):
         run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "difference"),
+    [
+        (MistralForCausalLM, MistralConfig(**SIZES), "model_type is llama, here it is mistral"),
+        (LlamaForCausalLM, LlamaConfig(**SIZES, rms_norm_eps=0.1), "rms_norm_eps is 1e-06, here it is 0.1"),
+        (
+            LlamaForCausalLM,
+            LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+            "rope_parameters is .*10000.*, here it is .*500000",
+        ),
+    ],
+    ids=["another architecture", "other norms", "other positions"],
+)
+def test_the_same_weights_are_not_resumed_as_another_model(kind, other, difference, checkpoint, tokenizer, pairs):
+    policy = kind(other).eval()
+    before = {name: weight.clone() for name, weight in policy.named_parameters()}
+    with pytest.raises(ValueError, match=f"step-000001 is of a model whose {difference}.*; give train the same model"):
+        run(CONFIG, policy, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
+
+
+def test_what_a_config_says_of_other_things_may_change(checkpoint, make_policy, tokenizer, pairs):
+    policy = make_policy(attention_dropout=0.1, initializer_range=0.5, use_cache=False, pad_token_id=3)
+    assert [step.step for step in run(CONFIG, policy, tokenizer, pairs, checkpoint.parent, resume=checkpoint)] == [2, 3]
 
 
 def test_resuming_with_a_model_of_other_sizes_is_refused_before_a_weight_is_changed(

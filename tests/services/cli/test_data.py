@@ -41,9 +41,10 @@ def check(*arguments):
 
 
 def test_a_good_file_is_told_without_a_service(write):
-    found = check(write(*PAIRS, PAIRS[0]))
+    found = check(write(*PAIRS, {**PAIRS[0], "chosen_score": 1, "rejected_score": 2}))
     assert found.exit_code == 0, found.output
     assert "conversations: 21 rows, 21 pairs" in found.stdout
+    assert "1 whose own scores rate the rejected answer higher: are the two exchanged? line 21" in found.stdout
     assert "1 that stood before word for word, line 21" in found.stdout
     assert "the chosen completion is the longer one in 0%" in found.stdout
 
@@ -75,6 +76,14 @@ def test_the_report_is_json_on_demand(write, model, form):
     assert report["survey"]["num_rows"] == report["tokens"]["num_kept"] == 20
     assert len(report["preview"]) == 10
     assert list(json.loads(check(file, "--json").stdout)) == ["survey"]
+
+
+def test_what_the_template_does_not_read_is_told(write, model):
+    file = write(*PAIRS, {**PAIRS[0], "prompt": [{"role": "user", "content": "Well?", "name": "Ann"}]})
+    found = check(file, "--model", model).stdout
+    assert "1 with messages/name, which the chat template does not read, line 21" in found
+    tokens = json.loads(check(file, "--json", "--model", model).stdout)["tokens"]
+    assert tokens["unread"] == {"messages/name": {"count": 1, "first": [21]}}
 
 
 def test_rows_that_cannot_be_used_may_be_left_out_up_to_a_share(write, model):

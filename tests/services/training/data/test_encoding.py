@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, normalizers
 
 from dpo_core.config import TrainConfig
 from dpo_core.data.feedback import read_groups
@@ -285,11 +286,14 @@ def test_pairs_that_are_the_same_once_they_are_cut_are_left_out(make_spec: MakeS
     assert Message(level="warn", message=said) in reports
 
 
-def test_answers_that_nothing_ends_are_told(make_spec: MakeSpec, run: Any, model_source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["'....'", "eos_token + '#'"])
+def test_answers_that_nothing_ends_are_told(
+    end: str, make_spec: MakeSpec, run: Any, model_source: str, tmp_path: Path
+) -> None:
     endless = tmp_path / "endless"
     shutil.copytree(model_source, endless)
     template = endless / "chat_template.jinja"
-    template.write_text(template.read_text().replace("eos_token", "'....'"))
+    template.write_text(template.read_text().replace("eos_token", end))
     assert not [report for report in run(make_spec())[1] if "end tokens" in getattr(report, "message", "")]
     reports = run(make_spec(model_source=str(endless)))[1]
     said = (
@@ -297,6 +301,27 @@ def test_answers_that_nothing_ends_are_told(make_spec: MakeSpec, run: Any, model
         "to stop (line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 14 more); use a template that ends answers."
     )
     assert reports[-1] == Message(level="warn", message=said)
+
+
+def test_what_the_template_does_not_read_is_told(make_spec: MakeSpec, run: Any, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Tell {n}.", **({"name": "Ann"} if n % 2 else {})}],
+            "chosen": [{"role": "assistant", "content": "Yes."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "chat_template_kwargs": {"enable_thinking": False} if n == 2 else None,
+        }
+        for n in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    groups, reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))
+    assert len(groups) == 4
+    assert [report.message for report in reports if getattr(report, "level", "") == "warn"] == [
+        "1 of 4 pairs have chat_template_kwargs/enable_thinking, which the chat template does not read (line 3); use "
+        "one that does, or change the rows.",
+        "2 of 4 pairs have messages/name, which the chat template does not read (line 2, 4); use one that does, or "
+        "change the rows.",
+    ]
 
 
 def test_margins_are_refused_by_line_where_the_objective_takes_none(
@@ -369,6 +394,32 @@ def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
         "2 of 4 pairs have characters that the tokenizer does not know, so that the model never sees them (line 2, 4)"
     )
     assert any(isinstance(report, Message) and report.message.startswith(warning) for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "lost"),
+    [
+        (normalizers.Lowercase(), "Is it"),
+        (normalizers.Replace(Regex(r"\s+"), " "), "one\ntwo"),
+        (normalizers.Replace("\t", " "), "one\ttwo"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "é"),
+    ],
+    ids=["capitals", "lines", "tabs", "accents"],
+)
+def test_rows_with_what_the_tokenizer_does_not_keep_are_named(
+    normalizer: Any, lost: str, make_spec: MakeSpec, run: Any, tmp_path: Path
+) -> None:
+    changing = build_tokenizer()
+    changing.backend_tokenizer.normalizer = normalizer
+    shutil.copytree(make_spec().model_source, tmp_path / "model")
+    changing.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{text}?", "chosen": f"yes {text}", "rejected": "no"} for text in ("is  e\u0301ß ﬁ", lost)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = make_spec(training_uri=str(tmp_path / "rows.jsonl"), model_source=str(tmp_path / "model"))
+    told = [report.message for report in run(spec)[1] if "never sees" in getattr(report, "message", "")]
+    first = "line 1, 2" if lost == "é" else "line 2"
+    assert len(told) == 1
+    assert f"({first})" in told[0]
 
 
 def test_rows_without_the_thoughts_that_the_template_asks_for_are_named(
