@@ -28,6 +28,7 @@ from services.control_plane.jobs import jobs, weights
 from services.control_plane.jobs.lookups import Lookups
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
+from services.control_plane.jobs.weights import Combination
 from services.control_plane.models import models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
@@ -51,8 +52,8 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, spec.model)
-        weights.check_start(spec, model)
         reference = await _reference(session, spec, model, settings)
+        weights.check(Combination(spec, asked, model, reference))
         decided = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
         checked = await _check_files(session, decided)
         await quotas.admit_job(session)
@@ -63,11 +64,12 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
+    """The reference of the job. None: its objective has none."""
+    if not spec.config.objective.traits.needs_reference:
+        return None
     if spec.reference_model is None:
-        return start if spec.config.objective.traits.needs_reference else None
-    reference = await models.find(session, settings, spec.reference_model, param="x_raydpo.reference.model")
-    weights.check_reference(spec, reference)
-    return reference
+        return start
+    return await models.find(session, settings, spec.reference_model, param="x_raydpo.reference.model")
 
 
 async def _check_files(session: AsyncSession, spec: JobSpec) -> JobSpec:

@@ -201,6 +201,7 @@ def _adapter(given: object) -> Lora | Literal["none", "auto"]:
     if (kind := options.pop("type", "lora")) != "lora":
         message = f"{where}.type is {kind!r:.80}; it must be 'lora', or send {where} = 'none' to train all weights."
         raise InvalidRequest(message, param=f"{where}.type", code="unsupported_value")
+    refuse_unknown(options, {field.name for field in fields(Lora)}, where)
     return parse(Lora, options, where)
 
 
