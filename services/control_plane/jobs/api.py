@@ -24,7 +24,7 @@ from services.control_plane.http.dependencies import (
     StorePart,
 )
 from services.control_plane.http.idempotency import Once
-from services.control_plane.jobs import jobs, weights
+from services.control_plane.jobs import checkpoints, jobs, weights
 from services.control_plane.jobs.lookups import Lookups
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
@@ -50,7 +50,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
         await files.check_uri(spec.training_file, settings)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
-        model = await models.find(session, settings, spec.model)
+        model = await models.find(session, settings, spec.model, hold=True)
         weights.check_start(spec, model)
         reference = await _reference(session, spec, model, settings)
         decided = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
@@ -65,7 +65,8 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
     if spec.reference_model is None:
         return start if spec.config.objective.traits.needs_reference else None
-    reference = await models.find(session, settings, spec.reference_model, param="x_raydpo.reference.model")
+    param = "x_raydpo.reference.model"
+    reference = await models.find(session, settings, spec.reference_model, param=param, hold=True)
     weights.check_reference(spec, reference)
     return reference
 
@@ -170,10 +171,12 @@ async def events(store: StorePart, job_id: str, after: str | None = None, limit:
 
 
 @router.get("/{job_id}/checkpoints")
-async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
+async def list_checkpoints(
+    store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10
+) -> dict[str, Any]:
     """Newest first."""
     async with store.look() as session:
         await jobs.find(session, job_id)
-        query = select(Checkpoint).where(Checkpoint.job_id == job_id)
+        query = checkpoints.offered(job_id)
         rows, more = await page(session, query, [Checkpoint.step], cursor=Checkpoint.id, after=after, limit=limit)
     return listing([checkpoint_object(row) for row in rows], more)

@@ -4,6 +4,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from dpo_core.options import LOSS
 from services.contract import Integrations, Reading, Weights
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
@@ -64,11 +65,24 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
             "priority": row.priority,
             "waits_for": row.waits_for,
             "validation_share": row.spec.get("validation_share") or None,
+            **_selection(row),
             **reading_fields(Reading.model_validate(row.spec)),
             "tensorboard": integrations.tensorboard,
             "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
             "progress": _progress(row),
         },
+    }
+
+
+def _selection(row: Job) -> dict[str, Any]:
+    """Which checkpoints stay, which one becomes the policy, and by what. The oldest jobs kept all, and the last."""
+    spec, config = row.spec, row.spec["config"]
+    validates = spec.get("validation_file") or spec.get("validation_share")
+    return {
+        "keep_checkpoints": spec.get("keep_checkpoints", "all"),
+        "best_metric": config.get("best_metric", LOSS) if validates else None,
+        "early_stop": config.get("early_stop"),
+        "policy": spec.get("policy", "last"),
     }
 
 
