@@ -27,6 +27,8 @@ async def drop_old(session: AsyncSession, job: Job) -> None:
     rows = {row.step: row for row in await session.scalars(offered(job.id))}
     found = selection.evaluations(((step, row.metrics) for step, row in rows.items()), metric)
     old = rows.keys() - selection.kept(rows, found, metric, keep)
+    if not old:
+        return
     dropped = await models.withdraw_unused(session, [rows[step].model_id for step in old])
     for step in sorted(step for step in old if rows[step].model_id in dropped):
         message = f"Checkpoint of step {step} dropped, as keep_checkpoints is {keep}: {rows[step].model_id}"

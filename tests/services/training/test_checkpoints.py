@@ -1,6 +1,7 @@
 """Whole attempts that stop early: what they keep, and which checkpoint becomes the policy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,10 @@ def test_an_attempt_stops_early_and_leaves_the_best_checkpoint_as_the_policy_tho
     ray_environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
     make_spec_in: Callable[..., AttemptSpec],
+    control_plane: Any,
 ) -> None:
-    straight = start(make_spec(config=CONFIG, num_workers=2, **GIVEN))
+    given: dict[str, Any] = {"config": CONFIG, "num_workers": 2, "events_url": control_plane.url, **GIVEN}
+    straight = start(make_spec(**given))
     assert straight.wait() == 0, straight.log.read_text()[-5000:]
     reports, run_uri = straight.reports(), straight.spec.run_uri
     saved = [(report.step, report.metrics) for report in only(CheckpointSaved, reports)]
@@ -52,7 +55,7 @@ def test_an_attempt_stops_early_and_leaves_the_best_checkpoint_as_the_policy_tho
     having = [step for step, uri in complete(run_uri) if manifest_of(uri).has_optimizer]
     assert having == [last.step, last.step - EVERY]
 
-    again = make_spec_in(tmp_path_factory.mktemp("again"), config=CONFIG, num_workers=2, **GIVEN)
+    again = make_spec_in(tmp_path_factory.mktemp("again"), **given)
     killed = start(again)
     killed.reported(CheckpointSaved)
     train_workers(ray_environment)[1].kill()

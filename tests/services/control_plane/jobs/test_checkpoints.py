@@ -209,6 +209,17 @@ def test_what_becomes_the_policy_is_not_deleted_before_it_is(start: Callable[...
     assert run.steps() == [30, 40]
 
 
+def test_a_checkpoint_that_a_user_deletes_leaves_the_list_and_goes_with_its_optimizers_state(
+    start: Callable[..., Run], client: openai.OpenAI, settings: Settings
+) -> None:
+    run = start(keep_checkpoints="all")
+    for step in (10, 20):
+        run.save(step, 0.5)
+    assert client.models.delete(run.name(10)).deleted
+    sweep(settings)
+    assert (run.steps(), storage.exists(run.uri(10)), storage.exists(run.uri(20))) == ([20], False, True)
+
+
 def test_a_checkpoint_that_is_reported_again_is_offered_once_and_a_dropped_one_not_again(
     start: Callable[..., Run], client: openai.OpenAI
 ) -> None:
