@@ -35,7 +35,7 @@ def test_the_prompts_ids_are_what_a_server_gives_the_policy(tokenizer):
     assert encode_group(PAIR, tokenizer).prompt_ids == served
 
 
-def test_bos_and_eos_stand_once(tokenizer):
+def test_bos_and_eos_are_written_once(tokenizer):
     encoded = encode_group(PAIR, tokenizer)
     for completion in encoded.completion_ids:
         whole = [*encoded.prompt_ids, *completion]
@@ -119,7 +119,7 @@ def test_prompt_and_completion_are_the_templates_rendering_of_the_whole_conversa
     )
 
 
-def test_of_several_messages_the_assistants_are_learned(own_tokenizer):
+def test_only_the_assistants_messages_of_a_completion_are_learned(own_tokenizer):
     own_tokenizer.chat_template = HERMES_TEMPLATE
     both = [calls('{"over": "dog"}', '{"under": "fox"}'), answer("call_0"), answer("call_1"), GOOD, USER, BAD]
     row = {"input": {"messages": [USER], "tools": TOOLS}, "preferred_output": both, "non_preferred_output": [BAD]}
