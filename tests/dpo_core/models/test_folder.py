@@ -60,7 +60,7 @@ def test_files_of_processors_are_copied(adapter, model, tokenizer, pairs, tmp_pa
     assert {name: (saved / name).read_bytes() for name in PROCESSORS} == PROCESSORS
 
 
-def test_where_the_folder_of_the_model_is_gone_that_is_said(model, tokenizer, pairs, tmp_path, caplog):
+def test_a_missing_folder_of_the_model_is_warned_of(model, tokenizer, pairs, tmp_path, caplog):
     policy = load_policy(model)
     shutil.rmtree(model)
     with caplog.at_level(logging.WARNING, "dpo_core.models.folder"):
