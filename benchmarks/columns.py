@@ -85,7 +85,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
         ended = time.perf_counter()
     keep_weights(policy, args.weights)
     scorer, flops = Scorer(policy), Flops(policy)
-    per_second = sum(flops.of(scorer.collate(batch)) for batch in batches) / (ended - begun)
+    per_second = sum(flops.count(scorer.collate(batch)) for batch in batches) / (ended - begun)
     tokens = sum(len(g.prompt_ids) * len(g.completion_ids) + sum(map(len, g.completion_ids)) for g in groups)
     return figures(begun - started, ended - begun, len(rows)) | {
         "tokens": tokens,

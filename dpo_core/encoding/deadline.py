@@ -9,8 +9,8 @@ from types import FrameType
 
 @contextmanager
 def deadline(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises `error` in the block once the process has used `seconds` of processor time. Does nothing in other threads
-    than the main one."""
+    """Raises `error` in the block once the process has used `seconds` of processor time. Only the main thread is
+    limited."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

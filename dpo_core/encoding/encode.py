@@ -114,7 +114,7 @@ def _encode_together(
     continued = [
         tail.text + completion for text, tail in zip(texts, tails, strict=True) for completion in text.completions
     ]
-    wholes = iter(_ids(continued, tokenizer))
+    continued_ids = iter(_ids(continued, tokenizer))
     ready = zip(texts, prompts, tails, strict=True)
     for group, text in zip(groups, written, strict=True):
         if isinstance(text, InvalidRow):
@@ -122,7 +122,7 @@ def _encode_together(
             continue
         _, prompt_ids, tail = next(ready)
         completion_ids = tuple(
-            _behind(tail.ids, next(wholes), completion, tokenizer) for completion in text.completions
+            _behind(tail.ids, next(continued_ids), completion, tokenizer) for completion in text.completions
         )
         others = text.others and tuple(
             tuple(_tokens_of(span, completion, ids, tail, tokenizer) for span in spans)
@@ -186,15 +186,15 @@ def _few_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]
 
 
 def _behind(
-    tail_ids: Sequence[int], whole: Sequence[int], completion: str, tokenizer: "PreTrainedTokenizerBase"
+    tail_ids: Sequence[int], continued_ids: Sequence[int], completion: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Sequence[int]:
-    """Returns the ids of a completion: those in `whole` after the tail's.
+    """Returns the ids of a completion: those in `continued_ids` after the tail's.
 
     If a token spans the border, the completion is encoded by itself, because a served policy always has the prompt's
     own ids before its answer.
     """
-    if whole[: len(tail_ids)] == tail_ids:
-        return whole[len(tail_ids) :]
+    if continued_ids[: len(tail_ids)] == tail_ids:
+        return continued_ids[len(tail_ids) :]
     return _ids([completion], tokenizer)[0]
 
 

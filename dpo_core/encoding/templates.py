@@ -87,19 +87,19 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
         options["strftime_now"] = (today or _first_day()).strftime  # the name by which templates ask for the date
         apply = partial(_apply, tokenizer, options)
         prompts = apply([cast(list[Message], group.prompt) for group in members], asks=True)
-        wholes = iter(apply([whole for group in members for whole in _wholes(group, tokenizer)]))
+        dialogues = iter(apply([dialogue for group in members for dialogue in _dialogues(group, tokenizer)]))
         for group, prompt in zip(members, prompts, strict=True):
-            texts = tuple(islice(wholes, len(group.completions)))
+            texts = tuple(islice(dialogues, len(group.completions)))
             is_prefix = all(text.startswith(prompt) for text in texts)
-            asked = None if is_prefix else apply([cast(list[Message], group.prompt)])[0]
+            bare_prompt = None if is_prefix else apply([cast(list[Message], group.prompt)])[0]
             has_turns = any(len(completion) > 1 for completion in group.completions) or None
             others = has_turns and tuple(map(partial(_others, apply, group), group.completions, texts))
-            rendered.append(_Rendered(prompt, texts, asked, others))
+            rendered.append(_Rendered(prompt, texts, bare_prompt, others))
     return rendered
 
 
-def _others(apply: Callable[..., list[str]], group: Group, completion: Text, whole: str) -> Spans:
-    """Returns the ranges of `whole`, behind the prompt, in which a tool or a user speaks between answers.
+def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dialogue: str) -> Spans:
+    """Returns the ranges of `dialogue`, behind the prompt, in which a tool or a user speaks between answers.
 
     The words that ask for an answer belong to these ranges: a served policy is given them and does not write them.
     Raises InvalidRow for a template that writes a message differently once other messages follow.
@@ -110,12 +110,12 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, who
         if messages[stop]["role"] != "assistant":
             continue
         begin = max(i for i in range(stop) if messages[i]["role"] == "assistant") + 1
-        said, heard = apply([messages[:begin], messages[:stop]])
+        before, after = apply([messages[:begin], messages[:stop]])
         (asked,) = apply([messages[:stop]], asks=True)
-        if not (whole.startswith(said) and whole.startswith(heard)):
+        if not (dialogue.startswith(before) and dialogue.startswith(after)):
             what = "the chat template writes a message of a completion differently once others follow"
             raise invalid_group(group, "template_not_prefix", f"{what}; fix the template.")
-        spans.append((len(said), len(_common(asked, [whole]))))
+        spans.append((len(before), len(_common(asked, [dialogue]))))
     return tuple(spans)
 
 
@@ -135,24 +135,24 @@ class _Rendered:
     """The texts of a group as the template writes them, before prompt and completions are taken apart."""
 
     prompt: str  # with the words that ask for an answer, as a served policy is given it
-    wholes: tuple[str, ...]  # the prompt and each completion
-    asked: str | None  # the prompt without the words that ask for an answer; None: each whole begins with `prompt`
-    others: tuple[Spans, ...] | None = None  # for each whole, the characters that a tool or a user says
+    dialogues: tuple[str, ...]  # the prompt and each completion
+    bare_prompt: str | None  # without the words that ask for an answer; None: each dialogue begins with `prompt`
+    others: tuple[Spans, ...] | None = None  # for each dialogue, the characters that a tool or a user says
 
 
 def _apply(
     tokenizer: "PreTrainedTokenizerBase",
     options: Mapping[str, object],
-    conversations: Sequence[Sequence[Message]],
+    dialogues: Sequence[Sequence[Message]],
     *,
     asks: bool = False,
 ) -> list[str]:
-    """Returns the text of each conversation. With `asks`, the text ends with the words that ask for an answer.
+    """Returns the text of each dialogue. With `asks`, the text ends with the words that ask for an answer.
 
     A message is given under each name that templates use for thoughts, and in parts if this template reads only parts.
     """
     in_parts = _takes_parts(tokenizer)
-    inputs = [[_template_message(message, in_parts=in_parts) for message in messages] for messages in conversations]
+    inputs = [[_template_message(message, in_parts=in_parts) for message in messages] for messages in dialogues]
     texts = tokenizer.apply_chat_template(
         inputs,
         tokenize=False,
@@ -180,13 +180,13 @@ def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
     question: list[Message] = [{"role": "user", "content": _PROBE}]
     try:
         apply = partial(_apply, tokenizer, {})
-        (asked,), (whole,) = (
+        (asked,), (dialogue,) = (
             apply([question], asks=True),
             apply([[*question, {"role": "assistant", "content": _PROBE}]]),
         )
     except Exception:  # a template is foreign code and may raise anything
         return ""
-    return asked.removeprefix(_common(asked, [whole]))
+    return asked.removeprefix(_common(asked, [dialogue]))
 
 
 @lru_cache(maxsize=8)
@@ -215,7 +215,7 @@ def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return not writes(_PROBE) and writes([{"type": "text", "text": _PROBE}])
 
 
-def _wholes(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
+def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
     """Yields the messages of the prompt and each completion. Removes an EOS at the end: the template writes its own."""
     eos = tokenizer.eos_token
     for completion in group.completions:
@@ -234,7 +234,7 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
     """
     if isinstance(group.prompt, str):
         eos = tokenizer.eos_token or ""
-        texts = [text if text.endswith(eos) else text + eos for text in rendered.wholes]
+        texts = [text if text.endswith(eos) else text + eos for text in rendered.dialogues]
         return WrittenGroup(_with_bos(rendered.prompt, tokenizer), texts)
     written = _taken_apart(group, rendered)
     if isinstance(written, InvalidRow):
@@ -243,7 +243,7 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
         return lost
     if rendered.others is None:
         return written
-    starts = [len(whole) - len(text) for whole, text in zip(rendered.wholes, written.completions, strict=True)]
+    starts = [len(dialogue) - len(text) for dialogue, text in zip(rendered.dialogues, written.completions, strict=True)]
     others = tuple(
         tuple((begin - start, stop - start) for begin, stop in spans)
         for start, spans in zip(starts, rendered.others, strict=True)
@@ -256,20 +256,20 @@ def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow
 
     The prompt ends with the words that ask for an answer if all completions follow them.
     """
-    prompt, wholes = rendered.prompt, rendered.wholes
-    if rendered.asked is None:
-        return WrittenGroup(prompt, [whole[len(prompt) :] for whole in wholes])
-    if all(whole.startswith(rendered.asked) for whole in wholes):
+    prompt, dialogues = rendered.prompt, rendered.dialogues
+    if rendered.bare_prompt is None:
+        return WrittenGroup(prompt, [dialogue[len(prompt) :] for dialogue in dialogues])
+    if all(dialogue.startswith(rendered.bare_prompt) for dialogue in dialogues):
         # The prompt asks for an answer with words that these answers lack, such as <think>.
-        prompt = _common(prompt, wholes)
-        return WrittenGroup(prompt, [whole[len(prompt) :] for whole in wholes])
+        prompt = _common(prompt, dialogues)
+        return WrittenGroup(prompt, [dialogue[len(prompt) :] for dialogue in dialogues])
     last = cast(list[Message], group.prompt)[-1]["content"].strip()
     end = prompt[prompt.rfind(last) :]  # the last message, and the words that ask for an answer
-    if last and last in prompt and all(end in whole for whole in wholes):
+    if last and last in prompt and all(end in dialogue for dialogue in dialogues):
         # The template moves earlier text, such as the system prompt, once an answer follows.
-        return WrittenGroup(prompt, [whole[whole.rfind(end) + len(end) :] for whole in wholes])
-    place = len(commonprefix([prompt, *wholes]))  # noqa: RUF071 (characters are meant)
-    other = next(whole for whole in wholes if not whole.startswith(prompt))
+        return WrittenGroup(prompt, [dialogue[dialogue.rfind(end) + len(end) :] for dialogue in dialogues])
+    place = len(commonprefix([prompt, *dialogues]))  # noqa: RUF071 (characters are meant)
+    other = next(dialogue for dialogue in dialogues if not dialogue.startswith(prompt))
     what = (
         "the chat template writes the prompt differently once the completion follows: "
         f"{prompt[place : place + SHOWN]!r} becomes {other[place : place + SHOWN]!r}; fix the template."
@@ -277,10 +277,10 @@ def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow
     return invalid_group(group, "template_not_prefix", what)
 
 
-def _common(asked: str, wholes: Sequence[str]) -> str:
+def _common(asked: str, dialogues: Sequence[str]) -> str:
     """Returns the longest common start of a question and its answers. It ends before a tag of the question, such as
     `<think>`, that the answers share only in part: they may have just its `<`."""
-    common = commonprefix([asked, *wholes])  # noqa: RUF071 (characters are meant)
+    common = commonprefix([asked, *dialogues])  # noqa: RUF071 (characters are meant)
     half = next((tag for tag in _TAG.finditer(asked) if tag.start() < len(common) < tag.end()), None)
     return common[: half.start()] if half else common
 

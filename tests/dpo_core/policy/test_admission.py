@@ -58,5 +58,5 @@ def test_a_table_of_positions_has_a_last_one():
         admit([replace(PAIR, prompt_ids=[5] * 7)], model)
 
 
-def test_what_fits_exactly_is_taken(small):
+def test_a_group_that_just_fits_is_admitted(small):
     admit([replace(PAIR, prompt_ids=[0, 319] * 31, weight=2.0, margin=0.5)], small, max_length=64)

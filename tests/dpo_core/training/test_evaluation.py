@@ -113,7 +113,7 @@ def test_they_are_read_anew_for_every_checkpoint(policy, tokenizer, pairs, tmp_p
     assert [bool(evaluated(result)) for result in results] == [False, True, False, True]
 
 
-def test_nothing_is_evaluated_where_there_is_nothing_after_all(policy, tokenizer, pairs, tmp_path):
+def test_nothing_is_evaluated_if_validation_returns_none(policy, tokenizer, pairs, tmp_path):
     (result,) = run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: None)
     assert not evaluated(result)
 
