@@ -30,7 +30,7 @@ def check(valid: bool, field: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a numeric option. An option has it by its annotation, and `options` checks it."""
+    """A limit on a numeric option, given in its annotation. `options` checks it, unless the value is None."""
 
     words: str  # complete the sentence "it must be …"
     admits: Callable[[float], bool]
@@ -50,7 +50,7 @@ def options(cls: type[T]) -> type[T]:
     def post_init(self: T) -> None:
         for name, limit in limits:
             value = getattr(self, name)
-            check(limit.admits(value), name, value, limit.words)
+            check(value is None or limit.admits(value), name, value, limit.words)
         if check_joint_rules:
             check_joint_rules(self)
 
