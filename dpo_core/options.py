@@ -216,7 +216,7 @@ class Simpo:
 
 @options
 class ApoZero:
-    """Anchored Preference Optimization, arXiv 2408.06266, equation 7: for chosen answers above the policy's own."""
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 7: the chosen answer beats the policy's own."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_zero"] = "apo_zero"
@@ -225,7 +225,7 @@ class ApoZero:
 
 @options
 class ApoDown:
-    """Anchored Preference Optimization, arXiv 2408.06266, equation 8: for chosen answers below the policy's own."""
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 8: the policy's own answer beats the chosen."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_down"] = "apo_down"

@@ -191,7 +191,9 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
         if key in _REMEDIES:
             raise row.invalid(f"{pointer}/{key}", "unsupported", _REMEDIES[key])
         if _OWNERS.get(key, role) != role:
-            raise row.invalid(f"{pointer}/{key}", "unknown_key", f"is not a key of a message of role {role}.")
+            raise row.invalid(
+                f"{pointer}/{key}", "unknown_key", f"is not a key of a message of role {role}; remove it."
+            )
 
 
 def _content(row: Row, pointer: str, value: object) -> str:

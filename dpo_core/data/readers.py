@@ -46,10 +46,12 @@ def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
     weights = [message.pop("weight", 1) for message in messages]
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
     if not trained:
-        raise row.invalid(f"/{column}", "nothing_to_train", "has no assistant message whose weight is not 0.")
+        raise row.invalid(f"/{column}", "nothing_to_train", "has no assistant message to learn; give one weight 1.")
     for i in trained:
         if i == 0:
-            raise row.invalid(f"/{column}/0", "empty_prompt", "is an assistant message with nothing before it.")
+            raise row.invalid(
+                f"/{column}/0", "empty_prompt", "is an assistant message with nothing before it; add a prompt."
+            )
         if messages[i - 1]["role"] == "assistant":
             what = "follows an assistant message; put a message of the user or a tool between them."
             raise row.invalid(f"/{column}/{i}", "invalid_order", what)

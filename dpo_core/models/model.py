@@ -183,7 +183,9 @@ def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
     except RuntimeError as error:  # PyTorch raises it for weights of other shapes
         raise ValueError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
     if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
-        raise ValueError(f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights).")
+        raise ValueError(
+            f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights); use its own base."
+        )
     return both
 
 
