@@ -208,7 +208,7 @@ class _Run:
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
             self.optimizer.step()
-            self.weights.publish()
+            self.weights.update_policy()
         seconds = time.perf_counter() - started
         tokens = sum(group.num_tokens for group in groups)
         self.num_tokens += tokens

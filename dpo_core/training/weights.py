@@ -64,7 +64,7 @@ class Weights:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def update_policy(self) -> None:
         """Copies the masters into the policy, and drops all gradients."""
         for parameter in self.stepped.values():
             parameter.grad = None
