@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The size of a tile of logits. On a CPU its rows are few enough for caches, on a GPU enough to keep the device busy.
-TILE_ROWS = {"cpu": 256, "cuda": 1024}
-TILE_COLUMNS = 32768
+from dpo_core.plan.rules import TILE_COLUMNS, TILE_ROWS
+
 PRODUCT_ROWS = {"cpu": 2048}  # rows of a product that are computed before they are added: few enough for caches
 
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.architecture import decoder_layers
+from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack
 from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.logps import tile_bytes
 from dpo_core.policy.scorer import Scorer
@@ -23,9 +24,7 @@ from dpo_core.training.weights import num_shards, state_bytes
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # of a pack; a larger one makes the device no busier
 ASSUMED_TOKENS = 8192  # of a pack on another device
-SHARE = 0.6  # of free memory, for tensors that backward needs; the rest is for temporary ones
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the most in the example that shows what autograd keeps
 
@@ -33,8 +32,7 @@ EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the most in the example that sho
 def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
     """Returns `config` with `max_tokens_per_pack` and `activation_checkpointing` decided, the same on all ranks.
 
-    The number of tokens is a power of two, so that a little more or less free memory does not change it. `groups` are
-    examples of the data: a token takes more memory if many short completions share a long prompt.
+    `groups` are examples of the data: a token takes more memory if many short completions share a long prompt.
     """
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
@@ -46,13 +44,12 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
     recomputed_bytes = (
         token_bytes // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
     )
-    wanted = config.activation_checkpointing
-    recompute = budget is not None and budget // token_bytes < (config.max_tokens_per_pack or least)
-    choice = wanted if wanted != "auto" else ("on" if recompute else "off")
-    fits = most if budget is None else min(most, budget // (recomputed_bytes if choice == "on" else token_bytes))
+    given, wanted = config.max_tokens_per_pack, config.activation_checkpointing
+    tokens, choice, fits = choose_pack(
+        budget, token_bytes, recomputed_bytes, given=given, wanted=wanted, least=least, most=most
+    )
     if fits < least:
         logger.warning("A pack of max_length, %d tokens, may not fit into memory: about %d tokens do.", least, fits)
-    tokens = config.max_tokens_per_pack or max(least, 1 << max(0, fits.bit_length() - 1))
     return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=choice)
 
 
@@ -89,7 +86,7 @@ def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
     state = state_bytes(model, num_shards(scorer, sharding))
     vocabulary, capped = model.config.get_text_config().vocab_size, scorer.manner.logits.cap is not None
     tile = 0 if scorer.rewards else tile_bytes(vocabulary, model.dtype, model.device, capped=capped)
-    return all_reduce_min(int(max(0, free + loaded - state - tile) * SHARE), model.device)
+    return all_reduce_min(int(max(0, free + loaded - state - tile) * PACK_SHARE), model.device)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -1,6 +1,6 @@
 """Holds the trained parameters: their float32 masters, their gradients, and how they are split over ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain, compress
 from typing import cast
 
@@ -16,6 +16,7 @@ from dpo_core.config import Sharding
 from dpo_core.models.architecture import decoder_layers, is_sharded
 from dpo_core.models.model import has_adapter
 from dpo_core.options import InvalidOption
+from dpo_core.plan.rules import fewest_shards
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.ranks import all_reduce_min, all_reduce_sum, num_local_ranks, num_ranks, on_any_rank
 
@@ -131,25 +132,11 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
     return fewest_shards((least, local_ranks, ranks), lambda shards: state_bytes(policy, shards), room)
 
 
-STATE_SHARE = 0.5  # of a GPU's memory, for weights, gradients and AdamW's moments; the rest is for packs
-
-
-def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: int) -> int:
-    """Returns the first number of shards whose state, in bytes, fits on a GPU of `room` bytes, else the last: the rule
-    of `auto`.
-
-    Splitting costs little within a node, so a policy without an adapter is always split there. One with an adapter is
-    copied, with its base. Both are split over more ranks only if they would not fit. Models on CPUs, and models that
-    are computed one completion at a time, are always copied.
-    """
-    return next((shards for shards in choices if state(shards) <= STATE_SHARE * room), choices[-1])
-
-
 def state_bytes(policy: PreTrainedModel, shards: int) -> int:
     """Returns the bytes of weights, gradients and AdamW's moments on a rank.
 
-    With shards, a rank also holds whole weights while it computes, each with its gradient: all that are outside the
-    layers, and two layers, because the next one is fetched ahead.
+    With shards, a rank also holds whole weights while it computes, and gradients of those that are trained: all that are
+    outside the layers, and two layers, because the next one is fetched ahead.
     """
     num_bytes: int = 0
     for parameter in policy.parameters():
@@ -162,10 +149,16 @@ def state_bytes(policy: PreTrainedModel, shards: int) -> int:
         num_bytes += parameter.numel() * (weight + 3 * stepped * parameter.requires_grad)
     if shards == 1:
         return num_bytes
-    layers: list[int] = [sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(policy)]
-    outside = sum(weight.numel() for weight in policy.parameters()) - sum(layers)
+    layers = [_with_gradients(layer) for layer in decoder_layers(policy)]
+    outside = _with_gradients(policy) - sum(layers)
     gathered: int = policy.dtype.itemsize * (outside + 2 * max(layers, default=0))
-    return num_bytes // shards + 2 * gathered
+    return num_bytes // shards + gathered
+
+
+def _with_gradients(module: nn.Module) -> int:
+    """Returns how many numbers a module's weights and their gradients have."""
+    numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
+    return numbers
 
 
 def _mesh(policy: PreTrainedModel, shards: int) -> DeviceMesh:

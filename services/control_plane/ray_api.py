@@ -28,6 +28,8 @@ STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
 TRANSIENT = (408, 425, 429)  # of the 4xx those that say: later
 MOST_TOLD = 300  # characters of what Ray says
 VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
+NODES_ANSWER_SECONDS = 2  # a job that is submitted waits no longer for them
+NODES_SECONDS = 10  # jobs that are submitted share one look at the machines
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,14 @@ class ServeView:
     seen_at: float
 
 
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, with what its agent of Ray measures."""
+
+    memory: int  # bytes, of its container if it is in one
+    gpus: tuple[int, ...]  # bytes of each
+
+
 class Refused(Exception):
     """Ray refuses a launch for good; the message has its words."""
 
@@ -99,6 +109,7 @@ class Launcher:
         )
         self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
+        self._nodes: tuple[float, list[Node]] | None = None  # and when they were looked at
         self._looking = asyncio.Lock()
 
     async def close(self) -> None:
@@ -184,6 +195,21 @@ class Launcher:
             there[name] = max(total, there.get(name, 0))
         return there
 
+    async def nodes(self) -> list[Node]:
+        """The machines that live, at most ten seconds ago. Empty where Ray does not say."""
+        if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_SECONDS:
+            self._nodes = time.monotonic(), await self._look_at_nodes()
+        return self._nodes[1]
+
+    async def _look_at_nodes(self) -> list[Node]:
+        try:
+            answer = await self._ray.get("/nodes", params={"view": "summary"}, timeout=NODES_ANSWER_SECONDS)
+            told = answer.raise_for_status().json()["data"]["summary"]
+            alive = [node for node in told if node["raylet"]["state"] == "ALIVE" and node.get("mem")]
+            return [Node(int(node["mem"][0]), tuple(map(_size, node.get("gpus") or ()))) for node in alive]
+        except (httpx.HTTPError, LookupError, TypeError):
+            return []
+
     # --- models -----------------------------------------------------------------------------
 
     async def own_name(self, app_name: str) -> str:
@@ -248,6 +274,10 @@ async def _check_json(answer: httpx.Response) -> None:
             answer.json()
         except ValueError:
             raise httpx.DecodingError("What answers in Ray's place sends no JSON.", request=answer.request) from None
+
+
+def _size(gpu: dict[str, Any]) -> int:
+    return int(gpu["memoryTotal"]) * 2**20
 
 
 def _submission(job: dict[str, Any]) -> Submission:

@@ -106,6 +106,11 @@ async def result_of(
     return result
 
 
+async def known(check: Check) -> CheckResult | None:
+    """What an earlier check has found, if there was one."""
+    return (await _newest(check))[1]
+
+
 async def _newest(check: Check) -> tuple[int, CheckResult | None]:
     """The last attempt, 0 before the first, and its result. After an old failure: the next one."""
     folders: list[str] = await anyio.to_thread.run_sync(storage.list_folders, check.uri)

@@ -14,13 +14,14 @@ from services.control_plane.core.store import page
 from services.control_plane.core.tables import Checkpoint, Event, Job
 from services.control_plane.http.dependencies import (
     CallerPart,
+    LauncherPart,
     Limit,
     OncePart,
     SettingsPart,
     StorePart,
 )
 from services.control_plane.http.idempotency import Once
-from services.control_plane.jobs import admission, jobs
+from services.control_plane.jobs import admission, jobs, plans
 from services.control_plane.jobs.lookups import Lookups
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
@@ -37,12 +38,15 @@ LookupsPart = Annotated[Lookups, Depends(_lookups)]
 
 
 @router.post("")
-async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
+async def create(
+    once: OncePart, caller: CallerPart, settings: SettingsPart, launcher: LauncherPart, body: CreateJob
+) -> Response:
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         admitted = await admission.admit(session, settings, spec, weights)
+        await plans.refuse_hopeless(*admitted[:2], settings, launcher)
         return job_object(await jobs.submit(session, *admitted, caller.key_id), settings)
 
     with tracing.span("submit job"):
