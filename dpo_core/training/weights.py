@@ -135,8 +135,8 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
 def state_bytes(policy: PreTrainedModel, shards: int) -> int:
     """Returns the bytes of weights, gradients and AdamW's moments on a rank.
 
-    With shards, a rank also holds whole weights while it computes, and gradients of those that are trained: all that are
-    outside the layers, and two layers, because the next one is fetched ahead.
+    With shards, a rank also holds whole weights while it computes, and gradients of those that are trained: all that
+    are outside the layers, and two layers, because the next one is fetched ahead.
     """
     num_bytes: int = 0
     for parameter in policy.parameters():
