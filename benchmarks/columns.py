@@ -146,13 +146,13 @@ def _without_packing() -> Any:
 
 def _without_tiles() -> Any:
     """Computes all logits of the completions at once, with PyTorch's own gradient."""
-    from dpo_core.policy import scorer
+    from dpo_core.policy import forward
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
         logits = torch.nn.functional.linear(hidden, weight, bias).float()
         return logits.log_softmax(1).gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets
 
-    return patch.object(scorer, "token_logps", token_logps)
+    return patch.object(forward, "token_logps", token_logps)
 
 
 ABLATIONS: dict[str | None, Callable[[], Any]] = {
