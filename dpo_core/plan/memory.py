@@ -67,7 +67,7 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
-    """Returns the memory of a worker whose largest pack has `tokens`, and which has several packs in a step if `several`."""
+    """Returns the memory of a worker: `tokens` are in its largest pack, and `several` says whether a step has more."""
     size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
     completions = tokens * rows.completions / rows.computed
     learned = int(completions * (1 if run.rewards else rows.completion))  # rows that the head reads

@@ -56,7 +56,7 @@ def plan(
 
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
-    """Returns the first single change that makes the run fit, else the first ones that do together, without needless ones."""
+    """Returns the first change that makes the run fit; else the first ones that do together, without needless ones."""
 
     def total(values: Mapping[str, Any]) -> int:
         return settle(model, replace(run, **values), rows, room)[2].total
