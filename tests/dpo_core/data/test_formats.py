@@ -534,7 +534,7 @@ def test_short_answers_beside_columns_of_other_meaning_are_read(row):
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], {}, math.nan])
-def test_a_column_that_says_nothing_costs_nothing(nothing):
+def test_a_column_that_says_nothing_is_ignored(nothing):
     row = {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "images": nothing, "context": nothing, "margin": nothing}
     assert survey(lines(row)).refusal is None
 
@@ -686,7 +686,7 @@ def test_openai_preferences_hold_tools_and_calls():
     ]
 
 
-def test_trl_rows_have_calls_without_ids_and_their_answers_go_by_name():
+def test_calls_of_trl_rows_have_no_ids_and_are_answered_by_name():
     prompt = [TRL_PROMPT[0], calling(LIT, DIMMED), *TRL_PROMPT[2:]]
     assert list(read_groups(lines(TRL))) == [
         Group(prompt, ([assistant("Done!")], [assistant("No.")]), 1, tools=[LIGHT])
@@ -759,7 +759,7 @@ def test_an_argument_that_a_table_filled_with_null_is_refused(place, tools):
     assert caught.value.code == "null_argument"
 
 
-def test_a_call_says_enough_without_text():
+def test_a_message_with_calls_needs_no_text():
     row = {**OPENAI_PREFERENCE, "non_preferred_output": [{**calling(LIT), "content": " "}]}
     assert survey(lines(row)).num_groups == 1
 
@@ -838,7 +838,7 @@ def test_a_role_is_read_from_the_column_that_is_named_for_it():
         assert (record.problem.pointer, record.problem.code) == (pointer, code)
 
 
-def test_columns_may_trade_their_names():
+def test_columns_may_swap_their_names():
     row = {"prompt": ASK, "chosen": BAD, "rejected": GOOD}
     (record,) = read_records(lines(row), columns={"chosen": "rejected", "rejected": "chosen"})
     assert list(record.groups) == [Group(ASK, (GOOD, BAD), 1)]

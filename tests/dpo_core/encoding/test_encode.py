@@ -50,7 +50,7 @@ def test_texts_end_with_one_eos(tokenizer, chosen):
 
 
 @pytest.mark.parametrize("prompt", ["the fox ", "<s>the fox "])
-def test_texts_begin_with_one_bos_where_the_tokenizer_wants_one(own_tokenizer, prompt):
+def test_texts_begin_with_one_bos_if_the_tokenizer_wants_one(own_tokenizer, prompt):
     from tokenizers.processors import TemplateProcessing
 
     own_tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -58,7 +58,7 @@ def test_texts_begin_with_one_bos_where_the_tokenizer_wants_one(own_tokenizer, p
     assert own_tokenizer.decode(encoded.prompt_ids) == "<s>the fox "
 
 
-def test_texts_get_no_bos_where_the_tokenizer_wants_none(tokenizer):
+def test_texts_get_no_bos_if_the_tokenizer_wants_none(tokenizer):
     assert tokenizer.decode(encode_group(Group("the fox ", ("jumps",), 1), tokenizer).prompt_ids) == "the fox "
 
 

@@ -97,7 +97,7 @@ def test_resuming_an_adapter_repeats_the_run_bit_for_bit(name, base, tokenizer, 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activations_computed_again_change_nothing(dropout, base, tokenizer, pairs, tmp_path):
+def test_recomputed_activations_change_nothing(dropout, base, tokenizer, pairs, tmp_path):
     adapter = Lora(dropout=dropout)
     kept, _ = train_adapter(base, tokenizer, pairs, tmp_path / "kept", adapter)
     config = replace(CONFIG, activation_checkpointing="on")

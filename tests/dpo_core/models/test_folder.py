@@ -38,7 +38,7 @@ def trained(model, tokenizer, pairs, folder, adapter=None):
 
 @pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "merged"])
 @pytest.mark.parametrize("loose", LOOSE, ids=["no do_sample", "do_sample is false"])
-def test_a_generation_config_that_transformers_would_not_save_comes_out_as_it_went_in(
+def test_a_generation_config_that_transformers_would_not_save_is_saved_as_loaded(
     loose, adapter, model, tokenizer, pairs, tmp_path
 ):
     (model / "generation_config.json").write_text(json.dumps(loose))

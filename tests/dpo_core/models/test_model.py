@@ -155,7 +155,7 @@ class Doubled(LlamaForCausalLM):
         return found
 
 
-def test_a_head_that_nobody_knows_runs_plainly_and_agrees(policy, pairs, plain_token_logps, caplog):
+def test_a_model_with_an_unknown_head_runs_by_its_own_forward_and_agrees(policy, pairs, plain_token_logps, caplog):
     doubled = Doubled(policy.config).eval()
     scorer = Scorer(doubled)
     assert not scorer.takes_batches

@@ -23,5 +23,5 @@ def test_nothing_is_warned_of_without_a_drift():
     assert not warnings([-0.9 * FALLEN] * 30, [0.2] * 30), "less than the limit"
 
 
-def test_objectives_without_a_reference_are_let_alone():
+def test_objectives_without_a_reference_get_no_warning():
     assert Drift().warning({"rewards/margins": 1.0, "loss": 0.3}) is None

@@ -78,7 +78,7 @@ def test_the_papers_formula(objective, expected):
     assert loss(objective, (-3, -8)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_ld_dpo_weighs_the_tail_in_policy_and_reference_alike():
+def test_ld_dpo_weighs_the_tail_in_both_policy_and_reference():
     # head h_w = -1 - (-2) = 1, whole h_w = 2, so 1 + 0.25 * 1; the shorter completion is all head.
     found = loss(o.LdDpo(beta=0.5, tail_weight=0.25), (-3, -8), heads=(-1, -8))
     assert found == pytest.approx(nll(0.5 * (1.25 + 1)))
@@ -160,7 +160,7 @@ def test_gradients_are_those_of_finite_differences(name):
         assert slope[place, :2].sum().item() == pytest.approx((rise - fall) / 2e-6, rel=1e-4, abs=1e-6)
 
 
-def test_units_are_tokens_for_supervised_and_groups_for_the_others():
+def test_the_denominator_counts_tokens_for_supervised_and_groups_for_the_others():
     assert denominator(o.Supervised(), [PAIR, PAIR]) == 6
     assert denominator(o.Dpo(), [PAIR, PAIR]) == 2
 

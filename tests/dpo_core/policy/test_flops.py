@@ -58,14 +58,14 @@ def unseen(batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_forward_and_backward_take_as_many_as_are_told(name, make_groups):
+def test_a_forward_and_backward_take_the_counted_operations(name, make_groups):
     """To the last one: both count the head's tiles and attention's scores twice."""
     policy = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     batch, flops = collate(make_groups(6, 4)), Flops(policy)
     assert flops.count(batch) + flops.per_seen_token * unseen(batch) == counted(policy, batch)
 
 
-def test_activations_computed_again_count_again(policy, make_groups):
+def test_recomputed_activations_count_twice(policy, make_groups):
     """All but each layer's last product, which nobody needs twice."""
     batch, flops = collate(make_groups(6, 4)), Flops(policy, recomputed=True)
     checkpoint_activations(Scorer(policy))
@@ -93,7 +93,7 @@ def test_a_shared_prompt_counts_once(policy, make_groups):
     assert flops.count(shared) == flops.count(copied) - copies
 
 
-def test_a_state_space_model_trains_without_sharing_and_tells_its_flops(tokenizer, pairs, tmp_path, caplog):
+def test_a_state_space_model_trains_without_sharing_and_counts_its_flops(tokenizer, pairs, tmp_path, caplog):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=320, **sizes))

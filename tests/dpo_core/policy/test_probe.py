@@ -148,7 +148,7 @@ class Scaled(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_small_scale_that_nobody_knows_is_seen_in_any_dtype(dtype, make_policy):
+def test_a_small_unknown_scale_is_noticed_in_any_dtype(dtype, make_policy):
     policy = Scaled(make_policy(initializer_range=0.02).config).eval().to(dtype)
     assert not Scorer(policy).takes_batches
 
@@ -176,7 +176,7 @@ def test_a_model_without_a_miniature_shares_nothing_and_agrees(make_policy, plai
     assert "no miniature, TypeError: there is one of me" in caplog.text
 
 
-def test_a_model_without_a_miniature_is_not_believed_in_half_precision(make_policy, monkeypatch):
+def test_a_model_without_a_miniature_is_not_trusted_in_half_precision(make_policy, monkeypatch):
     monkeypatch.setattr(Oddity, "made", 0)
     scorer = Scorer(Oddity(make_policy().config).eval().bfloat16())
     assert scorer.manner.no_batches == "torch.bfloat16 hides small differences"

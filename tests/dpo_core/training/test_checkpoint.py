@@ -46,7 +46,7 @@ def checkpoint(policy, tokenizer, pairs, tmp_path) -> Path:
     return tmp_path / "step-000001"
 
 
-def test_the_manifest_tells_the_step_the_config_and_every_file(checkpoint):
+def test_the_manifest_holds_the_step_the_config_and_every_file(checkpoint):
     manifest = verify(checkpoint)
     assert (manifest.step, manifest.total_steps) == (1, 3)
     assert manifest.config["objective"] == {"type": "dpo", "beta": 0.1, "mean_over_choices": False}

@@ -83,7 +83,7 @@ def test_resuming_repeats_the_run_bit_for_bit_and_saves_a_model_in_bfloat16(mode
 
 
 @pytest.mark.parametrize("saved_in", [torch.bfloat16, torch.float32], ids=str)
-def test_going_on_in_another_precision_is_refused(saved_in, model, tokenizer, pairs, tmp_path):
+def test_resuming_in_another_precision_is_refused(saved_in, model, tokenizer, pairs, tmp_path):
     (other,) = {torch.bfloat16, torch.float32} - {saved_in}
     run(model, tokenizer, [pairs] * 4, tmp_path, dtype=saved_in)
     with pytest.raises(ValueError, match=f"was trained in {str(saved_in)[6:]}; load the policy in it, not in"):

@@ -46,7 +46,7 @@ def free(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
-def test_what_was_asked_for_is_kept(policy, free, checkpointing):
+def test_options_that_the_user_set_are_kept(policy, free, checkpointing):
     free(0)
     asked = replace(CONFIG, max_tokens_per_pack=777, activation_checkpointing=checkpointing)
     assert memory.plan_memory(asked, Scorer(policy)) == asked
@@ -64,7 +64,7 @@ def test_with_plenty_of_or_unknown_memory_a_pack_has_the_most_tokens_and_nothing
     assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (memory.MOST_TOKENS["cpu"], "off")
 
 
-def test_less_memory_gives_fewer_tokens_and_at_last_activations_computed_again(policy, free, caplog):
+def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(policy, free, caplog):
     choices = []
     for megabytes in (512, 64, 32, 16, 8, 4, 2):
         free(megabytes * MB)
@@ -210,7 +210,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_computed_again_take_less_memory_and_change_no_bit(name, make_policy, tmp_path):
+def test_recomputed_activations_take_less_memory_and_change_no_bit(name, make_policy, tmp_path):
     scorer = Scorer(MODELS[name](make_policy, tmp_path).eval())
     batch = scorer.collate(groups_of(2048))
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]

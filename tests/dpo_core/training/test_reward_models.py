@@ -155,7 +155,7 @@ def test_metrics_have_trls_names_and_nothing_of_log_probabilities():
     }
 
 
-def test_a_gaussian_tells_its_variance_too():
+def test_a_gaussian_reports_its_variance_too():
     found = torch.tensor([[2.0, 0, 0], [0.5, math.log(3), 0]])
     assert compute_metrics(o.RewardGaussian(), Measures([PAIR], found))["mean_variance"].item() == pytest.approx(2)
 

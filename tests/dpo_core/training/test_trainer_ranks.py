@@ -276,7 +276,7 @@ def test_ranks_stop_together_when_one_is_asked_to_and_resume_as_if_they_had_not(
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_of_copies_one_is_saved(home):
+def test_only_one_of_several_copies_is_saved(home):
     assert list((home / "copies" / "rank0").glob("step-*"))
     assert not list((home / "copies" / "rank1").glob("step-*"))
 

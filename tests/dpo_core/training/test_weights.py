@@ -102,7 +102,7 @@ class OnGpu(nn.Module):
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "hybrid", "full"])
-def test_what_was_asked_for_is_done(sharding, monkeypatch):
+def test_a_sharding_that_the_user_set_is_used(sharding, monkeypatch):
     gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=0)
     scorer = SimpleNamespace(model=OnGpu(), takes_batches=True)
     assert weights.num_shards(scorer, sharding) == {"replicated": 1, "hybrid": 4, "full": 8}[sharding]
