@@ -65,7 +65,7 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
 
 
 def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) -> None:
-    """Raises InvalidRow for a call with a null argument that its tool does not have: tables fill empty cells so."""
+    """Raises InvalidRow for a call with a null argument that its tool does not have: tables write these."""
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         nulls = {key for key, value in arguments.items() if value is None}
