@@ -57,6 +57,7 @@ class Lora:
 
 ADAPTERS_RATE = 10  # times the learning rate of all weights, by default
 
+Quantization = Literal["nf4"]  # of the frozen base of an adapter
 Sharding = Literal["auto", "replicated", "full", "hybrid"]
 Truncation = Literal["drop", "keep_start", "keep_end"]
 

@@ -136,9 +136,8 @@ def _linears(model: PreTrainedModel) -> set[str]:
     learning: set[str] = set()
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        weight = cast(Tensor, module.weight)
-        sizes = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
+    def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
         whole = [*inputs[0].shape[:-1], sizes[1]] if inputs and inputs[0].shape[-1] == sizes[0] else None
         if isinstance(output, Tensor) and list(output.shape) == whole and output.requires_grad:
             hook: Any = output.register_hook
@@ -164,7 +163,7 @@ def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name in linears and module is not head and not _is_router(name) and not _is_read_only(model, name)
+        if name in linears and module is not head and not is_router(name) and not is_read_only(model, name)
     ]
 
 
@@ -178,11 +177,11 @@ def _experts(model: PreTrainedModel) -> list[str]:
     return sorted(set(_MOE_TARGET_MODULE_MAPPING.get(pattern, ())) - ROUTERS)
 
 
-def _is_router(name: str) -> bool:
+def is_router(name: str) -> bool:
     return any("router" in part or part in ROUTERS for part in name.split("."))
 
 
-def _is_read_only(model: PreTrainedModel, name: str) -> bool:
+def is_read_only(model: PreTrainedModel, name: str) -> bool:
     parent, _, own = name.rpartition(".")
     block = model.get_submodule(parent)
     is_mamba = all(hasattr(block, part) for part in ("A_log", "D", "conv1d"))

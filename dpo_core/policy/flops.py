@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_core.models.quantization import shape_of
 from dpo_core.policy.batch import Batch
 
 
@@ -40,7 +41,7 @@ class Flops:
 
 def _of_matrix(weight: Tensor, twice: bool) -> int:
     """Of a row of its input: forward, the input's gradient, and its own."""
-    return (4 + 2 * weight.requires_grad + 2 * twice) * weight.numel()
+    return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 
 SLOW = 5e9  # FLOP/s, of bfloat16 on a CPU without instructions for it

@@ -62,7 +62,7 @@ class Manifest:
     statistics: dict[str, float]  # of the objective
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
-    dtype: str | None = None  # that the policy computes in; None: the release that wrote it did not say
+    dtype: str | None = None  # that the policy computes in, and its base's; None: the release that wrote it did not say
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
@@ -105,15 +105,13 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def resumable(
-    folder: Path, *, config: TrainConfig, total_steps: int, dtype: torch.dtype
-) -> tuple[Manifest, TrainConfig]:
+def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
     """The manifest of a checkpoint that this run can go on from, and `config` with what that run had decided."""
     manifest = verify(folder)
     if manifest.total_steps != total_steps:
         raise ValueError(f"{folder} is of a run of {manifest.total_steps} steps, this one has {total_steps}.")
-    if manifest.dtype not in (None, name_of(dtype)):
-        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
+    if manifest.dtype not in (None, precision):
+        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {precision}.")
     wanted = asdict(config)
     for key in ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed"):
         before = manifest.config[key]
@@ -213,11 +211,6 @@ def _load_model(folder: Path, policy: PreTrainedModel) -> None:
     else:
         whole = type(policy).from_pretrained(folder, dtype="auto", use_safetensors=True)
         set_model_state_dict(policy, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As config.json has it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def sha256_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dpo_core.config import Sharding
 from dpo_core.models.architecture import decoder_layers, is_sharded
 from dpo_core.models.model import has_adapter
+from dpo_core.models.quantization import is_quantized, scales_of
 from dpo_core.options import InvalidOption
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.ranks import add_up, lowest, num_local_ranks, num_ranks, on_any_rank
@@ -91,7 +92,7 @@ def _is_half(dtype: torch.dtype) -> bool:
 def agree_on_weights(policy: nn.Module) -> None:
     """All ranks start from rank 0's weights."""
     if num_ranks() > 1:
-        for tensor in chain(policy.parameters(), policy.buffers()):
+        for tensor in chain(policy.parameters(), policy.buffers(), scales_of(policy)):
             dist.broadcast(tensor.data, 0)
 
 
@@ -105,6 +106,9 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
         return
     if not scorer.takes_batches:
         message = f"sharding is {sharding}, which {type(policy).__name__} cannot do; it must be replicated."
+        raise InvalidOption("sharding", message)
+    if is_quantized(policy):
+        message = f"sharding is {sharding}, and a base in nf4 cannot be split; it must be replicated."
         raise InvalidOption("sharding", message)
     mesh, dtype = _mesh(policy, shards), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -124,7 +128,7 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
     policy, ranks, local_ranks = scorer.model, num_ranks(), num_local_ranks()
     if sharding != "auto":
         return {"replicated": 1, "hybrid": local_ranks, "full": ranks}[sharding]
-    if policy.device.type != "cuda" or not scorer.takes_batches:
+    if policy.device.type != "cuda" or not scorer.takes_batches or is_quantized(policy):
         return 1
     room = lowest(torch.cuda.mem_get_info(policy.device)[1], policy.device)
     least = 1 if has_adapter(policy) else local_ranks
@@ -139,8 +143,8 @@ def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: int
     last.
 
     Within a node splitting costs little, so whole weights are split there at least. Adapters are copied, base and all.
-    Both are split over more ranks only where they would not fit. Models on CPUs, and those that answer one completion
-    at a time, are always copied.
+    Both are split over more ranks only where they would not fit. Models on CPUs, those that answer one completion at a
+    time, and bases in NF4 are always copied.
     """
     return next((shards for shards in choices if state(shards) <= STATE_SHARE * room), choices[-1])
 
