@@ -66,7 +66,7 @@ RACES = {
         "LoRA of rank 32": Race(TINY, 4, 2, adapter_rank=32, columns=(OURS, BEST)),
     },
 }
-SHARES = {"tests": 0.2, "parity": 0.3}  # of the seconds that are left when a part begins; columns share the rest alike
+SHARES = {"tests": 0.25, "parity": 0.3}  # of the seconds that are left when a part begins; columns share the rest alike
 
 
 def main() -> None:

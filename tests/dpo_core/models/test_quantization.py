@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy, load_reward_model, merge_adapter
-from dpo_core.models.quantization import shape_of
+from dpo_core.models.quantization import scales_of, shape_of
 from dpo_core.options import InvalidOption
 from dpo_core.policy.flops import Flops
 from dpo_core.policy.scorer import Scorer, score_reference
@@ -101,6 +101,17 @@ def test_gradients_are_those_of_the_rounded_base_after_it_was_its_own_reference_
             own.copy_(module(torch.eye(own.shape[1])).T)
     score_reference(policy, pairs, max_tokens_per_pack=8192)  # a forward without gradients, as CPUs have their own
     torch.testing.assert_close(gradients(policy, pairs), gradients(whole, pairs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_rounds_and_computes_as_a_cpu_does(base, pairs, dtype):
+    ours, theirs = (in_nf4(base, dtype=dtype, device=device) for device in ("cuda", "cpu"))
+    assert {tensor.device.type for tensor in (*ours.parameters(), *scales_of(ours))} == {"cuda"}
+    assert apart(ref_logps(pairs, ours), ref_logps(pairs, theirs)) < APART / 5
+    found, expected = gradients(ours, pairs), gradients(theirs, pairs)
+    assert all(apart(found[name].cpu(), expected[name]) < 0.1 for name in found if "lora_B" in name)
 
 
 @pytest.mark.parametrize("adapter", [Lora(r=4), Lora(r=4, use_dora=True)], ids=["lora", "dora"])
