@@ -74,4 +74,4 @@ def _in_nf4(linear: nn.Linear, dtype: torch.dtype, device: str | torch.device) -
     made.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=made)
     made.bias = linear.bias
     made.support_avx512bf16_for_cpu = False  # a CPU's kernel for it, taken in eval mode, has no gradient
-    return cast(nn.Linear, made.to(device))
+    return cast(nn.Linear, made.train(linear.training).to(device))

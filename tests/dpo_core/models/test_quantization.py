@@ -75,6 +75,7 @@ def test_a_base_is_rounded_as_the_paper_says_and_takes_a_quarter_of_bfloat16(bas
         assert shape_of(module.weight) == expected.shape
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {dtype}
     assert policy.model.embed_tokens.weight.dtype == policy.dtype == dtype
+    assert not any(module.training for module in found.values())
 
 
 def test_logps_are_near_those_of_float32_and_a_wrong_sign_or_scale_is_not(base, pairs):
