@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_check import _run
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
@@ -43,3 +45,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
     assert run.returncode == 1
     assert "torch sees no CUDA device; --device cpu --size tiny" in run.stderr
+
+
+def test_what_fails_is_told_in_its_last_line():
+    assert _run(["-c", "raise MemoryError('out | of it')"], 60)["not_done"] == "MemoryError: out / of it"
