@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.rows import as_pairs
 
-RATE, BETA, MAX_LENGTH, MAX_TOKENS_PER_PACK = 1e-6, 0.1, 2048, 4096
+RATE, BETA, MAX_LENGTH = 1e-6, 0.1, 2048
 Figures = dict[str, float]
 OURS, BEST = "raydpo", "TRL at its best"
 
@@ -44,7 +44,17 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
     """Trains with dpo_core. `without` names a part that is taken away."""
-    from dpo_core import Group, Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
+    from dpo_core import (
+        Group,
+        Lora,
+        Optim,
+        TrainConfig,
+        encode_group,
+        load_policy,
+        load_tokenizer,
+        score_reference,
+        train,
+    )
     from dpo_core.policy.flops import Flops, matmul_rate
     from dpo_core.policy.scorer import Scorer
 
@@ -53,27 +63,30 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
 
     rows = [json.loads(line) for line in args.data.open()]
     tokenizer = load_tokenizer(args.model)
-    policy, reference = (
-        load_policy(args.model, device=device(), dtype=getattr(torch, dtype or args.dtype)) for _ in range(2)
-    )
+    load = partial(load_policy, args.model, device=device(), dtype=getattr(torch, dtype or args.dtype))
+    if rank := args.adapter_rank:
+        policy = reference = load(adapter=Lora(r=rank, alpha=2 * rank))
+    else:
+        policy, reference = load(), load()
     groups = [
         encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)
     ]
     batches = list(in_batches(groups))
+    most = {"cpu": 4096, "cuda": 16384}[device()]
     optim = Optim(learning_rate=RATE, warmup_ratio=0.0)
     config = TrainConfig(
         optim=optim,
         batch_size=args.batch_size,
         max_length=MAX_LENGTH,
-        max_tokens_per_pack=MAX_TOKENS_PER_PACK,
+        max_tokens_per_pack=most,
         checkpoint_steps=len(batches),
     )
     with tempfile.TemporaryDirectory() as folder, ABLATIONS.get(without, nullcontext)():
         started = time.perf_counter()
         if without == "cache":
-            scored = (score_reference(reference, batch, max_tokens_per_pack=MAX_TOKENS_PER_PACK) for batch in batches)
+            scored = (score_reference(reference, batch, max_tokens_per_pack=most) for batch in batches)
         else:
-            scored = in_batches(score_reference(reference, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK))
+            scored = in_batches(score_reference(reference, groups, max_tokens_per_pack=most))
         begun = time.perf_counter()
         resolved = config.resolved(len(groups))
         steps = train(
@@ -83,7 +96,8 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
             next(steps)  # one more would write the last step's checkpoint, which TRL does not write
         synchronize()
         ended = time.perf_counter()
-    keep_weights(policy, args.weights)
+    if args.weights:
+        keep_weights(policy, args.weights)
     scorer, flops = Scorer(policy), Flops(policy)
     per_second = sum(flops.count(scorer.collate(batch)) for batch in batches) / (ended - begun)
     tokens = sum(len(g.prompt_ids) * len(g.completion_ids) + sum(map(len, g.completion_ids)) for g in groups)
@@ -103,7 +117,7 @@ def run_in_ray(args: Namespace) -> Figures:
         import ray.train
 
         torch.set_num_threads(num_threads)
-        Path(args.weights).with_suffix(".json").write_text(json.dumps(run_ours(args)))
+        Path(folder, "figures.json").write_text(json.dumps(run_ours(args)))
         ray.train.report({})
 
     num_threads = torch.get_num_threads()
@@ -113,9 +127,9 @@ def run_in_ray(args: Namespace) -> Figures:
     scaling = ScalingConfig(num_workers=1, use_gpu=device() == "cuda", resources_per_worker={"CPU": num_threads})
     with tempfile.TemporaryDirectory() as folder:
         TorchTrainer(work, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
+        found: Figures = json.loads(Path(folder, "figures.json").read_text())
     ray.shutdown()
-    result: Figures = json.loads(Path(args.weights).with_suffix(".json").read_text())
-    return result
+    return found
 
 
 # --- ours without one of its parts ----------------------------------------------------------
@@ -167,6 +181,7 @@ ABLATIONS: dict[str | None, Callable[[], Any]] = {
 
 def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
@@ -198,12 +213,21 @@ def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
             train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length: its columns hold no lengths
             **options,
         )
-        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        trainer = Trainer(policy, None, config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+        rank = args.adapter_rank
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype if rank else "float32")
+        trainer = Trainer(
+            policy,
+            None,
+            config,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=AutoTokenizer.from_pretrained(args.model),
+            peft_config=adapter if rank else None,
+        )
         trainer.train()
         synchronize()
-    keep_weights(policy, args.weights)
+    if args.weights:
+        keep_weights(policy, args.weights)
     (seconds,) = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     return figures(trainer.reference_seconds, seconds, len(rows))
 

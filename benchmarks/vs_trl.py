@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.columns import BEST, OURS, Figures, columns
 from benchmarks.rows import dialogues, save_model
 
+CARRIED = ("data", "model", "dtype", "batch-size", "adapter-rank")  # options that a column's process is given
 NUM_COMPLETIONS = {"pairs": 2, "ranked": 4}
 
 
@@ -42,7 +43,8 @@ def main() -> None:
                 runs[name].append(_in_its_own_process(args, name, Path(folder)))
                 print(f"{name}: {runs[name][-1]}", flush=True)
         medians = {name: _median(figures) for name, figures in runs.items()}
-        for name, difference in _weight_differences(args.model, Path(folder), names).items():
+        ways = {} if args.adapter_rank else _weight_differences(args.model, Path(folder), names)
+        for name, difference in ways.items():
             medians[name]["weights_difference"] = difference
     _print_table(medians)
     if args.json:
@@ -59,6 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Default: %(default)s.")
     parser.add_argument("--pairs", type=int, default=64, help="Rows to train on. Default: %(default)s.")
     parser.add_argument("--batch-size", type=int, default=8, help="Rows in an optimizer step. Default: %(default)s.")
+    parser.add_argument("--adapter-rank", type=int, default=0, help="Of a LoRA. Default: 0, which trains all weights.")
     parser.add_argument("--repeats", type=int, default=3, help="Default: %(default)s.")
     parser.add_argument("--ablate", action="store_true", help="Also run raydpo without each of its parts.")
     parser.add_argument("--json", type=Path, help="A file for every figure. Default: none is written.")
@@ -88,10 +91,10 @@ def _read_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_its_own_process(args: argparse.Namespace, column: str, folder: Path) -> Figures:
-    options = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "model", "dtype", "batch-size")]
+    options = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in CARRIED]
     ablate = ["--ablate"] if args.ablate else []
-    weights = folder / f"{column}.pt"
-    command = [sys.executable, __file__, *options, *ablate, "--column", column, "--weights", str(weights)]
+    weights = [] if args.adapter_rank else ["--weights", str(folder / f"{column}.pt")]
+    command = [sys.executable, __file__, *options, *ablate, "--column", column, *weights]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{column} failed:\n{run.stderr}")
@@ -129,7 +132,7 @@ def _print_table(medians: dict[str, Figures]) -> None:
             f"{ours['rows_per_second_with_reference'] / figures['rows_per_second_with_reference']:.2f} x",
             f"{ours['peak_bytes'] / figures['peak_bytes']:.2f}",
             share,
-            f"{figures['weights_difference']:.1e}",
+            f"{figures['weights_difference']:.1e}" if "weights_difference" in figures else "-",
         )
         print(f"{name:26}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"Training alone, against {BEST}: {ours['rows_per_second'] / medians[BEST]['rows_per_second']:.2f} x")

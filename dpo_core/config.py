@@ -51,6 +51,7 @@ class Lora:
 
 ADAPTERS_RATE = 10  # an adapter's default learning rate is this many times that of all weights
 
+Quantization = Literal["nf4"]  # of the frozen base of an adapter
 Sharding = Literal["auto", "replicated", "full", "hybrid"]
 Truncation = Literal["drop", "keep_start", "keep_end"]
 

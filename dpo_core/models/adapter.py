@@ -17,6 +17,7 @@ from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
+BEFORE_NF4 = "fingerprint_before_nf4"  # the attribute of a quantized model that holds what `fingerprint` returned
 BASE = "base_model.json"  # the file beside an adapter that identifies its base
 SAMPLED = 64  # numbers of each weight that go into the fingerprint of a base
 ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
@@ -59,11 +60,13 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns a digest that identifies a base, with or without an adapter on it, in any precision.
+    """Returns a digest that identifies a base, with or without an adapter on it, in any precision, also in NF4.
 
     It covers some numbers of each frozen weight but a reward model's head, which may be new. Names of weights do not
     count, because releases of transformers rename them.
     """
+    if before := getattr(model, BEFORE_NF4, None):
+        return str(before)
     samples = [
         weight.detach().flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
         for name, weight in model.named_parameters()
@@ -171,9 +174,8 @@ def _linears(model: PreTrainedModel) -> set[str]:
     learning: set[str] = set()
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        weight = cast(Tensor, module.weight)
-        sizes = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
+    def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
         product = [*inputs[0].shape[:-1], sizes[1]] if inputs and inputs[0].shape[-1] == sizes[0] else None
         if isinstance(output, Tensor) and list(output.shape) == product and output.requires_grad:
             hook: Any = output.register_hook
@@ -199,7 +201,7 @@ def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name in linears and module is not head and not _is_router(name) and not _is_read_only(model, name)
+        if name in linears and module is not head and not is_router(name) and not is_read_only(model, name)
     ]
 
 
@@ -213,11 +215,11 @@ def _experts(model: PreTrainedModel) -> list[str]:
     return sorted(set(_MOE_TARGET_MODULE_MAPPING.get(pattern, ())) - ROUTERS)
 
 
-def _is_router(name: str) -> bool:
+def is_router(name: str) -> bool:
     return any("router" in part or part in ROUTERS for part in name.split("."))
 
 
-def _is_read_only(model: PreTrainedModel, name: str) -> bool:
+def is_read_only(model: PreTrainedModel, name: str) -> bool:
     """Whether the layer is in a Mamba block whose kernels read its weights, so that an adapter would have no effect."""
     parent, _, part_name = name.rpartition(".")
     block = model.get_submodule(parent)

@@ -21,12 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpo_core.config import Lora
+from dpo_core.config import Lora, Quantization
 from dpo_core.models.adapter import attach, check_base, options_of, put_weights
 from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
 from dpo_core.models.loading import load_whole
+from dpo_core.models.quantization import quantize
 from dpo_core.options import InvalidOption, Objective
 
 CACHED_WORDS = 100_000  # words whose ids a tokenizer caches; with its own 10,000 text takes up to a quarter longer
@@ -38,20 +39,23 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     adapter: Lora | Path | None = None,
+    quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Loads a causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
 
     With an `adapter` everything else is frozen. The adapter is a new one, whose first weights `seed` draws, or the
-    folder of a trained one, which training continues. If transformers has no class for texts for a multimodal model,
-    its text model is loaded. A model in MXFP4 is expanded.
+    folder of a trained one, which training continues. With `quantization` the frozen base is in NF4, and its products
+    are in `dtype`. If transformers has no class for texts for a multimodal model, its text model is loaded. A model in
+    MXFP4 is expanded.
 
-    Raises InvalidOption if the model has none of the adapter's target modules, or they would not learn. Raises
-    ValueError for float16, for other quantized models, for a folder that holds an adapter, and for a folder whose
-    weights and config do not fit each other.
+    Raises InvalidOption if the model has none of the adapter's target modules, or they would not learn, and for a
+    quantization without an adapter or of a model that cannot be quantized. Raises ValueError for float16, for other
+    quantized models, for a folder that holds an adapter, and for a folder whose weights and config do not fit each
+    other.
     """
     check_dtype(dtype)
-    return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed)
+    return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization)
 
 
 def load_reward_model(
@@ -61,6 +65,7 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     adapter: Lora | Path | None = None,
+    quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Loads a model with a linear head for rewards in place of the vocabulary's. `seed` draws the head if `source` has
@@ -71,7 +76,16 @@ def load_reward_model(
     they are and not as probabilities. The folder of an adapter is refused; merge it first.
     """
     check_dtype(dtype)
-    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, seed, **_regression(num_outputs))
+    return _load(
+        AutoModelForSequenceClassification,
+        source,
+        dtype,
+        device,
+        adapter,
+        seed,
+        quantization,
+        **_regression(num_outputs),
+    )
 
 
 def _regression(num_outputs: int) -> dict[str, object]:
@@ -94,11 +108,18 @@ def _load(
     device: str | torch.device,
     adapter: Lora | Path | None,
     seed: int,
+    quantization: Quantization | None,
     **options: object,
 ) -> PreTrainedModel:
+    if quantization and adapter is None:
+        message = (
+            f"quantization is {quantization}, and such weights cannot be trained; give an adapter, or leave it out."
+        )
+        raise InvalidOption("quantization", message)
     with torch.random.fork_rng([]):  # new weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)
-        model = load_whole(kind, source, dtype=dtype, **options).to(device).eval()
+        whole = load_whole(kind, source, dtype=dtype, **options).eval()
+        model = quantize(whole, device) if quantization else whole.to(device)
         if adapter is not None:
             rewards = is_reward_model(model)
             # A new head is trained whole.
@@ -163,7 +184,7 @@ def load_merged(
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
-    loaded = _load(kind, source, dtype, device, None, 0, **options)
+    loaded = _load(kind, source, dtype, device, None, 0, None, **options)
     check_base(adapter, loaded.requires_grad_(False))
     merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
     return merged.requires_grad_(True).eval()

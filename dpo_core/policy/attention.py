@@ -109,7 +109,7 @@ def _lay_out(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, 
     num_keys = [prefix_stop - prefix_start + stop - start for prefix_start, prefix_stop, start, stop in segments]
     edges = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (num_queries, num_keys))
     tensors = [torch.cat(ranges), *edges]
-    if device.type == "cuda":  # a copy from pinned memory does not block the host
+    if device.type != "cpu":  # a copy from pinned memory does not block the host
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     seen, query_edges, key_edges = tensors
     return seen, query_edges, key_edges, max(num_queries), max(num_keys)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_core.models.quantization import shape_of
 from dpo_core.policy.batch import Batch
 
 
@@ -42,7 +43,7 @@ class Flops:
 def _per_input(weight: Tensor, twice: bool) -> int:
     """Returns the operations for one row of a matrix's input: its product, `twice` if recomputed, and the gradients of
     the input and, if it is trained, of the weight."""
-    return (4 + 2 * weight.requires_grad + 2 * twice) * weight.numel()
+    return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 
 SLOW = 5e9  # FLOP/s; a CPU without instructions for bfloat16 is slower

@@ -71,7 +71,7 @@ class Manifest:
     statistics: dict[str, float]  # the objective's `Statistics`
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
-    dtype: str | None = None  # in which the policy computes; None: an older release wrote the checkpoint
+    dtype: str | None = None  # of the policy, and its base's if that differs; None: an older release wrote it
     base: str | None = None  # `adapter.fingerprint` of the adapter's base; None: no adapter, or an older release
     evaluations: tuple[Evaluation, ...] = ()  # the run's evaluations so far, by its best_metric
 
@@ -143,9 +143,7 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def resumable(
-    folder: Path, *, config: TrainConfig, total_steps: int, dtype: torch.dtype
-) -> tuple[Manifest, TrainConfig]:
+def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
     """Returns the manifest of a checkpoint, and `config` with the choices that its run made about memory.
 
     Raises DamagedCheckpoint, or ValueError if this run cannot continue that one.
@@ -156,8 +154,8 @@ def resumable(
     if manifest.total_steps != total_steps:
         what = f"{folder} is of a run of {manifest.total_steps} steps, this run has {total_steps}"
         raise ValueError(f"{what}; use the same data and config.")
-    if manifest.dtype not in (None, name_of(dtype)):
-        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
+    if manifest.dtype not in (None, precision):
+        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {precision}.")
     wanted = asdict(config)
     # Releases that did not evaluate towards an end wrote neither of the last two.
     settled = ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed")
@@ -289,11 +287,6 @@ def _load_model(folder: Path, policy: PreTrainedModel) -> None:
     else:
         whole = type(policy).from_pretrained(folder, dtype="auto", use_safetensors=True)
         set_model_state_dict(policy, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Returns the dtype's name, as config.json spells it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def sha256_of(path: Path) -> str:

@@ -17,6 +17,7 @@ from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import fingerprint
 from dpo_core.models.model import check_model, check_policy, has_adapter
+from dpo_core.models.quantization import precision_of
 from dpo_core.objectives.drift import Drift
 from dpo_core.objectives.losses import Statistics, check_groups
 from dpo_core.objectives.metrics import compute_metrics
@@ -24,7 +25,7 @@ from dpo_core.policy.admission import admit
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.scorer import Scorer
 from dpo_core.selection import Evaluation, evaluations, stalls
-from dpo_core.training.checkpoint import Manifest, load, name_of, resumable
+from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.evaluation import Batches, evaluate
 from dpo_core.training.gradients import backward, check_agreement, make_packs
 from dpo_core.training.memory import checkpoint_activations, plan_memory
@@ -159,9 +160,9 @@ class _Run:
         check_policy(policy)
         check_model(policy, config.objective)
         policy.train(False)
-        manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)
+        manifest, self.precision, dtypes = None, precision_of(policy), dtypes_of(policy)
         if resume is not None:
-            check = partial(resumable, resume, config=config, total_steps=total_steps, dtype=self.dtype)
+            check = partial(resumable, resume, config=config, total_steps=total_steps, precision=self.precision)
             manifest, config = together(check, policy.device)
         batches = _after(manifest.step if manifest else 0, global_batches)
         first = list(islice(batches, 1))  # its groups show how much memory a pack takes
@@ -257,7 +258,7 @@ class _Run:
             statistics=vars(self.statistics).copy(),
             config=asdict(self.config),
             files={},
-            dtype=name_of(self.dtype),
+            dtype=self.precision,
             base=self.base,
             evaluations=self.evaluations,
         )

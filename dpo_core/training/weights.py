@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dpo_core.config import Sharding
 from dpo_core.models.architecture import decoder_layers, is_sharded
 from dpo_core.models.model import has_adapter
+from dpo_core.models.quantization import is_quantized, scales_of
 from dpo_core.options import InvalidOption
 from dpo_core.plan.rules import fewest_shards
 from dpo_core.policy.scorer import Scorer
@@ -92,7 +93,7 @@ def _is_half(dtype: torch.dtype) -> bool:
 def agree_on_weights(policy: nn.Module) -> None:
     """Gives all ranks the weights of rank 0."""
     if num_ranks() > 1:
-        for tensor in chain(policy.parameters(), policy.buffers()):
+        for tensor in chain(policy.parameters(), policy.buffers(), scales_of(policy)):
             dist.broadcast(tensor.data, 0)
 
 
@@ -106,6 +107,9 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
         return
     if not scorer.takes_batches:
         message = f"sharding is {sharding}, which {type(policy).__name__} does not support; it must be replicated."
+        raise InvalidOption("sharding", message)
+    if is_quantized(policy):
+        message = f"sharding is {sharding}, and a base in nf4 cannot be split; it must be replicated."
         raise InvalidOption("sharding", message)
     mesh, dtype = _mesh(policy, shards), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -125,7 +129,7 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
     policy, ranks, local_ranks = scorer.model, num_ranks(), num_local_ranks()
     if sharding != "auto":
         return {"replicated": 1, "hybrid": local_ranks, "full": ranks}[sharding]
-    if policy.device.type != "cuda" or not scorer.takes_batches:
+    if policy.device.type != "cuda" or not scorer.takes_batches or is_quantized(policy):
         return 1
     room = all_reduce_min(torch.cuda.mem_get_info(policy.device)[1], policy.device)
     least = 1 if has_adapter(policy) else local_ranks

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.config import Lora, Optim, Quantization, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.models.quantization import scales_of
 from dpo_core.options import Dpo, Mpo
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import DamagedCheckpoint, load, read_manifest, verify
@@ -47,12 +48,14 @@ class Case:
     adapter: Lora | None = None
     dtype: torch.dtype = torch.float32
     model: str = "model"
+    quantization: Quantization | None = None
 
 
 CASES = {
     "copies": Case(2, CONFIG),
     "copies, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo())),
     "copies of an adapter": Case(2, CONFIG, adapter=Lora(r=4)),
+    "copies of an adapter over nf4": Case(2, CONFIG, adapter=Lora(r=4), quantization="nf4"),
     "shards": Case(2, replace(CONFIG, sharding="full")),
     "shards, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo(), sharding="full")),
     "shards, activations computed again": Case(2, replace(CONFIG, sharding="full", activation_checkpointing="on")),
@@ -83,9 +86,10 @@ def train_in(
 ) -> None:
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
     pairs = read_pairs(home)
-    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
-    if folder.name == "rank1":
-        torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
+    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype, quantization=case.quantization)
+    if folder.name == "rank1":  # ranks start from rank 0's weights
+        for tensor in (policy.lm_head.weight, *scales_of(policy)):
+            torch.nn.init.zeros_(tensor)
     batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves ranks without a pack
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
@@ -93,7 +97,8 @@ def train_in(
         validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]], stop=stop,
     )  # fmt: skip
     results = [(r.step, r.num_tokens, r.metrics) for r in steps]
-    assert all(parameter.dtype == case.dtype for parameter in policy.parameters() if not parameter.requires_grad)
+    allowed = {case.dtype} | ({torch.uint8} if case.quantization else set())
+    assert {parameter.dtype for parameter in policy.parameters() if not parameter.requires_grad} <= allowed
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in policy.named_parameters()}

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy
+from dpo_core.policy.scorer import Scorer
 from dpo_core.training import ranks, weights
 from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import train
@@ -162,3 +165,35 @@ def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypat
     dtypes = [torch.float64, torch.bfloat16, torch.int64, torch.float32, torch.float16, torch.int32, torch.bfloat16]
     ranks.all_reduce_sum(*(torch.ones(2, dtype=dtype) for dtype in dtypes))
     assert sent == dtypes[:-1]
+
+
+@pytest.fixture
+def eight_ranks(monkeypatch):
+    """Two nodes of four, of which this process is the first rank; nothing that is sent arrives."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=3), Lora(r=3, use_dora=True)], ids=["whole", "lora", "dora"])
+@pytest.mark.parametrize(("sharding", "parts"), [("full", 8), ("hybrid", 4)])
+def test_eight_ranks_hold_parts_that_compute_in_bfloat16_and_train_in_float32(
+    sharding, parts, adapter, policy, pairs, eight_ranks, tmp_path
+):
+    policy.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path, dtype=torch.bfloat16, adapter=adapter)
+    shapes, dtypes = {name: p.shape for name, p in loaded.named_parameters()}, weights.dtypes_of(loaded)
+    scorer = Scorer(loaded)
+    weights.shard(scorer, sharding)
+    for name, own in loaded.named_parameters():
+        assert own.shape == shapes[name]
+        assert own.to_local().shape[0] <= -(-shapes[name][0] // parts)
+        assert own.dtype == (torch.float32 if own.requires_grad else torch.bfloat16)
+    scorer(scorer.collate(pairs))[:, 0].sum().backward()
+    own = weights.Weights(loaded, dtypes)
+    assert own.is_sharded
+    assert own.in_float32.keys() == own.trained.keys() == own.stepped.keys()
+    for name, p in own.trained.items():
+        assert (p.grad.shape, p.grad.dtype, p.grad.placements) == (p.shape, torch.float32, p.placements), name
+    assert own.collect_gradients(1.0).shape == ()
