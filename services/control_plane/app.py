@@ -26,22 +26,22 @@ from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.telemetry import AUTH_FAILURES
 from services.control_plane.files import api as files_api
 from services.control_plane.files import model_check_api, uploads_api
-from services.control_plane.files.row_check import Surveyor
+from services.control_plane.files.row_check import RowChecker
 from services.control_plane.http import health, metrics, unsupported
-from services.control_plane.http.access_log import Access
+from services.control_plane.http.access_log import AccessLog
 from services.control_plane.http.dependencies import admit, check_query
 from services.control_plane.http.limits import Limits
-from services.control_plane.http.rate_limit import Rates
+from services.control_plane.http.rate_limit import RateLimits
 from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
 from services.control_plane.jobs import api as jobs_api
-from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.models import api as models_api
 from services.control_plane.models import inference_api, sharing_api
 from services.control_plane.models.inference import Inference
 from services.control_plane.progress import api as progress_api
-from services.control_plane.progress.streams import Live
-from services.control_plane.ray_api import Launcher
+from services.control_plane.progress.streams import Streams
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import api as tenants_api
 from services.control_plane.tenants import api_keys, audit
@@ -86,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         return await cast(Authentication, app.state.authentication).project_of(token)
 
     app.add_middleware(Limits, settings=settings, project_of=project_of)
-    app.add_middleware(Access)
+    app.add_middleware(AccessLog)
     return app
 
 
@@ -96,17 +96,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     store = Store(
         settings.database_url, direct_url=settings.database_direct_url, connections=settings.database_connections
     )
-    launcher = Launcher(settings, store.instance)
-    app.state.store, app.state.launcher = store, launcher
-    app.state.inference = Inference(store, launcher, settings)
-    app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
-    app.state.lookups, app.state.refusals = Lookups(store), Refusals(store)
-    live = app.state.live = Live(store, settings)
+    ray_api = RayApi(settings, store.instance)
+    app.state.store, app.state.ray_api = store, ray_api
+    app.state.inference = Inference(store, ray_api, settings)
+    app.state.authentication, app.state.rate_limits = Authentication(store, settings), RateLimits()
+    app.state.job_reader, app.state.refusals = JobReader(store), Refusals(store)
+    streams = app.state.streams = Streams(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
-    reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
-    parts = (reconciler, surveyor, sender, live, app.state.authentication, app.state.refusals)
+    reconciler, row_checker = Reconciler(store, ray_api, settings, holder=holder), RowChecker(store, holder=holder)
+    parts = (reconciler, row_checker, sender, streams, app.state.authentication, app.state.refusals)
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
     for task in tasks:
         task.add_done_callback(_end_process)
@@ -119,7 +119,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
         await sender.close()
         await app.state.inference.close()
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
 

@@ -23,7 +23,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, File, Lease, Model, Outbound, Upload
 from services.control_plane.files import files, model_check, uploads
 from services.control_plane.http import idempotency
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.webhooks.outbox import give_up_old
 
@@ -39,8 +39,8 @@ TRASH_SECONDS = 30 * 86_400  # a database is restored to no earlier moment
 class Sweeper:
     """Each sweep, and how often it is due, in seconds. What a control plane has not swept yet is due at once."""
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         self._sweeps: list[tuple[float, Callable[[], Awaitable[None]]]] = [
             (30, self._expire_files),
             (30, self._expire_uploads),
@@ -77,9 +77,9 @@ class Sweeper:
         await _remove(folders)
 
     async def _stop_orphans(self) -> None:
-        for submission_id in await stop_orphans(self._store, self._launcher):
+        for submission_id in await stop_orphans(self._store, self._ray_api):
             log.warning("Stopped %s, whose attempt has ended", submission_id)
-        for submission_id in await model_check.stop_late(self._store, self._launcher):
+        for submission_id in await model_check.stop_late(self._store, self._ray_api):
             log.warning("Stopped %s, which checked a file for too long", submission_id)
 
     async def _forget(self) -> None:
@@ -163,16 +163,16 @@ async def _remove(uris: list[str]) -> None:
         await asyncio.sleep(0)
 
 
-async def stop_orphans(store: Store, launcher: Launcher) -> list[str]:
+async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
     """Stops what runs in Ray for an attempt that has ended, late or deaf to its stop, and returns the submissions.
 
     What this database does not know belongs to another service.
     """
-    running = [found for found in map(_attempt_of, await launcher.live_submissions()) if found]
+    running = [found for found in map(_attempt_of, await ray_api.live_submissions()) if found]
     async with store.begin() as session:
         orphans = await _ended(session, running)
     for submission_id in orphans:
-        await launcher.stop(submission_id)
+        await ray_api.stop(submission_id)
     return orphans
 
 

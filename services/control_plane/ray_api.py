@@ -84,7 +84,7 @@ class Refused(Exception):
     """Ray refuses a launch for good; the message has its words."""
 
 
-class Launcher:
+class RayApi:
     """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing.
 
     The cluster may be shared. `instance` tells the id that the names of this service's applications begin with in

@@ -18,7 +18,7 @@ from services.control_plane.files import files
 from services.control_plane.jobs import jobs
 from services.control_plane.jobs.results import results_csv
 from services.control_plane.models import deployments, models
-from services.control_plane.ray_api import Launcher, Refused, Submission, rays_words
+from services.control_plane.ray_api import RayApi, Refused, Submission, rays_words
 from services.control_plane.settings import Settings
 from services.spool import DamagedSegment
 
@@ -31,8 +31,8 @@ class Executor:
     The job is left to the next decision then.
     """
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings, *, holder: str) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # in the log of transitions
 
     async def carry_out(
@@ -109,7 +109,7 @@ class Executor:
             token = await attempts.give_token(session, attempt)
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
-        reference = await self._launcher.own_name(models.reference_of(job).app_name) if may_be_served else None
+        reference = await self._ray_api.own_name(models.reference_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
             wire=1 if spec.weights == Weights() and spec.reference_model is None else WIRE,
             job_id=job.id,
@@ -141,7 +141,7 @@ class Executor:
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
         try:
-            await self._launcher.submit(attempt.submission_id, spec_uri, token)
+            await self._ray_api.submit(attempt.submission_id, spec_uri, token)
         except Refused as refusal:
             await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
             return
@@ -184,7 +184,7 @@ class Executor:
             reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
                 await attempts.blame(session, attempt, reason)
-        await self._launcher.stop(attempt.submission_id)
+        await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
         """The attempt stopped because it was told to; if that was not the user, another goes on."""
@@ -202,7 +202,7 @@ class Executor:
         """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
         failed = submission.status == "ended" and job.desired == "run"
         reason = attempt.reason or submission.cause()
-        applications = (await self._launcher.look()).applications if attempt.reference else {}
+        applications = (await self._ray_api.look()).applications if attempt.reference else {}
         reference = applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.confirm(session, job)

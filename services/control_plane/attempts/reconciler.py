@@ -32,7 +32,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.jobs import jobs
 from services.control_plane.models import deployments
-from services.control_plane.ray_api import UNKNOWN, AttemptStatus, Launcher, ServeView, Submission
+from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
@@ -52,19 +52,19 @@ class Reconciler:
     def __init__(
         self,
         store: Store,
-        launcher: Launcher,
+        ray_api: RayApi,
         settings: Settings,
         *,
         holder: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
         self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
-        self._executor = Executor(store, launcher, settings, holder=holder)
-        self._sweeper = Sweeper(store, launcher, settings)
+        self._executor = Executor(store, ray_api, settings, holder=holder)
+        self._sweeper = Sweeper(store, ray_api, settings)
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -107,7 +107,7 @@ class Reconciler:
             shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
-            self._look(), self._launcher.submissions(asked), self._capacity(live, back)
+            self._look(), self._ray_api.submissions(asked), self._capacity(live, back)
         )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         holders = {job.id for job in live if job.observed == "running"} - resting - back
@@ -170,14 +170,14 @@ class Reconciler:
     async def _look(self) -> ServeView | None:
         """None while Ray does not answer. Nothing is launched then: what may run there cannot be cancelled either."""
         try:
-            return await self._launcher.look()
+            return await self._ray_api.look()
         except httpx.HTTPError:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str]) -> dict[str, float]:
         """Of the cluster, where a job waits for its turn."""
         waits = back or any(job.observed == "queued" for job in live)
-        return await self._launcher.capacity() if waits else {}
+        return await self._ray_api.capacity() if waits else {}
 
     async def _wait(self, job: Job, what: str) -> None:
         if job.waits_for != what:
@@ -230,7 +230,7 @@ class Reconciler:
         if names == present or not self._patience.is_due(MODELS, version):
             return
         self._patience.fail(MODELS, version)  # until Ray takes them
-        await self._launcher.serve(wanted)
+        await self._ray_api.serve(wanted)
         self._patience.forget(MODELS)
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.auth import keys
 from services.control_plane.auth.keys import CONFIGURED, Caller, digest
-from services.control_plane.core.batching import Together
+from services.control_plane.core.batching import Batcher
 from services.control_plane.core.errors import ApiError, Unauthorized
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Project
@@ -38,7 +38,7 @@ class Authentication:
         self._issuer = _issuer(settings) if settings.oidc_issuer else None
         self._known: TTLCache[str, Caller] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
         self._unknown: TTLCache[str, bool] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
-        self._keys = Together(self._look_up)
+        self._keys = Batcher(self._look_up)
         self._used: set[str] = set()
 
     async def caller(self, token: str) -> Caller:

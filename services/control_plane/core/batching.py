@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-class Together(Generic[Value]):
+class Batcher(Generic[Value]):
     """One look-up of `find` runs at a time.
 
     Who comes meanwhile waits for the next one, which sees all that was committed before he asked.

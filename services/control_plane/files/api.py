@@ -20,7 +20,7 @@ from services.control_plane.core.tables import File
 from services.control_plane.files import files, row_check
 from services.control_plane.files.requests import CreateFile
 from services.control_plane.files.responses import file_object
-from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
 from services.control_plane.http.forms import multipart, read_form
 
 router = APIRouter(prefix="/files")
@@ -39,7 +39,7 @@ RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("", openapi_extra=multipart("file", "purpose", *FIELDS))
-async def create(request: Request, once: OncePart, store: StorePart, settings: SettingsPart) -> Response:
+async def create(request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart) -> Response:
     """Store the file and check every row; a bad row is refused by its line."""
     async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
         wanted = CreateFile.of(form.fields)
@@ -67,7 +67,7 @@ async def create(request: Request, once: OncePart, store: StorePart, settings: S
             return file_object(row)
 
         content = f"{filename}\n{wanted.model_dump_json()}\n{stored.num_bytes}\n{stored.sha256}"
-        return await once.act(keep, content=content)
+        return await idempotent.act(keep, content=content)
 
 
 @router.get("")
@@ -134,14 +134,14 @@ async def _read(source: io.BufferedReader, span: range) -> AsyncIterator[bytes]:
 
 
 @router.delete("/{file_id}")
-async def delete(once: OncePart, file_id: str) -> Response:
+async def delete(idempotent: IdempotentPart, file_id: str) -> Response:
     removed: list[File] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         removed.append(await files.remove(session, file_id))
         return deleted("file", file_id)
 
-    answer = await once.act(remove, changes=file_id)
+    answer = await idempotent.act(remove, changes=file_id)
     for row in removed:
         await remove_bytes(row.uri)
     return answer

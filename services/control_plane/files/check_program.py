@@ -20,7 +20,7 @@ from services.contract import Reading
 TELL_SECONDS = 1.0
 
 
-def survey_file(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
+def check_rows(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
     """The file's FeedbackReport as JSON has it, and its refusal. `tell` hears of the bytes read."""
     share = reading.invalid_rows.max_share if reading.invalid_rows.how == "drop" else 0.0
     with storage.open_input(uri) as source:
@@ -46,7 +46,7 @@ def _say(value: dict[str, Any]) -> None:
 def main(uri: str, reading: str) -> None:
     os.nice(10)  # requests are answered first
     how = Reading.model_validate_json(reading)
-    _say(survey_file(uri, how, lambda num_bytes: _say({"num_checked": num_bytes})))
+    _say(check_rows(uri, how, lambda num_bytes: _say({"num_checked": num_bytes})))
 
 
 if __name__ == "__main__":

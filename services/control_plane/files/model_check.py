@@ -26,7 +26,7 @@ from services.control_plane.core.errors import RateLimited, Unavailable
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.core.tables import DatasetCheck, File, reading_of
 from services.control_plane.models.models import NamedModel
-from services.control_plane.ray_api import Launcher, Refused
+from services.control_plane.ray_api import RayApi, Refused
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import projects
 
@@ -86,17 +86,17 @@ def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Setti
 async def result_of(
     check: Check,
     store: ProjectStore,
-    launcher: Launcher,
+    ray_api: RayApi,
     settings: Settings,
     is_disconnected: Callable[[], Awaitable[bool]],
 ) -> CheckResult | None:
     """What the check found; None if it still runs after a minute, or nobody waits. Raises Unavailable, RateLimited."""
     attempt, result = await _newest(check)
     if result is None:
-        attempt = await _launch(check, attempt, store, launcher, settings.max_running_checks)
+        attempt = await _launch(check, attempt, store, ray_api, settings.max_running_checks)
     deadline = time.monotonic() + WAIT_SECONDS
     while result is None and time.monotonic() < deadline and not await is_disconnected():
-        ended = await launcher.status(check.submission_id(attempt)) == "ended"
+        ended = await ray_api.status(check.submission_id(attempt)) == "ended"
         result = await _read(check, attempt)  # after the status: it is written before the job ends
         if result is None and ended:
             what = f"The check ended without a result; the log of {check.submission_id(attempt)} in Ray says why."
@@ -116,24 +116,24 @@ async def _newest(check: Check) -> tuple[int, CheckResult | None]:
     return attempt, result
 
 
-async def _launch(check: Check, attempt: int, store: ProjectStore, launcher: Launcher, most: int) -> int:
+async def _launch(check: Check, attempt: int, store: ProjectStore, ray_api: RayApi, most: int) -> int:
     """Sees to it that the attempt runs, or the next one if it is dead. Doing it twice is harmless."""
     attempt = max(1, attempt)
-    status = await launcher.status(check.submission_id(attempt))
+    status = await ray_api.status(check.submission_id(attempt))
     if status == "ended" and await _read(check, attempt) is None:
         attempt += 1
-        status = await launcher.status(check.submission_id(attempt))
+        status = await ray_api.status(check.submission_id(attempt))
     if status == "absent":
-        await _admit(check.submission_id(attempt), check.folder(attempt), store, launcher, most)
+        await _admit(check.submission_id(attempt), check.folder(attempt), store, ray_api, most)
         uri = storage.join(check.folder(attempt), "request.json")
         request = CheckRequest(recipe=check.recipe, folder_uri=check.folder(attempt))
         await anyio.to_thread.run_sync(storage.write_bytes, uri, request.model_dump_json().encode())
         try:
-            await launcher.submit_check(check.submission_id(attempt), uri)
+            await ray_api.submit_check(check.submission_id(attempt), uri)
         except Refused as refusal:
             raise Unavailable(f"Ray refuses the check: {refusal}", retry_after=60, code="check_refused") from None
         except httpx.HTTPError:  # its answer was lost, or it was not launched
-            status = await launcher.status(check.submission_id(attempt))
+            status = await ray_api.status(check.submission_id(attempt))
             status = "unknown" if status == "absent" else status
     if status == "unknown":
         message = f"The Ray cluster does not answer. Try again in {RETRY_AFTER_SECONDS} seconds."
@@ -153,7 +153,7 @@ async def _read(check: Check, attempt: int) -> CheckResult | None:
 # --- how many ---------------------------------------------------------------------------------
 
 
-async def _admit(submission_id: str, folder: str, store: ProjectStore, launcher: Launcher, most: int) -> None:
+async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: RayApi, most: int) -> None:
     """Count the check among those that run for its project. Raises RateLimited where these are `most` already."""
     for looked in (False, True):
         async with store.begin() as session:
@@ -165,7 +165,7 @@ async def _admit(submission_id: str, folder: str, store: ProjectStore, launcher:
                 session.add(DatasetCheck(submission_id=submission_id, folder=folder))
                 return
         if not looked:
-            ended = [each.submission_id for each, age in running if not await _lives(each, age, launcher)]
+            ended = [each.submission_id for each, age in running if not await _lives(each, age, ray_api)]
             async with store.begin() as session:
                 await _note_ends(session, ended)
     message = f"{most} checks of the project are running, which is the limit max_running_checks; wait for one to end."
@@ -179,9 +179,9 @@ async def _running(session: AsyncSession) -> list[tuple[DatasetCheck, float]]:
     return [(row, float(age)) for row, age in rows]
 
 
-async def _lives(check: DatasetCheck, age: float, launcher: Launcher) -> bool:
+async def _lives(check: DatasetCheck, age: float, ray_api: RayApi) -> bool:
     """Unless Ray says that it ended, or does not know it long after it was launched."""
-    status = await launcher.status(check.submission_id)
+    status = await ray_api.status(check.submission_id)
     return status != "ended" and not (status == "absent" and age > LAUNCHING_SECONDS)
 
 
@@ -190,16 +190,16 @@ async def _note_ends(session: AsyncSession, submission_ids: list[str]) -> None:
     await session.execute(ended.values(ended_at=func.clock_timestamp()))
 
 
-async def stop_late(store: Store, launcher: Launcher) -> list[str]:
+async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
     """Stop checks that run for longer than any may, and note which have ended. Returns those that were stopped."""
     async with store.begin() as session:
         running = await _running(session)
     ended, late = list[str](), list[str]()
     for check, age in running:
-        if not await _lives(check, age, launcher):
+        if not await _lives(check, age, ray_api):
             ended.append(check.submission_id)
         elif age > LONGEST_SECONDS:
-            await launcher.stop(check.submission_id)
+            await ray_api.stop(check.submission_id)
             late.append(check.submission_id)
     async with store.begin() as session:
         await _note_ends(session, ended)

@@ -26,7 +26,7 @@ from services.control_plane.core import store
 from services.control_plane.core.errors import InvalidRequest, Unavailable
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import UNCHECKED, File, Lease, reading_of
-from services.control_plane.files.check_program import survey_file
+from services.control_plane.files.check_program import check_rows
 from services.control_plane.files.files import Stored
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str
     if stored.num_bytes > AT_ONCE_BYTES:
         return None
     try:
-        found = await _survey(stored.uri, stored.num_bytes, reading)
+        found = await _run_check(stored.uri, stored.num_bytes, reading)
     except Died:
         log.exception("A check died")
         raise Unavailable("The check of the file's rows died; send it again.", retry_after=5) from None
@@ -67,13 +67,13 @@ async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str
     return report
 
 
-async def _survey(
+async def _run_check(
     uri: str, num_bytes: int, reading: Reading, tell: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     if num_bytes <= IN_PROCESS_BYTES:
-        return await anyio.to_thread.run_sync(survey_file, uri, reading)
+        return await anyio.to_thread.run_sync(check_rows, uri, reading)
     async with _processes():
-        return await _survey_apart(uri, reading, tell)
+        return await _run_program(uri, reading, tell)
 
 
 def _processes() -> anyio.CapacityLimiter:
@@ -85,7 +85,7 @@ def _processes() -> anyio.CapacityLimiter:
         return _limiter.get()
 
 
-async def _survey_apart(uri: str, reading: Reading, tell: Callable[[int], None] | None) -> dict[str, Any]:
+async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] | None) -> dict[str, Any]:
     command = (sys.executable, "-m", "services.control_plane.files.check_program", uri, reading.model_dump_json())
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, limit=2**24)
@@ -107,7 +107,7 @@ async def _survey_apart(uri: str, reading: Reading, tell: Callable[[int], None] 
         await process.wait()
 
 
-class Surveyor:
+class RowChecker:
     """One runs in every control plane, and checks one file at a time."""
 
     def __init__(self, store: Store, *, holder: str) -> None:
@@ -158,7 +158,7 @@ class Surveyor:
             nonlocal num_checked
             num_checked = num_bytes
 
-        checking = asyncio.create_task(_survey(row.uri, row.num_bytes, reading_of(row), tell))
+        checking = asyncio.create_task(_run_check(row.uri, row.num_bytes, reading_of(row), tell))
         try:
             while not (await asyncio.wait({checking}, timeout=BEAT_SECONDS))[0]:
                 if not await self._beat(row, num_checked):

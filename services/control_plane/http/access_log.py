@@ -22,7 +22,7 @@ QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds by machin
 SANE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-class Access:
+class AccessLog:
     """Around the whole app. What crashes is told here, so that this answer has its request id, too."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -14,9 +14,9 @@ from services.control_plane.auth.authentication import Authentication
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest, Unauthorized
 from services.control_plane.core.store import ProjectStore, Store
-from services.control_plane.http.idempotency import Once
-from services.control_plane.http.rate_limit import Rates
-from services.control_plane.ray_api import Launcher
+from services.control_plane.http.idempotency import IdempotentRequest
+from services.control_plane.http.rate_limit import RateLimits
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
 bearer = HTTPBearer(auto_error=False)
@@ -32,13 +32,13 @@ async def _store(request: Request) -> Store:
     return cast(Store, request.app.state.store)
 
 
-async def _launcher(request: Request) -> Launcher:
-    return cast(Launcher, request.app.state.launcher)
+async def _ray_api(request: Request) -> RayApi:
+    return cast(RayApi, request.app.state.ray_api)
 
 
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
-LauncherPart = Annotated[Launcher, Depends(_launcher)]
+RayApiPart = Annotated[RayApi, Depends(_ray_api)]
 
 
 async def admit(request: Request, credentials: Bearer) -> Caller:
@@ -55,7 +55,7 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
     _check_named(request, "organization", settings.organization)
     _check_named(request, "project", caller.project_id)
     if limit := caller.requests_per_minute or settings.requests_per_minute:
-        request.state.headers |= cast(Rates, parts.rates).take(caller.key_id, limit)
+        request.state.headers |= cast(RateLimits, parts.rate_limits).take(caller.key_id, limit)
     _check_scope(request, caller)
     return caller
 
@@ -104,8 +104,8 @@ async def _project_store(request: Request, caller: CallerPart) -> ProjectStore:
 StorePart = Annotated[ProjectStore, Depends(_project_store)]
 
 
-async def _once(request: Request, caller: CallerPart) -> Once:
-    return Once(request, await _project_store(request, caller), caller)
+async def _idempotent(request: Request, caller: CallerPart) -> IdempotentRequest:
+    return IdempotentRequest(request, await _project_store(request, caller), caller)
 
 
-OncePart = Annotated[Once, Depends(_once)]
+IdempotentPart = Annotated[IdempotentRequest, Depends(_idempotent)]

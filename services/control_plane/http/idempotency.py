@@ -50,7 +50,7 @@ NEWEST_OF_SAME, STILL_THE_NEWEST = (
 )
 
 
-class Once:
+class IdempotentRequest:
     """One request that changes something."""
 
     def __init__(self, request: Request, store: ProjectStore, caller: Caller) -> None:

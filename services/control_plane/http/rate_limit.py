@@ -17,7 +17,7 @@ MINUTE = 60.0
 MAX_KEYS = 100_000
 
 
-class Rates:
+class RateLimits:
     """The buckets of all keys."""
 
     def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:

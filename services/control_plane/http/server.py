@@ -19,6 +19,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A moment later: nothing listens here by then, so that who resumes does so elsewhere.
-        closing = asyncio.create_task(self._app.state.live.close())
+        closing = asyncio.create_task(self._app.state.streams.close())
         await super().shutdown(sockets)
         await closing

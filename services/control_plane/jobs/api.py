@@ -19,13 +19,13 @@ from services.control_plane.files import files
 from services.control_plane.http.dependencies import (
     CallerPart,
     Limit,
-    OncePart,
+    IdempotentPart,
     SettingsPart,
     StorePart,
 )
-from services.control_plane.http.idempotency import Once
+from services.control_plane.http.idempotency import IdempotentRequest
 from services.control_plane.jobs import jobs, weights
-from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
 from services.control_plane.models import models
@@ -36,15 +36,15 @@ from services.control_plane.tenants import quotas
 router = APIRouter(prefix="/fine_tuning/jobs")
 
 
-async def _lookups(request: Request) -> Lookups:
-    return cast(Lookups, request.app.state.lookups)
+async def _job_reader(request: Request) -> JobReader:
+    return cast(JobReader, request.app.state.job_reader)
 
 
-LookupsPart = Annotated[Lookups, Depends(_lookups)]
+JobReaderPart = Annotated[JobReader, Depends(_job_reader)]
 
 
 @router.post("")
-async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
+async def create(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
     spec, asked = body.spec(), body.weights()
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
@@ -59,7 +59,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
         return job_object(await jobs.submit(session, checked, model, reference, caller.key_id), settings)
 
     with tracing.span("submit job"):
-        return await once.act(submit)
+        return await idempotent.act(submit)
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
@@ -127,13 +127,13 @@ async def list_jobs(
 
 
 @router.get("/{job_id}")
-async def retrieve(lookups: LookupsPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
-    return job_object(await lookups.job(caller.project_id, job_id), settings)
+async def retrieve(reader: JobReaderPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
+    return job_object(await reader.job(caller.project_id, job_id), settings)
 
 
 async def _wish(
     wish: Callable[[AsyncSession, str, str], Awaitable[Job]],
-    once: Once,
+    idempotent: IdempotentRequest,
     caller: Caller,
     settings: Settings,
     job_id: str,
@@ -141,22 +141,22 @@ async def _wish(
     async def act(session: AsyncSession) -> dict[str, Any]:
         return job_object(await wish(session, job_id, caller.key_id), settings)
 
-    return await once.act(act, changes=job_id)
+    return await idempotent.act(act, changes=job_id)
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.cancel, once, caller, settings, job_id)
+async def cancel(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.cancel, idempotent, caller, settings, job_id)
 
 
 @router.post("/{job_id}/pause")
-async def pause(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.pause, once, caller, settings, job_id)
+async def pause(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.pause, idempotent, caller, settings, job_id)
 
 
 @router.post("/{job_id}/resume")
-async def resume(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.resume, once, caller, settings, job_id)
+async def resume(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.resume, idempotent, caller, settings, job_id)
 
 
 @router.get("/{job_id}/events")

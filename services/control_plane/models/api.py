@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
-from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
 from services.control_plane.models import deployments, models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.responses import model_object
@@ -36,7 +36,7 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 
 @router.delete("/{model_id:path}")
-async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Response:
+async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str) -> Response:
     """Stop offering and serving a trained policy, and remove its weights."""
     removed: list[NamedModel] = []
 
@@ -46,7 +46,7 @@ async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Respo
         removed.append(model)
         return deleted("model", model_id)
 
-    answer = await once.act(remove, changes=model_id)
+    answer = await idempotent.act(remove, changes=model_id)
     for model in removed:
         await remove_bytes(model.source)
     return answer

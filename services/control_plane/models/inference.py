@@ -14,7 +14,7 @@ from services.control_plane.core.errors import ApiError, InvalidRequest, NotFoun
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.models import deployments, models
 from services.control_plane.models.models import NamedModel
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
 RETRY_AFTER_SECONDS = 15
@@ -25,8 +25,8 @@ REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidR
 class Inference:
     """Forwards OpenAI's completion calls to the model's Serve application."""
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
         self._serve = httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), limits=limits)
         self._touched: dict[str, float] = {}
@@ -42,7 +42,7 @@ class Inference:
             message = f"'{model.id}' is a reward model: it scores texts and writes none. Name a policy or a base model."
             raise InvalidRequest(message, param="model", code="invalid_value")
         base_url = await self._wait_until_served(model)
-        app = await self._launcher.own_name(model.app_name)
+        app = await self._ray_api.own_name(model.app_name)
         request = self._serve.build_request("POST", f"{base_url}/{app}/v1/{path}", json=body)
         try:
             answer = await self._serve.send(request, stream=True)
@@ -62,7 +62,7 @@ class Inference:
         deadline = time.monotonic() + self._settings.model_wait_seconds
         while time.monotonic() < deadline:
             try:
-                view = await self._launcher.look()
+                view = await self._ray_api.look()
             except httpx.HTTPError:
                 raise self._unavailable(model, "cannot be reached: the Ray cluster does not answer") from None
             app = view.applications.get(model.app_name)

@@ -13,16 +13,16 @@ from services.control_plane.http.dependencies import SettingsPart, StorePart
 from services.control_plane.jobs import jobs
 from services.control_plane.progress import logs
 from services.control_plane.progress.metrics import Range, series
-from services.control_plane.progress.streams import KEEPALIVE, Live
+from services.control_plane.progress.streams import KEEPALIVE, Streams
 
 router = APIRouter(prefix="/x/jobs")
 
 
-async def _live(request: Request) -> Live:
-    return cast(Live, request.app.state.live)
+async def _streams(request: Request) -> Streams:
+    return cast(Streams, request.app.state.streams)
 
 
-LivePart = Annotated[Live, Depends(_live)]
+StreamsPart = Annotated[Streams, Depends(_streams)]
 
 
 class EventStream(StreamingResponse):
@@ -49,13 +49,13 @@ class EventStream(StreamingResponse):
 
 @router.get("/{job_id}/stream")
 async def stream(
-    store: StorePart, live: LivePart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
+    store: StorePart, streams: StreamsPart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> EventStream:
     """The job's events from the first one, or after the last one that the client has, and on until it is terminal."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0
-    return EventStream(live.follow(job_id, place))
+    return EventStream(streams.follow(job_id, place))
 
 
 @router.get("/{job_id}/metrics")

@@ -96,7 +96,7 @@ class Watched:
         return b"".join(reversed(behind))
 
 
-class Live:
+class Streams:
     """One in every control plane."""
 
     def __init__(self, store: Store, settings: Settings) -> None:

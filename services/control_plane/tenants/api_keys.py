@@ -10,7 +10,7 @@ from services.control_plane.auth import keys
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Key
-from services.control_plane.http.dependencies import CallerPart, Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import CallerPart, Limit, IdempotentPart, SettingsPart, StorePart
 from services.control_plane.tenants import projects
 from services.control_plane.tenants.requests import CreateKey
 from services.control_plane.tenants.responses import key_object
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/x/keys")
 
 
 @router.post("")
-async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
+async def create(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
     """`value` is told in this answer only."""
     expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
 
@@ -37,7 +37,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
         )
         return {**key_object(key), "value": text}
 
-    return await once.act(make, secret="value")
+    return await idempotent.act(make, secret="value")
 
 
 @router.get("")
@@ -64,10 +64,10 @@ async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[st
 
 
 @router.post("/{key_id}/revoke")
-async def revoke(once: OncePart, caller: CallerPart, key_id: str) -> Response:
+async def revoke(idempotent: IdempotentPart, caller: CallerPart, key_id: str) -> Response:
     """It stops working within a second."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
         return key_object(await keys.revoke(session, caller, key_id))
 
-    return await once.act(act, changes=key_id)
+    return await idempotent.act(act, changes=key_id)

@@ -10,7 +10,7 @@ from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.responses import deleted, listing, seconds
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import WebhookEndpoint
-from services.control_plane.http.dependencies import Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import Limit, IdempotentPart, SettingsPart, StorePart
 from services.control_plane.http.validation import Text
 from services.control_plane.webhooks import webhooks
 from services.control_plane.webhooks.outbox import Sender, Unreachable
@@ -75,13 +75,13 @@ async def event_types() -> dict[str, Any]:
 
 
 @router.post("/webhook_endpoints")
-async def create(once: OncePart, settings: SettingsPart, body: CreateWebhook) -> Response:
+async def create(idempotent: IdempotentPart, settings: SettingsPart, body: CreateWebhook) -> Response:
     webhooks.check_url(body.url, settings)
 
     async def add(session: AsyncSession) -> dict[str, Any]:
         return _webhook_object(await webhooks.create(session, body.model_dump()), with_secret=True)
 
-    return await once.act(add)
+    return await idempotent.act(add)
 
 
 @router.get("/webhook_endpoints")
@@ -100,7 +100,7 @@ async def retrieve(store: StorePart, endpoint_id: str) -> dict[str, Any]:
 
 
 @router.post("/webhook_endpoints/{endpoint_id}")
-async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body: UpdateWebhook) -> Response:
+async def update(idempotent: IdempotentPart, settings: SettingsPart, endpoint_id: str, body: UpdateWebhook) -> Response:
     values = body.model_dump(exclude_unset=True)
     if "url" in values:
         webhooks.check_url(body.url, settings)
@@ -108,26 +108,26 @@ async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body:
     async def change(session: AsyncSession) -> dict[str, Any]:
         return _webhook_object(await webhooks.change(session, endpoint_id, values))
 
-    return await once.act(change, changes=endpoint_id)
+    return await idempotent.act(change, changes=endpoint_id)
 
 
 @router.delete("/webhook_endpoints/{endpoint_id}")
-async def delete(once: OncePart, endpoint_id: str) -> Response:
+async def delete(idempotent: IdempotentPart, endpoint_id: str) -> Response:
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await webhooks.remove(session, endpoint_id)
         return deleted("webhook_endpoint.deleted", endpoint_id)
 
-    return await once.act(remove, changes=endpoint_id)
+    return await idempotent.act(remove, changes=endpoint_id)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/rotate_secret")
-async def rotate_secret(once: OncePart, endpoint_id: str, body: RotateSecret | None = None) -> Response:
+async def rotate_secret(idempotent: IdempotentPart, endpoint_id: str, body: RotateSecret | None = None) -> Response:
     keep_old = body is not None and body.keep_old_secret_active_for_24_hours
 
     async def rotate(session: AsyncSession) -> dict[str, Any]:
         return _webhook_object(await webhooks.rotate_secret(session, endpoint_id, keep_old=keep_old), with_secret=True)
 
-    return await once.act(rotate, changes=endpoint_id)
+    return await idempotent.act(rotate, changes=endpoint_id)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/test")

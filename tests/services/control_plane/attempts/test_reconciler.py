@@ -45,7 +45,7 @@ from services.control_plane.cleanup import stop_orphans
 from services.control_plane.core.store import History, Store, live_jobs
 from services.control_plane.core.tables import Attempt, Job, Lease, Transition
 from services.control_plane.jobs import jobs
-from services.control_plane.ray_api import Launcher, Submission
+from services.control_plane.ray_api import RayApi, Submission
 from services.control_plane.settings import Settings
 from services.spool import segment_uri, write
 from tests.services.control_plane.conftest import FakeRay, pairs
@@ -100,9 +100,9 @@ def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, 
     async def run() -> None:
         nonlocal now
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
+        ray_api = RayApi(settings, store.instance)
         reconcilers = [
-            Reconciler(store, launcher, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
+            Reconciler(store, ray_api, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
         ]
         async with store.begin() as session:
             await session.execute(update(Lease).values(holder="test-0", expires_at=func.now() + timedelta(hours=1)))
@@ -116,7 +116,7 @@ def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, 
                 await session.execute(long_ago) if rested else None
         async with store.begin() as session:
             await session.execute(update(Lease).values(expires_at=func.now() + timedelta(hours=1)))
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
     asyncio.run(run())
@@ -560,13 +560,13 @@ def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
 
     async def lose_twice() -> None:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
-        executor = Executor(store, launcher, settings, holder="test")
+        ray_api = RayApi(settings, store.instance)
+        executor = Executor(store, ray_api, settings, holder="test")
         async with store.begin() as session:
             job, attempt = await session.get_one(Job, job_id), await session.get_one(Attempt, (job_id, 1))
         for _ in range(2):
             await executor.carry_out(Decision.LOSE, job, attempt, History(1, 0, 0.0), Submission("ended", exit_code=-9))
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
     asyncio.run(lose_twice())
@@ -705,12 +705,12 @@ def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_
 
     async def sweep() -> list[str]:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
-        within_grace = await stop_orphans(store, launcher)
+        ray_api = RayApi(settings, store.instance)
+        within_grace = await stop_orphans(store, ray_api)
         async with store.begin() as session:
             await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
-        stopped = await stop_orphans(store, launcher)
-        await launcher.close()
+        stopped = await stop_orphans(store, ray_api)
+        await ray_api.close()
         await store.close()
         return [*within_grace, "then", *stopped]
 

@@ -21,7 +21,7 @@ from services.contract import CheckRequest, CheckResult, Failed
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core.store import Store
 from services.control_plane.files import model_check
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, FakeRay, api_of, new_key, new_project, pair, pairs
 
@@ -268,10 +268,10 @@ def sweep(settings: Settings) -> list[str]:
 
     async def run() -> list[str]:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
-        stopped = await model_check.stop_late(store, launcher)
-        await Sweeper(store, launcher, settings).sweep()
-        await launcher.close()
+        ray_api = RayApi(settings, store.instance)
+        stopped = await model_check.stop_late(store, ray_api)
+        await Sweeper(store, ray_api, settings).sweep()
+        await ray_api.close()
         await store.close()
         return stopped
 
