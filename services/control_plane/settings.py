@@ -124,8 +124,8 @@ class Settings(BaseSettings):
 
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
-        description="Base models, by name: a local folder, a storage URI without a key in it, or a hub id; or a table of "
-        "`source` and `adapter`, which is what jobs train that do not say it.",
+        description="Base models, by name: a local folder, a storage URI without a key in it, or a hub id; or a table "
+        "of `source` and `adapter`, which is what jobs train that do not say it.",
     )
     organization: str = Field(
         default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="The second part of the names of policies, `ft:…`."

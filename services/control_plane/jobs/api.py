@@ -18,8 +18,8 @@ from services.control_plane.core.tables import Checkpoint, Event, File, Job, rea
 from services.control_plane.files import files
 from services.control_plane.http.dependencies import (
     CallerPart,
-    Limit,
     IdempotentPart,
+    Limit,
     SettingsPart,
     StorePart,
 )

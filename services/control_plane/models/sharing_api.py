@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import CheckpointPermission
-from services.control_plane.http.dependencies import Limit, IdempotentPart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.validation import Text
 from services.control_plane.models import models, sharing
 from services.control_plane.models.responses import permission_object

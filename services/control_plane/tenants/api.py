@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Project
-from services.control_plane.http.dependencies import CallerPart, Limit, IdempotentPart, StorePart
+from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, StorePart
 from services.control_plane.tenants import projects, quotas
 from services.control_plane.tenants.requests import CreateProject, UpdateProject
 from services.control_plane.tenants.responses import project_object, usage_object

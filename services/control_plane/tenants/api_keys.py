@@ -10,7 +10,7 @@ from services.control_plane.auth import keys
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Key
-from services.control_plane.http.dependencies import CallerPart, Limit, IdempotentPart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.tenants import projects
 from services.control_plane.tenants.requests import CreateKey
 from services.control_plane.tenants.responses import key_object

@@ -10,7 +10,7 @@ from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.responses import deleted, listing, seconds
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import WebhookEndpoint
-from services.control_plane.http.dependencies import Limit, IdempotentPart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.validation import Text
 from services.control_plane.webhooks import webhooks
 from services.control_plane.webhooks.outbox import Sender, Unreachable
