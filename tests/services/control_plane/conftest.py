@@ -217,12 +217,12 @@ def receiver() -> Iterator[Receiver]:
 
 SERVER = """
 import sys
-from services.control_plane import surveys
+from services.control_plane.files import row_check
 from services import storage
 from services.control_plane.app import create_app
 from services.control_plane.http.server import Server
 from services.control_plane.settings import Settings
-surveys.AT_ONCE_BYTES = int(sys.argv[2])
+row_check.AT_ONCE_BYTES = int(sys.argv[2])
 Server(create_app(Settings()), port=int(sys.argv[1]), log_level="error").run()
 """
 
