@@ -72,5 +72,5 @@ def test_events(client: openai.OpenAI, file_id: str) -> None:
     for _ in range(3):
         write()
     there = [event.id for event in client.fine_tuning.jobs.list_events(job_id)]
-    assert len(there) == 14
+    assert len(there) == 15
     check(read_while(write, client.fine_tuning.jobs.list_events(job_id, limit=2)), there)
