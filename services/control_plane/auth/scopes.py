@@ -7,7 +7,7 @@ INFERENCE = ("/v1/chat/completions", "/v1/completions")
 
 
 def needed(method: str, path: str) -> Scope:
-    """The scope that a request needs; `path` is the route's template."""
+    """Returns the scope that a request needs. `path` is the route's template, such as `/v1/files/{file_id}`."""
     if _below(path, ADMIN):
         return "admin"
     if _below(path, INFERENCE):

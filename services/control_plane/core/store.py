@@ -330,7 +330,7 @@ async def _append(session: AsyncSession) -> None:
 
 @cache
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
-    """Inserts rows of these tables. Parameters have the names of tables. Ids follow the order of rows."""
+    """Builds the statement that inserts rows of these tables. Each table's rows are the parameter of its name."""
     parts = []
     for kind in kinds:
         table, columns = kind.__tablename__, ", ".join(_columns(kind))
