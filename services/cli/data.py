@@ -75,7 +75,7 @@ def _fail_for_want_of_rows(found: FeedbackReport, checked: "Check") -> NoReturn:
 
 def _config(given: dict[str, object], model: str | None) -> TrainConfig:
     if given and model is None:
-        fail(f"--{next(iter(given)).replace('_', '-')} is of tokens, and only a model tells these; add --model.")
+        fail(f"--{next(iter(given)).replace('_', '-')} counts tokens, which depend on the model; add --model.")
     try:
         return TrainConfig(**given)  # type: ignore[arg-type]
     except InvalidOption as error:

@@ -34,18 +34,18 @@ FIELDS = (
 )
 CHUNK = 1 << 20
 IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked."
-# One range, as RFC 9110 writes it. Any other `Range` may be ignored, and is.
+# One range of bytes, as RFC 9110 writes it. The service ignores any other `Range`, as the RFC allows.
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("", openapi_extra=multipart("file", "purpose", *FIELDS))
 async def create(request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart) -> Response:
-    """Store the file and check every row; a bad row is refused by its line."""
+    """Stores a file and checks its rows. A file with a bad row is refused; the error names the line."""
     async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
         wanted = CreateFile.of(form.fields)
         reading = wanted.reading()
         filename = files.clean_name(form.filename, "file")
-        async with store.begin() as session:  # before it is checked; what counts is the one below
+        async with store.begin() as session:  # an early refusal; the reservation below counts
             await files.reserve(session, store.project_id, form.num_bytes, param="file")
         stored = await files.store_file(form.source, settings)
 
@@ -84,7 +84,9 @@ async def list_files(
     async with store.look() as session:
         keys = [File.created_at, File.id]
         rows, more = await page(session, query, keys, after=after, limit=limit, descending=order == "desc")
-    return JSONResponse(listing([file_object(row) for row in rows], more))  # FastAPI would take seconds to encode it
+    return JSONResponse(
+        listing([file_object(row) for row in rows], more)
+    )  # FastAPI's own encoder would take seconds for it
 
 
 @router.get("/{file_id}")
@@ -115,9 +117,9 @@ def _attached(filename: str) -> dict[str, str]:
 
 
 def _part(asked: re.Match[str], num_bytes: int) -> range:
-    """The bytes asked for; empty where there are none."""
+    """Returns the bytes that a `Range` header asks for; empty if the file has none of them."""
     first, last = asked[1], asked[2]
-    if not first:  # so many from the end
+    if not first:  # the last bytes of the file
         return range(max(0, num_bytes - int(last)), num_bytes)
     return range(int(first), min(int(last) + 1, num_bytes) if last else num_bytes)
 

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/x/datasets")
 async def check(
     request: Request, store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CheckDataset
 ) -> dict[str, Any]:
-    """What a training file holds, and with a model: what encoding would do with it. Repeat it while it is running."""
+    """Says what a training file holds and, with a model, what encoding would do with it. Repeat it while it runs."""
     config = body.config()
     async with store.begin() as session:
         file = await files.find_checked(session, body.training_file, param="training_file")

@@ -38,8 +38,8 @@ async def create(idempotent: IdempotentPart, store: StorePart, settings: Setting
 async def add_part(
     request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, upload_id: str
 ) -> Response:
-    """Parts may come in any order, and several at once."""
-    async with store.begin() as session:  # before the body is read
+    """Adds a part. Parts may come in any order, and several at once."""
+    async with store.begin() as session:  # refuse before the body is read
         uploads.check_pending(*await uploads.find(session, upload_id), "added to")
     remedy = "Send the file in smaller parts."
     async with read_form(request, "data", most=uploads.PART_BYTES, remedy=remedy) as form:
@@ -59,7 +59,7 @@ async def add_part(
 async def complete(
     request: Request, idempotent: IdempotentPart, settings: SettingsPart, upload_id: str, body: CompleteUpload
 ) -> Response:
-    """The parts become a file; its rows are checked as those of any other."""
+    """Joins the parts to a file, and checks its rows as those of any other file."""
 
     async def join(session: AsyncSession) -> dict[str, Any]:
         row, file = await uploads.complete(session, upload_id, body.part_ids, body.md5, settings)

@@ -212,7 +212,7 @@ def test_of_one_project_a_few_checks_run_at_once(ray: FakeRay, ask: Any, monkeyp
     assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 5}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert "3 checks of the project are running, which is the limit max_running_checks" in refused.text
+    assert "3 checks of the project are running, the limit of max_running_checks" in refused.text
     assert int(refused.headers["retry-after"]) > 0
     assert len(ray.submissions) == 3
     finish(ray, DONE)
