@@ -20,12 +20,12 @@ router = APIRouter(prefix="/x/keys")
 
 @router.post("")
 async def create(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
-    """`value` is told in this answer only."""
+    """Creates a key. Only this answer has its text, in `value`."""
     expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
 
     async def make(session: AsyncSession) -> dict[str, Any]:
         project = await projects.find_to_use(session, caller, body.project_id or caller.project_id)
-        await projects.lock(session, project.id)  # so that keys that are made at once are counted
+        await projects.lock(session, project.id)  # so that keys that are created at the same time are counted
         await keys.check(session, caller, body.requests_per_minute, settings.requests_per_minute)
         key, text = await keys.create(
             session,
@@ -48,7 +48,7 @@ async def list_keys(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Newest first, the revoked ones too."""
+    """Lists keys, also revoked ones, newest first."""
     query = keys.managed_by(caller)
     if project_id is not None:
         query = query.where(Key.project_id == project_id)
@@ -65,7 +65,7 @@ async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[st
 
 @router.post("/{key_id}/revoke")
 async def revoke(idempotent: IdempotentPart, caller: CallerPart, key_id: str) -> Response:
-    """It stops working within a second."""
+    """Revokes a key, which stops working within a second."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
         return key_object(await keys.revoke(session, caller, key_id))

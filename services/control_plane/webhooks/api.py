@@ -1,4 +1,4 @@
-"""/v1/webhook_endpoints. The signing secret stands in the answers to create and rotate_secret only."""
+"""/v1/webhook_endpoints. Only the answers to create and rotate_secret have the signing secret."""
 
 from typing import Annotated, Any, cast
 
@@ -27,7 +27,7 @@ SenderPart = Annotated[Sender, Depends(_sender)]
 
 def _event_type(name: str, info: ValidationInfo) -> str:
     if name not in webhooks.EVENT_TYPES:
-        message = f"There are no events '{name:.80}' here; there are {', '.join(webhooks.EVENT_TYPES)}."
+        message = f"There is no event type '{name:.80}'; choose from {', '.join(webhooks.EVENT_TYPES)}."
         raise InvalidRequest(message, param=info.field_name, code="unsupported_value")
     return name
 
@@ -47,7 +47,7 @@ class CreateWebhook(BaseModel):
 
 
 class UpdateWebhook(BaseModel):
-    """Body of POST /webhook_endpoints/{id}: what is left out stays."""
+    """Body of POST /webhook_endpoints/{id}. Fields that are left out stay as they are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
@@ -86,7 +86,7 @@ async def create(idempotent: IdempotentPart, settings: SettingsPart, body: Creat
 
 @router.get("/webhook_endpoints")
 async def list_endpoints(store: StorePart, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Newest first."""
+    """Lists the endpoints, newest first."""
     async with store.look() as session:
         keys = [WebhookEndpoint.created_at, WebhookEndpoint.id]
         rows, more = await page(session, webhooks.listed(), keys, after=after, limit=limit)
@@ -132,7 +132,7 @@ async def rotate_secret(idempotent: IdempotentPart, endpoint_id: str, body: Rota
 
 @router.post("/webhook_endpoints/{endpoint_id}/test")
 async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: SendTest) -> dict[str, Any]:
-    """One send, now. It changes nothing here, so a resend sends again."""
+    """Sends a test message now. It changes nothing here, so a resent request sends it again."""
     async with store.begin() as session:
         endpoint = await webhooks.find(session, endpoint_id)
     try:

@@ -174,7 +174,7 @@ def test_what_a_check_found_and_the_database_refuses_is_a_refusal_of_the_file(
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         rows.execute("UPDATE files SET report = NULL WHERE id = %s", [file.id])
     found = client.files.wait_for_processing(file.id, poll_interval=0.2, max_wait_seconds=60)
-    assert "cannot be kept" in (found.status_details or "")
+    assert "cannot be stored" in (found.status_details or "")
 
 
 ENDING = """
