@@ -1,4 +1,4 @@
-"""The control plane's parts, wired together. Nobody else builds them."""
+"""Builds the control plane's parts and connects them. No other module builds them."""
 
 import asyncio
 import logging
@@ -50,11 +50,11 @@ from services.control_plane.webhooks.outbox import Sender
 
 log = logging.getLogger(__name__)
 
-JOINED_AT_ONCE = 4  # uploads: each holds a connection to the database while its parts are read and written
+JOINED_AT_ONCE = 4  # uploads that are joined at a time; each holds a database connection meanwhile
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The service for one database and one Ray cluster. The database's schema must be up to date."""
+    """Returns the service for one database and one Ray cluster. The database must have the newest schema."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     checks = [Depends(admit), Depends(check_query)]
@@ -82,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
 
-    async def project_of(token: str) -> str | None:  # asked when the app has its parts
+    async def project_of(token: str) -> str | None:  # it is called when the app has its parts
         return await cast(Authentication, app.state.authentication).project_of(token)
 
     app.add_middleware(Limits, settings=settings, project_of=project_of)
@@ -124,7 +124,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _end_process(part: asyncio.Task[None]) -> None:
-    """A part runs until it is cancelled. Where one ends by itself the process ends, too, and is started anew."""
+    """Ends the process if a part ended without being cancelled. The process is then started anew."""
     if not part.cancelled():
         log.critical("%s has ended, and the process ends with it", part.get_name(), exc_info=part.exception())
         os.kill(os.getpid(), signal.SIGTERM)
@@ -139,7 +139,7 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's 422 as OpenAI's 400. The first part of a location is where it was: body, query, path."""
+    """Answers FastAPI's 422 as OpenAI's 400. The first item of a location says where: body, query or path."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -150,7 +150,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, ApiError):  # while FastAPI read the body
+    if isinstance(error.__cause__, ApiError):  # it was raised while FastAPI read the body
         return await _on_api_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
@@ -169,20 +169,20 @@ async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
-    """The database is down or takes no writes, or all connections to it are taken: the client comes back by itself."""
+    """Answers 503 if the database is down, takes no writes, or has no connection free. Clients retry by themselves."""
     if isinstance(error, DBAPIError) and refuses_value(error):
         return await _on_data_error(request, error)
     log.warning("The database does not answer: %s", error)
     if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.errors.QueryCanceled):
-        message = "The request waited too long for another that works on the same; nothing was changed."
+        message = "The request waited too long for another one that changes the same object; nothing was changed."
         return Unavailable(message, retry_after=30, code="database_unavailable").response()
     message = "The database does not answer; nothing was changed."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()
 
 
 async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
-    """What the request says cannot be kept, nor be looked for."""
+    """Answers 400 if the database cannot store, or compare with, a value of the request."""
     assert isinstance(error, DBAPIError)
     log.warning("A value was refused by the database: %s", error.orig)
-    message = "A value in the request cannot be kept: it holds a NUL character, or is too large; change it."
+    message = "A value in the request cannot be stored: it holds a NUL character, or is too large; change it."
     return InvalidRequest(message).response()

@@ -22,7 +22,7 @@ def _model_name(name: str) -> str:
 
 
 def _without_key(place: str) -> str:
-    """Of a folder of storage: it is told in Ray's list of jobs, in rows and in logs."""
+    """Refuses a place in storage that holds a key, because Ray's list of jobs, rows and logs show the place."""
     if "@" in urlsplit(place).netloc:
         raise ValueError("holds a key before its '@'; leave that out, and give it as AWS_ACCESS_KEY_ID or the like")
     return place
@@ -42,7 +42,7 @@ class BaseModel(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id
-    adapter: Lora | Literal["none"] = Lora()  # what a job trains that does not say it; none: all weights
+    adapter: Lora | Literal["none"] = Lora()  # what jobs train that do not say it; none: all weights
 
 
 def _base_model(value: object) -> object:

@@ -572,7 +572,7 @@ def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
     asyncio.run(lose_twice())
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
     (over,) = [message for message in told if message.startswith("Attempt 1 is over")]
-    assert "killed by SIGKILL, as the kernel does where memory runs out" in over
+    assert "killed by SIGKILL, as the kernel does when memory runs out" in over
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
 

@@ -153,7 +153,7 @@ def test_limits_are_named(client: openai.OpenAI) -> None:
         assert refused.value.param == name
     upload_id = begin(client, b"ab")
     send(client, upload_id, b"abc")
-    with pytest.raises(openai.BadRequestError, match="have 6 bytes; the limit is twice the upload.s 2"):
+    with pytest.raises(openai.BadRequestError, match=r"have 6 bytes; the limit is twice the upload.s 2"):
         send(client, upload_id, b"abc")
     with pytest.raises(openai.APIStatusError, match="the limit is") as too_large:
         send(client, upload_id, bytes(66 * 2**20))
