@@ -53,7 +53,7 @@ SIZES = {
     "small": Size(num_things=15, num_demonstrations=1600),
 }
 OWN_RATES = {"supervised": 2e-3, "dpo": 6e-5}  # for the demo's own base model, which has random weights
-GIVEN_RATES = {"supervised": 2e-5, "dpo": 2e-6}  # for a pretrained model
+GIVEN_RATES = {"supervised": 2e-4, "dpo": 2e-5}  # for an adapter on a pretrained model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,9 @@ def main() -> None:
         step("1. A base model")
         model = str(home / "base")
         weights = make_base_model(Path(model), rows.text, hidden_size=size.hidden_size, num_layers=size.num_layers)
-        console.print(f"{weights / 1e6:.1f} million random weights in {model}")
-    rates = GIVEN_RATES if os.environ.get("MODEL") else OWN_RATES
+        console.print(f"{weights / 1e6:.1f} million random weights in {model}, of which jobs train all")
+    given = bool(os.environ.get("MODEL"))
+    rates, adapter = (GIVEN_RATES, "auto") if given else (OWN_RATES, "none")
     step("2. The service: PostgreSQL, Ray, the control plane")
     service = Service(home, models={"base": model}, console=console)
     keep = False
@@ -91,16 +92,17 @@ def main() -> None:
         client = OpenAI(base_url=service.wait_until_ready(), api_key=(home / "api.key").read_text(), timeout=600)
         step("3. A supervised job on demonstrations")
         schedule = {"n_epochs": size.supervised_epochs, "batch_size": 32, "learning_rate": rates["supervised"]}
-        supervised = train(client, console, "base", rows.demonstrations, "supervised", schedule)
+        supervised = train(client, console, "base", rows.demonstrations, "supervised", schedule, adapter=adapter)
         step("4. A DPO job on preference pairs, with two workers")
         schedule = {"beta": 0.5, "n_epochs": 1, "batch_size": 16, "learning_rate": rates["dpo"]}
-        dpo = train(client, console, supervised.fine_tuned_model or "", rows.pairs, "dpo", schedule, num_workers=2)
+        start = supervised.fine_tuned_model or ""
+        dpo = train(client, console, start, rows.pairs, "dpo", schedule, adapter=adapter, num_workers=2)
         step(f"5. Both policies answer the same {len(rows.prompts)} prompts, at temperature {TEMPERATURE}")
         before = ask(client, console, supervised.fine_tuned_model or "", rows.prompts)
         after = ask(client, console, dpo.fine_tuned_model or "", rows.prompts)
         print_answers(console, *(texts[:SHOWN_ANSWERS] for texts in (rows.prompts, before, after)))
         report_curves(client, console, supervised, dpo)
-        passed = bool(data) or judge(console, shop, rows.prompts, before, after) or bool(os.environ.get("MODEL"))
+        passed = bool(data) or judge(console, shop, rows.prompts, before, after) or given
         keep = bool(os.environ.get("KEEP"))
     finally:
         if keep:
@@ -166,6 +168,7 @@ def train(
     method: str,
     hyperparameters: dict[str, Any],
     *,
+    adapter: str,
     num_workers: int = 1,
 ) -> FineTuningJob:
     """Uploads a file, submits a job and watches it. Ends the demo if the job does not succeed."""
@@ -175,7 +178,7 @@ def train(
         model=model,
         training_file=stored.id,
         method={"type": method, method: {"hyperparameters": hyperparameters}},  # type: ignore[misc, arg-type]
-        extra_body={"x_raydpo": {"num_workers": num_workers}},
+        extra_body={"x_raydpo": {"num_workers": num_workers, "adapter": adapter}},
         seed=0,
     )
     job = watch_job(client, job.id, console=console)

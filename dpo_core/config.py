@@ -14,27 +14,21 @@ from dpo_core.options import Dpo, InvalidOption, Limit, Objective, Positive, che
 class Optim:
     """AdamW and its schedule."""
 
-    learning_rate: float | None = None  # None: the objective's default
-    learning_rate_multiplier: float | None = None  # of the objective's default
+    # None: the objective's default
+    learning_rate: Annotated[float | None, Limit("greater than 0 and at most 1", lambda x: 0 < x <= 1)] = None
+    # of the objective's default
+    learning_rate_multiplier: Annotated[float | None, Limit("greater than 0", lambda x: x > 0)] = None
     warmup_ratio: float = 0.1  # share of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        rate, multiplier = self.learning_rate, self.learning_rate_multiplier
-        if rate is not None and multiplier is not None:
+        if self.learning_rate is not None and self.learning_rate_multiplier is not None:
             raise InvalidOption(
                 "learning_rate_multiplier",
                 "learning_rate and learning_rate_multiplier exclude each other; send one.",
             )
-        check(rate is None or 0 < rate <= 1, "learning_rate", rate, "greater than 0 and at most 1")
-        check(
-            multiplier is None or 0 < multiplier < float("inf"),
-            "learning_rate_multiplier",
-            multiplier,
-            "greater than 0 and finite",
-        )
         check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
         check(0 <= self.weight_decay <= 1, "weight_decay", self.weight_decay, "in [0, 1]")
         check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "greater than 0")
@@ -67,8 +61,9 @@ class TrainConfig:
 
     objective: Objective = field(default_factory=Dpo)
     optim: Optim = field(default_factory=Optim)
-    n_epochs: int | None = None
-    batch_size: int | None = None  # groups per optimizer step, over all ranks
+    n_epochs: Annotated[int | None, Limit("from 1 to 50", lambda x: 1 <= x <= 50)] = None
+    # groups per optimizer step, over all ranks
+    batch_size: Annotated[int | None, Limit("from 1 to 256", lambda x: 1 <= x <= 256)] = None
     max_length: int = 2048  # tokens of a prompt and one completion
     truncation: Truncation = "drop"  # of longer groups; keep_start cuts completions' ends, keep_end the prompt's start
     max_tokens_per_pack: int | None = None  # of one forward and backward on one rank; None: what memory holds
@@ -78,9 +73,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        epochs, batch, every = self.n_epochs, self.batch_size, self.checkpoint_steps
-        check(epochs is None or 1 <= epochs <= 50, "n_epochs", epochs, "from 1 to 50")
-        check(batch is None or 1 <= batch <= 256, "batch_size", batch, "from 1 to 256")
+        every, multiplier = self.checkpoint_steps, self.optim.learning_rate_multiplier
+        most = 1 / (ADAPTERS_RATE * self.objective.traits.default_learning_rate)  # a learning rate is at most 1
+        check(multiplier is None or multiplier <= most, "learning_rate_multiplier", multiplier, f"at most {most:g}")
         check(every is None or every >= 1, "checkpoint_steps", every, "at least 1")
         check(2 <= self.max_length <= 1_048_576, "max_length", self.max_length, "from 2 to 1048576")
         check(
@@ -91,12 +86,18 @@ class TrainConfig:
         )
         check(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
+    def settled(self, *, with_adapter: bool = False) -> "TrainConfig":
+        """This run with epochs and learning rate decided, which depend on the objective, and on what is trained."""
+        traits = self.objective.traits
+        default_rate = traits.default_learning_rate * (ADAPTERS_RATE if with_adapter else 1)
+        rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)
+        optim = replace(self.optim, learning_rate=rate, learning_rate_multiplier=None)
+        return replace(self, optim=optim, n_epochs=self.n_epochs or traits.default_epochs)
+
     def resolved(self, num_groups: int, *, with_adapter: bool = False) -> "TrainConfig":
         """This run with every `None` decided for `num_groups` rows of data, and for an adapter or all weights."""
-        batch = min(self.batch_size or max(8, min(64, num_groups // 50)), num_groups)
-        epochs = self.n_epochs or self.objective.traits.default_epochs
-        default_rate = self.objective.traits.default_learning_rate * (ADAPTERS_RATE if with_adapter else 1)
-        rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)
-        every = self.checkpoint_steps or max(1, -(-epochs * -(-num_groups // batch) // 4))
-        optim = replace(self.optim, learning_rate=rate, learning_rate_multiplier=None)
-        return replace(self, optim=optim, n_epochs=epochs, batch_size=batch, checkpoint_steps=every)
+        run = self.settled(with_adapter=with_adapter)
+        assert run.n_epochs is not None
+        batch = min(run.batch_size or max(8, min(64, num_groups // 50)), num_groups)
+        every = run.checkpoint_steps or max(1, -(-run.n_epochs * -(-num_groups // batch) // 4))
+        return replace(run, batch_size=batch, checkpoint_steps=every)

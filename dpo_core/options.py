@@ -29,7 +29,7 @@ def check(valid: bool, field: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """What an option annotated with it must be."""
+    """What an option annotated with it must be, unless it is None."""
 
     words: str
     admits: Callable[[float], bool]
@@ -49,7 +49,7 @@ def options(cls: type[T]) -> type[T]:
     def post_init(self: T) -> None:
         for name, limit in limits:
             value = getattr(self, name)
-            check(limit.admits(value), name, value, limit.words)
+            check(value is None or limit.admits(value), name, value, limit.words)
         if check_joint_rules:
             check_joint_rules(self)
 

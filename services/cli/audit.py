@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
         "object": lambda entry: entry["object_id"] or "",
         "result": _result,
     }
-    what = "Who changed what, and who was refused, newest first. Needs an admin key."
+    what = "Show who changed what, and who was refused, newest first. Needs an admin key."
     list_command(app, "/x/audit", what, columns, name="audit")
 
 

@@ -16,12 +16,18 @@ def register(app: typer.Typer) -> None:
     def chat(
         client: "OpenAI",
         model: Annotated[str, typer.Argument(help="A base model or a trained policy.")],
-        prompt: Annotated[str | None, typer.Argument(help="Ask this once; without it, a conversation begins.")] = None,
-        system: Annotated[str | None, typer.Option(help="What the model is told before all else.")] = None,
-        temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 1.0,
-        max_tokens: Annotated[int, typer.Option(help="Length of one answer.", min=1)] = 256,
+        prompt: Annotated[
+            str | None, typer.Argument(help="One question. Default: a conversation, from standard input.")
+        ] = None,
+        system: Annotated[
+            str | None, typer.Option(help="A system message before the conversation. Default: none.")
+        ] = None,
+        temperature: Annotated[
+            float, typer.Option(help="0 always takes the likeliest token; higher is more random.", min=0.0, max=2.0)
+        ] = 1.0,
+        max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.", min=1)] = 256,
     ) -> None:
-        """Ask a model, and see the answer as it is written."""
+        """Talk to a model. Its answers are printed as they are written."""
         messages: list[Any] = [{"role": "system", "content": system}] if system else []
         while (question := prompt or _question()) is not None:
             messages.append({"role": "user", "content": question})

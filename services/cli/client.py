@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +20,33 @@ if TYPE_CHECKING:
 ONE_REQUEST_BYTES = 512 * 2**20  # what a service takes in one request, if it was not told otherwise
 PART_BYTES = 64 * 2**20  # of an upload in parts
 
-out = Console(highlight=False, emoji=False, soft_wrap=True)
-err = Console(highlight=False, emoji=False, soft_wrap=True, stderr=True)
+# Without markup: names and messages may have brackets of their own.
+out = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+err = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
 
-Url = Annotated[str | None, typer.Option(help="Base URL of the API, …/v1; or RAYDPO_URL.")]
-KeyFile = Annotated[Path | None, typer.Option(help="File with the API key; or the key itself in RAYDPO_API_KEY.")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Base URL of the API, https://…/v1. Default: RAYDPO_URL, else the service started here last."),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the API key. Default: the key in RAYDPO_API_KEY, else api.key in RAYDPO_HOME."),
+]
 CONNECTION = [
     inspect.Parameter("url", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Url),
     inspect.Parameter("key_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=KeyFile),
 ]
+
+
+def _not_empty(text: str) -> str:
+    """As the value of an unset variable of a shell is."""
+    if not text:
+        raise typer.BadParameter("it is empty")
+    return text
+
+
+def id_argument(metavar: str = "ID") -> Any:
+    return typer.Argument(metavar=metavar, parser=_not_empty)
 
 
 def default_home() -> Path:
@@ -93,6 +112,13 @@ def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "File
     return checked
 
 
+def write_content(client: "OpenAI", file_id: str) -> None:
+    """Write the file's bytes to standard output."""
+    with client.files.with_streaming_response.content(file_id) as response:
+        for chunk in response.iter_bytes():
+            sys.stdout.buffer.write(chunk)
+
+
 @contextmanager
 def one_line_errors(client: "OpenAI") -> Iterator[None]:
     """The API's message, not the client's traceback."""
@@ -112,7 +138,7 @@ def one_line_errors(client: "OpenAI") -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    err.print(f"error: {safe(message)}", style="red", markup=False)
+    err.print(f"error: {safe(message)}", style="red")
     raise typer.Exit(1)
 
 

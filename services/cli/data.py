@@ -29,17 +29,26 @@ def data() -> None:
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="JSON Lines, also in gzip or zstd; Parquet or Arrow.", exists=True)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Rows as JSON Lines, plain or in gzip or zstd; Parquet or Arrow.", exists=True),
+    ],
     model: Annotated[
-        str | None, typer.Option(metavar="FOLDER|HUB_ID", help="Also show what its tokenizer makes of the rows.")
+        str | None,
+        typer.Option(
+            metavar="FOLDER|HUB_ID",
+            help="Also encode the rows with this model's tokenizer. Default: look at the rows only.",
+        ),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and one completion.")] = None,
-    truncation: Annotated[Truncation | None, typer.Option(help="What becomes of longer rows.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a prompt with one completion. Default: 2048.")
+    ] = None,
+    truncation: Annotated[Truncation | None, typer.Option(help="What happens to longer rows. Default: drop.")] = None,
     columns: Columns = None,
     max_invalid_share: MaxInvalidShare = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Say what a file holds and what is wrong with it, without a service. Exit status 1: it would be refused."""
+    """Check a file without a service: what it holds, and what is wrong. Exits with 1 if the service would refuse it."""
     from services.containers import json_lines
 
     given = {"max_length": max_length, "truncation": truncation}
@@ -75,7 +84,7 @@ def _fail_for_want_of_rows(found: FeedbackReport, checked: "Check") -> NoReturn:
 
 def _config(given: dict[str, object], model: str | None) -> TrainConfig:
     if given and model is None:
-        fail(f"--{next(iter(given)).replace('_', '-')} counts tokens, which depend on the model; add --model.")
+        fail(f"--{next(iter(given)).replace('_', '-')} counts tokens, and needs a tokenizer; add --model.")
     try:
         return TrainConfig(**given)  # type: ignore[arg-type]
     except InvalidOption as error:

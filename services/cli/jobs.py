@@ -1,72 +1,131 @@
 """raydpo jobs: train a policy, and watch."""
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, fail, out, safe, send_file
+from services.cli.client import api_command, err, fail, id_argument, out, safe, write_content
+from services.cli.job_request import assignment, compose, local_files, read_config, upload, validate
 from services.cli.lists import AsJson, Limit, date, list_command, show_list
+from services.cli.lists import Columns as Table
 from services.cli.logs import read_logs
 from services.cli.reading import Columns, MaxInvalidShare, reading
-from services.cli.watch import watch_job
+from services.cli.watch import metrics_line, watch_job
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="Training jobs.")
+app = typer.Typer(no_args_is_help=True, help="Submit training jobs and follow them.")
 
-JobId = Annotated[str, typer.Argument(metavar="ID")]
+JobId = Annotated[str, id_argument()]
 
 
 @api_command(app)
 def create(
     client: "OpenAI",
-    model: Annotated[str, typer.Option(help="A base model, or a policy to go on from.")],
-    file: Annotated[str, typer.Option(help="A local file, which is uploaded, the id of an uploaded one, or a URI.")],
-    method: Annotated[
-        str, typer.Option(help="The objective: supervised, dpo, ipo, simpo, … as docs/use/objectives.md lists them.")
-    ] = "dpo",
-    beta: Annotated[float | None, typer.Option(help="dpo: how strongly the reference holds.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step, over all workers.")] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    hyperparameter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Any other of the method, such as gamma_beta_ratio=0.4; repeat."),
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="YAML, TOML or JSON: the body of POST /fine_tuning/jobs. Other options win over it. Default: none.",
+        ),
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="Part of the trained policy's name.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray Train workers.")] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB", help="Repeat this job, with its seed and what the other options change. Default: none."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A base model, or a policy to train further. Default: that of --config or --again."),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            help="Training data: a local file, which is uploaded; the id of an uploaded file; or a URI. "
+            "Default: that of --config or --again."
+        ),
+    ] = None,
+    validation_file: Annotated[
+        str | None,
+        typer.Option(
+            help="Data to evaluate on: a local file, which is uploaded, or the id of an uploaded one. Default: none."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="The objective; `raydpo methods` lists them. Default: dpo.", show_default=False)
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="How strongly the policy is kept near its reference. Default: the method's.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data. Default: the method's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows per step, over all workers. Default: a fiftieth of the rows, 8 to 64.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate, at most 1. Default: the method's.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="A part of the trained policy's name. Default: none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order of rows. Default: random.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that train together. Default: 1.")] = None,
     columns: Columns = None,
     max_invalid_share: MaxInvalidShare = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay and show progress.")] = False,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any field of the body, such as x_raydpo.max_length=512 or method.simpo.gamma_beta_ratio=0.5. "
+            "The value is YAML; null takes the field out. Repeatable; wins over all other options.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the request and the job that it would make; send no file.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and show the job's progress.")] = False,
 ) -> None:
-    """Submit a job; prints its id."""
-    options = {"beta": beta, "n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    hyperparameters = {name: value for name, value in options.items() if value is not None}
-    _add_named(hyperparameters, hyperparameter or ())
-    how = reading(columns, max_invalid_share)
-    request: dict[str, Any] = {
-        "model": model,
-        "training_file": _file_id(client, file, how),
-        "method": {"type": method, method: {"hyperparameters": hyperparameters}},
-    }
-    request |= {name: value for name, value in {"suffix": suffix, "seed": seed}.items() if value is not None}
-    extension: dict[str, Any] = {"num_workers": workers} | ({"dataset": file, **how} if "://" in file else {})
-    given = {name: value for name, value in extension.items() if value is not None}
-    job = client.fine_tuning.jobs.create(**request, extra_body={"x_raydpo": given} if given else {})
-    out.print(job.id)
+    """Submit a job and print its id. The service checks the request before any file is uploaded."""
+    if config and again:
+        fail("--config and --again each give a whole request; send one of them, and change it with --set.")
+    base = read_config(config) if config else _request_of(client, again) if again else {}
+    hyperparameters = {"beta": beta, "n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    fields = {"model": model, "training_file": file, "validation_file": validation_file, "suffix": suffix, "seed": seed}
+    extension = {"num_workers": workers, **reading(columns, max_invalid_share)}
+    body = compose(
+        base,
+        method=method,
+        default=None if base else "dpo",
+        hyperparameters={name: value for name, value in hyperparameters.items() if value is not None},
+        others=[
+            *(((name,), value) for name, value in fields.items() if value is not None),
+            *((("x_raydpo", name), value) for name, value in extension.items() if value is not None),
+        ],
+        sets=[assignment(text) for text in sets or ()],
+    )
+    local = local_files(body)
+    job = validate(client, body, local)
+    if dry_run:
+        out.print_json(data={"request": body, "job": job})
+        return
+    created: Any = client.post("/fine_tuning/jobs", body=upload(client, body, local), cast_to=object)
+    out.print(created["id"])
     if watch:
-        _watch(client, job.id)
+        _watch(client, created["id"])
+
+
+def _request_of(client: "OpenAI", job_id: str) -> dict[str, Any]:
+    job: Any = client.get(f"/fine_tuning/jobs/{job_id}", cast_to=object)
+    return dict(job["x_raydpo"]["request"])
 
 
 list_command(
     app,
     "/fine_tuning/jobs",
-    "Jobs, newest first.",
+    "List all jobs, newest first.",
     {
         "id": "id",
         "status": "status",
@@ -80,53 +139,81 @@ list_command(
 
 @api_command(app)
 def show(client: "OpenAI", job_id: JobId) -> None:
-    """What is known of a job."""
+    """Show a job as JSON."""
     out.print_json(client.fine_tuning.jobs.retrieve(job_id).model_dump_json())
 
 
 @api_command(app)
 def events(client: "OpenAI", job_id: JobId, limit: Limit = 20, as_json: AsJson = False) -> None:
-    """What was told of a job, newest first."""
+    """List what the service and the training reported about a job, newest first. Each step is an event."""
     path = f"/fine_tuning/jobs/{job_id}/events"
     show_list(client, path, {"when": date("created_at"), "level": "level", "message": "message"}, limit, as_json)
 
 
 @api_command(app)
 def checkpoints(client: "OpenAI", job_id: JobId, limit: Limit = 20, as_json: AsJson = False) -> None:
-    """The checkpoints of a job, newest first. Each is a model."""
-    path = f"/fine_tuning/jobs/{job_id}/checkpoints"
-    show_list(
-        client,
-        path,
-        {"id": "id", "step": "step_number", "model": "fine_tuned_model_checkpoint"},
-        limit,
-        as_json,
-    )
+    """List the checkpoints of a job, newest first. Each is a model that can be queried."""
+    shown: Table = {
+        "id": "id",
+        "step": "step_number",
+        "model": "fine_tuned_model_checkpoint",
+        "metrics": lambda checkpoint: metrics_line(checkpoint["metrics"]),
+    }
+    show_list(client, f"/fine_tuning/jobs/{job_id}/checkpoints", shown, limit, as_json)
+
+
+@api_command(app)
+def metrics(
+    client: "OpenAI",
+    job_id: JobId,
+    points: Annotated[
+        int, typer.Option(help="Most rows to show. Where there are more steps, each row is a mean.", min=1, max=10_000)
+    ] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Show loss, margin and accuracy by step while the job trains. --json has every metric."""
+    found: Any = client.get(f"/x/jobs/{job_id}/metrics", cast_to=object, options={"params": {"resolution": points}})
+    if as_json:
+        out.print_json(data=found)
+        return
+    means = {name: column["mean"] for name, column in found["metrics"].items()}
+    for index, step in enumerate(found["steps"]):
+        out.print(f"step {step}  {metrics_line({name: column[index] for name, column in means.items()})}")
+
+
+@api_command(app)
+def results(client: "OpenAI", job_id: JobId) -> None:
+    """Write the result file of a job that has succeeded to standard output: every metric of every step, as CSV."""
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    if not job.result_files:
+        fail(f"{job_id} is {job.status} and has no result file; `raydpo jobs metrics {job_id}` shows what there is.")
+    for file_id in job.result_files:
+        write_content(client, file_id)
 
 
 @api_command(app)
 def watch(client: "OpenAI", job_id: JobId) -> None:
-    """Follow a job until it ends: stage, step, loss, margin, accuracy, time left."""
+    """Show the progress of a job until it ends: stage, step, loss, margin, accuracy, time left."""
     _watch(client, job_id)
 
 
 @api_command(app)
 def cancel(client: "OpenAI", job_id: JobId) -> None:
-    """Stop a job."""
+    """Cancel a job. It cannot be resumed; its checkpoints stay."""
     job = client.fine_tuning.jobs.cancel(job_id)
     out.print(f"{job.id} {job.status}")
 
 
 @api_command(app)
 def pause(client: "OpenAI", job_id: JobId) -> None:
-    """Stop a job after the step it is at; it keeps a checkpoint and frees its workers."""
+    """Pause a job after its current step. It keeps a checkpoint and frees its workers."""
     job = client.fine_tuning.jobs.pause(job_id)
     out.print(f"{job.id} {job.status}")
 
 
 @api_command(app)
 def resume(client: "OpenAI", job_id: JobId) -> None:
-    """Let a paused job go on where it was."""
+    """Resume a paused job from its checkpoint."""
     job = client.fine_tuning.jobs.resume(job_id)
     out.print(f"{job.id} {job.status}")
 
@@ -135,47 +222,20 @@ def resume(client: "OpenAI", job_id: JobId) -> None:
 def logs(
     client: "OpenAI",
     job_id: JobId,
-    attempt: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
-    source: Annotated[str, typer.Option(help="driver, worker-0, worker-1, …")] = "driver",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
+    attempt: Annotated[int | None, typer.Option(help="Number of the attempt, from 1. Default: the newest.")] = None,
+    source: Annotated[str, typer.Option(help="Whose logs: driver, worker-0, worker-1 and so on.")] = "driver",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
 ) -> None:
-    """What driver and workers of a job printed."""
+    """Print the logs of a job's driver or of one of its workers."""
     for line in read_logs(client, job_id, attempt=attempt, source=source, follow=follow):
-        out.print(safe(line), markup=False)
-
-
-def _add_named(hyperparameters: dict[str, Any], given: Sequence[str]) -> None:
-    """Numbers and the like as JSON has them, all else as text. Fails for what names none, or one that is there."""
-    for each in given:
-        name, _, value = each.partition("=")
-        if not name or not value:
-            fail(f"--hyperparameter {each}: send NAME=VALUE.")
-        if name in hyperparameters:
-            fail(f"--hyperparameter {each}: {name} is given twice; give it once.")
-        try:
-            hyperparameters[name] = json.loads(value)
-        except ValueError:
-            hyperparameters[name] = value
-
-
-def _file_id(client: "OpenAI", file: str, how: Mapping[str, Any]) -> str:
-    path = Path(file)
-    if path.is_file():
-        stored = send_file(client, path, how)
-        err.print(f"{file} uploaded as {stored.id}")
-        return stored.id
-    if not file.startswith("file-") and "://" not in file:
-        fail(f"{file} is neither a local file nor the id of an uploaded one, nor a URI.")
-    if how and "://" not in file:
-        fail(f"{file} is uploaded already: how its rows are read was said then. Send the file again.")
-    return file
+        out.print(safe(line))
 
 
 def _watch(client: "OpenAI", job_id: str) -> None:
     try:
         job = watch_job(client, job_id, console=out)
     except KeyboardInterrupt:
-        err.print(f"The job goes on. Come back with: raydpo jobs watch {job_id}")
+        err.print(f"The job goes on. Watch it again with: raydpo jobs watch {job_id}")
         raise typer.Exit(130) from None
     if job.status != "succeeded":
         fail(job.error.message if job.error and job.error.message else f"The job is {job.status}.")

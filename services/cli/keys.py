@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, fail, out
+from services.cli.client import api_command, err, fail, id_argument, out
 from services.cli.lists import list_command
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="Who may call the service. Needs an admin key.")
+app = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys. Needs an admin key.")
 
 DAY = 86_400
 
@@ -22,13 +22,19 @@ def create(
     client: "OpenAI",
     name: Annotated[str, typer.Argument(metavar="NAME")],
     scope: Annotated[
-        list[str] | None, typer.Option(help="read, write, inference or admin; repeat. All but admin, if none.")
+        list[str] | None,
+        typer.Option(help="What the key allows: read, write, inference or admin. Repeatable. Default: all but admin."),
     ] = None,
-    project: Annotated[str | None, typer.Option(help="Id of a project; your key's own.")] = None,
-    days: Annotated[float | None, typer.Option(help="How long it works; for ever.")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="As the settings say.")] = None,
+    project: Annotated[
+        str | None, typer.Option(help="Id of the project it belongs to. Default: your key's own.")
+    ] = None,
+    days: Annotated[float | None, typer.Option(help="Days until it expires. Default: never.")] = None,
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(help="Requests it may send in a minute. Default: requests_per_minute of the settings."),
+    ] = None,
 ) -> None:
-    """Make a key; prints its text, which is told only now."""
+    """Create a key and print it. It is shown only this once."""
     body: dict[str, Any] = {"name": name, "project_id": project, "requests_per_minute": requests_per_minute}
     if scope:
         body["scopes"] = scope
@@ -53,7 +59,7 @@ def _state(key: dict[str, Any]) -> str:
 list_command(
     app,
     "/x/keys",
-    "Keys that you manage, newest first.",
+    "List the keys that you manage, newest first.",
     {
         "id": "id",
         "name": "name",
@@ -66,7 +72,7 @@ list_command(
 
 
 @api_command(app)
-def revoke(client: "OpenAI", key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """Stop a key, within a second."""
+def revoke(client: "OpenAI", key_id: Annotated[str, id_argument()]) -> None:
+    """Revoke a key. It stops working within a second."""
     client.post(f"/x/keys/{key_id}/revoke", cast_to=object)
     out.print(f"revoked {key_id}")

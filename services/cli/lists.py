@@ -1,6 +1,6 @@
-"""Commands that list: so many items, as a table or as JSON."""
+"""Commands that list items, as a table or as JSON."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +17,8 @@ Columns = Mapping[str, str | Callable[[Item], object]]
 """By heading: the field to show, or a function of the item."""
 
 PAGE = 100  # items: no list of the service gives more at once
-Limit = Annotated[int, typer.Option(min=1, help="Show so many at most.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print all fields, as a JSON array.")]
+Limit = Annotated[int, typer.Option(min=1, help="How many to show at most.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with every field, instead of a table.")]
 
 
 def show_list(client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool) -> None:
@@ -26,10 +26,14 @@ def show_list(client: "OpenAI", path: str, columns: Columns, limit: int, as_json
     found = list(islice(_items(client, path, limit + 1), limit + 1))
     if len(found) > limit:
         err.print(f"These are the first {limit}, and more follow: --limit N shows N.")
+    print_items(found[:limit], columns, as_json)
+
+
+def print_items(items: Sequence[Item], columns: Columns, as_json: bool) -> None:
     if as_json:
-        out.print_json(data=found[:limit])
+        out.print_json(data=items)
     else:
-        print_rows(list(columns), [[_cell(item, of) for of in columns.values()] for item in found[:limit]])
+        print_rows(list(columns), [[_cell(item, of) for of in columns.values()] for item in items])
 
 
 def list_command(

@@ -11,7 +11,9 @@ from services.cli.client import fail
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        "--columns", metavar="ROLE=COLUMN", help="The column of a role, such as prompt=question; once for each."
+        "--columns",
+        metavar="ROLE=COLUMN",
+        help="The column of your file that holds a role, such as prompt=question. Repeatable.",
     ),
 ]
 MaxInvalidShare = Annotated[
@@ -20,7 +22,7 @@ MaxInvalidShare = Annotated[
         "--max-invalid-share",
         min=0,
         max=0.5,
-        help="Leave out rows that cannot be used, up to this share of all, such as 0.01.",
+        help="Leave out rows that cannot be used, up to this share of all rows, such as 0.01. Default: none.",
     ),
 ]
 

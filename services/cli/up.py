@@ -16,6 +16,7 @@ import httpx
 from pydantic import ValidationError
 
 from services.cli.client import out
+from services.cli.settings import misspelled
 from services.control_plane.app import create_app
 from services.control_plane.core import log_setup
 from services.control_plane.core.store import PoolerUrl, migrate
@@ -42,6 +43,8 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
     try:
         with running_stack(home, ray_address=ray_address, database_url=database_url, say=out.print) as stack:
             settings = _settings(home, stack, sources, url)
+            for line in misspelled():
+                out.print(line)
             log_setup.configure(settings.log_format, home / "raydpo.log")
             migrate(settings.database_direct_url or settings.database_url)
             server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)

@@ -1,21 +1,24 @@
-"""raydpo webhooks: where this project is told of its jobs."""
+"""raydpo webhooks: the URLs that are called when a job of this project ends."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, err, out
+from services.cli.client import api_command, err, id_argument, out
 from services.cli.lists import list_command
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="Where this project is told that its jobs ended.")
+app = typer.Typer(no_args_is_help=True, help="URLs that the service calls when a job of this project ends.")
 
 # By path, since older clients have no methods for these.
 PATH = "/webhook_endpoints"
-EndpointId = Annotated[str, typer.Argument(metavar="ID")]
-Events = Annotated[list[str] | None, typer.Option("--event", help="Type of event, repeated; without it all.")]
+EndpointId = Annotated[str, id_argument()]
+Events = Annotated[
+    list[str] | None,
+    typer.Option("--event", help="Type of event, such as fine_tuning.job.failed. Repeatable. Default: all."),
+]
 
 
 def _state(endpoint: dict[str, Any]) -> str:
@@ -25,7 +28,7 @@ def _state(endpoint: dict[str, Any]) -> str:
 list_command(
     app,
     PATH,
-    "Endpoints, newest first.",
+    "List all endpoints, newest first.",
     {
         "id": "id",
         "name": "name",
@@ -39,11 +42,11 @@ list_command(
 @api_command(app)
 def create(
     client: "OpenAI",
-    receiver: Annotated[str, typer.Argument(metavar="URL", help="https://…, which answers POST.")],
+    receiver: Annotated[str, typer.Argument(metavar="URL", help="The https:// URL that events are posted to.")],
     event: Events = None,
-    name: Annotated[str, typer.Option(help="For people.")] = "raydpo",
+    name: Annotated[str, typer.Option(help="A name by which you recognize it.")] = "raydpo",
 ) -> None:
-    """Add an endpoint; prints its id, and the secret that signs, which is shown only now."""
+    """Add an endpoint. Prints its id, and the secret that signs its events, which is shown only this once."""
     body = {"name": name, "url": receiver, "event_types": event or _event_types(client)}
     made: Any = client.post(PATH, body=body, cast_to=object)
     err.print(f"signing secret: {made['signing_secret']}")
@@ -52,7 +55,7 @@ def create(
 
 @api_command(app)
 def test(client: "OpenAI", endpoint_id: EndpointId) -> None:
-    """Send a sample event of a succeeded job now; prints the status that the endpoint answers."""
+    """Post a sample event to an endpoint now, and print the HTTP status that it answers."""
     body = {"event_type": _event_types(client)[0]}
     result: Any = client.post(f"{PATH}/{endpoint_id}/test", body=body, cast_to=object)
     out.print(result["status_code"])
@@ -60,7 +63,7 @@ def test(client: "OpenAI", endpoint_id: EndpointId) -> None:
 
 @api_command(app)
 def delete(client: "OpenAI", endpoint_id: EndpointId) -> None:
-    """Remove an endpoint; what still waits for it is not sent."""
+    """Remove an endpoint. Events that wait for it are not sent."""
     client.delete(f"{PATH}/{endpoint_id}", cast_to=object)
     out.print(f"deleted {endpoint_id}")
 

@@ -163,6 +163,8 @@ class _Slower(Exception):
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
     """Scores with the reference's deployment if that ends sooner and agrees with the trainer, else with the trainer."""
+    if spec.reference_model_source is not None:
+        ray.get(ray.remote(trainer_scores.check_vocabulary).options(num_cpus=1).remote(spec))
     weights = cache.model_digest(spec.reference_model, weights=True)
     uri_of = partial(_scores_uri, spec, encoding, weights)
     trainer_uri = uri_of(by="trainer", dtype=spec.weights.precision, packages=("torch", "transformers"))

@@ -59,9 +59,8 @@ class Authentication:
         if caller is None:
             self._unknown[name] = True
             shown = f"{token[:3]}…{token[-4:]}" if len(token) >= 16 else "the one sent"
-            remedy = "An admin of your project makes keys; `raydpo up` prints where its first key is."
-            message = f"Incorrect API key provided: {shown}. {remedy}"
-            raise Unauthorized(message, code="invalid_api_key")
+            remedy = "Ask the operator of the service for a key; `raydpo up` keeps its own in api.key of its home."
+            raise Unauthorized(f"Incorrect API key provided: {shown}. {remedy}", code="invalid_api_key")
         return caller
 
     async def _look_up(self, digests: list[str]) -> dict[str, Caller]:

@@ -1,9 +1,18 @@
-"""Which scope a route needs, for all routes in one place."""
+"""Which scope a route needs, and whether a key has it."""
 
-from services.control_plane.auth.keys import Scope
+from services.control_plane.auth.keys import Caller, Scope
+from services.control_plane.core.errors import Forbidden
 
 ADMIN = ("/v1/x/keys", "/v1/x/projects", "/v1/x/audit", "/v1/fine_tuning/checkpoints")
 INFERENCE = ("/v1/chat/completions", "/v1/completions")
+
+
+def check(caller: Caller, method: str, path: str) -> None:
+    """Raises Forbidden unless the caller's key has the scope that the route needs."""
+    if (scope := needed(method, path)) not in caller.scopes:
+        has = ", ".join(sorted(caller.scopes)) or "none"
+        message = f"{method} {path} needs a key with the scope '{scope}'; this one has {has}."
+        raise Forbidden(message, code="missing_scope")
 
 
 def needed(method: str, path: str) -> Scope:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from services.control_plane.auth import scopes
 from services.control_plane.auth.authentication import Authentication
 from services.control_plane.auth.keys import Caller
-from services.control_plane.core.errors import Forbidden, InvalidRequest, Unauthorized
+from services.control_plane.core.errors import InvalidRequest, Unauthorized
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.http.idempotency import IdempotentRequest
 from services.control_plane.http.rate_limit import RateLimits
@@ -57,7 +57,7 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
     _check_header(request, "project", caller.project_id)
     if limit := caller.requests_per_minute or settings.requests_per_minute:
         request.state.headers |= cast(RateLimits, parts.rate_limits).take(caller.key_id, limit)
-    _check_scope(request, caller)
+    scopes.check(caller, request.method, request.scope["route"].path)
     return caller
 
 
@@ -66,14 +66,6 @@ def _check_header(request: Request, what: str, keys_own: str) -> None:
     if (named := request.headers.get(f"openai-{what}")) not in (None, keys_own):
         message = f"OpenAI-{what.capitalize()} is '{named}', but the key belongs to '{keys_own}'; leave the header out."
         raise Unauthorized(message, code=f"mismatched_{what}")
-
-
-def _check_scope(request: Request, caller: Caller) -> None:
-    path = request.scope["route"].path
-    if (scope := scopes.needed(request.method, path)) not in caller.scopes:
-        has = ", ".join(sorted(caller.scopes)) or "none"
-        message = f"{request.method} {path} needs a key with the scope '{scope}'; this one has {has}."
-        raise Forbidden(message, code="missing_scope")
 
 
 CallerPart = Annotated[Caller, Depends(admit)]

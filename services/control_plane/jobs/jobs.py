@@ -43,20 +43,25 @@ class Stale(Exception):
     """The job is not what a decision rested on; decide again."""
 
 
-async def submit(
-    session: AsyncSession, spec: JobSpec, model: NamedModel, reference: NamedModel | None, actor: str
-) -> Job:
-    """Write the job and its first events. `reference` None: the objective has none."""
-    job = Job(
-        id=f"ftjob-{secrets.token_hex(12)}",
+def draft(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> Job:
+    """The job as it would be submitted. `reference` None: the objective has none."""
+    return Job(
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
         model_root=model.root,
         base_source=model.base_source,
         reference_source=reference.source if reference and spec.reference_model else None,
-        traceparent=tracing.current(),
         priority=spec.priority,
+        observed="queued",
     )
+
+
+async def submit(
+    session: AsyncSession, spec: JobSpec, model: NamedModel, reference: NamedModel | None, actor: str
+) -> Job:
+    """Write the job and its first events."""
+    job = draft(spec, model, reference)
+    job.id, job.traceparent = f"ftjob-{secrets.token_hex(12)}", tracing.current()
     append(session, job)
     job.created_at = await now(session)
     _log(session, job.id, job.version, job.desired, job.observed, actor, "submitted")

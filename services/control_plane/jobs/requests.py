@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.methods import COMMON, METHODS
 from dpo_core.options import OBJECTIVES, Mpo, Objective, RewardObjective
 from services.contract import Integrations, JobSpec, Mlflow, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.core.errors import InvalidRequest
@@ -22,7 +23,7 @@ from services.control_plane.http.validation import Text, parse, refuse_unknown
 from services.control_plane.jobs.weights import WeightsAsked
 
 # Where each option of a training run stands in a request; those of the objective join the first.
-HYPERPARAMETERS = {"n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier"}
+HYPERPARAMETERS = set(COMMON)
 
 
 EXTENSIONS = {
@@ -63,7 +64,6 @@ Metadata = Annotated[
 
 
 AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
-METHODS = list(OBJECTIVES)
 PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]  # of a sum
 
 
@@ -201,7 +201,22 @@ def _adapter(given: object) -> Lora | Literal["none", "auto"]:
     if (kind := options.pop("type", "lora")) != "lora":
         message = f"{where}.type is {kind!r:.80}; it must be 'lora', or send {where} = 'none' to train all weights."
         raise InvalidRequest(message, param=f"{where}.type", code="unsupported_value")
+    refuse_unknown(options, {field.name for field in fields(Lora)}, where)
     return parse(Lora, options, where)
+
+
+def is_local(file: str) -> bool:
+    """Whether this names a file that is not uploaded: it is neither an id nor a URI."""
+    return not file.startswith("file-") and "://" not in file
+
+
+class ValidateJob(CreateJob):
+    """Body of POST /x/jobs/validate. Its files may be local ones, by any name, which are uploaded once it is valid."""
+
+    def _reading(self) -> Reading:
+        if is_local(self.training_file or ""):
+            return reading(self.x_raydpo or {})
+        return super()._reading()
 
 
 def train_config(

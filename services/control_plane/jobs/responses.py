@@ -4,6 +4,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from dpo_core.methods import COMMON
 from services.contract import Integrations, Reading, Weights
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
@@ -13,7 +14,10 @@ from services.control_plane.core.tables import (
 )
 from services.control_plane.files.responses import reading_fields
 from services.control_plane.jobs.jobs import wire_metrics
+from services.control_plane.jobs.requests import EXTENSIONS
 from services.control_plane.settings import Settings
+
+OF_X_RAYDPO = sorted(EXTENSIONS)
 
 
 def job_object(row: Job, settings: Settings) -> dict[str, Any]:
@@ -30,6 +34,17 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
     # Which the oldest jobs lack; those of another release may hold more than this one knows.
     integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
     weights = Weights.model_validate(row.spec.get("weights", {}))  # which the oldest jobs lack
+    wandb = [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb]
+    how = reading_fields(Reading.model_validate(row.spec))
+    asked = {
+        "num_workers": row.spec["num_workers"],
+        "adapter": {"type": "lora", **asdict(weights.adapter)} if weights.adapter else "none",
+        "precision": weights.precision,
+        "priority": row.priority,
+        "validation_share": row.spec.get("validation_share") or None,
+        "tensorboard": integrations.tensorboard,
+        "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
+    }
     if rate := config["optim"]["learning_rate"]:
         hyperparameters["learning_rate"] = rate
     return {
@@ -41,7 +56,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "fine_tuned_model": row.fine_tuned_model,
         "finished_at": seconds(row.finished_at),
         "hyperparameters": schedule,
-        "integrations": [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb],
+        "integrations": wandb,
         "metadata": row.spec["metadata"],
         "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
         "model": row.spec["model"],
@@ -54,22 +69,43 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "user_provided_suffix": row.spec["suffix"],
         "validation_file": row.spec.get("validation_file"),  # which the oldest jobs lack
         "x_raydpo": {
-            "num_workers": row.spec["num_workers"],
-            "adapter": {"type": "lora", **asdict(weights.adapter)} if weights.adapter else "none",
-            "precision": weights.precision,
+            **asked,
+            **how,
             "reference": {
                 "source": row.spec.get("reference_source", "auto"),
                 "model": row.spec.get("reference_model") or row.spec["model"],
             },
-            "priority": row.priority,
             "waits_for": row.waits_for,
-            "validation_share": row.spec.get("validation_share") or None,
-            **reading_fields(Reading.model_validate(row.spec)),
-            "tensorboard": integrations.tensorboard,
-            "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
             "progress": _progress(row),
+            "request": _request(row.spec, wandb, asked, how),
         },
     }
+
+
+def _request(
+    spec: dict[str, Any], wandb: list[dict[str, Any]], asked: dict[str, Any], how: dict[str, Any]
+) -> dict[str, Any]:
+    """The body that asks for this job again, with the seed that was drawn."""
+    config = {**spec["config"], **spec["config"]["optim"]}
+    kind = config["objective"]["type"]
+    hyperparameters = {**config["objective"], **{name: config[name] for name in COMMON}, "type": None}
+    extension = {name: config.get(name) for name in OF_X_RAYDPO} | asked
+    reference = {"source": spec.get("reference_source", "auto"), "model": spec.get("reference_model")}
+    extension["reference"] = _without_none(reference)
+    if "://" in spec["training_file"]:
+        extension |= {"dataset": spec["training_file"], **how}
+    body = {
+        **{name: spec.get(name) for name in ("model", "training_file", "validation_file", "suffix", "metadata")},
+        "seed": config["seed"],
+        "method": {"type": kind, kind: {"hyperparameters": _without_none(hyperparameters)}},
+        "integrations": wandb or None,
+        "x_raydpo": _without_none(extension),
+    }
+    return _without_none(body)
+
+
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _eta_seconds(row: Job) -> float | None:

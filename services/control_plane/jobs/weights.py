@@ -1,7 +1,8 @@
 """Decides which weights a job trains, in which precision, and against which reference."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dpo_core.config import Lora
 from services.contract import JobSpec, Precision, Weights
@@ -18,8 +19,74 @@ class WeightsAsked:
     precision: Precision | Literal["auto"] = "auto"
 
 
+@dataclass(frozen=True)
+class Combination:
+    """What a request puts together. `reference` None: the objective has none."""
+
+    spec: JobSpec
+    asked: WeightsAsked
+    start: NamedModel
+    reference: NamedModel | None
+
+    @property
+    def objective(self) -> str:
+        return self.spec.config.objective.type
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the reward model that the objective trains; 0: it trains a policy."""
+        return self.spec.config.objective.traits.num_outputs
+
+
+class Rule(NamedTuple):
+    """Two things that do not go together. The documents print `what` and `remedy`."""
+
+    param: str
+    what: str
+    remedy: str
+    is_broken: Callable[[Combination], bool]
+
+
+RULES = (
+    Rule(
+        "model",
+        "a start that is a reward model, for an objective that trains a policy or a reward model with other outputs",
+        "start from its base model",
+        lambda given: given.start.num_outputs not in (0, given.num_outputs),
+    ),
+    Rule(
+        "x_raydpo.adapter",
+        "a new adapter on a start that is an adapter itself",
+        "leave it out to train on with that adapter, or send 'none' to merge it into its base and train all weights",
+        lambda given: (
+            given.start.adapter is not None and given.asked.adapter not in ("none", "auto", given.start.adapter)
+        ),
+    ),
+    Rule(
+        "x_raydpo.reference.model",
+        "a reference for an objective that has none",
+        "leave it out, or choose an objective that has a reference",
+        lambda given: given.spec.reference_model is not None and given.reference is None,
+    ),
+    Rule(
+        "x_raydpo.reference.model",
+        "a reward model as the reference",
+        "name a policy or a base model: a reward model says nothing of tokens",
+        lambda given: given.reference is not None and bool(given.reference.num_outputs),
+    ),
+)
+
+
+def check(given: Combination) -> None:
+    """Raises InvalidRequest for the first rule that the request breaks."""
+    for rule in RULES:
+        if rule.is_broken(given):
+            names = f"model '{given.start.id}', objective {given.objective}"
+            raise InvalidRequest(f"A job cannot have {rule.what} ({names}); {rule.remedy}.", param=rule.param)
+
+
 def decide(asked: WeightsAsked, start: NamedModel, settings: Settings) -> Weights:
-    """Raises InvalidRequest for an adapter on top of another one."""
+    """Decides what the request leaves to the service."""
     return Weights(adapter=_adapter(asked, start, settings), precision=_precision(asked, settings))
 
 
@@ -27,12 +94,6 @@ def _adapter(asked: WeightsAsked, start: NamedModel, settings: Settings) -> Lora
     if asked.adapter == "none":
         return None
     if start.adapter is not None:
-        if asked.adapter not in ("auto", start.adapter):
-            message = (
-                f"'{start.id}' is an adapter of rank {start.adapter.r}, which the job trains on with the options that "
-                "it has. Leave x_raydpo.adapter out, or send 'none' to merge it into its base and train all weights."
-            )
-            raise InvalidRequest(message, param="x_raydpo.adapter")
         return start.adapter
     if isinstance(asked.adapter, Lora):
         return asked.adapter
@@ -47,36 +108,11 @@ def _precision(asked: WeightsAsked, settings: Settings) -> Precision:
     return "bfloat16" if settings.num_gpus_per_worker else "float32"
 
 
-def check_reference(spec: JobSpec, reference: NamedModel) -> None:
-    """Raises InvalidRequest for a reference that the job cannot be compared with."""
-    objective = spec.config.objective
-    if not objective.traits.needs_reference:
-        message = f"{objective.type} has no reference; leave x_raydpo.reference.model out."
-        raise InvalidRequest(message, param="x_raydpo.reference.model")
-    if reference.num_outputs:
-        message = f"'{reference.id}' is a reward model, which says nothing of tokens; name a policy or a base model."
-        raise InvalidRequest(message, param="x_raydpo.reference.model")
-
-
-def check_start(spec: JobSpec, start: NamedModel) -> None:
-    """Raises InvalidRequest for a model of another kind than the objective trains."""
-    wanted = spec.config.objective.traits.num_outputs
-    if start.num_outputs in (0, wanted):
-        return
-    objective = spec.config.objective.type
-    trains = f"a reward model of {wanted} output(s)" if wanted else "a policy"
-    message = (
-        f"'{start.id}' is a reward model of {start.num_outputs} output(s), and {objective} trains {trains}; "
-        "start from its base model."
-    )
-    raise InvalidRequest(message, param="model")
-
-
 def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) -> str:
-    """For an event: what is trained, and what it is compared with. `reference` None: the objective has none."""
+    """Says what is trained and what it is compared with, for an event. `reference` None: the objective has none."""
     adapter, precision = weights.adapter, weights.precision
     if adapter is None:
-        merged = ", the adapter merged into its base" if start.adapter else ""
+        merged = ", the adapter merged into its base," if start.adapter else ""
         what = f"Training all weights of {start.id}{merged} in {precision}"
     elif start.adapter:
         what = f"Training on with the adapter {start.id} of rank {adapter.r} in {precision}"

@@ -1,4 +1,4 @@
-"""Which models should be served: those that jobs need, then the most recently used, up to a limit."""
+"""Which models are loaded: those that jobs need, then the most recently used, up to a limit. The others are evicted."""
 
 from datetime import timedelta
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpo_core.encoding.encode import EncodedGroup
-from services.contract import AttemptSpec, Precision
+from services import storage
+from services.contract import AttemptSpec, Failed, Precision
 from services.training import policies
 from services.training.data.dataset import Dataset, Part, read_part, write_scores
+from services.training.reports.reporting import JobFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +36,22 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
 
     with policies.unusable_models_fail_the_job():
         return reference_token_logps(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
+
+
+def check_vocabulary(spec: AttemptSpec) -> None:
+    """Raises JobFailed if the reference has other tokens than the model that the job starts from."""
+    from dpo_core.models.model import load_tokenizer
+
+    start, reference = (
+        load_tokenizer(storage.fetch(source)).get_vocab() for source in (spec.model_source, spec.reference_model)
+    )
+    if start != reference:
+        differing = len(start.items() ^ reference.items())
+        message = (
+            f"The reference has another tokenizer than the model that the job starts from: they differ in {differing} "
+            "tokens and their ids. Name a reference of the same family."
+        )
+        raise JobFailed(Failed(code="reference_mismatch", message=message, param="x_raydpo.reference.model"))
 
 
 def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:

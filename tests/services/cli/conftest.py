@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.services.control_plane.conftest import one_certificate  # noqa: F401  # a command makes a client each time
+
 NO_RAY = "http://127.0.0.1:9"  # nothing answers there: jobs are taken, and wait
 
 

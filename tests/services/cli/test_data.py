@@ -133,7 +133,7 @@ def test_what_the_template_says_is_quoted_with_a_remedy(write, model, tmp_path):
     [
         (["--model", "./nowhere"], "./nowhere is not a folder"),
         (["--model", os.sep], "The model cannot be used: "),
-        (["--max-length", 8], "--max-length counts tokens, which depend on the model; add --model."),
+        (["--max-length", 8], "--max-length counts tokens, and needs a tokenizer; add --model."),
         (["--model", "x", "--max-length", 1], "max_length is 1; it must be from 2 to 1048576."),
     ],
 )

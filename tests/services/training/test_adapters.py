@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_merged, load_policy
 from services import storage
-from services.contract import AttemptSpec, CheckpointSaved, Message, Started, Weights
+from services.contract import AttemptSpec, CheckpointSaved, Failed, Message, Started, Weights
 from tests.services.training.attempt import Driver, figures, only, train_workers
 
 pytestmark = pytest.mark.ray
@@ -119,3 +119,27 @@ def test_another_model_may_be_the_reference(
     assert metrics[1]["loss"] < 0.3
     assert metrics[1]["rewards/accuracies"] > 0.9
     assert not any("ln 2" in report.message for report in only(Message, driver.reports()))
+
+
+def test_a_reference_with_other_tokens_is_refused(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], byte_level_model: str
+) -> None:
+    driver = start(make_spec(config=CONFIG, reference_model_source=byte_level_model, **GIVEN))
+    assert driver.wait() == 1
+    failed = driver.reports()[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.param) == ("reference_mismatch", "x_raydpo.reference.model")
+    assert "another tokenizer" in failed.message
+
+
+def test_bfloat16_is_trained_with_a_word_of_warning_where_it_is_slow(
+    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver]
+) -> None:
+    config = TrainConfig(batch_size=8, n_epochs=2, optim=Optim(learning_rate=1e-2))
+    weights = Weights(adapter=ADAPTER.adapter, precision="bfloat16")
+    driver = done(start(make_spec(config=config, **GIVEN | {"weights": weights})))
+    metrics = figures(driver.reports())
+    assert metrics[1]["loss"] == pytest.approx(math.log(2), abs=2e-3)
+    assert metrics[6]["loss"] < metrics[1]["loss"]
+    warned = any("has no AMX" in report.message for report in only(Message, driver.reports()))
+    assert warned != torch.cpu._is_amx_tile_supported()

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,13 +11,9 @@ import pytest
 from openai.types.fine_tuning import FineTuningJobWandbIntegrationObject
 from pydantic import ValidationError
 
-from dpo_core.options import OBJECTIVES
 from services.contract import Integrations, JobSpec
-from services.control_plane.jobs.requests import METHODS
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pairs
-
-ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")
@@ -262,13 +256,6 @@ def test_other_objectives_are_taken_with_their_own_options_and_echoed(
     client.fine_tuning.jobs.cancel(job.id)
 
 
-def _shown(value: object) -> str:
-    """A default as the table has it; of the parts of a sum their types."""
-    if isinstance(value, tuple):
-        return ", ".join(str(getattr(item, "type", item)) for item in value)
-    return str(value)
-
-
 def test_a_sum_of_objectives_is_echoed_with_its_parts(client: openai.OpenAI, training_file: str) -> None:
     given = {"objectives": [{"type": "dpo", "beta": 0.2}, {"type": "kto"}], "weights": [1.0, 0.5]}
     job = create(client, training_file, method={"type": "mpo", "mpo": {"hyperparameters": given}})
@@ -276,16 +263,6 @@ def test_a_sum_of_objectives_is_echoed_with_its_parts(client: openai.OpenAI, tra
     assert [(part["type"], part["beta"]) for part in told["objectives"]] == [("dpo", 0.2), ("kto", 0.1)]
     assert told["weights"] == [1.0, 0.5]
     client.fine_tuning.jobs.cancel(job.id)
-
-
-def test_every_objective_and_its_options_are_documented() -> None:
-    documented = (ROOT / "docs" / "use" / "objectives.md").read_text()
-    for kind in METHODS:
-        given = [(field.name, getattr(OBJECTIVES[kind](), field.name)) for field in fields(OBJECTIVES[kind])]
-        options = [f"`{name}` {_shown(value)}" for name, value in given if name != "type"]
-        traits = OBJECTIVES[kind]().traits
-        kinds, reference = ", ".join(traits.learns_from), "yes" if traits.needs_reference else "no"
-        assert f"| `{kind}` | {', '.join(options) or '—'} | {kinds} | {reference} |" in documented
 
 
 def test_too_few_examples_are_refused_with_both_numbers(client: openai.OpenAI) -> None:

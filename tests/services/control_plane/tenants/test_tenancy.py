@@ -30,12 +30,14 @@ OPEN = ("/healthz", "/readyz")  # they tell nothing of anybody
 # Bodies of B that name something of A's, by the field that names it; where none does, one that is valid.
 CHAT = {"messages": [{"role": "user", "content": "Hello?"}]}
 JOB = {"model": "tiny", "training_file": "its own", "method": {"type": "dpo"}}
+NAMED_BY_A_JOB: list[tuple[str | None, dict[str, Any]]] = [
+    ("training_file", {**JOB, "training_file": "file_id"}),
+    ("validation_file", {**JOB, "validation_file": "file_id"}),
+    ("model", {**JOB, "model": "model_id"}),
+]
 BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
-    "POST /v1/fine_tuning/jobs": [
-        ("training_file", {**JOB, "training_file": "file_id"}),
-        ("validation_file", {**JOB, "validation_file": "file_id"}),
-        ("model", {**JOB, "model": "model_id"}),
-    ],
+    "POST /v1/fine_tuning/jobs": NAMED_BY_A_JOB,
+    "POST /v1/x/jobs/validate": NAMED_BY_A_JOB,
     "POST /v1/x/datasets/check": [
         ("training_file", {"training_file": "file_id"}),
         ("model", {"training_file": "its own", "model": "model_id"}),
@@ -58,7 +60,7 @@ TAKE_NO_IDS = (
     "POST /v1/webhook_endpoints",
     "POST /v1/x/projects",
 )
-EVERYBODY_S = ("GET /v1/webhook_event_types",)
+EVERYBODY_S = ("GET /v1/webhook_event_types", "GET /v1/x/methods")
 UPLOAD = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": 10, "mime_type": "application/jsonl"}
 HOOK = {"name": "a hook", "url": f"{NOWHERE}/a", "event_types": ["fine_tuning.job.succeeded"]}
 
@@ -261,7 +263,7 @@ def test_every_route_wants_a_key_and_its_scope(
 
 def test_every_change_is_answered_once_and_audited() -> None:
     """Both are done by Once. These ask only: what they leave, if anything, is the same when they are repeated."""
-    asking = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/x/datasets/check"}
+    asking = {f"POST /v1/{path}" for path in ("chat/completions", "completions", "x/datasets/check", "x/jobs/validate")}
     asking.add("POST /v1/webhook_endpoints/{endpoint_id}/test")
     once = {
         f"{method} {route.path_format}"

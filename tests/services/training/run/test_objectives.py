@@ -8,11 +8,11 @@ import pytest
 
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.methods import METHODS
 from dpo_core.models.model import load_policy, load_reward_model, load_tokenizer
 from dpo_core.options import OBJECTIVES, Dpo, Kto, LdDpo, Mpo
 from dpo_core.training.trainer import train
 from services.contract import AttemptSpec
-from services.control_plane.jobs.requests import METHODS
 from services.training.data import dataset
 from services.training.data.dataset import Dataset, Part
 from services.training.data.encoding import encode_piece, recipe_of, split

@@ -1,0 +1,97 @@
+"""raydpo settings: what `raydpo up` would run with, and where each value comes from."""
+
+import json
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from services.cli.client import default_home, err, fail
+from services.cli.lists import AsJson, Columns, print_items
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+BY_UP = ("database_url", "storage_url", "api_key", "advertised_url", "ray_url")  # `raydpo up` has values for these
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(settings)
+
+
+def settings(
+    home: Annotated[
+        Path | None, typer.Option(help="Folder of the service's state. Default: RAYDPO_HOME, else ~/.raydpo.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every setting of `raydpo up`: its value, and where that comes from. Nothing is started."""
+    for line in misspelled():
+        err.print(line)
+    columns: Columns = {"name": "name", "value": _shown, "from": "source"}
+    print_items(_settings((home or default_home()).expanduser(), home), columns, as_json)
+
+
+def _shown(item: dict[str, Any]) -> str:
+    value = item["value"]
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _settings(home: Path, named: Path | None) -> list[dict[str, Any]]:
+    from pydantic import ValidationError
+    from pydantic_settings import EnvSettingsSource, InitSettingsSource
+
+    from services.control_plane.settings import Settings
+
+    given = InitSettingsSource(Settings, {"home": home})
+    try:
+        sources = Settings.settings_customise_sources(Settings, given, EnvSettingsSource(Settings), given, given)
+        _, environment, file = (source() for source in sources)
+        said = environment | file
+        missing = [name for name in BY_UP if not {name, _variable(name, Settings.model_fields[name])} & said.keys()]
+        placeholders: dict[str, Any] = dict.fromkeys(missing, "-")
+        known = Settings(home=home, **placeholders).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        fail(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    path = os.environ.get("RAYDPO_SETTINGS_FILE", home / "raydpo.toml")
+    items = []
+    for name, field in Settings.model_fields.items():
+        names = {name, _variable(name, field)}
+        if name == "home" and named:
+            source = "--home"
+        elif names & environment.keys():
+            source = _variable(name, field)
+        else:
+            source = str(path) if names & file.keys() else "raydpo up" if name in missing else "default"
+        value = None if name in missing else _without_password(name, known[name])
+        items.append({"name": name, "value": value, "source": source, "description": field.description})
+    return items
+
+
+def _variable(name: str, field: "FieldInfo") -> str:
+    return str(field.validation_alias or f"RAYDPO_{name.upper()}")
+
+
+def _without_password(name: str, value: Any) -> Any:
+    if value is None or not name.startswith("database_") or not isinstance(value, str):
+        return value
+    url = urlsplit(value)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+
+
+def misspelled() -> Iterator[str]:
+    """A sentence for each variable that is nearly the name of a setting, since nothing reads it."""
+    from services.control_plane.settings import Settings
+
+    known = [_variable(name, field) for name, field in Settings.model_fields.items()]
+    for variable in os.environ:
+        close = get_close_matches(variable, known, n=1, cutoff=0.85)
+        if variable.startswith("RAYDPO_") and variable not in known and close:
+            yield f"{variable} is no setting, and nothing reads it; did you mean {close[0]}?"

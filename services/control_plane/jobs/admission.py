@@ -1,0 +1,75 @@
+"""What a job is checked for before it is taken: its model, its files, and what its project may have."""
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.options import Objective
+from services.contract import MIN_EXAMPLES, JobSpec
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.tables import File, reading_of
+from services.control_plane.files import files
+from services.control_plane.jobs import weights
+from services.control_plane.jobs.requests import is_local
+from services.control_plane.jobs.weights import Combination, WeightsAsked
+from services.control_plane.models import models
+from services.control_plane.models.models import NamedModel
+from services.control_plane.settings import Settings
+from services.control_plane.tenants import quotas
+
+
+async def check_uri(spec: JobSpec, settings: Settings) -> None:
+    """Raises InvalidRequest if the job may not read its training file where it lies. It may take a while."""
+    if spec.is_at_uri:
+        await files.check_uri(spec.training_file, settings)
+
+
+async def admit(
+    session: AsyncSession, settings: Settings, spec: JobSpec, asked: WeightsAsked, *, local_files: bool = False
+) -> tuple[JobSpec, NamedModel, NamedModel | None]:
+    """The spec with what it leaves to the service decided, the model that the job starts from, and its reference.
+
+    With `local_files`, those that are not uploaded yet are not looked at. Raises what refuses the job.
+    """
+    model = await models.find(session, settings, spec.model)
+    reference = await _reference(session, spec, model, settings)
+    weights.check(Combination(spec, asked, model, reference))
+    spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
+    if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
+        file = await files.find_checked(session, spec.training_file, param="training_file")
+        _check_file(file, spec.config.objective, "training_file")
+        _check_size(file)
+        spec = spec.model_copy(update=dict(reading_of(file)))
+    if spec.validation_file and not (local_files and is_local(spec.validation_file)):
+        held_out = await files.find_checked(session, spec.validation_file, param="validation_file")
+        _check_file(held_out, spec.config.objective, "validation_file")
+    await quotas.admit_job(session)
+    return spec, model, reference
+
+
+async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
+    """The reference of the job. None: its objective has none."""
+    if not spec.config.objective.traits.needs_reference:
+        return None
+    if spec.reference_model is None:
+        return start
+    return await models.find(session, settings, spec.reference_model, param="x_raydpo.reference.model")
+
+
+def _check_file(file: File, objective: Objective, param: str) -> None:
+    """An upload's rows must be of the kind that the objective learns from; a job checks a URI's."""
+    code, report = f"invalid_{param}", file.report
+    assert report is not None
+    learns_from = objective.traits.learns_from
+    if report["kind"] not in learns_from:
+        kinds = " or ".join(learns_from)
+        message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}."
+        raise InvalidRequest(message, param=param, code=code)
+    if report.get("num_margins") and not objective.traits.takes_margins:
+        message = f"{file.id} has margins; method '{objective.type}' takes none. Remove them, or use dpo."
+        raise InvalidRequest(message, param=param, code=code)
+
+
+def _check_size(file: File) -> None:
+    if file.report and file.report["num_rows"] < MIN_EXAMPLES:
+        rows = file.report["num_rows"]
+        message = f"Training file has {rows} example(s), but must have at least {MIN_EXAMPLES} examples"
+        raise InvalidRequest(message, param="training_file", code="invalid_n_examples")

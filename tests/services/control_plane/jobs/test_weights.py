@@ -1,0 +1,207 @@
+"""What a job trains and against what: what is decided, shown and refused. No cluster answers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psycopg
+import pytest
+
+from dpo_core.config import Lora
+from services.contract import Weights
+from services.control_plane.jobs.weights import RULES, WeightsAsked, decide
+from services.control_plane.models.models import STARTED_AT, NamedModel
+from services.control_plane.settings import BaseModel, Settings
+from tests.services.control_plane.conftest import pairs
+
+LORA = {"type": "lora", "r": 32, "alpha": 64.0, "dropout": 0.0, "target_modules": "all-linear"}
+PLAIN = {"use_rslora": False, "use_dora": False}
+DPO, SIMPO = ({"type": kind} for kind in ("dpo", "simpo"))
+
+
+@pytest.fixture(scope="module")
+def training_file(client: openai.OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+
+
+@pytest.fixture(scope="module")
+def trained(client: openai.OpenAI, settings: Settings, training_file: str) -> Iterator[dict[str, str]]:
+    """Models by their kind: all weights, an adapter on them, an adapter on the base, two reward models."""
+    job_id = client.fine_tuning.jobs.create(model="tiny", training_file=training_file, method={"type": "dpo"}).id
+    names = {kind: f"ft:tiny:raydpo::{kind}" for kind in ("whole", "on-whole", "adapter", "reward", "gaussian")}
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        for kind, name in names.items():
+            base = {"on-whole": "/runs/whole", "adapter": "/nowhere/tiny"}.get(kind)
+            adapter = json.dumps({"r": 8, "alpha": 16}) if base else None
+            outputs = {"reward": 1, "gaussian": 2}.get(kind, 0)
+            values = (name, f"/runs/{kind}", job_id, base, adapter, outputs)
+            connection.execute(
+                "INSERT INTO models (id, project_id, source, root, job_id, base_source, adapter, num_outputs) "
+                "VALUES (%s, 'proj_default', %s, 'tiny', %s, %s, %s, %s)",
+                values,
+            )
+    yield names
+    client.fine_tuning.jobs.cancel(job_id)
+
+
+def create(client: openai.OpenAI, file: str, model: str = "tiny", method: Any = DPO, **extension: Any) -> Any:
+    return client.fine_tuning.jobs.create(
+        model=model, training_file=file, method=method, extra_body={"x_raydpo": extension}
+    )
+
+
+def told(client: openai.OpenAI, job_id: str) -> str:
+    """The last event."""
+    return client.fine_tuning.jobs.list_events(job_id).data[0].message
+
+
+@pytest.mark.parametrize(
+    ("extension", "adapter", "precision", "event"),
+    [
+        ({}, LORA | PLAIN, "float32", "Training an adapter of rank 32 on all linear layers of tiny in float32"),
+        ({"adapter": "none"}, "none", "float32", "Training all weights of tiny in float32"),
+        (
+            {"adapter": {"type": "lora", "r": 4, "target_modules": ["q_proj"]}, "precision": "bfloat16"},
+            LORA | PLAIN | {"r": 4, "target_modules": ["q_proj"]},
+            "bfloat16",
+            "Training an adapter of rank 4 on q_proj of tiny in bfloat16",
+        ),
+    ],
+    ids=["default", "all weights", "chosen"],
+)
+def test_what_is_trained_is_shown_and_told(
+    client: openai.OpenAI, training_file: str, extension: Any, adapter: Any, precision: str, event: str
+) -> None:
+    job = create(client, training_file, **extension)
+    shown = job.to_dict()["x_raydpo"]
+    assert (shown["adapter"], shown["precision"]) == (adapter, precision)
+    assert shown["reference"] == {"source": "auto", "model": "tiny"}
+    assert told(client, job.id) == f"{event}; the reference is tiny, as it is before the first step"
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_job_without_a_reference_names_none(client: openai.OpenAI, training_file: str) -> None:
+    job = create(client, training_file, method=SIMPO)
+    assert told(client, job.id) == "Training an adapter of rank 32 on all linear layers of tiny in float32"
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_job_goes_on_with_the_adapter_that_it_starts_from(
+    client: openai.OpenAI, training_file: str, trained: dict[str, str]
+) -> None:
+    start = trained["adapter"]
+    job = create(client, training_file, model=start)
+    assert job.to_dict()["x_raydpo"]["adapter"]["r"] == 8
+    assert told(client, job.id).startswith(f"Training on with the adapter {start} of rank 8 in float32; the reference")
+    client.fine_tuning.jobs.cancel(job.id)
+    merged = create(client, training_file, model=start, adapter="none")
+    assert told(client, merged.id).startswith(f"Training all weights of {start}, the adapter merged into its base, in")
+    client.fine_tuning.jobs.cancel(merged.id)
+
+
+def test_another_model_is_the_reference(client: openai.OpenAI, training_file: str, trained: dict[str, str]) -> None:
+    job = create(client, training_file, model=trained["adapter"], reference={"model": trained["whole"]})
+    assert job.to_dict()["x_raydpo"]["reference"]["model"] == trained["whole"]
+    assert told(client, job.id).endswith(f"the reference is {trained['whole']}")
+    with pytest.raises(openai.BadRequestError, match="is the start or the reference of"):
+        client.models.delete(trained["whole"])
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "extension", "param", "words"),
+    [
+        (
+            "adapter",
+            DPO,
+            {"adapter": {"r": 4}},
+            "adapter",
+            "or send 'none' to merge it into its base",
+        ),
+        ("tiny", DPO, {"adapter": {"type": "ia3"}}, "adapter.type", "it must be 'lora'"),
+        ("tiny", DPO, {"adapter": {"r": 5000}}, "adapter.r", "from 1 to 1024"),
+        ("tiny", DPO, {"adapter": {"rank": 4}}, "adapter.rank", "Unknown parameter"),
+        ("tiny", DPO, {"adapter": {"target_modules": []}}, "adapter.target_modules", "names of modules"),
+        ("tiny", DPO, {"adapter": 7}, "adapter", "dictionary"),
+        ("tiny", DPO, {"precision": "float16"}, "precision", "'float32' or 'bfloat16'"),
+        ("tiny", DPO, {"reference": {"model": "none"}}, "reference.model", "does not exist"),
+        (
+            "tiny",
+            SIMPO,
+            {"reference": {"model": "tiny"}},
+            "reference.model",
+            "a reference for an objective",
+        ),
+        ("tiny", DPO, {"reference": {"model": "reward"}}, "reference.model", "a reward model as the reference"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_field(
+    client: openai.OpenAI,
+    training_file: str,
+    trained: dict[str, str],
+    model: str,
+    method: Any,
+    extension: Any,
+    param: str,
+    words: str,
+) -> None:
+    if extension.get("reference", {}).get("model") == "reward":
+        extension = {"reference": {"model": trained["reward"]}}
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as refused:
+        create(client, training_file, trained.get(model, model), method, **extension)
+    assert refused.value.param == f"x_raydpo.{param}"
+    assert words in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("start", "method"), [("reward", "dpo"), ("gaussian", "reward_bradley_terry"), ("reward", "reward_gaussian")]
+)
+def test_a_reward_model_is_no_start_for_what_trains_another_kind(
+    client: openai.OpenAI, training_file: str, trained: dict[str, str], start: str, method: str
+) -> None:
+    with pytest.raises(
+        openai.BadRequestError, match=r"a start that is a reward model, .* start from its base model"
+    ) as refused:
+        create(client, training_file, trained[start], {"type": method})
+    assert refused.value.param == "model"
+
+
+def test_a_reward_model_is_trained_on_is_listed_as_one_and_does_not_chat(
+    client: openai.OpenAI, training_file: str, trained: dict[str, str]
+) -> None:
+    job = create(client, training_file, trained["reward"], {"type": "reward_bradley_terry"})
+    assert "reference" not in told(client, job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    kinds = {model.id: model.to_dict()["x_raydpo"]["kind"] for model in client.models.list()}
+    assert (kinds[trained["reward"]], kinds[trained["whole"]], kinds["tiny"]) == ("reward", "policy", "policy")
+    with pytest.raises(openai.BadRequestError, match="is a reward model: it scores texts and writes none") as refused:
+        client.chat.completions.create(model=trained["reward"], messages=[{"role": "user", "content": "Hi"}])
+    assert refused.value.param == "model"
+
+
+def test_what_an_adapter_stands_on_is_deleted_after_it(client: openai.OpenAI, trained: dict[str, str]) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"is the base of the adapter '{trained['on-whole']}'"):
+        client.models.delete(trained["whole"])
+    client.models.delete(trained["on-whole"])
+    client.models.delete(trained["whole"])
+
+
+def test_the_page_prints_the_table_of_what_does_not_go_together() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "use" / "jobs.md").read_text()
+    assert "".join(f"| `{rule.param}` | {rule.what} | {rule.remedy} |\n" for rule in RULES) in page
+
+
+def test_settings_say_what_is_trained_by_default(settings: Settings) -> None:
+    models = {"all": BaseModel(source="/m", adapter="none"), "small": BaseModel(source="/m", adapter=Lora(r=2))}
+    given = settings.model_copy(update={"models": models, "num_gpus_per_worker": 1.0})
+
+    def start(name: str, **fields: Any) -> NamedModel:
+        return NamedModel(name, "/m", name, STARTED_AT, **fields)
+
+    assert decide(WeightsAsked(), start("all"), given) == Weights(adapter=None, precision="bfloat16")
+    assert decide(WeightsAsked(), start("small"), given).adapter == Lora(r=2)
+    assert decide(WeightsAsked(adapter=Lora(r=3)), start("all"), given).adapter == Lora(r=3)
+    assert decide(WeightsAsked(precision="float32"), start("all"), given).precision == "float32"
+    assert decide(WeightsAsked(), start("gone"), given).adapter == Lora()
