@@ -76,12 +76,12 @@ def _without_attempt(job: Job, past: Past) -> Decision:
 
 
 def rest_seconds(failures: int) -> float:
-    """Returns how long a job rests after so many failures in a row. Meanwhile the cause may pass."""
+    """Returns how many seconds a job rests after this many failures in a row. Meanwhile the cause may pass."""
     return min(FIRST_REST_SECONDS * REST_FACTOR ** (failures - 1), MOST_REST_SECONDS) if failures else 0.0
 
 
 def leaves_slot(failures: int) -> bool:
-    """Whether a job's rest after so many failures in a row is so long that other jobs get its slot."""
+    """Whether a job rests so long after this many failures in a row that other jobs get its slot."""
     return rest_seconds(failures) >= LONG_REST_SECONDS
 
 

@@ -193,11 +193,11 @@ class Executor:
         where = f" after step {step}" if step else ""
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await attempts.end(session, attempt, f"it was asked to stop, and did{where}")
+            await attempts.end(session, attempt, f"it was asked to stop, and stopped{where}")
             if job.desired == "pause":
                 await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
             else:
-                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
+                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and stopped{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
         """Closes an attempt that died without an outcome. It is a failure of the job only if it died by itself."""
@@ -215,7 +215,7 @@ class Executor:
         """Closes an attempt without an outcome. One event says so, however many control planes do it."""
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""
-            jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}{rest}", level="warn")
+            jobs.tell(session, job.id, f"Attempt {attempt.number} ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
         """Writes to the job what it waits for. Returns the words for an event; none if the job will be given up."""
@@ -265,7 +265,7 @@ class Executor:
         """Fails a job whose next step this service cannot take."""
         message = (
             f"The service tried {tries} times to go on with the job and failed: {why}. "
-            "The control plane's log says more; tell its operator, and submit the job again when the cause is mended."
+            "The control plane's log says more; tell its operator, and submit the job again when the cause is fixed."
         )
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 
@@ -275,7 +275,7 @@ class Executor:
         message = (
             f"The job died {self._settings.max_attempts} times in a row on the cluster without a new checkpoint, the "
             f"last time because {cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
-            f"GET /v1/x/jobs/{job.id}/logs. Submit it again when the cause is mended."
+            f"GET /v1/x/jobs/{job.id}/logs. Submit it again when the cause is fixed."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
 

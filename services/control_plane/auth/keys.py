@@ -14,7 +14,7 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.tables import DEFAULT_PROJECT, Key, Project
 
 Scope = Literal["read", "write", "inference", "admin"]
-MAX_KEYS = 100  # keys that work, of a project whose own admin makes them: each has its own requests per minute
+MAX_KEYS = 100  # the most working keys of a project whose own admin makes them; each has its own requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 

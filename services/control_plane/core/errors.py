@@ -1,4 +1,4 @@
-"""Errors as OpenAI words them: a status, and an envelope whose four keys are always present.
+"""Errors in OpenAI's form: a status, and an envelope whose four keys are always present.
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409

@@ -65,7 +65,7 @@ from services.control_plane.core.tables import (
 )
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-QUEUE_HEAD = 50  # a tick looks at so many queued jobs of a project; those behind them wait
+QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; those behind them wait
 STATEMENT_SECONDS = 30  # the server cancels a statement after this long, even if it only waits for a lock
 IDLE_SECONDS = 60  # the server ends a transaction that is idle for this long
 ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # a connection whose server does not answer for this long counts as lost
@@ -153,8 +153,8 @@ class _Connection(psycopg.AsyncConnection[Any]):
             late.cancel()
 
     def _hang_up(self) -> None:
-        with socket.socket(fileno=os.dup(self.pgconn.socket)) as own:
-            own.shutdown(socket.SHUT_RDWR)
+        with socket.socket(fileno=os.dup(self.pgconn.socket)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class Store:

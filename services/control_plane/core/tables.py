@@ -28,7 +28,8 @@ from services.contract import Reading
 
 JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
-UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"  # of files
+# The condition that a file is still to be checked.
+UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"
 DEFAULT_PROJECT = "proj_default"  # the configured API key belongs to it
 
 
@@ -370,7 +371,7 @@ class Outbound(Base):
     body: Mapped[dict[str, Any]]
     num_sends: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # None: delivered or given up
-    outcome: Mapped[str | None]  # of the last send
+    outcome: Mapped[str | None]  # what came of the last send
     __table_args__ = (Index("outbox_due", "endpoint_id", "due_at", "id", postgresql_where=text("due_at IS NOT NULL")),)
 
 
@@ -387,9 +388,7 @@ class AuditEntry(Base):
     object_id: Mapped[str | None]
     status: Mapped[int]
     code: Mapped[str | None]  # error code of a refusal
-    num_requests: Mapped[int] = mapped_column(
-        default=1
-    )  # if above 1: this entry stands for so many refusals of the same kind
+    num_requests: Mapped[int] = mapped_column(default=1)  # how many refusals of the same kind the entry stands for
     __table_args__ = (Index("audit_log_by_project", "project_id", "id"),)
 
 

@@ -20,7 +20,7 @@ from services.control_plane.core.tables import AuditEntry
 
 log = logging.getLogger(__name__)
 
-ENTRIES = 10  # of a key in a minute, in each replica
+ENTRIES = 10  # the most entries for a key in a minute, in each replica
 MINUTE_SECONDS = 60.0
 LONGEST_NAME = 100  # characters of the object id in a path, which need not exist
 READING = ("GET", "HEAD")

@@ -58,7 +58,7 @@ async def list_jobs(
     limit: Limit = 20,
     metadata: Literal["null"] | None = None,
 ) -> dict[str, Any]:
-    """Newest first; `metadata[k]=v` keeps the jobs that carry it, `metadata=null` those that carry none."""
+    """Lists jobs, newest first. `metadata[k]=v` selects those with this pair, `metadata=null` those without any."""
     query = select(Job)
     if metadata:
         query = query.where(Job.spec["metadata"].astext.is_(None))
@@ -106,7 +106,7 @@ async def resume(idempotent: IdempotentPart, caller: CallerPart, settings: Setti
 
 @router.get("/{job_id}/events")
 async def events(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Newest first."""
+    """Lists a job's events, newest first."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Event).where(Event.job_id == job_id)
@@ -116,7 +116,7 @@ async def events(store: StorePart, job_id: str, after: str | None = None, limit:
 
 @router.get("/{job_id}/checkpoints")
 async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
-    """Newest first."""
+    """Lists a job's checkpoints, newest first."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Checkpoint).where(Checkpoint.job_id == job_id)

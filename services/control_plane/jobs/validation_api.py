@@ -1,4 +1,4 @@
-"""/v1/x/jobs/validate and /v1/x/methods: what a job would be, and what it may ask for."""
+"""/v1/x/jobs/validate checks a job without creating it. /v1/x/methods lists the methods and their options."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/x")
 
 @router.post("/jobs/validate")
 async def validate(store: StorePart, settings: SettingsPart, body: ValidateJob) -> dict[str, Any]:
-    """The job that the body asks for, without an id: nothing is written. What depends on its rows stays open."""
+    """Returns the job that the body asks for, without an id. Nothing is written, and rows are not read."""
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
@@ -29,5 +29,5 @@ async def validate(store: StorePart, settings: SettingsPart, body: ValidateJob) 
 
 @router.get("/methods")
 async def methods() -> dict[str, Any]:
-    """Every method with its hyperparameters."""
+    """Lists the methods with their hyperparameters."""
     return listing([described(kind) for kind in METHODS], has_more=False)

@@ -23,10 +23,10 @@ async def list_models(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> Response:
-    """Base models, then the newest. OpenAI's client asks for one page, so that a page is long."""
+    """Lists base models, then trained ones, newest first. Pages are long, because OpenAI's client reads only one."""
     async with store.look() as session:
-        found, more = await models.list_page(session, settings, after=after, limit=limit)
-    return JSONResponse(listing([model_object(model, settings) for model in found], more))
+        listed, more = await models.list_page(session, settings, after=after, limit=limit)
+    return JSONResponse(listing([model_object(model, settings) for model in listed], more))
 
 
 @router.get("/{model_id:path}")
@@ -37,7 +37,7 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 @router.delete("/{model_id:path}")
 async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str) -> Response:
-    """Stop offering and serving a trained policy, and remove its weights."""
+    """Stops offering and serving a trained policy, and deletes its weights."""
     removed: list[NamedModel] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def page(
 
 
 def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
-    """Yields each line with the byte where the next one begins. A line says so where a part of the log was left out."""
+    """Yields each line with the byte at which the next one begins. A line says so if a part of the log was left out."""
     names = storage.list_files(folder)
     firsts = [int(name.removesuffix(".log")) for name in names]
     at = after

@@ -19,7 +19,7 @@ SHARED_OVER = timedelta(days=1)  # the time over which projects' worker hours ar
 
 @dataclass(frozen=True)
 class Share:
-    """What decides when a project's next job starts, beside its running workers."""
+    """The numbers that decide when a project's next job starts, beside its running workers."""
 
     max_running_jobs: int | None = None  # None: as many as there is room for
     weight: float = 1.0

@@ -421,7 +421,7 @@ def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
         event = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0]
         assert (event.level, event.message) == (
             "warn",
-            f"Attempt {number} is over: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
+            f"Attempt {number} ended: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
             f"Ray killed processes that held 0.14 GB; the next one begins {seconds} s later",
         )
         rest(settings, job_id, seconds - 3)
@@ -531,7 +531,7 @@ def test_an_attempt_says_itself_why_it_dies(
     ray.jobs[f"{job_id}-1"] = "FAILED"
     ticks(settings, 1)
     told = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0].message
-    assert told.startswith("Attempt 1 is over: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; ")
+    assert told.startswith("Attempt 1 ended: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; ")
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
 
@@ -571,7 +571,7 @@ def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
 
     asyncio.run(lose_twice())
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
-    (over,) = [message for message in told if message.startswith("Attempt 1 is over")]
+    (over,) = [message for message in told if message.startswith("Attempt 1 ended: ")]
     assert "killed by SIGKILL, as the kernel does when memory runs out" in over
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
@@ -844,7 +844,7 @@ def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
         ticks(settings, 3)
         assert list(ray.jobs)[-1] == f"{job_id}-{number + 1}"
-    assert "Attempt 1 was asked to stop, and did after step 1" in told(client, job_id)
+    assert "Attempt 1 was asked to stop, and stopped after step 1" in told(client, job_id)
     succeed(client, settings, ray, job_id, 6)
 
 
@@ -980,7 +980,7 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
     assert told == [
         f"The last reports of attempt 1 are lost: {uri} does not match its sha256",
-        "Attempt 1 is over: it died before it finished; the next one begins 5 s later",
+        "Attempt 1 ended: it died before it finished; the next one begins 5 s later",
     ]
     spool(settings, job_id, 2, reports(settings, job_id))
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"
