@@ -26,7 +26,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANSWER_SECONDS = 8  # shorter than the reconciler's lease, because a tick waits for this answer
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL, for an attempt to write a checkpoint
 TRANSIENT = (408, 425, 429)  # the 4xx that mean: try again later
-MOST_TOLD = 300  # characters of Ray's message in an error
+MOST_CHARACTERS = 300  # characters of Ray's message in an error
 VIEW_SECONDS = 0.5  # requests within this time share one look at Serve
 
 
@@ -44,7 +44,7 @@ class Submission:
         if self.status == "absent":
             return "the cluster it ran on is gone"
         if self.error_type and self.error_type.startswith(NEVER_STARTED):
-            return f"Ray could not start it: {self.message[:MOST_TOLD]}"
+            return f"Ray could not start it: {self.message[:MOST_CHARACTERS]}"
         if number := _signal(self.exit_code):
             kernel = ", as the kernel does when memory runs out" if number is signal.SIGKILL else ""
             return killer_in(self.message) or f"it was killed by {number.name}{kernel}"
@@ -225,7 +225,7 @@ class RayApi:
         return status
 
     def _http_options(self) -> dict[str, Any]:
-        """Returns where Serve listens if the PUT starts it: on loopback if Ray does."""
+        """Returns the address at which Serve listens if our PUT starts it: on loopback if Ray is there."""
         url = urlsplit(self._settings.serve_url or self._settings.ray_url)
         host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"
         return {"host": host, "port": url.port if self._settings.serve_url else SERVE_PORT}

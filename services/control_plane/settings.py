@@ -1,4 +1,4 @@
-"""The control plane's settings: command line over environment over settings file over defaults."""
+"""The control plane's settings: from the command line, else the environment, else the settings file, else defaults."""
 
 import os
 import re

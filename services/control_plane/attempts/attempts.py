@@ -40,7 +40,7 @@ from services.control_plane.settings import Settings
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Writes the row of an attempt. It comes before the launch, so that no launch is unknown. Its job stops waiting."""
+    """Writes the row of an attempt before the launch, so that no launch is unknown. Clears its job's `waits_for`."""
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0
     session.add(attempt)
@@ -98,7 +98,7 @@ async def last_failure(session: AsyncSession, job_id: str) -> str | None:
     return await session.scalar(newest.limit(1))
 
 
-async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
+async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> None:
     """Notes why the attempt is being stopped. Writes an event about it the first time."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)

@@ -159,7 +159,7 @@ class Executor:
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
         """Closes an attempt that Ray does not launch. It counts as a failure, or the job would be launched for ever."""
         async with self._store.begin() as session:
-            await self._over(session, job, attempt, reason, failed=True)
+            await self._close(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
         """Records reports in the attempt's spool that never arrived. Returns the attempt as it is then."""
@@ -184,7 +184,7 @@ class Executor:
             late = "it did not pause in time" if job.desired == "pause" else None
             reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
-                await attempts.blame(session, attempt, reason)
+                await attempts.note_stop(session, attempt, reason)
         await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
@@ -207,11 +207,11 @@ class Executor:
         reference = applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await self._over(session, job, attempt, reason, failed=failed)
+            await self._close(session, job, attempt, reason, failed=failed)
             if attempt.reference and reference and reference.state == "failed":
                 await deployments.forget(session, attempt.reference)  # so that the next attempt loads it again
 
-    async def _over(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
+    async def _close(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
         """Closes an attempt without an outcome. One event says so, however many control planes do it."""
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""

@@ -14,7 +14,7 @@ from services.control_plane.core.store import refuses_value
 from services.control_plane.ray_api import rays_words
 
 LONGEST_PAUSE_SECONDS = 60.0
-TOLD_AFTER = 4  # failed tries, about ten seconds; then an event says so
+EVENT_AFTER = 4  # failed tries, about ten seconds; then an event says so
 TRIES = 15  # failed tries, about ten minutes; then the job fails
 
 

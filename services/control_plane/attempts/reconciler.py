@@ -24,7 +24,7 @@ from services.control_plane.attempts.decision import (
     rest_seconds,
 )
 from services.control_plane.attempts.executor import Executor
-from services.control_plane.attempts.patience import TOLD_AFTER, TRIES, Patience, in_words, is_ours
+from services.control_plane.attempts.patience import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.attempts.scheduling import what_each_waits_for
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
@@ -158,7 +158,7 @@ class Reconciler:
         try:
             if ours and tries >= TRIES:
                 await self._executor.abandon(job, attempt, in_words(error), tries)
-            elif tries == TOLD_AFTER:
+            elif tries == EVENT_AFTER:
                 async with self._store.begin() as session:
                     message = f"The job's next step fails and is tried again: {in_words(error)}"
                     jobs.tell(session, job.id, message, level="warn")

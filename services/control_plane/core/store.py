@@ -115,7 +115,7 @@ class PoolerUrl(ValueError):
 
 
 def migrate(database_url: str) -> None:
-    """Bring the database to the newest schema. Safe to run from several replicas at once. Raises PoolerUrl."""
+    """Brings the database to the newest schema. Several replicas may call it at once. Raises PoolerUrl."""
     if _is_newest(database_url):
         return
     from alembic import command  # importing it takes as long as the rest of a start, and few starts need it

@@ -1,4 +1,4 @@
-"""/v1/files"""
+"""/v1/files stores, lists, reads and deletes files."""
 
 import io
 import re

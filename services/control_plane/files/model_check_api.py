@@ -1,4 +1,4 @@
-"""/v1/x/datasets"""
+"""/v1/x/datasets/check says what a training file holds, and what a model would make of it."""
 
 from typing import Any
 

@@ -102,7 +102,7 @@ class CreateFile(BaseModel):
         return self.expires_after.seconds if self.expires_after else None
 
     def reading(self) -> Reading:
-        """Parses how the rows are read. Raises InvalidRequest naming the field."""
+        """Parses from x_raydpo how the file's rows are read. Raises InvalidRequest naming the field."""
         extension = self.x_raydpo or {}
         refuse_unknown(extension, READING, "x_raydpo")
         return reading(extension)

@@ -1,4 +1,4 @@
-"""/v1/uploads: files that are too large for one request."""
+"""/v1/uploads takes files in parts, if they are too large for one request."""
 
 from typing import Any
 

@@ -23,7 +23,7 @@ PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class AccessLog:
-    """The middleware around the whole app. It answers for requests that crash, so that these answers have an id too."""
+    """The middleware around the whole app. It also answers requests that crash, so that these answers have an id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

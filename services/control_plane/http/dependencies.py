@@ -1,4 +1,4 @@
-"""What route functions take as parameters: the parts that `app` built, and the caller after its key was checked."""
+"""Parameters for route functions: the parts that `app` built, and the caller after the check of its key."""
 
 from collections.abc import Collection
 from typing import Annotated, Any, cast
@@ -44,7 +44,7 @@ RayApiPart = Annotated[RayApi, Depends(_ray_api)]
 async def admit(request: Request, credentials: Bearer) -> Caller:
     """Returns the caller, if its key is good, within its rate limit, and has the scope that the route needs.
 
-    It reads the parts from the app itself. As parameters, FastAPI would resolve them again for each part that needs
+    It takes the parts from the app. If they were parameters, FastAPI would look for them again for each part that needs
     the caller.
     """
     parts = request.app.state

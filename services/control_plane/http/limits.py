@@ -108,7 +108,7 @@ class Body:
         self._hold(self._declared)
 
     async def receive(self) -> Message:
-        """Stands in for ASGI's `receive`. Raises TooLarge, Stalled and Unavailable."""
+        """Receives the next part of the body, like ASGI's `receive`. Raises TooLarge, Stalled and Unavailable."""
         if self._complete:
             return await self._receive()
         if self._began is None:

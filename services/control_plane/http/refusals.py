@@ -1,4 +1,4 @@
-"""Writes refusals to the audit log: of what a known key may not do, and of changes to what is not there for it.
+"""Writes refusals of known keys to the audit log: a missing scope, a change of an unknown object, an exceeded limit.
 
 So that nobody fills the log, only the first refusals of a key in a minute get an entry each. The others are counted,
 and when the minute is over, one entry stands for all of the same kind.

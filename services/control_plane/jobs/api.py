@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs"""
+"""/v1/fine_tuning/jobs creates, lists, pauses, resumes and cancels jobs."""
 
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, cast

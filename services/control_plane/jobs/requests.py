@@ -83,7 +83,7 @@ class Method(BaseModel):
 
 
 class Reference(BaseModel):
-    """`x_raydpo.reference`."""
+    """`x_raydpo.reference`: which model the policy is compared with, and who scores with it."""
 
     model_config = ConfigDict(extra="forbid")
     source: ReferenceSource = "auto"

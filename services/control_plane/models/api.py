@@ -1,4 +1,4 @@
-"""/v1/models. Ids may hold slashes, raw or encoded."""
+"""/v1/models lists and deletes models. Ids may contain slashes, raw or encoded."""
 
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions, forwarded to Ray Serve."""
+"""/v1/chat/completions and /v1/completions are forwarded to Ray Serve."""
 
 from typing import Annotated, cast
 

@@ -71,7 +71,7 @@ async def list_page(
 
 
 async def find(session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model") -> NamedModel:
-    """Returns the model. Raises NotFound with the base models' names, since most mistakes are misspelled ones."""
+    """Returns the model. NotFound lists the base models, because most unknown names are misspelled ones of these."""
     for base in bases(settings):
         if base.id == model_id:
             return base

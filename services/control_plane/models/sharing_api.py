@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/checkpoints/{model}/permissions. Ids may hold slashes, raw or encoded."""
+"""/v1/fine_tuning/checkpoints/{model}/permissions shares models. Ids may contain slashes, raw or encoded."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,4 @@
-"""/v1/x/projects"""
+"""/v1/x/projects creates, lists and changes projects."""
 
 from typing import Any
 

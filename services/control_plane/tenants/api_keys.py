@@ -1,4 +1,4 @@
-"""/v1/x/keys"""
+"""/v1/x/keys creates, lists and revokes API keys."""
 
 from datetime import UTC, datetime
 from typing import Any

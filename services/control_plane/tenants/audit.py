@@ -1,4 +1,4 @@
-"""/v1/x/audit"""
+"""/v1/x/audit lists the audit log."""
 
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""/v1/webhook_endpoints. Only the answers to create and rotate_secret have the signing secret."""
+"""/v1/webhook_endpoints manages webhooks. Only the answers to create and rotate_secret have the signing secret."""
 
 from typing import Annotated, Any, cast
 

@@ -59,8 +59,8 @@ class Sender:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._client = outbound.async_client(settings.webhook_urls, webhooks.SETTING, max_lookups=AT_ONCE)
-        self._flying: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
-        self._landed = asyncio.Event()
+        self._under_way: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
+        self._send_ended = asyncio.Event()
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -69,7 +69,7 @@ class Sender:
         """Sends until cancelled. Sends that are cut off then are repeated when their leases end."""
         async with asyncio.TaskGroup() as sends:
             while True:
-                self._landed.clear()
+                self._send_ended.clear()
                 try:
                     while claims := await self._claim():
                         for claim in claims:
@@ -77,7 +77,7 @@ class Sender:
                 except Exception:  # nobody watches this task, so it goes on after any error
                     log.exception("The outbox could not be read, which is tried again; webhooks wait")
                     await asyncio.sleep(TICK_SECONDS)
-                await _until(self._landed, TICK_SECONDS)
+                await _until(self._send_ended, TICK_SECONDS)
 
     async def send(self, endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> int:
         """Sends a message and returns the status of the answer. Raises Unreachable if none comes."""
@@ -95,7 +95,7 @@ class Sender:
 
     async def _claim(self) -> list[Claim]:
         """Claims the oldest due row of each endpoint, while there are places. Projects take turns."""
-        if self._flying.total() >= AT_ONCE:
+        if self._under_way.total() >= AT_ONCE:
             return []
         async with self._store.begin() as session:
             rows = await session.execute(self._oldest_due())
@@ -121,7 +121,7 @@ class Sender:
         return query.with_for_update(of=Outbound, skip_locked=True)
 
     def _full(self) -> list[str]:
-        return [endpoint for (_, endpoint), count in self._flying.items() if count >= AT_ONCE_TO_ONE]
+        return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
         """Returns the claims that are sent now. A project has at most as many sends under way as places are free.
@@ -129,12 +129,12 @@ class Sender:
         So if one project's endpoints are slow, half of the places stay free for others; a third if two projects' are.
         """
         sent, per_project = [], Counter[str]()
-        for (project, _), count in self._flying.items():
+        for (project, _), count in self._under_way.items():
             per_project[project] += count
         for claim in claims:
             if per_project[claim.endpoint.project_id] < AT_ONCE - per_project.total():
                 per_project[claim.endpoint.project_id] += 1
-                self._flying[claim.place] += 1
+                self._under_way[claim.place] += 1
                 sent.append(claim)
         return sent
 
@@ -145,8 +145,8 @@ class Sender:
         except Exception:  # one row's error must not end the sender; the row is due again when its lease ends
             log.exception("Webhook %s to %s was not sent or not noted", claim.body["id"], claim.endpoint.id)
         finally:
-            self._flying -= Counter([claim.place])
-            self._landed.set()
+            self._under_way -= Counter([claim.place])
+            self._send_ended.set()
 
     async def _try(self, claim: Claim) -> tuple[str, bool]:
         """Sends, and returns what came of it, in words, and whether to send again."""
@@ -164,7 +164,7 @@ class Sender:
         return f"answered {status}", not (200 <= status < 300 or status == httpx.codes.GONE)
 
     async def _disable(self, endpoint: WebhookEndpoint) -> None:
-        """Disables an endpoint that is gone, unless it was given another URL meanwhile."""
+        """Disables an endpoint that answered 410 Gone, unless it was given another URL meanwhile."""
         there = update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint.id, WebhookEndpoint.url == endpoint.url)
         async with self._store.begin() as session:
             await session.execute(there.values(disabled_at=func.now()))
