@@ -12,7 +12,7 @@ PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
 import ray
-from services.training import tasks
+from services.training.data import tasks
 from services.training.data.encoding import Encoded, Piece
 from services.training.data.file_report import EncodingReport
 

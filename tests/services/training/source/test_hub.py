@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys
 from services import storage
 from services.contract import AttemptSpec
-from services.training import download
+from services.training.source import download
 from services.training.reports.reporting import JobFailed
 from services.training.source.source import as_plain_file
 
