@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits held at a time: on a CPU so few rows that caches help, on a GPU enough to fill it; of any vocabulary no more
-# columns than these.
-TILE_ROWS = {"cpu": 256, "cuda": 1024}
-TILE_COLUMNS = 32768
+from dpo_core.plan.rules import TILE_COLUMNS, TILE_ROWS
+
 PRODUCT_ROWS = {"cpu": 2048}  # computed before they are added up: so few that caches hold them
 
 

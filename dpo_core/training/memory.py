@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.architecture import decoder_layers
+from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack
 from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.logps import tile_bytes
 from dpo_core.policy.scorer import Scorer
@@ -23,9 +24,7 @@ from dpo_core.training.weights import num_shards, state_bytes
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # more keep the device no busier
 ASSUMED_TOKENS = 8192  # where the system does not tell its memory
-SHARE = 0.6  # of what is free, for what backward needs; the rest is for passing buffers
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # at most so many show what autograd keeps
 
@@ -33,8 +32,8 @@ EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # at most so many show what autogr
 def fit(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
     """`config` with `max_tokens_per_pack` and `activation_checkpointing` decided, alike on all ranks.
 
-    Powers of two, so that a little more or less free memory decides the same. `groups` are some that will be trained
-    on: of many short completions behind a long prompt a token takes more than of pairs.
+    `groups` are some that will be trained on: of many short completions behind a long prompt a token takes more than
+    of pairs.
     """
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
@@ -43,15 +42,12 @@ def fit(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()
     budget = _budget(scorer, config.sharding)
     kept = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))
-    kept_at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    wanted = config.activation_checkpointing
-    recompute = budget is not None and budget // kept < (config.max_tokens_per_pack or least)
-    choice = wanted if wanted != "auto" else ("on" if recompute else "off")
-    fits = most if budget is None else min(most, budget // (kept_at_borders if choice == "on" else kept))
+    at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    given, wanted = config.max_tokens_per_pack, config.activation_checkpointing
+    tokens, again, fits = choose_pack(budget, kept, at_borders, given=given, wanted=wanted, least=least, most=most)
     if fits < least:
         logger.warning("A pack of max_length, %d tokens, may not fit into memory: about %d tokens do.", least, fits)
-    tokens = config.max_tokens_per_pack or max(least, 1 << max(0, fits.bit_length() - 1))
-    return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=choice)
+    return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=again)
 
 
 def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
@@ -85,7 +81,7 @@ def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
     state = state_bytes(model, num_shards(scorer, sharding))
     vocabulary, capped = model.config.get_text_config().vocab_size, scorer.manner.logits.cap is not None
     tile = 0 if scorer.rewards else tile_bytes(vocabulary, model.dtype, model.device, capped=capped)
-    return lowest(int(max(0, free + loaded - state - tile) * SHARE), model.device)
+    return lowest(int(max(0, free + loaded - state - tile) * PACK_SHARE), model.device)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -1,6 +1,6 @@
 """The trained parameters: how ranks hold them, and what the optimizer steps on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain, compress
 from typing import cast
 
@@ -16,6 +16,7 @@ from dpo_core.config import Sharding
 from dpo_core.models.architecture import decoder_layers, is_sharded
 from dpo_core.models.model import has_adapter
 from dpo_core.options import InvalidOption
+from dpo_core.plan.rules import fewest_shards
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.ranks import add_up, lowest, num_local_ranks, num_ranks, on_any_rank
 
@@ -131,23 +132,9 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
     return fewest_shards((least, local_ranks, ranks), lambda shards: state_bytes(policy, shards), room)
 
 
-STATE_SHARE = 0.5  # of a GPU's memory, for weights, gradients and AdamW's moments; the rest is for packs
-
-
-def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: int) -> int:
-    """The rule of `auto`: the first of the choices whose state, in bytes, fits on a GPU of so much memory, else the
-    last.
-
-    Within a node splitting costs little, so whole weights are split there at least. Adapters are copied, base and all.
-    Both are split over more ranks only where they would not fit. Models on CPUs, and those that answer one completion
-    at a time, are always copied.
-    """
-    return next((shards for shards in choices if state(shards) <= STATE_SHARE * room), choices[-1])
-
-
 def state_bytes(policy: PreTrainedModel, shards: int) -> int:
-    """What weights, gradients and AdamW's moments take of a rank. Of shards, what computes is whole: all that is
-    outside the layers and, as the next one is fetched ahead, two layers, all with their gradients."""
+    """What weights, gradients and AdamW's moments take of a rank. Of shards, what computes is whole, with the gradients
+    of what is trained there: all that is outside the layers and, as the next one is fetched ahead, two layers."""
     kept: int = 0
     for parameter in policy.parameters():
         stepped = max(parameter.itemsize, torch.float32.itemsize)  # bytes of a number that AdamW steps, and of a moment
@@ -159,10 +146,16 @@ def state_bytes(policy: PreTrainedModel, shards: int) -> int:
         kept += parameter.numel() * (weight + 3 * stepped * parameter.requires_grad)
     if shards == 1:
         return kept
-    layers: list[int] = [sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(policy)]
-    outside = sum(weight.numel() for weight in policy.parameters()) - sum(layers)
+    layers = [_with_gradients(layer) for layer in decoder_layers(policy)]
+    outside = _with_gradients(policy) - sum(layers)
     gathered: int = policy.dtype.itemsize * (outside + 2 * max(layers, default=0))
-    return kept // shards + 2 * gathered
+    return kept // shards + gathered
+
+
+def _with_gradients(module: nn.Module) -> int:
+    """How many numbers its weights and their gradients have."""
+    numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
+    return numbers
 
 
 def _mesh(policy: PreTrainedModel, shards: int) -> DeviceMesh:

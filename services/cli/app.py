@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import audit, chat, data, files, jobs, keys, methods, models, projects, settings, webhooks
+from services.cli import audit, chat, data, files, jobs, keys, methods, models, plan, projects, settings, webhooks
 from services.cli.client import default_home, fail
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ chat.register(app)
 methods.register(app)
 settings.register(app)
 audit.register(app)
+plan.register(app)
 
 
 def _print_version(asked: bool) -> None:

@@ -35,7 +35,7 @@ from services.control_plane.http.rate_limit import RateLimits
 from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
 from services.control_plane.jobs import api as jobs_api
-from services.control_plane.jobs import validation_api
+from services.control_plane.jobs import plans_api, validation_api
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.models import api as models_api
 from services.control_plane.models import inference_api, sharing_api
@@ -64,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         uploads_api,
         jobs_api,
         validation_api,
+        plans_api,
         sharing_api,
         models_api,
         model_check_api,

@@ -26,8 +26,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANSWER_SECONDS = 8  # shorter than the reconciler's lease, because a tick waits for this answer
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL, for an attempt to write a checkpoint
 TRANSIENT = (408, 425, 429)  # the 4xx that mean: try again later
-MOST_CHARACTERS = 300  # characters of Ray's message in an error
+MOST_CHARACTERS = 300  # of Ray's message in an error
 VIEW_SECONDS = 0.5  # requests within this time share one look at Serve
+NODES_ANSWER_SECONDS = 2  # a submission waits at most this long for what Ray says of its machines
+NODES_SECONDS = 10  # submissions within this time share one look at the machines
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,14 @@ class ServeView:
     seen_at: float
 
 
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, as Ray's agent on it measures it."""
+
+    memory: int  # bytes; its container's, if it runs in one
+    gpus: tuple[int, ...]  # bytes of each GPU
+
+
 class Refused(Exception):
     """Ray refuses a launch, and would refuse it again. The message is Ray's."""
 
@@ -99,6 +109,7 @@ class RayApi:
         )
         self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
+        self._nodes: tuple[float, list[Node]] | None = None  # when they were looked at, and the machines
         self._looking = asyncio.Lock()
 
     async def close(self) -> None:
@@ -184,6 +195,21 @@ class RayApi:
             amounts[name] = max(total, amounts.get(name, 0))
         return amounts
 
+    async def nodes(self) -> list[Node]:
+        """Returns the living machines, as they were at most ten seconds ago; none if Ray does not say."""
+        if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_SECONDS:
+            self._nodes = time.monotonic(), await self._look_at_nodes()
+        return self._nodes[1]
+
+    async def _look_at_nodes(self) -> list[Node]:
+        try:
+            answer = await self._ray.get("/nodes", params={"view": "summary"}, timeout=NODES_ANSWER_SECONDS)
+            told = answer.raise_for_status().json()["data"]["summary"]
+            alive = [node for node in told if node["raylet"]["state"] == "ALIVE" and node.get("mem")]
+            return [Node(int(node["mem"][0]), tuple(map(_size, node.get("gpus") or ()))) for node in alive]
+        except (httpx.HTTPError, LookupError, TypeError):
+            return []
+
     # --- models -----------------------------------------------------------------------------
 
     async def own_name(self, app_name: str) -> str:
@@ -250,6 +276,10 @@ async def _check_json(answer: httpx.Response) -> None:
             raise httpx.DecodingError(
                 "Something answers in Ray's place, without JSON.", request=answer.request
             ) from None
+
+
+def _size(gpu: dict[str, Any]) -> int:
+    return int(gpu["memoryTotal"]) * 2**20
 
 
 def _submission(job: dict[str, Any]) -> Submission:

@@ -109,6 +109,11 @@ async def result_of(
     return result
 
 
+async def known(check: Check) -> CheckResult | None:
+    """Returns the result of an earlier check of the same content, if there was one."""
+    return (await _newest(check))[1]
+
+
 async def _newest(check: Check) -> tuple[int, CheckResult | None]:
     """Returns the newest attempt's number (0 if there is none) and result. After an old failure, the next number."""
     folders: list[str] = await anyio.to_thread.run_sync(storage.list_folders, check.uri)

@@ -16,11 +16,12 @@ from services.control_plane.http.dependencies import (
     CallerPart,
     IdempotentPart,
     Limit,
+    RayApiPart,
     SettingsPart,
     StorePart,
 )
 from services.control_plane.http.idempotency import IdempotentRequest
-from services.control_plane.jobs import admission, jobs
+from services.control_plane.jobs import admission, jobs, plans
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
@@ -37,12 +38,15 @@ JobReaderPart = Annotated[JobReader, Depends(_job_reader)]
 
 
 @router.post("")
-async def create(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, body: CreateJob) -> Response:
+async def create(
+    idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob
+) -> Response:
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         admitted = await admission.admit(session, settings, spec, weights)
+        await plans.refuse_hopeless(*admitted[:2], settings, ray_api)
         return job_object(await jobs.submit(session, *admitted, caller.key_id), settings)
 
     with tracing.span("submit job"):

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 
 from dpo_core.methods import METHODS, described
 from services.control_plane.core.responses import listing
-from services.control_plane.http.dependencies import SettingsPart, StorePart
-from services.control_plane.jobs import admission, jobs
+from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
+from services.control_plane.jobs import admission, jobs, plans
 from services.control_plane.jobs.requests import ValidateJob
 from services.control_plane.jobs.responses import job_object
 
@@ -15,12 +15,13 @@ router = APIRouter(prefix="/x")
 
 
 @router.post("/jobs/validate")
-async def validate(store: StorePart, settings: SettingsPart, body: ValidateJob) -> dict[str, Any]:
+async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: ValidateJob) -> dict[str, Any]:
     """Returns the job that the body asks for, without an id. Nothing is written, and rows are not read."""
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
         spec, model, reference = await admission.admit(session, settings, spec, weights, local_files=True)
+    await plans.refuse_hopeless(spec, model, settings, ray_api)
     job = jobs.draft(spec, model, reference)
     config = spec.config.settled(with_adapter=spec.weights.adapter is not None)
     job.training = {"config": spec.model_copy(update={"config": config}).model_dump(mode="json")["config"]}

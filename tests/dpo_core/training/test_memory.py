@@ -96,7 +96,7 @@ def test_what_the_optimizer_and_a_tile_of_logits_will_take_is_not_spent(policy, 
         tile = rows * conftest.VOCABULARY * (4 if dtype == torch.float32 else 6)
         free(state * num_weights + tile + 10 * MB)
         budgets.append(memory._budget(Scorer(make_policy().to(dtype)), "auto"))
-    assert budgets == [int(memory.SHARE * 10 * MB)] * 2
+    assert budgets == [int(memory.PACK_SHARE * 10 * MB)] * 2
 
 
 @pytest.mark.parametrize("megabytes", [64, 40, 8, 4, 2])

@@ -152,6 +152,7 @@ def test_parts_of_the_state_are_counted_with_two_layers_and_what_is_outside_of_t
     num_weights = sum(weight.numel() for weight in policy.parameters())
     gathered = 2 * 2 * (num_weights - 4 * layer + 2 * layer)  # in bfloat16, and as many gradients
     assert weights.state_bytes(policy, 4) == 16 * num_weights // 4 + gathered
+    assert weights.state_bytes(policy.requires_grad_(False), 4) == 2 * num_weights // 4 + gathered // 2  # no gradients
 
 
 def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypatch):

@@ -71,6 +71,7 @@ class FakeRay:
         self.serve: dict[str, dict[str, Any]] = {}  # its applications, as Serve tells of them
         self.target_capacity: float | None = None
         self.resources = {"CPU": 8.0}
+        self.machines: list[dict[str, Any]] = []  # as their agents tell of them
         self.lose_answers = False
         self.down = False
         fake = self
@@ -120,6 +121,8 @@ class FakeRay:
             return 200, {"applications": self.serve} | {key: value for key, value in told.items() if value}
         if path == "/api/v0/nodes":
             return 200, {"data": {"result": {"result": [{"state": "ALIVE", "resources_total": self.resources}]}}}
+        if path.startswith("/nodes"):
+            return 200, {"data": {"summary": [{"raylet": {"state": "ALIVE"}} | machine for machine in self.machines]}}
         if path == "/api/jobs/":
             return 200, [self._job(name) for name in self.jobs]
         name = path.rsplit("/", 1)[-1]

@@ -42,6 +42,10 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
         ("training_file", {"training_file": "file_id"}),
         ("model", {"training_file": "its own", "model": "model_id"}),
     ],
+    "POST /v1/x/plans": [
+        ("training_file", {**JOB, "training_file": "file_id"}),
+        ("model", {**JOB, "model": "model_id"}),
+    ],
     "POST /v1/chat/completions": [("model", {"model": "model_id", **CHAT})],
     "POST /v1/completions": [("model", {"model": "model_id", "prompt": "Hello?"})],
     "POST /v1/x/keys": [("project_id", {"name": "a key", "project_id": "project_id"})],
@@ -264,6 +268,7 @@ def test_every_route_wants_a_key_and_its_scope(
 def test_every_change_is_answered_once_and_audited() -> None:
     """Both are done by Once. These ask only: what they leave, if anything, is the same when they are repeated."""
     asking = {f"POST /v1/{path}" for path in ("chat/completions", "completions", "x/datasets/check", "x/jobs/validate")}
+    asking.add("POST /v1/x/plans")
     asking.add("POST /v1/webhook_endpoints/{endpoint_id}/test")
     once = {
         f"{method} {route.path_format}"

@@ -1,0 +1,1 @@
+"""Will a run fit? Answered before it runs, without torch."""

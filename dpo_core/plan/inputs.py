@@ -1,0 +1,88 @@
+"""What a plan is made of: a model, the rows that it is trained on, and the options that decide about memory."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+from dpo_core.config import Sharding
+
+FLOAT32 = 4  # bytes of a gradient, of a master, and of one of AdamW's two moments
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model: its config.json, and the shapes of its weights by their names in safetensors."""
+
+    config: Mapping[str, Any]
+    weights: Mapping[str, Sequence[int]]
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The config of the part that reads texts."""
+        return {**self.config, **(self.config.get("text_config") or {})}
+
+    def number(self, *names: str) -> int:
+        """The first of these that the config has."""
+        found = next((self.text[name] for name in names if self.text.get(name) is not None), None)
+        if found is None:
+            raise ValueError(f"config.json has no {names[0]}; only decoders with attention can be planned.")
+        return int(found)
+
+    @property
+    def numbers(self) -> int:
+        return sum(map(prod, self.weights.values()))
+
+    @property
+    def outside(self) -> int:
+        """How many numbers are in no layer."""
+        return sum(prod(shape) for name, shape in self.weights.items() if not in_layer(name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What is trained on: groups of a prompt and its completions, with their mean lengths in tokens."""
+
+    groups: int
+    prompt: int
+    completion: int
+    completions: int = 2
+    longest: int = 0  # tokens of the longest group; 0: all are as long
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.completions * self.completion
+
+    @property
+    def computed(self) -> int:
+        """Tokens of a group in a pack: the last one of a completion predicts nothing."""
+        return max(1, self.tokens - self.completions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What of a job decides about memory; a field is named as that of the job, if it is one."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    adapter: int | None = None  # its rank; None: all weights are trained
+    dropout: float = 0.0  # of what enters the adapter
+    targets: tuple[str, ...] | None = None  # names of modules that it adapts; None: all linear layers but the head
+    num_workers: int = 1
+    workers_per_node: int = 8
+    sharding: Sharding = "auto"
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    max_length: int = 2048
+    max_tokens_per_pack: int | None = None
+    batch_size: int = 8
+    n_epochs: int = 1
+    rewards: bool = False  # a reward model, which has no logits
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.precision == "bfloat16" else FLOAT32
+
+
+def in_layer(name: str) -> bool:
+    return re.search(r"\.\d+\.", name) is not None

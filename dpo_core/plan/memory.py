@@ -1,0 +1,175 @@
+"""What a worker holds, in bytes, from the shapes of a model's weights alone. Standard library only.
+
+The formulas follow what the engine keeps of a decoder built like Llama; of another one the activations are an
+estimate. A test compares them with what processes hold.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from math import ceil, inf
+
+from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
+from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS, choose_pack, fewest_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The bytes of a worker by part, and at its fullest moment."""
+
+    weights: int
+    gradients: int
+    masters: int  # float32 copies of what is trained in half precision
+    moments: int
+    activations: int  # of a pack
+    head: int  # a tile of logits, and the gradients that leave the head
+    masks: int
+    sharding: int  # weights that are whole while they compute
+    exchange: int  # of gradients between workers, once activations are gone
+    checkpoint: int  # its copy in host memory while it is written: on a CPU beside the rest
+    loading: int  # the whole model: each worker loads it before it is split
+    total: int
+
+    @property
+    def least(self) -> int:
+        """What no choice of packs makes smaller."""
+        return max(self.loading, self.weights + self.gradients + self.masters + self.moments)
+
+
+def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
+    """The run with shards and packs chosen as training chooses them, and what a worker then holds."""
+    local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
+    shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
+    if run.sharding == "auto" and run.device == "cuda":
+        places = (1 if run.adapter else local, local, run.num_workers)
+        shards = fewest_shards(places, lambda n: sum(_state(model, run, n).values()), inf if room is None else room)
+    layer, entry = _kept_of_layer(model, run, rows), model.number("hidden_size") * run.itemsize
+    free = None if room is None else room - sum(_state(model, run, shards).values()) - _tile(model, run)
+    tokens, again, _ = choose_pack(
+        None if free is None else int(max(0, free) * PACK_SHARE),
+        layers * layer,
+        layer + layers * entry,
+        given=run.max_tokens_per_pack,
+        wanted=run.activation_checkpointing,
+        least=run.max_length,
+        most=max(run.max_length, MOST_TOKENS[run.device]),
+    )
+    run = replace(run, max_tokens_per_pack=tokens, activation_checkpointing=again)
+    return run, shards, _memory(model, run, shards, rows, *_pack(run, rows, tokens))
+
+
+def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
+    """The tokens of a worker's largest pack, and whether it has several in a step."""
+    groups = ceil(run.batch_size / run.num_workers)
+    if rows.longest > rows.computed:  # uneven groups fill a pack
+        return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit
+    packs = ceil(groups / max(1, limit // rows.computed))
+    return ceil(groups / packs) * rows.computed, packs > 1
+
+
+def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
+    size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
+    completions = tokens * rows.completions / rows.computed
+    learned = int(completions * (1 if run.rewards else rows.completion))  # rows that the head reads
+    again, layer = run.activation_checkpointing == "on", _kept_of_layer(model, run, rows)
+    head_gradient = 0 if run.adapter or run.rewards else model.number("vocab_size") * hidden * FLOAT32
+    in_head = _tile(model, run, learned) + learned * hidden * FLOAT32
+    last_norm = tokens * hidden * (2 * FLOAT32 + size * (not run.adapter))
+    widest = (2 + again) * _intermediate(model) + 2 * hidden  # the gradients that are alive within a layer
+    in_layer = tokens * (layer * again + widest * size)
+    entries = tokens * model.number("num_hidden_layers") * (hidden * size if again else layer)
+    activations = entries + learned * hidden * size + max(last_norm, in_layer - in_head)
+    flash = run.device == "cuda" and size < FLOAT32  # which needs no masks
+    behind = 0 if flash else completions * (1 - 1 / rows.completions)  # completions that share their prompt
+    masks = int(behind * (rows.completion - 1) * (rows.prompt + rows.completion - 1) * size)
+    state, exchange = _state(model, run, shards), 0
+    if shards > 1 and not run.adapter:
+        exchange = model.outside * (size + FLOAT32 - FLOAT32 // shards)
+    elif shards == 1 < run.num_workers:
+        exchange = state["gradients"]
+    resting = state["weights"] + state["masters"] + state["moments"] + state["sharding"]
+    in_pack = activations + in_head + head_gradient + masks + several * state["gradients"]
+    copied = trained * (FLOAT32 if shards > 1 else size) + state["masters"] + state["moments"]
+    total = max(model.numbers * size, resting + max(in_pack, state["gradients"] + exchange))
+    return Memory(
+        **state,
+        activations=activations,
+        head=in_head + head_gradient,
+        masks=masks,
+        exchange=exchange,
+        checkpoint=copied,
+        loading=model.numbers * size,
+        total=total + copied * (run.device == "cpu"),
+    )
+
+
+def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
+    """What is there from step to step. Of shards, what computes is whole: all that is outside of the layers and, as
+    the next one is fetched ahead, two layers."""
+    size, trained, frozen = run.itemsize, count_trained(model, run), model.numbers if run.adapter else 0
+    gathered = model.outside + 2 * (model.numbers - model.outside) // model.number("num_hidden_layers")
+    return {
+        "weights": (frozen * size + trained * (FLOAT32 if shards > 1 else size)) // shards,
+        "gradients": trained * FLOAT32 // shards,
+        "masters": trained * FLOAT32 if size < FLOAT32 and shards == 1 else 0,
+        "moments": 2 * trained * FLOAT32 // shards,
+        "sharding": gathered * size if shards > 1 else 0,
+    }
+
+
+def count_trained(model: Shapes, run: Run) -> int:
+    """How many numbers."""
+    if run.adapter is None:
+        return model.numbers
+    return run.adapter * sum(sum(model.weights[name]) for name in _adapted(model, run))
+
+
+def _adapted(model: Shapes, run: Run) -> list[str]:
+    parts = {name: name.removesuffix(".weight").rpartition(".")[2] for name in model.weights}
+    linear = [name for name, shape in model.weights.items() if len(shape) == 2 and in_layer(name)]
+    chosen = [name for name in linear if "router" not in name and parts[name] != "gate"]
+    return [name for name in chosen if run.targets is None or parts[name] in run.targets]
+
+
+def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
+    """The bytes that autograd keeps of a token and a layer."""
+    hidden, heads, size = model.number("hidden_size"), model.number("num_attention_heads"), run.itemsize
+    layers = model.number("num_hidden_layers")
+    width = int(model.text.get("head_dim") or hidden // heads)
+    queries, keys = heads * width, model.number("num_key_value_heads", "num_attention_heads") * width
+    flash = run.device == "cuda" and size < FLOAT32
+    # A norm computes in float32. It keeps its input, its output, and what its own weight learns from.
+    normed = FLOAT32 + size * (1 if run.adapter else 2)
+    of_hidden = [name for name, shape in model.weights.items() if in_layer(name) and list(shape) == [hidden]]
+    number = len([name for name in of_hidden if re.search("(?<![.][qk]_)norm", name)])
+    norms = number // layers * hidden * normed
+    if any("q_norm" in name for name in model.weights):
+        norms += (queries + keys) * (normed - size)
+    if run.device == "cuda" and not flash:
+        keys = queries  # they are repeated
+    # The keys of a prompt are kept once for each of its completions; flash attention does not copy what it says.
+    seen = rows.completions * (rows.prompt + rows.completion - 1) / rows.computed
+    attention = size * ((2 if flash else 3) * queries + int(2 * keys * seen)) + FLOAT32 * heads
+    routed = _routed(model)
+    kinds = {re.sub(r"\.\d+(?=\.)", "", name) for name in _adapted(model, run)}
+    adapters = (run.adapter or 0) * sum(routed if ".experts." in kind else 1 for kind in kinds)
+    dropped = sum(model.weights[name][1] for name in _adapted(model, run)) // layers * (size + 1) if run.dropout else 0
+    return norms + attention + size * (4 * _intermediate(model) + 2 * routed * hidden + adapters) + dropped
+
+
+def _routed(model: Shapes) -> int:
+    """How many experts a token passes; 0: there are none."""
+    has_experts = any(".experts." in name for name in model.weights)
+    return model.number("num_experts_per_tok", "num_experts_per_token", "moe_topk") if has_experts else 0
+
+
+def _intermediate(model: Shapes) -> int:
+    """The width of the MLP, or of the experts that a token passes."""
+    if routed := _routed(model):
+        return routed * model.number("moe_intermediate_size", "intermediate_size")
+    return model.number("intermediate_size")
+
+
+def _tile(model: Shapes, run: Run, learned: int | None = None) -> int:
+    rows = TILE_ROWS[run.device] if learned is None else min(learned, TILE_ROWS[run.device])
+    width = FLOAT32 + (run.itemsize if run.itemsize < FLOAT32 else 0)
+    return 0 if run.rewards else rows * min(model.number("vocab_size"), TILE_COLUMNS) * width

@@ -1,0 +1,180 @@
+"""Plans say, before a job is submitted, whether it fits into the memory of its workers."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from math import ceil
+from typing import Any, Literal
+
+import anyio.to_thread
+
+from dpo_core.plan.inputs import Rows, Run, Shapes
+from dpo_core.plan.plan import CHANGES, Plan, in_gb, plan
+from services.contract import CheckResult, JobSpec
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.core.tables import File
+from services.control_plane.jobs.requests import EXTENSIONS
+from services.control_plane.models.models import NamedModel
+from services.control_plane.models.shapes import shapes_of
+from services.control_plane.ray_api import Node, RayApi
+from services.control_plane.settings import Settings
+
+BYTES_OF_TOKEN = 4  # of text, assumed if no check has counted the file's tokens
+SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
+# Families of models whose activations were measured; plans of them are right within a tenth.
+MEASURED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "gemma3_text"}
+
+
+async def look_at(model: NamedModel) -> Shapes:
+    """Returns the shapes of the model's weights. Raises NoShapes."""
+    return await anyio.to_thread.run_sync(shapes_of, model.base_source or model.source)
+
+
+def rows_of(file: File | None, counted: CheckResult | None, spec: JobSpec) -> tuple[Rows, str]:
+    """Returns the number and size of the rows that the job would train on, and how they are known."""
+    if file is None or file.report is None:
+        third = max(2, spec.config.max_length // 2)
+        return Rows(groups=0, prompt=third, completion=third), "nothing is known of the file; rows as long as allowed"
+    groups = max(1, round(file.report["num_groups"] * (1 - spec.validation_share)))
+    completions = 1 if file.report["kind"] in ("demonstrations", "unpaired") else 2
+    lengths = ((counted and counted.report) or {}).get("tokens", {}).get("lengths")
+    if lengths:
+        number = max(1, sum(lengths["chosen"]["histogram"].values()))
+        answers = [lengths[side]["total"] / number for side in ("chosen", "rejected") if lengths.get(side)]
+        rows = Rows(
+            groups=groups,
+            prompt=ceil(lengths["prompt"]["total"] / number),
+            completion=max(1, ceil(sum(answers) / len(answers))),
+            completions=completions,
+            longest=sum(lengths[side]["longest"] for side in lengths),
+        )
+        return rows, "counted by a check of the file with this model"
+    part = max(2, min(file.num_bytes // (BYTES_OF_TOKEN * groups * (1 + completions)), spec.config.max_length // 2))
+    how = f"an estimate: {file.num_bytes} bytes, {BYTES_OF_TOKEN} for a token"
+    return Rows(groups=groups, prompt=part, completion=part, completions=completions), how
+
+
+def run_of(spec: JobSpec, rows: Rows, nodes: Sequence[Node], settings: Settings) -> Run:
+    """Returns the parts of the job's config that its memory depends on."""
+    config, adapter = spec.config.resolved(rows.groups or 10_000), spec.weights.adapter
+    assert config.batch_size is not None  # resolved
+    assert config.n_epochs is not None
+    most = max((len(node.gpus) for node in nodes), default=0)
+    targets = adapter.target_modules if adapter else "all-linear"
+    return Run(
+        precision=spec.weights.precision,
+        adapter=adapter.r if adapter else None,
+        dropout=adapter.dropout if adapter else 0.0,
+        targets=None if targets == "all-linear" else targets,
+        num_workers=spec.num_workers,
+        workers_per_node=most or spec.num_workers,
+        sharding=config.sharding,
+        activation_checkpointing=config.activation_checkpointing,
+        max_length=config.max_length,
+        max_tokens_per_pack=config.max_tokens_per_pack,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        rewards=config.objective.traits.num_outputs > 0,
+        device=_device(settings),
+    )
+
+
+def _device(settings: Settings) -> Literal["cpu", "cuda"]:
+    return "cuda" if settings.num_gpus_per_worker else "cpu"
+
+
+def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int | None:
+    """Returns the bytes that the smallest worker may use; None if they are unknown.
+
+    On GPUs, this is the memory of the smallest GPU; on CPUs its part of the largest machine, which Ray fills first.
+    """
+    if _device(settings) == "cuda":
+        return min((size for node in nodes for size in node.gpus), default=None)
+    return max((node.memory // num_workers for node in nodes), default=None)
+
+
+def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
+    """Returns the most bytes that a worker may have; None if that is unknown, or the cluster may grow."""
+    if settings.max_cluster:
+        return None
+    if _device(settings) == "cuda":
+        return max((size for node in nodes for size in node.gpus), default=None)
+    return max((node.memory for node in nodes), default=None)
+
+
+def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None) -> Plan:
+    """Plans the job. More workers are a remedy on GPUs only: on CPUs they share a machine's memory."""
+    settable = [name for name in SETTABLE if name != "num_workers" or run.device == "cuda"]
+    return plan(shapes, run, rows, room, settable)
+
+
+async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, ray_api: RayApi) -> None:
+    """Raises InvalidRequest for a job whose weights and optimizer alone exceed the memory of the largest worker."""
+    try:
+        shapes = await look_at(model)
+        nodes = await ray_api.nodes()
+        room = most_of(nodes, settings)
+        rows, _ = rows_of(None, None, spec)
+        found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room) if room else None
+    except ValueError:
+        return  # the plan cannot say; the job itself reports what is wrong with the model
+    # A model with a `text_config` is loaded in part only, so the plan would be too high.
+    if found is None or room is None or found.memory.least <= room or "text_config" in shapes.config:
+        return
+    held = found.memory
+    parts = {name: getattr(held, name) for name in ("weights", "gradients", "masters", "moments")}
+    told = ", ".join(f"{name} {in_gb(size)}" for name, size in parts.items() if size)
+    if held.loading > sum(parts.values()):
+        told = "each worker loads the model whole"
+    largest = f"the largest {'GPU' if _device(settings) == 'cuda' else 'machine'} of the cluster has {in_gb(room)}"
+    what = f"The job cannot fit: a worker holds at least {in_gb(held.least)} ({told}), {largest}."
+    raise InvalidRequest(f"{what} {_remedy(found)}", param=_param(found), code="does_not_fit")
+
+
+def _remedy(found: Plan) -> str:
+    if not found.changes:
+        return "No setting makes it fit; take a smaller model, or larger workers."
+    return " ".join(change.message for change in found.changes)
+
+
+def _param(found: Plan) -> str:
+    return f"x_raydpo.{found.changes[0].field}" if found.changes else "model"
+
+
+def plan_object(
+    spec: JobSpec,
+    shapes: Shapes,
+    file: File | None,
+    counted: CheckResult | None,
+    nodes: Sequence[Node],
+    settings: Settings,
+) -> dict[str, Any]:
+    rows, how = rows_of(file, counted, spec)
+    room = room_of(nodes, settings, spec.num_workers)
+    found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room)
+    held = asdict(found.memory)
+    notes = [f"Rows: {how}."]
+    if shapes.config.get("model_type") not in MEASURED:
+        notes.append(f"Activations of {shapes.config.get('model_type')} are estimated as those of a Llama.")
+    if room is None:
+        notes.append("Ray does not say what memory its workers have.")
+    elif not found.fits:
+        notes.append(_remedy(found))
+    return {
+        "object": "plan",
+        "model": spec.model,
+        "fits": found.fits,
+        "num_workers": spec.num_workers,
+        "device": "gpu" if found.run.device == "cuda" else "cpu",
+        "worker_bytes": room,
+        "needed_bytes": held.pop("total"),
+        "parts": held,
+        "shards": found.shards,
+        "max_tokens_per_pack": found.run.max_tokens_per_pack,
+        "activation_checkpointing": found.run.activation_checkpointing,
+        "rows": asdict(rows),
+        "steps": found.steps if rows.groups else None,
+        "tokens": found.tokens if rows.groups else None,
+        "checkpoint_bytes": found.checkpoint_bytes,
+        "changes": [asdict(change) | {"field": f"x_raydpo.{change.field}"} for change in found.changes],
+        "notes": notes,
+    }

@@ -1,0 +1,35 @@
+"""/v1/x/plans says whether a job would fit."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from services.control_plane.core.errors import InvalidRequest
+from services.control_plane.files import files, model_check
+from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
+from services.control_plane.jobs import admission, plans
+from services.control_plane.jobs.requests import CreateJob
+from services.control_plane.models.shapes import NoShapes
+
+router = APIRouter(prefix="/x/plans")
+
+
+@router.post("")
+async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob) -> dict[str, Any]:
+    """Says whether a job with this body would fit, what its workers would hold, and what would make it fit."""
+    spec, weights = body.spec(), body.weights()
+    await admission.check_uri(spec, settings)
+    async with store.begin() as session:
+        spec, model, _ = await admission.admit(session, settings, spec, weights)
+        file = None if spec.is_at_uri else await files.find(session, spec.training_file, param="training_file")
+    try:
+        shapes = await plans.look_at(model)
+        counted = None
+        if file is not None:
+            check = model_check.check_of(file, model, spec.config, settings, await store.store.instance())
+            counted = await model_check.known(check)
+        return plans.plan_object(spec, shapes, file, counted, await ray_api.nodes(), settings)
+    except NoShapes as error:
+        raise InvalidRequest(f"No plan without the model: {error}", param="model", code="model_unreadable") from None
+    except ValueError as error:
+        raise InvalidRequest(f"No plan for '{spec.model}': {error}", param="model", code="model_unplannable") from None

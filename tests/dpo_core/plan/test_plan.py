@@ -1,0 +1,114 @@
+"""What is counted beside memory, and what is offered where it does not fit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpo_core.config import TrainConfig
+from dpo_core.plan.inputs import Rows, Run, Shapes
+from dpo_core.plan.plan import CHANGES, FILLED, plan
+from dpo_core.plan.sizes import NAMES, SIZES, llama, table
+from dpo_core.training.trainer import train
+
+ROOT = Path(__file__).parents[3]
+GB = 10**9
+MODEL = llama(dict(zip(NAMES, SIZES["8B"], strict=True)))
+ROWS = Rows(groups=1001, prompt=600, completion=300)
+RUN = Run(precision="bfloat16", batch_size=64, device="cuda")
+
+
+def test_the_sizes_are_those_of_their_names():
+    numbers = [llama(dict(zip(NAMES, size, strict=True))).numbers / 1e9 for size in SIZES.values()]
+    assert numbers == pytest.approx([1.236, 8.030, 32.76, 70.55], rel=1e-3)
+
+
+def test_steps_and_tokens_are_those_of_all_epochs():
+    found = plan(MODEL, replace(RUN, n_epochs=3), ROWS)
+    assert (found.steps, found.tokens) == (3 * 16, 3 * 1001 * 1200)
+    assert found.fits is None
+
+
+BY_EIGHT = {"num_workers": 8, "max_tokens_per_pack": 8192, "activation_checkpointing": "off"}
+IN_FLOAT32 = {"precision": "float32", "sharding": "replicated", "num_workers": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "room", "fields"),
+    [
+        ({"num_workers": 8}, 80, []),
+        (BY_EIGHT, 50, ["activation_checkpointing"]),
+        ({"precision": "float32", "adapter": 32}, 40, ["max_tokens_per_pack"]),
+        ({"precision": "float32", "adapter": 32}, 36, ["precision"]),
+        ({"sharding": "replicated", "num_workers": 8}, 80, ["sharding"]),
+        ({}, 80, ["adapter"]),
+        ({}, 20, ["num_workers"]),
+        (IN_FLOAT32, 32, ["precision", "sharding"]),
+        ({}, 15, []),
+    ],
+)
+def test_the_first_change_that_makes_it_fit_is_offered(change, room, fields):
+    run = replace(RUN, **change)
+    found = plan(MODEL, run, ROWS, room * GB)
+    assert [offer.field for offer in found.changes] == fields
+    if fields:
+        values = {offer.field: offer.value["r"] if offer.field == "adapter" else offer.value for offer in found.changes}
+        after = plan(MODEL, replace(run, **values), ROWS, room * GB)
+        assert (found.fits, after.fits) == (False, True)
+        assert after.memory.total <= FILLED * room * GB
+        for left_out in values:  # none is offered in vain
+            fewer = {name: value for name, value in values.items() if name != left_out}
+            assert not plan(MODEL, replace(run, **fewer), ROWS, room * GB).fits
+
+
+def test_only_fields_that_may_be_set_are_offered():
+    found = plan(MODEL, RUN, ROWS, 80 * GB, [name for name in CHANGES if name != "adapter"])
+    assert [(offer.field, offer.value) for offer in found.changes] == [("num_workers", 4)]
+    assert found.changes[0].message.startswith("Set num_workers to 4; a worker then holds ")
+
+
+def test_the_model_that_each_worker_loads_is_what_no_sharding_makes_smaller():
+    found = plan(MODEL, replace(RUN, num_workers=64, adapter=32, sharding="full"), ROWS, 16 * GB)
+    assert found.memory.least == found.memory.loading == 2 * MODEL.numbers
+    assert (found.fits, found.changes) == (False, ())
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "vocab_size", "num_hidden_layers"])
+def test_what_no_formula_is_for_is_refused(name):
+    config = {key: value for key, value in MODEL.config.items() if key != name}
+    with pytest.raises(ValueError, match=f"config.json has no {name}"):
+        plan(replace(MODEL, config=config), RUN, ROWS)
+
+
+def test_a_multimodal_model_is_planned_by_its_text_config():
+    own = replace(MODEL, config={**MODEL.config, "head_dim": 64})
+    within = replace(MODEL, config={"model_type": "both", "text_config": own.config})
+    assert plan(within, RUN, ROWS).memory == plan(own, RUN, ROWS).memory != plan(MODEL, RUN, ROWS).memory
+
+
+def test_of_many_experts_a_token_keeps_those_that_it_passes():
+    def activations(experts: int) -> int:
+        names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in range(experts)]
+        weights = {**MODEL.weights, **dict.fromkeys(names, (64, 4096))}
+        mixed = Shapes({**MODEL.config, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, weights)
+        return plan(
+            mixed, replace(RUN, adapter=8, num_workers=8, activation_checkpointing="off"), ROWS
+        ).memory.activations
+
+    assert activations(4) == activations(64)
+
+
+@pytest.mark.parametrize("sharding", ["auto", "replicated"])
+def test_the_bytes_of_a_checkpoint_are_those_of_its_files(sharding, make_policy, tokenizer, tmp_path, pairs):
+    policy = make_policy()
+    sizes = {name: policy.config.to_dict()[name] for name in NAMES}
+    config = TrainConfig(batch_size=8, n_epochs=1, checkpoint_steps=1, sharding=sharding).resolved(8)
+    list(train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path))
+    files = list(tmp_path.rglob("*.safetensors"))
+    found = plan(llama(sizes), Run(sharding=sharding), ROWS)
+    headers = 120 * 4 * len(list(policy.parameters()))
+    assert found.checkpoint_bytes <= sum(path.stat().st_size for path in files) <= found.checkpoint_bytes + headers
+
+
+def test_the_printed_table_stands_in_the_docs():
+    assert table() in (ROOT / "docs" / "use" / "plan.md").read_text()

@@ -1,0 +1,205 @@
+"""/v1/x/plans and what submission refuses, with machines of any size that a Ray of the test's tells of."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from dpo_core.plan.sizes import llama
+from services import storage
+from services.contract import CheckResult, JobSpec
+from services.control_plane.jobs import plans
+from services.control_plane.models.shapes import NoShapes, shapes_of
+from services.control_plane.ray_api import Node
+from services.control_plane.settings import BaseModel, Settings
+from tests.services.control_plane.conftest import FakeRay, pairs
+from tests.services.headers import LARGE, SMALL, write_model
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    home = tmp_path_factory.mktemp("models")
+    models = {
+        "small": str(write_model(home / "small", SMALL)),
+        "large": write_model(home / "large", LARGE).as_uri(),
+        "towered": str(write_model(home / "towered", LARGE, text_config={"hidden_size": 64})),
+        "recurrent": str(write_model(home / "recurrent", SMALL, num_attention_heads=None)),
+        "quantized": str(write_model(home / "quantized", SMALL, quantization_config={"quant_method": "gptq"})),
+        "away": "organization/away",
+    }
+    named = {name: BaseModel(source=source) for name, source in models.items()}
+    ray_url = f"http://127.0.0.1:{fake_ray.server.server_port}"
+    return offline.model_copy(update={"models": named, "ray_url": ray_url})
+
+
+@pytest.fixture
+def machines(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Each of so many bytes."""
+    monkeypatch.setattr("services.control_plane.ray_api.NODES_SECONDS", -1)
+
+    def have(*sizes: int) -> None:
+        fake_ray.machines = [{"mem": [size, size, 0.0, 0], "gpus": []} for size in sizes]
+
+    yield have
+    fake_ray.machines, fake_ray.down = [], False
+
+
+@pytest.fixture(scope="module")
+def training_file(client: openai.OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", pairs(20)), purpose="fine-tune").id
+
+
+@pytest.fixture
+def ask(api: httpx.Client, training_file: str) -> Callable[..., Any]:
+    def ask(model: str, path: str = "/x/plans", **extension: Any) -> Any:
+        extension = {"adapter": "none"} | extension
+        body = {"model": model, "training_file": training_file, "method": {"type": "dpo"}, "x_raydpo": extension}
+        return api.post(path, json=body).json()
+
+    return ask
+
+
+def test_a_plan_tells_what_a_worker_would_hold_and_that_it_fits(ask, machines):
+    machines(GB, 8 * GB)
+    found = ask("small", max_length=512)
+    numbers = llama(SMALL).numbers
+    parts = found["parts"]
+    assert (parts["weights"], parts["gradients"], parts["moments"]) == (4 * numbers, 4 * numbers, 8 * numbers)
+    assert (found["object"], found["fits"], found["worker_bytes"], found["device"]) == ("plan", True, 8 * GB, "cpu")
+    assert found["rows"]["groups"] == 20
+    assert (found["steps"], found["checkpoint_bytes"]) == (3, 12 * numbers)  # of eight pairs each
+    assert found["needed_bytes"] > sum(parts[name] for name in ("weights", "gradients", "moments"))
+    assert "an estimate" in found["notes"][0]
+
+
+def test_an_adapter_trains_few_weights_of_a_base_that_stays(ask, machines):
+    machines(GB)
+    parts = ask("small", adapter={"r": 4}, precision="bfloat16")["parts"]
+    own = 4 * 2 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert parts["gradients"] == parts["masters"] == 4 * own
+    assert parts["weights"] == 2 * (llama(SMALL).numbers + own)
+    chosen = ask("small", adapter={"r": 4, "target_modules": ["q_proj"]})["parts"]
+    assert chosen["gradients"] == 4 * 4 * 2 * (64 + 64)
+
+
+def test_what_does_not_fit_is_told_with_what_makes_it_fit(ask, machines):
+    machines(60 * GB)
+    found = ask("large", num_workers=2)
+    assert found["fits"] is False
+    assert found["worker_bytes"] == 30 * GB  # two workers of one machine
+    assert [(change["field"], change["value"]) for change in found["changes"]] == [("x_raydpo.sharding", "full")]
+    assert found["changes"][0]["message"] in found["notes"][-1]
+
+
+def test_whether_it_fits_is_not_known_where_ray_does_not_say(ask, machines, fake_ray):
+    machines()
+    fake_ray.down = True
+    found = ask("small")
+    assert found["fits"] is None
+    assert found["notes"][-1] == "Ray does not say what memory its workers have."
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [
+        ("away", "model_unreadable", "organization/away is no folder here"),
+        ("quantized", "model_unreadable", "a quantized model (gptq)"),
+        ("recurrent", "model_unplannable", "config.json has no num_attention_heads"),
+    ],
+)
+def test_a_model_that_cannot_be_planned_is_refused_in_words(ask, machines, model, code, words):
+    machines(GB)
+    error = ask(model)["error"]
+    assert (error["code"], error["param"]) == (code, "model")
+    assert words in error["message"]
+
+
+def test_the_body_is_that_of_a_job(ask):
+    assert ask("small", num_wrkers=2)["error"]["param"] == "x_raydpo.num_wrkers"
+    assert ask("none")["error"]["code"] == "model_not_found"
+
+
+def test_a_job_that_cannot_fit_is_refused_with_the_figures_and_the_remedy(ask, machines):
+    machines(18 * GB, 4 * GB)
+    error = ask("large", "/fine_tuning/jobs", num_workers=8)["error"]
+    assert (error["code"], error["param"]) == ("does_not_fit", "x_raydpo.adapter")
+    parts = "(weights 4.94 GB, gradients 4.94 GB, moments 9.89 GB)"
+    assert error["message"].startswith(f"The job cannot fit: a worker holds at least 19.8 GB {parts}, the largest ")
+    assert 'machine of the cluster has 18 GB. Set adapter to {"r": 32}; a worker then holds ' in error["message"]
+    assert ask("large", "/x/jobs/validate", num_workers=8)["error"] == error
+    machines(2 * GB)
+    hopeless = ask("large", "/fine_tuning/jobs", num_workers=8)["error"]
+    assert hopeless["param"] == "model"
+    assert hopeless["message"].endswith("No setting makes it fit; take a smaller model, or larger workers.")
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [("large", 21 * GB), ("towered", GB), ("away", 1), ("recurrent", 1), ("small", None)],
+    ids=["what may fit", "of which a part is loaded", "not here", "not known", "no machine is known"],
+)
+def test_only_what_is_certain_is_refused(ask, machines, model, size):
+    machines(*([size] if size else []))
+    assert ask(model, "/fine_tuning/jobs")["object"] == "fine_tuning.job"
+
+
+def test_nothing_is_refused_where_the_cluster_may_grow(settings):
+    nodes = [Node(GB, (8 * GB, 80 * GB)), Node(2 * GB, ())]
+    on_gpus = settings.model_copy(update={"num_gpus_per_worker": 1})
+    assert plans.most_of(nodes, settings) == 2 * GB
+    assert plans.most_of(nodes, on_gpus) == 80 * GB
+    assert plans.room_of(nodes, on_gpus, 4) == 8 * GB
+    assert plans.most_of(nodes, settings.model_copy(update={"max_cluster": {"GPU": 8}})) is None
+
+
+def test_tokens_that_a_check_has_counted_are_taken(settings, training_file, api, client):
+    lengths = {"prompt": (200, 30), "chosen": (400, 70), "rejected": (300, 40)}
+    tokens = {
+        "lengths": {
+            side: {"total": total, "longest": longest, "histogram": {"32": 6, "64": 4}}
+            for side, (total, longest) in lengths.items()
+        }
+    }
+    body = {"model": "small", "training_file": training_file, "config": {}}
+    spec = JobSpec.model_validate(body)
+    file: Any = type("File", (), {"report": {"num_groups": 10, "kind": "pairs"}, "num_bytes": 9999})()
+    rows, how = plans.rows_of(file, CheckResult(finished_at=0, report={"tokens": tokens}), spec)
+    assert (rows.groups, rows.prompt, rows.completion, rows.longest) == (10, 20, 35, 140)
+    assert how == "counted by a check of the file with this model"
+
+
+def test_shapes_are_read_from_one_file_a_storage_uri_and_the_cache_of_the_hub(tmp_path, monkeypatch):
+    local = write_model(tmp_path / "hub" / "models--a--b" / "snapshots" / "abc", SMALL)
+    (local.parents[1] / "refs").mkdir()
+    (local.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    whole = shapes_of(str(local))
+    assert {name: tuple(shape) for name, shape in whole.weights.items()} == llama(SMALL).weights
+    assert shapes_of("a/b").weights == whole.weights == shapes_of(local.as_uri()).weights
+    (local / "model.safetensors.index.json").unlink()
+    (local / "a.safetensors").rename(local / "model.safetensors")
+    shapes_of.cache_clear()
+    assert set(shapes_of("a/b").weights) == set(list(llama(SMALL).weights)[::2])
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 8, (9).to_bytes(8, "little") + b'{"a": {}}'])
+def test_damaged_headers_are_told(tmp_path, damage):
+    folder = tmp_path / "damaged"
+    storage.write_bytes(str(folder / "config.json"), b"{}")
+    storage.write_bytes(str(folder / "model.safetensors"), damage)
+    with pytest.raises(NoShapes, match="that can be read here"):
+        shapes_of(str(folder))
+
+
+def test_of_a_model_in_mxfp4_a_byte_holds_two_weights_and_scales_are_none(tmp_path):
+    folder = tmp_path / "expanded"
+    told = {"x_blocks": {"shape": [4, 8, 2, 16]}, "x_scales": {"shape": [4, 8, 2]}, "x.weight": {"shape": [3]}}
+    text = json.dumps(told).encode()
+    storage.write_bytes(str(folder / "config.json"), b'{"quantization_config": {"quant_method": "mxfp4"}}')
+    storage.write_bytes(str(folder / "model.safetensors"), len(text).to_bytes(8, "little") + text)
+    assert shapes_of(str(folder)).weights == {"x_blocks": (4, 8, 2, 32), "x.weight": (3,)}
