@@ -7,7 +7,7 @@ These very classes are the fields of a job and the body of a request: pydantic r
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
-from dpo_core.options import Dpo, InvalidOption, Limit, Objective, Positive, check, options
+from dpo_core.options import LOSS, Dpo, InvalidOption, Limit, Metric, NotNegative, Objective, Positive, check, options
 
 
 @options
@@ -56,6 +56,14 @@ Truncation = Literal["drop", "keep_start", "keep_end"]
 
 
 @options
+class EarlyStop:
+    """Ends a run whose evaluations bring no gain any more."""
+
+    patience: Annotated[int, Limit("at least 1", lambda x: x >= 1)]  # evaluations in a row without a gain
+    min_gain: NotNegative = 0.0  # of the metric over the best before, which counts as a gain; equal never does
+
+
+@options
 class TrainConfig:
     """One training run. `None` means: decided by `resolved` once the data is known."""
 
@@ -70,6 +78,8 @@ class TrainConfig:
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: only if max_length would not fit
     sharding: Sharding = "auto"  # of weights over ranks
     checkpoint_steps: int | None = None  # steps between checkpoints; None: about four in a run
+    best_metric: Metric = LOSS  # of evaluations: by it checkpoints are compared, and `early_stop` decides
+    early_stop: EarlyStop | None = None  # None: the run takes all its steps
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +94,8 @@ class TrainConfig:
             self.max_tokens_per_pack,
             f"at least max_length, {self.max_length}",
         )
+        known = self.objective.traits.best_metrics
+        check(self.best_metric in known, "best_metric", self.best_metric, f"one of {', '.join(known)}")
         check(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
     def settled(self, *, with_adapter: bool = False) -> "TrainConfig":

@@ -11,6 +11,17 @@ from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 REFUSE_UNKNOWN_KEYS = {"extra": "forbid"}
 Kind = Literal["demonstrations", "pairs", "rankings", "ratings", "unpaired"]
+Metric = Literal[
+    "eval/loss",
+    "eval/mean_token_accuracy",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "eval/accuracy",
+    "eval/margin",
+]
+"""An evaluation's metric that tells better from worse: a loss is better if it is lower, the others if higher."""
+
+LOSS: Metric = "eval/loss"
 T = TypeVar("T")
 
 
@@ -71,6 +82,15 @@ class Traits:
     num_outputs: int = 0  # of the head of the reward model that it trains; 0: it trains a policy
     default_learning_rate: float = 1e-6
     default_epochs: int = 1
+
+    @property
+    def best_metrics(self) -> tuple[Metric, ...]:
+        """By which its checkpoints can be compared."""
+        if self.learns_from == ("demonstrations",):
+            return LOSS, "eval/mean_token_accuracy"
+        if self.num_outputs:
+            return LOSS, "eval/accuracy", "eval/margin"
+        return LOSS, "eval/rewards/accuracies", "eval/rewards/margins"
 
 
 ON_PAIRS = Traits(learns_from=("pairs",))

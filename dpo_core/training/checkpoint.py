@@ -1,10 +1,12 @@
 """A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
 
-    manifest.json                           step, counters, metrics, config, files
+    manifest.json                           step, counters, metrics, evaluations, config, files
     model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's, and
                                             base_model.json, by which it knows its base
     optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the trained
                                             weights in float32, where the model has fewer bits
+
+An older checkpoint may be kept as a model alone: its manifest names no optimizer file then.
 
 No pickles. Nothing in a step draws random numbers and the learning rate is a function of the step,
 so weights, moments and the step are all that resuming needs to repeat a run: on CPUs bit for bit; on GPUs
@@ -29,6 +31,7 @@ from transformers import AutoConfig, PreTrainedModel
 from dpo_core.config import TrainConfig
 from dpo_core.models.adapter import put_weights
 from dpo_core.models.model import has_adapter
+from dpo_core.selection import Evaluation
 from dpo_core.training.weights import Weights
 
 MANIFEST = "manifest.json"
@@ -66,13 +69,33 @@ class Manifest:
     files: dict[str, FileDigest]  # by path in the checkpoint
     dtype: str | None = None  # that the policy computes in; None: the release that wrote it did not say
     base: str | None = None  # `adapter.fingerprint` of what the adapter was put on; None: all weights, or as above
+    evaluations: tuple[Evaluation, ...] = ()  # of the run so far, by its best_metric
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether a run can go on from it; what it lost its optimizer's state of is a model and no more."""
+        return any(is_optimizer(name) for name in self.files)
+
+    def without_optimizer(self) -> "Manifest":
+        """The same checkpoint, kept as a model."""
+        return replace(self, files={name: digest for name, digest in self.files.items() if not is_optimizer(name)})
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+
+def is_optimizer(name: str) -> bool:
+    """Whether a checkpoint's file is a part of its optimizer's state."""
+    return name.startswith("optimizer-")
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
-    """The newest undamaged checkpoint in a folder of them; a damaged one is named in a warning and passed over."""
+    """The newest undamaged checkpoint in a folder of them that a run can go on from. A damaged one is named in a
+    warning and passed over."""
     for candidate in sorted(Path(folder).glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
-            verify(candidate)
+            if not verify(candidate).has_optimizer:
+                continue
         except DamagedCheckpoint as error:
             logger.warning("A checkpoint is damaged and passed over: %s", error)
         else:
@@ -82,14 +105,20 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
 
 def read_manifest(folder: Path) -> Manifest:
     try:
-        fields = json.loads((folder / MANIFEST).read_bytes())
-        fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
-        return Manifest(**fields)
+        return parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     except FileNotFoundError:
         raise DamagedCheckpoint(MANIFEST, f"{folder / MANIFEST} is missing; use an earlier checkpoint.") from None
+
+
+def parse_manifest(written: bytes, where: str) -> Manifest:
+    """Raises DamagedCheckpoint, which names where it was read."""
+    try:
+        fields = json.loads(written)
+        fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
+        fields["evaluations"] = tuple(Evaluation(*each) for each in fields.get("evaluations", ()))
+        return Manifest(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        message = f"{folder / MANIFEST} is unreadable ({error}); use an earlier checkpoint."
-        raise DamagedCheckpoint(MANIFEST, message) from None
+        raise DamagedCheckpoint(MANIFEST, f"{where} is unreadable ({error}); use an earlier checkpoint.") from None
 
 
 def verify(folder: Path) -> Manifest:
@@ -113,12 +142,16 @@ def resumable(
 ) -> tuple[Manifest, TrainConfig]:
     """The manifest of a checkpoint that this run can go on from, and `config` with what that run had decided."""
     manifest = verify(folder)
+    if not manifest.has_optimizer:
+        raise ValueError(f"{folder} was kept without its optimizer's state; resume from a newer one, or start from it.")
     if manifest.total_steps != total_steps:
         raise ValueError(f"{folder} is of a run of {manifest.total_steps} steps, this one has {total_steps}.")
     if manifest.dtype not in (None, name_of(dtype)):
         raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
     wanted = asdict(config)
-    for key in ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed"):
+    # Releases that did not evaluate towards an end wrote neither of the last two.
+    settled = ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed")
+    for key in (*settled, *manifest.config.keys() & {"best_metric", "early_stop"}):
         before = manifest.config[key]
         if before != json.loads(json.dumps(wanted[key])):
             message = f"{folder} was trained with {key} {before}, this run has {wanted[key]}; use the same config."

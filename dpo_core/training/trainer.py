@@ -23,6 +23,7 @@ from dpo_core.objectives.metrics import measure
 from dpo_core.policy.admission import admit
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.scorer import Scorer
+from dpo_core.selection import Evaluation, evaluations, stalls
 from dpo_core.training.checkpoint import Manifest, load, name_of, resumable
 from dpo_core.training.evaluation import Batches, evaluate
 from dpo_core.training.gradients import backward, check_agreement, make_packs
@@ -45,6 +46,7 @@ class StepResult:
     metrics: dict[str, float]
     num_tokens: int  # trained on since step 1: every prompt once and its completions
     warning: str | None  # what the user should know, in a sentence
+    evaluations: tuple[Evaluation, ...] = ()  # of the run so far, by its best_metric
 
 
 def train(
@@ -76,7 +78,7 @@ def train(
 
     `validation` gives held-out groups in batches of any sizes, anew whenever a checkpoint is due. What the policy
     of that checkpoint makes of them joins its step's metrics, `eval/loss` and so on. Training goes on as without.
-    None: there are none after all.
+    None: there are none after all. With `early_stop` the iterator ends once evaluations bring no gain any more.
 
     `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
     last step, if it has none, and the iterator ends.
@@ -91,6 +93,8 @@ def train(
         drift = Drift()
         is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
+            if stalls(run.evaluations, config.best_metric, config.early_stop):
+                return
             if stop is not None and any(on_any_rank([stop()], run.scorer.model.device)):
                 if not is_due:
                     writer.save(run.manifest(metrics), run.optimizer)
@@ -107,7 +111,7 @@ def train(
             held_out = validation() if validation and is_due and not _broken(metrics) else None
             if held_out is not None:
                 metrics |= run.evaluate(held_out)
-            yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning)
+            yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning, run.evaluations)
             if values := _broken(metrics):
                 raise FloatingPointError(f"Training diverged at step {step} ({values}); {run.remedy}.")
             if is_due:
@@ -173,11 +177,13 @@ class _Run:
         marks.callback(self.weights.release)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
-        self.num_updates, self.metrics = 0, dict[str, float]()
+        self.num_updates, self.metrics, self.evaluations = 0, dict[str, float](), tuple[Evaluation, ...]()
         if resume is not None and manifest is not None:
             load(resume, manifest, policy=policy, weights=self.weights, optimizer=self.optimizer)
             self.step, self.num_tokens = manifest.step, manifest.num_tokens
-            self.num_updates, self.metrics = manifest.num_updates, manifest.metrics
+            trained = {key: value for key, value in manifest.metrics.items() if not key.startswith("eval/")}
+            self.num_updates, self.metrics = manifest.num_updates, trained
+            self.evaluations = manifest.evaluations
             self.statistics = Statistics(**manifest.statistics)
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
@@ -228,7 +234,9 @@ class _Run:
         tokens = self.config.max_tokens_per_pack
         assert tokens is not None  # fitted
         admitted = map(self._admitted, batches)
-        return evaluate(self.config.objective, self.scorer, admitted, self.statistics, max_tokens_per_pack=tokens)
+        found = evaluate(self.config.objective, self.scorer, admitted, self.statistics, max_tokens_per_pack=tokens)
+        self.evaluations += evaluations([(self.step, found)], self.config.best_metric)
+        return found
 
     def _admitted(self, groups: Sequence[EncodedGroup]) -> Sequence[EncodedGroup]:
         admit(groups, self.scorer.model, max_length=self.config.max_length)
@@ -246,6 +254,7 @@ class _Run:
             files={},
             dtype=name_of(self.dtype),
             base=self.base,
+            evaluations=self.evaluations,
         )
 
 

@@ -1,11 +1,10 @@
 """From a policy and an optimizer to the files of checkpoints, while training goes on."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -98,7 +97,7 @@ class Writer:
                 raise OSError(f"{what}; make room, and resume from the one before.") from error
             raise
         if rank() == 0:
-            (partial / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1))
+            (partial / MANIFEST).write_bytes(replace(manifest, files=files).to_json())
             shutil.rmtree(whole, ignore_errors=True)  # an earlier attempt's
             os.rename(partial, whole)
             self._publish(manifest.step, whole)

@@ -20,7 +20,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from services import storage
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.store import Store
-from services.control_plane.core.tables import Attempt, File, Lease, Model, Outbound, Upload
+from services.control_plane.core.tables import Attempt, Checkpoint, File, Lease, Model, Outbound, Upload
 from services.control_plane.files import files, model_check, uploads
 from services.control_plane.http import idempotency
 from services.control_plane.ray_api import RayApi
@@ -46,7 +46,7 @@ class Sweeper:
             (30, self._expire_uploads),
             (60, self._stop_orphans),
             (600, self._forget),
-            (600, self._remove_models),
+            (60, self._remove_models),
             (3600, self._put_away),
             (3600, self._empty_trash),
             (3600, self._remove_parts),
@@ -130,11 +130,13 @@ class Sweeper:
         await _remove([self._place("uploads", name) for name in over[:MOST]])
 
     async def _remove_models(self) -> None:
-        """Deletes the bytes of deleted models, if they could not be deleted at first."""
-        left = select(Model).where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
+        """Deletes the bytes of deleted models that are still there, and all other files of deleted checkpoints."""
+        place = func.coalesce(Checkpoint.uri, Model.source)
+        left = select(Model.id, place).outerjoin(Checkpoint, Checkpoint.model_id == Model.id)
+        left = left.where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
         async with self._store.begin() as session:
-            models = list(await session.scalars(left.order_by(Model.deleted_at).limit(MOST)))
-        gone = [model.id for model in models if await remove_bytes(model.source)]
+            models = (await session.execute(left.order_by(Model.deleted_at).limit(MOST))).all()
+        gone = [model_id for model_id, uri in models if await remove_bytes(uri)]
         async with self._store.begin() as session:
             await session.execute(update(Model).where(Model.id.in_(gone)).values(removed_at=func.now()))
 

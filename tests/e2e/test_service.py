@@ -105,7 +105,8 @@ def test_openai_fine_tuning_round_with_the_unmodified_client(client: openai.Open
 
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job_id).data
     last = steps(client, job_id)[-1]
-    assert [checkpoint.step_number for checkpoint in checkpoints][::-1] == sorted({4, 8, last} & set(range(last + 1)))
+    saved = sorted({4, 8, last} & set(range(last + 1)))
+    assert [checkpoint.step_number for checkpoint in checkpoints][::-1] == saved[-2:]
     policy = job.fine_tuned_model
     assert policy.startswith("ft:tiny:raydpo::")
     assert client.models.retrieve(policy).id == policy

@@ -32,7 +32,7 @@ from services.control_plane.core import telemetry
 from services.control_plane.core.errors import ApiError, Fenced, InvalidRequest
 from services.control_plane.core.store import refuses_value
 from services.control_plane.core.tables import Attempt, Checkpoint, Event, Job
-from services.control_plane.jobs import jobs
+from services.control_plane.jobs import checkpoints, jobs
 from services.control_plane.models import deployments, models
 from services.control_plane.settings import Settings
 
@@ -266,7 +266,11 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
 async def _add_checkpoint(
     session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
 ) -> None:
+    """What an attempt repeats of its predecessor's is on record; its metrics may differ in their last digits."""
     job = await session.get_one(Job, attempt.job_id)
+    known = update(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == report.step)
+    if (await session.execute(known.values(metrics=report.metrics).returning(Checkpoint.id))).first() is not None:
+        return
     name = f"{jobs.fine_tuned_name(job, settings)}:ckpt-step-{report.step}"
     row = insert(Checkpoint).values(
         id=f"ftckpt_{secrets.token_hex(12)}",
@@ -276,10 +280,10 @@ async def _add_checkpoint(
         model_id=name,
         metrics=report.metrics,
     )
-    added = await session.execute(row.on_conflict_do_nothing().returning(Checkpoint.id))
-    if added.first() is not None:
-        await models.add(session, name, storage.join(report.uri, "model"), job)
-        await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
+    await session.execute(row)
+    await models.add(session, name, storage.join(report.uri, "model"), job)
+    await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
+    await checkpoints.drop_old(session, job)
 
 
 async def _hold(session: AsyncSession, job_id: str) -> None:

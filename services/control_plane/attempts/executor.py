@@ -112,7 +112,7 @@ class Executor:
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
         reference = await self._ray_api.own_name(models.reference_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
-            wire=1 if spec.weights == Weights() and spec.reference_model is None else WIRE,
+            wire=_wire_of(spec),
             job_id=job.id,
             attempt=attempt.number,
             config=spec.config,
@@ -128,6 +128,7 @@ class Executor:
             columns=spec.columns,
             model_source=job.model_source,
             weights=spec.weights,
+            policy=spec.policy,
             reference_model_source=job.reference_source,
             reference=reference,
             reference_source=spec.reference_source,
@@ -285,6 +286,12 @@ class Executor:
                 await attempts.end(session, attempt, "failed")
             event = f"The job failed: {error['message']}"
             await jobs.move(session, job, "failed", {"error": error}, actor=self._holder, event=event, level="error")
+
+
+def _wire_of(spec: JobSpec) -> int:
+    """The first release trains what needs no more than it knows."""
+    asks_more = spec.weights != Weights() or spec.reference_model or spec.config.early_stop or spec.policy != "last"
+    return WIRE if asks_more else 1
 
 
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:

@@ -41,7 +41,7 @@ def refused(
     path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
     param = (paths or {}).get(path[-1]) if path else None
     param = param or ".".join([*([where] if where else []), *path])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
     if error["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")

@@ -30,7 +30,7 @@ async def admit(
     With `local_files`, files that are not uploaded yet are not checked. Raises InvalidRequest, NotFound, Forbidden
     or OverQuota if the job is refused.
     """
-    model = await models.find(session, settings, spec.model)
+    model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
     weights.check(Combination(spec, asked, model, reference))
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
@@ -52,7 +52,8 @@ async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, se
         return None
     if spec.reference_model is None:
         return start
-    return await models.find(session, settings, spec.reference_model, param="x_raydpo.reference.model")
+    param = "x_raydpo.reference.model"
+    return await models.find(session, settings, spec.reference_model, param=param, hold=True)
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:

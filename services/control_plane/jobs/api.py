@@ -21,7 +21,7 @@ from services.control_plane.http.dependencies import (
     StorePart,
 )
 from services.control_plane.http.idempotency import IdempotentRequest
-from services.control_plane.jobs import admission, jobs, plans
+from services.control_plane.jobs import admission, checkpoints, jobs, plans
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
@@ -119,10 +119,12 @@ async def events(store: StorePart, job_id: str, after: str | None = None, limit:
 
 
 @router.get("/{job_id}/checkpoints")
-async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
+async def list_checkpoints(
+    store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10
+) -> dict[str, Any]:
     """Lists a job's checkpoints, newest first."""
     async with store.look() as session:
         await jobs.find(session, job_id)
-        query = select(Checkpoint).where(Checkpoint.job_id == job_id)
+        query = checkpoints.offered(job_id)
         rows, more = await page(session, query, [Checkpoint.step], cursor=Checkpoint.id, after=after, limit=limit)
     return listing([checkpoint_object(row) for row in rows], more)

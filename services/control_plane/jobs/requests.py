@@ -13,10 +13,10 @@ from pydantic import (
     StringConstraints,
 )
 
-from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.config import EarlyStop, Lora, Optim, TrainConfig
 from dpo_core.methods import COMMON, METHODS
 from dpo_core.options import OBJECTIVES, Mpo, Objective, RewardObjective
-from services.contract import Integrations, JobSpec, Mlflow, Reading, ReferenceSource, WandbIntegration
+from services.contract import Integrations, JobSpec, Mlflow, Policy, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, parse, refuse_unknown
@@ -39,6 +39,10 @@ EXTENSIONS = {
     "activation_checkpointing",
     "sharding",
     "checkpoint_steps",
+    "keep_checkpoints",
+    "best_metric",
+    "early_stop",
+    "policy",
     "validation_share",
     "tensorboard",
     "mlflow",
@@ -53,6 +57,10 @@ Priority = Annotated[int, Field(ge=-10, le=10)]
 
 
 Share = Annotated[float, Field(gt=0, le=0.5)]
+
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+KEPT = 2  # of the last checkpoints, where a request does not say
 
 
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -125,12 +133,16 @@ class CreateJob(BaseModel):
         workers = parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
         reference = parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
         priority = parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
+        keep = extension.get("keep_checkpoints", KEPT)
+        policy: Any = parse(Policy, extension.get("policy", "last"), "x_raydpo.policy")  # type: ignore[arg-type]
         how = self._reading()
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
-        return JobSpec(
+        spec = JobSpec(
             **named,
             training_file=self._training_file(),
             config=config,
+            keep_checkpoints=keep if keep == "all" else parse(Count, keep, "x_raydpo.keep_checkpoints"),
+            policy=policy,
             num_workers=workers,
             priority=priority,
             reference_source=reference.source,
@@ -140,6 +152,9 @@ class CreateJob(BaseModel):
             columns=how.columns,
             integrations=self._integrations(),
         )
+        if not spec.validates:
+            _refuse_choice(extension)
+        return spec
 
     def weights(self) -> WeightsAsked:
         """Returns what the body says of the weights. Raises InvalidRequest naming the field."""
@@ -193,6 +208,17 @@ class CreateJob(BaseModel):
         return self.training_file
 
 
+def _refuse_choice(extension: Mapping[str, Any]) -> None:
+    """What compares checkpoints, of a job that evaluates none."""
+    for name in ("best_metric", "early_stop", "policy"):
+        if extension.get(name) not in (None, "auto", "last"):
+            message = (
+                f"x_raydpo.{name} needs checkpoints that are evaluated: send a validation_file, or hold rows out with "
+                f"x_raydpo.validation_share; or leave {name} out."
+            )
+            raise InvalidRequest(message, param=f"x_raydpo.{name}")
+
+
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:
     """Parses `x_raydpo.adapter`: `{"type": "lora", …}`, "none" or "auto"."""
     where = "x_raydpo.adapter"
@@ -236,6 +262,8 @@ def train_config(
     of_optim = {field.name for field in fields(Optim)}
     if "objectives" in given:
         given["objectives"] = _parts(given["objectives"], f"{where}.objectives")
+    if given.get("early_stop") is not None:
+        given["early_stop"] = parse(EarlyStop, given["early_stop"], paths["early_stop"])
     objective = parse(OBJECTIVES[kind], part(objective_options), where, paths)
     optim = parse(Optim, part(of_optim), where, paths)
     rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})

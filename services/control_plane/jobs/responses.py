@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dpo_core.methods import COMMON
+from dpo_core.options import LOSS
 from services.contract import Integrations, Reading, Weights
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
@@ -42,6 +43,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "precision": weights.precision,
         "priority": row.priority,
         "validation_share": row.spec.get("validation_share") or None,
+        **_selection(row),
         "tensorboard": integrations.tensorboard,
         "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
     }
@@ -106,6 +108,18 @@ def _request(
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _selection(row: Job) -> dict[str, Any]:
+    """Which checkpoints stay, which one becomes the policy, and by what. The oldest jobs kept all, and the last."""
+    spec, config = row.spec, row.spec["config"]
+    validates = spec.get("validation_file") or spec.get("validation_share")
+    return {
+        "keep_checkpoints": spec.get("keep_checkpoints", "all"),
+        "best_metric": config.get("best_metric", LOSS) if validates else None,
+        "early_stop": config.get("early_stop"),
+        "policy": spec.get("policy", "last"),
+    }
 
 
 def _eta_seconds(row: Job) -> float | None:

@@ -2,18 +2,20 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import delete, or_, select
+from sqlalchemy import ColumnElement, delete, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dpo_core import selection
 from dpo_core.config import Lora
 from services.contract import JobSpec
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.core.store import owns, page
-from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Job, Model
+from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Deployment, Job, Model
 from services.control_plane.settings import Settings
 
 
@@ -70,12 +72,17 @@ async def list_page(
     return [*first, *map(_trained, rows)][:limit], more or len(first) > limit
 
 
-async def find(session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model") -> NamedModel:
-    """Returns the model. NotFound lists the base models, because most unknown names are misspelled ones of these."""
+async def find(
+    session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model", hold: bool = False
+) -> NamedModel:
+    """Returns the model. NotFound lists the base models, because most unknown names are misspelled ones of these.
+
+    With `hold`, nobody deletes the model before this transaction ends.
+    """
     for base in bases(settings):
         if base.id == model_id:
             return base
-    row = await session.get(Model, model_id)
+    row = await session.get(Model, model_id, with_for_update={"read": True} if hold else None)
     if row is None or row.deleted_at is not None:
         known = ", ".join(settings.models) or "none; start with --model NAME=SOURCE"
         raise NotFound(
@@ -124,9 +131,8 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
     The caller deletes its bytes after the commit.
     """
     row = await find_own(session, settings, model_id)
-    jobs = Job.__table__.c  # jobs of all projects, because the model may be shared
-    named = or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
-    using = select(jobs.id, jobs.project_id).where(jobs.observed.not_in(TERMINAL), named)
+    jobs = Job.__table__.c
+    using = select(jobs.id, jobs.project_id).where(jobs.observed.not_in(TERMINAL), _names(literal(model_id)))
     if (job := (await session.execute(using.limit(1))).first()) is not None:
         name = job.id if job.project_id == row.project_id else "a job of a project that it is shared with"
         raise InvalidRequest(
@@ -137,18 +143,47 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
     if (other := (await session.execute(standing.limit(1))).first()) is not None:
         name = f"'{other.id}'" if other.project_id == row.project_id else "of a project that it is shared with"
         raise InvalidRequest(f"'{model_id}' is the base of the adapter {name}; delete that first.")
-    if model_id == await _resumed_from(session, row.job_id):
-        message = (
-            f"{row.job_id} has not ended and would go on from '{model_id}', its newest checkpoint; cancel it first."
-        )
-        raise InvalidRequest(message)
+    if why := await _needed_by_its_job(session, row):
+        raise InvalidRequest(f"{row.job_id} has not ended and {why}; cancel it first.")
     await session.execute(delete(CheckpointPermission).where(CheckpointPermission.model_id == model_id))
     row.deleted_at = datetime.now(UTC)
     return _trained(row)
 
 
-async def _resumed_from(session: AsyncSession, job_id: str) -> str | None:
-    """Returns the checkpoint's model with which the job's next attempt would begin; None if the job has ended."""
-    newest = select(Checkpoint.model_id).join(Job, Job.id == Checkpoint.job_id)
-    newest = newest.where(Job.id == job_id, Job.observed.not_in(TERMINAL)).order_by(Checkpoint.step.desc())
-    return await session.scalar(newest.limit(1))
+def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """The condition that a job names the model. It holds for jobs of all projects, because a model may be shared."""
+    jobs = Job.__table__.c
+    return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
+
+
+async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
+    """Says what a job that has not ended needs the model of its checkpoint for; None if it does not need it."""
+    job = await session.get_one(Job, model.job_id)
+    if job.observed in TERMINAL:
+        return None
+    rows = {row.model_id: row for row in await session.scalars(select(Checkpoint).where(Checkpoint.job_id == job.id))}
+    if rows and model.id == max(rows.values(), key=lambda row: row.step).model_id:
+        return f"would go on from '{model.id}', its newest checkpoint"
+    if job.spec.get("policy") == "best":
+        metric = JobSpec.model_validate(job.spec).config.best_metric
+        top = selection.best(selection.evaluations(((row.step, row.metrics) for row in rows.values()), metric), metric)
+        if top and model.id in rows and rows[model.id].step == top.step:
+            return f"'{model.id}' is its best checkpoint so far, which may become its policy"
+    return None
+
+
+async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
+    """Stops offering those of the models that are not shared, not loaded, and named by no job. Returns their ids.
+
+    It locks the models first, so it waits for requests that share one or start a job from it.
+    """
+    held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
+    await session.execute(held)
+    uses = (
+        select(CheckpointPermission.id).where(CheckpointPermission.model_id == Model.id),
+        select(Deployment.app_name).where(Deployment.model_id == Model.id),
+        select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),
+    )
+    unused = update(Model).where(Model.id.in_(model_ids), *(~use.exists() for use in uses))
+    withdrawn = await session.scalars(unused.values(deleted_at=func.now()).returning(Model.id))
+    return set(withdrawn)

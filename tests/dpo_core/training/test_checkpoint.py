@@ -166,6 +166,33 @@ def test_resuming_with_a_model_of_other_sizes_is_refused_before_a_weight_is_chan
     torch.testing.assert_close(dict(wider.named_parameters()), dict(before.named_parameters()), rtol=0, atol=0)
 
 
+def keep_as_a_model(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_bytes(read_manifest(checkpoint).without_optimizer().to_json())
+    (checkpoint / OPTIMIZER).unlink()
+
+
+def test_a_checkpoint_without_its_optimizers_state_is_whole_and_nothing_goes_on_from_it(
+    checkpoint, policy, tokenizer, pairs
+):
+    newest = checkpoint.with_name("step-000003")
+    before = read_manifest(newest)
+    keep_as_a_model(newest)
+    manifest = verify(newest)
+    assert not manifest.has_optimizer
+    assert replace(manifest, files=before.files) == before
+    assert set(before.files) - set(manifest.files) == {OPTIMIZER}
+    assert latest_checkpoint(newest.parent) == newest.with_name("step-000002")
+    with pytest.raises(ValueError, match="was kept without its optimizer's state; resume from a newer one"):
+        run(CONFIG, policy, tokenizer, pairs, newest.parent, resume=newest)
+
+
+def test_a_manifest_without_evaluations_is_of_an_earlier_release(checkpoint):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["evaluations"], manifest["config"]["best_metric"], manifest["config"]["early_stop"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert read_manifest(checkpoint).evaluations == ()
+
+
 def as_an_earlier_release_wrote_it(checkpoint: Path) -> Path:
     """Without the dtype of the policy, and with one number of updates for all weights."""
     file, manifest = checkpoint / OPTIMIZER, json.loads((checkpoint / "manifest.json").read_text())

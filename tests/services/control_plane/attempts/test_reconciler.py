@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from sqlalchemy import func, update
 
-from dpo_core.config import TrainConfig
+from dpo_core.config import EarlyStop, TrainConfig
 from services import storage
 from services.contract import (
     Alive,
@@ -246,6 +246,28 @@ def test_held_out_rows_reach_the_attempt_and_what_it_makes_of_them_reaches_the_u
     job = client.fine_tuning.jobs.retrieve(job_id)
     rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
     assert [[row[name] for name in told] for row in rows] == [[""] * len(told), [str(v) for v in told.values()]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "wire"),
+    [
+        ({"keep_checkpoints": 1, "best_metric": "eval/rewards/margins"}, 1),  # which are the service's own affair
+        ({"early_stop": {"patience": 3}}, 2),
+        ({"policy": "best"}, 2),
+    ],
+)
+def test_a_driver_that_would_overlook_which_checkpoint_is_wanted_refuses_the_attempt(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, asked: dict[str, Any], wire: int
+) -> None:
+    extension = {"validation_share": 0.25, "adapter": "none"} | asked
+    job_id = submit(client, settings, x_raydpo=extension)
+    ticks(settings, 1)
+    spec = spec_of(ray.submissions[0])
+    assert (spec.wire, spec.policy) == (wire, asked.get("policy", "last"))
+    assert spec.config.early_stop == (EarlyStop(patience=3) if "early_stop" in asked else None)
+    client.fine_tuning.jobs.cancel(job_id)
+    ray.jobs[f"{job_id}-1"] = "STOPPED"
+    ticks(settings, 2)
 
 
 def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
