@@ -20,7 +20,7 @@ def offered(job_id: str) -> Select[Checkpoint]:
 async def drop_old(session: AsyncSession, job: Job) -> None:
     """Drops the checkpoints that the job does not keep and nobody uses. The sweeper deletes their bytes.
 
-    It is called with the job locked, when a newer checkpoint is complete. One that is used now may be dropped next time.
+    Call it with the job locked, when a newer checkpoint is complete. One that is used now may be dropped next time.
     """
     spec = JobSpec.model_validate(job.spec)
     metric, keep = spec.config.best_metric, spec.keep_checkpoints
