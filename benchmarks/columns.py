@@ -85,7 +85,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
         ended = time.perf_counter()
     keep_weights(policy, args.weights)
     scorer, flops = Scorer(policy), Flops(policy)
-    per_second = sum(flops.of(scorer.collate(batch)) for batch in batches) / (ended - begun)
+    per_second = sum(flops.count(scorer.collate(batch)) for batch in batches) / (ended - begun)
     tokens = sum(len(g.prompt_ids) * len(g.completion_ids) + sum(map(len, g.completion_ids)) for g in groups)
     return figures(begun - started, ended - begun, len(rows)) | {
         "tokens": tokens,
@@ -146,13 +146,13 @@ def _without_packing() -> Any:
 
 def _without_tiles() -> Any:
     """Computes all logits of the completions at once, with PyTorch's own gradient."""
-    from dpo_core.policy import scorer
+    from dpo_core.policy import forward
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
         logits = torch.nn.functional.linear(hidden, weight, bias).float()
         return logits.log_softmax(1).gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets
 
-    return patch.object(scorer, "token_logps", token_logps)
+    return patch.object(forward, "token_logps", token_logps)
 
 
 ABLATIONS: dict[str | None, Callable[[], Any]] = {

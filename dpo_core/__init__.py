@@ -1,8 +1,8 @@
-"""Preference optimization in plain torch. Knows no cluster and no web.
+"""Trains models on preferences in plain torch. It knows no cluster and no web.
 
     from dpo_core import TrainConfig, encode_group, load_policy, load_tokenizer, read_groups, score_reference, train
 
-Each name is imported from its own file when it is first used: importing `dpo_core` loads no torch.
+Each name is imported from its file when it is first used, so importing `dpo_core` loads no torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What people said about completions: the groups of a file, row by row. Standard library only.
+"""Reads the groups of a file of feedback, row by row. Standard library only.
 
 A file is JSON Lines in UTF-8. Its first row decides the format; a row of another format is refused.
 """
@@ -12,27 +12,27 @@ from dpo_core.data.formats import Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows
 
-MOST_JOINED = 1000  # rows of one prompt
+MOST_JOINED = 1000  # rows of one prompt that can be one group
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file: its groups, or the first thing that is wrong with it."""
+    """One row of a file: its groups, or the first error in it."""
 
     line: int
-    format: Format | None  # None: the row is none, or of none of the formats
+    format: Format | None  # None: the line is no row, or the row has none of the formats
     groups: Sequence[Group]
-    ignored_keys: frozenset[str]  # that no reader uses
+    ignored_keys: frozenset[str]  # columns that are not read
     problem: InvalidRow | None
-    is_contrary: bool = False  # it is a pair, and scores in it that nobody reads rate the rejected answer higher
+    is_contrary: bool = False  # the row is a pair, and its own scores, which are not read, rate the rejected one higher
 
 
 def read_records(
     lines: Iterable[bytes], *, first_line: int = 1, columns: Mapping[str, str] | None = None
 ) -> Iterator[Record]:
-    """Every row of a file, in its order. A part of a file is read alike, when `first_line` says where it begins.
+    """Yields every row of a file, in order. For a part of a file, `first_line` is the number of its first line.
 
-    `columns` names the column of each role, such as {"prompt": "question"}, where the file has names of its own.
+    `columns` names the column of each role, such as {"prompt": "question"}, if the file uses other names.
     """
     records = _read_each(lines, first_line, columns or {})
     for record in records:
@@ -51,15 +51,15 @@ def _read_each(lines: Iterable[bytes], first_line: int, columns: Mapping[str, st
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether two neighbouring lines are of one group, so that a file must not be cut between them."""
+    """Whether two neighbouring lines belong to one group, so that a file must not be cut between them."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
 
 def _joined(records: Iterable[Record]) -> Iterator[Record]:
-    """Neighbours that rate answers to one prompt: the first has the group of all, if they can be one."""
+    """Joins neighbouring rows of one prompt: the first record gets the group of all, if they can be one."""
     for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
-        rows = list(islice(run, MOST_JOINED + 1))  # a file may have one prompt only, and not fit into memory
+        rows = list(islice(run, MOST_JOINED + 1))  # one prompt may be the whole file
         if rows[0].problem:
             yield from rows
         elif 1 < len(rows) <= MOST_JOINED:
@@ -71,7 +71,7 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def _unjoined(record: Record, number: str) -> Record:
-    what = f"its prompt is rated by {number} neighbouring rows; it needs 2 to {MOST_JOINED}."
+    what = f"its prompt has {number} neighbouring rows; a group needs 2 to {MOST_JOINED}."
     problem = InvalidRow(record.line, "", "too_few_completions", f"Line {record.line}: {what}")
     return replace(record, groups=(), problem=problem)
 
@@ -85,7 +85,7 @@ def _group_of(run: Sequence[Record]) -> Group:
 
 
 def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:
-    """The groups of a file, in its order. Raises InvalidRow on reaching a row that cannot be used."""
+    """Yields the groups of a file, in order. Raises InvalidRow when it reaches a row that cannot be used."""
     for record in read_records(lines, first_line=first_line):
         if record.problem:
             raise record.problem
@@ -93,7 +93,7 @@ def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Grou
 
 
 def is_tied(group: Group) -> bool:
-    """Whether it has several completions and rates them all alike."""
+    """Whether the group has several completions that all have the same rating."""
     return len(group.completions) > 1 and group.ratings is not None and len(set(group.ratings)) == 1
 
 
@@ -116,6 +116,7 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
 
 
 def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
+    """Whether the row is a pair, and scores in its unread columns rate the rejected completion higher."""
     if form.kind != "pairs":
         return False
     rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]

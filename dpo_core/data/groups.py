@@ -1,4 +1,4 @@
-"""A prompt and what people think of its completions, however a file says it. Standard library only."""
+"""Defines a group of texts, and helps readers to make groups of rows. Standard library only."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,41 +15,41 @@ class Group:
 
     prompt: Text
     completions: tuple[Text, ...]
-    line: int  # where it stands in the file, from 1
-    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
-    weight: float = 1.0  # of its loss
+    line: int  # of the file, from 1
+    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: only the order counts
+    weight: float = 1.0  # of the group's loss
     margin: float | None = None  # by which the first completion should lead
-    tools: list[Tool] | None = None  # that the prompt offers, for the chat template
-    template_arguments: dict[str, object] | None = None  # more for the chat template
+    tools: list[Tool] | None = None  # the tools that the prompt offers, for the chat template
+    template_arguments: dict[str, object] | None = None  # further arguments of the chat template
 
 
 def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
-    """Raises InvalidRow where there are not two completions."""
+    """Returns a group whose completion with the highest rating comes first. Raises InvalidRow for fewer than two."""
     order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
     if len(order) < 2:
-        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs two.")
+        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs at least two.")
     return Group(prompt, tuple(completions[i] for i in order), row.line, tuple(ratings[i] for i in order))
 
 
 def text_or_messages(row: Row, pointer: str, value: object) -> Text:
-    """A prompt in the form that the row has."""
+    """Returns a prompt: messages if the value is a list, else a text."""
     return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
 
 
 def completion_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """In the form of its prompt."""
+    """Returns a completion in the form of its prompt, messages or a text."""
     return completion_of(row, pointer, value) if isinstance(prompt, list) else filled(row, pointer, value)
 
 
 def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """In the form of its prompt. It may be empty: to end at once is an answer, too, and its tokens are the end."""
+    """Returns a rejected completion in the form of its prompt. It may be empty: its only token is then EOS."""
     if isinstance(prompt, list):
         return completion_of(row, pointer, value, may_be_empty=True)
     return string_of(row, pointer, value)
 
 
 def question(row: Row, column: str) -> list[Message]:
-    """A prompt of messages from a column that holds them, or one, or the user's words."""
+    """Returns a prompt of messages from a column that holds messages, one message, or the user's text."""
     value = row.value[column]
     if isinstance(value, dict):
         value = [value]
@@ -59,7 +59,7 @@ def question(row: Row, column: str) -> list[Message]:
 
 
 def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """A completion of messages from messages, a message, or the assistant's words."""
+    """Returns a completion of messages from messages, one message, or the assistant's text."""
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
@@ -73,18 +73,18 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
 def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
-    """Two conversations as the prompt that they share, and two completions: they part at an answer of the assistant.
+    """Splits two conversations into the prompt that they share and two completions.
 
-    Raises InvalidRow where they part elsewhere.
+    Raises InvalidRow if they do not first differ in an answer of the assistant.
     """
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)
     if border < 1 or any([m["role"] for m in side[border : border + 1]] != ["assistant"] for side in sides):
-        what = f"and {columns[0]} must begin with the same messages, the prompt, and first differ in the assistant's."
+        what = f"and {columns[0]} must share the messages of the prompt and first differ in an assistant message."
         raise row.invalid(f"/{columns[1]}", "different_prompts", what)
     prompt = sides[0][:border]
     if prompt[-1]["role"] == "assistant":
-        what = "ends the prompt; end it with the user's or a tool's."
+        what = "is an assistant message that ends the prompt; end it with a message of the user or a tool."
         raise row.invalid(f"/{columns[0]}/{border - 1}", "invalid_order", what)
     for column, side, empty in zip(columns, sides, may_be_empty, strict=True):
         check_completion(row, f"/{column}", side[border:], first=border, may_be_empty=empty)
@@ -92,7 +92,7 @@ def parted(
 
 
 def completions_of(row: Row, column: str) -> list[object]:
-    """The list in a column. Raises InvalidRow for an empty one."""
+    """Returns the list of completions in a column. Raises InvalidRow if it is empty or no list."""
     value = row.value[column]
     if not isinstance(value, list) or not value:
         raise row.invalid(f"/{column}", "wrong_type", "must be a list of completions.")
@@ -100,7 +100,7 @@ def completions_of(row: Row, column: str) -> list[object]:
 
 
 def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
-    """The dictionaries of such a list, each with the keys."""
+    """Yields the dictionaries of a column's list. Raises InvalidRow for one without the keys."""
     for number, item in enumerate(completions_of(row, column)):
         if not isinstance(item, dict) or not item.keys() >= set(keys):
             what = f"must be a dictionary with {' and '.join(keys)}."
@@ -109,6 +109,7 @@ def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
 
 
 def filled(row: Row, pointer: str, value: object) -> str:
+    """Returns a text. Raises InvalidRow if it is empty or no text."""
     text = string_of(row, pointer, value)
     refuse_empty(row, pointer, text)
     return text

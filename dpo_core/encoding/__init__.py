@@ -1,1 +1,1 @@
-"""From a group to token ids."""
+"""Turns a group of texts into token ids."""

@@ -1,1 +1,1 @@
-"""Models on disk: load, adapt, check, save."""
+"""Loads models from disk, puts adapters on them, checks and saves them."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters: which layers of a model take them, and how they are put on."""
+"""Puts low-rank adapters on models, and decides which layers take them."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
-BASE = "base_model.json"  # beside an adapter: what its base is known by
-SAMPLED = 64  # numbers of each weight of a base
+BASE = "base_model.json"  # the file beside an adapter that identifies its base
+SAMPLED = 64  # numbers of each weight that go into the fingerprint of a base
 ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
 
 
 def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_whole: list[str] | None = None) -> None:
-    """Put a new adapter on the model and freeze all else but `trained_whole`.
+    """Puts a new adapter on the model, and freezes everything else but the modules `trained_whole`.
 
-    Raises InvalidOption for target modules that the model lacks, or that would not learn.
+    Raises InvalidOption for target modules that the model does not have, or that would not learn.
     """
     from peft import LoraConfig
 
@@ -50,18 +50,20 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
     head = model.get_output_embeddings()
     try:
         with warnings.catch_warnings():
-            # PEFT doubles the rank of experts by a pattern that it then does not find.
+            # PEFT doubles the rank of experts by a name pattern, and then warns that nothing matches it.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             model.add_adapter(config)
-    except ValueError as error:  # PEFT's, of modules that are not there or of a kind that it cannot adapt
+    except ValueError as error:  # PEFT raises it for modules that do not exist or that it cannot adapt
         raise InvalidOption("target_modules", _refusal(model, targets, error)) from None
     _check_targets(model, linears, head)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a base is known by, with an adapter on it or without, in any precision: a digest of some numbers of each
-    frozen weight but a reward model's head, which may be new. Releases of transformers rename weights, so names do not
-    count."""
+    """Returns a digest that identifies a base, with or without an adapter on it, in any precision.
+
+    It covers some numbers of each frozen weight but a reward model's head, which may be new. Names of weights do not
+    count, because releases of transformers rename them.
+    """
     samples = [
         weight.detach().flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
         for name, weight in model.named_parameters()
@@ -71,20 +73,22 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(sorted(part.numpy().tobytes() for part in parts))).hexdigest()
 
 
-def base_file(known_by: str) -> bytes:
-    return json.dumps({"sha256_of_samples": known_by}).encode()
+def base_file(base: str) -> bytes:
+    """Returns the content of base_model.json for the fingerprint of a base."""
+    return json.dumps({"sha256_of_samples": base}).encode()
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises UnusableModel where the adapter in a folder was trained on another base. One from elsewhere names none."""
+    """Raises UnusableModel if the adapter in the folder was trained on another base. It passes if the folder does not
+    identify the base, as folders from elsewhere do not."""
     file = folder / BASE
     if file.is_file() and file.read_bytes() != base_file(fingerprint(model)):
         what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
-        raise UnusableModel(f"{what}; put that one back.")
+        raise UnusableModel(f"{what}; restore the base that it was trained on.")
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:
-    """The layers that leave out some of what enters the adapter while it is trained."""
+    """Returns the adapter's dropout layers whose rate is not 0."""
     return [
         layer
         for name, layer in model.named_modules()
@@ -93,12 +97,12 @@ def dropouts(model: nn.Module) -> list[nn.Module]:
 
 
 def options_of(folder: Path) -> Lora:
-    """The options of a saved adapter. Raises UnusableModel for an adapter of another kind than LoRA."""
+    """Returns the options of a saved adapter. Raises UnusableModel for another kind than LoRA without biases."""
     from peft import LoraConfig, PeftConfig
 
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig) or config.bias != "none":
-        raise UnusableModel(f"{folder} is an adapter of another kind than LoRA without biases; merge it into its base.")
+        raise UnusableModel(f"{folder} holds an adapter that is not LoRA without biases; merge it into its base.")
     targets = config.target_modules
     return Lora(
         r=config.r,
@@ -111,28 +115,29 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Bring the weights of a saved adapter to the model's own. Raises UnusableModel if they do not fit one another."""
+    """Loads the weights of a saved adapter into the model's adapter. Raises UnusableModel if they do not fit."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
-    saved = {_own_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
+    saved = {_model_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
     strangers = sorted(saved.keys() ^ get_peft_model_state_dict(model).keys())
     if strangers:
         what = f"Only one of the adapter {folder} and this model has {strangers[0]}"
-        raise UnusableModel(f"{what} ({len(strangers)} such weights); give it the base that it was trained on.")
+        raise UnusableModel(f"{what} ({len(strangers)} such weights); use the base that it was trained on.")
     try:
         set_peft_model_state_dict(model, saved)
-    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+    except RuntimeError as error:  # PyTorch raises it for weights of other shapes
         reason = str(error).splitlines()[-1].strip()
-        raise UnusableModel(f"The adapter {folder} is of a base of other sizes: {reason}") from None
+        raise UnusableModel(f"The adapter {folder} has weights of other shapes than this base: {reason}") from None
 
 
-def _own_name(name: str) -> str:
-    """The name of a weight in a model of transformers; PEFT saves it as within a PeftModel."""
+def _model_name(name: str) -> str:
+    """Returns the name that a saved weight has in a model of transformers; PEFT adds a prefix when it saves."""
     return name.removeprefix("base_model.model.")
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
+    """Raises InvalidOption if an adapter is on the head, or on a layer that texts would not train."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
@@ -143,24 +148,25 @@ def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | 
             message = f"target_modules names {name}, the head, whose adapter is not trained; leave it out."
             raise InvalidOption("target_modules", message)
         if isinstance(base, nn.Linear) and name not in linears:
-            message = f"target_modules names {name}, whose adapter texts would not train; leave it out."
+            message = f"target_modules names {name}, whose adapter would learn nothing from texts; leave it out."
             raise InvalidOption("target_modules", message)
 
 
 def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> str:
+    """Returns PEFT's reason for refusing target modules, in our words."""
     from peft.utils.error import NoMatchingPeftModuleError
 
     if isinstance(error, NoMatchingPeftModuleError):
         name = type(model).__name__
-        return f"target_modules is {tuple(targets)}, of which {name} has none; name some of its linear layers."
+        return f"target_modules is {tuple(targets)}, and {name} has none of them; name some of its linear layers."
     return f"target_modules is {tuple(targets)}: {str(error).partition('. ')[0]}."
 
 
 def _linears(model: PreTrainedModel) -> set[str]:
-    """The names of the linear layers whose output a text's loss depends on, as a backward pass shows.
+    """Returns the names of the linear layers whose output affects the loss of a text, as a backward pass shows.
 
-    That leaves out the layers of a tower for images, those that return more than a product, those of which only the
-    weights are read, and those that only choose, such as some routers. Freezes the model.
+    That leaves out layers for images, layers that return more than a product, layers of which other code reads only the
+    weights, and layers that only choose, such as some routers. As a side effect it freezes the model.
     """
     learning: set[str] = set()
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -168,8 +174,8 @@ def _linears(model: PreTrainedModel) -> set[str]:
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         weight = cast(Tensor, module.weight)
         sizes = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
-        whole = [*inputs[0].shape[:-1], sizes[1]] if inputs and inputs[0].shape[-1] == sizes[0] else None
-        if isinstance(output, Tensor) and list(output.shape) == whole and output.requires_grad:
+        product = [*inputs[0].shape[:-1], sizes[1]] if inputs and inputs[0].shape[-1] == sizes[0] else None
+        if isinstance(output, Tensor) and list(output.shape) == product and output.requires_grad:
             hook: Any = output.register_hook
             hook(lambda gradient: learning.add(names[module]) if gradient.any() else None)
 
@@ -188,7 +194,7 @@ def _linears(model: PreTrainedModel) -> set[str]:
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """Those layers without the head, routers, and the layers of a Mamba block of which its kernels read the weights."""
+    """Returns the linear layers without the head, routers, and layers whose weights the kernels of Mamba read."""
     head = model.get_output_embeddings()
     return [
         name
@@ -198,7 +204,7 @@ def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
 
 
 def _experts(model: PreTrainedModel) -> list[str]:
-    """The names, routers' apart, by which PEFT adapts experts that transformers keeps in one weight."""
+    """Returns the names, without routers', by which PEFT adapts experts that transformers keeps in one weight."""
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 
     if not any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()):
@@ -212,14 +218,15 @@ def _is_router(name: str) -> bool:
 
 
 def _is_read_only(model: PreTrainedModel, name: str) -> bool:
-    parent, _, own = name.rpartition(".")
+    """Whether the layer is in a Mamba block whose kernels read its weights, so that an adapter would have no effect."""
+    parent, _, part_name = name.rpartition(".")
     block = model.get_submodule(parent)
     is_mamba = all(hasattr(block, part) for part in ("A_log", "D", "conv1d"))
-    return is_mamba and own != "in_proj"
+    return is_mamba and part_name != "in_proj"
 
 
 def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """The last parts of the chosen names, or whole names where another module's name ends in the same part."""
+    """Shortens the chosen names to their last parts, but for names whose last part other modules have too."""
     suffixes = {name.rpartition(".")[2] for name in chosen}
     others = [name for name, _ in model.named_modules() if name not in set(chosen)]
     clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}

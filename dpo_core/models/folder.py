@@ -1,4 +1,4 @@
-"""Model folders, as transformers and vLLM load them."""
+"""Writes model folders that transformers and vLLM can load."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from transformers.utils import (
 
 logger = logging.getLogger(__name__)
 
-# How a model is given pictures and sounds; without these files it cannot be served.
+# The files that tell how a model is given images and sounds; without them a multimodal model cannot be served.
 OF_PROCESSORS = (
     FEATURE_EXTRACTOR_NAME,
     PROCESSOR_NAME,
@@ -37,9 +37,9 @@ def save_model(
     files: dict[str, bytes],
     **options: Any,
 ) -> None:
-    """Write the model, its tokenizer, and other files by name; `options` are those of `save_pretrained`.
+    """Writes the model, its tokenizer, and other files by name. `options` are those of `save_pretrained`.
 
-    The generation config is written as it came: transformers loads more of them than it agrees to save.
+    The generation config is written as it was loaded: transformers refuses to save some that it loads.
     """
     saved = copy(model)  # the model itself may be in use
     if model.can_generate():
@@ -53,8 +53,11 @@ def save_model(
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy without weights, to save while the model is in use: some layers of PEFT's change what a model is made of
-    in every forward, and attention over segments its config."""
+    """Returns a copy without weights, from which the model can be saved while it is in use.
+
+    The model itself changes in every forward: some of PEFT's layers replace modules, and attention over segments its
+    config.
+    """
     copies: dict[int, Any] = {}
 
     def bare(tensor: Tensor) -> Tensor:
@@ -67,31 +70,32 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
         return part if part is None else copies[id(part)]
 
     def of_module(module: nn.Module) -> nn.Module:
-        own = object.__new__(type(module))  # a module that is sharded would make a new one of `copy`
-        vars(own).update(vars(module))
-        own._parameters = {name: copied(tensor, bare) for name, tensor in module._parameters.items()}
-        own._buffers = {name: copied(tensor, bare) for name, tensor in module._buffers.items()}
-        own._modules = {name: copied(child, of_module) for name, child in module._modules.items()}
-        return own
+        twin = object.__new__(type(module))  # `copy` would make a sharded module anew
+        vars(twin).update(vars(module))
+        twin._parameters = {name: copied(tensor, bare) for name, tensor in module._parameters.items()}
+        twin._buffers = {name: copied(tensor, bare) for name, tensor in module._buffers.items()}
+        twin._modules = {name: copied(child, of_module) for name, child in module._modules.items()}
+        return twin
 
-    whole = cast(PreTrainedModel, of_module(model))
-    whole.config = deepcopy(model.config)
-    return whole
+    copied_model = cast(PreTrainedModel, of_module(model))
+    copied_model.config = deepcopy(model.config)
+    return copied_model
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
-    """The files of processors in the folder, or under the hub id, that the model was loaded from, by name."""
+    """Returns the processors' files, by name, from the folder or hub id that the model was loaded from."""
     if not model.name_or_path:
         return {}
     try:
         paths = {name: _find(model, name) for name in OF_PROCESSORS}
-    except OSError as error:  # it is no hub id either
+    except OSError as error:  # it is neither a folder nor a hub id
         logger.warning("Files of processors, if there are any, are not copied: %s", error)
         return {}
     return {name: Path(path).read_bytes() for name, path in paths.items() if path}
 
 
 def _find(model: PreTrainedModel, name: str) -> str | None:
+    """Returns the path of a file in the model's folder or in the cache of the hub; None: there is none."""
     path: str | None = cached_file(
         model.name_or_path,
         name,

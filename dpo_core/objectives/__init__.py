@@ -1,1 +1,1 @@
-"""What is minimized: the losses and their metrics."""
+"""Computes the losses of the objectives, and metrics of a step."""

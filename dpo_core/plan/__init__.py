@@ -1,1 +1,1 @@
-"""Will a run fit? Answered before it runs, without torch."""
+"""Answers whether a run will fit into memory, before it runs and without torch."""

@@ -1,4 +1,4 @@
-"""What a plan is made of: a model, the rows that it is trained on, and the options that decide about memory."""
+"""Defines the inputs of a plan: a model, its training rows, and the options that affect memory."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,29 +20,30 @@ class Shapes:
 
     @property
     def text(self) -> dict[str, Any]:
-        """The config of the part that reads texts."""
+        """The config of the model's part that reads texts."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
     def number(self, *names: str) -> int:
-        """The first of these that the config has."""
-        found = next((self.text[name] for name in names if self.text.get(name) is not None), None)
-        if found is None:
+        """Returns the value of the first of these names that the config has."""
+        value = next((self.text[name] for name in names if self.text.get(name) is not None), None)
+        if value is None:
             raise ValueError(f"config.json has no {names[0]}; only decoders with attention can be planned.")
-        return int(found)
+        return int(value)
 
     @property
     def numbers(self) -> int:
+        """How many numbers all weights have."""
         return sum(map(prod, self.weights.values()))
 
     @property
     def outside(self) -> int:
-        """How many numbers are in no layer."""
+        """How many numbers the weights outside the layers have."""
         return sum(prod(shape) for name, shape in self.weights.items() if not in_layer(name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is trained on: groups of a prompt and its completions, with their mean lengths in tokens."""
+    """The training data: a number of groups, and the mean lengths in tokens of their prompts and completions."""
 
     groups: int
     prompt: int
@@ -52,17 +53,18 @@ class Rows:
 
     @property
     def tokens(self) -> int:
+        """The tokens of a group: its prompt once, and its completions."""
         return self.prompt + self.completions * self.completion
 
     @property
     def computed(self) -> int:
-        """Tokens of a group in a pack: the last one of a completion predicts nothing."""
+        """The tokens of a group in a pack, without the last of each completion, which predicts nothing."""
         return max(1, self.tokens - self.completions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What of a job decides about memory; a field is named as that of the job, if it is one."""
+    """The options of a job that affect memory. A field has the name of the job's field, if the job has it."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     adapter: int | None = None  # its rank; None: all weights are trained

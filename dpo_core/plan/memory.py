@@ -1,7 +1,7 @@
-"""What a worker holds, in bytes, from the shapes of a model's weights alone. Standard library only.
+"""Computes the bytes that a worker holds, from the shapes of a model's weights alone. Standard library only.
 
-The formulas follow what the engine keeps of a decoder built like Llama; of another one the activations are an
-estimate. A test compares them with what processes hold.
+The formulas count what the engine keeps for a Llama-like decoder; for other models the activations are an estimate. A
+test compares the results with the memory of real processes.
 """
 
 import re
@@ -14,7 +14,7 @@ from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The bytes of a worker by part, and at its fullest moment."""
+    """The bytes that a worker holds for each purpose, and the most that it holds at a time."""
 
     weights: int
     gradients: int
@@ -31,12 +31,12 @@ class Memory:
 
     @property
     def least(self) -> int:
-        """What no choice of packs makes smaller."""
+        """The bytes that a worker needs with packs of any size."""
         return max(self.loading, self.weights + self.gradients + self.masters + self.moments)
 
 
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
-    """The run with shards and packs chosen as training chooses them, and what a worker then holds."""
+    """Returns the run with packs as training chooses them, its number of shards, and the memory of a worker."""
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
     shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
     if run.sharding == "auto" and run.device == "cuda":
@@ -58,7 +58,7 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
-    """The tokens of a worker's largest pack, and whether it has several in a step."""
+    """Returns the tokens of a worker's largest pack, and whether it has several packs in a step."""
     groups = ceil(run.batch_size / run.num_workers)
     if rows.longest > rows.computed:  # uneven groups fill a pack
         return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit
@@ -67,6 +67,7 @@ def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
+    """Returns the memory of a worker: `tokens` are in its largest pack, and `several` says whether a step has more."""
     size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
     completions = tokens * rows.completions / rows.computed
     learned = int(completions * (1 if run.rewards else rows.completion))  # rows that the head reads
@@ -103,8 +104,11 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
 
 
 def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
-    """What is there from step to step. Of shards, what computes is whole: all that is outside of the layers and, as
-    the next one is fetched ahead, two layers."""
+    """Returns the bytes that a worker holds from step to step.
+
+    With shards, it also holds whole weights while it computes: all that are outside the layers, and two layers, because
+    the next one is fetched ahead.
+    """
     size, trained, frozen = run.itemsize, count_trained(model, run), model.numbers if run.adapter else 0
     gathered = model.outside + 2 * (model.numbers - model.outside) // model.number("num_hidden_layers")
     return {
@@ -117,7 +121,7 @@ def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
 
 
 def count_trained(model: Shapes, run: Run) -> int:
-    """How many numbers."""
+    """Returns how many numbers are trained: all of the model's, or the adapter's."""
     if run.adapter is None:
         return model.numbers
     return run.adapter * sum(sum(model.weights[name]) for name in _adapted(model, run))
@@ -131,13 +135,13 @@ def _adapted(model: Shapes, run: Run) -> list[str]:
 
 
 def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
-    """The bytes that autograd keeps of a token and a layer."""
+    """Returns the bytes that autograd keeps for a token in a layer."""
     hidden, heads, size = model.number("hidden_size"), model.number("num_attention_heads"), run.itemsize
     layers = model.number("num_hidden_layers")
     width = int(model.text.get("head_dim") or hidden // heads)
     queries, keys = heads * width, model.number("num_key_value_heads", "num_attention_heads") * width
     flash = run.device == "cuda" and size < FLOAT32
-    # A norm computes in float32. It keeps its input, its output, and what its own weight learns from.
+    # A norm computes in float32. It keeps its input, its output, and what the gradient of its weight needs.
     normed = FLOAT32 + size * (1 if run.adapter else 2)
     of_hidden = [name for name, shape in model.weights.items() if in_layer(name) and list(shape) == [hidden]]
     number = len([name for name in of_hidden if re.search("(?<![.][qk]_)norm", name)])
@@ -146,7 +150,7 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
         norms += (queries + keys) * (normed - size)
     if run.device == "cuda" and not flash:
         keys = queries  # they are repeated
-    # The keys of a prompt are kept once for each of its completions; flash attention does not copy what it says.
+    # The keys of a prompt are kept once for each of its completions; flash attention does not copy its output.
     seen = rows.completions * (rows.prompt + rows.completion - 1) / rows.computed
     attention = size * ((2 if flash else 3) * queries + int(2 * keys * seen)) + FLOAT32 * heads
     routed = _routed(model)
@@ -157,13 +161,13 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
 
 
 def _routed(model: Shapes) -> int:
-    """How many experts a token passes; 0: there are none."""
+    """Returns how many experts compute a token; 0: the model has none."""
     has_experts = any(".experts." in name for name in model.weights)
     return model.number("num_experts_per_tok", "num_experts_per_token", "moe_topk") if has_experts else 0
 
 
 def _intermediate(model: Shapes) -> int:
-    """The width of the MLP, or of the experts that a token passes."""
+    """Returns the width of the MLP, or of all experts that compute a token."""
     if routed := _routed(model):
         return routed * model.number("moe_intermediate_size", "intermediate_size")
     return model.number("intermediate_size")

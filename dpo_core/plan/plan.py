@@ -1,4 +1,4 @@
-"""Will a run fit? And if not: what would make it fit."""
+"""Answers whether a run fits into memory and, if it does not, which changes make it fit."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +22,8 @@ CHANGES: dict[str, Sequence[Any]] = {  # what may make a run fit, in the order i
 
 @dataclass(frozen=True)
 class Change:
+    """A field of a job, the value that helps the run to fit, and a sentence about it."""
+
     field: str
     value: Any
     message: str
@@ -29,20 +31,22 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    run: Run  # with what was left open decided
+    """What a run needs, whether it fits, and what makes it fit."""
+
+    run: Run  # with its packs decided
     shards: int
     memory: Memory
     checkpoint_bytes: int  # on disk
     steps: int
     tokens: int
     fits: bool | None  # None: the memory of a device is not known
-    changes: tuple[Change, ...]  # that together make it fit; none where it does, or where nothing helps
+    changes: tuple[Change, ...]  # together they make it fit; empty if it fits already, or if nothing helps
 
 
 def plan(
     model: Shapes, run: Run, rows: Rows, room: int | None = None, settable: Collection[str] = tuple(CHANGES)
 ) -> Plan:
-    """`room` is the memory of a worker's device; `settable` are the fields that `changes` may name."""
+    """Plans a run. `room` is the bytes of a worker's device; `settable` are the fields that `changes` may name."""
     settled, shards, held = settle(model, run, rows, room)
     saved = count_trained(model, run) * (run.itemsize + FLOAT32 * (2 if run.itemsize == FLOAT32 else 3))
     steps = run.n_epochs * ceil(rows.groups / run.batch_size)
@@ -52,7 +56,7 @@ def plan(
 
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
-    """The first change that is enough by itself, else the first ones together of which none can be left out."""
+    """Returns the first change that makes the run fit; else the first ones that do together, without needless ones."""
 
     def total(values: Mapping[str, Any]) -> int:
         return settle(model, replace(run, **values), rows, room)[2].total
@@ -77,5 +81,6 @@ def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collectio
 
 
 def in_gb(num_bytes: int) -> str:
+    """Returns a number of bytes in GB, with its unit."""
     gigabytes = num_bytes / 1e9
     return f"{gigabytes:.0f} GB" if gigabytes >= 100 else f"{gigabytes:.3g} GB"

@@ -1,1 +1,1 @@
-"""A model that computes log-probs of completions: packs, attention, head."""
+"""Computes the log-probabilities of completions with a model: packs, attention, head."""

@@ -1,4 +1,4 @@
-"""The floor of a step's time: its floating-point operations, and how many of them the device does in a second."""
+"""Counts the floating-point operations of a step, and measures how many the device does in a second."""
 
 import time
 from functools import cache
@@ -11,10 +11,10 @@ from dpo_core.policy.batch import Batch
 
 
 class Flops:
-    """Of the matrix products in a forward and backward; a multiplication and an addition are two (arXiv 2204.02311, B).
+    """Counts the operations of the matrix products in a forward and backward (arXiv 2204.02311, appendix B).
 
-    Attention is causal. The head's tiles and attention's scores are computed twice. Frozen weights have no gradient.
-    With `recomputed` activations the layers run forward once more.
+    A multiplication and an addition are two operations. Attention is causal. The head's tiles and attention's scores
+    are computed twice. Frozen weights have no gradient. With `recomputed` activations the layers run forward twice.
     """
 
     def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:
@@ -22,14 +22,15 @@ class Flops:
         inner = [m for m in model.modules() if m is not head and not isinstance(m, nn.Embedding)]
         weights = [weight for module in inner for weight in module.parameters(recurse=False)]
         routed = getattr(config, "num_experts_per_tok", None) or 1
-        experts = sum(_of_matrix(w, recomputed) * routed // len(w) for w in weights if w.ndim == 3)
-        self.per_token: int = sum(_of_matrix(w, recomputed) for w in weights if w.ndim == 2) + experts
-        self.per_row: int = 0 if head is None else _of_matrix(head.weight, True)
+        experts = sum(_per_input(w, recomputed) * routed // len(w) for w in weights if w.ndim == 3)
+        self.per_token: int = sum(_per_input(w, recomputed) for w in weights if w.ndim == 2) + experts
+        self.per_row: int = 0 if head is None else _per_input(head.weight, True)
         heads: int = getattr(config, "num_attention_heads", 0)  # a state-space model has none
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         self.per_seen_token: int = (14 + 4 * recomputed) * width * config.num_hidden_layers
 
-    def of(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> int:
+        """Returns the operations of a forward and backward of the batch."""
         seen = sum(
             (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
             for prefix_start, prefix_stop, start, stop in batch.segments
@@ -38,19 +39,20 @@ class Flops:
         return self.per_token * len(batch.input_ids) + self.per_row * rows + self.per_seen_token * seen
 
 
-def _of_matrix(weight: Tensor, twice: bool) -> int:
-    """Of a row of its input: forward, the input's gradient, and its own."""
+def _per_input(weight: Tensor, twice: bool) -> int:
+    """Returns the operations for one row of a matrix's input: its product, `twice` if recomputed, and the gradients of
+    the input and, if it is trained, of the weight."""
     return (4 + 2 * weight.requires_grad + 2 * twice) * weight.numel()
 
 
-SLOW = 5e9  # FLOP/s, of bfloat16 on a CPU without instructions for it
+SLOW = 5e9  # FLOP/s; a CPU without instructions for bfloat16 is slower
 
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large matrix product, the best of five; measured once.
+    """Measures the FLOP/s of a large matrix product, the best of five tries. A process measures them once.
 
-    Of a smaller one where the processor computes this dtype so slowly that the large one would take a minute.
+    The product is smaller on a processor so slow in this dtype that the large one would take a minute.
     """
     if device.type != "cpu":
         return _product_rate(8192, dtype, device)

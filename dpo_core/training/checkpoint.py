@@ -1,16 +1,16 @@
-"""A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
+"""Reads checkpoints. A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
 
     manifest.json                           step, counters, metrics, evaluations, config, files
     model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's, and
-                                            base_model.json, by which it knows its base
-    optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the trained
-                                            weights in float32, where the model has fewer bits
+                                            base_model.json, which identifies its base
+    optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the float32
+                                            masters of weights in half precision
 
-An older checkpoint may be kept as a model alone: its manifest names no optimizer file then.
+An older checkpoint may be kept as a model alone; its manifest names no optimizer file then.
 
-No pickles. Nothing in a step draws random numbers and the learning rate is a function of the step,
-so weights, moments and the step are all that resuming needs to repeat a run: on CPUs bit for bit; on GPUs
-some sums of backward have no fixed order. A run may go on with another number of ranks than it was saved with.
+No file is a pickle. A step draws no random numbers but an adapter's dropout, which it seeds itself, and the learning
+rate is a function of the step. So weights, moments and the step are all that a resumed run needs to repeat a run: bit
+for bit on CPUs, while some sums of backward have no fixed order on GPUs. A run may resume on another number of ranks.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ from dpo_core.training.weights import Weights
 
 MANIFEST = "manifest.json"
 MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names for its state
-MASTER = "master"  # a weight in float32 of which the model has fewer bits
+MASTER = "master"  # the float32 master of a weight in half precision
 logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
-    """A file of a checkpoint is not what the manifest says. `file` is relative to the checkpoint."""
+    """Raised if a file of a checkpoint is not what the manifest says. `file` is relative to the checkpoint."""
 
     def __init__(self, file: str, message: str) -> None:
         super().__init__(file, message)
@@ -53,34 +53,39 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class FileDigest:
+    """The size and digest by which a file of a checkpoint is verified."""
+
     size: int  # bytes
     sha256: str  # hexadecimal
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The state of a run at a checkpoint, and the files of the checkpoint."""
+
     step: int
     total_steps: int
     num_updates: int  # steps so far that had groups
-    num_tokens: int  # trained on up to and with this step, over all ranks
+    num_tokens: int  # tokens trained on up to and including this step, over all ranks
     metrics: dict[str, float]  # of this step
-    statistics: dict[str, float]  # of the objective
+    statistics: dict[str, float]  # the objective's `Statistics`
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
-    dtype: str | None = None  # that the policy computes in; None: the release that wrote it did not say
-    base: str | None = None  # `adapter.fingerprint` of what the adapter was put on; None: all weights, or as above
-    evaluations: tuple[Evaluation, ...] = ()  # of the run so far, by its best_metric
+    dtype: str | None = None  # in which the policy computes; None: an older release wrote the checkpoint
+    base: str | None = None  # `adapter.fingerprint` of the adapter's base; None: no adapter, or an older release
+    evaluations: tuple[Evaluation, ...] = ()  # the run's evaluations so far, by its best_metric
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether a run can go on from it; what it lost its optimizer's state of is a model and no more."""
+        """Whether a run can go on from the checkpoint. Without its optimizer's state it is a model only."""
         return any(is_optimizer(name) for name in self.files)
 
     def without_optimizer(self) -> "Manifest":
-        """The same checkpoint, kept as a model."""
+        """Returns the manifest of the same checkpoint, kept as a model."""
         return replace(self, files={name: digest for name, digest in self.files.items() if not is_optimizer(name)})
 
     def to_json(self) -> bytes:
+        """Returns the manifest as its file holds it."""
         return json.dumps(asdict(self), indent=1).encode()
 
 
@@ -90,20 +95,20 @@ def is_optimizer(name: str) -> bool:
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
-    """The newest undamaged checkpoint in a folder of them that a run can go on from. A damaged one is named in a
-    warning and passed over."""
+    """Returns the newest undamaged checkpoint that a run can resume from. It logs a warning for each damaged one."""
     for candidate in sorted(Path(folder).glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
             if not verify(candidate).has_optimizer:
                 continue
         except DamagedCheckpoint as error:
-            logger.warning("A checkpoint is damaged and passed over: %s", error)
+            logger.warning("A checkpoint is damaged and not used: %s", error)
         else:
             return candidate
     return None
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """Returns the manifest of a checkpoint. Raises DamagedCheckpoint if it is missing or unreadable."""
     try:
         return parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     except FileNotFoundError:
@@ -122,7 +127,7 @@ def parse_manifest(written: bytes, where: str) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest, after every file was found as it says. Raises DamagedCheckpoint naming the first that was not."""
+    """Returns the manifest if every file is as it says. Raises DamagedCheckpoint for the first file that is not."""
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         path = folder / name
@@ -133,19 +138,24 @@ def verify(folder: Path) -> Manifest:
             what = f"{path} has {size} bytes, its manifest says {expected.size}"
             raise DamagedCheckpoint(name, f"{what}; use an earlier checkpoint.")
         if sha256_of(path) != expected.sha256:
-            raise DamagedCheckpoint(name, f"{path} has another sha256 than its manifest says; use an earlier one.")
+            what = f"{path} has another sha256 than its manifest says"
+            raise DamagedCheckpoint(name, f"{what}; use an earlier checkpoint.")
     return manifest
 
 
 def resumable(
     folder: Path, *, config: TrainConfig, total_steps: int, dtype: torch.dtype
 ) -> tuple[Manifest, TrainConfig]:
-    """The manifest of a checkpoint that this run can go on from, and `config` with what that run had decided."""
+    """Returns the manifest of a checkpoint, and `config` with the choices that its run made about memory.
+
+    Raises DamagedCheckpoint, or ValueError if this run cannot continue that one.
+    """
     manifest = verify(folder)
     if not manifest.has_optimizer:
         raise ValueError(f"{folder} was kept without its optimizer's state; resume from a newer one, or start from it.")
     if manifest.total_steps != total_steps:
-        raise ValueError(f"{folder} is of a run of {manifest.total_steps} steps, this one has {total_steps}.")
+        what = f"{folder} is of a run of {manifest.total_steps} steps, this run has {total_steps}"
+        raise ValueError(f"{what}; use the same data and config.")
     if manifest.dtype not in (None, name_of(dtype)):
         raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
     wanted = asdict(config)
@@ -167,7 +177,8 @@ def resumable(
 def load(
     folder: Path, manifest: Manifest, *, policy: PreTrainedModel, weights: Weights, optimizer: torch.optim.AdamW
 ) -> None:
-    """Put a checkpoint's weights and AdamW's state into place."""
+    """Loads a checkpoint's weights into the policy and AdamW's state into the optimizer. Raises ValueError if they do
+    not fit."""
     saved = _Saved(folder)
     saved.check(weights)
     if manifest.dtype is None:
@@ -182,14 +193,14 @@ def load(
             parameter.data.copy_(saved.like(parameter, name, MASTER))
         if saved.has(name, MOMENTS[0]):
             moments = {moment: saved.like(parameter, name, moment) for moment in MOMENTS}
-            # Releases that did not save the step of each weight stepped all of them at every update.
-            counted = saved.has(name, STEP)
-            step = saved.first(name, STEP) if counted else torch.tensor(float(manifest.num_updates))
+            # Older releases did not save the step of each weight: they stepped all weights at every update.
+            has_step = saved.has(name, STEP)
+            step = saved.first(name, STEP) if has_step else torch.tensor(float(manifest.num_updates))
             optimizer.state[parameter] = moments | {STEP: step.to(parameter.device)}
 
 
 class _Saved:
-    """What the optimizer's files of a checkpoint hold. Each has some rows of every tensor."""
+    """The tensors in the optimizer's files of a checkpoint. Each file has some rows of every tensor."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -200,33 +211,33 @@ class _Saved:
         return f"{name}.{kind}" in self._names
 
     def first(self, name: str, kind: str) -> Tensor:
-        found: Tensor = self._parts[0].get_tensor(f"{name}.{kind}")
-        return found
+        tensor: Tensor = self._parts[0].get_tensor(f"{name}.{kind}")
+        return tensor
 
     def like(self, parameter: Tensor, name: str, kind: str) -> Tensor:
-        """On the parameter's device, and split as it is."""
+        """Returns a tensor on the parameter's device, sharded as the parameter is."""
         whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in self._parts]).to(parameter.device)
         if not isinstance(parameter, DTensor):
             return whole
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def check(self, weights: Weights) -> None:
-        """Raises ValueError where these are not the weights that are trained here."""
+        """Raises ValueError if the files hold other weights than this run trains."""
         remedy = "give train the same model and adapter"
         if {name.rpartition(".")[0] for name in self._names} != weights.stepped.keys():
-            raise ValueError(f"{self._folder} is of other weights than are trained here; {remedy}.")
+            raise ValueError(f"{self._folder} has other weights than this run trains; {remedy}.")
         for name, parameter in weights.stepped.items():
             if self.has(name, MOMENTS[0]) and (shape := self._shape(name)) != (*parameter.shape,):
                 what = f"{self._folder} has {name} of shape {shape}, here it has {(*parameter.shape,)}"
                 raise ValueError(f"{what}; {remedy}.")
 
     def check_precision(self, weights: Weights) -> None:
-        """Raises ValueError where the model had more or fewer bits than it has here."""
+        """Raises ValueError if the model was in half precision and is not here, or the other way round."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
         if halves != weights.in_float32.keys():
-            what = f"{self._folder} has {len(halves)} weights in float32 beside the model"
+            what = f"{self._folder} has float32 masters of {len(halves)} weights"
             remedy = "load the policy in the dtype of that run, or start a new run from its model"
-            raise ValueError(f"{what}, this run {len(weights.in_float32)}; {remedy}.")
+            raise ValueError(f"{what}, this run has {len(weights.in_float32)}; {remedy}.")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shapes = [part.get_slice(f"{name}.{MOMENTS[0]}").get_shape() for part in self._parts]
@@ -234,40 +245,41 @@ class _Saved:
 
 
 def _check_adapter(folder: Path, policy: Any) -> None:
-    """Raises ValueError where the same weights of an adapter would count for more or less than they did."""
+    """Raises ValueError if the adapter's options differ, so that the same weights would have another effect."""
     from peft import PeftConfig
 
-    (own,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
+    (current,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
     for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
-        values = [getattr(config, key, None) for config in (before, own)]
+        values = [getattr(config, key, None) for config in (before, current)]
         if values[0] != values[1]:
             what = f"{folder} was trained with an adapter whose {key} is {values[0]}, here it is {values[1]}"
             raise ValueError(f"{what}; load the policy with the same Lora.")
 
 
-# What a config says of files, and of how the model is begun, loaded and asked, but not of what it computes.
-_ASIDE = re.compile(
+# The keys of a config that say where the model is and how it starts, not what it computes.
+_IRRELEVANT = re.compile(
     r"_name_or_path|architectures|dtype|transformers_version|use_cache|quantization_config|(pad|bos|eos)_token_id"
     r"|.*(initializer|dropout|pdrop|aux_loss).*|output_router_logits"
 )
 
 
 def _check_config(folder: Path, policy: PreTrainedModel) -> None:
-    """Raises ValueError where the same weights would be of another model than they were."""
-    before, own = (
+    """Raises ValueError if the model's config differs, so that the same weights would compute something else."""
+    before, current = (
         _computed(config.to_dict()) for config in (AutoConfig.from_pretrained(folder / "model"), policy.config)
     )
-    for key in ("model_type", *sorted(before.keys() | own.keys())):
-        if before.get(key) != own.get(key):
-            what = f"{folder} is of a model whose {key} is {before.get(key)}, here it is {own.get(key)}"
+    for key in ("model_type", *sorted(before.keys() | current.keys())):
+        if before.get(key) != current.get(key):
+            what = f"{folder} is of a model whose {key} is {before.get(key)}, here it is {current.get(key)}"
             raise ValueError(f"{what}; give train the same model.")
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part of a config that decides what the model computes."""
     return {
         key: _computed(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if not _ASIDE.fullmatch(str(key))
+        if not _IRRELEVANT.fullmatch(str(key))
     }
 
 
@@ -280,7 +292,7 @@ def _load_model(folder: Path, policy: PreTrainedModel) -> None:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As config.json has it."""
+    """Returns the dtype's name, as config.json spells it."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""Makes the optimizer, and computes the learning rate of each step."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from dpo_core.config import Optim
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """AdamW; weights decay, biases and norms do not."""
+    """Returns AdamW over the parameters. Matrices have weight decay; biases and norms have none."""
     stepped = list(parameters)
     groups = [
         {"params": [p for p in stepped if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -20,8 +20,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.op
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
-    """The rate of `step`, from 1. It rises over the warmup, then falls; no step has the rate 0."""
-    assert optim.learning_rate is not None  # resolved
+    """Returns the learning rate of a step, from 1. It rises in the warmup, then follows the schedule; it is never 0."""
+    assert optim.learning_rate is not None  # `resolved` has set it
     warmup = math.ceil(optim.warmup_ratio * total_steps)
     if step <= warmup:
         return optim.learning_rate * step / (warmup + 1)

@@ -61,7 +61,7 @@ OBJECTIVES = [Dpo(), Supervised(), Lipo(), Kto(), Bco(), Aot(), Aot(paired=False
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.type)
-def test_they_are_all_one_batch_however_they_are_cut(
+def test_held_out_groups_are_one_batch_however_they_are_cut(
     objective, make_policy, make_groups, tokenizer, pairs, demonstrations, scored, tmp_path
 ):
     groups = {
@@ -82,7 +82,7 @@ def test_they_are_all_one_batch_however_they_are_cut(
 
 
 @pytest.mark.parametrize("config", [CONFIG, SUPERVISED, replace(CONFIG, objective=Bco())], ids=["dpo", "sft", "bco"])
-def test_training_goes_on_bit_for_bit_as_without(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
+def test_validation_does_not_change_training_by_a_bit(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
     groups = demonstrations if config is SUPERVISED else pairs
     watched, alone = make_policy(), make_policy()
     batches, clocks = [groups[:3], groups[3:6], groups[1:5], groups[:4]], {"tokens_per_second", "hfu"}
@@ -101,7 +101,7 @@ def test_training_goes_on_bit_for_bit_as_without(config, make_policy, tokenizer,
     assert manifests[0].num_tokens == manifests[1].num_tokens
 
 
-def test_they_are_read_anew_for_every_checkpoint(policy, tokenizer, pairs, tmp_path):
+def test_held_out_groups_are_read_again_for_every_checkpoint(policy, tokenizer, pairs, tmp_path):
     read = []
 
     def validation():
@@ -114,12 +114,12 @@ def test_they_are_read_anew_for_every_checkpoint(policy, tokenizer, pairs, tmp_p
     assert [bool(evaluated(result)) for result in results] == [False, True, False, True]
 
 
-def test_nothing_is_evaluated_where_there_is_nothing_after_all(policy, tokenizer, pairs, tmp_path):
+def test_nothing_is_evaluated_if_validation_returns_none(policy, tokenizer, pairs, tmp_path):
     (result,) = run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: None)
     assert not evaluated(result)
 
 
-def test_no_held_out_groups_are_refused(policy, tokenizer, pairs, tmp_path):
+def test_validation_without_groups_is_refused(policy, tokenizer, pairs, tmp_path):
     with pytest.raises(ValueError, match="No groups came to evaluate on; give validation some, or leave it out"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=list)
 
@@ -131,7 +131,7 @@ def test_held_out_groups_that_the_objective_cannot_read_are_refused_by_line(
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: [demonstrations[2:]])
 
 
-def test_a_policy_that_makes_no_number_of_them_ends_the_run_without_its_checkpoint(policy, tokenizer, pairs, tmp_path):
+def test_an_evaluation_that_is_not_finite_ends_the_run_without_its_checkpoint(policy, tokenizer, pairs, tmp_path):
     def break_it():
         torch.nn.init.constant_(policy.lm_head.weight, math.nan)
         return [pairs]

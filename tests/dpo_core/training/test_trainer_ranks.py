@@ -259,7 +259,7 @@ def test_a_model_is_saved_in_its_own_precision_by_shards_too(name, home):
         assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_four_ranks_go_on_where_two_were(home):
+def test_four_ranks_resume_a_run_of_two(home):
     resumed, straight = (
         load_file(home / name / "weights.safetensors") for name in ("resumed by four/rank0", "shards/rank0")
     )
@@ -268,7 +268,7 @@ def test_four_ranks_go_on_where_two_were(home):
 
 @pytest.mark.parametrize("name", STOPPED)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_stop_together_when_one_of_them_is_told_and_go_on_as_if_they_had_not(name, rank, home):
+def test_ranks_stop_together_when_one_is_asked_to_and_resume_as_if_they_had_not(name, rank, home):
     stopped, straight = home / f"{name}, stopped" / f"rank{rank}", home / name / f"rank{rank}"
     assert results(stopped) + results(stopped / "resumed") == results(straight)
     assert len(results(stopped)) == 1
@@ -276,7 +276,7 @@ def test_ranks_stop_together_when_one_of_them_is_told_and_go_on_as_if_they_had_n
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_of_copies_one_is_saved(home):
+def test_only_one_of_several_copies_is_saved(home):
     assert list((home / "copies" / "rank0").glob("step-*"))
     assert not list((home / "copies" / "rank1").glob("step-*"))
 

@@ -84,7 +84,7 @@ def test_auto_takes_the_fewest_parts_that_fit_into_half_of_a_gpu(choices, gigaby
 def gpu(monkeypatch, *, ranks, local_ranks, gigabytes):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     monkeypatch.setattr(weights, "num_ranks", lambda: ranks)
-    monkeypatch.setattr(weights, "lowest", lambda value, device: value)
+    monkeypatch.setattr(weights, "all_reduce_min", lambda value, device: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes * GB))
 
 
@@ -102,7 +102,7 @@ class OnGpu(nn.Module):
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "hybrid", "full"])
-def test_what_was_asked_for_is_done(sharding, monkeypatch):
+def test_a_sharding_that_the_user_set_is_used(sharding, monkeypatch):
     gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=0)
     scorer = SimpleNamespace(model=OnGpu(), takes_batches=True)
     assert weights.num_shards(scorer, sharding) == {"replicated": 1, "hybrid": 4, "full": 8}[sharding]
@@ -120,13 +120,13 @@ def test_what_was_asked_for_is_done(sharding, monkeypatch):
         (1, True, 3, 8),
     ],
 )
-def test_auto_looks_at_the_nodes_and_at_what_they_hold(local_ranks, adapter, gigabytes, shards, monkeypatch):
+def test_auto_depends_on_the_nodes_and_their_memory(local_ranks, adapter, gigabytes, shards, monkeypatch):
     gpu(monkeypatch, ranks=8, local_ranks=local_ranks, gigabytes=gigabytes)
     scorer = SimpleNamespace(model=OnGpu(adapter=adapter), takes_batches=True)
     assert weights.num_shards(scorer, "auto") == shards
 
 
-def test_auto_copies_what_cannot_be_split(monkeypatch):
+def test_auto_copies_models_that_cannot_be_split(monkeypatch):
     gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=1)
     assert weights.num_shards(SimpleNamespace(model=OnGpu(), takes_batches=False), "auto") == 1
 
@@ -146,7 +146,7 @@ def test_the_state_of_a_run_is_counted_to_the_byte(dtype, adapter, policy, tmp_p
     assert weights.state_bytes(loaded, 1) == sum(tensor.nbytes for tensor in tensors)
 
 
-def test_parts_of_the_state_are_counted_with_two_layers_and_what_is_outside_of_them(make_policy):
+def test_the_state_of_shards_includes_two_whole_layers_and_all_outside_of_them(make_policy):
     policy = make_policy(num_hidden_layers=4).to(torch.bfloat16)
     layer = sum(weight.numel() for weight in policy.model.layers[0].parameters())
     num_weights = sum(weight.numel() for weight in policy.parameters())
@@ -160,5 +160,5 @@ def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypat
     monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda tensor: sent.append(tensor.dtype))
     dtypes = [torch.float64, torch.bfloat16, torch.int64, torch.float32, torch.float16, torch.int32, torch.bfloat16]
-    ranks.add_up(*(torch.ones(2, dtype=dtype) for dtype in dtypes))
+    ranks.all_reduce_sum(*(torch.ones(2, dtype=dtype) for dtype in dtypes))
     assert sent == dtypes[:-1]

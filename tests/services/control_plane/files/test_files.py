@@ -145,7 +145,7 @@ HOSTILE = {
     "NUL": (b'{"prompt": "a\\u0000b"}', "Line 2, /prompt: holds a NUL"),
     "half a surrogate pair": (b'{"prompt": "\\ud83d"}', "Line 2, /prompt: holds half of a surrogate pair"),
     "nesting": (b'{"prompt": ' + b"[" * 10**5, "Line 2 nests more than 64 levels"),
-    "a key twice": (b'{"prompt": "a", "prompt": "b"}', "Line 2, /prompt: this key stands twice"),
+    "a key twice": (b'{"prompt": "a", "prompt": "b"}', "Line 2, /prompt: this key is there twice"),
     "infinity": (b'{"prompt": Infinity}', "Line 2, /prompt: Infinity is not a JSON number"),
     "a long line": (b"x" * (33 * 2**20), "Line 2 is longer than 32 MiB"),
     "a long key": (b'{"' + b"k" * 10**6 + b'": 1}', "Line 2: its keys are kkk"),
