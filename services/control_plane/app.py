@@ -1,4 +1,4 @@
-"""The control plane's parts, wired together. Nobody else builds them."""
+"""Builds the control plane's parts and connects them. No other module builds them."""
 
 import asyncio
 import logging
@@ -26,23 +26,23 @@ from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.telemetry import AUTH_FAILURES
 from services.control_plane.files import api as files_api
 from services.control_plane.files import model_check_api, uploads_api
-from services.control_plane.files.row_check import Surveyor
+from services.control_plane.files.row_check import RowChecker
 from services.control_plane.http import health, metrics, unsupported
-from services.control_plane.http.access_log import Access
+from services.control_plane.http.access_log import AccessLog
 from services.control_plane.http.dependencies import admit, check_query
 from services.control_plane.http.limits import Limits
-from services.control_plane.http.rate_limit import Rates
+from services.control_plane.http.rate_limit import RateLimits
 from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
 from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs import plans_api, validation_api
-from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.models import api as models_api
 from services.control_plane.models import inference_api, sharing_api
 from services.control_plane.models.inference import Inference
 from services.control_plane.progress import api as progress_api
-from services.control_plane.progress.streams import Live
-from services.control_plane.ray_api import Launcher
+from services.control_plane.progress.streams import Streams
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import api as tenants_api
 from services.control_plane.tenants import api_keys, audit
@@ -51,11 +51,11 @@ from services.control_plane.webhooks.outbox import Sender
 
 log = logging.getLogger(__name__)
 
-JOINED_AT_ONCE = 4  # uploads: each holds a connection to the database while its parts are read and written
+JOINED_AT_ONCE = 4  # uploads that are joined at a time; each holds a database connection meanwhile
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The service for one database and one Ray cluster. The database's schema must be up to date."""
+    """Returns the service for one database and one Ray cluster. The database must have the newest schema."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     checks = [Depends(admit), Depends(check_query)]
@@ -85,11 +85,11 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
 
-    async def project_of(token: str) -> str | None:  # asked when the app has its parts
+    async def project_of(token: str) -> str | None:  # it is called when the app has its parts
         return await cast(Authentication, app.state.authentication).project_of(token)
 
     app.add_middleware(Limits, settings=settings, project_of=project_of)
-    app.add_middleware(Access)
+    app.add_middleware(AccessLog)
     return app
 
 
@@ -99,17 +99,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     store = Store(
         settings.database_url, direct_url=settings.database_direct_url, connections=settings.database_connections
     )
-    launcher = Launcher(settings, store.instance)
-    app.state.store, app.state.launcher = store, launcher
-    app.state.inference = Inference(store, launcher, settings)
-    app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
-    app.state.lookups, app.state.refusals = Lookups(store), Refusals(store)
-    live = app.state.live = Live(store, settings)
+    ray_api = RayApi(settings, store.instance)
+    app.state.store, app.state.ray_api = store, ray_api
+    app.state.inference = Inference(store, ray_api, settings)
+    app.state.authentication, app.state.rate_limits = Authentication(store, settings), RateLimits()
+    app.state.job_reader, app.state.refusals = JobReader(store), Refusals(store)
+    streams = app.state.streams = Streams(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
-    reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
-    parts = (reconciler, surveyor, sender, live, app.state.authentication, app.state.refusals)
+    reconciler, row_checker = Reconciler(store, ray_api, settings, holder=holder), RowChecker(store, holder=holder)
+    parts = (reconciler, row_checker, sender, streams, app.state.authentication, app.state.refusals)
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
     for task in tasks:
         task.add_done_callback(_end_process)
@@ -122,12 +122,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
         await sender.close()
         await app.state.inference.close()
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
 
 def _end_process(part: asyncio.Task[None]) -> None:
-    """A part runs until it is cancelled. Where one ends by itself the process ends, too, and is started anew."""
+    """Ends the process if a part ended without being cancelled. The process is then started anew."""
     if not part.cancelled():
         log.critical("%s has ended, and the process ends with it", part.get_name(), exc_info=part.exception())
         os.kill(os.getpid(), signal.SIGTERM)
@@ -142,7 +142,7 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's 422 as OpenAI's 400. The first part of a location is where it was: body, query, path."""
+    """Answers FastAPI's 422 as OpenAI's 400. The first item of a location says where: body, query or path."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -153,7 +153,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, ApiError):  # while FastAPI read the body
+    if isinstance(error.__cause__, ApiError):  # it was raised while FastAPI read the body
         return await _on_api_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
@@ -172,20 +172,20 @@ async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
-    """The database is down or takes no writes, or all connections to it are taken: the client comes back by itself."""
+    """Answers 503 if the database is down, takes no writes, or has no connection free. Clients retry by themselves."""
     if isinstance(error, DBAPIError) and refuses_value(error):
         return await _on_data_error(request, error)
     log.warning("The database does not answer: %s", error)
     if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.errors.QueryCanceled):
-        message = "The request waited too long for another that works on the same; nothing was changed."
+        message = "The request waited too long for another one that changes the same object; nothing was changed."
         return Unavailable(message, retry_after=30, code="database_unavailable").response()
     message = "The database does not answer; nothing was changed."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()
 
 
 async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
-    """What the request says cannot be kept, nor be looked for."""
+    """Answers 400 if the database cannot store, or compare with, a value of the request."""
     assert isinstance(error, DBAPIError)
     log.warning("A value was refused by the database: %s", error.orig)
-    message = "A value in the request cannot be kept: it holds a NUL character, or is too large; change it."
+    message = "A value in the request cannot be stored: it holds a NUL character, or is too large; change it."
     return InvalidRequest(message).response()

@@ -1,4 +1,4 @@
-"""The control plane's settings: command line over environment over settings file over defaults."""
+"""The control plane's settings: from the command line, else the environment, else the settings file, else defaults."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def _model_name(name: str) -> str:
 
 
 def _without_key(place: str) -> str:
-    """Of a folder of storage: it is told in Ray's list of jobs, in rows and in logs."""
+    """Refuses a place in storage that holds a key, because Ray's list of jobs, rows and logs show the place."""
     if "@" in urlsplit(place).netloc:
         raise ValueError("holds a key before its '@'; leave that out, and give it as AWS_ACCESS_KEY_ID or the like")
     return place
@@ -42,7 +42,7 @@ class BaseModel(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id
-    adapter: Lora | Literal["none"] = Lora()  # what a job trains that does not say it; none: all weights
+    adapter: Lora | Literal["none"] = Lora()  # what jobs train that do not say it; none: all weights
 
 
 def _base_model(value: object) -> object:
@@ -124,8 +124,8 @@ class Settings(BaseSettings):
 
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
-        description="Base models, by name: a local folder, a storage URI, or a hub id; or a table of `source` and "
-        "`adapter`, which is what jobs train that do not say it.",
+        description="Base models, by name: a local folder, a storage URI without a key in it, or a hub id; or a table "
+        "of `source` and `adapter`, which is what jobs train that do not say it.",
     )
     organization: str = Field(
         default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="The second part of the names of policies, `ft:…`."

@@ -1,1 +1,1 @@
-"""Attempts of jobs: when one starts, what it reports, when it is over."""
+"""Attempts of jobs: when one starts, what it reports, and when it ends."""

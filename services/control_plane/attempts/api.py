@@ -1,4 +1,4 @@
-"""/internal/attempts: where training reports. Each attempt has a token of its own."""
+"""/internal/attempts, to which training reports. Each attempt has a token of its own."""
 
 from typing import Annotated
 
@@ -23,7 +23,7 @@ async def record(
     credentials: Bearer,
     own_token: Annotated[str | None, Header(alias=OWN_TOKEN_HEADER, min_length=32)] = None,
 ) -> Wish:
-    """Record a batch, each report once, and say what is wished; 409 tells an attempt that was replaced to stop."""
+    """Records a batch, each report once, and returns what the user wants. 409 tells a replaced attempt to stop."""
     if credentials is None:
         raise Unauthorized("Reports need the attempt's token.", code="invalid_api_key")
     async with store.begin() as session:

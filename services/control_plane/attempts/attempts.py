@@ -1,4 +1,4 @@
-"""The life of an attempt, from its opening to its end, and the only writer of what it reports."""
+"""The life of an attempt, from its first row to its end. Only this module writes what attempts report."""
 
 import secrets
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ from services.control_plane.settings import Settings
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Write the attempt before it is launched, so that no launch is ever unknown. Its job waits no more."""
+    """Writes the row of an attempt before the launch, so that no launch is unknown. Clears its job's `waits_for`."""
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0
     session.add(attempt)
@@ -51,9 +51,9 @@ async def begin(
 
 
 async def give_token(session: AsyncSession, attempt: Attempt) -> str:
-    """A secret for the next launch of the attempt, of which the digest is kept.
+    """Makes a token for the next launch of the attempt and keeps its digest.
 
-    The launch before it may have been accepted though its answer was lost, so that its secret is good, too.
+    The token of the launch before stays good, because Ray may have accepted that launch though its answer was lost.
     """
     token = secrets.token_urlsafe(32)
     digests = func.right(func.concat_ws(" ", Attempt.token, digest(token)), 2 * len(digest(token)) + 1)
@@ -68,7 +68,7 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Close the attempt; from here on its reports are refused. False: it was closed before."""
+    """Closes the attempt; its reports are refused from now on. Returns False if it was closed before."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
@@ -93,13 +93,13 @@ def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
 
 
 async def last_failure(session: AsyncSession, job_id: str) -> str | None:
-    """Why the newest of the job's failed attempts ended."""
+    """Returns why the newest of the job's failed attempts ended."""
     newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
     return await session.scalar(newest.limit(1))
 
 
-async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
-    """Note why the attempt is being stopped, and tell it the first time."""
+async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> None:
+    """Notes why the attempt is being stopped. Writes an event about it the first time."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
@@ -108,9 +108,9 @@ async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str, own_token: str | None = None) -> None:
-    """Raises Fenced unless the token is this open attempt's. From here on `own_token`, if any, is good in its place.
+    """Raises Fenced unless the attempt is open and the token is its own. `own_token`, if given, replaces the token.
 
-    Ray's list of jobs shows the token of a launch, and nobody but the attempt knows its own.
+    Ray's list of jobs shows the token of a launch. The one that replaces it is known to the attempt alone.
     """
     attempt = await session.get(Attempt, (job_id, number))
     if attempt is None or attempt.state == "ended" or digest(token) not in attempt.token.split():
@@ -120,7 +120,7 @@ async def authorize(session: AsyncSession, job_id: str, number: int, token: str,
         exchange = update(Attempt).where(Attempt.job_id == job_id, Attempt.number == number)
         exchange = exchange.where(Attempt.token.contains(digest(token))).values(token=digest(own_token))
         if (await session.execute(exchange.returning(Attempt.number))).first() is None:
-            raise _not_its_own(job_id, number)  # another was faster
+            raise _not_its_own(job_id, number)  # another request replaced the token meanwhile
 
 
 def _not_its_own(job_id: str, number: int) -> Fenced:
@@ -136,9 +136,10 @@ async def record(
     *,
     posted: bool,
 ) -> None:
-    """Record what an attempt reports: in order, each report once, however often it is sent.
+    """Records what an attempt reports: in order, and each report once, however often it is sent.
 
-    What the attempt posts itself is a sign of life. What lies in its spool is one while it is new.
+    `posted` says that the attempt sent the reports itself, which is a sign of life. Otherwise they come from its spool,
+    where only new ones are a sign of life.
     """
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
@@ -162,12 +163,12 @@ async def record(
 
 
 async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
-    """What the database refuses is left out, and told: it would be refused again, and those behind it would wait."""
+    """Records reports. One that the database refuses is skipped, with an event, or it would block those after it."""
     if not events:
         return
     try:
         async with session.begin_nested():
-            with session.no_autoflush:  # of what changes with each report, the last is written
+            with session.no_autoflush:  # so that progress, which changes with each report, is written once
                 for event in events:
                     await _record_one(session, attempt, event, settings)
     except Exception as error:
@@ -243,9 +244,10 @@ async def _tell_reported(
 
 
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
-    """`since` and `start` are where the stage began, so that a reader can tell its rate.
+    """Writes the job's progress: the stage, and how much of it is done.
 
-    `encoding` is there while an attempt trains on the first rows and encodes the others.
+    `since` and `start` are when and where the stage began, from which a reader can compute its rate. `encoding` is set
+    while the attempt trains on the first rows and still encodes the others.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}
@@ -257,8 +259,8 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
         return
     known = before if before.get("stage") == stage and before["done"] <= done else None
     began = {"since": known["since"], "start": known["start"]} if known else {"since": at, "start": done}
-    own = {"attempt": attempt.number, "encoding": before.get("encoding")}
-    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began, **own}
+    of_attempt = {"attempt": attempt.number, "encoding": before.get("encoding")}
+    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began, **of_attempt}
 
 
 async def _add_checkpoint(
@@ -285,7 +287,7 @@ async def _add_checkpoint(
 
 
 async def _hold(session: AsyncSession, job_id: str) -> None:
-    """Locks the job, as whoever writes its events does: always before its attempt, or two would wait for each other."""
+    """Locks the job. Every writer of its events locks the job first and its attempt second, to avoid deadlocks."""
     await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
 
 

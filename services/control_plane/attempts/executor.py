@@ -1,4 +1,4 @@
-"""Carries out what was decided for a job. Doing it twice is harmless."""
+"""Carries out what was decided for a job. Carrying a decision out twice is harmless."""
 
 import time
 from io import BytesIO
@@ -18,27 +18,28 @@ from services.control_plane.files import files
 from services.control_plane.jobs import jobs
 from services.control_plane.jobs.results import results_csv
 from services.control_plane.models import deployments, models
-from services.control_plane.ray_api import Launcher, Refused, Submission, rays_words
+from services.control_plane.ray_api import RayApi, Refused, Submission, rays_words
 from services.control_plane.settings import Settings
 from services.spool import DamagedSegment
 
-LAUNCH_SECONDS = 900  # after which an attempt that Ray's errors kept from starting has failed
+LAUNCH_SECONDS = 900  # an attempt fails if Ray answers its launch with errors for this long
 
 
 class Executor:
-    """Raises jobs.Stale where the job was moved meanwhile, and what the database, storage and Ray raise.
+    """Carries out decisions.
 
-    The job is left to the next decision then.
+    Raises jobs.Stale if the job changed meanwhile, and the errors of database, storage and Ray. The job is then left to
+    the next decision.
     """
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
-        self._holder = holder  # in the log of transitions
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings, *, holder: str) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
+        self._holder = holder  # this control plane's name in the log of transitions
 
     async def carry_out(
         self, decision: Decision, job: Job, attempt: Attempt | None, past: History, submission: Submission
     ) -> None:
-        """`attempt` is the open one, `past` what became of all, `submission` Ray's word on the open one."""
+        """Carries out a decision. `attempt` is the open one, and `submission` is what Ray says of it."""
         if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
             await self._fail(job, unreadable, attempt)
             return
@@ -78,9 +79,9 @@ class Executor:
     # --- attempts ---------------------------------------------------------------------------
 
     async def _open(self, job: Job, number: int) -> Attempt:
-        """Write the attempt and, where it insists on a served reference, wish that served, in one transaction.
+        """Writes the attempt, and asks for its reference to be served if the job insists on that, in one transaction.
 
-        An attempt that may choose asks for its reference when it has found that this pays.
+        An attempt that may choose asks for the reference itself, once it knows that serving is faster.
         """
         reference, spec = models.reference_of(job), JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
@@ -99,7 +100,7 @@ class Executor:
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
-        """Write what the driver reads, and submit it. Ray takes one submission id once."""
+        """Writes the file that the driver reads, and submits the attempt. Ray accepts a submission id only once."""
         spec = JobSpec.model_validate(job.spec)
         training_uri = spec.training_file
         async with self._store.begin() as session:
@@ -109,7 +110,7 @@ class Executor:
             token = await attempts.give_token(session, attempt)
         run_uri = self._run_uri(job)
         may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
-        reference = await self._launcher.own_name(models.reference_of(job).app_name) if may_be_served else None
+        reference = await self._ray_api.own_name(models.reference_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
             wire=_wire_of(spec),
             job_id=job.id,
@@ -142,7 +143,7 @@ class Executor:
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
         try:
-            await self._launcher.submit(attempt.submission_id, spec_uri, token)
+            await self._ray_api.submit(attempt.submission_id, spec_uri, token)
         except Refused as refusal:
             await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
             return
@@ -157,12 +158,12 @@ class Executor:
             await attempts.mark_launched(session, attempt)
 
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
-        """No more launches of this attempt. What it counts as keeps a job from being launched for ever."""
+        """Closes an attempt that Ray does not launch. It counts as a failure, or the job would be launched for ever."""
         async with self._store.begin() as session:
-            await self._over(session, job, attempt, reason, failed=True)
+            await self._close(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
-        """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
+        """Records reports in the attempt's spool that never arrived. Returns the attempt as it is then."""
         listed = await anyio.to_thread.run_sync(spool.segments, self._run_uri(job), attempt.number)
         segments = _segments_from(listed, attempt.next_seq)
         for first, uri in segments:
@@ -170,7 +171,7 @@ class Executor:
                 events = (await anyio.to_thread.run_sync(spool.read, uri)).events
             except DamagedSegment as error:
                 if (first, uri) != segments[-1]:
-                    continue  # that reports are missing is told with the next segment
+                    continue  # the next segment brings the event about missing reports
                 lost = Message(level="warn", message=f"The last reports of attempt {attempt.number} are lost: {error}")
                 events = [JobEvent(seq=first, created_at=time.time(), report=lost)]
             async with self._store.begin() as session:
@@ -179,46 +180,46 @@ class Executor:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
     async def _stop(self, job: Job, attempt: Attempt) -> None:
-        """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
+        """Asks Ray to stop the attempt, at each tick until it ended. Only the first time brings an event."""
         if job.desired != "cancel":
             late = "it did not pause in time" if job.desired == "pause" else None
             reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
-                await attempts.blame(session, attempt, reason)
-        await self._launcher.stop(attempt.submission_id)
+                await attempts.note_stop(session, attempt, reason)
+        await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
-        """The attempt stopped because it was told to; if that was not the user, another goes on."""
+        """Closes an attempt that stopped because it was told to. The job pauses if the user wants that, or goes on."""
         step = (attempt.outcome or {})["step"]
         where = f" after step {step}" if step else ""
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await attempts.end(session, attempt, f"it was asked to stop, and did{where}")
+            await attempts.end(session, attempt, f"it was asked to stop, and stopped{where}")
             if job.desired == "pause":
                 await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
             else:
-                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
+                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and stopped{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
-        """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
+        """Closes an attempt that died without an outcome. It is a failure of the job only if it died by itself."""
         failed = submission.status == "ended" and job.desired == "run"
         reason = attempt.reason or submission.cause()
-        applications = (await self._launcher.look()).applications if attempt.reference else {}
+        applications = (await self._ray_api.look()).applications if attempt.reference else {}
         reference = applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await self._over(session, job, attempt, reason, failed=failed)
+            await self._close(session, job, attempt, reason, failed=failed)
             if attempt.reference and reference and reference.state == "failed":
-                await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
+                await deployments.forget(session, attempt.reference)  # so that the next attempt loads it again
 
-    async def _over(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
-        """Close an attempt without an outcome. Told once, however many control planes do it."""
+    async def _close(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
+        """Closes an attempt without an outcome. One event says so, however many control planes do it."""
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""
-            jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}{rest}", level="warn")
+            jobs.tell(session, job.id, f"Attempt {attempt.number} ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Says in the job what it waits for, and returns that for an event. Empty where it is given up."""
+        """Writes to the job what it waits for. Returns the words for an event; none if the job will be given up."""
         failures = (await history(session, job.id)).failures
         if failures >= self._settings.max_attempts:
             return ""
@@ -233,7 +234,7 @@ class Executor:
     # --- ends -------------------------------------------------------------------------------
 
     async def _finish(self, job: Job, attempt: Attempt) -> None:
-        """Close the job as the attempt's last report says."""
+        """Closes the job as the attempt's last report says: succeeded or failed."""
         outcome = attempt.outcome or {}
         if outcome["kind"] == "succeeded":
             await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
@@ -242,7 +243,7 @@ class Executor:
         await self._fail(job, error, attempt)
 
     async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
-        """The policy, the result file and the move, told in one transaction."""
+        """Writes the policy, the result file and the job's move to succeeded in one transaction."""
         name = jobs.fine_tuned_name(job, self._settings)
         async with self._store.begin() as session:
             csv = results_csv(await jobs.metrics_of(session, job.id))
@@ -262,10 +263,10 @@ class Executor:
             )
 
     async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
-        """Fail a job whose next step this service cannot take."""
+        """Fails a job whose next step this service cannot take."""
         message = (
-            f"The service tried {tries} times to go on with the job, and cannot: {why}. "
-            "The control plane's log says more; tell its operator, and submit the job again once that is mended."
+            f"The service tried {tries} times to go on with the job and failed: {why}. "
+            "The control plane's log says more; tell its operator, and submit the job again when the cause is fixed."
         )
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 
@@ -275,7 +276,7 @@ class Executor:
         message = (
             f"The job died {self._settings.max_attempts} times in a row on the cluster without a new checkpoint, the "
             f"last time because {cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
-            f"GET /v1/x/jobs/{job.id}/logs. Submit it again once that is mended."
+            f"GET /v1/x/jobs/{job.id}/logs. Submit it again when the cause is fixed."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
 
@@ -294,6 +295,6 @@ def _wire_of(spec: JobSpec) -> int:
 
 
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
-    """Those that may hold `next_seq` or later."""
+    """Returns the segments that may hold report `next_seq` or later ones."""
     start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
     return segments[start:]

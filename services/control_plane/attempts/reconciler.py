@@ -1,6 +1,6 @@
-"""Compares what is wanted with what is observed, and acts. Level-triggered: a missed tick loses nothing.
+"""Compares, every second, what users want with what is, and acts. A missed tick loses nothing.
 
-Unknown is never failed: without Ray's own word on an attempt, nothing changes.
+An attempt of which Ray says nothing never counts as failed: it stays as it is until Ray answers.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from services.control_plane.attempts.decision import (
     rest_seconds,
 )
 from services.control_plane.attempts.executor import Executor
-from services.control_plane.attempts.patience import TOLD_AFTER, TRIES, Patience, in_words, is_ours
+from services.control_plane.attempts.patience import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.attempts.scheduling import what_each_waits_for
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
@@ -32,7 +32,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.jobs import jobs
 from services.control_plane.models import deployments
-from services.control_plane.ray_api import UNKNOWN, AttemptStatus, Launcher, ServeView, Submission
+from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
@@ -40,35 +40,35 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
-MODELS = "models"  # under this name Patience counts failures to load models
-AT_ONCE = 8  # jobs: what is slow for one keeps the others, and the lease, less than the sum of all
+MODELS = "models"  # the name under which Patience counts failures to load models
+AT_ONCE = 8  # jobs that a tick works on at the same time, so that a slow one does not delay all
 UNREACHABLE = "the Ray cluster to answer"
-QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
+QUIET_SECONDS = 10.0  # after this long without a report, the attempt's spool is read
 
 
 class Reconciler:
-    """One runs in every control plane; the holder of the lease acts."""
+    """Drives all jobs. One runs in every control plane; the one with the lease acts."""
 
     def __init__(
         self,
         store: Store,
-        launcher: Launcher,
+        ray_api: RayApi,
         settings: Settings,
         *,
         holder: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
         self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
-        self._executor = Executor(store, launcher, settings, holder=holder)
-        self._sweeper = Sweeper(store, launcher, settings)
+        self._executor = Executor(store, ray_api, settings, holder=holder)
+        self._sweeper = Sweeper(store, ray_api, settings)
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Tick until cancelled; then hand the lease back."""
+        """Ticks until cancelled, then gives the lease back."""
         try:
             while True:
                 try:
@@ -79,7 +79,7 @@ class Reconciler:
                     log.warning("A tick failed and is tried again: %s", error)
                 except Exception:
                     telemetry.TICKS.labels("failed").inc()
-                    log.exception("A tick failed, by a fault of ours, and is tried again")
+                    log.exception("A tick failed by an unexpected error, and is tried again")
                 if self._leads:
                     self._sweep()
                 await asyncio.sleep(TICK_SECONDS)
@@ -91,7 +91,7 @@ class Reconciler:
                 await self.release()
 
     async def release(self) -> None:
-        """Hand the lease back, so that another need not wait for its end."""
+        """Gives the lease back, so that another control plane need not wait for its end."""
         async with self._store.begin() as session:
             await store.release_lease(session, "reconciler", self._holder)
 
@@ -107,7 +107,7 @@ class Reconciler:
             shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
-            self._look(), self._launcher.submissions(asked), self._capacity(live, back)
+            self._look(), self._ray_api.submissions(asked), self._capacity(live, back)
         )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         holders = {job.id for job in live if job.observed == "running"} - resting - back
@@ -132,7 +132,7 @@ class Reconciler:
     async def _look_at(
         self, job: Job, attempt: Attempt | None, waits_for: str | None, told: Mapping[str, Submission]
     ) -> None:
-        """One job's trouble is not the others': it is looked at again later."""
+        """Takes the job's next step. If that fails, the job is tried again later, and the other jobs go on."""
         if not self._patience.is_due(job.id, job.version):
             return
         try:
@@ -144,40 +144,43 @@ class Reconciler:
                 await self._reconcile(job, attempt, submission, waits_for)
             self._patience.forget(job.id)
         except jobs.Stale as error:
-            log.warning("Job %s is left as it is for now: %s", job.id, error)
+            log.warning("Job %s changed meanwhile and is left to the next tick: %s", job.id, error)
         except Exception as error:
             await self._put_off(job, attempt, error)
 
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
-        """The job is tried again later: without end while the world around is down, else a limited number of times."""
+        """Notes that the job's step failed; a later tick tries it again.
+
+        It is tried without end while the database, storage or Ray are away, otherwise TRIES times.
+        """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
-        log.warning("Job %s is left as it is for now (%d tries): %r", job.id, tries, error, exc_info=ours)
+        log.warning("Job %s: its next step failed, %d times by now: %r", job.id, tries, error, exc_info=ours)
         try:
             if ours and tries >= TRIES:
                 await self._executor.abandon(job, attempt, in_words(error), tries)
-            elif tries == TOLD_AFTER:
+            elif tries == EVENT_AFTER:
                 async with self._store.begin() as session:
                     message = f"The job's next step fails and is tried again: {in_words(error)}"
                     jobs.tell(session, job.id, message, level="warn")
-        except Exception as trouble:  # the others come first; it is told at the next try
-            log.warning("Job %s could not be told of it: %r", job.id, trouble)
+        except Exception as trouble:  # this must not stop the tick; the next try repeats it
+            log.warning("Job %s: its failed step could not be noted: %r", job.id, trouble)
 
     def _sweep(self) -> None:
-        """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
+        """Starts a sweep, beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
     async def _look(self) -> ServeView | None:
-        """None while Ray does not answer. Nothing is launched then: what may run there cannot be cancelled either."""
+        """Returns what Serve runs; None while Ray is away. Then nothing is launched, as it could not be stopped."""
         try:
-            return await self._launcher.look()
+            return await self._ray_api.look()
         except httpx.HTTPError:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str]) -> dict[str, float]:
-        """Of the cluster, where a job waits for its turn."""
+        """Returns the cluster's capacity, if a job waits for its turn; otherwise nothing needs it."""
         waits = back or any(job.observed == "queued" for job in live)
-        return await self._launcher.capacity() if waits else {}
+        return await self._ray_api.capacity() if waits else {}
 
     async def _wait(self, job: Job, what: str) -> None:
         if job.waits_for != what:
@@ -187,7 +190,7 @@ class Reconciler:
     async def _reconcile(
         self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None
     ) -> None:
-        """One decision for one job, carried out. `submission` is Ray's word on the attempt."""
+        """Makes and carries out one decision for a job. `submission` is what Ray says of the attempt."""
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
             attempt = await self._executor.collect(job, attempt)
@@ -213,7 +216,7 @@ class Reconciler:
         await self._executor.carry_out(decision, job, attempt, history, submission)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
-        """Silence counts from when Ray first said, to this control plane, that the attempt runs."""
+        """Whether the attempt hangs. Its silence counts only since Ray first told this process that it runs."""
         if attempt is None:
             return False
         holds = None if status == "unknown" else status == "running"
@@ -221,7 +224,7 @@ class Reconciler:
         return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
     async def _serve_models(self, view: ServeView) -> None:
-        """Make Ray Serve run what is wanted, and nothing else of ours."""
+        """Makes Ray Serve run the models that are wanted, and no others of ours."""
         present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.wanted(session, self._settings, present)
@@ -229,15 +232,15 @@ class Reconciler:
         version = hash(frozenset(names))
         if names == present or not self._patience.is_due(MODELS, version):
             return
-        self._patience.fail(MODELS, version)  # until Ray takes them
-        await self._launcher.serve(wanted)
+        self._patience.fail(MODELS, version)  # it counts as failed until Ray accepts it
+        await self._ray_api.serve(wanted)
         self._patience.forget(MODELS)
 
 
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Running jobs that hold nothing: those that rest for long after a death, and those whose long rest is over."""
+    """Returns running jobs without a slot: those in a long rest after a failure, and those whose long rest is over."""
     resting, back = set[str](), set[str]()
     for job in live:
         if job.observed == "running" and job.id not in opened:

@@ -1,13 +1,13 @@
-"""Which queued jobs may start now, and what the others wait for.
+"""Decides which queued jobs may start now, and says what the others wait for.
 
 Projects take turns: the one whose running workers are the fewest for its weight goes first, then the one whose workers
 ran the shortest time in the last day for its weight, then the one whose next job is the oldest. Within a project the
 highest priority goes first, then the oldest job.
 
-A job that waits for room keeps its place, so that smaller ones behind it cannot starve it. One that waits for its
-project's limit, or for a larger cluster, keeps nobody.
+A job that waits for free workers keeps its place: no job behind it starts, so that smaller jobs cannot starve it. A job
+that waits for its project's limit, or for a larger cluster, holds up no other one.
 
-A running job that waits for its next attempt for long holds nothing meanwhile, and then takes its turn again.
+A running job in a long rest between two attempts holds no slot and no workers. After the rest it takes its turn again.
 """
 
 import heapq
@@ -29,7 +29,7 @@ def what_each_waits_for(
     settings: Settings,
     back: Collection[str] = (),
 ) -> dict[str, str | None]:
-    """For each queued job: None if it may start now. `shares` are the projects'; `back` take their turn again."""
+    """Returns what each queued job waits for; None if it may start now. Jobs in `back` take their turn again."""
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
     held = sum((Counter(needs(job, settings)) for job in running), Counter[str]())
@@ -60,11 +60,11 @@ def what_each_waits_for(
 
 
 class _Turns:
-    """The waiting jobs in the order in which they may start, which changes as they do."""
+    """Yields the waiting jobs in the order of their turns. The order changes when a job starts."""
 
     def __init__(self, running: Sequence[Job], waiting: Sequence[Job], shares: Mapping[str, Share]) -> None:
         self._shares = shares
-        self._workers: Counter[str] = Counter()  # that run, by project
+        self._workers: Counter[str] = Counter()  # running workers, by project
         self._queues: defaultdict[str, list[Job]] = defaultdict(list)
         for job in running:
             self.start(job)
@@ -74,7 +74,7 @@ class _Turns:
             queue.sort(key=lambda job: (-job.priority, job.created_at, job.id))
 
     def __iter__(self) -> Iterator[Job]:
-        """A project's place is found again after each of its jobs: only these change it."""
+        """A project's place in the heap is computed again after each of its jobs, because only they change it."""
         heap = [self._place(project_id, 0) for project_id in self._queues]
         heapq.heapify(heap)
         while heap:
@@ -95,14 +95,14 @@ class _Turns:
 
 
 def needs(job: Job, settings: Settings) -> dict[str, float]:
-    """What the job's workers reserve."""
-    num_workers = job.spec.get("num_workers", 1)  # a job that cannot be read ends when it is opened
+    """Returns the resources that the job's workers reserve."""
+    num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     gpus = num_workers * settings.num_gpus_per_worker
     return {"CPU": float(num_workers)} | ({"GPU": gpus} if gpus else {})
 
 
 def _beyond(needed: Resources, capacity: Resources) -> str | None:
-    """In words. What Ray does not tell of is not in the way."""
+    """Says which needed resources are beyond the capacity; None if none, or if the capacity is unknown."""
     short = [
         f"{amount:g} {name}, and there are {capacity.get(name, 0):g}"
         for name, amount in needed.items()

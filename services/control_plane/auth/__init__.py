@@ -1,1 +1,1 @@
-"""Who sends a request, and what the key allows."""
+"""Finds out who sends a request, and what the request's key allows."""

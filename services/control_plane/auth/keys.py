@@ -1,4 +1,4 @@
-"""API keys: whose request it is, and what it may do. Of a key's text only the digest is kept."""
+"""API keys: which project a request belongs to, and what it may do. The database keeps digests of keys only."""
 
 import hashlib
 import secrets
@@ -14,13 +14,13 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.tables import DEFAULT_PROJECT, Key, Project
 
 Scope = Literal["read", "write", "inference", "admin"]
-MAX_KEYS = 100  # that live, of a project whose own admin makes them: each has its requests per minute
+MAX_KEYS = 100  # the most working keys of a project whose own admin makes them; each has its own requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: a key, its project, and its scopes. `requests_per_minute` None: as the settings say."""
+    """The key that sends a request, its project and its scopes. `requests_per_minute` None: the setting counts."""
 
     key_id: str
     project_id: str
@@ -29,11 +29,11 @@ class Caller:
 
     @property
     def manages_all(self) -> bool:
-        """An admin of the default project manages all projects, another one its own."""
+        """Whether an admin key manages all projects, as those of the default project do, or only its own."""
         return self.project_id == DEFAULT_PROJECT
 
 
-CONFIGURED = Caller("key_configured", DEFAULT_PROJECT, frozenset(SCOPES))  # of the key that the settings name
+CONFIGURED = Caller("key_configured", DEFAULT_PROJECT, frozenset(SCOPES))  # the caller with the key from the settings
 
 
 async def create(
@@ -45,7 +45,7 @@ async def create(
     requests_per_minute: int | None,
     expires_at: datetime | None,
 ) -> tuple[Key, str]:
-    """The key, and its text, which nobody can tell later."""
+    """Creates a key. Returns it with its text, which is not kept and cannot be shown again."""
     text = f"rd-{secrets.token_urlsafe(32)}"
     key = Key(
         id=f"key_{secrets.token_hex(12)}",
@@ -64,21 +64,20 @@ async def create(
 
 
 async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
-    """Raises InvalidRequest for a key by which a project would get more than is usual for one.
+    """Raises InvalidRequest if a project's own admin asks for a faster key, or for more keys, than is allowed.
 
-    `usual` is the setting's requests per minute. Who manages all projects may give what he likes.
+    `usual` is the setting `requests_per_minute`, the most that such an admin may give. An admin of the default project
+    has no limit.
     """
     if caller.manages_all:
         return
     if usual is not None and requests_per_minute is not None and requests_per_minute > usual:
-        message = (
-            f"requests_per_minute is {requests_per_minute}, and {usual} is the most that a project gives its keys."
-        )
+        message = f"requests_per_minute is {requests_per_minute}; a project may give its keys at most {usual}."
         raise InvalidRequest(f"{message} An admin of {DEFAULT_PROJECT} may give more.", param="requests_per_minute")
     living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     if (count := await session.scalar(living.where(unexpired)) or 0) >= MAX_KEYS:
-        raise InvalidRequest(f"The project has {count} keys, and {MAX_KEYS} is the limit; revoke one first.")
+        raise InvalidRequest(f"The project has {count} keys, and the limit is {MAX_KEYS}; revoke one first.")
 
 
 def managed_by(caller: Caller) -> Select[Key]:
@@ -94,14 +93,14 @@ async def find(session: AsyncSession, caller: Caller, key_id: str) -> Key:
 
 
 async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
-    """Doing it twice is harmless."""
+    """Stops the key from working. Revoking it twice is harmless."""
     key = await find(session, caller, key_id)
     key.revoked_at = key.revoked_at or datetime.now(UTC)
     return key
 
 
 async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
-    """Whom the keys with these digests stand for, by digest: those that live, as do their projects."""
+    """Returns the callers of the keys with these digests, by digest, if key and project are both in force."""
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
     living = await session.scalars(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
@@ -109,7 +108,7 @@ async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str,
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:
-    """The scopes among them."""
+    """Returns those of the words that are scopes."""
     return frozenset(scope for scope in SCOPES if scope in words)
 
 
@@ -118,5 +117,5 @@ async def note_uses(session: AsyncSession, key_ids: Sequence[str]) -> None:
 
 
 def digest(text: str) -> str:
-    """A key has 256 bits of chance, so that a plain digest of it tells nothing."""
+    """Returns the SHA-256 of a key. Keys have 256 random bits, so a digest without salt cannot be reversed."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Tokens of an OpenID Connect issuer in place of keys: signed by its published keys, meant for us, and not expired."""
+"""Accepts tokens of an OpenID Connect issuer in place of keys: signed by it, meant for this service, not expired."""
 
 import asyncio
 import logging
@@ -15,15 +15,15 @@ from services.control_plane.settings import Settings
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS = ["RS256", "ES256"]  # a token does not choose: no `none`, and no shared secret
+ALGORITHMS = ["RS256", "ES256"]  # fixed here, because a token must not choose `none` or a shared secret
 REQUIRED = ["exp", "iss", "aud", "sub"]
-LEEWAY_SECONDS = 60  # by which the issuer's clock may differ
-FRESH_SECONDS = 300  # so long keys are kept before the issuer is asked again
-PAUSE_SECONDS = 5  # between two questions, whatever strangers send
+LEEWAY_SECONDS = 60  # the issuer's clock may differ by so much
+FRESH_SECONDS = 300  # how long the issuer's keys are cached
+PAUSE_SECONDS = 5  # at least this long between two requests to the issuer, whatever tokens strangers send
 
 
 class Issuer:
-    """The issuer that the settings name. While it does not answer, the keys it published last are good."""
+    """The issuer that the settings name. While it does not answer, the keys that it published last stay in use."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -34,14 +34,14 @@ class Issuer:
 
     @staticmethod
     def is_token(text: str) -> bool:
-        """Whether it has a JWT's form; the keys that we make have no dots."""
+        """Whether a text has the form of a JWT. Keys of this service have no dots."""
         return text.count(".") == 2
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def caller(self, token: str) -> Caller:
-        """Whom the token stands for; that its project exists is not checked. Raises Unauthorized, Unavailable."""
+        """Returns the token's caller; does not check that the project exists. Raises Unauthorized, Unavailable."""
         try:
             claims = await self._claims(token)
         except jwt.PyJWTError as error:
@@ -61,7 +61,7 @@ class Issuer:
         )
 
     async def _key(self, name: str) -> jwt.PyJWK:
-        """The key that a token names. PyJWT's own client would hold all callers while it waits for the issuer."""
+        """Returns the key that a token names. (PyJWT's client would block all requests while it waits for keys.)"""
         if self._is_due(name) and not (name in self._keys and self._asking.locked()):
             async with self._asking:
                 if self._is_due(name):
@@ -72,7 +72,7 @@ class Issuer:
         if not self._keys:
             message = f"The issuer of tokens does not answer. Try again in {PAUSE_SECONDS} seconds, or use an API key."
             raise Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
-        raise jwt.InvalidKeyError("its key is none of the issuer's")
+        raise jwt.InvalidKeyError("its key is not one of the issuer's")
 
     def _is_due(self, name: str) -> bool:
         now = time.monotonic()
@@ -80,7 +80,7 @@ class Issuer:
         return wanted and now - self._asked_at > PAUSE_SECONDS
 
     async def _ask(self) -> None:
-        """Where the issuer publishes its keys, by its discovery document; and the keys."""
+        """Fetches the issuer's discovery document, and from the place that it names the issuer's keys."""
         issuer = self._settings.oidc_issuer or ""
         try:
             about = await self._get(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
@@ -88,7 +88,7 @@ class Issuer:
                 raise ValueError(f"it calls itself {about['issuer']}")
             published = jwt.PyJWKSet.from_dict(await self._get(about["jwks_uri"]))
         except (httpx.HTTPError, jwt.PyJWTError, ValueError, LookupError, TypeError, AttributeError) as error:
-            log.warning("The issuer %s tells no keys: %r", issuer, error)
+            log.warning("The keys of the issuer %s could not be fetched: %r", issuer, error)
             return
         usable = [key for key in published.keys if key.public_key_use in ("sig", None)]
         self._keys = {key.key_id: key for key in usable if key.key_id}
@@ -105,6 +105,6 @@ class Issuer:
         return project_id
 
     def _scopes(self, claims: dict[str, Any]) -> frozenset[Scope]:
-        """Ours among those of the claim, a list or a text with spaces. Others are other services'."""
+        """Returns our scopes in the claim, a list or a text with spaces, which may hold those of other services too."""
         given = claims.get(self._settings.oidc_scopes_claim)
         return known(given.split() if isinstance(given, str) else given if isinstance(given, list) else [])

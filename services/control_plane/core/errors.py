@@ -1,4 +1,4 @@
-"""Errors as OpenAI words them: a status, and an envelope whose four keys are always present.
+"""Errors in OpenAI's form: a status, and an envelope whose four keys are always present.
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409
@@ -16,7 +16,7 @@ from services.contract import storable
 
 def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of every answer that is not a success."""
-    quoted = storable(message)  # it may quote what no answer can hold, such as half a character
+    quoted = storable(message)  # it may quote what JSON cannot hold, such as half of a surrogate pair
     return {"error": {"message": quoted, "type": kind, "param": param and storable(param), "code": code}}
 
 
@@ -39,7 +39,7 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The caller's mistake. Logical conflicts are this too: a client resends a 409 three times."""
+    """The caller's mistake. A conflict with an object's state is one too, because clients resend a 409 three times."""
 
     status, kind = 400, "invalid_request_error"
 
@@ -60,7 +60,7 @@ class NotFound(ApiError):
 
 
 class Stalled(ApiError):
-    """The rest of the body did not come. Nothing is left to read, so that closing resets nothing."""
+    """The rest of the body did not come in time. The answer closes the connection."""
 
     status, kind = 408, "invalid_request_error"
 
@@ -70,13 +70,13 @@ class Stalled(ApiError):
 
 
 class Fenced(ApiError):
-    """An attempt that a newer one replaced, or that ended, may not report."""
+    """Refuses the report of an attempt that has ended or was replaced by a newer one."""
 
     status, kind = 409, "invalid_request_error"
 
 
 class InFlight(ApiError):
-    """The same request is being answered: the client sends it again by itself."""
+    """The same request is being answered now. OpenAI's clients send it again by themselves."""
 
     status, kind = 409, "invalid_request_error"
 
@@ -98,7 +98,7 @@ class RangeNotSatisfiable(ApiError):
 
 
 class RateLimited(ApiError):
-    """The key sent more than it may: come back in so many seconds."""
+    """The key sent more requests than its limit; the client may send again after `seconds`."""
 
     status, kind = 429, "rate_limit_error"
 
@@ -109,7 +109,7 @@ class RateLimited(ApiError):
 
 
 class OverQuota(ApiError):
-    """What the project may have is used up; sending it again does not help."""
+    """The project has used up a limit. Sending the request again does not help."""
 
     status, kind = 429, "insufficient_quota"
 
@@ -119,7 +119,7 @@ class OverQuota(ApiError):
 
 
 class Unavailable(ApiError):
-    """Come back in `retry_after` seconds."""
+    """The service cannot answer now; the client may send again after `retry_after` seconds."""
 
     status, kind = 503, "server_error"
 

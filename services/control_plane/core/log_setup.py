@@ -1,4 +1,4 @@
-"""The service's log: sentences for people, or a JSON object a line; each says what it is about."""
+"""Sets up the service's log: sentences for people, or one JSON object a line. Records carry ids, such as a job's."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ _about: ContextVar[Mapping[str, Any]] = ContextVar("about")
 
 @contextmanager
 def about(**fields: Any) -> Iterator[None]:
-    """Every record within carries these fields: request_id, job_id, attempt."""
+    """Adds these fields (such as request_id, job_id, attempt) to every log record within the block."""
     token = _about.set({**_about.get({}), **fields})
     try:
         yield
@@ -25,7 +25,7 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 def configure(log_format: LogFormat, file: Path) -> None:
-    """`text` goes to `file`, for who runs the service in a terminal; `json` to standard error, for a collector."""
+    """Sends the log to `file` as text, for people at a terminal, or to standard error as JSON, for a collector."""
     handler: logging.Handler
     if log_format == "json":
         handler = logging.StreamHandler()
@@ -36,7 +36,7 @@ def configure(log_format: LogFormat, file: Path) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s%(about)s"))
     handler.addFilter(lambda record: _add_fields(record, in_words=log_format == "text"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request that we send
 
 
 def _add_fields(record: logging.LogRecord, *, in_words: bool) -> bool:

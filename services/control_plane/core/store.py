@@ -1,4 +1,4 @@
-"""The database, and the queries that more than one noun asks. They take an open session and never commit."""
+"""The database, and the queries that several packages use. Queries take an open session and never commit."""
 
 import asyncio
 import os
@@ -65,14 +65,14 @@ from services.control_plane.core.tables import (
 )
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
-STATEMENT_SECONDS = 30  # then the server gives a statement up, also where it waits for a lock
-IDLE_SECONDS = 60  # then the server ends a transaction in which nothing happens
-ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # then a server that does not answer is taken for lost
-RECYCLE_SECONDS = 1800  # then a connection is replaced: the server's name may lead elsewhere by now
+QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; those behind them wait
+STATEMENT_SECONDS = 30  # the server cancels a statement after this long, even if it only waits for a lock
+IDLE_SECONDS = 60  # the server ends a transaction that is idle for this long
+ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # a connection whose server does not answer for this long counts as lost
+RECYCLE_SECONDS = 1800  # a connection is replaced at this age, because the server's name may have a new address
 
-# Either end of a connection notices within seconds that the other has vanished; and only a server that takes writes is
-# one, so that after a failover no connection is made to what is a standby now.
+# Each end of a connection notices within seconds that the other end has vanished. Connections are made to a server that
+# takes writes only, so that after a failover none leads to the standby.
 CONNECTING = {
     "connect_timeout": "5",
     "tcp_user_timeout": "10000",
@@ -93,30 +93,32 @@ Row = TypeVar("Row", bound=Base)
 
 
 def _url(database_url: str, *, limits: bool = False) -> URL:
-    """With what is said above, unless the URL says otherwise. `limits`: those of the server, which no pooler takes."""
+    """Adds the settings above that the URL does not set itself. `limits` adds SERVER_LIMITS, which poolers refuse."""
     url = make_url(database_url).set(drivername="postgresql+psycopg")
     query = {**CONNECTING, **url.query}
     if limits:
         options = [f"-c {name}={value}" for name, value in SERVER_LIMITS.items()]
-        query["options"] = " ".join([*options, str(query.get("options", ""))])  # of two values the last one counts
+        query["options"] = " ".join(
+            [*options, str(query.get("options", ""))]
+        )  # if an option is set twice, the last value counts
     return url.set(query=query)
 
 
 def _conninfo(url: URL) -> str:
-    """For psycopg itself. As a URL it would read a space that SQLAlchemy wrote as a plus."""
+    """The URL as a connection string: in a URL, psycopg would keep the plus that SQLAlchemy writes for a space."""
     _, arguments = url.get_dialect()().create_connect_args(url)
     return make_conninfo(**arguments)
 
 
 class PoolerUrl(ValueError):
-    """It leads to a pooler, which can neither be listened to nor told limits; the message says what to set."""
+    """The URL is that of a pooler, which supports neither LISTEN nor server limits; the message says what to set."""
 
 
 def migrate(database_url: str) -> None:
-    """Bring the database to the newest schema. Safe to run from several replicas at once. Raises PoolerUrl."""
+    """Brings the database to the newest schema. Several replicas may call it at once. Raises PoolerUrl."""
     if _is_newest(database_url):
         return
-    from alembic import command  # as large as the rest of a start, which seldom needs it
+    from alembic import command  # importing it takes as long as the rest of a start, and few starts need it
     from alembic.config import Config
 
     config = Config()
@@ -141,7 +143,7 @@ def _is_newest(database_url: str) -> bool:
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
-    """It is lost where the server does not answer, though whatever stands between still takes what is sent."""
+    """A connection that is closed if the server does not answer in time, even if a proxy between still takes data."""
 
     async def wait(self, *args: Any, **kwargs: Any) -> Any:
         late = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._hang_up)
@@ -151,24 +153,24 @@ class _Connection(psycopg.AsyncConnection[Any]):
             late.cancel()
 
     def _hang_up(self) -> None:
-        with socket.socket(fileno=os.dup(self.pgconn.socket)) as own:
-            own.shutdown(socket.SHUT_RDWR)
+        with socket.socket(fileno=os.dup(self.pgconn.socket)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class Store:
     """The database: a pool of connections, one transaction per `begin`.
 
-    `direct_url`: of the server itself, where `database_url` is a pooler's that gives a connection away after each
-    transaction, as PgBouncer does.
+    `direct_url` is the server's own URL. It is needed if `database_url` is that of a pooler which gives a connection to
+    another client after each transaction, as PgBouncer does.
     """
 
     def __init__(self, database_url: str, *, direct_url: str | None = None, connections: int = 30) -> None:
         pooled: dict[str, Any] = {} if direct_url is None else {"prepare_threshold": None}
-        # The first error of a connection that died with the database drops all of them from the pool.
+        # If the database dies, the first error on a connection drops all connections from the pool.
         self._engine = create_async_engine(
             _url(database_url, limits=direct_url is None),
             pool_size=connections,
-            max_overflow=0,  # what it opens it keeps: to connect takes longer than a request
+            max_overflow=0,  # connections stay open, because connecting takes longer than a request
             pool_recycle=RECYCLE_SECONDS,
             connect_args={"async_creator_fn": _Connection.connect, **pooled},
         )
@@ -184,27 +186,28 @@ class Store:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """A transaction of the service's own, which sees every project."""
+        """Opens a transaction of the service itself, which sees every project."""
         async with self._sessions.begin() as session:
             yield session
             await _append(session)
 
     @asynccontextmanager
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
+        """Opens a transaction that, of all rows that belong to projects, sees and writes this project's only."""
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
             yield session
             await _append(session)
 
     @asynccontextmanager
     async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """As `begin_for`, to read: each statement is a transaction of its own, which saves two trips of three."""
+        """As `begin_for`, but to read only. Each statement is a transaction, which saves two of three round trips."""
         async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
             yield session
 
     async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
-        """What is notified, on a connection of its own. None, at first and after so long a silence: look for yourself.
+        """Yields each notice of the channel, on a connection of its own.
 
+        Yields None at first, and after `quiet_seconds` without a notice: the caller then looks at the tables itself.
         Raises psycopg.OperationalError when the connection is lost.
         """
         url = _conninfo(self._listen_url)
@@ -218,7 +221,7 @@ class Store:
                 await connection.execute("SELECT 1")
 
     async def instance(self) -> str:
-        """The id of the service that this database belongs to. It never changes."""
+        """Returns the id of the service that this database belongs to. The id never changes."""
         if self._instance is None:
             async with self.begin() as session:
                 self._instance = (await session.scalars(select(Instance.id))).one()
@@ -229,14 +232,14 @@ class Store:
 
 
 def _drop_a_standby(context: ExceptionContext) -> None:
-    """A server that takes no writes any more has been replaced by another: its connections are of no use."""
+    """Drops the connections to a server that takes no writes any more: another server has replaced it."""
     if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
 
 
 @dataclass(frozen=True)
 class ProjectStore:
-    """The database as a caller may see it."""
+    """The database as a project's callers see it."""
 
     store: Store
     project_id: str
@@ -249,15 +252,15 @@ class ProjectStore:
 
 
 @event.listens_for(Session, "do_orm_execute")
-def _see_own_only(state: ORMExecuteState) -> None:
+def _see_own_rows_only(state: ORMExecuteState) -> None:
     project_id = state.session.info.get("project_id")
-    if project_id is not None and state.is_orm_statement:  # no other names what is owned
-        state.statement = state.statement.options(*_own(project_id, state.is_select))
+    if project_id is not None and state.is_orm_statement:  # statements without the ORM name no rows of projects
+        state.statement = state.statement.options(*_criteria(project_id, state.is_select))
 
 
-@lru_cache(maxsize=4096)  # to make them takes longer than the rest of a statement
-def _own(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
-    """A model is read by those it is shared with, too; changed by its owner alone."""
+@lru_cache(maxsize=4096)  # building these takes longer than the rest of a statement
+def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
+    """Limits statements to the project's rows. Models that are shared with the project may be read, but not changed."""
     criteria: dict[type[Owned], ColumnElement[bool]] = {
         kind: kind.project_id == project_id for kind in Owned.__subclasses__()
     }
@@ -268,7 +271,7 @@ def _own(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
 
 
 @event.listens_for(Session, "before_flush")
-def _write_own_only(session: Session, context: UOWTransaction, instances: object) -> None:
+def _write_own_rows_only(session: Session, context: UOWTransaction, instances: object) -> None:
     project_id = session.info.get("project_id")
     if project_id is None:
         return
@@ -285,17 +288,18 @@ def _claim(row: object, project_id: str) -> None:
 
 
 async def now(session: AsyncSession) -> datetime:
-    """When the transaction began, which is `created_at` of all that it writes."""
+    """Returns when the transaction began. All rows that it writes have this time as `created_at`."""
     if "now" not in session.info:
         session.info["now"] = await session.scalar(select(func.now()))
     return cast(datetime, session.info["now"])
 
 
 def append(session: AsyncSession, row: Base) -> None:
-    """Add a row that no query of this transaction reads: such rows are written at its end, by one statement.
+    """Adds a row at the end of the transaction, in one statement with all other rows that were added so.
 
-    What keeps the books of a change (its events, its line in a log) is more rows than the change itself, and a trip
-    to the database for each would be most of a request. What the database fills in stays unknown here.
+    It is for rows that no query of the transaction reads, such as a change's events and log entries. They outnumber
+    the change itself, and one round trip for each would be most of a request. Values that the database fills in stay
+    unknown here.
     """
     if (project_id := session.info.get("project_id")) is not None:
         _claim(row, project_id)
@@ -307,16 +311,16 @@ def append(session: AsyncSession, row: Base) -> None:
 
 @cache
 def _columns(kind: type[Base]) -> dict[str, Any]:
-    """What the database does not fill in, with its default here."""
-    own = (column for column in kind.__table__.c if column.server_default is None)
-    return {column.name: getattr(column.default, "arg", None) for column in own}
+    """The columns that the database does not fill in, each with its default value here."""
+    given = (column for column in kind.__table__.c if column.server_default is None)
+    return {column.name: getattr(column.default, "arg", None) for column in given}
 
 
 async def _append(session: AsyncSession) -> None:
     appended: dict[type[Base], list[Base]] = session.info.pop("appended", {})
     if not appended:
         return
-    await session.flush()  # what they refer to
+    await session.flush()  # the rows that they refer to
     given = {
         kind.__tablename__: [{name: getattr(row, name) for name in _columns(kind)} for row in rows]
         for kind, rows in appended.items()
@@ -326,7 +330,7 @@ async def _append(session: AsyncSession) -> None:
 
 @cache
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
-    """Its parameters are named as their tables. Rows of one kind get their ids in the order in which they are given."""
+    """Builds the statement that inserts rows of these tables. Each table's rows are the parameter of its name."""
     parts = []
     for kind in kinds:
         table, columns = kind.__tablename__, ", ".join(_columns(kind))
@@ -337,31 +341,31 @@ def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
 
 
 def owns(session: AsyncSession, row: Owned) -> bool:
-    """Whether the session may change what it sees."""
+    """Whether the session may change the row, and not only read it."""
     return session.info.get("project_id") in (None, row.project_id)
 
 
 def project_of(session: AsyncSession) -> str:
-    """Whose session it is; one of the service's own has no project."""
+    """The project that the session is limited to. Sessions of the service itself have none; do not pass one."""
     return str(session.info["project_id"])
 
 
 def refuses_value(error: DBAPIError) -> bool:
-    """Whether the database, or its driver, refuses a value: it would refuse it again.
+    """Whether the database, or its driver, refuses a value. It would refuse the same value again.
 
-    Of SQLSTATE's classes 22 is for data, 23 for what rows promise, 54 for limits such as that of an index's row.
+    SQLSTATE's class 22 means bad data, 23 a broken constraint, 54 a limit of the server such as an index row's size.
     """
     state = getattr(error.orig, "sqlstate", None) or ""
     return isinstance(error, DataError) or state[:2] in ("22", "23", "54")
 
 
 async def wait_long(session: AsyncSession) -> None:
-    """The server lets the transaction be, however long nothing happens in it."""
+    """Lifts the server's limit on idle time for this transaction."""
     await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
 
 
 async def check(session: AsyncSession) -> None:
-    """Raises SQLAlchemyError where the database takes no writes."""
+    """Writes a row to test the database. Raises SQLAlchemyError if it takes no writes."""
     await hold_lease(session, "readyz", "readyz", seconds=60)
 
 
@@ -375,9 +379,9 @@ async def page(
     cursor: InstrumentedAttribute[Any] | None = None,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:
-    """One page of `query` in the order of `keys` (together unique), and whether more rows follow.
+    """Returns one page of `query` in the order of `keys` (together unique), and whether more rows follow.
 
-    `after` is the `cursor`, or else the last key, of a row of the same query; any other is refused.
+    `after` is the value of `cursor` (without it: of the last key) in a row of the same query; any other is refused.
     """
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
@@ -392,7 +396,7 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Every job that runs, or is paused and shall be something else, and of the queue each project's head."""
+    """Returns running jobs, paused ones that should not stay paused, and the first queued ones of each project."""
     wanted = and_(Job.observed == "paused", Job.desired != "pause")
     others = select(Job).where(or_(Job.observed == "running", wanted)).order_by(Job.created_at, Job.id)
     place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
@@ -402,26 +406,26 @@ async def live_jobs(session: AsyncSession) -> list[Job]:
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
-    """The attempt in progress of each job that has one, by job id."""
+    """Returns the open attempts by job id. A job has at most one."""
     return {row.job_id: row for row in await session.scalars(select(Attempt).where(Attempt.state != "ended"))}
 
 
 @dataclass(frozen=True)
 class History:
-    """The attempts of a job that have begun."""
+    """How the attempts of one job have gone so far."""
 
     total: int
-    failures: int  # those that died by themselves, from the last one on that left a new checkpoint
-    rested_seconds: float  # since the last failure, by the database's clock; 0 without one
+    failures: int  # attempts that died by themselves, counted from the last one that left a new checkpoint
+    rested_seconds: float  # since the last failure, by the database's clock; 0 if there was none
 
 
 async def history(session: AsyncSession, job_id: str) -> History:
-    own = Attempt.job_id == job_id
+    of_job = Attempt.job_id == job_id
     saved = select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job_id).scalar_subquery()
-    progressed = select(func.max(Attempt.number)).where(own, Attempt.created_at <= saved).scalar_subquery()
+    progressed = select(func.max(Attempt.number)).where(of_job, Attempt.created_at <= saved).scalar_subquery()
     failed = Attempt.failed & (Attempt.number >= func.coalesce(progressed, 0))
     rested = func.extract("epoch", func.clock_timestamp() - func.max(Attempt.ended_at).filter(failed))
-    row = (await session.execute(select(func.count(), func.count().filter(failed), rested).where(own))).one()
+    row = (await session.execute(select(func.count(), func.count().filter(failed), rested).where(of_job))).one()
     return History(row[0], row[1], float(row[2] or 0))
 
 
@@ -430,11 +434,11 @@ EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level,
 
 @dataclass(frozen=True)
 class Census:
-    """What there is, for all projects."""
+    """Counts over all projects, for metrics."""
 
     jobs: Mapping[str, int]  # by state
-    lease_seconds: float  # until the reconciler's ends; NaN: nobody ever held it
-    outbox: int  # messages that wait
+    lease_seconds: float  # until the reconciler's lease ends; NaN: nobody ever held it
+    outbox: int  # webhook messages that wait to be sent
     outbox_seconds: float  # since the oldest of them was written
 
 
@@ -449,7 +453,7 @@ async def census(session: AsyncSession) -> Census:
 
 
 async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
-    """Of each job the last `limit` events above the id that is given for it, in order."""
+    """Returns, for each job, the last `limit` of its events after the event id in `after`, in order."""
     asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
     newest = (
         select(*EVENT)
@@ -463,13 +467,13 @@ async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limi
 
 
 async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
-    """The job's events that follow the one with the id `after`, in order."""
+    """Returns the first `limit` events of the job after the event id `after`, in order."""
     query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
     return (await session.execute(query)).all()
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
-    """Take or renew a lease by the database's clock; False while another holds it."""
+    """Takes or renews a lease, by the database's clock. Returns False while another holder has it."""
     until = func.clock_timestamp() + timedelta(seconds=seconds)
     statement = insert(Lease).values(name=name, holder=holder, expires_at=until)
     free = or_(Lease.holder == holder, Lease.expires_at < func.clock_timestamp())

@@ -1,4 +1,4 @@
-"""Files: bytes in storage, and the rows that name them. What no row names is removed from storage in time."""
+"""Files: bytes in storage, and database rows that name them. The sweeper removes bytes that no row names."""
 
 import hashlib
 import logging
@@ -30,14 +30,14 @@ TRAINING = "fine-tune"
 RESULTS = "fine-tune-results"
 NEEDED = ("training_file", "validation_file")  # fields of a job's spec that name files
 LONGEST_NAME = 255
-SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds that a file may be given
+SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds, of `expires_after`
 
 
 # --- bytes -----------------------------------------------------------------------------------
 
 
 class Digesting:
-    """A source that is digested while it is read."""
+    """Reads from a source, and computes digests of what was read."""
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
@@ -54,18 +54,18 @@ class Digesting:
 
 @dataclass
 class Stored:
-    """Bytes in storage."""
+    """Bytes that were written to storage."""
 
     id: str
     uri: str
     num_bytes: int
     sha256: str
     md5: str
-    named: bool = False  # by a row
+    named: bool = False  # whether a database row names the bytes
 
 
 async def store(source: BinaryIO, folder: str, prefix: str) -> Stored:
-    """Copies what is left of `source` into a new file of the folder."""
+    """Copies the rest of `source` into a new file of the folder in storage."""
     name = prefix + secrets.token_hex(12)
     uri = storage.join(folder, name)
     digesting = Digesting(source)
@@ -74,13 +74,13 @@ async def store(source: BinaryIO, folder: str, prefix: str) -> Stored:
 
 
 async def store_file(source: BinaryIO, settings: Settings) -> Stored:
-    """As the bytes of a file; the caller adds its row."""
+    """Copies `source` to where files are stored. The caller adds the row that names it."""
     return await store(source, storage.join(settings.storage_url, "files"), "file-")
 
 
 @asynccontextmanager
 async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
-    """Where what follows names them in no row, the bytes are removed."""
+    """Removes the bytes at the end of the block unless a row names them by then."""
     try:
         yield
     finally:
@@ -89,7 +89,7 @@ async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
 
 
 def clean_name(name: str, param: str) -> str:
-    """The last part of a path, as RFC 7578 wants it. It names no file here; clients may store under it."""
+    """Returns the last part of a path, as RFC 7578 wants it. Clients may save the file under this name."""
     name = re.split(r"[/\\]", name)[-1]
     if name in ("", ".", "..") or len(name) > LONGEST_NAME or not name.isprintable():
         shown = "".join(c if c.isprintable() else "\ufffd" for c in name[:40])
@@ -112,7 +112,7 @@ async def add(
     report: dict[str, Any] | None = None,
     reading: Reading | None = None,
 ) -> File:
-    """The row that names the bytes. A training file without a report is checked in the background."""
+    """Adds the row of a file. A training file without a report is checked in the background."""
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
     row = File(
@@ -137,12 +137,12 @@ async def add(
 
 
 async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -> File:
-    """The file by its id; NotFound where there is none, or no longer."""
+    """Returns the file. Raises NotFound if there is none, or it was deleted or has expired."""
     return await _find(session, file_id, param, lock=None)
 
 
 async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
-    """A training file whose rows are checked. It stays until the caller's transaction ends, by a lock."""
+    """Returns a training file whose rows have been checked. A lock keeps it until the transaction ends."""
     row = await _find(session, file_id, param, lock="share")
     if row.purpose != TRAINING:
         message = f"{row.id} has purpose '{row.purpose}'; {param} needs one uploaded with '{TRAINING}'."
@@ -157,12 +157,12 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
 
 
 async def _check_in_words(session: AsyncSession, row: File) -> str:
-    """Where the check in the background is. Of files that wait before it only the project's own are told."""
+    """Says how far the background check of the file is. It counts only files of the same project before it."""
     if row.num_checked is not None:
         return f"is still being checked: {row.num_checked} of {row.num_bytes} bytes are read"
     older = tuple_(File.created_at, File.id) < (row.created_at, row.id)
-    own = select(func.count()).select_from(File).where(text(UNCHECKED), File.project_id == row.project_id, older)
-    before = await session.scalar(own)
+    earlier = select(func.count()).select_from(File).where(text(UNCHECKED), File.project_id == row.project_id, older)
+    before = await session.scalar(earlier)
     return f"is still to be checked: {before} {'file' if before == 1 else 'files'} of the project before it"
 
 
@@ -176,7 +176,7 @@ async def _find(session: AsyncSession, file_id: str, param: str, lock: str | Non
 
 
 async def remove(session: AsyncSession, file_id: str) -> File:
-    """Forget the file, unless a job still needs it. The caller deletes its bytes after the commit."""
+    """Marks the file as deleted, unless a job still needs it. The caller deletes its bytes after the commit."""
     row = await _find(session, file_id, "file_id", lock="update")
     if job_id := (await needed_by(session, [file_id])).get(file_id):
         raise InvalidRequest(f"{file_id} is needed by {job_id}, which has not ended; cancel the job first.")
@@ -185,12 +185,12 @@ async def remove(session: AsyncSession, file_id: str) -> File:
 
 
 async def expire(session: AsyncSession, most: int) -> list[str]:
-    """Forget expired files that no live job needs. Returns where the bytes lie, to be deleted after the commit."""
+    """Marks expired files that no live job needs as deleted. Returns their URIs, to be deleted after the commit."""
     over = select(File).where(File.deleted_at.is_(None), File.expires_at <= func.clock_timestamp())
-    for name in NEEDED:  # else those that are needed for long would hide the others
+    for name in NEEDED:  # otherwise files that jobs need for long would fill the first `most`
         over = over.where(File.id.not_in(select(Job.spec[name].astext).where(_lives(name))))
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True)))
-    needed = await needed_by(session, [row.id for row in rows])  # a job may have taken one meanwhile
+    needed = await needed_by(session, [row.id for row in rows])  # a job may have taken one before it was locked
     free = [row for row in rows if row.id not in needed]
     for row in free:
         row.deleted_at = func.clock_timestamp()
@@ -198,9 +198,9 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
 
 
 async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str]:
-    """Of these files the ones that a live job trains on or validates with, and such a job.
+    """Returns those of the files that a live job trains on or validates with, each with such a job's id.
 
-    Asked after the files are locked, so that no job takes one meanwhile.
+    Lock the files first, so that no job takes one meanwhile.
     """
     needed: dict[str, str] = {}
     for name in NEEDED:
@@ -211,12 +211,12 @@ async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str
 
 
 def _lives(name: str) -> ColumnElement[bool]:
-    """Jobs that have not ended and name a file as `name`."""
+    """The condition that a job has not ended and names a file in the field `name`."""
     return and_(Job.observed.not_in(TERMINAL), Job.spec[name].astext.is_not(None))
 
 
 async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:
-    """Raises OverQuota if the project may not have so many bytes more. Until the commit no other file is admitted."""
+    """Raises OverQuota if the project may not have `num_bytes` more. Locks the project, so that files come in turn."""
     limit = select(Project.max_bytes).where(Project.id == project_id)
     most = await session.scalar(limit.with_for_update(key_share=True))
     if most is None:
@@ -230,11 +230,11 @@ async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, par
         raise OverQuota(message, param=param)
 
 
-# --- files that are the user's own ------------------------------------------------------------
+# --- files that are not uploaded --------------------------------------------------------------
 
 
 async def check_uri(uri: str, settings: Settings) -> None:
-    """What can be told of a user's URI before anything is connected to. Raises InvalidRequest."""
+    """Checks what can be checked of a user's URI without connecting anywhere. Raises InvalidRequest."""
     try:
         await anyio.to_thread.run_sync(_check_uri, uri, settings)
     except InvalidUri as error:
@@ -246,4 +246,4 @@ def _check_uri(uri: str, settings: Settings) -> None:
     if place.startswith(("https:", "http:")):
         outbound.check_literal(place, settings.dataset_uris)
     if place.startswith("file:") and not is_folder(uri) and storage.version(place) is None:
-        raise InvalidUri(f"{uri} is no file here; one for a folder ends with '/'.")
+        raise InvalidUri(f"{uri} is no file on this machine; the URI of a folder must end with '/'.")

@@ -1,4 +1,4 @@
-"""Bodies of requests about files, uploads and checks of their rows."""
+"""Request bodies about files, uploads and checks of their rows."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +26,7 @@ Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=25
 
 
 def reading(extension: Mapping[str, Any]) -> Reading:
-    """What x_raydpo says of a file's rows. Raises InvalidRequest naming the field."""
+    """Parses what x_raydpo says of how a file's rows are read. Raises InvalidRequest naming the field."""
     return Reading(columns=_columns(extension.get("columns", {})), invalid_rows=_invalid_rows(extension))
 
 
@@ -43,11 +43,11 @@ def _invalid_rows(extension: Mapping[str, Any]) -> InvalidRows:
     paths = {"how": "x_raydpo.invalid_rows", "max_share": "x_raydpo.max_invalid_share"}
     given = {"how": extension.get("invalid_rows"), "max_share": extension.get("max_invalid_share")}
     given = {name: value for name, value in given.items() if value is not None}
-    found: InvalidRows = parse(InvalidRows, given, "x_raydpo", paths)
-    if "max_share" in given and found.how == "refuse":
+    invalid_rows: InvalidRows = parse(InvalidRows, given, "x_raydpo", paths)
+    if "max_share" in given and invalid_rows.how == "refuse":
         message = f"{paths['max_share']} is for invalid_rows 'drop'; send that as well."
         raise InvalidRequest(message, param=paths["max_share"])
-    return found
+    return invalid_rows
 
 
 class CheckDataset(BaseModel):
@@ -60,11 +60,11 @@ class CheckDataset(BaseModel):
     truncation: Truncation | None = None
 
     def config(self) -> TrainConfig:
-        """What a job with these options would use. Raises InvalidRequest naming the field."""
+        """Returns the config of a job with these options. Raises InvalidRequest naming the field."""
         given = self.model_dump(include={"max_length", "truncation"}, exclude_none=True)
         if given and self.model is None:
             (name, *_) = given
-            message = f"{name} is of tokens, and only a model tells these; send model too."
+            message = f"{name} counts tokens, which depend on the model; send model too."
             raise InvalidRequest(message, param=name)
         return parse(TrainConfig, given, "", {name: name for name in given})
 
@@ -102,7 +102,7 @@ class CreateFile(BaseModel):
         return self.expires_after.seconds if self.expires_after else None
 
     def reading(self) -> Reading:
-        """Raises InvalidRequest naming the field."""
+        """Parses from x_raydpo how the file's rows are read. Raises InvalidRequest naming the field."""
         extension = self.x_raydpo or {}
         refuse_unknown(extension, READING, "x_raydpo")
         return reading(extension)
@@ -117,7 +117,7 @@ class CreateUpload(CreateFile):
 
 
 class CompleteUpload(BaseModel):
-    """Body of POST /uploads/{id}/complete. The parts in their order."""
+    """Body of POST /uploads/{id}/complete. `part_ids` are in the order in which the parts are joined."""
 
     model_config = ConfigDict(extra="forbid")
     part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]

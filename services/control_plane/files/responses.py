@@ -71,13 +71,13 @@ def part_object(row: UploadPart) -> dict[str, Any]:
 
 
 def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
-    """A file's survey and, where a model was asked, what its check found."""
+    """The report on a file's rows and, if a model was named, the result of the check with it."""
     error = result.error if result else None
-    found = result.report or {} if result else {}
+    of_model = result.report or {} if result else {}
     return {
         "object": "dataset.check",
         "id": check_id,
         "status": "running" if running else "failed" if error else "completed",
-        "report": {"survey": file.report, **found},
+        "report": {"survey": file.report, **of_model},
         "error": error and {"code": error.code, "message": error.message, "param": error.param},
     }

@@ -1,1 +1,1 @@
-"""What every request passes: limits, the caller's key, idempotency, the access log."""
+"""What all requests go through: limits, the check of the key, idempotency and the access log."""

@@ -1,4 +1,4 @@
-"""/healthz: the process answers. /readyz: it can do its work."""
+"""/healthz says that the process answers, /readyz that it can do its work."""
 
 import asyncio
 
@@ -20,10 +20,10 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(store: ServiceStorePart) -> dict[str, str]:
-    """Ready means that the database takes reads and writes. Without Ray, jobs are taken and wait."""
+    """Ready means that the database takes reads and writes. Ray may be away: jobs are accepted and wait for it."""
     checking = asyncio.create_task(_check(store))
     done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
-    checking.cancel()  # nobody waits until that is done, either
+    checking.cancel()  # a database that hangs must not delay the answer
     if not done or not checking.result():
         raise Unavailable("The database does not answer, or takes no writes.", retry_after=5)
     return {"status": "ready"}

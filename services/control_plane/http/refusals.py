@@ -1,7 +1,7 @@
-"""Refused requests in the audit log: what a known key may not do, or would change that is not there for it.
+"""Writes refusals of known keys to the audit log: a missing scope, a change of an unknown object, an exceeded limit.
 
-So that nobody fills the log, the first refusals of a key in a minute have a line each. Those that follow are counted,
-and one line tells of all that are alike when the minute is over.
+So that nobody fills the log, only the first refusals of a key in a minute get an entry each. The others are counted,
+and when the minute is over, one entry stands for all of the same kind.
 """
 
 import asyncio
@@ -20,39 +20,39 @@ from services.control_plane.core.tables import AuditEntry
 
 log = logging.getLogger(__name__)
 
-LINES = 10  # of a key in a minute, in each replica
+ENTRIES = 10  # the most entries for a key in a minute, in each replica
 MINUTE_SECONDS = 60.0
-LONGEST_NAME = 100  # characters of what a path names, which need not exist
+LONGEST_NAME = 100  # characters of the object id in a path, which need not exist
 READING = ("GET", "HEAD")
 
 
 class Refusals:
-    """One in every control plane. It counts what it has seen itself."""
+    """Records refusals. Every control plane has one, which counts the requests of its own process."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lines: Counter[str] = Counter()  # written in this minute, by key
-        self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # what is beyond, by kind
+        self._written: Counter[str] = Counter()  # entries written in this minute, by key
+        self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # further refusals, by kind
 
     async def note(self, request: Request, error: ApiError) -> None:
-        """Write the refusal, or count it, where it belongs into the log."""
+        """Writes or counts the refusal, if it is one for the audit log."""
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None or not _belongs(request, error):
             return
         entry = _entry(request, caller, error)
-        self._lines[caller.key_id] += 1
-        if self._lines[caller.key_id] <= LINES:
+        self._written[caller.key_id] += 1
+        if self._written[caller.key_id] <= ENTRIES:
             await self._write([entry])
             return
         kind = (entry.key_id, entry.action, entry.status, entry.code)
         if kind in self._more:
             self._more[kind].num_requests += 1
         else:
-            entry.object_id = None  # each may name another
+            entry.object_id = None  # each of them may name another object
             self._more[kind] = entry
 
     async def run(self) -> None:
-        """Begin a new minute until cancelled, and write what is counted then, too."""
+        """Ends a minute every minute until cancelled, and once more then."""
         try:
             while True:
                 await asyncio.sleep(MINUTE_SECONDS)
@@ -61,8 +61,8 @@ class Refusals:
             await self.end_minute()
 
     async def end_minute(self) -> None:
-        """Write one line for all that are alike."""
-        more, self._more, self._lines = self._more, {}, Counter()
+        """Writes one entry for each kind of refusal that was counted."""
+        more, self._more, self._written = self._more, {}, Counter()
         await self._write(list(more.values()))
 
     async def _write(self, entries: Sequence[AuditEntry]) -> None:
@@ -77,7 +77,7 @@ class Refusals:
 
 
 def _belongs(request: Request, error: ApiError) -> bool:
-    """To read what is not there is everyday, and so is a mistake in a body."""
+    """Whether a refusal is one for the audit log. Reading what is not there, and mistakes in a body, are everyday."""
     if isinstance(error, Unauthorized | Forbidden):
         return True
     return request.method not in READING and isinstance(error, NotFound | OverQuota)

@@ -1,4 +1,4 @@
-"""Checks of request bodies: each refusal names the field, what is wrong, and what is known there."""
+"""Checks request bodies. Each refusal names the field, what is wrong, and which values or names are known there."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Parsed = TypeVar("Parsed")
 
 
-@functools.cache  # to make one takes milliseconds
+@functools.cache  # building one takes milliseconds
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
@@ -36,7 +36,7 @@ def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] |
 def refused(
     error: Mapping[str, Any], location: Sequence[str | int], where: str = "", paths: Mapping[str, str] | None = None
 ) -> InvalidRequest:
-    """A pydantic error as OpenAI words it: the dotted path of the field, a code, and what is wrong."""
+    """Turns a pydantic error into OpenAI's form: the dotted path of the field, a code, and what is wrong."""
     cause = error.get("ctx", {}).get("error")
     path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
     param = (paths or {}).get(path[-1]) if path else None

@@ -1,4 +1,4 @@
-"""What a job is checked for before it is taken: its model, its files, and what its project may have."""
+"""Checks a job before it is accepted: its model, its files, and its project's limits."""
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,7 +17,7 @@ from services.control_plane.tenants import quotas
 
 
 async def check_uri(spec: JobSpec, settings: Settings) -> None:
-    """Raises InvalidRequest if the job may not read its training file where it lies. It may take a while."""
+    """Raises InvalidRequest if the job may not read the URI of its training file. It may take a while."""
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
 
@@ -25,9 +25,10 @@ async def check_uri(spec: JobSpec, settings: Settings) -> None:
 async def admit(
     session: AsyncSession, settings: Settings, spec: JobSpec, asked: WeightsAsked, *, local_files: bool = False
 ) -> tuple[JobSpec, NamedModel, NamedModel | None]:
-    """The spec with what it leaves to the service decided, the model that the job starts from, and its reference.
+    """Checks a job. Returns its spec, completed by the service, the model that it starts from, and its reference.
 
-    With `local_files`, those that are not uploaded yet are not looked at. Raises what refuses the job.
+    With `local_files`, files that are not uploaded yet are not checked. Raises InvalidRequest, NotFound, Forbidden
+    or OverQuota if the job is refused.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
@@ -46,7 +47,7 @@ async def admit(
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
-    """The reference of the job. None: its objective has none."""
+    """Returns the job's reference model; None if its objective has none."""
     if not spec.config.objective.traits.needs_reference:
         return None
     if spec.reference_model is None:
@@ -56,7 +57,7 @@ async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, se
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
-    """An upload's rows must be of the kind that the objective learns from; a job checks a URI's."""
+    """Refuses an upload with rows that the objective cannot learn from. (Jobs check rows at URIs themselves.)"""
     code, report = f"invalid_{param}", file.report
     assert report is not None
     learns_from = objective.traits.learns_from

@@ -1,4 +1,4 @@
-"""A job's checkpoints: which are offered, and which the job does not keep."""
+"""A job's checkpoints: which ones are offered, and which ones are dropped."""
 
 from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import insert
@@ -12,15 +12,15 @@ from services.control_plane.models import models
 
 
 def offered(job_id: str) -> Select[Checkpoint]:
-    """The job's checkpoints whose models were neither deleted nor dropped."""
+    """The query of the job's checkpoints whose models were neither deleted nor dropped."""
     query = select(Checkpoint).join(Model, Model.id == Checkpoint.model_id)
     return query.where(Checkpoint.job_id == job_id, Model.deleted_at.is_(None))
 
 
 async def drop_old(session: AsyncSession, job: Job) -> None:
-    """Drop the checkpoints that the job does not keep and nobody uses. The sweeper removes their bytes.
+    """Drops the checkpoints that the job does not keep and nobody uses. The sweeper deletes their bytes.
 
-    Called when a newer one is complete, with the job locked. What is used now is looked at again after the next one.
+    Call it with the job locked, when a newer checkpoint is complete. One that is used now may be dropped next time.
     """
     spec = JobSpec.model_validate(job.spec)
     metric, keep = spec.config.best_metric, spec.keep_checkpoints
@@ -33,4 +33,4 @@ async def drop_old(session: AsyncSession, job: Job) -> None:
     for step in sorted(step for step in old if rows[step].model_id in dropped):
         message = f"Checkpoint of step {step} dropped, as keep_checkpoints is {keep}: {rows[step].model_id}"
         event = insert(Event).values(public_id=jobs.new_event_id(), job_id=job.id, message=message)
-        await session.execute(event)  # at once: what records a report may be undone as a whole
+        await session.execute(event)  # not with `append`, because a savepoint around the report may be rolled back

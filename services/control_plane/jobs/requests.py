@@ -1,4 +1,4 @@
-"""The body of a request for a job. Unknown fields are refused by name, values by their limits."""
+"""The request body for a job. Refusals name the unknown field, or the value and its limits."""
 
 import secrets
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, parse, refuse_unknown
 from services.control_plane.jobs.weights import WeightsAsked
 
-# Where each option of a training run stands in a request; those of the objective join the first.
+# The options in `method.<type>.hyperparameters`, beside those of the objective. EXTENSIONS are in `x_raydpo`.
 HYPERPARAMETERS = set(COMMON)
 
 
@@ -72,11 +72,12 @@ Metadata = Annotated[
 
 
 AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
-PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]  # of a sum
+# The objectives that a sum may have.
+PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]
 
 
 class Method(BaseModel):
-    """`{"type": "dpo", "dpo": {"hyperparameters": {…}}}`: the second key is named by the first."""
+    """`{"type": "dpo", "dpo": {"hyperparameters": {…}}}`. The value of `type` is the name of the other key."""
 
     model_config = ConfigDict(extra="allow")
     type: str
@@ -84,13 +85,13 @@ class Method(BaseModel):
     def hyperparameters(self) -> dict[str, Any]:
         options = dict(self.__pydantic_extra__ or {})
         refuse_unknown(options, {self.type}, "method")
-        own = parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
-        refuse_unknown(own, {"hyperparameters"}, f"method.{self.type}")
-        return parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
+        method = parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
+        refuse_unknown(method, {"hyperparameters"}, f"method.{self.type}")
+        return parse(dict[str, Any], method.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
 
 
 class Reference(BaseModel):
-    """`x_raydpo.reference`."""
+    """`x_raydpo.reference`: which model the policy is compared with, and who scores with it."""
 
     model_config = ConfigDict(extra="forbid")
     source: ReferenceSource = "auto"
@@ -102,10 +103,10 @@ class CreateJob(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: Text
-    training_file: Text | None = None  # may be left out where x_raydpo.dataset says it, or repeat that
+    training_file: Text | None = None  # optional if x_raydpo.dataset is given, whose URI it may repeat
     validation_file: Text | None = None
     method: Method | None = None
-    hyperparameters: dict[str, Any] | None = None  # the older place for those of `supervised`
+    hyperparameters: dict[str, Any] | None = None  # OpenAI's older place for the hyperparameters of `supervised`
     suffix: Suffix | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
@@ -113,7 +114,7 @@ class CreateJob(BaseModel):
     integrations: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] | None = None
 
     def spec(self) -> JobSpec:
-        """The job asked for, every value checked. Raises InvalidRequest naming the field."""
+        """Returns the job that the body asks for. Checks every value; raises InvalidRequest naming the field."""
         if self.validation_file and self.validation_file == self.training_file:
             message = f"validation_file is the training file, {self.training_file}; send one with other rows."
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
@@ -156,7 +157,7 @@ class CreateJob(BaseModel):
         return spec
 
     def weights(self) -> WeightsAsked:
-        """Raises InvalidRequest naming the field."""
+        """Returns what the body says of the weights. Raises InvalidRequest naming the field."""
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
         return WeightsAsked(_adapter(extension.get("adapter", "auto")), precision)
@@ -183,12 +184,12 @@ class CreateJob(BaseModel):
         extension = self.x_raydpo or {}
         if extension.get("dataset") is None and (given := READING.intersection(extension)):
             where = f"x_raydpo.{min(given)}"
-            message = f"{where} is said when a file is uploaded, in x_raydpo there; here it is for x_raydpo.dataset."
+            message = f"{where} goes with the upload of a file, in x_raydpo there; in a job it needs x_raydpo.dataset."
             raise InvalidRequest(message, param=where)
         return reading(extension)
 
     def _training_file(self) -> str:
-        """The id of an uploaded file, or a URI."""
+        """Returns the id of an uploaded file, or a URI."""
         if (given := (self.x_raydpo or {}).get("dataset")) is not None:
             uri = parse(Text, given, "x_raydpo.dataset")
             if "://" not in uri:
@@ -219,7 +220,7 @@ def _refuse_choice(extension: Mapping[str, Any]) -> None:
 
 
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:
-    """`{"type": "lora", …}`, "none" or "auto"."""
+    """Parses `x_raydpo.adapter`: `{"type": "lora", …}`, "none" or "auto"."""
     where = "x_raydpo.adapter"
     if given in ("none", "auto"):
         return given
@@ -237,7 +238,7 @@ def is_local(file: str) -> bool:
 
 
 class ValidateJob(CreateJob):
-    """Body of POST /x/jobs/validate. Its files may be local ones, by any name, which are uploaded once it is valid."""
+    """Body of POST /x/jobs/validate. Its files may be local ones, which the client uploads once the body is valid."""
 
     def _reading(self) -> Reading:
         if is_local(self.training_file or ""):
@@ -248,7 +249,7 @@ class ValidateJob(CreateJob):
 def train_config(
     kind: str, hyperparameters: Mapping[str, Any], where: str, extension: Mapping[str, Any], seed: int
 ) -> TrainConfig:
-    """The run that a request describes; `auto` means the same as leaving the option out."""
+    """Returns the config of the run that a request describes. `auto` means the same as leaving an option out."""
     objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
     refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)
     refuse_unknown(extension, EXTENSIONS, "x_raydpo")
@@ -270,7 +271,7 @@ def train_config(
 
 
 def _parts(given: object, where: str) -> list[Objective]:
-    """The objectives of a sum, each by its type."""
+    """Parses the objectives of a sum, each by its type."""
     parts = parse(list[dict[str, Any]], given, where)
     for number, part in enumerate(parts):
         if (kind := part.get("type")) not in PARTS:

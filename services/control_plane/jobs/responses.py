@@ -32,9 +32,9 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
     }
     hyperparameters = {**objective, **schedule}
-    # Which the oldest jobs lack; those of another release may hold more than this one knows.
+    # The oldest jobs have none. Those of another release may have fields that this one does not know.
     integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
-    weights = Weights.model_validate(row.spec.get("weights", {}))  # which the oldest jobs lack
+    weights = Weights.model_validate(row.spec.get("weights", {}))  # the oldest jobs have none
     wandb = [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb]
     how = reading_fields(Reading.model_validate(row.spec))
     asked = {
@@ -69,7 +69,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "trained_tokens": row.trained_tokens,
         "training_file": row.spec["training_file"],
         "user_provided_suffix": row.spec["suffix"],
-        "validation_file": row.spec.get("validation_file"),  # which the oldest jobs lack
+        "validation_file": row.spec.get("validation_file"),  # the oldest jobs have none
         "x_raydpo": {
             **asked,
             **how,
@@ -87,7 +87,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
 def _request(
     spec: dict[str, Any], wandb: list[dict[str, Any]], asked: dict[str, Any], how: dict[str, Any]
 ) -> dict[str, Any]:
-    """The body that asks for this job again, with the seed that was drawn."""
+    """Returns the request body that asks for this job again, with the seed that was drawn."""
     config = {**spec["config"], **spec["config"]["optim"]}
     kind = config["objective"]["type"]
     hyperparameters = {**config["objective"], **{name: config[name] for name in COMMON}, "type": None}
@@ -123,7 +123,7 @@ def _selection(row: Job) -> dict[str, Any]:
 
 
 def _eta_seconds(row: Job) -> float | None:
-    """At the rate of the stage so far; None while there is none."""
+    """Returns the seconds that the stage still takes, at its rate so far; None while there is no rate."""
     progress = (row.observed == "running" and row.progress) or {}
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:
@@ -135,12 +135,12 @@ def _eta_seconds(row: Job) -> float | None:
 def _progress(row: Job) -> dict[str, Any] | None:
     if row.progress is None or row.observed != "running":
         return None
-    found = {key: row.progress.get(key) for key in ("stage", "done", "total", "encoding")}
-    return found | {"eta_seconds": _eta_seconds(row)}
+    shown = {key: row.progress.get(key) for key in ("stage", "done", "total", "encoding")}
+    return shown | {"eta_seconds": _eta_seconds(row)}
 
 
 def _estimated_finish(row: Job) -> int | None:
-    """Known once training runs: earlier stages tell nothing of its length."""
+    """Returns when the job ends; None before training, because earlier stages say nothing about its length."""
     progress = _progress(row) or {}
     eta = progress.get("eta_seconds") if progress.get("stage") == "training" else None
     return None if eta is None else int(time.time() + eta)

@@ -13,7 +13,7 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class WeightsAsked:
-    """What a request says of the weights; `auto` leaves it to the service."""
+    """What a request says about the weights. `auto` leaves it to the service."""
 
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
@@ -21,7 +21,7 @@ class WeightsAsked:
 
 @dataclass(frozen=True)
 class Combination:
-    """What a request puts together. `reference` None: the objective has none."""
+    """The parts of a request that must go together. `reference` None: the objective has none."""
 
     spec: JobSpec
     asked: WeightsAsked
@@ -71,7 +71,7 @@ RULES = (
     Rule(
         "x_raydpo.reference.model",
         "a reward model as the reference",
-        "name a policy or a base model: a reward model says nothing of tokens",
+        "name a policy or a base model, because a reward model gives tokens no probabilities",
         lambda given: given.reference is not None and bool(given.reference.num_outputs),
     ),
 )

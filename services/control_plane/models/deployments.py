@@ -14,7 +14,7 @@ from services.control_plane.settings import Settings
 
 
 async def use(session: AsyncSession, model: NamedModel) -> None:
-    """Wish the model served, as of now. Raises Unavailable while another has its application's name."""
+    """Asks for the model to be served, and notes its use. Raises Unavailable if another one has its name in Serve."""
     row = insert(Deployment).values(app_name=model.app_name, model_id=model.id, source=model.source)
     used = {"last_used_at": func.clock_timestamp()}
     same = (Deployment.model_id == model.id) & (Deployment.source == model.source)
@@ -29,10 +29,10 @@ async def forget(session: AsyncSession, app_name: str) -> None:
 
 
 async def wanted(session: AsyncSession, settings: Settings, running: set[str]) -> list[contract.Deployment]:
-    """The deployments to serve now; the others are forgotten.
+    """Returns the deployments to serve now, and forgets the others.
 
-    A job's reference comes first and stays until its scores are in. A model that is neither served nor waited for,
-    as after a restart of the cluster, is not loaded again until someone asks.
+    References of jobs come first, and stay as long as the jobs need them. A model that is neither running nor was asked
+    for lately, such as after a restart of the cluster, is not loaded again until somebody asks for it.
     """
     needed = select(Attempt.reference).where(Attempt.state != "ended", Attempt.reference.is_not(None))
     pinned = Deployment.app_name.in_(needed)

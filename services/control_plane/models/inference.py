@@ -1,4 +1,4 @@
-"""Completions, forwarded to Ray Serve: the model is loaded on first use, errors come back in the envelope."""
+"""Forwards completions to Ray Serve. A model is loaded on first use. Errors come back in OpenAI's envelope."""
 
 import asyncio
 import json
@@ -14,19 +14,19 @@ from services.control_plane.core.errors import ApiError, InvalidRequest, NotFoun
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.models import deployments, models
 from services.control_plane.models.models import NamedModel
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
 RETRY_AFTER_SECONDS = 15
-TOUCH_SECONDS = 10.0  # a model in use is marked so at most this often
+TOUCH_SECONDS = 10.0  # the use of a model is written at most this often
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
 
 
 class Inference:
     """Forwards OpenAI's completion calls to the model's Serve application."""
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
         self._serve = httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), limits=limits)
         self._touched: dict[str, float] = {}
@@ -35,14 +35,14 @@ class Inference:
         await self._serve.aclose()
 
     async def forward(self, caller: ProjectStore, path: str, body: dict[str, Any]) -> Response:
-        """Answer `POST /v1/<path>` from the caller's model that `body` names; a stream stays a stream."""
+        """Answers `POST /v1/<path>` with the model that `body` names. A stream stays a stream."""
         async with caller.begin() as session:
             model = await models.find(session, self._settings, body["model"])
         if model.num_outputs:
             message = f"'{model.id}' is a reward model: it scores texts and writes none. Name a policy or a base model."
             raise InvalidRequest(message, param="model", code="invalid_value")
         base_url = await self._wait_until_served(model)
-        app = await self._launcher.own_name(model.app_name)
+        app = await self._ray_api.own_name(model.app_name)
         request = self._serve.build_request("POST", f"{base_url}/{app}/v1/{path}", json=body)
         try:
             answer = await self._serve.send(request, stream=True)
@@ -58,11 +58,11 @@ class Inference:
         return Response(content, media_type="application/json")
 
     async def _wait_until_served(self, model: NamedModel) -> str:
-        """The proxy's URL once the model is up. Raises Unavailable after `model_wait_seconds`, or if it cannot load."""
+        """Waits until the model runs. Returns the URL of Serve's proxy. Raises Unavailable if it is late or fails."""
         deadline = time.monotonic() + self._settings.model_wait_seconds
         while time.monotonic() < deadline:
             try:
-                view = await self._launcher.look()
+                view = await self._ray_api.look()
             except httpx.HTTPError:
                 raise self._unavailable(model, "cannot be reached: the Ray cluster does not answer") from None
             app = view.applications.get(model.app_name)
@@ -71,13 +71,13 @@ class Inference:
                 return view.base_url
             if app and app.state == "failed":
                 async with self._store.begin() as session:
-                    await deployments.forget(session, model.app_name)  # so that the next request tries anew
+                    await deployments.forget(session, model.app_name)  # so that the next request loads it again
                 raise self._unavailable(model, f"could not be loaded: {app.message}")
             await asyncio.sleep(0.5)
         raise self._unavailable(model, f"is still loading after {self._settings.model_wait_seconds:.0f} seconds")
 
     async def _touch(self, model: NamedModel, *, again: bool) -> None:
-        """Mark the model as in use; `again` at once, since it may have been forgotten for another."""
+        """Notes the use of the model. With `again` it does so now, because the model may have been evicted."""
         if again or time.monotonic() - self._touched.get(model.app_name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
             async with self._store.begin() as session:
                 await deployments.use(session, model)
@@ -92,7 +92,7 @@ class Inference:
         )
 
     def _refusal(self, model: NamedModel, answer: httpx.Response) -> ApiError:
-        """The server's error in OpenAI's envelope."""
+        """Returns the server's error in OpenAI's envelope."""
         try:
             said = answer.json()
         except json.JSONDecodeError:
@@ -108,7 +108,7 @@ class Inference:
 
 
 async def _chunks(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """The server's events as they come; a stream that breaks ends with an error the client raises."""
+    """Yields the server's events as they come. A stream that breaks ends with an error, which clients raise."""
     try:
         async for chunk in answer.aiter_raw():
             yield chunk

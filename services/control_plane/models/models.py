@@ -1,4 +1,4 @@
-"""Models by the names clients use: bases from the settings, trained policies and checkpoints from jobs."""
+"""Models by the names that clients use: base models from the settings, policies and checkpoints from jobs."""
 
 import hashlib
 import re
@@ -25,27 +25,27 @@ class NamedModel:
 
     id: str
     source: str  # storage URI, local folder or hub id
-    root: str  # name of the base model it descends from
+    root: str  # the name of the base model from which it was trained
     created_at: datetime
     job_id: str | None = None  # None: a base model
     base_source: str | None = None  # where the base of an adapter is; None: the model holds all weights
     adapter: Lora | None = None  # the options of an adapter
-    num_outputs: int = 0  # of a reward model's head; 0: it is no reward model
+    num_outputs: int = 0  # outputs of a reward model's head; 0: it is no reward model
 
     @property
     def app_name(self) -> str:
-        """Its Serve application: the name in plain letters, told apart by a digest of name and source."""
+        """The name of its Serve application: its id in plain letters, and a digest that makes it unique."""
         digest = hashlib.sha256(f"{self.id}\n{self.source}".encode()).hexdigest()[:8]
         return f"{re.sub('[^A-Za-z0-9]+', '-', self.id)[:40].strip('-').lower()}-{digest}"
 
 
 def reference_of(job: Job) -> NamedModel:
-    """The model that the job's policy is compared with: the one that it starts from, unless the user named another."""
+    """Returns the job's reference: the model that it starts from, unless the user named another one."""
     name = job.spec.get("reference_model") or job.spec["model"]
     return NamedModel(name, job.reference_source or job.model_source, job.model_root, job.created_at)
 
 
-STARTED_AT = datetime.now(UTC)  # base models have no birthday of their own
+STARTED_AT = datetime.now(UTC)  # base models have no time of creation of their own
 
 
 def bases(settings: Settings) -> list[NamedModel]:
@@ -62,7 +62,7 @@ def _trained(row: Model) -> NamedModel:
 async def list_page(
     session: AsyncSession, settings: Settings, *, after: str | None, limit: int
 ) -> tuple[list[NamedModel], bool]:
-    """Bases first, then trained policies and checkpoints, newest first; and whether more follow."""
+    """Returns a page of base models, then trained ones, newest first; and whether more follow."""
     first = [] if after else bases(settings)
     if after in settings.models:
         first = bases(settings)[list(settings.models).index(after) + 1 :]
@@ -75,9 +75,9 @@ async def list_page(
 async def find(
     session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model", hold: bool = False
 ) -> NamedModel:
-    """The model by its name; NotFound lists the base models, since most misses are misspelled bases.
+    """Returns the model. NotFound lists the base models, because most unknown names are misspelled ones of these.
 
-    `hold`: nobody takes it away before this transaction ends.
+    With `hold`, nobody deletes the model before this transaction ends.
     """
     for base in bases(settings):
         if base.id == model_id:
@@ -92,11 +92,11 @@ async def find(
 
 
 class NameTaken(ValueError):
-    """The name is that of another job's policy."""
+    """A policy of another job has this name."""
 
 
 async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
-    """Offer a trained policy. Doing it twice is harmless, and what a user deleted stays deleted. Raises NameTaken."""
+    """Adds a trained policy. Adding it twice is harmless; one that was deleted stays deleted. Raises NameTaken."""
     spec = JobSpec.model_validate(job.spec)
     adapter = spec.weights.adapter
     row = insert(Model).values(
@@ -111,24 +111,24 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
     )
     await session.execute(row.on_conflict_do_nothing())
     if (owner := await session.scalar(select(Model.job_id).where(Model.id == model_id))) != job.id:
-        raise NameTaken(f"'{model_id}' is a policy of {owner} already, and not of {job.id}")
+        raise NameTaken(f"'{model_id}' is the name of a policy of {owner} already; {job.id} cannot have it")
 
 
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
-    """A trained policy of the caller's own, locked. Raises Forbidden for what is only shared with the caller."""
+    """Locks and returns a policy of the caller's project. Raises Forbidden for models of others and base models."""
     if (await find(session, settings, model_id)).job_id is None:
-        raise Forbidden(f"'{model_id}' is a base model: every project has it, as the settings say.", param="model")
+        raise Forbidden(f"'{model_id}' is a base model, which only the operator's settings change.", param="model")
     row = await session.get_one(Model, model_id, with_for_update={"key_share": True}, populate_existing=True)
     if not owns(session, row):
-        message = f"'{model_id}' is shared by the project that owns it, which alone may delete and share it."
+        message = f"'{model_id}' belongs to another project, which shares it; only that project may delete or share it."
         raise Forbidden(message, param="model")
     return row
 
 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Stop offering a trained policy, unless a job still needs it; those it was shared with lose it, too.
+    """Stops offering a trained policy, also where it is shared. Refused while a job or an adapter needs it.
 
-    The caller removes its bytes after the commit.
+    The caller deletes its bytes after the commit.
     """
     row = await find_own(session, settings, model_id)
     jobs = Job.__table__.c
@@ -138,7 +138,7 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
         raise InvalidRequest(
             f"'{model_id}' is the start or the reference of {name}, which has not ended; it must end first."
         )
-    models = Model.__table__.c  # of every project
+    models = Model.__table__.c  # models of all projects
     standing = select(models.id, models.project_id).where(models.base_source == row.source, models.deleted_at.is_(None))
     if (other := (await session.execute(standing.limit(1))).first()) is not None:
         name = f"'{other.id}'" if other.project_id == row.project_id else "of a project that it is shared with"
@@ -151,13 +151,13 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
 
 
 def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
-    """Of every project's jobs, as those that a model is shared with have some, too: whether they name it."""
+    """The condition that a job names the model. It holds for jobs of all projects, because a model may be shared."""
     jobs = Job.__table__.c
     return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
 
 
 async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
-    """What a job that has not ended needs a checkpoint of its own for."""
+    """Says what a job that has not ended needs the model of its checkpoint for; None if it does not need it."""
     job = await session.get_one(Job, model.job_id)
     if job.observed in TERMINAL:
         return None
@@ -173,9 +173,9 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Stop offering those of the models that are not shared or loaded and that no job was ever told to start from.
+    """Stops offering those of the models that are not shared, not loaded, and named by no job. Returns their ids.
 
-    Returns them. Whoever shares one or starts a job from it holds its row, and this waits for them and then looks.
+    It locks the models first, so it waits for requests that share one or start a job from it.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)

@@ -1,1 +1,1 @@
-"""A job's events, metrics and logs, as clients follow them."""
+"""A job's events, metrics and logs, for clients that follow it."""

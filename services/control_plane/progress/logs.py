@@ -1,4 +1,4 @@
-"""What driver and workers of a job printed, as its attempts keep it in storage."""
+"""Reads what a job's driver and workers printed. The attempts write it to storage."""
 
 import math
 from collections.abc import Iterator
@@ -14,13 +14,14 @@ PAGE_BYTES = 2**20
 def page(
     settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
 ) -> dict[str, Any]:
-    """Lines from byte `after` on; `next` is where the next page begins. Attempt None: the newest."""
+    """Returns lines from byte `after` on; `next` is where the next page begins. Attempt None means the newest."""
     folder = storage.join(settings.storage_url, "runs", job_id, "logs")
     attempts = sorted(map(int, storage.list_folders(folder)))
     if attempt is None:
         attempt = max(attempts, default=1)
     if attempts and attempt not in attempts:
-        raise InvalidRequest(f"There are logs of the attempts {attempts}, not of {attempt}.", param="attempt")
+        message = f"There are logs of the attempts {attempts}, not of {attempt}; choose one of those."
+        raise InvalidRequest(message, param="attempt")
     sources = storage.list_folders(storage.join(folder, str(attempt)))
     lines: list[str] = []
     following, num_bytes, has_more = after, 0, False
@@ -34,7 +35,7 @@ def page(
 
 
 def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
-    """Each with the byte where the next one begins. What the log was cut by is a line of its own."""
+    """Yields each line with the byte at which the next one begins. A line says so if a part of the log was left out."""
     names = storage.list_files(folder)
     firsts = [int(name.removesuffix(".log")) for name in names]
     at = after
@@ -42,7 +43,7 @@ def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
         if end <= at:
             continue
         if at < first:
-            yield first, f"... {first - at} bytes were left out, for the log is too long ..."
+            yield first, f"... {first - at} bytes were left out, because the log is too long ..."
             at = first
         for line in storage.read_bytes(storage.join(folder, name))[at - first :].splitlines(keepends=True):
             at += len(line)

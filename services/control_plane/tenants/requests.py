@@ -1,4 +1,4 @@
-"""Bodies of requests about projects and keys."""
+"""Request bodies about projects and keys."""
 
 import time
 from typing import Annotated
@@ -25,7 +25,7 @@ class CreateKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: Name
-    project_id: Text | None = None  # the caller's own
+    project_id: Text | None = None  # None: the caller's own project
     scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "write", "inference"]
     requests_per_minute: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
     expires_at: Annotated[int, Field(lt=2**33)] | None = None  # Unix seconds
@@ -34,12 +34,12 @@ class CreateKey(BaseModel):
     @classmethod
     def _is_to_come(cls, value: int | None) -> int | None:
         if value is not None and value <= time.time():
-            raise ValueError(f"{value} is past; it must be Unix seconds to come.")
+            raise ValueError(f"{value} is in the past; send Unix seconds in the future.")
         return value
 
 
 class UpdateProject(BaseModel):
-    """Body of POST /x/projects/{id}: what is left out stays."""
+    """Body of POST /x/projects/{id}. Fields that are left out stay as they are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""

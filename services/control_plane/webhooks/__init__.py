@@ -1,1 +1,1 @@
-"""Webhook endpoints, and the outbox that delivers to them."""
+"""Webhook endpoints, and the outbox from which messages are sent to them."""

@@ -56,7 +56,7 @@ def test_how_the_rows_of_a_file_are_read_is_said_with_it(raydpo, pairs):
     assert json.loads(raydpo("jobs", "show", created.stdout.strip()).stdout)["x_raydpo"]["columns"]["prompt"] == "ask"
     raydpo("jobs", "cancel", created.stdout.strip())
     refused = raydpo("jobs", "create", "--model", "tiny", "--file", stored.stdout.strip(), *options)
-    assert "is said when a file is uploaded" in refused.stderr
+    assert "goes with the upload of a file" in refused.stderr
 
 
 def test_job_is_created_from_a_local_file_listed_shown_cancelled_and_watched_to_its_end(raydpo, pairs):
