@@ -24,7 +24,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from dpo_core.config import Lora, TrainConfig, Truncation
+from dpo_core.config import Lora, Quantization, TrainConfig, Truncation
 
 WIRE = 2
 """The version of AttemptSpec. A driver refuses a newer version than its own, and says why.
@@ -167,6 +167,7 @@ class Weights(Contract):
 
     adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
     precision: Precision = "float32"  # what is trained has float32 masters in both
+    quantization: Quantization | None = None  # of the frozen base of an adapter
 
 
 Policy = Literal["last", "best"]

@@ -76,16 +76,23 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(sorted(part.numpy().tobytes() for part in parts))).hexdigest()
 
 
-def base_file(base: str) -> bytes:
-    """Returns the content of base_model.json for the fingerprint of a base."""
-    return json.dumps({"sha256_of_samples": base}).encode()
+def base_file(base: str, model: nn.Module) -> bytes:
+    """Returns the content of base_model.json: the fingerprint of a model's base, and whether the base is in NF4."""
+    quantization = {"quantization": "nf4"} if hasattr(model, BEFORE_NF4) else {}
+    return json.dumps({"sha256_of_samples": base, **quantization}).encode()
+
+
+def quantization_of(folder: Path) -> str | None:
+    """Returns the quantization of the base on which the adapter in the folder was trained; None: there was none."""
+    file = folder / BASE
+    return json.loads(file.read_bytes()).get("quantization") if file.is_file() else None
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
     """Raises UnusableModel if the adapter in the folder was trained on another base. It passes if the folder does not
     identify the base, as folders from elsewhere do not."""
     file = folder / BASE
-    if file.is_file() and file.read_bytes() != base_file(fingerprint(model)):
+    if file.is_file() and json.loads(file.read_bytes())["sha256_of_samples"] != fingerprint(model):
         what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
         raise UnusableModel(f"{what}; restore the base that it was trained on.")
 

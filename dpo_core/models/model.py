@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from dpo_core.config import Lora, Quantization
-from dpo_core.models.adapter import attach, check_base, options_of, put_weights
+from dpo_core.models.adapter import attach, check_base, options_of, put_weights, quantization_of
 from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
 from dpo_core.models.loading import load_whole
-from dpo_core.models.quantization import quantize
+from dpo_core.models.quantization import quantize, round_to_nf4
 from dpo_core.options import InvalidOption, Objective
 
 CACHED_WORDS = 100_000  # words whose ids a tokenizer caches; with its own 10,000 text takes up to a quarter longer
@@ -186,6 +186,8 @@ def load_merged(
     options = _regression(len(heads[0])) if heads else {}
     loaded = _load(kind, source, dtype, device, None, 0, None, **options)
     check_base(adapter, loaded.requires_grad_(False))
+    if quantization_of(adapter):
+        round_to_nf4(loaded)
     merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
     return merged.requires_grad_(True).eval()
 

@@ -28,6 +28,18 @@ def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMo
     return model.to(device)
 
 
+@torch.no_grad()
+def round_to_nf4(model: PreTrainedModel) -> None:
+    """Rounds the weights that `quantize` quantizes, which keep their dtype: an adapter is merged into what it was
+    trained on."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for name in _linears(model):
+        weight = model.get_submodule(name).weight
+        packed, state = quantize_4bit(weight.data, quant_type="nf4", compress_statistics=True)
+        weight.copy_(dequantize_4bit(packed, state))
+
+
 def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 

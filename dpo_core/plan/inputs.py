@@ -69,6 +69,7 @@ class Run:
     precision: Literal["float32", "bfloat16"] = "float32"
     adapter: int | None = None  # its rank; None: all weights are trained
     dropout: float = 0.0  # of what enters the adapter
+    quantized: bool = False  # whether the linear layers of the adapter's base are in NF4
     targets: tuple[str, ...] | None = None  # names of modules that it adapts; None: all linear layers but the head
     num_workers: int = 1
     workers_per_node: int = 8

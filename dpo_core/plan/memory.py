@@ -6,7 +6,7 @@ test compares the results with the memory of real processes.
 
 import re
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil, inf, prod
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
 from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS, choose_pack, fewest_shards
@@ -90,7 +90,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
     resting = state["weights"] + state["masters"] + state["moments"] + state["sharding"]
     in_pack = activations + in_head + head_gradient + masks + several * state["gradients"]
     copied = trained * (FLOAT32 if shards > 1 else size) + state["masters"] + state["moments"]
-    total = max(model.numbers * size, resting + max(in_pack, state["gradients"] + exchange))
+    loading = 0 if run.quantized and run.device == "cuda" else model.numbers * size  # NF4: whole on the host only
+    total = max(loading, resting + max(in_pack, state["gradients"] + exchange))
     return Memory(
         **state,
         activations=activations,
@@ -98,7 +99,7 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
         masks=masks,
         exchange=exchange,
         checkpoint=copied,
-        loading=model.numbers * size,
+        loading=loading,
         total=total + copied * (run.device == "cpu"),
     )
 
@@ -109,15 +110,24 @@ def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
     With shards, it also holds whole weights while it computes: all that are outside the layers, and two layers, because
     the next one is fetched ahead.
     """
-    size, trained, frozen = run.itemsize, count_trained(model, run), model.numbers if run.adapter else 0
+    size, trained, frozen = run.itemsize, count_trained(model, run), _frozen_bytes(model, run) if run.adapter else 0
     gathered = model.outside + 2 * (model.numbers - model.outside) // model.number("num_hidden_layers")
     return {
-        "weights": (frozen * size + trained * (FLOAT32 if shards > 1 else size)) // shards,
+        "weights": (frozen + trained * (FLOAT32 if shards > 1 else size)) // shards,
         "gradients": trained * FLOAT32 // shards,
         "masters": trained * FLOAT32 if size < FLOAT32 and shards == 1 else 0,
         "moments": 2 * trained * FLOAT32 // shards,
         "sharding": gathered * size if shards > 1 else 0,
     }
+
+
+NF4_BITS = 4.127  # of a weight, with the scales of its block of 64
+
+
+def _frozen_bytes(model: Shapes, run: Run) -> int:
+    linear = sum(prod(shape) for name, shape in model.weights.items() if len(shape) == 2 and in_layer(name))
+    quantized = linear if run.quantized else 0
+    return (model.numbers - quantized) * run.itemsize + int(quantized * NF4_BITS / 8)
 
 
 def count_trained(model: Shapes, run: Run) -> int:

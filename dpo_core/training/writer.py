@@ -112,7 +112,7 @@ class Writer:
             paths = [partial / f"optimizer-{self._shard + 1:05d}-of-{self._num_shards:05d}.safetensors"]
             save_file(state, paths[0])
         if rank() == 0:
-            files = {BASE: base_file(manifest.base)} if manifest.base else self._files
+            files = {BASE: base_file(manifest.base, self._policy)} if manifest.base else self._files
             save_model(self._skeleton, partial / "model", self._tokenizer, files, state_dict=model)
             if not has_adapter(self._skeleton):  # transformers would write the dtype of a sharded policy's shards
                 self._skeleton.config.dtype = manifest.dtype

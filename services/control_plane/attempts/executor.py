@@ -109,7 +109,8 @@ class Executor:
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
             token = await attempts.give_token(session, attempt)
         run_uri = self._run_uri(job)
-        may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
+        by_trainer = spec.reference_source == "trainer" or spec.weights.quantization  # no engine has the base in NF4
+        may_be_served = spec.config.objective.traits.needs_reference and not by_trainer
         reference = await self._ray_api.own_name(models.reference_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
             wire=_wire_of(spec),

@@ -32,8 +32,8 @@ async def admit(
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
-    weights.check(Combination(spec, asked, model, reference))
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
+    weights.check(Combination(spec, asked, model, reference))
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
         file = await files.find_checked(session, spec.training_file, param="training_file")
         _check_file(file, spec.config.objective, "training_file")

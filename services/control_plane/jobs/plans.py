@@ -64,6 +64,7 @@ def run_of(spec: JobSpec, rows: Rows, nodes: Sequence[Node], settings: Settings)
         precision=spec.weights.precision,
         adapter=adapter.r if adapter else None,
         dropout=adapter.dropout if adapter else 0.0,
+        quantized=spec.weights.quantization is not None,
         targets=None if targets == "all-linear" else targets,
         num_workers=spec.num_workers,
         workers_per_node=most or spec.num_workers,

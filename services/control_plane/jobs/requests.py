@@ -13,7 +13,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from dpo_core.config import EarlyStop, Lora, Optim, TrainConfig
+from dpo_core.config import EarlyStop, Lora, Optim, Quantization, TrainConfig
 from dpo_core.methods import COMMON, METHODS
 from dpo_core.options import OBJECTIVES, Mpo, Objective, RewardObjective
 from services.contract import Integrations, JobSpec, Mlflow, Policy, Reading, ReferenceSource, WandbIntegration
@@ -34,6 +34,7 @@ EXTENSIONS = {
     "truncation",
     "adapter",
     "precision",
+    "quantization",
     "reference",
     "max_tokens_per_pack",
     "activation_checkpointing",
@@ -71,6 +72,7 @@ Metadata = Annotated[
 ]
 
 
+AskedQuantization: Any = Quantization | None
 AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
 # The objectives that a sum may have.
 PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]
@@ -160,7 +162,8 @@ class CreateJob(BaseModel):
         """Returns what the body says of the weights. Raises InvalidRequest naming the field."""
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
-        return WeightsAsked(_adapter(extension.get("adapter", "auto")), precision)
+        quantization: Any = parse(AskedQuantization, extension.get("quantization"), "x_raydpo.quantization")
+        return WeightsAsked(_adapter(extension.get("adapter", "auto")), precision, quantization)
 
     def _integrations(self) -> Integrations:
         extension = self.x_raydpo or {}

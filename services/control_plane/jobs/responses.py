@@ -41,6 +41,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "num_workers": row.spec["num_workers"],
         "adapter": {"type": "lora", **asdict(weights.adapter)} if weights.adapter else "none",
         "precision": weights.precision,
+        "quantization": weights.quantization,
         "priority": row.priority,
         "validation_share": row.spec.get("validation_share") or None,
         **_selection(row),

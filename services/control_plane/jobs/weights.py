@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dpo_core.config import Lora
+from dpo_core.config import Lora, Quantization
 from services.contract import JobSpec, Precision, Weights
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.models.models import NamedModel
@@ -17,13 +17,14 @@ class WeightsAsked:
 
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
 class Combination:
     """The parts of a request that must go together. `reference` None: the objective has none."""
 
-    spec: JobSpec
+    spec: JobSpec  # with its weights decided
     asked: WeightsAsked
     start: NamedModel
     reference: NamedModel | None
@@ -36,6 +37,10 @@ class Combination:
     def num_outputs(self) -> int:
         """Outputs of the reward model that the objective trains; 0: it trains a policy."""
         return self.spec.config.objective.traits.num_outputs
+
+    @property
+    def quantized(self) -> bool:
+        return self.spec.weights.quantization is not None
 
 
 class Rule(NamedTuple):
@@ -74,6 +79,24 @@ RULES = (
         "name a policy or a base model, because a reward model gives tokens no probabilities",
         lambda given: given.reference is not None and bool(given.reference.num_outputs),
     ),
+    Rule(
+        "x_raydpo.quantization",
+        "a quantized base without an adapter",
+        "leave it out, or train an adapter: weights in NF4 are frozen",
+        lambda given: given.quantized and given.spec.weights.adapter is None,
+    ),
+    Rule(
+        "x_raydpo.sharding",
+        "a quantized base that workers split",
+        "send 'replicated' or leave it out, or leave x_raydpo.quantization out",
+        lambda given: given.quantized and given.spec.config.sharding in ("full", "hybrid"),
+    ),
+    Rule(
+        "x_raydpo.reference.source",
+        "'serve' for a policy with a quantized base",
+        "send 'trainer' or leave it out: an engine would score with the base as it was before",
+        lambda given: given.quantized and given.spec.reference_source == "serve",
+    ),
 )
 
 
@@ -87,7 +110,10 @@ def check(given: Combination) -> None:
 
 def decide(asked: WeightsAsked, start: NamedModel, settings: Settings) -> Weights:
     """Decides what the request leaves to the service."""
-    return Weights(adapter=_adapter(asked, start, settings), precision=_precision(asked, settings))
+    adapter = _adapter(asked, start, settings)
+    kept = start.quantization if adapter else None  # an adapter goes on with the base that it was trained on
+    quantization = asked.quantization or kept
+    return Weights(adapter=adapter, precision=_precision(asked, settings), quantization=quantization)
 
 
 def _adapter(asked: WeightsAsked, start: NamedModel, settings: Settings) -> Lora | None:
@@ -111,15 +137,16 @@ def _precision(asked: WeightsAsked, settings: Settings) -> Precision:
 def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) -> str:
     """Says what is trained and what it is compared with, for an event. `reference` None: the objective has none."""
     adapter, precision = weights.adapter, weights.precision
+    over = f", on a base in {weights.quantization.upper()}" if weights.quantization else ""
     if adapter is None:
         merged = ", the adapter merged into its base," if start.adapter else ""
-        what = f"Training all weights of {start.id}{merged} in {precision}"
+        what = f"Training all weights of {start.id}{merged} in {precision}{over}"
     elif start.adapter:
-        what = f"Training on with the adapter {start.id} of rank {adapter.r} in {precision}"
+        what = f"Training on with the adapter {start.id} of rank {adapter.r} in {precision}{over}"
     else:
         targets = adapter.target_modules
         where = "all linear layers" if targets == "all-linear" else ", ".join(targets)
-        what = f"Training an adapter of rank {adapter.r} on {where} of {start.id} in {precision}"
+        what = f"Training an adapter of rank {adapter.r} on {where} of {start.id} in {precision}{over}"
     if reference is None:
         return what
     own = ", as it is before the first step" if reference.source == start.source else ""

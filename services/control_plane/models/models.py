@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core import selection
-from dpo_core.config import Lora
+from dpo_core.config import Lora, Quantization
 from services.contract import JobSpec
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.core.store import owns, page
@@ -30,6 +30,7 @@ class NamedModel:
     job_id: str | None = None  # None: a base model
     base_source: str | None = None  # where the base of an adapter is; None: the model holds all weights
     adapter: Lora | None = None  # the options of an adapter
+    quantization: Quantization | None = None  # of the base that the adapter was trained on
     num_outputs: int = 0  # outputs of a reward model's head; 0: it is no reward model
 
     @property
@@ -53,9 +54,18 @@ def bases(settings: Settings) -> list[NamedModel]:
 
 
 def _trained(row: Model) -> NamedModel:
-    adapter = Lora(**row.adapter) if row.adapter else None
+    options = dict(row.adapter or {})
+    quantization = options.pop("quantization", None)
     return NamedModel(
-        row.id, row.source, row.root, row.created_at, row.job_id, row.base_source, adapter, row.num_outputs
+        row.id,
+        row.source,
+        row.root,
+        row.created_at,
+        row.job_id,
+        base_source=row.base_source,
+        adapter=Lora(**options) if options else None,
+        quantization=quantization,
+        num_outputs=row.num_outputs,
     )
 
 
@@ -104,7 +114,7 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
         source=source,
         root=job.model_root,
         base_source=adapter and (job.base_source or job.model_source),
-        adapter=adapter and asdict(adapter),
+        adapter=adapter and {**asdict(adapter), "quantization": spec.weights.quantization},
         num_outputs=spec.config.objective.traits.num_outputs,
         job_id=job.id,
         project_id=job.project_id,

@@ -22,6 +22,7 @@ def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
             "job": model.job_id,
             "kind": "reward" if model.num_outputs else "policy",
             "adapter": {"type": "lora", **asdict(model.adapter)} if model.adapter else "none",
+            "quantization": model.quantization,
         },
     }
 

@@ -1,4 +1,4 @@
-"""A frozen base in NF4: the numbers of arXiv 2305.14314, trained on by an adapter, merged into the base as it was."""
+"""A frozen base in NF4: the numbers of arXiv 2305.14314, trained on by an adapter, which is merged into them."""
 
 from dataclasses import replace
 
@@ -118,7 +118,7 @@ def test_a_gpu_rounds_and_computes_as_a_cpu_does(base, pairs, dtype):
 
 @pytest.mark.parametrize("adapter", [Lora(r=4), Lora(r=4, use_dora=True)], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_adapter_learns_is_saved_and_merges_into_the_base_as_it_was(
+def test_an_adapter_learns_is_saved_and_merges_into_the_base_that_it_was_trained_on(
     adapter, dtype, base, tokenizer, pairs, tmp_path
 ):
     policy = in_nf4(base, adapter=adapter, dtype=dtype)
@@ -136,9 +136,12 @@ def test_an_adapter_learns_is_saved_and_merges_into_the_base_as_it_was(
     ids = torch.tensor([[*pairs[3].prompt_ids, *pairs[3].completion_ids[0]]])
     torch.testing.assert_close(again(input_ids=ids).logits, policy(input_ids=ids).logits, rtol=0, atol=0)
 
-    merge_adapter(saved, tmp_path / "merged")
-    merged, whole = load_policy(tmp_path / "merged"), load_policy(base, adapter=saved)
-    torch.testing.assert_close(merged(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    merge_adapter(saved, tmp_path / "merged", dtype="float32")
+    merged = load_policy(tmp_path / "merged")(input_ids=ids).logits
+    unrounded = load_policy(base, adapter=saved)(input_ids=ids).logits
+    ours, theirs = (apart(logits, policy(input_ids=ids).logits) for logits in (merged, unrounded))
+    assert ours < (1e-4 if dtype == torch.float32 else theirs)
+    assert theirs > 1e-3
 
 
 def test_a_run_goes_on_bit_for_bit_and_not_on_a_base_in_another_precision(base, tokenizer, pairs, tmp_path):

@@ -132,11 +132,12 @@ def test_a_reference_with_other_tokens_is_refused(
     assert "another tokenizer" in failed.message
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_bfloat16_is_trained_with_a_word_of_warning_where_it_is_slow(
-    make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver]
+    quantization: Any, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver]
 ) -> None:
     config = TrainConfig(batch_size=8, n_epochs=2, optim=Optim(learning_rate=1e-2))
-    weights = Weights(adapter=ADAPTER.adapter, precision="bfloat16")
+    weights = Weights(adapter=ADAPTER.adapter, precision="bfloat16", quantization=quantization)
     driver = done(start(make_spec(config=config, **GIVEN | {"weights": weights})))
     metrics = figures(driver.reports())
     assert metrics[1]["loss"] == pytest.approx(math.log(2), abs=2e-3)
