@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
-from dpo_core.data.columns import LONGEST, side_rated
+from dpo_core.data.column_hints import LONGEST, side_rated
 from dpo_core.data.formats import Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from dpo_core.data import published, readers
-from dpo_core.data.columns import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_columns, role_of, says_something
+from dpo_core.data.column_hints import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_columns, role_of, says_something
 from dpo_core.data.extras import (
     as_chat,
     is_said,

@@ -26,13 +26,13 @@ from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.scorer import Scorer
 from dpo_core.selection import Evaluation, evaluations, stalls
 from dpo_core.training.checkpoint import Manifest, load, resumable
+from dpo_core.training.checkpoint_writer import Publish, Writer
 from dpo_core.training.evaluation import Batches, evaluate
 from dpo_core.training.gradients import backward, check_agreement, make_packs
 from dpo_core.training.memory import checkpoint_activations, plan_memory
 from dpo_core.training.optim import learning_rate, make_optimizer
 from dpo_core.training.ranks import on_any_rank, rank, together
 from dpo_core.training.weights import Weights, agree_on_weights, dtypes_of, shard
-from dpo_core.training.writer import Publish, Writer
 
 GlobalBatches = Sequence[Sequence[EncodedGroup]] | Callable[[int], Batches]
 logger = logging.getLogger(__name__)

@@ -100,7 +100,7 @@ def test_a_run_stops_when_its_patience_is_over(values, early_stop, stops_after):
     assert next(ends, None) == stops_after
 
 
-def test_patience_follows_the_metrics_direction():
+def test_step_retries_follows_the_metrics_direction():
     assert stalls(found(0.5, 0.4, 0.3), ACCURACY, EarlyStop(patience=2))
     assert not stalls(found(0.5, 0.6, 0.7), ACCURACY, EarlyStop(patience=2))
 

@@ -24,8 +24,8 @@ from services.control_plane.attempts.decision import (
     rest_seconds,
 )
 from services.control_plane.attempts.executor import Executor
-from services.control_plane.attempts.patience import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.attempts.scheduling import what_each_waits_for
+from services.control_plane.attempts.step_retries import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
 from services.control_plane.core.store import Store

@@ -26,10 +26,10 @@ from dpo_core.training.checkpoint import (
     read_manifest,
     verify,
 )
+from dpo_core.training.checkpoint_writer import Writer
 from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import train
 from dpo_core.training.weights import Weights
-from dpo_core.training.writer import Writer
 from tests.dpo_core.conftest import SIZES
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
@@ -368,7 +368,7 @@ def test_a_checkpoint_is_written_without_looking_at_the_policy(
         assert looked_away.wait(300)
         save_file(tensors, path)
 
-    monkeypatch.setattr("dpo_core.training.writer.save_file", save_late)
+    monkeypatch.setattr("dpo_core.training.checkpoint_writer.save_file", save_late)
     manifest = Manifest(1, 1, 1, 1, {}, {}, asdict(CONFIG), {}, "float32")
     with Writer(tmp_path / "run", policy, tokenizer, weights) as writer:
         writer.save(manifest, make_optimizer(weights.stepped.values(), CONFIG.optim))
@@ -416,7 +416,7 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokeni
         assert went_on.wait(300)
         save_file(tensors, path)
 
-    monkeypatch.setattr("dpo_core.training.writer.save_file", save_late)
+    monkeypatch.setattr("dpo_core.training.checkpoint_writer.save_file", save_late)
     steps = train(config, make_policy(), tokenizer, [pairs] * 4, total_steps=4, checkpoint_dir=tmp_path / "went on")
     assert [next(steps).step for _ in range(4)] == [1, 2, 3, 4]
     went_on.set()

@@ -11,10 +11,10 @@ from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.options import Supervised
 from dpo_core.selection import Evaluation
 from dpo_core.training.checkpoint import Manifest
+from dpo_core.training.checkpoint_writer import Writer
 from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import StepResult, train
 from dpo_core.training.weights import Weights
-from dpo_core.training.writer import Writer
 from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.data.encoding import encode, encode_piece, recipe_of

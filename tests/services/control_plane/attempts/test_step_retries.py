@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from services import storage
 from services.contract import AttemptSpec, EventBatch, Message, Succeeded
 from services.control_plane.attempts import attempts
-from services.control_plane.attempts.patience import LONGEST_PAUSE_SECONDS, TRIES, Patience, in_words, is_ours
+from services.control_plane.attempts.step_retries import LONGEST_PAUSE_SECONDS, TRIES, Patience, in_words, is_ours
 from services.control_plane.settings import Settings
 from services.spool import segment_uri, write
 from tests.services.control_plane.attempts.test_reconciler import reports, rest, spool, submit, ticks
@@ -353,7 +353,7 @@ def test_silence_is_told_by_the_databases_clock_alone(
     succeed(client, settings, ray, job_id)
 
 
-def test_patience_grows_and_ends_when_the_job_moves() -> None:
+def test_step_retries_grows_and_ends_when_the_job_moves() -> None:
     now = 0.0
     patience = Patience(lambda: now)
     due = []
