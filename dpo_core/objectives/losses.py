@@ -62,9 +62,11 @@ def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -
 
 @loss
 def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
-    """-sum_i log[e^{beta h_i} / (e^{beta h_i} + sum_{j worse than i} e^{beta h_j})]; arXiv 2305.18290, A.3.
+    """Returns the loss of each group, [G], arXiv 2305.18290, A.3.
 
-    For a pair this is -log sigmoid(beta (h_w - h_l)), equation 7. Completions that tie are not compared.
+    The loss is -sum_i log[e^{beta h_i} / (e^{beta h_i} + sum_{j worse than i} e^{beta h_j})], with the log-ratio h of
+    each completion. For a pair this is -log sigmoid(beta (h_w - h_l)), equation 7. Completions that tie are not
+    compared.
     """
     rewards = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     rivals = rewards[:, None, :].masked_fill(~measures.worse, NEVER).logsumexp(2) + measures.margins[:, None]
@@ -75,9 +77,10 @@ def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
 
 @loss
 def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
-    """sum over i better than j of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}); arXiv 2402.01878.
+    """Returns the loss of each group, [G], arXiv 2402.01878.
 
-    s = beta h, G = 2^psi - 1, D = log(1 + rank by s); psi is the rating, scaled to [0, 1] in the group.
+    The loss is the sum of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}) over all i better than j. s = beta h, h
+    the log-ratio of a completion; G = 2^psi - 1, psi the rating scaled to [0, 1] in the group; D = log(1 + rank by s).
     """
     s = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     ratings = measures.by_group(measures.ratings, math.nan)
@@ -105,7 +108,10 @@ def _deltas(measures: Measures) -> Tensor:
 
 @loss
 def cdpo(objective: o.Cdpo, measures: Measures) -> Tensor:
-    """(1 - eps) (-log sigmoid(beta delta)) + eps (-log sigmoid(-beta delta))."""
+    """Returns the loss of each pair, [G]: (1 - eps) (-log sigmoid(beta delta)) + eps (-log sigmoid(-beta delta)).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     return _smoothed(objective.beta * _deltas(measures), objective.label_smoothing)
 
 
@@ -116,14 +122,21 @@ def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
 
 @loss
 def robust_dpo(objective: o.RobustDpo, measures: Measures) -> Tensor:
-    """[(1 - eps) l(delta) - eps l(-delta)] / (1 - 2 eps), l = -log sigmoid(beta .)."""
+    """Returns the loss of each pair, [G]: [(1 - eps) l(delta) - eps l(-delta)] / (1 - 2 eps).
+
+    l(x) = -log sigmoid(beta x); delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     eps, logits = objective.label_smoothing, objective.beta * _deltas(measures)
     return (eps * logsigmoid(-logits) - (1 - eps) * logsigmoid(logits)) / (1 - 2 * eps)
 
 
 @loss
 def ipo(objective: o.Ipo, measures: Measures) -> Tensor:
-    """(delta - 1 / (2 tau))^2, tau = beta; with `length_average` h is a mean over tokens, else a sum."""
+    """Returns the loss of each pair, [G]: (delta - 1 / (2 tau))^2, tau = beta.
+
+    delta is the log-ratio of the chosen minus that of the rejected completion. With `length_average` a log-ratio is a
+    mean over tokens, otherwise a sum.
+    """
     chosen, rejected = measures.chosen, measures.rejected
     delta = (
         chosen.mean_logratios - rejected.mean_logratios
@@ -135,39 +148,56 @@ def ipo(objective: o.Ipo, measures: Measures) -> Tensor:
 
 @loss
 def hinge(objective: o.Hinge, measures: Measures) -> Tensor:
-    """max(0, 1 - beta delta)."""
+    """Returns the loss of each pair, [G]: max(0, 1 - beta delta). delta is the log-ratio of the chosen minus that of
+    the rejected completion."""
     return relu(1 - objective.beta * _deltas(measures))
 
 
 @loss
 def dpo_norm(objective: o.DpoNorm, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (h_w / |w| - h_l / |l|))."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (h_w / |w| - h_l / |l|)).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion. |w| and |l| are the numbers of tokens of
+    the chosen and the rejected completion.
+    """
     return -logsigmoid(objective.beta * (measures.chosen.mean_logratios - measures.rejected.mean_logratios))
 
 
 @loss
 def apo_zero(objective: o.ApoZero, measures: Measures) -> Tensor:
-    """1 - sigmoid(beta h_w) + sigmoid(beta h_l)."""
+    """Returns the loss of each pair, [G]: 1 - sigmoid(beta h_w) + sigmoid(beta h_l).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     chosen, rejected = objective.beta * measures.chosen.logratios, objective.beta * measures.rejected.logratios
     return 1 - chosen.sigmoid() + rejected.sigmoid()
 
 
 @loss
 def apo_down(objective: o.ApoDown, measures: Measures) -> Tensor:
-    """sigmoid(beta h_w) + 1 - sigmoid(beta delta)."""
+    """Returns the loss of each pair, [G]: sigmoid(beta h_w) + 1 - sigmoid(beta (h_w - h_l)).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     return (objective.beta * measures.chosen.logratios).sigmoid() + 1 - (objective.beta * _deltas(measures)).sigmoid()
 
 
 @loss
 def nca(objective: o.Nca, measures: Measures) -> Tensor:
-    """-log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2, r = beta h."""
+    """Returns the loss of each pair, [G]: -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
+
+    r_w = beta h_w and r_l = beta h_l, with the log-ratios h of the chosen and the rejected completion.
+    """
     chosen, rejected = objective.beta * measures.chosen.logratios, objective.beta * measures.rejected.logratios
     return -logsigmoid(chosen) - logsigmoid(-chosen) / 2 - logsigmoid(-rejected) / 2
 
 
 @loss
 def exo(objective: o.Exo, measures: Measures) -> Tensor:
-    """KL((sigmoid(beta delta), sigmoid(-beta delta)) || (1 - eps, eps))."""
+    """Returns the loss of each pair, [G]: KL((sigmoid(beta delta), sigmoid(-beta delta)) || (1 - eps, eps)).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     eps, logits = objective.label_smoothing, objective.beta * _deltas(measures)
     chosen = logits.sigmoid() * (logsigmoid(logits) - math.log1p(-eps))
     return chosen + (-logits).sigmoid() * (logsigmoid(-logits) - math.log(eps))
@@ -175,17 +205,21 @@ def exo(objective: o.Exo, measures: Measures) -> Tensor:
 
 @loss
 def sppo(objective: o.Sppo, measures: Measures) -> Tensor:
-    """(h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2."""
+    """Returns the loss of each pair, [G]: (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2.
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     half = 0.5 / objective.beta
     return (measures.chosen.logratios - half) ** 2 + (measures.rejected.logratios + half) ** 2
 
 
 @loss
 def aot(objective: o.Aot, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (u_(i) - v_(i))), with u and v sorted over the global batch.
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (u_(i) - v_(i))); u and v are sorted over the global batch.
 
     With `paired`, u is log pi(w) - log pi(l) of the policy and v the same of the reference; otherwise u is h_w and v is
-    h_l. A group of weight 2 counts as two groups of weight 1: quantiles are those of weighted values.
+    h_l, the log-ratios of the chosen and the rejected completion. A group of weight 2 counts as two groups of weight 1:
+    quantiles are those of weighted values.
     """
     chosen, rejected = measures.chosen, measures.rejected
     if objective.paired:
@@ -218,7 +252,10 @@ def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Te
 
 @loss
 def discopop(objective: o.Discopop, measures: Measures) -> Tensor:
-    """(1 - m) (-log sigmoid(r)) + m e^{-r}, m = sigmoid(r / tau), r = beta delta."""
+    """Returns the loss of each pair, [G]: (1 - m) (-log sigmoid(r)) + m e^{-r}, m = sigmoid(r / tau), r = beta delta.
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     logits = objective.beta * _deltas(measures)
     mix = (logits / objective.tau).sigmoid()
     return -(1 - mix) * logsigmoid(logits) + mix * (-logits).clamp(max=LARGEST_EXPONENT).exp()
@@ -226,20 +263,30 @@ def discopop(objective: o.Discopop, measures: Measures) -> Tensor:
 
 @loss
 def dpop(objective: o.Dpop, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (delta - lambda max(0, -h_w)))."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (h_w - h_l - lambda max(0, -h_w))).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     penalty = objective.penalty * relu(-measures.chosen.logratios)
     return -logsigmoid(objective.beta * (_deltas(measures) - penalty))
 
 
 @loss
 def rpo(objective: o.Rpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta delta) - alpha log pi(w) / |w|."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta delta) - alpha log pi(w) / |w|, w the chosen completion.
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     return -logsigmoid(objective.beta * _deltas(measures)) - objective.nll_weight * measures.chosen.mean_logps
 
 
 @loss
 def ld_dpo(objective: o.LdDpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta delta); in h, tokens after the length of the shorter completion have the weight alpha."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta delta).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion. In a log-ratio, tokens after the length
+    of the shorter completion have the weight alpha.
+    """
 
     def logratios(side: Completions) -> Tensor:
         assert side.ref_head_logps is not None
@@ -251,14 +298,22 @@ def ld_dpo(objective: o.LdDpo, measures: Measures) -> Tensor:
 
 @loss
 def r_dpo(objective: o.RDpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta delta + alpha (|w| - |l|))."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta delta + alpha (|w| - |l|)).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion. |w| and |l| are the numbers of tokens of
+    the chosen and the rejected completion.
+    """
     longer = measures.chosen.lengths - measures.rejected.lengths
     return -logsigmoid(objective.beta * _deltas(measures) + objective.length_weight * longer)
 
 
 @loss
 def f_dpo(objective: o.FDpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (f'(e^{h_w}) - f'(e^{h_l}))); f is the divergence, and constants of f' cancel."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (f'(e^{h_w}) - f'(e^{h_l}))).
+
+    f is the divergence; constants of f' cancel. h_w and h_l are the log-ratios of the chosen and the rejected
+    completion.
+    """
 
     def slope(h: Tensor) -> Tensor:
         if objective.divergence == "jensen_shannon":
@@ -274,8 +329,10 @@ def f_dpo(objective: o.FDpo, measures: Measures) -> Tensor:
 
 @loss
 def orpo(objective: o.Orpo, measures: Measures) -> Tensor:
-    """-log pi(w) / |w| - lambda log sigmoid(log odds(w) - log odds(l)); odds(y) = p / (1 - p), log p = log pi(y) /
-    |y|."""
+    """Returns the loss of each pair, [G]: -log pi(w) / |w| - lambda log sigmoid(log odds(w) - log odds(l)).
+
+    odds(y) = p / (1 - p), log p = log pi(y) / |y|; w is the chosen and l the rejected completion.
+    """
     chosen, rejected = measures.chosen.mean_logps, measures.rejected.mean_logps
     return -chosen - objective.odds_weight * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
@@ -291,7 +348,11 @@ def _log_odds(logps: Tensor) -> Tensor:
 
 @loss
 def cpo(objective: o.Cpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (log pi(w) - log pi(l))) - alpha log pi(w)."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (log pi(w) - log pi(l))) - alpha log pi(w).
+
+    w is the chosen and l the rejected completion. With `length_average` the last term is divided by the number of
+    tokens of w.
+    """
     likelihood = measures.chosen.mean_logps if objective.length_average else measures.chosen.logps
     deltas = measures.chosen.logps - measures.rejected.logps
     return -logsigmoid(objective.beta * deltas) - objective.nll_weight * likelihood
@@ -299,7 +360,10 @@ def cpo(objective: o.Cpo, measures: Measures) -> Tensor:
 
 @loss
 def simpo(objective: o.Simpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (log pi(w) / |w| - log pi(l) / |l|) - gamma), gamma = beta * gamma_beta_ratio."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (log pi(w) / |w| - log pi(l) / |l|) - gamma).
+
+    gamma = beta * gamma_beta_ratio; w is the chosen and l the rejected completion.
+    """
     deltas = measures.chosen.mean_logps - measures.rejected.mean_logps
     return -logsigmoid(objective.beta * (deltas - objective.gamma_beta_ratio))
 
@@ -309,16 +373,16 @@ def simpo(objective: o.Simpo, measures: Measures) -> Tensor:
 
 @loss
 def supervised(objective: o.Supervised, measures: Measures) -> Tensor:
-    """-log pi(w), summed over the tokens of the completion."""
+    """Returns the loss of each group, [G]: -log pi(w), summed over the tokens of the completion w."""
     return -measures.chosen.logps
 
 
 @loss
 def kto(objective: o.Kto, measures: Measures) -> Tensor:
-    """lambda_D (1 - sigmoid(beta (h - z0))) or lambda_U (1 - sigmoid(beta (z0 - h))); arXiv 2402.01306.
+    """Returns the loss of each group, [G]: the mean of the losses of its completions, arXiv 2402.01306.
 
-    The first is for desirable completions, the second for undesirable ones. `kl_estimate` computes z0. The loss of a
-    group of several completions is the mean of the completions' losses.
+    The loss of a desirable completion is lambda_D (1 - sigmoid(beta (h - z0))), that of an undesirable one
+    lambda_U (1 - sigmoid(beta (z0 - h))). h is the log-ratio of the completion; `kl_estimate` computes z0.
     """
     h = measures.all.logratios
     z0 = kl_estimate(measures)
@@ -338,7 +402,11 @@ def kl_estimate(measures: Measures) -> Tensor:
 
 
 def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
-    """-log sigmoid(beta h_w - d) or -log sigmoid(-(beta h_l - d)); d is the mean of all rewards so far in the run."""
+    """Returns the loss of each group, [G]: the sum of the losses of its completions.
+
+    The loss of a good completion is -log sigmoid(beta h - d), that of a bad one -log sigmoid(-(beta h - d)). h is the
+    log-ratio of the completion; d is the mean of all rewards so far in the run, which `statistics` hold.
+    """
     rewards = objective.beta * measures.all.logratios
     rated = ~measures.ratings.isnan()
     delta = statistics.add(rewards.detach()[rated])
@@ -351,25 +419,29 @@ def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
 
 @loss
 def reward_bradley_terry(objective: o.RewardBradleyTerry, measures: Measures) -> Tensor:
-    """-log sigmoid(r_w - r_l - m), m the margin; arXiv 2410.01257. The loss is a mean over the group's ordered
-    pairs."""
+    """Returns the loss of each group, [G]: the mean of -log sigmoid(r_w - r_l - m) over its ordered pairs.
+
+    r_w and r_l are the rewards of the better and the worse completion, m is the margin; arXiv 2410.01257.
+    """
     leads = differences(measures.by_group(measures.rewards, 0.0)) - measures.margins[:, None, None]
     return _mean_over_pairs(-logsigmoid(leads), measures)
 
 
 @loss
 def reward_regression(objective: o.RewardRegression, measures: Measures) -> Tensor:
-    """(r - rating)^2; arXiv 2410.01257. The loss is a mean over the group's completions."""
+    """Returns the loss of each group, [G]: the mean of (r - rating)^2 over its completions; arXiv 2410.01257. r is the
+    reward."""
     errors = (measures.rewards - measures.ratings) ** 2
     return measures.group_sums(errors) / measures.group_sums(torch.ones_like(errors))
 
 
 @loss
 def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
-    """-log Phi((m_w - m_l) / sqrt(v_w + v_l)), as a mean over the group's ordered pairs; m are means, v variances.
+    """Returns the loss of each group, [G]: the mean of -log Phi((m_w - m_l) / sqrt(v_w + v_l)) over its ordered pairs.
 
-    Phi(...) is the probability that one Gaussian reward exceeds the other. HPSv3's code instead samples rewards and
-    averages -log sigmoid(r_w - r_l).
+    m and v are the means and variances of the rewards of the better (w) and the worse (l) completion. Phi(...) is the
+    probability that one Gaussian reward exceeds the other. HPSv3's code instead samples rewards and averages
+    -log sigmoid(r_w - r_l).
     """
     log_variances = measures.by_group(measures.log_variances, 0.0)
     log_sums = torch.logaddexp(log_variances[:, :, None], log_variances[:, None, :])
@@ -388,7 +460,7 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
-    """sum_i weight_i loss_i, over the objectives i of the sum."""
+    """Returns the loss of each group, [G]: sum_i weight_i loss_i, over the objectives i of the sum."""
     total = torch.zeros(len(measures.groups), dtype=measures.table.dtype, device=measures.table.device)
     for weight, part in zip(objective.weights, objective.objectives, strict=True):
         is_supervised = isinstance(part, o.Supervised)  # in a sum its loss is a mean over the tokens of the completion

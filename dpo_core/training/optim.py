@@ -1,4 +1,4 @@
-"""Makes the optimizer, and computes the learning rate of each step."""
+"""Creates the optimizer, and computes the learning rate of each step."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Runs the training loop: `train` yields one StepResult per optimizer step."""
+"""Runs the training loop: `train` yields one result per optimizer step."""
 
 import logging
 import math
