@@ -110,7 +110,7 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
             row = row.renamed(columns)
         form = detect(row)
         if expected and form is not expected:
-            what = f"must be {expected.name}, as the first row is; {keys_of(row)}."
+            what = f"must be {expected.name}, as the first row is; its columns are {keys_of(row)}."
             raise row.invalid("", "mixed_formats", what)
         unread = form.unread(row)
         groups = form.read(row, unread)

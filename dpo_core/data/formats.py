@@ -132,13 +132,10 @@ def detect(row: Row) -> Format:
     for form in FORMATS:
         if form.matches(row.value):
             return form
-    what = "of none of the known formats, which docs/use/data.md lists"
-    remedy = f"name the columns of its roles (of {', '.join(sorted(ROLES))}), or rename them"
-    raise row.invalid(
-        "",
-        "unknown_format",
-        f"{keys_of(row)}, {what}; {_roles_remedy(row, likely_columns(row.value.keys())) or remedy}.",
-    )
+    what = f"its columns ({keys_of(row)}) match no known format; docs/use/data.md lists the formats"
+    remedy = "say with `columns` which column is the prompt, the chosen answer and so on"
+    likely = _roles_remedy(row, likely_columns(row.value.keys()))
+    raise row.invalid("", "unknown_format", f"{what}. Rename the columns, or {likely or remedy}.")
 
 
 def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
@@ -156,8 +153,8 @@ def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
 
 
 def keys_of(row: Row) -> str:
-    """Returns a clause for error messages that lists the first keys of the row."""
-    return "its keys are " + (", ".join(key[:40] for key in sorted(row.value)[:10]) or "none")
+    """Returns the names of the row's first columns for an error message; "none" if the row has no columns."""
+    return ", ".join(key[:40] for key in sorted(row.value)[:10]) or "none"
 
 
 # --- the table ----------------------------------------------------------------------------------------

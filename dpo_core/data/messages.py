@@ -175,7 +175,7 @@ def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
 
 def _role(row: Row, pointer: str, role: object) -> str:
     if role == "function":
-        what = "is function, the older form; send role tool with its tool_call_id."
+        what = "is 'function', which OpenAI has replaced; use role 'tool' and give the message a tool_call_id."
         raise row.invalid(f"{pointer}/role", "unsupported", what)
     if not isinstance(role, str) or role not in _ROLES:
         known = "system, developer, user, assistant or tool"

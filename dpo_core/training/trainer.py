@@ -129,8 +129,9 @@ def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int
     if callable(batches):
         return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint
-        kind = type(batches).__name__
-        raise TypeError(f"global_batches is a {kind}; give a list of the run's batches, or a function of a step.")
+        what = f"global_batches is a {type(batches).__name__}; give a list with one batch per step"
+        function = "a function that takes a step number and returns the batches of all later steps"
+        raise TypeError(f"{what}, or {function}.")
     if len(batches) != total_steps:
         raise ValueError(f"global_batches has {len(batches)} batches, total_steps is {total_steps}; give one a step.")
     assert config.batch_size is not None  # resolved

@@ -809,7 +809,7 @@ def refusal_of(row: object) -> InvalidRow | None:
 def test_a_row_of_no_known_format_is_refused_with_its_keys_and_a_remedy():
     with pytest.raises(
         InvalidRow,
-        match=r"its keys are question, of none of the known formats, .* name the columns of its roles \(of chat",
+        match=r"its columns \(question\) match no known format; .* say with `columns` which column is the prompt",
     ):
         list(read_groups(lines({"question": "Why?"})))
 
@@ -1003,7 +1003,7 @@ def test_a_row_of_unknown_columns_is_refused_with_the_columns_to_name(row, colum
     ],
 )
 def test_columns_that_would_not_help_are_not_suggested(row):
-    assert "name the columns of its roles (of " in survey(lines(row)).problems[0].message
+    assert "say with `columns` which column is the prompt" in survey(lines(row)).problems[0].message
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen"])
