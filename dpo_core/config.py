@@ -41,7 +41,7 @@ class Lora:
 
     r: Annotated[int, Limit("from 1 to 1024", lambda x: 1 <= x <= 1024)] = 32
     alpha: Positive = 64
-    dropout: Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)] = 0.0  # share of the adapter's inputs left out
+    dropout: Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)] = 0.0  # share of the adapter's inputs set to 0
     use_rslora: bool = False  # scales by alpha / sqrt(r), arXiv 2312.03732, instead of alpha / r
     use_dora: bool = False  # trains magnitudes and directions separately, arXiv 2402.09353
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # means all linear layers but the head
@@ -61,7 +61,7 @@ Truncation = Literal["drop", "keep_start", "keep_end"]
 class EarlyStop:
     """The options of early stopping, which ends a training run once its evaluations no longer improve."""
 
-    patience: Annotated[int, Limit("at least 1", lambda x: x >= 1)]  # evaluations in a row without a gain
+    patience: Annotated[int, Limit("at least 1", lambda x: x >= 1)]  # evaluations without a gain that end the run
     min_gain: NotNegative = 0.0  # least improvement over the best value so far; an equal value is never a gain
 
 

@@ -210,7 +210,7 @@ class Orpo:
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6, reward="mean_logps")
     type: Literal["orpo"] = "orpo"
-    odds_weight: Positive = 0.1  # the paper's lambda; it takes the place of beta in metrics
+    odds_weight: Positive = 0.1  # the paper's lambda; metrics use this weight as beta
 
 
 @options
@@ -272,7 +272,7 @@ class Exo:
     traits: ClassVar = ON_PAIRS
     type: Literal["exo"] = "exo"
     beta: Beta = 0.1
-    label_smoothing: Smoothing = 1e-3  # its logarithm is taken, so it is never 0
+    label_smoothing: Smoothing = 1e-3  # never 0, because the loss takes its logarithm
 
 
 @options

@@ -29,14 +29,17 @@ def evaluations(checkpoints: Iterable[tuple[int, Mapping[str, float]]], metric: 
 
 
 def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
-    """Returns the evaluation with the best value of `metric`; None if `found` is empty. Of equal values it returns the
-    first, so a later evaluation that only equals the best never replaces it."""
+    """Returns the evaluation with the best value of `metric`; None if `found` is empty. If several have the best value,
+    returns the first, so a later evaluation that only equals the best never replaces it."""
     return max(found, key=lambda evaluation: _sign(metric) * evaluation.value, default=None)
 
 
 def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | None) -> bool:
-    """Whether the last evaluations in `found` brought no gain over the best value before them. `early_stop.patience` is
-    the number of last evaluations that must lack a gain."""
+    """Whether the run should stop early: at least `early_stop.patience` evaluations have passed since the last gain.
+    Always false if `early_stop` is None.
+
+    A gain is a value better than that of the previous gain by at least `early_stop.min_gain`, and not equal to it.
+    """
     if early_stop is None:
         return False
     mark, num_without_gain = -math.inf, 0

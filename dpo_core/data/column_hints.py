@@ -6,7 +6,7 @@ from collections.abc import Set
 from functools import lru_cache
 
 LONGEST = 40  # characters; the meaning of a longer name is not guessed
-MOST_COLUMNS = 100  # columns of a row; roles are not guessed if it has more
+MOST_COLUMNS = 100  # columns of a row; roles are not guessed in rows with more
 
 SYSTEM_KEYS = frozenset({"system", "system_prompt"})
 TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
@@ -19,7 +19,7 @@ _OTHER = "(rejected|dispreferred|nonpreferred|worse|bad|losing|negative)"
 _WEIGHT = "(sample|loss|example|row|importance)?weight"
 _OPINION = "thumbs(up|down)?|liked|disliked|desirable"
 
-# Names of columns, in any public data set, that say what the model should see or which answer is better.
+# Names of columns in public data sets that hold texts for the model to see, or which answer is better.
 _MEANT = re.compile(
     f"{_SYSTEM}|chattemplatekwargs|(available)?tools|functions|paralleltoolcalls|tool(definition|schema)s?"
     "|prompt|question|instructions?|input|query|context|(chat|conversation)?history|(retrieved)?(document|doc|passage)s?"
@@ -30,7 +30,7 @@ _MEANT = re.compile(
 )
 _MEDIA = re.compile(r"(chosen|rejected)?(image|img|picture|photo|video|audio)s?(path|url|file|bytes|base64)?s?\d*")
 
-# For each role, the names that its column may have.
+# For each role, a pattern of the names that a column with this role may have.
 _ROLES = {
     "system": _SYSTEM,
     "prompt": "(user)?(prompt|question|query|instruction|input|problem)(text)?",

@@ -19,7 +19,7 @@ LINES_NAMED = 10
 
 @dataclass(frozen=True)
 class Named:
-    """The number of lines that have some property, and the numbers of the first ten of them."""
+    """The number of lines of a file that have some property, and the line numbers of the first ten such lines."""
 
     count: int
     lines: tuple[int, ...]

@@ -63,7 +63,7 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
     """Joins neighbouring rows of one prompt. The record of the first row gets one group of all rows, if the rows can be
     one group."""
     for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
-        rows = list(islice(run, MOST_JOINED + 1))  # one prompt may be the whole file
+        rows = list(islice(run, MOST_JOINED + 1))  # bounded, because all rows of a file may have the same prompt
         if rows[0].problem:
             yield from rows
         elif 1 < len(rows) <= MOST_JOINED:

@@ -76,10 +76,10 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
 def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
-    """Splits two conversations into the prompt that they share and two completions.
+    """Splits two conversations into their shared prompt and two completions.
 
-    Raises InvalidRow unless the first message in which they differ is an answer of the assistant. `may_be_empty` says
-    of each completion whether it may be empty.
+    Raises InvalidRow unless the first message in which the conversations differ is an answer of the assistant.
+    `may_be_empty` says of each completion whether it may be empty.
     """
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)
@@ -115,7 +115,7 @@ def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
 
 
 def filled(row: Row, pointer: str, value: object) -> str:
-    """Returns `value`, which must be a text. Raises InvalidRow if it is empty or no text."""
+    """Returns `value`, which must be a string with text. Raises InvalidRow if the value is blank or no string."""
     text = string_of(row, pointer, value)
     refuse_empty(row, pointer, text)
     return text

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
 MAX_LINE_BYTES = 32 * 2**20
-POINTER_SHOWN, REASON_SHOWN = 200, 1000  # characters in an error: a key or a number may be as long as a line
+POINTER_SHOWN, REASON_SHOWN = 200, 1000  # most characters in an error; a key may be as long as a line
 MAX_DEPTH = 64  # levels of nested arrays and objects; a message with a tool call needs eight
 
 
@@ -119,7 +119,7 @@ def _parse(number: int, line: bytes) -> Row:
         raise InvalidRow(number, "", "too_deep", limit) from None
     except json.JSONDecodeError as error:
         raise _not_jsonl(number, line, f"is not valid JSON: {error.msg} at column {error.colno}") from None
-    except ValueError:  # Python converts integers of at most 4300 digits
+    except ValueError:  # Python refuses integers of more than 4300 digits
         raise _not_jsonl(number, line, "holds a number that is too long") from None
     if not isinstance(parsed, dict | _Flaw):
         raise _not_jsonl(number, line, "is not a dictionary")
@@ -129,7 +129,7 @@ def _parse(number: int, line: bytes) -> Row:
 
 
 def _parse_plain(line: bytes) -> dict[str, object] | None:
-    """Returns the parsed line if the line has certainly no flaw, as nearly every line has; None if it may have one.
+    """Returns the parsed line if it certainly holds nothing that must be refused, as nearly every line; otherwise None.
 
     A NUL or half of a surrogate pair can only come from an escape, and a line with few brackets cannot nest deeply.
     """
@@ -185,7 +185,7 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
 
 def _constant(name: str) -> "float | _Flaw":
     """Returns the value for a constant that JSON does not have: nan for NaN, which tables write into empty cells, and a
-    flaw for any other. A reader that needs a number later refuses nan."""
+    `_Flaw` for any other constant. A reader that needs a number refuses nan later."""
     return math.nan if name == "NaN" else _Flaw("invalid_number", f"{name} is not a JSON number; write a finite one.")
 
 
@@ -204,8 +204,8 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_strict_object, parse_constant=_no_
 
 
 def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> None:
-    """Raises InvalidRow for the first flaw in the value. Builds a JSON pointer only for this flaw, because a line may
-    hold millions of values."""
+    """Raises InvalidRow for the first part of the value that must be refused. Builds a JSON pointer only for this part,
+    because a line may hold millions of values."""
     if len(path) >= MAX_DEPTH:
         raise row.invalid("", "too_deep", f"nests more than {MAX_DEPTH} levels; flatten it.")
     if isinstance(value, _Flaw):

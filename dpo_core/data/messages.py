@@ -244,7 +244,7 @@ def _needed(calls: Sequence[ToolCall]) -> str:
 
 
 _LIKE_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
-_BROKEN_MESSAGES = re.compile(  # messages as Python prints them, or whose end is lost
+_BROKEN_MESSAGES = re.compile(  # messages in Python's notation, or cut off at the end
     r"""\s*(\[\s*\{\s*('(role|content|from|value)'|"(role|from)")\s*:"""
     r"""|\{\s*(['"])(role|from)\5\s*:\s*(['"])(system|user|assistant|human|gpt)\7)"""
 )

@@ -127,8 +127,7 @@ def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str])
 
 
 def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[str, object]:
-    """Returns `value`, which must be a dictionary. Raises InvalidRow if it is not, or if it has a key outside
-    `keys`."""
+    """Returns `value`, which must be a dictionary with keys only from `keys`. Raises InvalidRow for any other value."""
     known = ", ".join(sorted(keys))
     if not isinstance(value, dict):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a dictionary of {known}.")

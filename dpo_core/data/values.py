@@ -23,7 +23,7 @@ def is_finite(value: object) -> bool:
 
 
 def string_of(row: Row, pointer: str, value: object) -> str:
-    """Returns `value`, which must be a text. Raises InvalidRow if it is not."""
+    """Returns `value`, which must be a string. Raises InvalidRow for a value of another type."""
     if not isinstance(value, str):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
     return value
@@ -36,14 +36,14 @@ def refuse_empty(row: Row, pointer: str, text: str) -> None:
 
 
 def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:
-    """Returns `value`, which must be a list of `count` numbers. Raises InvalidRow if it is not."""
+    """Returns `value`, which must be a list of `count` numbers. Raises InvalidRow for any other value."""
     if not isinstance(value, list) or len(value) != count:
         raise row.invalid(pointer, "wrong_type", f"must be a list of {count} numbers, one for each completion.")
     return [number_of(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
 
 
 def number_of(row: Row, pointer: str, value: object) -> float:
-    """Returns `value`, which must be a number from -LARGEST to LARGEST. Raises InvalidRow if it is not."""
+    """Returns `value`, which must be a number from -LARGEST to LARGEST. Raises InvalidRow for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a number.")
     if not abs(value) <= LARGEST:

@@ -1,4 +1,4 @@
-"""Limits the processor time of code from others, such as a chat template. Uses only the standard library."""
+"""Limits the processor time of third-party code, such as a chat template. Uses only the standard library."""
 
 import signal
 import threading
@@ -9,8 +9,8 @@ from types import FrameType
 
 @contextmanager
 def deadline(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises `error` in the `with` block once the process has used `seconds` of processor time in the block. In other
-    threads than the main one there is no limit."""
+    """Raises `error` in the `with` block once the process has used `seconds` of processor time in the block. Only the
+    main thread has this limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

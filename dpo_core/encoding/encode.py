@@ -24,7 +24,8 @@ MOST_TAILS = 1024  # ends of prompts whose ids are cached; most rows of a file h
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group as token ids. The policy reads `prompt_ids + completion_ids[j]`; the best completion comes first."""
+    """A group (a prompt and its completions) as token ids. The policy reads `prompt_ids + completion_ids[j]`; the best
+    completion comes first."""
 
     prompt_ids: Sequence[int]
     completion_ids: tuple[Sequence[int], ...]
@@ -70,8 +71,8 @@ class EncodedGroup:
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
-        """Returns a rating for each completion. If the group has no ratings, they fall by 1 down to 0; a single
-        completion gets 1."""
+        """Returns a rating for each completion. In a group without ratings, the ratings fall by 1 from one completion
+        to the next, down to 0; a single completion gets 1."""
         last = max(1, len(self.completion_ids) - 1)
         return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
 
@@ -170,8 +171,8 @@ class _Tail:
 
 
 def _tail(prompt: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> _Tail:
-    """Returns the end of the prompt from its last special token on, because tokenizers first cut a text at special
-    tokens. Returns the whole prompt if it has no such token."""
+    """Returns the end of the prompt, from its last special token on. Tokenizers first cut a text at special tokens. For
+    a prompt without a special token, returns the whole prompt."""
     markers = _markers(tokenizer)
     place = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] in markers), 0)
     if place:

@@ -30,14 +30,14 @@ _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transf
 _TAG = re.compile(r"<[^<>]*>|\[[^][]*\]")
 RENDER_SECONDS = 10.0  # processor time for one call with many groups, of which templates need milliseconds
 DROPS_CALLS = "the chat template leaves out tool calls, or a part of them; use a template that writes them."
-SHOWN = 40  # characters that an error quotes of a lost text
+SHOWN = 40  # the most characters of a lost text in an error
 
 Spans = tuple[tuple[int, int], ...]
 """Ranges [start, stop) in ascending order. No range is empty, and no two ranges touch."""
 
 
 class UnusableTemplate(ValueError):
-    """Raised if a chat template cannot be used for any row: the template is missing, or it computes for too long."""
+    """Raised if a chat template cannot be used for any row: the template is missing, or rendering takes too long."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
-    """Returns the group shortened so that its prompt and any one completion have at most `max_length` tokens; None if
-    the group is dropped.
+    """Returns the group shortened so that its prompt and any one completion together have at most `max_length` tokens;
+    None if the group is dropped.
 
     `keep_start` cuts the ends of completions, which then end without EOS. `keep_end` cuts the start of the prompt,
     after the tokenizer's BOS, by the same number of tokens for all its completions. A group is dropped if the cut would

@@ -17,7 +17,7 @@ from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
-BEFORE_NF4 = "fingerprint_before_nf4"  # the attribute of a quantized model that holds what `fingerprint` returned
+BEFORE_NF4 = "fingerprint_before_nf4"  # attribute of a quantized model: its fingerprint before
 BASE = "base_model.json"  # the file beside an adapter that identifies its base
 SAMPLED = 64  # how many numbers of each weight are in a fingerprint
 ROUTERS = {"gate", "shared_expert_gate"}  # names of routers, besides those that contain "router"
@@ -180,8 +180,8 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
 
 
 def _linears(model: PreTrainedModel) -> set[str]:
-    """Returns the names of the linear layers whose output affects the loss of a text. A backward pass on a few tokens
-    finds them.
+    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass on a few
+    tokens.
 
     The names do not include layers for images, layers that return more than a product, layers whose weights other code
     reads directly, and layers that only choose, such as some routers. As a side effect the function freezes the model.

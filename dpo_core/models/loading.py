@@ -69,7 +69,7 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
 def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
     """Resets the values of a folder's config that describe how the model was last run. Raises UnusableModel for a
     pad_token_id outside the vocabulary."""
-    config._attn_implementation = None  # SDPA if the architecture has it, whatever the folder was saved with
+    config._attn_implementation = None  # selects SDPA if the architecture supports it
     text = config.get_text_config()
     for part in (config, text):
         part.output_attentions = part.output_hidden_states = False

@@ -232,8 +232,8 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_policy(model: nn.Module) -> None:
-    """Raises UnusableModel for a wrapped model (such as PEFT's), for a model with several adapters, or with one on its
-    head."""
+    """Raises UnusableModel for a wrapped model (such as PEFT's), a model with several adapters, and a model with an
+    adapter on its head."""
     if not isinstance(model, PreTrainedModel):
         remedy = "pass the model itself; load_policy(folder, adapter=Lora(...)) puts an adapter on it"
         raise UnusableModel(f"{type(model).__name__} is not a model of transformers but may wrap one; {remedy}.")

@@ -2,7 +2,7 @@
 
 A function returns one loss per group, [G]. The loss of a step is the mean of the groups' losses, each multiplied by the
 group's weight, over the global batch. The result does not depend on how the batch is cut into packs (the rows of one
-forward pass) or dealt to ranks. The loss of `supervised` is a mean over tokens.
+forward pass) or distributed over ranks. The loss of `supervised` is a mean over tokens.
 
 In the equations h is log pi(y|x) - log pi_ref(y|x), `w` the chosen completion, `l` the rejected one, and delta is
 h_w - h_l.

@@ -1,1 +1,1 @@
-"""Tells whether a training run fits into memory, before the run starts and without importing torch."""
+"""Computes whether a training run fits into memory, before the run starts and without importing torch."""

@@ -1,4 +1,4 @@
-"""Tells whether a training run fits into memory and, if not, which changes of its options make it fit."""
+"""Computes whether a training run fits into memory and, if not, which changes of its options make the run fit."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -58,8 +58,11 @@ def plan(
 
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
-    """Returns the first single change that makes the run fit; otherwise the first of CHANGES that together do so,
-    without those that are not needed; empty if all together do not."""
+    """Returns the first single change in CHANGES that makes the run fit.
+
+    If no single change does, returns the first changes that together make the run fit, without unneeded ones; empty if
+    even all changes together do not.
+    """
 
     def total(values: Mapping[str, Any]) -> int:
         return settle(model, replace(run, **values), rows, room)[2].total

@@ -48,8 +48,8 @@ def segment_attention(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Returns the attention of each segment's queries to their prompt and their own segment, [1, T, heads, width]. If
-    the device supports it, one call computes all segments; otherwise each segment needs a call."""
+    """Returns the attention of each segment's queries to their prompt and their own segment, [1, T, heads, width]. One
+    call computes all segments if flash attention suits the tensors; otherwise each segment needs a call."""
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
     if segments is None:

@@ -15,8 +15,8 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
-    """Deals groups to ranks and packs. `[rank][pack]` of the result is a list of indices into `lengths`, the groups'
-    numbers of tokens.
+    """Assigns groups to ranks and packs (the rows of one forward pass each). `[rank][pack]` of the result is a list of
+    indices into `lengths`, the groups' numbers of tokens.
 
     Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A group
     longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so all ranks

@@ -22,8 +22,8 @@ LEAST_FILL = 0.75  # the least share of tokens, not padding, in a padded batch
 
 @dataclass(frozen=True)
 class Logits:
-    """The way in which a model turns its head's outputs into logits: it multiplies them by `scale`, then bends them to
-    at most `cap` with tanh."""
+    """The factor and the cap with which a model turns its head's outputs into logits: the outputs are multiplied by
+    `scale`, then limited to `cap` with tanh."""
 
     scale: float = 1.0
     cap: float | None = None

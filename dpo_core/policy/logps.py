@@ -12,8 +12,8 @@ PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes of a full tile of logits. A tile is in float32; in half precision it also has a copy in the
-    model's dtype, and with a cap (`capped`) it takes three times the float32 bytes."""
+    """Returns the bytes of a full tile of logits: the logits in float32 (three copies if they are `capped`), and for
+    half precision a copy in the model's dtype."""
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
     return numbers * widths
@@ -147,8 +147,8 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
-    """Turns `logits` into the loss's gradient with respect to the logits, in place, and returns it. `grad` is the
-    gradient of the log-probabilities."""
+    """Turns `logits` into the loss's gradient with respect to the logits, in place, and returns this gradient. `grad`
+    is the gradient of the log-probabilities."""
     cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
     place, here = _place(targets, logits)
     slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])

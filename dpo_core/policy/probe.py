@@ -15,7 +15,7 @@ from dpo_core.models.miniature import miniature, ropes
 from dpo_core.policy.batch import Batch, collate
 from dpo_core.policy.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
 
-TOLERATED = 1e-4  # difference in float32, relative to the largest number compared or to 1
+TOLERATED = 1e-4  # allowed difference in float32, relative to the larger of 1 and the largest answer
 NUM_TOKENS = 30  # in the example: more than the windows and chunks of a miniature
 # The errors that architectures raise for arguments that they do not know.
 REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
@@ -24,7 +24,8 @@ ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of lay
 
 @dataclass(frozen=True)
 class Manner:
-    """The way in which a model's answers are computed, and the reasons why faster ways cannot be used."""
+    """A method of computing a model's answers: the factor and cap of its logits, and the reasons against shared prompts
+    and against batches."""
 
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
@@ -33,7 +34,7 @@ class Manner:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Manner:
-    """Returns the fastest way of computing that gives the same answers as the model's own forward.
+    """Returns the fastest method of computing the model's answers that agrees with the model's own forward.
 
     The function compares answers of a miniature of the model. If the model has no miniature, it compares answers of the
     model itself on a few tokens; these show too little to allow shared prompts and, in half precision, too little to
@@ -55,8 +56,8 @@ def probe(model: PreTrainedModel) -> Manner:
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """Returns the model to compare: a miniature of `model` and an empty text, or `model` itself and the reason why it
-    has no miniature."""
+    """Returns the model on which `probe` compares answers: a miniature of `model` and an empty text, or `model` itself
+    and the reason why it has no miniature."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)

@@ -57,10 +57,10 @@ class Scorer(nn.Module):
     def plan(
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
-        """Deals the groups to ranks and packs (the rows of one forward pass each) by the number of tokens that the
+        """Assigns the groups to ranks and packs (the rows of one forward pass each) by the number of tokens that the
         model computes for each group. `[rank][pack]` of the result is a list of indices into `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
-        if not self.shares_prompts and is_sharded(self.model):  # a pack is one forward, on every rank
+        if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
             lengths = [longest * len(group.completion_ids) for group in groups]
         return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
@@ -70,9 +70,12 @@ class Scorer(nn.Module):
         return collate(groups, share_prompts=self.shares_prompts, with_ends=self.rewards).to(self.model.device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns the measures of each completion, [K, NUM_MEASURES] float32. The columns are the log-probability of
-        the completion, the log-probability of its head (its first tokens), and the number of its tokens that were the
-        likeliest; for a reward model they are the outputs of its head, and zeros."""
+        """Returns the measures of each completion, [K, NUM_MEASURES] float32.
+
+        The columns are the log-probability of the completion, the log-probability of its head (as many first tokens as
+        the group's shortest completion has), and the number of its tokens that were the likeliest. For a reward model
+        the columns are the outputs of its head, and zeros.
+        """
         if self.rewards:
             outputs = self._outputs(batch)
             return pad(outputs, (0, NUM_MEASURES - outputs.shape[1]))

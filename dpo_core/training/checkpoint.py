@@ -122,8 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(written: bytes, where: str) -> Manifest:
-    """Returns the manifest in the bytes of its file. Raises DamagedCheckpoint, with `where` as the file's name, if they
-    are unreadable."""
+    """Returns the manifest in `written`, the bytes of its file. Raises DamagedCheckpoint, with `where` as the file's
+    name, if the bytes are unreadable."""
     try:
         fields = json.loads(written)
         fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}

@@ -23,12 +23,12 @@ Batches = Iterable[Sequence[EncodedGroup]]
 def evaluate(
     objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
 ) -> dict[str, float]:
-    """Returns the loss and metrics of all groups in `batches`, computed as if the groups were one global batch. Their
-    names begin with `eval/`.
+    """Returns the loss and metrics of all groups in `batches`, under names that begin with `eval/`, as if the groups
+    were one global batch.
 
-    The results therefore do not depend on how groups are cut into batches and packs (the rows of one forward pass) and
-    dealt to ranks. Values that an objective computes over a global batch are computed over all groups. `statistics` are
-    read and not changed.
+    The results do not depend on how groups are cut into batches and packs (the rows of one forward pass) and
+    distributed over ranks. Values that an objective computes over a global batch are computed over all groups.
+    `statistics` are read and not changed.
     """
     seen: list[EncodedGroup] = []
     tables: list[Tensor] = []

@@ -33,7 +33,7 @@ class Pack:
     groups: Sequence[EncodedGroup]  # empty for a pack that only takes part in the forwards of other ranks
     places: list[int]  # places of the pack's completions in the step's table of measures
     batch: Batch
-    seed: int  # decides what an adapter's dropout leaves out
+    seed: int  # of the adapter's dropout in this pack
 
 
 def make_packs(

@@ -23,7 +23,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.op
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
     """Returns the learning rate of a step; the first step is 1. The rate rises during the warmup, then follows the
     schedule, and is never 0."""
-    assert optim.learning_rate is not None  # `resolved` has set it
+    assert optim.learning_rate is not None  # `resolved` has set the learning rate
     warmup = math.ceil(optim.warmup_ratio * total_steps)
     if step <= warmup:
         return optim.learning_rate * step / (warmup + 1)

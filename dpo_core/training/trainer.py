@@ -271,7 +271,7 @@ class _Run:
 
 
 def _not_finite(metrics: dict[str, float]) -> str:
-    """Returns the loss and the gradient norm if they are not finite numbers, as in "loss nan"; an empty text if all are
-    finite."""
+    """Returns the loss, the gradient norm and the evaluation's loss if they are not finite, as in "loss nan, grad_norm
+    inf"; an empty text if all are finite."""
     values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
     return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))
