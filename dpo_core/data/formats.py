@@ -139,7 +139,7 @@ def detect(row: Row) -> Format:
 
 
 def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
-    """Returns the advice to name `columns` by their roles, for the end of an error; None if the row could not be read
+    """Returns the advice to give `columns` these roles, for the end of an error; None if the row could not be read
     even then."""
     if not columns or not ROLES.issuperset(columns):
         return None
@@ -149,7 +149,8 @@ def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
         form.read(renamed, form.unread(renamed))
     except InvalidRow:
         return None
-    return f"name the columns of its roles: {', '.join(f'{role}={key}' for role, key in columns.items())}"
+    named = ", ".join(f"{role}={key}" for role, key in columns.items())
+    return f"say with `columns` which column has which role: {named}"
 
 
 def keys_of(row: Row) -> str:
