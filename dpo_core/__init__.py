@@ -1,8 +1,8 @@
-"""Trains models on preferences in plain torch. It knows no cluster and no web.
+"""Trains language models on preferences in plain PyTorch, without code for clusters or the web.
 
     from dpo_core import TrainConfig, encode_group, load_policy, load_tokenizer, read_groups, score_reference, train
 
-Each name is imported from its file when it is first used, so importing `dpo_core` loads no torch.
+The package imports each of these names at the first use of the name, so importing `dpo_core` loads no torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""Describes the objectives that a job may name as its method, from their classes. Standard library only."""
+"""Describes the objectives that a job may name as its method, by reading their classes. Uses only the standard
+library."""
 
 import inspect
 import re
@@ -14,7 +15,8 @@ COMMON = ("n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier")
 
 
 def described(kind: str) -> dict[str, Any]:
-    """Returns a method as JSON: its description, kinds of data, and hyperparameters with defaults and ranges."""
+    """Returns the method `kind` as JSON: its description, its kinds of data, and its hyperparameters with defaults and
+    ranges."""
     cls = OBJECTIVES[kind]
     objective = cls()
     words = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
@@ -39,13 +41,14 @@ def described(kind: str) -> dict[str, Any]:
 
 
 def _with_ranges(defaults: Mapping[str, Any], *options: Any) -> dict[str, dict[str, Any]]:
-    """Returns each option with its default and the range that its class in `options` gives it."""
+    """Returns each option in `defaults` with its default and its range. A range comes from the class in `options` that
+    defines the option."""
     ranges = {option.name: _range(option) for cls in options for option in fields(cls)}
     return {name: {"default": default, "range": ranges[name]} for name, default in defaults.items()}
 
 
 def _range(option: "Field[Any]") -> str:
-    """Returns the values that an option may have, in words; empty for the objectives and weights of `mpo`."""
+    """Returns the allowed values of an option in words; an empty text for the objectives and weights of `mpo`."""
     if option.type is bool:
         return "true or false"
     if get_origin(option.type) is Literal:

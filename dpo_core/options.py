@@ -1,7 +1,7 @@
-"""Defines the options of every objective, each with the paper that it comes from. Standard library only.
+"""Defines the options of every objective, and names the paper of each objective. Uses only the standard library.
 
-In every objective a higher `beta` keeps the policy closer to its reference. The formulas, and the code that computes
-them, are in `dpo_core.objectives.losses`.
+In every objective a higher `beta` keeps the policy closer to its reference. `dpo_core.objectives.losses` has the
+formulas and the code that computes them.
 """
 
 import math
@@ -19,14 +19,14 @@ Metric = Literal[
     "eval/accuracy",
     "eval/margin",
 ]
-"""An evaluation's metric that tells better from worse: a loss is better if it is lower, the others if higher."""
+"""A metric that compares evaluations: of the loss the lower value is better, of all other metrics the higher."""
 
 LOSS: Metric = "eval/loss"
 T = TypeVar("T")
 
 
 class InvalidOption(ValueError):
-    """Raised for an option whose value training cannot use. `field` is the option's name."""
+    """Raised for an option with a value that training cannot use. `field` is the option's name."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -34,24 +34,28 @@ class InvalidOption(ValueError):
 
 
 def check(valid: bool, field: str, value: object, limit: str) -> None:
-    """Raises InvalidOption if the option's value is not `valid`; `limit` says what it must be."""
+    """Raises InvalidOption unless `valid` is true. `limit` describes the allowed values of the option `field` in the
+    error."""
     if not valid:
         raise InvalidOption(field, f"{field} is {value}; it must be {limit}.")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a numeric option, given in its annotation. `options` checks it, unless the value is None."""
+    """A limit on a numeric option, written in the option's annotation. The decorator `options` checks the limit, unless
+    the option's value is None."""
 
-    words: str  # complete the sentence "it must be …"
+    words: str  # the end of the sentence "it must be …"
     admits: Callable[[float], bool]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
-    """Makes the class a frozen, keyword-only dataclass that checks its values; pydantic refuses unknown keys for it.
+    """Makes the class a frozen, keyword-only dataclass that checks its values, and for which pydantic refuses unknown
+    keys.
 
-    An instance checks the `Limit` of each option, and then what its own `__post_init__` demands of several together.
+    An instance checks the `Limit` of each option, and then calls the class's own `__post_init__`, which checks options
+    together.
     """
     limits = [
         (name, limit) for name, kind in cls.__annotations__.items() for limit in getattr(kind, "__metadata__", ())
@@ -72,22 +76,22 @@ def options(cls: type[T]) -> type[T]:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """The properties of an objective that the rest of the system must know."""
+    """The properties of an objective that the trainer and the service use."""
 
     learns_from: tuple[Kind, ...]
     needs_reference: bool = True
     takes_margins: bool = False
     needs_whole_batch: bool = False  # the loss of a group depends on other groups of the global batch
     needs_other_prompts: bool = False  # the global batch must hold completions of other prompts, rated nan
-    needs_reference_heads: bool = False  # it reads the reference's log-probabilities of the completions' beginnings
-    num_outputs: int = 0  # outputs of the reward model's head that it trains; 0: it trains a policy
-    reward: Literal["logratios", "logps", "mean_logps"] = "logratios"  # times beta, this is the reward in metrics
+    needs_reference_heads: bool = False  # the loss reads ref_head_logps, of completions' first tokens
+    num_outputs: int = 0  # outputs of the reward model's head; 0: the objective trains a policy
+    reward: Literal["logratios", "logps", "mean_logps"] = "logratios"  # the reward in metrics is beta times this value
     default_learning_rate: float = 1e-6
     default_epochs: int = 1
 
     @property
     def best_metrics(self) -> tuple[Metric, ...]:
-        """By which its checkpoints can be compared."""
+        """The evaluation metrics by which checkpoints of this objective can be compared."""
         if self.learns_from == ("demonstrations",):
             return LOSS, "eval/mean_token_accuracy"
         if self.num_outputs:
@@ -99,7 +103,7 @@ ON_PAIRS = Traits(learns_from=("pairs",))
 ON_RANKINGS = replace(ON_PAIRS, learns_from=("pairs", "rankings", "ratings"))
 WITHOUT_REFERENCE = replace(ON_PAIRS, needs_reference=False)
 ON_LABELS = Traits(learns_from=("unpaired", "pairs"), needs_whole_batch=True)
-# A new head needs larger steps than a policy does; TRL's 1e-4 is too large for the layers below it.
+# A new head needs larger steps than a policy does; TRL's 1e-4 is too large for the layers below the head.
 FOR_REWARDS = replace(ON_RANKINGS, needs_reference=False, num_outputs=1, default_learning_rate=1e-5)
 
 
@@ -206,7 +210,7 @@ class Orpo:
 
     traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6, reward="mean_logps")
     type: Literal["orpo"] = "orpo"
-    odds_weight: Positive = 0.1  # the paper's lambda; it takes the place of beta in metrics
+    odds_weight: Positive = 0.1  # the paper's lambda; metrics use this weight as beta
 
 
 @options
@@ -268,7 +272,7 @@ class Exo:
     traits: ClassVar = ON_PAIRS
     type: Literal["exo"] = "exo"
     beta: Beta = 0.1
-    label_smoothing: Smoothing = 1e-3  # its logarithm is taken, so it is never 0
+    label_smoothing: Smoothing = 1e-3  # never 0, because the loss takes its logarithm
 
 
 @options

@@ -1,6 +1,7 @@
-"""Which checkpoints of a run are worth keeping, which one is the best, and when to stop. Standard library only.
+"""Decides which checkpoints of a run to keep, which one is the best, and when to stop early. Uses only the standard
+library.
 
-Every answer follows from the evaluations so far, so all ranks, a resumed run and the service give the same one.
+Every decision depends only on the evaluations so far, so all ranks, a resumed run and the service decide alike.
 """
 
 import math
@@ -14,25 +15,31 @@ Keep = int | Literal["all"]
 
 
 class Evaluation(NamedTuple):
-    """What a run's metric was at a checkpoint."""
+    """The value of a run's metric at the checkpoint of one step."""
 
     step: int
     value: float
 
 
 def evaluations(checkpoints: Iterable[tuple[int, Mapping[str, float]]], metric: Metric) -> tuple[Evaluation, ...]:
-    """Those of checkpoints, given by step and metrics, that have the metric as a finite number."""
+    """Returns an evaluation for each checkpoint whose metrics hold a finite number for `metric`. `checkpoints` gives
+    the step and the metrics of each checkpoint."""
     found = (Evaluation(step, metrics.get(metric, math.nan)) for step, metrics in checkpoints)
     return tuple(evaluation for evaluation in found if math.isfinite(evaluation.value))
 
 
 def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
-    """Of equal ones the first, which later evaluations therefore never replace by an older one."""
+    """Returns the evaluation with the best value of `metric`; None if `found` is empty. If several have the best value,
+    returns the first, so a later evaluation that only equals the best never replaces it."""
     return max(found, key=lambda evaluation: _sign(metric) * evaluation.value, default=None)
 
 
 def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | None) -> bool:
-    """Whether the newest evaluations, as many as the patience, brought no gain over the best before them."""
+    """Whether the run should stop early: at least `early_stop.patience` evaluations have passed since the last gain.
+    Always false if `early_stop` is None.
+
+    A gain is a value better than that of the previous gain by at least `early_stop.min_gain`, and not equal to it.
+    """
     if early_stop is None:
         return False
     mark, num_without_gain = -math.inf, 0
@@ -46,7 +53,8 @@ def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | 
 
 
 def kept(steps: Iterable[int], found: Sequence[Evaluation], metric: Metric, keep: Keep) -> set[int]:
-    """The steps of the checkpoints to keep: the last `keep` and the best."""
+    """Returns the steps of the checkpoints to keep: the last `keep` steps, and the step with the best value of
+    `metric`."""
     if keep == "all":
         return set(steps)
     top = best(found, metric)

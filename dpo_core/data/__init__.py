@@ -1,1 +1,1 @@
-"""Turns the rows of a file into groups: a prompt and its completions. Standard library only."""
+"""Turns the rows of a file into groups: a group is a prompt and its completions. Uses only the standard library."""

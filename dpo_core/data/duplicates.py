@@ -1,7 +1,7 @@
-"""Finds groups that a file repeats or contradicts. Standard library only.
+"""Finds groups of a file that repeat or contradict earlier groups. Uses only the standard library.
 
-It keeps texts as 64-bit hashes, Python's own, whose key is new in each process. They are in a temporary database on
-disk, so that a billion rows need little memory.
+Texts are kept as 64-bit hashes, in a temporary database on disk, so that a billion rows need little memory. The hashes
+are Python's own, whose key is different in each process.
 """
 
 import marshal
@@ -19,7 +19,7 @@ LINES_NAMED = 10
 
 @dataclass(frozen=True)
 class Named:
-    """A number of lines, and the first ten of them."""
+    """The number of lines of a file that have some property, and the line numbers of the first ten such lines."""
 
     count: int
     lines: tuple[int, ...]
@@ -31,16 +31,16 @@ class Named:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The groups of a file that repeat or contradict earlier ones."""
+    """The groups of a file that repeat or contradict earlier groups of the file."""
 
     prompts: Named  # groups with the prompt of an earlier group, whatever their completions
     groups: Named  # groups that are equal to an earlier group
-    contradictions: Named  # groups that prefer what an earlier group with the same prompt liked less
+    contradictions: Named  # groups that prefer the completion that an earlier group of the same prompt rejected
 
 
 def find_duplicates(groups: Iterable[Group]) -> Duplicates:
-    """Returns the groups that repeat or contradict earlier ones."""
-    database = sqlite3.connect("")  # a temporary file, which SQLite removes
+    """Returns the groups that repeat or contradict earlier groups."""
+    database = sqlite3.connect("")  # makes a temporary file, which SQLite removes
     try:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("CREATE TABLE groups (line, prompt, best, worst, completions)")
@@ -82,13 +82,13 @@ def _named(database: sqlite3.Connection, query: str) -> Named:
 
 
 def _row(group: Group) -> tuple[int, int, int, int, int]:
-    """Returns the row of the database for a group: its line, and hashes of its texts."""
+    """Returns the row of the database for a group: the group's line, and hashes of its texts."""
     completions = [_digest(text) for text in group.completions]
     best, worst = completions[0], completions[-1]
-    if len(completions) == 1:  # a labelled one: if good, it is better than nothing (0); if bad, worse
+    if len(completions) == 1:  # a label: a good completion is better than none (0), a bad one worse
         best, worst = (0, best) if group.ratings and not group.ratings[0] else (best, 0)
     return group.line, _digest(group.prompt), best, worst, _digest((completions, group.ratings))
 
 
 def _digest(value: Any) -> int:
-    return hash(marshal.dumps(value, 0))  # for JSON values this takes a seventh of the time of repr
+    return hash(marshal.dumps(value, 0))  # for JSON values marshal takes a seventh of the time of repr

@@ -1,7 +1,7 @@
-"""The columns of a row that its format's reader does not use. Standard library only.
+"""Reads the columns of a row that the reader of the row's format does not read. Uses only the standard library.
 
-Some are read in every format: a system prompt, arguments of the chat template, a weight and a margin. What the others
-say must be in the groups of the row too, or be nothing.
+Some of these columns are read in every format: a system prompt, arguments of the chat template, a weight and a margin.
+The other columns must be empty, or repeat texts of the row's groups.
 """
 
 import re
@@ -16,7 +16,7 @@ from dpo_core.data.values import is_finite, number_of, says_nothing, shown, stri
 
 
 def system_prompt(row: Row) -> str | None:
-    """Returns the system prompt that the row has in a column of its own."""
+    """Returns the system prompt in the row's column `system` or `system_prompt`; None if there is none."""
     if SYSTEM_KEYS.isdisjoint(row.value):
         return None
     columns = [key for key in sorted(SYSTEM_KEYS) if not says_nothing(row.value.get(key))]
@@ -26,7 +26,8 @@ def system_prompt(row: Row) -> str | None:
 
 
 def with_system(row: Row, group: Group, system: str) -> Group:
-    """Returns the group with the system prompt before its prompt, which must be of messages."""
+    """Returns the group with the system prompt as the first message of its prompt. The group's prompt must be a list of
+    messages."""
     assert isinstance(group.prompt, list)
     message: Message = {"role": "system", "content": system}
     if group.prompt[0] == message:
@@ -36,7 +37,7 @@ def with_system(row: Row, group: Group, system: str) -> Group:
     return replace(group, prompt=[message, *group.prompt])
 
 
-# Arguments that we give the template, and arguments that transformers uses itself and does not pass on.
+# Arguments that this package passes to the template, and arguments that transformers uses itself.
 _TAKEN = (
     "messages conversation conversations tools add_generation_prompt continue_final_message tokenize chat_template "
     "strftime_now raise_exception bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
@@ -46,7 +47,8 @@ RESERVED_ARGUMENTS = frozenset(_TAKEN.split())
 
 
 def template_arguments(row: Row) -> dict[str, object] | None:
-    """Returns the arguments that the row gives the chat template, such as enable_thinking."""
+    """Returns the arguments, such as enable_thinking, that the row's column `chat_template_kwargs` gives the chat
+    template; None if there are none."""
     arguments = row.value.get("chat_template_kwargs")
     if arguments is None:
         return None
@@ -71,8 +73,8 @@ def template_arguments(row: Row) -> dict[str, object] | None:
 
 
 def positive_number(row: Row, name: str) -> float | None:
-    """Returns the number in a column such as `weight`; None if it says nothing. It must be positive, but a margin of 0
-    also says nothing."""
+    """Returns the positive number in the row's column `name`, such as `weight`; None if the column is empty. A margin
+    of 0 also counts as empty. Raises InvalidRow for any other value."""
     value = row.value.get(name)
     if value is None or says_nothing(value):
         return None
@@ -85,7 +87,8 @@ def positive_number(row: Row, name: str) -> float | None:
 
 
 def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterator[Group]]:
-    """Makes a reader of texts yield messages: the user's prompt and the assistant's answers."""
+    """Returns a reader that yields the groups of `reader` as messages: the prompt as the user's, the completions as the
+    assistant's."""
 
     def read(row: Row) -> Iterator[Group]:
         for group in reader(row):
@@ -102,10 +105,11 @@ def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterato
 
 
 def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
-    """Raises InvalidRow if the answers only name columns that hold the answers, such as A for response_a."""
+    """Raises InvalidRow if the group's answers are only the names of unread columns that hold the real answers, such as
+    A for response_a."""
     best = group.completions[0]
     if len(best if isinstance(best, str) else best[-1]["content"]) > LONGEST or len(group.completions) < 2:
-        return  # nearly all groups
+        return  # returns early for nearly all groups
     contents = [text if isinstance(text, str) else text[-1]["content"] for text in group.completions]
     named = [next((key for key in sorted(unread) if holds_answer(key, content)), None) for content in contents]
     first, *_, last = named
@@ -118,13 +122,13 @@ def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
 
 
 def is_said(value: object, groups: Sequence[Group]) -> bool:
-    """Whether one of the groups already contains all texts of a value."""
+    """Whether one of the groups already contains all texts in `value`."""
     texts = [text for text in _texts(value) if text.strip()]
     return bool(texts) and any(all(_contains(said, text) for text in texts) for said in map(_all_text, groups))
 
 
 def _contains(whole: str, text: str) -> bool:
-    """Whether the text is in the whole, and not as a part of a word."""
+    """Whether the text occurs in `whole` as whole words."""
     return re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", whole) is not None
 
 
@@ -133,7 +137,8 @@ def _all_text(group: Group) -> str:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yields the texts within a value: a text, a message, or a list or dictionary of these."""
+    """Yields the texts within a value. The value is a text, a message, or a list or dictionary of texts and
+    messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

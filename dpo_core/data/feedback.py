@@ -1,6 +1,7 @@
-"""Reads the groups of a file of feedback, row by row. Standard library only.
+"""Reads the groups of a file of feedback (data on which completions are good or better), row by row. Uses only the
+standard library.
 
-A file is JSON Lines in UTF-8. Its first row decides the format; a row of another format is refused.
+A file is JSON Lines in UTF-8. The first row decides the format; a row of another format is refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -17,22 +18,24 @@ MOST_JOINED = 1000  # rows of one prompt that can be one group
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file: its groups, or the first error in it."""
+    """The result of reading one row of a file: the row's groups, or the first error in the row."""
 
     line: int
-    format: Format | None  # None: the line is no row, or the row has none of the formats
+    format: Format | None  # None: the line is no row, or the row has no known format
     groups: Sequence[Group]
     ignored_keys: frozenset[str]  # columns that are not read
     problem: InvalidRow | None
-    is_contrary: bool = False  # the row is a pair, and its own scores, which are not read, rate the rejected one higher
+    is_contrary: bool = False  # the row is a pair whose own, unread scores rate the rejected one higher
 
 
 def read_records(
     lines: Iterable[bytes], *, first_line: int = 1, columns: Mapping[str, str] | None = None
 ) -> Iterator[Record]:
-    """Yields every row of a file, in order. For a part of a file, `first_line` is the number of its first line.
+    """Yields the record of every row of a file, in order. If `lines` are a part of a file, `first_line` is the number
+    of the first line.
 
-    `columns` names the column of each role, such as {"prompt": "question"}, if the file uses other names.
+    If the columns have other names than the roles, `columns` names the column of each role, such as {"prompt":
+    "question"}.
     """
     records = _read_each(lines, first_line, columns or {})
     for record in records:
@@ -51,15 +54,16 @@ def _read_each(lines: Iterable[bytes], first_line: int, columns: Mapping[str, st
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether two neighbouring lines belong to one group, so that a file must not be cut between them."""
+    """Whether two neighbouring lines belong to one group. A file must not be cut between such lines."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
 
 def _joined(records: Iterable[Record]) -> Iterator[Record]:
-    """Joins neighbouring rows of one prompt: the first record gets the group of all, if they can be one."""
+    """Joins neighbouring rows of one prompt. The record of the first row gets one group of all rows, if the rows can be
+    one group."""
     for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
-        rows = list(islice(run, MOST_JOINED + 1))  # one prompt may be the whole file
+        rows = list(islice(run, MOST_JOINED + 1))  # bounded, because all rows of a file may have the same prompt
         if rows[0].problem:
             yield from rows
         elif 1 < len(rows) <= MOST_JOINED:
@@ -85,7 +89,7 @@ def _group_of(run: Sequence[Record]) -> Group:
 
 
 def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:
-    """Yields the groups of a file, in order. Raises InvalidRow when it reaches a row that cannot be used."""
+    """Yields the groups of a file, in order. Raises InvalidRow at the first row that cannot be used."""
     for record in read_records(lines, first_line=first_line):
         if record.problem:
             raise record.problem
@@ -106,7 +110,7 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
             row = row.renamed(columns)
         form = detect(row)
         if expected and form is not expected:
-            what = f"must be {expected.name}, as the first row is; {keys_of(row)}."
+            what = f"must be {expected.name}, as the first row is; its columns are {keys_of(row)}."
             raise row.invalid("", "mixed_formats", what)
         unread = form.unread(row)
         groups = form.read(row, unread)
@@ -116,7 +120,8 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
 
 
 def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
-    """Whether the row is a pair, and scores in its unread columns rate the rejected completion higher."""
+    """Whether the row is a pair whose own scores, in unread columns, rate the rejected completion higher than the
+    chosen one."""
     if form.kind != "pairs":
         return False
     rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]

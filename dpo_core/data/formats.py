@@ -1,8 +1,9 @@
-"""Lists the formats in which preference data are published, and finds the format of a row. Standard library only.
+"""Lists the formats in which preference data are published, and finds the format of a row. Uses only the standard
+library.
 
-The keys of a row and the types of their values decide its format. A text decides only by the `\n\nHuman:` that begins a
-dialogue, or the `[{` that begins messages as JSON. A column that says what the model should see is used, or the row is
-refused with the column's name.
+The keys of a row and the types of their values decide the row's format. A text decides only if it begins with
+`\\n\\nHuman:`, as a dialogue does, or with `[{`, as messages in JSON do. A column that the model should learn from is
+read; if the format cannot read the column, the row is refused with the column's name.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -30,7 +31,7 @@ from dpo_core.options import Kind
 
 @dataclass(frozen=True)
 class Format:
-    """A format of rows: how it is recognized, and how it is read."""
+    """A format of rows: a test that recognizes a row of the format, and a reader that turns the row into groups."""
 
     name: str
     row: str  # the columns of a row, in Markdown
@@ -38,16 +39,17 @@ class Format:
     keys: frozenset[str]  # the columns that are read
     matches: Callable[[dict[str, object]], bool]
     reader: Callable[[Row], Iterator[Group]]
-    joins: bool = False  # a row rates one answer; neighbours of one prompt are one group
+    joins: bool = False  # a row rates one answer; neighbouring rows of one prompt are one group
 
     def unread(self, row: Row) -> frozenset[str]:
-        """Returns the columns of a row that are not read."""
+        """Returns the columns of the row that this format does not read."""
         return frozenset(row.value.keys() - self.keys)
 
     def read(self, row: Row, unread: Set[str]) -> list[Group]:
-        """Returns the groups of a row. Raises InvalidRow, also if a column of `unread` says something to the model."""
+        """Returns the groups of the row. Raises InvalidRow if the row cannot be read, or if a column in `unread` holds
+        something that the model should learn from."""
         telling = unread and list(filter(says_something, unread))
-        is_plain = not telling and self._extras.isdisjoint(row.value)  # as most rows are
+        is_plain = not telling and self._extras.isdisjoint(row.value)  # true for most rows
         groups = list(self.reader(row) if is_plain else self._read_all(row, sorted(telling)))
         if groups and (last := groups[-1]).tools:  # the last group of a chat holds all its messages
             for part in (last.prompt, *last.completions):
@@ -58,7 +60,8 @@ class Format:
         return groups
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
-        """Yields the groups of a row with what its extra columns say."""
+        """Yields the groups of the row together with its system prompt, tools, template arguments, weight and margin.
+        Raises InvalidRow if an unread column says something that the groups do not say."""
         weight, margin = (positive_number(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
         arguments = template_arguments(row) if self._takes_arguments else None
@@ -84,7 +87,8 @@ class Format:
 
     @cached_property
     def _extras(self) -> frozenset[str]:
-        """The columns that are read in addition to those of the reader."""
+        """The optional columns of this format, such as `weight`, `margin` and tools, that `_read_all` reads itself;
+        `reader` reads the other columns."""
         return self.keys & (_MESSAGE_KEYS | {"weight", "margin"})
 
     @cached_property
@@ -100,7 +104,7 @@ class Format:
         return self.keys >= SYSTEM_KEYS
 
     def _refuse_unread(self, row: Row, unread: Sequence[str], groups: Sequence[Group]) -> None:
-        """Raises InvalidRow for a column of `unread` that says something which the groups do not say."""
+        """Raises InvalidRow for the first column in `unread` that says something which the groups do not say."""
         for key in unread:
             value = row.value[key]
             if says_nothing(value) or (value is False and role_of(key) != "label") or is_said(value, groups):
@@ -118,9 +122,9 @@ _JSON_STARTS = "[{ \n"  # the first character of messages as JSON
 
 
 def detect(row: Row) -> Format:
-    """Returns the format of a row. Raises InvalidRow if it has none of the known formats.
+    """Returns the format of the row. Raises InvalidRow if the row has no known format.
 
-    It also replaces messages that a column holds as JSON text by the messages.
+    The function also changes the row: messages that a column holds as a text of JSON become lists of messages.
     """
     for column in CONVERSATION_KEYS.intersection(row.value):
         if isinstance(text := row.value[column], str) and text[:1] in _JSON_STARTS:
@@ -128,17 +132,15 @@ def detect(row: Row) -> Format:
     for form in FORMATS:
         if form.matches(row.value):
             return form
-    what = "of none of the known formats, which docs/use/data.md lists"
-    remedy = f"name the columns of its roles (of {', '.join(sorted(ROLES))}), or rename them"
-    raise row.invalid(
-        "",
-        "unknown_format",
-        f"{keys_of(row)}, {what}; {_roles_remedy(row, likely_columns(row.value.keys())) or remedy}.",
-    )
+    what = f"its columns ({keys_of(row)}) match no known format; docs/use/data.md lists the formats"
+    remedy = "say with `columns` which column is the prompt, the chosen answer and so on"
+    likely = _roles_remedy(row, likely_columns(row.value.keys()))
+    raise row.invalid("", "unknown_format", f"{what}. Rename the columns, or {likely or remedy}.")
 
 
 def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
-    """Returns the remedy to name these columns by role, if the row can be read that way; None: it cannot."""
+    """Returns the advice to give `columns` these roles, for the end of an error; None if the row could not be read
+    even then."""
     if not columns or not ROLES.issuperset(columns):
         return None
     try:
@@ -147,12 +149,13 @@ def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
         form.read(renamed, form.unread(renamed))
     except InvalidRow:
         return None
-    return f"name the columns of its roles: {', '.join(f'{role}={key}' for role, key in columns.items())}"
+    named = ", ".join(f"{role}={key}" for role, key in columns.items())
+    return f"say with `columns` which column has which role: {named}"
 
 
 def keys_of(row: Row) -> str:
-    """Returns a clause for error messages that names the first keys of a row."""
-    return "its keys are " + (", ".join(key[:40] for key in sorted(row.value)[:10]) or "none")
+    """Returns the names of the row's first columns for an error message; "none" if the row has no columns."""
+    return ", ".join(key[:40] for key in sorted(row.value)[:10]) or "none"
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ Test = Callable[[dict[str, object]], bool]
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:
-    """Whether chosen and rejected are dialogues in one text, as in HH-RLHF."""
+    """Whether the values of `chosen` and `rejected` are dialogues, each in one text, as in HH-RLHF."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     return (
         isinstance(chosen, str)
@@ -189,7 +192,7 @@ def _is_dialogues(row: dict[str, object]) -> bool:
 
 
 def _answers_a_prompt(row: dict[str, object]) -> bool:
-    """Whether prompt or chosen is of messages, and chosen does not repeat the prompt."""
+    """Whether the value of `prompt` or `chosen` is messages, and `chosen` does not repeat the prompt."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
     if isinstance(prompt, str) and isinstance(chosen, str):
         return False
@@ -202,14 +205,14 @@ def _answers_a_prompt(row: dict[str, object]) -> bool:
 
 
 def _is_openai(row: dict[str, object]) -> bool:
-    """Whether the row has OpenAI's keys of preferences."""
+    """Whether the row has the keys of OpenAI's preference format."""
     return "input" in row and (
         isinstance(row["input"], dict) or not _OUTPUT_KEYS.isdisjoint(row) or row.keys() == {"input"}
     )
 
 
 def _has(*keys: str, **kinds: type) -> Test:
-    """Returns a test whether a row has the keys, and values of these types."""
+    """Returns a test that is true for rows with all these keys, whose values have the types in `kinds`."""
     wanted = {*keys, *kinds}
     if not kinds:
         return wanted.issubset
@@ -217,24 +220,26 @@ def _has(*keys: str, **kinds: type) -> Test:
 
 
 def _any(*tests: Test) -> Test:
-    """Returns a test whether at least one of the tests holds."""
+    """Returns a test that is true for rows for which at least one of `tests` is true."""
     return lambda row: any(test(row) for test in tests)
 
 
 def _beside_messages(**kinds: type) -> Test:
-    """Returns a test whether a row has a conversation, and values of these types."""
+    """Returns a test that is true for rows with a conversation, in `messages` or `conversations`, and values of the
+    types in `kinds`."""
     return _any(_has(messages=list, **kinds), _has(conversations=list, **kinds))
 
 
 def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
-    """Returns the format of a public data set with these columns; system prompt, arguments and weight are read too."""
+    """Returns a format for rows that have all these columns, parsed by `reader`. Rows may also have columns for a
+    system prompt, chat-template arguments and a weight."""
     keys = columns.split()
     row = ", ".join(f"`{key}`" for key in keys)
     return Format(name, row, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)
 
 
 def _pairs_of(name: str, prompt: str, chosen: str, rejected: str) -> Format:
-    """Returns the format of rows with columns of these names for a prompt and two answers."""
+    """Returns a format for rows that have a prompt, a chosen and a rejected answer in the columns with these names."""
     form = _published(name, published.pair(prompt, chosen, rejected), f"{prompt} {chosen} {rejected}")
     return replace(form, keys=form.keys | TOOL_KEYS | {"margin"} | ({"input"} if prompt == "instruction" else set()))
 
@@ -276,7 +281,7 @@ _TEXTS = (
 
 
 def _with_system_prompt(form: Format) -> Format:
-    """Returns the same format for rows with a system prompt; their texts are read as messages."""
+    """Returns a format for rows of `form` that also have a system prompt. Their texts are read as messages."""
 
     def matches(row: dict[str, object]) -> bool:
         return not SYSTEM_KEYS.isdisjoint(row) and form.matches(row)

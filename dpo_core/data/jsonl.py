@@ -1,6 +1,6 @@
-"""Parses JSON Lines into rows, and refuses lines that are no JSON dictionary in UTF-8. Standard library only.
+"""Parses JSON Lines into rows, and refuses lines that are no JSON dictionary in UTF-8. Uses only the standard library.
 
-A leading byte order mark, CRLF and blank lines are accepted.
+A byte order mark at the start, CRLF and blank lines are accepted.
 """
 
 import json
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
 MAX_LINE_BYTES = 32 * 2**20
-POINTER_SHOWN, REASON_SHOWN = 200, 1000  # characters in an error: a key or a number may be as long as a line
-MAX_DEPTH = 64  # nested arrays and objects; a message with a call needs eight
+POINTER_SHOWN, REASON_SHOWN = 200, 1000  # most characters in an error; a key may be as long as a line
+MAX_DEPTH = 64  # levels of nested arrays and objects; a message with a tool call needs eight
 
 
 class InvalidRow(ValueError):
-    """Raised for a row that cannot be used. Has its line from 1, a JSON pointer into it, a code, and a sentence."""
+    """Raised for a row that cannot be used. The error has the row's line from 1, a JSON pointer into the row, a code,
+    and a sentence."""
 
     def __init__(self, line: int, pointer: str, code: str, message: str) -> None:
-        super().__init__(line, pointer, code, message)  # all four, so that it survives pickling
+        super().__init__(line, pointer, code, message)  # unpickling needs all four arguments
         self.line = line
         self.pointer = pointer
         self.code = code
@@ -30,7 +31,7 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line. `columns` maps the keys that were renamed to their names in the file."""
+    """One parsed line of a file. `columns` gives, for each renamed key, the key's name in the file."""
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
@@ -38,7 +39,8 @@ class Row:
         self._columns = columns or {}
 
     def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
-        """Returns the error for a value of the row. `what` completes a sentence whose subject is the value."""
+        """Returns the error for the value of the row at `pointer`. `what` is the end of a sentence with the value as
+        its subject."""
         if self._columns and pointer:
             first, *rest = pointer[1:].split("/")
             pointer = "/".join([pointer_to((self._columns[first],)) if first in self._columns else f"/{first}", *rest])
@@ -47,7 +49,8 @@ class Row:
         return InvalidRow(self.line, pointer, code, f"{where}: {what}")
 
     def renamed(self, columns: Mapping[str, str]) -> "Row":
-        """Returns the row with each column `columns[role]` renamed to its role. Raises InvalidRow if that fails."""
+        """Returns a copy of the row in which each column `columns[role]` has the name `role`. Raises InvalidRow if such
+        a column is missing, or if another column already has the name."""
         others = {key: value for key, value in self.value.items() if key not in columns.values()}
         for role, column in columns.items():
             if column not in self.value:
@@ -63,13 +66,14 @@ def _shortened(text: str, length: int) -> str:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a file. A line longer than `MAX_LINE_BYTES` comes in pieces, to bound memory."""
+    """Yields the lines of a file. A line longer than `MAX_LINE_BYTES` is yielded in pieces, to bound memory."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line
 
 
 def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | InvalidRow]:
-    """Yields a row, or an error, for each line that is not blank. Skips the later pieces of a line that is too long."""
+    """Yields a row or an error for each line that is not blank. A line that is too long yields one error, and its later
+    pieces are skipped."""
     number, has_ended = first_line - 1, True
     for line in lines:
         begins, has_ended = has_ended, len(line) <= MAX_LINE_BYTES or line.endswith(b"\n")
@@ -87,7 +91,8 @@ def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | Inv
 
 @dataclass(frozen=True)
 class _Flaw:
-    """Takes the place of JSON that was parsed but must be refused, until its pointer is known."""
+    """Stands in a parsed value for a part of the JSON that must be refused. The error is raised later, when the part's
+    JSON pointer is known."""
 
     code: str
     what: str
@@ -114,7 +119,7 @@ def _parse(number: int, line: bytes) -> Row:
         raise InvalidRow(number, "", "too_deep", limit) from None
     except json.JSONDecodeError as error:
         raise _not_jsonl(number, line, f"is not valid JSON: {error.msg} at column {error.colno}") from None
-    except ValueError:  # Python converts integers of at most 4300 digits
+    except ValueError:  # Python refuses integers of more than 4300 digits
         raise _not_jsonl(number, line, "holds a number that is too long") from None
     if not isinstance(parsed, dict | _Flaw):
         raise _not_jsonl(number, line, "is not a dictionary")
@@ -124,7 +129,7 @@ def _parse(number: int, line: bytes) -> Row:
 
 
 def _parse_plain(line: bytes) -> dict[str, object] | None:
-    """Parses a line that surely has no flaw, which is nearly every line. None: the line may have one.
+    """Returns the parsed line if it certainly holds nothing that must be refused, as nearly every line; otherwise None.
 
     A NUL or half of a surrogate pair can only come from an escape, and a line with few brackets cannot nest deeply.
     """
@@ -141,7 +146,8 @@ _ESCAPED = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 def parse_within(row: Row, pointer: str, text: str) -> object:
-    """Parses JSON within a text of the row, by the rules of rows. The keys in `pointer` must need no escapes."""
+    """Returns the JSON value in a text of the row, parsed by the same rules as rows. The keys in `pointer` must need no
+    escapes."""
     try:
         value = _loads(text)
     except RecursionError:
@@ -178,7 +184,8 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
 
 
 def _constant(name: str) -> "float | _Flaw":
-    """Accepts NaN, which tables write into empty cells. Whatever reads it as a number refuses it."""
+    """Returns the value for a constant that JSON does not have: nan for NaN, which tables write into empty cells, and a
+    `_Flaw` for any other constant. A reader that needs a number refuses nan later."""
     return math.nan if name == "NaN" else _Flaw("invalid_number", f"{name} is not a JSON number; write a finite one.")
 
 
@@ -197,7 +204,8 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_strict_object, parse_constant=_no_
 
 
 def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> None:
-    """Raises InvalidRow for the first flaw of a value. Builds only its pointer, because a line may hold millions."""
+    """Raises InvalidRow for the first part of the value that must be refused. Builds a JSON pointer only for this part,
+    because a line may hold millions of values."""
     if len(path) >= MAX_DEPTH:
         raise row.invalid("", "too_deep", f"nests more than {MAX_DEPTH} levels; flatten it.")
     if isinstance(value, _Flaw):
@@ -225,6 +233,7 @@ def _refuse_unusable_text(row: Row, path: tuple[str | int, ...], text: str) -> N
 
 
 def pointer_to(path: tuple[str | int, ...]) -> str:
-    """Returns a JSON pointer, RFC 6901. Lone surrogates in keys are replaced, because UTF-8 cannot encode them."""
+    """Returns the JSON pointer, RFC 6901, of a path of keys and indices. Lone surrogates in keys are replaced, because
+    UTF-8 cannot encode them."""
     keys = (str(key).replace("~", "~0").replace("/", "~1") for key in path)
     return "".join("/" + key for key in keys).encode(errors="replace").decode()

@@ -1,7 +1,7 @@
-"""Reads the messages of a row, and refuses other values with their pointer. Standard library only.
+"""Reads the messages of a row, and refuses other values with their JSON pointer. Uses only the standard library.
 
-It reads OpenAI's chat format, ShareGPT's with `from` and `value`, and thoughts under the names of vLLM, Qwen and
-gpt-oss. A key whose value is null or empty is ignored.
+The module reads OpenAI's chat format, ShareGPT's messages with `from` and `value`, and thoughts under the names that
+vLLM, Qwen and gpt-oss use. A key whose value is null or empty is ignored.
 """
 
 import re
@@ -14,21 +14,21 @@ from dpo_core.data.values import refuse_empty, says_nothing, shown, string_of
 
 
 class Message(TypedDict):
-    """One message of a conversation, as chat templates take it."""
+    """One message of a conversation, in the form that chat templates read."""
 
     role: str
-    content: str  # empty beside calls if the row has none, as vLLM does: templates would print None
+    content: str  # empty if a message with calls has no content, as in vLLM: templates would print None
     name: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCall]]  # of the assistant
-    tool_call_id: NotRequired[str]  # of a tool: the call that it answers
-    reasoning_content: NotRequired[str]  # of the assistant: its thoughts before the answer
-    weight: NotRequired[int]  # of the assistant: 0 if it is not learned
+    tool_calls: NotRequired[list[ToolCall]]  # only in messages of the assistant
+    tool_call_id: NotRequired[str]  # only in messages of a tool: the call that the message answers
+    reasoning_content: NotRequired[str]  # only in messages of the assistant: thoughts before the answer
+    weight: NotRequired[int]  # only in messages of the assistant: 0 if the message is not learned
 
 
 Text = str | list[Message]
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-# The roles of ShareGPT, and of those who use its format.
+# The roles of ShareGPT, and of other data sets in its format.
 _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
@@ -48,7 +48,7 @@ _TURNS = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """Returns the messages of a prompt. Raises InvalidRow if no answer of the assistant can follow them."""
+    """Returns the messages of a prompt. Raises InvalidRow if an answer of the assistant cannot follow them."""
     messages = _list_of(row, pointer, value)
     last = f"{pointer}/{len(messages) - 1}"
     if messages[-1]["role"] == "assistant":
@@ -60,7 +60,7 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """Returns the messages of a completion: the assistant's, and those of a tool or a user between them."""
+    """Returns the messages of a completion: those of the assistant, and those of tools or users between them."""
     messages = _list_of(row, pointer, value)
     if len(messages) > 1:
         _unanswered(row, pointer, messages)
@@ -71,7 +71,8 @@ def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool =
 def check_completion(
     row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
 ) -> None:
-    """Raises InvalidRow if the messages are no completion. `first` is the index of the first one in its list."""
+    """Raises InvalidRow if the messages are not a completion. `first` is the index of the completion's first message in
+    the list at `pointer`."""
     if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # nearly always
         if not may_be_empty:
             refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])
@@ -95,14 +96,14 @@ def check_completion(
 
 
 def messages_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """Returns the messages of a conversation. Its last calls may lack answers."""
+    """Returns the messages of a conversation. The calls of tools in the last message need no answers."""
     messages = _list_of(row, pointer, value)
     _unanswered(row, pointer, messages)
     return messages
 
 
 def refuse_empty_message(row: Row, pointer: str, message: Message) -> None:
-    """Raises InvalidRow for a message without text and without calls."""
+    """Raises InvalidRow for a message that has neither text nor tool calls."""
     if not message.get("tool_calls"):
         refuse_empty(row, pointer, message["content"])
 
@@ -118,7 +119,7 @@ def _message(row: Row, pointer: str, value: object) -> Message:
         raise row.invalid(pointer, "wrong_type", "must be a message: a dictionary with role and content.")
     role, content = value.get("role"), value.get("content")
     if len(value) == 2 and isinstance(role, str) and isinstance(content, str) and role in _ROLES:
-        return {"role": _ROLES[role], "content": content}  # nearly always; there is nothing else to check
+        return {"role": _ROLES[role], "content": content}  # nearly all messages; nothing else must be checked
     if "from" in value and role is None:
         return _turn(row, pointer, value)
     role = _role(row, pointer, role)
@@ -143,7 +144,7 @@ def _message(row: Row, pointer: str, value: object) -> Message:
 
 
 def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
-    """Returns the message in a turn of ShareGPT, which has the keys `from` and `value`."""
+    """Returns the message for a turn of a ShareGPT conversation, which has the keys `from` and `value`."""
     speaker, weight = value["from"], value.get("weight")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         what = f"is {shown(speaker)}; it must be one of {', '.join(_SPEAKERS)}. Send calls as messages with a role."
@@ -163,7 +164,7 @@ def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
 
 
 def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
-    """Returns the thoughts of a message. Raises InvalidRow if two keys hold different thoughts."""
+    """Returns the thoughts of a message, None if it has none. Raises InvalidRow if two keys hold different thoughts."""
     keys = [key for key in THOUGHTS if not says_nothing(value.get(key))]
     for key in keys:
         string_of(row, f"{pointer}/{key}", value[key])
@@ -174,7 +175,7 @@ def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
 
 def _role(row: Row, pointer: str, role: object) -> str:
     if role == "function":
-        what = "is function, the older form; send role tool with its tool_call_id."
+        what = "is 'function', which OpenAI has replaced; use role 'tool' and give the message a tool_call_id."
         raise row.invalid(f"{pointer}/role", "unsupported", what)
     if not isinstance(role, str) or role not in _ROLES:
         known = "system, developer, user, assistant or tool"
@@ -197,7 +198,8 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
 
 
 def _content(row: Row, pointer: str, value: object) -> str:
-    """Returns the text of a message's content. Text parts are joined by a line feed, as vLLM joins them."""
+    """Returns the text of a message's content. If the content is a list of parts, line feeds join their texts, as in
+    vLLM."""
     if not isinstance(value, list):
         return string_of(row, pointer, value)
     texts = []
@@ -213,7 +215,8 @@ def _content(row: Row, pointer: str, value: object) -> str:
 
 
 def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[ToolCall]:
-    """Returns the calls without answers at the end. Raises InvalidRow if another message precedes an answer."""
+    """Returns the tool calls that have no answer at the end of the messages. Raises InvalidRow if another message comes
+    before an answer."""
     calls: list[ToolCall] = []
     for index, message in enumerate(messages):
         if message["role"] == "tool":
@@ -226,7 +229,8 @@ def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[Too
 
 
 def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall]) -> ToolCall:
-    """Returns the call that a tool message answers: the first with its id and, if it has a name, with its name."""
+    """Returns the call that a tool message answers: the first one that has the message's id and, if the message has a
+    name, this name."""
     for call in calls:
         if call.get("id") == message.get("tool_call_id") and message.get("name") in (None, call["function"]["name"]):
             return call
@@ -235,19 +239,20 @@ def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall
 
 
 def _needed(calls: Sequence[ToolCall]) -> str:
-    """Returns the remedy for calls without answers."""
+    """Returns the remedy for tool calls without answers, for the end of an error."""
     return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
 
 
 _LIKE_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
-_BROKEN_MESSAGES = re.compile(  # messages as Python prints them, or whose end is lost
+_BROKEN_MESSAGES = re.compile(  # messages in Python's notation, or cut off at the end
     r"""\s*(\[\s*\{\s*('(role|content|from|value)'|"(role|from)")\s*:"""
     r"""|\{\s*(['"])(role|from)\5\s*:\s*(['"])(system|user|assistant|human|gpt)\7)"""
 )
 
 
 def opened(row: Row, pointer: str, text: str) -> object:
-    """Returns the messages, or the message, that a text holds as JSON, as tables often do; else the text itself."""
+    """Returns the messages, or the message, that a text holds as JSON, as in many tables. Returns any other text
+    unchanged."""
     if not _LIKE_JSON.match(text):
         return text
     try:
@@ -256,7 +261,7 @@ def opened(row: Row, pointer: str, text: str) -> object:
         if _BROKEN_MESSAGES.match(text):
             what = "is a text of messages that is not valid JSON; write them as JSON, in Python with json.dumps."
             raise row.invalid(pointer, "invalid_json", what) from None
-        return text  # it only begins like JSON
+        return text  # the text only begins like JSON
     if isinstance(value, dict):
         speaker = value.get("role", value.get("from"))
         is_message = isinstance(speaker, str) and speaker in {*_ROLES, *_SPEAKERS}
@@ -268,7 +273,7 @@ def opened(row: Row, pointer: str, text: str) -> object:
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
-    """Returns the turns of a text "\\n\\nHuman: …\\n\\nAssistant: …", as in HH-RLHF (arXiv 2204.05862)."""
+    """Returns the messages of a text "\\n\\nHuman: …\\n\\nAssistant: …", as in HH-RLHF (arXiv 2204.05862)."""
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
         raise row.invalid(pointer, "wrong_type", 'must begin with "\\n\\nHuman:" and its text.')

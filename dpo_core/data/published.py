@@ -1,6 +1,6 @@
-"""Reads public preference sets that have their own column names. Standard library only.
+"""Reads public preference data sets that have column names of their own. Uses only the standard library.
 
-Each reader yields groups of messages.
+Each reader yields groups whose prompts and completions are messages.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ Reader = Callable[[Row], Iterator[Group]]
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Reader:
-    """Makes a reader of rows with columns for a question, the better answer and the worse answer."""
+    """Returns a reader of rows that have a question, the better answer and the worse answer in these columns."""
 
     def read(row: Row) -> Iterator[Group]:
         better = answer(row, f"/{chosen}", row.value[chosen])
@@ -25,7 +25,8 @@ def pair(prompt: str, chosen: str, rejected: str) -> Reader:
 
 
 def _question(row: Row, column: str) -> list[Message]:
-    """Returns the question in a column; in Alpaca's rows, the instruction followed by its input."""
+    """Returns the question in the row's column as messages. In Alpaca's rows the question is the instruction followed
+    by its input."""
     messages = question(row, column)
     extra = row.value.get("input")
     if column == "instruction" and extra not in (None, ""):
@@ -34,9 +35,9 @@ def _question(row: Row, column: str) -> list[Message]:
 
 
 def two(prompt: str, first: str, second: str, lead: Callable[[Row], float]) -> Reader:
-    """Makes a reader of rows with columns for a question and two answers.
+    """Returns a reader of rows that have a question and two answers in these columns.
 
-    `lead` returns by how much the second answer is better; 0 is a tie.
+    `lead` is a function that returns by how much the second answer of a row is better; 0 is a tie.
     """
 
     def read(row: Row) -> Iterator[Group]:
@@ -47,27 +48,30 @@ def two(prompt: str, first: str, second: str, lead: Callable[[Row], float]) -> R
 
 
 def _ratings(lead: float) -> tuple[float, float]:
-    """Returns the ratings of two answers of which the second leads."""
+    """Returns the ratings of two answers, of which the second is better by `lead`."""
     return max(0.0, -lead), max(0.0, lead)
 
 
 def strength(column: str) -> Callable[[Row], float]:
-    """Makes a `lead` of a column with a number that is negative if the first is better, as in HelpSteer 2 and 3."""
+    """Returns a function that reads by how much a row's second answer is better from a column. As in HelpSteer 2 and 3,
+    the number there is negative if the first answer is better."""
     return lambda row: number_of(row, f"/{column}", row.value[column])
 
 
 def scores(first: str, second: str) -> Callable[[Row], float]:
-    """Makes a `lead` of two columns with the scores of the answers."""
+    """Returns a function that computes by how much a row's second answer is better, from the columns with the answers'
+    scores."""
     return lambda row: number_of(row, f"/{second}", row.value[second]) - number_of(row, f"/{first}", row.value[first])
 
 
 def choice(column: str, first: object, second: object, *ties: object) -> Callable[[Row], float]:
-    """Makes a `lead` of a column with a word or number that names the better answer, or a tie."""
+    """Returns a function that reads by how much a row's second answer is better (-1, 0 or 1) from a column whose word
+    or number names the better answer or a tie."""
     leads: dict[object, float] = {first: -1.0, second: 1.0, **dict.fromkeys(ties, 0.0)}
 
     def lead(row: Row) -> float:
         value = row.value[column]
-        if isinstance(value, dict | list | bool) or value not in leads:  # 1.0 equals 1, as tables may write it
+        if isinstance(value, dict | list | bool) or value not in leads:  # tables may write 1 as 1.0, which equals 1
             known = ", ".join(map(str, leads))
             raise row.invalid(f"/{column}", "unknown_choice", f"is {shown(value)}; it must be one of {known}.")
         return leads[value]
@@ -76,7 +80,7 @@ def choice(column: str, first: object, second: object, *ties: object) -> Callabl
 
 
 def read_a_or_b(row: Row) -> Iterator[Group]:
-    """Reads rows with two answers, and a letter that names the better one."""
+    """Reads rows that have two answers and a letter for the better one."""
     return two("prompt", "response_a", "response_b", _letter)(row)
 
 
@@ -89,7 +93,7 @@ def _letter(row: Row) -> float:
 
 
 def read_arena(row: Row) -> Iterator[Group]:
-    """Reads LMSYS's Chatbot Arena: two conversations with the same questions, and the winner."""
+    """Reads rows of LMSYS's Chatbot Arena: two conversations with the same questions, and the name of the winner."""
     columns = ("conversation_a", "conversation_b")
     sides = [messages_of(row, f"/{column}", row.value[column]) for column in columns]
     prompt, answers = parted(row, columns, sides, may_be_empty=(True, True))
@@ -98,14 +102,15 @@ def read_arena(row: Row) -> Iterator[Group]:
 
 
 def read_rated(row: Row) -> Iterator[Group]:
-    """Reads HelpSteer 1 and 2: one answer and its helpfulness, by which its authors rank answers."""
+    """Reads rows of HelpSteer 1 and 2: one answer and its helpfulness, by which the data set's authors rank answers."""
     completion = answer(row, "/response", row.value["response"], may_be_empty=True)
     rating = number_of(row, "/helpfulness", row.value["helpfulness"])
     yield Group(_question(row, "prompt"), (completion,), row.line, (rating,))
 
 
 def read_summaries(row: Row) -> Iterator[Group]:
-    """Reads OpenAI's comparisons of summaries (arXiv 2009.01325). The prompt is that of TRL's tldr-preference."""
+    """Reads rows of OpenAI's comparisons of summaries (arXiv 2009.01325). The prompt has the form of TRL's
+    tldr-preference."""
     info = row.value["info"]
     assert isinstance(info, dict)
     summaries = row.value["summaries"]
@@ -121,7 +126,7 @@ def read_summaries(row: Row) -> Iterator[Group]:
 
 
 def _to_summarize(row: Row, info: dict[str, object]) -> str:
-    """Returns the prompt that asks for a summary of a post or an article."""
+    """Returns the prompt that asks for a summary of the post or the article in `info`."""
     names = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": ""}
     parts = [f"{label}{string_of(row, f'/info/{name}', info[name])}" for name, label in names.items() if info.get(name)]
     if not parts:
@@ -130,7 +135,7 @@ def _to_summarize(row: Row, info: dict[str, object]) -> str:
 
 
 def read_ranked_completions(row: Row) -> Iterator[Group]:
-    """Reads NeMo RL's rows: a context, and completions of messages with ranks; the best has rank 0."""
+    """Reads rows of NeMo RL: a context, and completions of messages with ranks. The best completion has rank 0."""
     completions, ranks = [], []
     for number, item in enumerate(items(row, "completions", "completion", "rank")):
         completions.append(answer(row, f"/completions/{number}/completion", item["completion"]))
@@ -139,7 +144,7 @@ def read_ranked_completions(row: Row) -> Iterator[Group]:
 
 
 def read_vertex(row: Row) -> Iterator[Group]:
-    """Reads rows of Google's Vertex AI: contents of parts, and completions with scores."""
+    """Reads rows of Google's Vertex AI: contents with parts, and completions with scores."""
     prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
     if prompt[-1]["role"] != "user":
         raise row.invalid("/contents", "invalid_order", "must end with a message of the user.")
@@ -161,7 +166,7 @@ _VERTEX_ROLES = {"user": "user", "model": "assistant", "system": "system"}
 
 
 def _of_parts(row: Row, pointer: str, value: object) -> Message:
-    """Returns the message in a content of Vertex AI, whose parts are texts."""
+    """Returns the message for a content of Vertex AI, whose parts must be texts."""
     parts = value.get("parts") if isinstance(value, dict) else None
     role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
     if role is None or not isinstance(parts, list):

@@ -1,6 +1,6 @@
-"""Reads the rows of common formats. Standard library only.
+"""Reads the rows of common formats. Uses only the standard library.
 
-Each reader yields the groups of a row. It raises InvalidRow with the pointer of a value that it cannot use.
+Each reader yields the groups of a row. A reader raises InvalidRow, with a JSON pointer, for a value that it cannot use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ LABELS = ("label", "kto_tag")
 
 
 def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
-    """Reads a conversation: one demonstration for each assistant message whose weight is not 0."""
+    """Reads a conversation and yields one demonstration for each assistant message whose weight is not 0."""
     messages = messages_of(row, f"/{column}", row.value[column])
     weights = [message.pop("weight", 1) for message in messages]
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
@@ -63,7 +63,8 @@ def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
 
 
 def read_preference(row: Row) -> Iterator[Group]:
-    """Reads OpenAI's preferences: an input of messages, a preferred output and another one."""
+    """Reads a row of OpenAI's preference format: an input of messages, a preferred output and a non-preferred
+    output."""
     fields = row.value.get("input")
     if not isinstance(fields, dict):
         raise row.invalid("/input", "wrong_type", "must be a dictionary with messages.")
@@ -77,7 +78,7 @@ def read_preference(row: Row) -> Iterator[Group]:
 
 
 def _either(row: Row, key: str, alias: str) -> str:
-    """Returns which of two keys a row has. Raises InvalidRow if it has both or none."""
+    """Returns the key that the row has, `key` or `alias`. Raises InvalidRow if the row has both or neither."""
     present = [name for name in (key, alias) if name in row.value]
     if len(present) == 1:
         return present[0]
@@ -87,26 +88,27 @@ def _either(row: Row, key: str, alias: str) -> str:
 
 
 def read_explicit(row: Row) -> Iterator[Group]:
-    """Reads a prompt and two answers."""
+    """Reads a row with a prompt, a chosen and a rejected answer."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     chosen = completion_like(row, "/chosen", row.value["chosen"], prompt)
     yield Group(prompt, (chosen, rejected_like(row, "/rejected", row.value["rejected"], prompt)), row.line)
 
 
 def read_answers(row: Row) -> Iterator[Group]:
-    """Reads a question and two answers, some of which are messages and others texts."""
+    """Reads a row with a question, a chosen and a rejected answer, some of which are messages and others texts."""
     yield Group(
         question(row, "prompt"), (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line
     )
 
 
 def read_conversations(row: Row) -> Iterator[Group]:
-    """Reads two conversations; the messages with which both begin are the prompt."""
+    """Reads a row with two conversations. The messages with which both begin are the prompt."""
     yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in SIDES])
 
 
 def read_dialogues(row: Row) -> Iterator[Group]:
-    """Reads two dialogues in texts, as in HH-RLHF; the turns with which both begin are the prompt."""
+    """Reads a row with two dialogues, each in one text, as in HH-RLHF. The turns with which both begin are the
+    prompt."""
     texts = (string_of(row, f"/{side}", row.value[side]) for side in SIDES)
     yield _split_conversations(
         row, [dialogue_of(row, f"/{side}", text) for side, text in zip(SIDES, texts, strict=True)]
@@ -121,7 +123,7 @@ def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
 
 
 def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
-    """Whether a value is the prompt, or the text of one of its messages, or null."""
+    """Whether the value is the whole prompt, the text of one of the prompt's messages, or null."""
     if isinstance(value, list):
         return messages_of(row, "/prompt", value) == prompt
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
@@ -131,7 +133,7 @@ def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
 
 
 def read_implicit(row: Row) -> Iterator[Group]:
-    """Reads two texts; their common start is the prompt, up to the last space before they differ, as in TRL."""
+    """Reads a row with two texts. As in TRL, the prompt is their common start, without a space at its end."""
     texts = [string_of(row, f"/{side}", row.value[side]) for side in SIDES]
     prompt = commonprefix(texts).removesuffix(" ")  # noqa: RUF071 (characters are meant)
     if not prompt:
@@ -145,7 +147,7 @@ def read_implicit(row: Row) -> Iterator[Group]:
 
 
 def read_unpaired(row: Row) -> Iterator[Group]:
-    """Reads a prompt, a completion, and a label that says whether it is good."""
+    """Reads a row with a prompt, a completion, and a label that says whether the completion is good."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     completion = completion_like(row, "/completion", row.value["completion"], prompt)
     yield Group(prompt, (completion,), row.line, (_label(row, "label"),))
@@ -159,14 +161,16 @@ def _label(row: Row, column: str) -> float:
 
 
 def read_labelled_chat(row: Row) -> Iterator[Group]:
-    """Reads a conversation, and a label that says whether its last message, the assistant's, is good."""
+    """Reads a row with a conversation and a label. The label says whether the last message, the assistant's, is
+    good."""
     prompt, completion = _ending_with_an_answer(row, _either_of(row, "messages", "conversations"))
     label = _either_of(row, *LABELS)
     yield Group(prompt, (completion,), row.line, (_label(row, label),))
 
 
 def _either_of(row: Row, key: str, alias: str) -> str:
-    """Returns which of two keys has a value that is not empty. Raises InvalidRow if both have one."""
+    """Returns the key with a value that is not empty, `key` or `alias`; if both are empty, a key that the row has.
+    Raises InvalidRow if both have values."""
     used = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
     if len(used) == 2:
         raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
@@ -174,7 +178,7 @@ def _either_of(row: Row, key: str, alias: str) -> str:
 
 
 def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[Message]]:
-    """Splits a conversation into a prompt and its last message, which must be the assistant's."""
+    """Splits the conversation in the row's column into a prompt and its last message, which must be the assistant's."""
     *prompt, last = messages_of(row, f"/{column}", row.value[column])
     pointer = f"/{column}/{len(prompt)}"
     if last["role"] != "assistant":
@@ -186,7 +190,7 @@ def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[M
 
 
 def read_rejected_response(row: Row) -> Iterator[Group]:
-    """Reads ms-swift's rows: a conversation that ends with the better answer, and the worse answer as a text."""
+    """Reads a row of ms-swift: a conversation that ends with the better answer, and the worse answer as a text."""
     prompt, chosen = _ending_with_an_answer(row, "messages")
     yield Group(prompt, (chosen, _worse(row, "rejected_response")), row.line)
 
@@ -196,21 +200,21 @@ def _worse(row: Row, column: str) -> list[Message]:
 
 
 def read_rejected_messages(row: Row) -> Iterator[Group]:
-    """Reads ms-swift's rows: two conversations that share the messages of the prompt."""
+    """Reads a row of ms-swift: two conversations that share the messages of the prompt."""
     columns = ("messages", "rejected_messages")
     prompt, completions = parted(row, columns, [messages_of(row, f"/{name}", row.value[name]) for name in columns])
     yield Group(prompt, completions, row.line)
 
 
 def read_answers_beside(row: Row) -> Iterator[Group]:
-    """Reads rows of LLaMA-Factory and axolotl: a conversation that ends with a question, and two answers."""
+    """Reads a row of LLaMA-Factory or axolotl: a conversation that ends with a question, and two answers."""
     column = _either_of(row, "messages", "conversations")
     prompt = prompt_of(row, f"/{column}", row.value[column])
     yield Group(prompt, (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line)
 
 
 def read_ranked(row: Row) -> Iterator[Group]:
-    """Reads a prompt, and completions with ranks or scores."""
+    """Reads a row with a prompt, and completions with ranks or scores."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     values = completions_of(row, "completions")
     completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(values)]
@@ -222,14 +226,14 @@ def read_ranked(row: Row) -> Iterator[Group]:
 
 
 def read_ultrafeedback(row: Row) -> Iterator[Group]:
-    """Reads UltraFeedback's rows: an instruction, and responses with overall scores."""
+    """Reads a row of UltraFeedback: an instruction, and responses with overall scores."""
     instruction = string_of(row, "/instruction", row.value["instruction"])
     completions, scores = _answers(row, "completions", text="response", number="overall_score")
     yield best_first(row, [{"role": "user", "content": instruction}], completions, scores)
 
 
 def read_nectar(row: Row) -> Iterator[Group]:
-    """Reads Nectar's rows: a prompt as a dialogue, and answers with ranks."""
+    """Reads a row of Nectar: a prompt as a dialogue in one text, and answers with ranks."""
     prompt = dialogue_of(row, "/prompt", string_of(row, "/prompt", row.value["prompt"]))
     if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
         raise row.invalid("/prompt", "invalid_order", 'must end with "\\n\\nAssistant:", where the answers go.')
@@ -238,7 +242,8 @@ def read_nectar(row: Row) -> Iterator[Group]:
 
 
 def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text], list[float]]:
-    """Returns the answers, and their numbers, in a list of dictionaries with the keys `text` and `number`."""
+    """Returns the answers, and their numbers, in the row's list `key`. Each dictionary in the list has an answer under
+    the key `text`, and a number under the key `number`."""
     answers: list[Text] = []
     numbers = []
     for i, item in enumerate(items(row, key, text, number)):

@@ -1,4 +1,5 @@
-"""Reports what a file of feedback holds, and all its errors. Standard library only."""
+"""Reports on a file of feedback: its format, its counts of rows and groups, and all its errors. Uses only the standard
+library."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,8 @@ KEYS_NAMED, KEY_SHOWN = 100, 100  # a hostile file may have other keys in every 
 
 @dataclass(frozen=True)
 class Problem:
-    """The rows that cannot be used for one reason. Pointer and message are those of the first."""
+    """The rows of a file that cannot be used for one reason. `pointer` and `message` are those of the first such
+    row."""
 
     code: str
     pointer: str  # RFC 6901
@@ -27,36 +29,37 @@ class Problem:
 
 @dataclass(frozen=True)
 class FeedbackReport:
-    """What a file of feedback holds."""
+    """A report on a file of feedback: its format, its counts of rows and groups, and its problems."""
 
     format: str | None  # None: no row of a known format was found
     kind: Kind | None
     num_rows: int
     num_groups: int
-    num_identical: int  # groups whose completions are all the same: they teach nothing
-    num_tied: int  # groups whose completions all have the same rating: they prefer none
-    num_repeating: int  # groups whose best and worst completion begin with the prompt, which may be an error
-    num_margins: int  # groups that say by how much the first completion should lead
+    num_identical: int  # groups whose completions are all the same, which teach nothing
+    num_tied: int  # groups whose completions all have the same rating
+    num_repeating: int  # groups whose best and worst completion begin with the prompt, perhaps in error
+    num_margins: int  # groups with a margin
     num_chosen_longer: int  # groups whose best completion has more characters than its worst
     num_rejected_longer: int
     ignored_keys: tuple[str, ...]  # columns that are not read
-    contrary: Named  # pairs whose own scores, which are not read, rate the rejected completion higher
+    contrary: Named  # pairs whose own, unread scores rate the rejected completion higher
     duplicates: Duplicates
     problems: tuple[Problem, ...]  # in the order of the file
     is_read_whole: bool = True  # False: the container is damaged, and the rest was not read
 
     @property
     def num_invalid(self) -> int:
-        """The number of rows that cannot be used."""
+        """The number of rows of the file that cannot be used."""
         return sum(problem.rows.count for problem in self.problems)
 
     @property
     def refusal(self) -> str | None:
-        """A sentence that says why the file cannot be used as it is; None: it can."""
+        """A sentence that says why the file cannot be used in its present form; None if it can be used."""
         return self.refusal_beyond(0.0)
 
     def refusal_beyond(self, max_invalid_share: float) -> str | None:
-        """Returns the refusal, if rows that cannot be used may be left out up to this share of all rows."""
+        """Returns a sentence that says why the file cannot be used; None if it can be used. Unusable rows may be left
+        out up to `max_invalid_share` of all rows."""
         if not self.problems or (self.is_read_whole and self.num_invalid <= max_invalid_share * self.num_rows):
             return None
         first = self.problems[0].message
@@ -68,7 +71,8 @@ class FeedbackReport:
 
 
 def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
-    """Reads all rows of a file and reports on them. It goes on after errors. `columns` is that of `read_records`."""
+    """Reads all rows of a file, also after errors, and returns a report on them. `columns` names the column of each
+    role, such as {"prompt": "question"}."""
     counts = _Counts()
     duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:
@@ -79,7 +83,7 @@ def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) 
 
 @dataclass
 class _Counts:
-    """Counts rows, groups and problems while the rows are read."""
+    """The counts of rows, groups and problems in a file while its rows are being read."""
 
     format: str | None = None
     kind: Kind | None = None
@@ -91,7 +95,7 @@ class _Counts:
     is_read_whole: bool = True
 
     def groups(self, records: Iterable[Record]) -> Iterator[Group]:
-        """Yields the groups of the records, and counts them."""
+        """Yields the groups of the records, and counts the records and the groups."""
         try:
             for record in records:
                 self.rows += 1
@@ -99,7 +103,7 @@ class _Counts:
                 for group in record.groups:
                     self._count_group(group)
                     yield group
-        except InvalidRow as damage:  # the container is damaged: nothing after it can be read
+        except InvalidRow as damage:  # the container is damaged, and the rest of the file cannot be read
             self.is_read_whole = False
             self.add_problem(damage)
 
@@ -150,7 +154,7 @@ def _with_line(rows: Named, line: int) -> Named:
 
 
 def _repeats(group: Group) -> bool:
-    """Whether the best and the worst completion begin with the text of the prompt's last message."""
+    """Whether the group's best and worst completion begin with the text of the last message of its prompt."""
     prompt = group.prompt
     question = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).rstrip()
     return bool(question) and all(_begins(group.completions[i], question) for i in (0, -1))
@@ -161,5 +165,5 @@ def _begins(text: Text, start: str) -> bool:
 
 
 def _length(text: Text) -> int:
-    """Returns the number of characters of a text or of messages."""
+    """Returns the number of characters in a text, or in the contents of messages."""
     return len(text) if isinstance(text, str) else sum([len(message["content"]) for message in text])

@@ -1,4 +1,5 @@
-"""Reads the tools that a prompt offers, and calls of tools, as chat templates take them. Standard library only."""
+"""Reads the tools that a prompt offers and the calls of tools, in the form that chat templates read. Uses only the
+standard library."""
 
 from collections.abc import Sequence, Set
 from typing import Any, NotRequired, TypedDict, cast
@@ -7,22 +8,22 @@ from dpo_core.data.jsonl import Row, parse_within, pointer_to
 from dpo_core.data.values import is_finite, shown, string_of
 
 TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
-MOST_CALLS = 128  # in one message; each answer is matched against all of them
-Tool = dict[str, object]  # as in the row: "type", and "function" with name, description and parameters
+MOST_CALLS = 128  # calls in one message; each answer is compared with all calls
+Tool = dict[str, object]  # with the row's keys: "type", and "function" with name, description and parameters
 
 _FILLED = "as tables write it into empty cells; keep tools, and arguments of calls, as texts of JSON."
 _FUNCTION_KEYS = {"name", "description", "parameters", "strict", "return"}  # transformers' get_json_schema adds return
 
 
 class Call(TypedDict):
-    """The function that a call names, and its arguments."""
+    """The name of a called function, and its arguments."""
 
     name: str
-    arguments: dict[str, object]  # templates write the JSON themselves
+    arguments: dict[str, object]  # a dictionary, because templates turn arguments into JSON themselves
 
 
 class ToolCall(TypedDict):
-    """A call of a tool in an assistant message."""
+    """A call of a tool in a message of the assistant."""
 
     id: NotRequired[str]  # TRL's rows have none
     type: str
@@ -30,7 +31,8 @@ class ToolCall(TypedDict):
 
 
 def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | None:
-    """Returns the tools in a dictionary. None also for an empty list: some templates would write a heading for it."""
+    """Returns the tools in the dictionary `holder`; None if there are none. An empty list also gives None, because some
+    templates would write a heading for an empty list."""
     if holder.get("functions") not in (None, []):
         remedy = 'is the older form; send tools, each {"type": "function", "function": …}.'
         raise row.invalid(f"{pointer}/functions", "unsupported", remedy)
@@ -65,7 +67,8 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
 
 
 def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) -> None:
-    """Raises InvalidRow for a call with a null argument that its tool does not have: tables write these."""
+    """Raises InvalidRow for a call with a null argument that its tool does not have. Tables write such arguments into
+    empty cells."""
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         nulls = {key for key, value in arguments.items() if value is None}
@@ -77,7 +80,7 @@ def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) ->
 
 
 def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
-    """Returns the calls of an assistant message; an empty list if the value is null."""
+    """Returns the tool calls of an assistant message; an empty list if the value is null."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -93,7 +96,7 @@ def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
 
 
 def _call(row: Row, pointer: str, value: object) -> ToolCall:
-    call = _dictionary(row, pointer, value, {"id", "type", "function", "index"})  # streams add an index
+    call = _dictionary(row, pointer, value, {"id", "type", "function", "index"})  # calls from a stream have an index
     name, function = _function(row, pointer, call, {"name", "arguments"})
     arguments = _parsed(row, f"{pointer}/function/arguments", function.get("arguments"))
     if not isinstance(arguments, dict):
@@ -112,7 +115,7 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
 
 
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
-    """Returns the name of the function of a tool or a call, and its dictionary."""
+    """Returns the function's name, and its dictionary, in the tool or call `holder`."""
     if holder.get("type") not in (None, "function"):
         what = f'is {shown(holder.get("type"))}; only "function" is supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)
@@ -124,7 +127,7 @@ def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str])
 
 
 def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[str, object]:
-    """Returns the value. Raises InvalidRow if it is no dictionary, or has a key that is not among `keys`."""
+    """Returns `value`, which must be a dictionary with keys only from `keys`. Raises InvalidRow for any other value."""
     known = ", ".join(sorted(keys))
     if not isinstance(value, dict):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a dictionary of {known}.")
@@ -135,5 +138,6 @@ def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[s
 
 
 def _parsed(row: Row, pointer: str, value: object) -> object:
-    """Parses a value that is a text of JSON, as OpenAI writes arguments and TRL writes tools."""
+    """Returns the JSON value in a text, as OpenAI writes arguments and TRL writes tools. Returns any other value
+    unchanged."""
     return parse_within(row, pointer, value) if isinstance(value, str) else value

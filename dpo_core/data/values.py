@@ -1,4 +1,5 @@
-"""Reads texts and numbers from a row, and refuses other values with their pointer. Standard library only."""
+"""Reads texts and numbers from a row, and refuses other values with their JSON pointer. Uses only the standard
+library."""
 
 import json
 import math
@@ -10,39 +11,39 @@ LARGEST = 1e9  # the largest rating, rank, weight or margin
 
 
 def says_nothing(value: object) -> bool:
-    """Whether a value is null, empty or NaN."""
+    """Whether the value is null, empty or NaN."""
     return value in NOTHING or value != value
 
 
 def is_finite(value: object) -> bool:
-    """Whether JSON has all numbers in a value: it has neither NaN nor 1e999, which Python reads as infinite."""
+    """Whether all numbers in the value are finite. JSON has no NaN, and Python reads 1e999 as infinite."""
     if isinstance(value, dict | list):
         return all(map(is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def string_of(row: Row, pointer: str, value: object) -> str:
-    """Returns the value if it is a text. Raises InvalidRow if it is not."""
+    """Returns `value`, which must be a string. Raises InvalidRow for a value of another type."""
     if not isinstance(value, str):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
     return value
 
 
 def refuse_empty(row: Row, pointer: str, text: str) -> None:
-    """Raises InvalidRow for a completion of spaces only."""
+    """Raises InvalidRow if the text of a completion is empty or only spaces."""
     if not text.strip():
         raise row.invalid(pointer, "empty_completion", "is empty; a completion needs text.")
 
 
 def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:
-    """Returns the value if it is a list of `count` numbers. Raises InvalidRow if it is not."""
+    """Returns `value`, which must be a list of `count` numbers. Raises InvalidRow for any other value."""
     if not isinstance(value, list) or len(value) != count:
         raise row.invalid(pointer, "wrong_type", f"must be a list of {count} numbers, one for each completion.")
     return [number_of(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
 
 
 def number_of(row: Row, pointer: str, value: object) -> float:
-    """Returns the value if it is a number of at most LARGEST in size. Raises InvalidRow if it is not."""
+    """Returns `value`, which must be a number from -LARGEST to LARGEST. Raises InvalidRow for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a number.")
     if not abs(value) <= LARGEST:
@@ -51,7 +52,7 @@ def number_of(row: Row, pointer: str, value: object) -> float:
 
 
 def shown(value: object) -> str:
-    """Returns a short form of a value for error messages."""
+    """Returns a short form of the value for error messages."""
     if isinstance(value, str):
         return repr(value[:40])
     if value is None or value != value:

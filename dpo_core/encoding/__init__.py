@@ -1,1 +1,1 @@
-"""Turns a group of texts into token ids."""
+"""Turns a group of texts into the token ids that a model reads."""

@@ -1,4 +1,4 @@
-"""Limits the processor time of foreign code, such as a chat template. Standard library only."""
+"""Limits the processor time of third-party code, such as a chat template. Uses only the standard library."""
 
 import signal
 import threading
@@ -9,8 +9,8 @@ from types import FrameType
 
 @contextmanager
 def deadline(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises `error` in the block once the process has used `seconds` of processor time. Only the main thread is
-    limited."""
+    """Raises `error` in the `with` block once the process has used `seconds` of processor time in the block. Only the
+    main thread has this limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,5 @@
-"""Turns groups of texts into token ids, prompt and completions apart. This happens once; later steps read ids only."""
+"""Turns groups of texts into token ids, separately for prompt and completions. Each group is encoded once; later steps
+read only ids."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,23 +18,24 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-AT_A_TIME = 100  # groups encoded together: more are no faster, and take more memory
-MOST_TAILS = 1024  # ends of prompts whose ids are cached: most rows of a file share one
+AT_A_TIME = 100  # groups encoded together; a larger number is no faster and takes more memory
+MOST_TAILS = 1024  # ends of prompts whose ids are cached; most rows of a file have the same end
 
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group as token ids. The policy reads `prompt_ids + completion_ids[j]`; the best completion comes first."""
+    """A group (a prompt and its completions) as token ids. The policy reads `prompt_ids + completion_ids[j]`; the best
+    completion comes first."""
 
     prompt_ids: Sequence[int]
     completion_ids: tuple[Sequence[int], ...]
-    ref_logps: tuple[float, ...] | None  # the reference's, summed over each completion, in nats; None: not scored
+    ref_logps: tuple[float, ...] | None  # the reference's sums over each completion, in nats; None: not scored
     line: int
     ref_head_logps: tuple[float, ...] | None = None  # summed over `head_length` tokens
     ratings: tuple[float, ...] | None = None  # higher is better; None: only the order counts; nan: of another prompt
     weight: float = 1.0  # of the group's loss
     margin: float | None = None  # by which the chosen completion should lead
-    others: tuple[Spans, ...] | None = None  # for each completion, the tokens that are read and not learned
+    others: tuple[Spans, ...] | None = None  # for each completion, the ranges of tokens that are not learned
     has_bos: bool = field(default=False, compare=False)  # whether the prompt begins with the tokenizer's BOS
 
     def __post_init__(self) -> None:
@@ -48,7 +50,8 @@ class EncodedGroup:
             raise ValueError(f"Line {self.line} has a completion of which no token is learned; leave it out.")
 
     def learned(self, completion: int) -> Sequence[int]:
-        """Returns the positions of the learned ids of a completion: all but those that a tool or a user says."""
+        """Returns the positions of the learned ids in completion number `completion`: all positions except those of
+        messages by a tool or a user."""
         places = range(len(self.completion_ids[completion]))
         spans = self.others[completion] if self.others else ()
         return [i for i in places if not any(start <= i < stop for start, stop in spans)] if spans else places
@@ -64,27 +67,29 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The number of learned tokens of the completion that has the fewest."""
+        """The smallest number of learned tokens of any completion in the group."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
-        """Returns a rating for each completion. Without ratings they fall by 1 down to 0; a single completion has 1."""
+        """Returns a rating for each completion. In a group without ratings, the ratings fall by 1 from one completion
+        to the next, down to 0; a single completion gets 1."""
         last = max(1, len(self.completion_ids) - 1)
         return self.ratings or tuple(float(last - place) for place in range(len(self.completion_ids)))
 
     def rated(self) -> list[float]:
-        """Returns the ratings of the prompt's own completions, without the nan of other prompts' ones."""
+        """Returns the ratings of the completions of the group's own prompt, without the nan of other prompts'
+        completions."""
         return [rating for rating in self.ranked() if not math.isnan(rating)]
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens of the prompt, counted once, and of every completion."""
+        """The number of tokens of the group: its prompt, counted once, and every completion."""
         return len(self.prompt_ids) + sum(map(len, self.completion_ids))
 
 
 def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedGroup:
-    """Returns the token ids of a group. Raises InvalidRow if the template cannot write it or the tokenizer cannot
-    encode it, and UnusableTemplate if the tokenizer has no usable chat template."""
+    """Returns the token ids of the group. Raises InvalidRow if the chat template cannot write the group or the
+    tokenizer cannot encode it, and UnusableTemplate if the tokenizer has no usable chat template."""
     (encoded,) = encode_groups([group], tokenizer)
     if isinstance(encoded, InvalidRow):
         raise encoded
@@ -94,10 +99,11 @@ def encode_group(group: Group, tokenizer: "PreTrainedTokenizerBase") -> EncodedG
 def encode_groups(
     groups: Iterable[Group], tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None
 ) -> Iterator[EncodedGroup | InvalidRow]:
-    """Yields each group's token ids, or the error that explains why it has none. Raises UnusableTemplate.
+    """Yields for each group its token ids, or the error that explains why it has none. Raises UnusableTemplate if the
+    tokenizer has no usable chat template.
 
-    `today` is the date that some templates write; None: the day on which this process first encoded.
-    The template and the tokenizer are called for many groups together, and the tokenizer reads each prompt once.
+    `today` is the date that some templates write; None means the day on which this process first encoded. The template
+    and the tokenizer are called for many groups together, and the tokenizer reads each prompt once.
     """
     groups = iter(groups)
     while members := list(islice(groups, AT_A_TIME)):
@@ -157,14 +163,16 @@ def _encoded(
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a prompt, as text and ids. Text after it gets the same ids as after the whole prompt."""
+    """The end of a prompt, as text and ids. The tokenizer gives text after this end the same ids as after the whole
+    prompt."""
 
     text: str
     ids: Sequence[int]
 
 
 def _tail(prompt: str, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> _Tail:
-    """Returns the prompt from its last special token on, because tokenizers cut a text there first; else all of it."""
+    """Returns the end of the prompt, from its last special token on. Tokenizers first cut a text at special tokens. For
+    a prompt without a special token, returns the whole prompt."""
     markers = _markers(tokenizer)
     place = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] in markers), 0)
     if place:
@@ -188,7 +196,7 @@ def _few_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]
 def _behind(
     tail_ids: Sequence[int], continued_ids: Sequence[int], completion: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Sequence[int]:
-    """Returns the ids of a completion: those in `continued_ids` after the tail's.
+    """Returns the ids of the completion: the part of `continued_ids` after `tail_ids`.
 
     If a token spans the border, the completion is encoded by itself, because a served policy always has the prompt's
     own ids before its answer.
@@ -201,7 +209,8 @@ def _behind(
 def _tokens_of(
     span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int]:
-    """Turns a range of characters of a completion into a range of its ids. A token over a border is behind it."""
+    """Returns the range of the completion's ids that belongs to the range `span` of its characters. A token that spans
+    a border of the range counts as after the border."""
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
     start, stop = (len(commonprefix([list(part), list(ids)])) for part in starts)  # noqa: RUF071 (ids are meant)
@@ -215,7 +224,7 @@ def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[in
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         return cast(list[list[int]], tokenizer(texts, **options).input_ids)
     library = cast("Tokenizer", tokenizer.backend_tokenizer)
-    library.no_truncation()  # a call of the tokenizer sets this and the next two
+    library.no_truncation()  # a call of the tokenizer sets the same three options
     library.no_padding()
     library.encode_special_tokens = tokenizer.split_special_tokens
     return [encoding.ids for encoding in library.encode_batch_fast(texts, add_special_tokens=False)]
@@ -223,9 +232,10 @@ def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[in
 
 @lru_cache(maxsize=8)
 def _calls_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a call of the tokenizer only calls `tokenizers`, which is faster when it need not report offsets."""
+    """Whether a call of the tokenizer does no more than call the library `tokenizers`. A direct call of the library is
+    faster, because it need not report offsets."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     kind = type(tokenizer)
-    is_plain = kind.__call__ is Fast.__call__ and kind._encode_plus is Fast._encode_plus  # some models override them
+    is_plain = kind.__call__ is Fast.__call__ and kind._encode_plus is Fast._encode_plus  # some models override these
     return issubclass(kind, Fast) and is_plain

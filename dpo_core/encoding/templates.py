@@ -1,6 +1,7 @@
-"""Writes a group as the model reads it: the texts of its prompt and completions, as the chat template gives them.
+"""Writes a group as the texts that the model reads: a prompt and its completions, in the form that the chat template
+gives them.
 
-A group that the template does not write in full is refused, so that training never loses text unseen.
+A group is refused if the template leaves out a part of it, so that training never loses text unnoticed.
 """
 
 import json
@@ -25,35 +26,36 @@ if TYPE_CHECKING:
 _PROBE = "pangolin"
 _THINK = re.compile("</?think>")
 _WORD = re.compile(r"\w+")
-_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tag, which changes no text
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers, which changes no text
 _TAG = re.compile(r"<[^<>]*>|\[[^][]*\]")
-RENDER_SECONDS = 10.0  # of processor time, for one call with many groups: templates take milliseconds
+RENDER_SECONDS = 10.0  # processor time for one call with many groups, of which templates need milliseconds
 DROPS_CALLS = "the chat template leaves out tool calls, or a part of them; use a template that writes them."
-SHOWN = 40  # characters that an error quotes of a lost text
+SHOWN = 40  # the most characters of a lost text in an error
 
 Spans = tuple[tuple[int, int], ...]
-"""Ranges [start, stop), in order; no two touch and none is empty."""
+"""Ranges [start, stop) in ascending order. No range is empty, and no two ranges touch."""
 
 
 class UnusableTemplate(ValueError):
-    """The chat template cannot be used for any row: it is missing, or it computes for too long."""
+    """Raised if a chat template cannot be used for any row: the template is missing, or rendering takes too long."""
 
 
 @dataclass(frozen=True)
 class WrittenGroup:
-    """The texts of a group, as the model reads them."""
+    """The texts of a group's prompt and completions as the model reads them."""
 
     prompt: str
     completions: list[str]
-    others: tuple[Spans, ...] | None = None  # for each completion, the characters that a tool or a user says
+    others: tuple[Spans, ...] | None = None  # for each completion, the characters of messages by a tool or a user
 
 
 def write_groups(
     groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None
 ) -> list[WrittenGroup | InvalidRow]:
-    """Returns the texts of each group, or the reason why it has none.
+    """Returns for each group its texts as the model reads them, or the reason why it has none.
 
-    The template is called once for all groups. If that fails, it is called for each group alone, to find the bad ones.
+    The template is called once for all groups. If this call fails, the template is called for each group alone, to find
+    the groups that it cannot write.
     """
     line = groups[0].line
     endless = f"The chat template computes on line {line} for more than {RENDER_SECONDS:g} seconds; fix the template."
@@ -73,7 +75,8 @@ def write_groups(
 
 
 def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today: date | None) -> list["_Rendered"]:
-    """Returns for each group, as the template writes them, its prompt and the prompt with each completion."""
+    """Returns for each group the texts that the chat template writes: the prompt, and the prompt with each
+    completion."""
     rendered: list[_Rendered] = []
     for (chat, tools, arguments), neighbours in groupby(groups, key=_template_inputs):
         members = list(neighbours)
@@ -84,7 +87,7 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
             remedy = "send texts instead of messages, or add a template."
             raise UnusableTemplate(f"The tokenizer has no chat template; {remedy}")
         options = {**(arguments or {}), "tools": tools}
-        options["strftime_now"] = (today or _first_day()).strftime  # the name by which templates ask for the date
+        options["strftime_now"] = (today or _first_day()).strftime  # templates ask for the date by this name
         apply = partial(_apply, tokenizer, options)
         prompts = apply([cast(list[Message], group.prompt) for group in members], asks=True)
         dialogues = iter(apply([dialogue for group in members for dialogue in _dialogues(group, tokenizer)]))
@@ -99,10 +102,11 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
 
 
 def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dialogue: str) -> Spans:
-    """Returns the ranges of `dialogue`, behind the prompt, in which a tool or a user speaks between answers.
+    """Returns the ranges of `dialogue`, after the prompt, in which a tool or a user speaks between the assistant's
+    answers.
 
-    The words that ask for an answer belong to these ranges: a served policy is given them and does not write them.
-    Raises InvalidRow for a template that writes a message differently once other messages follow.
+    The words that ask for an answer belong to these ranges, because a served policy is given them and does not write
+    them. Raises InvalidRow for a template that writes a message differently once other messages follow.
     """
     messages = [*cast(list[Message], group.prompt), *cast(list[Message], completion)]
     spans = []
@@ -121,23 +125,25 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dia
 
 @cache
 def _first_day() -> date:
-    """Returns the day of the first call. Templates write this date until the process ends, even past midnight."""
+    """Returns the day on which this function was first called. Templates write this date until the process ends, even
+    after midnight."""
     return date.today()
 
 
 def _template_inputs(group: Group) -> tuple[bool, list[Tool] | None, dict[str, object] | None]:
-    """Returns what one call of the template must have in common: messages or texts, the tools, and the arguments."""
+    """Returns the properties that groups in one call of the template must share: whether they hold messages or texts,
+    their tools, and their template arguments."""
     return isinstance(group.prompt, list), group.tools, group.template_arguments
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """The texts of a group as the template writes them, before prompt and completions are taken apart."""
+    """The texts of a group as the chat template writes them, before prompt and completions are separated."""
 
-    prompt: str  # with the words that ask for an answer, as a served policy is given it
+    prompt: str  # the prompt as a served policy is given it, with the words that ask for an answer
     dialogues: tuple[str, ...]  # the prompt and each completion
-    bare_prompt: str | None  # without the words that ask for an answer; None: each dialogue begins with `prompt`
-    others: tuple[Spans, ...] | None = None  # for each dialogue, the characters that a tool or a user says
+    bare_prompt: str | None  # `prompt` without words that ask for an answer; None: dialogues begin with `prompt`
+    others: tuple[Spans, ...] | None = None  # for each dialogue, the characters of messages by a tool or a user
 
 
 def _apply(
@@ -147,9 +153,11 @@ def _apply(
     *,
     asks: bool = False,
 ) -> list[str]:
-    """Returns the text of each dialogue. With `asks`, the text ends with the words that ask for an answer.
+    """Returns the text that the chat template writes for each dialogue. With `asks`, each text ends with the words that
+    ask for an answer.
 
-    A message is given under each name that templates use for thoughts, and in parts if this template reads only parts.
+    The template gets a message's thoughts under each name that templates use, and its content as a list of parts if the
+    template reads only parts.
     """
     in_parts = _takes_parts(tokenizer)
     inputs = [[_template_message(message, in_parts=in_parts) for message in messages] for messages in dialogues]
@@ -163,7 +171,8 @@ def _apply(
 
 
 def _template_message(message: Message, *, in_parts: bool) -> Mapping[str, object]:
-    """Returns the message with its thoughts under each name that templates use, and its content in parts if asked."""
+    """Returns the message as a template reads it: its thoughts under each name that templates use and, if `in_parts`,
+    its content as a list of parts."""
     if "reasoning_content" not in message and not in_parts:
         return message
     fields: dict[str, object] = {**message}
@@ -176,7 +185,8 @@ def _template_message(message: Message, *, in_parts: bool) -> Mapping[str, objec
 
 @lru_cache(maxsize=8)
 def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the words, such as `<think>`, with which the template asks for an answer and begins no written one."""
+    """Returns the words that end a prompt and that the template does not write at the start of a given answer, such as
+    `<think>`; empty if there are none."""
     question: list[Message] = [{"role": "user", "content": _PROBE}]
     try:
         apply = partial(_apply, tokenizer, {})
@@ -191,7 +201,7 @@ def prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 @lru_cache(maxsize=8)
 def variables(template: str) -> frozenset[str]:
-    """Returns the names of the arguments that a chat template reads anywhere."""
+    """Returns the names of all arguments that a chat template reads."""
     from jinja2 import Environment, meta
 
     parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
@@ -200,14 +210,14 @@ def variables(template: str) -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the template writes a message's content only if it is a list of parts, not if it is a text."""
+    """Whether the template writes a message's content only if the content is a list of parts, not if it is a text."""
 
     def writes(content: object) -> bool:
         try:
             return _PROBE in cast(
                 str, tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
             )
-        except UnusableTemplate:  # it computes for too long
+        except UnusableTemplate:  # the template computes for too long
             raise
         except Exception:  # a template is foreign code and may raise anything
             return False
@@ -216,7 +226,8 @@ def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Message]]:
-    """Yields the messages of the prompt and each completion. Removes an EOS at the end: the template writes its own."""
+    """Yields for each completion of the group the messages of the prompt and the completion. Removes an EOS at the end
+    of the completion, because the template writes its own."""
     eos = tokenizer.eos_token
     for completion in group.completions:
         assert isinstance(group.prompt, list)
@@ -228,9 +239,10 @@ def _dialogues(group: Group, tokenizer: "PreTrainedTokenizerBase") -> Iterator[l
 
 
 def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerBase") -> WrittenGroup | InvalidRow:
-    """Returns the texts of a group, or the reason why it has none.
+    """Returns the texts of the group's prompt and completions, or the reason why the group has none.
 
-    A group of texts gets one EOS at its end, and a BOS at its start if the tokenizer wants one; a template writes both.
+    In a group of texts, each completion gets one EOS at its end, and the prompt a BOS at its start if the tokenizer
+    adds one. In a group of messages the template writes both.
     """
     if isinstance(group.prompt, str):
         eos = tokenizer.eos_token or ""
@@ -252,15 +264,15 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
 
 
 def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow:
-    """Cuts the rendered texts into the prompt and its completions.
+    """Cuts the rendered texts of the group into its prompt and its completions.
 
-    The prompt ends with the words that ask for an answer if all completions follow them.
+    The prompt ends with the words that ask for an answer, as far as all completions follow them.
     """
     prompt, dialogues = rendered.prompt, rendered.dialogues
     if rendered.bare_prompt is None:
         return WrittenGroup(prompt, [dialogue[len(prompt) :] for dialogue in dialogues])
     if all(dialogue.startswith(rendered.bare_prompt) for dialogue in dialogues):
-        # The prompt asks for an answer with words that these answers lack, such as <think>.
+        # The words that ask for an answer, such as <think>, are not in these dialogues.
         prompt = _common(prompt, dialogues)
         return WrittenGroup(prompt, [dialogue[len(prompt) :] for dialogue in dialogues])
     last = cast(list[Message], group.prompt)[-1]["content"].strip()
@@ -278,15 +290,16 @@ def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow
 
 
 def _common(asked: str, dialogues: Sequence[str]) -> str:
-    """Returns the longest common start of a question and its answers. It ends before a tag of the question, such as
-    `<think>`, that the answers share only in part: they may have just its `<`."""
+    """Returns the longest common start of a prompt `asked` and its dialogues. The start ends before a tag of the
+    prompt, such as `<think>`, of which the dialogues share only a part, such as `<`."""
     common = commonprefix([asked, *dialogues])  # noqa: RUF071 (characters are meant)
     half = next((tag for tag in _TAG.finditer(asked) if tag.start() < len(common) < tag.end()), None)
     return common[: half.start()] if half else common
 
 
 def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBase") -> InvalidRow | None:
-    """Returns the error for the first part of a row that the template does not write; None: it writes everything.
+    """Returns the error for the first part of the group that the template does not write; None if the template writes
+    everything.
 
     Answers in the prompt may lose their thoughts, as they do when the policy is served.
     """
@@ -299,7 +312,7 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
             what = f"the chat template leaves out the tool {name!r}, or a part of it; use a template that writes tools."
             return invalid_group(group, "template_drops_tools", what)
     contents = [_required_text(message) for message in prompt]
-    all_contents = "\0".join(contents)  # no text holds this character
+    all_contents = "\0".join(contents)  # no message contains the separator
     for index, (message, content) in enumerate(zip(prompt, contents, strict=True)):
         lost = _first_lost(content, written.prompt, tokenizer)
         if not lost and (often := all_contents.count(content)) > 1 and 0 < written.prompt.count(content) < often:
@@ -321,13 +334,14 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
 
 
 def _required_text(message: Message) -> str:
-    """Returns the text that the template must write for a message of the prompt: an answer's thoughts may be lost."""
+    """Returns the text that the template must write for a message of the prompt. The thoughts of an earlier answer may
+    be left out."""
     content = message["content"]
     return (content.rpartition("</think>")[2] if message["role"] == "assistant" else content).strip()
 
 
 def _lacks_tool(function: Mapping[str, object], text: str) -> bool:
-    """Whether the text lacks the tool's name, or a word of its description or of its parameters' names."""
+    """Whether the text lacks the name of the tool, a word of its description, or a word of its parameters' names."""
     properties = cast(dict[str, object], function.get("parameters") or {}).get("properties")
     phrases = [str(function.get("description") or ""), *(properties if isinstance(properties, dict) else ())]
     lost = any(phrase not in text and _lacks_a_word(set(_words(phrase)), text) for phrase in phrases)
@@ -335,7 +349,8 @@ def _lacks_tool(function: Mapping[str, object], text: str) -> bool:
 
 
 def _lacks_calls(message: Message, text: str) -> bool:
-    """Whether the text lacks a word of a call: of its name, its arguments' names, or their words and numbers."""
+    """Whether the text lacks a word of a call in the message: of the tool's name, of the arguments' names, or of the
+    words and numbers in the arguments."""
     return _lacks_a_word({word for call in message.get("tool_calls", ()) for word in _words(call["function"])}, text)
 
 
@@ -344,7 +359,7 @@ def _lacks_a_word(words: Set[str], text: str) -> bool:
 
 
 def _words(value: object) -> Iterator[str]:
-    """Yields the words and numbers of a JSON value, without the keys `name` and `arguments` of a function."""
+    """Yields the words and numbers in a JSON value, except the keys `name` and `arguments` of a function."""
     if isinstance(value, str):
         yield from _WORD.findall(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -363,9 +378,9 @@ def _drops(group: Group, what: str, where: str, lost: str) -> InvalidRow:
 
 
 def _first_lost(content: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Returns the first part of the content that the text lacks; None: it lacks none.
+    """Returns the first part of the content that the text lacks; None if the text has all parts.
 
-    Spaces do not count around thoughts and at the ends: templates change them there.
+    Templates may change spaces around thoughts and at both ends, so such spaces are ignored.
     """
     if content in text:
         return None
@@ -376,7 +391,7 @@ def _first_lost(content: str, text: str, tokenizer: "PreTrainedTokenizerBase") -
 
 
 def _with_bos(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the prompt with the BOS token before it, if the tokenizer wants one and the text has none."""
+    """Returns the prompt with the BOS token at its start if the tokenizer adds one; the token is not repeated."""
     bos = tokenizer.bos_token
     return prompt if not _wants_bos(tokenizer) or prompt.startswith(bos) else bos + prompt
 

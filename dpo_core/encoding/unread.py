@@ -1,4 +1,5 @@
-"""Names what a row gives the chat template and the template does not read: the row is learned without it."""
+"""Finds the values that a row gives the chat template and that the template does not read. The model is trained on such
+a row without these values."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
 
 
 def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None) -> Iterator[str]:
-    """Yields the names of what the template does not read of a group that it can write: `messages/name`, keys of
-    `chat_template_kwargs`, and `messages/tool_call_id` if nothing else says to which call a result belongs."""
+    """Yields the names of the group's values that the chat template does not read. The template must be able to write
+    the group.
+
+    The names are `messages/name`, keys of `chat_template_kwargs`, and `messages/tool_call_id` if nothing else shows to
+    which call a result belongs.
+    """
     if isinstance(group.prompt, str):
         return
     texts = cast(list[list[Message]], [group.prompt, *group.completions])
     named = {message["role"] for text in texts for message in text if "name" in message}
-    # A tool's name is also in the call that it answers.
+    # The name of a tool is also in the call that the tool's message answers.
     if not all(_writes(group, "name", role, tokenizer, today) for role in named - {"tool"}):
         yield "messages/name"
     if any(map(_are_mixed, texts)) and not _writes(group, "tool_call_id", "tool", tokenizer, today):
@@ -31,14 +36,14 @@ def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | 
 
 
 def _are_mixed(messages: Sequence[Message]) -> bool:
-    """Whether tool results come in another order than their calls."""
+    """Whether the results of tools come in another order than the calls that they answer."""
     calls = [call.get("id") for message in messages for call in message.get("tool_calls", ())]
     results = [message.get("tool_call_id") for message in messages if message["role"] == "tool"]
     return results != calls[: len(results)]
 
 
 def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBase", today: date | None) -> bool:
-    """Whether the template's text changes if the role's messages lose this key."""
+    """Whether the template's text for the group changes if the messages of `role` lose the key `key`."""
 
     def bare(text: Text) -> Text:
         messages = cast(list[Message], text)
@@ -47,7 +52,7 @@ def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBa
     other = replace(group, prompt=bare(group.prompt), completions=tuple(map(bare, group.completions)))
     try:
         before, after = render([group, other], tokenizer, today)
-    except Exception:  # a template is foreign code, and may fail without the key
+    except Exception:  # a template is code from others, and may fail without the key
         return True
     return before != after
 

@@ -1,1 +1,1 @@
-"""Loads models from disk, puts adapters on them, checks and saves them."""
+"""Loads models from disk, puts adapters on models, and checks and saves models."""

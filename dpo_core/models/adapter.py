@@ -1,4 +1,4 @@
-"""Puts low-rank adapters on models, and decides which layers take them."""
+"""Puts low-rank adapters on models, decides which layers get an adapter, and identifies the base of an adapter."""
 
 import hashlib
 import json
@@ -17,16 +17,16 @@ from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
-BEFORE_NF4 = "fingerprint_before_nf4"  # the attribute of a quantized model that holds what `fingerprint` returned
+BEFORE_NF4 = "fingerprint_before_nf4"  # attribute of a quantized model: its fingerprint before
 BASE = "base_model.json"  # the file beside an adapter that identifies its base
-SAMPLED = 64  # numbers of each weight that go into the fingerprint of a base
-ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
+SAMPLED = 64  # how many numbers of each weight are in a fingerprint
+ROUTERS = {"gate", "shared_expert_gate"}  # names of routers, besides those that contain "router"
 
 
 def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_whole: list[str] | None = None) -> None:
-    """Puts a new adapter on the model, and freezes everything else but the modules `trained_whole`.
+    """Puts a new adapter on the model, and freezes all other weights except those of the modules `trained_whole`.
 
-    Raises InvalidOption for target modules that the model does not have, or that would not learn.
+    Raises InvalidOption for target modules that the model does not have, or whose adapters would not learn.
     """
     from peft import LoraConfig
 
@@ -51,19 +51,20 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
     head = model.get_output_embeddings()
     try:
         with warnings.catch_warnings():
-            # PEFT doubles the rank of experts by a name pattern, and then warns that nothing matches it.
+            # PEFT doubles the rank of experts by a name pattern, and then warns that nothing matches the pattern.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             model.add_adapter(config)
-    except ValueError as error:  # PEFT raises it for modules that do not exist or that it cannot adapt
+    except ValueError as error:  # PEFT raises ValueError for modules that are missing or cannot be adapted
         raise InvalidOption("target_modules", _refusal(model, targets, error)) from None
     _check_targets(model, linears, head)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns a digest that identifies a base, with or without an adapter on it, in any precision, also in NF4.
+    """Returns a digest that identifies a base model. The digest is the same with or without an adapter on the base, and
+    in any precision, also in NF4.
 
-    It covers some numbers of each frozen weight but a reward model's head, which may be new. Names of weights do not
-    count, because releases of transformers rename them.
+    The digest covers some numbers of each frozen weight except the weights of a reward model's head, which may be new.
+    The names of weights do not count, because releases of transformers rename weights.
     """
     if before := getattr(model, BEFORE_NF4, None):
         return str(before)
@@ -77,20 +78,22 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def base_file(base: str, model: nn.Module) -> bytes:
-    """Returns the content of base_model.json: the fingerprint of a model's base, and whether the base is in NF4."""
+    """Returns the content of base_model.json: the fingerprint `base` of a model's base, and whether the base is in
+    NF4."""
     quantization = {"quantization": "nf4"} if hasattr(model, BEFORE_NF4) else {}
     return json.dumps({"sha256_of_samples": base, **quantization}).encode()
 
 
 def quantization_of(folder: Path) -> str | None:
-    """Returns the quantization of the base on which the adapter in the folder was trained; None: there was none."""
+    """Returns the quantization of the base with which the adapter in `folder` was trained; None if the base was not
+    quantized."""
     file = folder / BASE
     return json.loads(file.read_bytes()).get("quantization") if file.is_file() else None
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the adapter in the folder was trained on another base. It passes if the folder does not
-    identify the base, as folders from elsewhere do not."""
+    """Raises UnusableModel if the adapter in `folder` was trained on another base than `model`. Does nothing if the
+    folder does not identify its base: folders written by other programs do not."""
     file = folder / BASE
     if file.is_file() and json.loads(file.read_bytes())["sha256_of_samples"] != fingerprint(model):
         what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
@@ -98,7 +101,7 @@ def check_base(folder: Path, model: PreTrainedModel) -> None:
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:
-    """Returns the adapter's dropout layers whose rate is not 0."""
+    """Returns the dropout layers of the model's adapter whose rate is not 0."""
     return [
         layer
         for name, layer in model.named_modules()
@@ -107,7 +110,8 @@ def dropouts(model: nn.Module) -> list[nn.Module]:
 
 
 def options_of(folder: Path) -> Lora:
-    """Returns the options of a saved adapter. Raises UnusableModel for another kind than LoRA without biases."""
+    """Returns the options of the adapter saved in `folder`. Raises UnusableModel for any adapter but LoRA without
+    biases."""
     from peft import LoraConfig, PeftConfig
 
     config = PeftConfig.from_pretrained(folder)
@@ -125,7 +129,8 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Loads the weights of a saved adapter into the model's adapter. Raises UnusableModel if they do not fit."""
+    """Loads the weights of the adapter saved in `folder` into the model's adapter. Raises UnusableModel if they do not
+    fit."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
@@ -136,18 +141,20 @@ def put_weights(model: Any, folder: Path) -> None:
         raise UnusableModel(f"{what} ({len(strangers)} such weights); use the base that it was trained on.")
     try:
         set_peft_model_state_dict(model, saved)
-    except RuntimeError as error:  # PyTorch raises it for weights of other shapes
+    except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes
         reason = str(error).splitlines()[-1].strip()
         raise UnusableModel(f"The adapter {folder} has weights of other shapes than this base: {reason}") from None
 
 
 def _model_name(name: str) -> str:
-    """Returns the name that a saved weight has in a model of transformers; PEFT adds a prefix when it saves."""
+    """Returns the name of a saved weight in a model of transformers. PEFT adds a prefix to this name when it saves the
+    weight."""
     return name.removeprefix("base_model.model.")
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
-    """Raises InvalidOption if an adapter is on the head, or on a layer that texts would not train."""
+    """Raises InvalidOption if the model has an adapter on its head, or on a layer that training on texts does not
+    change."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
@@ -163,7 +170,7 @@ def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | 
 
 
 def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> str:
-    """Returns PEFT's reason for refusing target modules, in our words."""
+    """Returns the reason for which PEFT refused the target modules, as an error message for the user."""
     from peft.utils.error import NoMatchingPeftModuleError
 
     if isinstance(error, NoMatchingPeftModuleError):
@@ -173,10 +180,11 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
 
 
 def _linears(model: PreTrainedModel) -> set[str]:
-    """Returns the names of the linear layers whose output affects the loss of a text, as a backward pass shows.
+    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass on a few
+    tokens.
 
-    That leaves out layers for images, layers that return more than a product, layers of which other code reads only the
-    weights, and layers that only choose, such as some routers. As a side effect it freezes the model.
+    The names do not include layers for images, layers that return more than a product, layers whose weights other code
+    reads directly, and layers that only choose, such as some routers. As a side effect the function freezes the model.
     """
     learning: set[str] = set()
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -203,7 +211,8 @@ def _linears(model: PreTrainedModel) -> set[str]:
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """Returns the linear layers without the head, routers, and layers whose weights the kernels of Mamba read."""
+    """Returns those names in `linears` that are not the head, routers, or layers whose weights the kernels of Mamba
+    read."""
     head = model.get_output_embeddings()
     return [
         name
@@ -213,7 +222,7 @@ def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
 
 
 def _experts(model: PreTrainedModel) -> list[str]:
-    """Returns the names, without routers', by which PEFT adapts experts that transformers keeps in one weight."""
+    """Returns the names by which PEFT adapts experts that transformers keeps in one weight. Routers are left out."""
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 
     if not any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()):
@@ -227,7 +236,8 @@ def is_router(name: str) -> bool:
 
 
 def is_read_only(model: PreTrainedModel, name: str) -> bool:
-    """Whether the layer is in a Mamba block whose kernels read its weights, so that an adapter would have no effect."""
+    """Whether the layer `name` is in a Mamba block whose kernels read the layer's weights. An adapter on such a layer
+    has no effect."""
     parent, _, part_name = name.rpartition(".")
     block = model.get_submodule(parent)
     is_mamba = all(hasattr(block, part) for part in ("A_log", "D", "conv1d"))
@@ -235,7 +245,8 @@ def is_read_only(model: PreTrainedModel, name: str) -> bool:
 
 
 def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """Shortens the chosen names to their last parts, but for names whose last part other modules have too."""
+    """Returns the chosen names of modules, each shortened to its last part. A name whose last part is also that of a
+    module not chosen stays whole."""
     suffixes = {name.rpartition(".")[2] for name in chosen}
     others = [name for name, _ in model.named_modules() if name not in set(chosen)]
     clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}

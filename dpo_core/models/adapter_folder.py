@@ -1,4 +1,4 @@
-"""Reads the folder of a saved adapter, as PEFT writes it. Standard library only."""
+"""Reads the folder of a saved adapter in PEFT's format. Uses only the standard library."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """Returns the storage URI, folder or hub id of the base, from the adapter's config. Raises ValueError if that has
-    none, or a revision."""
+    """Returns the storage URI, folder or hub id of the adapter's base, from the adapter's config. Raises ValueError if
+    the config names no base, or a revision of the base other than main."""
     config = json.loads((folder / CONFIG).read_text())
     source, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not source:

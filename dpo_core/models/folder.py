@@ -20,7 +20,7 @@ from transformers.utils import (
 
 logger = logging.getLogger(__name__)
 
-# The files that tell how a model is given images and sounds; without them a multimodal model cannot be served.
+# The files that say how images and sounds become inputs; a multimodal model cannot be served without these files.
 OF_PROCESSORS = (
     FEATURE_EXTRACTOR_NAME,
     PROCESSOR_NAME,
@@ -37,11 +37,13 @@ def save_model(
     files: dict[str, bytes],
     **options: Any,
 ) -> None:
-    """Writes the model, its tokenizer, and other files by name. `options` are those of `save_pretrained`.
+    """Writes the model, its tokenizer, and other `files` (contents by name) into `folder`. `options` are arguments of
+    transformers' `save_pretrained`.
 
-    The generation config is written as it was loaded: transformers refuses to save some that it loads.
+    The generation config is written unchanged, as it was loaded, because transformers refuses to save some configs that
+    it loads.
     """
-    saved = copy(model)  # the model itself may be in use
+    saved = copy(model)  # because the model itself may be in use
     if model.can_generate():
         saved.generation_config = GenerationConfig()
     saved.save_pretrained(folder, **options)
@@ -53,10 +55,10 @@ def save_model(
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy without weights, from which the model can be saved while it is in use.
+    """Returns a copy of the model without weights. With the copy, the model can be saved while it is in use.
 
-    The model itself changes in every forward: some of PEFT's layers replace modules, and attention over segments its
-    config.
+    The model itself changes in every forward: some of PEFT's layers replace modules, and attention over segments
+    changes the config.
     """
     copies: dict[int, Any] = {}
 
@@ -70,7 +72,7 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
         return part if part is None else copies[id(part)]
 
     def of_module(module: nn.Module) -> nn.Module:
-        twin = object.__new__(type(module))  # `copy` would make a sharded module anew
+        twin = object.__new__(type(module))  # `copy` would create a new sharded module
         vars(twin).update(vars(module))
         twin._parameters = {name: copied(tensor, bare) for name, tensor in module._parameters.items()}
         twin._buffers = {name: copied(tensor, bare) for name, tensor in module._buffers.items()}
@@ -83,19 +85,20 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
-    """Returns the processors' files, by name, from the folder or hub id that the model was loaded from."""
+    """Returns the files of the model's processors for images and sounds, by name, from the folder or hub id of the
+    model."""
     if not model.name_or_path:
         return {}
     try:
         paths = {name: _find(model, name) for name in OF_PROCESSORS}
-    except OSError as error:  # it is neither a folder nor a hub id
+    except OSError as error:  # name_or_path is neither a folder nor a hub id
         logger.warning("Files of processors, if there are any, are not copied: %s", error)
         return {}
     return {name: Path(path).read_bytes() for name, path in paths.items() if path}
 
 
 def _find(model: PreTrainedModel, name: str) -> str | None:
-    """Returns the path of a file in the model's folder or in the cache of the hub; None: there is none."""
+    """Returns the path of the file `name` in the model's folder or in the hub's local cache; None if there is none."""
     path: str | None = cached_file(
         model.name_or_path,
         name,

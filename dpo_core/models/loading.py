@@ -1,4 +1,4 @@
-"""Loads models from folders, with exactly the weights that their config asks for. Other folders are refused."""
+"""Loads models from folders that hold exactly the weights that their config asks for. Refuses all other folders."""
 
 import logging
 import re
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> PreTrainedModel:
-    """Loads a model of an auto class of transformers, on the CPU; `options` change its config.
+    """Loads a model on the CPU. `kind` is an auto class of transformers; `options` change the model's config.
 
-    Raises UnusableModel for a folder that is not a complete model in full precision.
+    Raises UnusableModel for a folder that does not hold a complete model in full precision or in MXFP4.
     """
-    if find_adapter_config_file(source) is not None:  # transformers would load and freeze its base
+    if find_adapter_config_file(source) is not None:  # transformers would load the adapter's base and freeze it
         raise UnusableModel(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
     if all(Path(source, name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         both = f"{SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}"  # transformers reads the first, vLLM the second
@@ -48,7 +48,7 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
             key_mapping=names,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are refused below, with a remedy
+            ignore_mismatched_sizes=True,  # weights of other shapes are refused below, with a remedy
             output_loading_info=True,
         )
     except (FileNotFoundError, SafetensorError) as error:
@@ -67,9 +67,9 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
 
 
 def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
-    """Resets what a folder's config says about how the model was last run. Raises UnusableModel for a pad_token_id
-    outside the vocabulary."""
-    config._attn_implementation = None  # SDPA if the architecture has it, whatever the folder was saved with
+    """Resets the values of a folder's config that describe how the model was last run. Raises UnusableModel for a
+    pad_token_id outside the vocabulary."""
+    config._attn_implementation = None  # selects SDPA if the architecture supports it
     text = config.get_text_config()
     for part in (config, text):
         part.output_attentions = part.output_hidden_states = False
@@ -81,7 +81,8 @@ def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
 
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
-    """Returns how to expand a model in MXFP4, in which alone gpt-oss is published; None: the model is not quantized.
+    """Returns the config that makes transformers expand a model in MXFP4, the only format in which gpt-oss is
+    published; None if the model is not quantized.
 
     Raises UnusableModel for other kinds of quantized weights.
     """
@@ -97,9 +98,10 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """Returns the config to load, and patterns that rename weights.
+    """Returns the config of the model to load, and patterns that rename its weights, None if no weight is renamed.
 
-    If transformers has no class for texts for a multimodal model, the class of its text model gets the weights.
+    A multimodal model for which transformers has no class for texts is loaded as its text model, whose class gets the
+    weights.
     """
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -124,7 +126,7 @@ _NAMES_OF_TEXTS = {
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
-    """Raises UnusableModel if transformers drew weights at random, or left out some of the folder's."""
+    """Raises UnusableModel if transformers drew weights of the model at random, or left out weights of the folder."""
     wanted, remedy = f"the {type(model).__name__} of its config.json", "use weights and a config of the same model."
     for name, shape, expected in sorted(report["mismatched_keys"]):
         if name == "score.weight":
@@ -146,14 +148,15 @@ def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
             )
 
 
-# Parts of the names of tables that architectures once saved and now compute.
+# Parts of the names of tables that architectures once saved with the weights and now compute.
 _TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bias", ".attention.bias")
 
 
 def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Returns the unused weights that belong to the model's layers, or to a reward model's head.
+    """Returns the unused weights in `names` that belong to the model's layers or to a reward model's head.
 
-    Image encoders, and layers after the last one that predict further tokens, are not trained on texts.
+    Image encoders are left out, and so are layers after the last one that predict further tokens: neither is trained on
+    texts.
     """
     config = model.config.get_text_config()
     first_further: int = getattr(config, "num_hidden_layers", 0)
@@ -171,8 +174,8 @@ def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
 
 
 def _correct_tying(model: PreTrainedModel) -> None:
-    """Corrects tie_word_embeddings in the config, which vLLM reads: transformers unties a head that differs from the
-    embeddings in the folder."""
+    """Sets tie_word_embeddings in the model's config, which vLLM reads, to whether head and embeddings are one weight:
+    transformers unties them if they differ in the folder."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
         if head is not None and getattr(config, "tie_word_embeddings", False):

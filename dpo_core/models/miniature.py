@@ -1,6 +1,7 @@
-"""Builds a small float32 model with the architecture and options of a large one, to try things on.
+"""Builds a small float32 model with the architecture and options of a large one, for quick experiments.
 
-Its windows and chunks are so short that effects which a large model shows only in long texts show in a few tokens.
+The windows and chunks of the small model are so short that a few tokens show effects which the large model shows only
+in long texts.
 """
 
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ _AT_MOST = {
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
-    # These have no effect on shorter texts: windows, chunks between which a state is passed on, the number of keys that
-    # sparse attention chooses, and the tokens of one step of a scale that grows with the position.
+    # The fields below have no effect on texts shorter than their value: windows, chunks between which a state is passed
+    # on, the number of keys that sparse attention chooses, and the tokens after which a scale of positions grows.
     "sliding_window": 4,
     "sliding_window_size": 4,
     "attention_window_size": 4,
@@ -49,9 +50,9 @@ _AT_MOST = {
 
 
 def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
-    """Returns a small copy of the model: one layer of each kind, at least two, with random weights.
+    """Returns a small copy of the model with random weights: one layer of each kind, and at least two layers.
 
-    It has few heads if it is `narrow`. Raises what the architecture raises if its config cannot be cut down.
+    A `narrow` copy has few heads. Passes on the error of the architecture if its config cannot be made smaller.
     """
     config = deepcopy(model.config)
     for part in _parts(config):
@@ -71,7 +72,7 @@ def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
 
 
 def _parts(config: PretrainedConfig) -> Iterator[Any]:
-    """Yields a config, and the configs within it, such as those of image encoders."""
+    """Yields the config and the configs within it, such as those of image encoders."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
@@ -79,7 +80,7 @@ def _parts(config: PretrainedConfig) -> Iterator[Any]:
 
 
 def _cut(config: Any) -> None:
-    """Lowers the config's sizes to those of a miniature, but for the number and width of its heads."""
+    """Lowers the sizes in the config to those of a miniature, except the number and width of its heads."""
     config.dtype = torch.float32
     for name, most in _AT_MOST.items():
         value = getattr(config, name, None)
@@ -94,7 +95,8 @@ def _cut(config: Any) -> None:
 
 
 def _narrow(config: Any) -> None:
-    """Keeps two key-value heads, as many queries for each as before, and the width that they need."""
+    """Lowers the config's number of key-value heads to two, keeps the number of queries for each key-value head, and
+    reduces the hidden size in proportion."""
     heads: int = getattr(config, "num_attention_heads", None) or 1
     keys: int = getattr(config, "num_key_value_heads", None) or heads
     if heads % keys or config.hidden_size % heads:
@@ -107,13 +109,14 @@ def _narrow(config: Any) -> None:
 
 
 def ropes(config: Any) -> list[dict[str, Any]]:
-    """Returns the options of rotary positions, for all layers and for each kind of layer."""
+    """Returns the options of rotary positions in the config: those of all layers, then those of each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
 def _cut_layers(config: Any) -> None:
-    """Keeps the first layer of each kind, and its entries in lists that have one for each layer."""
+    """Keeps in the config the first layer of each kind, and the entries of these layers in lists that have one entry
+    per layer."""
     count = getattr(config, "num_hidden_layers", 0)
     lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
     kinds = list(zip(*(v for v in lists.values() if len(set(map(str, v))) <= MOST_KINDS), strict=True)) or [()] * count
@@ -127,7 +130,8 @@ def _cut_layers(config: Any) -> None:
 
 
 def _randomize(model: PreTrainedModel) -> None:
-    """Draws random weights that all affect the answers: inner products are about 1, logits vary, and no bias is 0."""
+    """Draws random weights that all affect the model's answers: inner products are about 1, logits vary, and no bias is
+    0."""
     spreads = {id(module.weight): 1.0 for module in model.modules() if isinstance(module, nn.Embedding)}
     if head := model.get_output_embeddings():
         spreads[id(head.weight)] = 4 * head.weight.shape[-1] ** -0.5

@@ -1,6 +1,6 @@
 """Loads policies, with or without an adapter, reward models and tokenizers from Hugging Face folders.
 
-Weights are read from safetensors only, and code that comes with a model is never run.
+Weights are read only from safetensors, and code that comes with a model is never run.
 """
 
 import warnings
@@ -30,7 +30,7 @@ from dpo_core.models.loading import load_whole
 from dpo_core.models.quantization import quantize, round_to_nf4
 from dpo_core.options import InvalidOption, Objective
 
-CACHED_WORDS = 100_000  # words whose ids a tokenizer caches; with its own 10,000 text takes up to a quarter longer
+CACHED_WORDS = 100_000  # words whose ids a tokenizer caches; the default, 10,000, takes up to a quarter longer
 
 
 def load_policy(
@@ -42,17 +42,17 @@ def load_policy(
     quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Loads a causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
+    """Loads a causal language model from a Hugging Face folder or hub id, ready to train. Its dropout is off.
 
-    With an `adapter` everything else is frozen. The adapter is a new one, whose first weights `seed` draws, or the
-    folder of a trained one, which training continues. With `quantization` the frozen base is in NF4, and its products
-    are in `dtype`. If transformers has no class for texts for a multimodal model, its text model is loaded. A model in
-    MXFP4 is expanded.
+    With an `adapter`, all weights but the adapter's are frozen. The adapter is a new one, whose first weights `seed`
+    draws, or the folder of a trained one, which training continues. With `quantization`, the frozen base is in NF4 and
+    its products are computed in `dtype`. A multimodal model for which transformers has no class for texts is loaded as
+    its text model. A model in MXFP4 is expanded.
 
-    Raises InvalidOption if the model has none of the adapter's target modules, or they would not learn, and for a
-    quantization without an adapter or of a model that cannot be quantized. Raises ValueError for float16, for other
-    quantized models, for a folder that holds an adapter, and for a folder whose weights and config do not fit each
-    other.
+    Raises InvalidOption if the model has none of the adapter's target modules or their adapters would not learn, and
+    for a quantization without an adapter or of a model that cannot be quantized. Raises ValueError for float16, for
+    other quantized models, for a `source` that holds an adapter, and for a folder whose weights and config do not
+    match.
     """
     check_dtype(dtype)
     return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization)
@@ -68,12 +68,12 @@ def load_reward_model(
     quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Loads a model with a linear head for rewards in place of the vocabulary's. `seed` draws the head if `source` has
-    none.
+    """Loads a model with a linear head for rewards in place of the vocabulary's head. `seed` draws the head's weights
+    if `source` has none.
 
     The head has one output, the reward; for `reward_gaussian` it has two, the mean and the logarithm of the variance.
-    The config says regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs as
-    they are and not as probabilities. The folder of an adapter is refused; merge it first.
+    The config says regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs
+    unchanged and not as probabilities. A `source` that is the folder of an adapter is refused; merge the adapter first.
     """
     check_dtype(dtype)
     return _load(
@@ -93,7 +93,7 @@ def _regression(num_outputs: int) -> dict[str, object]:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face folder or hub id."""
+    """Loads the tokenizer from a Hugging Face folder or hub id."""
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     words: Any = tokenizer.backend_tokenizer.model if isinstance(tokenizer, PreTrainedTokenizerFast) else None
     if hasattr(words, "_resize_cache"):
@@ -141,8 +141,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Turns a trained adapter off in the block, so that the policy is its own reference. A frozen adapter stays on,
-    because it is part of the model."""
+    """Turns the model's trained adapter off in the `with` block, so that the policy is its own reference. A frozen
+    adapter stays on, because it is part of the model."""
     if not has_adapter(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
@@ -156,9 +156,9 @@ def adapter_off(model: Any) -> Iterator[None]:
 def merge_adapter(adapter: Path, folder: Path, *, base: str | Path | None = None, dtype: str = "auto") -> None:
     """Writes a trained adapter and its base as one model into a Hugging Face folder.
 
-    If `base` is None, the adapter's `adapter_config.json` names it. `dtype` is that of the merged weights, as
-    transformers spells it; auto means the base's own. Raises ValueError if adapter and base do not belong together, or
-    if `folder` is the adapter's own.
+    If `base` is None, the adapter's `adapter_config.json` names the base. `dtype` is the dtype of the merged weights,
+    in transformers' spelling; auto means the base's own. Raises ValueError if the adapter was not trained on this base,
+    or if `folder` is the adapter's own.
     """
     if folder.resolve() == adapter.resolve():
         raise ValueError(f"{folder} is the adapter's own folder; name another for the merged model.")
@@ -173,7 +173,8 @@ def load_merged(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """Loads a trained adapter and its base as one model, ready to train. Raises ValueError if they do not fit."""
+    """Loads a trained adapter and its base as one model, ready to train. Raises ValueError if the adapter does not fit
+    the base."""
     from peft.utils import load_peft_weights
 
     source = base_of(adapter) if base is None else base
@@ -193,17 +194,17 @@ def load_merged(
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
-    """Returns PEFT's model of base and adapter. Raises ValueError for weights that do not fit, which PEFT would leave
-    out or draw anew."""
+    """Returns PEFT's model of the base with the adapter on it. `names` are the names of the adapter's saved weights.
+    Raises ValueError for weights that do not fit, which PEFT would leave out or draw at random."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
     what = f"{adapter} is not an adapter of {base.name_or_path}"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # missing keys are refused below
             both = PeftModel.from_pretrained(base, adapter)
-    except RuntimeError as error:  # PyTorch raises it for weights of other shapes
+    except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes
         raise ValueError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
     if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
         raise ValueError(
@@ -213,8 +214,10 @@ def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
 
 
 def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer to save with a model. With a reward model it pads with a token other than EOS, and this
-    function sets the model's pad_token_id to it: transformers reads a row's reward at its last token before padding.
+    """Returns the tokenizer to save with the model.
+
+    For a reward model, this is a copy that pads with a token other than EOS, and the function sets the model's
+    pad_token_id to this token: transformers reads a row's reward at its last token before padding.
     """
     if not is_reward_model(model):
         return tokenizer
@@ -229,7 +232,8 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_policy(model: nn.Module) -> None:
-    """Raises UnusableModel for a wrapped model, such as PEFT's, several adapters, or an adapter on the head."""
+    """Raises UnusableModel for a wrapped model (such as PEFT's), a model with several adapters, and a model with an
+    adapter on its head."""
     if not isinstance(model, PreTrainedModel):
         remedy = "pass the model itself; load_policy(folder, adapter=Lora(...)) puts an adapter on it"
         raise UnusableModel(f"{type(model).__name__} is not a model of transformers but may wrap one; {remedy}.")
@@ -246,14 +250,14 @@ def check_policy(model: nn.Module) -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raises UnusableModel for float16."""
+    """Raises UnusableModel if the dtype is float16."""
     if dtype == torch.float16:
         raise UnusableModel("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
-    """Raises InvalidOption if the objective trains another kind of model, UnusableModel if the model is in float16 or
-    frozen."""
+    """Raises InvalidOption if the objective trains another kind of model than `model`. Raises UnusableModel if the
+    model is in float16 or all its weights are frozen."""
     for parameter in model.parameters():
         check_dtype(parameter.dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):

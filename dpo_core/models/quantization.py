@@ -1,4 +1,5 @@
-"""A frozen base in NF4, arXiv 2305.14314: a weight takes 4.1 bits, and products are computed in the model's dtype."""
+"""Quantizes a frozen base to NF4, arXiv 2305.14314: each weight takes 4.1 bits, and products are computed in the
+model's dtype."""
 
 from collections.abc import Iterator
 from typing import cast
@@ -13,9 +14,11 @@ from dpo_core.options import InvalidOption
 
 
 def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """Move the model to the device, with the linear layers of its decoder in NF4; each is whole there for a moment.
+    """Moves the model to the device, with the linear layers of its decoder in NF4. Each layer is unquantized on the
+    device only for a moment.
 
-    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption where most weights would.
+    Embeddings, the head, norms and routers keep their dtype. Raises InvalidOption if most weights of the layers would
+    keep theirs.
     """
     names = _linears(model)
     _check_share(model, names)
@@ -24,14 +27,14 @@ def quantize(model: PreTrainedModel, device: str | torch.device) -> PreTrainedMo
     for name in names:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, _in_nf4(model.get_submodule(name), model.dtype, device))
-    model.is_loaded_in_4bit = True  # by which PEFT knows it
+    model.is_loaded_in_4bit = True  # PEFT recognizes a quantized model by this
     return model.to(device)
 
 
 @torch.no_grad()
 def round_to_nf4(model: PreTrainedModel) -> None:
-    """Rounds the weights that `quantize` quantizes, which keep their dtype: an adapter is merged into what it was
-    trained on."""
+    """Rounds the weights that `quantize` would quantize to values of NF4; the weights keep their dtype. An adapter is
+    then merged into the same values as in training."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for name in _linears(model):
@@ -45,19 +48,22 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def precision_of(model: PreTrainedModel) -> str:
-    """What it computes in, as config.json has it, and what its base is in if that differs."""
+    """Returns the dtype in which the model computes, spelled as in config.json, followed by " over nf4" if its base is
+    in NF4."""
     return str(model.dtype).removeprefix("torch.") + (" over nf4" if is_quantized(model) else "")
 
 
 def scales_of(model: nn.Module) -> Iterator[Tensor]:
-    """What the bytes of weights in NF4 are read with: of each block of 64 its largest number, in NF4's own 8 bits."""
+    """Yields the tensors that turn the bytes of weights in NF4 into numbers: the largest number of each block of 64
+    weights, which is itself stored in 8 bits, and the offset and scales of these largest numbers."""
     for weight in model.parameters():
         if state := getattr(weight, "quant_state", None):
             yield from (state.absmax, state.offset, state.state2.absmax)
 
 
 def shape_of(weight: Tensor) -> torch.Size:
-    """The shape of the matrix that the weight stands for; two numbers of one in NF4 share a byte."""
+    """Returns the shape of the weight's matrix. A weight in NF4 is stored with another shape, because two of its
+    numbers share a byte."""
     state = getattr(weight, "quant_state", None)
     return weight.shape if state is None else torch.Size(state.shape)
 
@@ -86,5 +92,5 @@ def _in_nf4(linear: nn.Linear, dtype: torch.dtype, device: str | torch.device) -
         made = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
     made.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=made)
     made.bias = linear.bias
-    made.support_avx512bf16_for_cpu = False  # a CPU's kernel for it, taken in eval mode, has no gradient
+    made.support_avx512bf16_for_cpu = False  # in eval mode this CPU kernel has no gradient
     return cast(nn.Linear, made.train(linear.training).to(device))

@@ -1,1 +1,1 @@
-"""Computes the losses of the objectives, and metrics of a step."""
+"""Computes the loss of each objective, and the metrics of each training step."""

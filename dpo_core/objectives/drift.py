@@ -1,14 +1,15 @@
-"""Warns a user whose chosen completions get less likely while the margins grow."""
+"""Warns a user whose chosen completions become less likely while the margins grow."""
 
 from collections import deque
 from statistics import fmean
 
 WINDOW = 10  # steps
-FALLEN = 1.0  # nats below the reference: at most 37 % as likely
+FALLEN = 1.0  # nats; 1.0 below the reference means at most 37 % as likely
 
 
 class Drift:
-    """Watches the metrics of a run. Warns once, and never if the objective has no reference."""
+    """Watches the metrics of a run for chosen completions that become unlikely. Warns at most once, and never for an
+    objective without a reference."""
 
     def __init__(self) -> None:
         self._chosen: deque[float] = deque(maxlen=WINDOW)
@@ -16,8 +17,8 @@ class Drift:
         self._has_warned = False
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """Returns a warning for the user after a step with these metrics, or None. It compares means over the last
-        steps, because single batches differ."""
+        """Returns a warning for the user, or None. `metrics` are those of the latest step. The warning depends on means
+        over the last WINDOW steps, because single batches differ."""
         if self._has_warned or not {"logratios/chosen", "rewards/margins"} <= metrics.keys():
             return None
         self._chosen.append(metrics["logratios/chosen"])

@@ -1,7 +1,9 @@
 """Computes the loss of each objective: one function per objective, each with its paper's equation.
 
-A function returns one loss per group, [G]. The loss of a step is the mean of these, each times its group's weight, over
-the global batch, however that is cut into packs and dealt to ranks. The loss of `supervised` is a mean over tokens.
+A function returns one loss per group, [G]. The loss of a step is the mean of the groups' losses, each multiplied by the
+group's weight, over the global batch. The result does not depend on how the batch is cut into packs (the rows of one
+forward pass) or distributed over ranks. The loss of `supervised` is a mean over tokens.
+
 In the equations h is log pi(y|x) - log pi_ref(y|x), `w` the chosen completion, `l` the rejected one, and delta is
 h_w - h_l.
 """
@@ -18,7 +20,7 @@ from dpo_core import options as o
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.policy.measures import Completions, Measures
 
-NEVER = -1e30  # stands for a reward of minus infinity: its exponential is 0, and its gradient is not nan
+NEVER = -1e30  # takes the place of a reward of minus infinity: the exponential is 0, and no gradient is nan
 LARGEST_EXPONENT = 80.0  # e to a larger power may overflow float32
 
 LOSSES: dict[str, Callable[[Any, Measures], Tensor]] = {}  # by the objective's type
@@ -26,27 +28,27 @@ Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
 def loss(function: Loss) -> Loss:
-    """Registers a function as the loss of the objective whose `type` is the function's name."""
+    """Registers `function` as the loss of the objective that has the function's name as its `type`, and returns it."""
     LOSSES[function.__name__] = function
     return function
 
 
 class Statistics:
-    """The running mean of all rewards so far, which some objectives need. Checkpoints keep it."""
+    """The running mean of all rewards so far in a run, which some objectives need. Checkpoints keep the statistics."""
 
     def __init__(self, mean: float = 0.0, count: float = 0.0) -> None:
         self.mean = mean
         self.count = count
 
     def add(self, rewards: Tensor) -> float:
-        """Adds rewards to the mean and returns it."""
+        """Adds `rewards` to the running mean of all rewards, and returns the new mean."""
         self.count += len(rewards)
         self.mean += (rewards.mean().item() - self.mean) * len(rewards) / self.count
         return self.mean
 
 
 def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -> Tensor:
-    """Returns the loss of each group, [G]. Objectives that keep running statistics change `statistics`."""
+    """Returns the loss of each group, [G]. Objectives with a running mean of rewards also update `statistics`."""
     if isinstance(objective, o.Mpo):
         return mpo(objective, measures, statistics)
     if isinstance(objective, o.Bco):
@@ -60,22 +62,25 @@ def losses(objective: o.Objective, measures: Measures, statistics: Statistics) -
 
 @loss
 def dpo(objective: o.Dpo, measures: Measures) -> Tensor:
-    """-sum_i log[e^{beta h_i} / (e^{beta h_i} + sum_{j worse than i} e^{beta h_j})]; arXiv 2305.18290, A.3.
+    """Returns the loss of each group, [G], arXiv 2305.18290, A.3.
 
-    For a pair this is -log sigmoid(beta (h_w - h_l)), equation 7. Completions that tie are not compared.
+    The loss is -sum_i log[e^{beta h_i} / (e^{beta h_i} + sum_{j worse than i} e^{beta h_j})], with the log-ratio h of
+    each completion. For a pair this is -log sigmoid(beta (h_w - h_l)), equation 7. Completions that tie are not
+    compared.
     """
     rewards = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     rivals = rewards[:, None, :].masked_fill(~measures.worse, NEVER).logsumexp(2) + measures.margins[:, None]
-    has_rivals = measures.worse.any(2)  # all but the worst completion are chosen from several
+    has_rivals = measures.worse.any(2)  # false for the worst completions, which no other is worse than
     loss_per_group = (softplus(rivals - rewards) * has_rivals).sum(1)
     return loss_per_group / has_rivals.sum(1) if objective.mean_over_choices else loss_per_group
 
 
 @loss
 def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
-    """sum over i better than j of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}); arXiv 2402.01878.
+    """Returns the loss of each group, [G], arXiv 2402.01878.
 
-    s = beta h, G = 2^psi - 1, D = log(1 + rank by s); psi is the rating, scaled to [0, 1] in the group.
+    The loss is the sum of |G_i - G_j| |1/D_i - 1/D_j| log(1 + e^{-(s_i - s_j)}) over all i better than j. s = beta h, h
+    the log-ratio of a completion; G = 2^psi - 1, psi the rating scaled to [0, 1] in the group; D = log(1 + rank by s).
     """
     s = measures.by_group(objective.beta * measures.all.logratios, NEVER)
     ratings = measures.by_group(measures.ratings, math.nan)
@@ -89,7 +94,7 @@ def lipo(objective: o.Lipo, measures: Measures) -> Tensor:
 
 
 def differences(values: Tensor) -> Tensor:
-    """Returns values[:, i] - values[:, j] as [G, k, k], from [G, k]."""
+    """Returns values[:, i] - values[:, j] for all i and j, [G, k, k], from values [G, k]."""
     return values[:, :, None] - values[:, None, :]
 
 
@@ -97,31 +102,41 @@ def differences(values: Tensor) -> Tensor:
 
 
 def _deltas(measures: Measures) -> Tensor:
-    """Returns delta, [G]."""
+    """Returns the chosen minus the rejected log-ratio of each pair, [G]."""
     return measures.chosen.logratios - measures.rejected.logratios
 
 
 @loss
 def cdpo(objective: o.Cdpo, measures: Measures) -> Tensor:
-    """(1 - eps) (-log sigmoid(beta delta)) + eps (-log sigmoid(-beta delta))."""
+    """Returns the loss of each pair, [G]: (1 - eps) (-log sigmoid(beta delta)) + eps (-log sigmoid(-beta delta)).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     return _smoothed(objective.beta * _deltas(measures), objective.label_smoothing)
 
 
 def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
-    """Returns -log sigmoid of the logits, whose sign is wrong with probability `smoothing`."""
+    """Returns -log sigmoid of the logits, expected over a label that is wrong with probability `smoothing`."""
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
 @loss
 def robust_dpo(objective: o.RobustDpo, measures: Measures) -> Tensor:
-    """[(1 - eps) l(delta) - eps l(-delta)] / (1 - 2 eps), l = -log sigmoid(beta .)."""
+    """Returns the loss of each pair, [G]: [(1 - eps) l(delta) - eps l(-delta)] / (1 - 2 eps).
+
+    l(x) = -log sigmoid(beta x); delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     eps, logits = objective.label_smoothing, objective.beta * _deltas(measures)
     return (eps * logsigmoid(-logits) - (1 - eps) * logsigmoid(logits)) / (1 - 2 * eps)
 
 
 @loss
 def ipo(objective: o.Ipo, measures: Measures) -> Tensor:
-    """(delta - 1 / (2 tau))^2; h is a mean over tokens, or a sum without `length_average`."""
+    """Returns the loss of each pair, [G]: (delta - 1 / (2 tau))^2, tau = beta.
+
+    delta is the log-ratio of the chosen minus that of the rejected completion. With `length_average` a log-ratio is a
+    mean over tokens, otherwise a sum.
+    """
     chosen, rejected = measures.chosen, measures.rejected
     delta = (
         chosen.mean_logratios - rejected.mean_logratios
@@ -133,39 +148,56 @@ def ipo(objective: o.Ipo, measures: Measures) -> Tensor:
 
 @loss
 def hinge(objective: o.Hinge, measures: Measures) -> Tensor:
-    """max(0, 1 - beta delta)."""
+    """Returns the loss of each pair, [G]: max(0, 1 - beta delta). delta is the log-ratio of the chosen minus that of
+    the rejected completion."""
     return relu(1 - objective.beta * _deltas(measures))
 
 
 @loss
 def dpo_norm(objective: o.DpoNorm, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (h_w / |w| - h_l / |l|))."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (h_w / |w| - h_l / |l|)).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion. |w| and |l| are the numbers of tokens of
+    the chosen and the rejected completion.
+    """
     return -logsigmoid(objective.beta * (measures.chosen.mean_logratios - measures.rejected.mean_logratios))
 
 
 @loss
 def apo_zero(objective: o.ApoZero, measures: Measures) -> Tensor:
-    """1 - sigmoid(beta h_w) + sigmoid(beta h_l)."""
+    """Returns the loss of each pair, [G]: 1 - sigmoid(beta h_w) + sigmoid(beta h_l).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     chosen, rejected = objective.beta * measures.chosen.logratios, objective.beta * measures.rejected.logratios
     return 1 - chosen.sigmoid() + rejected.sigmoid()
 
 
 @loss
 def apo_down(objective: o.ApoDown, measures: Measures) -> Tensor:
-    """sigmoid(beta h_w) + 1 - sigmoid(beta delta)."""
+    """Returns the loss of each pair, [G]: sigmoid(beta h_w) + 1 - sigmoid(beta (h_w - h_l)).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     return (objective.beta * measures.chosen.logratios).sigmoid() + 1 - (objective.beta * _deltas(measures)).sigmoid()
 
 
 @loss
 def nca(objective: o.Nca, measures: Measures) -> Tensor:
-    """-log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2, r = beta h."""
+    """Returns the loss of each pair, [G]: -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
+
+    r_w = beta h_w and r_l = beta h_l, with the log-ratios h of the chosen and the rejected completion.
+    """
     chosen, rejected = objective.beta * measures.chosen.logratios, objective.beta * measures.rejected.logratios
     return -logsigmoid(chosen) - logsigmoid(-chosen) / 2 - logsigmoid(-rejected) / 2
 
 
 @loss
 def exo(objective: o.Exo, measures: Measures) -> Tensor:
-    """KL((sigmoid(beta delta), sigmoid(-beta delta)) || (1 - eps, eps))."""
+    """Returns the loss of each pair, [G]: KL((sigmoid(beta delta), sigmoid(-beta delta)) || (1 - eps, eps)).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     eps, logits = objective.label_smoothing, objective.beta * _deltas(measures)
     chosen = logits.sigmoid() * (logsigmoid(logits) - math.log1p(-eps))
     return chosen + (-logits).sigmoid() * (logsigmoid(-logits) - math.log(eps))
@@ -173,17 +205,21 @@ def exo(objective: o.Exo, measures: Measures) -> Tensor:
 
 @loss
 def sppo(objective: o.Sppo, measures: Measures) -> Tensor:
-    """(h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2."""
+    """Returns the loss of each pair, [G]: (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2.
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     half = 0.5 / objective.beta
     return (measures.chosen.logratios - half) ** 2 + (measures.rejected.logratios + half) ** 2
 
 
 @loss
 def aot(objective: o.Aot, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (u_(i) - v_(i))), u and v sorted over the global batch.
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (u_(i) - v_(i))); u and v are sorted over the global batch.
 
-    With `paired`, u is log pi(w) - log pi(l) of the policy and v that of the reference; else u is h_w and v is h_l.
-    A group of weight 2 counts as two groups of weight 1: quantiles are those of weighted values.
+    With `paired`, u is log pi(w) - log pi(l) of the policy and v the same of the reference; otherwise u is h_w and v is
+    h_l, the log-ratios of the chosen and the rejected completion. A group of weight 2 counts as two groups of weight 1:
+    quantiles are those of weighted values.
     """
     chosen, rejected = measures.chosen, measures.rejected
     if objective.paired:
@@ -198,9 +234,11 @@ def aot(objective: o.Aot, measures: Measures) -> Tensor:
 
 
 def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs equal quantiles of u and v, which is optimal transport on a line. Both have the same weights, [G].
+    """Pairs equal quantiles of u and v, which is optimal transport on a line. Element i of both belongs to group i and
+    has its weight, [G].
 
-    Returns three tensors of [2G]: places in u, places in v, and the share of the weight at u's place that goes to v's.
+    Returns three tensors of [2G]: places in u, places in v, and the share of the weight at the place in u that goes to
+    the place in v.
     """
     weights = weights.double()
     u_order, v_order = u.argsort(), v.argsort()
@@ -214,7 +252,10 @@ def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Te
 
 @loss
 def discopop(objective: o.Discopop, measures: Measures) -> Tensor:
-    """(1 - m) (-log sigmoid(r)) + m e^{-r}, m = sigmoid(r / tau), r = beta delta."""
+    """Returns the loss of each pair, [G]: (1 - m) (-log sigmoid(r)) + m e^{-r}, m = sigmoid(r / tau), r = beta delta.
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     logits = objective.beta * _deltas(measures)
     mix = (logits / objective.tau).sigmoid()
     return -(1 - mix) * logsigmoid(logits) + mix * (-logits).clamp(max=LARGEST_EXPONENT).exp()
@@ -222,20 +263,30 @@ def discopop(objective: o.Discopop, measures: Measures) -> Tensor:
 
 @loss
 def dpop(objective: o.Dpop, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (delta - lambda max(0, -h_w)))."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (h_w - h_l - lambda max(0, -h_w))).
+
+    h_w and h_l are the log-ratios of the chosen and the rejected completion.
+    """
     penalty = objective.penalty * relu(-measures.chosen.logratios)
     return -logsigmoid(objective.beta * (_deltas(measures) - penalty))
 
 
 @loss
 def rpo(objective: o.Rpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta delta) - alpha log pi(w) / |w|."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta delta) - alpha log pi(w) / |w|, w the chosen completion.
+
+    delta is the log-ratio of the chosen minus that of the rejected completion.
+    """
     return -logsigmoid(objective.beta * _deltas(measures)) - objective.nll_weight * measures.chosen.mean_logps
 
 
 @loss
 def ld_dpo(objective: o.LdDpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta delta); in h, tokens past the length of the shorter completion count alpha times."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta delta).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion. In a log-ratio, tokens after the length
+    of the shorter completion have the weight alpha.
+    """
 
     def logratios(side: Completions) -> Tensor:
         assert side.ref_head_logps is not None
@@ -247,14 +298,22 @@ def ld_dpo(objective: o.LdDpo, measures: Measures) -> Tensor:
 
 @loss
 def r_dpo(objective: o.RDpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta delta + alpha (|w| - |l|))."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta delta + alpha (|w| - |l|)).
+
+    delta is the log-ratio of the chosen minus that of the rejected completion. |w| and |l| are the numbers of tokens of
+    the chosen and the rejected completion.
+    """
     longer = measures.chosen.lengths - measures.rejected.lengths
     return -logsigmoid(objective.beta * _deltas(measures) + objective.length_weight * longer)
 
 
 @loss
 def f_dpo(objective: o.FDpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (f'(e^{h_w}) - f'(e^{h_l}))), f the divergence; constants of f' cancel."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (f'(e^{h_w}) - f'(e^{h_l}))).
+
+    f is the divergence; constants of f' cancel. h_w and h_l are the log-ratios of the chosen and the rejected
+    completion.
+    """
 
     def slope(h: Tensor) -> Tensor:
         if objective.divergence == "jensen_shannon":
@@ -270,13 +329,17 @@ def f_dpo(objective: o.FDpo, measures: Measures) -> Tensor:
 
 @loss
 def orpo(objective: o.Orpo, measures: Measures) -> Tensor:
-    """-log pi(w) / |w| - lambda log sigmoid(log odds(w) - log odds(l)); odds are of the mean log-probability."""
+    """Returns the loss of each pair, [G]: -log pi(w) / |w| - lambda log sigmoid(log odds(w) - log odds(l)).
+
+    odds(y) = p / (1 - p), log p = log pi(y) / |y|; w is the chosen and l the rejected completion.
+    """
     chosen, rejected = measures.chosen.mean_logps, measures.rejected.mean_logps
     return -chosen - objective.odds_weight * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(logps: Tensor) -> Tensor:
-    """Returns log(p / (1 - p)) for log p. It is exact and has a finite gradient, even if p is close to 0 or 1."""
+    """Returns log(p / (1 - p)) for log p. The result is exact and has a finite gradient even if p is close to 0 or
+    1."""
     logps = logps.clamp(max=-1e-6)
     near_one = logps > -math.log(2)
     log_rest = torch.where(near_one, torch.log(-torch.expm1(logps)), torch.log1p(-logps.exp()))
@@ -285,7 +348,11 @@ def _log_odds(logps: Tensor) -> Tensor:
 
 @loss
 def cpo(objective: o.Cpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (log pi(w) - log pi(l))) - alpha log pi(w)."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (log pi(w) - log pi(l))) - alpha log pi(w).
+
+    w is the chosen and l the rejected completion. With `length_average` the last term is divided by the number of
+    tokens of w.
+    """
     likelihood = measures.chosen.mean_logps if objective.length_average else measures.chosen.logps
     deltas = measures.chosen.logps - measures.rejected.logps
     return -logsigmoid(objective.beta * deltas) - objective.nll_weight * likelihood
@@ -293,7 +360,10 @@ def cpo(objective: o.Cpo, measures: Measures) -> Tensor:
 
 @loss
 def simpo(objective: o.Simpo, measures: Measures) -> Tensor:
-    """-log sigmoid(beta (log pi(w) / |w| - log pi(l) / |l|) - gamma), gamma = beta * gamma_beta_ratio."""
+    """Returns the loss of each pair, [G]: -log sigmoid(beta (log pi(w) / |w| - log pi(l) / |l|) - gamma).
+
+    gamma = beta * gamma_beta_ratio; w is the chosen and l the rejected completion.
+    """
     deltas = measures.chosen.mean_logps - measures.rejected.mean_logps
     return -logsigmoid(objective.beta * (deltas - objective.gamma_beta_ratio))
 
@@ -303,15 +373,16 @@ def simpo(objective: o.Simpo, measures: Measures) -> Tensor:
 
 @loss
 def supervised(objective: o.Supervised, measures: Measures) -> Tensor:
-    """-log pi(w), summed over tokens."""
+    """Returns the loss of each group, [G]: -log pi(w), summed over the tokens of the completion w."""
     return -measures.chosen.logps
 
 
 @loss
 def kto(objective: o.Kto, measures: Measures) -> Tensor:
-    """lambda_D (1 - sigmoid(beta (h - z0))) or lambda_U (1 - sigmoid(beta (z0 - h))); arXiv 2402.01306.
+    """Returns the loss of each group, [G]: the mean of the losses of its completions, arXiv 2402.01306.
 
-    z0 is `kl_estimate`. The loss of a group of several completions is the mean of theirs.
+    The loss of a desirable completion is lambda_D (1 - sigmoid(beta (h - z0))), that of an undesirable one
+    lambda_U (1 - sigmoid(beta (z0 - h))). h is the log-ratio of the completion; `kl_estimate` computes z0.
     """
     h = measures.all.logratios
     z0 = kl_estimate(measures)
@@ -323,14 +394,19 @@ def kto(objective: o.Kto, measures: Measures) -> Tensor:
 
 
 def kl_estimate(measures: Measures) -> Tensor:
-    """Returns KTO's z0: the mean h of other prompts' completions in the global batch, at least 0, without gradient."""
+    """Returns KTO's z0: the mean h of the completions of other prompts in the global batch, at least 0, without
+    gradient."""
     is_of_other_prompt = measures.ratings.isnan()
     h = measures.all.logratios.detach()
     return ((h * is_of_other_prompt).sum() / is_of_other_prompt.sum().clamp(min=1)).clamp(min=0)
 
 
 def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
-    """-log sigmoid(beta h_w - d) or -log sigmoid(-(beta h_l - d)); d is the mean of all rewards so far."""
+    """Returns the loss of each group, [G]: the sum of the losses of its completions.
+
+    The loss of a good completion is -log sigmoid(beta h - d), that of a bad one -log sigmoid(-(beta h - d)). h is the
+    log-ratio of the completion; d is the mean of all rewards so far in the run, which `statistics` hold.
+    """
     rewards = objective.beta * measures.all.logratios
     rated = ~measures.ratings.isnan()
     delta = statistics.add(rewards.detach()[rated])
@@ -343,34 +419,40 @@ def bco(objective: o.Bco, measures: Measures, statistics: Statistics) -> Tensor:
 
 @loss
 def reward_bradley_terry(objective: o.RewardBradleyTerry, measures: Measures) -> Tensor:
-    """-log sigmoid(r_w - r_l - m), m the margin; arXiv 2410.01257. A mean over the group's ordered pairs."""
+    """Returns the loss of each group, [G]: the mean of -log sigmoid(r_w - r_l - m) over its ordered pairs.
+
+    r_w and r_l are the rewards of the better and the worse completion, m is the margin; arXiv 2410.01257.
+    """
     leads = differences(measures.by_group(measures.rewards, 0.0)) - measures.margins[:, None, None]
     return _mean_over_pairs(-logsigmoid(leads), measures)
 
 
 @loss
 def reward_regression(objective: o.RewardRegression, measures: Measures) -> Tensor:
-    """(r - rating)^2; arXiv 2410.01257. A mean over the group's completions."""
+    """Returns the loss of each group, [G]: the mean of (r - rating)^2 over its completions; arXiv 2410.01257. r is the
+    reward."""
     errors = (measures.rewards - measures.ratings) ** 2
     return measures.group_sums(errors) / measures.group_sums(torch.ones_like(errors))
 
 
 @loss
 def reward_gaussian(objective: o.RewardGaussian, measures: Measures) -> Tensor:
-    """-log Phi((m_w - m_l) / sqrt(v_w + v_l)), a mean over the group's ordered pairs.
+    """Returns the loss of each group, [G]: the mean of -log Phi((m_w - m_l) / sqrt(v_w + v_l)) over its ordered pairs.
 
-    Phi(...) is the probability that one Gaussian reward exceeds the other. HPSv3's code instead samples rewards and
-    averages -log sigmoid(r_w - r_l).
+    m and v are the means and variances of the rewards of the better (w) and the worse (l) completion. Phi(...) is the
+    probability that one Gaussian reward exceeds the other. HPSv3's code instead samples rewards and averages
+    -log sigmoid(r_w - r_l).
     """
     log_variances = measures.by_group(measures.log_variances, 0.0)
     log_sums = torch.logaddexp(log_variances[:, :, None], log_variances[:, None, :])
     leads = differences(measures.by_group(measures.rewards, 0.0)) * (-log_sums / 2).exp()
-    logps = torch.special.log_ndtr(leads.double()).to(leads.dtype)  # far below 0 its gradient cancels in float32
+    logps = torch.special.log_ndtr(leads.double()).to(leads.dtype)  # in float32, far below 0, the gradient cancels
     return _mean_over_pairs(-logps, measures)
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns the mean of each group, [G], of values [G, k, k] over the pairs (i, j) of which j is rated lower."""
+    """Returns the mean of `values` [G, k, k] over the ordered pairs of each group, [G]. In a pair (i, j), completion j
+    is rated lower than completion i."""
     return (values * measures.worse).sum((1, 2)) / measures.worse.sum((1, 2))
 
 
@@ -378,10 +460,10 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
-    """sum_i weight_i loss_i, over the objectives i."""
+    """Returns the loss of each group, [G]: sum_i weight_i loss_i, over the objectives i of the sum."""
     total = torch.zeros(len(measures.groups), dtype=measures.table.dtype, device=measures.table.device)
     for weight, part in zip(objective.weights, objective.objectives, strict=True):
-        is_supervised = isinstance(part, o.Supervised)  # in a sum it is a mean over the tokens of its completion
+        is_supervised = isinstance(part, o.Supervised)  # in a sum its loss is a mean over the tokens of the completion
         loss_per_group = -measures.chosen.mean_logps if is_supervised else losses(part, measures, statistics)
         total = total + weight * loss_per_group
     return total
@@ -391,15 +473,16 @@ def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
 
 
 def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
-    """Returns the number by which the sum of a global batch's losses is divided: its groups or, if `supervised`, its
-    learned tokens."""
+    """Returns the number that divides the sum of the losses of a global batch: for `supervised` the number of learned
+    tokens, for all other objectives the number of groups."""
     if isinstance(objective, o.Supervised):
         return sum(sum(group.num_learned) for group in groups)
     return len(groups)
 
 
 def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None:
-    """Raises ValueError for the first group, or for a global batch, from which the objective cannot learn."""
+    """Raises ValueError for the first group that the objective cannot learn from, or for a global batch that lacks the
+    completions of other prompts that the objective needs."""
     for group in groups:
         if problem := _problem(objective, group):
             raise ValueError(f"Line {group.line} {problem}")
@@ -410,7 +493,8 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
 
 
 def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
-    """Returns why the objective cannot learn from the group, as the rest of a sentence; None: it can."""
+    """Returns the reason why the objective cannot learn from the group, as the end of a sentence about the group's
+    line; None if the objective can."""
     traits = objective.traits
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()

@@ -1,6 +1,7 @@
-"""Computes a step's metrics: plain means over the global batch of rewards, margins, accuracies and lengths.
+"""Computes the metrics of a training step: unweighted means over the global batch of rewards, margins, accuracies and
+lengths.
 
-Their names are those that TRL logs.
+The metrics have the names that TRL logs.
 """
 
 import math
@@ -13,7 +14,8 @@ from dpo_core.policy.measures import Measures
 
 
 def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns scalars by name. In a ranking, `chosen` is the best completion and `rejected` the mean of the others."""
+    """Returns the metrics of the measured groups as scalars by name. In a ranking, `chosen` is the best completion and
+    `rejected` the mean of the others."""
     if isinstance(objective, o.Supervised):
         return {"mean_token_accuracy": measures.num_correct.sum() / measures.all.lengths.sum()}
     if objective.traits.num_outputs:
@@ -22,7 +24,7 @@ def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Ten
     rewards = _rewards(objective, measures)
     values = {"rewards": rewards, "logps": measures.all.logps, "lengths": measures.all.lengths}
     if measures.all.ref_logps is not None:
-        values["logratios"] = measures.all.logratios  # their drift from the reference
+        values["logratios"] = measures.all.logratios  # how far the policy has moved from the reference
     metrics = {
         f"{name}/{side}": value[places].mean() for name, value in values.items() for side, places in sides.items()
     }
@@ -37,7 +39,8 @@ def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Ten
 
 
 def _reward_model_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns the metrics of a reward model. Margin and accuracy are means over ordered pairs."""
+    """Returns the metrics of a reward model by name. Margin and accuracy are means over the ordered pairs of all
+    groups."""
     rewards = measures.rewards
     metrics = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
     if objective.traits.num_outputs == 2:
@@ -53,12 +56,14 @@ def _has_ordered_pair(measures: Measures) -> bool:
 
 
 def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
-    """Returns the mean of values [G, k, k] over all pairs (i, j) of which j is rated lower."""
+    """Returns the mean of `values` [G, k, k] over the ordered pairs of all groups. In a pair (i, j), completion j is
+    rated lower than completion i."""
     return (values * measures.worse).sum(dtype=measures.table.dtype) / measures.worse.sum()
 
 
 def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns the places in the table of the chosen and of the rejected completions, without a side that has none."""
+    """Returns the places in the table of measures of the chosen and of the rejected completions. A side without
+    completions is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
     completions = (completion for group in measures.groups for completion in enumerate(group.ranked()))
@@ -70,8 +75,8 @@ def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
 
 
 def _kl(objective: o.Objective, measures: Measures) -> Tensor:
-    """Returns KTO's z0 for KTO; else the mean of -h, which is KL(reference || policy) if the reference wrote the
-    completions."""
+    """Returns KTO's z0 for KTO. For other objectives returns the mean of -h, which is KL(reference || policy) if the
+    reference wrote the completions."""
     if isinstance(objective, o.Kto):
         return kl_estimate(measures)
     rated = ~measures.ratings.isnan()
@@ -79,7 +84,7 @@ def _kl(objective: o.Objective, measures: Measures) -> Tensor:
 
 
 def _rewards(objective: o.Objective, measures: Measures) -> Tensor:
-    """Returns the reward of each completion, [K]. The rewards of `mpo` are those of its first preference objective."""
+    """Returns the reward of each completion, [K]. For `mpo`, returns the rewards of its first preference objective."""
     if isinstance(objective, o.Mpo):
         return _rewards(next(part for part in objective.objectives if part.type != "supervised"), measures)
     assert not isinstance(objective, o.Supervised | o.RewardObjective)

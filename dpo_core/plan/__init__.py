@@ -1,1 +1,1 @@
-"""Answers whether a run will fit into memory, before it runs and without torch."""
+"""Computes whether a training run fits into memory, before the run starts and without importing torch."""

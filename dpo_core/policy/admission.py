@@ -1,4 +1,5 @@
-"""Refuses groups that a model cannot read or training cannot compute with, by line, before anything is computed."""
+"""Refuses groups that a model cannot read or that training cannot compute with, and names the group's line. Groups are
+checked before anything is computed."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,8 @@
 """Computes attention over a stream of segments, in which a completion sees only its prompt and itself.
 
-It is registered with transformers under its own name, so every architecture that attends through
-`ALL_ATTENTION_FUNCTIONS` can use it. transformers builds no mask for a name that it does not know.
+The module registers this attention with transformers under a name of its own. So every architecture that calls
+attention through `ALL_ATTENTION_FUNCTIONS` can use it, and transformers builds no mask, because it does not know the
+name.
 """
 
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ Segments = tuple[tuple[int, int, int, int], ...]  # start and stop of the prefix
 
 @contextmanager
 def shared_prompts(policy: PreTrainedModel) -> Iterator[None]:
-    """Lets a forward of the policy in the block take `segments=`. Raises ValueError if its attention is not
-    replaceable."""
+    """Lets the policy's forward take the argument `segments` in the `with` block. Raises ValueError if the policy's
+    attention cannot be replaced."""
     before = policy.config._attn_implementation
     policy.set_attn_implementation(NAME)
     if policy.config._attn_implementation != NAME:
@@ -47,7 +48,8 @@ def segment_attention(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attends by segments and returns [1, T, heads, width]. One call does it if the device can, else one each."""
+    """Returns the attention of each segment's queries to their prompt and their own segment, [1, T, heads, width]. One
+    call computes all segments if flash attention suits the tensors; otherwise each segment needs a call."""
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
     if segments is None:
@@ -58,13 +60,14 @@ def segment_attention(
     return attend(query, key, value, segments, scaling, sliding_window), None
 
 
-# Arguments that architectures pass and that do not change what attention computes. Any other one may change it, such as
-# a cap of the scores, a sink, a bias or a choice of keys; then the architecture cannot share prompts.
+# Arguments that architectures pass and that do not change what attention computes. Any other argument may change the
+# result, such as a cap of the scores, a sink, a bias or a choice of keys; such an architecture cannot share prompts.
 _CHANGES_NOTHING = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
 
 
 def _suits_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention can compute these tensors; only it takes segments of any lengths in one call."""
+    """Whether flash attention can compute these tensors. Only flash attention takes segments of different lengths in
+    one call."""
     width = query.shape[-1]
     return (
         query.device.type == "cuda"
@@ -99,10 +102,10 @@ def _at_once(
 
 @lru_cache(maxsize=1)  # all layers of a forward call this with the same arguments
 def _lay_out(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Returns what one call of flash attention needs to know of the S segments.
+    """Returns the arguments that one call of flash attention needs for the S segments.
 
-    It is the places in the stream of the keys that each segment sees, the borders between the segments' queries and
-    between their keys, [S + 1] int32 each, and the most queries and the most keys of a segment.
+    They are the places in the stream of the keys that each segment sees; the borders between the segments' queries and
+    between their keys, [S + 1] int32 each; and the largest number of queries and of keys in a segment.
     """
     ranges = [torch.arange(*ends) for segment in segments for ends in (segment[:2], segment[2:])]
     num_queries = [stop - start for _, _, start, stop in segments]
@@ -122,7 +125,7 @@ def _one_by_one(
     grouped = repeats > 1 and query.device.type == "cpu"  # on other devices few SDPA kernels group heads
     if repeats > 1 and not grouped:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    # One split: its gradient is one concatenation, while the gradient of each slice would be a whole stream of zeros.
+    # The gradient of one split is one concatenation, while the gradient of each slice would be a whole stream of zeros.
     cuts = sorted({edge for segment in segments for edge in segment})
     place = {cut: index for index, cut in enumerate(cuts)}
     sizes = [stop - start for start, stop in pairwise(cuts)]
@@ -141,11 +144,11 @@ def _one_by_one(
     return torch.cat(outputs, 1)  # contiguous, as some architectures expect
 
 
-@lru_cache(maxsize=2)  # all layers of a forward call this with the same arguments, some perhaps with a window
+@lru_cache(maxsize=2)  # all layers call this with the same arguments, but some may have a window
 def _masks(
     segments: Segments, sliding_window: int | None, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor | None]:
-    """Returns the mask that is added to the scores of each segment; None: the segment is causal and needs none.
+    """Returns for each segment the mask to add to its scores; None for a causal segment, which needs no mask.
 
     The masks are numbers, which all layers share in backward; SDPA would keep a copy of a boolean mask for each layer.
     """
@@ -163,7 +166,8 @@ def _masks(
 
 
 def _mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns whether the query at position `prefix + row` sees the key at `column`, [length - prefix, length]."""
+    """Returns whether the query at position `prefix + row` sees the key at position `column`, [length - prefix,
+    length]."""
     queries = torch.arange(prefix, length, device=device)[:, None]
     keys = torch.arange(length, device=device)
     seen = keys <= queries

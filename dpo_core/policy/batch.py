@@ -1,4 +1,5 @@
-"""Lays groups into packs: streams of tokens under a budget, without padding, each prompt once."""
+"""Forms packs from groups. A pack is one stream of tokens for one forward pass, of limited length, without padding,
+with each prompt once."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -14,10 +15,12 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
-    """Deals groups to ranks and packs. `[rank][pack]` of the result is a list of indices into `lengths`.
+    """Assigns groups to ranks and packs (the rows of one forward pass each). `[rank][pack]` of the result is a list of
+    indices into `lengths`, the groups' numbers of tokens.
 
-    Every rank gets the same number of packs, some of them perhaps empty, and about the same number of tokens. A group
-    over the budget is alone in its pack. The result depends on the arguments only, so all ranks get the same plan.
+    Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A group
+    longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so all ranks
+    compute the same one.
     """
     costs = [min(length, max_tokens_per_pack) for length in lengths]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -39,7 +42,8 @@ def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) ->
 
 
 def _first(fits: Callable[[int], bool], least: int) -> int:
-    """Returns the smallest number from `least` on that fits. It grows the stride until one fits, then bisects."""
+    """Returns the smallest number, at least `least`, for which `fits` is true. Doubles the stride until a number fits,
+    then bisects."""
     start, candidate, stride = least, least, 1
     while not fits(candidate):
         start, candidate, stride = candidate + 1, candidate + stride, 2 * stride
@@ -47,7 +51,8 @@ def _first(fits: Callable[[int], bool], least: int) -> int:
 
 
 def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
-    """Puts each group into the pack that is the lightest so far. None: a pack would have more than `most` tokens."""
+    """Puts each group into the pack that is the lightest so far, and returns the packs. Returns None if a pack would
+    have more than `most` tokens."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     loads = [(0, number) for number in range(num_packs)]
     for i in longest_first:
@@ -60,8 +65,8 @@ def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int,
 
 
 def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[list[int]]:
-    """Sorts sequences into batches of similar lengths, as indices into `lengths`. In each batch, padded to its longest,
-    at least the share `least_fill` is no padding."""
+    """Sorts sequences into batches of similar lengths, and returns each batch as indices into `lengths`. When a batch
+    is padded to its longest sequence, at least the share `least_fill` of it is no padding."""
     batches: list[list[int]] = []
     longest = total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -74,10 +79,10 @@ def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[l
 
 
 class Segment(NamedTuple):
-    """A range [start, stop) of the stream whose tokens attend causally to each other, and to a shared prompt.
+    """A range [start, stop) of the stream whose tokens attend causally to each other and to a shared prompt.
 
-    The prompt is the range [prefix_start, prefix_stop), before the first completion of the group. An empty range means
-    that the segment holds its own prompt.
+    The prompt is the range [prefix_start, prefix_stop), which lies before the first completion of the group. An empty
+    range means that the segment holds its own prompt.
     """
 
     prefix_start: int
@@ -88,15 +93,15 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One pack. T tokens in the stream, R learned tokens, K completions.
+    """The tensors of one pack (the rows of one forward pass): T tokens in the stream, R learned tokens, K completions.
 
-    The last token of a completion predicts nothing, so the stream leaves it out. It is there if the batch was made
-    `with_ends`, because a reward is read at it.
+    The last token of a completion predicts nothing, so the stream leaves it out. A batch made `with_ends` includes it,
+    because a reward model's reward is read there.
     """
 
     input_ids: Tensor  # [T]
-    position_ids: Tensor  # [T]; every completion restarts after its prompt
-    segments: tuple[Segment, ...]  # cover the stream in its order
+    position_ids: Tensor  # [T]; every completion's positions continue its prompt's
+    segments: tuple[Segment, ...]  # cover the stream, in the order of its tokens
     rows: Tensor  # [R] place in the stream whose hidden state predicts the target
     targets: Tensor  # [R] ids of the learned tokens
     completion_of_row: Tensor  # [R] in 0..K-1
@@ -115,7 +120,7 @@ class Batch:
 
 
 def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_ends: bool = False) -> Batch:
-    """Makes a batch of the groups. Without `share_prompts`, each completion has a copy of the prompt before it."""
+    """Returns the groups as one batch. Without `share_prompts`, each completion has its own copy of the prompt."""
     ids: list[Sequence[int]] = []
     positions: list[range] = []
     segments: list[Segment] = []

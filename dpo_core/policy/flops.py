@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of a step, and measures how many the device does in a second."""
+"""Counts the floating-point operations of a training step, and measures the operations per second of a device."""
 
 import time
 from functools import cache
@@ -12,10 +12,11 @@ from dpo_core.policy.batch import Batch
 
 
 class Flops:
-    """Counts the operations of the matrix products in a forward and backward (arXiv 2204.02311, appendix B).
+    """Counts the operations of the matrix products in a forward and backward pass (arXiv 2204.02311, appendix B).
 
-    A multiplication and an addition are two operations. Attention is causal. The head's tiles and attention's scores
-    are computed twice. Frozen weights have no gradient. With `recomputed` activations the layers run forward twice.
+    A multiplication and an addition count as two operations. Attention is causal. The head's tiles and attention's
+    scores are computed twice. Frozen weights have no gradient. With `recomputed` activations the forward of the layers
+    runs twice.
     """
 
     def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:
@@ -31,7 +32,7 @@ class Flops:
         self.per_seen_token: int = (14 + 4 * recomputed) * width * config.num_hidden_layers
 
     def count(self, batch: Batch) -> int:
-        """Returns the operations of a forward and backward of the batch."""
+        """Returns the number of operations of a forward and backward pass of the batch."""
         seen = sum(
             (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
             for prefix_start, prefix_stop, start, stop in batch.segments
@@ -41,8 +42,8 @@ class Flops:
 
 
 def _per_input(weight: Tensor, twice: bool) -> int:
-    """Returns the operations for one row of a matrix's input: its product, `twice` if recomputed, and the gradients of
-    the input and, if it is trained, of the weight."""
+    """Returns the number of operations for one input row of a matrix product: the product (counted `twice` if it is
+    recomputed), the gradient of the input and, if the weight is trained, the gradient of the weight."""
     return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 
@@ -51,9 +52,10 @@ SLOW = 5e9  # FLOP/s; a CPU without instructions for bfloat16 is slower
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measures the FLOP/s of a large matrix product, the best of five tries. A process measures them once.
+    """Returns the measured FLOP/s of a large matrix product, the best of five tries. A process measures each dtype and
+    device once.
 
-    The product is smaller on a processor so slow in this dtype that the large one would take a minute.
+    On a CPU that is very slow in this dtype the product is smaller, because the large one would take a minute.
     """
     if device.type != "cpu":
         return _product_rate(8192, dtype, device)
@@ -67,6 +69,6 @@ def _product_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     for _ in range(5):
         started = time.perf_counter()
         product = left @ right
-        product[0, 0].item()  # waits for the device
+        product[0, 0].item()  # waits until the device has computed the product
         times.append(time.perf_counter() - started)
     return 2 * size**3 / min(times)

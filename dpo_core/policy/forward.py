@@ -1,4 +1,5 @@
-"""Runs a model on a batch: in one packed stream, in padded batches, or by its own forward, one completion at a time."""
+"""Runs a model on a batch: in one packed stream, in padded batches, or with the model's own forward, one completion at
+a time."""
 
 import math
 from collections.abc import Sequence
@@ -16,27 +17,29 @@ from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.batch import Batch, batches_of_like_lengths
 from dpo_core.policy.logps import token_logps
 
-LEAST_FILL = 0.75  # the share of a padded batch that must be tokens, not padding
+LEAST_FILL = 0.75  # the least share of tokens, not padding, in a padded batch
 
 
 @dataclass(frozen=True)
 class Logits:
-    """How a model turns its head's outputs into logits: multiplied by `scale`, then bent to at most `cap`."""
+    """The factor and the cap with which a model turns its head's outputs into logits: the outputs are multiplied by
+    `scale`, then limited to `cap` with tanh."""
 
     scale: float = 1.0
     cap: float | None = None
 
 
-# The names that architectures have for a factor of the logits, and for their cap.
+# The names under which configs of architectures have a factor of the logits, and a cap of the logits.
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVIDES = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def readings(config: PretrainedConfig) -> list[Logits]:
-    """Returns what a config may mean by its factors and caps of logits, the likeliest meaning first.
+    """Returns the possible meanings of the config's factors and caps of logits, the likeliest first.
 
-    HyperCLOVA X multiplies by a factor that others divide by, and some classes ignore what their config says.
+    HyperCLOVA X multiplies by a factor that other architectures divide by, and some model classes ignore these values
+    of their config.
     """
     factor, divisor = (math.prod(_numbers(config, names)) for names in (_MULTIPLIES, _DIVIDES))
     caps = [*_numbers(config, _CAPS), None]
@@ -44,19 +47,21 @@ def readings(config: PretrainedConfig) -> list[Logits]:
 
 
 def _numbers(config: PretrainedConfig, names: Sequence[str]) -> list[float]:
-    """Returns the config's values under these names that are numbers and not 0: MPT has a word there."""
+    """Returns the config's values under `names` that are numbers other than 0. Values of other types are skipped: MPT
+    has a word there."""
     values = [getattr(config, name, None) for name in names]
     return [float(value) for value in values if isinstance(value, int | float) and value]
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """Returns the part of the model that computes the hidden states for its head."""
-    inner: nn.Module = model.base_model  # the model itself if transformers does not know its decoder's name
+    """Returns the submodule that computes the hidden states for the model's head."""
+    inner: nn.Module = model.base_model  # the model itself, if transformers has no name for its decoder
     return inner if inner is not model else getattr(model, "model", model)
 
 
 def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """Returns the log-probability of each target, [R], and whether it was the likeliest token, [R]."""
+    """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
+    [R]."""
     hidden = _hidden(model, batch, shared=shared)
     head = cast(Any, model).get_output_embeddings()
     rows = hidden.index_select(0, batch.rows)
@@ -70,15 +75,15 @@ def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared
 
 
 def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """Returns a reward model's outputs, [K, outputs], at the last token of each completion, as transformers and vLLM
-    read them."""
+    """Returns a reward model's outputs at the last token of each completion, [K, outputs]. transformers and vLLM read
+    rewards at the same token."""
     hidden = _hidden(model, batch, shared=shared)
     outputs: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))
     return outputs.float()
 
 
 def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """Returns the hidden states after the last layer, [T, H]."""
+    """Returns the hidden states after the model's last layer, [T, H]."""
     if not shared:
         return _hidden_apart(model, batch)
     with shared_prompts(model):
@@ -92,9 +97,9 @@ def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
 
 
 def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns the hidden states of segments that attend to themselves only, [T, H], computed in padded batches.
+    """Returns the hidden states of segments that attend only to themselves, [T, H], computed in padded batches.
 
-    In a causal model, padding after a segment does not change it.
+    In a causal model, padding after a segment does not change the segment's hidden states.
     """
     lengths = [segment.stop - segment.start for segment in batch.segments]
     streams = batch.input_ids.split_with_sizes(lengths)
@@ -107,7 +112,7 @@ def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns a reward model's outputs, [K, outputs], computed one completion after the other."""
+    """Returns a reward model's outputs, [K, outputs], computed for one completion after another."""
     streams = (batch.input_ids[None, segment.start : segment.stop] for segment in batch.segments)
     states = [decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1] for ids in streams]
     outputs: Tensor = cast(Any, model).score(torch.stack(states))
@@ -115,7 +120,8 @@ def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns what `packed_logps` does, from the model's own logits, one completion after the other."""
+    """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
+    [R]. The model's own forward computes them, one completion after another."""
     logps, correct = [], []
     rows, targets = batch.rows, batch.targets
     sizes = batch.num_completion_tokens.tolist()

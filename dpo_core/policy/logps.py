@@ -1,4 +1,4 @@
-"""Turns hidden states into log-probabilities of tokens, without holding the logits of all rows at once."""
+"""Computes log-probabilities of tokens from hidden states, without holding the logits of all rows at once."""
 
 from itertools import product
 from typing import Any
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from dpo_core.plan.rules import TILE_COLUMNS, TILE_ROWS
 
-PRODUCT_ROWS = {"cpu": 2048}  # rows of a product that are computed before they are added: few enough for caches
+PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough to fit into caches
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """Returns the bytes that a full tile of logits takes: in float32, also in half precision, and thrice with a cap."""
+    """Returns the bytes of a full tile of logits: the logits in float32 (three copies if they are `capped`), and for
+    half precision a copy in the model's dtype."""
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
     return numbers * widths
@@ -31,8 +32,8 @@ def token_logps(
     """Returns log softmax(hidden @ weight.T + bias)[targets], and whether the target has the largest logit.
 
     R rows, H width, V vocabulary: hidden [R, H], weight [V, H], bias [V] or None, targets [R]. Both results are [R];
-    the first is in float32 or wider, the second has no gradient. With a `soft_cap`, logits become
-    `soft_cap * tanh(logits / soft_cap)` before the softmax, as Gemma's do.
+    the first is in float32 or wider, the second has no gradient. With a `soft_cap`, logits become `soft_cap *
+    tanh(logits / soft_cap)` before the softmax, as in Gemma.
     """
     tile = (tile_rows or TILE_ROWS.get(hidden.device.type, 1024), tile_columns)
     logps_and_correct: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
@@ -40,10 +41,10 @@ def token_logps(
 
 
 class _TiledLogps(torch.autograd.Function):
-    """Computes log-probabilities while it holds one tile of rows x vocabulary.
+    """Computes log-probabilities while it holds the logits of only one tile, some rows x some of the vocabulary.
 
-    Backward computes the logits of each tile again and turns them into their gradient in place:
-    d logp / d logits = onehot(target) - softmax(logits).
+    Backward computes the logits of each tile again and turns them into their gradient in place: d logp / d logits =
+    onehot(target) - softmax(logits).
     """
 
     @staticmethod
@@ -84,7 +85,7 @@ class _TiledLogps(torch.autograd.Function):
         for rows, columns in product(_cuts(len(hidden), ctx.tile[0]), _cuts(len(weight), ctx.tile[1])):
             logits = _logits(hidden[rows], weight, bias, ctx.soft_cap, columns)
             slope = _slope(logits, targets[rows] - columns.start, normalizer[rows], grads[0][rows], ctx.soft_cap)
-            del logits  # otherwise memory would hold this tile and the next
+            del logits  # frees this tile before the next one is computed
             slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
                 _add_product(grad_hidden[rows], slope, weight[columns])
@@ -97,7 +98,7 @@ class _TiledLogps(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to the total, in place. The total may have a wider dtype than the factors."""
+    """Adds left @ right to `total`, in place. `total` may have a wider dtype than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
@@ -106,24 +107,26 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Returns left @ right; in float32 for factors in half precision, if the device need not round the sums first."""
+    """Returns left @ right. On CUDA the product of half-precision factors is float32, because cuBLAS can return its
+    sums unrounded; any other product has the factors' dtype."""
     if _keeps_float32(left):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left @ right
 
 
 def _keeps_float32(factor: Tensor) -> bool:
-    """Whether the product of half-precision factors can be had in float32: only cuBLAS can skip its final rounding."""
+    """Whether `_product` with this left factor returns float32 for half-precision factors. Only cuBLAS, on CUDA, can
+    return the sums unrounded."""
     return factor.device.type == "cuda" and factor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _cuts(length: int, size: int) -> list[slice]:
-    """Returns slices of at most `size` that cover `length`."""
+    """Returns slices of at most `size` elements that together cover `length` elements."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, columns: slice) -> Tensor:
-    """Returns the logits of a tile, in float32 or wider. It is a new tensor that the caller may overwrite."""
+    """Returns the logits of a tile, in float32 or wider, in a new tensor that the caller may overwrite."""
     tile_bias = None if bias is None else bias[columns]
     if _keeps_float32(rows):
         logits = _product(rows, weight[columns].T)
@@ -135,8 +138,8 @@ def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float |
 
 
 def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for each row of a tile its log-sum-exp, the logit of its target (-inf if that is in another tile), and
-    its largest logit. Overwrites the logits."""
+    """Returns for each row of a tile the log-sum-exp of its logits, the logit of its target (-inf if the target is in
+    another tile), and its largest logit. Overwrites `logits`."""
     place, here = _place(targets, logits)
     at_target = logits.gather(1, place)[:, 0].masked_fill(~here, -torch.inf)
     largest = logits.amax(1)
@@ -144,7 +147,8 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
-    """Turns the logits into their gradient, in place. `grad` is the gradient of the log-probabilities."""
+    """Turns `logits` into the loss's gradient with respect to the logits, in place, and returns this gradient. `grad`
+    is the gradient of the log-probabilities."""
     cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
     place, here = _place(targets, logits)
     slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
@@ -153,7 +157,7 @@ def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, so
 
 
 def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the target's column in this tile, [rows, 1], and whether the target is in it, [rows]. If not, the column
-    is some valid one."""
+    """Returns the column of each row's target in this tile, [rows, 1], and whether the target is in this tile, [rows].
+    If the target is in another tile, the column is a valid one without meaning."""
     last = logits.shape[1] - 1
     return targets.clamp(0, last)[:, None], (targets >= 0) & (targets <= last)

@@ -1,4 +1,4 @@
-"""Holds what objectives and metrics read of some groups: the log-probabilities or rewards of their completions."""
+"""Holds the log-probabilities or rewards of the completions of some groups, which objectives and metrics read."""
 
 import math
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ NUM_MEASURES = 3
 
 @dataclass(frozen=True)
 class Completions:
-    """The log-probabilities and lengths of n completions, such as the best one of each group."""
+    """The log-probabilities and lengths of n completions, such as the best completion of each group."""
 
     logps: Tensor  # [n] summed over the completion, in nats
-    head_logps: Tensor  # [n] summed over its first tokens, as many as the group's shortest completion has
+    head_logps: Tensor  # [n] summed over as many first tokens as the group's shortest completion has
     lengths: Tensor  # [n] numbers of learned tokens
     ref_logps: Tensor | None  # [n]
     ref_head_logps: Tensor | None  # [n]
 
     @property
     def logratios(self) -> Tensor:
-        assert self.ref_logps is not None  # `check_groups` refuses groups without
+        assert self.ref_logps is not None  # `check_groups` refuses groups without ref_logps
         return self.logps - self.ref_logps
 
     @property
@@ -47,9 +47,10 @@ class Completions:
 
 
 class Measures:
-    """What a model says of the K completions of G groups. The completions are listed group by group, the best first.
+    """The log-probabilities or rewards that a model gives the K completions of G groups. The completions are listed
+    group by group, the best first.
 
-    `table` is [K, NUM_MEASURES]; the constants of this file name its columns.
+    `table` is [K, NUM_MEASURES]; the constants of this module name its columns.
     """
 
     def __init__(self, groups: Sequence[EncodedGroup], table: Tensor) -> None:
@@ -59,64 +60,66 @@ class Measures:
 
     @cached_property
     def all(self) -> Completions:
-        """The log-probabilities of all K completions."""
+        """The log-probabilities and lengths of all K completions."""
         logps, head_logps = self.table[:, LOGPS], self.table[:, HEAD_LOGPS]
         lengths = self._tensor([length for group in self.groups for length in group.num_learned])
         return Completions(logps, head_logps, lengths, self._of_groups("ref_logps"), self._of_groups("ref_head_logps"))
 
     @cached_property
     def starts(self) -> Tensor:
-        """The place of each group's best completion, [G]."""
+        """The place in the table of each group's best completion, [G]."""
         return self.places([0, *accumulate(self.sizes[:-1])])
 
     @cached_property
     def chosen(self) -> Completions:
-        """The best completion of each group."""
+        """The log-probabilities and lengths of the best completion of each group."""
         return self.all[self.starts]
 
     @cached_property
     def rejected(self) -> Completions:
-        """The rejected completion of each group, if all groups are pairs."""
+        """The log-probabilities and lengths of the rejected completion of each group. All groups must be pairs."""
         return self.all[self.starts + 1]
 
     @cached_property
     def ratings(self) -> Tensor:
-        """The ratings, [K]. Higher is better; nan marks a completion of another prompt."""
+        """The rating of each completion, [K]. Higher is better; nan marks a completion of another prompt."""
         return self._tensor([rating for group in self.groups for rating in group.ranked()])
 
     @cached_property
     def worse(self) -> Tensor:
-        """Whether completion j is rated lower than completion i, [G, k, k]."""
+        """Whether completion j of a group is rated lower than completion i, [G, k, k]."""
         ratings = self.by_group(self.ratings, math.nan)
         return ratings[:, :, None] > ratings[:, None, :]
 
     @cached_property
     def margins(self) -> Tensor:
-        """By how much the chosen completion must lead, [G]; 0 for a group without a margin."""
+        """The lead in reward that each group's chosen completion must have, [G]; 0 for a group without a margin."""
         return self._tensor([group.margin or 0.0 for group in self.groups])
 
     @cached_property
     def weights(self) -> Tensor:
-        """The weights of the groups' losses, [G]."""
+        """The weight of each group's loss, [G]."""
         return self._tensor([group.weight for group in self.groups])
 
     @property
     def rewards(self) -> Tensor:
-        """The rewards that a reward model gives, [K]; the means, if it also gives variances."""
+        """The reward of each completion from a reward model, [K]; from a model that also gives variances, the mean
+        reward."""
         return self.table[:, REWARD]
 
     @property
     def log_variances(self) -> Tensor:
-        """The logarithms of the rewards' variances, [K], from a reward model with two outputs."""
+        """The logarithm of the variance of each completion's reward, [K], from a reward model with two outputs."""
         return self.table[:, LOG_VARIANCE]
 
     @cached_property
     def num_correct(self) -> Tensor:
-        """How many tokens of each completion were the policy's likeliest, [K]."""
+        """The number of tokens of each completion that were the policy's likeliest token, [K]."""
         return self.table[:, NUM_CORRECT]
 
     def by_group(self, values: Tensor, fill: float) -> Tensor:
-        """Arranges values [K] as [G, k], k the most completions of a group; smaller groups are padded with `fill`."""
+        """Returns `values` [K] arranged as [G, k], where k is the most completions of a group. Smaller groups are
+        padded with `fill`."""
         num_groups, most = len(self.sizes), max(self.sizes)
         if len(values) == num_groups * most:
             return values.view(num_groups, most)
@@ -124,21 +127,22 @@ class Measures:
         return padded.index_copy(0, self._places_by_group, values).view(num_groups, most)
 
     def group_sums(self, values: Tensor) -> Tensor:
-        """Sums values [K] over the completions of each group, [G]."""
+        """Returns the sum of `values` [K] over the completions of each group, [G]."""
         return self.by_group(values, 0.0).sum(1)
 
     def places(self, places: Sequence[int]) -> Tensor:
-        """Returns places in the table as an index on the table's device."""
+        """Returns the places in the table as an index tensor on the table's device."""
         return torch.tensor(places).to(self.table.device, non_blocking=True)
 
     @cached_property
     def _places_by_group(self) -> Tensor:
-        """The place of each completion, [K], once all groups are padded to the size of the largest."""
+        """The place of each completion, [K], in a list in which all groups are padded to the size of the largest."""
         most = max(self.sizes)
         return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 
     def _of_groups(self, name: str) -> Tensor | None:
-        """Returns an attribute of the groups that has a number for each completion, [K]; None if a group lacks it."""
+        """Returns the attribute `name` of the groups, which has a number for each completion, [K]; None if a group
+        lacks it."""
         values = [getattr(group, name) for group in self.groups]
         return None if None in values else self._tensor([number for numbers in values for number in numbers])
 

@@ -1,4 +1,5 @@
-"""Finds out whether a model can share prompts and be computed in batches, by trying a small example."""
+"""Finds out, on a small example, whether a model's completions can share a prompt, and whether they can be computed in
+batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,28 +15,30 @@ from dpo_core.models.miniature import miniature, ropes
 from dpo_core.policy.batch import Batch, collate
 from dpo_core.policy.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
 
-TOLERATED = 1e-4  # difference in float32, relative to the largest number compared or to 1
-NUM_TOKENS = 30  # of the example: more than the windows and chunks of a miniature hold
-# What architectures raise for arguments that they do not know.
+TOLERATED = 1e-4  # allowed difference in float32, relative to the larger of 1 and the largest answer
+NUM_TOKENS = 30  # in the example: more than the windows and chunks of a miniature
+# The errors that architectures raise for arguments that they do not know.
 REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
-ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of layers; "attention" beside recurrent ones
+ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of layers that are attention
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How a model's answers are computed, and why faster ways cannot be used."""
+    """A method of computing a model's answers: the factor and cap of its logits, and the reasons against shared prompts
+    and against batches."""
 
     logits: Logits
-    no_sharing: str = ""  # why completions do not share their prompt; empty: they do
-    no_batches: str = ""  # why each completion is a forward of its own; empty: it is not
+    no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
+    no_batches: str = ""  # why each completion needs a forward of its own; empty: batches work
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Manner:
-    """Returns the fastest way of computing that gives the same answers as the model's own forward.
+    """Returns the fastest method of computing the model's answers that agrees with the model's own forward.
 
-    It tries a miniature of the model. If there is none, it tries the model itself on a few tokens; they show too little
-    to share prompts and, in half precision, too little to use batches. Raises UnusableModel if it is not causal.
+    The function compares answers of a miniature of the model. If the model has no miniature, it compares answers of the
+    model itself on a few tokens; these show too little to allow shared prompts and, in half precision, too little to
+    allow batches. Raises UnusableModel if the model is not causal.
     """
     config = model.config.get_text_config()
     stretched = _depends_on_length(config)
@@ -53,7 +56,8 @@ def probe(model: PreTrainedModel) -> Manner:
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """Returns the model to try: a miniature, or the model itself and the reason why it has no miniature."""
+    """Returns the model on which `probe` compares answers: a miniature of `model` and an empty text, or `model` itself
+    and the reason why it has no miniature."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)
@@ -66,7 +70,7 @@ def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
-    """Raises UnusableModel if the answers at some tokens depend on later tokens."""
+    """Raises UnusableModel if the model's answers at some tokens depend on later tokens."""
     ids, half = _ids(model), NUM_TOKENS // 2
     first, second = (_answer(model, ids[:half] + rest)[:half] for rest in (ids[half:], ids[:half][::-1]))
     if _difference(first, second) > _tolerated(model, first):
@@ -77,7 +81,8 @@ def _check_causal(model: PreTrainedModel) -> None:
 
 
 def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Returns what the model's own forward gives: log-probabilities [T, V]; hidden states [T, H] of a reward model."""
+    """Returns the result of the model's own forward: log-probabilities [T, V], or hidden states [T, H] of a reward
+    model."""
     inputs = torch.tensor([list(ids)], device=model.device)
     if is_reward_model(model):
         return cast(Tensor, decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state[0])
@@ -85,9 +90,11 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """Compares packs with the model's own answers on a small example.
+    """Compares the model's answers on a pack (the rows of one forward pass) with those of its own forward, on a small
+    example.
 
-    Returns how they differ, empty if they agree, and the place among `readings` of the one by which they agree.
+    Returns how the answers differ, empty if they agree, and the place in `readings` of the reading of the config with
+    which they agree.
     """
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
@@ -108,7 +115,7 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
-    """Returns a batch of a pair, longer than the windows of a miniature, and a demonstration."""
+    """Returns a batch of a pair that is longer than the windows of a miniature, and of a demonstration."""
     ids = _ids(model)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)
@@ -119,24 +126,25 @@ def _ids(model: PreTrainedModel) -> list[int]:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest absolute difference; infinite if one of the numbers is nan."""
+    """Returns the largest absolute difference between two tensors; infinite if a difference is nan."""
     return (ours.float() - theirs.float()).abs().max().nan_to_num(nan=torch.inf).item()
 
 
 def _tolerated(model: PreTrainedModel, answer: Tensor) -> float:
-    """Returns the largest difference from the answer that may be rounding."""
+    """Returns the largest difference from `answer` that rounding may cause in the model's dtype."""
     return TOLERATED * max(1.0, answer.abs().max().item()) if model.dtype == torch.float32 else 0.3
 
 
 def _has_a_state(config: PretrainedConfig) -> str:
-    """Names the kinds of layers, other than attention, that carry a state along the whole stream; a small example may
-    not show their effect."""
+    """Returns the names of the kinds of layers, other than attention, that carry a state along the whole stream; empty
+    if there are none. A small example may not show the effect of the state."""
     names = ("layer_types", "layers_block_type", "block_types")
     kinds = {kind for name in names for kind in getattr(config, name, None) or ()}
     return ", ".join(sorted(kinds - ATTENTION))
 
 
 def _depends_on_length(config: PretrainedConfig) -> str:
-    """Names the kinds of rotary positions that change with the longest sequence of a batch, if it is long enough."""
+    """Returns the names of the kinds of rotary positions that change with the longest sequence of a batch; empty if
+    there are none."""
     kinds = {rope.get("rope_type") for rope in ropes(config)}
     return ", ".join(f"{kind} positions" for kind in ("dynamic", "longrope") if kind in kinds)

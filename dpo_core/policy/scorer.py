@@ -1,4 +1,4 @@
-"""Computes a model's answers for groups: the log-probabilities of completions' tokens, or rewards."""
+"""Computes a model's log-probabilities of completions' tokens, or a reward model's rewards, for groups."""
 
 import logging
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 class Scorer(nn.Module):
     """Measures the completions of a batch: log-probabilities from a causal model, rewards from a reward model.
 
-    It computes each prompt once for all its completions, if the architecture allows that. This is tried once, on a few
-    tokens, against the model's own forward. Otherwise every completion follows its own copy of the prompt, in padded
-    batches of similar lengths.
+    If the architecture allows it, the scorer computes each prompt once for all its completions. The constructor tests
+    this on a few tokens against the model's own forward. If the test fails, every completion follows its own copy of
+    the prompt, in padded batches of similar lengths or one completion at a time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -45,20 +45,22 @@ class Scorer(nn.Module):
             logger.warning(sentence, type(model).__name__, no_sharing, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:
-        """Returns how many tokens of a pack's budget the group takes."""
+        """Returns the number of tokens that the group takes in a pack (the rows of one forward pass)."""
         copies = 1 if self.shares_prompts else len(group.completion_ids)
         return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
 
     def count_shared_tokens(self, group: EncodedGroup) -> int:
-        """Returns how many tokens of the group need not be computed because its completions share the prompt."""
+        """Returns the number of tokens of the group that need not be computed because its completions share the
+        prompt."""
         return (len(group.completion_ids) - 1) * len(group.prompt_ids) if self.shares_prompts else 0
 
     def plan(
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
-        """Deals the groups to packs and ranks, as `batch.plan` does, by the tokens that the model computes for each."""
+        """Assigns the groups to ranks and packs (the rows of one forward pass each) by the number of tokens that the
+        model computes for each group. `[rank][pack]` of the result is a list of indices into `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
-        if not self.shares_prompts and is_sharded(self.model):  # a pack is one forward, on every rank
+        if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
             lengths = [longest * len(group.completion_ids) for group in groups]
         return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
@@ -68,8 +70,12 @@ class Scorer(nn.Module):
         return collate(groups, share_prompts=self.shares_prompts, with_ends=self.rewards).to(self.model.device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns the measures of each completion, [K, NUM_MEASURES] float32: its log-probability, that of its head,
-        and how many tokens were the likeliest; or the outputs of a reward model's head, and zeros."""
+        """Returns the measures of each completion, [K, NUM_MEASURES] float32.
+
+        The columns are the log-probability of the completion, the log-probability of its head (as many first tokens as
+        the group's shortest completion has), and the number of its tokens that were the likeliest. For a reward model
+        the columns are the outputs of its head, and zeros.
+        """
         if self.rewards:
             outputs = self._outputs(batch)
             return pad(outputs, (0, NUM_MEASURES - outputs.shape[1]))
@@ -83,7 +89,8 @@ class Scorer(nn.Module):
         return packed_rewards(self.model, batch, shared=self.shares_prompts)
 
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the log-probability of each target, [R], and whether it was the likeliest token, [R]."""
+        """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
+        [R]."""
         if not self.takes_batches:
             return plain_logps(self.model, batch)
         return packed_logps(self.model, batch, self.manner.logits, shared=self.shares_prompts)
@@ -93,7 +100,8 @@ class Scorer(nn.Module):
 def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
-    """Returns the groups with the reference's log-probabilities of their completions; its adapter is off meanwhile."""
+    """Returns copies of the groups with the reference's log-probabilities of their completions. The reference's adapter
+    is off while it computes."""
     admit(groups, reference)
     scorer = Scorer(reference)
     scored = list(groups)
@@ -110,7 +118,8 @@ def score_reference(
 def reference_token_logps(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[list[list[float]]]:
-    """Returns log-probabilities by group, completion and token, in nats; the reference's adapter is off meanwhile."""
+    """Returns the reference's log-probabilities by group, completion and token, in nats. The reference's adapter is off
+    while it computes."""
     admit(groups, reference)
     scorer = Scorer(reference)
     logps_by_group: list[list[list[float]]] = [[] for _ in groups]

@@ -1,1 +1,1 @@
-"""Trains a policy: gradients, optimizer, ranks, checkpoints."""
+"""Trains a policy: gradients, optimizer steps, communication between ranks, and checkpoints."""

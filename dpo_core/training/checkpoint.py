@@ -1,16 +1,17 @@
-"""Reads checkpoints. A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
+"""Reads checkpoints. A checkpoint is a folder. The writer writes its manifest last, with each file's size and sha256.
 
     manifest.json                           step, counters, metrics, evaluations, config, files
-    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's, and
-                                            base_model.json, which identifies its base
+    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
+                                            folder with base_model.json, which identifies the adapter's base
     optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the float32
                                             masters of weights in half precision
 
-An older checkpoint may be kept as a model alone; its manifest names no optimizer file then.
+An older checkpoint may be kept without the optimizer's files; its manifest then names none of them.
 
-No file is a pickle. A step draws no random numbers but an adapter's dropout, which it seeds itself, and the learning
-rate is a function of the step. So weights, moments and the step are all that a resumed run needs to repeat a run: bit
-for bit on CPUs, while some sums of backward have no fixed order on GPUs. A run may resume on another number of ranks.
+No file is a pickle. The only random numbers of a step are an adapter's dropout, which the step's number seeds, and the
+learning rate is a function of the step. So a resumed run needs only weights, moments and the step to repeat a run. The
+results are equal bit by bit on CPUs; on GPUs some sums of the backward pass have no fixed order. A run may resume on
+another number of ranks.
 """
 
 import hashlib
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
-    """Raised if a file of a checkpoint is not what the manifest says. `file` is relative to the checkpoint."""
+    """Raised if a file of a checkpoint differs from its description in the manifest. `file` is relative to the
+    checkpoint."""
 
     def __init__(self, file: str, message: str) -> None:
         super().__init__(file, message)
@@ -53,7 +55,7 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class FileDigest:
-    """The size and digest by which a file of a checkpoint is verified."""
+    """The size and the digest that verify a file of a checkpoint."""
 
     size: int  # bytes
     sha256: str  # hexadecimal
@@ -61,41 +63,44 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The state of a run at a checkpoint, and the files of the checkpoint."""
+    """The state of a run at a checkpoint, and the sizes and digests of the checkpoint's files."""
 
     step: int
     total_steps: int
     num_updates: int  # steps so far that had groups
     num_tokens: int  # tokens trained on up to and including this step, over all ranks
-    metrics: dict[str, float]  # of this step
-    statistics: dict[str, float]  # the objective's `Statistics`
+    metrics: dict[str, float]  # the metrics of this step
+    statistics: dict[str, float]  # the fields of the objective's `Statistics`
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
-    dtype: str | None = None  # of the policy, and its base's if that differs; None: an older release wrote it
-    base: str | None = None  # `adapter.fingerprint` of the adapter's base; None: no adapter, or an older release
-    evaluations: tuple[Evaluation, ...] = ()  # the run's evaluations so far, by its best_metric
+    dtype: str | None = None  # the policy's dtype, and its base's if different; None: an older release
+    base: str | None = None  # `fingerprint` of the adapter's base; None: no adapter, or an older release
+    evaluations: tuple[Evaluation, ...] = ()  # the run's values of best_metric so far
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether a run can go on from the checkpoint. Without its optimizer's state it is a model only."""
+        """Whether a run can continue from the checkpoint. A checkpoint without the optimizer's state is only a
+        model."""
         return any(is_optimizer(name) for name in self.files)
 
     def without_optimizer(self) -> "Manifest":
-        """Returns the manifest of the same checkpoint, kept as a model."""
+        """Returns a copy of the manifest without the optimizer's files, for a checkpoint that is kept as a model
+        only."""
         return replace(self, files={name: digest for name, digest in self.files.items() if not is_optimizer(name)})
 
     def to_json(self) -> bytes:
-        """Returns the manifest as its file holds it."""
+        """Returns the manifest as the bytes of its file, manifest.json."""
         return json.dumps(asdict(self), indent=1).encode()
 
 
 def is_optimizer(name: str) -> bool:
-    """Whether a checkpoint's file is a part of its optimizer's state."""
+    """Whether the file `name` of a checkpoint holds a part of the optimizer's state."""
     return name.startswith("optimizer-")
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
-    """Returns the newest undamaged checkpoint that a run can resume from. It logs a warning for each damaged one."""
+    """Returns the newest undamaged checkpoint in `folder` that a run can resume from; None if there is none. Logs a
+    warning for each damaged checkpoint."""
     for candidate in sorted(Path(folder).glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
             if not verify(candidate).has_optimizer:
@@ -108,7 +113,8 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Returns the manifest of a checkpoint. Raises DamagedCheckpoint if it is missing or unreadable."""
+    """Returns the manifest of the checkpoint in `folder`. Raises DamagedCheckpoint if the manifest is missing or
+    unreadable."""
     try:
         return parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     except FileNotFoundError:
@@ -116,7 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(written: bytes, where: str) -> Manifest:
-    """Raises DamagedCheckpoint, which names where it was read."""
+    """Returns the manifest in `written`, the bytes of its file. Raises DamagedCheckpoint, with `where` as the file's
+    name, if the bytes are unreadable."""
     try:
         fields = json.loads(written)
         fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
@@ -127,7 +134,8 @@ def parse_manifest(written: bytes, where: str) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Returns the manifest if every file is as it says. Raises DamagedCheckpoint for the first file that is not."""
+    """Returns the manifest of the checkpoint in `folder` if all files have the sizes and digests in the manifest.
+    Raises DamagedCheckpoint for the first file that differs or is missing."""
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         path = folder / name
@@ -144,9 +152,11 @@ def verify(folder: Path) -> Manifest:
 
 
 def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
-    """Returns the manifest of a checkpoint, and `config` with the choices that its run made about memory.
+    """Returns the manifest of the checkpoint in `folder`, and `config` with the pack size and the recomputation of
+    activations that the checkpoint's run chose.
 
-    Raises DamagedCheckpoint, or ValueError if this run cannot continue that one.
+    Raises DamagedCheckpoint for a damaged checkpoint, and ValueError if a run with this config cannot continue from the
+    checkpoint.
     """
     manifest = verify(folder)
     if not manifest.has_optimizer:
@@ -157,7 +167,7 @@ def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision:
     if manifest.dtype not in (None, precision):
         raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {precision}.")
     wanted = asdict(config)
-    # Releases that did not evaluate towards an end wrote neither of the last two.
+    # Releases without early stopping did not write best_metric and early_stop.
     settled = ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed")
     for key in (*settled, *manifest.config.keys() & {"best_metric", "early_stop"}):
         before = manifest.config[key]
@@ -175,8 +185,8 @@ def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision:
 def load(
     folder: Path, manifest: Manifest, *, policy: PreTrainedModel, weights: Weights, optimizer: torch.optim.AdamW
 ) -> None:
-    """Loads a checkpoint's weights into the policy and AdamW's state into the optimizer. Raises ValueError if they do
-    not fit."""
+    """Loads a checkpoint's weights into the policy, and AdamW's state into the optimizer. Raises ValueError if the
+    checkpoint does not fit the policy."""
     saved = _Saved(folder)
     saved.check(weights)
     if manifest.dtype is None:
@@ -198,7 +208,7 @@ def load(
 
 
 class _Saved:
-    """The tensors in the optimizer's files of a checkpoint. Each file has some rows of every tensor."""
+    """The tensors in the optimizer's files of a checkpoint. Each file holds some rows of every tensor."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -213,14 +223,14 @@ class _Saved:
         return tensor
 
     def like(self, parameter: Tensor, name: str, kind: str) -> Tensor:
-        """Returns a tensor on the parameter's device, sharded as the parameter is."""
+        """Returns a saved tensor of the parameter `name` on the parameter's device, sharded as the parameter is."""
         whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in self._parts]).to(parameter.device)
         if not isinstance(parameter, DTensor):
             return whole
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def check(self, weights: Weights) -> None:
-        """Raises ValueError if the files hold other weights than this run trains."""
+        """Raises ValueError if the files hold the state of other weights than this run trains."""
         remedy = "give train the same model and adapter"
         if {name.rpartition(".")[0] for name in self._names} != weights.stepped.keys():
             raise ValueError(f"{self._folder} has other weights than this run trains; {remedy}.")
@@ -230,7 +240,8 @@ class _Saved:
                 raise ValueError(f"{what}; {remedy}.")
 
     def check_precision(self, weights: Weights) -> None:
-        """Raises ValueError if the model was in half precision and is not here, or the other way round."""
+        """Raises ValueError if the checkpoint's weights were in half precision and this run's are not, or the other way
+        round."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
         if halves != weights.in_float32.keys():
             what = f"{self._folder} has float32 masters of {len(halves)} weights"
@@ -243,7 +254,8 @@ class _Saved:
 
 
 def _check_adapter(folder: Path, policy: Any) -> None:
-    """Raises ValueError if the adapter's options differ, so that the same weights would have another effect."""
+    """Raises ValueError if the options of the saved adapter differ from those of the policy's adapter: the same weights
+    would then have another effect."""
     from peft import PeftConfig
 
     (current,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
@@ -254,7 +266,7 @@ def _check_adapter(folder: Path, policy: Any) -> None:
             raise ValueError(f"{what}; load the policy with the same Lora.")
 
 
-# The keys of a config that say where the model is and how it starts, not what it computes.
+# The keys of a config that do not affect what the model computes, such as its folder and its initialization.
 _IRRELEVANT = re.compile(
     r"_name_or_path|architectures|dtype|transformers_version|use_cache|quantization_config|(pad|bos|eos)_token_id"
     r"|.*(initializer|dropout|pdrop|aux_loss).*|output_router_logits"
@@ -262,7 +274,8 @@ _IRRELEVANT = re.compile(
 
 
 def _check_config(folder: Path, policy: PreTrainedModel) -> None:
-    """Raises ValueError if the model's config differs, so that the same weights would compute something else."""
+    """Raises ValueError if the saved model's config differs from the policy's in a value that changes the model's
+    results."""
     before, current = (
         _computed(config.to_dict()) for config in (AutoConfig.from_pretrained(folder / "model"), policy.config)
     )
@@ -273,7 +286,7 @@ def _check_config(folder: Path, policy: PreTrainedModel) -> None:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the part of a config that decides what the model computes."""
+    """Returns the part of a model's config that affects what the model computes."""
     return {
         key: _computed(value) if isinstance(value, dict) else value
         for key, value in config.items()

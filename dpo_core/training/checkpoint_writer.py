@@ -1,4 +1,4 @@
-"""Writes checkpoints of a policy and an optimizer while training goes on."""
+"""Writes checkpoints of a policy and its optimizer in the background while training continues."""
 
 import os
 import shutil
@@ -25,16 +25,17 @@ from dpo_core.training.checkpoint import MANIFEST, MASTER, STEP, FileDigest, Man
 from dpo_core.training.ranks import num_ranks, rank, together
 from dpo_core.training.weights import Weights
 
-Publish = Callable[[int, Path], None]  # step and folder
+Publish = Callable[[int, Path], None]  # called with a checkpoint's step and folder
 
 
 class Writer:
-    """Writes checkpoints `folder/step-000012` in the background, one at a time, each completely or not at all.
+    """Writes checkpoints into folders `folder/step-000012` in the background, one at a time, each completely or not at
+    all.
 
-    A save waits for the one before it. The next call raises what failed in the background. Every rank that holds a part
-    writes it, to a `folder` that is shared or its own. `publish` is called on each of these ranks with the checkpoint's
-    folder once its part is written; rank 0 comes last, when the manifest is written. The end of a `with` block waits
-    until all is written.
+    A save waits until the previous checkpoint is written. If writing fails in the background, the next call raises the
+    error. Every rank that holds a part of the state writes its part, into a `folder` that the ranks share or into one
+    of its own. Each of these ranks then calls `publish` with the step and the checkpoint's folder; rank 0 calls it
+    last, after it has written the manifest. The end of a `with` block waits until the last checkpoint is written.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def save(self, manifest: Manifest, optimizer: torch.optim.AdamW) -> None:
-        """Copies the state to the CPU, and starts to write it. `manifest.files` is still empty."""
+        """Copies the weights and the optimizer's state to the CPU, and starts to write them as a checkpoint in the
+        background. `manifest.files` must be empty; the writer fills it."""
         self.wait()
         model = _model_state(self._policy, self._weights)
         if self._shard is not None or self._others:
@@ -64,7 +66,7 @@ class Writer:
             self._pending = self._pool.submit(self._write, manifest, model, state)
 
     def check(self) -> None:
-        """Raises the error of a write that has failed."""
+        """Raises the error of the last checkpoint's write if it has failed."""
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
@@ -91,21 +93,22 @@ class Writer:
         try:
             files = self._gather(lambda: self._write_part(partial, manifest, model, state))
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)  # it would take space on a disk that may be full
+            shutil.rmtree(partial, ignore_errors=True)  # frees space on a disk that may be full
             if isinstance(error, SafetensorError):
                 what = f"The checkpoint of step {manifest.step} could not be written to {self._folder} ({error})"
                 raise OSError(f"{what}; free some space, and resume from the checkpoint before.") from error
             raise
         if rank() == 0:
             (partial / MANIFEST).write_bytes(replace(manifest, files=files).to_json())
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+            shutil.rmtree(folder, ignore_errors=True)  # removes the checkpoint of an earlier attempt
             os.rename(partial, folder)
             self._publish(manifest.step, folder)
 
     def _write_part(
         self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
     ) -> dict[str, FileDigest]:
-        """Writes this rank's files and returns their digests by path. Other ranks than rank 0 publish theirs here."""
+        """Writes this rank's files and returns their digests by path. Ranks other than rank 0 also publish their files
+        here."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
         if self._shard is not None:
@@ -124,7 +127,8 @@ class Writer:
         return digests
 
     def _gather(self, write: Callable[[], dict[str, FileDigest]]) -> dict[str, FileDigest]:
-        """Runs `write` on all ranks. Returns the digests of all files on rank 0, and none on the others."""
+        """Calls `write` on all ranks. Returns the digests of all ranks' files on rank 0, and an empty dictionary on the
+        other ranks."""
         if self._others is None:
             return write()
         files = together(write, torch.device("cpu"), self._others)
@@ -134,9 +138,9 @@ class Writer:
 
 
 def _shard_index(weights: Weights) -> tuple[int | None, int]:
-    """Returns which shard of the optimizer's state this rank writes, and the number of shards.
+    """Returns the index of the shard of the optimizer's state that this rank writes, and the number of shards.
 
-    None: it writes none, because another rank writes the same shard.
+    The index is None if another rank writes the same shard.
     """
     first = next(iter(weights.stepped.values()))
     if not isinstance(first, DTensor):
@@ -149,9 +153,10 @@ def _shard_index(weights: Weights) -> tuple[int | None, int]:
 
 
 def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
-    """Returns copies of the policy's weights on the CPU, whole and in the policy's own precision; empty if not rank 0.
+    """Returns copies of the policy's weights on the CPU, unsharded and in the policy's own dtypes; an empty dictionary
+    on ranks other than 0.
 
-    Tied weights are there once. If there is an adapter, only its weights are.
+    Tied weights are included once. If the policy has an adapter, only the adapter's weights are included.
     """
     if weights.is_sharded:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
@@ -168,7 +173,7 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
 
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Returns copies on the CPU of this rank's shard of AdamW's state and of the float32 weights.
+    """Returns CPU copies of this rank's shard of AdamW's state and of the float32 weights.
 
     A parameter that never had a gradient has step 0 and no moments.
     """

@@ -1,4 +1,4 @@
-"""Computes the policy's loss and metrics on groups that it is not trained on."""
+"""Computes the policy's loss and metrics on held-out groups, which the policy is not trained on."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,10 +23,12 @@ Batches = Iterable[Sequence[EncodedGroup]]
 def evaluate(
     objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
 ) -> dict[str, float]:
-    """Returns the loss and metrics of all groups, as if they were one global batch. Names begin with `eval/`.
+    """Returns the loss and metrics of all groups in `batches`, under names that begin with `eval/`, as if the groups
+    were one global batch.
 
-    So the results do not depend on how groups are cut into batches and packs and dealt to ranks. What an objective
-    computes over a global batch is computed over all groups here. `statistics` are not changed.
+    The results do not depend on how groups are cut into batches and packs (the rows of one forward pass) and
+    distributed over ranks. Values that an objective computes over a global batch are computed over all groups.
+    `statistics` are read and not changed.
     """
     seen: list[EncodedGroup] = []
     tables: list[Tensor] = []
@@ -37,7 +39,7 @@ def evaluate(
         for pack in make_packs(scorer, groups, max_tokens_per_pack=max_tokens_per_pack):
             table[pack.places] = scorer(pack.batch)[: len(pack.places)]
         if isinstance(scorer, FSDPModule):
-            scorer.reshard()  # usually backward does this, but evaluation has none
+            scorer.reshard()  # in training the backward pass does this
         seen += map(_outline, groups)
         tables.append(table)
     if not seen:
@@ -52,13 +54,14 @@ def evaluate(
 
 
 class _Frozen(Statistics):
-    """Statistics that evaluation reads and does not change."""
+    """Statistics that an evaluation reads and that `add` does not change."""
 
     def add(self, rewards: Tensor) -> float:
         return self.mean
 
 
 def _outline(group: EncodedGroup) -> EncodedGroup:
-    """Returns the group with ranges in place of its ids: only their number is needed, and many groups are kept."""
+    """Returns a copy of the group with ranges in place of its token ids. Evaluation keeps many groups, and needs only
+    the numbers of their tokens."""
     completions = tuple(range(len(ids)) for ids in group.completion_ids)
     return replace(group, prompt_ids=range(len(group.prompt_ids)), completion_ids=completions)

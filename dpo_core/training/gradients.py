@@ -1,4 +1,4 @@
-"""Computes the gradient of a step's loss from its groups, pack by pack."""
+"""Computes the gradient of a step's loss from the step's groups, one pack (the rows of one forward pass) at a time."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,22 +24,23 @@ from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank
 
 @dataclass(frozen=True)
 class Pack:
-    """Some of a step's groups, computed in one forward and backward.
+    """Some of a step's groups, which one forward and one backward pass compute together.
 
-    If the model is sharded, all ranks run every forward together, so a rank without groups runs a group of another pack
-    whose result it drops.
+    If the model is sharded, all ranks must run every forward together. A rank without groups for a pack then runs a
+    group of another pack and drops the result.
     """
 
     groups: Sequence[EncodedGroup]  # empty for a pack that only takes part in the forwards of other ranks
-    places: list[int]  # places of its completions in the table of the step
+    places: list[int]  # places of the pack's completions in the step's table of measures
     batch: Batch
-    seed: int  # decides what an adapter's dropout leaves out
+    seed: int  # of the adapter's dropout in this pack
 
 
 def make_packs(
     scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
 ) -> list[Pack]:
-    """Returns this rank's packs. If the model is sharded, each rank gets the same number, some of them empty."""
+    """Returns this rank's packs (the rows of one forward pass each). If the model is sharded, every rank gets the same
+    number of packs, and some may be empty."""
     runs_together = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
@@ -56,7 +57,8 @@ def make_packs(
 def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
 ) -> tuple[Measures, Tensor]:
-    """Adds this rank's share to the gradients. Returns the measures of all completions, and their loss."""
+    """Adds this rank's share of the loss's gradient to the gradients of the weights. Returns the measures of all
+    completions of all ranks, and the loss of the global batch."""
     table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
     run = _backward_of_whole_batch if objective.traits.needs_whole_batch else _backward_by_pack
     with _dropout(scorer.model):
@@ -65,7 +67,8 @@ def backward(
 
 @contextmanager
 def _dropout(model: nn.Module) -> Iterator[None]:
-    """Turns on an adapter's dropout in the block, also for recomputed activations. The base's dropout stays off."""
+    """Turns on the adapter's dropout in the `with` block, also when activations are recomputed. The base's dropout
+    stays off."""
     layers, device = dropouts(model), next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for layer in layers:
@@ -78,7 +81,8 @@ def _dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _measure(scorer: Scorer, pack: Pack) -> Any:
-    """Returns the measures of a pack's completions, the same in every call: the pack's seed decides the dropout."""
+    """Returns the measures of the pack's completions. Every call returns the same values, because the pack's seed
+    decides the dropout."""
     torch.manual_seed(pack.seed)
     return scorer(pack.batch)
 
@@ -91,9 +95,9 @@ def _backward_by_pack(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Runs forward and backward for one pack after the other, for a loss that needs one group at a time.
+    """Runs forward and backward for one pack after another. This suits a loss that depends on one group at a time.
 
-    Fills `table`, the measures of all completions of the step.
+    Fills `table` with the measures of all completions of the step.
     """
     for pack in packs:
         measured = _measure(scorer, pack)
@@ -115,9 +119,11 @@ def _backward_of_whole_batch(
     statistics: Statistics,
     table: Tensor,
 ) -> tuple[Measures, Tensor]:
-    """Runs all forwards before any backward, for a loss that joins completions of all packs.
+    """Runs the forward passes of all packs before the first backward pass. This suits a loss that compares completions
+    of different packs.
 
-    Each pack is computed again for its backward, unless there is only one. Fills `table`, as `_backward_by_pack` does.
+    The forward of each pack runs a second time for its backward, unless there is only one pack. Fills `table` with the
+    measures of all completions of the step.
     """
     has_one_pack = len(packs) == 1
     first_results = []
@@ -140,7 +146,8 @@ def _backward_of_whole_batch(
 def _differentiate(
     objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss of the measured groups, and its gradient with respect to their table."""
+    """Returns the measured groups' share of the global batch's loss, and the gradient of this share with respect to the
+    table of measures."""
     leaf = measures.table.clone().requires_grad_()
     loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
     (slope,) = torch.autograd.grad(loss, leaf)
@@ -156,7 +163,8 @@ def share_of_loss(
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:
-    """Raises RuntimeError if ranks were given different groups; otherwise they would wait for each other for ever."""
+    """Raises RuntimeError if ranks were given different groups; without this check such ranks would wait for each other
+    forever. `what` names the groups in the error."""
     if num_ranks() > 1:
         extremes = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)

@@ -1,4 +1,5 @@
-"""Decides how many tokens a pack may have: as many as memory holds, and no more than keep the device busy."""
+"""Chooses `max_tokens_per_pack`, the size of one forward pass, and whether to recompute activations. A pack is as large
+as memory allows, up to the size beyond which the device is no faster."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,15 +25,16 @@ from dpo_core.training.weights import num_shards, state_bytes
 
 logger = logging.getLogger(__name__)
 
-ASSUMED_TOKENS = 8192  # of a pack on another device
+ASSUMED_TOKENS = 8192  # in a pack, on a device other than a CPU or CUDA GPU
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the most in the example that shows what autograd keeps
+EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the largest example on which memory is measured
 
 
 def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
-    """Returns `config` with `max_tokens_per_pack` and `activation_checkpointing` decided, the same on all ranks.
+    """Returns `config` with `max_tokens_per_pack` and `activation_checkpointing` decided. All ranks get the same
+    values.
 
-    `groups` are examples of the data: a token takes more memory if many short completions share a long prompt.
+    `groups` are examples of the training data: a token takes more memory if many short completions share a long prompt.
     """
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
@@ -54,13 +56,14 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
 
 
 def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
-    """Lets backward recompute each layer from its input, which alone is kept. Returns a function that undoes this."""
+    """Makes the backward pass recompute each layer from the layer's input, so that autograd keeps only the inputs.
+    Returns a function that reverts this."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), shared_prompts(scorer.model) if scorer.shares_prompts else nullcontext()
 
     layers = decoder_layers(scorer.model)
-    before = [vars(layer).get("forward") for layer in layers]  # a patch of the caller's, or None
+    before = [vars(layer).get("forward") for layer in layers]  # a forward set by the caller, or None
 
     def undo() -> None:
         for layer, patch in zip(layers, before, strict=True):
@@ -74,15 +77,16 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
 
 
 def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
-    """Returns how many bytes the tokens of a pack may take beside weights, gradients, optimizer and a tile of logits.
+    """Returns the bytes that the tokens of a pack may take in memory beside weights, gradients, the optimizer's state
+    and a tile of logits.
 
-    It is the smallest number of all ranks. None: the system does not report its memory.
+    All ranks get the smallest number of any rank. Returns None if the system does not report its memory.
     """
     model = scorer.model
     free = _free_bytes(model.device)
     if free is None:
         return None
-    loaded = sum(weight.nbytes for weight in model.parameters())  # whole now; sharding may split them later
+    loaded = sum(weight.nbytes for weight in model.parameters())  # weights are whole until sharding
     state = state_bytes(model, num_shards(scorer, sharding))
     vocabulary, capped = model.config.get_text_config().vocab_size, scorer.manner.logits.cap is not None
     tile = 0 if scorer.rewards else tile_bytes(vocabulary, model.dtype, model.device, capped=capped)
@@ -90,8 +94,8 @@ def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Returns the free bytes of the GPU, or this rank's share of the free memory of its machine or container. None: the
-    system does not report them."""
+    """Returns the free bytes of the GPU, or this rank's share of the free memory of its machine or container. Returns
+    None if the system does not report them."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by PyTorch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -108,15 +112,18 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _number(file: Path, name: str) -> int:
-    """Returns the number after a name in a file whose lines are names and numbers."""
+    """Returns the number on the line of `file` that begins with `name`. Each line of the file must hold a name and a
+    number."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {name: int(number) for name, number, *_ in lines}[name]
 
 
 def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> EncodedGroup:
-    """Returns a small group in the shape of the group that takes the most memory per token; without groups, a pair.
+    """Returns a small group with the proportions of the group that takes the most memory per token; without `groups`, a
+    pair.
 
-    That is the one whose completions look back the most: autograd keeps a prompt's keys once for each completion.
+    The most memory per token is taken by the group with the largest product of completions and prompt length, relative
+    to its tokens: autograd keeps a prompt's keys once for each completion.
     """
 
     def looks_back(group: EncodedGroup) -> float:
@@ -132,13 +139,13 @@ def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> Encode
 
 
 def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int:
-    """Returns the bytes that autograd keeps for each token of a forward, measured on a small example."""
+    """Returns the bytes that autograd keeps for each token of a forward pass, measured on a small example."""
     example = _example(groups, scorer.model.config.get_text_config())
     return -(-_kept_bytes(scorer, example) // scorer.count_tokens(example))
 
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
-    """Returns the bytes that autograd keeps of a forward, without the weights."""
+    """Returns the bytes that autograd keeps for the backward pass of the group, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in scorer.model.parameters()}
     kept_storages: dict[int, int] = {}
 

@@ -1,4 +1,5 @@
-"""Talks to the other processes of a training run. All functions also work for a single process."""
+"""Exchanges data with the other ranks (processes) of a training run. All functions also work in a run of one
+process."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,15 +21,16 @@ def num_ranks() -> int:
 
 
 def num_local_ranks() -> int:
-    """Returns how many ranks run on this node: LOCAL_WORLD_SIZE, or all ranks if it is not set."""
+    """Returns the number of ranks on this node: LOCAL_WORLD_SIZE, or the number of all ranks if the variable is not
+    set."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
 
 
 def all_reduce_sum(*tensors: Tensor) -> None:
-    """Sums each tensor over ranks, in place. All tensors of a dtype travel in one message."""
+    """Sums each tensor over all ranks, in place. All tensors of the same dtype are sent in one message."""
     if num_ranks() == 1:
         return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in an order that is the same on all ranks
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # the same order on all ranks
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in same])
         dist.all_reduce(flat)
@@ -37,7 +39,7 @@ def all_reduce_sum(*tensors: Tensor) -> None:
 
 
 def all_reduce_min(value: int, device: torch.device) -> int:
-    """Returns the smallest value of all ranks."""
+    """Returns the smallest `value` of all ranks."""
     smallest = torch.tensor(value, device=device)
     if num_ranks() > 1:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -45,7 +47,8 @@ def all_reduce_min(value: int, device: torch.device) -> int:
 
 
 def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Returns for each value whether it is true on at least one rank. All ranks get the same answer."""
+    """Returns, for each place in `values`, whether the value there is true on at least one rank. All ranks get the same
+    list."""
     if num_ranks() == 1:
         return list(values)
     flags = torch.tensor(values, dtype=torch.uint8, device=device)
@@ -54,7 +57,8 @@ def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.Proces
 
 
 def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None) -> T:
-    """Returns the result of `work` on this rank. If it fails on one rank, this raises on all, so that none waits."""
+    """Calls `work` on every rank and returns the result of this rank. If `work` fails on one rank, every rank raises an
+    error, so that no rank waits for another."""
     try:
         result = work()
     except Exception:

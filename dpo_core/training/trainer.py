@@ -1,4 +1,4 @@
-"""Runs the training loop: `train` yields one StepResult per optimizer step."""
+"""Runs the training loop: `train` yields one result per optimizer step."""
 
 import logging
 import math
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step, the same on all ranks. `eval/` metrics are of the policy after the step, all
-    others of the policy before it."""
+    """The result of one optimizer step, the same on all ranks. Metrics that begin with `eval/` measure the policy after
+    the step, all other metrics the policy before the step."""
 
     step: int  # from 1
     total_steps: int
     metrics: dict[str, float]
-    num_tokens: int  # tokens trained on since step 1, each prompt counted once
+    num_tokens: int  # tokens trained on since step 1; a group's prompt counts once
     warning: str | None  # a sentence for the user
-    evaluations: tuple[Evaluation, ...] = ()  # the run's evaluations so far, by its best_metric
+    evaluations: tuple[Evaluation, ...] = ()  # the run's values of best_metric so far
 
 
 def train(
@@ -64,28 +64,30 @@ def train(
     validation: Callable[[], Batches | None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[StepResult]:
-    """Trains `policy` in place and yields the result of each step. Trains all weights, or the adapter alone if there
-    is one; the base's dropout is off.
+    """Trains `policy` in place and yields the result of each step. Trains all weights, or only the adapter if the
+    policy has one; the base's dropout is off.
 
-    `config` must be resolved. `global_batches` is a list with a batch for each step of the run, or a function that
-    returns the batches after a step: after step 0, or after the step of the checkpoint `resume`. Every rank is given
-    the same batches and computes its share of them. The loss is a mean over the groups of a batch, so a list is
-    refused if a batch has more than `batch_size` groups, or if it has not `total_steps` batches. A batch may have
-    fewer groups, and a function is not checked. A group longer than `max_length` is refused. `n_epochs`, `truncation`
-    and `seed` say how the batches were made; the seed also draws an adapter's dropout.
+    `config` must be resolved. `global_batches` is a list with one batch for each step of the run, or a function that
+    takes a step number and returns the batches of all later steps; the number is 0, or the step of the checkpoint
+    `resume`. Every rank must be given the same batches, and computes its share of them. The loss is a mean over the
+    groups of a batch. Therefore a list is refused if one of its batches has more than `batch_size` groups, or if the
+    list has not `total_steps` batches. A batch may have fewer groups. The batches of a function are not checked. A
+    group longer than `max_length` is refused. `n_epochs` and `truncation` only record how the batches were made; so
+    does `seed`, which also draws an adapter's dropout.
 
-    Once the caller asks for the next result, the checkpoint of a step, if one is due, is written to
-    `checkpoint_dir/step-000012` while training goes on, and then given to `publish`. All are written when the iterator
-    ends. A step whose loss or gradient is not finite changes no weight; its result is yielded without a checkpoint,
-    and then FloatingPointError ends the run. A step without groups changes no weight and has no metrics; its
-    checkpoint has the metrics of the step before.
+    If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
+    while training continues. `publish` is then called with the step and the folder. All checkpoints are written when
+    the iterator ends. A step whose loss or gradient is not finite changes no weight; its result is yielded without a
+    checkpoint, and then FloatingPointError ends the run. A step without groups changes no weight and has no metrics;
+    its checkpoint has the metrics of the previous step.
 
-    `validation` returns held-out groups in batches of any size. It is called whenever a checkpoint is due, and the
-    policy's metrics on these groups, such as `eval/loss`, join the metrics of the step. They do not change training.
-    If it returns None, there is no evaluation. With `early_stop` the iterator ends once evaluations stop improving.
+    `validation` returns held-out groups in batches of any size. The trainer calls `validation` whenever a checkpoint is
+    due, and adds the policy's metrics on these groups, such as `eval/loss`, to the metrics of the step. Held-out groups
+    do not change the weights. If `validation` returns None, the step has no evaluation. With `early_stop` the iterator
+    ends once evaluations stop improving.
 
     `stop` is called before every step on every rank. Once it returns true on one rank, all ranks save a checkpoint of
-    the last step, unless it has one, and the iterator ends.
+    the last step, unless that step already has one, and the iterator ends.
     """
     every = config.checkpoint_steps
     if every is None or None in (config.optim.learning_rate, config.batch_size, config.n_epochs):
@@ -95,7 +97,7 @@ def train(
         run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, undo)
         writer = undo.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
         drift = Drift()
-        is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
+        is_due, metrics = True, dict[str, float]()  # true, because before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
             if stalls(run.evaluations, config.best_metric, config.early_stop):
                 return
@@ -123,12 +125,13 @@ def train(
 
 
 def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
-    """Raises TypeError or ValueError if a list of batches does not fit this run."""
+    """Raises TypeError or ValueError if `batches` is neither a function nor a list that fits the run."""
     if callable(batches):
         return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint
-        kind = type(batches).__name__
-        raise TypeError(f"global_batches is a {kind}; give a list of the run's batches, or a function of a step.")
+        what = f"global_batches is a {type(batches).__name__}; give a list with one batch per step"
+        function = "a function that takes a step number and returns the batches of all later steps"
+        raise TypeError(f"{what}, or {function}.")
     if len(batches) != total_steps:
         raise ValueError(f"global_batches has {len(batches)} batches, total_steps is {total_steps}; give one a step.")
     assert config.batch_size is not None  # resolved
@@ -143,9 +146,10 @@ def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]
 
 
 class _Run:
-    """A training run: the policy, the optimizer, and the counters that change from step to step.
+    """The state of a training run: the policy, the optimizer, and the counters that change with each step.
 
-    At its end `undo` reverts what the run did to the policy beside training it.
+    The callbacks in `undo` restore the policy at the end of the run: they revert everything but the training of its
+    weights.
     """
 
     def __init__(
@@ -165,7 +169,7 @@ class _Run:
             check = partial(resumable, resume, config=config, total_steps=total_steps, precision=self.precision)
             manifest, config = together(check, policy.device)
         batches = _after(manifest.step if manifest else 0, global_batches)
-        first = list(islice(batches, 1))  # its groups show how much memory a pack takes
+        first = list(islice(batches, 1))  # the groups on which `plan_memory` measures memory
         self.batches = chain(first, batches)
         agree_on_weights(policy)
         self.base = fingerprint(policy) if has_adapter(policy) else None
@@ -194,7 +198,8 @@ class _Run:
             self.statistics = Statistics(**manifest.statistics)
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
-        """Takes one optimizer step and returns its metrics; without groups, those of the step before."""
+        """Takes one optimizer step on `groups` and returns the metrics of the step. Without groups, changes no weight
+        and returns the metrics of the previous step."""
         started = time.perf_counter()
         self.step += 1
         if not groups:
@@ -230,13 +235,14 @@ class _Run:
 
     @property
     def remedy(self) -> str:
-        """What a user can do about a loss or gradient that is not finite."""
+        """The advice to a user whose loss or gradient is not finite."""
         if self.num_updates > 1:
             return "lower the learning rate"
         return "no weight had been changed yet, so look for such numbers in the policy and in the reference's scores"
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
-        """Returns the policy's metrics on held-out groups."""
+        """Returns the policy's metrics on the held-out groups in `batches`, and adds the value of `best_metric` to the
+        run's evaluations."""
         tokens = self.config.max_tokens_per_pack
         assert tokens is not None  # `plan_memory` has set it
         admitted = map(self._admitted, batches)
@@ -265,6 +271,7 @@ class _Run:
 
 
 def _not_finite(metrics: dict[str, float]) -> str:
-    """Returns the loss and gradient norm that are not finite numbers, as "loss nan"; empty if all are."""
+    """Returns the loss, the gradient norm and the evaluation's loss if they are not finite, as in "loss nan, grad_norm
+    inf"; an empty text if all are finite."""
     values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
     return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))

@@ -1,4 +1,4 @@
-"""Holds the trained parameters: their float32 masters, their gradients, and how they are split over ranks."""
+"""Holds the trained parameters: their float32 masters, their gradients, and their division over ranks."""
 
 from collections.abc import Mapping
 from itertools import chain, compress
@@ -25,9 +25,9 @@ from dpo_core.training.ranks import all_reduce_min, all_reduce_sum, num_local_ra
 class Weights:
     """The trained parameters of a policy by name, and the tensors that the optimizer steps.
 
-    The optimizer steps a float32 master of each parameter in half precision. Gradients are float32 or wider. Ranks hold
-    copies and sum their gradients, unless the policy is sharded. `dtypes` are the parameters' dtypes before sharding,
-    which makes shards float32; the model is saved in these dtypes.
+    For a parameter in half precision the optimizer steps a float32 master of the parameter. Gradients are float32 or
+    wider. Each rank holds a copy and sums its gradients with the other ranks', unless the policy is sharded. `dtypes`
+    are the parameters' dtypes before sharding, which makes shards float32; checkpoints save the model in these dtypes.
     """
 
     def __init__(self, policy: PreTrainedModel, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -42,14 +42,16 @@ class Weights:
 
     @property
     def in_float32(self) -> dict[str, nn.Parameter]:
-        """The stepped float32 weights that the saved model holds in half precision."""
+        """The float32 tensors that the optimizer steps and that the saved model holds in half precision, by name."""
         return {name: p for name, p in self.stepped.items() if _is_half(self.dtypes[name])}
 
     @torch.no_grad()
     def collect_gradients(self, max_norm: float) -> Tensor:
-        """Sums the gradients of all ranks, scales them down to `max_norm`, and returns their norm before that.
+        """Sums the gradients of all ranks, scales them down so that their norm is at most `max_norm`, and returns the
+        norm before scaling.
 
-        The stepped tensors get them. A parameter without a gradient on any rank gets none and does not change.
+        The gradients are moved to the tensors that the optimizer steps. A parameter without a gradient on any rank gets
+        none and does not change.
         """
         reached = [parameter.grad is not None for parameter in self.trained.values()]
         if not self.is_sharded:
@@ -67,7 +69,7 @@ class Weights:
 
     @torch.no_grad()
     def update_policy(self) -> None:
-        """Copies the masters into the policy, and drops all gradients."""
+        """Copies the float32 masters into the policy's weights, and drops all gradients."""
         for parameter in self.stepped.values():
             parameter.grad = None
         if self.masters:
@@ -75,7 +77,8 @@ class Weights:
             torch._foreach_copy_([self.trained[name] for name in names], [self.masters[name] for name in names])
 
     def release(self) -> None:
-        """Removes what training added to the policy's parameters, so that the caller may train it in another way."""
+        """Removes gradients and gradient dtypes that training added to the policy's parameters, so that the caller may
+        train the policy in another way."""
         for parameter in (*self.trained.values(), *self.masters.values()):
             parameter.grad = None
         for name in self.masters:
@@ -91,16 +94,18 @@ def _is_half(dtype: torch.dtype) -> bool:
 
 
 def agree_on_weights(policy: nn.Module) -> None:
-    """Gives all ranks the weights of rank 0."""
+    """Copies the policy's weights on rank 0 to all other ranks."""
     if num_ranks() > 1:
         for tensor in chain(policy.parameters(), policy.buffers(), scales_of(policy)):
             dist.broadcast(tensor.data, 0)
 
 
 def shard(scorer: Scorer, sharding: Sharding) -> None:
-    """Splits weights, gradients and optimizer state over ranks with FSDP2, which gathers each layer to compute it.
+    """Splits the policy's weights, gradients and optimizer state over ranks with FSDP2, which gathers each layer when
+    it is computed.
 
-    A policy in half precision computes in it, while shards of trained weights are float32.
+    A policy in half precision computes in half precision, while the shards of its trained weights are float32. Raises
+    InvalidOption for a policy that cannot be split.
     """
     policy, shards = scorer.model, num_shards(scorer, sharding)
     if shards == 1:
@@ -114,18 +119,18 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
     mesh, dtype = _mesh(policy, shards), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*decoder_layers(policy), scorer):
-        for parameter in module.parameters():  # layer by layer, so that only one is whole in float32
+        for parameter in module.parameters():  # one layer at a time, so that only one layer is whole in float32
             if parameter.requires_grad and _is_half(parameter.dtype):
                 parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in scorer.modules():
-        if isinstance(module, FSDPModule):  # losses are already divided by the global batch's counts
+        if isinstance(module, FSDPModule):  # losses are already divided by counts of all ranks
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
 def num_shards(scorer: Scorer, sharding: Sharding) -> int:
-    """Returns into how many parts `shard` splits each weight, the same on all ranks."""
+    """Returns the number of parts into which `shard` splits each weight. All ranks get the same number."""
     policy, ranks, local_ranks = scorer.model, num_ranks(), num_local_ranks()
     if sharding != "auto":
         return {"replicated": 1, "hybrid": local_ranks, "full": ranks}[sharding]
@@ -137,19 +142,19 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
 
 
 def state_bytes(policy: PreTrainedModel, shards: int) -> int:
-    """Returns the bytes of weights, gradients and AdamW's moments on a rank.
+    """Returns the bytes of the policy's weights, gradients and AdamW's moments on one rank.
 
-    With shards, a rank also holds whole weights while it computes, and gradients of those that are trained: all that
-    are outside the layers, and two layers, because the next one is fetched ahead.
+    With several shards, a rank also holds some whole weights while it computes, and the gradients of the trained ones:
+    the weights outside the layers, and the weights of two layers, because the next layer is fetched ahead.
     """
     num_bytes: int = 0
     for parameter in policy.parameters():
-        stepped = max(parameter.itemsize, torch.float32.itemsize)  # bytes of a number that AdamW steps, and of a moment
+        stepped = max(parameter.itemsize, torch.float32.itemsize)  # bytes of a stepped number, and of a moment
         weight = parameter.itemsize
         if parameter.requires_grad and shards > 1:
             weight = stepped
         elif parameter.requires_grad and _is_half(parameter.dtype):
-            weight += stepped  # its master
+            weight += stepped  # the parameter's float32 master
         num_bytes += parameter.numel() * (weight + 3 * stepped * parameter.requires_grad)
     if shards == 1:
         return num_bytes
@@ -160,7 +165,7 @@ def state_bytes(policy: PreTrainedModel, shards: int) -> int:
 
 
 def _with_gradients(module: nn.Module) -> int:
-    """Returns how many numbers a module's weights and their gradients have."""
+    """Returns the number of parameters in a module's weights plus the number of those that have gradients."""
     numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
     return numbers
 

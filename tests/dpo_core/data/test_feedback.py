@@ -293,6 +293,12 @@ def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     assert str(found).startswith(f"Line 1, {pointer}: " if pointer else "Line 1: ")
 
 
+def test_the_role_function_is_refused_with_the_role_that_replaced_it():
+    row = {**CONVERSATIONS, "prompt": [{**USER, "role": "function"}]}
+    with pytest.raises(InvalidRow, match="which OpenAI has replaced; use role 'tool' and give the message a tool_call"):
+        list(read_groups(lines(row)))
+
+
 def called(**changes: object) -> dict[str, object]:
     return {"role": "assistant", "tool_calls": [{**CALL, **changes}]}
 

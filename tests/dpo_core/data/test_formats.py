@@ -809,7 +809,7 @@ def refusal_of(row: object) -> InvalidRow | None:
 def test_a_row_of_no_known_format_is_refused_with_its_keys_and_a_remedy():
     with pytest.raises(
         InvalidRow,
-        match=r"its keys are question, of none of the known formats, .* name the columns of its roles \(of chat",
+        match=r"its columns \(question\) match no known format; .* say with `columns` which column is the prompt",
     ):
         list(read_groups(lines({"question": "Why?"})))
 
@@ -919,7 +919,7 @@ def test_a_system_prompt_by_another_name_is_refused_with_the_columns_that_help(k
     row = {**TEXTS_OF_ASK, key: "Be brief."}
     (problem,) = survey(lines(row)).problems
     assert (problem.code, problem.pointer) == ("unread_column", f"/{key}")
-    assert f"name the columns of its roles: system={key}, or remove it" in problem.message
+    assert f"say with `columns` which column has which role: system={key}, or remove it" in problem.message
     (record,) = read_records(lines(row), columns={"system": key})
     assert record.groups[0].prompt == [SYSTEM, *PROMPT]
 
@@ -958,7 +958,7 @@ def test_images_are_refused_under_any_spelling(key):
 def test_a_label_by_another_name_is_refused_with_the_column_that_helps():
     row = {"messages": [*PROMPT, *PAIR[0]], "thumbs_up": False}
     (problem,) = survey(lines(row)).problems
-    assert "name the columns of its roles: label=thumbs_up" in problem.message
+    assert "say with `columns` which column has which role: label=thumbs_up" in problem.message
     (record,) = read_records(lines(row), columns={"label": "thumbs_up"})
     assert record.groups[0].ratings == (0.0,)
 
@@ -989,7 +989,7 @@ def test_columns_without_a_known_meaning_or_a_tie_are_ignored():
 )
 def test_a_row_of_unknown_columns_is_refused_with_the_columns_to_name(row, columns):
     (problem,) = survey(lines(row)).problems
-    told = problem.message.partition("name the columns of its roles: ")[2].removesuffix(".")
+    told = problem.message.partition("say with `columns` which column has which role: ")[2].removesuffix(".")
     assert dict(part.split("=") for part in told.split(", ")) == columns
     assert survey(lines(row), columns=columns).refusal is None
 
@@ -1003,7 +1003,7 @@ def test_a_row_of_unknown_columns_is_refused_with_the_columns_to_name(row, colum
     ],
 )
 def test_columns_that_would_not_help_are_not_suggested(row):
-    assert "name the columns of its roles (of " in survey(lines(row)).problems[0].message
+    assert "say with `columns` which column is the prompt" in survey(lines(row)).problems[0].message
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen"])

@@ -301,7 +301,7 @@ def test_batches_are_those_of_the_run_or_a_function_of_the_step_before(make_poli
 
 
 def test_an_iterator_of_batches_cannot_be_resumed_and_is_refused(policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(TypeError, match="is a list_iterator; give a list of the run's batches, or a function"):
+    with pytest.raises(TypeError, match="is a list_iterator; give a list with one batch per step, or a function"):
         run(DPO, policy, tokenizer, iter([pairs]), tmp_path, total_steps=1)
 
 
