@@ -150,8 +150,8 @@ class Streams:
             await asyncio.sleep(MERGE_SECONDS)
 
     async def _look_at(self, job_ids: Iterable[str]) -> None:
-        # It keeps the objects, not the ids: while this reads, a job's last stream may leave and another one join. That
-        # one has a new object, which is read next.
+        # `looked` keeps the Watched objects, not the ids: during the read, a job's last stream may leave and another
+        # stream join. The other stream has a new Watched object, which is read next.
         looked = {job_id: self._watched[job_id] for job_id in job_ids if job_id in self._watched}
         places = {job_id: watched.last for job_id, watched in looked.items()}
         async with self._store.begin() as session:
