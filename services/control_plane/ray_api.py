@@ -132,7 +132,7 @@ class RayApi:
     async def submit_check(self, submission_id: str, request_uri: str) -> None:
         """Launches the check of a training file in Ray.
 
-        Ray accepts a submission id only once, so it starts at most once.
+        Ray accepts an id only once, so the check starts at most once.
         """
         await self._submit(submission_id, "services.training.check_program", request_uri, {})
 

@@ -41,7 +41,7 @@ class Past:
     """The facts that a decision depends on, beside the job, its open attempt and the attempt's status in Ray."""
 
     slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
-    failures: int  # attempts that died by themselves, since the last one that left a new checkpoint
+    failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
     limit: int  # the number of failures at which the job is given up
     rested_seconds: float = 0.0  # seconds since the last failure, by the database's clock
     hung: bool = False  # Ray says that the attempt runs, but it gave no sign of life for too long

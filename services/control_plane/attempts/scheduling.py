@@ -66,7 +66,7 @@ def what_each_waits_for(
 class _Turns:
     """Iterates over the waiting jobs in the order of their turns.
 
-    A call of `start` changes the order of the other jobs.
+    A call of `start` changes the order of the jobs that follow.
     """
 
     def __init__(self, running: Sequence[Job], waiting: Sequence[Job], shares: Mapping[str, Share]) -> None:

@@ -17,7 +17,7 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.tables import DEFAULT_PROJECT, Key, Project
 
 Scope = Literal["read", "write", "inference", "admin"]
-MAX_KEYS = 100  # the most working keys of a project whose own admin makes them; each has its own requests per minute
+MAX_KEYS = 100  # the most valid keys that a project's own admin may create; each key has its own requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -35,7 +35,10 @@ class Caller:
 
     @property
     def manages_all(self) -> bool:
-        """Whether the caller's admin scope covers all projects. It does for the default project's callers only."""
+        """Whether the caller's admin scope covers all projects.
+
+        This is true only for callers of the default project.
+        """
         return self.project_id == DEFAULT_PROJECT
 
 
@@ -70,7 +73,7 @@ async def create(
 
 
 async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
-    """Raises InvalidRequest if the caller asks for a faster key, or for more keys, than its project may have.
+    """Raises InvalidRequest if the caller asks for more requests per minute, or more keys, than its project may have.
 
     `usual` is the setting `requests_per_minute`, the highest limit that a project's own admin may give to a key. Admins
     of the default project have no limit.

@@ -68,14 +68,14 @@ from services.control_plane.core.tables import (
 )
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; those behind them wait
+QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; the jobs behind these wait
 STATEMENT_SECONDS = 30  # the server cancels a statement after this long, even if it only waits for a lock
 IDLE_SECONDS = 60  # the server ends a transaction that is idle for this long
 ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # a connection whose server does not answer for this long counts as lost
 RECYCLE_SECONDS = 1800  # a connection is replaced at this age, because the server's name may have a new address
 
 # Each end of a connection notices within seconds that the other end has vanished. Connections are made to a server that
-# takes writes only, so that after a failover none leads to the standby.
+# takes writes only, so that after a failover no connection leads to the standby.
 CONNECTING = {
     "connect_timeout": "5",
     "tcp_user_timeout": "10000",
@@ -213,8 +213,8 @@ class Store:
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
         """Opens a transaction that sees and writes the rows of one project only.
 
-        The transaction can also read models that other projects share with the project, and rows that belong to no
-        project.
+        The limit applies to the tables with an owner (class Owned). The transaction can also read the models that other
+        projects share with the project.
         """
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
             yield session
@@ -418,9 +418,9 @@ async def page(
 ) -> tuple[list[Row], bool]:
     """Returns one page of the query's rows, sorted by the columns `keys`, and whether more rows follow.
 
-    The values of `keys` must together be unique. `after` identifies the last row of the previous page by its value in
-    column `cursor`, or in the last of `keys` if there is no `cursor`. Raises InvalidRequest if no row of `query` has
-    that value.
+    The values of all `keys` together must be unique in each row. `after` identifies the last row of the previous page
+    by its value in column `cursor`, or in the last of `keys` if there is no `cursor`. Raises InvalidRequest if no row
+    of `query` has that value.
     """
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
@@ -458,7 +458,7 @@ class History:
     """Counts of a job's attempts and of its failures so far."""
 
     total: int
-    failures: int  # attempts that died by themselves, counted from the last one that left a new checkpoint
+    failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
     rested_seconds: float  # seconds since the last failure, by the database's clock; 0 if there was no failure
 
 

@@ -150,8 +150,8 @@ async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -
 async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
     """Returns the training file with this id, locked against deletion until the transaction ends.
 
-    Raises InvalidRequest if the file is no training file, its rows have not been checked yet, or the check refused
-    them.
+    Raises NotFound if there is no such file, and InvalidRequest if the file is no training file, its rows have not been
+    checked yet, or the check refused the rows.
     """
     row = await _find(session, file_id, param, lock="share")
     if row.purpose != TRAINING:
@@ -206,7 +206,7 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
     The caller must delete the bytes at these URIs after the commit.
     """
     over = select(File).where(File.deleted_at.is_(None), File.expires_at <= func.clock_timestamp())
-    for name in NEEDED:  # otherwise files that jobs need for long would fill the first `most`
+    for name in NEEDED:  # or files that jobs need for long would fill the first `most` rows
         over = over.where(File.id.not_in(select(Job.spec[name].astext).where(_lives(name))))
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True)))
     needed = await needed_by(session, [row.id for row in rows])  # a job may have taken a file before its lock
@@ -219,8 +219,8 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
 async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str]:
     """Returns the ids of the files that a live job trains on or validates with, each with the id of one such job.
 
-    A live job is one that has not ended. The caller must hold locks on the files, so that no new job takes one
-    meanwhile.
+    A live job is one that has not ended. The caller must hold locks on the files, so that no new job can name one of
+    the files meanwhile.
     """
     needed: dict[str, str] = {}
     for name in NEEDED:

@@ -31,7 +31,7 @@ from services.control_plane.ray_api import RayApi, Refused
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import projects
 
-CHECKING = 1  # the version of the check; raise it when the same content gives another result
+CHECKING = 1  # the version of the check; raise the version when the same content gives another result
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.5
 FAILURE_SECONDS = 60.0  # a failure is reported for this long; then the check is tried again
@@ -60,8 +60,8 @@ class Check:
 def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings, instance: str) -> Check:
     """Returns the check of a file with a model. The same bytes, model and options give the same check.
 
-    Projects do not share checks, so that none learns which files another one has checked. Neither do services on one
-    cluster.
+    Projects do not share checks, so that no project learns which files another project has checked. Services on one
+    cluster do not share checks either.
     """
     reading, project = reading_of(file), file.project_id
     content = [

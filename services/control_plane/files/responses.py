@@ -73,8 +73,8 @@ def part_object(row: UploadPart) -> dict[str, Any]:
 def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
     """Returns a check as a `dataset.check` object: its status, and the report on the file's rows.
 
-    `result` is the report on the encoding of the rows for a model; None if the request named no model, or the check
-    still runs.
+    `result` is the result of encoding the rows for a model; None if the request named no model, or the check still
+    runs.
     """
     error = result.error if result else None
     of_model = result.report or {} if result else {}

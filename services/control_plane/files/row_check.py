@@ -39,7 +39,7 @@ BEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 GIVEN_UP_AFTER = timedelta(days=1)
-LEASE = "check of "  # a lease's name is this and a file's id
+LEASE = "check of "  # the name of a file's lease is this text and the file's id
 
 
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("checks at once")

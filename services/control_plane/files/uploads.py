@@ -137,7 +137,7 @@ async def cancel(session: AsyncSession, upload_id: str) -> Upload:
 
 
 async def expire(session: AsyncSession, most: int, settings: Settings) -> list[str]:
-    """Marks at most `most` uploads as expired whose time is over. Returns the storage folders of these uploads.
+    """Marks uploads whose time is over as expired, at most `most` of them. Returns the storage folders of their parts.
 
     Skips uploads that are being completed. The caller must delete the folders after the commit.
     """

@@ -15,7 +15,7 @@ HEAD_SECONDS = 30.0
 class Protocol(HttpToolsProtocol):
     """A client's connection. The client must send the headers within 30 seconds and 64 KiB, and read the response."""
 
-    _head_bytes: int | None = 0  # received of the request line and headers; None: they are complete
+    _head_bytes: int | None = 0  # bytes received of the request line and headers; None: both are complete
     _head_timer: asyncio.TimerHandle | None = None
     _unread: int | None = None  # bytes that were unsent at the last check; None: all were sent
     _read_timer: asyncio.TimerHandle | None = None

@@ -1,4 +1,4 @@
-"""Plans jobs: estimates, before a job is submitted, whether it fits into the memory of its workers."""
+"""Plans jobs: estimates, before a job is submitted, whether the job fits into the memory of its workers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -121,7 +121,7 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
         rows, _ = rows_of(None, None, spec)
         found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room) if room else None
     except ValueError:
-        return  # the plan cannot say; the job itself reports what is wrong with the model
+        return  # no plan is possible; the job itself reports the error of the model
     # A model with a `text_config` is loaded in part only, so the plan would be too high.
     if found is None or room is None or found.memory.least <= room or "text_config" in shapes.config:
         return

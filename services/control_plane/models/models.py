@@ -33,7 +33,7 @@ class NamedModel:
     job_id: str | None = None  # None: a base model
     base_source: str | None = None  # source of an adapter's base model; None: the model holds all weights
     adapter: Lora | None = None  # the options of an adapter
-    quantization: Quantization | None = None  # of the base that the adapter was trained on
+    quantization: Quantization | None = None  # quantization of the base that the adapter was trained on
     num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
 
     @property
@@ -197,9 +197,10 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Marks those of the models as deleted that are not shared, not loaded, and named by no job. Returns their ids.
+    """Marks models as deleted that are not shared, not loaded, and named by no job. Returns the ids of these models.
 
-    Locks all the models first, and so waits for requests that share one of them or start a job from one.
+    Locks all models in `model_ids` first, and so waits for requests that share one of the models or start a job from
+    it.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)

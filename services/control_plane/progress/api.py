@@ -28,8 +28,8 @@ StreamsPart = Annotated[Streams, Depends(_streams)]
 class EventStream(StreamingResponse):
     """A response that sends server-sent events in the request's own task.
 
-    (Starlette would use two more tasks, sse-starlette four.) The response ends if the client has left; it checks this
-    each time there was nothing to send for a while.
+    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, the response checks
+    whether the client has left, and ends if so.
     """
 
     media_type = "text/event-stream"

@@ -26,7 +26,7 @@ class Share:
 
     max_running_jobs: int | None = None  # None: no limit
     weight: float = 1.0
-    worker_hours: float = 0.0  # of its attempts in the last day: workers times hours
+    worker_hours: float = 0.0  # workers times hours of the project's attempts in the last day
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str])
     project = await session.get_one(Project, project_id)
     if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
         project = await projects.lock(session, project.id)  # so that no two submissions count at the same time
-    if project.archived_at is not None:  # it was archived after the key was looked up
+    if project.archived_at is not None:  # the project was archived after the key was looked up
         raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
     if project.max_queued_jobs is not None:
         of_project = select(func.count()).select_from(Job).where(Job.project_id == project.id)

@@ -100,7 +100,10 @@ class Sender:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """Claims the oldest due row of each endpoint, as long as more sends may be under way. Projects take turns."""
+        """Claims rows to send now: the oldest due row of each endpoint, up to AT_ONCE sends under way.
+
+        Projects take turns.
+        """
         if self._under_way.total() >= AT_ONCE:
             return []
         async with self._store.begin() as session:
@@ -135,8 +138,8 @@ class Sender:
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
         """Returns the claims that are sent now, and counts them as under way.
 
-        A project may have at most as many sends under way as there are free places, of AT_ONCE in all. So if one
-        project's endpoints are slow, half of the places stay free for other projects; if those of two projects are
+        In all, AT_ONCE sends may be under way. A project may have at most as many of them as are still free. So if one
+        project's endpoints are slow, half of the sends stay free for other projects; if two projects' endpoints are
         slow, a third.
         """
         sent, per_project = [], Counter[str]()
@@ -201,7 +204,7 @@ class Sender:
             elif claim.endpoint.num_failures:
                 answers = update(WebhookEndpoint).where(WebhookEndpoint.id == claim.endpoint.id)
                 await session.execute(answers.values(num_failures=0, retry_at=None))
-        shown = outcome.partition(":")[0]  # what follows may quote the URL, which may hold a secret of its owner
+        shown = outcome.partition(":")[0]  # the rest may quote the URL, which may hold a secret of its owner
         log.info("Webhook %s to %s, send %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
 
 

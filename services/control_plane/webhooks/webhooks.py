@@ -28,7 +28,7 @@ from services.uri import InvalidUri, check
 
 SETTING = "webhook_urls"
 EVENT_TYPES = tuple(f"fine_tuning.job.{state}" for state in TERMINAL)
-MAX_ENDPOINTS = 100  # the most of a project; the transaction that ends a job writes a row for each
+MAX_ENDPOINTS = 100  # the most endpoints of a project; the transaction that ends a job writes a row for each endpoint
 OLD_SECRET_KEPT = timedelta(hours=24)
 
 
