@@ -1,1 +1,4 @@
-"""The control plane: the REST API, the database of jobs, and the reconciler. It imports no torch and no ray."""
+"""The control plane: the REST API, the database of jobs, and the reconciler.
+
+Nothing in this package imports torch or ray.
+"""

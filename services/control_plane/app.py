@@ -1,4 +1,7 @@
-"""Builds the control plane's parts and connects them. No other module builds them."""
+"""Builds the control plane: the FastAPI app, the database store, the client of Ray and the background tasks.
+
+No other module builds these parts or connects them.
+"""
 
 import asyncio
 import logging
@@ -51,11 +54,11 @@ from services.control_plane.webhooks.outbox import Sender
 
 log = logging.getLogger(__name__)
 
-JOINED_AT_ONCE = 4  # uploads that are joined at a time; each holds a database connection meanwhile
+JOINED_AT_ONCE = 4  # the most uploads that are joined at the same time; each holds a database connection meanwhile
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Returns the service for one database and one Ray cluster. The database must have the newest schema."""
+    """Returns the control plane's FastAPI app. The database must have the newest schema before the app starts."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     checks = [Depends(admit), Depends(check_query)]
@@ -85,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
 
-    async def project_of(token: str) -> str | None:  # it is called when the app has its parts
+    async def project_of(token: str) -> str | None:  # only requests call this; app.state has its parts by then
         return await cast(Authentication, app.state.authentication).project_of(token)
 
     app.add_middleware(Limits, settings=settings, project_of=project_of)
@@ -127,7 +130,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _end_process(part: asyncio.Task[None]) -> None:
-    """Ends the process if a part ended without being cancelled. The process is then started anew."""
+    """Ends this process if a background task has ended without being cancelled.
+
+    The supervisor of the process must start it again.
+    """
     if not part.cancelled():
         log.critical("%s has ended, and the process ends with it", part.get_name(), exc_info=part.exception())
         os.kill(os.getpid(), signal.SIGTERM)
@@ -142,7 +148,10 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """Answers FastAPI's 422 as OpenAI's 400. The first item of a location says where: body, query or path."""
+    """Answers 400 in OpenAI's form where FastAPI would answer 422.
+
+    The first item of an error's location names a part of the request: body, query or path.
+    """
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -153,7 +162,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, ApiError):  # it was raised while FastAPI read the body
+    if isinstance(error.__cause__, ApiError):  # the ApiError was raised while FastAPI read the body
         return await _on_api_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
@@ -172,7 +181,7 @@ async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
-    """Answers 503 if the database is down, takes no writes, or has no connection free. Clients retry by themselves."""
+    """Answers 503 if the database is down, refuses writes or has no free connection. OpenAI's clients retry a 503."""
     if isinstance(error, DBAPIError) and refuses_value(error):
         return await _on_data_error(request, error)
     log.warning("The database does not answer: %s", error)
@@ -184,7 +193,7 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
 
 
 async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
-    """Answers 400 if the database cannot store, or compare with, a value of the request."""
+    """Answers 400 if the request holds a value that the database cannot store or compare with."""
     assert isinstance(error, DBAPIError)
     log.warning("A value was refused by the database: %s", error.orig)
     message = "A value in the request cannot be stored: it holds a NUL character, or is too large; change it."

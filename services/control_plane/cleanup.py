@@ -1,6 +1,7 @@
-"""Removes what nobody needs any more. It runs beside the reconciler, in the control plane that holds its lease.
+"""Removes expired and deleted objects from storage and the database. Runs beside the reconciler that has the lease.
 
-A sweep may run twice, or in two processes at once, without harm. Each removes a limited amount; the next one goes on.
+A sweep is one pass over the objects of one sort. A sweep may run twice, or in two processes at once, without harm. Each
+sweep removes a limited number of objects; the next one goes on.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ TRASH_SECONDS = 30 * 86_400  # files stay in the trash for this long, in case an
 
 
 class Sweeper:
-    """Runs the sweeps when they are due, each at its interval in seconds. After a start all are due."""
+    """Runs each sweep at its own interval. After a start of the process, all sweeps are due."""
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
         self._store, self._ray_api, self._settings = store, ray_api, settings
@@ -54,7 +55,7 @@ class Sweeper:
         self._swept = [float("-inf")] * len(self._sweeps)
 
     async def sweep(self) -> None:
-        """Runs the sweeps that are due. One that fails is logged, and runs again when it is due again."""
+        """Runs the sweeps that are due. A sweep that fails is logged, and runs again when it is next due."""
         for number, (seconds, sweep) in enumerate(self._sweeps):
             if time.monotonic() - self._swept[number] < seconds:
                 continue
@@ -93,7 +94,10 @@ class Sweeper:
         await _remove(checks)
 
     async def _put_away(self) -> None:
-        """Moves files that no row names to the trash. Deletes those of deleted rows, and of writes that broke off."""
+        """Moves files in storage that no database row names to the trash.
+
+        Deletes instead the files whose rows are marked as deleted, and the remains of interrupted writes.
+        """
         ages = await self._ages("files")
         old = [name for name, seconds in ages.items() if seconds > GRACE_SECONDS]
         async with self._store.begin() as session:
@@ -106,7 +110,10 @@ class Sweeper:
             await self._move(name, "files", "trash")
 
     async def _empty_trash(self) -> None:
-        """Moves files back that a row names, since the database was restored to another moment. Deletes old ones."""
+        """Deletes files that have been in the trash for TRASH_SECONDS, and moves files that rows name back.
+
+        A row can name a file in the trash after the database was restored to an earlier moment.
+        """
         ages = await self._ages("trash")
         async with self._store.begin() as session:
             alive = select(File.id).where(_among(File.id, list(ages)), File.deleted_at.is_(None))
@@ -130,7 +137,7 @@ class Sweeper:
         await _remove([self._place("uploads", name) for name in over[:MOST]])
 
     async def _remove_models(self) -> None:
-        """Deletes the bytes of deleted models that are still there, and all other files of deleted checkpoints."""
+        """Deletes the files of deleted models from storage; for a checkpoint's model, all files of the checkpoint."""
         place = func.coalesce(Checkpoint.uri, Model.source)
         left = select(Model.id, place).outerjoin(Checkpoint, Checkpoint.model_id == Model.id)
         left = left.where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
@@ -144,7 +151,7 @@ class Sweeper:
         return storage.join(self._settings.storage_url, *names)
 
     async def _ages(self, *folder: str) -> dict[str, float]:
-        """Returns the files of a folder, with the seconds since each was written."""
+        """Returns the names of the files in a storage folder, each with the seconds since the file was written."""
         return dict(await anyio.to_thread.run_sync(storage.list_ages, self._place(*folder)))
 
     async def _move(self, name: str, folder: str, target: str) -> None:
@@ -153,7 +160,7 @@ class Sweeper:
 
 
 def _among(column: InstrumentedAttribute[str], names: list[str]) -> ColumnElement[bool]:
-    """Like `in_`, which takes at most 65,535 values."""
+    """Returns the condition that the column has one of the values. (SQLAlchemy's `in_` takes at most 65,535 values.)"""
     return column == any_(literal(names, ARRAY(Text)))
 
 
@@ -166,9 +173,10 @@ async def _remove(uris: list[str]) -> None:
 
 
 async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
-    """Stops Ray jobs whose attempts have ended, because they started late or ignored a stop. Returns their ids.
+    """Stops Ray jobs that still run although their attempts have ended. Returns the ids of the stopped Ray jobs.
 
-    Ray jobs that this database does not know belong to another service, and are left alone.
+    Such a Ray job started late or ignored a request to stop. Ray jobs that this database does not know belong to
+    another service, and are left alone.
     """
     running = [attempt for attempt in map(_attempt_of, await ray_api.live_submissions()) if attempt]
     async with store.begin() as session:

@@ -1,4 +1,7 @@
-"""Ray over HTTP: its Jobs API runs attempts, its Serve API runs models. The control plane imports no ray."""
+"""Calls Ray over HTTP: the Jobs API runs attempts, and the Serve API runs models.
+
+The control plane does not import ray. An attempt is one execution of a job on the Ray cluster.
+"""
 
 import asyncio
 import re
@@ -28,21 +31,21 @@ STOP_SECONDS = 30  # from SIGTERM to SIGKILL, for an attempt to write a checkpoi
 TRANSIENT = (408, 425, 429)  # the 4xx that mean: try again later
 MOST_CHARACTERS = 300  # of Ray's message in an error
 VIEW_SECONDS = 0.5  # requests within this time share one look at Serve
-NODES_ANSWER_SECONDS = 2  # a submission waits at most this long for what Ray says of its machines
+NODES_ANSWER_SECONDS = 2  # a submission waits at most this long for Ray's list of machines
 NODES_SECONDS = 10  # submissions within this time share one look at the machines
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What Ray says of one of its jobs."""
+    """The state of a job in Ray, as Ray reports it."""
 
     status: AttemptStatus
-    error_type: str | None = None  # how it failed, in Ray's categories
-    exit_code: int | None = None  # of its driver; negative: the number of the signal that killed it
-    message: str = ""  # Ray's, with the last lines of the driver's log
+    error_type: str | None = None  # how the job failed, in Ray's categories
+    exit_code: int | None = None  # of the job's driver; negative: the number of the signal that killed the driver
+    message: str = ""  # Ray's message, with the last lines of the driver's log
 
     def cause(self) -> str:
-        """Says why an attempt ended that reported no outcome, for the user."""
+        """Returns the reason, for the user, why an attempt ended without reporting an outcome."""
         if self.status == "absent":
             return "the cluster it ran on is gone"
         if self.error_type and self.error_type.startswith(NEVER_STARTED):
@@ -55,7 +58,7 @@ class Submission:
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:
-    """Returns the signal that killed a process, by its exit status as Python (-9) or a shell (137) gives it."""
+    """Returns the signal that a process died of, by its exit status from Python (-9) or a shell (137); else None."""
     if exit_code is None:
         return None
     number = -exit_code if exit_code < 0 else exit_code - 128
@@ -67,7 +70,7 @@ UNKNOWN = Submission("unknown")
 
 @dataclass(frozen=True)
 class Application:
-    """What Serve says of one of its applications."""
+    """The state of an application in Ray Serve, as Serve reports it."""
 
     state: Literal["loading", "running", "failed", "stopping"]
     message: str
@@ -75,30 +78,30 @@ class Application:
 
 @dataclass(frozen=True)
 class ServeView:
-    """What Serve ran at one moment."""
+    """The state of Ray Serve at one moment."""
 
-    applications: dict[str, Application]  # our own
-    base_url: str | None  # of its HTTP proxy; None while Serve is not up
+    applications: dict[str, Application]  # this service's own
+    base_url: str | None  # of Serve's HTTP proxy; None while Serve is not up
     seen_at: float
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, as Ray's agent on it measures it."""
+    """A machine of the Ray cluster, with its memory as Ray's agent on the machine measures it."""
 
-    memory: int  # bytes; its container's, if it runs in one
+    memory: int  # bytes; those of the container, if Ray runs in one
     gpus: tuple[int, ...]  # bytes of each GPU
 
 
 class Refused(Exception):
-    """Ray refuses a launch, and would refuse it again. The message is Ray's."""
+    """Ray refused a launch, and would refuse the same launch again. The message is Ray's."""
 
 
 class RayApi:
-    """Ray's HTTP APIs. Every call may raise httpx.HTTPError; then nothing is known, and callers change nothing.
+    """A client of Ray's HTTP APIs. Its methods may raise httpx.HTTPError; the caller must then change nothing.
 
-    The cluster may be shared. `instance` returns the id with which the names of this service's applications begin in
-    Ray. Callers see neither that id nor other services' applications.
+    Several services may share a cluster. `instance` returns the id that the names of this service's applications in Ray
+    contain. Callers of this class see neither that id nor the applications of other services.
     """
 
     def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
@@ -109,7 +112,7 @@ class RayApi:
         )
         self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
-        self._nodes: tuple[float, list[Node]] | None = None  # when they were looked at, and the machines
+        self._nodes: tuple[float, list[Node]] | None = None  # the time of the last look, and the machines
         self._looking = asyncio.Lock()
 
     async def close(self) -> None:
@@ -118,16 +121,19 @@ class RayApi:
     # --- attempts ---------------------------------------------------------------------------
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
-        """Launches an attempt. Ray refuses a second submission of one id, so this acts at most once.
+        """Launches an attempt in Ray. Ray accepts a submission id only once, so the attempt starts at most once.
 
-        Raises Refused if Ray would refuse it again.
+        Raises Refused if Ray would refuse the launch again.
         """
         # Ray's job supervisor reads the second variable, and so does the driver.
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         await self._submit(submission_id, "services.training.driver", spec_uri, environment)
 
     async def submit_check(self, submission_id: str, request_uri: str) -> None:
-        """Launches a check of a training file, also at most once."""
+        """Launches the check of a training file in Ray.
+
+        Ray accepts an id only once, so the check starts at most once.
+        """
         await self._submit(submission_id, "services.training.check_program", request_uri, {})
 
     async def _submit(self, submission_id: str, program: str, uri: str, environment: dict[str, str]) -> None:
@@ -148,7 +154,10 @@ class RayApi:
         return (await self._submission(submission_id)).status
 
     async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
-        """Returns what Ray says of these jobs. It asks for all jobs at once, then for each one that is missing."""
+        """Returns the states of these jobs in Ray; UNKNOWN for each job if Ray does not answer.
+
+        Asks Ray for all jobs at once, then for each job that is missing in the list.
+        """
         if not submission_ids:
             return {}
         try:
@@ -161,7 +170,11 @@ class RayApi:
         return told
 
     async def _submission(self, submission_id: str) -> Submission:
-        """Asks for one job. It is `absent` only if Ray says that it does not know the id; otherwise `unknown`."""
+        """Returns the state of one job in Ray.
+
+        The status is `absent` only if Ray says that it does not know the id; without a usable answer the status is
+        `unknown`.
+        """
         try:
             answer = await self._ray.get(f"/api/jobs/{submission_id}")
         except httpx.HTTPError:
@@ -171,20 +184,20 @@ class RayApi:
         return _submission(answer.json()) if answer.status_code == 200 else UNKNOWN
 
     async def _jobs(self) -> list[dict[str, Any]]:
-        """Returns all jobs of the cluster, also those of others."""
+        """Returns all jobs of the Ray cluster, including those of other services."""
         jobs: list[dict[str, Any]] = (await self._ray.get("/api/jobs/")).raise_for_status().json()
         return jobs
 
     async def stop(self, submission_id: str) -> None:
-        """Asks Ray to stop a job: with SIGTERM, then SIGKILL."""
+        """Asks Ray to stop a job, first with SIGTERM, then with SIGKILL."""
         (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
 
     async def live_submissions(self) -> list[str]:
-        """Returns the submission ids of all jobs that run or wait to run."""
+        """Returns the submission ids of all jobs in Ray that run or wait to run."""
         return [job["submission_id"] for job in await self._jobs() if job["status"] in LIVE and job["submission_id"]]
 
     async def capacity(self) -> dict[str, float]:
-        """Returns how much of each resource the cluster has or may grow to; nothing if Ray does not say."""
+        """Returns the amounts of CPUs and GPUs that the cluster has or may grow to; {} if Ray does not answer."""
         try:
             nodes = (await self._ray.get("/api/v0/nodes")).raise_for_status().json()["data"]["result"]["result"]
         except (httpx.HTTPError, KeyError, TypeError):
@@ -196,7 +209,7 @@ class RayApi:
         return amounts
 
     async def nodes(self) -> list[Node]:
-        """Returns the living machines, as they were at most ten seconds ago; none if Ray does not say."""
+        """Returns the cluster's live nodes, at most ten seconds old; an empty list if Ray does not answer."""
         if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_SECONDS:
             self._nodes = time.monotonic(), await self._look_at_nodes()
         return self._nodes[1]
@@ -213,17 +226,17 @@ class RayApi:
     # --- models -----------------------------------------------------------------------------
 
     async def own_name(self, app_name: str) -> str:
-        """Returns an application's name in Ray, which is also its route."""
+        """Returns the full name of this service's application in Ray, which is also the application's route."""
         return f"{await self._prefix()}{app_name}"
 
     async def _prefix(self) -> str:
         return f"raydpo-{await self._instance()}-"
 
     async def serve(self, deployments: Sequence[Deployment]) -> None:
-        """Makes Serve run these applications for this service, and no others.
+        """Makes Serve run these applications, and no other applications of this service.
 
-        A PUT removes every application that it leaves out, if it came through this API. So it repeats the applications
-        of others as they were submitted; Serve leaves unchanged ones alone.
+        A PUT to Serve removes every application that the request leaves out, if a PUT has deployed it. So the request
+        repeats the applications of other services as they were submitted; Serve leaves unchanged applications alone.
         """
         prefix = await self._prefix()
         status = await self._serve_status()
@@ -232,14 +245,14 @@ class RayApi:
             "applications": [*others, *(_config(deployment, prefix) for deployment in deployments)],
             "proxy_location": "HeadOnly",
             "http_options": self._http_options(),
-            "target_capacity": status.get("target_capacity"),  # it holds for all applications, so it stays
+            "target_capacity": status.get("target_capacity"),  # holds for all applications, so the value stays
         }
         answer = await self._ray.put(SERVE_API, json=body, timeout=60)
         answer.raise_for_status()
         self._view = None
 
     async def look(self) -> ServeView:
-        """Returns what Serve runs, as it was at most half a second ago."""
+        """Returns the state of Ray Serve, at most half a second old."""
         async with self._looking:
             if self._view is None or time.monotonic() - self._view.seen_at > VIEW_SECONDS:
                 self._view = self._read(await self._serve_status(), await self._prefix())
@@ -251,7 +264,10 @@ class RayApi:
         return status
 
     def _http_options(self) -> dict[str, Any]:
-        """Returns the address at which Serve listens if our PUT starts it: on loopback if Ray is there."""
+        """Returns the address on which Serve listens if a PUT of this service starts Serve.
+
+        The host is on loopback if Ray's address is.
+        """
         url = urlsplit(self._settings.serve_url or self._settings.ray_url)
         host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"
         return {"host": host, "port": url.port if self._settings.serve_url else SERVE_PORT}
@@ -267,7 +283,7 @@ class RayApi:
 
 
 async def _check_json(answer: httpx.Response) -> None:
-    """Raises httpx.DecodingError if the answer is no JSON, such as the page of a proxy in front of Ray."""
+    """Raises httpx.DecodingError if Ray's answer is not JSON but, for example, the page of a proxy in front of Ray."""
     if answer.request.method == "GET" and answer.is_success:
         await answer.aread()
         try:
@@ -298,7 +314,10 @@ def _config(deployment: Deployment, prefix: str) -> dict[str, Any]:
 
 
 def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
-    """Returns others' applications as they were submitted, without those of `serve.run`, which a PUT leaves alone."""
+    """Returns the configs of other services' applications as they were submitted.
+
+    Leaves out the applications that `serve.run` has deployed, because a PUT leaves them alone.
+    """
     configs = []
     for name, app in applications.items():
         if name.startswith(prefix) or app["source"] != "declarative" or app["status"] == "DELETING":

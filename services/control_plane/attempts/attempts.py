@@ -1,4 +1,7 @@
-"""The life of an attempt, from its first row to its end. Only this module writes what attempts report."""
+"""Creates, updates and ends attempts, and records their reports. No other module records reports.
+
+An attempt is one execution of a job on the Ray cluster.
+"""
 
 import secrets
 from collections.abc import Sequence
@@ -40,7 +43,10 @@ from services.control_plane.settings import Settings
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Writes the row of an attempt before the launch, so that no launch is unknown. Clears its job's `waits_for`."""
+    """Adds the row of a new attempt to the database, and clears the `waits_for` of the attempt's job.
+
+    Call this function before Ray launches the attempt, so that the database knows of every launch.
+    """
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0
     session.add(attempt)
@@ -51,9 +57,9 @@ async def begin(
 
 
 async def give_token(session: AsyncSession, attempt: Attempt) -> str:
-    """Makes a token for the next launch of the attempt and keeps its digest.
+    """Creates a token for the attempt's next launch, stores the token's digest and returns the token.
 
-    The token of the launch before stays good, because Ray may have accepted that launch though its answer was lost.
+    The token of the previous launch stays valid: Ray may have accepted that launch although Ray's answer was lost.
     """
     token = secrets.token_urlsafe(32)
     digests = func.right(func.concat_ws(" ", Attempt.token, digest(token)), 2 * len(digest(token)) + 1)
@@ -68,7 +74,7 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Closes the attempt; its reports are refused from now on. Returns False if it was closed before."""
+    """Marks the attempt as ended, so that its later reports are refused. Returns False if it had ended before."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
@@ -93,13 +99,13 @@ def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
 
 
 async def last_failure(session: AsyncSession, job_id: str) -> str | None:
-    """Returns why the newest of the job's failed attempts ended."""
+    """Returns the reason for the end of the job's newest failed attempt; None if no attempt failed."""
     newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
     return await session.scalar(newest.limit(1))
 
 
 async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> None:
-    """Notes why the attempt is being stopped. Writes an event about it the first time."""
+    """Stores why the attempt is being stopped and adds an event to the job, unless a reason is stored already."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
@@ -108,9 +114,10 @@ async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> Non
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str, own_token: str | None = None) -> None:
-    """Raises Fenced unless the attempt is open and the token is its own. `own_token`, if given, replaces the token.
+    """Raises Fenced if the attempt has ended, or if `token` is not one of the attempt's tokens.
 
-    Ray's list of jobs shows the token of a launch. The one that replaces it is known to the attempt alone.
+    If `own_token` is given, it replaces `token` from now on. Ray's list of jobs shows the token of a launch, but only
+    the attempt knows `own_token`.
     """
     attempt = await session.get(Attempt, (job_id, number))
     if attempt is None or attempt.state == "ended" or digest(token) not in attempt.token.split():
@@ -136,10 +143,11 @@ async def record(
     *,
     posted: bool,
 ) -> None:
-    """Records what an attempt reports: in order, and each report once, however often it is sent.
+    """Records an attempt's reports in order, each once, even if the attempt sends a report several times.
 
-    `posted` says that the attempt sent the reports itself, which is a sign of life. Otherwise they come from its spool,
-    where only new ones are a sign of life.
+    `posted` says whether the attempt itself sent the reports; then even repeated reports are a sign of life. Otherwise
+    the reports come from the attempt's spool (its files of reports in storage), and only new reports are a sign of
+    life. Raises Fenced if the attempt has ended.
     """
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
@@ -163,7 +171,10 @@ async def record(
 
 
 async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
-    """Records reports. One that the database refuses is skipped, with an event, or it would block those after it."""
+    """Records the reports.
+
+    A report that the database refuses is skipped with an event, so that later ones are recorded.
+    """
     if not events:
         return
     try:
@@ -244,10 +255,10 @@ async def _tell_reported(
 
 
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
-    """Writes the job's progress: the stage, and how much of it is done.
+    """Writes the job's progress: the current stage, the units of work done in the stage, and their total.
 
-    `since` and `start` are when and where the stage began, from which a reader can compute its rate. `encoding` is set
-    while the attempt trains on the first rows and still encodes the others.
+    `since` and `start` are the time and the number of done units at which the stage began; a client can compute the
+    speed from both. `encoding` is the progress of encoding while the attempt already trains on the first rows.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}
@@ -266,7 +277,11 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
 async def _add_checkpoint(
     session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
 ) -> None:
-    """What an attempt repeats of its predecessor's is on record; its metrics may differ in their last digits."""
+    """Adds the reported checkpoint, its model and an event, and drops old checkpoints of the job.
+
+    If the step has a checkpoint already, because a resumed attempt repeated the step, only the checkpoint's metrics are
+    updated; the last digits of the metrics may differ.
+    """
     job = await session.get_one(Job, attempt.job_id)
     known = update(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == report.step)
     if (await session.execute(known.values(metrics=report.metrics).returning(Checkpoint.id))).first() is not None:
@@ -287,7 +302,10 @@ async def _add_checkpoint(
 
 
 async def _hold(session: AsyncSession, job_id: str) -> None:
-    """Locks the job. Every writer of its events locks the job first and its attempt second, to avoid deadlocks."""
+    """Locks the job's row.
+
+    Every writer of events must lock the job first and the attempt second, to avoid deadlocks.
+    """
     await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
 
 

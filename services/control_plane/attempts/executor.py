@@ -1,4 +1,7 @@
-"""Carries out what was decided for a job. Carrying a decision out twice is harmless."""
+"""Carries out the decisions about jobs: launches, stops and ends attempts, and ends jobs.
+
+Carrying out a decision twice is harmless. An attempt is one execution of a job on the Ray cluster.
+"""
 
 import time
 from io import BytesIO
@@ -26,10 +29,10 @@ LAUNCH_SECONDS = 900  # an attempt fails if Ray answers its launch with errors f
 
 
 class Executor:
-    """Carries out decisions.
+    """Carries out decisions about jobs.
 
-    Raises jobs.Stale if the job changed meanwhile, and the errors of database, storage and Ray. The job is then left to
-    the next decision.
+    Raises jobs.Stale if the job changed after the decision, and the errors of the database, storage and Ray. The job is
+    then left to the next decision.
     """
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings, *, holder: str) -> None:
@@ -39,7 +42,10 @@ class Executor:
     async def carry_out(
         self, decision: Decision, job: Job, attempt: Attempt | None, past: History, submission: Submission
     ) -> None:
-        """Carries out a decision. `attempt` is the open one, and `submission` is what Ray says of it."""
+        """Carries out a decision about a job.
+
+        `attempt` is the job's open attempt, and `submission` its state in Ray.
+        """
         if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
             await self._fail(job, unreadable, attempt)
             return
@@ -79,9 +85,10 @@ class Executor:
     # --- attempts ---------------------------------------------------------------------------
 
     async def _open(self, job: Job, number: int) -> Attempt:
-        """Writes the attempt, and asks for its reference to be served if the job insists on that, in one transaction.
+        """Adds the row of the job's next attempt, and marks a queued job as running, in one transaction.
 
-        An attempt that may choose asks for the reference itself, once it knows that serving is faster.
+        If the job's reference model must be served, the same transaction asks for its deployment. If the attempt may
+        choose, it asks for the deployment itself, once it knows that serving is faster.
         """
         reference, spec = models.reference_of(job), JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
@@ -100,7 +107,10 @@ class Executor:
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
-        """Writes the file that the driver reads, and submits the attempt. Ray accepts a submission id only once."""
+        """Writes the attempt's spec to storage for the training driver, and submits the attempt to Ray.
+
+        A repeated launch is harmless, because Ray accepts a submission id only once.
+        """
         spec = JobSpec.model_validate(job.spec)
         training_uri = spec.training_file
         async with self._store.begin() as session:
@@ -159,12 +169,18 @@ class Executor:
             await attempts.mark_launched(session, attempt)
 
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
-        """Closes an attempt that Ray does not launch. It counts as a failure, or the job would be launched for ever."""
+        """Ends an attempt that Ray does not launch.
+
+        The end counts as a failure, or the job would be launched for ever.
+        """
         async with self._store.begin() as session:
             await self._close(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
-        """Records reports in the attempt's spool that never arrived. Returns the attempt as it is then."""
+        """Records the reports in the attempt's spool (its files of reports in storage) that did not arrive by HTTP.
+
+        Returns the attempt as it is afterwards.
+        """
         listed = await anyio.to_thread.run_sync(spool.segments, self._run_uri(job), attempt.number)
         segments = _segments_from(listed, attempt.next_seq)
         for first, uri in segments:
@@ -181,7 +197,10 @@ class Executor:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
     async def _stop(self, job: Job, attempt: Attempt) -> None:
-        """Asks Ray to stop the attempt, at each tick until it ended. Only the first time brings an event."""
+        """Asks Ray to stop the attempt. The reconciler calls this method at each tick until the attempt has ended.
+
+        Only the first call adds an event.
+        """
         if job.desired != "cancel":
             late = "it did not pause in time" if job.desired == "pause" else None
             reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
@@ -190,7 +209,10 @@ class Executor:
         await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
-        """Closes an attempt that stopped because it was told to. The job pauses if the user wants that, or goes on."""
+        """Ends an attempt that stopped on request.
+
+        Pauses the job if the user still wants a pause; otherwise the job goes on.
+        """
         step = (attempt.outcome or {})["step"]
         where = f" after step {step}" if step else ""
         async with self._store.begin() as session:
@@ -202,7 +224,11 @@ class Executor:
                 jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and stopped{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
-        """Closes an attempt that died without an outcome. It is a failure of the job only if it died by itself."""
+        """Ends an attempt that died without reporting an outcome.
+
+        The end counts as a failure if Ray still knows the attempt, and the user has asked for neither a pause nor a
+        cancellation.
+        """
         failed = submission.status == "ended" and job.desired == "run"
         reason = attempt.reason or submission.cause()
         applications = (await self._ray_api.look()).applications if attempt.reference else {}
@@ -211,16 +237,19 @@ class Executor:
             await jobs.confirm(session, job)
             await self._close(session, job, attempt, reason, failed=failed)
             if attempt.reference and reference and reference.state == "failed":
-                await deployments.forget(session, attempt.reference)  # so that the next attempt loads it again
+                await deployments.forget(session, attempt.reference)  # so that the next attempt loads this model again
 
     async def _close(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
-        """Closes an attempt without an outcome. One event says so, however many control planes do it."""
+        """Ends an attempt that reported no outcome. Adds one event, even if several control planes end the attempt."""
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""
             jobs.tell(session, job.id, f"Attempt {attempt.number} ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Writes to the job what it waits for. Returns the words for an event; none if the job will be given up."""
+        """Writes when the job's next attempt begins to `waits_for`.
+
+        Returns this as text for an event; '' if none follows.
+        """
         failures = (await history(session, job.id)).failures
         if failures >= self._settings.max_attempts:
             return ""
@@ -235,7 +264,7 @@ class Executor:
     # --- ends -------------------------------------------------------------------------------
 
     async def _finish(self, job: Job, attempt: Attempt) -> None:
-        """Closes the job as the attempt's last report says: succeeded or failed."""
+        """Ends the job as succeeded or failed, as the attempt's last report says."""
         outcome = attempt.outcome or {}
         if outcome["kind"] == "succeeded":
             await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
@@ -244,7 +273,7 @@ class Executor:
         await self._fail(job, error, attempt)
 
     async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
-        """Writes the policy, the result file and the job's move to succeeded in one transaction."""
+        """Adds the trained policy and the result file, and marks the job as succeeded, in one transaction."""
         name = jobs.fine_tuned_name(job, self._settings)
         async with self._store.begin() as session:
             csv = results_csv(await jobs.metrics_of(session, job.id))
@@ -264,7 +293,10 @@ class Executor:
             )
 
     async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
-        """Fails a job whose next step this service cannot take."""
+        """Marks the job as failed because the control plane failed `tries` times to handle it.
+
+        `why` is the last error.
+        """
         message = (
             f"The service tried {tries} times to go on with the job and failed: {why}. "
             "The control plane's log says more; tell its operator, and submit the job again when the cause is fixed."
@@ -290,12 +322,15 @@ class Executor:
 
 
 def _wire_of(spec: JobSpec) -> int:
-    """The first release trains what needs no more than it knows."""
+    """Returns the version of the contract that the training driver must know to train this job.
+
+    The version is 1 if the first release can train the job.
+    """
     asks_more = spec.weights != Weights() or spec.reference_model or spec.config.early_stop or spec.policy != "last"
     return WIRE if asks_more else 1
 
 
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
-    """Returns the segments that may hold report `next_seq` or later ones."""
+    """Returns the segments of a spool that may hold report number `next_seq` or later reports."""
     start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
     return segments[start:]

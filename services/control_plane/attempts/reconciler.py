@@ -1,6 +1,8 @@
-"""Compares, every second, what users want with what is, and acts. A missed tick loses nothing.
+"""Moves every job, once a second, from its observed state towards the state that its user wants.
 
-An attempt of which Ray says nothing never counts as failed: it stays as it is until Ray answers.
+A tick is one pass over all jobs that have not ended. Each tick reads the state anew from the database and Ray, so a
+missed tick loses nothing. An attempt is one execution of a job on the Ray cluster. While Ray says nothing about an
+attempt, the attempt does not count as failed and is left unchanged.
 """
 
 import asyncio
@@ -47,7 +49,7 @@ QUIET_SECONDS = 10.0  # after this long without a report, the attempt's spool is
 
 
 class Reconciler:
-    """Drives all jobs. One runs in every control plane; the one with the lease acts."""
+    """The background task that handles all jobs. Every control plane has one, but only the holder of the lease acts."""
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Reconciler:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Ticks until cancelled, then gives the lease back."""
+        """Runs a tick every second until cancelled, then releases the lease."""
         try:
             while True:
                 try:
@@ -91,7 +93,7 @@ class Reconciler:
                 await self.release()
 
     async def release(self) -> None:
-        """Gives the lease back, so that another control plane need not wait for its end."""
+        """Releases the reconciler's lease, so that another control plane need not wait until the lease expires."""
         async with self._store.begin() as session:
             await store.release_lease(session, "reconciler", self._holder)
 
@@ -132,7 +134,10 @@ class Reconciler:
     async def _look_at(
         self, job: Job, attempt: Attempt | None, waits_for: str | None, told: Mapping[str, Submission]
     ) -> None:
-        """Takes the job's next step. If that fails, the job is tried again later, and the other jobs go on."""
+        """Decides on the job's next action and carries it out.
+
+        If the action fails, a later tick tries the job again, and the other jobs are not affected.
+        """
         if not self._patience.is_due(job.id, job.version):
             return
         try:
@@ -149,9 +154,9 @@ class Reconciler:
             await self._put_off(job, attempt, error)
 
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
-        """Notes that the job's step failed; a later tick tries it again.
+        """Counts a failed try to handle the job. A later tick tries again.
 
-        It is tried without end while the database, storage or Ray are away, otherwise TRIES times.
+        After TRIES failed tries the job fails. While the database, storage or Ray are down, the tries never end.
         """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
         log.warning("Job %s: its next step failed, %d times by now: %r", job.id, tries, error, exc_info=ours)
@@ -162,23 +167,29 @@ class Reconciler:
                 async with self._store.begin() as session:
                     message = f"The job's next step fails and is tried again: {in_words(error)}"
                     jobs.tell(session, job.id, message, level="warn")
-        except Exception as trouble:  # this must not stop the tick; the next try repeats it
+        except Exception as trouble:  # no error here may stop the tick
             log.warning("Job %s: its failed step could not be noted: %r", job.id, trouble)
 
     def _sweep(self) -> None:
-        """Starts a sweep, beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
+        """Starts the cleanup of storage and the database as a task beside the ticks, unless one is running.
+
+        Listing and deleting in storage may take longer than a lease.
+        """
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
     async def _look(self) -> ServeView | None:
-        """Returns what Serve runs; None while Ray is away. Then nothing is launched, as it could not be stopped."""
+        """Returns the state of Ray Serve; None if Ray does not answer.
+
+        While Ray does not answer, no attempt is launched, because it could not be stopped.
+        """
         try:
             return await self._ray_api.look()
         except httpx.HTTPError:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str]) -> dict[str, float]:
-        """Returns the cluster's capacity, if a job waits for its turn; otherwise nothing needs it."""
+        """Returns the cluster's resources if a job waits for its turn; otherwise {}, as no decision needs them."""
         waits = back or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}
 
@@ -190,7 +201,7 @@ class Reconciler:
     async def _reconcile(
         self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None
     ) -> None:
-        """Makes and carries out one decision for a job. `submission` is what Ray says of the attempt."""
+        """Decides on one action for the job and carries it out. `submission` is the state of the attempt in Ray."""
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
             attempt = await self._executor.collect(job, attempt)
@@ -216,7 +227,10 @@ class Reconciler:
         await self._executor.carry_out(decision, job, attempt, history, submission)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
-        """Whether the attempt hangs. Its silence counts only since Ray first told this process that it runs."""
+        """Whether the attempt hangs: it runs, but has given no sign of life for HUNG_SECONDS.
+
+        Silence counts only from the moment at which Ray first told this process that the attempt runs.
+        """
         if attempt is None:
             return False
         holds = None if status == "unknown" else status == "running"
@@ -224,7 +238,7 @@ class Reconciler:
         return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
     async def _serve_models(self, view: ServeView) -> None:
-        """Makes Ray Serve run the models that are wanted, and no others of ours."""
+        """Makes Ray Serve run the applications of the wanted models, and no other applications of this service."""
         present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.wanted(session, self._settings, present)
@@ -232,7 +246,7 @@ class Reconciler:
         version = hash(frozenset(names))
         if names == present or not self._patience.is_due(MODELS, version):
             return
-        self._patience.fail(MODELS, version)  # it counts as failed until Ray accepts it
+        self._patience.fail(MODELS, version)  # counted as a failure until Ray accepts the models
         await self._ray_api.serve(wanted)
         self._patience.forget(MODELS)
 
@@ -240,7 +254,10 @@ class Reconciler:
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Returns running jobs without a slot: those in a long rest after a failure, and those whose long rest is over."""
+    """Returns the ids of running jobs that hold no slot: those in a long rest, and those whose long rest is over.
+
+    A rest is the pause between a failed attempt and the next one.
+    """
     resting, back = set[str](), set[str]()
     for job in live:
         if job.observed == "running" and job.id not in opened:

@@ -1,13 +1,14 @@
-"""Decides which queued jobs may start now, and says what the others wait for.
+"""Decides which queued jobs may start now, and gives the reason why each other job waits.
 
-Projects take turns: the one whose running workers are the fewest for its weight goes first, then the one whose workers
-ran the shortest time in the last day for its weight, then the one whose next job is the oldest. Within a project the
-highest priority goes first, then the oldest job.
+Projects take turns. The project with the fewest running workers in proportion to its weight goes first; then the
+project with the fewest worker hours in the last day in proportion to its weight; then the project whose next job is the
+oldest. Within a project the job with the highest priority goes first, then the oldest job.
 
-A job that waits for free workers keeps its place: no job behind it starts, so that smaller jobs cannot starve it. A job
-that waits for its project's limit, or for a larger cluster, holds up no other one.
+A job that waits for free workers keeps its turn: no later job starts, so that small jobs cannot starve a large one. A
+job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
 
-A running job in a long rest between two attempts holds no slot and no workers. After the rest it takes its turn again.
+A running job in a long rest (the pause between a failed attempt and the next one) holds no slot and no workers. After
+the rest the job takes its turn again.
 """
 
 import heapq
@@ -19,7 +20,7 @@ from services.control_plane.core.tables import Job
 from services.control_plane.settings import Settings
 from services.control_plane.tenants.quotas import Share
 
-Resources = Mapping[str, float]  # by Ray's names: CPU, GPU
+Resources = Mapping[str, float]  # amounts by Ray's names of resources: CPU, GPU
 
 
 def what_each_waits_for(
@@ -29,7 +30,10 @@ def what_each_waits_for(
     settings: Settings,
     back: Collection[str] = (),
 ) -> dict[str, str | None]:
-    """Returns what each queued job waits for; None if it may start now. Jobs in `back` take their turn again."""
+    """Returns, for each queued job, the reason why the job waits, or None if the job may start now.
+
+    `back` has the ids of running jobs whose long rest is over; these jobs take their turn like queued ones.
+    """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
     held = sum((Counter(needs(job, settings)) for job in running), Counter[str]())
@@ -60,7 +64,10 @@ def what_each_waits_for(
 
 
 class _Turns:
-    """Yields the waiting jobs in the order of their turns. The order changes when a job starts."""
+    """Iterates over the waiting jobs in the order of their turns.
+
+    A call of `start` changes the order of the jobs that follow.
+    """
 
     def __init__(self, running: Sequence[Job], waiting: Sequence[Job], shares: Mapping[str, Share]) -> None:
         self._shares = shares
@@ -74,7 +81,11 @@ class _Turns:
             queue.sort(key=lambda job: (-job.priority, job.created_at, job.id))
 
     def __iter__(self) -> Iterator[Job]:
-        """A project's place in the heap is computed again after each of its jobs, because only they change it."""
+        """Yields the waiting jobs of all projects in the order of their turns.
+
+        A project's position in the heap is computed again after each of its jobs, because no other job changes the
+        position.
+        """
         heap = [self._place(project_id, 0) for project_id in self._queues]
         heapq.heapify(heap)
         while heap:
@@ -95,14 +106,17 @@ class _Turns:
 
 
 def needs(job: Job, settings: Settings) -> dict[str, float]:
-    """Returns the resources that the job's workers reserve."""
+    """Returns the resources that the job's workers reserve, by Ray's names: CPU and GPU."""
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     gpus = num_workers * settings.num_gpus_per_worker
     return {"CPU": float(num_workers)} | ({"GPU": gpus} if gpus else {})
 
 
 def _beyond(needed: Resources, capacity: Resources) -> str | None:
-    """Says which needed resources are beyond the capacity; None if none, or if the capacity is unknown."""
+    """Returns a text that names the needed resources that exceed the capacity; None if there are none.
+
+    An empty `capacity` means that the capacity is unknown, and gives None.
+    """
     short = [
         f"{amount:g} {name}, and there are {capacity.get(name, 0):g}"
         for name, amount in needed.items()

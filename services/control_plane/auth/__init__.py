@@ -1,1 +1,1 @@
-"""Finds out who sends a request, and what the request's key allows."""
+"""Authenticates the sender of a request, and checks the scopes of the request's key."""

@@ -1,4 +1,7 @@
-"""Finds the caller of a bearer token: the configured key, a key in the database, or a token of the OIDC issuer."""
+"""Authenticates requests: finds the caller of a bearer token.
+
+A token is the API key from the settings, an API key in the database, or a token of the OIDC issuer.
+"""
 
 import asyncio
 import logging
@@ -28,9 +31,9 @@ NOTE_SECONDS = 60.0  # how often the last uses of keys are written to the databa
 
 
 class Authentication:
-    """Finds callers by their tokens and caches them for a second, so that most requests cost no query for the key.
+    """Finds the callers of bearer tokens and caches each caller for a second, so that few requests need a query.
 
-    Unknown keys are cached as well, and keys that come at the same moment share a query.
+    Unknown keys are cached as well, and keys that arrive at the same moment share a query.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -42,7 +45,7 @@ class Authentication:
         self._used: set[str] = set()
 
     async def caller(self, token: str) -> Caller:
-        """Returns the token's caller. Raises Unauthorized if there is none."""
+        """Returns the caller of a bearer token. Raises Unauthorized if the token is not valid."""
         if secrets.compare_digest(token.encode(), self._settings.api_key.get_secret_value().encode()):
             return CONFIGURED
         name = digest(token)
@@ -68,7 +71,7 @@ class Authentication:
             return await keys.callers_of(session, digests)
 
     async def project_of(self, token: str) -> str | None:
-        """Returns the caller's project; None if the token is not good, or cannot be checked now."""
+        """Returns the project id of the token's caller; None if the token is not valid or cannot be checked now."""
         try:
             return (await self.caller(token)).project_id
         except (ApiError, SQLAlchemyError, OSError):
@@ -85,7 +88,7 @@ class Authentication:
     # --- last use -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Writes the last uses of keys regularly until cancelled, and then once more."""
+        """Writes the last uses of keys to the database every minute until cancelled, and once more then."""
         try:
             while True:
                 await asyncio.sleep(NOTE_SECONDS)
@@ -107,6 +110,6 @@ class Authentication:
 
 
 def _issuer(settings: Settings) -> "Issuer":
-    from services.control_plane.auth.oidc import Issuer  # importing its cryptography takes a tenth of a start
+    from services.control_plane.auth.oidc import Issuer  # the import of its cryptography takes a tenth of a start
 
     return Issuer(settings)

@@ -1,4 +1,7 @@
-"""API keys: which project a request belongs to, and what it may do. The database keeps digests of keys only."""
+"""Creates, finds and revokes API keys. Each key belongs to a project and has scopes.
+
+The database stores only the digests of keys.
+"""
 
 import hashlib
 import secrets
@@ -14,13 +17,16 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.tables import DEFAULT_PROJECT, Key, Project
 
 Scope = Literal["read", "write", "inference", "admin"]
-MAX_KEYS = 100  # the most working keys of a project whose own admin makes them; each has its own requests per minute
+MAX_KEYS = 100  # the most valid keys that a project's own admin may create; each key has its own requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """The key that sends a request, its project and its scopes. `requests_per_minute` None: the setting counts."""
+    """The sender of a request: the id, the project and the scopes of the key or OIDC token in the request.
+
+    If `requests_per_minute` is None, the setting of the same name limits the caller.
+    """
 
     key_id: str
     project_id: str
@@ -29,7 +35,10 @@ class Caller:
 
     @property
     def manages_all(self) -> bool:
-        """Whether an admin key manages all projects, as those of the default project do, or only its own."""
+        """Whether the caller's admin scope covers all projects.
+
+        This is true only for callers of the default project.
+        """
         return self.project_id == DEFAULT_PROJECT
 
 
@@ -45,7 +54,7 @@ async def create(
     requests_per_minute: int | None,
     expires_at: datetime | None,
 ) -> tuple[Key, str]:
-    """Creates a key. Returns it with its text, which is not kept and cannot be shown again."""
+    """Creates an API key. Returns its row and its text; the text is not stored and cannot be shown again."""
     text = f"rd-{secrets.token_urlsafe(32)}"
     key = Key(
         id=f"key_{secrets.token_hex(12)}",
@@ -64,10 +73,10 @@ async def create(
 
 
 async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
-    """Raises InvalidRequest if a project's own admin asks for a faster key, or for more keys, than is allowed.
+    """Raises InvalidRequest if the caller asks for more requests per minute, or more keys, than its project may have.
 
-    `usual` is the setting `requests_per_minute`, the most that such an admin may give. An admin of the default project
-    has no limit.
+    `usual` is the setting `requests_per_minute`, the highest limit that a project's own admin may give to a key. Admins
+    of the default project have no limit.
     """
     if caller.manages_all:
         return
@@ -93,14 +102,17 @@ async def find(session: AsyncSession, caller: Caller, key_id: str) -> Key:
 
 
 async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
-    """Stops the key from working. Revoking it twice is harmless."""
+    """Revokes the key, so that it no longer works. Revoking a key twice is harmless."""
     key = await find(session, caller, key_id)
     key.revoked_at = key.revoked_at or datetime.now(UTC)
     return key
 
 
 async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
-    """Returns the callers of the keys with these digests, by digest, if key and project are both in force."""
+    """Returns the callers of the valid keys among those with these digests, by digest.
+
+    Keys that have expired or were revoked, and keys of archived projects, are left out.
+    """
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
     living = await session.scalars(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
@@ -108,7 +120,7 @@ async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str,
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:
-    """Returns those of the words that are scopes."""
+    """Returns the scopes among the given words, and ignores all other words."""
     return frozenset(scope for scope in SCOPES if scope in words)
 
 
@@ -117,5 +129,5 @@ async def note_uses(session: AsyncSession, key_ids: Sequence[str]) -> None:
 
 
 def digest(text: str) -> str:
-    """Returns the SHA-256 of a key. Keys have 256 random bits, so a digest without salt cannot be reversed."""
+    """Returns the SHA-256 of a key. A key has 256 random bits, so its digest needs no salt."""
     return hashlib.sha256(text.encode()).hexdigest()

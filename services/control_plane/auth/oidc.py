@@ -1,4 +1,7 @@
-"""Accepts tokens of an OpenID Connect issuer in place of keys: signed by it, meant for this service, not expired."""
+"""Accepts tokens of an OpenID Connect issuer in place of API keys.
+
+A token must be signed by the issuer, name this service as its audience, and not have expired.
+"""
 
 import asyncio
 import logging
@@ -17,13 +20,16 @@ log = logging.getLogger(__name__)
 
 ALGORITHMS = ["RS256", "ES256"]  # fixed here, because a token must not choose `none` or a shared secret
 REQUIRED = ["exp", "iss", "aud", "sub"]
-LEEWAY_SECONDS = 60  # the issuer's clock may differ by so much
+LEEWAY_SECONDS = 60  # the issuer's clock may differ from ours by this much
 FRESH_SECONDS = 300  # how long the issuer's keys are cached
 PAUSE_SECONDS = 5  # at least this long between two requests to the issuer, whatever tokens strangers send
 
 
 class Issuer:
-    """The issuer that the settings name. While it does not answer, the keys that it published last stay in use."""
+    """The OpenID Connect issuer from the settings.
+
+    If the issuer does not answer, its last published keys stay in use.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -34,14 +40,17 @@ class Issuer:
 
     @staticmethod
     def is_token(text: str) -> bool:
-        """Whether a text has the form of a JWT. Keys of this service have no dots."""
+        """Whether a text has the form of a JWT, which has two dots. API keys of this service have no dots."""
         return text.count(".") == 2
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def caller(self, token: str) -> Caller:
-        """Returns the token's caller; does not check that the project exists. Raises Unauthorized, Unavailable."""
+        """Returns the caller of a JWT. Does not check that the caller's project exists.
+
+        Raises Unauthorized if the token is not valid, and Unavailable if the issuer does not answer.
+        """
         try:
             claims = await self._claims(token)
         except jwt.PyJWTError as error:
@@ -61,7 +70,10 @@ class Issuer:
         )
 
     async def _key(self, name: str) -> jwt.PyJWK:
-        """Returns the key that a token names. (PyJWT's client would block all requests while it waits for keys.)"""
+        """Returns the issuer's key with the id `name`. Fetches the issuer's keys first if they are old or lack the id.
+
+        PyJWT's own client would block all requests of this process while it waits for the issuer.
+        """
         if self._is_due(name) and not (name in self._keys and self._asking.locked()):
             async with self._asking:
                 if self._is_due(name):
@@ -80,7 +92,7 @@ class Issuer:
         return wanted and now - self._asked_at > PAUSE_SECONDS
 
     async def _ask(self) -> None:
-        """Fetches the issuer's discovery document, and from the place that it names the issuer's keys."""
+        """Fetches the issuer's discovery document, and then the issuer's keys from the URL in the document."""
         issuer = self._settings.oidc_issuer or ""
         try:
             about = await self._get(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
@@ -105,6 +117,9 @@ class Issuer:
         return project_id
 
     def _scopes(self, claims: dict[str, Any]) -> frozenset[Scope]:
-        """Returns our scopes in the claim, a list or a text with spaces, which may hold those of other services too."""
+        """Returns the scopes of this service in the token's claim, and ignores scopes of other services.
+
+        The claim is a list of scopes, or a text with spaces between the scopes.
+        """
         given = claims.get(self._settings.oidc_scopes_claim)
         return known(given.split() if isinstance(given, str) else given if isinstance(given, list) else [])

@@ -1,4 +1,4 @@
-"""Which scope a route needs, and whether a key has it."""
+"""Checks that a key has the scope that a route needs."""
 
 from services.control_plane.auth.keys import Caller, Scope
 from services.control_plane.core.errors import Forbidden

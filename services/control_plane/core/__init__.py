@@ -1,1 +1,1 @@
-"""What all parts of the control plane use: the database, errors, logs and metrics."""
+"""Modules that all parts of the control plane use: the database, errors, logs and metrics."""

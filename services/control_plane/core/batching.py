@@ -1,4 +1,4 @@
-"""Batches look-ups by key: callers that ask at the same moment share one statement."""
+"""Batches look-ups by key: callers that ask at the same moment share one database query."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -8,10 +8,10 @@ Value = TypeVar("Value")
 
 
 class Batcher(Generic[Value]):
-    """Looks keys up with `find`, all that are waiting in one call; one call runs at a time.
+    """Looks up keys with the function `find`: one call at a time, with all keys that are waiting.
 
-    A caller that comes while a call runs waits for the next one. So its answer includes everything that was committed
-    before it asked.
+    A key that arrives during a call waits for the next call. So the value includes everything that was committed before
+    the key was asked for.
     """
 
     def __init__(self, find: Callable[[list[str]], Awaitable[Mapping[str, Value]]]) -> None:
@@ -20,7 +20,10 @@ class Batcher(Generic[Value]):
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self, key: str) -> Value | None:
-        """Returns what `find` has for the key, None if it has nothing. Raises what `find` raises."""
+        """Returns the value that `find` gives for the key; None if it gives none.
+
+        Raises the error that `find` raises.
+        """
         if key not in self._asked:
             self._asked[key] = asyncio.get_running_loop().create_future()
         answer = self._asked[key]

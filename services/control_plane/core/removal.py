@@ -1,4 +1,4 @@
-"""Removes bytes from storage."""
+"""Deletes files and folders from storage, and logs deletions that fail."""
 
 import logging
 
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 async def remove_bytes(uri: str) -> bool:
-    """Deletes a file or folder in storage. Returns False if that fails; the sweeper deletes it later then."""
+    """Deletes a file or folder in storage. Returns False if the deletion fails; the sweeper then tries again later."""
     try:
         await anyio.to_thread.run_sync(storage.delete, uri)
     except OSError as error:

@@ -1,4 +1,7 @@
-"""The database, and the queries that several packages use. Queries take an open session and never commit."""
+"""Connects to the database, and holds the queries that several packages use.
+
+The query functions take an open session and never commit.
+"""
 
 import asyncio
 import os
@@ -65,14 +68,14 @@ from services.control_plane.core.tables import (
 )
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; those behind them wait
+QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; the jobs behind these wait
 STATEMENT_SECONDS = 30  # the server cancels a statement after this long, even if it only waits for a lock
 IDLE_SECONDS = 60  # the server ends a transaction that is idle for this long
 ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # a connection whose server does not answer for this long counts as lost
 RECYCLE_SECONDS = 1800  # a connection is replaced at this age, because the server's name may have a new address
 
 # Each end of a connection notices within seconds that the other end has vanished. Connections are made to a server that
-# takes writes only, so that after a failover none leads to the standby.
+# takes writes only, so that after a failover no connection leads to the standby.
 CONNECTING = {
     "connect_timeout": "5",
     "tcp_user_timeout": "10000",
@@ -93,7 +96,10 @@ Row = TypeVar("Row", bound=Base)
 
 
 def _url(database_url: str, *, limits: bool = False) -> URL:
-    """Adds the settings above that the URL does not set itself. `limits` adds SERVER_LIMITS, which poolers refuse."""
+    """Returns the URL for SQLAlchemy, with the settings of CONNECTING that the URL does not set itself.
+
+    `limits` adds SERVER_LIMITS too, which connection poolers refuse.
+    """
     url = make_url(database_url).set(drivername="postgresql+psycopg")
     query = {**CONNECTING, **url.query}
     if limits:
@@ -105,20 +111,29 @@ def _url(database_url: str, *, limits: bool = False) -> URL:
 
 
 def _conninfo(url: URL) -> str:
-    """The URL as a connection string: in a URL, psycopg would keep the plus that SQLAlchemy writes for a space."""
+    """Returns the URL as a connection string of libpq.
+
+    psycopg cannot use the URL: SQLAlchemy writes a space as a plus sign, and psycopg would keep the plus sign.
+    """
     _, arguments = url.get_dialect()().create_connect_args(url)
     return make_conninfo(**arguments)
 
 
 class PoolerUrl(ValueError):
-    """The URL is that of a pooler, which supports neither LISTEN nor server limits; the message says what to set."""
+    """The database URL leads to a connection pooler. The message says which setting the operator must add.
+
+    Poolers support neither LISTEN nor SERVER_LIMITS.
+    """
 
 
 def migrate(database_url: str) -> None:
-    """Brings the database to the newest schema. Several replicas may call it at once. Raises PoolerUrl."""
+    """Migrates the database to the newest schema. Several replicas may call this function at the same time.
+
+    Raises PoolerUrl if the URL leads to a connection pooler.
+    """
     if _is_newest(database_url):
         return
-    from alembic import command  # importing it takes as long as the rest of a start, and few starts need it
+    from alembic import command  # importing alembic takes as long as the rest of a start; few starts need it
     from alembic.config import Config
 
     config = Config()
@@ -143,7 +158,10 @@ def _is_newest(database_url: str) -> bool:
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
-    """A connection that is closed if the server does not answer in time, even if a proxy between still takes data."""
+    """A connection that is closed if the server does not answer within ANSWER_SECONDS.
+
+    The limit also holds if a proxy in between still accepts data although the server does not answer.
+    """
 
     async def wait(self, *args: Any, **kwargs: Any) -> Any:
         late = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._hang_up)
@@ -158,10 +176,10 @@ class _Connection(psycopg.AsyncConnection[Any]):
 
 
 class Store:
-    """The database: a pool of connections, one transaction per `begin`.
+    """The database: a pool of connections. Each call of `begin` or `begin_for` opens one transaction.
 
-    `direct_url` is the server's own URL. It is needed if `database_url` is that of a pooler which gives a connection to
-    another client after each transaction, as PgBouncer does.
+    `direct_url` is the URL of the database server itself. It is needed if `database_url` leads to a pooler, such as
+    PgBouncer, that gives a connection to another client after each transaction.
     """
 
     def __init__(self, database_url: str, *, direct_url: str | None = None, connections: int = 30) -> None:
@@ -186,28 +204,35 @@ class Store:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """Opens a transaction of the service itself, which sees every project."""
+        """Opens a transaction of the service itself, which sees and writes the rows of all projects."""
         async with self._sessions.begin() as session:
             yield session
             await _append(session)
 
     @asynccontextmanager
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """Opens a transaction that, of all rows that belong to projects, sees and writes this project's only."""
+        """Opens a transaction that sees and writes the rows of one project only.
+
+        The limit applies to the tables with an owner (class Owned). The transaction can also read the models that other
+        projects share with the project.
+        """
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
             yield session
             await _append(session)
 
     @asynccontextmanager
     async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """As `begin_for`, but to read only. Each statement is a transaction, which saves two of three round trips."""
+        """Opens a session that reads the rows of one project.
+
+        Each statement is a transaction of its own, which saves two of three round trips to the database.
+        """
         async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
             yield session
 
     async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
-        """Yields each notice of the channel, on a connection of its own.
+        """Yields the payload of each notice on the channel, over a connection of its own.
 
-        Yields None at first, and after `quiet_seconds` without a notice: the caller then looks at the tables itself.
+        Also yields None at first, and after `quiet_seconds` without a notice; the caller should then read the tables.
         Raises psycopg.OperationalError when the connection is lost.
         """
         url = _conninfo(self._listen_url)
@@ -232,14 +257,17 @@ class Store:
 
 
 def _drop_a_standby(context: ExceptionContext) -> None:
-    """Drops the connections to a server that takes no writes any more: another server has replaced it."""
+    """Drops the pool's connections after an error that says that the server is read-only.
+
+    After a failover, such a server is a standby, and another server has replaced it.
+    """
     if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
 
 
 @dataclass(frozen=True)
 class ProjectStore:
-    """The database as a project's callers see it."""
+    """The database, limited to the rows that the callers of one project may see and write."""
 
     store: Store
     project_id: str
@@ -258,9 +286,12 @@ def _see_own_rows_only(state: ORMExecuteState) -> None:
         state.statement = state.statement.options(*_criteria(project_id, state.is_select))
 
 
-@lru_cache(maxsize=4096)  # building these takes longer than the rest of a statement
+@lru_cache(maxsize=4096)  # building the options takes longer than the rest of a statement
 def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
-    """Limits statements to the project's rows. Models that are shared with the project may be read, but not changed."""
+    """Returns the ORM options that limit a statement to the rows of one project.
+
+    A statement that reads also sees the models that other projects share with the project.
+    """
     criteria: dict[type[Owned], ColumnElement[bool]] = {
         kind: kind.project_id == project_id for kind in Owned.__subclasses__()
     }
@@ -288,18 +319,21 @@ def _claim(row: object, project_id: str) -> None:
 
 
 async def now(session: AsyncSession) -> datetime:
-    """Returns when the transaction began. All rows that it writes have this time as `created_at`."""
+    """Returns the time at which the session's transaction began, by the database's clock.
+
+    This time is the default of `created_at` in all rows that the transaction writes.
+    """
     if "now" not in session.info:
         session.info["now"] = await session.scalar(select(func.now()))
     return cast(datetime, session.info["now"])
 
 
 def append(session: AsyncSession, row: Base) -> None:
-    """Adds a row at the end of the transaction, in one statement with all other rows that were added so.
+    """Inserts a row at the end of the transaction, in one statement with all other appended rows.
 
-    It is for rows that no query of the transaction reads, such as a change's events and log entries. They outnumber
-    the change itself, and one round trip for each would be most of a request. Values that the database fills in stay
-    unknown here.
+    Use this function for rows that no query of the transaction reads, such as a job's events and log entries: one round
+    trip for each would take most of a request's time. The row object does not get the values that the database fills
+    in.
     """
     if (project_id := session.info.get("project_id")) is not None:
         _claim(row, project_id)
@@ -311,7 +345,7 @@ def append(session: AsyncSession, row: Base) -> None:
 
 @cache
 def _columns(kind: type[Base]) -> dict[str, Any]:
-    """The columns that the database does not fill in, each with its default value here."""
+    """Returns the names of the columns that the database does not fill in, each with its default value in Python."""
     given = (column for column in kind.__table__.c if column.server_default is None)
     return {column.name: getattr(column.default, "arg", None) for column in given}
 
@@ -320,7 +354,7 @@ async def _append(session: AsyncSession) -> None:
     appended: dict[type[Base], list[Base]] = session.info.pop("appended", {})
     if not appended:
         return
-    await session.flush()  # the rows that they refer to
+    await session.flush()  # the rows that the appended rows refer to
     given = {
         kind.__tablename__: [{name: getattr(row, name) for name in _columns(kind)} for row in rows]
         for kind, rows in appended.items()
@@ -330,7 +364,10 @@ async def _append(session: AsyncSession) -> None:
 
 @cache
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
-    """Builds the statement that inserts rows of these tables. Each table's rows are the parameter of its name."""
+    """Returns the statement that inserts rows into these tables.
+
+    The rows of a table are the parameter with its name.
+    """
     parts = []
     for kind in kinds:
         table, columns = kind.__tablename__, ", ".join(_columns(kind))
@@ -341,17 +378,17 @@ def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
 
 
 def owns(session: AsyncSession, row: Owned) -> bool:
-    """Whether the session may change the row, and not only read it."""
+    """Whether the session may change the row. A session may only read models that another project shares."""
     return session.info.get("project_id") in (None, row.project_id)
 
 
 def project_of(session: AsyncSession) -> str:
-    """The project that the session is limited to. Sessions of the service itself have none; do not pass one."""
+    """Returns the id of the project that the session is limited to. The session must be limited to a project."""
     return str(session.info["project_id"])
 
 
 def refuses_value(error: DBAPIError) -> bool:
-    """Whether the database, or its driver, refuses a value. It would refuse the same value again.
+    """Whether the database or its driver refused a value, and would refuse the same value again.
 
     SQLSTATE's class 22 means bad data, 23 a broken constraint, 54 a limit of the server such as an index row's size.
     """
@@ -360,12 +397,12 @@ def refuses_value(error: DBAPIError) -> bool:
 
 
 async def wait_long(session: AsyncSession) -> None:
-    """Lifts the server's limit on idle time for this transaction."""
+    """Removes the server's limit on idle time for the session's current transaction."""
     await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
 
 
 async def check(session: AsyncSession) -> None:
-    """Writes a row to test the database. Raises SQLAlchemyError if it takes no writes."""
+    """Tests the database by writing a row. Raises SQLAlchemyError if the database takes no writes."""
     await hold_lease(session, "readyz", "readyz", seconds=60)
 
 
@@ -379,9 +416,11 @@ async def page(
     cursor: InstrumentedAttribute[Any] | None = None,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:
-    """Returns one page of `query` in the order of `keys` (together unique), and whether more rows follow.
+    """Returns one page of the query's rows, sorted by the columns `keys`, and whether more rows follow.
 
-    `after` is the value of `cursor` (without it: of the last key) in a row of the same query; any other is refused.
+    The values of all `keys` together must be unique in each row. `after` identifies the last row of the previous page
+    by its value in column `cursor`, or in the last of `keys` if there is no `cursor`. Raises InvalidRequest if no row
+    of `query` has that value.
     """
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
@@ -396,7 +435,11 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Returns running jobs, paused ones that should not stay paused, and the first queued ones of each project."""
+    """Returns the jobs that the reconciler must handle.
+
+    These are the running jobs, the paused jobs that their users want to run or cancel, and the first queued jobs of
+    each project.
+    """
     wanted = and_(Job.observed == "paused", Job.desired != "pause")
     others = select(Job).where(or_(Job.observed == "running", wanted)).order_by(Job.created_at, Job.id)
     place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
@@ -406,17 +449,17 @@ async def live_jobs(session: AsyncSession) -> list[Job]:
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
-    """Returns the open attempts by job id. A job has at most one."""
+    """Returns the attempts that have not ended, by job id. A job has at most one such attempt."""
     return {row.job_id: row for row in await session.scalars(select(Attempt).where(Attempt.state != "ended"))}
 
 
 @dataclass(frozen=True)
 class History:
-    """How the attempts of one job have gone so far."""
+    """Counts of a job's attempts and of its failures so far."""
 
     total: int
-    failures: int  # attempts that died by themselves, counted from the last one that left a new checkpoint
-    rested_seconds: float  # since the last failure, by the database's clock; 0 if there was none
+    failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
+    rested_seconds: float  # seconds since the last failure, by the database's clock; 0 if there was no failure
 
 
 async def history(session: AsyncSession, job_id: str) -> History:
@@ -434,12 +477,12 @@ EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level,
 
 @dataclass(frozen=True)
 class Census:
-    """Counts over all projects, for metrics."""
+    """Counts of jobs and of webhook messages over all projects, for Prometheus."""
 
     jobs: Mapping[str, int]  # by state
-    lease_seconds: float  # until the reconciler's lease ends; NaN: nobody ever held it
+    lease_seconds: float  # seconds until the reconciler's lease ends; NaN if nobody ever held the lease
     outbox: int  # webhook messages that wait to be sent
-    outbox_seconds: float  # since the oldest of them was written
+    outbox_seconds: float  # seconds since the oldest waiting message was written
 
 
 async def census(session: AsyncSession) -> Census:
@@ -453,7 +496,10 @@ async def census(session: AsyncSession) -> Census:
 
 
 async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
-    """Returns, for each job, the last `limit` of its events after the event id in `after`, in order."""
+    """Returns the newest `limit` events of each job in `after`, in the order of their ids.
+
+    `after` maps a job's id to the id of an event; only later events are returned.
+    """
     asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
     newest = (
         select(*EVENT)
@@ -473,7 +519,10 @@ async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: 
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
-    """Takes or renews a lease, by the database's clock. Returns False while another holder has it."""
+    """Takes or renews the lease `name` for `holder`, by the database's clock.
+
+    Returns False if another holder has it.
+    """
     until = func.clock_timestamp() + timedelta(seconds=seconds)
     statement = insert(Lease).values(name=name, holder=holder, expires_at=until)
     free = or_(Lease.holder == holder, Lease.expires_at < func.clock_timestamp())

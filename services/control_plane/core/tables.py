@@ -1,4 +1,4 @@
-"""The database's tables. PostgreSQL is the only truth about jobs; constraints keep what the docs promise."""
+"""Defines the database's tables. All state of jobs is in these tables; constraints keep what the docs promise."""
 
 from datetime import datetime
 from functools import cache
@@ -28,13 +28,13 @@ from services.contract import Reading
 
 JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
-# The condition that a file is still to be checked.
+# The SQL condition that the rows of a training file are still to be checked.
 UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"
-DEFAULT_PROJECT = "proj_default"  # the configured API key belongs to it
+DEFAULT_PROJECT = "proj_default"  # the project of the API key in the settings
 
 
 class Base(DeclarativeBase):
-    """The base of all tables. Every time is timestamptz, every dict is jsonb."""
+    """The base class of all tables. Columns of type datetime are timestamptz, and columns of type dict are jsonb."""
 
     type_annotation_map: ClassVar = {
         datetime: DateTime(timezone=True),
@@ -45,28 +45,31 @@ class Base(DeclarativeBase):
 
 
 class Project(Base):
-    """Owns files, jobs, models and keys. A limit of None is no limit."""
+    """A project, which owns files, jobs, models and keys. None in a column `max_…` means no limit."""
 
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     name: Mapped[str] = mapped_column(unique=True)
     archived_at: Mapped[datetime | None]
-    weight: Mapped[float] = mapped_column(server_default="1")  # its share of the cluster, relative to other projects
+    weight: Mapped[float] = mapped_column(server_default="1")  # share of the cluster, relative to other weights
     max_running_jobs: Mapped[int | None]
     max_queued_jobs: Mapped[int | None]
-    max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files
+    max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # the most bytes of the project's files
     max_accelerator_hours: Mapped[float | None]
 
 
 class Owned:
-    """The base of tables whose rows belong to a project. A session for one project sees and writes its rows only."""
+    """The base class of tables whose rows belong to a project.
+
+    A session for one project sees and writes only the rows of that project.
+    """
 
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
 
 
 class Key(Base):
-    """An API key. The database keeps a digest of its text, not the text."""
+    """An API key. The table holds the SHA-256 of the key's text, not the text."""
 
     __tablename__ = "keys"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -74,7 +77,7 @@ class Key(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     name: Mapped[str]
     sha256: Mapped[str] = mapped_column(unique=True)
-    hint: Mapped[str]  # the last four characters of its text
+    hint: Mapped[str]  # the last four characters of the key's text
     scopes: Mapped[list[str]]
     requests_per_minute: Mapped[int | None]
     expires_at: Mapped[datetime | None]
@@ -83,7 +86,10 @@ class Key(Base):
 
 
 class Answer(Owned, Base):
-    """The answer to a request that changed something. It is written in that transaction, so that a retry acts once."""
+    """The stored response to a request that changed data. A retry of the request gets this response.
+
+    The transaction that makes the change writes the row, so that the request acts only once.
+    """
 
     __tablename__ = "answers"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -103,7 +109,7 @@ class Answer(Owned, Base):
 
 
 class File(Owned, Base):
-    """An uploaded or produced file. A deleted file keeps its row, because jobs still name it."""
+    """A file that a user uploaded or a job produced. A deleted file keeps its row, because jobs still name the file."""
 
     __tablename__ = "files"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -114,8 +120,8 @@ class File(Owned, Base):
     sha256: Mapped[str]
     uri: Mapped[str]
     report: Mapped[dict[str, Any] | None]  # FeedbackReport of a training file, once its rows are checked
-    refusal: Mapped[str | None]  # why it cannot be used
-    reading: Mapped[dict[str, Any] | None]  # Reading: how its rows are read, if the request said so
+    refusal: Mapped[str | None]  # why the file cannot be used
+    reading: Mapped[dict[str, Any] | None]  # Reading: options for reading the rows, if the request gave any
     num_checked: Mapped[int | None] = mapped_column(BigInteger)  # bytes that a background check has read
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
@@ -127,7 +133,7 @@ class File(Owned, Base):
     @classmethod
     @cache
     def alive(cls) -> ColumnElement[bool]:
-        """The condition that a file is neither deleted nor expired, by the database's clock."""
+        """Returns the SQL condition that a file is neither deleted nor expired, by the database's clock."""
         return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
 
 
@@ -137,13 +143,13 @@ class DatasetCheck(Owned, Base):
     __tablename__ = "checks"
     submission_id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    ended_at: Mapped[datetime | None]  # when the service noticed its end
-    folder: Mapped[str]  # URI of its results
+    ended_at: Mapped[datetime | None]  # when the service noticed the Ray job's end
+    folder: Mapped[str]  # URI of the check's results
     __table_args__ = (Index("checks_by_end", "ended_at", "project_id"),)
 
 
 class Upload(Owned, Base):
-    """A file that arrives in parts."""
+    """An upload: a file whose bytes arrive in several parts."""
 
     __tablename__ = "uploads"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -153,7 +159,7 @@ class Upload(Owned, Base):
     purpose: Mapped[str]
     mime_type: Mapped[str]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
-    file_seconds: Mapped[int | None]  # the file's life, from when it is completed
+    file_seconds: Mapped[int | None]  # seconds from the upload's completion until the file expires
     reading: Mapped[dict[str, Any] | None]  # Reading of the file
     state: Mapped[str] = mapped_column(default="pending")
     file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
@@ -164,12 +170,12 @@ class Upload(Owned, Base):
 
 
 def reading_of(row: File | Upload) -> Reading:
-    """Returns how the rows of the file are read."""
+    """Returns the options for reading the rows of the file; the defaults if the row has none."""
     return Reading.model_validate(row.reading or {})
 
 
 class UploadPart(Base):
-    """Some bytes of an upload. The request that completes the upload gives the order of its parts."""
+    """A part of an upload's bytes. The request that completes the upload gives the order of the parts."""
 
     __tablename__ = "upload_parts"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -180,26 +186,28 @@ class UploadPart(Base):
 
 
 class Job(Owned, Base):
-    """A fine-tuning job. `desired` is what the user wants, `observed` what is; a change of either raises `version`."""
+    """A fine-tuning job.
+
+    `desired` is the state that the user wants, and `observed` is the state that the job is in. A change of either
+    raises `version` by one.
+    """
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     spec: Mapped[dict[str, Any]]  # JobSpec
-    model_source: Mapped[str]  # where the model is; fixed at submission, as is its base
+    model_source: Mapped[str]  # source of the model that the job trains; fixed at submission
     model_root: Mapped[str]
-    base_source: Mapped[str | None]  # where the base of model_source is, if that is an adapter
-    reference_source: Mapped[str | None]  # where the reference is, if it is not the model that the job starts from
+    base_source: Mapped[str | None]  # source of the base model, if model_source is an adapter
+    reference_source: Mapped[str | None]  # source of the reference model, if it is not model_source
     priority: Mapped[int] = mapped_column(default=0)  # higher goes first
     desired: Mapped[str] = mapped_column(default="run")
     observed: Mapped[str] = mapped_column(default="queued")
     version: Mapped[int] = mapped_column(default=1)
-    traceparent: Mapped[str | None]  # of the request that submitted it, if that was traced
-    waits_for: Mapped[str | None]  # what keeps the job, or its next attempt, from starting, in words
-    training: Mapped[
-        dict[str, Any] | None
-    ]  # the attempt's Started report, once it came: the resolved config, and the number of steps
-    progress: Mapped[dict[str, Any] | None]  # where the running attempt is; attempts.py writes it
+    traceparent: Mapped[str | None]  # of the request that submitted the job, if it was traced
+    waits_for: Mapped[str | None]  # why the job, or its next attempt, does not start yet, as text for the user
+    training: Mapped[dict[str, Any] | None]  # an attempt's Started report: the resolved config, and the number of steps
+    progress: Mapped[dict[str, Any] | None]  # stage and progress of the running attempt
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]
     fine_tuned_model: Mapped[str | None]
@@ -217,7 +225,10 @@ class Job(Owned, Base):
 
 
 class Transition(Base):
-    """A change of a job's desired or observed state. Rows never change; replayed in order they give the job's state."""
+    """A change of a job's desired or observed state.
+
+    Rows never change; replaying a job's rows in order gives its state.
+    """
 
     __tablename__ = "transitions"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -232,25 +243,28 @@ class Transition(Base):
 
 
 class Attempt(Base):
-    """One run of a job on the cluster. It is written before it is launched; a job has at most one that is open."""
+    """An attempt: one execution of a job on the Ray cluster.
+
+    The row is written before the launch. A job has at most one open attempt, which is one that has not ended.
+    """
 
     __tablename__ = "attempts"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     state: Mapped[str] = mapped_column(default="launching")
-    token: Mapped[str]  # digests of the last two launches' tokens; then of the one that the attempt made itself
+    token: Mapped[str]  # digests of the last two launches' tokens; later of the token that the attempt made
     next_seq: Mapped[int] = mapped_column(BigInteger, default=0)  # all reports with smaller numbers are recorded
-    reference: Mapped[str | None]  # app_name of the model that must be served while the attempt asks it for scores
+    reference: Mapped[str | None]  # app_name of the reference model that must be served for the attempt
     outcome: Mapped[dict[str, Any] | None]  # the attempt's Succeeded, Failed or Paused report
     reported_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    silent_seconds: Mapped[float] = column_property(  # from its last sign of life until the row was read
+    silent_seconds: Mapped[float] = column_property(  # from the attempt's last sign of life until the row was read
         cast(extract("epoch", func.clock_timestamp() - reported_at), Double)
     )
     num_accelerators: Mapped[float] = mapped_column(default=0)
     ended_at: Mapped[datetime | None]
-    failed: Mapped[bool] = mapped_column(default=False)  # it died by itself, which counts towards max_attempts
-    reason: Mapped[str | None]  # why it ended or is being stopped
+    failed: Mapped[bool] = mapped_column(default=False)  # the attempt died by itself, which counts towards max_attempts
+    reason: Mapped[str | None]  # why the attempt ended or is being stopped
     __table_args__ = (
         CheckConstraint("state IN ('launching', 'running', 'ended')"),
         CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)"),
@@ -260,15 +274,16 @@ class Attempt(Base):
 
     @property
     def submission_id(self) -> str:
-        """The id of the attempt's job in Ray."""
+        """Returns the submission id under which Ray runs the attempt."""
         return f"{self.job_id}-{self.number}"
 
 
 class Event(Base):
-    """A line of a job's history for its user.
+    """An event in a job's history, which the job's user can read.
 
-    (job, attempt, seq) is unique, so an attempt may send a report twice. Events with attempt 0 are the service's own.
-    A trigger makes the ids of one job's events rise in the order in which they become visible.
+    The columns (job_id, attempt, seq) are together unique, so an attempt may send a report twice. Events with attempt 0
+    come from the control plane itself. A trigger makes the ids of one job's events rise in the order in which the
+    events become visible.
     """
 
     __tablename__ = "events"
@@ -282,7 +297,7 @@ class Event(Base):
     type: Mapped[str] = mapped_column(default="message")
     message: Mapped[str]
     data: Mapped[dict[str, Any] | None]
-    step: Mapped[int | None]  # of a metrics event; unique, because a resumed attempt computes some steps again
+    step: Mapped[int | None]  # step of a metrics event; unique, because a resumed attempt repeats some steps
     __table_args__ = (
         UniqueConstraint("job_id", "attempt", "seq"),
         UniqueConstraint("job_id", "step"),
@@ -291,7 +306,7 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """A complete checkpoint of a job."""
+    """A checkpoint of a job that is complete in storage."""
 
     __tablename__ = "checkpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -305,21 +320,21 @@ class Checkpoint(Base):
 
 
 class Model(Owned, Base):
-    """A trained policy under the name that clients use. Base models are not here; the settings name them."""
+    """A trained model under the name that clients use. Base models are not in this table but in the settings."""
 
     __tablename__ = "models"
     id: Mapped[str] = mapped_column(primary_key=True)  # ft:base:org:suffix:job's digits[:ckpt-step-n]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     source: Mapped[str]  # storage URI of a Hugging Face folder, or of an adapter's folder
     root: Mapped[str]  # base model's name
-    base_source: Mapped[str | None]  # where an adapter's base is; None: the model holds all weights
+    base_source: Mapped[str | None]  # source of an adapter's base model; None: the model holds all weights
     adapter: Mapped[dict[str, Any] | None]  # an adapter's options
     num_outputs: Mapped[int] = mapped_column(
         server_default="0"
-    )  # outputs of a reward model's head; 0: it is no reward model
+    )  # outputs of a reward model's head; 0: the model is no reward model
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     deleted_at: Mapped[datetime | None]
-    removed_at: Mapped[datetime | None]  # when its bytes were removed, after its deletion
+    removed_at: Mapped[datetime | None]  # when the deleted model's files were removed from storage
     __table_args__ = (
         Index("models_by_time", "project_id", "created_at", "id"),
         Index("models_to_remove", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND removed_at IS NULL")),
@@ -327,18 +342,18 @@ class Model(Owned, Base):
 
 
 class CheckpointPermission(Base):
-    """Allows another project to use a model: a trained policy or a checkpoint."""
+    """A permission for another project to use a model, which is a trained policy or a checkpoint."""
 
     __tablename__ = "checkpoint_permissions"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))  # the project that may use it
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))  # the project that may use the model
     __table_args__ = (UniqueConstraint("model_id", "project_id"),)
 
 
 class WebhookEndpoint(Owned, Base):
-    """A URL to which a project wants webhooks about its jobs."""
+    """A URL to which the service sends webhooks about a project's jobs."""
 
     __tablename__ = "webhook_endpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -352,16 +367,16 @@ class WebhookEndpoint(Owned, Base):
     old_secret_until: Mapped[datetime | None] = mapped_column()
     old_secret_counts: Mapped[bool | None] = column_property(
         old_secret_until > func.clock_timestamp()
-    )  # when the row was read
+    )  # whether the old secret was valid when the row was read
     num_failures: Mapped[int] = mapped_column(server_default="0")  # sends that failed in a row
     retry_at: Mapped[datetime | None]  # nothing is sent before this time, because sends failed
-    disabled_at: Mapped[datetime | None]  # when it answered 410 Gone
+    disabled_at: Mapped[datetime | None]  # when the endpoint answered 410 Gone
     deleted_at: Mapped[datetime | None]
     __table_args__ = (Index("webhook_endpoints_by_time", "project_id", "created_at", "id"),)
 
 
 class Outbound(Base):
-    """A webhook that waits to be sent to one endpoint. It is written in the transaction that causes it."""
+    """A webhook message to one endpoint. The transaction that ends the job writes the row."""
 
     __tablename__ = "outbox"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -371,12 +386,12 @@ class Outbound(Base):
     body: Mapped[dict[str, Any]]
     num_sends: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # None: delivered or given up
-    outcome: Mapped[str | None]  # what came of the last send
+    outcome: Mapped[str | None]  # result of the last send, as text
     __table_args__ = (Index("outbox_due", "endpoint_id", "due_at", "id", postgresql_where=text("due_at IS NOT NULL")),)
 
 
 class AuditEntry(Base):
-    """A change through the API or a refusal, and the key that asked. Rows are never changed."""
+    """An entry of the audit log: a request that changed data or was refused, and its key. Entries never change."""
 
     __tablename__ = "audit_log"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -393,7 +408,7 @@ class AuditEntry(Base):
 
 
 class Deployment(Base):
-    """A model that should be served, because a request or a job that needs its scores asked for it."""
+    """A model that Ray Serve should run, because a request or a job that uses the model as its reference needs it."""
 
     __tablename__ = "deployments"
     app_name: Mapped[str] = mapped_column(primary_key=True)
@@ -403,14 +418,20 @@ class Deployment(Base):
 
 
 class Instance(Base):
-    """Its only row is the service's id. The service's names on a shared Ray cluster begin with it."""
+    """The service's id, in a table with one row.
+
+    The names of the service's applications in Ray contain the id, so that services can share a cluster.
+    """
 
     __tablename__ = "instance"
     id: Mapped[str] = mapped_column(primary_key=True)
 
 
 class Lease(Base):
-    """Who may do a piece of work now, such as the reconciler's. Times are by the database's clock."""
+    """A lease: the right of one process, until `expires_at`, to do a piece of work such as the reconciler's.
+
+    All times are by the database's clock.
+    """
 
     __tablename__ = "leases"
     name: Mapped[str] = mapped_column(primary_key=True)

@@ -1,4 +1,7 @@
-"""All metrics for Prometheus. Labels have few, fixed values: never an id, a key, or the name of a file or a model."""
+"""Defines all metrics for Prometheus.
+
+Labels have few, fixed values: never an id, a key, or the name of a file or a model.
+"""
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -27,7 +30,7 @@ TICK_SECONDS = Histogram("raydpo_reconciler_tick_seconds", "Seconds that a tick 
 
 WEBHOOK_SENDS = Counter("raydpo_webhook_sends", "Sends by the class of the answer, or unreachable.", ["outcome"])
 
-# Read from the database when Prometheus asks, so every replica reports the same values.
+# These gauges are read from the database when Prometheus asks, so every replica reports the same values.
 JOBS = Gauge("raydpo_jobs", "Jobs by state.", ["state"])
 LEASE_SECONDS = Gauge(
     "raydpo_reconciler_lease_seconds", "Seconds until the reconciler's lease ends; below 0 no control plane acts."

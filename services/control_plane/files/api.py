@@ -1,4 +1,4 @@
-"""/v1/files stores, lists, reads and deletes files."""
+"""The routes below /v1/files, which store, list, read and delete files."""
 
 import io
 import re
@@ -34,7 +34,7 @@ FIELDS = (
 )
 CHUNK = 1 << 20
 IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked."
-# One range of bytes, as RFC 9110 writes it. The service ignores any other `Range`, as the RFC allows.
+# One range of bytes, as RFC 9110 writes it. The service ignores other `Range` headers, as the RFC allows.
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -45,7 +45,7 @@ async def create(request: Request, idempotent: IdempotentPart, store: StorePart,
         wanted = CreateFile.of(form.fields)
         reading = wanted.reading()
         filename = files.clean_name(form.filename, "file")
-        async with store.begin() as session:  # an early refusal; the reservation below counts
+        async with store.begin() as session:  # refuses early; the reservation in `keep` is the one that counts
             await files.reserve(session, store.project_id, form.num_bytes, param="file")
         stored = await files.store_file(form.source, settings)
 
@@ -86,7 +86,7 @@ async def list_files(
         rows, more = await page(session, query, keys, after=after, limit=limit, descending=order == "desc")
     return JSONResponse(
         listing([file_object(row) for row in rows], more)
-    )  # FastAPI's own encoder would take seconds for it
+    )  # FastAPI's own encoder would take seconds for a long list
 
 
 @router.get("/{file_id}")
@@ -117,7 +117,7 @@ def _attached(filename: str) -> dict[str, str]:
 
 
 def _part(asked: re.Match[str], num_bytes: int) -> range:
-    """Returns the bytes that a `Range` header asks for; empty if the file has none of them."""
+    """Returns the range of bytes that a `Range` header asks for; an empty range if the file has none of these bytes."""
     first, last = asked[1], asked[2]
     if not first:  # the last bytes of the file
         return range(max(0, num_bytes - int(last)), num_bytes)

@@ -1,7 +1,8 @@
-"""Checks the rows of one stored file: `python -m services.control_plane.files.check_program URI READING`.
+"""A program that checks the rows of one stored file.
 
-It is a process of its own, because reading rows takes one core for minutes. It prints lines of JSON: every second how
-many bytes it has read, and at last the report. It ends if nobody reads its output any more.
+Its command is `python -m services.control_plane.files.check_program URI READING`. The check runs in a process of its
+own, because reading rows takes one core for minutes. The program prints lines of JSON: every second the number of bytes
+that it has read, and at the end the report. It ends if nobody reads its output any more.
 """
 
 import json
@@ -21,7 +22,10 @@ TELL_SECONDS = 1.0
 
 
 def check_rows(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Returns the file's FeedbackReport as a dict, and why it is refused or None. Calls `tell` with the bytes read."""
+    """Returns the file's FeedbackReport under `report`, and the reason to refuse the file (or None) under `refusal`.
+
+    Calls `tell` every second with the number of bytes that were read.
+    """
     share = reading.invalid_rows.max_share if reading.invalid_rows.how == "drop" else 0.0
     with storage.open_input(uri) as source:
         lines = json_lines(source)

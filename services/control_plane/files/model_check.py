@@ -1,8 +1,9 @@
-"""Checks training files with a model: a Ray job finds out what encoding would do with the rows.
+"""Checks training files with a model: a Ray job finds out how the rows would be encoded in training.
 
-A check has a folder named by a digest of all that its result depends on, so the same content is checked once. In it is
-a folder for each attempt, numbered from 1, with `request.json` and, when it is done, `report.json`. A row of the table
-`checks` says to which project it belongs. A few of one project run at once.
+A check has a folder in storage. A digest of everything that the result depends on is the folder's name, so the same
+content is checked once. The folder has a subfolder for each attempt, numbered from 1, with `request.json` and, when the
+attempt is done, `report.json`. A row of the table `checks` names the project of each attempt. A project may run only a
+few checks at once.
 """
 
 import asyncio
@@ -30,19 +31,19 @@ from services.control_plane.ray_api import RayApi, Refused
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import projects
 
-CHECKING = 1  # the version of the check; raise it when the same content gives another result
+CHECKING = 1  # the version of the check; raise the version when the same content gives another result
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.5
 FAILURE_SECONDS = 60.0  # a failure is reported for this long; then the check is tried again
 RETRY_AFTER_SECONDS = 15
-LAUNCHING_SECONDS = 120.0  # from when its row is written until Ray knows it
+LAUNCHING_SECONDS = 120.0  # from the writing of a check's row until Ray knows the check
 LONGEST_SECONDS = 3600.0  # a check is stopped after this long
-KEPT = timedelta(days=7)  # from its end
+KEPT = timedelta(days=7)  # from the end of a check
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check of one file with one model."""
+    """A check of one training file with one model."""
 
     id: str
     uri: str
@@ -52,14 +53,15 @@ class Check:
         return storage.join(self.uri, str(attempt))
 
     def submission_id(self, attempt: int) -> str:
-        """The id of the attempt's Ray job."""
+        """Returns the submission id under which Ray runs the attempt."""
         return f"{self.id}-{attempt}"
 
 
 def check_of(file: File, model: NamedModel, config: TrainConfig, settings: Settings, instance: str) -> Check:
-    """Returns the check of a file with a model. It is the same for the same bytes, model and options.
+    """Returns the check of a file with a model. The same bytes, model and options give the same check.
 
-    Projects share no checks, so that none learns what another one checked. Nor do services on one cluster.
+    Projects do not share checks, so that no project learns which files another project has checked. Services on one
+    cluster do not share checks either.
     """
     reading, project = reading_of(file), file.project_id
     content = [
@@ -90,9 +92,10 @@ async def result_of(
     settings: Settings,
     is_disconnected: Callable[[], Awaitable[bool]],
 ) -> CheckResult | None:
-    """Returns the check's result; None if it still runs after a minute, or the client left.
+    """Runs the check, unless it runs already, and returns its result.
 
-    Raises Unavailable and RateLimited.
+    Returns None if the check still runs after a minute, or the client has disconnected. Raises Unavailable if Ray
+    refuses the check or does not answer, and RateLimited if too many checks of the project are running.
     """
     attempt, result = await _newest(check)
     if result is None:
@@ -100,7 +103,7 @@ async def result_of(
     deadline = time.monotonic() + WAIT_SECONDS
     while result is None and time.monotonic() < deadline and not await is_disconnected():
         ended = await ray_api.status(check.submission_id(attempt)) == "ended"
-        result = await _read(check, attempt)  # read after the status, because the job writes it before it ends
+        result = await _read(check, attempt)  # read after the status: the job writes its result before it ends
         if result is None and ended:
             what = f"The check ended without a result; the log of {check.submission_id(attempt)} in Ray says why."
             return CheckResult(finished_at=time.time(), error=Failed(code="check_lost", message=what))
@@ -110,12 +113,15 @@ async def result_of(
 
 
 async def known(check: Check) -> CheckResult | None:
-    """Returns the result of an earlier check of the same content, if there was one."""
+    """Returns the result of an earlier check of the same content; None if there is none."""
     return (await _newest(check))[1]
 
 
 async def _newest(check: Check) -> tuple[int, CheckResult | None]:
-    """Returns the newest attempt's number (0 if there is none) and result. After an old failure, the next number."""
+    """Returns the number of the check's newest attempt (0 if there is none) and the attempt's result.
+
+    If that attempt failed more than FAILURE_SECONDS ago, returns the next number and no result.
+    """
     folders: list[str] = await anyio.to_thread.run_sync(storage.list_folders, check.uri)
     attempt = max(map(int, folders), default=0)
     result = await _read(check, attempt) if attempt else None
@@ -125,7 +131,10 @@ async def _newest(check: Check) -> tuple[int, CheckResult | None]:
 
 
 async def _launch(check: Check, attempt: int, store: ProjectStore, ray_api: RayApi, most: int) -> int:
-    """Launches the attempt unless it runs, or the next one if it is dead. Doing it twice is harmless."""
+    """Launches the attempt unless it runs already, or the next attempt if this one died. Returns the attempt's number.
+
+    A repeated launch is harmless.
+    """
     attempt = max(1, attempt)
     status = await ray_api.status(check.submission_id(attempt))
     if status == "ended" and await _read(check, attempt) is None:
@@ -162,7 +171,7 @@ async def _read(check: Check, attempt: int) -> CheckResult | None:
 
 
 async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: RayApi, most: int) -> None:
-    """Counts the check among those that run for its project. Raises RateLimited if `most` are running already."""
+    """Adds the row of a check that is about to run. Raises RateLimited if `most` checks of the project run already."""
     for is_last_try in (False, True):
         async with store.begin() as session:
             await projects.lock(session, store.project_id)
@@ -181,14 +190,18 @@ async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: 
 
 
 async def _running(session: AsyncSession) -> list[tuple[DatasetCheck, float]]:
-    """Returns the checks whose ends were not noted yet, with their ages in seconds."""
+    """Returns the checks whose ends have not been stored yet, each with its age in seconds."""
     age = func.extract("epoch", func.clock_timestamp() - DatasetCheck.created_at)
     rows = await session.execute(select(DatasetCheck, age).where(DatasetCheck.ended_at.is_(None)))
     return [(row, float(age)) for row, age in rows]
 
 
 async def _lives(check: DatasetCheck, age: float, ray_api: RayApi) -> bool:
-    """Whether the check may be running: False if Ray says that it ended, or does not know it long after its launch."""
+    """Whether the check may be running.
+
+    False if Ray says that the check ended, or still does not know the check LAUNCHING_SECONDS after its row was
+    written.
+    """
     status = await ray_api.status(check.submission_id)
     return status != "ended" and not (status == "absent" and age > LAUNCHING_SECONDS)
 
@@ -199,7 +212,10 @@ async def _note_ends(session: AsyncSession, submission_ids: list[str]) -> None:
 
 
 async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
-    """Stops checks that run for too long, and notes which have ended. Returns those that it stopped."""
+    """Stops checks that run for more than LONGEST_SECONDS. Returns the submission ids of the stopped checks.
+
+    Also stores the ends of the checks that have ended.
+    """
     async with store.begin() as session:
         running = await _running(session)
     ended, late = list[str](), list[str]()
@@ -215,7 +231,10 @@ async def stop_late(store: Store, ray_api: RayApi) -> list[str]:
 
 
 async def forget_old(session: AsyncSession, most: int) -> list[str]:
-    """Deletes the rows of checks that ended long ago. Returns their folders, to be deleted after the commit."""
+    """Deletes the rows of checks that ended more than KEPT ago. Returns the storage folders of these checks.
+
+    The caller must delete the folders after the commit.
+    """
     old = select(DatasetCheck.submission_id).where(DatasetCheck.ended_at < func.now() - KEPT).limit(most)
     forgotten = delete(DatasetCheck).where(DatasetCheck.submission_id.in_(old)).returning(DatasetCheck.folder)
     return list(await session.scalars(forgotten))

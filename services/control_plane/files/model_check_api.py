@@ -1,4 +1,4 @@
-"""/v1/x/datasets/check says what a training file holds, and what a model would make of it."""
+"""The route /v1/x/datasets/check, which reports on the rows of a training file and on their encoding for a model."""
 
 from typing import Any
 
@@ -17,7 +17,10 @@ router = APIRouter(prefix="/x/datasets")
 async def check(
     request: Request, store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CheckDataset
 ) -> dict[str, Any]:
-    """Says what a training file holds and, with a model, what encoding would do with it. Repeat it while it runs."""
+    """Returns a report on the training file's rows and, if a model is named, on the encoding of the rows for the model.
+
+    Send the request again while the answer's status is `running`.
+    """
     config = body.config()
     async with store.begin() as session:
         file = await files.find_checked(session, body.training_file, param="training_file")

@@ -1,4 +1,4 @@
-"""Request bodies about files, uploads and checks of their rows."""
+"""Defines the request bodies for files, uploads and checks of their rows."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +26,10 @@ Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=25
 
 
 def reading(extension: Mapping[str, Any]) -> Reading:
-    """Parses what x_raydpo says of how a file's rows are read. Raises InvalidRequest naming the field."""
+    """Returns the options in `x_raydpo` for reading a file's rows.
+
+    Raises InvalidRequest, which names the wrong field.
+    """
     return Reading(columns=_columns(extension.get("columns", {})), invalid_rows=_invalid_rows(extension))
 
 
@@ -51,7 +54,7 @@ def _invalid_rows(extension: Mapping[str, Any]) -> InvalidRows:
 
 
 class CheckDataset(BaseModel):
-    """Body of POST /x/datasets/check."""
+    """The JSON body of POST /v1/x/datasets/check."""
 
     model_config = ConfigDict(extra="forbid")
     training_file: Text
@@ -60,7 +63,10 @@ class CheckDataset(BaseModel):
     truncation: Truncation | None = None
 
     def config(self) -> TrainConfig:
-        """Returns the config of a job with these options. Raises InvalidRequest naming the field."""
+        """Returns the config of a job with the options of this body.
+
+        Raises InvalidRequest, which names the wrong field.
+        """
         given = self.model_dump(include={"max_length", "truncation"}, exclude_none=True)
         if given and self.model is None:
             (name, *_) = given
@@ -70,7 +76,10 @@ class CheckDataset(BaseModel):
 
 
 class ExpiresAfter(BaseModel):
-    """How long a file lives. In forms its parts are `expires_after[anchor]` and `expires_after[seconds]`."""
+    """The time from a file's creation until it expires.
+
+    In multipart forms, the fields are `expires_after[anchor]` and `expires_after[seconds]`.
+    """
 
     model_config = ConfigDict(extra="forbid")
     anchor: Literal["created_at"]
@@ -78,7 +87,7 @@ class ExpiresAfter(BaseModel):
 
 
 class CreateFile(BaseModel):
-    """The fields of POST /files beside the file itself."""
+    """The fields of the multipart body of POST /v1/files, without the file itself."""
 
     model_config = ConfigDict(extra="forbid")
     purpose: Text
@@ -102,14 +111,17 @@ class CreateFile(BaseModel):
         return self.expires_after.seconds if self.expires_after else None
 
     def reading(self) -> Reading:
-        """Parses from x_raydpo how the file's rows are read. Raises InvalidRequest naming the field."""
+        """Returns the options in `x_raydpo` for reading the file's rows.
+
+        Raises InvalidRequest, which names the wrong field.
+        """
         extension = self.x_raydpo or {}
         refuse_unknown(extension, READING, "x_raydpo")
         return reading(extension)
 
 
 class CreateUpload(CreateFile):
-    """Body of POST /uploads."""
+    """The JSON body of POST /v1/uploads."""
 
     filename: Text
     bytes: Annotated[int, Field(ge=1)]
@@ -117,7 +129,7 @@ class CreateUpload(CreateFile):
 
 
 class CompleteUpload(BaseModel):
-    """Body of POST /uploads/{id}/complete. `part_ids` are in the order in which the parts are joined."""
+    """The JSON body of POST /v1/uploads/{id}/complete. The parts are joined in the order of `part_ids`."""
 
     model_config = ConfigDict(extra="forbid")
     part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]

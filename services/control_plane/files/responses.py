@@ -1,4 +1,4 @@
-"""Files, uploads and checks as clients read them."""
+"""Builds the JSON objects of files, uploads and checks for responses."""
 
 from typing import Any
 
@@ -71,7 +71,11 @@ def part_object(row: UploadPart) -> dict[str, Any]:
 
 
 def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
-    """The report on a file's rows and, if a model was named, the result of the check with it."""
+    """Returns a check as a `dataset.check` object: its status, and the report on the file's rows.
+
+    `result` is the result of encoding the rows for a model; None if the request named no model, or the check still
+    runs.
+    """
     error = result.error if result else None
     of_model = result.report or {} if result else {}
     return {

@@ -1,7 +1,7 @@
-"""Checks the rows of training files: before the answer if that takes seconds, otherwise in the background.
+"""Checks the rows of training files: small files before the response, large files in the background.
 
-A large file is stored unchecked. Every control plane looks for such files; the one that gets a file's lease checks it.
-So a check goes on if a control plane dies, and none runs twice.
+A large file is stored unchecked. Every control plane looks for unchecked files; the one that gets a file's lease checks
+the file. So another control plane repeats the check if the first one dies, and no two check a file at once.
 """
 
 import asyncio
@@ -31,28 +31,28 @@ from services.control_plane.files.files import Stored
 
 log = logging.getLogger(__name__)
 
-IN_PROCESS_BYTES = 4 * 2**20  # such a check takes 0.1 s, less than starting a process
+IN_PROCESS_BYTES = 4 * 2**20  # a check of so many bytes takes 0.1 s, less than starting a process
 AT_ONCE = 4  # the most processes, each of 80 MiB, however many cores there are
-AT_ONCE_BYTES = 512 * 2**20  # such a check takes 12 s; proxies cut answers off after 60 s
+AT_ONCE_BYTES = 512 * 2**20  # a check of so many bytes takes 12 s; proxies cut responses off after 60 s
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 GIVEN_UP_AFTER = timedelta(days=1)
-LEASE = "check of "  # a lease's name is this and a file's id
+LEASE = "check of "  # the name of a file's lease is this text and the file's id
 
 
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("checks at once")
 
 
 class Died(Exception):
-    """The process that checked a file ended without a report."""
+    """The process that checked a file's rows ended without a report."""
 
 
 async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str, Any] | None:
-    """Checks the rows and returns the report; None if the file is so large that it is checked in the background.
+    """Checks the file's rows and returns the report; None if the file is so large that it is checked in the background.
 
-    Raises InvalidRequest naming the first bad line.
+    Raises InvalidRequest, which names the first bad line, and Unavailable if the process of the check died.
     """
     if stored.num_bytes > AT_ONCE_BYTES:
         return None
@@ -77,7 +77,7 @@ async def _run_check(
 
 
 def _processes() -> anyio.CapacityLimiter:
-    """Limits the processes of checks in this control plane to AT_ONCE; further checks wait."""
+    """Returns the limiter of this control plane's check processes: at most AT_ONCE run, and further checks wait."""
     try:
         return _limiter.get()
     except LookupError:
@@ -108,7 +108,7 @@ async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] |
 
 
 class RowChecker:
-    """Checks files in the background. One runs in every control plane, and checks one file at a time."""
+    """The background task that checks files. Every control plane has one, which checks one file at a time."""
 
     def __init__(self, store: Store, *, holder: str) -> None:
         self._store, self._holder = store, holder
@@ -151,7 +151,7 @@ class RowChecker:
         return None
 
     async def _check(self, row: File) -> None:
-        """Checks the file while it holds the lease, and writes the result once."""
+        """Checks the file's rows, renews the file's lease meanwhile, and writes the result."""
         num_checked = 0
 
         def tell(num_bytes: int) -> None:
@@ -178,7 +178,10 @@ class RowChecker:
             await self._write(row, refusal=refusal, num_checked=row.num_bytes)
 
     async def _beat(self, row: File, num_checked: int) -> bool:
-        """Renews the lease and writes the progress. Returns False if the lease was lost, or the file is gone."""
+        """Renews the file's lease and writes the progress of the check.
+
+        Returns False if the lease was lost, or the file was deleted.
+        """
         async with self._store.begin() as session:
             held = await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS)
         return held and await self._write(row, num_checked=num_checked)
@@ -190,9 +193,9 @@ class RowChecker:
 
 
 def _next(most: int) -> Select[File]:
-    """The files to check next: the oldest of each project, then the second oldest of each, and so on.
+    """Returns the query for the files to check next: the oldest of each project, then the second oldest, and so on.
 
-    Files that are being checked or were put off are left out, but keep their place in their project's order.
+    Files that are being checked or were put off are left out, but keep their position in the order of their project.
     """
     place = func.row_number().over(partition_by=File.project_id, order_by=(File.created_at, File.id))
     unchecked = select(File.id, place.label("place")).where(text(UNCHECKED)).subquery()

@@ -1,4 +1,7 @@
-"""Uploads: files that come in parts. Each part is an object in storage until the upload is completed or ends."""
+"""Handles uploads, which are files that arrive in parts.
+
+Each part is an object in storage until the upload is completed, cancelled or expired.
+"""
 
 import io
 import secrets
@@ -18,17 +21,17 @@ from services.control_plane.files.files import Stored
 from services.control_plane.settings import Settings
 
 PENDING_FOR = timedelta(hours=1)
-PART_BYTES = 64 * 2**20  # the client's own part size
+PART_BYTES = 64 * 2**20  # the part size of OpenAI's client
 MOST_PARTS = 10_000
 
 
 def folder(upload_id: str, settings: Settings) -> str:
-    """The folder in storage that holds an upload's parts."""
+    """Returns the URI of the storage folder that holds the parts of an upload."""
     return storage.join(settings.storage_url, "uploads", upload_id)
 
 
 async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) -> Upload:
-    """Adds the row of a new upload. From now on its bytes count towards the project's limit."""
+    """Adds the row of a new upload. The upload's bytes count towards the project's limit at once. Raises OverQuota."""
     await files.reserve(session, project_id, wanted["num_bytes"], param="bytes")
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
@@ -40,10 +43,13 @@ async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) 
 
 
 async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> tuple[Upload, str]:
-    """Returns the upload, and its state by the database's clock. With `lock`, only the caller may end it."""
+    """Returns the upload, and its state by the database's clock. Raises NotFound.
+
+    With `lock`, no one else can end the upload before the session's transaction ends.
+    """
     query = select(Upload).where(Upload.id == upload_id)
     if lock:
-        query = query.with_for_update(key_share=True)  # parts that name it may still be added
+        query = query.with_for_update(key_share=True)  # parts that name the upload may still be added
     if (row := await session.scalar(query)) is None:
         raise NotFound(f"No such Upload object: {upload_id}", param="upload_id", code="upload_not_found")
     over = row.state == "pending" and await session.scalar(select(func.clock_timestamp() > row.expires_at))
@@ -51,7 +57,7 @@ async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> 
 
 
 async def file_of(session: AsyncSession, row: Upload) -> File | None:
-    """Returns the file that the upload became, unless it was deleted or has expired."""
+    """Returns the file that was made from the upload; None if the file does not exist, was deleted or has expired."""
     return await session.scalar(select(File).where(File.id == row.file_id, File.alive()))
 
 
@@ -85,7 +91,10 @@ async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> Upl
 async def complete(
     session: AsyncSession, upload_id: str, part_ids: Sequence[str], md5: str | None, settings: Settings
 ) -> tuple[Upload, File | None]:
-    """Joins the parts to a file. It holds a lock on the upload, so that a second call waits and finds it done."""
+    """Joins the parts of the upload to a file and checks the rows of the file. Returns the upload and the file.
+
+    Locks the upload until the transaction ends, so that a second call waits and returns the file of the first call.
+    """
     row, state = await find(session, upload_id, lock=True)
     if state == "completed":
         return row, await file_of(session, row)
@@ -119,7 +128,7 @@ async def complete(
 
 
 async def cancel(session: AsyncSession, upload_id: str) -> Upload:
-    """Cancels the upload. Cancelling it twice gives the same answer."""
+    """Cancels the upload. Cancelling an upload twice gives the same answer."""
     row, state = await find(session, upload_id, lock=True)
     if state != "cancelled":
         check_pending(row, state, "cancelled")
@@ -128,7 +137,10 @@ async def cancel(session: AsyncSession, upload_id: str) -> Upload:
 
 
 async def expire(session: AsyncSession, most: int, settings: Settings) -> list[str]:
-    """Ends uploads whose hour is over, except while one is being completed. Returns their folders."""
+    """Marks uploads whose time is over as expired, at most `most` of them. Returns the storage folders of their parts.
+
+    Skips uploads that are being completed. The caller must delete the folders after the commit.
+    """
     over = select(Upload).where(Upload.state == "pending", Upload.expires_at <= func.clock_timestamp())
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True, key_share=True)))
     for row in rows:
@@ -137,7 +149,10 @@ async def expire(session: AsyncSession, most: int, settings: Settings) -> list[s
 
 
 async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
-    """Returns the parts in the order of `part_ids`. An id may come twice, because equal parts may have the same id."""
+    """Returns the upload's parts in the order of `part_ids`. An id may come twice, because equal parts may share an id.
+
+    Raises InvalidRequest for an unknown id, or if the parts do not have as many bytes as the upload.
+    """
     query = select(UploadPart).where(UploadPart.upload_id == row.id)
     parts = {part.id: part for part in await session.scalars(query)}
     for part_id in part_ids:
@@ -151,7 +166,7 @@ async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str])
 
 
 class Joined(io.RawIOBase):
-    """Reads the parts one after the other, as one file."""
+    """A binary stream that reads the parts of an upload one after the other, as one file."""
 
     def __init__(self, parts: Sequence[UploadPart]) -> None:
         self._left = [part.uri for part in reversed(parts)]

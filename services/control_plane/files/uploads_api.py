@@ -1,4 +1,4 @@
-"""/v1/uploads takes files in parts, if they are too large for one request."""
+"""The routes below /v1/uploads, which take files in parts if they are too large for one request."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ async def create(idempotent: IdempotentPart, store: StorePart, settings: Setting
 async def add_part(
     request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, upload_id: str
 ) -> Response:
-    """Adds a part. Parts may come in any order, and several at once."""
+    """Adds a part to the upload. Parts may come in any order, and several at the same time."""
     async with store.begin() as session:  # refuse before the body is read
         uploads.check_pending(*await uploads.find(session, upload_id), "added to")
     remedy = "Send the file in smaller parts."
@@ -59,7 +59,7 @@ async def add_part(
 async def complete(
     request: Request, idempotent: IdempotentPart, settings: SettingsPart, upload_id: str, body: CompleteUpload
 ) -> Response:
-    """Joins the parts to a file, and checks its rows as those of any other file."""
+    """Joins the upload's parts to a file, and checks the rows of the file."""
 
     async def join(session: AsyncSession) -> dict[str, Any]:
         row, file = await uploads.complete(session, upload_id, body.part_ids, body.md5, settings)

@@ -1,1 +1,1 @@
-"""What all requests go through: limits, the check of the key, idempotency and the access log."""
+"""The HTTP layer around the routes: limits, authentication, idempotency and the access log."""

@@ -1,4 +1,4 @@
-"""Gives every request an id, and every answer its headers; writes the access log and counts requests."""
+"""Gives every request an id and every response its headers, writes the access log and counts requests."""
 
 import logging
 import re
@@ -18,12 +18,12 @@ from services.control_plane.core.telemetry import REQUEST_SECONDS, REQUESTS
 log = logging.getLogger(__name__)
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
-QUIET = ("/healthz", "/readyz", "/metrics")  # not logged: machines ask for them every few seconds
+QUIET = ("/healthz", "/readyz", "/metrics")  # not logged, because machines request these paths every few seconds
 PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class AccessLog:
-    """The middleware around the whole app. It also answers requests that crash, so that these answers have an id."""
+    """The outermost middleware of the app. It also answers requests that crash, so that these responses have an id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -34,7 +34,7 @@ class AccessLog:
             return
         started, request_id, status = time.perf_counter(), f"req_{secrets.token_hex(12)}", 0
         state = scope.setdefault("state", {})
-        state["request_id"], state["headers"] = request_id, {}  # to which handlers of the request may add
+        state["request_id"], state["headers"] = request_id, {}  # handlers of the request may add headers
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -69,19 +69,19 @@ def _crashed() -> JSONResponse:
 
 
 def _given_id(scope: Scope) -> dict[str, str]:
-    """Returns the client's own id of the request as a field of the log, if it is short and printable."""
+    """Returns the client's own id of the request as a field of the log, if the id is short and printable."""
     given = next((value for name, value in scope["headers"] if name == b"x-client-request-id"), b"")
     return {"client_request_id": given.decode()} if PRINTABLE.fullmatch(given) else {}
 
 
 def _span(scope: Scope) -> AbstractContextManager[Any]:
-    """Opens a trace span for users' requests, below the span that the client names in `traceparent`."""
+    """Opens a trace span for a request below /v1, as a child of the span that the client names in `traceparent`."""
     given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
     return tracing.span("request", parent=given) if scope["path"].startswith("/v1/") else nullcontext()
 
 
 def _route(scope: Scope) -> str:
-    """Returns the route's template, such as `/v1/files/{file_id}`. Paths and queries may contain private data."""
+    """Returns the route's template, such as `/v1/files/{file_id}`. Real paths and queries may contain private data."""
     return getattr(scope.get("route"), "path", "none")
 
 

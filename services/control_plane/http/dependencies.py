@@ -1,4 +1,4 @@
-"""Parameters for route functions: the parts that `app` built, and the caller after the check of its key."""
+"""Defines the FastAPI dependencies of route functions: the parts that `app` built, and the authenticated caller."""
 
 from collections.abc import Collection
 from typing import Annotated, Any, cast
@@ -42,10 +42,11 @@ RayApiPart = Annotated[RayApi, Depends(_ray_api)]
 
 
 async def admit(request: Request, credentials: Bearer) -> Caller:
-    """Returns the caller, if its key is good, within its rate limit, and has the scope that the route needs.
+    """Returns the caller of the request.
 
-    It takes the parts from the app. If they were parameters, FastAPI would look for them again for each part that needs
-    the caller.
+    Raises an ApiError if the key is missing or unknown, has reached its rate limit, or lacks the scope that the route
+    needs. The function takes the other parts from `app.state`. If they were parameters, FastAPI would look them up
+    again for each dependency that needs the caller.
     """
     parts = request.app.state
     if credentials is None or not credentials.credentials:
@@ -62,7 +63,7 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
 
 
 def _check_header(request: Request, what: str, keys_own: str) -> None:
-    """Refuses an `OpenAI-Organization` or `OpenAI-Project` header that names another one than the key's."""
+    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` is present and not `keys_own`."""
     if (named := request.headers.get(f"openai-{what}")) not in (None, keys_own):
         message = f"OpenAI-{what.capitalize()} is '{named}', but the key belongs to '{keys_own}'; leave the header out."
         raise Unauthorized(message, code=f"mismatched_{what}")
@@ -72,7 +73,7 @@ CallerPart = Annotated[Caller, Depends(admit)]
 
 
 def _names(param: Any) -> Collection[str]:
-    """Returns the query parameters of one of FastAPI's fields, which may be a model with several."""
+    """Returns the names of the query parameters of a FastAPI field, which may be a pydantic model with several."""
     kind = param.field_info.annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return [field.alias or name for name, field in kind.model_fields.items()]
@@ -80,7 +81,10 @@ def _names(param: Any) -> Collection[str]:
 
 
 async def check_query(request: Request) -> None:
-    """Raises InvalidRequest for a query parameter that the route does not read. `a[b]` belongs to the parameter `a`."""
+    """Raises InvalidRequest for a query parameter that the route does not read.
+
+    The name `a[b]` belongs to the parameter `a`.
+    """
     route = cast(APIRoute, request.scope["route"])
     if not request.query_params or not route.include_in_schema:
         return

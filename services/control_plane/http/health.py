@@ -1,4 +1,4 @@
-"""/healthz says that the process answers, /readyz that it can do its work."""
+"""The routes /healthz, which answers while the process lives, and /readyz, which answers while it can do its work."""
 
 import asyncio
 
@@ -20,7 +20,10 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(store: ServiceStorePart) -> dict[str, str]:
-    """Ready means that the database takes reads and writes. Ray may be away: jobs are accepted and wait for it."""
+    """Answers 200 if the database takes reads and writes, and 503 otherwise.
+
+    Ray may be down: the service accepts jobs, and they wait for Ray.
+    """
     checking = asyncio.create_task(_check(store))
     done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
     checking.cancel()  # a database that hangs must not delay the answer

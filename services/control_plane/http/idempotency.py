@@ -1,8 +1,8 @@
-"""Makes requests that change something act once, however often a client sends them.
+"""Makes a request that changes data act once, however often the client sends the request.
 
-The change, the answer and the audit entry are written in one transaction; a retry gets the answer that was written.
-A retry is known by the header `Idempotency-Key`, or by `x-stainless-retry-count`, which OpenAI's clients send when they
-resend a request by themselves.
+The change, the response and the audit entry are written in one transaction; a retry gets the stored response. The
+service recognizes a retry by the header `Idempotency-Key`, or by `x-stainless-retry-count`, which OpenAI's clients send
+when they resend a request by themselves.
 """
 
 import json
@@ -31,7 +31,7 @@ TURN, SHARED_TURN = (
     select(Project, func.now().label("now"), take(NAME)).where(Project.id == bindparam("project_id"))
     for take in (func.pg_advisory_xact_lock, func.pg_advisory_xact_lock_shared)
 )
-# It looks at answers of all projects, because admins of several projects may change one object.
+# This query looks at responses of all projects, because admins of several projects may change one object.
 NEWEST_ABOUT = (
     select(Answer.__table__)
     .where(Answer.__table__.c.object_id == bindparam("object_id"))
@@ -52,7 +52,7 @@ NEWEST_OF_SAME, STILL_THE_NEWEST = (
 
 
 class IdempotentRequest:
-    """A request that changes something, with the means to answer its retries."""
+    """A request that changes data, with the methods that answer its retries."""
 
     def __init__(self, request: Request, store: ProjectStore, caller: Caller) -> None:
         self._request, self._store, self._caller = request, store, caller
@@ -68,11 +68,12 @@ class IdempotentRequest:
         content: str | None = None,
         secret: str | None = None,
     ) -> JSONResponse:
-        """Runs `work` and returns its answer; or returns the answer that an earlier send of this request got.
+        """Runs `work` and returns its result as the response; for a retry, returns the stored response instead.
 
-        `work` never commits; if it raises, nothing is kept. `changes` is the id of the object that `work` changes, None
-        if it creates one. A silent resend runs `work` again if another request has changed the object since. `content`
-        identifies a body that is not JSON. The answer's field `secret` is not kept: a retry gets null there.
+        `work` must not commit; if it raises, nothing is stored. `changes` is the id of the object that `work` changes,
+        None if `work` creates an object. A retry without an Idempotency-Key runs `work` again if another request has
+        changed the object since. `content` identifies a body that is not JSON. The response's field named by `secret`
+        is not stored, so a retry gets null in this field.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())
@@ -96,7 +97,10 @@ class IdempotentRequest:
         return JSONResponse(body)
 
     def _audit_entry(self, body: dict[str, Any]) -> AuditEntry:
-        """Returns the entry about the object that the answer is, or, if that is a list, the one that the path names."""
+        """Returns the audit entry of this request.
+
+        Its object is the one in the response, or else the last one in the path.
+        """
         request = self._request
         named = body.get("id") or next(reversed(request.path_params.values()), None)
         return AuditEntry(
@@ -109,7 +113,7 @@ class IdempotentRequest:
         )
 
     async def _body(self) -> str:
-        """Returns the JSON body with its keys sorted and without spaces, so that equal bodies are equal texts."""
+        """Returns the JSON body as text with sorted keys and uniform spaces, so that equal bodies give equal texts."""
         raw = await self._request.body()
         return json.dumps(json.loads(raw), sort_keys=True) if raw else ""
 
@@ -143,16 +147,20 @@ class IdempotentRequest:
     # --- silent resends ----------------------------------------------------------------------------
 
     async def _take_turn(self, session: AsyncSession, sent: str) -> None:
-        """Takes a lock on the request's content: shared for a first send, exclusive for a resend.
+        """Locks the content of the request: shared for a first send, exclusive for a retry.
 
-        So first sends do not wait for each other. The same round trip reads the project and the time for the session.
+        So first sends do not wait for each other. The same statement also reads the project and the time into
+        `session.info`.
         """
         values = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
         turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, values)).one()
         session.info.update(project=turn.Project, now=turn.now)
 
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
-        """Returns the answer that another send got. A first send has one only if a resend of it arrived first."""
+        """Returns the stored response to another send of this request; None if there is none.
+
+        A first send finds a response only if a retry of the request arrived before the first send itself.
+        """
         arrived = timedelta(seconds=time.monotonic() - self._began)
         values: dict[str, Any] = {
             "project_id": self._store.project_id,
@@ -162,16 +170,16 @@ class IdempotentRequest:
             "within": RESENT_WITHIN if self._retry_count else arrived,
             "object_id": changes,
         }
-        final = changes is None or self._request.method == "DELETE"  # no other request undoes it
+        final = changes is None or self._request.method == "DELETE"  # no other request undoes a creation or a deletion
         return await session.scalar(NEWEST_OF_SAME if final else STILL_THE_NEWEST, values)
 
 
 def _retry_count(request: Request) -> int:
-    """Returns which resend this is; 0 for a first send, and for clients that do not say."""
+    """Returns the number of this retry; 0 for a first send, and for clients that do not send the header."""
     given = request.headers.get("x-stainless-retry-count", "")
     return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
 
 
 async def forget_old(session: AsyncSession) -> None:
-    """Deletes answers that are older than a day."""
+    """Deletes the stored responses that are older than a day."""
     await session.execute(delete(Answer).where(Answer.created_at < func.now() - KEPT))

@@ -1,4 +1,4 @@
-"""/metrics, for Prometheus. It needs no key, because metrics name no user's objects."""
+"""The route /metrics for Prometheus. The route needs no key, because metrics name no user's objects."""
 
 import time
 
@@ -12,7 +12,7 @@ from services.control_plane.http.dependencies import ServiceStorePart
 
 router = APIRouter()
 
-CENSUS_SECONDS = 5.0  # requests within this time share one look at the database
+CENSUS_SECONDS = 5.0  # requests within this time share the same counts from the database
 
 
 @router.get("/metrics", include_in_schema=False)
@@ -27,7 +27,10 @@ async def metrics(request: Request, store: ServiceStorePart) -> Response:
 
 
 async def _count(store: Store) -> None:
-    """Sets the gauges that are read from the database. Without a database they have no values, rather than old ones."""
+    """Sets the gauges whose values come from the database.
+
+    If the database does not answer, the gauges have no values, rather than old ones.
+    """
     for gauge in (telemetry.LEASE_SECONDS, telemetry.OUTBOX, telemetry.OUTBOX_SECONDS):
         gauge.set(float("nan"))
     telemetry.JOBS.clear()

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with two limits more: on headers, and on clients that do not read their answer."""
+"""Adds two limits to uvicorn's HTTP protocol: on a request's headers, and on clients that do not read a response."""
 
 import asyncio
 import json
@@ -13,11 +13,11 @@ HEAD_SECONDS = 30.0
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection. Its client must send the headers within 30 seconds and 64 KiB, and must read the answer."""
+    """A client's connection. The client must send the headers within 30 seconds and 64 KiB, and read the response."""
 
-    _head_bytes: int | None = 0  # received of the request line and headers; None: they are complete
+    _head_bytes: int | None = 0  # bytes received of the request line and headers; None: both are complete
     _head_timer: asyncio.TimerHandle | None = None
-    _unread: int | None = None  # bytes that were unsent at the last look; None: all were sent
+    _unread: int | None = None  # bytes that were unsent at the last check; None: all were sent
     _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -56,8 +56,11 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _expect_reading(self) -> None:
-        """Aborts the connection if the client read too little since the last look. A close would wait for it."""
-        stall: float = self.config.app.state.settings.stall_seconds  # type: ignore[union-attr]  # it is the app
+        """Aborts the connection if the client has read too little since the last call, or else schedules a call.
+
+        (A close instead of an abort would wait until the client has read the rest.)
+        """
+        stall: float = self.config.app.state.settings.stall_seconds  # type: ignore[union-attr]  # the app
         unread = self.transport.get_write_buffer_size()
         if self._unread is not None and self._unread - unread < stall * SLOWEST:
             self.transport.abort()
@@ -71,7 +74,7 @@ class Protocol(HttpToolsProtocol):
             self._read_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answers in OpenAI's envelope for requests that never reach the application."""
+        """Answers 400 in OpenAI's form to a request that never reaches the app, and closes the connection."""
         body = json.dumps(envelope(msg, "invalid_request_error")).encode()
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)

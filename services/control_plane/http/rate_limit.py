@@ -1,8 +1,8 @@
-"""Limits the requests per minute of each key, in this process. Several replicas count for themselves.
+"""Limits the requests per minute of each API key. Every replica counts only its own requests.
 
-A key may send a minute's requests at once; then one more comes back every 1/limit of a minute. Per key, the process
-keeps one number: when all will have come back (the generic cell rate algorithm). A library's counter would start a
-thread with a timer for the same number.
+A key may send a minute's requests at once; then one more request is allowed every 1/limit of a minute. For each key,
+the process stores one number: the time at which all requests of a minute are allowed again (the generic cell rate
+algorithm). A library's counter would start a thread with a timer for the same number.
 """
 
 import math
@@ -18,15 +18,18 @@ MAX_KEYS = 100_000
 
 
 class RateLimits:
-    """What each key may still send."""
+    """Counts the requests of every API key, and refuses requests beyond a key's limit."""
 
     def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        # A key that sent nothing for a minute may send all again, and need not be kept.
+        # A key that sent nothing for a minute may send a minute's requests again, and need not be kept.
         self._full_at: TTLCache[str, float] = TTLCache(MAX_KEYS, MINUTE, timer=now)
 
     def take(self, key_id: str, limit: int) -> dict[str, str]:
-        """Counts a request of a key that has `limit` a minute. Returns headers on what is left. Raises RateLimited."""
+        """Counts a request of a key that may send `limit` a minute. Returns the x-ratelimit headers of the response.
+
+        Raises RateLimited if the key has sent too many requests.
+        """
         now, each = self._now(), MINUTE / limit
         full_at = max(now, self._full_at.get(key_id, now)) + each
         wait = full_at - MINUTE - now
@@ -48,7 +51,7 @@ def _headers(limit: int, remaining: int, reset: float) -> dict[str, str]:
 
 
 def _duration(seconds: float) -> str:
-    """Writes a duration as OpenAI does: `12ms`, `1s`, `6m0s`."""
+    """Returns a duration in OpenAI's form: `12ms`, `1s`, `6m0s`."""
     if seconds < 1:
         return f"{max(1, math.ceil(seconds * 1000))}ms"
     minutes, rest = divmod(math.ceil(seconds), 60)

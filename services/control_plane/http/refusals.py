@@ -1,7 +1,7 @@
-"""Writes refusals of known keys to the audit log: a missing scope, a change of an unknown object, an exceeded limit.
+"""Writes refused requests to the audit log: a missing scope, a change of an unknown object, an exceeded limit.
 
-So that nobody fills the log, only the first refusals of a key in a minute get an entry each. The others are counted,
-and when the minute is over, one entry stands for all of the same kind.
+Only the first refusals of a key in a minute get an entry each, so that nobody can fill the log. Further refusals are
+counted, and at the end of the minute one entry is written for all refusals with the same key, action, status and code.
 """
 
 import asyncio
@@ -20,22 +20,25 @@ from services.control_plane.core.tables import AuditEntry
 
 log = logging.getLogger(__name__)
 
-ENTRIES = 10  # the most entries for a key in a minute, in each replica
+ENTRIES = 10  # the most single entries for a key in a minute, in each replica
 MINUTE_SECONDS = 60.0
-LONGEST_NAME = 100  # characters of the object id in a path, which need not exist
+LONGEST_NAME = 100  # the most characters of an object id from a path; the object need not exist
 READING = ("GET", "HEAD")
 
 
 class Refusals:
-    """Records refusals. Every control plane has one, which counts the requests of its own process."""
+    """Records refused requests in the audit log.
+
+    Every control plane has one, which counts its own process's requests.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._written: Counter[str] = Counter()  # entries written in this minute, by key
-        self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # further refusals, by kind
+        self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # counted, by key, action, status, code
 
     async def note(self, request: Request, error: ApiError) -> None:
-        """Writes or counts the refusal, if it is one for the audit log."""
+        """Writes the refused request to the audit log, or counts it. Ignores errors that do not belong in the log."""
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None or not _belongs(request, error):
             return
@@ -48,11 +51,11 @@ class Refusals:
         if kind in self._more:
             self._more[kind].num_requests += 1
         else:
-            entry.object_id = None  # each of them may name another object
+            entry.object_id = None  # each refusal may name another object
             self._more[kind] = entry
 
     async def run(self) -> None:
-        """Ends a minute every minute until cancelled, and once more then."""
+        """Calls `end_minute` every minute until cancelled, and once more then."""
         try:
             while True:
                 await asyncio.sleep(MINUTE_SECONDS)
@@ -61,7 +64,7 @@ class Refusals:
             await self.end_minute()
 
     async def end_minute(self) -> None:
-        """Writes one entry for each kind of refusal that was counted."""
+        """Writes one audit entry for each group of counted refusals, and starts counting anew."""
         more, self._more, self._written = self._more, {}, Counter()
         await self._write(list(more.values()))
 
@@ -77,7 +80,10 @@ class Refusals:
 
 
 def _belongs(request: Request, error: ApiError) -> bool:
-    """Whether a refusal is one for the audit log. Reading what is not there, and mistakes in a body, are everyday."""
+    """Whether a refused request belongs in the audit log.
+
+    Reads of objects that do not exist, and mistakes in a body, do not belong there, because they are common.
+    """
     if isinstance(error, Unauthorized | Forbidden):
         return True
     return request.method not in READING and isinstance(error, NotFound | OverQuota)

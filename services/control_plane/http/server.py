@@ -1,4 +1,4 @@
-"""The web server around the app."""
+"""Defines the web server that runs the app."""
 
 import asyncio
 import socket
@@ -11,14 +11,17 @@ from services.control_plane.http.protocol import Protocol
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends open event streams when it stops. It would wait for them as long as jobs last."""
+    """A uvicorn server that ends the open event streams when it shuts down.
+
+    uvicorn's own server would wait for the streams until their jobs end.
+    """
 
     def __init__(self, app: FastAPI, **options: Any) -> None:
         super().__init__(uvicorn.Config(app, http=Protocol, ws="none", **options))
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # The streams end a moment after this process stops listening, so that their clients reconnect to another one.
+        # The streams end a moment after this process stops listening, so that clients reconnect to another process.
         closing = asyncio.create_task(self._app.state.streams.close())
         await super().shutdown(sockets)
         await closing

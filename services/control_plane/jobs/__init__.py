@@ -1,1 +1,1 @@
-"""Fine-tuning jobs: their requests, their states, and how clients see them."""
+"""Fine-tuning jobs: their request bodies, state changes and JSON objects."""

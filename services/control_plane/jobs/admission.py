@@ -1,4 +1,4 @@
-"""Checks a job before it is accepted: its model, its files, and its project's limits."""
+"""Checks a new job before it is accepted: its model, its files, and the limits of its project."""
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,7 +17,10 @@ from services.control_plane.tenants import quotas
 
 
 async def check_uri(spec: JobSpec, settings: Settings) -> None:
-    """Raises InvalidRequest if the job may not read the URI of its training file. It may take a while."""
+    """Raises InvalidRequest if the job's training file is at a URI that the job may not read.
+
+    The check may take a while.
+    """
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
 
@@ -25,10 +28,10 @@ async def check_uri(spec: JobSpec, settings: Settings) -> None:
 async def admit(
     session: AsyncSession, settings: Settings, spec: JobSpec, asked: WeightsAsked, *, local_files: bool = False
 ) -> tuple[JobSpec, NamedModel, NamedModel | None]:
-    """Checks a job. Returns its spec, completed by the service, the model that it starts from, and its reference.
+    """Checks a new job. Returns the completed spec, the model that the job starts from, and the reference model.
 
-    With `local_files`, files that are not uploaded yet are not checked. Raises InvalidRequest, NotFound, Forbidden
-    or OverQuota if the job is refused.
+    With `local_files`, files that are not uploaded yet are not checked. Raises InvalidRequest, NotFound, Forbidden or
+    OverQuota if the job is refused. The reference is None if the objective has none.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
@@ -57,7 +60,10 @@ async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, se
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
-    """Refuses an upload with rows that the objective cannot learn from. (Jobs check rows at URIs themselves.)"""
+    """Raises InvalidRequest if the objective cannot learn from the rows of the uploaded file.
+
+    (For a file at a URI, the job itself makes this check.)
+    """
     code, report = f"invalid_{param}", file.report
     assert report is not None
     learns_from = objective.traits.learns_from

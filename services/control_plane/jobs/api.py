@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs creates, lists, pauses, resumes and cancels jobs."""
+"""The routes below /v1/fine_tuning/jobs, which create, list, pause, resume and cancel jobs."""
 
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, cast
@@ -62,7 +62,10 @@ async def list_jobs(
     limit: Limit = 20,
     metadata: Literal["null"] | None = None,
 ) -> dict[str, Any]:
-    """Lists jobs, newest first. `metadata[k]=v` selects those with this pair, `metadata=null` those without any."""
+    """Lists the project's jobs, newest first.
+
+    The parameter `metadata[k]=v` selects jobs with this pair of metadata, and `metadata=null` jobs without metadata.
+    """
     query = select(Job)
     if metadata:
         query = query.where(Job.spec["metadata"].astext.is_(None))

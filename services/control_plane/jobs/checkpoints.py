@@ -1,4 +1,4 @@
-"""A job's checkpoints: which ones are offered, and which ones are dropped."""
+"""Lists a job's checkpoints, and drops those that the job does not keep."""
 
 from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import insert
@@ -12,15 +12,16 @@ from services.control_plane.models import models
 
 
 def offered(job_id: str) -> Select[Checkpoint]:
-    """The query of the job's checkpoints whose models were neither deleted nor dropped."""
+    """Returns the query for the job's checkpoints whose models were neither deleted nor dropped."""
     query = select(Checkpoint).join(Model, Model.id == Checkpoint.model_id)
     return query.where(Checkpoint.job_id == job_id, Model.deleted_at.is_(None))
 
 
 async def drop_old(session: AsyncSession, job: Job) -> None:
-    """Drops the checkpoints that the job does not keep and nobody uses. The sweeper deletes their bytes.
+    """Drops the checkpoints that the job does not keep and nobody uses. The sweeper deletes their files.
 
-    Call it with the job locked, when a newer checkpoint is complete. One that is used now may be dropped next time.
+    Call this function when a newer checkpoint is complete. The caller must hold the job's lock. A checkpoint that is in
+    use now may be dropped at a later call.
     """
     spec = JobSpec.model_validate(job.spec)
     metric, keep = spec.config.best_metric, spec.keep_checkpoints

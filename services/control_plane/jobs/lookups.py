@@ -1,4 +1,4 @@
-"""Reads jobs by their ids for clients that poll. Requests that come at the same moment share a statement."""
+"""Reads jobs by their ids for clients that poll. Requests at the same moment share one query."""
 
 from functools import partial
 
@@ -11,14 +11,14 @@ from services.control_plane.jobs.jobs import not_found
 
 
 class JobReader:
-    """Reads jobs for all requests of this process, with a statement for each project."""
+    """Reads jobs for all requests of this process, with one query at a time for each project."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._projects: dict[str, Batcher[Job]] = {}
 
     async def job(self, project_id: str, job_id: str) -> Job:
-        """Returns the project's job. Raises NotFound."""
+        """Returns the job with this id in the project. Raises NotFound if the project has no such job."""
         if project_id not in self._projects:
             self._projects[project_id] = Batcher(partial(self._find, project_id))
         if (job := await self._projects[project_id].get(job_id)) is None:

@@ -1,4 +1,4 @@
-"""/v1/x/plans says whether a job would fit."""
+"""The route /v1/x/plans, which estimates whether a job would fit into the memory of its workers."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/x/plans")
 
 @router.post("")
 async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob) -> dict[str, Any]:
-    """Says whether a job with this body would fit, what its workers would hold, and what would make it fit."""
+    """Returns the plan of a job with this body: whether it fits, the memory it needs, and changes that make it fit."""
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:

@@ -1,4 +1,7 @@
-"""The request body for a job. Refusals name the unknown field, or the value and its limits."""
+"""Defines the request bodies for jobs, and turns them into the specs of jobs.
+
+Errors name the unknown field, or the wrong value and its limits.
+"""
 
 import secrets
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, parse, refuse_unknown
 from services.control_plane.jobs.weights import WeightsAsked
 
-# The options in `method.<type>.hyperparameters`, beside those of the objective. EXTENSIONS are in `x_raydpo`.
+# HYPERPARAMETERS are in `method.<type>.hyperparameters`, beside the objective's own; EXTENSIONS are in `x_raydpo`.
 HYPERPARAMETERS = set(COMMON)
 
 
@@ -61,7 +64,7 @@ Share = Annotated[float, Field(gt=0, le=0.5)]
 
 
 Count = Annotated[int, Field(ge=1, strict=True)]
-KEPT = 2  # of the last checkpoints, where a request does not say
+KEPT = 2  # the number of newest checkpoints that a job keeps by default
 
 
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -74,12 +77,15 @@ Metadata = Annotated[
 
 AskedQuantization: Any = Quantization | None
 AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
-# The objectives that a sum may have.
+# The types of the objectives that a sum of objectives may have.
 PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]
 
 
 class Method(BaseModel):
-    """`{"type": "dpo", "dpo": {"hyperparameters": {…}}}`. The value of `type` is the name of the other key."""
+    """The field `method` of a job, such as `{"type": "dpo", "dpo": {"hyperparameters": {…}}}`.
+
+    The value of `type` is the name of the other key.
+    """
 
     model_config = ConfigDict(extra="allow")
     type: str
@@ -93,7 +99,7 @@ class Method(BaseModel):
 
 
 class Reference(BaseModel):
-    """`x_raydpo.reference`: which model the policy is compared with, and who scores with it."""
+    """The field `x_raydpo.reference` of a job: the reference model, and the process that scores with this model."""
 
     model_config = ConfigDict(extra="forbid")
     source: ReferenceSource = "auto"
@@ -101,7 +107,7 @@ class Reference(BaseModel):
 
 
 class CreateJob(BaseModel):
-    """Body of POST /fine_tuning/jobs."""
+    """The JSON body of POST /v1/fine_tuning/jobs."""
 
     model_config = ConfigDict(extra="forbid")
     model: Text
@@ -116,7 +122,7 @@ class CreateJob(BaseModel):
     integrations: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] | None = None
 
     def spec(self) -> JobSpec:
-        """Returns the job that the body asks for. Checks every value; raises InvalidRequest naming the field."""
+        """Returns the spec of the job that the body asks for. Raises InvalidRequest, which names the wrong field."""
         if self.validation_file and self.validation_file == self.training_file:
             message = f"validation_file is the training file, {self.training_file}; send one with other rows."
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
@@ -159,7 +165,7 @@ class CreateJob(BaseModel):
         return spec
 
     def weights(self) -> WeightsAsked:
-        """Returns what the body says of the weights. Raises InvalidRequest naming the field."""
+        """Returns the body's options for the weights to train. Raises InvalidRequest, which names the wrong field."""
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
         quantization: Any = parse(AskedQuantization, extension.get("quantization"), "x_raydpo.quantization")
@@ -192,7 +198,10 @@ class CreateJob(BaseModel):
         return reading(extension)
 
     def _training_file(self) -> str:
-        """Returns the id of an uploaded file, or a URI."""
+        """Returns the id of an uploaded file, or the URI of a dataset.
+
+        Raises InvalidRequest if the body names neither.
+        """
         if (given := (self.x_raydpo or {}).get("dataset")) is not None:
             uri = parse(Text, given, "x_raydpo.dataset")
             if "://" not in uri:
@@ -212,7 +221,7 @@ class CreateJob(BaseModel):
 
 
 def _refuse_choice(extension: Mapping[str, Any]) -> None:
-    """What compares checkpoints, of a job that evaluates none."""
+    """Raises InvalidRequest for options that compare checkpoints, if the job evaluates no checkpoints."""
     for name in ("best_metric", "early_stop", "policy"):
         if extension.get(name) not in (None, "auto", "last"):
             message = (
@@ -223,7 +232,7 @@ def _refuse_choice(extension: Mapping[str, Any]) -> None:
 
 
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:
-    """Parses `x_raydpo.adapter`: `{"type": "lora", …}`, "none" or "auto"."""
+    """Returns the parsed field `x_raydpo.adapter`, which is `{"type": "lora", …}`, "none" or "auto"."""
     where = "x_raydpo.adapter"
     if given in ("none", "auto"):
         return given
@@ -236,12 +245,15 @@ def _adapter(given: object) -> Lora | Literal["none", "auto"]:
 
 
 def is_local(file: str) -> bool:
-    """Whether this names a file that is not uploaded: it is neither an id nor a URI."""
+    """Whether `file` names a local file, because it is neither the id of an uploaded file nor a URI."""
     return not file.startswith("file-") and "://" not in file
 
 
 class ValidateJob(CreateJob):
-    """Body of POST /x/jobs/validate. Its files may be local ones, which the client uploads once the body is valid."""
+    """The JSON body of POST /v1/x/jobs/validate.
+
+    The fields for files may name local files, which the client uploads once the body is valid.
+    """
 
     def _reading(self) -> Reading:
         if is_local(self.training_file or ""):
@@ -252,7 +264,10 @@ class ValidateJob(CreateJob):
 def train_config(
     kind: str, hyperparameters: Mapping[str, Any], where: str, extension: Mapping[str, Any], seed: int
 ) -> TrainConfig:
-    """Returns the config of the run that a request describes. `auto` means the same as leaving an option out."""
+    """Returns the training config that a request describes.
+
+    The value `auto` means the same as leaving an option out.
+    """
     objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
     refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)
     refuse_unknown(extension, EXTENSIONS, "x_raydpo")
@@ -274,7 +289,10 @@ def train_config(
 
 
 def _parts(given: object, where: str) -> list[Objective]:
-    """Parses the objectives of a sum, each by its type."""
+    """Returns the objectives of a sum, each parsed by its `type`.
+
+    Raises InvalidRequest for a type that a sum cannot have.
+    """
     parts = parse(list[dict[str, Any]], given, where)
     for number, part in enumerate(parts):
         if (kind := part.get("type")) not in PARTS:

@@ -1,4 +1,4 @@
-"""Jobs, their events and checkpoints as clients read them."""
+"""Builds the JSON objects of jobs, events and checkpoints for responses."""
 
 import time
 from dataclasses import asdict
@@ -32,9 +32,9 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
     }
     hyperparameters = {**objective, **schedule}
-    # The oldest jobs have none. Those of another release may have fields that this one does not know.
+    # The oldest jobs have no integrations. Jobs of another release may have fields that this release does not know.
     integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
-    weights = Weights.model_validate(row.spec.get("weights", {}))  # the oldest jobs have none
+    weights = Weights.model_validate(row.spec.get("weights", {}))  # the oldest jobs have no weights
     wandb = [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb]
     how = reading_fields(Reading.model_validate(row.spec))
     asked = {
@@ -70,7 +70,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "trained_tokens": row.trained_tokens,
         "training_file": row.spec["training_file"],
         "user_provided_suffix": row.spec["suffix"],
-        "validation_file": row.spec.get("validation_file"),  # the oldest jobs have none
+        "validation_file": row.spec.get("validation_file"),  # the oldest jobs lack this field
         "x_raydpo": {
             **asked,
             **how,
@@ -88,7 +88,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
 def _request(
     spec: dict[str, Any], wandb: list[dict[str, Any]], asked: dict[str, Any], how: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the request body that asks for this job again, with the seed that was drawn."""
+    """Returns the request body that would create this job again, with the seed that was drawn for this job."""
     config = {**spec["config"], **spec["config"]["optim"]}
     kind = config["objective"]["type"]
     hyperparameters = {**config["objective"], **{name: config[name] for name in COMMON}, "type": None}
@@ -112,7 +112,10 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _selection(row: Job) -> dict[str, Any]:
-    """Which checkpoints stay, which one becomes the policy, and by what. The oldest jobs kept all, and the last."""
+    """Returns the job's options for keeping checkpoints and for choosing one of them as the policy.
+
+    The oldest jobs lack these options: they kept all checkpoints, and the last one became the policy.
+    """
     spec, config = row.spec, row.spec["config"]
     validates = spec.get("validation_file") or spec.get("validation_share")
     return {
@@ -124,7 +127,7 @@ def _selection(row: Job) -> dict[str, Any]:
 
 
 def _eta_seconds(row: Job) -> float | None:
-    """Returns the seconds that the stage still takes, at its rate so far; None while there is no rate."""
+    """Returns the seconds that the current stage will still take at its speed so far; None if the speed is unknown."""
     progress = (row.observed == "running" and row.progress) or {}
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:
@@ -141,7 +144,7 @@ def _progress(row: Job) -> dict[str, Any] | None:
 
 
 def _estimated_finish(row: Job) -> int | None:
-    """Returns when the job ends; None before training, because earlier stages say nothing about its length."""
+    """Returns the Unix time at which training will end; None before training, because its speed is not known yet."""
     progress = _progress(row) or {}
     eta = progress.get("eta_seconds") if progress.get("stage") == "training" else None
     return None if eta is None else int(time.time() + eta)

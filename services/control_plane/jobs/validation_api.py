@@ -1,4 +1,4 @@
-"""/v1/x/jobs/validate checks a job without creating it. /v1/x/methods lists the methods and their options."""
+"""The routes /v1/x/jobs/validate, which checks a job without creating it, and /v1/x/methods, which lists methods."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/x")
 
 @router.post("/jobs/validate")
 async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: ValidateJob) -> dict[str, Any]:
-    """Returns the job that the body asks for, without an id. Nothing is written, and rows are not read."""
+    """Checks the body, and returns the job that the body asks for, without an id. Writes nothing and reads no rows."""
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
@@ -30,5 +30,5 @@ async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart
 
 @router.get("/methods")
 async def methods() -> dict[str, Any]:
-    """Lists the methods with their hyperparameters."""
+    """Lists the training methods with their hyperparameters."""
     return listing([described(kind) for kind in METHODS], has_more=False)

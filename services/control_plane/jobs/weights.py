@@ -1,4 +1,4 @@
-"""Decides which weights a job trains, in which precision, and against which reference."""
+"""Decides which weights a job trains and in which precision, and refuses combinations that do not go together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class WeightsAsked:
-    """What a request says about the weights. `auto` leaves it to the service."""
+    """The options of a request for the weights to train. The value `auto` leaves the choice to the service."""
 
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
@@ -22,9 +22,9 @@ class WeightsAsked:
 
 @dataclass(frozen=True)
 class Combination:
-    """The parts of a request that must go together. `reference` None: the objective has none."""
+    """The parts of a request that must go together. `reference` is None if the objective has no reference model."""
 
-    spec: JobSpec  # with its weights decided
+    spec: JobSpec  # with the decided weights
     asked: WeightsAsked
     start: NamedModel
     reference: NamedModel | None
@@ -35,7 +35,7 @@ class Combination:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the reward model that the objective trains; 0: it trains a policy."""
+        """Returns the number of outputs of the reward model that the objective trains; 0 if it trains a policy."""
         return self.spec.config.objective.traits.num_outputs
 
     @property
@@ -44,7 +44,7 @@ class Combination:
 
 
 class Rule(NamedTuple):
-    """Two things that do not go together. The documents print `what` and `remedy`."""
+    """A rule that forbids a combination of options. The documents print `what` and `remedy`."""
 
     param: str
     what: str
@@ -109,7 +109,7 @@ def check(given: Combination) -> None:
 
 
 def decide(asked: WeightsAsked, start: NamedModel, settings: Settings) -> Weights:
-    """Decides what the request leaves to the service."""
+    """Returns the weights that the job trains: the request's choices, and the service's for options left at `auto`."""
     adapter = _adapter(asked, start, settings)
     kept = start.quantization if adapter else None  # an adapter goes on with the base that it was trained on
     quantization = asked.quantization or kept
@@ -135,7 +135,10 @@ def _precision(asked: WeightsAsked, settings: Settings) -> Precision:
 
 
 def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) -> str:
-    """Says what is trained and what it is compared with, for an event. `reference` None: the objective has none."""
+    """Returns the text of an event that says which weights the job trains and which model is its reference.
+
+    `reference` is None if the objective has no reference model.
+    """
     adapter, precision = weights.adapter, weights.precision
     over = f", on a base in {weights.quantization.upper()}" if weights.quantization else ""
     if adapter is None:

@@ -1,4 +1,4 @@
-"""/v1/models lists and deletes models. Ids may contain slashes, raw or encoded."""
+"""The routes below /v1/models, which list, retrieve and delete models. Ids may contain slashes, raw or encoded."""
 
 from typing import Annotated, Any
 
@@ -23,7 +23,10 @@ async def list_models(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> Response:
-    """Lists base models, then trained ones, newest first. Pages are long, because OpenAI's client reads only one."""
+    """Lists base models, then trained models, newest first.
+
+    Pages are long by default, because OpenAI's client reads only the first page.
+    """
     async with store.look() as session:
         listed, more = await models.list_page(session, settings, after=after, limit=limit)
     return JSONResponse(listing([model_object(model, settings) for model in listed], more))
@@ -37,7 +40,7 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 @router.delete("/{model_id:path}")
 async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str) -> Response:
-    """Stops offering and serving a trained policy, and deletes its weights."""
+    """Deletes a trained model: the service stops offering and serving the model, and deletes its weights."""
     removed: list[NamedModel] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:

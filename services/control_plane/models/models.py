@@ -1,4 +1,7 @@
-"""Models by the names that clients use: base models from the settings, policies and checkpoints from jobs."""
+"""Finds, lists, adds and removes models by the names that clients use.
+
+Base models come from the settings; policies and checkpoints come from jobs.
+"""
 
 import hashlib
 import re
@@ -21,27 +24,27 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that jobs start from and clients query."""
+    """A base model or a trained model, which jobs can start from and clients can query."""
 
     id: str
     source: str  # storage URI, local folder or hub id
     root: str  # the name of the base model from which it was trained
     created_at: datetime
     job_id: str | None = None  # None: a base model
-    base_source: str | None = None  # where the base of an adapter is; None: the model holds all weights
+    base_source: str | None = None  # source of an adapter's base model; None: the model holds all weights
     adapter: Lora | None = None  # the options of an adapter
-    quantization: Quantization | None = None  # of the base that the adapter was trained on
-    num_outputs: int = 0  # outputs of a reward model's head; 0: it is no reward model
+    quantization: Quantization | None = None  # quantization of the base that the adapter was trained on
+    num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
 
     @property
     def app_name(self) -> str:
-        """The name of its Serve application: its id in plain letters, and a digest that makes it unique."""
+        """Returns the unique name of the model's Serve application: the model's id in plain letters, and a digest."""
         digest = hashlib.sha256(f"{self.id}\n{self.source}".encode()).hexdigest()[:8]
         return f"{re.sub('[^A-Za-z0-9]+', '-', self.id)[:40].strip('-').lower()}-{digest}"
 
 
 def reference_of(job: Job) -> NamedModel:
-    """Returns the job's reference: the model that it starts from, unless the user named another one."""
+    """Returns the job's reference model: the model that the job starts from, unless the user named another model."""
     name = job.spec.get("reference_model") or job.spec["model"]
     return NamedModel(name, job.reference_source or job.model_source, job.model_root, job.created_at)
 
@@ -72,7 +75,7 @@ def _trained(row: Model) -> NamedModel:
 async def list_page(
     session: AsyncSession, settings: Settings, *, after: str | None, limit: int
 ) -> tuple[list[NamedModel], bool]:
-    """Returns a page of base models, then trained ones, newest first; and whether more follow."""
+    """Returns one page of models, and whether more follow: base models first, then trained models, newest first."""
     first = [] if after else bases(settings)
     if after in settings.models:
         first = bases(settings)[list(settings.models).index(after) + 1 :]
@@ -85,9 +88,10 @@ async def list_page(
 async def find(
     session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model", hold: bool = False
 ) -> NamedModel:
-    """Returns the model. NotFound lists the base models, because most unknown names are misspelled ones of these.
+    """Returns the model with this name. Raises NotFound, whose message lists the base models.
 
-    With `hold`, nobody deletes the model before this transaction ends.
+    Most unknown names are misspelled names of base models. With `hold`, no one can delete the model before this
+    transaction ends.
     """
     for base in bases(settings):
         if base.id == model_id:
@@ -102,11 +106,14 @@ async def find(
 
 
 class NameTaken(ValueError):
-    """A policy of another job has this name."""
+    """A trained model of another job already has the name of a new model."""
 
 
 async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
-    """Adds a trained policy. Adding it twice is harmless; one that was deleted stays deleted. Raises NameTaken."""
+    """Adds a trained model of the job. Adding a model twice is harmless, and a deleted model stays deleted.
+
+    Raises NameTaken if a model of another job has this name.
+    """
     spec = JobSpec.model_validate(job.spec)
     adapter = spec.weights.adapter
     row = insert(Model).values(
@@ -125,7 +132,10 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
 
 
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
-    """Locks and returns a policy of the caller's project. Raises Forbidden for models of others and base models."""
+    """Returns a trained model of the session's project, locked until the transaction ends.
+
+    Raises Forbidden for a base model and for a model of another project.
+    """
     if (await find(session, settings, model_id)).job_id is None:
         raise Forbidden(f"'{model_id}' is a base model, which only the operator's settings change.", param="model")
     row = await session.get_one(Model, model_id, with_for_update={"key_share": True}, populate_existing=True)
@@ -136,9 +146,10 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
 
 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Stops offering a trained policy, also where it is shared. Refused while a job or an adapter needs it.
+    """Marks a trained model as deleted, also for the projects with which it is shared.
 
-    The caller deletes its bytes after the commit.
+    Raises InvalidRequest if a job that has not ended, or an adapter, needs the model. The caller must delete the
+    model's files after the commit.
     """
     row = await find_own(session, settings, model_id)
     jobs = Job.__table__.c
@@ -161,13 +172,16 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
 
 
 def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
-    """The condition that a job names the model. It holds for jobs of all projects, because a model may be shared."""
+    """Returns the SQL condition that a job names the model as its start or as its reference.
+
+    The condition also holds for jobs of other projects, because a model may be shared.
+    """
     jobs = Job.__table__.c
     return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
 
 
 async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
-    """Says what a job that has not ended needs the model of its checkpoint for; None if it does not need it."""
+    """Returns the reason why the job that trained the model still needs it; None if the job does not need the model."""
     job = await session.get_one(Job, model.job_id)
     if job.observed in TERMINAL:
         return None
@@ -183,9 +197,10 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
 
 
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
-    """Stops offering those of the models that are not shared, not loaded, and named by no job. Returns their ids.
+    """Marks models as deleted that are not shared, not loaded, and named by no job. Returns the ids of these models.
 
-    It locks the models first, so it waits for requests that share one or start a job from it.
+    Locks all models in `model_ids` first, and so waits for requests that share one of the models or start a job from
+    it.
     """
     held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
     await session.execute(held)

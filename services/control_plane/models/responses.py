@@ -1,4 +1,4 @@
-"""Models and the permissions to use them, as clients read them."""
+"""Builds the JSON objects of models, and of the permissions to use models, for responses."""
 
 from dataclasses import asdict
 from typing import Any

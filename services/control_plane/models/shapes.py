@@ -15,12 +15,15 @@ MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 
 
 class NoShapes(ValueError):
-    """The model's files cannot be read here. The message says why."""
+    """The shapes of the model's weights cannot be read on this machine. The message gives the reason."""
 
 
 @lru_cache(maxsize=64)
 def shapes_of(source: str) -> Shapes:
-    """Returns the shapes of a model: a folder, a storage URI, or a hub id in this machine's cache. Raises NoShapes."""
+    """Returns the shapes of the weights of the model at `source`. Raises NoShapes if they cannot be read.
+
+    `source` is a local folder, a storage URI, or a hub id that is in this machine's cache.
+    """
     folder = _folder(source)
     try:
         config = json.loads(storage.read_bytes(storage.join(folder, "config.json")))

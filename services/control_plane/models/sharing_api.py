@@ -1,4 +1,7 @@
-"""/v1/fine_tuning/checkpoints/{model}/permissions shares models. Ids may contain slashes, raw or encoded."""
+"""The routes below /v1/fine_tuning/checkpoints/{model}/permissions, which share models with other projects.
+
+Ids of models may contain slashes, raw or encoded.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -19,7 +22,7 @@ router = APIRouter(prefix="/fine_tuning/checkpoints/{model_id:path}/permissions"
 
 
 class SharedWith(BaseModel):
-    """Body of POST /fine_tuning/checkpoints/{model}/permissions."""
+    """The JSON body of POST /v1/fine_tuning/checkpoints/{model}/permissions."""
 
     model_config = ConfigDict(extra="forbid")
     project_ids: Annotated[list[Text], Field(min_length=1, max_length=100)]

@@ -1,1 +1,1 @@
-"""A job's events, metrics and logs, for clients that follow it."""
+"""Serves a job's events, metrics and logs to clients that follow the job."""

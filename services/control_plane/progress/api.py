@@ -1,4 +1,4 @@
-"""/v1/x/jobs: a stream of a job's events, its metrics as columns, and what its processes printed."""
+"""The routes below /v1/x/jobs: a job's event stream, its metrics as columns, and the logs of its processes."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -26,9 +26,10 @@ StreamsPart = Annotated[Streams, Depends(_streams)]
 
 
 class EventStream(StreamingResponse):
-    """Sends server-sent events in the request's own task. Starlette would use two more tasks, sse-starlette four.
+    """A response that sends server-sent events in the request's own task.
 
-    It checks whether the client has left each time there was nothing to send for a while.
+    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, the response checks
+    whether the client has left, and ends if so.
     """
 
     media_type = "text/event-stream"
@@ -51,7 +52,7 @@ class EventStream(StreamingResponse):
 async def stream(
     store: StorePart, streams: StreamsPart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> EventStream:
-    """Streams the job's events until the job ends: all of them, or those after the `Last-Event-ID` that is given."""
+    """Streams the job's events until the job ends: all events, or those after the header `Last-Event-ID`."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0
@@ -75,7 +76,7 @@ async def read_logs(
     after: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> dict[str, Any]:
-    """Returns lines of a log, oldest first. The next page is `after=next`."""
+    """Returns lines of a log, oldest first. For the next page, send the `next` of this response as `after`."""
     async with store.look() as session:
         await jobs.find(session, job_id)
     return await anyio.to_thread.run_sync(

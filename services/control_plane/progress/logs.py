@@ -1,4 +1,4 @@
-"""Reads what a job's driver and workers printed. The attempts write it to storage."""
+"""Reads the logs of a job's driver and workers, which the job's attempts write to storage."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,10 @@ PAGE_BYTES = 2**20
 def page(
     settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
 ) -> dict[str, Any]:
-    """Returns lines from byte `after` on; `next` is where the next page begins. Attempt None means the newest."""
+    """Returns at most `limit` lines of a log from byte `after` on, and the byte of the next page as `next`.
+
+    If `attempt` is None, the log is that of the newest attempt.
+    """
     folder = storage.join(settings.storage_url, "runs", job_id, "logs")
     attempts = sorted(map(int, storage.list_folders(folder)))
     if attempt is None:
@@ -35,7 +38,10 @@ def page(
 
 
 def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
-    """Yields each line with the byte at which the next one begins. A line says so if a part of the log was left out."""
+    """Yields each line of the log with the byte at which the next line begins.
+
+    Where a part of the log was left out, yields a line that says so.
+    """
     names = storage.list_files(folder)
     firsts = [int(name.removesuffix(".log")) for name in names]
     at = after

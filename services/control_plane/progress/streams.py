@@ -1,8 +1,8 @@
-"""Streams of jobs' events. The events of a watched job are read once, for all of its open streams.
+"""Sends jobs' events to clients as streams. The events of a job are read once, for all open streams of the job.
 
-Triggers in the database send a notice of each change. A stream keeps only its place, the id of its last event, and
-holds no database connection. It takes what follows its place from the newest events in memory or, if it is further
-behind, from the table. So a slow stream delays nobody, and loses nothing.
+Triggers in the database send a notice of each change. A stream holds no database connection; it stores only its
+position, which is the id of the last event that it sent. Later events come from the newest events in memory or, if the
+stream is further behind, from the table. So a slow stream delays no other stream, and loses no event.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ KEEPALIVE = b": keepalive\n\n"
 
 
 class News:
-    """Wakes waiting streams, a few at a time."""
+    """Wakes the streams that wait for changes of a job, a limited number at a time."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
@@ -76,7 +76,7 @@ class Watched:
         self.num_streams = 0
 
     def add(self, events: list[tuple[int, bytes]]) -> None:
-        """Adds the newest events after `last`: KEPT + 1 of them, or all if they are fewer."""
+        """Adds the job's events after `last` to `frames`: all of them, or the newest KEPT + 1 if there are more."""
         if len(events) > KEPT:
             self.frames.clear()
         for event in events:
@@ -97,7 +97,7 @@ class Watched:
 
 
 class Streams:
-    """Serves the streams of all watched jobs. Every control plane has one."""
+    """Serves the event streams of all jobs. Every control plane has one object of this class."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
@@ -114,7 +114,7 @@ class Streams:
             await watched.news.tell()
 
     async def run(self) -> None:
-        """Listens for notices and reads changed jobs until cancelled."""
+        """Listens for notices of the database and reads the changed jobs, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._look())
@@ -150,8 +150,8 @@ class Streams:
             await asyncio.sleep(MERGE_SECONDS)
 
     async def _look_at(self, job_ids: Iterable[str]) -> None:
-        # It keeps the objects, not the ids: while this reads, a job's last stream may leave and another one join. That
-        # one has a new object, which is read next.
+        # `looked` keeps the Watched objects, not the ids: during the read, a job's last stream may leave and another
+        # stream join. The other stream has a new Watched object, which is read next.
         looked = {job_id: self._watched[job_id] for job_id in job_ids if job_id in self._watched}
         places = {job_id: watched.last for job_id, watched in looked.items()}
         async with self._store.begin() as session:
@@ -185,13 +185,13 @@ class Streams:
     async def follow(self, job_id: str, place: int) -> AsyncGenerator[bytes]:
         """Yields the frames of a stream: the job's events after the event id `place`, until the job ends.
 
-        Yields KEEPALIVE if nothing happened for a while. The stream may end early; the client resumes after its last
-        event.
+        Yields KEEPALIVE if nothing happened for a while. The stream may end early; the client then resumes after the
+        last event that it received.
         """
         watched, shown = self._join(job_id), b""
         until = time.monotonic() + LONGEST_SECONDS
         try:
-            yield b"retry: %d\n\n" % random.randint(1_000, 10_000)  # or all would reconnect at once
+            yield b"retry: %d\n\n" % random.randint(1_000, 10_000)  # random, or all clients would reconnect at once
             while not self._closed and time.monotonic() < until:
                 if place < watched.before:
                     place, frames = await self._read(job_id, place)
@@ -211,7 +211,7 @@ class Streams:
             self._leave(job_id, watched)
 
     async def _read(self, job_id: str, place: int) -> tuple[int, bytes]:
-        """Reads events after `place` from the table. Returns the last one's id and the frames."""
+        """Reads events after the event id `place` from the table. Returns the id of the last event, and the frames."""
         async with self._reading, self._store.begin() as session:
             events = await next_events(session, job_id, place, limit=PAGE)
         STREAM_TABLE_READS.inc()
@@ -233,7 +233,10 @@ class Streams:
 
 
 async def _news(watched: Watched) -> bytes:
-    """Waits for news. Returns no bytes if some came, KEEPALIVE if none did."""
+    """Waits until the watched job changes, and returns b"".
+
+    Returns KEEPALIVE after KEEPALIVE_SECONDS without a change.
+    """
     try:
         async with asyncio.timeout(KEEPALIVE_SECONDS):
             await watched.news.wait()

@@ -1,4 +1,4 @@
-"""/v1/x/projects creates, lists and changes projects."""
+"""The routes below /v1/x/projects, which create, list, change and archive projects."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ async def list_projects(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Lists projects, also archived ones, newest first."""
+    """Lists the projects that the caller manages, including archived ones, newest first."""
     keys, query = [Project.created_at, Project.id], projects.managed_by(caller)
     async with store.look() as session:
         rows, more = await page(session, query, keys, after=after, limit=limit)
@@ -54,7 +54,7 @@ async def usage(store: StorePart, caller: CallerPart, project_id: str) -> dict[s
 
 @router.post("/{project_id}")
 async def update(idempotent: IdempotentPart, caller: CallerPart, project_id: str, body: UpdateProject) -> Response:
-    """Changes the fields that are sent. A limit of null means no limit."""
+    """Changes the fields of the project that the body contains. A limit of null means no limit."""
 
     async def change(session: AsyncSession) -> dict[str, Any]:
         values = body.model_dump(exclude_unset=True)
@@ -65,7 +65,7 @@ async def update(idempotent: IdempotentPart, caller: CallerPart, project_id: str
 
 @router.post("/{project_id}/archive")
 async def archive(idempotent: IdempotentPart, caller: CallerPart, project_id: str) -> Response:
-    """Archives a project. Its keys stop working within a second."""
+    """Archives a project. The project's keys stop working within a second."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
         return project_object(await projects.archive(session, caller, project_id))

@@ -1,4 +1,4 @@
-"""/v1/x/keys creates, lists and revokes API keys."""
+"""The routes below /v1/x/keys, which create, list and revoke API keys."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/x/keys")
 
 @router.post("")
 async def create(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
-    """Creates a key. Only this answer has its text, in `value`."""
+    """Creates an API key. Only this response has the key's text, in the field `value`."""
     expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
 
     async def make(session: AsyncSession) -> dict[str, Any]:
@@ -48,7 +48,7 @@ async def list_keys(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Lists keys, also revoked ones, newest first."""
+    """Lists API keys, including revoked ones, newest first."""
     query = keys.managed_by(caller)
     if project_id is not None:
         query = query.where(Key.project_id == project_id)
@@ -65,7 +65,7 @@ async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[st
 
 @router.post("/{key_id}/revoke")
 async def revoke(idempotent: IdempotentPart, caller: CallerPart, key_id: str) -> Response:
-    """Revokes a key, which stops working within a second."""
+    """Revokes an API key, which stops working within a second."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
         return key_object(await keys.revoke(session, caller, key_id))

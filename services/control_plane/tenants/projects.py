@@ -1,4 +1,4 @@
-"""Projects: they own files, jobs, models and keys, up to their limits."""
+"""Creates, finds, changes and archives projects, which own files, jobs, models and keys."""
 
 import secrets
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) ->
 
 
 async def find_to_change(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Returns the project, locked, if the caller may change it: an admin of the default project."""
+    """Returns the project, locked. Raises Forbidden if the caller is not an admin of the default project."""
     project = await find_to_use(session, caller, project_id)
     check_manages_all(caller)
     return await lock(session, project.id)
@@ -47,7 +47,10 @@ def check_manages_all(caller: Caller) -> None:
 
 
 async def lock(session: AsyncSession, project_id: str) -> Project:
-    """Locks the project and returns it as it is now. Nothing that counts against its limits is added meanwhile."""
+    """Locks the project's row and returns the current row.
+
+    Until the transaction ends, no one else can add anything that counts against the project's limits.
+    """
     return await session.get_one(Project, project_id, with_for_update={"key_share": True}, populate_existing=True)
 
 
@@ -75,7 +78,10 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
 
 
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Archives the project: its keys stop working, what it owns stays. Refused while a job of it has not ended."""
+    """Archives the project. Its keys stop working, but its files, jobs and models stay.
+
+    Raises InvalidRequest if a job of the project has not ended.
+    """
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(
             "The default project cannot be archived: the configured key belongs to it.", param="project_id"

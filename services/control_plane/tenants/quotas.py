@@ -1,4 +1,7 @@
-"""What a project may use, and what it uses. Sums are taken while its row is locked, so that no limit is exceeded."""
+"""Computes the usage of projects, and refuses requests that would exceed a project's limits.
+
+Usage is summed up while the project's row is locked, so that simultaneous requests cannot exceed a limit.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +22,16 @@ SHARED_OVER = timedelta(days=1)  # the time over which projects' worker hours ar
 
 @dataclass(frozen=True)
 class Share:
-    """The numbers that decide when a project's next job starts, beside its running workers."""
+    """The numbers that decide, beside a project's running workers, when its next job starts."""
 
-    max_running_jobs: int | None = None  # None: as many as there is room for
+    max_running_jobs: int | None = None  # None: no limit
     weight: float = 1.0
-    worker_hours: float = 0.0  # of its attempts in the last day: workers times hours
+    worker_hours: float = 0.0  # workers times hours of the project's attempts in the last day
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one project uses."""
+    """The bytes, jobs and accelerator hours that one project uses."""
 
     num_bytes: int
     jobs: dict[str, int]  # by state
@@ -36,7 +39,7 @@ class Usage:
 
 
 async def usage(session: AsyncSession) -> Usage:
-    """Returns what the session's project uses."""
+    """Returns the usage of the session's project."""
     counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
     jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
     return Usage(
@@ -50,7 +53,10 @@ async def admit_job(session: AsyncSession) -> None:
 
 
 async def admit_resumption(session: AsyncSession, project_id: str) -> None:
-    """Raises OverQuota if a paused job may not be queued again now. Only queued jobs count against the limit here."""
+    """Raises OverQuota if the project may not queue a paused job again now.
+
+    Only the queued jobs, not the paused ones, count against the limit here.
+    """
     await _admit(session, project_id, ("queued",))
 
 
@@ -58,7 +64,7 @@ async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str])
     project = await session.get_one(Project, project_id)
     if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
         project = await projects.lock(session, project.id)  # so that no two submissions count at the same time
-    if project.archived_at is not None:  # it was archived after the key was looked up
+    if project.archived_at is not None:  # the project was archived after the key was looked up
         raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
     if project.max_queued_jobs is not None:
         of_project = select(func.count()).select_from(Job).where(Job.project_id == project.id)
@@ -75,7 +81,7 @@ async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str])
 
 
 async def shares(session: AsyncSession) -> dict[str, Share]:
-    """Returns the shares of all projects, by their ids."""
+    """Returns the Share of each project, by project id."""
     since = func.now() - SHARED_OVER
     hours = func.extract(
         "epoch", func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.created_at, since)
@@ -89,7 +95,10 @@ async def shares(session: AsyncSession) -> dict[str, Share]:
 
 
 async def out_of_hours(session: AsyncSession) -> dict[str, str]:
-    """Returns, by id, the projects that have used up their hours, and what their jobs wait for, in words."""
+    """Returns the projects that have used up their accelerator hours, by id.
+
+    The value of each project is the text for the `waits_for` of its jobs.
+    """
     used = func.sum(Attempt.num_accelerators * HOURS)
     query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
     query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
@@ -102,7 +111,7 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
 
 
 async def num_bytes(session: AsyncSession, project_id: str) -> int:
-    """Returns the bytes of a project's files, and of uploads in progress."""
+    """Returns the total bytes of the project's files and of its pending uploads."""
     files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.alive())
     uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
     return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)

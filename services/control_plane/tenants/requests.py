@@ -1,4 +1,4 @@
-"""Request bodies about projects and keys."""
+"""Defines the request bodies for projects and keys."""
 
 import time
 from typing import Annotated
@@ -21,7 +21,7 @@ Limit = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CreateKey(BaseModel):
-    """Body of POST /x/keys."""
+    """The JSON body of POST /v1/x/keys."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
@@ -39,7 +39,7 @@ class CreateKey(BaseModel):
 
 
 class UpdateProject(BaseModel):
-    """Body of POST /x/projects/{id}. Fields that are left out stay as they are."""
+    """The JSON body of POST /v1/x/projects/{id}. Fields that the body leaves out stay as they are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
@@ -51,6 +51,6 @@ class UpdateProject(BaseModel):
 
 
 class CreateProject(UpdateProject):
-    """Body of POST /x/projects."""
+    """The JSON body of POST /v1/x/projects."""
 
     name: Name

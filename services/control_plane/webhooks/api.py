@@ -1,4 +1,4 @@
-"""/v1/webhook_endpoints manages webhooks. Only the answers to create and rotate_secret have the signing secret."""
+"""The routes for webhook endpoints. Only the responses of create and rotate_secret contain the signing secret."""
 
 from typing import Annotated, Any, cast
 
@@ -38,7 +38,7 @@ EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lamb
 
 
 class CreateWebhook(BaseModel):
-    """Body of POST /webhook_endpoints."""
+    """The JSON body of POST /v1/webhook_endpoints."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
@@ -47,7 +47,7 @@ class CreateWebhook(BaseModel):
 
 
 class UpdateWebhook(BaseModel):
-    """Body of POST /webhook_endpoints/{id}. Fields that are left out stay as they are."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}. Fields that the body leaves out stay as they are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
@@ -56,14 +56,14 @@ class UpdateWebhook(BaseModel):
 
 
 class RotateSecret(BaseModel):
-    """Body of POST /webhook_endpoints/{id}/rotate_secret."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}/rotate_secret."""
 
     model_config = ConfigDict(extra="forbid")
     keep_old_secret_active_for_24_hours: bool = False
 
 
 class SendTest(BaseModel):
-    """Body of POST /webhook_endpoints/{id}/test."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}/test."""
 
     model_config = ConfigDict(extra="forbid")
     event_type: EventType
@@ -86,7 +86,7 @@ async def create(idempotent: IdempotentPart, settings: SettingsPart, body: Creat
 
 @router.get("/webhook_endpoints")
 async def list_endpoints(store: StorePart, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Lists the endpoints, newest first."""
+    """Lists the project's webhook endpoints, newest first."""
     async with store.look() as session:
         keys = [WebhookEndpoint.created_at, WebhookEndpoint.id]
         rows, more = await page(session, webhooks.listed(), keys, after=after, limit=limit)
@@ -132,7 +132,7 @@ async def rotate_secret(idempotent: IdempotentPart, endpoint_id: str, body: Rota
 
 @router.post("/webhook_endpoints/{endpoint_id}/test")
 async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: SendTest) -> dict[str, Any]:
-    """Sends a test message now. It changes nothing here, so a resent request sends it again."""
+    """Sends a test message to the endpoint now. A resent request sends the message again."""
     async with store.begin() as session:
         endpoint = await webhooks.find(session, endpoint_id)
     try:

@@ -1,7 +1,7 @@
-"""Sends webhooks from the outbox. A sender runs in every control plane; each row is claimed by one of them.
+"""Sends webhook messages from the outbox. A sender runs in every control plane; one of the senders claims each row.
 
-A claim is a lease: the row is due again when the lease ends. So if a sender dies before it noted a send, the send is
-repeated with the same webhook-id. Receivers drop ids that they have seen.
+A claim is a lease: the row is due again when the lease ends. So if a sender dies before it stored the result of a send,
+the send is repeated with the same webhook-id. Receivers should drop ids that they have seen.
 """
 
 import asyncio
@@ -32,29 +32,32 @@ LEASE_SECONDS = 60.0  # longer than a send
 AT_ONCE, AT_ONCE_TO_ONE = 64, 4  # sends under way in one control plane, and to one endpoint
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 6 * 3600.0
 LONGEST_CLOSED_SECONDS = 900.0  # the longest pause after which a failing endpoint is tried again
-TRIED_FOR = timedelta(hours=72)  # then a message is given up
+TRIED_FOR = timedelta(hours=72)  # after this time a message is given up
 
 
 class Unreachable(Exception):
-    """The endpoint did not answer. The message says why, for the endpoint's owner."""
+    """The endpoint did not answer. The message gives the reason, for the endpoint's owner."""
 
 
 class Claim(NamedTuple):
-    """A row of the outbox that this sender sends now."""
+    """A row of the outbox that the sender of this process has claimed and sends now."""
 
     id: int
     body: dict[str, Any]
-    num_sends: int  # including this one
+    num_sends: int  # including this send
     endpoint: WebhookEndpoint
 
     @property
     def place(self) -> tuple[str, str]:
-        """The project and the endpoint against whose limits the send counts."""
+        """Returns the ids of the project and of the endpoint against whose limits the send counts."""
         return self.endpoint.project_id, self.endpoint.id
 
 
 class Sender:
-    """Sends due messages, to many endpoints at once. A slow or dead endpoint delays only its own project's messages."""
+    """Sends due messages to many endpoints at once.
+
+    A slow or dead endpoint delays only the messages of its own project.
+    """
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
@@ -66,7 +69,7 @@ class Sender:
         await self._client.aclose()
 
     async def run(self) -> None:
-        """Sends until cancelled. Sends that are cut off then are repeated when their leases end."""
+        """Sends messages until cancelled. Sends that are interrupted are repeated when their leases end."""
         async with asyncio.TaskGroup() as sends:
             while True:
                 self._send_ended.clear()
@@ -80,7 +83,10 @@ class Sender:
                 await _until(self._send_ended, TICK_SECONDS)
 
     async def send(self, endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> int:
-        """Sends a message and returns the status of the answer. Raises Unreachable if none comes."""
+        """Sends a message to the endpoint and returns the HTTP status of the answer.
+
+        Raises Unreachable if no answer comes.
+        """
         content, headers = webhooks.signed(endpoint, body)
         try:
             async with (
@@ -94,7 +100,10 @@ class Sender:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """Claims the oldest due row of each endpoint, while there are places. Projects take turns."""
+        """Claims rows to send now: the oldest due row of each endpoint, up to AT_ONCE sends under way.
+
+        Projects take turns.
+        """
         if self._under_way.total() >= AT_ONCE:
             return []
         async with self._store.begin() as session:
@@ -104,11 +113,14 @@ class Sender:
             leased = {"due_at": _in_seconds(LEASE_SECONDS), "num_sends": Outbound.num_sends + 1}
             await session.execute(update(Outbound).where(Outbound.id.in_([c.id for c in claims])).values(leased))
             failing = [claim.endpoint.id for claim in claims if claim.endpoint.num_failures]
-            await _close(session, failing, LEASE_SECONDS)  # a failing endpoint gets one at a time
+            await _close(session, failing, LEASE_SECONDS)  # a failing endpoint gets one message at a time
         return claims
 
     def _oldest_due(self) -> Select[Any]:
-        """The oldest due row of each endpoint, by an index, so that it costs the same however many rows wait."""
+        """Returns the query for the oldest due row of each endpoint.
+
+        The query uses an index, so its cost does not depend on the number of rows that wait.
+        """
         due, of = Outbound.due_at <= func.now(), WebhookEndpoint
         waiting = select(Outbound.id, Outbound.due_at).where(Outbound.endpoint_id == of.id, due)
         oldest = waiting.order_by(Outbound.due_at, Outbound.id).limit(1).lateral("oldest")
@@ -124,9 +136,11 @@ class Sender:
         return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
-        """Returns the claims that are sent now. A project has at most as many sends under way as places are free.
+        """Returns the claims that are sent now, and counts them as under way.
 
-        So if one project's endpoints are slow, half of the places stay free for others; a third if two projects' are.
+        In all, AT_ONCE sends may be under way. A project may have at most as many of them as are still free. So if one
+        project's endpoints are slow, half of the sends stay free for other projects; if two projects' endpoints are
+        slow, a third.
         """
         sent, per_project = [], Counter[str]()
         for (project, _), count in self._under_way.items():
@@ -149,7 +163,7 @@ class Sender:
             self._send_ended.set()
 
     async def _try(self, claim: Claim) -> tuple[str, bool]:
-        """Sends, and returns what came of it, in words, and whether to send again."""
+        """Sends the message of the claim. Returns the result as text, and whether to send the message again."""
         endpoint = claim.endpoint
         if endpoint.deleted_at or endpoint.disabled_at:
             return "not sent: the endpoint is disabled or deleted", False
@@ -164,15 +178,16 @@ class Sender:
         return f"answered {status}", not (200 <= status < 300 or status == httpx.codes.GONE)
 
     async def _disable(self, endpoint: WebhookEndpoint) -> None:
-        """Disables an endpoint that answered 410 Gone, unless it was given another URL meanwhile."""
+        """Disables an endpoint that answered 410 Gone, unless the endpoint's URL was changed meanwhile."""
         there = update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint.id, WebhookEndpoint.url == endpoint.url)
         async with self._store.begin() as session:
             await session.execute(there.values(disabled_at=func.now()))
 
     async def _note(self, claim: Claim, outcome: str, *, again: bool) -> None:
-        """Writes what came of a send. A failed endpoint gets nothing for a while, also not what else waits for it.
+        """Stores the result of a send. After a failure, nothing is sent to the endpoint for a while.
 
-        A send that took longer than its lease writes no failure, because another sender may have the row by now.
+        A send that took longer than its lease stores no failure in the row, because another sender may have claimed the
+        row.
         """
         statement = update(Outbound).where(Outbound.id == claim.id)
         due_at: ColumnElement[Any] = null()
@@ -189,19 +204,19 @@ class Sender:
             elif claim.endpoint.num_failures:
                 answers = update(WebhookEndpoint).where(WebhookEndpoint.id == claim.endpoint.id)
                 await session.execute(answers.values(num_failures=0, retry_at=None))
-        shown = outcome.partition(":")[0]  # what follows may quote the URL, which may hold a secret of its owner
+        shown = outcome.partition(":")[0]  # the rest may quote the URL, which may hold a secret of its owner
         log.info("Webhook %s to %s, send %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
 
 
 async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float, **values: int) -> None:
-    """Lets nothing be sent to the endpoints for `seconds`."""
+    """Prevents sends to the endpoints for `seconds`, and sets the columns in `values`."""
     if endpoint_ids:
         closed = update(WebhookEndpoint).where(WebhookEndpoint.id.in_(endpoint_ids))
         await session.execute(closed.values(retry_at=_in_seconds(seconds), **values))
 
 
 async def give_up_old(session: AsyncSession) -> None:
-    """Gives up messages that have waited for a failing endpoint for 72 hours without being sent themselves."""
+    """Gives up messages that have waited for a failing endpoint for 72 hours without being sent."""
     failing = select(WebhookEndpoint.id).where(WebhookEndpoint.num_failures > 0)
     old = update(Outbound).where(Outbound.due_at.is_not(None), Outbound.created_at < func.now() - TRIED_FOR)
     outcome = func.coalesce(Outbound.outcome, "not sent: the endpoint did not answer for 72 hours")
@@ -209,13 +224,13 @@ async def give_up_old(session: AsyncSession) -> None:
 
 
 def pause_seconds(num_sends: int) -> float:
-    """Returns the pause after `num_sends` failures. It is random by a fifth, so that retries spread out."""
+    """Returns the seconds to wait after `num_sends` failed sends, random by a fifth so that retries spread out."""
     pause: float = min(FIRST_PAUSE_SECONDS * 2 ** min(num_sends - 1, 30), LONGEST_PAUSE_SECONDS)
     return pause * random.uniform(0.8, 1.2)
 
 
 def _in_seconds(seconds: float) -> ColumnElement[datetime]:
-    """The time `seconds` from now, by the database's clock."""
+    """Returns the time that is `seconds` after now, by the database's clock."""
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 

@@ -1,6 +1,7 @@
-"""Webhooks: a project's endpoints, and the messages that they get about its jobs.
+"""Manages a project's webhook endpoints, and writes and signs the messages about the project's jobs.
 
-The transaction that ends a job writes the message, so one is sent if and only if the job ended. `outbox` sends it.
+The transaction that ends a job writes the messages, so a message is sent if and only if the job ended. `outbox` sends
+the messages.
 """
 
 import base64
@@ -27,7 +28,7 @@ from services.uri import InvalidUri, check
 
 SETTING = "webhook_urls"
 EVENT_TYPES = tuple(f"fine_tuning.job.{state}" for state in TERMINAL)
-MAX_ENDPOINTS = 100  # the most of a project; the transaction that ends a job writes a row for each
+MAX_ENDPOINTS = 100  # the most endpoints of a project; the transaction that ends a job writes a row for each endpoint
 OLD_SECRET_KEPT = timedelta(hours=24)
 
 
@@ -59,7 +60,7 @@ async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -
 
 
 async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, Any]) -> WebhookEndpoint:
-    """Sets the values that differ. Sending a URL, even the same one, enables an endpoint that was disabled."""
+    """Sets the values of the endpoint that differ. Sending a URL, even the same one, enables a disabled endpoint."""
     endpoint = await find(session, endpoint_id, lock=True)
     anew = {"disabled_at": None, "num_failures": 0, "retry_at": None}
     wanted = {**values, **(anew if "url" in values else {})}
@@ -85,7 +86,7 @@ async def remove(session: AsyncSession, endpoint_id: str) -> None:
 
 
 def check_url(url: str, settings: Settings) -> None:
-    """Checks what can be checked of a URL without connecting anywhere. Raises InvalidRequest."""
+    """Raises InvalidRequest if webhooks may not be sent to the URL. Makes no connection."""
     try:
         check(url, settings.webhook_urls, SETTING)
         if not urlsplit(url).hostname:
@@ -103,7 +104,7 @@ def _new_secret() -> str:
 
 
 async def announce(session: AsyncSession, job: Job, to: str) -> None:
-    """Writes a message for each endpoint of the job's project, if this move ended the job."""
+    """Adds a message to the outbox for each endpoint of the job's project, if `to` is a state in which jobs end."""
     if to not in TERMINAL:
         return
     body = event(f"fine_tuning.job.{to}", job.id)
@@ -129,7 +130,10 @@ def event(event_type: str, job_id: str) -> dict[str, Any]:
 
 
 def signed(endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """Returns the content to send now and its headers. While an old secret is active, they have a second signature."""
+    """Returns the bytes to send now for a message, and the headers with their signature.
+
+    While the endpoint's old secret is active, the headers have a second signature.
+    """
     at, content = datetime.now(UTC), json.dumps(body, separators=(",", ":"))
     keys = [endpoint.secret]
     if endpoint.old_secret and endpoint.old_secret_counts:
