@@ -96,7 +96,10 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device, size = "Device to check. Default: %(default)s.", "Size of the models. Default: %(default)s."
+    device, size = (
+        "Device to check. Default: %(default)s.",
+        "Size of the models: full for a GPU, tiny for a CPU. Default: %(default)s.",
+    )
     json_file = "JSON file for all figures. Default: %(default)s."
     markdown = "Markdown file for the table. Default: %(default)s."
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=device)
