@@ -47,7 +47,7 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
-    """Trains with dpo_core and returns the figures. `without` names a part of dpo_core to replace by a plain one."""
+    """Trains with dpo_core and returns the figures. `without` names the part of dpo_core (in ABLATIONS) to leave out."""
     from dpo_core import (
         Group,
         Lora,
@@ -177,7 +177,7 @@ ABLATIONS: dict[str | None, Callable[[], Any]] = {
     "sharing": _without_sharing,
     "packing": _without_packing,
     "tiles": _without_tiles,
-    "cache": nullcontext,  # the reference is scored step by step, by a second copy of the weights
+    "cache": nullcontext,  # a second copy of the weights scores the reference, step by step
 }
 
 # --- TRL -----------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
             bf16=args.dtype == "bfloat16",
             use_cpu=device() == "cpu",
             disable_tqdm=True,
-            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length: its columns hold no lengths
+            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length, for want of a length column
             **options,
         )
         rank = args.adapter_rank

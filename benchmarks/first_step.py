@@ -29,7 +29,7 @@ from demo.rows import Shop
 from demo.service import Service
 from services.cli.watch import follow
 
-QUIET_CPU = 0.3  # share of all cores, over two seconds, below which the machine is idle; an idle Ray takes 0.15 of two
+QUIET_CPU = 0.3  # share of all cores below which the machine is idle; an idle Ray takes 0.15 of two slow cores
 QUIET_SECONDS = 60
 SIZES: dict[str, dict[str, Any]] = {
     "40M": {"hidden_size": 512, "num_layers": 8, "vocabulary": 32_000},
@@ -61,9 +61,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-first-step-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        os.chmod(
-            folder, 0o755
-        )  # if root starts PostgreSQL, PostgreSQL runs as another user, which must read the folder
+        # If root starts PostgreSQL, PostgreSQL runs as another user, which must reach its data.
+        os.chmod(folder, 0o755)
         model, files = prepare(folder, options)
         home = folder / "home"
         home.mkdir()

@@ -15,7 +15,7 @@ IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # names of processes that ha
 
 @dataclass
 class Life:
-    """The times, CPU seconds and peak memory of a process. Times are Unix seconds, or relative to a moment: `since`."""
+    """The times, CPU seconds and peak memory of a process. Times are Unix seconds, until `since` changes their zero."""
 
     pid: int
     name: str

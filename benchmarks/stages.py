@@ -25,9 +25,8 @@ Result = TypeVar("Result")
 def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[str, Figures]:
     """Runs all stages. Returns the figures of each stage by the stage's name, in the order in which a job has them."""
     by_stage: dict[str, Figures] = {}
-    report, by_stage["survey"] = _measured(
-        lambda: _survey(file)
-    )  # before Ray is imported, because the control plane does not import Ray
+    # The survey runs before Ray is imported, because the control plane does not import Ray.
+    report, by_stage["survey"] = _measured(lambda: _survey(file))
     if report.refusal:
         raise SystemExit(report.refusal)
     if not in_process:

@@ -173,9 +173,8 @@ def measure(
     what: str, url: str, projects: list[tuple[str, str, str]], ray: Ray, receiver: Receiver, seconds: float
 ) -> dict[str, list[float]]:
     """Runs the ordinary projects for a while. Returns the median and 99th percentile of waiting times by request."""
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as apart:  # keeps the threads of the stand-ins out of the measured process
+    # A process of its own, so that the threads of the stand-ins do not slow the measurements down.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         seen = apart.submit(work, url, projects, seconds).result()
     time.sleep(10)  # so that the last jobs can end
     notified = {json.loads(m.body)["data"]["id"] for m in receiver.received if m.path.startswith("/ordinary")}

@@ -93,9 +93,9 @@ def compose(
     others: Sequence[Assignment],
     sets: Sequence[Assignment],
 ) -> Body:
-    """Returns the body `base` with fields changed by `method`, `hyperparameters` and `others`, and then by `sets`.
+    """Returns the body `base`, changed by the options (`method`, `hyperparameters`, `others`) and then by `sets`.
 
-    `sets` holds the fields of --set. `default` is the method if neither `base` nor an option names one.
+    `sets` holds the fields of --set. `default` is the method if neither `base` nor an option names a method.
     """
     for _, whole in [each for each in sets if each[0] == ("method",)]:
         base = base | {"method": whole}
@@ -119,9 +119,9 @@ def compose(
 
 
 def _with_method(base: Body, method: str | None, default: str | None, sets: Sequence[Assignment]) -> Body:
-    """Returns a copy of `base` with the method that the options name, if they name one.
+    """Returns a copy of `base` whose method is that of `sets`, else `method`, else that of `base`, else `default`.
 
-    If this method replaces another one, the copy keeps only the hyperparameters that all methods have.
+    If the method of `base` is replaced, the copy keeps only the hyperparameters that all methods have.
     """
     before = _part(base, "method")
     old = before.get("type")
@@ -197,7 +197,8 @@ def _check_first_rows(path: Path, how: Body, kind: str) -> None:
         fail(f"{path}: {found.refusal}")
     method = described(kind) if kind in METHODS else None  # a newer service may have methods that are unknown here
     if method and found.kind and found.kind not in method["learns_from"]:
-        fail(f"{path} holds {found.kind}; method '{kind}' learns from {' or '.join(method['learns_from'])}.")
+        kinds = " or ".join(method["learns_from"])
+        fail(f"{path} holds {found.kind}; method '{kind}' learns from {kinds}. Choose another method or another file.")
     if method and found.num_margins and not method["takes_margins"]:
         fail(f"{path} has margins; method '{kind}' takes none. Remove the margins, or use dpo.")
 

@@ -58,7 +58,10 @@ def _cell(item: Item, of: str | Callable[[Item], object]) -> object:
 
 
 def _items(client: "OpenAI", path: str, most: int) -> Iterator[Item]:
-    """Yields the items of the list at the API's `path`. A page of at most `most` items is requested when needed."""
+    """Yields the items of the list at the API's `path`.
+
+    Requests pages of at most `most` items, and the next page only when the caller needs an item of that page.
+    """
     params: dict[str, object] = {"limit": min(most, PAGE)}
     while True:
         page: Any = client.get(path, cast_to=object, options={"params": params})

@@ -22,7 +22,9 @@ def _number(text: str) -> str:
         try:
             float(text)
         except ValueError:
-            raise typer.BadParameter(f"{text} is neither a number nor none") from None
+            raise typer.BadParameter(
+                f"{text} is neither a number nor none; write a number, or none to remove the limit"
+            ) from None
     return text
 
 

@@ -30,7 +30,10 @@ MaxInvalidShare = Annotated[
 
 
 def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
-    """Returns the column of each role from ROLE=COLUMN texts. Exits with an error if ROLE or COLUMN is missing."""
+    """Returns the column of each role from ROLE=COLUMN texts.
+
+    Exits with an error if a role is unknown or a column is missing.
+    """
     roles = {}
     for given in columns or ():
         role, _, column = given.partition("=")

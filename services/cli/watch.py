@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types.fine_tuning import FineTuningJob
 
-SILENCE_SECONDS = 60.0  # without data before reconnecting; the service sends data at least every 15 seconds
+SILENCE_SECONDS = 60.0  # of silence before reconnecting; the service sends data at least every 15 seconds
 RESUME_SECONDS = 2.0
-PLAIN_SECONDS = 10.0  # between two lines of metrics if the output is no terminal
+PLAIN_SECONDS = 10.0  # the least time between two lines of metrics if the output is not a terminal
 STYLES = {"warn": "yellow", "error": "red"}
 SHOWN = {
     "train_loss": "loss {:.4f}",
