@@ -47,7 +47,7 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
-    """Trains with dpo_core and returns the figures. `without` names the part of dpo_core (in ABLATIONS) to leave out."""
+    """Trains with dpo_core and returns the figures. `without` names a part of dpo_core (see ABLATIONS) to leave out."""
     from dpo_core import (
         Group,
         Lora,
