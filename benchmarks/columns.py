@@ -1,4 +1,4 @@
-"""The columns of `vs_trl.py`: training runs with raydpo and with TRL, each in its own process."""
+"""Trains a model with raydpo or with TRL: each function produces the figures of one column of `vs_trl.py`."""
 
 import json
 import tempfile
@@ -22,7 +22,11 @@ OURS, BEST = "raydpo", "TRL at its best"
 
 
 def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
-    """Returns the columns of this run by name. Each takes the arguments and writes its weights to `args.weights`."""
+    """Returns a function for each column, by the column's name.
+
+    The function takes the command's arguments, trains, writes the trained weights to `args.weights` if that is set, and
+    returns the figures of the training.
+    """
     off = {"gradient_checkpointing": False}
     by_name: dict[str, Callable[[Namespace], Figures]] = {
         "TRL as it comes": partial(run_trl, options={}),
@@ -39,11 +43,11 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
     return by_name
 
 
-# --- ours ----------------------------------------------------------------------------------
+# --- raydpo --------------------------------------------------------------------------------
 
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
-    """Trains with dpo_core. `without` names a part that is taken away."""
+    """Trains with dpo_core and returns the figures. `without` names a part of dpo_core (see ABLATIONS) to leave out."""
     from dpo_core import (
         Group,
         Lora,
@@ -93,7 +97,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
             resolved, policy, tokenizer, lambda _: scored, total_steps=len(batches), checkpoint_dir=Path(folder)
         )
         for _ in batches:
-            next(steps)  # one more would write the last step's checkpoint, which TRL does not write
+            next(steps)  # a further next() would write the last step's checkpoint, and TRL writes no checkpoint
         synchronize()
         ended = time.perf_counter()
     if args.weights:
@@ -108,7 +112,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
 
 
 def run_in_ray(args: Namespace) -> Figures:
-    """Trains as `run_ours` does, in a Ray Train worker."""
+    """Trains with dpo_core in a Ray Train worker and returns the figures."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -121,7 +125,7 @@ def run_in_ray(args: Namespace) -> Figures:
         ray.train.report({})
 
     num_threads = torch.get_num_threads()
-    # Waiting threads must not spin, because Ray's processes need the cores, too. The service sets this as well.
+    # Waiting threads must not spin, because Ray's processes need the cores too. The service sets OMP_WAIT_POLICY too.
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     scaling = ScalingConfig(num_workers=1, use_gpu=device() == "cuda", resources_per_worker={"CPU": num_threads})
@@ -132,11 +136,11 @@ def run_in_ray(args: Namespace) -> Figures:
     return found
 
 
-# --- ours without one of its parts ----------------------------------------------------------
+# --- raydpo without one of its parts --------------------------------------------------------
 
 
 def _without_sharing() -> Any:
-    """Gives each completion its own copy of the prompt in the pack."""
+    """Returns a patch that copies the prompt for each completion in a pack (the rows of one forward pass)."""
     from dpo_core.policy import batch, scorer
 
     def count_tokens(self: Any, group: Any) -> int:
@@ -149,7 +153,7 @@ def _without_sharing() -> Any:
 
 
 def _without_packing() -> Any:
-    """Makes each group a pack."""
+    """Returns a patch that runs one forward pass for each group (a prompt and its completions)."""
     from dpo_core.policy import scorer
 
     def plan(self: Any, groups: Any, **kwargs: Any) -> list[list[list[int]]]:
@@ -159,7 +163,7 @@ def _without_packing() -> Any:
 
 
 def _without_tiles() -> Any:
-    """Computes all logits of the completions at once, with PyTorch's own gradient."""
+    """Returns a patch that computes the logits of all completion tokens at once, with PyTorch's own gradient."""
     from dpo_core.policy import forward
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
@@ -173,7 +177,7 @@ ABLATIONS: dict[str | None, Callable[[], Any]] = {
     "sharing": _without_sharing,
     "packing": _without_packing,
     "tiles": _without_tiles,
-    "cache": nullcontext,  # the reference is scored step by step, by a second copy of the weights
+    "cache": nullcontext,  # a second copy of the weights scores the reference, step by step
 }
 
 # --- TRL -----------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
     class Trainer(DPOTrainer):
         reference_seconds = 0.0
 
-        def _precompute_ref_logps(self, *args: Any) -> Any:  # called while the trainer is made
+        def _precompute_ref_logps(self, *args: Any) -> Any:  # DPOTrainer's constructor calls this method
             started = time.perf_counter()
             logps = super()._precompute_ref_logps(*args)
             self.reference_seconds = time.perf_counter() - started
@@ -210,7 +214,7 @@ def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
             bf16=args.dtype == "bfloat16",
             use_cpu=device() == "cpu",
             disable_tqdm=True,
-            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length: its columns hold no lengths
+            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length, for want of a length column
             **options,
         )
         rank = args.adapter_rank

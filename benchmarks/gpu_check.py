@@ -1,11 +1,13 @@
-"""Whether the engine works on this machine's GPU, and how fast, in at most eight minutes: one JSON and one table.
+"""Checks that dpo_core works on this machine's GPU and compares its speed with TRL's, in at most eight minutes.
 
     make gpu-check
-    python benchmarks/gpu_check.py --device cpu --size tiny     # the same, in seconds, where there is no GPU
+    python benchmarks/gpu_check.py --device cpu --size tiny     # the same check for a machine without a GPU
 
-Each part is a process of its own: the tests marked `gpu`; packs that share prompts in bfloat16 against plain
-forwards; and a model of 1B weights, and an adapter of rank 32 on 8B, against TRL. Weights are random. What a part does
-not end in its seconds is in the table as not done. Fails if a test or the parity does.
+Each part of the check runs in its own process. `tests` runs the tests marked `gpu`. `parity` compares bfloat16 packs
+(the rows of one forward pass) that share prompts with plain forward passes. Then raydpo and TRL train a model of 1B
+weights, and an adapter of rank 32 on a model of 8B weights. All weights are random. A part that exceeds its time is
+"not done" in the table. The results are a JSON file and a Markdown table. Exits with status 1 if `tests` or `parity`
+does not pass.
 """
 
 import argparse
@@ -29,12 +31,12 @@ from benchmarks.rows import dialogues
 
 ROOT = Path(__file__).parents[1]
 Found = dict[str, Any]
-ALIKE = 1.5  # times the error of a plain forward in bfloat16 that a pack's may be
+ALIKE = 1.5  # the largest allowed ratio of a pack's error to the error of a plain forward pass in bfloat16
 
 
 @dataclass(frozen=True)
 class Race:
-    """One table against TRL, on a Llama of these sizes."""
+    """A comparison of raydpo with TRL on one model: the Llama's sizes, the training options and the table's columns."""
 
     sizes: dict[str, int]
     rows: int
@@ -66,7 +68,7 @@ RACES = {
         "LoRA of rank 32": Race(TINY, 4, 2, adapter_rank=32, columns=(OURS, BEST)),
     },
 }
-SHARES = {"tests": 0.25, "parity": 0.3}  # of the seconds that are left when a part begins; columns share the rest alike
+SHARES = {"tests": 0.25, "parity": 0.3}  # shares of the time left when the part begins; columns share the rest equally
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; --device cpu --size tiny runs the same without.")
+        raise SystemExit("torch sees no CUDA device; --device cpu --size tiny runs the check without a GPU.")
     started = time.monotonic()
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     report: Found = {"device": device, "torch": torch.__version__, "size": args.size}
@@ -94,11 +96,17 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=RACES, default="full")
-    parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
-    parser.add_argument("--json", type=Path, default=Path("gpu-check.json"), help="where to write every figure")
-    parser.add_argument("--markdown", type=Path, default=Path("gpu-check.md"), help="where to write the table")
+    device, size = (
+        "Device to check. Default: %(default)s.",
+        "Size of the models: full for a GPU, tiny for a CPU. Default: %(default)s.",
+    )
+    json_file = "JSON file for all figures. Default: %(default)s."
+    markdown = "Markdown file for the table. Default: %(default)s."
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=device)
+    parser.add_argument("--size", choices=RACES, default="full", help=size)
+    parser.add_argument("--seconds", type=float, default=470, help="Time limit of the check. Default: %(default)s.")
+    parser.add_argument("--json", type=Path, default=Path("gpu-check.json"), help=json_file)
+    parser.add_argument("--markdown", type=Path, default=Path("gpu-check.md"), help=markdown)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--race", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -114,7 +122,11 @@ def _part(args: argparse.Namespace, name: str, *more: str) -> list[str]:
 
 
 def _run(arguments: list[str], seconds: float) -> Found:
-    """What the program found, and its seconds; or why it was not done."""
+    """Runs a Python program for at most `seconds`.
+
+    Returns the JSON object that the program prints, and the seconds that the program took. If the program fails or
+    does not end in time, returns the reason as `not_done` instead.
+    """
     started = time.monotonic()
     try:
         run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=seconds, cwd=ROOT)
@@ -129,7 +141,10 @@ def _run(arguments: list[str], seconds: float) -> Found:
 
 
 def _race_all(args: argparse.Namespace, started: float) -> dict[str, dict[str, Found]]:
-    """Of each race its columns. Each may take an equal part of what is left, and the making of a model two."""
+    """Runs every comparison with TRL. Returns the figures by the name of the comparison and of the column.
+
+    Each column may take an equal share of the time that is left, and making a model may take two shares.
+    """
     races = RACES[args.size]
     parts_left = sum(2 + len(race.columns) for race in races.values())
     found: dict[str, dict[str, Found]] = {}
@@ -178,7 +193,10 @@ def _table(report: Found) -> str:
 
 
 def _cells(name: str, columns: dict[str, Found]) -> str:
-    """Tokens of all columns are counted as ours are: prompts once for each completion."""
+    """Returns the cells of a column's line in the table.
+
+    Tokens per second are raydpo's number of tokens, which has a prompt for each completion, over the column's seconds.
+    """
     found, ours, best = columns[name], columns[OURS], columns[BEST]
     if "not_done" in found:
         return f"**not done**: {found['not_done']} | | | "
@@ -193,7 +211,10 @@ def _cells(name: str, columns: dict[str, Found]) -> str:
 
 
 def tests(args: argparse.Namespace) -> Found:
-    """Those marked `gpu`. On a GPU none may be skipped."""
+    """Runs the tests marked `gpu`, and returns how many passed, failed or were skipped.
+
+    On a GPU, the part passes only if no test is skipped.
+    """
     import pytest
 
     outcomes: dict[str, int] = {}
@@ -211,7 +232,10 @@ def tests(args: argparse.Namespace) -> Found:
 
 
 def parity(args: argparse.Namespace) -> Found:
-    """Log-probabilities of miniatures whose heads are as wide as in the models that people train."""
+    """Compares log-probabilities of packs with those of plain forward passes, and returns the errors of each family.
+
+    The models are small, but their attention heads are as wide as those of models in use.
+    """
     errors = {family: _errors(config, args.device) for family, config in _families(args.size).items()}
     told = "; ".join(f"{family}: {ours:.1e}, plain {plain:.1e}" for family, (ours, plain) in errors.items())
     passed = all(ours <= ALIKE * plain for ours, plain in errors.values())
@@ -234,7 +258,10 @@ def _families(size: str) -> dict[str, Any]:
 
 
 def _errors(config: Any, device: str) -> tuple[float, float]:
-    """How far a shared pack, and plain forwards, lie from plain forwards in float32, as a share of those."""
+    """Returns the relative errors, in bfloat16, of a pack that shares prompts and of plain forward passes.
+
+    Both are compared with the log-probabilities of plain forward passes in float32.
+    """
     from transformers import AutoModelForCausalLM
 
     from dpo_core.encoding.encode import EncodedGroup
@@ -259,7 +286,7 @@ def _errors(config: Any, device: str) -> tuple[float, float]:
 
 
 def model(args: argparse.Namespace) -> Found:
-    """The rows of a race, and its model with random weights, drawn on the device."""
+    """Writes the rows and the model of one comparison with TRL. Random weights are drawn on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from demo.base_model import make_base_model
