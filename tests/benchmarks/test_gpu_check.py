@@ -21,6 +21,7 @@ def check(folder, *options):
     return run, json.loads(json_file.read_text()), table.read_text()
 
 
+@pytest.mark.long
 def test_all_of_it_runs_on_a_cpu_in_small(tmp_path):
     run, report, table = check(tmp_path, "--device=cpu", "--size=tiny", "--seconds=1000")
     assert run.returncode == 0, run.stdout + run.stderr
