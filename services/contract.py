@@ -107,7 +107,9 @@ Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"
 
 
 class Wandb(UserInput):
-    """The run in Weights & Biases that receives a job's metrics. The host and key of W&B are settings of the cluster.
+    """The run in Weights & Biases that receives a job's metrics.
+
+    The host and key of W&B are settings of the cluster.
     """
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
