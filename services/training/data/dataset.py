@@ -20,7 +20,7 @@ IDS = pa.schema(
     {
         "prompt_ids": pa.list_(pa.int32()),
         "completion_ids": pa.list_(pa.list_(pa.int32())),
-        "ratings": pa.list_(pa.float64()),  # one per completion; null: the best completion is the first
+        "ratings": pa.list_(pa.float64()),  # one per completion; null: completions are in order, best first
         "weight": pa.float64(),
         "margin": pa.float64(),
         "line": pa.int64(),
