@@ -221,7 +221,7 @@ class JobSpec(Contract):
 class AttemptAddress(Contract):
     """The fields of an attempt's spec that name the places where the attempt reports.
 
-    A driver of any release can read them.
+    A driver of any release can read these fields.
     """
 
     # The value 1 is not written: the first release does not know this field and refuses unknown fields.
@@ -260,7 +260,7 @@ class AttemptSpec(AttemptAddress):
 
     @property
     def reference_model(self) -> str:
-        """The place of the reference model's weights: a storage URI, local folder or hub id."""
+        """The source of the reference model's weights: a storage URI, a local folder or a hub id."""
         return self.reference_model_source or self.model_source
 
 
@@ -446,7 +446,7 @@ Report = Annotated[
 class JobEvent(Contract):
     """A report with its number in the attempt.
 
-    Job, attempt and `seq` identify an event, so a sender may deliver it twice.
+    Job, attempt and `seq` identify an event, so an event may be sent twice.
     """
 
     seq: Annotated[int, Field(ge=0, lt=2**62)]  # from 0, without gaps, per attempt

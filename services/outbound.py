@@ -63,7 +63,7 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 
 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if the URL's host is a private IP address in any notation, and no prefix names it.
+    """Raises InvalidUri if the URL's host is a private IP address, in any notation, that no prefix names.
 
     A host that is a name passes, and no name server is asked.
     """

@@ -37,7 +37,10 @@ def write(uri: str, body: bytes) -> None:
 
 
 def read_body(uri: str) -> bytes:
-    """Returns the EventBatch in a file of the spool, as JSON. Raises DamagedSegment or FileNotFoundError."""
+    """Returns the EventBatch in the spool's file `uri` as JSON.
+
+    Raises FileNotFoundError if the file is missing, and DamagedSegment if the file's sha256 is wrong.
+    """
     body, _, digest = storage.read_bytes(uri).partition(b"\n")
     if digest != _digest(body):
         raise DamagedSegment(f"{uri} does not match its sha256")
@@ -45,7 +48,11 @@ def read_body(uri: str) -> bytes:
 
 
 def read(uri: str) -> EventBatch:
-    """Returns the EventBatch in a file of the spool. Raises DamagedSegment or FileNotFoundError."""
+    """Returns the EventBatch in the spool's file `uri`.
+
+    Raises FileNotFoundError if the file is missing, and DamagedSegment if the file does not match its sha256 or cannot
+    be parsed.
+    """
     try:
         return EventBatch.model_validate_json(read_body(uri))
     except ValidationError:

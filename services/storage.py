@@ -144,7 +144,7 @@ def version(uri: str) -> tuple[int, int] | None:
 
 
 def delete(uri: str) -> None:
-    """Removes the file, or the folder with all its content, at `uri`. Does nothing if neither exists."""
+    """Removes the file or the folder, with all its content, at `uri`. Does nothing if `uri` does not exist."""
     filesystem, path = _resolve(uri)
     kind = _info(uri).type
     if kind == fs.FileType.Directory:
@@ -170,7 +170,7 @@ def move(uri: str, target: str) -> None:
 
 
 def publish(folder: Path, uri: str) -> None:
-    """Copies a local folder to `uri` and its manifest last. Existing files are overwritten one by one."""
+    """Copies a local folder to `uri`, the file `manifest.json` last. Existing files are overwritten one by one."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: (file == Path(MANIFEST), file)):
         write_file(join(uri, *file.parts), folder / file)

@@ -53,7 +53,10 @@ class RayHead:
 
 
 def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> RayHead:
-    """Starts a Ray head, or adopts the head that is recorded in `home` if that head still answers."""
+    """Starts a Ray head and records it in `home`, or adopts the recorded head if that still answers.
+
+    Returns the head.
+    """
     recorded = _read(home)
     if recorded and _adoptable(recorded, token_file):
         say(f"Ray is running already at {recorded.url}")
@@ -186,7 +189,7 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 def _terminate(processes: list[psutil.Process], seconds: float) -> None:
-    """Ends the processes with SIGTERM, and after `seconds` the rest with SIGKILL."""
+    """Ends the processes with SIGTERM and, after `seconds`, those that are left with SIGKILL."""
     for send in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             try:

@@ -102,8 +102,8 @@ class Policy:
 def _import_policy() -> None:
     """Imports the module of the vLLM engine, in at most IMPORT_TRIES tries.
 
-    On import, Ray registers connectors for the whole cluster. If two replicas do so at the same time, one of the two
-    fails. At its next try, the connectors are registered already.
+    On import, Ray registers connectors for the whole cluster. If two replicas import the module at the same time, one
+    import fails. At the next try, the connectors are registered already.
     """
     for tries_left in reversed(range(IMPORT_TRIES)):
         try:

@@ -91,7 +91,7 @@ class Reference:
         """Returns the log-probabilities of one completion's tokens. vLLM has to generate at least one token.
 
         A bias makes vLLM generate the completion's last token, so that the row takes no more tokens than its own. vLLM
-        reports the log-probabilities without the bias.
+        reports the log-probabilities before the bias is added.
         """
         *head, last = completion
         params = SamplingParams(

@@ -118,7 +118,10 @@ def read_spec(written: bytes) -> AttemptSpec:
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Reports why this driver does not run the attempt. Returns the exit status of the driver."""
+    """Reports to the control plane the reason why this driver does not run the attempt.
+
+    Returns the driver's exit status.
+    """
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)
@@ -127,7 +130,7 @@ def refuse(address: AttemptAddress, report: Failed) -> int:
 
 
 def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Prepares the data, trains, and exports the policy. Returns the attempt's last report.
+    """Prepares the data, trains, and exports the trained model. Returns the attempt's last report.
 
     A failure that only the user can fix is returned as Failed and not raised.
     """
@@ -139,7 +142,7 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Prepares the data, trains, and exports the policy.
+    """Prepares the data, trains, and exports the trained model.
 
     Training begins when all data are prepared, or earlier, when the first part of a stream is encoded.
     """
@@ -166,7 +169,10 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
-    """Returns the prepared data. If training can begin before all data are prepared, sets the result of `stream`."""
+    """Returns the prepared data.
+
+    If training can begin before all data are prepared, sets the future `stream` to a stream of the data.
+    """
 
     def try_once() -> Prepared:
         if stream.done():
@@ -192,9 +198,10 @@ def _train(spec: AttemptSpec, source: Prepared | Stream, reporter: Any) -> Succe
 def train(
     spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
 ) -> Succeeded | Failed | Paused:
-    """Runs the workers and returns the attempt's last report. On success, the report has the URI of the trained policy.
+    """Runs the training workers and returns the attempt's last report.
 
-    Workers publish checkpoints themselves, so the folder in which Ray Train stores files is temporary.
+    On success, the report has the URI of the trained model. Workers publish checkpoints themselves, so the folder in
+    which Ray Train stores files is temporary.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
@@ -224,7 +231,7 @@ def train(
 
 
 def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
-    """Copies the trained policy to the job's `export` folder, and returns the report with the new URI."""
+    """Copies the trained model to the job's `export` folder, and returns the report with the model's new URI."""
     uri = storage.join(spec.run_uri, "export")
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
         storage.publish(storage.fetch(trained.model_uri, cache=Path(folder)), uri)

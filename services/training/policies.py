@@ -56,7 +56,7 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
 
 
 def fetch(source: str) -> tuple[Path, Path | None]:
-    """Returns the local folder of a model and, if the model is an adapter, that of its base, else None.
+    """Returns the local folder of a model, and the local folder of its base if the model is an adapter, else None.
 
     A hub id is returned unchanged, as a path.
     """

@@ -55,7 +55,7 @@ class Prepared(Contract):
 
 
 class Scored(Contract):
-    """The encoded data of a file with the reference's scores, as an entry of the cache."""
+    """A cache entry: the encoded data of a file with the reference model's scores."""
 
     training: Dataset
     held_out: Dataset
@@ -96,9 +96,9 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
 def _prepare_file(
     spec: AttemptSpec, purpose: str, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Prepares the training file of `spec`. Returns the data to train on and the held-out data.
+    """Encodes the training file of `spec`, and scores the rows if the objective needs a reference model.
 
-    `purpose` names the file in messages.
+    Returns the data to train on and the held-out data. `purpose` names the file in messages.
     """
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
@@ -121,7 +121,7 @@ def _prepare_file(
 
 
 def _check(entry: Contract) -> None:
-    """Raises DamagedPart if a file with data of the cache's entry was changed or is missing."""
+    """Raises DamagedPart if a data file of the cache entry was changed or is missing."""
     for _, value in entry:
         if isinstance(value, Dataset):
             dataset.check(value)
@@ -162,18 +162,18 @@ def _encode(
 
 
 class _Disagrees(Exception):
-    """Raised if the deployment's log-probabilities differ from those of the trainer's own forward."""
+    """Raised if the deployment's log-probabilities differ from those of the trainer's own forward pass."""
 
 
 class _Slower(Exception):
-    """Raised if the deployment, loaded and measured, would finish scoring later than the trainer's own forward."""
+    """Raised if the deployment, loaded and measured, would finish scoring later than the trainer's own forward pass."""
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """Scores the encoded data with the reference.
+    """Scores the encoded data with the reference model.
 
-    The reference's deployment scores if it finishes sooner than the trainer and agrees with it, else the trainer's own
-    forward scores.
+    The model's deployment does this if it finishes sooner than the trainer and both agree. Otherwise the trainer's own
+    forward pass does.
     """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_vocabulary).options(num_cpus=1).remote(spec))
@@ -215,9 +215,9 @@ def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
 
 
 def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:
-    """Whether the reference's deployment should score, and not the trainer. If not, reports the reason to the user.
+    """Whether the reference's deployment, and not the trainer, should score. If not, reports the reason to the user.
 
-    `engine` is the deployment's measured speed, or None if it was never measured.
+    `engine` is the deployment's measured speed, or None if the deployment was never measured.
     """
     if spec.reference_source == "serve":
         return True
@@ -298,7 +298,7 @@ def _by_deployment(
 
 
 def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
-    """Starts a Ray task that computes log-probabilities with the trainer's own forward.
+    """Starts a Ray task that computes log-probabilities with the trainer's own forward pass, and returns its future.
 
     The task runs on a CPU if no GPU is free, because the deployment may have the only GPU.
     """

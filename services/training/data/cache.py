@@ -27,7 +27,7 @@ Entry = TypeVar("Entry", bound=Contract)
 
 
 def key(**made_from: Any) -> str:
-    """Returns the name of the cache's entry that is made from these values."""
+    """Returns the name of the cache entry that is made from these values: a digest of the values."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -73,9 +73,9 @@ def find_or_make(
     check: Callable[[Entry], None],
     report: Callable[[Report], None],
 ) -> tuple[Entry, bool]:
-    """Returns the entry at `uri`, and whether the entry was there before.
+    """Returns the cache entry at `uri`, and whether the entry existed before.
 
-    If several jobs need an entry, one job makes it and the others wait. `check` must raise DamagedPart for an entry
+    If several jobs need an entry, one job calls `make` and the others wait. `check` must raise DamagedPart for an entry
     that must be made again.
     """
     waiting = False
@@ -101,7 +101,7 @@ def find_or_make(
 def find(
     uri: str, entry: type[Entry], check: Callable[[Entry], None], report: Callable[[Report], None]
 ) -> Entry | None:
-    """Returns the entry at `uri`, or None if the entry is missing, incomplete or damaged."""
+    """Returns the cache entry at `uri`, or None if the entry is missing, incomplete or damaged."""
     manifest = storage.join(uri, storage.MANIFEST)
     if not storage.exists(manifest):
         return None
@@ -119,14 +119,14 @@ def save(uri: str, entry: Contract) -> None:
 
 
 class _Claim:
-    """A Ray actor without methods. While it lives, no other job can claim the same entry.
+    """A Ray actor without methods. While it lives, no other job can claim the same cache entry.
 
-    The actor ends with its driver.
+    The actor ends with the driver that started it.
     """
 
 
 def _claim(uri: str) -> Any:
-    """Claims the right to make an entry.
+    """Claims the right to make the cache entry at `uri`.
 
     Returns the actor that holds the claim, or None if another driver of the cluster has claimed the entry.
     """

@@ -100,10 +100,10 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
-    """Writes the scores of a part's groups to the folder `uri`. Returns the part with the sha256 of the scores.
+    """Writes the reference's scores of a part's groups to the folder `uri`.
 
-    With `heads`, the scores of the completions' beginnings are written, too. The sha256 is also written beside the
-    scores, because the manifest is written much later.
+    Returns the part with the sha256 of the scores. With `heads`, the scores of the completions' beginnings are written,
+    too. The sha256 is also written to a file of its own, because the manifest is written much later.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -115,7 +115,7 @@ def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads:
 
 
 def find_scores(uri: str, part: Part) -> Part | None:
-    """Returns the part with the sha256 of its scores, or None if the folder `uri` has no undamaged scores of it."""
+    """Returns the part with the sha256 of its scores, or None if the folder `uri` has no undamaged scores for it."""
     try:
         sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
         _read_bytes(storage.join(uri, part.name), sha256)

@@ -293,7 +293,8 @@ def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
 def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
     """Yields the groups of the piece's usable rows.
 
-    For a row that cannot be used, counts the row if the recipe leaves such rows out, else raises InvalidRow.
+    A row that cannot be used raises InvalidRow, unless the recipe leaves such rows out. The row is then counted in
+    `tally`.
     """
     for record in read_piece(recipe, piece):
         if record.problem and recipe.invalid_rows.how == "refuse":
@@ -314,7 +315,10 @@ def _without_ties(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
 def _encode(
     groups: Sequence[Group], model: "Model", recipe: Recipe, limit: int, tally: Tally
 ) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
-    """Encodes groups and cuts them to the limit. Returns the groups to train on and the held-out groups."""
+    """Encodes groups and cuts them to `limit` tokens. Returns the groups to train on and the held-out groups.
+
+    Counts all results in `tally`.
+    """
     tokenizer = model.tokenizer
     training: list[EncodedGroup] = []
     held_out: list[EncodedGroup] = []
@@ -394,10 +398,9 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Returns the texts of the group.
+    """Returns the prompt, the tools and the completions of the group as texts.
 
-    A BOS token at the start of the prompt, and an EOS token at the end of a completion, are removed if the texts
-    contain them.
+    A BOS token at the start of the prompt, and an EOS token at the end of a completion, are removed.
     """
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
@@ -422,7 +425,7 @@ def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the group's prompt ends with the text, such as <think>, with which the template begins every answer."""
+    """Whether the group's prompt ends with the text (such as <think>) with which the chat template begins answers."""
     words = prefill(tokenizer).strip()
     return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
 

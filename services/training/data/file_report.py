@@ -13,7 +13,7 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """The number of some groups or rows of a file, and the lines of the first ten."""
+    """The number of some groups or rows of a file, and the line numbers of the first ten of these."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -124,7 +124,7 @@ class Tally:
         self._too_long: list[int] = []
 
     def leave_out(self, row: InvalidRow) -> None:
-        """Counts a row that cannot be used."""
+        """Counts a row of the file that cannot be used."""
         self._invalid.setdefault(row.code, []).append(row)
 
     def mark_special(self, line: int) -> None:
@@ -132,7 +132,7 @@ class Tally:
         self._special_tokens.append(line)
 
     def mark_unasked(self, line: int) -> None:
-        """Counts a group whose prompt lacks the words with which the template begins every answer, such as <think>."""
+        """Counts a group whose prompt lacks the text (such as <think>) with which the chat template begins answers."""
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
@@ -157,7 +157,10 @@ class Tally:
             self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
 
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
-        """Counts a group that is kept. `before` and `after` are the group before and after it was cut."""
+        """Counts a group that is kept.
+
+        `before` and `after` are the group before and after it was cut to the limit of tokens.
+        """
         self._counts["num_groups"] += 1
         self._counts["num_held_out" if held_out else "num_kept"] += 1
         if before.margin is not None:
@@ -236,7 +239,7 @@ _REASONS = {
 
 
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
-    """Returns sentences on the rows and groups that were left out or cut.
+    """Returns sentences for the user about rows and groups that were left out or cut.
 
     `remedy` is the advice for groups that are too long.
     """
@@ -260,7 +263,7 @@ def num_invalid(report: EncodingReport) -> int:
 
 
 def marked(report: EncodingReport, kind: str) -> list[str]:
-    """Returns sentences on the groups that are kept but may be wrong."""
+    """Returns warnings for the user about groups that are kept but may be wrong."""
     marks = (
         (report.special_tokens, "have special tokens of the model in their text, which the model reads as such", ""),
         (
@@ -292,9 +295,9 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
 
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
-    """Returns a sentence on the lengths of prompts and completions.
+    """Returns a sentence for the user on the lengths of prompts and completions.
 
-    It also says how often the chosen answer is longer.
+    The sentence also says how often the chosen answer is longer.
     """
     sides = [
         f"{side} {lengths.total / sum(lengths.histogram.values()):.0f} (at most {lengths.longest})"

@@ -55,9 +55,9 @@ def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | Non
 
 
 def preview(recipe: Recipe, row: Piece) -> Preview:
-    """Returns the first group of a row as text, or the code of the reason why it is left out.
+    """Returns the first group of a row as text, or the reason why the group is left out.
 
-    Raises UnusableTemplate.
+    Raises UnusableTemplate if the chat template cannot be used.
     """
     model = load(recipe.model_source)
     tokenizer = model.tokenizer

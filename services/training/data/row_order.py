@@ -66,7 +66,10 @@ def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[En
 
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields, for each window of an epoch, the number of rows in all windows before and the numbers of its pieces."""
+    """Yields the windows of an epoch (eight pieces of the file each).
+
+    For each window, yields the number of rows before the window and the numbers of its pieces.
+    """
     pieces = list(range(len(num_rows)))
     random.Random(f"{seed} {epoch}").shuffle(pieces)  # a text gives the same order on every machine
     before = 0
@@ -83,9 +86,9 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 
 
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Yields every group with its place, from the place `first` on.
+    """Yields each group of an epoch with its place (its position in the epoch), from the place `first` on.
 
-    After each window, yields the place where the next window begins, with None.
+    After each window, yields the first place of the next window with None.
     """
     num_rows = data.num_rows
     all_rows = sum(num_rows)
@@ -106,7 +109,7 @@ def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterat
 def _batches(
     groups: Iterator[tuple[int, EncodedGroup | None]], batch_size: int, steps: range
 ) -> Iterator[list[EncodedGroup]]:
-    """Yields the groups on the places of each step."""
+    """Yields the groups of each step: those on the step's `batch_size` places (positions in the epoch)."""
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:
         while step < place // batch_size:

@@ -63,10 +63,10 @@ def stream_encoder(
     begin: Callable[[Stream], None],
     report: Callable[[Report], None],
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
-    """Returns a function that encodes pieces in training order, and starts a stream after the first window (of eight).
+    """Returns a function that encodes a file's pieces in training order and yields the results.
 
-    If further windows follow, the function calls `begin` with the stream. From then on, a line that cannot be used
-    raises JobFailed at once.
+    After the first window (eight pieces), the function calls `begin` with a stream of the data, if further windows
+    follow. From then on, a line that cannot be used raises JobFailed at once.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:

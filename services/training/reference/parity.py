@@ -1,4 +1,4 @@
-"""Checks that the reference's deployment gives the log-probabilities of the trainer's own forward.
+"""Checks that the reference's deployment gives the log-probabilities of the trainer's own forward pass.
 
 A difference between the two would count as reward in every row, from the first step on. A group is a prompt with its
 completions.

@@ -1,4 +1,4 @@
-"""Decides whether the trainer's own forward or an inference engine would finish scoring the reference sooner.
+"""Decides whether the trainer's own forward pass or an inference engine would finish scoring the reference sooner.
 
 An engine may have to be loaded first, and the loading counts. Speeds that one job measured are stored beside the
 prepared data for later jobs.
@@ -27,7 +27,7 @@ class Rate(Contract):
 
 
 def read(uri: str) -> Rate | None:
-    """Returns the speed that is stored at `uri`, or None if no speed was measured."""
+    """Returns the speed that is stored at `uri`, or None if no readable speed is stored there."""
     try:
         return Rate.model_validate_json(storage.read_bytes(uri))
     except (FileNotFoundError, ValidationError):
@@ -39,7 +39,7 @@ def write(uri: str, rate: Rate) -> None:
 
 
 def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
-    """Returns the times of the trainer and the engine as a part of a sentence about the trainer's own forward."""
+    """Returns the times of the trainer and the engine, as a part of a sentence about the trainer's own forward pass."""
     forward = f"it needs about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
         return f"{forward}, and loading an engine does not pay below {UNKNOWN_LOADING_SECONDS:.0f} s"
@@ -48,7 +48,7 @@ def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
 
 
 def pays(trainer: Rate, engine: Rate | None, num_tokens: int) -> bool:
-    """Whether the engine finishes sooner than the trainer's own forward.
+    """Whether the engine would score `num_tokens` tokens sooner than the trainer's own forward pass.
 
     For an engine that was never measured, an assumed loading time counts.
     """

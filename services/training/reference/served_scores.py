@@ -49,7 +49,7 @@ class Ask(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """The functions that call a reference deployment, which is ready."""
+    """The functions that call the reference's deployment. The deployment must be ready."""
 
     score: Ask  # answers with a Score for each row
     token_logps: Ask  # answers with a list of log-probs for each row
@@ -85,7 +85,7 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 
 def await_reference(app_name: str, report: Callable[[Report], None]) -> Reference:
-    """Waits until the deployment is ready.
+    """Waits until the deployment is ready, and returns its functions.
 
     Raises RuntimeError if the deployment cannot be loaded, or not within LOADING_SECONDS.
     """

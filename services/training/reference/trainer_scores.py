@@ -1,4 +1,4 @@
-"""Scores completions with the reference model in Ray tasks, by the trainer's own forward."""
+"""Scores completions with the reference model in Ray tasks, by the trainer's own forward pass."""
 
 import functools
 import os
@@ -55,7 +55,10 @@ def check_vocabulary(spec: AttemptSpec) -> None:
 
 
 def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:
-    """Measures the speed of the reference's forward. Loading the model and a first forward are not counted."""
+    """Returns the measured speed of the reference's forward pass.
+
+    Loading the model and a first forward pass are not counted.
+    """
     _use_cores(alone=True)
     token_logps(spec, groups[:1])
     began = time.perf_counter()
@@ -64,7 +67,7 @@ def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> floa
 
 
 def _use_cores(*, alone: bool) -> None:
-    """Lets torch use all cores if `alone`, that is, if no other part is scored beside, else one core.
+    """Lets torch use all cores if `alone` (no other part is scored at the same time), else one core.
 
     Ray would always set one core, because each task reserves one CPU.
     """

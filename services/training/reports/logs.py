@@ -78,7 +78,7 @@ def main(folder_uri: str, pid: int, files: Sequence[str]) -> None:
 
 
 def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes], bytes]]:
-    """Returns patterns with replacements: for the environment's secret values, and for text that looks secret."""
+    """Returns (pattern, replacement) pairs that blank the environment's secret values, and text that looks secret."""
     values = {value for name, value in environment.items() if SECRET_NAMES.search(name)}
     secrets = [value.encode() for value in sorted(values, key=len, reverse=True) if len(value) >= SHORTEST_SECRET]
     replacements = (*((re.escape(secret), b"***") for secret in secrets), *REPLACEMENTS)
@@ -99,7 +99,7 @@ class Tail:
         self._file, self._rest = file, b""
 
     def catch_up(self) -> int:
-        """Skips all unread bytes of the file but the last LAST_BYTES, because the log would drop them.
+        """Skips all unread bytes of the file except the last LAST_BYTES, because the log would drop the skipped bytes.
 
         Returns the number of skipped bytes.
         """
@@ -150,7 +150,7 @@ class Log:
     def store(self) -> None:
         """Writes the content of the last segment to storage.
 
-        A failure is logged, and the next call writes the segment again, if it is still the last one.
+        A failure is logged, and the next call writes the segment again, if the segment is still the last one.
         """
         if self._size == self._stored:
             return

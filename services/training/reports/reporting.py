@@ -73,7 +73,7 @@ def invalid_file(message: str) -> Failed:
 def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
     """Returns a function that reports the progress of a stage.
 
-    Call it with the number of items that are done, of `total`. It sends about one report a second, and one when all
+    Its argument is the number of items, of `total`, that are done. About one report a second is sent, and one when all
     items are done.
 
     The first report is sent at once, with the `start` items that were done before. Once a minute, a message to the user
@@ -146,7 +146,7 @@ class Reporter:
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def command(self) -> Command:
-        """Returns the command for the workers: the state that the attempt should be in."""
+        """Returns the command for the workers, such as run or pause. Records that a worker asks for commands."""
         self._worker_at = time.monotonic()
         return self._command_now()
 

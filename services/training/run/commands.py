@@ -1,4 +1,4 @@
-"""Stops or pauses a running attempt if the user, SIGTERM or a later attempt of the job demands this."""
+"""Pauses or ends a running attempt on a command: of the user, of SIGTERM, or of a later attempt that takes over."""
 
 import logging
 import os

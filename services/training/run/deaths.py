@@ -1,4 +1,4 @@
-"""Finds the reason in exceptions why an attempt or its workers died."""
+"""Finds out from exceptions why an attempt or its workers died."""
 
 import traceback
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ from services.deaths import cause_in
 
 
 def cause_of(*errors: BaseException) -> str:
-    """Returns the cause of the errors as a text for the user.
+    """Returns the cause of the errors as text for the user.
 
-    If a worker was killed, the cause is this kill and not the errors of other workers.
+    If a worker was killed, the cause is the kill, and not the errors of other workers.
     """
     raised = [inner for error in errors for inner in _inner(error)]
     text = "\n".join("".join(traceback.format_exception(each)) for each in raised)

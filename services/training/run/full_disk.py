@@ -1,4 +1,4 @@
-"""Waits for free space while storage is full, and does not fail the job."""
+"""Waits for free space if storage is full, so that the job does not fail."""
 
 import logging
 import time

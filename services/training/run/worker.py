@@ -51,9 +51,9 @@ def work(
 ) -> Succeeded | Failed | Paused:
     """Trains until the last step, a failure that only the user can fix, or a pause. Returns the attempt's last report.
 
-    On success, the report names the policy's checkpoint. A pause leaves a checkpoint. The config of `spec` must be
-    resolved, that is, without undecided options. `reporter` is the handle of the attempt's Reporter, to which only rank
-    0 reports. Every checkpoint is evaluated on `validation`.
+    On success, the report names the checkpoint that becomes the policy. A pause leaves a checkpoint. The config of
+    `spec` must be resolved, that is, without undecided options. `reporter` is the handle of the attempt's Reporter, to
+    which only rank 0 reports. Every checkpoint is evaluated on `validation`.
     """
     try:
         with policies.unusable_models_fail_the_job():
@@ -115,7 +115,10 @@ def _work(
 
 
 def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> int:
-    """Returns the step of the checkpoint that becomes the policy after training has ended with the step `last`."""
+    """Returns the step of the checkpoint that becomes the policy (the trained model).
+
+    `last` is the last step of training.
+    """
     top = best(evaluations, spec.config.best_metric) if spec.policy == "best" else None
     return top.step if top else last
 
@@ -123,8 +126,8 @@ def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSp
 def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> list[Message]:
     """Returns messages for the user about the end of training after the step `last`.
 
-    If the user asked for an early stop or the best checkpoint, they say why training ended and which checkpoint is the
-    policy.
+    If the user asked for an early stop or the best checkpoint, the messages name the reason for the end and the chosen
+    checkpoint.
     """
     found, metric, early_stop = [], spec.config.best_metric, spec.config.early_stop
     if early_stop and last < total_steps:
@@ -144,7 +147,7 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
     """Returns a function with which `train` reads the validation data, or None without validation data.
 
-    A stream has its held-out groups only at its end. The function returns None if there are none.
+    A stream has its held-out groups only at its end. The function returns None if a stream has no held-out groups.
     """
     if validation is None:
         return None
@@ -157,7 +160,7 @@ def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[
 
 
 def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
-    """Returns the reason why training must end after this step, or None.
+    """Returns the failure with which training must end after this step, or None.
 
     Metrics are global, so all workers decide the same.
     """
@@ -253,8 +256,8 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
 def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
     """Copies this worker's files of a checkpoint to storage, while training goes on.
 
-    Rank 0 does so after all other ranks. It first stores all reports, and at last reports the checkpoint, so that
-    neither is lost if this process dies.
+    Rank 0 copies after all other ranks. Rank 0 first stores all reports and at last reports the checkpoint, so that
+    neither the reports nor the checkpoint are lost if this process dies.
     """
     uri = checkpoint_uri(spec, step)
 
@@ -289,7 +292,10 @@ def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
 
 @contextmanager
 def _scratch(spec: AttemptSpec) -> Iterator[Path]:
-    """Makes a folder of this worker on its node. First removes the folders of killed attempts, which may be large."""
+    """Yields a temporary folder of this worker on its node.
+
+    First removes the folders of the job's killed attempts, which may be large.
+    """
     prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
     for abandoned in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(abandoned, ignore_errors=True)

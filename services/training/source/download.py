@@ -1,4 +1,4 @@
-"""Streams a file from a URL. If the network fails, the download resumes where it stopped."""
+"""Streams a file from a URL. If the network fails, the download resumes at the byte where it stopped."""
 
 import hashlib
 import time

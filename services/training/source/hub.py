@@ -78,8 +78,11 @@ def _with_retries(uri: str, ask: Callable[[], Answer]) -> Answer:
             status = error.response.status_code
             if status < 500 and status not in RETRIED_STATUSES:
                 reason = error.server_message or error.response.reason_phrase
-                needs = "needs the service's HF_TOKEN, and a prefix in dataset_uris that names its organization"
-                message = f"{uri}: the hub answers {status} {reason}; a private dataset {needs}."
+                remedy = (
+                    "If the dataset is private, the operator must set HF_TOKEN for the service and list the dataset's "
+                    "organization as a prefix in the setting dataset_uris."
+                )
+                message = f"{uri}: the Hugging Face hub answers {status} {reason}. {remedy}"
                 raise InvalidUri(message) from None
         except httpx2.TransportError:
             pass  # tried again, like an answer of 5xx

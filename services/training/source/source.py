@@ -71,7 +71,7 @@ def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file"
 def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[[Report], None]) -> list[_File]:
     """Returns the files that `uri` names, at least one.
 
-    Files that `services.storage` cannot read are downloaded to `folder_uri`.
+    Files at http, https and hf URIs are downloaded to `folder_uri`.
     """
     place = admitted(uri, prefixes)
     scheme = urlsplit(uri).scheme

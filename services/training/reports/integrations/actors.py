@@ -45,7 +45,10 @@ def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
 
 
 def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
-    """Starts a follower for each service that the job's metrics go to. Does not wait for the followers."""
+    """Starts a follower (an actor that sends metrics) for each service that the job's metrics go to.
+
+    Does not wait for the followers' start.
+    """
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     actor = local_actor(Follower, runtime_env={"env_vars": environment})
 
@@ -56,9 +59,9 @@ def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
 
 
 def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
-    """Closes the followers. Call this function before the attempt's last report.
+    """Closes the followers (actors that send metrics) of the attempt.
 
-    `status` is None if another attempt will resume the job.
+    Call this function before the attempt's last report. `status` is None if another attempt will resume the job.
     """
     if not followers:
         return

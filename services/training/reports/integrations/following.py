@@ -28,7 +28,7 @@ Open = Callable[[AttemptSpec, Path], Sink]
 
 
 class Follower:
-    """A Ray actor that copies the reports of one attempt's job to one sink.
+    """A Ray actor that copies a job's reports to one sink (W&B, MLflow or TensorBoard), for one attempt.
 
     Errors are reported to the user once, and never raised.
     """
@@ -42,7 +42,7 @@ class Follower:
         self._thread.start()
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
-        """Gives the sink `timeout_seconds` to write the reports that are in the spool now.
+        """Waits up to `timeout_seconds` until the sink has all reports that are in the spool.
 
         `status` is passed to Sink.close. Afterwards the follower reports nothing to the user.
         """
@@ -75,7 +75,7 @@ class Follower:
     def _follow(self, folder: Path) -> None:
         """Opens a sink and writes the job's reports to the sink.
 
-        Returns after `close`, when all spooled reports are written.
+        Returns after `close` was called and all spooled reports are written.
         """
         with self._warning_if_slow():
             sink = self._open(self._spec, folder)
