@@ -146,7 +146,7 @@ ReferenceSource = Literal["auto", "serve", "trainer"]
 """The source of the reference's log-probabilities: its deployment, the trainer's forward, or (auto) the faster one."""
 
 
-MIN_EXAMPLES = 10  # rows that a training file must have
+MIN_EXAMPLES = 10  # least number of rows in a training file
 
 
 class InvalidRows(UserInput):
@@ -228,8 +228,8 @@ class AttemptAddress(Contract):
     wire: int = Field(default=1, exclude_if=lambda wire: wire == 1)
     attempt: int  # from 1; once a later attempt exists, reports of earlier ones are refused
     run_uri: str  # the folder of spool/, prepared/ and checkpoints/, shared by all attempts of the job
-    events_url: str  # POST batches of events here with the attempt's token
-    traceparent: str | None = None  # of the attempt's span; None: the job is not traced
+    events_url: str  # the driver posts batches of events here, with the attempt's token
+    traceparent: str | None = None  # traceparent of the attempt's span; None: the job is not traced
 
 
 class AttemptSpec(AttemptAddress):
@@ -269,7 +269,7 @@ class Recipe(Contract):
 
     training_uri: str
     model_source: str
-    max_length: int  # tokens of a prompt and one completion
+    max_length: int  # most tokens of a prompt and one completion
     truncation: Truncation
     validation_share: float = 0.0
     invalid_rows: ReadInvalidRows = InvalidRows()
@@ -308,7 +308,7 @@ class Progress(Contract):
     kind: Literal["progress"] = "progress"
     stage: str  # a Stage; other releases may have other stages
     done: int
-    total: int  # 0: unknown
+    total: int  # 0: the total is unknown
 
 
 class ReferenceWanted(Contract):
@@ -382,7 +382,7 @@ class Died(Contract):
     """The last report of an attempt that an error ended. Another attempt may resume from the last checkpoint."""
 
     kind: Literal["died"] = "died"
-    cause: Text  # for the user: lower case, without a full stop
+    cause: Text  # shown to the user; lower case, without a full stop
 
 
 class Alive(Contract):
@@ -401,7 +401,7 @@ class CheckResult(Contract):
     """
 
     finished_at: float
-    report: dict[str, Any] | None = None  # a `check_program.Check`: tokens and preview
+    report: dict[str, Any] | None = None  # the fields of a `check_program.Check`: tokens and preview
     error: Failed | None = None
 
 
@@ -449,7 +449,7 @@ class JobEvent(Contract):
     Job, attempt and `seq` identify an event, so an event may be sent twice.
     """
 
-    seq: Annotated[int, Field(ge=0, lt=2**62)]  # from 0, without gaps, per attempt
+    seq: Annotated[int, Field(ge=0, lt=2**62)]  # number of the event in the attempt: from 0, without gaps
     created_at: float
     report: Report
 

@@ -84,7 +84,7 @@ def _write_object(filesystem: fs.FileSystem, path: str, source: BinaryIO) -> Non
             sending = True
             sink.write(piece)
             if (written := written + len(piece)) >= MAX_UNSENT:
-                sink.flush()  # otherwise a source that is faster than the network fills the memory
+                sink.flush()  # otherwise a source that is faster than the network would fill the memory
                 written = 0
             sending = False
         sending = True

@@ -12,7 +12,7 @@ more server.
 from pathlib import Path
 
 VARIABLE = "RAYDPO_FORKSERVER"  # the socket path of the first server; those of other servers begin with it
-# Variables of Ray.
+# Ray sets these variables in the environment of workers.
 RAYLET_VARIABLE = "RAY_RAYLET_PID"  # id of Ray's raylet process; workers end when the raylet ends
 JOB_VARIABLE = "RAY_JOB_ID"
 

@@ -41,7 +41,7 @@ IDLE_SECONDS = 60.0  # between the end of a job's last fork and the end of the j
 class Launch:
     """A command to run in a fork, the server that makes the fork, and whether the client waits for the fork's end."""
 
-    command: list[str]  # a script, -m and a module, or -c and a program; then arguments
+    command: list[str]  # a script, -m and a module, or -c and a program, followed by arguments
     server: str | None = None  # name of the server; None: the first server
     modules: Sequence[str] = ()  # imported by the server before it answers requests
     idle_seconds: float | None = None  # time without forks after which the server ends; None: never
@@ -201,7 +201,7 @@ def _wait_for(pid: int, answers: TextIO) -> int:
         signal.signal(number, forward)
     status = int(answers.readline() or 1)
     if status < 0:  # a signal killed the fork, so this process ends with the same signal
-        with suppress(OSError):  # SIGKILL has no handler
+        with suppress(OSError):  # SIGKILL cannot have a handler
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status

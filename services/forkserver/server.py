@@ -56,7 +56,7 @@ MODULES = (
 )
 # Libraries read these variables on import, and the server does the imports for all forks.
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # otherwise OpenMP's threads spin: a step takes 25 times longer on a busy machine
+    "OMP_WAIT_POLICY": "PASSIVE",  # otherwise idle OpenMP threads spin: a step takes 25 times longer on a busy machine
     "OPENBLAS_NUM_THREADS": "1",  # otherwise numpy's OpenBLAS starts threads on import
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch looks for a GPU without opening it
 }
@@ -72,14 +72,14 @@ class Request:
     client: socket.socket
     files: Sequence[int] = ()  # descriptors in this process of the client's open files
     descriptors: Sequence[int] = ()  # the files' descriptors in the client and in the fork
-    command: Sequence[str] = ()  # a script, -m and a module, or -c and a program; then arguments
+    command: Sequence[str] = ()  # a script, -m and a module, or -c and a program, followed by arguments
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: str = "/"
-    group: int = 0  # the client's process group, by which Ray ends a worker and its children; 0: the fork's own
+    group: int = 0  # the client's process group, by which Ray ends a worker and its children; 0: its own group
     niceness: int | None = None  # None: the niceness of the server
     waits: bool = False  # whether the client waits for the exit status
     server: str | None = None  # name; the fork becomes the only server of this name
-    modules: Sequence[str] = ()  # to import
+    modules: Sequence[str] = ()  # modules to import
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -117,9 +117,9 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._children = set[int]()
         self._clients: dict[int, socket.socket] = {}  # clients that wait for the end of a child, by process id
-        self._servers: dict[str, int] = {}  # process ids by name
+        self._servers: dict[str, int] = {}  # process ids of servers, by name
         self._imports = deque[Request]()
-        self._obstacle: str | None = None  # why this server must not fork
+        self._obstacle: str | None = None  # the reason why this server must not fork
         self._raylet = int(os.environ.get(RAYLET_VARIABLE, os.getppid()))
         self._idle_seconds, self._last = idle_seconds, time.monotonic()
         self._path = path
@@ -248,7 +248,7 @@ def _put_in_group(pid: int, group: int) -> None:
     """
     try:
         os.setpgid(pid, group)
-    except OSError:  # the group belongs to another session, as that of a job's driver does
+    except OSError:  # the group belongs to another session, as the group of a job's driver does
         with suppress(OSError):
             os.setpgid(pid, 0)
 
@@ -279,7 +279,7 @@ def become(request: Request) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
-    # Ends as Python does, but does not clear all modules, which takes half a second.
+    # This ends the process as Python does, but does not clear all modules, which takes half a second.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

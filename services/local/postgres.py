@@ -32,7 +32,7 @@ def start_postgres(folder: Path) -> str:
     initialized = folder / "initialized"
     deadline = time.monotonic() + START_SECONDS
     while folder.exists() and not initialized.exists() and time.monotonic() < deadline:
-        # The first start was interrupted, so there are no data yet. Its last processes may still be writing.
+        # The first start was interrupted, so there are no data yet. Processes of this start may still write files.
         shutil.rmtree(folder, ignore_errors=True)
     while not _settled(folder):
         if time.monotonic() > deadline:
@@ -48,7 +48,7 @@ def start_postgres(folder: Path) -> str:
     initialized.touch()
     info = server.get_postmaster_info()
     if info.socket_dir is not None and info.socket_dir != folder:  # the path `folder` is too long for a socket
-        # A user who reaches the socket is superuser, and the package leaves this folder open to all.
+        # Everyone who reaches the socket is a superuser, and the package leaves the socket's folder open to all users.
         os.chown(info.socket_dir, folder.stat().st_uid, -1)
         info.socket_dir.chmod(0o700)
     url: str = info.get_uri()

@@ -40,7 +40,7 @@ class RayHead:
     """
 
     mark: str
-    folder: str  # sockets, logs and spilled objects; short, because a socket's path holds at most 107 bytes
+    folder: str  # of sockets, logs and spilled objects; short, because a socket's path holds at most 107 bytes
     dashboard_port: int
     agent_port: int
     serve_port: int
@@ -148,7 +148,7 @@ def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str,
     return inherited | {
         MARK: head.mark,
         forkserver.VARIABLE: f"{head.folder}/fork.sock",
-        "SPT_NOENV": "1",  # workers rename themselves; without this the new name overwrites the mark
+        "SPT_NOENV": "1",  # workers rename themselves; otherwise the new name overwrites the mark
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "TMPDIR": head.folder,  # files that killed processes leave behind are removed with the folder
         "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",  # keeps compiled code

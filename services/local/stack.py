@@ -52,7 +52,7 @@ def running_stack(
         from services.local.ray_head import start_ray, stop_ray
 
         token_file = write_secret(home / "ray.token", secrets.token_hex(32))
-        stops.callback(stop_ray, home)  # before the start, which may be interrupted halfway
+        stops.callback(stop_ray, home)  # registered before the start, because the start may be interrupted
         head = start_ray(home, token_file, say=say)
         serve_url = f"http://127.0.0.1:{head.serve_port}"
         yield Stack(database_url=database_url, ray_url=head.url, ray_token_file=token_file, serve_url=serve_url)

@@ -93,6 +93,6 @@ def _gpus(num_gpus: float) -> tuple[dict[str, Any], dict[str, Any]]:
     share = min(num_gpus, 1)
     engine_kwargs = {
         "tensor_parallel_size": max(1, int(num_gpus)),
-        "gpu_memory_utilization": 0.85 * share,  # the rest is for scoring's logits
+        "gpu_memory_utilization": 0.85 * share,  # the rest is for the logits of scoring
     }
     return {"placement_group_config": {"bundle_per_worker": {"GPU": share}}}, engine_kwargs

@@ -132,7 +132,7 @@ def _claim(uri: str) -> Any:
     """
     name = f"prepare {key(uri=uri)}"
     try:
-        # The actor holds the name when this returns, before its process has started.
+        # The actor holds the name when this call returns, before the actor's process has started.
         return ray.remote(_Claim).options(name=name, namespace="raydpo", num_cpus=0).remote()
     except ValueError:
         return None

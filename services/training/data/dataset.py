@@ -68,7 +68,7 @@ class Dataset(Contract):
     """A list of Parquet files (parts) of encoded groups in one folder, with their scores in another folder."""
 
     uri: str
-    parts: tuple[Part, ...]  # of a training file: one for every piece, in the order of the file
+    parts: tuple[Part, ...]  # of a training file: one part for every piece, in the order of the file
     scores_uri: str | None = None  # None: the objective needs no reference
 
     @property

@@ -62,8 +62,8 @@ class Piece(Contract):
     number: int
     first_line: int  # from 1
     num_rows: int
-    start: int  # bytes
-    size: int  # bytes
+    start: int  # byte of the file where the piece begins
+    size: int  # bytes of the piece
 
 
 class Encoded(Contract):
@@ -120,7 +120,7 @@ def encode(
     results: list[Encoded] = []
     num_rows = 0
     for result in raise_refusals(encode_pieces(pieces)):
-        _refuse_margins(spec, result.report, kind)  # before a worker reads the groups
+        _refuse_margins(spec, result.report, kind)  # this comes before a worker reads the groups
         results.append(result)
         num_rows += result.report.num_rows
         done(num_rows)

@@ -52,11 +52,11 @@ class EncodingReport(Contract):
     dropped: dict[str, Reason] = Field(default_factory=dict)  # groups that are left out, by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # groups that were cut, by side
     special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
-    unasked: Lines = Lines()  # groups whose prompt lacks the words with which the template begins every answer
+    unasked: Lines = Lines()  # groups whose prompt lacks the text with which the template begins answers
     unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
     unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
     unread: dict[str, Lines] = Field(default_factory=dict)  # groups with fields that the template does not read
-    lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before cuts
+    lengths: dict[str, Lengths] = Field(default_factory=dict)  # lengths by side, before cuts
     chosen_longer: int = 0
     rejected_longer: int = 0
     shortest_too_long: int | None = None  # tokens of the shortest group that was dropped for its length

@@ -71,7 +71,7 @@ def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[in
     For each window, yields the number of rows before the window and the numbers of its pieces.
     """
     pieces = list(range(len(num_rows)))
-    random.Random(f"{seed} {epoch}").shuffle(pieces)  # a text gives the same order on every machine
+    random.Random(f"{seed} {epoch}").shuffle(pieces)  # a seed that is a text gives the same order on every machine
     before = 0
     for start in range(0, len(pieces), PIECES_PER_WINDOW):
         window = pieces[start : start + PIECES_PER_WINDOW]

@@ -16,7 +16,7 @@ from services.training.data.dataset import Dataset, read_part
 NUM_GROUPS = 64
 TOLERATED = 1e-3  # most nats by which 99 of 100 tokens may differ; float32 differs by 1e-5, bfloat16 by 0.1
 
-Logps = Sequence[Sequence[Sequence[float]]]  # of each group, completion and token, in nats
+Logps = Sequence[Sequence[Sequence[float]]]  # log-probability of each group, completion and token, in nats
 
 
 class Differences(Contract):
@@ -36,7 +36,7 @@ class Parity(Contract):
     num_groups: int
     num_tokens: int
     tokens: Differences
-    pairs: Differences  # of the margins between the best and the worst completion of a group
+    pairs: Differences  # differences of the margins between a group's best and worst completion
 
     @property
     def holds(self) -> bool:

@@ -89,7 +89,7 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Referenc
 
     Raises RuntimeError if the deployment cannot be loaded, or not within LOADING_SECONDS.
     """
-    from ray import serve  # its import takes more than a second, and most jobs do not need it
+    from ray import serve  # importing Serve takes more than a second, and most jobs do not need Serve
 
     deadline = time.monotonic() + LOADING_SECONDS
     next_report = 0.0

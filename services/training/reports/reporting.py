@@ -136,7 +136,7 @@ class Reporter:
     def report(self, report: Report) -> None:
         with self._changed:
             if self._ended:
-                return  # workers go on for a moment after the report that ends the attempt
+                return  # workers still report for a moment after the attempt's last report
             self._ended = isinstance(report, Succeeded | Failed | Paused | Died)
             event = JobEvent(seq=self._next_seq, created_at=time.time(), report=report)
             # The event is encoded here, so that invalid Unicode fails the caller and leaves no gap in the numbers.

@@ -13,7 +13,7 @@ class StageSpans:
     def __init__(self, traceparent: str | None) -> None:
         self._parent = traceparent
         self._name: str | None = None
-        self._began = self._last_report = 0.0  # Unix seconds
+        self._began = self._last_report = 0.0  # in Unix seconds
         self._first = self._last = 0  # first and last number of the span's steps, rows or bytes
 
     def add(self, report: Report, at: float) -> None:

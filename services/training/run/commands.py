@@ -87,7 +87,7 @@ class Commands:
                 self._leave(FENCED)
             case "cancel":
                 self._leave(CANCELLED)
-            case "pause" if not workers_listen:  # nothing trains, and prepared data are kept
+            case "pause" if not workers_listen:  # no worker trains, and prepared data are kept
                 self._leave(PAUSED, Paused(step=0))
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ class Remote(NamedTuple):
     """A file to download: its name, size and URL."""
 
     name: str  # shown to the user
-    size: int  # bytes; 0: not known yet
+    size: int  # bytes; 0: the size is not known yet
     url: str
 
 

@@ -53,7 +53,7 @@ def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
     actor = local_actor(Follower, runtime_env={"env_vars": environment})
 
     def report(report: Report) -> None:
-        ray.get(reporter.report.remote(report))  # waits, so that it comes before the attempt's last report
+        ray.get(reporter.report.remote(report))  # waits, so that the report comes before the attempt's last report
 
     return [actor.remote(name, sink, spec, report) for name, sink in sinks(spec)]
 

@@ -158,4 +158,4 @@ def _without_secrets(text: str) -> str:
     for name in SECRETS:
         if secret := os.environ.get(name):
             text = text.replace(secret, f"${name}")
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)  # a user and a password before a host
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)  # removes a user and a password before a host

@@ -87,7 +87,7 @@ class MlflowSink:
         run = self._client.get_run(self._run_id).info
         if url.scheme not in ("http", "https"):
             return f"run {run.run_id}"
-        host = url.netloc.rpartition("@")[2]  # without a password
+        host = url.netloc.rpartition("@")[2]  # the link must not contain a password
         return f"{url.scheme}://{host}{url.path.rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
     def _where_local(self, job_id: str) -> str:

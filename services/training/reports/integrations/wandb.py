@@ -59,7 +59,7 @@ class WandbSink:
 
         self._run.summary.update({"status": status or "interrupted"})
         self._run.finish(exit_code=0 if status == "succeeded" else 1)
-        wandb.teardown()  # completes the file
+        wandb.teardown()  # completes the offline file
         self._publish()
 
     def _publish(self) -> None:
