@@ -1,6 +1,7 @@
-"""Reads a training file of any container as JSON Lines: plain, gzip or zstd JSON Lines, Parquet, or Arrow.
+"""Reads a training file in any supported format as JSON Lines.
 
-A file's first bytes identify its container. A row of a table becomes a line, without its null values.
+The formats are plain, gzip and zstd JSON Lines, Parquet, and Arrow; the first bytes of a file identify its format. Each
+row of a table becomes one line, without the row's null values.
 """
 
 import io
@@ -21,20 +22,23 @@ CONTAINERS: dict[bytes, Unpack] = {
     b"\x28\xb5\x2f\xfd": lambda file: _decompressed(file, "zstd"),
     b"PAR1": lambda file: _rows(_parquet(file)),
     b"ARROW1": lambda file: _rows(_batches(pa.ipc.open_file(file))),
-    b"\xff\xff\xff\xff": lambda file: _rows(pa.ipc.open_stream(file)),  # what `datasets` keeps on disk
+    b"\xff\xff\xff\xff": lambda file: _rows(pa.ipc.open_stream(file)),  # Hugging Face's `datasets` saves this format
 }
 ROWS_AT_A_TIME = 1000
 BYTES_AT_A_TIME = 2**26
-MAX_EXPANSION = 1000  # times its own size that a file may unpack to; real text does not compress that well
+MAX_EXPANSION = 1000  # a file may unpack to so many times its size; real text does not compress that well
 
 
 def is_plain(file: BinaryIO) -> bool:
-    """Whether the file is plain JSON Lines. Call this at the start of the file, where it stays."""
+    """Whether the file is uncompressed JSON Lines. The file must be at its start, and this function leaves it there."""
     return _unpacker(file) is None
 
 
 def json_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the file's rows as lines of JSON. Raises InvalidRow if it is damaged or unpacks to too much."""
+    """Yields the file's rows as lines of JSON.
+
+    Raises InvalidRow if the file is damaged or unpacks to more than MAX_EXPANSION times its size.
+    """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     number = total = 0
@@ -73,7 +77,10 @@ def _batches(file: Any) -> Iterator[Any]:
 
 
 def _parquet(file: io.RawIOBase) -> Iterator[Any]:
-    """Texts stay dictionary-encoded, as they are stored: a long text that the file repeats is in memory once."""
+    """Yields the record batches of a Parquet file.
+
+    Texts stay dictionary-encoded, as they are in the file, so that a repeated long text is in memory only once.
+    """
     columns = pq.ParquetFile(file).schema
     texts = [column.path for column in map(columns.column, range(len(columns))) if column.physical_type == "BYTE_ARRAY"]
     batches: Iterator[Any] = pq.ParquetFile(file, read_dictionary=texts).iter_batches(ROWS_AT_A_TIME)
@@ -87,7 +94,10 @@ def _rows(batches: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _as_json(value: object) -> object:
-    """Of what tables hold and JSON does not: texts that were written as bytes, decimals, dates."""
+    """Returns a JSON value for a table's value of another type. Bytes and dates become text, decimals become floats.
+
+    Bytes that are no text become {"bytes": length}.
+    """
     if isinstance(value, Decimal):
         return float(value)
     if not isinstance(value, bytes):
@@ -100,7 +110,11 @@ def _as_json(value: object) -> object:
 
 
 def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
-    """Converts a few rows at a time: rows share values in the batch, so each may be as large as the whole batch."""
+    """Yields the rows of a record batch as dictionaries.
+
+    Converts a few rows at a time, because rows may share values, and each converted row may be as large as the whole
+    batch.
+    """
     _refuse_unwritable(pa.struct(list(batch.schema)))
     step = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME // max(1, batch.get_total_buffer_size())))
     for start in range(0, batch.num_rows, step):
@@ -108,7 +122,10 @@ def _dictionaries(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _refuse_unwritable(kind: Any, *, shared: bool = False) -> None:
-    """Refuses two columns of one name, and lists of shared lists: written out, every level multiplies their size."""
+    """Raises an ArrowException if the type `kind` cannot be written as JSON. Columns must have different names.
+
+    Rows must not share lists, because each level of shared lists would multiply the size of the JSON.
+    """
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or (shared and kind.num_fields):
         raise pa.ArrowNotImplementedError(f"a column has the type {kind}, which cannot be written as JSON lines")
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
@@ -123,7 +140,7 @@ def _refuse_unwritable(kind: Any, *, shared: bool = False) -> None:
 
 
 class _KeptOpen(io.RawIOBase):
-    """Wraps a file, which stays open when Arrow closes the wrapper."""
+    """A reader of a file. The file stays open when Arrow closes the reader."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -147,7 +164,7 @@ class _KeptOpen(io.RawIOBase):
 
 
 class Reader(io.RawIOBase):
-    """A readable file that contains the given lines."""
+    """A binary file object whose content is the given lines."""
 
     def __init__(self, lines: Iterator[bytes]) -> None:
         self._lines = lines

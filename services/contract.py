@@ -1,11 +1,11 @@
-"""The types that processes exchange: jobs, attempts, events, checkpoints, deployments.
+"""Defines the Pydantic models that the service's processes exchange: jobs, attempts, events, checkpoints, deployments.
 
-It holds Pydantic models only. Sender and receiver share these classes, so each field is
-spelled once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
+An attempt is one run of a job's driver; a group is a prompt with its completions. Sender and receiver share these
+classes, so each field is defined once. Times are Unix seconds (float, UTC); URIs are `file://`, `s3://` or `gs://`.
 
-Sender and receiver may be of different releases, because a release is rolled out while attempts of the previous one
-run. So a reader ignores unknown keys, and turns a report that it cannot read into a message. A new field needs a
-default. If older readers must not ignore the field, raise WIRE.
+Sender and receiver may be of different releases, because attempts of the previous release still run while an operator
+installs the next one. A receiver therefore ignores unknown keys, and replaces a report of an unknown type by a message
+to the user. A new field needs a default. If older receivers must not ignore the new field, raise WIRE.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,25 +27,25 @@ from pydantic import (
 from dpo_core.config import Lora, Quantization, TrainConfig, Truncation
 
 WIRE = 2
-"""The version of AttemptSpec. A driver refuses a newer version than its own, and says why.
+"""The version of AttemptSpec. A driver refuses a spec of a newer version than its own and reports the reason.
 
-2 adds `Weights`, another reference, an early stop, and the best checkpoint as the policy.
+Version 2 added `Weights`, a choice of the reference model, early stops, and the best checkpoint as the policy.
 """
 
 OWN_TOKEN_HEADER = "x-raydpo-own-token"
-"""The header that holds the token with which an attempt reports from then on, in a post with the launch's token."""
+"""The HTTP header of a new token, which an attempt sends once with the token of its launch and uses from then on."""
 
-LONGEST_TEXT = 10_000  # characters of a sentence or name that an attempt reports
+LONGEST_TEXT = 10_000  # most characters of a sentence or name that an attempt reports
 
 
 class Contract(BaseModel):
-    """A value that processes exchange: frozen, and unknown keys are ignored."""
+    """Base class of the models that processes exchange. Instances are frozen, and parsing ignores unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class UserInput(Contract):
-    """A value that users write, too: unknown keys are refused."""
+    """Base class of the models that users write in requests. Parsing refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,12 +56,18 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _tolerant(kind: Any) -> BeforeValidator:
-    """Returns a validator that ignores unknown keys at every depth, even in types that refuse them from users."""
+    """Returns a validator of the type `kind` that ignores unknown keys at every depth.
+
+    Types that refuse unknown keys in users' requests are included.
+    """
     return BeforeValidator(lambda value: _adapter(kind).validate_python(value, extra="ignore"))
 
 
 def storable(text: str) -> str:
-    """Returns the text as a database can store it: U+FFFD for NUL, `?` for half a character, cut to LONGEST_TEXT."""
+    """Returns the text in a form that PostgreSQL can store.
+
+    NUL becomes U+FFFD, half a character becomes `?`, and text is cut to LONGEST_TEXT characters.
+    """
     clean = text.encode(errors="replace").decode().replace("\0", "\ufffd")
     return clean if len(clean) <= LONGEST_TEXT else f"{clean[: LONGEST_TEXT - 1]}…"
 
@@ -74,14 +80,14 @@ Step = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Deployment(Contract):
-    """One Serve application: the argument of `services.serving.app:build`."""
+    """A model to deploy as one Ray Serve application. `services.serving.app:build` receives these fields."""
 
-    app_name: str  # letters, digits and dashes: the application and its route `/<app_name>`
-    model_id: str  # what clients call it: `tiny`, `ft:tiny:org::` and digits
-    source: str  # storage URI, local folder, or hub id
+    app_name: str  # names the application and its route `/<app_name>`; letters, digits and dashes
+    model_id: str  # the `model` of clients' requests, such as `tiny`, or `ft:tiny:org::` and digits
+    source: str  # storage URI, local folder or hub id of the weights
     dtype: Literal["float32", "bfloat16", "auto"]
     max_model_len: int | None = None  # None: the model's own limit
-    num_gpus: float = 0  # 0: vLLM's CPU build
+    num_gpus: float = 0  # 0: the model runs on CPUs, with vLLM's CPU build
 
 
 Spans = Sequence[tuple[int, int]]
@@ -89,7 +95,7 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Score(NamedTuple):
-    """The reference's log-probability of one completion. A tuple, because one call returns thousands."""
+    """The reference model's log-probability of one completion. A tuple is used, because one call returns thousands."""
 
     logp: float  # sum over the completion's tokens, in nats
     num_tokens: int
@@ -101,7 +107,10 @@ Line = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"
 
 
 class Wandb(UserInput):
-    """A run in Weights & Biases. Its host and key are settings of the cluster."""
+    """The run in Weights & Biases that receives a job's metrics.
+
+    The host and key of W&B are settings of the cluster.
+    """
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f\x7f]+$")]
     name: Line | None = None  # None: the job's id
@@ -110,21 +119,21 @@ class Wandb(UserInput):
 
 
 class WandbIntegration(UserInput):
-    """The entry for Weights & Biases in OpenAI's list of integrations."""
+    """An entry for Weights & Biases in the list `integrations` of OpenAI's request for a fine-tuning job."""
 
     type: Literal["wandb"]
     wandb: Wandb
 
 
 class Mlflow(UserInput):
-    """A run in MLflow. Its tracking server is a setting of the cluster."""
+    """The run in MLflow that receives a job's metrics. The tracking server is a setting of the cluster."""
 
     experiment: Line
     run_name: Line | None = None  # None: the job's id
 
 
 class Integrations(Contract):
-    """The services that receive a job's metrics, besides its own events."""
+    """The external services that receive a job's metrics. The job's own events have the metrics in any case."""
 
     wandb: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] = ()
     mlflow: Mlflow | None = None
@@ -134,17 +143,20 @@ class Integrations(Contract):
 # --- a job, as the driver sees it --------------------------------------------------------
 
 ReferenceSource = Literal["auto", "serve", "trainer"]
-"""What scores the reference: its deployment, the trainer's own forward, or (auto) whichever of the two ends sooner."""
+"""The source of the reference's log-probabilities: its deployment, the trainer's forward, or (auto) the faster one."""
 
 
-MIN_EXAMPLES = 10  # rows that a training file must have
+MIN_EXAMPLES = 10  # least number of rows in a training file
 
 
 class InvalidRows(UserInput):
-    """What happens if rows cannot be used: the file is refused, or up to `max_share` of its rows are left out."""
+    """The treatment of rows that cannot be used: `refuse` refuses the whole file, `drop` leaves such rows out.
+
+    `drop` still refuses a file of which more than the share `max_share` of the rows cannot be used.
+    """
 
     how: Literal["refuse", "drop"] = "refuse"
-    max_share: float = Field(default=0.01, gt=0, le=0.5)  # of the rows; beyond it the file is refused
+    max_share: float = Field(default=0.01, gt=0, le=0.5)  # largest share of rows that may be left out
 
 
 ReadConfig = Annotated[TrainConfig, _tolerant(TrainConfig)]
@@ -153,7 +165,7 @@ ReadIntegrations = Annotated[Integrations, _tolerant(Integrations)]
 
 
 class Reading(Contract):
-    """Settings for reading the rows of a file."""
+    """Settings for reading the rows of a data file."""
 
     invalid_rows: ReadInvalidRows = InvalidRows()
     columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the file's column
@@ -163,19 +175,19 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Weights(Contract):
-    """Which weights a job trains, and what it computes in."""
+    """The weights of the model that a job trains (all weights or an adapter), and the precision of the computation."""
 
     adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
-    precision: Precision = "float32"  # what is trained has float32 masters in both
-    quantization: Quantization | None = None  # of the frozen base of an adapter
+    precision: Precision = "float32"  # with both values, trained weights have float32 masters
+    quantization: Quantization | None = None  # of the frozen base model of an adapter
 
 
 Policy = Literal["last", "best"]
-"""Which checkpoint becomes the policy of a job: the last one, or the best by the metric of its evaluations."""
+"""The checkpoint that becomes a job's policy: the last one, or the one with the best value of `best_metric`."""
 
 
 class JobSpec(Contract):
-    """A user's checked request for a job. It is stored with the job and never changes."""
+    """A user's request for a job, after all checks. The request is stored with the job and never changes."""
 
     model: str  # a base model's name or an `ft:` id
     training_file: str  # an uploaded file's id, or the URI of x_raydpo.dataset
@@ -187,38 +199,41 @@ class JobSpec(Contract):
     metadata: dict[str, str] | None = None
     config: ReadConfig
     weights: Weights = Weights()
-    keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = "all"  # so many of the last, and the best
+    keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = "all"  # newest checkpoints, besides the best
     policy: Policy = "last"
     num_workers: int = Field(default=1, ge=1, le=1024)
     reference_source: ReferenceSource = "auto"
     reference_model: str | None = None  # a base model's name or an `ft:` id; None: the model that the job starts from
     integrations: ReadIntegrations = Integrations()
-    priority: int = Field(default=0, ge=-10, le=10)  # higher starts first
+    priority: int = Field(default=0, ge=-10, le=10)  # jobs of a higher priority start first
 
     @property
     def validates(self) -> bool:
-        """Whether its checkpoints are evaluated on held-out rows."""
+        """Whether the job evaluates its checkpoints on held-out rows."""
         return bool(self.validation_file or self.validation_share)
 
     @property
     def is_at_uri(self) -> bool:
-        """Whether the training file is at the user's own URI and was not uploaded."""
+        """Whether the training file is at the user's own URI and is not an uploaded file."""
         return "://" in self.training_file
 
 
 class AttemptAddress(Contract):
-    """Where an attempt reports. A driver of any release can read this part of its spec."""
+    """The fields of an attempt's spec that name the places where the attempt reports.
 
-    # Not written while it is 1: the first release does not know this field and refuses unknown ones.
+    A driver of any release can read these fields.
+    """
+
+    # The value 1 is not written: the first release does not know this field and refuses unknown fields.
     wire: int = Field(default=1, exclude_if=lambda wire: wire == 1)
-    attempt: int  # rises from 1; a later attempt fences the earlier ones
-    run_uri: str  # spool/, prepared/, checkpoints/, shared by all attempts of the job
-    events_url: str  # POST batches of events here with the attempt's token
-    traceparent: str | None = None  # of the attempt's span; None: the job is not traced
+    attempt: int  # from 1; once a later attempt exists, reports of earlier ones are refused
+    run_uri: str  # the folder of spool/, prepared/ and checkpoints/, shared by all attempts of the job
+    events_url: str  # the driver posts batches of events here, with the attempt's token
+    traceparent: str | None = None  # traceparent of the attempt's span; None: the job is not traced
 
 
 class AttemptSpec(AttemptAddress):
-    """Everything a driver needs for one attempt. The driver reads it from `run_uri/attempts/<attempt>.json`."""
+    """All settings of one attempt. The driver reads this spec from `<run_uri>/attempts/<attempt>.json`."""
 
     job_id: str
     config: ReadConfig
@@ -235,26 +250,26 @@ class AttemptSpec(AttemptAddress):
     model_source: str  # storage URI, local folder or hub id of the model, or the adapter, that the job starts from
     weights: Weights = Weights()
     policy: Policy = "last"
-    reference_model_source: str | None = None  # the same for the reference; None: the start is the reference
-    reference: str | None = None  # app_name of the deployment that may score; None: there is none
+    reference_model_source: str | None = None  # location of the reference; None: the model of model_source
+    reference: str | None = None  # app_name of the reference's deployment; None: it has none
     reference_source: ReferenceSource = "auto"
-    reference_dtype: str = "float32"  # in which the deployment computes
-    cache_uri: str  # prepared data, shared by the jobs of a project; may be deleted at any time
+    reference_dtype: str = "float32"  # in which the reference's deployment computes
+    cache_uri: str  # folder of prepared data, shared by a project's jobs; may be deleted at any time
     integrations: ReadIntegrations = Integrations()
-    fine_tuned_model: str | None = None  # the name that the policy will have
+    fine_tuned_model: str | None = None  # the name that the trained model will have
 
     @property
     def reference_model(self) -> str:
-        """Where the reference's weights are."""
+        """The source of the reference model's weights: a storage URI, a local folder or a hub id."""
         return self.reference_model_source or self.model_source
 
 
 class Recipe(Contract):
-    """How a training file is encoded as token ids."""
+    """The settings that determine how a training file is encoded as token ids."""
 
     training_uri: str
     model_source: str
-    max_length: int  # tokens of a prompt and one completion
+    max_length: int  # most tokens of a prompt and one completion
     truncation: Truncation
     validation_share: float = 0.0
     invalid_rows: ReadInvalidRows = InvalidRows()
@@ -264,7 +279,7 @@ class Recipe(Contract):
 
 
 class CheckRequest(Contract):
-    """Everything `services.training.check_program` needs. It writes a CheckResult to `folder_uri/report.json`."""
+    """The input of `services.training.check_program`, which writes a CheckResult to `<folder_uri>/report.json`."""
 
     recipe: Recipe
     folder_uri: str
@@ -274,7 +289,7 @@ class CheckRequest(Contract):
 
 
 class Message(Contract):
-    """A sentence for the user."""
+    """Reports a sentence for the user."""
 
     kind: Literal["message"] = "message"
     level: Literal["info", "warn", "error"] = "info"
@@ -285,28 +300,34 @@ Stage = Literal["downloading", "encoding", "loading reference", "scoring", "trai
 
 
 class Progress(Contract):
-    """A stage's progress. Downloading counts bytes, encoding and scoring count rows, loading counts nothing."""
+    """Reports the progress of a stage of an attempt.
+
+    `done` and `total` are bytes in downloading, and rows in encoding and scoring. Loading the reference has no count.
+    """
 
     kind: Literal["progress"] = "progress"
-    stage: str  # a Stage; another release may have others
+    stage: str  # a Stage; other releases may have other stages
     done: int
-    total: int  # 0: unknown
+    total: int  # 0: the total is unknown
 
 
 class ReferenceWanted(Contract):
-    """The attempt needs the deployment of its reference from now on, and waits until it is loaded."""
+    """Reports that the attempt needs the deployment of its reference model from now on.
+
+    The attempt waits until the deployment is loaded.
+    """
 
     kind: Literal["reference wanted"] = "reference wanted"
 
 
 class ReferenceReleased(Contract):
-    """The attempt no longer needs the deployment of its reference."""
+    """Reports that the attempt no longer needs the deployment of its reference model."""
 
     kind: Literal["reference released"] = "reference released"
 
 
 class Started(Contract):
-    """Data is ready and training begins. `config` is resolved."""
+    """Reports that the data are ready and training begins. Every option of `config` has its final value."""
 
     kind: Literal["started"] = "started"
     config: ReadConfig
@@ -316,7 +337,7 @@ class Started(Contract):
 
 
 class StepMetrics(Contract):
-    """One optimizer step, with metric keys as TRL logs them."""
+    """Reports the metrics of one optimizer step, under the keys that TRL logs."""
 
     kind: Literal["metrics"] = "metrics"
     step: Step  # from 1
@@ -325,7 +346,7 @@ class StepMetrics(Contract):
 
 
 class CheckpointSaved(Contract):
-    """A complete checkpoint is at `uri`; `uri/model` is a Hugging Face folder."""
+    """Reports that a complete checkpoint is at `uri`. The folder `<uri>/model` has Hugging Face's format."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: Step
@@ -334,7 +355,7 @@ class CheckpointSaved(Contract):
 
 
 class Succeeded(Contract):
-    """The last event of an attempt that finished. The trained policy is at `model_uri`."""
+    """The last report of an attempt that succeeded. The trained model is at `model_uri`."""
 
     kind: Literal["succeeded"] = "succeeded"
     model_uri: str
@@ -342,7 +363,7 @@ class Succeeded(Contract):
 
 
 class Failed(Contract):
-    """The last event of an attempt that failed for a reason that another attempt cannot fix."""
+    """The last report of an attempt that failed for a reason that another attempt cannot fix."""
 
     kind: Literal["failed"] = "failed"
     code: Text
@@ -351,35 +372,44 @@ class Failed(Contract):
 
 
 class Paused(Contract):
-    """The last event of an attempt that was asked to stop. The next attempt resumes from its last checkpoint."""
+    """The last report of an attempt that was asked to stop. The next attempt resumes from the last checkpoint."""
 
     kind: Literal["paused"] = "paused"
-    step: Step  # the last step that it took; 0: none
+    step: Step  # the attempt's last optimizer step; 0: none
 
 
 class Died(Contract):
-    """The last event of an attempt that could not go on. Another attempt may resume from the last checkpoint."""
+    """The last report of an attempt that an error ended. Another attempt may resume from the last checkpoint."""
 
     kind: Literal["died"] = "died"
-    cause: Text  # for the user: lower case, without a full stop
+    cause: Text  # shown to the user; lower case, without a full stop
 
 
 class Alive(Contract):
-    """A heartbeat in the spool, from an attempt whose posts do not reach the control plane."""
+    """A heartbeat in the spool (the attempt's reports in storage).
+
+    An attempt writes it if its posts do not reach the control plane.
+    """
 
     kind: Literal["alive"] = "alive"
 
 
 class CheckResult(Contract):
-    """The result of a check, written beside its request. Either `report` or `error` is set."""
+    """The result of checking a training file, written to the folder of the CheckRequest.
+
+    Either `report` or `error` is set.
+    """
 
     finished_at: float
-    report: dict[str, Any] | None = None  # a `check_program.Check`: tokens and preview
+    report: dict[str, Any] | None = None  # the fields of a `check_program.Check`: tokens and preview
     error: Failed | None = None
 
 
 def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
-    """Turns a report that this release cannot read into a message, so that later reports are still read."""
+    """Returns the parsed report, or a Message if this release cannot parse the report.
+
+    Later reports are then still read.
+    """
     try:
         return read(value)
     except ValidationError as error:
@@ -390,7 +420,7 @@ def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
 
 
 def first_error(error: ValidationError) -> str:
-    """Describes the first error in one line: the path of the field and the reason."""
+    """Returns the first validation error as one line: the path of the field and the reason."""
     first = error.errors(include_input=False, include_url=False)[0]
     return ": ".join([*([where] if (where := ".".join(map(str, first["loc"]))) else []), first["msg"]])
 
@@ -414,15 +444,21 @@ Report = Annotated[
 
 
 class JobEvent(Contract):
-    """A report with its number. (job, attempt, seq) is unique, so an event may be delivered twice."""
+    """A report with its number in the attempt.
 
-    seq: Annotated[int, Field(ge=0, lt=2**62)]  # from 0, without gaps, per attempt
+    Job, attempt and `seq` identify an event, so an event may be sent twice.
+    """
+
+    seq: Annotated[int, Field(ge=0, lt=2**62)]  # number of the event in the attempt: from 0, without gaps
     created_at: float
     report: Report
 
 
 class EventBatch(Contract):
-    """One segment of the spool, or the body of a post to `events_url`. A post without events is a heartbeat."""
+    """A list of events: the content of a file of the spool, or the body of a post to `events_url`.
+
+    A post without events is a heartbeat.
+    """
 
     events: list[JobEvent]
 
@@ -431,7 +467,7 @@ Desired = Literal["run", "pause", "cancel"]
 
 
 def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
-    """Reads a wish; one that this release does not know counts as "run"."""
+    """Returns the parsed value of `desired`, or "run" if this release does not know the value."""
     try:
         return read(value)
     except ValidationError:
@@ -439,6 +475,6 @@ def _or_run(value: Any, read: Callable[[Any], Any]) -> Any:
 
 
 class Wish(Contract):
-    """The answer to a post of events: what the user wants the job to do now."""
+    """The response to a post of events: the state that the user now wants for the job (run, pause or cancel)."""
 
     desired: Annotated[Desired, WrapValidator(_or_run)]

@@ -1,4 +1,4 @@
-"""Finds in the long messages of Ray and Python why processes died, and tells a user in one sentence."""
+"""Finds the reason why processes died in long messages of Ray and Python, and returns one sentence for the user."""
 
 import re
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ ERROR = re.compile(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Timeout)): +(\S.*)$", 
 REFUSED = re.compile(
     r"ACCESS_DENIED|Access ?Denied|Permission denied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken"
 )
-LONGEST = 300  # characters of an error's own line
+LONGEST = 300  # most characters of the line that names an error
 
-MEANINGS: Sequence[tuple[str, str]] = (  # patterns of Ray 2.60's messages without figures, and what they mean
+MEANINGS: Sequence[tuple[str, str]] = (  # Ray 2.60's messages without figures: pattern, meaning
     (r"address the out of memory issue", f"{MEMORY}, and Ray killed processes of the job there"),
     (r"its node has died|node it was running on is dead", "a node that it ran on was lost"),
     (
@@ -23,12 +23,15 @@ MEANINGS: Sequence[tuple[str, str]] = (  # patterns of Ray 2.60's messages witho
 
 
 def cause_in(text: str) -> str | None:
-    """Returns what killed the processes, or else the last error; lower case, no full stop. None: there is neither."""
+    """Returns the reason in `text` why processes died, or else the last Python error in `text`.
+
+    The result is lower case without a full stop, or None if `text` has neither.
+    """
     return killer_in(text) or _error_in(text)
 
 
 def killer_in(text: str) -> str | None:
-    """Returns how the cluster lost or killed the processes. None: the text does not say that it did."""
+    """Returns how the cluster lost or killed processes according to `text`, or None if `text` reports no such loss."""
     if figures := FIGURES.search(text):
         ip, used, limit = figures.groups()
         held = [float(gigabytes) for gigabytes in HELD.findall(text)]

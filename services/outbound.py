@@ -1,7 +1,8 @@
-"""HTTP clients for hosts that users name. They reach public addresses only, unless a listed prefix names the host.
+"""Makes HTTP clients for hosts that users name.
 
-A name may resolve to another address each time. So each request resolves its host once, checks the
-addresses, and connects to one of them.
+The clients connect to public IP addresses only, unless a prefix in the service's settings names the host. A host name
+may resolve to another address each time. So each request resolves its host once, checks the addresses, and connects to
+one of the checked addresses.
 """
 
 import ipaddress
@@ -18,13 +19,17 @@ from services.uri import DATASETS, PORTS, InvalidUri, check, named_hosts
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 UNICAST = ipaddress.IPv6Network("2000::/3")
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # the last four bytes of its addresses are an IPv4 address
-# Connections are not kept: httpx finds kept ones by address, and two hosts at one address must not share them.
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # the last four bytes of a NAT64 address are an IPv4 address
+# Connections are not kept open: httpx would reuse them by address, and two hosts must not share a connection.
 LIMITS = httpx.Limits(max_keepalive_connections=0)
 
 
 def client(prefixes: Sequence[str]) -> httpx.Client:
-    """Returns a client that reaches only `prefixes` and public addresses, also after redirects. It uses no proxy."""
+    """Returns an HTTP client that requests only URLs under `prefixes`, also after redirects.
+
+    The client connects to public addresses only, except for hosts that `prefixes` name. It ignores the environment's
+    proxies.
+    """
 
     def check_request(request: httpx.Request) -> None:
         check(str(request.url), prefixes)
@@ -38,7 +43,12 @@ def client(prefixes: Sequence[str]) -> httpx.Client:
 
 
 def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> httpx.AsyncClient:
-    """Returns such a client for asyncio. At most `max_lookups` requests wait for a name server. It keeps no cookies."""
+    """Returns an asyncio HTTP client that requests only URLs under `prefixes`, also after redirects.
+
+    The client connects to public addresses only, except for hosts that `prefixes` name. At most `max_lookups` requests
+    wait for a name server at the same time. The client keeps no cookies and ignores the environment's proxies. Errors
+    name `setting`, the setting that lists the prefixes.
+    """
 
     async def check_request(request: httpx.Request) -> None:
         check(str(request.url), prefixes, setting)
@@ -53,7 +63,10 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 
 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if the host is an address, in any spelling, that is not public. Asks no name server."""
+    """Raises InvalidUri if the URL's host is a private IP address, in any notation, that no prefix names.
+
+    A host that is a name passes, and no name server is asked.
+    """
     split = urlsplit(url)
     host, port = split.hostname or "", split.port or PORTS[split.scheme]
     try:
@@ -65,7 +78,10 @@ def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) ->
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether the address is a single public host. In NAT64, the IPv4 address counts; 6to4 and Teredo are refused."""
+    """Whether the address belongs to a single host on the public internet.
+
+    For a NAT64 address, the IPv4 address inside decides. 6to4 and Teredo addresses are not public.
+    """
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not address.is_multicast
     if address in NAT64:
@@ -113,7 +129,10 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
 
 
 def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str) -> list[str]:
-    """Returns the addresses of the request's host. Raises InvalidUri if one is private and no prefix names the host."""
+    """Returns the addresses of the request's host.
+
+    Raises InvalidUri if an address is private and no prefix names the host.
+    """
     host, port = request.url.raw_host.decode(), request.url.port or PORTS[request.url.scheme]
     addresses = _resolve(host, port)
     if (host, port) not in named:
@@ -122,7 +141,10 @@ def _addresses(request: httpx.Request, named: set[tuple[str, int]], setting: str
 
 
 def _pinned(request: httpx.Request, address: str) -> httpx.Request:
-    """Returns the request, sent to `address`. The Host header stays, and certificates are checked against the host."""
+    """Returns a copy of the request that connects to `address`.
+
+    The Host header and the check of the certificate still use the name of the host.
+    """
     return httpx.Request(
         request.method,
         request.url.copy_with(host=address),

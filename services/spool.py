@@ -1,6 +1,7 @@
-"""The spool: an attempt's reports in storage, in numbered segments that are each written once.
+"""Reads and writes the spool: the files in storage that hold the reports of an attempt (one run of a job's driver).
 
-A segment `<run>/spool/<attempt>/<first seq>.json` has two lines: an `EventBatch`, and the sha256 of the first line.
+A segment is one of these files, `<run>/spool/<attempt>/<first seq>.json`, where `first seq` is the number of its first
+report. Each segment is written once and has two lines: an `EventBatch`, and the sha256 of the first line.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from services.contract import EventBatch
 
 
 class DamagedSegment(ValueError):
-    """A segment's content is not what was written."""
+    """Raised if a file of the spool does not match its sha256 or cannot be parsed."""
 
 
 def folder(run_uri: str, attempt: int) -> str:
@@ -24,19 +25,22 @@ def segment_uri(run_uri: str, attempt: int, first_seq: int) -> str:
 
 
 def segments(run_uri: str, attempt: int) -> list[tuple[int, str]]:
-    """Returns the number of each segment's first report with the segment's URI, in order."""
+    """Returns the files of an attempt's spool in order: for each, the number of its first report and its URI."""
     names = storage.list_files(folder(run_uri, attempt))
     firsts = [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
     return [(first, segment_uri(run_uri, attempt, first)) for first in sorted(firsts)]
 
 
 def write(uri: str, body: bytes) -> None:
-    """Writes a segment. `body` is an EventBatch as JSON without line feeds."""
+    """Writes a file of the spool with its sha256. `body` must be an EventBatch as JSON without line feeds."""
     storage.write_bytes(uri, body + b"\n" + _digest(body))
 
 
 def read_body(uri: str) -> bytes:
-    """Returns the `body` of a segment. Raises DamagedSegment or FileNotFoundError."""
+    """Returns the EventBatch in the spool's file `uri` as JSON.
+
+    Raises FileNotFoundError if the file is missing, and DamagedSegment if the file's sha256 is wrong.
+    """
     body, _, digest = storage.read_bytes(uri).partition(b"\n")
     if digest != _digest(body):
         raise DamagedSegment(f"{uri} does not match its sha256")
@@ -44,7 +48,11 @@ def read_body(uri: str) -> bytes:
 
 
 def read(uri: str) -> EventBatch:
-    """Returns the events of a segment. Raises DamagedSegment or FileNotFoundError."""
+    """Returns the EventBatch in the spool's file `uri`.
+
+    Raises FileNotFoundError if the file is missing, and DamagedSegment if the file does not match its sha256 or cannot
+    be parsed.
+    """
     try:
         return EventBatch.model_validate_json(read_body(uri))
     except ValidationError:

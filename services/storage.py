@@ -1,7 +1,7 @@
-"""Reads and writes files at URIs: `file://`, `s3://`, `gs://`, or a local path. A file appears complete or not at all.
+"""Reads and writes files at URIs (`file://`, `s3://`, `gs://`) or local paths.
 
-Folders that must be complete as well (checkpoints, prepared data) have a `manifest.json`, which
-`publish` writes last: a folder without one is incomplete.
+A file is written as a whole or not at all. A folder that must be complete as well (a checkpoint, prepared data) has a
+`manifest.json`, which `publish` writes last. A folder without this manifest is incomplete.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from urllib.parse import quote
 from pyarrow import fs
 
 MANIFEST = "manifest.json"
-MAX_UNSENT = 32 * 2**20  # bytes of an object that are held in memory
+MAX_UNSENT = 32 * 2**20  # most bytes of an object that wait in memory to be sent
 LARGEST_COPY = 5 * 2**30  # bytes of the largest object that S3 copies by itself
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -31,12 +31,15 @@ def is_full(error: BaseException) -> bool:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether remote storage did not answer, or refused: Arrow raises an OSError without a number then."""
+    """Whether the error means that remote storage did not answer or refused the request.
+
+    Arrow raises an OSError without errno for both.
+    """
     return type(error) is OSError and error.errno is None
 
 
 def join(uri: str, *parts: str) -> str:
-    """Appends `parts` to `uri`. They are names, not URIs: this function escapes them."""
+    """Returns `uri` with the file or folder names `parts` appended. In a URI, the names are percent-encoded."""
     if "://" not in uri:
         return "/".join([uri.rstrip("/"), *parts])
     folder, mark, query = uri.partition("?")  # Arrow's filesystem options, such as endpoint_override
@@ -54,7 +57,7 @@ def write_file(uri: str, file: Path) -> None:
 
 
 def write_stream(uri: str, source: BinaryIO) -> None:
-    """Copies the rest of `source`, from its position on, to `uri`."""
+    """Copies `source`, from its current position to its end, to `uri`."""
     filesystem, path = _resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
         _write_object(filesystem, path, source)
@@ -81,27 +84,27 @@ def _write_object(filesystem: fs.FileSystem, path: str, source: BinaryIO) -> Non
             sending = True
             sink.write(piece)
             if (written := written + len(piece)) >= MAX_UNSENT:
-                sink.flush()  # otherwise a source that is faster than the network fills the memory
+                sink.flush()  # otherwise a source that is faster than the network would fill the memory
                 written = 0
             sending = False
         sending = True
         sink.close()  # now the object appears
     except BaseException as error:
         # Arrow cannot abandon an object: closing or freeing its stream completes the object, unless sending failed.
-        # So the stream is never freed. The previous object stays; the bucket's rules remove the parts that were sent.
+        # So the stream is never freed. The object keeps its previous content; the bucket's rules remove sent parts.
         if not (sending and isinstance(error, OSError)):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
         raise
 
 
 def read_bytes(uri: str) -> bytes:
-    """Returns a file's content. Raises FileNotFoundError if there is none."""
+    """Returns the content of the file at `uri`. Raises FileNotFoundError if there is no file."""
     with open_input(uri) as source:
         return source.read()
 
 
 def open_input(uri: str) -> io.BufferedReader:
-    """Opens a file as a seekable reader. Iterating over it yields lines."""
+    """Opens the file at `uri` as a seekable reader. Iterating over the reader yields lines."""
     filesystem, path = _resolve(uri)
     return io.BufferedReader(filesystem.open_input_file(path), 1 << 20)
 
@@ -111,17 +114,17 @@ def exists(uri: str) -> bool:
 
 
 def list_uris(uri: str) -> list[str]:
-    """Returns the URIs of the files and folders directly in the folder `uri`, sorted; none if there is no folder."""
+    """Returns the sorted URIs of the files and folders directly in the folder `uri`, or [] if there is no folder."""
     return [join(uri, info.base_name) for info in _list(uri)]
 
 
 def list_files(uri: str) -> list[str]:
-    """Returns the names of the files directly in the folder `uri`, sorted; none if there is no folder."""
+    """Returns the sorted names of the files directly in the folder `uri`, or [] if there is no folder."""
     return [info.base_name for info in _list(uri) if info.type == fs.FileType.File]
 
 
 def list_ages(uri: str) -> list[tuple[str, float]]:
-    """Returns the names of the files directly in the folder `uri`, with the seconds since each was written.
+    """Returns the name of each file directly in the folder `uri`, with the seconds since the file was written.
 
     In a local folder, files that are being written, or whose writing was interrupted, are included.
     """
@@ -130,18 +133,18 @@ def list_ages(uri: str) -> list[tuple[str, float]]:
 
 
 def list_folders(uri: str) -> list[str]:
-    """Returns the names of the folders directly in the folder `uri`, sorted; none if there is no folder."""
+    """Returns the sorted names of the folders directly in the folder `uri`, or [] if there is no folder."""
     return [info.base_name for info in _list(uri) if info.type == fs.FileType.Directory]
 
 
 def version(uri: str) -> tuple[int, int] | None:
-    """Returns a file's size and time of change, which show whether it has changed. None: there is no file."""
+    """Returns a file's size and modification time, which show whether the file has changed, or None without a file."""
     info = _info(uri)
     return (info.size, info.mtime_ns) if info.type == fs.FileType.File else None
 
 
 def delete(uri: str) -> None:
-    """Removes a file, or a folder with everything in it. Does nothing if there is neither."""
+    """Removes the file or the folder, with all its content, at `uri`. Does nothing if `uri` does not exist."""
     filesystem, path = _resolve(uri)
     kind = _info(uri).type
     if kind == fs.FileType.Directory:
@@ -151,7 +154,7 @@ def delete(uri: str) -> None:
 
 
 def move(uri: str, target: str) -> None:
-    """Moves a file within one storage, and sets its time of change to now."""
+    """Moves a file to `target` in the same storage, and sets its modification time to now."""
     filesystem, path = _resolve(uri)
     _, goal = _resolve(target)
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -167,16 +170,17 @@ def move(uri: str, target: str) -> None:
 
 
 def publish(folder: Path, uri: str) -> None:
-    """Copies a local folder to `uri`, its manifest last. Existing files are overwritten one by one."""
+    """Copies a local folder to `uri`, the file `manifest.json` last. Existing files are overwritten one by one."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: (file == Path(MANIFEST), file)):
         write_file(join(uri, *file.parts), folder / file)
 
 
 def fetch(uri: str, cache: Path | None = None) -> Path:
-    """Returns a local path of `uri`: its own if it is local, else that of a download in `cache`, made once.
+    """Returns a local path with the content of `uri`. Remote content is downloaded once, to the folder `cache`.
 
-    The content at `uri` must not change afterwards, because the name in the cache depends on the URI alone.
+    A local `uri` is returned as a path and not copied. The content at a remote `uri` must not change after the first
+    download, because the copy in the cache is named by the URI alone.
     """
     if "://" not in uri:
         return Path(uri)
@@ -209,7 +213,7 @@ def _download(filesystem: fs.FileSystem, path: str, target: Path) -> None:
                 shutil.copyfileobj(source, sink, 1 << 20)
         beside.rename(target.parent)
     except OSError:
-        if not target.exists():  # otherwise another process was faster
+        if not target.exists():  # if it exists, another process downloaded it first
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -225,7 +229,7 @@ def _infos(uri: str) -> list[fs.FileInfo]:
     selector = fs.FileSelector(path, allow_not_found=True)
     try:
         infos: list[fs.FileInfo] = filesystem.get_file_info(selector)
-    except FileNotFoundError:  # Arrow's, for a folder that appears while it looks
+    except FileNotFoundError:  # Arrow raises this if the folder appears during the listing
         infos = filesystem.get_file_info(selector)
     return infos
 

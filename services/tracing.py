@@ -1,7 +1,8 @@
 """Records traces with OpenTelemetry. Nothing is recorded or imported unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
 
-A job outlives the processes that work on it. So its trace is passed on as text, a W3C traceparent, which is stored
-with the job and given to its attempts. Long spans are written when they end.
+A job outlives the processes that work on it. The trace of a job is therefore passed on as text: a W3C traceparent,
+which is stored with the job and given to each attempt (one run of the job's driver). `record` writes a long span, such
+as an attempt, when the work has ended.
 """
 
 import hashlib
@@ -25,7 +26,10 @@ def is_on() -> bool:
 
 @contextmanager
 def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
-    """Runs the block in a span, a child of `parent` or else of the open span. Yields None while tracing is off."""
+    """Runs the block in a new span and yields the span, or yields None while tracing is off.
+
+    The span is a child of `parent`, a traceparent, or, without one, of the span that is open.
+    """
     if not is_on():
         yield None
         return
@@ -37,7 +41,7 @@ def span(name: str, *, parent: str | None = None) -> "Iterator[Span | None]":
 
 
 def current() -> str | None:
-    """Returns the traceparent of the open span. None: no span is open, or tracing is off."""
+    """Returns the traceparent of the open span, or None if no span is open or tracing is off."""
     if not is_on():
         return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -48,7 +52,7 @@ def current() -> str | None:
 
 
 def child(parent: str, key: str) -> str:
-    """Returns the traceparent of the child of `parent` that `key` names. It depends on these arguments alone."""
+    """Returns the traceparent of a child span of `parent`. Equal arguments always give the same traceparent."""
     version, trace_id, _, flags = parent.split("-")
     return "-".join([version, trace_id, hashlib.sha256(key.encode()).hexdigest()[:16], flags])
 
@@ -56,7 +60,7 @@ def child(parent: str, key: str) -> str:
 def record(
     name: str, *, parent: str | None, key: str, start: float, end: float, attributes: Mapping[str, str | int | float]
 ) -> None:
-    """Writes the finished span whose traceparent is `child(parent, key)`. Times are Unix seconds."""
+    """Writes a finished span with the traceparent `child(parent, key)`. `start` and `end` are Unix seconds."""
     if not is_on() or parent is None:
         return
     from opentelemetry.sdk.trace import ReadableSpan
@@ -76,7 +80,7 @@ def record(
 
 
 def flush() -> None:
-    """Returns when all finished spans are sent, or cannot be sent."""
+    """Waits until every finished span is sent or its sending has failed."""
     if is_on():
         _provider().force_flush()
 

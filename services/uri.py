@@ -1,8 +1,8 @@
 """Decides whether the service may read a URI that a user names.
 
-The service has more rights than a user. So a URI must be under one of the prefixes that a setting lists:
-`dataset_uris`, or the one for webhooks. `https://` alone admits every host; `services.outbound` decides
-which addresses are reached.
+The service may read more than its users may. So a user's URI must begin with a prefix that the operator lists in a
+setting: `dataset_uris` for training files, another setting for webhooks. The prefix `https://` admits every host;
+`services.outbound` decides to which IP addresses a request may go.
 """
 
 import re
@@ -14,29 +14,32 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 PORTS = {"http": 80, "https": 443}
 SCHEMES = ("https", "http", "hf", "s3", "gs", "file")
 HUB_PATH = re.compile(r"/[\w.-]+/[\w.-]+(@[^/]+)?(/.*)?")
-DATASETS = "dataset_uris"  # the setting that lists prefixes, unless another is named
-MAX_LENGTH = 8192  # signed URLs, to which servers redirect, are long
+DATASETS = "dataset_uris"  # the setting that lists the prefixes, unless a caller names another one
+MAX_LENGTH = 8192  # characters; servers may redirect to signed URLs, which are long
 
 
 class InvalidUri(ValueError):
-    """A URI cannot or must not be read. The message says why, and what to do."""
+    """Raised for a URI that cannot or must not be read. The message names the reason and the remedy."""
 
 
 class _Place(NamedTuple):
-    """The parts of a URI that are compared with those of a prefix."""
+    """The normalized parts of a URI. A URI and a prefix are compared by these parts."""
 
-    path: str  # with scheme and host
-    options: list[tuple[str, str]]  # of the filesystem, such as endpoint_override
+    path: str  # begins with the scheme and host
+    options: list[tuple[str, str]]  # options of Arrow's filesystem in the query, such as endpoint_override
 
 
 def check_prefix(prefix: str) -> str:
-    """Returns `prefix`. Raises InvalidUri if it is not a valid prefix."""
+    """Returns `prefix` unchanged. Raises InvalidUri if the prefix is not valid."""
     _place(prefix)
     return prefix
 
 
 def admitted(uri: str, prefixes: Sequence[str]) -> str:
-    """Returns `uri`, of one file or many; in a local one, `..` and symlinks are resolved. Raises InvalidUri."""
+    """Returns `uri` if a prefix admits the URI, else raises InvalidUri.
+
+    The URI may name one file or all files of a folder. In a `file://` URI, `..` and symlinks are resolved.
+    """
     check(uri, prefixes)
     split = urlsplit(uri)
     if split.scheme != "file" and not split.hostname:
@@ -50,7 +53,7 @@ def admitted(uri: str, prefixes: Sequence[str]) -> str:
 
 
 def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
-    """Raises InvalidUri if no prefix admits `uri`. The message names `setting` as the source of the prefixes."""
+    """Raises InvalidUri if no prefix admits `uri`. The message names `setting`, the setting that lists the prefixes."""
     place = _place(uri)
     if not any(_is_under(place, _place(prefix)) for prefix in prefixes):
         listed = f"admits {', '.join(prefixes)}" if prefixes else "admits none"
@@ -60,25 +63,34 @@ def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
 
 
 def is_folder(uri: str) -> bool:
-    """Whether `uri` means all files of a folder, or those that a `*` in its last part matches."""
+    """Whether `uri` names several files of a folder: all (`folder/`) or those that match a pattern (`folder/*.txt`)."""
     name = urlsplit(uri).path.rpartition("/")[2]
     return not name or "*" in name
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern`, the last part of a folder's URI, matches the file `name`. A leading . or _ does not match."""
+    """Whether the file `name` matches `pattern`, the last path segment of a URI.
+
+    A `*` stands for any text, and an empty pattern matches every name. Names that begin with . or _ never match.
+    """
     expression = ".*".join(re.escape(part) for part in (pattern or "*").split("*"))
     return "/" not in name and not name.startswith((".", "_")) and bool(re.fullmatch(expression, name))
 
 
 def named_hosts(prefixes: Sequence[str]) -> set[tuple[str, int]]:
-    """Returns the hosts and ports that web prefixes name. They may be reached at private addresses, too."""
+    """Returns the (host, port) pairs in the http and https prefixes.
+
+    Requests to these hosts may go to private addresses.
+    """
     splits = [urlsplit(prefix) for prefix in prefixes]
     return {(s.hostname, s.port or PORTS[s.scheme]) for s in splits if s.scheme in PORTS and s.hostname}
 
 
 def names_organization(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether a prefix that admits the hub's dataset names its organization, so that the operator chose its owner."""
+    """Whether a prefix that admits the Hugging Face dataset `uri` names the dataset's organization.
+
+    If so, the operator has chosen whose datasets are read.
+    """
     with_organization = [prefix for prefix in prefixes if re.match("hf://datasets/[^/]+(/|$)", prefix)]
     return any(_is_under(_place(uri), _place(prefix)) for prefix in with_organization)
 
@@ -113,14 +125,18 @@ def _place(uri: str) -> _Place:
 
 
 def _split(uri: str) -> SplitResult:
-    """Refuses what two parsers might read differently, and credentials, because a job shows its URI."""
+    """Returns the parsed URI.
+
+    Raises InvalidUri for characters that two parsers might read differently, and for credentials, because a job shows
+    its URI.
+    """
     if len(uri) > MAX_LENGTH:
         raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}. Shorten it.")
     if not uri.isprintable() or "\\" in uri or "#" in uri:
         raise InvalidUri(f"{uri!r:.200} has a backslash, a '#' or a control character; percent-encode it.")
     try:
         split = urlsplit(uri)
-        split.port  # noqa: B018 - it raises
+        split.port  # noqa: B018 - a bad port raises ValueError
     except ValueError as error:
         raise InvalidUri(f"{uri!r:.200} is not a URI: {error}.") from None
     if split.scheme not in SCHEMES or "://" not in uri:

@@ -1,28 +1,29 @@
-"""A fork server on a Ray node: workers, drivers and engines start as forks of a process that has done their imports.
+"""Runs a fork server on a Ray node: a process that has done the imports of workers and drivers, and forks them.
 
-Importing torch, transformers and Ray costs a process ten CPU seconds; a fork costs a tenth of one. `start_ray` makes
-Ray start its workers with a client in place of Python. The client passes the worker's command line, environment and
-open files to a server, and ends. If no server answers, the client runs the command itself.
+Importing torch, transformers and Ray costs a process ten CPU seconds; a fork costs a tenth of a second. `start_ray`
+makes Ray start its workers with a client in place of Python. The client passes the worker's command line, environment
+and open files to a fork server, and ends. If no server answers, the client runs the command itself.
 
-The first server does not import Ray, because Ray reads its settings, such as a worker's job, on import. So each Ray
-job has its own server, a fork of the first that imports Ray with the job's settings. All drivers share another one.
+The first server does not import Ray, because Ray reads its settings, such as the job of a worker, on import. So each
+Ray job has its own server: a fork of the first server, which imports Ray with the job's settings. All drivers share one
+more server.
 """
 
 from pathlib import Path
 
-VARIABLE = "RAYDPO_FORKSERVER"  # the path of the first server's socket; the others' paths begin with it
-# Variables of Ray.
-RAYLET_VARIABLE = "RAY_RAYLET_PID"  # workers end when this process ends
+VARIABLE = "RAYDPO_FORKSERVER"  # the socket path of the first server; those of other servers begin with it
+# Ray sets these variables in the environment of workers.
+RAYLET_VARIABLE = "RAY_RAYLET_PID"  # id of Ray's raylet process; workers end when the raylet ends
 JOB_VARIABLE = "RAY_JOB_ID"
 
 
 def launcher_of(path: str) -> str:
-    """Returns the path of the program that acts as Python and asks the server at `path`."""
+    """Returns the path of the program that Ray starts in place of Python. It asks the server at `path` for a fork."""
     return f"{path}.python"
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process exists and has not ended."""
+    """Whether the process with the id `pid` exists and has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,11 +1,12 @@
-"""Runs a Python command in a fork of a server: `python -m services.forkserver.client [--wait] <script | -m module> …`.
+"""Runs a Python command in a fork of the fork server, a process that has done many imports in advance.
 
-Ray's workers, and processes that a worker spawns with `multiprocessing`, run on the server of their job. A command
-with `--wait` runs on a server, too. The client runs every other command itself.
+Usage: `python -m services.forkserver.client [--wait] <script | -m module> …`. Ray's workers, and processes that a
+worker spawns with `multiprocessing`, run in forks of their Ray job's server. A command with `--wait` runs in a fork,
+too. The client runs every other command itself.
 
-For spawned processes and commands with `--wait`, the client waits: it forwards SIGTERM and SIGINT and ends with the
-exit status, and if it is killed, the server kills the fork. For a worker it does not wait, because the worker itself
-tells Ray its process id.
+For spawned processes and commands with `--wait`, the client waits for the end of the fork: it forwards SIGTERM and
+SIGINT, and ends with the fork's exit status. If the client is killed, the server kills the fork. For a worker, the
+client does not wait, because the worker itself reports its process id to Ray.
 """
 
 import json
@@ -25,30 +26,33 @@ from typing import Any, TextIO
 
 from services.forkserver import JOB_VARIABLE, VARIABLE, is_alive, launcher_of
 
-# A worker with its own environment starts with the second, which then runs the first.
+# A worker with a runtime environment of its own starts with the second script, which then runs the first.
 RAY_WORKERS = ("default_worker.py", "setup_worker.py")
 SPAWNED = "--multiprocessing-fork"
 RAY = "services.forkserver.loaded_ray"
-# Drivers have their own server, which imports these before the first driver starts.
+# Drivers have their own server, which imports these modules before the first driver starts.
 DRIVER = "services.training.driver"
 DRIVERS_IMPORT = (RAY, DRIVER, "services.training.run.ray_trainer", "services.training.run.worker")
 START_SECONDS = 60.0
-IDLE_SECONDS = 60.0  # from the end of a job's last fork to the end of its server
+IDLE_SECONDS = 60.0  # between the end of a job's last fork and the end of the job's server
 
 
 @dataclass
 class Launch:
-    """A command to run in a fork, the server that forks, and whether the client waits."""
+    """A command to run in a fork, the server that makes the fork, and whether the client waits for the fork's end."""
 
-    command: list[str]  # a script, -m and a module, or -c and a program; then arguments
-    server: str | None = None  # its name; None: the first server
-    modules: Sequence[str] = ()  # that the server imports before it answers
-    idle_seconds: float | None = None  # after which the server ends
+    command: list[str]  # a script, -m and a module, or -c and a program, followed by arguments
+    server: str | None = None  # name of the server; None: the first server
+    modules: Sequence[str] = ()  # imported by the server before it answers requests
+    idle_seconds: float | None = None  # time without forks after which the server ends; None: never
     waits: bool = False
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command on a server and returns its exit status, or replaces this process with the command."""
+    """Runs the command in a fork of the fork server and returns its exit status, or 0 at once for a Ray worker.
+
+    If the command is not one for a fork server, or none answers, replaces this process with the command.
+    """
     path = os.environ.get(VARIABLE)
     launch = _launch_of(arguments)
     if path and launch:
@@ -64,14 +68,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _launch_of(arguments: list[str]) -> Launch | None:
-    """Returns how a server runs the command. None: this process runs it."""
+    """Returns the launch with which a fork server runs the command, or None if this process must run the command."""
     if arguments[:1] == ["--wait"]:
         command = arguments[1:]
         if command[:2] == ["-m", DRIVER]:
             return Launch(command, DRIVER, DRIVERS_IMPORT, waits=True)
         return Launch(command, waits=True)
     job = os.environ.get(JOB_VARIABLE)
-    if SPAWNED in arguments:  # after options of Python, which the server has already
+    if SPAWNED in arguments:  # options of Python come before; the server has them already
         return Launch(arguments[arguments.index("-c") :], job, (RAY,), IDLE_SECONDS, waits=True)
     if Path(arguments[0]).name in RAY_WORKERS:
         return Launch(arguments, job, (RAY,), IDLE_SECONDS)
@@ -79,30 +83,36 @@ def _launch_of(arguments: list[str]) -> Launch | None:
 
 
 def _fork(path: str, launch: Launch) -> tuple[int, TextIO]:
-    """Returns the process id of the fork and a file whose next line is its exit status. Raises OSError."""
+    """Returns the process id of a new fork, and a file whose next line will be the fork's exit status.
+
+    Starts the server of the launch if necessary. Raises OSError if no server answers.
+    """
     descriptors = _inherited()
     if launch.server is None:
         return _request_fork(path, launch, descriptors)
     server_path = f"{path}.{launch.server}"
     try:
         return _request_fork(server_path, launch, descriptors)
-    except OSError:  # the server was not started yet, or has just ended
+    except OSError:  # the server is not started yet, or has just ended
         _start_server(path, launch.server, launch.modules, launch.idle_seconds)
         return _request_fork(server_path, launch, descriptors)
 
 
 def _inherited() -> list[int]:
-    """Returns the numbers of the open files that a program started from here would inherit."""
+    """Returns the descriptors of this process's open files that a child program would inherit."""
     inherited = []
     for number in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # the descriptor of this listing
+        with suppress(OSError):  # the descriptor of the listing is closed by now
             if os.get_inheritable(number):
                 inherited.append(number)
     return sorted(inherited)
 
 
 def _request_fork(path: str, launch: Launch, descriptors: Sequence[int]) -> tuple[int, TextIO]:
-    """Asks the server at `path` for a fork. Returns its process id and the file of further answers. Raises OSError."""
+    """Asks the server at `path` for a fork. Returns the fork's process id and the file of the server's further answers.
+
+    Raises OSError if the server does not answer.
+    """
     request = {
         "command": launch.command,
         "environment": dict(os.environ),
@@ -124,24 +134,28 @@ def _read_pid(answers: TextIO) -> int:
 
 
 def _send(path: str, request: dict[str, Any], descriptors: Sequence[int] = ()) -> TextIO:
-    """Sends a request, and returns the file from which its answers can be read."""
+    """Sends a request to the server at `path`. Returns the file from which the server's answers can be read."""
     body = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         socket.send_fds(connection, [len(body).to_bytes(4, "big")], descriptors)
         connection.sendall(body)
-        return connection.makefile()  # keeps the connection
+        return connection.makefile()  # the file keeps the connection open
 
 
 def prepare_drivers(path: str) -> None:
-    """Starts the drivers' server, which does their imports. Returns at once. Raises OSError."""
+    """Starts the drivers' fork server, which imports the modules of drivers. Returns before the imports are done.
+
+    Raises OSError if the first server, at `path`, does not answer.
+    """
     _send(path, _server_request(path, DRIVER, DRIVERS_IMPORT))
 
 
 def _start_server(path: str, name: str, modules: Sequence[str], idle_seconds: float | None = None) -> None:
-    """Starts a server at `<path>.<name>`, a fork of the first, unless it runs already. Returns when it listens.
+    """Starts a server at `<path>.<name>`, as a fork of the first server, unless one runs there already.
 
-    It answers when it has imported the modules. Raises OSError.
+    Returns when the server listens. The server answers requests after it has imported `modules`. Raises OSError if the
+    first server does not answer or the new one does not listen.
     """
     pid = _read_pid(_send(path, _server_request(path, name, modules, idle_seconds)))
     _wait_until_listening(f"{path}.{name}", lambda: is_alive(pid))
@@ -155,15 +169,19 @@ def _server_request(path: str, name: str, modules: Sequence[str], idle_seconds: 
 
 
 def spawn_forks() -> None:
-    """Makes processes that `multiprocessing` spawns in this process forks of a server, from now on."""
+    """Makes `multiprocessing` start the children of this process as forks of a fork server from now on.
+
+    Does nothing on a node without a fork server.
+    """
     if path := os.environ.get(VARIABLE):
         multiprocessing.set_executable(launcher_of(path))
 
 
 def preload(job_id: str, modules: Sequence[str], *, wait: bool = False) -> None:
-    """Asks the server of a Ray job to import the modules that the job's workers need, when it has no fork to make.
+    """Asks the fork server of a Ray job to import `modules`, which the job's workers need.
 
-    Does nothing if there is no such server. With `wait`, returns when the modules are imported.
+    The server imports them while it has no fork to make. Does nothing if the job has no server. With `wait`, returns
+    when the modules are imported.
     """
     if path := os.environ.get(VARIABLE):
         with suppress(OSError):
@@ -173,7 +191,7 @@ def preload(job_id: str, modules: Sequence[str], *, wait: bool = False) -> None:
 
 
 def _wait_for(pid: int, answers: TextIO) -> int:
-    """Forwards signals to the fork until it ends, and returns its exit status."""
+    """Forwards SIGTERM and SIGINT to the fork `pid` until the fork ends, and returns the fork's exit status."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):
@@ -183,14 +201,17 @@ def _wait_for(pid: int, answers: TextIO) -> int:
         signal.signal(number, forward)
     status = int(answers.readline() or 1)
     if status < 0:  # a signal killed the fork, so this process ends with the same signal
-        with suppress(OSError):  # SIGKILL has no handler
+        with suppress(OSError):  # SIGKILL cannot have a handler
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 
 
 def start(path: str, environment: dict[str, str]) -> None:
-    """Starts the first server. Returns when it listens at `path`; it does its imports afterwards. Raises OSError."""
+    """Starts the first fork server of a node. Returns when the server listens at `path`, before its imports are done.
+
+    Raises OSError if the server does not listen.
+    """
     with open(f"{path}.log", "ab") as log:
         command = [sys.executable, "-u", "-m", "services.forkserver.server", path]
         environment = os.environ | environment
@@ -199,7 +220,10 @@ def start(path: str, environment: dict[str, str]) -> None:
 
 
 def _wait_until_listening(path: str, living: Callable[[], bool]) -> None:
-    """Waits until a server listens at `path`. Raises OSError if it ends, or does not within START_SECONDS."""
+    """Waits until a server listens at `path`.
+
+    Raises OSError if the server ends (`living` returns False) or does not listen within START_SECONDS.
+    """
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:

@@ -1,7 +1,7 @@
-"""Imports Ray without drawing one of its random ids. A server imports this before any other module of Ray.
+"""Imports Ray without drawing one of Ray's random ids. A fork server must import this module before any other of Ray.
 
-Ray seeds its generator when it draws the first id. Forks of a process that has drawn one all draw the same ids, and
-two workers that store an object under the same id at once crash.
+Ray seeds its random generator when it draws the first id. All forks of a process that has drawn an id draw the same
+ids, and two workers crash if they store objects under the same id at the same time.
 """
 
 import os
@@ -11,7 +11,7 @@ from ray._raylet import ActorClassID, UniqueID
 
 
 class _ClassIds:
-    """Draws the ids of classes for `@ray.remote` from the operating system instead of Ray's generator."""
+    """Draws the ids of `@ray.remote` classes from the operating system and not from Ray's random generator."""
 
     @staticmethod
     def from_random() -> ActorClassID:
@@ -22,7 +22,10 @@ ray.actor.ActorClassID = _ClassIds
 
 
 def has_drawn() -> bool:
-    """Whether this process has drawn an id, so that its forks would draw equal ids. Then it must not fork."""
+    """Whether this process has drawn one of Ray's random ids.
+
+    If so, the process must not fork, because its forks would draw equal ids.
+    """
     first, second = _drawn_in_a_fork(), _drawn_in_a_fork()
     return first == second
 

@@ -1,8 +1,8 @@
-"""The fork server: `python -m services.forkserver.server <socket> [module …] [--idle-seconds N]`.
+"""Runs the fork server: `python -m services.forkserver.server <socket> [module …] [--idle-seconds N]`.
 
-It imports the modules that jobs' processes need, and then makes a fork for each client that asks. A fork is safe only
-while the server has one thread and no open device, so it checks both before each fork. It ends with Ray, or N seconds
-after the end of its last fork.
+The server imports the modules that the processes of jobs need, and then makes a fork for each client that asks. A fork
+is safe only while the server has a single thread and no open GPU, so the server checks both before each fork. The
+server ends when Ray ends, or N seconds after the end of its last fork.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 from services.forkserver import RAYLET_VARIABLE, VARIABLE, is_alive, launcher_of
 
-# Without Ray, which reads its settings on import: each worker has its own.
+# Imports of the first server. Ray is left out, because Ray reads its settings on import and workers' settings differ.
 MODULES = (
     "grpc",
     "jsonschema",
@@ -54,32 +54,32 @@ MODULES = (
     "dpo_core.training.trainer",
     "torch.distributed.fsdp",
 )
-# Libraries read these on import, which happens here for all forks.
+# Libraries read these variables on import, and the server does the imports for all forks.
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # otherwise OpenMP's threads spin: a step takes 25 times longer on a busy machine
-    "OPENBLAS_NUM_THREADS": "1",  # numpy's would start threads at once
+    "OMP_WAIT_POLICY": "PASSIVE",  # otherwise idle OpenMP threads spin: a step takes 25 times longer on a busy machine
+    "OPENBLAS_NUM_THREADS": "1",  # otherwise numpy's OpenBLAS starts threads on import
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch looks for a GPU without opening it
 }
-PERIOD_SECONDS = 2.0  # between two checks that the raylet is_alive
-MAX_FILES = 64  # that a client may pass
-THREADS = ("jemalloc_bg_thd",)  # that may run beside the main one: jemalloc stops and restarts its own around a fork
+PERIOD_SECONDS = 2.0  # between two checks whether the raylet is alive
+MAX_FILES = 64  # most open files that a client may pass
+THREADS = ("jemalloc_bg_thd",)  # allowed beside the main thread: jemalloc stops and restarts its thread around a fork
 
 
 @dataclass
 class Request:
-    """A client's request for a fork, or for imports."""
+    """A client's request to the fork server: to make a fork, or to import modules."""
 
     client: socket.socket
-    files: Sequence[int] = ()  # the client's open files
-    descriptors: Sequence[int] = ()  # their numbers there, and in the fork
-    command: Sequence[str] = ()  # a script, -m and a module, or -c and a program; then arguments
+    files: Sequence[int] = ()  # descriptors in this process of the client's open files
+    descriptors: Sequence[int] = ()  # the files' descriptors in the client and in the fork
+    command: Sequence[str] = ()  # a script, -m and a module, or -c and a program, followed by arguments
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: str = "/"
-    group: int = 0  # the client's process group, by which Ray ends a worker and its children; 0: the fork's own
-    niceness: int | None = None  # None: the server's
+    group: int = 0  # the client's process group, by which Ray ends a worker and its children; 0: its own group
+    niceness: int | None = None  # None: the niceness of the server
     waits: bool = False  # whether the client waits for the exit status
-    server: str | None = None  # the fork becomes the server of that name, of which there is only one
-    modules: Sequence[str] = ()  # to import
+    server: str | None = None  # name; the fork becomes the only server of this name
+    modules: Sequence[str] = ()  # modules to import
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -97,32 +97,38 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class ForkServer:
-    """Listens at `path` and makes forks. `ours` are the server's own files, which forks close."""
+    """Listens on the socket `path` and makes forks on request.
+
+    `ours` holds the server's own open files, which every fork closes.
+    """
 
     def __init__(self, path: str, ours: ExitStack, *, idle_seconds: float = math.inf) -> None:
         Path(path).unlink(missing_ok=True)
-        mask = os.umask(0o177)  # only its user may ask
+        mask = os.umask(0o177)  # only the server's user may connect
         self._listening = ours.enter_context(socket.socket(socket.AF_UNIX))
         self._listening.bind(path)
         os.umask(mask)
         self._listening.listen(128)
-        # A child's end wakes the wait for requests.
+        # The end of a child process wakes the server while it waits for requests.
         self._woken, waking = (ours.enter_context(end) for end in socket.socketpair())
         for end in (self._woken, waking):
             end.setblocking(False)
         signal.set_wakeup_fd(waking.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._children = set[int]()
-        self._clients: dict[int, socket.socket] = {}  # that wait for the end of a child
-        self._servers: dict[str, int] = {}  # process ids by name
+        self._clients: dict[int, socket.socket] = {}  # clients that wait for the end of a child, by process id
+        self._servers: dict[str, int] = {}  # process ids of servers, by name
         self._imports = deque[Request]()
-        self._obstacle: str | None = None  # why this server must not fork
+        self._obstacle: str | None = None  # the reason why this server must not fork
         self._raylet = int(os.environ.get(RAYLET_VARIABLE, os.getppid()))
         self._idle_seconds, self._last = idle_seconds, time.monotonic()
         self._path = path
 
     def serve(self, modules: Sequence[str]) -> Request | None:
-        """Imports modules and answers requests. Returns the request in each fork, and None when the server ends."""
+        """Imports modules and answers requests until the server ends.
+
+        Returns the request of the fork in each fork, and None in the server.
+        """
         for module in modules:
             importlib.import_module(module)
         self._settle()
@@ -138,9 +144,9 @@ class ForkServer:
         return None
 
     def _settle(self) -> None:
-        """Prepares the memory for forks after imports, and checks that they draw different ids."""
+        """Prepares the server's memory for forks after imports, and checks that forks draw different ids of Ray."""
         gc.collect()
-        gc.freeze()  # the collector must not touch imported objects: that copies pages that forks share
+        gc.freeze()  # the collector must not touch imported objects, as this copies memory pages that forks share
         ray = sys.modules.get("services.forkserver.loaded_ray")
         if ray and ray.has_drawn():
             self._obstacle = "An import has drawn one of Ray's random ids, so the fork server does not fork."
@@ -151,7 +157,10 @@ class ForkServer:
         return time.monotonic() - self._last > self._idle_seconds
 
     def _next(self, seconds: float) -> Request | None:
-        """Waits for a request. Meanwhile reports the end of children, and kills those whose waiting client ended."""
+        """Waits up to `seconds` for a request, and returns None without one.
+
+        Meanwhile reports ended forks to their clients, and kills forks whose waiting client has ended.
+        """
         waiting = [self._listening, self._woken, *self._clients.values()]
         ready, _, _ = select.select(waiting, [], [], seconds)
         if self._woken in ready:
@@ -170,7 +179,7 @@ class ForkServer:
             return None
 
     def _read(self, client: socket.socket) -> Request:
-        """Reads a request. Clients are our own programs, which write a whole request at once."""
+        """Reads a request from a client. Clients are our own programs, which write a whole request at once."""
         client.settimeout(5)
         head, files, _, _ = socket.recv_fds(client, 4, MAX_FILES)
         with client.makefile("rb") as body:
@@ -178,7 +187,7 @@ class ForkServer:
         return Request(**fields, files=files, client=client)
 
     def _import_one(self) -> None:
-        """Imports the next module of the oldest request for imports. Answers the request after its last module."""
+        """Imports the next module of the oldest request for imports. After the last module, answers the request."""
         request = self._imports[0]
         first, *request.modules = request.modules
         try:
@@ -192,7 +201,10 @@ class ForkServer:
             request.client.close()
 
     def _fork(self, request: Request) -> bool:
-        """Makes a fork for the request, if it can. Returns True in the fork, and False in the server."""
+        """Makes a fork for the request, unless a fork is unsafe or the requested server runs already.
+
+        Returns True in the fork, and False in the server.
+        """
         client, running = request.client, self._servers.get(request.server or "")
         obstacle = self._obstacle or _obstacle_now()
         pid = os.fork() if not running and not obstacle else None
@@ -229,14 +241,14 @@ class ForkServer:
 
 
 def _put_in_group(pid: int, group: int) -> None:
-    """Puts a fork into its client's process group, or into its own.
+    """Puts a fork into the process group of its client or, if that fails, into a group of its own.
 
-    It must not stay in the server's group, because Ray would end that group with a worker. The client ends only
-    after its answer, so its group still exists.
+    Ray ends a worker's whole process group with the worker, so the fork must not stay in the server's group. The client
+    ends only after the server's answer, so the client's group still exists here.
     """
     try:
         os.setpgid(pid, group)
-    except OSError:  # the group belongs to another session, as that of a job's driver does
+    except OSError:  # the group belongs to another session, as the group of a job's driver does
         with suppress(OSError):
             os.setpgid(pid, 0)
 
@@ -247,7 +259,7 @@ def _answer(client: socket.socket, number: int) -> None:
 
 
 def become(request: Request) -> NoReturn:
-    """Runs the request's program as if Python had started with it, and ends the process with it."""
+    """Runs the request's command as if Python had been started with the command, and exits with its exit status."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _take_files(request.files, request.descriptors)
@@ -267,7 +279,7 @@ def become(request: Request) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
-    # Ends as Python does, but does not clear all modules, which takes half a second.
+    # This ends the process as Python does, but does not clear all modules, which takes half a second.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -276,8 +288,11 @@ def become(request: Request) -> NoReturn:
 
 
 def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
-    """Gives each file the number that it has in the client. A fork that becomes a server gets no files."""
-    beyond = max((*files, *numbers), default=0) + 1  # first above all numbers, so that no file replaces another
+    """Moves each open file to the descriptor number that the file has in the client.
+
+    Both sequences are empty for a fork that becomes a server.
+    """
+    beyond = max((*files, *numbers), default=0) + 1  # files move first above all numbers, so that none replaces another
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, beyond) for file in files]
     for file in files:
         os.close(file)
@@ -287,7 +302,10 @@ def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
 
 
 def run(command: Sequence[str]) -> None:
-    """Runs a command: a script's path, -m and a module, or -c and a program, then its arguments."""
+    """Runs a Python command in this process.
+
+    The command is a script's path, `-m` and a module, or `-c` and a program, followed by arguments.
+    """
     first, *rest = command
     if first == "-m":
         sys.modules.pop(rest[0], None)
@@ -297,7 +315,7 @@ def run(command: Sequence[str]) -> None:
         sys.path[0], sys.argv = os.getcwd(), ["-c", *rest[1:]]
         exec(rest[0], {"__name__": "__main__"})
     else:
-        # For a worker with its own environment, the script then starts the worker with the Python that is named here.
+        # If a worker has a runtime environment, the script starts the worker with the `py_executable` that is set here.
         launcher = json.dumps(launcher_of(os.environ[VARIABLE]))
         sys.argv = [
             word.replace(f'"py_executable": {json.dumps(sys.executable)}', f'"py_executable": {launcher}')
@@ -308,7 +326,7 @@ def run(command: Sequence[str]) -> None:
 
 
 def _obstacle_now() -> str | None:
-    """Returns why a fork would not be safe now. None: it is safe."""
+    """Returns the reason why a fork of this process would be unsafe now, or None if a fork is safe."""
     names = [Path("/proc/self/task", task, "comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     names.remove(Path("/proc/self/comm").read_text().strip())
     if threads := [name for name in names if name not in THREADS]:
@@ -322,7 +340,7 @@ def _obstacle_now() -> str | None:
 def _target(descriptor: str) -> str:
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:  # the descriptor of the listing
+    except OSError:  # the descriptor of the listing is closed by now
         return ""
 
 

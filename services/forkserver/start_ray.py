@@ -1,4 +1,7 @@
-"""Runs the `ray` command with workers that start as forks: `python -m services.forkserver.start_ray start --head …`."""
+"""Runs the `ray` command so that Ray's workers start as forks of a fork server.
+
+Usage: `python -m services.forkserver.start_ray start --head …`.
+"""
 
 import os
 import shlex
@@ -14,7 +17,10 @@ exec {python} -m services.forkserver.client "$@"
 
 
 def start_workers_as_forks(path: str) -> None:
-    """Starts a fork server, from which Ray, started by this process, forks its workers. It ends with this process."""
+    """Starts a fork server and makes Ray, which this process starts next, run its workers as forks of this server.
+
+    The server ends with this process.
+    """
     launcher = write_launcher(path)
     try:
         start(path, {RAYLET_VARIABLE: str(os.getpid())})
@@ -22,11 +28,14 @@ def start_workers_as_forks(path: str) -> None:
     except OSError as error:
         sys.stderr.write(f"The fork server did not start ({error}); workers do all imports themselves.\n")
         return
-    sys.executable = launcher  # with which Ray starts its processes
+    sys.executable = launcher  # Ray starts its processes with this program
 
 
 def write_launcher(path: str) -> str:
-    """Writes a program that acts as Python and asks the server at `path`. Returns its path."""
+    """Writes the program that Ray starts in place of Python and that asks the server at `path` for a fork.
+
+    Returns the program's path.
+    """
     launcher = Path(launcher_of(path))
     launcher.write_text(LAUNCHER.format(python=shlex.quote(sys.executable)))
     launcher.chmod(0o700)

@@ -1,1 +1,1 @@
-"""The embedded stack: PostgreSQL and a Ray head on this machine, for `raydpo up`."""
+"""Runs PostgreSQL and a Ray head node on this machine for `raydpo up`."""

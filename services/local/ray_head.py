@@ -1,7 +1,7 @@
-"""Runs a Ray head on this machine. It outlives the process that started it, and stopping it ends all its processes.
+"""Runs a Ray head node on this machine. The head outlives the process that started it, until `stop_ray` ends the head.
 
-Every process of the cluster inherits a random mark in its environment. A process with the mark is ours,
-even if it has detached itself; no other process is ever touched.
+Every process of the head inherits a random mark in its environment. A process with the mark belongs to the head, even
+if the process has detached itself. Processes without the mark are never touched.
 """
 
 import getpass
@@ -34,10 +34,13 @@ STOP_SECONDS = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class RayHead:
-    """A head as `stack.json` records it. The file is written before the first process starts, so that none is lost."""
+    """The data of a Ray head in `stack.json`.
+
+    The file is written before the head's first process starts, so that every process can be found and stopped.
+    """
 
     mark: str
-    folder: str  # sockets, logs and spilled objects; short, because a socket's path holds at most 107 bytes
+    folder: str  # of sockets, logs and spilled objects; short, because a socket's path holds at most 107 bytes
     dashboard_port: int
     agent_port: int
     serve_port: int
@@ -50,7 +53,10 @@ class RayHead:
 
 
 def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> RayHead:
-    """Starts a head, or adopts the one that `home` records if it still answers."""
+    """Starts a Ray head and records it in `home`, or adopts the recorded head if that still answers.
+
+    Returns the head.
+    """
     recorded = _read(home)
     if recorded and _adoptable(recorded, token_file):
         say(f"Ray is running already at {recorded.url}")
@@ -90,12 +96,15 @@ def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> Ra
 
 
 def stop_ray(home: Path) -> None:
-    """Stops the head that `home` records with everything it started, adopted or not. Its last logs stay in `home`."""
+    """Stops the Ray head that is recorded in `home`, adopted or not, and every process that the head started.
+
+    The head's last logs stay in `home`.
+    """
     head = _read(home)
     if head is None:
         return
     _terminate([process for process in _marked(head.mark) if "--head" in process.cmdline()], STOP_SECONDS)
-    for _ in range(5):  # a process may start another while we look
+    for _ in range(5):  # a process may start another one during the search
         remaining = _marked(head.mark)
         if not remaining:
             break
@@ -124,8 +133,8 @@ def _command(head: RayHead, ports: list[int]) -> list[str]:
         "object-manager-port": object_manager,
         "min-worker-port": 0,  # 0: any free port
         "max-worker-port": 0,
-        "temp-dir": f"{head.folder}/ray",  # Ray opens it to all users; only we may enter the folder around it
-        # Logical: drivers, trainers and replicas are scheduled together and share the real cores.
+        "temp-dir": f"{head.folder}/ray",  # Ray opens this folder to all users; only its owner may enter the parent
+        # Logical CPUs: drivers, trainers and replicas are scheduled together and share the real cores.
         "num-cpus": max(8, 4 * (os.cpu_count() or 1)),
         "object-store-memory": min(max(memory // 16, 2**29), 2**33),
     }
@@ -139,13 +148,13 @@ def _environment(head: RayHead, token_file: Path, ports: list[int]) -> dict[str,
     return inherited | {
         MARK: head.mark,
         forkserver.VARIABLE: f"{head.folder}/fork.sock",
-        "SPT_NOENV": "1",  # workers rename themselves; without this the new name overwrites the mark
+        "SPT_NOENV": "1",  # workers rename themselves; otherwise the new name overwrites the mark
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "TMPDIR": head.folder,  # files that killed processes leave behind are removed with the folder
         "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",  # keeps compiled code
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray swaps 127.0.0.1 for an address others can reach
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray replaces 127.0.0.1 by an address of the network
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else, under `uv run`, jobs would pack the caller's folder
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # one node has nowhere to drain to
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -159,7 +168,7 @@ def _adoptable(head: RayHead, token_file: Path) -> bool:
 
 
 def _answers(head: RayHead, token_file: Path) -> bool:
-    """Whether jobs can be submitted: the dashboard and the agent beside the raylet answer."""
+    """Whether jobs can be submitted to the head: its dashboard and its agent both answer."""
     headers = {"Authorization": f"Bearer {token_file.read_text()}"}
     probes = [f"{head.url}/api/jobs/", f"http://127.0.0.1:{head.agent_port}/api/local_raylet_healthz"]
     try:
@@ -174,13 +183,13 @@ def _marked(mark: str) -> list[psutil.Process]:
         try:
             if process.environ().get(MARK) == mark:
                 marked.append(process)
-        except (psutil.Error, OSError):  # gone, or another user's
+        except (psutil.Error, OSError):  # the process has ended, or belongs to another user
             continue
     return marked
 
 
 def _terminate(processes: list[psutil.Process], seconds: float) -> None:
-    """Ends the processes with SIGTERM, and after `seconds` the rest with SIGKILL."""
+    """Ends the processes with SIGTERM and, after `seconds`, those that are left with SIGKILL."""
     for send in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             try:
@@ -191,7 +200,10 @@ def _terminate(processes: list[psutil.Process], seconds: float) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Returns free ports below the range that systems assign by themselves, so that no other process gets one."""
+    """Returns `count` free ports.
+
+    The ports are below the range from which operating systems assign ports, so that no other process gets one.
+    """
     ports: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1_000):
         with socket.socket() as probe, suppress(OSError):
@@ -221,7 +233,7 @@ def _keep_logs(folder: Path, target: Path) -> None:
     if logs.is_dir():
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(logs, target)
-        target.chmod(0o700)  # Ray opens it to all users
+        target.chmod(0o700)  # Ray opens the folder to all users
 
 
 def _tail(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""Runs a database and a Ray cluster for the control plane on one machine, in one home folder."""
+"""Runs PostgreSQL and a Ray cluster for the control plane on one machine, with all data in one home folder."""
 
 import fcntl
 import os
@@ -13,12 +13,15 @@ from services.local.errors import StackError
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The addresses of the database and the cluster. Parts that the caller provides are neither started nor stopped."""
+    """The addresses of the control plane's database and Ray cluster.
+
+    A database or cluster that the caller provides is neither started nor stopped.
+    """
 
     database_url: str
     ray_url: str
     ray_token_file: Path | None  # None: the caller provides the cluster
-    serve_url: str | None  # None: the caller's cluster reports it
+    serve_url: str | None  # None: the caller's cluster reports the URL
 
 
 @contextmanager
@@ -29,14 +32,15 @@ def running_stack(
     database_url: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Stack]:
-    """Starts the stack of `home`, or adopts the parts that a killed process left running. Stops all of it at the end.
+    """Starts PostgreSQL and Ray in the folder `home`, and stops both at the end of the block.
 
-    `ray_address` (the dashboard of a running cluster) and `database_url` replace the embedded parts.
+    Adopts a server that a killed process left running. `database_url` names a database to use in place of PostgreSQL,
+    `ray_address` the dashboard of a running cluster to use in place of Ray.
     """
     home = home.expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(home), ExitStack() as stops:
-        # Imported only if they are started: the control plane's image has neither.
+        # Imported only if needed, because the control plane's image has neither PostgreSQL nor Ray.
         if database_url is None:
             from services.local.postgres import start_postgres, stop_postgres
 
@@ -48,14 +52,14 @@ def running_stack(
         from services.local.ray_head import start_ray, stop_ray
 
         token_file = write_secret(home / "ray.token", secrets.token_hex(32))
-        stops.callback(stop_ray, home)  # before the start, which may be interrupted halfway
+        stops.callback(stop_ray, home)  # registered before the start, because the start may be interrupted
         head = start_ray(home, token_file, say=say)
         serve_url = f"http://127.0.0.1:{head.serve_port}"
         yield Stack(database_url=database_url, ray_url=head.url, ray_token_file=token_file, serve_url=serve_url)
 
 
 def write_secret(file: Path, secret: str) -> Path:
-    """Writes `secret` to `file`, which only its owner can read. An existing file stays as it is."""
+    """Writes `secret` to `file`, which only the file's owner can read. Does not change an existing file."""
     beside = file.with_name(f".{file.name}")
     beside.unlink(missing_ok=True)
     if not file.exists():
@@ -67,7 +71,7 @@ def write_secret(file: Path, secret: str) -> Path:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    with (home / "lock").open("a+") as lock:  # the kernel releases it with the process, however that ends
+    with (home / "lock").open("a+") as lock:  # the kernel releases the lock when the process ends in any way
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

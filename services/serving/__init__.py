@@ -1,1 +1,1 @@
-"""The code that runs in Ray Serve: one vLLM application per model, which answers requests and scores completions."""
+"""Runs models in Ray Serve: one vLLM application per model, which answers requests and scores completions."""

@@ -1,7 +1,7 @@
-"""The Ray Serve application of one model: what a replica reserves on the cluster, and the requests that it answers.
+"""Defines the Ray Serve application of one model: the resources of a replica, and the requests that a replica answers.
 
-Serve builds an application in a separate process before a replica starts. Importing vLLM takes
-ten seconds and 700 MB, so only the replica imports it.
+Serve builds an application in a separate process before a replica starts. Importing vLLM takes ten seconds and 700 MB,
+so only the replica imports vLLM.
 """
 
 import asyncio
@@ -33,14 +33,17 @@ IMPORTS = (POLICY, "vllm.v1.engine.core", "vllm.entrypoints.openai.api_server", 
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Builds a model's application. Serve calls this by its import path; `args` are the fields of a `Deployment`."""
+    """Returns the Ray Serve application of a model.
+
+    Serve calls this function by its import path; `args` are the fields of a `Deployment`.
+    """
     deployment = Deployment.model_validate(args)
-    preload(ray.get_runtime_context().get_job_id(), IMPORTS, wait=True)  # for the replica, and its engine's process
+    preload(ray.get_runtime_context().get_job_id(), IMPORTS, wait=True)  # the replica and its engine need them
     options = {
         "name": "policy",
         "ray_actor_options": {"num_cpus": 1},
         "placement_group_bundles": _bundles(deployment.num_gpus),
-        # All on one node: the replica fetches the weights that the workers on the GPUs read.
+        # All bundles are on one node: the replica fetches the weights, and the workers on the GPUs read them.
         "placement_group_strategy": "STRICT_PACK",
         "max_ongoing_requests": 256,  # the engine has its own queue
         "health_check_period_s": 3,  # after three failures a dead engine is replaced
@@ -50,7 +53,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _bundles(num_gpus: float) -> list[dict[str, float]]:
-    """Returns what one replica reserves: a CPU for itself, and a GPU for each worker of its engine."""
+    """Returns the resources that a replica reserves: one CPU for itself, and one GPU for each worker of its engine."""
     if num_gpus == 0:
         return [{"CPU": 1}]
     if num_gpus > 1 and num_gpus % 1:
@@ -60,13 +63,19 @@ def _bundles(num_gpus: float) -> list[dict[str, float]]:
 
 @serve.ingress()
 class Policy:
-    """A replica. It answers OpenAI's routes over HTTP, and `score` through the application's handle."""
+    """A replica of a model.
+
+    It answers OpenAI's routes over HTTP, and `score` and `token_logps` through Serve's handle.
+    """
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Starts the engine and returns its HTTP server. The replica is ready when this returns."""
+        """Starts the vLLM engine and returns the engine's HTTP server.
+
+        The replica is ready when this method returns.
+        """
         _import_policy()
         source = await asyncio.to_thread(_local, self._deployment)
         from services.serving import policy
@@ -80,21 +89,21 @@ class Policy:
     async def score(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> list[Score]:
-        """Returns the log-probability of each completion after its own prompt, summed over its tokens."""
+        """Returns the log-probability of each completion given its prompt, summed over the completion's tokens."""
         return await self._server.reference.score(prompt_ids, completion_ids, others)
 
     async def token_logps(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> list[list[float]]:
-        """Returns the log-probability of each token of each completion."""
+        """Returns the log-probability of each token of each completion, given the completion's prompt."""
         return await self._server.reference.token_logps(prompt_ids, completion_ids, others)
 
 
 def _import_policy() -> None:
-    """Imports the engine, up to three times.
+    """Imports the module of the vLLM engine, in at most IMPORT_TRIES tries.
 
-    On import, Ray registers connectors for the whole cluster. If two replicas do so at once, one fails; when it
-    tries again, the connectors are registered already.
+    On import, Ray registers connectors for the whole cluster. If two replicas import the module at the same time, one
+    import fails. At the next try, the connectors are registered already.
     """
     for tries_left in reversed(range(IMPORT_TRIES)):
         try:
@@ -107,9 +116,10 @@ def _import_policy() -> None:
 
 
 def _local(deployment: Deployment) -> str:
-    """Returns the folder of the weights on this node, or the hub id if the source is one. It merges an adapter.
+    """Returns the local folder of the deployment's weights, or the source itself if it is a hub id.
 
-    It checks the files, because Serve's status does not say why an engine failed to load them.
+    An adapter is merged into its base model. Raises FileNotFoundError or ValueError for missing or damaged files,
+    because Serve's status does not say why an engine failed to load files.
     """
     source = deployment.source
     folder = storage.fetch(source)
@@ -132,7 +142,10 @@ def _local(deployment: Deployment) -> str:
 
 
 def _merged(adapter: Path, dtype: str) -> Path:
-    """The adapter and its base as one model, in a folder that lives as long as this process."""
+    """Returns the folder of the adapter and its base merged to one model.
+
+    The folder is deleted when this process ends.
+    """
     from dpo_core.models.model import merge_adapter
 
     base = storage.fetch(base_of(adapter))

@@ -1,17 +1,17 @@
-"""Runs a model on CPUs in the process of its engine."""
+"""Runs a model on CPUs in the same process as the scheduler of its vLLM engine."""
 
 import torch._dynamo.config
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
 class ExecutorOnCpus(UniProcExecutor):  # type: ignore[misc]
-    """vLLM's scheduler and worker in one process, which compiles nothing.
+    """Runs vLLM's scheduler and worker in one process, and compiles nothing.
 
-    By default they are two processes, and each takes 10 s and 700 MB to start. Compiling the sampler would delay the
-    first request by 15 s.
+    By default, scheduler and worker are two processes, and each takes 10 s and 700 MB to start. Compiling the sampler
+    would delay the first request by 15 s.
     """
 
     def _init_executor(self) -> None:
-        # The environment variable would be too late: a fork has imported torch already.
+        # The environment variable would have no effect, because a fork has imported torch already.
         torch._dynamo.config.disable = True
         super()._init_executor()

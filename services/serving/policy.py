@@ -1,4 +1,4 @@
-"""Sets up the vLLM engine of a policy on CPUs or GPUs. Only replicas import this module."""
+"""Starts the vLLM engine of a served model on CPUs or GPUs. Only replicas of Ray Serve import this module."""
 
 import os
 from typing import Any
@@ -16,30 +16,33 @@ from services.serving.reference import Reference
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 
-# Tokens of one engine step. Scoring holds their logits in float32, 2 GB with a vocabulary of 128k, which vLLM's
-# memory profile does not count.
+# Most tokens of one engine step. Scoring holds the logits of these tokens in float32, 2 GB with a vocabulary of 128k,
+# which vLLM's memory profile does not count.
 MAX_NUM_BATCHED_TOKENS = 2048
 
 
 class PolicyServer(LLMServer):  # type: ignore[misc]
-    """A server with one engine that generates and scores."""
+    """Ray's LLM server with one vLLM engine, which generates text and scores completions."""
 
     reference: Reference
 
     async def _start_engine(self) -> None:
-        """Starts the engine alone. The base class also starts an actor of 400 MB for Ray's usage statistics."""
+        """Starts only the engine. The base class also starts an actor of 400 MB for Ray's usage statistics."""
         await self.engine.start()
         self.reference = Reference(self.engine._engine_client, max_tokens_in_flight=2 * MAX_NUM_BATCHED_TOKENS)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns vLLM's own server without the routes that control the engine."""
+        """Returns vLLM's HTTP server with the paths in ROUTES only, without the paths that control the engine."""
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
         return app
 
 
 class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
-    """An engine that runs in `ExecutorOnCpus`. LLMServer takes an engine class, but its base has no public name."""
+    """A vLLM engine that runs in `ExecutorOnCpus`.
+
+    LLMServer accepts an engine class, but Ray has no public name for the base of such classes.
+    """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         vllm_engine_config.parallel_config.distributed_executor_backend = ExecutorOnCpus
@@ -47,14 +50,14 @@ class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
 
 
 async def start(deployment: Deployment, source: str) -> PolicyServer:
-    """Starts a server for the deployment. `source` is a local folder or a hub id."""
+    """Starts the server of the deployment. `source` is a local folder or a hub id."""
     on_cpus = deployment.num_gpus == 0
     hardware, engine_kwargs = _cpus() if on_cpus else _gpus(deployment.num_gpus)
     config = LLMConfig(
         model_loading_config={"model_id": deployment.model_id, "model_source": source},
         engine_kwargs={
             "dtype": deployment.dtype,
-            "max_model_len": deployment.max_model_len or -1,  # -1: the model's limit, or what the cache can hold
+            "max_model_len": deployment.max_model_len or -1,  # -1: the limit of the model or the cache
             "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
             "enable_prefix_caching": False,
             "load_format": "safetensors",
@@ -71,11 +74,14 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
 
 
 def _cpus() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns settings of LLMConfig and of vLLM, and sets the environment that the engine's process inherits."""
+    """Returns the settings of LLMConfig and of vLLM for CPUs.
+
+    Sets the environment variables that the engine's process inherits.
+    """
     node_id = ray.get_runtime_context().get_node_id()
     reserved = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
-    # Ray gives an actor as many threads as it reserves CPUs, here one. Threads that wait must not spin while others
-    # train.
+    # Ray gives an actor one thread for each CPU that it reserves, here one. Waiting threads must not spin while other
+    # processes train.
     os.environ["OMP_NUM_THREADS"] = str(max(1, min(os.cpu_count() or 1, int(reserved))))
     os.environ["OMP_WAIT_POLICY"] = "passive"
     engine_kwargs = {"enforce_eager": True, "max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30}
@@ -83,10 +89,10 @@ def _cpus() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _gpus(num_gpus: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns settings of LLMConfig and of vLLM: one worker per GPU, or one worker on a share of a GPU."""
+    """Returns the settings of LLMConfig and of vLLM for GPUs: one worker per GPU, or one worker on a share of a GPU."""
     share = min(num_gpus, 1)
     engine_kwargs = {
         "tensor_parallel_size": max(1, int(num_gpus)),
-        "gpu_memory_utilization": 0.85 * share,  # the rest is for scoring's logits
+        "gpu_memory_utilization": 0.85 * share,  # the rest is for the logits of scoring
     }
     return {"placement_group_config": {"bundle_per_worker": {"GPU": share}}}, engine_kwargs

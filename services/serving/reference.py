@@ -1,4 +1,4 @@
-"""Scores given completions with the model of an engine."""
+"""Computes the log-probabilities of given completions with the model of a vLLM engine."""
 
 import asyncio
 import math
@@ -18,10 +18,10 @@ CERTAIN = 1e9  # a bias that outweighs every logit
 
 
 class Reference:
-    """Scores rows with an engine that also answers users' requests.
+    """Computes the log-probabilities of completions with an engine that also answers users' requests.
 
-    All calls together keep at most `max_tokens_in_flight` tokens in the engine, so that a user's request
-    never waits for more than these.
+    All calls together keep at most `max_tokens_in_flight` tokens in the engine, so that a user's request never waits
+    for more tokens.
     """
 
     def __init__(self, engine: EngineClient, *, max_tokens_in_flight: int) -> None:
@@ -33,17 +33,17 @@ class Reference:
     async def score(
         self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
     ) -> list[Score]:
-        """Returns the log-probability of each completion: the sum of what `token_logps` returns."""
+        """Returns the log-probability of each completion: the sum over the tokens that `token_logps` returns."""
         rows = await self.token_logps(prompt_ids, completion_ids, others)
         return [Score(math.fsum(row), len(row)) for row in rows]
 
     async def token_logps(
         self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
     ) -> list[list[float]]:
-        """Returns the log-probabilities, in nats, of each completion's tokens after its own prompt.
+        """Returns the log-probabilities, in nats, of each completion's tokens given the completion's prompt.
 
-        A prompt and its completion together have at most the model's length. Tokens in a row's spans [start, stop)
-        of `others` are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the
+        A prompt and its completion together must not be longer than the model's limit. Tokens in a row's spans [start,
+        stop) of `others` are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the
         engine has died.
         """
         if len(prompt_ids) != len(completion_ids):
@@ -53,7 +53,7 @@ class Reference:
             self._check(index, *row)
         tasks = []
         try:
-            async with asyncio.TaskGroup() as group:  # if it is cancelled or fails, its rows leave the engine
+            async with asyncio.TaskGroup() as group:  # if the group is cancelled or fails, its rows leave the engine
                 for prompt, completion in rows:
                     num_tokens = len(prompt) + len(completion)
                     await self._reserve(num_tokens)
@@ -62,7 +62,7 @@ class Reference:
         except ExceptionGroup as errors:
             if errors.subgroup(EngineDeadError) is None:
                 raise
-            # Not vLLM's own error: the driver would have to import vLLM to receive it.
+            # vLLM's own error is replaced, because the driver would have to import vLLM to receive it.
             raise ConnectionError("The engine has died and is replaced; send the rows again in a minute.") from None
         logps = [task.result() for task in tasks]
         return [_without(spans, row) for spans, row in zip(others, logps, strict=True)] if others else logps
@@ -88,10 +88,10 @@ class Reference:
         self._released.set()
 
     async def _score_row(self, prompt: list[int], completion: list[int]) -> list[float]:
-        """Returns the log-probabilities of a completion's tokens.
+        """Returns the log-probabilities of one completion's tokens. vLLM has to generate at least one token.
 
-        vLLM has to generate a token. A bias makes it generate the completion's last one, so that the row needs no
-        room beyond its own length. vLLM reports the log-probabilities before the bias.
+        A bias makes vLLM generate the completion's last token, so that the row takes no more tokens than its own. vLLM
+        reports the log-probabilities before the bias is added.
         """
         *head, last = completion
         params = SamplingParams(

@@ -1,1 +1,1 @@
-"""The code that runs in a Ray job: one driver, Ray Data tasks, and Ray Train workers."""
+"""Trains models in Ray jobs: a driver process prepares the data in Ray tasks and starts Ray Train's workers."""

@@ -1,6 +1,6 @@
-"""Reports how a training file would be encoded: `python -m services.training.check_program <request uri>`.
+"""Checks how a training file would be encoded: `python -m services.training.check_program <request uri>`.
 
-The command `raydpo data check` does the same without a cluster.
+The command `raydpo data check` makes the same check without a cluster.
 """
 
 import logging
@@ -28,21 +28,24 @@ Result = TypeVar("Result", bound=Contract)
 
 
 class Tokens(EncodingReport):
-    """The report of encoding a file, with the limit that applied."""
+    """The report on encoding a training file, with the token limit and the truncation that were used."""
 
-    limit: int  # tokens that a group may have: max_length, or the model's positions if they are fewer
+    limit: int  # most tokens of a group: max_length, or the model's positions if they are fewer
     truncation: Truncation
 
 
 class Check(Contract):
-    """The result of checking a file."""
+    """The result of checking a training file."""
 
     tokens: Tokens
-    preview: tuple[Preview, ...]  # rows spread over the file
+    preview: tuple[Preview, ...]  # some rows, spread over the file
 
 
 class CallEach(Protocol):
-    """A function that calls `work` on each item and yields the results. Place and order of the calls are free."""
+    """A function that calls `work` on each item and yields the results.
+
+    The calls may be made in any process and any order.
+    """
 
     def __call__(
         self, work: Callable[[Item], Result], items: Sequence[Item], result: type[Result]
@@ -50,13 +53,14 @@ class CallEach(Protocol):
 
 
 def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[Result]) -> Iterator[Result]:
-    """Calls `work` on each item in this process, one after the other."""
+    """Calls `work` on each item in this process, one after the other, and yields the results."""
     return map(work, items)
 
 
 def check(recipe: Recipe, folder_uri: str, each: CallEach) -> Check:
-    """Checks a training file. `folder_uri` is for the unpacked lines of a compressed file.
+    """Checks the training file of a recipe and returns the result.
 
+    `folder_uri` is the folder for the unpacked lines of a compressed file. `each` makes the calls that encode the file.
     Raises JobFailed for a file or model that cannot be used.
     """
     uri = unpacked(recipe.training_uri, storage.join(folder_uri, "training.jsonl"))
@@ -80,7 +84,7 @@ def _check(plain: Recipe, each: CallEach) -> Check:
 def _encode(recipe: Recipe, piece: Piece) -> Encoded:
     try:
         load(recipe.model_source)
-    except Exception as error:  # whatever is wrong with the model, the user sees it
+    except Exception as error:  # the user sees every error of the model
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         failed = Failed(code="invalid_model", message=f"The model cannot be used: {reason}", param="model")
         return Encoded(piece=piece.number, report=EncodingReport(), refused=(piece.first_line, failed))
@@ -88,7 +92,7 @@ def _encode(recipe: Recipe, piece: Piece) -> Encoded:
 
 
 def main(request_uri: str) -> None:
-    import ray  # not at the top, because `raydpo data check` works without it
+    import ray  # not at the top, because `raydpo data check` works without Ray
 
     from services.training.data.tasks import in_tasks
 
@@ -100,7 +104,10 @@ def main(request_uri: str) -> None:
 
 
 def answer(request: CheckRequest, each: CallEach) -> CheckResult:
-    """Runs the check. A file or model that cannot be used becomes the result's error."""
+    """Returns the result of the requested check.
+
+    A file or model that cannot be used becomes the error of the result.
+    """
     try:
         report = check(request.recipe, request.folder_uri, each).model_dump(mode="json")
         return CheckResult(finished_at=time.time(), report=report)

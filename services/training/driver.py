@@ -1,8 +1,8 @@
-"""Runs one attempt of a job, from its spec to the exported policy: `python -m services.training.driver <spec uri>`.
+"""Runs one attempt of a job, from reading its spec to exporting the trained model.
 
-Exit status: 0 after Succeeded, 1 after Failed, 3 if a later attempt has taken over, 4 after Paused, 5 if the
-user cancelled. An attempt that ends in another way logs a traceback and reports Died, if it still can; the next
-attempt resumes from the last checkpoint.
+Usage: `python -m services.training.driver <spec uri>`. Exit status: 0 after Succeeded, 1 after Failed, 3 if a later
+attempt has taken over, 4 after Paused, 5 if the user cancelled. An attempt that ends in another way logs a traceback
+and reports Died, if the attempt still can; the next attempt resumes from the last checkpoint.
 """
 
 import importlib
@@ -63,12 +63,12 @@ WORKERS_IMPORT = (
     "services.training.run.worker",
 )
 CLOSE_SECONDS = 30.0
-WORKER_FAILURES = 3  # that one attempt survives; new workers resume from the last checkpoint
+WORKER_FAILURES = 3  # most failures of workers in one attempt; new workers resume from the last checkpoint
 
 
 def main(spec_uri: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL, and some are signed
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs each URL, and some URLs are signed
     written = storage.read_bytes(spec_uri)
     try:
         spec = read_spec(written)
@@ -77,7 +77,7 @@ def main(spec_uri: str) -> int:
     keep_logs(spec.run_uri, spec.attempt, "driver")
     _hide_environment_from_workers()
     ray.init(address="auto", logging_level=logging.WARNING, runtime_env=_runtime_env())
-    _in_thread(lambda: importlib.import_module(TRAINER))  # takes two seconds, while the file is encoded
+    _in_thread(lambda: importlib.import_module(TRAINER))  # the import takes two seconds, while the file is encoded
     reporter = _start_reporter(spec, os.environ[TOKEN_VARIABLE])
     preload(ray.get_runtime_context().get_job_id(), WORKERS_IMPORT)
     followers = actors.start(spec, reporter)
@@ -99,7 +99,10 @@ def main(spec_uri: str) -> int:
 
 
 def read_spec(written: bytes) -> AttemptSpec:
-    """Parses the attempt's spec. Raises JobFailed if another release wrote it and this one cannot read it."""
+    """Returns the attempt's spec from JSON.
+
+    Raises JobFailed if another release wrote the spec and this release cannot read it.
+    """
     wire = AttemptAddress.model_validate_json(written).wire
     try:
         if wire <= WIRE:
@@ -115,7 +118,10 @@ def read_spec(written: bytes) -> AttemptSpec:
 
 
 def refuse(address: AttemptAddress, report: Failed) -> int:
-    """Reports why this driver does not run the attempt. Returns the exit status."""
+    """Reports to the control plane the reason why this driver does not run the attempt.
+
+    Returns the driver's exit status.
+    """
     reporter = Reporter(address, os.environ[TOKEN_VARIABLE])
     reporter.report(report)
     reporter.close(CLOSE_SECONDS)
@@ -124,7 +130,10 @@ def refuse(address: AttemptAddress, report: Failed) -> int:
 
 
 def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Prepares the data, trains and exports. Failures that only the user can fix are returned."""
+    """Prepares the data, trains, and exports the trained model. Returns the attempt's last report.
+
+    A failure that only the user can fix is returned as Failed and not raised.
+    """
     try:
         return _run(spec, reporter)
     except JobFailed as failure:
@@ -133,7 +142,10 @@ def run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
-    """Training begins when its data are prepared, or earlier, with the first part of a stream."""
+    """Prepares the data, trains, and exports the trained model.
+
+    Training begins when all data are prepared, or earlier, when the first part of a stream is encoded.
+    """
 
     def report(report: Report) -> None:
         ray.get(reporter.report.remote(report))
@@ -145,7 +157,7 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
     training = _in_thread(lambda: _train(spec, source, reporter))
     wait((preparing, training), return_when=FIRST_COMPLETED)
     if preparing.done():
-        preparing.result()  # raises what ended it, which ends training, too
+        preparing.result()  # raises the error of the preparation, which ends training, too
     trained: Succeeded | Failed | Paused = training.result()
     if not isinstance(trained, Succeeded):
         return trained
@@ -157,7 +169,10 @@ def _run(spec: AttemptSpec, reporter: Any) -> Succeeded | Failed | Paused:
 
 
 def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Future[Stream]") -> Prepared:
-    """Prepares the data. If training can begin before the end, sets `stream`."""
+    """Returns the prepared data.
+
+    If training can begin before all data are prepared, sets the future `stream` to a stream of the data.
+    """
 
     def try_once() -> Prepared:
         if stream.done():
@@ -183,9 +198,10 @@ def _train(spec: AttemptSpec, source: Prepared | Stream, reporter: Any) -> Succe
 def train(
     spec: AttemptSpec, data: Data, validation: Dataset | Stream | None, reporter: Any
 ) -> Succeeded | Failed | Paused:
-    """Runs the workers, and returns what they end with: on success, the last checkpoint's policy.
+    """Runs the training workers and returns the attempt's last report.
 
-    Workers publish checkpoints themselves, so the folder that Ray Train stores is temporary.
+    On success, the report has the URI of the trained model. Workers publish checkpoints themselves, so the folder in
+    which Ray Train stores files is temporary.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
@@ -215,7 +231,7 @@ def train(
 
 
 def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
-    """Copies the trained policy to the job's `export` folder."""
+    """Copies the trained model to the job's `export` folder, and returns the report with the model's new URI."""
     uri = storage.join(spec.run_uri, "export")
     with tempfile.TemporaryDirectory(prefix="raydpo-driver-") as folder:
         storage.publish(storage.fetch(trained.model_uri, cache=Path(folder)), uri)
@@ -223,7 +239,7 @@ def export(spec: AttemptSpec, trained: Succeeded) -> Succeeded:
 
 
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Starts `work` in a daemon thread, which ends with the process. The future holds its result."""
+    """Calls `work` in a daemon thread, which ends with the process. Returns a future of the result."""
     future = Future[Any]()
 
     def run() -> None:
@@ -237,22 +253,28 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
 
 def _hide_environment_from_workers() -> None:
-    """Hides the driver's environment from workers: it holds the attempt's token, and would slow their start."""
+    """Hides the driver's environment variables from workers.
+
+    The variables hold the attempt's token, and would slow the start of workers.
+    """
     if config := os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR):
         without_environment = {key: value for key, value in json.loads(config).items() if key != "runtime_env"}
         os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = json.dumps(without_environment)
 
 
 def _runtime_env() -> dict[str, Any] | None:
-    """Returns the environment of every process that this attempt starts. Forks inherit theirs from the fork server."""
+    """Returns Ray's runtime environment for every process that this attempt starts.
+
+    The result is None on a node with a fork server, because forks inherit the server's environment.
+    """
     if forkserver.VARIABLE in os.environ:
         return None
-    # Otherwise OpenMP's threads spin while they wait: a step takes 25 times longer on a busy machine.
+    # Otherwise OpenMP's waiting threads spin, and a training step takes 25 times longer on a busy machine.
     return {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
 def _start_reporter(spec: AttemptSpec, token: str) -> Any:
-    """Starts the actor that reports. It ends with the driver."""
+    """Starts the Ray actor that sends the attempt's reports, and returns its handle. The actor ends with the driver."""
     reporter = local_actor(Reporter, concurrency_groups={WATCH: 1}).remote(spec, token)
     ray.get(reporter.flush.remote())
     return reporter

@@ -7,6 +7,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def local_actor(kind: type, **options: Any) -> Any:
-    """Returns `kind` as a Ray actor class. Its actors run on this node and claim no CPU; `options` are Ray's."""
+    """Returns the class `kind` as a Ray actor class. Its actors run on this process's node and reserve no CPU.
+
+    `options` are passed to `ray.remote`.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(kind)

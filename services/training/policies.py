@@ -1,4 +1,4 @@
-"""Loads the model that a job trains, and its reference. A model that cannot be trained fails the job."""
+"""Loads the model that a job trains, and the job's reference model. A model that cannot be trained fails the job."""
 
 import functools
 from collections.abc import Iterator
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
-    """Loads the start of the job, ready to train: all weights, a new adapter, or the adapter that it starts from.
+    """Loads the model that the job starts from, ready to train.
 
-    Raises JobFailed for a model that transformers does not know, or that cannot be trained as it is.
+    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. Raises
+    JobFailed for a model that transformers does not know or that cannot be trained.
     """
     adapter = spec.weights.adapter
     with unusable_models_fail_the_job():
@@ -32,13 +33,16 @@ def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
 
 
 def load_reference(source: str, weights: Weights, device: "torch.device") -> "PreTrainedModel":
-    """A model, or an adapter on its base, that nothing is trained of. Raises JobFailed as `load_policy` does."""
-    # Imported here because it takes eight seconds of a core, and the driver works without it.
+    """Loads the reference model, a full model or an adapter on its base, with all weights frozen.
+
+    Raises JobFailed for a model that cannot be used.
+    """
+    # The import is here, because it takes eight CPU seconds and the driver works without it.
     from dpo_core.models import model
 
     with unusable_models_fail_the_job():
         folder, base = fetch(source)
-        # A new adapter changes nothing; a base is quantized beneath an adapter only.
+        # A new adapter changes no output, but a base model is quantized only beneath an adapter.
         adapter = folder if base else weights.adapter if weights.quantization else None
         reference = model.load_policy(
             base or folder,
@@ -52,20 +56,26 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
 
 
 def fetch(source: str) -> tuple[Path, Path | None]:
-    """A model as a local folder, and that of its base if it is an adapter. Hub ids stay what they are."""
+    """Returns the local folder of a model, and the local folder of its base if the model is an adapter, else None.
+
+    A hub id is returned unchanged, as a path.
+    """
     folder, base = storage.fetch(source), base_of(source)
     return folder, None if base == source else storage.fetch(base)
 
 
 def base_of(source: str) -> str:
-    """Where the base of an adapter is, or the model itself: storage URI, local folder or hub id."""
+    """Returns the source of an adapter's base model, or `source` itself for any other model.
+
+    A source is a storage URI, a local folder or a hub id.
+    """
     folder = storage.fetch(source)
     return adapter_folder.base_of(folder) if adapter_folder.is_adapter(folder) else source
 
 
 @contextmanager
 def unusable_models_fail_the_job() -> Iterator[None]:
-    """Turns UnusableModel, which loading a model or its first forward may raise in the block, into JobFailed."""
+    """Raises JobFailed if the block raises UnusableModel, as loading a model or its first forward pass may do."""
     from dpo_core.models.architecture import UnusableModel
 
     try:
@@ -97,7 +107,10 @@ def _merged(adapter: Path, base: Path, precision: Precision, device: "torch.devi
 
 
 def _named(policy: "PreTrainedModel", source: str) -> "PreTrainedModel":
-    """Makes the adapter's folders name the base by where it is for everybody, and not by this node's copy of it."""
+    """Sets the name of the base model in the adapter's config to `source`, which is valid on every node.
+
+    The name would otherwise be the path of this node's copy.
+    """
     for config in getattr(policy, "peft_config", {}).values():
         config.base_model_name_or_path = source
     return policy

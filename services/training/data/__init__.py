@@ -1,1 +1,1 @@
-"""Encodes rows as token ids, stores them, and reads them in batches for every step."""
+"""Encodes training rows as token ids, stores the ids, and reads them in batches for every step."""

@@ -1,7 +1,7 @@
-"""Caches prepared data by content, so that jobs with the same file, model and settings prepare them once.
+"""Caches prepared data, so that jobs with the same file, model and settings prepare the data once.
 
-An entry is a folder named by the digest of everything it was made from. Its manifest is written last. Entries may be
-deleted at any time: a job that misses one makes it again.
+An entry is a folder that is named by a digest of all inputs of its content. Its manifest is written last. Entries may
+be deleted at any time: a job that needs a deleted entry makes the entry again.
 """
 
 import hashlib
@@ -27,18 +27,21 @@ Entry = TypeVar("Entry", bound=Contract)
 
 
 def key(**made_from: Any) -> str:
-    """Returns the name of the entry that is made from these values."""
+    """Returns the name of the cache entry that is made from these values: a digest of the values."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest(uri: str) -> str:
-    """Returns the sha256 of a file's bytes."""
+    """Returns the sha256 of the bytes of the file at `uri`."""
     with storage.open_input(uri) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_digest(source: str, *, weights: bool) -> str:
-    """Returns the digest of a model's weights, or else of its tokenizer and chat template. Both include its config."""
+    """Returns a digest of a model's weights, or else of its tokenizer and chat template.
+
+    The model's config, and the base of an adapter, are always included.
+    """
     folder = _folder(source)
     base = policies.base_of(source)
     patterns = (*WEIGHTS, "config.json") if weights else TEXT_FILES
@@ -54,7 +57,7 @@ def writes_the_date(source: str) -> bool:
 
 
 def _folder(source: str) -> Path:
-    """Returns a local folder of the model: its own, or a snapshot from the hub."""
+    """Returns the local folder of a model. A model of the Hugging Face hub is downloaded to a local folder."""
     folder = storage.fetch(source)
     if folder.is_dir():
         return folder
@@ -70,9 +73,10 @@ def find_or_make(
     check: Callable[[Entry], None],
     report: Callable[[Report], None],
 ) -> tuple[Entry, bool]:
-    """Returns the entry at `uri`, and whether it was there. If several jobs want it, one makes it and the others wait.
+    """Returns the cache entry at `uri`, and whether the entry existed before.
 
-    `check` raises DamagedPart for an entry that must be made again.
+    If several jobs need an entry, one job calls `make` and the others wait. `check` must raise DamagedPart for an entry
+    that must be made again.
     """
     waiting = False
     while True:
@@ -85,7 +89,7 @@ def find_or_make(
         waiting = True
         time.sleep(WAIT_SECONDS)
     try:
-        if cached := find(uri, entry, check, lambda _: None):  # made after the first look, before the claim
+        if cached := find(uri, entry, check, lambda _: None):  # another job made it just before the claim
             return cached, True
         made = make()
         save(uri, made)
@@ -97,7 +101,7 @@ def find_or_make(
 def find(
     uri: str, entry: type[Entry], check: Callable[[Entry], None], report: Callable[[Report], None]
 ) -> Entry | None:
-    """Returns the complete, undamaged entry at `uri`. None: there is none."""
+    """Returns the cache entry at `uri`, or None if the entry is missing, incomplete or damaged."""
     manifest = storage.join(uri, storage.MANIFEST)
     if not storage.exists(manifest):
         return None
@@ -115,14 +119,20 @@ def save(uri: str, entry: Contract) -> None:
 
 
 class _Claim:
-    """An actor that holds its name while it lives. It ends with its driver."""
+    """A Ray actor without methods. While it lives, no other job can claim the same cache entry.
+
+    The actor ends with the driver that started it.
+    """
 
 
 def _claim(uri: str) -> Any:
-    """Claims the making of an entry. None: another driver of the cluster has claimed it."""
+    """Claims the right to make the cache entry at `uri`.
+
+    Returns the actor that holds the claim, or None if another driver of the cluster has claimed the entry.
+    """
     name = f"prepare {key(uri=uri)}"
     try:
-        # The actor holds the name when this returns, before its process has started.
+        # The actor holds the name when this call returns, before the actor's process has started.
         return ray.remote(_Claim).options(name=name, namespace="raydpo", num_cpus=0).remote()
     except ValueError:
         return None

@@ -1,6 +1,7 @@
-"""Reads and writes prepared data: encoded groups in Parquet files, called parts, and the reference's scores for them.
+"""Reads and writes prepared data: encoded groups, and the reference model's scores for them, in Parquet files.
 
-A manifest lists the parts with their sha256.
+A group is a prompt with its completions. A part is a file with the groups of one piece (a range of lines) of the
+training file. A manifest lists the parts with their sha256.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ IDS = pa.schema(
         "others": pa.list_(pa.list_(pa.list_(pa.int32(), 2))),  # per completion, spans that are not learned; null: none
     }
 )
-SCORES = pa.schema(  # one per completion, in nats; null: not asked for
+SCORES = pa.schema(  # one per completion, in nats; null: not scored
     {"ref_logps": pa.list_(pa.float64()), "ref_head_logps": pa.list_(pa.float64())}
 )
 
@@ -34,37 +35,40 @@ DIGEST = ".sha256"
 
 
 class DamagedPart(ValueError):
-    """A part is missing or differs from what its manifest says."""
+    """Raised if a file of prepared data is missing or does not have the sha256 in its manifest."""
 
 
 class Part(Contract):
-    """The groups of one piece of a file: a Parquet file, and a file of its scores with the same name."""
+    """A Parquet file with the groups of one piece (a range of lines) of the training file.
+
+    The scores of these groups are in a file with the same name in another folder.
+    """
 
     name: str
-    num_rows: int  # of the piece
-    num_groups: int  # that were kept of these rows; may be 0
-    num_tokens: int  # of completions, and of prompts, each once
+    num_rows: int  # rows of the piece
+    num_groups: int  # groups that were kept of these rows; may be 0
+    num_tokens: int  # tokens of completions and, each once, of prompts
     sha256: str
     scores_sha256: str | None = None
 
 
 class Data(Protocol):
-    """Data that are read in training order: a Dataset, or a Stream that is still being encoded."""
+    """Data that workers read in training order: a Dataset, or a Stream of rows that are still being encoded."""
 
     @property
     def uri(self) -> str: ...
     @property
     def scores_uri(self) -> str | None: ...
     @property
-    def num_rows(self) -> Sequence[int]: ...  # of each piece of the training file
-    def take(self, pieces: Sequence[int]) -> Sequence[Part]: ...  # waits until all of them are encoded
+    def num_rows(self) -> Sequence[int]: ...  # rows of each piece of the training file
+    def take(self, pieces: Sequence[int]) -> Sequence[Part]: ...  # waits until all these pieces are encoded
 
 
 class Dataset(Contract):
-    """Encoded parts in one folder, with their scores in another."""
+    """A list of Parquet files (parts) of encoded groups in one folder, with their scores in another folder."""
 
     uri: str
-    parts: tuple[Part, ...]  # of a training file: one for every piece, in the order of the file
+    parts: tuple[Part, ...]  # of a training file: one part for every piece, in the order of the file
     scores_uri: str | None = None  # None: the objective needs no reference
 
     @property
@@ -84,7 +88,10 @@ class Dataset(Contract):
 
 
 def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows: int | None = None) -> Part:
-    """Writes groups as a part. `num_rows` None: every row of the piece is a group."""
+    """Writes groups to the file `name` in the folder `uri`, and returns the part.
+
+    `num_rows` is the number of rows of the piece; None means that every row is a group.
+    """
     table = pa.table({field: [getattr(group, field) for group in groups] for field in IDS.names}, IDS)
     num_tokens = sum(group.num_tokens for group in groups)
     sha256 = _write(storage.join(uri, name), table)
@@ -93,10 +100,10 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 
 
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
-    """Writes the scores of a part's groups, and returns the part with their sha256.
+    """Writes the reference's scores of a part's groups to the folder `uri`.
 
-    `heads` adds the scores of the completions' beginnings. The sha256 is also written beside the scores, because the
-    manifest comes much later.
+    Returns the part with the sha256 of the scores. With `heads`, the scores of the completions' beginnings are written,
+    too. The sha256 is also written to a file of its own, because the manifest is written much later.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -108,7 +115,7 @@ def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads:
 
 
 def find_scores(uri: str, part: Part) -> Part | None:
-    """Returns the part with its scores' sha256, if the folder `uri` has undamaged scores of it."""
+    """Returns the part with the sha256 of its scores, or None if the folder `uri` has no undamaged scores for it."""
     try:
         sha256 = storage.read_bytes(storage.join(uri, part.name + DIGEST)).decode(errors="replace")
         _read_bytes(storage.join(uri, part.name), sha256)
@@ -118,14 +125,14 @@ def find_scores(uri: str, part: Part) -> Part | None:
 
 
 def check(dataset: Dataset) -> None:
-    """Raises DamagedPart if any part is missing or changed."""
+    """Raises DamagedPart if a file of the dataset is missing or was changed."""
     for part in dataset.parts:
         for uri, sha256 in _files(dataset, part):
             _read_bytes(uri, sha256)
 
 
 def read_groups(dataset: Dataset) -> Iterator[EncodedGroup]:
-    """Yields all groups, part by part. Raises DamagedPart."""
+    """Yields all groups of the dataset in order. Raises DamagedPart if a file is missing or was changed."""
     for part in dataset.parts:
         yield from read_part(dataset, part)
 
@@ -135,14 +142,17 @@ def read_part(dataset: Dataset, part: Part) -> Iterator[EncodedGroup]:
 
 
 def read_numbered(data: Data, parts: Sequence[Part], numbers: Sequence[int]) -> Iterator[EncodedGroup]:
-    """Yields groups by number. Numbers count on from part to part. Raises DamagedPart."""
+    """Yields the groups with the given numbers. Numbers count the groups of all `parts` in order, from 0.
+
+    Raises DamagedPart if a file is missing or was changed.
+    """
     tables = [_read(data, part) for part in parts if part.num_groups]
     if tables:
         yield from _Groups(pa.concat_tables(tables)).take(numbers)
 
 
 def _write(uri: str, table: Any) -> str:
-    """Writes a Parquet file and returns its sha256."""
+    """Writes a table as a Parquet file to `uri`, and returns the file's sha256."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue()
@@ -151,7 +161,7 @@ def _write(uri: str, table: Any) -> str:
 
 
 def _files(data: Data, part: Part) -> Iterator[tuple[str, str]]:
-    """Yields the URI and sha256 of a part's ids and, if it has them, of its scores."""
+    """Yields the URI and sha256 of the part's file and, if the part has scores, of its file of scores."""
     yield storage.join(data.uri, part.name), part.sha256
     if data.scores_uri is not None and part.scores_sha256 is not None:
         yield storage.join(data.scores_uri, part.name), part.scores_sha256
@@ -176,7 +186,10 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
 
 
 class _Groups:
-    """Reads a table's groups by row number. It slices whole columns: asking Arrow for each list is 30 times slower."""
+    """Reads the groups of a table by row number.
+
+    Columns are sliced as a whole, because asking Arrow for each list is 30 times slower.
+    """
 
     def __init__(self, table: Any) -> None:
         self._prompts, self._completions = _Lists(table["prompt_ids"]), _Lists(table["completion_ids"])
@@ -197,7 +210,7 @@ class _Groups:
 
 
 class _Lists:
-    """A column of lists, read as slices of one long array."""
+    """Reads a column of lists as slices of one long array."""
 
     def __init__(self, column: Any) -> None:
         lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -205,7 +218,7 @@ class _Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def places(self, row: int) -> range:
-        """Returns the positions of the row's values in `values`."""
+        """Returns the positions in `values` of the list in the given row."""
         return range(self._offsets[row], self._offsets[row + 1])
 
     def ids(self, row: int) -> list[int]:

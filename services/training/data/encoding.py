@@ -1,4 +1,8 @@
-"""Encodes a training file as groups of token ids, piece by piece in Ray tasks: the driver never holds its text."""
+"""Encodes a training file as groups of token ids, piece by piece in Ray tasks.
+
+A group is a prompt with its completions; a piece is a range of lines of the file. The driver never holds the text of
+the file, because the tasks read the pieces.
+"""
 
 import functools
 import hashlib
@@ -44,37 +48,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
-NUM_FIRST = 1000  # rows that are searched for a first usable one, which tells the format
-NUM_LAST = 3  # tokens of an answer that may contain its end: some templates write a line feed after it
-RARE = "ʘ東𓀀🫠\u2062\n\tAé"  # a tokenizer that keeps these keeps all characters, as byte-level ones do
+NUM_FIRST = 1000  # rows that are searched for a usable row, which determines the format
+NUM_LAST = 3  # last tokens, which must have the end token: some templates write a line feed after it
+RARE = "ʘ東𓀀🫠\u2062\n\tAé"  # a tokenizer that knows these knows all characters, as byte-level tokenizers do
 ROWS_PER_PIECE = 5000
 BYTES_PER_PIECE = 8 * 2**20
-MOST_PIECES = 20_000  # roughly; pieces of larger files are larger
+MOST_PIECES = 20_000  # about the most pieces of a file; larger files have larger pieces
 
 
 class Piece(Contract):
-    """A range of whole lines of a file. `num_rows` of them, at least one, are not blank."""
+    """A range of whole lines of a file. `num_rows`, at least 1, counts the lines that are not blank."""
 
     number: int
     first_line: int  # from 1
     num_rows: int
-    start: int  # bytes
-    size: int  # bytes
+    start: int  # byte of the file where the piece begins
+    size: int  # bytes of the piece
 
 
 class Encoded(Contract):
-    """The result of encoding a piece."""
+    """The result of encoding one piece (a range of lines) of a file."""
 
     piece: int
     report: EncodingReport
-    limit: int = 0  # tokens that a group may have: max_length, or the model's positions if they are fewer
+    limit: int = 0  # most tokens of a group: max_length, or the model's positions if they are fewer
     training: Part | None = None  # None: the piece was refused, or nothing is written
     held_out: Part | None = None  # None: no groups are held out
-    refused: tuple[int, Failed] | None = None  # the line that cannot be used, and why
+    refused: tuple[int, Failed] | None = None  # the line that cannot be used, and the reason
 
 
 class Encoding(Contract):
-    """The result of encoding a file."""
+    """The result of encoding a whole file."""
 
     training: Dataset
     held_out: Dataset
@@ -104,10 +108,10 @@ def encode(
     encode_pieces: Callable[[Sequence[Piece]], Iterable[Encoded]],
     report: Callable[[Report], None],
 ) -> Encoding:
-    """Writes the groups of the training file to `folder_uri`.
+    """Encodes the training file of `spec` and writes its groups to `folder_uri`.
 
-    `encode_pieces` calls `encode_piece` on each piece, in any process and order. Raises JobFailed for a
-    file that cannot be used.
+    `encode_pieces` must call `encode_piece` on each piece, in any process and order. Raises JobFailed for a file that
+    cannot be used.
     """
     format, kind = _look_at_first_row(spec)
     _check_kind(spec, kind, format)
@@ -116,7 +120,7 @@ def encode(
     results: list[Encoded] = []
     num_rows = 0
     for result in raise_refusals(encode_pieces(pieces)):
-        _refuse_margins(spec, result.report, kind)  # before a worker reads the groups
+        _refuse_margins(spec, result.report, kind)  # this comes before a worker reads the groups
         results.append(result)
         num_rows += result.report.num_rows
         done(num_rows)
@@ -141,7 +145,10 @@ def _refuse_many_invalid(recipe: Recipe, file_report: EncodingReport) -> None:
 
 
 def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Yields results. Raises JobFailed for a model that cannot be used, or, at the end, for the first unusable line."""
+    """Yields the results of pieces that can be used. Raises JobFailed at once for a model that cannot be used.
+
+    Raises JobFailed after the last result for the first line that cannot be used.
+    """
     refusals: list[tuple[int, Failed]] = []
     for result in results:
         if result.refused is None:
@@ -155,7 +162,7 @@ def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
 
 
 def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report: Callable[[Report], None]) -> None:
-    """Reports to the user what the file contains, and what was left out, cut or held out."""
+    """Reports to the user the contents of a file, and the rows that were left out, cut or held out."""
     contents, config = encoding.report, spec.config
     report(Message(message=f"{purpose} file has {contents.num_groups} {encoding.kind} ({encoding.format} format)."))
     report(Message(message=lengths_in_words(contents, encoding.limit, config.truncation)))
@@ -168,7 +175,7 @@ def report_contents(spec: AttemptSpec, encoding: Encoding, purpose: str, report:
 
 
 def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
-    """Returns the name of the file's format, and the kind of feedback that it contains."""
+    """Returns the name of the file's format, and the kind of feedback in the file, such as pairs."""
     drops = spec.invalid_rows.how == "drop"
     with storage.open_input(spec.training_uri) as file:
         records = islice(read_records(read_lines(file), columns=spec.columns), NUM_FIRST if drops else 1)
@@ -191,7 +198,7 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
 
 
 def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
-    """Raises JobFailed if the objective cannot learn from the file, or no group of it is left."""
+    """Raises JobFailed if the objective cannot learn from the file, or if no group is left to train on."""
     contents, kind, limit = encoding.report, encoding.kind, encoding.limit
     _check_kind(spec, kind, encoding.format)
     _refuse_margins(spec, contents, kind)
@@ -226,9 +233,9 @@ def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:
 
 
 def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """Yields the pieces of a file. Above 160 GB they grow in size, not in number.
+    """Yields the pieces of a file. The pieces of files above 160 GB grow in size, not in number.
 
-    Rows of one group are in one piece; `columns` is as for `read_records`.
+    Rows of one group are always in one piece. `columns` has the same meaning as in `read_records`.
     """
     with storage.open_input(uri) as file:
         scale = max(1.0, file.seek(0, io.SEEK_END) / (MOST_PIECES * BYTES_PER_PIECE))
@@ -249,7 +256,7 @@ def split(uri: str, columns: Mapping[str, str] | None = None) -> Iterator[Piece]
 
 @without_full_collections()
 def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encoded:
-    """Encodes a piece and writes its groups to `folder_uri`. None: nothing is written."""
+    """Encodes a piece and writes its groups to `folder_uri`, or writes nothing if `folder_uri` is None."""
     model = load(recipe.model_source)
     limit = min(recipe.max_length, model.positions)
     tally = Tally(piece.num_rows)
@@ -284,7 +291,11 @@ def read_piece(recipe: Recipe, piece: Piece) -> Iterator[Record]:
 
 
 def _usable(recipe: Recipe, piece: Piece, tally: Tally) -> Iterator[Group]:
-    """Yields the groups of usable rows. Raises InvalidRow for other rows, unless the recipe leaves them out."""
+    """Yields the groups of the piece's usable rows.
+
+    A row that cannot be used raises InvalidRow, unless the recipe leaves such rows out. The row is then counted in
+    `tally`.
+    """
     for record in read_piece(recipe, piece):
         if record.problem and recipe.invalid_rows.how == "refuse":
             raise record.problem
@@ -304,7 +315,10 @@ def _without_ties(groups: Iterable[Group], tally: Tally) -> Iterator[Group]:
 def _encode(
     groups: Sequence[Group], model: "Model", recipe: Recipe, limit: int, tally: Tally
 ) -> tuple[list[EncodedGroup], list[EncodedGroup]]:
-    """Encodes and cuts groups. Returns those to train on and those held out."""
+    """Encodes groups and cuts them to `limit` tokens. Returns the groups to train on and the held-out groups.
+
+    Counts all results in `tally`.
+    """
     tokenizer = model.tokenizer
     training: list[EncodedGroup] = []
     held_out: list[EncodedGroup] = []
@@ -346,12 +360,12 @@ def _encode(
 def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
     """Adds to each group the best answer to the next different prompt, rated nan and cut to the limit.
 
-    From these answers, KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
+    From these added answers, KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
     """
     reversed_groups: list[EncodedGroup] = []
     other = next((group for group in groups if _prompt(group) != _prompt(groups[-1])), None)
     if other is None:
-        return list(groups)  # all have the same prompt
+        return list(groups)  # all groups have the same prompt
     following = other
     for group in reversed(groups):
         if _prompt(following) != _prompt(group):
@@ -368,7 +382,7 @@ def _prompt(group: EncodedGroup) -> list[int]:
 def _with_another(group: EncodedGroup, other: EncodedGroup, limit: int) -> EncodedGroup:
     best, spans = other.completion_ids[:1], other.others and other.others[:1]
     answer = truncate(EncodedGroup(group.prompt_ids, best, None, group.line, others=spans), limit, "keep_start")
-    assert answer is not None  # the group's own completions fit after the prompt, so a cut one fits
+    assert answer is not None  # the group's own completions fit after the prompt, so a cut answer fits
     none = ((),) * len(group.completion_ids)
     others = (*(group.others or none), *(answer.others or ((),))) if group.others or answer.others else None
     return replace(
@@ -380,11 +394,14 @@ def _with_another(group: EncodedGroup, other: EncodedGroup, limit: int) -> Encod
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, words)) or r"\Z\A.")  # without words: matches nothing
+    return re.compile("|".join(map(re.escape, words)) or r"\Z\A.")  # without words, the pattern matches nothing
 
 
 def _texts(group: Group, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Returns the texts of the group, without a BOS or EOS token that they may contain as text."""
+    """Returns the prompt, the tools and the completions of the group as texts.
+
+    A BOS token at the start of the prompt, and an EOS token at the end of a completion, are removed.
+    """
     texts = [_words(group.prompt).removeprefix(tokenizer.bos_token or ""), repr(group.tools or "")]
     texts += [_words(completion).removesuffix(tokenizer.eos_token or "") for completion in group.completions]
     return texts
@@ -396,7 +413,10 @@ def _knows_all(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 @functools.cache
 def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the ids keep the character: not as the unknown token, a small letter, or a space for a line feed."""
+    """Whether the token ids of the character decode to the same character.
+
+    The unknown token, a small letter for a capital one, and a space for a line feed are not the same.
+    """
     ids = tokenizer(f"a{character}b", add_special_tokens=False).input_ids
     if character.isspace() and character not in "\n\t":
         return True
@@ -405,13 +425,13 @@ def _knows(character: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _is_asked(group: EncodedGroup, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the group's prompt ends with the words with which the template begins every answer."""
+    """Whether the group's prompt ends with the text (such as <think>) with which the chat template begins answers."""
     words = prefill(tokenizer).strip()
     return not words or tokenizer.decode(group.prompt_ids[-len(words) - 1 :]).rstrip().endswith(words)
 
 
 def _is_ended(ids: Sequence[int], model: "Model") -> bool:
-    """Whether an end token stands at its end, with nothing but spaces behind it."""
+    """Whether the completion ends with an end token of the model, with at most white space after the token."""
     last = ids[-NUM_LAST:]
     behind = next((i for i, number in enumerate(reversed(last)) if number in model.ends), None)
     return behind is not None and _is_blank(tuple(last[len(last) - behind :]), model.tokenizer)
@@ -429,7 +449,10 @@ def _words(text: Text) -> str:
 
 
 def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
-    """Whether the group is held out. The prompt decides, so that no prompt is in both training and validation."""
+    """Whether the group with this prompt is held out for validation.
+
+    The prompt alone decides, so that no prompt is in both the training and the validation data.
+    """
     if not share:
         return False
     digest = hashlib.blake2b(repr(list(prompt_ids)).encode(), digest_size=8).digest()
@@ -438,17 +461,17 @@ def _is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """The parts of a model that encoding needs."""
+    """A model's tokenizer, limit of tokens and end tokens, which encoding needs."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    positions: int  # the most tokens that it takes
-    ends: frozenset[int]  # ids of tokens after which it stops
+    positions: int  # the most tokens that the model takes
+    ends: frozenset[int]  # ids of tokens after which the model stops
 
 
 @functools.cache
 def load(model_source: str) -> Model:
-    """Loads a model's tokenizer and config, once per process."""
-    # Imported here because it takes eight seconds of a core, and the driver does not need it.
+    """Returns the tokenizer and limits of a model, which are loaded once per process."""
+    # The import is here, because it takes eight CPU seconds and the driver does not need it.
     from transformers import AutoConfig
 
     from dpo_core.models.model import load_tokenizer
@@ -462,7 +485,7 @@ def load(model_source: str) -> Model:
 
 
 def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Returns the end tokens of the tokenizer, of the config, and of the generation config."""
+    """Returns the ids of the end tokens in the tokenizer, in the config, and in the generation config."""
     file = folder / "generation_config.json"
     of_generation = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     sources = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None), of_generation]

@@ -1,4 +1,4 @@
-"""Counts what encoding finds in each piece of a file, adds it up, and describes it to the user."""
+"""Counts the results of encoding each piece of a file, adds the counts up, and describes them to the user."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """Some groups or rows: how many there are, and the lines of the first ten."""
+    """The number of some groups or rows of a file, and the line numbers of the first ten of these."""
 
     count: int = 0
     first: tuple[int, ...] = ()
@@ -23,47 +23,47 @@ class Lines(Contract):
 
 
 class Reason(Lines):
-    """Groups or rows that are left out for one reason, and a sentence about the first of them."""
+    """The groups or rows that are left out for one reason, and a sentence about the first of them."""
 
     sentence: str = ""
 
 
 class Lengths(Contract):
-    """The lengths of one side of the groups, in tokens."""
+    """The lengths, in tokens, of one side of the groups: of the prompts, the chosen or the rejected completions."""
 
     total: int = 0
     longest: int = 0
-    # A power of two → the number of groups whose length is at most that, and more than half of it.
+    # A power of two → the number of groups whose length is at most this power, and more than half of the power.
     histogram: dict[int, int] = Field(default_factory=dict)
 
 
 class EncodingReport(Contract):
-    """The results of encoding the rows of a file, or of a piece of it.
+    """Counts from encoding the rows of a file, or of a piece (a range of lines) of a file.
 
-    A side is the prompt, the chosen (the best) or the rejected (the worst) completion.
+    A side of a group is its prompt, its chosen (best) completion or its rejected (worst) completion.
     """
 
     num_rows: int = 0
-    num_groups: int = 0  # in those rows
-    num_kept: int = 0  # to train on
-    num_held_out: int = 0  # to validate on
+    num_groups: int = 0  # groups in these rows
+    num_kept: int = 0  # groups to train on
+    num_held_out: int = 0  # groups to validate on
     invalid: dict[str, Reason] = Field(default_factory=dict)  # rows that cannot be used, by the code of the reason
     margins: Lines = Lines()  # groups that have a margin
     dropped: dict[str, Reason] = Field(default_factory=dict)  # groups that are left out, by the code of the reason
     truncated: dict[str, Lines] = Field(default_factory=dict)  # groups that were cut, by side
     special_tokens: Lines = Lines()  # groups whose own text holds special tokens of the tokenizer
-    unasked: Lines = Lines()  # groups whose prompt lacks the words with which the template begins every answer
+    unasked: Lines = Lines()  # groups whose prompt lacks the text with which the template begins answers
     unknown: Lines = Lines()  # groups with characters that the tokenizer does not know
     unended: Lines = Lines()  # groups with a completion that ends with none of the model's end tokens
-    unread: dict[str, Lines] = Field(default_factory=dict)  # groups with what the template does not read, by its name
-    lengths: dict[str, Lengths] = Field(default_factory=dict)  # by side, before cuts
+    unread: dict[str, Lines] = Field(default_factory=dict)  # groups with fields that the template does not read
+    lengths: dict[str, Lengths] = Field(default_factory=dict)  # lengths by side, before cuts
     chosen_longer: int = 0
     rejected_longer: int = 0
     shortest_too_long: int | None = None  # tokens of the shortest group that was dropped for its length
 
 
 def merge(reports: Iterable[EncodingReport]) -> EncodingReport:
-    """Adds up reports. The memory of the sum does not grow with the number of rows."""
+    """Returns the sum of the reports. The memory of the sum does not grow with the number of rows."""
     total = EncodingReport()
     for report in reports:
         total = _add(total, report)
@@ -106,7 +106,7 @@ def _add_lengths(a: Lengths | None, b: Lengths | None) -> Lengths:
 
 
 class Tally:
-    """Counts the results of encoding one piece."""
+    """Counts the results of encoding one piece (a range of lines) of a file."""
 
     def __init__(self, num_rows: int) -> None:
         self._counts = Counter(num_rows=num_rows)
@@ -124,15 +124,15 @@ class Tally:
         self._too_long: list[int] = []
 
     def leave_out(self, row: InvalidRow) -> None:
-        """Counts a row that cannot be used."""
+        """Counts a row of the file that cannot be used."""
         self._invalid.setdefault(row.code, []).append(row)
 
     def mark_special(self, line: int) -> None:
-        """Counts a group whose own text contains special tokens."""
+        """Counts a group whose own text contains special tokens of the tokenizer."""
         self._special_tokens.append(line)
 
     def mark_unasked(self, line: int) -> None:
-        """Counts a group whose prompt lacks the words with which the template begins every answer, such as <think>."""
+        """Counts a group whose prompt lacks the text (such as <think>) with which the chat template begins answers."""
         self._unasked.append(line)
 
     def mark_unknown(self, line: int) -> None:
@@ -144,11 +144,11 @@ class Tally:
         self._unended.append(line)
 
     def mark_unread(self, what: str, line: int) -> None:
-        """A group that says something to the chat template which it does not read."""
+        """Counts a group that has a field, named by `what`, which the chat template does not read."""
         self._unread.setdefault(what, []).append(line)
 
     def see(self, group: EncodedGroup) -> None:
-        """Counts the lengths of an encoded group, before it is cut."""
+        """Counts the lengths of an encoded group. Call this method before the group is cut."""
         sides = _sides(group)
         for side, length in sides.items():
             self._lengths[side].append(length)
@@ -157,7 +157,10 @@ class Tally:
             self._counts["rejected_longer"] += sides["rejected"] > sides["chosen"]
 
     def keep(self, before: EncodedGroup, after: EncodedGroup, *, held_out: bool) -> None:
-        """Counts a group that is kept, as it was before and after it was cut."""
+        """Counts a group that is kept.
+
+        `before` and `after` are the group before and after it was cut to the limit of tokens.
+        """
         self._counts["num_groups"] += 1
         self._counts["num_held_out" if held_out else "num_kept"] += 1
         if before.margin is not None:
@@ -170,7 +173,7 @@ class Tally:
                 self._truncated.setdefault(side, []).append(before.line)
 
     def drop(self, code: str, line: int, sentence: str = "", *, tokens: int | None = None) -> None:
-        """Counts a group that is left out. `tokens` is the length of one that is too long."""
+        """Counts a group that is left out. `tokens` is the length of a group that is too long, else None."""
         self._sentences.setdefault(code, sentence)
         self._counts["num_groups"] += 1
         self._dropped.setdefault(code, []).append(line)
@@ -217,7 +220,7 @@ def _distribution(lengths: Sequence[int]) -> Lengths:
 # --- sentences for the user ---------------------------------------------------------------------------
 
 TOO_LONG, TIED, IDENTICAL = "too_long", "tied", "identical"
-# Why groups are left out, and what the user can do.
+# For each code: the reason why groups are left out, and the remedy.
 _REASONS = {
     TIED: ("they rate all their completions equally, which gives no order", ""),
     IDENTICAL: ("their completions are equal once formatted and cut", ""),
@@ -236,7 +239,10 @@ _REASONS = {
 
 
 def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list[str]:
-    """Returns sentences on rows and groups that were left out or cut. `remedy` is for groups that are too long."""
+    """Returns sentences for the user about rows and groups that were left out or cut.
+
+    `remedy` is the advice for groups that are too long.
+    """
     sentences = [
         f"Left out {reason.count} of {report.num_rows} rows, which cannot be used: {code} ({reason}). {reason.sentence}"
         for code, reason in sorted(report.invalid.items())
@@ -252,12 +258,12 @@ def left_out(report: EncodingReport, kind: str, limit: int, remedy: str) -> list
 
 
 def num_invalid(report: EncodingReport) -> int:
-    """Returns the number of rows that cannot be used."""
+    """Returns the number of rows in the report that cannot be used."""
     return sum(reason.count for reason in report.invalid.values())
 
 
 def marked(report: EncodingReport, kind: str) -> list[str]:
-    """Returns sentences on groups that are kept but may be wrong."""
+    """Returns warnings for the user about groups that are kept but may be wrong."""
     marks = (
         (report.special_tokens, "have special tokens of the model in their text, which the model reads as such", ""),
         (
@@ -289,7 +295,10 @@ def marked(report: EncodingReport, kind: str) -> list[str]:
 
 
 def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation) -> str:
-    """Returns a sentence on the lengths of the sides, and how often the chosen answer is the longer one."""
+    """Returns a sentence for the user on the lengths of prompts and completions.
+
+    The sentence also says how often the chosen answer is longer.
+    """
     sides = [
         f"{side} {lengths.total / sum(lengths.histogram.values()):.0f} (at most {lengths.longest})"
         for side, lengths in report.lengths.items()

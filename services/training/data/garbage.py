@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_full_collections() -> Iterator[None]:
-    """Lets the collector search new objects only in the block. Full searches find nothing, and take a tenth of the time
-    in which a piece is encoded."""
+    """Makes Python's garbage collector search only new objects in the block.
+
+    Full searches would find nothing, and would take a tenth of the time in which a piece is encoded.
+    """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, 2**31 - 1)
     try:

@@ -15,21 +15,24 @@ from services.training.data.file_report import TIED, TOO_LONG
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_CHARACTERS = 2000  # of a side; a longer one loses its middle
+MOST_CHARACTERS = 2000  # most characters of a prompt or completion; a longer text loses its middle
 
 
 class Preview(Contract):
-    """The first group of a row. Training learns the tokens of its completions."""
+    """The first group of a row, as the model sees it. Training learns the tokens of the group's completions."""
 
     line: int
-    dropped: str | None = None  # the code of the reason; None: it is kept
+    dropped: str | None = None  # code of the reason why the group is left out; None: it is kept
     prompt: str = ""
     chosen: str = ""  # the best completion
-    rejected: str | None = None  # the worst completion; None: there is only one
+    rejected: str | None = None  # the worst completion; None: the group has only one
 
 
 def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | None = None) -> Iterator[Piece]:
-    """Yields `count` rows, spread over the `num_rows` of a file. Each is a piece, with the other rows of its group."""
+    """Yields `count` rows that are spread over the `num_rows` rows of a file.
+
+    Each row is yielded as a piece, together with the other rows of its group.
+    """
     wanted = {place * num_rows // min(count, num_rows) for place in range(min(count, num_rows))}
     place = start = 0
     is_due, piece, last = False, None, b""
@@ -52,7 +55,10 @@ def sample(uri: str, num_rows: int, count: int, columns: Mapping[str, str] | Non
 
 
 def preview(recipe: Recipe, row: Piece) -> Preview:
-    """Shows the first group of a row. Raises UnusableTemplate."""
+    """Returns the first group of a row as text, or the reason why the group is left out.
+
+    Raises UnusableTemplate if the chat template cannot be used.
+    """
     model = load(recipe.model_source)
     tokenizer = model.tokenizer
     record = next(read_piece(recipe, row))

@@ -1,13 +1,14 @@
-"""Decides which groups each training step has. The order follows from the seed and the rows of each piece alone.
+"""Decides which groups (prompts with their completions) each training step has.
 
-An epoch shuffles the pieces of the file, and then the groups of eight pieces at a time, a window. So the first window
-is known before any piece is encoded, and workers train on it while later pieces are encoded. Every worker reads the
-whole order: global batches do not depend on the number of workers, and resuming means starting at a later step.
+The order depends only on the seed and the number of rows of each piece (a range of lines of the file). An epoch
+shuffles the pieces, and then the groups of eight pieces at a time: a window. So the first window is known before any
+piece is encoded, and workers train on the first window while later pieces are encoded. Every worker reads the whole
+order, so that global batches do not depend on the number of workers, and resuming means starting at a later step.
 
-The number of steps must be known at the first step, but the number of groups only when all rows are encoded. So the
-first window gives the groups per row, and from that the places of an epoch. The groups of each window are spread
-evenly over the window's share of the places, and a step has the groups on its `batch_size` places. If there is a
-single window, every place has one group.
+The number of steps must be known at the first step, but the number of groups is known only when all rows are encoded.
+So the first window gives the number of groups per row, which, for all rows, gives the number of places in an epoch. The
+groups of each window are spread evenly over the window's share of the places, and a step has the groups on its
+`batch_size` places. If there is a single window, every place has one group.
 """
 
 import random
@@ -18,13 +19,14 @@ from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from services.training.data.dataset import Data, read_numbered
 
-PIECES_PER_WINDOW = 8  # their ids are in memory: with common text, 15 million ids or 60 MB
+PIECES_PER_WINDOW = 8  # a window's ids are in memory: with common text, 15 million ids or 60 MB
 
 
 def num_places(data: Data, seed: int) -> int:
-    """Returns the places of an epoch: about one per group, or exactly one if there is a single window.
+    """Returns the number of places for groups in an epoch.
 
-    Waits until the first window that has groups is encoded.
+    This is about the number of groups, or exactly that number if there is a single window (eight pieces). Waits until
+    the first window that has groups is encoded.
     """
     num_rows, rows, groups = data.num_rows, 0, 0
     for _, pieces in windows(num_rows, seed, epoch=0):
@@ -36,7 +38,7 @@ def num_places(data: Data, seed: int) -> int:
 
 
 def num_steps(num_places: int, config: TrainConfig) -> int:
-    """Returns the steps of the whole run. The last batch of an epoch may be smaller."""
+    """Returns the number of steps in all epochs. The last batch of an epoch may be smaller."""
     n_epochs, batch_size = _decided(config)
     return n_epochs * -(-num_places // batch_size)
 
@@ -44,7 +46,8 @@ def num_steps(num_places: int, config: TrainConfig) -> int:
 def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Iterator[list[EncodedGroup]]:
     """Yields the groups of each optimizer step, beginning with the step after `after_step`.
 
-    If there are several windows, a batch may have a few more groups than `batch_size`, or fewer, or none.
+    If the data have several windows (of eight pieces), a batch may have a few more groups than `batch_size`, or fewer,
+    or none.
     """
     n_epochs, batch_size = _decided(config)
     places = num_places(data, config.seed)
@@ -57,15 +60,18 @@ def global_batches(data: Data, config: TrainConfig, *, after_step: int) -> Itera
 
 
 def batched(groups: Iterator[EncodedGroup], batch_size: int) -> Iterator[list[EncodedGroup]]:
-    """Yields lists of `batch_size` groups. The last may be smaller."""
+    """Yields lists of `batch_size` groups. The last list may be shorter."""
     while batch := list(islice(groups, batch_size)):
         yield batch
 
 
 def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields, for each window, the number of rows before it and the numbers of its pieces."""
+    """Yields the windows of an epoch (eight pieces of the file each).
+
+    For each window, yields the number of rows before the window and the numbers of its pieces.
+    """
     pieces = list(range(len(num_rows)))
-    random.Random(f"{seed} {epoch}").shuffle(pieces)  # a text gives the same order on every machine
+    random.Random(f"{seed} {epoch}").shuffle(pieces)  # a seed that is a text gives the same order on every machine
     before = 0
     for start in range(0, len(pieces), PIECES_PER_WINDOW):
         window = pieces[start : start + PIECES_PER_WINDOW]
@@ -80,13 +86,16 @@ def _decided(config: TrainConfig) -> tuple[int, int]:
 
 
 def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterator[tuple[int, EncodedGroup | None]]:
-    """Yields every group with its place, from the place `first` on; after a window, the place where the next begins."""
+    """Yields each group of an epoch with its place (its position in the epoch), from the place `first` on.
+
+    After each window, yields the first place of the next window with None.
+    """
     num_rows = data.num_rows
     all_rows = sum(num_rows)
     for before, pieces in windows(num_rows, seed, epoch):
         after = before + sum(num_rows[piece] for piece in pieces)
         if after * places <= first * all_rows:
-            continue  # not read, because all its places are before `first`
+            continue  # the window is not read, because all its places are before `first`
         parts = data.take(pieces)
         count = sum(part.num_groups for part in parts)
         numbers = list(range(count))
@@ -100,7 +109,7 @@ def _epoch(data: Data, seed: int, epoch: int, places: int, first: int) -> Iterat
 def _batches(
     groups: Iterator[tuple[int, EncodedGroup | None]], batch_size: int, steps: range
 ) -> Iterator[list[EncodedGroup]]:
-    """Yields the groups on each step's places."""
+    """Yields the groups of each step: those on the step's `batch_size` places (positions in the epoch)."""
     step, batch = steps.start, list[EncodedGroup]()
     for place, group in groups:
         while step < place // batch_size:

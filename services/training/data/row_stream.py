@@ -1,7 +1,7 @@
-"""Streams data to workers, which train on the first window of the order while the rest is encoded.
+"""Streams encoded data to workers, which train on the first rows while the driver's tasks encode the rest.
 
-The driver registers finished parts with an actor on its node, which ends with the driver. Workers ask the actor for
-the parts of their next window, and wait there until all of them are encoded.
+The driver registers encoded parts (files of groups) with an actor on its node; the actor ends with the driver. Workers
+ask the actor for the parts of their next window (eight pieces of the file), and wait until all these are encoded.
 """
 
 import asyncio
@@ -17,25 +17,28 @@ from services.training.data.encoding import Encoded, Piece, raise_refusals
 from services.training.data.row_order import windows
 from services.training.node import local_actor
 
-MOST_WAITING = 10_000  # calls at once, from every worker, and from workers that died while they waited
+MOST_WAITING = 10_000  # most waiting calls: one of every worker, and those of workers that died during a call
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Data that are still being encoded. Workers read them like a Dataset; the held-out groups come last."""
+    """Data that are still being encoded.
+
+    Workers read a Stream like a Dataset, and get the held-out groups only at the end.
+    """
 
     uri: str
-    num_rows: tuple[int, ...]  # of each piece
-    arrivals: Any  # the actor's handle
+    num_rows: tuple[int, ...]  # rows of each piece
+    arrivals: Any  # handle of the actor Arrivals
     scores_uri: str | None = None  # data that need scores are not streamed
 
     def take(self, pieces: Sequence[int]) -> list[Part]:
-        """Returns the parts of the pieces. Waits until they are encoded."""
+        """Returns the parts (files of groups) of the given pieces. Waits until these pieces are encoded."""
         parts: list[Part] = ray.get(self.arrivals.take.remote(pieces))
         return parts
 
     def held_out(self) -> Dataset | None:
-        """Returns the held-out groups, if there are any. Waits until everything is prepared."""
+        """Returns the held-out groups, or None if there are none. Waits until all data are prepared."""
         dataset: Dataset | None = ray.get(self.arrivals.held_out.remote())
         return dataset
 
@@ -47,7 +50,10 @@ class EncodePieces(Protocol):
     """A function that encodes pieces and yields the results, in any order."""
 
     def __call__(self, pieces: Sequence[Piece], *, beside: int = 0) -> Iterable[Encoded]:
-        """`beside` is the number of workers that train meanwhile. If there are any, pieces are begun in their order."""
+        """Encodes pieces and yields the results. `beside` is the number of workers that train meanwhile.
+
+        If workers train, the encoding of pieces begins in the order of `pieces`.
+        """
 
 
 def stream_encoder(
@@ -57,9 +63,10 @@ def stream_encoder(
     begin: Callable[[Stream], None],
     report: Callable[[Report], None],
 ) -> Callable[[Sequence[Piece]], Iterator[Encoded]]:
-    """Returns a function that encodes pieces in training order, and calls `begin` after the first of several windows.
+    """Returns a function that encodes a file's pieces in training order and yields the results.
 
-    From then on, a line that cannot be used raises JobFailed at once.
+    After the first window (eight pieces), the function calls `begin` with a stream of the data, if further windows
+    follow. From then on, a line that cannot be used raises JobFailed at once.
     """
 
     def encode_in_order(pieces: Sequence[Piece]) -> Iterator[Encoded]:
@@ -87,7 +94,7 @@ def stream_encoder(
 
 
 class Arrivals:
-    """The actor that knows the encoded parts, and lets callers wait for others."""
+    """An actor that keeps the list of encoded parts. Its callers can wait for parts that are not encoded yet."""
 
     def __init__(self, parts: dict[int, Part]) -> None:
         self._parts = parts

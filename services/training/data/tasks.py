@@ -1,4 +1,4 @@
-"""Runs work on the pieces of a job's file: on one in a Ray task, on many with Ray Data."""
+"""Calls a function on the pieces of a job's file in Ray: a single piece in a Ray task, several pieces with Ray Data."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,8 +8,8 @@ import ray
 
 from services.contract import Contract
 
-TASKS_PER_PROCESS = 20  # at most: with fewer, processes end at different times; with more, pauses of 0.2 s add up
-MOST_BESIDE = 32  # processes beside training; each holds a tokenizer and its piece of the file
+TASKS_PER_PROCESS = 20  # most tasks: with fewer, processes end at different times; with more, pauses of 0.2 s add up
+MOST_BESIDE = 32  # most processes while workers train; each holds a tokenizer and its piece of the file
 
 Item = TypeVar("Item", bound=Contract)
 Result = TypeVar("Result", bound=Contract)
@@ -23,10 +23,10 @@ def in_tasks(
     num_gpus: float = 0,
     beside: int = 0,
 ) -> Iterator[Result]:
-    """Calls `work` on each item in Ray, and yields the results as they are done.
+    """Calls `work` on each item in Ray, and yields each result as soon as it is done.
 
-    `beside` workers train meanwhile and wait for the results. That many cores are left to them, and the items are
-    begun in their order.
+    `beside` is the number of workers that train meanwhile and wait for the results. If workers train, that many cores
+    are left to them, and the work on the items begins in the order of `items`.
     """
     if not items:
         return
@@ -38,7 +38,7 @@ def in_tasks(
 
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    # Real cores, not Ray's logical CPUs: each process loads a tokenizer or model, and more than cores would only wait.
+    # Real cores count, not Ray's logical CPUs: each process loads a tokenizer or model, and further ones would wait.
     size = min(len(items), num_processes(ray.nodes(), os.cpu_count() or 1, beside=beside))
     options = _beside_training() if beside else {"num_gpus": num_gpus or None}
     kind = type(items[0])
@@ -46,20 +46,21 @@ def in_tasks(
     def work_on(row: dict[str, str]) -> dict[str, str]:
         return {"result": _in_one_core(work, kind.model_validate_json(row["item"])).model_dump_json()}
 
-    # Beside training each item is its own task: in a task with many, a worker's next item could wait for others.
+    # While workers train, each item is its own task: in a task with many, a worker's next item could wait for others.
     num_tasks = len(items) if beside else min(len(items), TASKS_PER_PROCESS * size)
     rows = from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=num_tasks)
-    rows.context.target_max_block_size = 1  # byte: a task hands out each result as soon as it has it
+    rows.context.target_max_block_size = 1  # byte: so a task yields each result at once
     tasks = rows.map(work_on, compute=TaskPoolStrategy(size=size), **options)
     for row in tasks.iter_rows():
         yield result.model_validate_json(row["result"])
 
 
 def num_processes(nodes: Sequence[Mapping[str, Any]], cores: int, *, beside: int) -> int:
-    """Returns how many processes work at once: one per core on every node that gives Ray a CPU.
+    """Returns the number of processes that work at the same time: one per core of every node that gives Ray a CPU.
 
-    All nodes count as having the cores of this one. Beside training the result is at most MOST_BESIDE, because these
-    processes claim no CPUs of Ray, which would limit them.
+    All nodes count as having `cores` cores. `beside` is the number of workers that train meanwhile. If workers train,
+    the result is at most MOST_BESIDE, because the processes then reserve no CPUs of Ray, which would limit their
+    number.
     """
     lent = (node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
     usable = sum(cores for each in lent if each) or cores
@@ -72,9 +73,10 @@ def _in_one_core(work: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _beside_training() -> dict[str, Any]:
-    """Returns options for tasks that claim none of Ray's CPUs: workers may hold the last one and wait for these tasks.
+    """Returns the options of Ray tasks that run while workers train.
 
-    If there are other nodes, the tasks avoid nodes that should do no work, as a head often should.
+    The tasks reserve none of Ray's CPUs, because workers may hold the last CPU and wait for the tasks. If there are
+    other nodes, the tasks avoid nodes that give Ray no CPU, as a head often does not.
     """
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if not nodes:

@@ -1,1 +1,1 @@
-"""Computes the reference's log-probs, by its deployment or by the trainer, and checks that the two agree."""
+"""Computes the reference model's log-probabilities, by its deployment or by the trainer, and compares the two."""

@@ -1,6 +1,7 @@
-"""The parity gate: checks that the reference's deployment gives the log-probs of the trainer's own forward.
+"""Checks that the reference's deployment gives the log-probabilities of the trainer's own forward pass.
 
-If they differ, the difference would count as reward, in every row, from the first step on.
+A difference between the two would count as reward in every row, from the first step on. A group is a prompt with its
+completions.
 """
 
 import math
@@ -13,13 +14,13 @@ from services.contract import Contract
 from services.training.data.dataset import Dataset, read_part
 
 NUM_GROUPS = 64
-TOLERATED = 1e-3  # nats by which 99 of 100 tokens may differ. In float32 they differ by 1e-5, in bfloat16 by 0.1
+TOLERATED = 1e-3  # most nats by which 99 of 100 tokens may differ; float32 differs by 1e-5, bfloat16 by 0.1
 
-Logps = Sequence[Sequence[Sequence[float]]]  # of each group, completion and token, in nats
+Logps = Sequence[Sequence[Sequence[float]]]  # log-probability of each group, completion and token, in nats
 
 
 class Differences(Contract):
-    """Statistics of absolute differences, in nats."""
+    """Mean, 99th percentile and maximum of absolute differences, in nats, between two sources of log-probabilities."""
 
     mean: float
     p99: float
@@ -30,25 +31,25 @@ class Differences(Contract):
 
 
 class Parity(Contract):
-    """How much two sources of scores differ."""
+    """The differences between two sources of log-probabilities, per token and per pair of completions."""
 
     num_groups: int
     num_tokens: int
     tokens: Differences
-    pairs: Differences  # of the margins between the best and the worst completion of a group
+    pairs: Differences  # differences of the margins between a group's best and worst completion
 
     @property
     def holds(self) -> bool:
         return self.tokens.p99 <= TOLERATED
 
     def __str__(self) -> str:
-        """Returns the figures, as a part of a sentence."""
+        """Returns the differences and the tolerance as a part of a sentence."""
         sample = f"{self.num_groups} rows, {self.num_tokens} tokens"
         return f"{sample}; per token {self.tokens}; per pair {self.pairs} nats; tolerated: p99 {TOLERATED} per token"
 
 
 def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]:
-    """Returns `num_groups` groups, or all if there are fewer, spread evenly over the data."""
+    """Returns `num_groups` groups that are spread evenly over the dataset, or all groups if there are fewer."""
     total = dataset.num_groups
     count = min(num_groups, total)
     places = [i * total // count for i in range(count)]
@@ -61,7 +62,10 @@ def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]
 
 
 def compare(served: Logps, trainer: Logps) -> Parity:
-    """Compares the log-probs of the deployment and of the trainer. Both have the same groups in the same order."""
+    """Returns the differences between the log-probabilities of the deployment and of the trainer.
+
+    Both arguments must have the same groups in the same order.
+    """
     both = [list(zip(*sides, strict=True)) for sides in zip(served, trainer, strict=True)]
     tokens = [abs(a - b) for group in both for completion in group for a, b in zip(*completion, strict=True)]
     margins = [_margin(a) - _margin(b) for a, b in zip(served, trainer, strict=True)]
@@ -71,7 +75,10 @@ def compare(served: Logps, trainer: Logps) -> Parity:
 
 
 def _margin(group: Sequence[Sequence[float]]) -> float:
-    """Returns the best completion's log-prob minus the worst one's. A group of one has only the first."""
+    """Returns the best completion's log-probability minus that of the worst completion.
+
+    For a group with one completion, returns this completion's log-probability.
+    """
     best, *others = map(math.fsum, group)
     return best - others[-1] if others else best
 

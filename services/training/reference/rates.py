@@ -1,6 +1,7 @@
-"""Decides whether the trainer's own forward or an engine, which may have to be loaded, scores the reference sooner.
+"""Decides whether the trainer's own forward pass or an inference engine would finish scoring the reference sooner.
 
-Rates that one job measured are stored beside the prepared data for later jobs.
+An engine may have to be loaded first, and the loading counts. Speeds that one job measured are stored beside the
+prepared data for later jobs.
 """
 
 from pydantic import ValidationError
@@ -12,18 +13,21 @@ UNKNOWN_LOADING_SECONDS = 60.0  # assumed for an engine that was never loaded he
 
 
 class Rate(Contract):
-    """The speed of one scorer with one model. Tokens are counted as in the prepared data: each prompt once."""
+    """The speed of one scorer (an engine or the trainer) with one model.
+
+    A group's tokens are those of its prompt, counted once, and of its completions.
+    """
 
     tokens_per_second: float
     loading_seconds: float = 0.0
 
     def seconds(self, num_tokens: int) -> float:
-        """Returns the time for all tokens, with the loading."""
+        """Returns the time for loading the model and scoring `num_tokens` tokens."""
         return self.loading_seconds + num_tokens / self.tokens_per_second
 
 
 def read(uri: str) -> Rate | None:
-    """Reads a stored rate. None: it was never measured."""
+    """Returns the speed that is stored at `uri`, or None if no readable speed is stored there."""
     try:
         return Rate.model_validate_json(storage.read_bytes(uri))
     except (FileNotFoundError, ValidationError):
@@ -35,7 +39,7 @@ def write(uri: str, rate: Rate) -> None:
 
 
 def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
-    """Returns the figures, as a part of a sentence about the trainer's own forward."""
+    """Returns the times of the trainer and the engine, as a part of a sentence about the trainer's own forward pass."""
     forward = f"it needs about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
         return f"{forward}, and loading an engine does not pay below {UNKNOWN_LOADING_SECONDS:.0f} s"
@@ -44,7 +48,10 @@ def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
 
 
 def pays(trainer: Rate, engine: Rate | None, num_tokens: int) -> bool:
-    """Whether the engine ends sooner than the trainer's forward; for an unknown engine, its assumed loading counts."""
+    """Whether the engine would score `num_tokens` tokens sooner than the trainer's own forward pass.
+
+    For an engine that was never measured, an assumed loading time counts.
+    """
     if engine is None:
         return trainer.seconds(num_tokens) > UNKNOWN_LOADING_SECONDS
     return engine.seconds(num_tokens) < trainer.seconds(num_tokens)

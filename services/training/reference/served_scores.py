@@ -1,6 +1,7 @@
-"""Scores data with the reference, part by part. Its deployment scores with many calls in flight.
+"""Scores a dataset with the reference model, part by part (a part is a file of encoded groups).
 
-A part's scores are one file. A part that has one is not scored again.
+A score is the log-probability of a completion. A part's scores are one file; a part with such a file is not scored
+again. The reference's deployment scores with many calls in flight.
 """
 
 import logging
@@ -23,29 +24,32 @@ logger = logging.getLogger(__name__)
 
 GROUPS_PER_CALL = 16
 CALLS_IN_FLIGHT = 32
-SENDS = 5  # tries of one call, if replicas die during it
+SENDS = 5  # most tries of one call, if replicas die during the call
 LOADING_SECONDS = 3600.0  # enough for a large model on a cluster that has to grow first
 REPORT_SECONDS = 5.0
 
 
 class Answer(Protocol):
-    """A call in flight."""
+    """The future result of a call to the deployment."""
 
     def result(self) -> Any: ...
 
 
 class Ask(Protocol):
-    """Calls the deployment with rows. Its answer has an element for each row, in their order."""
+    """A function that sends rows to the deployment.
+
+    The answer has one element for each row, in the order of the rows.
+    """
 
     def __call__(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> Answer:
-        """`others` are the spans of each completion that are not learned."""
+        """Sends rows to the deployment. `others` are the spans of each completion's tokens that are not learned."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A deployment that is ready."""
+    """The functions that call the reference's deployment. The deployment must be ready."""
 
     score: Ask  # answers with a Score for each row
     token_logps: Ask  # answers with a list of log-probs for each row
@@ -53,11 +57,14 @@ class Reference:
 
 Connect = Callable[[], Reference]
 ScoreParts = Callable[[Dataset, str, Sequence[Part], Callable[[int], None]], Iterator[Part]]
-"""Scores the parts of a dataset into a folder. Yields each part once it is written, and calls back with groups done."""
+"""A function that writes the scores of a dataset's parts to a folder. Yields each part, and counts groups by a call."""
 
 
 def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[[Report], None]) -> Dataset:
-    """Returns the data with scores in the folder `uri`. Scores that are there already are used."""
+    """Returns the dataset with its scores, which are written to the folder `uri`.
+
+    Parts that have scores in this folder are not scored again.
+    """
     if not encoded.parts:
         return encoded
     scored = {part.name: part for part in (find_scores(uri, part) for part in encoded.parts) if part}
@@ -78,8 +85,11 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 
 
 def await_reference(app_name: str, report: Callable[[Report], None]) -> Reference:
-    """Waits until the deployment is ready. Raises RuntimeError if it cannot be loaded, or not in time."""
-    from ray import serve  # its import takes more than a second, and most jobs do not need it
+    """Waits until the deployment is ready, and returns its functions.
+
+    Raises RuntimeError if the deployment cannot be loaded, or not within LOADING_SECONDS.
+    """
+    from ray import serve  # importing Serve takes more than a second, and most jobs do not need Serve
 
     deadline = time.monotonic() + LOADING_SECONDS
     next_report = 0.0
@@ -106,7 +116,8 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Referenc
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
     """Returns a function that scores parts with the deployment. A call is sent again if its replica dies.
 
-    `heads` adds the scores of the completions' beginnings. Without it, the replica sums up the tokens.
+    With `heads`, the first learned tokens of each completion, as many as the shortest completion has, get a score of
+    their own. Without `heads`, the replica sums up the tokens.
     """
     score_groups = _scored_with_heads if heads else _scored
 
@@ -136,14 +147,17 @@ def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iter
 
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
-    """Returns the log-prob of each group's, completion's and learned token, in nats, by the deployment."""
+    """Returns the deployment's log-probability, in nats, of each learned token, by group and completion."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 
 def _ask_all(
     groups: Iterator[EncodedGroup], connect: Connect, call_of: Callable[[Reference], Ask]
 ) -> Iterator[tuple[EncodedGroup, list[Any]]]:
-    """Yields each group with the answers for its completions."""
+    """Calls the deployment for all groups, with several calls in flight.
+
+    Yields each group with the answers for its completions.
+    """
     ask = call_of(connect())
     in_flight: deque[tuple[list[EncodedGroup], Answer]] = deque()
     while chunk := list(islice(groups, GROUPS_PER_CALL)):

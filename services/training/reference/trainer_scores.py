@@ -1,4 +1,4 @@
-"""Scores the reference in Ray tasks with the trainer's own forward of the policy before training."""
+"""Scores completions with the reference model in Ray tasks, by the trainer's own forward pass."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ LEAST_TOKENS_PER_PACK = 4096
 
 
 def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Part:
-    """Scores the groups of a part, and writes the scores to the folder `uri`."""
+    """Scores the groups of a part with the reference, writes the scores to the folder `uri`, and returns the part."""
     from dpo_core.policy.scorer import score_reference
 
     _use_cores(alone=len(dataset.parts) == 1)
@@ -31,7 +31,7 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
 
 
 def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-    """Returns the log-prob of each group's, completion's and token, in nats."""
+    """Returns the reference's log-probability, in nats, of each learned token, by group and completion."""
     from dpo_core.policy.scorer import reference_token_logps
 
     with policies.unusable_models_fail_the_job():
@@ -39,7 +39,7 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
 
 
 def check_vocabulary(spec: AttemptSpec) -> None:
-    """Raises JobFailed if the reference has other tokens than the model that the job starts from."""
+    """Raises JobFailed if the reference's tokenizer differs from that of the model that the job starts from."""
     from dpo_core.models.model import load_tokenizer
 
     start, reference = (
@@ -55,7 +55,10 @@ def check_vocabulary(spec: AttemptSpec) -> None:
 
 
 def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> float:
-    """Measures the forward's speed, after the model was loaded and has run once."""
+    """Returns the measured speed of the reference's forward pass.
+
+    Loading the model and a first forward pass are not counted.
+    """
     _use_cores(alone=True)
     token_logps(spec, groups[:1])
     began = time.perf_counter()
@@ -64,7 +67,10 @@ def tokens_per_second(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> floa
 
 
 def _use_cores(*, alone: bool) -> None:
-    """Lets torch use all cores if no other part is scored beside, else one. Ray would always set one, as reserved."""
+    """Lets torch use all cores if `alone` (no other part is scored at the same time), else one core.
+
+    Ray would always set one core, because each task reserves one CPU.
+    """
     import torch
 
     torch.set_num_threads((os.cpu_count() or 1) if alone else 1)
@@ -77,7 +83,7 @@ def _reference(spec: AttemptSpec) -> "PreTrainedModel":
 
 @functools.cache
 def _load(source: str, weights: str, device: str) -> "PreTrainedModel":
-    """Loads the reference, once per process."""
+    """Returns the reference model, which is loaded once per process. `weights` is a `Weights` as JSON."""
     import torch
 
     reference = policies.load_reference(source, Weights.model_validate_json(weights), torch.device(device))

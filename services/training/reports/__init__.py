@@ -1,1 +1,1 @@
-"""Sends an attempt's events, logs, traces and metrics to the outside."""
+"""Sends an attempt's events, logs, traces and metrics to storage, the control plane and other services."""

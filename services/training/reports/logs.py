@@ -1,9 +1,9 @@
 """Copies a process's output to storage: `python -m services.training.reports.logs <folder uri> <pid> <file>…`.
 
-Ray sends the output of driver and workers to files on their node, which are lost with it. A separate process follows
-these files and copies whole lines, without secrets, to segments `<folder uri>/<first byte>.log`. It writes the last
-segment again until it is full. It ends after the process with the id `pid`, even a killed one, with its last lines
-copied. Of a very long log it keeps the beginning and the end.
+Ray writes the output of the driver and the workers to files on their node, which are lost with the node. This program
+follows such files and copies whole lines, without secrets, to files `<folder uri>/<number of first byte>.log`, called
+segments. It writes the last segment again until the segment is full. The program ends after the process `pid` has
+ended, even if that was killed, and copies the last lines. Of a very long log, the beginning and the end are kept.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 2.0
 SEGMENT_BYTES = 256 * 2**10
-FIRST_BYTES, LAST_BYTES = 8 * 2**20, 24 * 2**20  # that are kept of a longer log
+FIRST_BYTES, LAST_BYTES = 8 * 2**20, 24 * 2**20  # first and last bytes that are kept of a longer log
 LINE_BYTES = 64 * 2**10  # a longer line is split
 READ_BYTES = 2**20
 
@@ -37,11 +37,12 @@ REPLACEMENTS = (
     (rb"(?i)\b(bearer)\s+[\w.~+/=-]+", rb"\1 ***"),
     (rb"\b(?:rd-|sk-|hf_)[\w-]{16,}", rb"***"),
 )
-LEFT_OUT = (b":job_id:", b":actor_name:", b":task_name:", b"(ServeReplica:")  # Ray's marks, and lines of served models
+# Lines that begin with these are not copied: Ray's marks, and lines of served models.
+LEFT_OUT = (b":job_id:", b":actor_name:", b":task_name:", b"(ServeReplica:")
 
 
 def keep_logs(run_uri: str, attempt: int, source: str) -> None:
-    """Starts a process that copies this process's output, from its start to its end, to storage."""
+    """Starts a process that copies all output of this process to storage. `source` names the log, such as `driver`."""
     links = [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)]
     files = [link for link in dict.fromkeys(links) if Path(link).is_file()]
     if not files:
@@ -50,12 +51,12 @@ def keep_logs(run_uri: str, attempt: int, source: str) -> None:
     uri = storage.join(run_uri, "logs", str(attempt), source)
     command = [sys.executable, "-m", "services.forkserver.client", "--wait", "-m", "services.training.reports.logs"]
     command += [uri, str(os.getpid()), *files]
-    # A shell starts it in its own session and ends: otherwise Ray would kill it as a child of a process that ends.
+    # A shell starts the process in a session of its own and ends. Otherwise Ray would kill it together with its parent.
     subprocess.run(
         ["sh", "-c", '"$@" &', "sh", *command],
         start_new_session=True,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # its standard error is that of this process
+        stdout=subprocess.DEVNULL,  # it shares the standard error of this process
         check=True,
     )
 
@@ -77,7 +78,7 @@ def main(folder_uri: str, pid: int, files: Sequence[str]) -> None:
 
 
 def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes], bytes]]:
-    """Returns patterns and replacements for the environment's secret values, and for text that looks secret."""
+    """Returns (pattern, replacement) pairs that blank the environment's secret values, and text that looks secret."""
     values = {value for name, value in environment.items() if SECRET_NAMES.search(name)}
     secrets = [value.encode() for value in sorted(values, key=len, reverse=True) if len(value) >= SHORTEST_SECRET]
     replacements = (*((re.escape(secret), b"***") for secret in secrets), *REPLACEMENTS)
@@ -85,20 +86,23 @@ def patterns_of(environment: Mapping[str, str]) -> list[tuple[re.Pattern[bytes],
 
 
 def blank(line: bytes, patterns: Sequence[tuple[re.Pattern[bytes], bytes]]) -> bytes:
-    """Returns the line without secrets."""
+    """Returns the line without secrets. All matches of the patterns are replaced."""
     for pattern, instead in patterns:
         line = pattern.sub(instead, line)
     return line
 
 
 class Tail:
-    """Reads the lines of a file while another process writes it."""
+    """Reads the lines of a file while another process still writes to the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._rest = file, b""
 
     def catch_up(self) -> int:
-        """Skips all but the last LAST_BYTES, because the log would drop the rest. Returns how many bytes it skipped."""
+        """Skips all unread bytes of the file except the last LAST_BYTES, because the log would drop the skipped bytes.
+
+        Returns the number of skipped bytes.
+        """
         behind = os.fstat(self._file.fileno()).st_size - self._file.tell() - LAST_BYTES
         if behind <= 0:
             return 0
@@ -107,7 +111,10 @@ class Tail:
         return behind + len(self._file.readline())
 
     def lines(self, *, to_the_end: bool) -> Iterator[bytes]:
-        """Yields the lines written since the last call. `to_the_end`: includes a last line that is incomplete."""
+        """Yields the lines that were written since the last call.
+
+        With `to_the_end`, an incomplete last line is included.
+        """
         while data := self._file.read(READ_BYTES):
             *lines, self._rest = re.split(rb"\r?\n|\r", self._rest + data)
             yield from (line + b"\n" for line in lines)
@@ -119,13 +126,16 @@ class Tail:
 
 
 class Log:
-    """Writes whole lines to segments `<first byte>.log` of a folder. The numbers rise, with gaps for skipped bytes."""
+    """Writes whole lines to files `<number of first byte>.log` of a folder, called segments.
+
+    Skipped bytes leave gaps in the numbers.
+    """
 
     def __init__(self, folder_uri: str) -> None:
         self._folder_uri = folder_uri
-        self._first, self._lines, self._size = _end_of(folder_uri), list[bytes](), 0  # the last segment
+        self._first, self._lines, self._size = _end_of(folder_uri), list[bytes](), 0  # of the last segment
         self._stored = 0  # bytes of the last segment that are in storage
-        self._later: deque[str] = deque()  # segments after the first bytes, which may be deleted for newer ones
+        self._later: deque[str] = deque()  # segments after FIRST_BYTES; the oldest may be deleted
 
     def add(self, line: bytes) -> None:
         if self._size + len(line) > SEGMENT_BYTES:
@@ -138,7 +148,10 @@ class Log:
             self._begin(self._first + self._size + num_bytes)
 
     def store(self) -> None:
-        """Writes the last segment as it is now. A failure is logged, and retried while the segment is the last."""
+        """Writes the content of the last segment to storage.
+
+        A failure is logged, and the next call writes the segment again, if the segment is still the last one.
+        """
         if self._size == self._stored:
             return
         try:
@@ -160,7 +173,10 @@ class Log:
 
 
 def _end_of(folder_uri: str) -> int:
-    """Returns the first free byte number: a worker that Ray has restarted has a log already."""
+    """Returns the number of the first byte after the log in the folder, or 0 if there is no log.
+
+    A worker that Ray has restarted has a log already.
+    """
     names = storage.list_files(folder_uri)
     if not names:
         return 0

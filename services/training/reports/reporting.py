@@ -1,7 +1,8 @@
-"""Sends an attempt's reports: numbers them, spools them to storage, and posts them to the control plane.
+"""Sends the reports of an attempt: numbers them, writes them to storage, and posts them to the control plane.
 
-The spool is the truth. Posts only make reports arrive sooner, so training never waits for the control plane.
-Each answer says what the user wishes; if there is nothing to post, an empty batch every few seconds asks for it.
+The reports in storage, called the spool, are the truth. Posts only make reports arrive sooner, so training never waits
+for the control plane. Each answer to a post has the state that the user wants for the job (run, pause or cancel). If
+there is nothing to post, an empty post every few seconds asks for this state.
 """
 
 import logging
@@ -38,26 +39,26 @@ from services.training.reports.stages import StageSpans
 logger = logging.getLogger(__name__)
 
 EVENTS_PER_SEGMENT = 500
-BYTES_PER_SEGMENT = 2**18  # plus one event: the control plane would refuse a post above `max_json_bytes` each time
+BYTES_PER_SEGMENT = 2**18  # plus one event: the control plane refuses every post above `max_json_bytes`
 POST_TIMEOUT_SECONDS = 10.0
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.5, 15.0
-HEARTBEAT_SECONDS = 3.0  # between posts
-UNHEARD_SECONDS = 60.0  # without an answer, before the heartbeat goes to the spool
-WORKER_SECONDS = 10.0  # since a worker last asked for a command, before no workers are assumed
-DRIVER_SECONDS = 60.0  # without a call from the driver, before the attempt sends no heartbeat
+HEARTBEAT_SECONDS = 3.0  # between two posts
+UNHEARD_SECONDS = 60.0  # time without an answer, after which the heartbeat goes to the spool
+WORKER_SECONDS = 10.0  # time without a worker's call, after which no workers are assumed
+DRIVER_SECONDS = 60.0  # time without a driver's call, after which no heartbeat is sent
 SENTENCE_SECONDS = 60.0  # between two messages about one stage
 
 HEARTBEAT = b'{"events":[]}'
 WATCH = "watch"  # concurrency group of the actor, so that asking for a command does not wait for a slow spool
 Command = Literal[Desired, "fenced"]
-"""`fenced`: a later attempt has taken the job over, and this one must stop."""
+"""The state that an attempt should be in. `fenced`: a later attempt has taken the job over, so this one must stop."""
 
 
 class JobFailed(Exception):
-    """The job fails for a reason that only the user can fix: another attempt would fail in the same way."""
+    """Raised if a job fails for a reason that only the user can fix. Another attempt would fail in the same way."""
 
     def __init__(self, report: Failed) -> None:
-        super().__init__(report)  # pickle passes it to this method in another process
+        super().__init__(report)  # pickle calls this method with it in another process
         self.report = report
 
     def __str__(self) -> str:
@@ -65,15 +66,18 @@ class JobFailed(Exception):
 
 
 def invalid_file(message: str) -> Failed:
-    """Returns the report of a training file that cannot be used."""
+    """Returns the report `Failed` for a training file that cannot be used."""
     return Failed(code="invalid_training_file", message=message, param="training_file")
 
 
 def progress(report: Callable[[Report], None], stage: Stage, total: int, *, start: int = 0) -> Callable[[int], None]:
-    """Returns a function that reports how many of `total` are done: about once a second, and when all are done.
+    """Returns a function that reports the progress of a stage.
 
-    The first report, of the `start` that were done before, is made at once. Once a minute, a message estimates the
-    remaining time from the rate so far.
+    Its argument is the number of items, of `total`, that are done. About one report a second is sent, and one when all
+    items are done.
+
+    The first report is sent at once, with the `start` items that were done before. Once a minute, a message to the user
+    estimates the remaining time from the speed so far.
     """
     began = last_message = time.monotonic()
     last = float("-inf")
@@ -95,7 +99,10 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
 
 
 class Reporter:
-    """Reports the events of one attempt. An attempt has only one, a Ray actor, because it numbers the events."""
+    """Sends the reports of one attempt. This class runs as a Ray actor.
+
+    An attempt has only one such actor, because the actor numbers the events.
+    """
 
     def __init__(self, spec: AttemptAddress, token: str, *, period_seconds: float = 1.0) -> None:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
@@ -105,18 +112,18 @@ class Reporter:
             )
         self._run_uri, self._attempt = spec.run_uri, spec.attempt
         self._events_url = spec.events_url
-        # Ray shows the launch's token to whoever lists its jobs: it is exchanged for one that nobody else knows.
+        # Ray shows the launch's token to everyone who lists Ray's jobs. So it is exchanged for a secret token.
         own_token = secrets.token_urlsafe(32)
         self._exchange: dict[str, str] | None = {"Authorization": f"Bearer {token}", OWN_TOKEN_HEADER: own_token}
         self._headers = {"Authorization": f"Bearer {own_token}"}
         self._period_seconds = period_seconds
         self._next_seq = 0
         self._spans = StageSpans(spec.traceparent)
-        self._pending: deque[tuple[int, bytes]] = deque()  # seq and event, not yet in the spool
+        self._pending: deque[tuple[int, bytes]] = deque()  # seq and event of reports that are not in the spool yet
         self._segment: tuple[str, bytes] | None = None  # URI and body of the segment that is being written
-        self._unposted: deque[str] = deque()  # segments' URIs
+        self._unposted: deque[str] = deque()  # URIs of segments that are not posted yet
         self._ended = False
-        self._command: Command = "run"  # as of the control plane's last answer
+        self._command: Command = "run"  # from the control plane's last answer
         self._pausing = False
         self._answered_at = self._driver_at = time.monotonic()
         self._worker_at = float("-inf")
@@ -129,36 +136,39 @@ class Reporter:
     def report(self, report: Report) -> None:
         with self._changed:
             if self._ended:
-                return  # workers go on for a moment after the report that ends the attempt
+                return  # workers still report for a moment after the attempt's last report
             self._ended = isinstance(report, Succeeded | Failed | Paused | Died)
             event = JobEvent(seq=self._next_seq, created_at=time.time(), report=report)
-            # Encoded here, so that text that is not Unicode fails its caller and leaves no gap in the numbers.
+            # The event is encoded here, so that invalid Unicode fails the caller and leaves no gap in the numbers.
             self._pending.append((self._next_seq, event.model_dump_json().encode()))
             self._next_seq += 1
             self._spans.add(report, event.created_at)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def command(self) -> Command:
-        """Returns what the workers should do."""
+        """Returns the command for the workers, such as run or pause. Records that a worker asks for commands."""
         self._worker_at = time.monotonic()
         return self._command_now()
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def beat(self) -> tuple[Command, bool]:
-        """Takes the driver's heartbeat. Returns what it should do, and whether workers ask for commands, too."""
+        """Records a heartbeat of the driver.
+
+        Returns the command for the driver, and whether workers ask for commands, too.
+        """
         now = self._driver_at = time.monotonic()
         return self._command_now(), now - self._worker_at < WORKER_SECONDS
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def pause(self) -> None:
-        """Makes the command "pause" from now on, even if the control plane wishes to run."""
+        """Sets the command to "pause" from now on, even if the control plane answers "run"."""
         self._pausing = True
 
     def _command_now(self) -> Command:
         return "pause" if self._pausing and self._command == "run" else self._command
 
     def flush(self) -> None:
-        """Returns when all reports so far are in the spool."""
+        """Writes all reports so far to the spool, and returns when they are written."""
         with self._writing:
             while self._segment or self._pending:
                 self._segment = self._segment or self._next_segment()
@@ -170,7 +180,10 @@ class Reporter:
                     self._changed.notify_all()
 
     def close(self, timeout_seconds: float) -> bool:
-        """Spools the remaining reports, and waits up to `timeout_seconds` for their posts. True if all arrived."""
+        """Writes the remaining reports to the spool, and waits up to `timeout_seconds` until all reports are posted.
+
+        Returns whether all reports were posted.
+        """
         self.flush()
         with self._changed:
             self._spans.end()
@@ -215,15 +228,19 @@ class Reporter:
                     pause = min(2 * pause, LAST_RETRY_SECONDS)
 
     def _next_unposted(self) -> str | None:
-        """Waits for a segment to post. None: there is none after HEARTBEAT_SECONDS."""
+        """Waits up to HEARTBEAT_SECONDS for a segment (a file of the spool) to post.
+
+        Returns the segment's URI, or None without one.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._unposted or self._closing.is_set(), HEARTBEAT_SECONDS)
             return self._unposted[0] if self._unposted else None
 
     def _post(self, client: httpx.Client, uri: str | None) -> bool:
-        """Posts a segment, or a heartbeat. Returns whether to go on with the next: False asks for another try.
+        """Posts the segment (a file of the spool) at `uri`, or a heartbeat if `uri` is None.
 
-        A segment may be posted twice, because the control plane recognizes events by their numbers.
+        Returns False if the post must be tried again. A segment may be posted twice, because the control plane
+        recognizes events by their numbers.
         """
         try:
             answer = self._send(client, spool.read_body(uri) if uri else HEARTBEAT)
@@ -248,7 +265,12 @@ class Reporter:
         return True
 
     def _send(self, client: httpx.Client, body: bytes) -> httpx.Response:
-        """Offers the exchange until it is refused, as it is once it was made: an answer may have been lost."""
+        """Posts `body` to the control plane and returns the response.
+
+        At first, each post offers to exchange the launch's token for the attempt's own token. The control plane refuses
+        the offer once the exchange is made, even if the first answer was lost. From then on, the attempt's own token is
+        used.
+        """
         if self._exchange is not None:
             answer = client.post(self._events_url, content=body, headers=self._exchange)
             if answer.status_code != httpx.codes.CONFLICT:
@@ -257,7 +279,10 @@ class Reporter:
         return client.post(self._events_url, content=body, headers=self._headers)
 
     def _beat_in_spool(self) -> None:
-        """Reports a heartbeat in the spool, where the control plane finds it, if posts had no answer for a while."""
+        """Writes a heartbeat to the spool if posts had no answer for UNHEARD_SECONDS.
+
+        The control plane finds the heartbeat there.
+        """
         if time.monotonic() - self._answered_at > UNHEARD_SECONDS:
             self._answered_at = time.monotonic()
             self.report(Alive())

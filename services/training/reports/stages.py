@@ -1,4 +1,4 @@
-"""Records an attempt's stages as spans of its trace; training gets one span per hundred steps or minute."""
+"""Records an attempt's stages as spans of its trace. Training gets one span per hundred steps or per minute."""
 
 from services import tracing
 from services.contract import Progress, Report, StepMetrics
@@ -8,16 +8,19 @@ SECONDS = 60.0
 
 
 class StageSpans:
-    """Takes each report of an attempt, and writes a span when a stage, or a part of training, is over."""
+    """Writes a span of an attempt's trace whenever a stage, or a part of training, has ended."""
 
     def __init__(self, traceparent: str | None) -> None:
         self._parent = traceparent
         self._name: str | None = None
-        self._began = self._last_report = 0.0  # Unix seconds
-        self._first = self._last = 0  # numbers of the stage's steps, rows or bytes
+        self._began = self._last_report = 0.0  # in Unix seconds
+        self._first = self._last = 0  # first and last number of the span's steps, rows or bytes
 
     def add(self, report: Report, at: float) -> None:
-        """`at` is the report's time in Unix seconds."""
+        """Takes the attempt's next report, and writes a span if the report ends a stage or a part of training.
+
+        `at` is the report's time in Unix seconds.
+        """
         if isinstance(report, StepMetrics):
             name, done = "training", report.step
         elif isinstance(report, Progress):
@@ -34,7 +37,7 @@ class StageSpans:
             self._name, self._began, self._first = name, at, done + 1
 
     def end(self) -> None:
-        """Writes the span that is open."""
+        """Ends the current span, if there is one, and writes it."""
         if self._name and self._last >= self._first:
             tracing.record(
                 self._name,

@@ -1,1 +1,1 @@
-"""The processes that train, and the commands, deaths and full disks that they handle."""
+"""Runs the training workers of an attempt, and handles commands, deaths of workers, and full storage."""

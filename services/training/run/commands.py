@@ -1,4 +1,4 @@
-"""Handles commands to a running attempt, which come from the user, by SIGTERM, or from a later attempt."""
+"""Pauses or ends a running attempt on a command: of the user, of SIGTERM, or of a later attempt that takes over."""
 
 import logging
 import os
@@ -28,7 +28,10 @@ DEFAULT_GRACE_SECONDS = 3.0  # Ray's default
 
 @contextmanager
 def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether a worker should pause, as of a moment ago. The function never waits."""
+    """Yields a function that returns whether the worker should pause.
+
+    The function never waits: a thread asks the reporter for the command every PERIOD_SECONDS.
+    """
     command, done = "run", threading.Event()
 
     def listen() -> None:
@@ -49,16 +52,22 @@ def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
 
 
 class Commands:
-    """Runs in the driver. Sends its heartbeat, and ends the attempt on command, unless the attempt ends by itself."""
+    """Sends the driver's heartbeat, and ends the attempt if a command demands this before the attempt ends by itself.
+
+    The object lives in the driver.
+    """
 
     def __init__(self, reporter: Any, followers: Sequence[Any]) -> None:
         self._reporter, self._followers = reporter, followers
-        self._ending = threading.Lock()  # its holder ends the attempt and never releases it
+        self._ending = threading.Lock()  # the holder of the lock ends the attempt and never releases the lock
         signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def stop_handling(self) -> None:
-        """Lets the attempt end by itself from now on. Does not return if a command is ending it already."""
+        """Ignores commands from now on, so that the attempt can end by itself.
+
+        Does not return if a command is ending the attempt already.
+        """
         self._ending.acquire()
 
     def _listen(self) -> None:
@@ -78,14 +87,14 @@ class Commands:
                 self._leave(FENCED)
             case "cancel":
                 self._leave(CANCELLED)
-            case "pause" if not workers_listen:  # nothing trains, and prepared data are kept
+            case "pause" if not workers_listen:  # no worker trains, and prepared data are kept
                 self._leave(PAUSED, Paused(step=0))
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         threading.Thread(target=self._pause_within, args=(128 + signum,), daemon=True).start()
 
     def _pause_within(self, status: int) -> None:
-        """Pauses, and ends the attempt shortly before SIGKILL would, whether or not the pause is complete."""
+        """Pauses training, and ends the attempt shortly before Ray sends SIGKILL, even if the pause is not complete."""
         grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
         logger.warning("SIGTERM: the attempt ends within %.0f s.", grace)
         self._reporter.pause.remote()
@@ -103,5 +112,5 @@ class Commands:
             closing.append(self._reporter.close.remote(CLOSE_SECONDS))
             ray.wait(closing, num_returns=len(closing), timeout=2 * CLOSE_SECONDS)
         finally:
-            # Ray Data and Ray Train take longer to close than SIGKILL waits. Their actors die with the driver.
+            # Ray Data and Ray Train would close only after SIGKILL is due. Their actors die with the driver.
             os._exit(status)

@@ -1,4 +1,4 @@
-"""Waits for room in full storage instead of failing the job."""
+"""Waits for free space if storage is full, so that the job does not fail."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def retry_while_full(write: Callable[[], Result], what: str, report: Callable[[Report], object]) -> Result:
-    """Calls `write` again and again while storage is full, also for its tasks and actors. Returns its result.
+    """Calls `write`, again and again while storage is full for `write` or its Ray tasks. Returns its result.
 
     `what` names the work in a message, such as "exporting the policy".
     """

@@ -1,4 +1,4 @@
-"""Ray Train's trainer without the actors that an attempt does not need."""
+"""Defines a trainer of Ray Train without the actors that an attempt does not need."""
 
 import os
 from collections.abc import Mapping
@@ -13,15 +13,18 @@ from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from services.contract import Message
 from services.training.run.deaths import cause_of
 
-# Workers read their data from storage, and a placement group ends with the driver that asked for it.
+# Neither is needed: workers read data from storage, and a placement group ends with the driver that asked for it.
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Starts a controller, the workers and the actor where they meet: three actors fewer, at two CPU seconds each."""
+    """A TorchTrainer that starts only a controller, the workers, and the actor that synchronizes them.
+
+    It saves three actors, each of which takes two CPU seconds to start.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # The watcher would warn workers that a node is about to end. They resume from a checkpoint after it has.
+        # The watcher would warn workers that a node is about to end. Workers resume from a checkpoint after the end.
         os.environ.setdefault(ENABLE_PREEMPTION_WATCHER_ENV_VAR, "0")
         super().__init__(*args, **options)
 
@@ -30,7 +33,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 class ReportDeaths(UserCallback):  # type: ignore[misc]
-    """Reports to the user why workers died. Ray Train then starts others, or ends the attempt."""
+    """Reports to the user the reason why workers died. Ray Train then starts other workers, or ends the attempt."""
 
     def __init__(self, reporter: Any) -> None:
         self._reporter = reporter

@@ -1,4 +1,4 @@
-"""A run's checkpoints in storage: where they are, and which of them keep their optimizer's state."""
+"""Finds a job's checkpoints in storage, and removes the optimizer's state from older checkpoints."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -7,7 +7,7 @@ from itertools import islice, takewhile
 from dpo_core.training.checkpoint import Manifest, is_optimizer, parse_manifest
 from services import storage
 
-RESUMABLE = 2  # checkpoints that keep their optimizer's state: the newest, and one more in case that it is damaged
+RESUMABLE = 2  # checkpoints that keep their optimizer's state: the newest, and one more in case the newest is damaged
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
@@ -15,7 +15,7 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
 
 
 def complete(run_uri: str) -> Iterator[tuple[int, str]]:
-    """Step and URI of each checkpoint that was published as a whole, the newest first."""
+    """Yields the step and URI of each checkpoint that was published as a whole, the newest first."""
     folder = storage.join(run_uri, "checkpoints")
     steps = {int(name.removeprefix("step-")): name for name in storage.list_folders(folder)}
     for step in sorted(steps, reverse=True):
@@ -25,22 +25,26 @@ def complete(run_uri: str) -> Iterator[tuple[int, str]]:
 
 
 def manifest_of(uri: str) -> Manifest:
-    """Without fetching the checkpoint. Raises DamagedCheckpoint."""
+    """Returns the manifest of the checkpoint at `uri` without fetching the checkpoint.
+
+    Raises DamagedCheckpoint if the manifest is damaged.
+    """
     place = storage.join(uri, storage.MANIFEST)
     return parse_manifest(storage.read_bytes(place), place)
 
 
 def drop_optimizers(run_uri: str, *, published: int) -> None:
-    """Checkpoints older than the published one and the one before it lose their optimizer's state.
+    """Removes the optimizer's state from all checkpoints older than step `published`, except the newest of these.
 
-    What resumes needs only those two. A checkpoint without the state is still whole: first its manifest stops naming
-    the files, then they go. The oldest loses it first, so that those that have it are the newest at any moment, and
-    what a process leaves undone that dies in between is done after the next checkpoint.
+    A job resumes only from one of the two checkpoints that keep a state. A checkpoint without the state is still whole:
+    first its manifest stops naming the state's files, then the files are deleted. The oldest checkpoint loses its state
+    first, so that at any moment the newest checkpoints have theirs. If this process dies before the end, the call after
+    the next checkpoint does the rest.
     """
     older = (uri for step, uri in complete(run_uri) if step < published)
     having = takewhile(_optimizer_files, islice(older, RESUMABLE - 1, None))
     for uri in reversed(list(having)):
-        with suppress(FileNotFoundError):  # a user deletes the checkpoint just now
+        with suppress(FileNotFoundError):  # a user deletes the checkpoint at the same time
             manifest = manifest_of(uri).without_optimizer()
             storage.write_bytes(storage.join(uri, storage.MANIFEST), manifest.to_json())
         for name in _optimizer_files(uri):

@@ -1,4 +1,4 @@
-"""Runs one worker of a training run: a loop over the steps of `dpo_core.training.trainer.train`."""
+"""Runs one training worker: a loop over the steps of `dpo_core.training.trainer.train`."""
 
 import math
 import os
@@ -43,16 +43,17 @@ from services.training.run.commands import pause_requests
 from services.training.run.full_disk import retry_while_full
 
 LN2_TOLERANCE = 1e-3
-GROUPS_PER_EVALUATION = 256  # read at a time, and divided among all workers
+GROUPS_PER_EVALUATION = 256  # groups that are read at a time, and divided among all workers
 
 
 def work(
     spec: AttemptSpec, data: Data, reporter: Any, validation: Dataset | Stream | None = None
 ) -> Succeeded | Failed | Paused:
-    """Trains until the end of the run, a failure that only the user can fix, or a pause, which leaves a checkpoint.
+    """Trains until the last step, a failure that only the user can fix, or a pause. Returns the attempt's last report.
 
-    On success, returns the last checkpoint's policy. The config of `spec` is resolved. `reporter` is the actor's
-    handle; only rank 0 reports to it. Every checkpoint is evaluated on `validation`.
+    On success, the report names the checkpoint that becomes the policy. A pause leaves a checkpoint. The config of
+    `spec` must be resolved, that is, without undecided options. `reporter` is the handle of the attempt's Reporter, to
+    which only rank 0 reports. Every checkpoint is evaluated on `validation`.
     """
     try:
         with policies.unusable_models_fail_the_job():
@@ -106,7 +107,7 @@ def _work(
     if dist.get_rank() == 0:
         for sentence in explain_end(step, total_steps, evaluations, spec) if over else ():
             reporter.report.remote(sentence)
-        ray.get(reporter.flush.remote())  # all of this before the driver reports the end
+        ray.get(reporter.flush.remote())  # all reports are stored before the driver reports the end
     if not over:
         return failed or Paused(step=step)
     model_uri = storage.join(checkpoint_uri(spec, step_of_policy(step, evaluations, spec)), "model")
@@ -114,13 +115,20 @@ def _work(
 
 
 def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> int:
-    """Of the checkpoint that becomes the policy of a run that ended after the step `last`."""
+    """Returns the step of the checkpoint that becomes the policy (the trained model).
+
+    `last` is the last step of training.
+    """
     top = best(evaluations, spec.config.best_metric) if spec.policy == "best" else None
     return top.step if top else last
 
 
 def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> list[Message]:
-    """Why a run ended after the step `last`, and which checkpoint is the policy, where the user asked for a choice."""
+    """Returns messages for the user about the end of training after the step `last`.
+
+    If the user asked for an early stop or the best checkpoint, the messages name the reason for the end and the chosen
+    checkpoint.
+    """
     found, metric, early_stop = [], spec.config.best_metric, spec.config.early_stop
     if early_stop and last < total_steps:
         gain = f"by {early_stop.min_gain:g}" if early_stop.min_gain else "at all"
@@ -137,7 +145,10 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
 
 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
-    """Returns how `train` reads the groups to evaluate on. A stream has them only when it ends, and may have none."""
+    """Returns a function with which `train` reads the validation data, or None without validation data.
+
+    A stream has its held-out groups only at its end. The function returns None if a stream has no held-out groups.
+    """
     if validation is None:
         return None
 
@@ -149,7 +160,10 @@ def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[
 
 
 def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
-    """Returns why training must end after this step. Metrics are global, so all workers decide the same."""
+    """Returns the failure with which training must end after this step, or None.
+
+    Metrics are global, so all workers decide the same.
+    """
     loss = result.metrics["loss"]
     for key, value in result.metrics.items():
         if not math.isfinite(value):
@@ -169,9 +183,10 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
 
 
 def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
-    """Whether the loss must be ln 2: with DPO, at the first step, if the policy still equals the reference.
+    """Whether the step's loss must be ln 2, as at DPO's first step, where the policy still equals the reference.
 
-    It does not if the reference is another model, an adapter's dropout is on, or bfloat16 rounds them differently.
+    The two differ if the reference is another model, an adapter's dropout is on, or bfloat16 rounds the two
+    differently.
     """
     adapter, precision = spec.weights.adapter, spec.weights.precision
     drops = adapter is not None and adapter.dropout > 0
@@ -180,7 +195,10 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
-    """Returns the URI of the newest checkpoint that is complete, undamaged and has its optimizer's state."""
+    """Returns the URI of the newest checkpoint that is complete and undamaged and has its optimizer's state, or None.
+
+    Such a checkpoint is downloaded to `cache`.
+    """
     for _, uri in retention.complete(run_uri):
         try:
             if not retention.manifest_of(uri).has_optimizer:
@@ -195,7 +213,7 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
-    """Returns the newest checkpoint as a local folder. Rank 0 chooses it for all workers."""
+    """Returns the local folder of the newest checkpoint, or None. Rank 0 chooses the checkpoint for all workers."""
     choice: list[str | None] = [None]
     if dist.get_rank() == 0:
         choice = [newest_checkpoint(spec.run_uri, cache, reporter.report.remote)]
@@ -204,7 +222,10 @@ def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: 
 
 
 def _warn_of_slow_precision(spec: AttemptSpec, device: torch.device, reporter: Any) -> None:
-    """Warns of bfloat16 on a CPU without AMX, where its products are up to 60 times slower than in float32."""
+    """Warns the user of bfloat16 on a CPU without AMX.
+
+    Products in bfloat16 are up to 60 times slower than in float32 there.
+    """
     fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
     if spec.weights.precision == "bfloat16" and not fast:
         sentence = "bfloat16 is slower than float32 on this CPU, which has no AMX; send x_raydpo.precision 'float32'."
@@ -216,7 +237,7 @@ def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, repo
     if resume:
         step = started.resumed_from
         reporter.report.remote(Message(message=f"Resumed from checkpoint at step {step}."))
-        # The attempt that saved the checkpoint may have died before its report of it was spooled.
+        # The attempt that saved the checkpoint may have died before its report of the checkpoint was spooled.
         metrics = read_manifest(resume).metrics
         saved = CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=metrics)
         reporter.report.remote(saved)
@@ -233,15 +254,16 @@ def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
 
 
 def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
-    """Copies this worker's part of a checkpoint to storage, while training goes on.
+    """Copies this worker's files of a checkpoint to storage, while training goes on.
 
-    Rank 0 publishes last, in an order that loses neither reports nor the checkpoint if this process dies.
+    Rank 0 copies after all other ranks. Rank 0 first stores all reports and at last reports the checkpoint, so that
+    neither the reports nor the checkpoint are lost if this process dies.
     """
     uri = checkpoint_uri(spec, step)
 
     def publish() -> None:
         if dist.get_rank() == 0:
-            ray.get(reporter.flush.remote())  # an attempt that resumes here does not run these steps again
+            ray.get(reporter.flush.remote())  # an attempt that resumes here does not report these steps again
         storage.publish(folder, uri)
 
     metrics = read_manifest(folder).metrics if dist.get_rank() == 0 else {}
@@ -253,7 +275,10 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
 
 
 def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
-    """What fails here is tried again after the next checkpoint, and no reason to stop."""
+    """Removes the optimizer's state from older checkpoints.
+
+    A failure does not stop training: the user is warned, and the next checkpoint causes another try.
+    """
     try:
         retention.drop_optimizers(spec.run_uri, published=published)
     except (OSError, DamagedCheckpoint) as error:
@@ -267,7 +292,10 @@ def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
 
 @contextmanager
 def _scratch(spec: AttemptSpec) -> Iterator[Path]:
-    """Makes a folder of this worker on its node. First removes those of killed attempts, which may be large."""
+    """Yields a temporary folder of this worker on its node.
+
+    First removes the folders of the job's killed attempts, which may be large.
+    """
     prefix = f"raydpo-{spec.job_id}-{dist.get_rank()}-"
     for abandoned in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(abandoned, ignore_errors=True)
@@ -276,9 +304,11 @@ def _scratch(spec: AttemptSpec) -> Iterator[Path]:
 
 
 def _num_threads() -> int:
-    """Returns this worker's share of its node's cores. Ray's own setting is the one CPU that a worker reserves.
+    """Returns the number of threads of this worker: its share of the node's cores.
 
-    Ray may be configured with more CPUs than there are, and a container may have fewer than its machine.
+    Ray's own setting would be one thread, for the one CPU that a worker reserves. Both Ray's number of CPUs and the
+    real number of cores limit the result, because Ray may be configured with more CPUs than there are, and a container
+    may have fewer CPUs than its machine.
     """
     node_id = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)

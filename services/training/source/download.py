@@ -1,4 +1,4 @@
-"""Streams a file from a URL. If the network fails, the download resumes where it stopped."""
+"""Streams a file from a URL. If the network fails, the download resumes at the byte where it stopped."""
 
 import hashlib
 import time
@@ -10,26 +10,26 @@ import httpx
 
 from services.uri import InvalidUri
 
-MAX_BYTES = 2**36  # of one file: 64 GiB
+MAX_BYTES = 2**36  # most bytes of one file: 64 GiB
 MAX_REDIRECTS = 5
-PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)  # before each retry after failures in a row
-PROGRESS_BYTES = 2**20  # after a try with fewer, its failure counts as another one in a row
-RETRIED_STATUSES = (408, 425, 429)  # besides those from 500: another try may succeed
+PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)  # pauses before the retries after failures in a row
+PROGRESS_BYTES = 2**20  # a try that fails with fewer bytes counts as another failure in a row
+RETRIED_STATUSES = (408, 425, 429)  # another try may succeed, as after statuses from 500
 
 
 class Remote(NamedTuple):
-    """A file to download."""
+    """A file to download: its name, size and URL."""
 
-    name: str  # for the user
-    size: int  # bytes; 0: not known yet
+    name: str  # shown to the user
+    size: int  # bytes; 0: the size is not known yet
     url: str
 
 
 def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]) -> Iterator[bytes]:
-    """Yields the bytes of the file at `url`, as the server stores it.
+    """Yields the bytes of the file at `url`, as the server stores them.
 
-    Calls `arrived` with the size of every piece and the length of the file, or 0 if that is unknown. Raises
-    InvalidUri for errors that the user can fix, and httpx.HTTPError for those that another attempt may not meet.
+    Calls `arrived` with the size of every received piece and the length of the file (0 if unknown). Raises InvalidUri
+    for errors that the user can fix, and httpx.HTTPError for errors that another attempt may not meet.
     """
     digest, offset, length, tag = hashlib.sha256(), 0, 0, ""
     failures = before = 0
@@ -68,7 +68,10 @@ def _strong_tag(tag: str | None) -> str:
 
 
 def _body_after(offset: int, digest: Any, response: httpx.Response) -> Iterator[bytes]:
-    """Yields the body after the first `offset` bytes. If a server sends these again, they must have the same digest."""
+    """Yields the content of a response without the first `offset` bytes of the file.
+
+    A server may send these bytes again. Raises OSError if their digest is no longer `digest`.
+    """
     if response.status_code == httpx.codes.PARTIAL_CONTENT:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             raise _changed(response)
@@ -92,7 +95,7 @@ def _changed(response: httpx.Response) -> OSError:
 
 @contextmanager
 def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
-    """Yields the response after all redirects. Bodies of redirects are not read, because they may be endless."""
+    """Yields the response after all redirects. The content of a redirect is not read, because it may be endless."""
     request: httpx.Request | None = client.build_request("GET", url, headers=headers)
     for _ in range(MAX_REDIRECTS + 1):
         assert request

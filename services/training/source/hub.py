@@ -1,8 +1,8 @@
 """Finds datasets on the Hugging Face hub: `hf://datasets/<organization>/<name>[@<revision>]/<path>`.
 
-HF_ENDPOINT sets the hub. HF_TOKEN is used only for organizations that one of `dataset_uris` names: otherwise every
-user could read what the token's owner may read. All files are those of one commit, even if the revision moves
-meanwhile; pyarrow's own `hf://` resolves the revision again with each request.
+The environment variable HF_ENDPOINT sets the hub. HF_TOKEN is sent only for organizations that a prefix in the setting
+`dataset_uris` names; otherwise every user could read all data that the token's owner may read. All files come from one
+commit, even if the revision moves during the download; pyarrow's own `hf://` resolves the revision with each request.
 """
 
 import time
@@ -24,17 +24,26 @@ Answer = TypeVar("Answer")
 
 
 def client(uri: str, prefixes: Sequence[str]) -> httpx.Client:
-    """Returns a client for the hub's files. It refuses no address, because the operator chose the hub."""
+    """Returns an HTTP client for the hub's files.
+
+    The client may connect to every address, because the operator chose the hub.
+    """
     return httpx.Client(headers=build_hf_headers(token=_token(uri, prefixes)), timeout=TIMEOUT_SECONDS)
 
 
 def _token(uri: str, prefixes: Sequence[str]) -> bool | None:
-    """Returns the `token` argument of the hub's client. None: HF_TOKEN, if it is set. False: no token."""
+    """Returns the `token` argument of the hub's Python client.
+
+    None means HF_TOKEN, if it is set; False means no token.
+    """
     return None if names_organization(uri, prefixes) else False
 
 
 def find(uri: str, prefixes: Sequence[str]) -> list[Remote]:
-    """Returns the files that `uri` means, by name. Raises InvalidUri if there are none, or the hub refuses access."""
+    """Returns the files that `uri` names, sorted by name.
+
+    Raises InvalidUri if there are no such files, or the hub refuses access.
+    """
     try:
         place = parse_hf_uri(uri)
     except HfUriError as error:
@@ -58,7 +67,10 @@ def _info(name: str, revision: str | None, token: bool | None) -> DatasetInfo:
 
 
 def _with_retries(uri: str, ask: Callable[[], Answer]) -> Answer:
-    """Calls `ask` again after errors that may pass. Raises InvalidUri for others."""
+    """Returns the result of `ask`. Calls `ask` again after temporary errors of the hub.
+
+    Raises InvalidUri for errors that are not temporary.
+    """
     for pause in PAUSES_SECONDS:
         try:
             return ask()
@@ -66,10 +78,13 @@ def _with_retries(uri: str, ask: Callable[[], Answer]) -> Answer:
             status = error.response.status_code
             if status < 500 and status not in RETRIED_STATUSES:
                 reason = error.server_message or error.response.reason_phrase
-                needs = "needs the service's HF_TOKEN, and a prefix in dataset_uris that names its organization"
-                message = f"{uri}: the hub answers {status} {reason}; a private dataset {needs}."
+                remedy = (
+                    "If the dataset is private, the operator must set HF_TOKEN for the service and list the dataset's "
+                    "organization as a prefix in the setting dataset_uris."
+                )
+                message = f"{uri}: the Hugging Face hub answers {status} {reason}. {remedy}"
                 raise InvalidUri(message) from None
         except httpx2.TransportError:
-            pass  # retried like the hub's own 5xx
+            pass  # tried again, like an answer of 5xx
         time.sleep(pause)
     return ask()

@@ -1,4 +1,4 @@
-"""Provides a job's training file, an upload or a user's URI, as one plain file of JSON Lines."""
+"""Provides a job's training file, an upload or a file at a user's URI, as one uncompressed file of JSON Lines."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +24,16 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class _File(NamedTuple):
-    name: str  # for the user
-    uri: str  # that storage can read
+    name: str  # shown to the user
+    uri: str  # a URI that `services.storage` can read
 
 
 @contextmanager
 def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report], None]) -> Iterator[AttemptSpec]:
-    """Yields the attempt with `training_uri` naming plain JSON Lines: the file itself if it is that, else a copy.
+    """Yields the attempt's spec with a `training_uri` of uncompressed JSON Lines.
 
-    The copy is in `folder_uri`, which is deleted when the block ends normally. Raises JobFailed for errors that the
-    user can fix, and OSError if the file changes while it is used.
+    This is the file itself if possible, else a copy. The copy is in `folder_uri`; this folder is deleted when the block
+    ends normally. Raises JobFailed for errors that the user can fix, and OSError if the file changes during the block.
     """
     try:
         files = [_File("training_file", spec.training_uri)]
@@ -52,9 +52,10 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
 
 
 def unpacked(uri: str, to_uri: str) -> str:
-    """Returns the URI of an uploaded file as plain JSON Lines: `uri` itself if it is that, else `to_uri`, a new copy.
+    """Returns the URI of an uploaded file as uncompressed JSON Lines.
 
-    Raises JobFailed for a damaged file.
+    The result is `uri` if the file is uncompressed already, else `to_uri`, to which the file is unpacked. Raises
+    JobFailed for a damaged file.
     """
     try:
         return _as_one([_File("training_file", uri)], to_uri, lambda report: None)
@@ -68,7 +69,10 @@ def _failed(spec: AttemptSpec, message: str, code: str = "invalid_training_file"
 
 
 def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[[Report], None]) -> list[_File]:
-    """Returns the files, at least one, that `uri` means. Those that storage cannot read are downloaded."""
+    """Returns the files that `uri` names, at least one.
+
+    Files at http, https and hf URIs are downloaded to `folder_uri`.
+    """
     place = admitted(uri, prefixes)
     scheme = urlsplit(uri).scheme
     if scheme in PORTS:
@@ -84,7 +88,7 @@ def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[
                 raise InvalidUri(f"{uri} is not a file; end it with '/' if it is a folder.")
             storage.open_input(file.uri).close()
     except (OSError, pa.ArrowInvalid) as error:
-        # Arrow raises ArrowInvalid, or an OSError with ACCESS_DENIED, for what S3 refuses. Others are the network's.
+        # If S3 refuses, Arrow raises ArrowInvalid or an OSError with ACCESS_DENIED. Other errors are of the network.
         if not isinstance(error, PermissionError | pa.ArrowInvalid) and "ACCESS_DENIED" not in str(error):
             raise
         raise InvalidUri(f"{uri}: {error}") from error
@@ -119,7 +123,10 @@ def _download(
 
 
 def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) -> str:
-    """Returns the URI of one plain file with all lines: the only file if it is plain, else `uri`, which is written."""
+    """Returns the URI of one uncompressed file with the lines of all files.
+
+    The result is the only file if that is uncompressed, else `uri`, to which the lines are written.
+    """
     if len(files) == 1:
         with storage.open_input(files[0].uri) as file:
             if is_plain(file):
@@ -133,7 +140,7 @@ def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) 
 
 
 def _lines(files: Sequence[_File], starts: list[str]) -> Iterator[bytes]:
-    """Yields the lines of all files, and adds to `starts` the line where each file begins."""
+    """Yields the lines of all files. Adds to `starts`, for each file, its name and the number of its first line."""
     number = 0
     for name, uri in files:
         starts.append(f"{name} from line {number + 1}")

@@ -1,4 +1,7 @@
-"""Starts and closes an attempt's followers: Ray actors on the driver's node, whose environment has what they need."""
+"""Starts and closes the followers of an attempt: Ray actors that send the job's metrics to other services.
+
+Followers run on the driver's node, because its environment has the addresses and keys of these services.
+"""
 
 import os
 from functools import partial
@@ -15,12 +18,12 @@ from services.training.reports.integrations.sink import Status
 from services.training.reports.integrations.tensorboard import TensorboardSink
 from services.training.reports.integrations.wandb import WandbSink
 
-CLOSE_SECONDS = 120.0  # longer than a sink may take to open: a short job may end before that
-PAUSE_SECONDS = 5.0  # the next attempt writes what is missing then
-GRACE_SECONDS = 5.0  # after it, an actor that does not answer is no longer waited for
-ENVIRONMENT = {  # unless the node sets something else
+CLOSE_SECONDS = 120.0  # longer than opening a sink may take: a short job may end before its sink is open
+PAUSE_SECONDS = 5.0  # for an attempt that is paused; the next attempt writes the missing steps
+GRACE_SECONDS = 5.0  # time after which an actor that does not answer is given up
+ENVIRONMENT = {  # defaults of variables that the node does not set
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it may hold a password
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the URL may hold a password
     "WANDB_ERROR_REPORTING": "false",
     # A follower retries by itself; MLflow would retry for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -29,7 +32,7 @@ ENVIRONMENT = {  # unless the node sets something else
 
 
 def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
-    """Returns the sinks that the job asks for, each with its name for messages."""
+    """Returns the sinks (W&B, MLflow or TensorBoard) that the job asks for, each with its name for messages."""
     named: list[tuple[str, Open]] = []
     for number, integration in enumerate(spec.integrations.wandb):
         run_id = f"{spec.job_id}-{number}" if number else spec.job_id
@@ -42,18 +45,24 @@ def sinks(spec: AttemptSpec) -> list[tuple[str, Open]]:
 
 
 def start(spec: AttemptSpec, reporter: Any) -> list[Any]:
-    """Starts a follower for each sink of the job. Does not wait for them."""
+    """Starts a follower (an actor that sends metrics) for each service that the job's metrics go to.
+
+    Does not wait for the followers' start.
+    """
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     actor = local_actor(Follower, runtime_env={"env_vars": environment})
 
     def report(report: Report) -> None:
-        ray.get(reporter.report.remote(report))  # waits, so that it comes before the attempt's last report
+        ray.get(reporter.report.remote(report))  # waits, so that the report comes before the attempt's last report
 
     return [actor.remote(name, sink, spec, report) for name, sink in sinks(spec)]
 
 
 def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
-    """Closes the followers. Must come before the attempt's last report. `status` None: another attempt will resume."""
+    """Closes the followers (actors that send metrics) of the attempt.
+
+    Call this function before the attempt's last report. `status` is None if another attempt will resume the job.
+    """
     if not followers:
         return
     ray.get(reporter.flush.remote())

@@ -1,4 +1,4 @@
-"""Copies a job's reports to one sink, and tries again if the sink fails."""
+"""Copies a job's reports to one sink (W&B, MLflow or TensorBoard), and tries again if the sink fails."""
 
 import logging
 import os
@@ -19,16 +19,19 @@ logger = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 30.0  # between two reads of the spool
 RETRY_SECONDS = 60.0
-SLOW_SECONDS = 60.0  # for one call of a sink
+SLOW_SECONDS = 60.0  # duration of a sink's call after which the user is warned
 STEPS_PER_WRITE = 1000
 SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 Open = Callable[[AttemptSpec, Path], Sink]
-"""Opens a sink. It may keep files in the folder until it is closed."""
+"""A function that opens a sink. The sink may keep files in the folder until the sink is closed."""
 
 
 class Follower:
-    """Serves one sink of one attempt, as a Ray actor. Errors are reported to the user once, and never raised."""
+    """A Ray actor that copies a job's reports to one sink (W&B, MLflow or TensorBoard), for one attempt.
+
+    Errors are reported to the user once, and never raised.
+    """
 
     def __init__(self, name: str, open_sink: Open, spec: AttemptSpec, report: Callable[[Report], None]) -> None:
         self._name, self._open, self._spec, self._report = name, open_sink, spec, report
@@ -39,9 +42,9 @@ class Follower:
         self._thread.start()
 
     def close(self, status: Status | None, timeout_seconds: float) -> None:
-        """Gives the sink `timeout_seconds` for the reports spooled until now. `status` is that of Sink.close.
+        """Waits up to `timeout_seconds` until the sink has all reports that are in the spool.
 
-        Afterwards the follower reports nothing.
+        `status` is passed to Sink.close. Afterwards the follower reports nothing to the user.
         """
         self._status = status
         self._closing.set()
@@ -60,7 +63,7 @@ class Follower:
             except ImportError as error:
                 self._warn(f"the cluster lacks the package {error.name}; its image needs raydpo's extra `cluster`")
                 return
-            except Exception as error:  # of any kind: training must not fail by it
+            except Exception as error:  # any error, because training must not fail by an integration
                 logger.warning(
                     "%s failed: %s", self._name, _without_secrets("".join(traceback.format_exception(error)))
                 )
@@ -70,7 +73,10 @@ class Follower:
             self._closing.wait(RETRY_SECONDS)
 
     def _follow(self, folder: Path) -> None:
-        """Writes reports to a new sink. Returns after `close`, when all spooled reports are written."""
+        """Opens a sink and writes the job's reports to the sink.
+
+        Returns after `close` was called and all spooled reports are written.
+        """
         with self._warning_if_slow():
             sink = self._open(self._spec, folder)
         if not self._announced:
@@ -114,7 +120,10 @@ class Follower:
 
 
 def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
-    """Yields the reports of the job's attempts, from the first attempt on. None: there are no more yet."""
+    """Yields the reports of the job's attempts, from the first attempt on.
+
+    Yields None whenever there are no more reports yet.
+    """
     for attempt in range(1, spec.attempt + 1):
         next_seq, lost = 0, False
         while True:
@@ -149,4 +158,4 @@ def _without_secrets(text: str) -> str:
     for name in SECRETS:
         if secret := os.environ.get(name):
             text = text.replace(secret, f"${name}")
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)  # a user and a password before a host
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)  # removes a user and a password before a host

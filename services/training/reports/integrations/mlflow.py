@@ -1,4 +1,4 @@
-"""Writes a run in MLflow: to the cluster's tracking server, or to a database file in the job's storage."""
+"""Writes a job's metrics to an MLflow run, in the cluster's tracking server or in a database file in storage."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ JOB_TAG = "raydpo.job"
 
 
 class MlflowSink:
-    """Writes the job's run, which it finds by a tag with the job's id."""
+    """Writes a job's metrics to an MLflow run. A tag with the job's id identifies the run."""
 
     def __init__(self, options: Mlflow, spec: AttemptSpec, folder: Path) -> None:
         from mlflow import MlflowClient
@@ -59,7 +59,7 @@ class MlflowSink:
         self._publish()
 
     def _find(self, options: Mlflow, spec: AttemptSpec) -> str:
-        """Returns the id of the job's run. Another attempt may have begun it."""
+        """Returns the id of the job's MLflow run. Creates the run, unless an earlier attempt has created it."""
         experiment = self._experiment(options.experiment)
         runs = self._client.search_runs(
             [experiment], f"tags.`{JOB_TAG}` = '{spec.job_id}'", order_by=["attributes.start_time ASC"], max_results=1
@@ -87,7 +87,7 @@ class MlflowSink:
         run = self._client.get_run(self._run_id).info
         if url.scheme not in ("http", "https"):
             return f"run {run.run_id}"
-        host = url.netloc.rpartition("@")[2]  # without a password
+        host = url.netloc.rpartition("@")[2]  # the link must not contain a password
         return f"{url.scheme}://{host}{url.path.rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
     def _where_local(self, job_id: str) -> str:

@@ -1,4 +1,4 @@
-"""The interface of an integration: a sink for the metrics of a job's steps."""
+"""Defines the interface of a sink, which writes the metrics of a job's steps to another service, such as MLflow."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -9,7 +9,7 @@ Status = Literal["succeeded", "failed"]
 
 
 class Step(NamedTuple):
-    """One optimizer step."""
+    """The metrics of one optimizer step."""
 
     number: int  # from 1
     at: float  # Unix seconds
@@ -17,19 +17,19 @@ class Step(NamedTuple):
 
 
 class Sink(Protocol):
-    """A job's run in one service. The constructor finds or begins the run there.
+    """Writes a job's metrics to a run in another service, such as MLflow. The constructor finds or creates the run.
 
-    Any call may raise, and may take long. A sink that raised is dropped, and another one is made.
+    Any call may raise an error, and may take long. After an error the caller must drop the sink and make another one.
     """
 
     last_step: int  # the last step that the run has; 0: none
-    where: str  # the user can see the run: part of a sentence
+    where: str  # where the user can see the run, as a part of a sentence
 
     def begin(self, started: Started) -> None:
-        """Writes the resolved config. May be called again."""
+        """Writes the job's resolved config to the run. May be called again for the same run."""
 
     def write(self, steps: Sequence[Step]) -> None:
-        """Writes steps after `last_step`, in order. No step is sent twice."""
+        """Writes the metrics of steps after `last_step`, in order. The caller must not send a step twice."""
 
     def close(self, status: Status | None) -> None:
-        """Ends the run. `status` None: another attempt may continue it."""
+        """Ends the run in the service. `status` is None if another attempt may continue the run."""

@@ -1,4 +1,4 @@
-"""Writes TensorBoard's event files to the job's storage."""
+"""Writes a job's metrics to TensorBoard's event files in the job's storage."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,10 @@ NAME = "events.out.tfevents"  # TensorBoard reads files whose names begin like t
 
 
 class TensorboardSink:
-    """Writes a new file each time, because storage cannot append. TensorBoard reads the files in order of name."""
+    """Writes a job's metrics to TensorBoard's event files. Each call writes a new file, because storage cannot append.
+
+    TensorBoard reads the files in order of name.
+    """
 
     def __init__(self, spec: AttemptSpec, folder: Path) -> None:
         self._spec, self._folder = spec, folder

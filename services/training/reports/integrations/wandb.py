@@ -1,4 +1,7 @@
-"""Writes a run in Weights & Biases. If the cluster has no key, it writes an offline run that a user can send later."""
+"""Writes a job's metrics to a Weights & Biases run.
+
+If the cluster has no key for W&B, the run is written to a file, which a user can send later.
+"""
 
 import os
 from collections.abc import Sequence
@@ -13,12 +16,16 @@ INIT_SECONDS = 60.0
 
 
 class WandbSink:
-    """Writes the job's run. Online, the server knows its last step. Offline, each attempt rewrites the whole file."""
+    """Writes a job's metrics to a Weights & Biases run.
+
+    Online, a new attempt continues after the last step that the W&B server has. Offline there is no server to ask, so
+    each attempt writes the run's file from step 1.
+    """
 
     def __init__(self, options: Wandb, run_id: str, spec: AttemptSpec, folder: Path) -> None:
         import wandb
 
-        wandb.teardown()  # otherwise it still holds a run that could not be opened, under the same id
+        wandb.teardown()  # otherwise wandb keeps a run of the same id that could not be opened
         self._spec = spec
         self._folder_name = f"offline-run-{run_id}"  # the name that `wandb sync` expects
         self._offline = os.environ.get("WANDB_MODE", "online") != "online" or not os.environ.get("WANDB_API_KEY")
@@ -52,7 +59,7 @@ class WandbSink:
 
         self._run.summary.update({"status": status or "interrupted"})
         self._run.finish(exit_code=0 if status == "succeeded" else 1)
-        wandb.teardown()  # completes the file
+        wandb.teardown()  # completes the offline file
         self._publish()
 
     def _publish(self) -> None:
@@ -70,7 +77,7 @@ class WandbSink:
 
 
 def _settings(folder: Path) -> object:
-    """Returns settings that send metrics only, and nothing about the machine, its console or its code."""
+    """Returns settings with which W&B sends metrics only, and nothing about the machine, its console or its code."""
     import wandb
 
     return wandb.Settings(

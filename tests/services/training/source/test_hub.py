@@ -101,7 +101,7 @@ def test_a_folder_means_its_files(read: Read, uri: str) -> None:
         ("hf://datasets/org/name/missing.jsonl", "has no files"),
         ("hf://datasets/org/name//rows.jsonl", "empty segments"),
         ("hf://datasets/org/name@v2/rows.jsonl", "404"),
-        ("hf://datasets/org/private/rows.jsonl", "401"),
+        ("hf://datasets/org/private/rows.jsonl", "the Hugging Face hub answers 401"),
     ],
 )
 def test_what_the_hub_does_not_give_is_the_users_to_mend(read: Read, web: Web, uri: str, said: str) -> None:
