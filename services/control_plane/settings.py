@@ -171,10 +171,18 @@ class Settings(BaseSettings):
         description="Attempts in a row that die without a new checkpoint before their job fails.",
     )
     max_loaded_models: int = Field(
-        default=2, gt=0, description="Models that are loaded at once; beyond it the least recently used one stops."
+        default=2,
+        gt=0,
+        description="Models that are loaded at once; others wait for the least recently used one that is idle.",
+    )
+    model_idle_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="How long a model stays loaded that nobody uses. "
+        "Without it: until another one, or a job, needs its place.",
     )
     model_wait_seconds: float = Field(
-        default=180, gt=0, description="How long a request waits for a model that is loading."
+        default=180, gt=0, description="How long a request waits for a model that loads, or waits for a place."
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         default="float32",
