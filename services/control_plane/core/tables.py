@@ -397,7 +397,7 @@ class Deployment(Base):
     last_used_at: Mapped[datetime] = mapped_column(server_default=func.now())
     placed_at: Mapped[datetime | None]  # since when it loads or runs
     ready_at: Mapped[datetime | None]  # since when it runs
-    answered_at: Mapped[datetime | None]  # when its last request since then was seen
+    answered_at: Mapped[datetime | None]  # when a request, or an attempt that needs it, was last seen since then
     answering: Mapped[dict[str, Any]] = mapped_column(
         server_default="{}"
     )  # control planes that have requests of it in flight, each with the time in epoch seconds until which that counts

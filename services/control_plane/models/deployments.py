@@ -111,18 +111,17 @@ async def place(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: places.Room
 ) -> list[contract.Deployment]:
     """Decide who has a place now, and write that down. Returns the deployments to serve."""
-    wished = await _wished(session, applications)
-    plan = places.decide([model for _, model in wished], room)
-    served: list[contract.Deployment] = []
-    for row, model in wished:
-        if row.app_name in plan.forget and await _is_forgotten(session, row):
-            continue
-        # One that was used in this moment keeps its place.
-        serves = row.app_name in plan.serve or (row.app_name in plan.forget and model.state != "waiting")
+    while True:
+        wished = await _wished(session, applications)
+        plan = places.decide([model for _, model in wished], room)
+        gone = [await _is_forgotten(session, row) for row, _ in wished if row.app_name in plan.forget]
+        if all(gone):
+            break  # else one of them is used since this moment
+    kept = [(row, model) for row, model in wished if row.app_name not in plan.forget]
+    for row, model in kept:
+        serves = row.app_name in plan.serve
         await _write_down(session, row, model, serves=serves, waits_for=plan.waits.get(row.app_name))
-        if serves:
-            served.append(_deployment(row, settings))
-    return served
+    return [_deployment(row, settings) for row, _ in kept if row.app_name in plan.serve]
 
 
 async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
@@ -137,14 +136,14 @@ async def _write_down(
 ) -> None:
     """What changed of the row. Requests change its other columns meanwhile."""
     values: dict[str, Any] = {} if row.waits_for == waits_for else {"waits_for": waits_for}
-    if serves and model.state == "waiting":
+    if serves and (model.state == "waiting" or row.placed_at is None):
         values |= {"placed_at": func.clock_timestamp(), "ready_at": None, "answered_at": None}
     elif not serves and row.placed_at is not None:
         values |= {"placed_at": None, "ready_at": None, "answered_at": None}
     elif model.state == "running" and row.ready_at is None:
         values["ready_at"] = func.clock_timestamp()
-    elif model.state == "running" and model.pinned and row.answered_at is None:
-        values["answered_at"] = func.clock_timestamp()  # it scores for the attempt
+    if serves and model.pinned and row.answered_at is None and "placed_at" not in values:
+        values["answered_at"] = func.clock_timestamp()  # once it is released, it has done its work
     if values:
         statement = update(Deployment).where(Deployment.app_name == row.app_name).values(**values)
         await session.execute(statement.execution_options(synchronize_session=False))

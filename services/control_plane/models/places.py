@@ -25,14 +25,15 @@ class Model:
     used: float = 0.0  # since it was last asked for or used
     pinned: bool = False  # an open attempt needs it as its reference
     answers: bool = False  # requests of it are in flight
-    answered: bool = False  # since it was loaded
+    answered: bool = False  # since it got its place; or it had that as a reference
 
     @property
     def is_idle(self) -> bool:
+        """Whether it may be evicted."""
         if self.state == "waiting" or self.pinned or self.answers:
             return False
         if self.state == "loading":
-            return self.held > LOADING_SECONDS
+            return self.answered or self.held > LOADING_SECONDS
         return self.state == "failed" or self.answered or self.held > STAY_SECONDS
 
     @property

@@ -96,6 +96,7 @@ def test_an_idle_reference_leaves_the_gpu_to_the_workers_of_its_job_at_once() ->
     room = replace(TWO, gpus_each=1, gpus=0.0)
     assert decide([released], room).forget == {"pinned"}
     assert decide([replace(released, pinned=True)], room).serve == {"pinned"}
+    assert decide([replace(released, state="loading")], room).forget == {"pinned"}
     busy = decide([replace(released, answers=True)], room)
     assert busy.waits == {"pinned": "its next turn: running jobs need its GPU"}
 
