@@ -188,11 +188,17 @@ class Settings(BaseSettings):
         default="float32",
         description="The type in which models are served. Served in float32, the reference agrees with the trainer.",
     )
-    num_gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each training worker; 0 trains on CPUs.")
+    num_gpus_per_worker: float = Field(
+        default=0,
+        ge=0,
+        description="GPUs of each training worker; 0 trains on CPUs. "
+        "Without it `raydpo up` gives it 1 where it starts Ray on a machine with GPUs.",
+    )
     num_gpus_per_model: float = Field(
         default=0,
         ge=0,
-        description="GPUs of each loaded model: a share below 1, or a whole number; 0 serves on CPUs.",
+        description="GPUs of each loaded model: a share below 1, or a whole number; 0 serves on CPUs. "
+        "Without it `raydpo up` gives it 1, likewise.",
     )
 
     @model_validator(mode="after")

@@ -1,10 +1,10 @@
 """The models that someone asked for, as rows of the database: all control planes see which are used, and which wait."""
 
 from collections.abc import Collection, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, Text, and_, cast, delete, exists, extract, func, select, update
+from sqlalchemy import ColumnElement, Double, Text, and_, cast, delete, exists, extract, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,6 +17,7 @@ from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
 
 MARK_SECONDS = 30.0  # after which the mark of a control plane that died counts no more
+SETTLED_SECONDS = 5.0  # after which Serve has removed what it was told to remove
 
 
 async def use(session: AsyncSession, model: NamedModel) -> None:
@@ -32,8 +33,11 @@ async def use(session: AsyncSession, model: NamedModel) -> None:
 
 async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
     """Mark that this control plane has requests of the model in flight. False: it has no place, or is leaving."""
-    open_to_new = and_(Deployment.app_name == app_name, Deployment.placed_at.is_not(None))
-    marked = _mark(open_to_new & Deployment.waits_for.is_(None), replica).returning(Deployment.app_name)
+    # A row that was just written may stand for an application that is about to be removed. The release before writes
+    # no `placed_at`.
+    old = Deployment.asked_at < func.clock_timestamp() - timedelta(seconds=SETTLED_SECONDS)
+    placed = or_(Deployment.placed_at.is_not(None), old) & Deployment.waits_for.is_(None)
+    marked = _mark(placed & (Deployment.app_name == app_name), replica).returning(Deployment.app_name)
     return await session.scalar(marked) is not None
 
 
@@ -137,7 +141,8 @@ async def _write_down(
     """What changed of the row. Requests change its other columns meanwhile."""
     values: dict[str, Any] = {} if row.waits_for == waits_for else {"waits_for": waits_for}
     if serves and (model.state == "waiting" or row.placed_at is None):
-        values |= {"placed_at": func.clock_timestamp(), "ready_at": None, "answered_at": None}
+        ready_at = func.clock_timestamp() if model.state == "running" else None
+        values |= {"placed_at": func.clock_timestamp(), "ready_at": ready_at, "answered_at": None}
     elif not serves and row.placed_at is not None:
         values |= {"placed_at": None, "ready_at": None, "answered_at": None}
     elif model.state == "running" and row.ready_at is None:
