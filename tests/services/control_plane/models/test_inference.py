@@ -11,10 +11,11 @@ import httpx
 import openai
 import psycopg
 import pytest
+from sqlalchemy import select, text, update
 
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.store import ProjectStore, Store, migrate
-from services.control_plane.core.tables import DEFAULT_PROJECT
+from services.control_plane.core.tables import DEFAULT_PROJECT, Deployment, Lease
 from services.control_plane.models.inference import Inference
 from services.control_plane.ray_api import Launcher
 from services.control_plane.settings import Settings
@@ -287,4 +288,53 @@ def test_a_request_without_a_connection_to_the_model_is_told_so(
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
 
-    asyncio.run(two())
+    asyncio.run(asyncio.wait_for(two(), 60))
+
+
+def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remembered(
+    settings: Settings, api: httpx.Client, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STAY_SECONDS", "LEAVE_SECONDS", "ASK_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(f"services.control_plane.models.inference.{name}", 0.01)
+    serve.reply(b"{}")
+    assert ask(api).status_code == 200  # it is loaded
+    serve.answer, serve.holds = b"", True
+
+    async def use() -> None:
+        async with inference_of(settings) as (inference, store):
+
+            async def marks() -> list[float]:
+                async with store.begin() as session:
+                    rows = await session.scalars(select(Deployment).where(Deployment.model_id == "tiny"))
+                    return [
+                        until for row in rows for name, until in row.answering.items() if name == inference._replica
+                    ]
+
+            caller = ProjectStore(store, DEFAULT_PROJECT)
+            answering = asyncio.create_task(inference.forward(caller, "completions", "tiny", b"{}", streams=False))
+            await asyncio.to_thread(until, lambda: serve.num_open > 0)
+            (first,) = await marks()
+            await asyncio.sleep(0.02)
+            await inference.mark()
+            (second,) = await marks()
+            assert second > first
+            async with store.begin() as session:  # and the reconciler, which would put that right, stands by
+                await session.execute(update(Lease).values(holder="another", expires_at=text("now() + interval '1 h'")))
+            await asyncio.sleep(0.5)
+            async with store.begin() as session:
+                await session.execute(update(Deployment).values(waits_for="its next turn: another model waits"))
+            await inference.mark()
+            short = settings.model_copy(update={"model_wait_seconds": 0.05})
+            monkeypatch.setattr(inference, "_settings", short)
+            with pytest.raises(Unavailable, match="waits for its next turn: another model waits; a request waits for"):
+                await inference.forward(caller, "completions", "tiny", b"{}", streams=False)
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+            await asyncio.sleep(0.02)
+            await inference.mark()
+            assert await marks() == []
+            assert inference._uses == {}
+            async with store.begin() as session:
+                await session.execute(update(Lease).values(expires_at=text("now()")))
+
+    asyncio.run(asyncio.wait_for(use(), 60))
