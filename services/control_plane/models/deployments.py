@@ -58,7 +58,8 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
     """This control plane has no requests of these models in flight."""
     rest = Deployment.answering.op("-")(cast(replica, Text))
-    await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(answering=rest))
+    values = {"answering": rest, "last_used_at": func.clock_timestamp()}
+    await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(**values))
 
 
 async def waits_for(session: AsyncSession, app_name: str) -> str | None:

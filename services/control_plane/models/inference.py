@@ -102,9 +102,7 @@ class Inference:
         answer: httpx.Response | None = None
         stays = False
         try:
-            answer = await self._send(
-                model, f"{base_url}/{await self._launcher.own_name(model.app_name)}/v1/{path}", body
-            )
+            answer = await self._send(f"{base_url}/{await self._launcher.own_name(model.app_name)}/v1/{path}", body)
             if answer.status_code == 200 and streams:
                 stays = True
                 return _Stream(answer, lambda: self._end(model, answer))
@@ -123,11 +121,9 @@ class Inference:
             if not stays:
                 await self._end(model, answer)
 
-    async def _send(self, model: NamedModel, url: str, body: bytes) -> httpx.Response:
-        headers = {"content-type": "application/json"}
-        return await self._serve.send(
-            self._serve.build_request("POST", url, content=body, headers=headers), stream=True
-        )
+    async def _send(self, url: str, body: bytes) -> httpx.Response:
+        request = self._serve.build_request("POST", url, content=body, headers={"content-type": "application/json"})
+        return await self._serve.send(request, stream=True)
 
     async def _end(self, model: NamedModel, answer: httpx.Response | None) -> None:
         use = self._uses[model.app_name]
@@ -164,9 +160,9 @@ class Inference:
         """Wish the model served. Requests of one model that wait here ask together."""
         use = self._uses.setdefault(model.app_name, _Use())
         if time.monotonic() - use.asked_at >= ASK_SECONDS:
+            use.asked_at = time.monotonic()
             async with self._store.begin() as session:
                 await deployments.use(session, model)
-            use.asked_at = time.monotonic()
 
     async def _enter(self, model: NamedModel) -> bool:
         """Count a request as in flight. False: the model leaves its place, and answers no new ones."""

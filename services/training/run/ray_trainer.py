@@ -8,7 +8,10 @@ from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+)
 
 from services.contract import Message
 from services.training.run.deaths import cause_of
@@ -17,12 +20,16 @@ from services.training.run.deaths import cause_of
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
+START_SECONDS = 1800  # a model ends its answers before it leaves its GPU to the workers; a node takes minutes to come
+
+
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """Starts a controller, the workers and the actor where they meet: three actors fewer, at two CPU seconds each."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         # The watcher would warn workers that a node is about to end. They resume from a checkpoint after it has.
         os.environ.setdefault(ENABLE_PREEMPTION_WATCHER_ENV_VAR, "0")
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(START_SECONDS))
         super().__init__(*args, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
