@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict,
         description="What an autoscaling cluster may grow to, such as `{CPU = 64, GPU = 8}`. "
-        "Without it, a job waits until the nodes that are there are enough.",
+        "Without it, jobs, and models on GPUs, wait until the nodes that are there are enough.",
     )
     max_attempts: int = Field(
         default=5,

@@ -30,6 +30,7 @@ from services.control_plane.tenants.quotas import Share
 
 Resources = Mapping[str, float]  # by Ray's names: CPU, GPU
 FOR_MODELS = "loaded models to leave the GPUs that it needs"
+FOR_MODELS_TURN = "its turn: a model that waits for GPUs goes first"
 
 
 def what_each_waits_for(
@@ -65,8 +66,8 @@ def what_each_waits_for(
         elif (reference := _reference(job)) and len(references | {reference}) > settings.max_loaded_models:
             first, most = job, settings.max_loaded_models
             waits[job.id] = f"a place for its reference: those of running jobs hold all {most} places for models"
-        elif needed.get("GPU") and engines.next_model:
-            first, waits[job.id] = job, f"its turn: the model {engines.next_model} goes first"
+        elif needed.get("GPU") and engines.go_first:
+            first, waits[job.id] = job, FOR_MODELS_TURN
         elif needed.get("GPU") and _beyond(Counter(needed) + held + Counter({"GPU": engines.gpus}), capacity):
             first, waits[job.id] = job, FOR_MODELS
         else:

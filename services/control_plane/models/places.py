@@ -152,7 +152,7 @@ class Engines:
     """What models mean to the jobs that wait."""
 
     gpus: float = 0.0  # that models hold which no job needs
-    next_model: str | None = None  # one that has waited since before the last job began: no job begins before it
+    go_first: bool = False  # one has waited for GPUs since before the last job began: no job begins before it
 
 
 NO_ENGINES = Engines()
@@ -164,9 +164,7 @@ def engines(
     """`capacity`: all GPUs of the cluster; `since_last_job`: the seconds since one began."""
     loaded = [model for model in models if model.state != "waiting"]
     unpinned = sum(not model.pinned for model in loaded)
-    waiting = [model for model in models if model.state == "waiting" and since_last_job < model.asked]
-    waiting = [model for model in waiting if model.used <= room.wait_seconds]
+    waiting = [model for model in models if model.state == "waiting" and model.used <= room.wait_seconds]
     lacks_gpus = len(loaded) < room.places and room.gpus_each <= capacity
-    first = max(waiting, key=lambda model: (model.asked, model.app_name), default=None)
-    next_model = first.app_name if first and lacks_gpus else None
-    return Engines((unpinned + num_stopping) * room.gpus_each, next_model)
+    go_first = lacks_gpus and any(model.asked > since_last_job for model in waiting)
+    return Engines((unpinned + num_stopping) * room.gpus_each, go_first)

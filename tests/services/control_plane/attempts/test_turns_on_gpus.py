@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select, text, update
 
 from services.control_plane.attempts.reconciler import Reconciler
-from services.control_plane.attempts.scheduling import FOR_MODELS, needs, what_each_waits_for
+from services.control_plane.attempts.scheduling import FOR_MODELS, FOR_MODELS_TURN, needs, what_each_waits_for
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import Attempt, Deployment, Job
 from services.control_plane.models import deployments
@@ -132,7 +132,7 @@ def test_an_idle_model_leaves_the_gpu_to_a_job_and_the_next_model_waits_for_its_
         third = await world.submit()
         await world.end(second)
         assert await world.tick() == ({"chat"}, 0)
-        assert await world.waits_for(third) == f"its turn: the model {CHAT.app_name} goes first"
+        assert await world.waits_for(third) == FOR_MODELS_TURN
         await world.end(third)
 
     tell(story)
@@ -190,11 +190,10 @@ def test_gpus_that_models_hold_are_not_free(settings: Settings) -> None:
     large = a_job(1, spec={"num_workers": 4})
     assert what_each_waits_for([large], {}, FOUR, settings) == {"job-1": None}
     assert what_each_waits_for([large], {}, FOUR, settings, engines=Engines(2.0)) == {"job-1": FOR_MODELS}
-    assert what_each_waits_for([large], {}, FOUR, settings, engines=Engines(0.0, "chat")) == {
-        "job-1": "its turn: the model chat goes first"
-    }
+    turn = what_each_waits_for([large], {}, FOUR, settings, engines=Engines(go_first=True))
+    assert turn == {"job-1": FOR_MODELS_TURN}
     cpus = settings.model_copy(update={"num_gpus_per_worker": 0.0, "num_gpus_per_model": 0.0})
-    assert what_each_waits_for([large], {}, FOUR, cpus, engines=Engines(9.0, "chat")) == {"job-1": None}
+    assert what_each_waits_for([large], {}, FOUR, cpus, engines=Engines(9.0, go_first=True)) == {"job-1": None}
 
 
 def test_a_job_needs_gpus_for_its_reference_until_it_trains(settings: Settings) -> None:

@@ -111,7 +111,7 @@ def test_idle_models_leave_their_gpus_to_the_next_job_and_no_waiting_one_takes_t
 
 def test_a_model_that_waited_when_the_last_job_began_goes_before_the_next_one_if_it_fits_at_all() -> None:
     room, since = replace(TWO, places=4, gpus_each=1), {"capacity": 4.0, "since_last_job": 4.0}
-    assert engines([WAITING, BUSY, PINNED, IDLE], 1, room, **since) == Engines(3.0, "waiting")
+    assert engines([WAITING, BUSY, PINNED, IDLE], 1, room, **since) == Engines(3.0, go_first=True)
     assert engines([replace(WAITING, asked=3)], 0, room, **since) == NO_ENGINES
     assert engines([replace(WAITING, used=181)], 0, room, **since) == NO_ENGINES
     assert engines([WAITING], 0, replace(room, gpus_each=8), **since) == NO_ENGINES
@@ -203,7 +203,7 @@ class Day:
         seen, free = self.wished(), self.gpus - len(self.running)
         room = Room(places=self.places, gpus_each=1.0, gpus=float(free), wait_seconds=180)
         loaded = engines(seen, 0, room, capacity=float(self.gpus), since_last_job=self.now - self.last_job)
-        if self.queue and free >= 1 and not loaded.next_model:
+        if self.queue and free >= 1 and not loaded.go_first:
             if free - loaded.gpus >= 1:
                 self.start(self.queue.pop(0))
                 room = replace(room, gpus=free - 1.0)
