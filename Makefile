@@ -13,7 +13,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-data bench-scoring fmt lint types test test-fast check pins
+.PHONY: help setup demo bench bench-data bench-scoring gpu-check fmt lint types test test-fast check pins
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,9 @@ bench-data: setup ## a million rows from the uploaded file to the trainer, 2 GB 
 
 bench-scoring: setup ## the reference in Ray Serve against vLLM offline on this machine
 	@$(BIN)/python benchmarks/scoring.py
+
+gpu-check: setup ## does the engine work on this GPU, and how fast, against TRL: at most eight minutes (CHECK="--device cpu --size tiny")
+	@$(BIN)/python benchmarks/gpu_check.py $(CHECK)
 
 fmt: setup ## format and mend what can be mended
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

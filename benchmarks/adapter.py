@@ -1,9 +1,9 @@
-"""Compares training an adapter with training all weights: seconds of a step, peak memory, bytes of a checkpoint.
+"""Compares training an adapter with training all weights: seconds per step, peak memory and size of a checkpoint.
 
     python benchmarks/adapter.py --pairs 64 --batch-size 8 --repeats 3
 
-The model is a random Llama of 40M weights, the rows are random dialogues. Each run has its own process; figures are
-medians. Memory is the process's peak (VmHWM) less what it had before the model was loaded.
+The model is a Llama with 40M random weights, and the rows are random dialogues. Each training runs in its own process;
+the figures are medians. Peak memory is the process's VmHWM minus the process's memory before the model was loaded.
 """
 
 import argparse
@@ -28,9 +28,10 @@ KINDS = ("all weights", "adapter")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=64, help="Rows to train on. Default: %(default)s.")
-    parser.add_argument("--batch-size", type=int, default=8, help="Rows of a step. Default: %(default)s.")
-    parser.add_argument("--repeats", type=int, default=3, help="Runs of each kind. Default: %(default)s.")
+    parser.add_argument("--pairs", type=int, default=64, help="Number of training rows. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Rows per optimizer step. Default: %(default)s.")
+    repeats = "Number of trainings with an adapter, and of trainings of all weights. Default: %(default)s."
+    parser.add_argument("--repeats", type=int, default=3, help=repeats)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Trains one epoch in this process. Returns its figures."""
+    """Trains one epoch in this process. Returns the seconds per step, the peak memory and the sizes of a checkpoint."""
     from dpo_core import (
         Group,
         Lora,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def start_ray(*, object_store_memory: int) -> None:
-    """Starts Ray in this process. `object_store_memory` is in bytes."""
+    """Starts a Ray cluster and connects this process to the cluster. `object_store_memory` is in bytes."""
     import ray
 
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -1,4 +1,4 @@
-"""The columns of `vs_trl.py`: training runs with raydpo and with TRL, each in its own process."""
+"""Trains a model with raydpo or with TRL: each function produces the figures of one column of `vs_trl.py`."""
 
 import json
 import tempfile
@@ -16,13 +16,17 @@ import torch
 
 from benchmarks.rows import as_pairs
 
-RATE, BETA, MAX_LENGTH, MAX_TOKENS_PER_PACK = 1e-6, 0.1, 2048, 4096
+RATE, BETA, MAX_LENGTH = 1e-6, 0.1, 2048
 Figures = dict[str, float]
 OURS, BEST = "raydpo", "TRL at its best"
 
 
 def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
-    """Returns the columns of this run by name. Each takes the arguments and writes its weights to `args.weights`."""
+    """Returns a function for each column, by the column's name.
+
+    The function takes the command's arguments, trains, writes the trained weights to `args.weights` if that is set, and
+    returns the figures of the training.
+    """
     off = {"gradient_checkpointing": False}
     by_name: dict[str, Callable[[Namespace], Figures]] = {
         "TRL as it comes": partial(run_trl, options={}),
@@ -39,12 +43,22 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
     return by_name
 
 
-# --- ours ----------------------------------------------------------------------------------
+# --- raydpo --------------------------------------------------------------------------------
 
 
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
-    """Trains with dpo_core. `without` names a part that is taken away."""
-    from dpo_core import Group, Optim, TrainConfig, encode_group, load_policy, load_tokenizer, score_reference, train
+    """Trains with dpo_core and returns the figures. `without` names a part of dpo_core (see ABLATIONS) to leave out."""
+    from dpo_core import (
+        Group,
+        Lora,
+        Optim,
+        TrainConfig,
+        encode_group,
+        load_policy,
+        load_tokenizer,
+        score_reference,
+        train,
+    )
     from dpo_core.policy.flops import Flops, matmul_rate
     from dpo_core.policy.scorer import Scorer
 
@@ -53,39 +67,43 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
 
     rows = [json.loads(line) for line in args.data.open()]
     tokenizer = load_tokenizer(args.model)
-    policy, reference = (
-        load_policy(args.model, device=device(), dtype=getattr(torch, dtype or args.dtype)) for _ in range(2)
-    )
+    load = partial(load_policy, args.model, device=device(), dtype=getattr(torch, dtype or args.dtype))
+    if rank := args.adapter_rank:
+        policy = reference = load(adapter=Lora(r=rank, alpha=2 * rank))
+    else:
+        policy, reference = load(), load()
     groups = [
         encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)
     ]
     batches = list(in_batches(groups))
+    most = {"cpu": 4096, "cuda": 16384}[device()]
     optim = Optim(learning_rate=RATE, warmup_ratio=0.0)
     config = TrainConfig(
         optim=optim,
         batch_size=args.batch_size,
         max_length=MAX_LENGTH,
-        max_tokens_per_pack=MAX_TOKENS_PER_PACK,
+        max_tokens_per_pack=most,
         checkpoint_steps=len(batches),
     )
     with tempfile.TemporaryDirectory() as folder, ABLATIONS.get(without, nullcontext)():
         started = time.perf_counter()
         if without == "cache":
-            scored = (score_reference(reference, batch, max_tokens_per_pack=MAX_TOKENS_PER_PACK) for batch in batches)
+            scored = (score_reference(reference, batch, max_tokens_per_pack=most) for batch in batches)
         else:
-            scored = in_batches(score_reference(reference, groups, max_tokens_per_pack=MAX_TOKENS_PER_PACK))
+            scored = in_batches(score_reference(reference, groups, max_tokens_per_pack=most))
         begun = time.perf_counter()
         resolved = config.resolved(len(groups))
         steps = train(
             resolved, policy, tokenizer, lambda _: scored, total_steps=len(batches), checkpoint_dir=Path(folder)
         )
         for _ in batches:
-            next(steps)  # one more would write the last step's checkpoint, which TRL does not write
+            next(steps)  # a further next() would write the last step's checkpoint, and TRL writes no checkpoint
         synchronize()
         ended = time.perf_counter()
-    keep_weights(policy, args.weights)
+    if args.weights:
+        keep_weights(policy, args.weights)
     scorer, flops = Scorer(policy), Flops(policy)
-    per_second = sum(flops.of(scorer.collate(batch)) for batch in batches) / (ended - begun)
+    per_second = sum(flops.count(scorer.collate(batch)) for batch in batches) / (ended - begun)
     tokens = sum(len(g.prompt_ids) * len(g.completion_ids) + sum(map(len, g.completion_ids)) for g in groups)
     return figures(begun - started, ended - begun, len(rows)) | {
         "tokens": tokens,
@@ -94,7 +112,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
 
 
 def run_in_ray(args: Namespace) -> Figures:
-    """Trains as `run_ours` does, in a Ray Train worker."""
+    """Trains with dpo_core in a Ray Train worker and returns the figures."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -103,26 +121,26 @@ def run_in_ray(args: Namespace) -> Figures:
         import ray.train
 
         torch.set_num_threads(num_threads)
-        Path(args.weights).with_suffix(".json").write_text(json.dumps(run_ours(args)))
+        Path(folder, "figures.json").write_text(json.dumps(run_ours(args)))
         ray.train.report({})
 
     num_threads = torch.get_num_threads()
-    # Waiting threads must not spin, because Ray's processes need the cores, too. The service sets this as well.
+    # Waiting threads must not spin, because Ray's processes need the cores too. The service sets OMP_WAIT_POLICY too.
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"}
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     scaling = ScalingConfig(num_workers=1, use_gpu=device() == "cuda", resources_per_worker={"CPU": num_threads})
     with tempfile.TemporaryDirectory() as folder:
         TorchTrainer(work, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
+        found: Figures = json.loads(Path(folder, "figures.json").read_text())
     ray.shutdown()
-    result: Figures = json.loads(Path(args.weights).with_suffix(".json").read_text())
-    return result
+    return found
 
 
-# --- ours without one of its parts ----------------------------------------------------------
+# --- raydpo without one of its parts --------------------------------------------------------
 
 
 def _without_sharing() -> Any:
-    """Gives each completion its own copy of the prompt in the pack."""
+    """Returns a patch that copies the prompt for each completion in a pack (the rows of one forward pass)."""
     from dpo_core.policy import batch, scorer
 
     def count_tokens(self: Any, group: Any) -> int:
@@ -135,7 +153,7 @@ def _without_sharing() -> Any:
 
 
 def _without_packing() -> Any:
-    """Makes each group a pack."""
+    """Returns a patch that runs one forward pass for each group (a prompt and its completions)."""
     from dpo_core.policy import scorer
 
     def plan(self: Any, groups: Any, **kwargs: Any) -> list[list[list[int]]]:
@@ -145,21 +163,21 @@ def _without_packing() -> Any:
 
 
 def _without_tiles() -> Any:
-    """Computes all logits of the completions at once, with PyTorch's own gradient."""
-    from dpo_core.policy import scorer
+    """Returns a patch that computes the logits of all completion tokens at once, with PyTorch's own gradient."""
+    from dpo_core.policy import forward
 
     def token_logps(hidden: Any, weight: Any, bias: Any, targets: Any, *, soft_cap: Any) -> Any:
         logits = torch.nn.functional.linear(hidden, weight, bias).float()
         return logits.log_softmax(1).gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets
 
-    return patch.object(scorer, "token_logps", token_logps)
+    return patch.object(forward, "token_logps", token_logps)
 
 
 ABLATIONS: dict[str | None, Callable[[], Any]] = {
     "sharing": _without_sharing,
     "packing": _without_packing,
     "tiles": _without_tiles,
-    "cache": nullcontext,  # the reference is scored step by step, by a second copy of the weights
+    "cache": nullcontext,  # a second copy of the weights scores the reference, step by step
 }
 
 # --- TRL -----------------------------------------------------------------------------------
@@ -167,13 +185,14 @@ ABLATIONS: dict[str | None, Callable[[], Any]] = {
 
 def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     class Trainer(DPOTrainer):
         reference_seconds = 0.0
 
-        def _precompute_ref_logps(self, *args: Any) -> Any:  # called while the trainer is made
+        def _precompute_ref_logps(self, *args: Any) -> Any:  # DPOTrainer's constructor calls this method
             started = time.perf_counter()
             logps = super()._precompute_ref_logps(*args)
             self.reference_seconds = time.perf_counter() - started
@@ -195,15 +214,24 @@ def run_trl(args: Namespace, *, options: dict[str, Any]) -> Figures:
             bf16=args.dtype == "bfloat16",
             use_cpu=device() == "cpu",
             disable_tqdm=True,
-            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length: its columns hold no lengths
+            train_sampling_strategy="sequential",  # TRL 1.16 cannot group by length, for want of a length column
             **options,
         )
-        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        trainer = Trainer(policy, None, config, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+        rank = args.adapter_rank
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype if rank else "float32")
+        trainer = Trainer(
+            policy,
+            None,
+            config,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=AutoTokenizer.from_pretrained(args.model),
+            peft_config=adapter if rank else None,
+        )
         trainer.train()
         synchronize()
-    keep_weights(policy, args.weights)
+    if args.weights:
+        keep_weights(policy, args.weights)
     (seconds,) = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     return figures(trainer.reference_seconds, seconds, len(rows))
 

@@ -1,19 +1,19 @@
-"""Measures the path of a job's data from the uploaded file to a trainer's batches: rates and memory.
+"""Measures speed and memory of a job's data on the path from the uploaded file to the trainer's batches.
 
     python benchmarks/data_plane.py --rows 10000 100000 1000000 --json results.json
 
-Random pairs of about 1 KB go through the stages of a job, each number of rows in its own process. Memory must not grow
-with the rows.
+Random pairs of about 1 KB go through these stages of a job, each number of rows in its own process. Memory must not
+grow with the number of rows.
 
-    survey      the check at upload
-    encode      `preparation.prepare` without a reference: digest of the file, pieces, Ray tasks, Parquet
-    cache       a second job with the same file
-    streamed    a job that reads its first batch while the rest is encoded
-    epoch       an epoch of batches for a trainer that does nothing, and again from the middle
+    survey      checking the file, as at an upload
+    encode      `preparation.prepare` without scores of a reference: digest of the file, pieces, Ray tasks, Parquet
+    cache       preparing a second job with the same file
+    streamed    reading the first batch of a job while the remaining rows are still being encoded
+    epoch       reading the batches of an epoch, from the start and from the middle, without training on them
 
-With `--in-process` a pool of processes encodes without Ray, and there is no cache and no stream. For comparison, the
-tokenizer's own batch call runs on a sample, on the same cores, before and after. No figure includes making the rows,
-starting Ray, scoring or training. It needs Linux.
+With `--in-process`, a pool of processes encodes the rows without Ray, and the stages `cache` and `streamed` are left
+out. For comparison, the tokenizer's own batch call encodes a sample of the rows on the same cores, before and after the
+stages. No figure includes making the rows, starting Ray, scoring or training. The benchmark needs Linux.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.feedback import save_tokenizer, write_pairs
 from benchmarks.stages import Figures, stages
 from benchmarks.tokenizer import tokens_per_second
 
-TOKENIZER_ROWS = 20_000  # for training the tokenizer, and the most for measuring it
+TOKENIZER_ROWS = 20_000  # rows that train the tokenizer, and the largest number of rows that measure the tokenizer
 THREADS, PROCESSES = "tokenizer, its threads", "tokenizer, processes"
 WHOLE = ("survey", "encode", "cache", "epoch")
 
@@ -57,16 +57,19 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     counts = [10_000, 100_000, 1_000_000]
-    parser.add_argument("--rows", type=int, nargs="+", default=counts, help="Numbers of rows. Default: %(default)s.")
-    parser.add_argument("--in-process", action="store_true", help="Use a pool of processes instead of Ray.")
-    parser.add_argument("--json", type=Path, help="A file for every figure. Default: none is written.")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=counts, help="Row counts to measure. Default: %(default)s."
+    )
+    in_process = "Encode the rows in a pool of processes instead of in Ray tasks."
+    parser.add_argument("--in-process", action="store_true", help=in_process)
+    parser.add_argument("--json", type=Path, help="JSON file for all figures. Default: no file is written.")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _measure(args: argparse.Namespace, num_rows: int, model: Path) -> dict[str, Figures]:
-    """Returns the figures of the stages by name, and those of the tokenizer with threads and with processes."""
+    """Returns the figures of each stage by the stage's name, and those of the tokenizer's threads and processes."""
     with tempfile.TemporaryDirectory(prefix="raydpo-bench-") as folder:
         file = Path(folder) / "pairs.jsonl"
         write_pairs(file, num_rows)

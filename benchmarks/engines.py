@@ -1,6 +1,6 @@
-"""The columns of `scoring.py`: engines that load, warm up and score, each in its own process.
+"""Scores rows with raydpo's deployment or with vLLM: each function produces the figures of one column of `scoring.py`.
 
-All compute in the same dtype with 1 GiB for keys and values.
+All engines compute in the same dtype and have 1 GiB for keys and values.
 """
 
 import json
@@ -18,10 +18,11 @@ from services.training.data.dataset import Dataset, read_groups
 
 APP = "reference"
 OURS = "raydpo, Ray Serve"
-REPLICA = "ServeReplica"  # Serve's title of the replica's process, which starts the engine's
+REPLICA = "ServeReplica"  # in the title of the replica's process, which is the parent of the engine's processes
 Figures = dict[str, float]
 
-# The settings of the replica's engine (services/serving/policy.py), and answers without texts and dictionaries.
+# BEST_ENGINE has the settings of the replica's engine (services/serving/policy.py). BEST_ANSWERS makes vLLM return
+# log-probabilities without texts and dictionaries.
 BEST_ENGINE = {
     "enforce_eager": True,
     "enable_prefix_caching": False,
@@ -38,7 +39,7 @@ COLUMNS: dict[str, Callable[[Namespace], Figures]] = {
 
 
 def run_served(args: Namespace) -> Figures:
-    """Scores as a job does: through the handle of a Serve application, with many calls in flight."""
+    """Scores the rows as a job does, with concurrent calls of a Serve application's handle. Returns the figures."""
     import ray
     from ray import serve
 
@@ -69,7 +70,10 @@ def run_served(args: Namespace) -> Figures:
 
 
 def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]) -> Figures:
-    """Scores all rows with one call of `LLM.generate`. The time excludes reading the rows and adding up."""
+    """Scores the rows with one call of `LLM.generate`, and returns the figures.
+
+    The time excludes reading the rows and adding up the log-probabilities of tokens.
+    """
     from vllm import LLM, SamplingParams
 
     def rows(name: str) -> list[tuple[list[int], list[int]]]:
@@ -97,7 +101,7 @@ def run_offline(args: Namespace, engine: dict[str, Any], answers: dict[str, Any]
 
 
 def _sum(answer: Any, num_tokens: int) -> float:
-    """Returns the log-probability of the completion, which is the end of the prompt."""
+    """Returns the log-probability of a completion, which is the last `num_tokens` tokens of vLLM's prompt."""
     ids, logprobs = answer.prompt_token_ids, answer.prompt_logprobs
     return sum(logprobs[place][ids[place]].logprob for place in range(len(ids) - num_tokens, len(ids)))
 

@@ -1,4 +1,4 @@
-"""Makes the inputs of the data-plane benchmark: a file of pairs, and a model folder with a tokenizer."""
+"""Makes the inputs of `data_plane.py`: a file of preference pairs, and a model folder with a tokenizer."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 NUM_WORDS = 40_000
-PROMPT, CHOSEN, REJECTED = 60, 30, 40  # words on average, which make rows of 1 KB with the JSON around them
+PROMPT, CHOSEN, REJECTED = 60, 30, 40  # mean numbers of words; with the JSON syntax, a row has about 1 KB
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -22,7 +22,10 @@ def write_pairs(file: Path, num_rows: int, *, seed: int = 0) -> None:
 
 
 def pairs(num_rows: int, *, seed: int = 0) -> Iterator[str]:
-    """Yields lines of prompt, chosen and rejected messages. The n-th random word is n times rarer than the first."""
+    """Yields JSON lines with a prompt, a chosen and a rejected answer of random words.
+
+    The words are numbered, and word n is n times rarer than word 1.
+    """
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(NUM_WORDS)]
     cumulative = list(accumulate(1 / rank for rank in range(1, NUM_WORDS + 1)))
@@ -38,7 +41,10 @@ def pairs(num_rows: int, *, seed: int = 0) -> Iterator[str]:
 
 
 def save_tokenizer(folder: Path, *, num_rows: int) -> None:
-    """Saves a byte-level BPE tokenizer of 32k tokens, trained on `num_rows` rows, with ChatML and a Llama's config."""
+    """Saves a model folder without weights: a tokenizer, the chat template ChatML and a Llama's configuration.
+
+    The tokenizer is a byte-level BPE with 32,000 tokens, trained on `num_rows` rows.
+    """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 

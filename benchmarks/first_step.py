@@ -1,9 +1,10 @@
-"""Measures the time from a job's submission to its first step, and from its end to the policy's first answer.
+"""Measures the time from a job's submission to its first training step, and from its end to its policy's first answer.
 
     python benchmarks/first_step.py --rows 64 --jobs 2 --picture first-step.png
 
-Starts `raydpo up` with a new home, waits until the machine is quiet, and submits the first job (cold) and the
-others (warm). Prints and draws every process that worked for a job. With `--answer`, it asks the last policy.
+Starts `raydpo up` with a new home folder, waits until the machine is idle, and submits one job after the other. The
+first job is cold, the later jobs are warm. Prints and draws the processes that worked for a job. With `--answer`, sends
+a question to the policy of the last job.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from demo.rows import Shop
 from demo.service import Service
 from services.cli.watch import follow
 
-QUIET_CPU = 0.3  # the most of all cores, for two seconds; an idle Ray takes 0.15 of two slow cores
+QUIET_CPU = 0.3  # share of all cores below which the machine is idle; an idle Ray takes 0.15 of two slow cores
 QUIET_SECONDS = 60
 SIZES: dict[str, dict[str, Any]] = {
     "40M": {"hidden_size": 512, "num_layers": 8, "vocabulary": 32_000},
@@ -38,26 +39,30 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """The figures of one job."""
+    """The times of one job's events, and the processes that worked for the job."""
 
-    marks: dict[str, tuple[float, float]]  # wall seconds since it was submitted, and CPU seconds of the machine
+    marks: dict[str, tuple[float, float]]  # event -> wall seconds since the submission, CPU seconds of the machine
     lives: list[Life]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64, help="Rows of each job. Default: %(default)s.")
-    parser.add_argument("--data", type=Path, help="A preference file with the rows. Default: random rows.")
-    parser.add_argument("--model", choices=SIZES, default="40M", help="Default: %(default)s.")
-    parser.add_argument("--jobs", type=int, default=2, help="The first is cold, the others warm. Default: %(default)s.")
-    parser.add_argument("--batch-size", type=int, default=8, help="Default: %(default)s.")
-    parser.add_argument("--answer", action="store_true", help="Ask the last policy, and time its first answer.")
-    parser.add_argument("--picture", type=Path, help="A PNG file for a drawing of the last job's processes.")
-    parser.add_argument("--json", type=Path, help="A file for the figures.")
+    parser.add_argument("--rows", type=int, default=64, help="Number of rows per job. Default: %(default)s.")
+    parser.add_argument("--data", type=Path, help="File of preference pairs to train on. Default: random pairs.")
+    parser.add_argument("--model", choices=SIZES, default="40M", help="Size of the base model. Default: %(default)s.")
+    jobs = "Number of jobs; the first job is cold, the later ones are warm. Default: %(default)s."
+    parser.add_argument("--jobs", type=int, default=2, help=jobs)
+    parser.add_argument("--batch-size", type=int, default=8, help="Rows per optimizer step. Default: %(default)s.")
+    answer = "Also measure the time to the first answer of the last job's policy."
+    parser.add_argument("--answer", action="store_true", help=answer)
+    picture = "PNG file for a drawing of the last job's processes. Default: no file is written."
+    parser.add_argument("--picture", type=Path, help=picture)
+    parser.add_argument("--json", type=Path, help="JSON file for the times. Default: no file is written.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-first-step-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        os.chmod(folder, 0o755)  # started by root, PostgreSQL runs as another user, who must reach its data
+        # If root starts PostgreSQL, PostgreSQL runs as another user, which must reach its data.
+        os.chmod(folder, 0o755)
         model, files = prepare(folder, options)
         home = folder / "home"
         home.mkdir()
@@ -77,12 +82,17 @@ def main() -> None:
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, list[Path]]:
-    """Makes a base model, and for each job a file of its own rows, so that none is in the cache."""
+    """Makes a base model and one file of rows per job. Returns the model's folder and the files.
+
+    No row occurs in two files, so that no job finds its rows in the service's cache.
+    """
     model, count = folder / "model", options.rows * options.jobs
     if options.data:
         lines = options.data.read_text().splitlines()[:count]
         if len(lines) < count:
-            raise SystemExit(f"{options.data} has {len(lines)} rows; {count} are needed.")
+            raise SystemExit(
+                f"{options.data} has {len(lines)} rows; --rows times --jobs is {count}. Lower one of them."
+            )
         make_base_model(model, lines, **SIZES[options.model])
     elif options.model == "40M":
         lines = [json.dumps(pair) for row in dialogues(count, num_completions=2) for pair in as_pairs(row)]
@@ -101,7 +111,7 @@ def wait_until_quiet() -> None:
     deadline = time.monotonic() + QUIET_SECONDS
     while psutil.cpu_percent(2) > 100 * QUIET_CPU:
         if time.monotonic() > deadline:
-            print("The machine is not quiet, so the figures include other work.", file=sys.stderr)
+            print("The machine is not idle, so the figures include other processes.", file=sys.stderr)
             return
 
 

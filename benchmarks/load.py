@@ -2,8 +2,8 @@
 
     python benchmarks/load.py --control-planes 2
 
-PostgreSQL runs on the same machine. There is no Ray, so every job stays queued. `wrk` (a package of Debian) is a
-separate process, whose share of the cores is printed, too.
+PostgreSQL runs on the same machine. Every job stays queued, because Ray does not run. `wrk` (a Debian package) runs as
+a separate process; the benchmark also prints how many cores `wrk` uses.
 """
 
 import argparse
@@ -42,9 +42,11 @@ PAIR = '{"prompt": "What is %d plus 1?", "chosen": "It is %d.", "rejected": "No 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=20, help="Of each measurement. Default: %(default)s.")
-    parser.add_argument("--connections", type=int, default=16, help="To each control plane. Default: %(default)s.")
-    parser.add_argument("--control-planes", type=int, default=1, help="That share a database. Default: %(default)s.")
+    parser.add_argument("--seconds", type=int, default=20, help="Duration of each measurement. Default: %(default)s.")
+    connections = "Number of connections to each control plane. Default: %(default)s."
+    parser.add_argument("--connections", type=int, default=16, help=connections)
+    control_planes = "Number of control planes that share one database. Default: %(default)s."
+    parser.add_argument("--control-planes", type=int, default=1, help=control_planes)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-load-") as folder, ExitStack() as stops:
         os.chmod(folder, 0o755)
@@ -60,7 +62,7 @@ def main() -> None:
 
 @dataclass
 class Service:
-    """A running control plane."""
+    """A control plane's process and the base URL of the API that the process serves."""
 
     process: psutil.Popen
     url: str
@@ -107,7 +109,10 @@ def measure(services: Sequence[Service], options: argparse.Namespace) -> None:
 
 
 def show(name: str, path: str, script: str, services: Sequence[Service], options: argparse.Namespace) -> None:
-    """Measures one request on all services at once. Prints their total rate and errors, and the slowest one's times."""
+    """Sends one kind of request to all services at the same time, and prints the results.
+
+    The rate and the errors are sums over the services; the latencies are those of the slowest service.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
         file.flush()

@@ -1,4 +1,4 @@
-"""Reads the peak memory of processes in bytes: `VmHWM`, which Linux keeps for each."""
+"""Reads the peak memory of processes in bytes, which Linux reports as `VmHWM` for each process."""
 
 import threading
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ WATCH_SECONDS = 0.5
 
 
 def peak(pid: int | None = None) -> int:
-    """Returns the peak of this process or another; 0 if that has ended."""
+    """Returns the peak memory of the process `pid`, or of this process; 0 if the process has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -21,12 +21,12 @@ def peak(pid: int | None = None) -> int:
 
 
 def forget_peak() -> None:
-    """Resets this process's peak to the memory that it uses now."""
+    """Resets this process's peak memory to the memory that this process uses now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def family_peak(pid: int | None = None) -> int:
-    """Returns the sum of the peaks of a process and its descendants. Memory that they share counts for each of them."""
+    """Returns the sum of the peak memory of a process and its descendants. Shared memory counts once per process."""
     with suppress(psutil.NoSuchProcess):
         return peak(pid) + sum(peak(child.pid) for child in psutil.Process(pid).children(recursive=True))
     return 0
@@ -41,13 +41,16 @@ def below(*titles: str) -> Iterator[int]:
 
 
 class Watch:
-    """Records the largest peak of processes that may end before they can be asked."""
+    """Records the largest peak memory of this process's descendants whose command line contains one of `titles`.
+
+    A thread reads the peaks every WATCH_SECONDS, because the processes may end before the `with` block does.
+    """
 
     def __init__(self, *titles: str) -> None:
         self._titles = titles
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
-        self.largest = 0  # peak of one process
+        self.largest = 0  # the largest peak memory of a single process
 
     def __enter__(self) -> "Watch":
         self._thread.start()

@@ -1,4 +1,4 @@
-"""Records the processes that work for a folder: when each began, ended its imports and began its work, and its cost."""
+"""Records the processes whose command line or environment names a folder: their times, CPU seconds and peak memory."""
 
 import os
 import time
@@ -10,20 +10,20 @@ from threading import Event, Thread
 
 PERIOD_SECONDS = 0.1
 TICKS = os.sysconf("SC_CLK_TCK")
-IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # of processes that have not begun their work
+IDLE_NAMES = ("python", "ray::IDLE", "bash", "sh")  # names of processes that have not begun their work
 
 
 @dataclass
 class Life:
-    """The times and costs of a process. Times are Unix seconds, or seconds after the moment given to `since`."""
+    """The times, CPU seconds and peak memory of a process. Times are Unix seconds, until `since` changes their zero."""
 
     pid: int
     name: str
     began: float
-    cpu_seconds: float  # within the recording
+    cpu_seconds: float  # CPU seconds that the process used during the recording
     peak_bytes: int
-    imported: float | None = None  # when it loaded its last library
-    useful: float | None = None  # when it first had the name of its work
+    imported: float | None = None  # when the process loaded its last library
+    useful: float | None = None  # when the process's name first was none of IDLE_NAMES
     ended: float | None = None
 
     def since(self, moment: float) -> "Life":
@@ -41,18 +41,18 @@ def machine_cpu_seconds() -> float:
 
 
 class Recorder:
-    """Watches every process whose command line or environment names the folder."""
+    """Records every process whose command line or environment names the folder."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder.encode()
         self._lives: dict[int, Life] = {}
-        self._before: dict[int, float] = {}  # CPU seconds before the recording
+        self._before: dict[int, float] = {}  # process id -> CPU seconds used before the recording
         self._libraries: dict[int, int] = {}
         self._strangers: set[int] = set()
 
     @contextmanager
     def recording(self) -> Iterator[list[Life]]:
-        """Records processes during the block. Yields a list, which is complete after the block."""
+        """Records processes while the `with` block runs. Yields a list that is empty until the block has ended."""
         for seen in (self._lives, self._before, self._libraries, self._strangers):
             seen.clear()
         stopped, lives = Event(), list[Life]()
@@ -76,7 +76,7 @@ class Recorder:
         for pid in running - self._strangers:
             try:
                 self._see(pid, first=first)
-            except (OSError, IndexError, ValueError):  # it ended just now
+            except (OSError, IndexError, ValueError):  # the process has just ended
                 continue
         for pid, life in self._lives.items():
             if pid not in running and life.ended is None:
@@ -111,13 +111,13 @@ class Recorder:
         command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         if pid != os.getpid() and self._folder in command + environment:
             return True
-        if command:  # it has its final command line
+        if command:  # the process has its final command line
             self._strangers.add(pid)
         return False
 
 
 def _name(process: Path) -> str:
-    """Returns Ray's title of the process, or the most telling part of its command line."""
+    """Returns the process's name: Ray's title, the module after `-m`, the script's name, or the program's name."""
     words = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
     if words[0].startswith("ray::"):
         return words[0].strip()

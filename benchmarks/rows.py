@@ -1,4 +1,4 @@
-"""Makes a benchmark's model and rows if the caller gives none: random words in texts as long as those of dialogues."""
+"""Makes random rows and a random model for benchmarks. The texts are random words, and as long as in real dialogues."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,10 @@ Row = dict[str, Any]
 
 
 def dialogues(num_rows: int, *, num_completions: int, seed: int = 0) -> list[Row]:
-    """Returns rows with log-normal lengths: on average 126 tokens for prompts, 41 for best answers, 53 for others."""
+    """Returns rows of random words: each has a prompt and `num_completions` answers, the best answer first.
+
+    Lengths are log-normal. Prompts have 126 tokens on average, best answers 41 and other answers 53.
+    """
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(3000)]
 
@@ -30,12 +33,15 @@ def dialogues(num_rows: int, *, num_completions: int, seed: int = 0) -> list[Row
 
 
 def as_pairs(row: Row) -> Iterator[Row]:
-    """Yields the pairs of a ranking: each completion with each worse one."""
+    """Yields the preference pairs of a ranked row: each completion as chosen with each worse completion as rejected."""
     for chosen, rejected in combinations(row["completions"], 2):
         yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 def save_model(folder: Path, rows: list[Row]) -> None:
-    """Saves a random Llama of 40M weights and 32k tokens. Each of the rows' words is about one token."""
+    """Saves a Llama with 40M random weights, and a tokenizer with 32,000 tokens that is trained on the rows.
+
+    A word of the rows is about one token.
+    """
     texts = [m["content"] for row in rows for message in (row["prompt"], *row["completions"]) for m in message]
     make_base_model(folder, texts, hidden_size=512, num_layers=8, vocabulary=32_000)

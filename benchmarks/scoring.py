@@ -1,13 +1,14 @@
-"""Compares two ways to score the reference: a job's Ray Serve deployment, and vLLM's own offline `LLM.generate`.
+"""Compares the speed of a reference model's scores: raydpo's Ray Serve deployment against vLLM's `LLM.generate`.
 
     python benchmarks/scoring.py --rows 256 --mean-length 256 --repeats 3 --json results.json
 
-Both score the same pairs of random ids with the same weights, a random Llama of 11M unless `--model` names a folder.
-Columns run in turn, forward and then backward, each in its own process: it loads an engine, warms it up with sixteen
-rows, times it once on all rows, and stops it. Figures are medians, and exclude loading. Our time includes reading
-the rows from Parquet, calls through the application's handle, and writing the sums; vLLM's is that of `generate` alone.
-With `--longest`, every row has the model's full length, less the one token that `generate` must make. Peaks are those
-of the replica or offline process with its engine. It runs on CPUs.
+Both score the same pairs of random token ids with the same weights: a Llama with 11M random weights, unless `--model`
+names a folder. Each column of the table is measured in its own process, which loads an engine, warms the engine up with
+sixteen rows, scores all rows once and stops the engine. The columns run in order, in the next repetition in reverse
+order. The figures are medians and exclude loading. The time of raydpo includes reading the rows from Parquet, calls
+through the application's handle, and writing the sums; the time of vLLM is that of `generate` alone. With `--longest`,
+every row is one token shorter than the model's limit, because `generate` must generate a token. Peak memory is that of
+the replica's process, or of the offline process, with its engine. The benchmark runs on CPUs.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # otherwise waiting threads spin, also in Ray's processes
-os.environ.pop("OMP_NUM_THREADS", None)  # each engine chooses its own
+os.environ.pop("OMP_NUM_THREADS", None)  # each engine chooses its own number of threads
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.engines import COLUMNS, OURS, Figures
@@ -30,7 +31,7 @@ from demo.base_model import make_base_model
 from dpo_core.encoding.encode import EncodedGroup
 from services.training.data.dataset import Dataset, write_part
 
-ROWS_PER_PART = 1000  # similar to the pieces of an encoded file
+ROWS_PER_PART = 1000  # rows per Parquet file, similar to the service's encoded files
 WARM_ROWS = 16
 
 
@@ -60,24 +61,32 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hidden_size = "Of the random Llama, a multiple of 64. Default: %(default)s."
-    mean_length = "Tokens of a prompt with one completion. Default: %(default)s."
-    parser.add_argument("--model", type=Path, help="A Hugging Face folder with weights. Default: a random Llama.")
+    hidden_size = "Hidden size of the random Llama, a multiple of 64. Default: %(default)s."
+    dtype = "Data type of weights and computation. Default: %(default)s."
+    rows = "Number of pairs; the engine scores two rows for each pair. Default: %(default)s."
+    mean_length = "Mean number of tokens of a prompt with one completion. Default: %(default)s."
+    longest = "Make all rows as long as the model allows, whatever --mean-length is."
+    repeats = "Number of measurements of each column. Default: %(default)s."
+    model = "Hugging Face folder of a model with weights. Default: a random Llama."
+    parser.add_argument("--model", type=Path, help=model)
     parser.add_argument("--hidden-size", type=int, default=256, help=hidden_size)
-    parser.add_argument("--layers", type=int, default=4, help="Of the random Llama. Default: %(default)s.")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Default: %(default)s.")
-    parser.add_argument("--rows", type=int, default=256, help="Pairs, scored as two rows each. Default: %(default)s.")
+    parser.add_argument("--layers", type=int, default=4, help="Layers of the random Llama. Default: %(default)s.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=dtype)
+    parser.add_argument("--rows", type=int, default=256, help=rows)
     parser.add_argument("--mean-length", type=int, default=256, help=mean_length)
-    parser.add_argument("--longest", action="store_true", help="Give all rows the model's full length instead.")
-    parser.add_argument("--repeats", type=int, default=3, help="Default: %(default)s.")
-    parser.add_argument("--json", type=Path, help="A file for every figure. Default: none is written.")
+    parser.add_argument("--longest", action="store_true", help=longest)
+    parser.add_argument("--repeats", type=int, default=3, help=repeats)
+    parser.add_argument("--json", type=Path, help="JSON file for all figures. Default: no file is written.")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--column", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    """Makes the model and rows of all runs. Returns the tokens of the rows, with a prompt for each completion."""
+    """Writes the model and the rows that all columns use.
+
+    Returns the number of tokens of the rows, in which a prompt counts once for each completion.
+    """
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -99,7 +108,10 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _groups(num_rows: int, mean_length: int, limit: int, vocabulary: int, *, spread: float) -> list[EncodedGroup]:
-    """Returns groups of log-normal lengths. A prompt has three fifths of a row's tokens."""
+    """Returns groups (a prompt and two completions each) of random token ids with log-normal lengths.
+
+    The prompt has three fifths of the tokens of a row, which is the prompt with one completion.
+    """
     rng = random.Random(0)
 
     def ids(share: float) -> list[int]:
@@ -123,7 +135,10 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _largest_difference(folder: Path, column: str) -> float:
-    """Returns the largest difference of a completion's log-probability from ours, in nats, in the last runs."""
+    """Returns the largest difference, in nats, between a column's and raydpo's log-probabilities of a completion.
+
+    The log-probabilities are those of each column's last measurement.
+    """
     sums, ours = (json.loads((folder / f"{name}.sums.json").read_text()) for name in (column, OURS))
     return max(abs(one - other) for one, other in zip(sums, ours, strict=True))
 

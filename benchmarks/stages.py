@@ -1,4 +1,4 @@
-"""Runs and measures the stages of a job's data one by one, in a driver's process."""
+"""Runs the stages of a job's data one after the other, from the check of the file to the batches, and measures each."""
 
 import os
 import threading
@@ -16,16 +16,17 @@ from dpo_core.data.survey import survey
 from services.containers import json_lines
 
 BATCH_SIZE = 64
-TASKS = ("ray::", "multiprocessing.spawn")  # in the titles of the processes that encode
+TASKS = ("ray::", "multiprocessing.spawn")  # texts in the command lines of the processes that encode rows
 Figures = dict[str, float]
 
 Result = TypeVar("Result")
 
 
 def stages(file: Path, model: Path, folder: Path, *, in_process: bool) -> dict[str, Figures]:
-    """Returns the figures of each stage, in the order of a job."""
+    """Runs all stages. Returns the figures of each stage by the stage's name, in the order in which a job has them."""
     by_stage: dict[str, Figures] = {}
-    report, by_stage["survey"] = _measured(lambda: _survey(file))  # before Ray's import, as in the control plane
+    # The survey runs before Ray is imported, because the control plane does not import Ray.
+    report, by_stage["survey"] = _measured(lambda: _survey(file))
     if report.refusal:
         raise SystemExit(report.refusal)
     if not in_process:
@@ -63,7 +64,7 @@ def _survey(file: Path) -> Any:
 
 
 def _spec(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Returns the spec of a job whose objective needs no reference, so that nothing is scored."""
+    """Returns the spec of a job's first attempt. The objective needs no reference, so that no rows are scored."""
     from dpo_core.options import Simpo
     from services.contract import AttemptSpec
 
@@ -87,14 +88,17 @@ def _config(**fields: Any) -> Any:
 
 
 def _prepare(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Prepares data in Ray tasks, as a driver does. A second job with the same file finds them in the cache."""
+    """Prepares a job's data in Ray tasks, as a driver does, and returns the encoded dataset.
+
+    A second job with the same file finds the dataset in the cache.
+    """
     from services.training.preparation import prepare
 
     return prepare(_spec(file, model, folder, job), lambda report: None).training
 
 
 def _stream(file: Path, model: Path, folder: Path) -> Figures:
-    """Encodes a file while a trainer that does nothing reads its first batch. Returns when that batch came."""
+    """Encodes a file and reads the first batch meanwhile. Returns the seconds until the first batch could be read."""
     from services.training.data.row_order import global_batches
     from services.training.preparation import prepare
 
@@ -112,7 +116,7 @@ def _stream(file: Path, model: Path, folder: Path) -> Figures:
 
 
 def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
-    """Encodes the same pieces without Ray, in one process per core."""
+    """Encodes the file in one process per core, without Ray, and returns the encoded dataset."""
     from services.training.data.encoding import Encoded, Piece, encode, encode_piece, recipe_of
 
     spec, uri = _spec(file, model, folder, job), str(folder / "cache")
@@ -125,7 +129,7 @@ def _encode_in_pool(file: Path, model: Path, folder: Path, job: str) -> Any:
 
 
 def _train(dataset: Any) -> dict[str, Figures]:
-    """Reads the batches of an epoch as a trainer does, and again from the middle."""
+    """Reads the batches of an epoch as a trainer does, from the start and from the middle. Returns both figures."""
     from services.training.data.row_order import global_batches, num_steps
 
     config = _config()

@@ -1,6 +1,7 @@
-"""Opens many event streams on one control plane. Measures lost events, latency, and the cost of a stream.
+"""Opens many event streams on one control plane, and measures lost events, latency and memory per stream.
 
-Server, writer and readers are separate processes. One reader in a hundred stops reading until all is written.
+The control plane, the process that posts events and the process that reads the streams are separate processes. One
+stream in a hundred is not read until all events have been posted.
 """
 
 import argparse
@@ -31,11 +32,13 @@ PADDING = "x" * 500
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=10_000, help="Default: %(default)s.")
-    parser.add_argument("--jobs", type=int, default=1, help="Default: %(default)s.")
-    parser.add_argument("--events", type=int, default=60, help="Of each job. Default: %(default)s.")
-    parser.add_argument("--per-second", type=float, default=1.0, help="Events of each job. Default: %(default)s.")
-    slow = "The share of readers that read only at the end. Default: %(default)s."
+    jobs = "Number of jobs whose events are streamed. Default: %(default)s."
+    per_second = "Number of events of each job that are posted per second. Default: %(default)s."
+    slow = "Share of the streams that are read only after all events are posted. Default: %(default)s."
+    parser.add_argument("--streams", type=int, default=10_000, help="Number of streams. Default: %(default)s.")
+    parser.add_argument("--jobs", type=int, default=1, help=jobs)
+    parser.add_argument("--events", type=int, default=60, help="Number of events per job. Default: %(default)s.")
+    parser.add_argument("--per-second", type=float, default=1.0, help=per_second)
     parser.add_argument("--slow", type=float, default=0.01, help=slow)
     options = parser.parse_args()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -97,7 +100,10 @@ def submit(url: str, key: str, count: int) -> list[str]:
 
 
 def open_attempts(url: str, jobs: list[str]) -> dict[str, str]:
-    """Inserts a first attempt of each job, because there is no Ray to launch one. Returns their tokens by job."""
+    """Inserts a first attempt of each job into the database, because no Ray runs that could start an attempt.
+
+    Returns the token of each attempt by the id of the job.
+    """
     tokens = {job: secrets.token_hex(16) for job in jobs}
     with psycopg.connect(url) as connection:
         for job, token in tokens.items():
@@ -112,11 +118,11 @@ def open_attempts(url: str, jobs: list[str]) -> dict[str, str]:
 def database_url(home: Path) -> str:
     from services.local.postgres import start_postgres
 
-    return start_postgres(home / "postgres")  # finds the one that runs already
+    return start_postgres(home / "postgres")  # returns the URL of the PostgreSQL that already runs there
 
 
 def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key: str) -> None:
-    """Posts events as attempts do, and in between retrieves a job as a client does."""
+    """Posts the events of all jobs as attempts do, and measures how long a client waits meanwhile to retrieve a job."""
     root = url.removesuffix("/v1")
     began = time.monotonic()
     waited = []
@@ -141,7 +147,7 @@ def write_all(options: argparse.Namespace, url: str, tokens: dict[str, str], key
 
 
 class Reader(asyncio.Protocol):
-    """Reads one stream, and counts events whose number is not the next of 0, 1, 2, …"""
+    """Reads one event stream, and counts the events that are out of order, lost or repeated (events have numbers)."""
 
     latencies: list[float] = []  # noqa: RUF012
 

@@ -1,11 +1,12 @@
-"""Measures how much a hostile project slows down the nine other projects of a service.
+"""Measures how much one hostile project slows down the nine ordinary projects of a service.
 
     python -m benchmarks.tenants --seconds 60
 
-The nine submit jobs, follow them and receive webhooks, first alone and then beside the hostile project. That one fills
-the queue with the highest priority, pauses and resumes jobs, asks for checks, has a hundred webhook endpoints that
-never answer, holds sockets open without reading or sending, waits for a model that never loads, lists everything, and
-guesses keys. A stand-in replaces Ray and runs each job for three seconds.
+The ordinary projects submit jobs, ask for the jobs' status and receive webhooks, first alone and then beside the
+hostile project. The hostile project fills the queue with jobs of the highest priority, pauses and resumes jobs, asks
+for checks of files, has a hundred webhook endpoints that never answer, holds sockets open without reading or sending,
+queries a model that never loads, lists all objects, and guesses keys. A stand-in replaces Ray; with the stand-in, each
+job takes three seconds.
 """
 
 import argparse
@@ -44,18 +45,18 @@ from tests.services.web import running
 KEY = "rd-benchmark"
 ORDINARY, TARPITS = 9, 100
 JOB_SECONDS = 3.0
-SUBMIT_SECONDS, STATUS_SECONDS = 20.0, 0.25  # between two requests of one project
+SUBMIT_SECONDS, STATUS_SECONDS = 20.0, 0.25  # seconds between two requests of one project
 SETTINGS = {"max_running_jobs": 8, "requests_per_minute": 1200, "max_requests": 200, "stall_seconds": 5}
 DPO = {"type": "dpo"}
 
 
 class Ray(FakeRay):
-    """A stand-in for Ray. Its attempts report success after JOB_SECONDS, and its models never load."""
+    """A stand-in for Ray: attempts that it starts report success after JOB_SECONDS, and models never load."""
 
     def __init__(self) -> None:
         super().__init__()
         self.resources = {"CPU": 1000.0}
-        self.started: dict[str, float] = {}  # by job
+        self.started: dict[str, float] = {}  # id of the job -> when its first attempt started
         self._client = httpx.Client(timeout=10)
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -88,16 +89,18 @@ class Ray(FakeRay):
 
 @dataclass
 class Seen:
-    """What the nine projects saw."""
+    """The measurements of the ordinary projects: waiting times, HTTP statuses and submitted jobs."""
 
     seconds: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: Counter[int] = field(default_factory=Counter)
-    jobs: dict[str, float] = field(default_factory=dict)  # when each was submitted
+    jobs: dict[str, float] = field(default_factory=dict)  # id of the job -> when the job was submitted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="Of each of the two parts. Default: %(default)s.")
+    parser.add_argument(
+        "--seconds", type=int, default=60, help="Duration of each of the two measurements. Default: %(default)s."
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raydpo-tenants-") as folder, ExitStack() as stops:
         os.chmod(folder, 0o755)
@@ -128,7 +131,7 @@ def main() -> None:
 
 
 def start(home: Path, database_url: str, ray: Ray, receiver: Receiver, stops: ExitStack) -> str:
-    """Starts a control plane. Returns its URL."""
+    """Starts a control plane and returns the base URL of the control plane's API."""
     settings = {f"RAYDPO_{name.upper()}": str(value) for name, value in SETTINGS.items()}
     environment = (
         os.environ
@@ -151,7 +154,7 @@ def start(home: Path, database_url: str, ray: Ray, receiver: Receiver, stops: Ex
 
 
 def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
-    """Makes a project with a webhook endpoint. Returns its name, a key, and the id of a file."""
+    """Creates a project with a key, a webhook endpoint and a file. Returns the name, the key and the file's id."""
     with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=60) as admin:
         project = admin.post(f"{url}/x/projects", json={"name": name}).json()["id"]
         scopes = ["read", "write", "inference", "admin"]
@@ -163,14 +166,15 @@ def new_project(url: str, name: str, receiver_url: str) -> tuple[str, str, str]:
         return name, str(made["value"]), str(client.post(f"{url}/files", **upload).json()["id"])
 
 
-# --- the nine ------------------------------------------------------------------------------------
+# --- the ordinary projects -----------------------------------------------------------------------
 
 
 def measure(
     what: str, url: str, projects: list[tuple[str, str, str]], ray: Ray, receiver: Receiver, seconds: float
 ) -> dict[str, list[float]]:
-    """Lets the nine projects work. Returns the median and 99th percentile of their waiting times by request."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # from the stand-ins' threads
+    """Runs the ordinary projects for a while. Returns the median and 99th percentile of waiting times by request."""
+    # A process of its own, so that the threads of the stand-ins do not slow the measurements down.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         seen = apart.submit(work, url, projects, seconds).result()
     time.sleep(10)  # so that the last jobs can end
     notified = {json.loads(m.body)["data"]["id"] for m in receiver.received if m.path.startswith("/ordinary")}
@@ -204,7 +208,7 @@ def work(url: str, projects: list[tuple[str, str, str]], seconds: float) -> Seen
 
 
 async def use(url: str, key: str, file: str, seen: Seen) -> None:
-    """Submits a job every SUBMIT_SECONDS, and asks for its status in between."""
+    """Submits a job of one project every SUBMIT_SECONDS, and asks for the job's status in between."""
     async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
 
         async def ask(name: str, method: str, path: str, **options: Any) -> httpx.Response:
@@ -228,16 +232,16 @@ async def use(url: str, key: str, file: str, seen: Seen) -> None:
                 await asyncio.sleep(STATUS_SECONDS)
 
 
-# --- the tenth -----------------------------------------------------------------------------------
+# --- the hostile project -------------------------------------------------------------------------
 
 
 def be_hostile(url: str, name: str, key: str, file: str, receiver_url: str) -> None:
-    """Attacks the service in every way at once, until it is killed."""
+    """Attacks the service with all kinds of requests at the same time, until this process is killed."""
     asyncio.run(Hostile(url, key, file, receiver_url).run())
 
 
 class Hostile:
-    """The hostile project."""
+    """Sends the requests of the hostile project."""
 
     def __init__(self, url: str, key: str, file: str, receiver_url: str) -> None:
         self._url, self._file, self._receiver_url = url, file, receiver_url

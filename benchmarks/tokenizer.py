@@ -1,4 +1,4 @@
-"""Measures the tokenizer's own batch call on the same texts: the highest rate that a pipeline around it can reach."""
+"""Measures the speed of the tokenizer's own batch call, which no pipeline that calls the tokenizer can exceed."""
 
 import json
 import os
@@ -12,11 +12,14 @@ from unittest.mock import patch
 
 ROWS_PER_CALL = 1000
 
-_loaded: tuple[Any, list[list[str]]]  # in each process of the pool: the tokenizer, and the texts of each row
+_loaded: tuple[Any, list[list[str]]]  # the tokenizer and the texts of each row, in each process of the pool
 
 
 def tokens_per_second(model: Path, file: Path, num_rows: int, *, processes: int, threads: bool) -> float:
-    """Measures the first `num_rows` rows of a file, divided among `processes`. Excludes loading and the template."""
+    """Returns the tokens per second of tokenizing the first `num_rows` rows of a file in several processes.
+
+    The time excludes loading the tokenizer and rendering the chat template. `threads` allows the tokenizer's threads.
+    """
     context = get_context("spawn")
     ready = context.Barrier(processes + 1)
     with (
@@ -40,13 +43,16 @@ def _load(model: Path, file: Path, num_rows: int, ready: Barrier) -> None:
 
 
 def _texts(row: dict[str, Any], tokenizer: Any) -> list[str]:
-    """Returns a row's prompt and two completions as ChatML writes them."""
+    """Returns a row's prompt and two completions as texts in the format ChatML."""
     prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
     return [prompt, *(row[name][0]["content"] + "<|im_end|>\n" for name in ("chosen", "rejected"))]
 
 
 def _tokenize(share: tuple[int, int]) -> int:
-    """Tokenizes a process's share of the rows. Returns the number of tokens."""
+    """Tokenizes this process's share of the rows: every `stride`-th row from row `first`. Returns the number of tokens.
+
+    `share` is the pair of `first` and `stride`.
+    """
     first, stride = share
     tokenizer, rows = _loaded
     remaining, num_tokens = iter(rows[first::stride]), 0

@@ -2,11 +2,12 @@
 
     python benchmarks/vs_trl.py --pairs 64 --batch-size 8 --repeats 3 --json results.json
 
-It needs torch, transformers, datasets and trl. If Ray is installed, raydpo also runs in a Ray Train worker. Columns
-run in turn, forward and then backward, each in its own process; figures are medians. `reference` is the time of
-scoring if that is a separate phase, and `train` that of the steps; neither includes the set-up. Memory is the
-process's peak: VmHWM, or what CUDA allocated. With `--kind ranked` a row has four completions, and TRL gets its six
-pairs.
+The benchmark needs torch, transformers, datasets and trl. If Ray is installed, raydpo also trains in a Ray Train
+worker. Each column of the table is measured in its own process. The columns run in order, in the next repetition in
+reverse order; the figures are medians. `reference_seconds` is the time of scoring with the reference model, if scoring
+is a separate phase, and `train_seconds` the time of the training steps; neither includes loading. Memory is the
+process's peak: VmHWM, or the memory that CUDA allocated. With `--kind ranked` a row has four completions, and TRL
+trains on the row's six pairs.
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.columns import BEST, OURS, Figures, columns
 from benchmarks.rows import dialogues, save_model
 
+CARRIED = ("data", "model", "dtype", "batch-size", "adapter-rank")  # options that are passed to the process of a column
 NUM_COMPLETIONS = {"pairs": 2, "ranked": 4}
 
 
@@ -42,7 +44,8 @@ def main() -> None:
                 runs[name].append(_in_its_own_process(args, name, Path(folder)))
                 print(f"{name}: {runs[name][-1]}", flush=True)
         medians = {name: _median(figures) for name, figures in runs.items()}
-        for name, difference in _weight_differences(args.model, Path(folder), names).items():
+        ways = {} if args.adapter_rank else _weight_differences(args.model, Path(folder), names)
+        for name, difference in ways.items():
             medians[name]["weights_difference"] = difference
     _print_table(medians)
     if args.json:
@@ -52,29 +55,36 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = "JSON Lines of prompt/chosen/rejected messages. Default: random rows."
+    data = "JSON Lines file of pairs with prompt, chosen and rejected messages. Default: random rows."
+    model = "Hugging Face folder of the model to train. Default: a Llama with 40M random weights."
+    kind = "Kind of rows: pairs, or ranked rows of four completions each. Default: %(default)s."
+    dtype = "Data type of training. Default: %(default)s."
+    rank = "Rank of the LoRA adapter to train. Default: 0, which trains all weights."
+    repeats = "Number of measurements of each column. Default: %(default)s."
+    ablate = "Also measure raydpo with one part left out, for each of the parts of dpo_core that make training fast."
     parser.add_argument("--data", type=Path, help=data)
-    parser.add_argument("--model", type=Path, help="A Hugging Face folder. Default: a random Llama of 40M weights.")
-    parser.add_argument("--kind", choices=NUM_COMPLETIONS, default="pairs", help="Default: %(default)s.")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Default: %(default)s.")
-    parser.add_argument("--pairs", type=int, default=64, help="Rows to train on. Default: %(default)s.")
-    parser.add_argument("--batch-size", type=int, default=8, help="Rows in an optimizer step. Default: %(default)s.")
-    parser.add_argument("--repeats", type=int, default=3, help="Default: %(default)s.")
-    parser.add_argument("--ablate", action="store_true", help="Also run raydpo without each of its parts.")
-    parser.add_argument("--json", type=Path, help="A file for every figure. Default: none is written.")
+    parser.add_argument("--model", type=Path, help=model)
+    parser.add_argument("--kind", choices=NUM_COMPLETIONS, default="pairs", help=kind)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=dtype)
+    parser.add_argument("--pairs", type=int, default=64, help="Number of training rows. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Rows per optimizer step. Default: %(default)s.")
+    parser.add_argument("--adapter-rank", type=int, default=0, help=rank)
+    parser.add_argument("--repeats", type=int, default=3, help=repeats)
+    parser.add_argument("--ablate", action="store_true", help=ablate)
+    parser.add_argument("--json", type=Path, help="JSON file for all figures. Default: no file is written.")
     parser.add_argument("--column", help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.data and args.kind == "ranked":
-        parser.error("--data holds pairs, and --kind ranked needs random rows; leave one of them out.")
+        parser.error("--data holds pairs, and --kind ranked needs random rows; leave out --data or --kind ranked.")
     return args
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Writes the rows and the model of all runs to `folder`."""
+    """Writes the rows and the model that all columns use to `folder`, and sets `args.data` and `args.model`."""
     rows = _read_pairs(args.data) if args.data else dialogues(args.pairs, num_completions=NUM_COMPLETIONS[args.kind])
     if len(rows) < args.pairs:
-        raise SystemExit(f"{args.data} has {len(rows)} rows; --pairs asks for {args.pairs}.")
+        raise SystemExit(f"{args.data} has {len(rows)} rows; --pairs is {args.pairs}. Lower --pairs.")
     args.data = folder / "rows.jsonl"
     args.data.write_text("".join(json.dumps(row) + "\n" for row in rows[: args.pairs]))
     if args.model is None:
@@ -88,10 +98,10 @@ def _read_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_its_own_process(args: argparse.Namespace, column: str, folder: Path) -> Figures:
-    options = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "model", "dtype", "batch-size")]
+    options = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in CARRIED]
     ablate = ["--ablate"] if args.ablate else []
-    weights = folder / f"{column}.pt"
-    command = [sys.executable, __file__, *options, *ablate, "--column", column, "--weights", str(weights)]
+    weights = [] if args.adapter_rank else ["--weights", str(folder / f"{column}.pt")]
+    command = [sys.executable, __file__, *options, *ablate, "--column", column, *weights]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{column} failed:\n{run.stderr}")
@@ -104,7 +114,7 @@ def _median(runs: list[Figures]) -> Figures:
 
 
 def _weight_differences(model: Path, folder: Path, names: list[str]) -> Figures:
-    """Returns each column's distance from our final weights, as a share of the distance that training moved ours."""
+    """Returns how far each column's trained weights are from raydpo's, relative to how far raydpo moved the weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -129,7 +139,7 @@ def _print_table(medians: dict[str, Figures]) -> None:
             f"{ours['rows_per_second_with_reference'] / figures['rows_per_second_with_reference']:.2f} x",
             f"{ours['peak_bytes'] / figures['peak_bytes']:.2f}",
             share,
-            f"{figures['weights_difference']:.1e}",
+            f"{figures['weights_difference']:.1e}" if "weights_difference" in figures else "-",
         )
         print(f"{name:26}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"Training alone, against {BEST}: {ours['rows_per_second'] / medians[BEST]['rows_per_second']:.2f} x")

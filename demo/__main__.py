@@ -1,8 +1,10 @@
-"""Runs a supervised job and a DPO job from start to finish, and shows the effect of DPO on the policy's answers.
+"""Runs a supervised job and a DPO job with a service, and shows the effect of DPO on the answers of the trained policy.
 
-    python -m demo            MODEL=folder or hub id   DATA=preference file   KEEP=1   SIZE=small
+    MODEL=… DATA=… SIZE=small KEEP=1 python -m demo
 
-Everything goes through the REST API, with the unmodified `openai` client.
+All environment variables are optional. MODEL is a base model's folder or hub id, DATA a file of preference pairs;
+without them, the demo makes both. SIZE=small makes less data. KEEP=1 keeps the service running after the demo. The demo
+calls the service's REST API with the unmodified `openai` client.
 """
 
 import json
@@ -37,7 +39,7 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """The sizes of the demo's data, model and training."""
+    """The sizes of the demo's generated data, of its own base model, and of training."""
 
     num_things: int
     num_demonstrations: int
@@ -52,18 +54,18 @@ SIZES = {
     "full": Size(num_things=30, num_demonstrations=2000),
     "small": Size(num_things=15, num_demonstrations=1600),
 }
-OWN_RATES = {"supervised": 2e-3, "dpo": 6e-5}  # for the demo's own base model, which has random weights
-GIVEN_RATES = {"supervised": 2e-4, "dpo": 2e-5}  # for an adapter on a pretrained model
+OWN_RATES = {"supervised": 2e-3, "dpo": 6e-5}  # learning rates for the demo's own base model with random weights
+GIVEN_RATES = {"supervised": 2e-4, "dpo": 2e-5}  # learning rates for an adapter on a pretrained model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The files that the two jobs learn from, and the prompts for their policies."""
+    """The training files of the two jobs, the prompts that both policies answer, and texts to train a tokenizer on."""
 
     demonstrations: Path
     pairs: Path
     prompts: list[str]
-    text: list[str]  # for the tokenizer
+    text: list[str]  # the texts on which the demo's own tokenizer is trained
 
 
 def main() -> None:
@@ -119,7 +121,7 @@ def main() -> None:
 
 
 def shop_rows(shop: Shop, size: Size, folder: Path) -> Rows:
-    """Returns generated rows. Rules can check the answers to their prompts."""
+    """Writes generated training files and returns them with prompts. `shop` can judge answers to the prompts."""
     demonstrations, pairs = list(shop.demonstrations(size.num_demonstrations)), list(shop.pairs(size.num_pairs))
     return Rows(
         demonstrations=write_rows(
@@ -143,11 +145,14 @@ def shop_rows(shop: Shop, size: Size, folder: Path) -> Rows:
 
 
 def users_rows(file: Path, folder: Path) -> Rows:
-    """Returns the user's pairs, in any format that the service reads. Their chosen answers are the demonstrations."""
+    """Returns the user's file of pairs, demonstrations made of the pairs' chosen answers, and the first prompts.
+
+    The file may have any format that the service reads.
+    """
     with file.open("rb") as lines:
         groups = list(read_groups(read_lines(lines)))
     if len(groups[0].completions) < 2:
-        raise SystemExit(f"{file} has demonstrations; DATA must name a file of preference pairs.")
+        raise SystemExit(f"{file} has one answer per prompt; DATA must name a file of preference pairs.")
     messages = [(as_messages(group.prompt, "user"), as_messages(group.completions[0], "assistant")) for group in groups]
     text = [message["content"] for prompt, chosen in messages for message in [*prompt, *chosen]]
     return Rows(
@@ -171,7 +176,10 @@ def train(
     adapter: str,
     num_workers: int = 1,
 ) -> FineTuningJob:
-    """Uploads a file, submits a job and watches it. Ends the demo if the job does not succeed."""
+    """Uploads a file, submits a job, shows the job's progress and returns the ended job.
+
+    Ends the demo if the job does not succeed.
+    """
     with file.open("rb") as rows:
         stored = client.files.create(file=rows, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -209,7 +217,7 @@ def report_curves(client: OpenAI, console: Console, supervised: FineTuningJob, d
 
 
 def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> bool:
-    """Prints the shares of good answers. Returns whether they are what this demo promises."""
+    """Prints the shares of good answers before and after DPO. Returns whether the shares reach the demo's marks."""
 
     def well_formed(answers: Sequence[str]) -> float:
         return mean(shop.is_well_formed(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
@@ -229,11 +237,11 @@ def judge(console: Console, shop: Shop, prompts: Sequence[str], before: Sequence
 
 def print_how_to_chat(console: Console, service: Service, client: OpenAI, policy: str, prompt: str) -> None:
     command = Path(sys.executable).parent / "raydpo"
-    console.print(f"\nThe service stays up at {client.base_url}; its key is in {service.home / 'api.key'}. Try:")
+    console.print(f"\nThe service still runs at {client.base_url}; its key is in {service.home / 'api.key'}. Try:")
     console.print(f"  export RAYDPO_HOME={service.home}", highlight=False, soft_wrap=True)
     console.print(f"  {command} models", highlight=False, soft_wrap=True)
     console.print(f'  {command} chat {policy} "{prompt}"', highlight=False, soft_wrap=True, emoji=False)
-    console.print(f"Stop it with: kill {service.pid}")
+    console.print(f"To stop the service, run: kill {service.pid}")
 
 
 def user_message(prompt: str) -> list[dict[str, str]]:

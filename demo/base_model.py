@@ -1,4 +1,4 @@
-"""Makes a base model: random weights, and a tokenizer trained on given text."""
+"""Makes a base model with random weights and with a tokenizer that is trained on the caller's text."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +19,10 @@ def make_base_model(
     vocabulary: int | None = None,
     seed: int = 0,
 ) -> int:
-    """Writes a Hugging Face folder with a Llama in safetensors and a chat template. Returns the number of weights.
+    """Writes a Hugging Face model to `folder`: a Llama with random weights, a tokenizer and a chat template.
 
-    The model has `vocabulary` embeddings, or, if that is None, one for each token of the tokenizer.
+    Returns the number of weights. The Llama has `vocabulary` embeddings; if `vocabulary` is None, it has one embedding
+    for each token of the tokenizer.
     """
     import torch
     from tokenizers import ByteLevelBPETokenizer

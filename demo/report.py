@@ -1,4 +1,4 @@
-"""Shows the demo's results: answers of both policies side by side, shares of good answers, and training curves."""
+"""Shows the demo's results: both policies' answers side by side, shares of good answers, and training curves."""
 
 import csv
 import io
@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-Curve = dict[str, list[float]]  # column of the results file → a value per step
+Curve = dict[str, list[float]]  # name of a column of the result file -> the column's value at each step
 
 
 def read_curves(results: str) -> Curve:
-    """Reads a job's results file, a CSV with a line per step, by column. Empty cells are left out."""
+    """Returns the columns of a job's result file, a CSV text with a line per step. Empty cells are left out."""
     curves: Curve = {}
     for row in csv.DictReader(io.StringIO(results)):
         for column, value in row.items():
@@ -22,10 +22,10 @@ def read_curves(results: str) -> Curve:
 
 
 def draw(supervised: Curve, dpo: Curve, file: Path) -> None:
-    """Draws both jobs' losses, and the second job's margins and accuracies."""
+    """Draws the losses of both jobs, and the DPO job's reward margins and accuracies, into the image `file`."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen is needed
+    matplotlib.use("Agg")  # this backend draws without a screen
     from matplotlib import pyplot
 
     panels = [

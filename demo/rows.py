@@ -1,7 +1,7 @@
-"""Makes the demo's rows: dialogues in a hardware shop. Its assistants are curt or courteous; customers prefer courtesy.
+"""Makes the demo's rows: dialogues in a hardware shop, whose assistants are courteous or curt.
 
-Everything follows from the seed. Rules check an answer: it is well-formed if it names the wanted item and the right
-aisle, and courteous by its first word.
+Customers prefer courteous assistants. The rows depend only on the seed. An answer is well-formed if the answer names
+the wanted item and the item's aisle; an answer is courteous if its first word is.
 """
 
 import random
@@ -35,24 +35,24 @@ Item = tuple[str, str]  # colour, thing
 
 
 class Shop:
-    """A shop made from a seed. The items of the held-out prompts appear in no row."""
+    """Makes rows and prompts about the items of a shop, from a seed. Items of held-out prompts occur in no row."""
 
     def __init__(self, *, num_things: int, num_held_out: int, seed: int = 0) -> None:
         self._random = random.Random(seed)
         self._aisles = {thing: self._random.randint(1, 9) for thing in THINGS[:num_things]}
         items = list(product(COLORS, self._aisles))
         self._random.shuffle(items)
-        # Colour and thing are each known from other items; only their combination is new.
+        # Rows have the colour and the thing of a held-out item, but in combination with other things and colours.
         self._held_out, self._known = items[:num_held_out], items[num_held_out:]
 
     def demonstrations(self, count: int) -> Iterator[tuple[str, str]]:
-        """Yields prompts, each with an answer that is curt or courteous at random."""
+        """Yields `count` prompts, each with an answer that is at random curt or courteous."""
         for _ in range(count):
             item = self._random.choice(self._known)
             yield self._ask(item), self._random.choice(COURTEOUS + CURT) + self._answer(item)
 
     def pairs(self, count: int) -> Iterator[tuple[str, str, str]]:
-        """Yields prompts with the same answer twice: courteous as the chosen one, and curt as the rejected one."""
+        """Yields `count` prompts, each with a courteous answer (chosen) and the same answer put curtly (rejected)."""
         for _ in range(count):
             item = self._random.choice(self._known)
             answer = self._answer(item)
@@ -63,7 +63,7 @@ class Shop:
         return [self._ask(item) for item in self._held_out]
 
     def is_well_formed(self, prompt: str, answer: str) -> bool:
-        """Whether an assistant of this shop could give this answer to this prompt."""
+        """Whether the answer names the prompt's item and the item's aisle in one of the phrasings of this shop."""
         item = re.search(r"\ba (\w+) (\w+)", prompt)
         assert item, prompt
         possible = product(COURTEOUS + CURT, self._answers((item[1], item[2])))

@@ -1,4 +1,4 @@
-"""Runs `raydpo up` as a child process."""
+"""Starts and stops `raydpo up` as a child process."""
 
 import re
 import signal
@@ -14,7 +14,10 @@ STOP_SECONDS = 120
 
 
 class Service:
-    """A running `raydpo up`. It has its own session, so that Ctrl-C in the terminal reaches the demo alone."""
+    """A child process that runs `raydpo up`.
+
+    The child has its own session, so that Ctrl-C in the terminal interrupts only the demo.
+    """
 
     def __init__(self, home: Path, *, models: dict[str, str], console: Console) -> None:
         self.home, self._console = home, console
@@ -31,7 +34,7 @@ class Service:
         return self._child.pid
 
     def wait_until_ready(self) -> str:
-        """Waits for the service and prints its output. Returns the base URL of the API."""
+        """Prints the service's output until the service is ready. Returns the base URL of the API."""
         deadline, shown = time.monotonic() + START_SECONDS, 0
         while True:
             lines = self._log.read_text().splitlines()
@@ -41,7 +44,7 @@ class Service:
             if ready := re.search(r"^ready (\S+)$", "\n".join(lines), re.MULTILINE):
                 return ready[1]
             if self._child.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"raydpo up did not become ready; see {self._log}")
+                raise SystemExit(f"`raydpo up` did not become ready; read {self._log} for the reason.")
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -49,5 +52,5 @@ class Service:
         self._child.wait(STOP_SECONDS)
 
     def leave(self) -> None:
-        """Lets the service run on after the demo, and keeps Popen from warning that it still runs."""
+        """Keeps the service running after the demo, without Popen's warning about a running child process."""
         self._child.returncode = 0

@@ -1,15 +1,15 @@
-"""Preference optimization in plain torch. Knows no cluster and no web.
+"""Trains language models on preferences in plain PyTorch, without code for clusters or the web.
 
     from dpo_core import TrainConfig, encode_group, load_policy, load_tokenizer, read_groups, score_reference, train
 
-Each name is imported from its own file when it is first used: importing `dpo_core` loads no torch.
+The package imports each of these names at the first use of the name, so importing `dpo_core` loads no torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpo_core.config import Lora, Optim, TrainConfig
+    from dpo_core.config import EarlyStop, Lora, Optim, TrainConfig
     from dpo_core.data.feedback import read_groups
     from dpo_core.data.groups import Group
     from dpo_core.encoding.encode import EncodedGroup, encode_group
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dpo_core.training.trainer import StepResult, train
 
 __all__ = [
+    "EarlyStop",
     "EncodedGroup",
     "Group",
     "Lora",
@@ -38,7 +39,7 @@ __all__ = [
 
 _FILES = {
     "training.checkpoint": ("latest_checkpoint",),
-    "config": ("Lora", "Optim", "TrainConfig"),
+    "config": ("EarlyStop", "Lora", "Optim", "TrainConfig"),
     "encoding.encode": ("EncodedGroup", "encode_group"),
     "data.feedback": ("read_groups",),
     "data.groups": ("Group",),

@@ -1,22 +1,22 @@
-"""What a training run is: frozen dataclasses that check themselves. Standard library only.
+"""Defines the options of a training run as frozen dataclasses that check their values. Uses only the standard library.
 
-These very classes are the fields of a job and the body of a request: pydantic refuses unknown keys,
-`__post_init__` refuses values out of range.
+The same classes are fields of a job and of a request's body: pydantic refuses unknown keys, and `__post_init__` refuses
+values out of range.
 """
 
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
-from dpo_core.options import Dpo, InvalidOption, Limit, Objective, Positive, check, options
+from dpo_core.options import LOSS, Dpo, InvalidOption, Limit, Metric, NotNegative, Objective, Positive, check, options
 
 
 @options
 class Optim:
-    """AdamW and its schedule."""
+    """The options of AdamW and of the schedule of its learning rate."""
 
-    # None: the objective's default
+    # None means the objective's default
     learning_rate: Annotated[float | None, Limit("greater than 0 and at most 1", lambda x: 0 < x <= 1)] = None
-    # of the objective's default
+    # a factor of the objective's default learning rate
     learning_rate_multiplier: Annotated[float | None, Limit("greater than 0", lambda x: x > 0)] = None
     warmup_ratio: float = 0.1  # share of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -36,40 +36,52 @@ class Optim:
 
 @options
 class Lora:
-    """Low-rank adapters, arXiv 2106.09685, trained in place of the weights they are added to."""
+    """The options of low-rank adapters, arXiv 2106.09685. Training changes the adapters and leaves the model's own
+    weights frozen."""
 
     r: Annotated[int, Limit("from 1 to 1024", lambda x: 1 <= x <= 1024)] = 32
     alpha: Positive = 64
-    dropout: Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)] = 0.0  # of what enters the adapter, in training
-    use_rslora: bool = False  # scale by alpha / sqrt(r), arXiv 2312.03732; else by alpha / r
-    use_dora: bool = False  # train magnitudes apart from directions, arXiv 2402.09353
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # all but the head
+    dropout: Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)] = 0.0  # share of the adapter's inputs set to 0
+    use_rslora: bool = False  # scales by alpha / sqrt(r), arXiv 2312.03732, instead of alpha / r
+    use_dora: bool = False  # trains magnitudes and directions separately, arXiv 2402.09353
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # means all linear layers but the head
 
     def __post_init__(self) -> None:
         check(bool(self.target_modules), "target_modules", self.target_modules, '"all-linear" or names of modules')
 
 
-ADAPTERS_RATE = 10  # times the learning rate of all weights, by default
+ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the objective's
 
+Quantization = Literal["nf4"]  # the number format of an adapter's frozen base
 Sharding = Literal["auto", "replicated", "full", "hybrid"]
 Truncation = Literal["drop", "keep_start", "keep_end"]
 
 
 @options
+class EarlyStop:
+    """The options of early stopping, which ends a training run once its evaluations no longer improve."""
+
+    patience: Annotated[int, Limit("at least 1", lambda x: x >= 1)]  # evaluations without a gain that end the run
+    min_gain: NotNegative = 0.0  # least improvement over the best value so far; an equal value is never a gain
+
+
+@options
 class TrainConfig:
-    """One training run. `None` means: decided by `resolved` once the data is known."""
+    """The options of one training run. `resolved` fills in the defaults that depend on the training data."""
 
     objective: Objective = field(default_factory=Dpo)
     optim: Optim = field(default_factory=Optim)
     n_epochs: Annotated[int | None, Limit("from 1 to 50", lambda x: 1 <= x <= 50)] = None
-    # groups per optimizer step, over all ranks
+    # groups in one optimizer step, summed over all ranks
     batch_size: Annotated[int | None, Limit("from 1 to 256", lambda x: 1 <= x <= 256)] = None
-    max_length: int = 2048  # tokens of a prompt and one completion
+    max_length: int = 2048  # the most tokens of a prompt and one completion
     truncation: Truncation = "drop"  # of longer groups; keep_start cuts completions' ends, keep_end the prompt's start
-    max_tokens_per_pack: int | None = None  # of one forward and backward on one rank; None: what memory holds
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: only if max_length would not fit
-    sharding: Sharding = "auto"  # of weights over ranks
+    max_tokens_per_pack: int | None = None  # in one forward pass on one rank; None: as many as memory holds
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: on if max_length tokens do not fit
+    sharding: Sharding = "auto"  # how weights are split over ranks
     checkpoint_steps: int | None = None  # steps between checkpoints; None: about four in a run
+    best_metric: Metric = LOSS  # the evaluation metric by which checkpoints and `early_stop` are judged
+    early_stop: EarlyStop | None = None  # None: the run takes all its steps
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,10 +96,13 @@ class TrainConfig:
             self.max_tokens_per_pack,
             f"at least max_length, {self.max_length}",
         )
+        known = self.objective.traits.best_metrics
+        check(self.best_metric in known, "best_metric", self.best_metric, f"one of {', '.join(known)}")
         check(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
     def settled(self, *, with_adapter: bool = False) -> "TrainConfig":
-        """This run with epochs and learning rate decided, which depend on the objective, and on what is trained."""
+        """Returns a copy of the options with the number of epochs and the learning rate decided. The default learning
+        rate of an adapter is higher than that of all weights."""
         traits = self.objective.traits
         default_rate = traits.default_learning_rate * (ADAPTERS_RATE if with_adapter else 1)
         rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)
@@ -95,7 +110,8 @@ class TrainConfig:
         return replace(self, optim=optim, n_epochs=self.n_epochs or traits.default_epochs)
 
     def resolved(self, num_groups: int, *, with_adapter: bool = False) -> "TrainConfig":
-        """This run with every `None` decided for `num_groups` rows of data, and for an adapter or all weights."""
+        """Returns a copy of the options with a value for every option that depends on the data: epochs, learning rate,
+        batch size and checkpoint interval. `num_groups` is the number of training groups."""
         run = self.settled(with_adapter=with_adapter)
         assert run.n_epochs is not None
         batch = min(run.batch_size or max(8, min(64, num_groups // 50)), num_groups)

@@ -1,4 +1,5 @@
-"""The objectives that a job may name as its method, described by their own classes. Standard library only."""
+"""Describes the objectives that a job may name as its method, by reading their classes. Uses only the standard
+library."""
 
 import inspect
 import re
@@ -14,12 +15,13 @@ COMMON = ("n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier")
 
 
 def described(kind: str) -> dict[str, Any]:
-    """What a method is, what it learns from, and its hyperparameters with their defaults and ranges, as JSON."""
+    """Returns the method `kind` as JSON: its description, its kinds of data, and its hyperparameters with defaults and
+    ranges."""
     cls = OBJECTIVES[kind]
     objective = cls()
     words = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
     papers = re.findall(r"arXiv (\d{4}\.\d{5})|(\S+\.pdf)", words)
-    own = {name: default for name, default in asdict(objective).items() if name != "type"}
+    defaults = {name: default for name, default in asdict(objective).items() if name != "type"}
     rate = objective.traits.default_learning_rate
     common = _with_ranges(
         dict(zip(COMMON, (objective.traits.default_epochs, "auto", rate, 1), strict=True)), TrainConfig, Optim
@@ -33,18 +35,20 @@ def described(kind: str) -> dict[str, Any]:
         "learns_from": list(objective.traits.learns_from),
         "needs_reference": objective.traits.needs_reference,
         "takes_margins": objective.traits.takes_margins,
-        "hyperparameters": _with_ranges(own, cls),
+        "hyperparameters": _with_ranges(defaults, cls),
         "common_hyperparameters": common,
     }
 
 
 def _with_ranges(defaults: Mapping[str, Any], *options: Any) -> dict[str, dict[str, Any]]:
+    """Returns each option in `defaults` with its default and its range. A range comes from the class in `options` that
+    defines the option."""
     ranges = {option.name: _range(option) for cls in options for option in fields(cls)}
     return {name: {"default": default, "range": ranges[name]} for name, default in defaults.items()}
 
 
 def _range(option: "Field[Any]") -> str:
-    """In words; empty for the parts and weights of a sum."""
+    """Returns the allowed values of an option in words; an empty text for the objectives and weights of `mpo`."""
     if option.type is bool:
         return "true or false"
     if get_origin(option.type) is Literal:

@@ -1,21 +1,32 @@
-"""The objectives by name, each with its options and the paper they are from. Standard library only.
+"""Defines the options of every objective, and names the paper of each objective. Uses only the standard library.
 
-`beta` is the strength of the anchor throughout: a higher one keeps the policy closer to its reference.
-Formulas and the code that computes them are in `dpo_core.objectives.losses`.
+In every objective a higher `beta` keeps the policy closer to its reference. `dpo_core.objectives.losses` has the
+formulas and the code that computes them.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform, get_args
 
 REFUSE_UNKNOWN_KEYS = {"extra": "forbid"}
 Kind = Literal["demonstrations", "pairs", "rankings", "ratings", "unpaired"]
+Metric = Literal[
+    "eval/loss",
+    "eval/mean_token_accuracy",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "eval/accuracy",
+    "eval/margin",
+]
+"""A metric that compares evaluations: of the loss the lower value is better, of all other metrics the higher."""
+
+LOSS: Metric = "eval/loss"
 T = TypeVar("T")
 
 
 class InvalidOption(ValueError):
-    """A value that training cannot use. `field` is the option's name."""
+    """Raised for an option with a value that training cannot use. `field` is the option's name."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -23,23 +34,28 @@ class InvalidOption(ValueError):
 
 
 def check(valid: bool, field: str, value: object, limit: str) -> None:
+    """Raises InvalidOption unless `valid` is true. `limit` describes the allowed values of the option `field` in the
+    error."""
     if not valid:
         raise InvalidOption(field, f"{field} is {value}; it must be {limit}.")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What an option annotated with it must be, unless it is None."""
+    """A limit on a numeric option, written in the option's annotation. The decorator `options` checks the limit, unless
+    the option's value is None."""
 
-    words: str
+    words: str  # the end of the sentence "it must be …"
     admits: Callable[[float], bool]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass, of which pydantic refuses unknown keys.
+    """Makes the class a frozen, keyword-only dataclass that checks its values, and for which pydantic refuses unknown
+    keys.
 
-    It checks the `Limit` of each option, then whatever its own `__post_init__` says of several together.
+    An instance checks the `Limit` of each option, and then calls the class's own `__post_init__`, which checks options
+    together.
     """
     limits = [
         (name, limit) for name, kind in cls.__annotations__.items() for limit in getattr(kind, "__metadata__", ())
@@ -60,24 +76,34 @@ def options(cls: type[T]) -> type[T]:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What the rest of the system must know of an objective."""
+    """The properties of an objective that the trainer and the service use."""
 
     learns_from: tuple[Kind, ...]
     needs_reference: bool = True
     takes_margins: bool = False
-    needs_whole_batch: bool = False  # a loss depends on other groups of the global batch
-    needs_other_prompts: bool = False  # the global batch has completions of other prompts, rated nan
-    needs_reference_heads: bool = False  # what the reference says of the completions' beginnings, apart
-    num_outputs: int = 0  # of the head of the reward model that it trains; 0: it trains a policy
+    needs_whole_batch: bool = False  # the loss of a group depends on other groups of the global batch
+    needs_other_prompts: bool = False  # the global batch must hold completions of other prompts, rated nan
+    needs_reference_heads: bool = False  # the loss reads ref_head_logps, of completions' first tokens
+    num_outputs: int = 0  # outputs of the reward model's head; 0: the objective trains a policy
+    reward: Literal["logratios", "logps", "mean_logps"] = "logratios"  # the reward in metrics is beta times this value
     default_learning_rate: float = 1e-6
     default_epochs: int = 1
+
+    @property
+    def best_metrics(self) -> tuple[Metric, ...]:
+        """The evaluation metrics by which checkpoints of this objective can be compared."""
+        if self.learns_from == ("demonstrations",):
+            return LOSS, "eval/mean_token_accuracy"
+        if self.num_outputs:
+            return LOSS, "eval/accuracy", "eval/margin"
+        return LOSS, "eval/rewards/accuracies", "eval/rewards/margins"
 
 
 ON_PAIRS = Traits(learns_from=("pairs",))
 ON_RANKINGS = replace(ON_PAIRS, learns_from=("pairs", "rankings", "ratings"))
 WITHOUT_REFERENCE = replace(ON_PAIRS, needs_reference=False)
 ON_LABELS = Traits(learns_from=("unpaired", "pairs"), needs_whole_batch=True)
-# A new head asks for larger steps than a policy does; TRL's 1e-4 is much for the layers below it.
+# A new head needs larger steps than a policy does; TRL's 1e-4 is too large for the layers below the head.
 FOR_REWARDS = replace(ON_RANKINGS, needs_reference=False, num_outputs=1, default_learning_rate=1e-5)
 
 
@@ -89,7 +115,7 @@ Smoothing = Annotated[float, Limit("greater than 0 and less than 0.5", lambda x:
 
 @options
 class Supervised:
-    """Negative log-likelihood of the completion, a mean over the tokens of the global batch."""
+    """Negative log-likelihood of the completion: a mean over the tokens of the global batch."""
 
     traits: ClassVar = Traits(
         learns_from=("demonstrations",), needs_reference=False, default_learning_rate=2e-5, default_epochs=3
@@ -99,20 +125,20 @@ class Supervised:
 
 @options
 class Dpo:
-    """Direct Preference Optimization, arXiv 2305.18290, equation 7; on rankings its Plackett-Luce form, A.3.
+    """Direct Preference Optimization, arXiv 2305.18290, equation 7; for rankings its Plackett-Luce form, A.3.
 
-    Rows with a margin want the chosen reward ahead by as much (arXiv 2402.10571).
+    If a row has a margin, the chosen reward must lead by it (arXiv 2402.10571).
     """
 
     traits: ClassVar = replace(ON_RANKINGS, takes_margins=True)
     type: Literal["dpo"] = "dpo"
     beta: Annotated[float, Limit("greater than 0 and at most 2", lambda x: 0 < x <= 2)] = 0.1
-    mean_over_choices: bool = False  # of a ranking; the paper's likelihood is the sum
+    mean_over_choices: bool = False  # a ranking's loss is a mean over its choices; the paper's is the sum
 
 
 @options
 class Cdpo:
-    """Conservative DPO: labels are wrong with probability `label_smoothing`. ericmitchell.ai/cdpo.pdf."""
+    """Conservative DPO, ericmitchell.ai/cdpo.pdf: a label is wrong with probability `label_smoothing`."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["cdpo"] = "cdpo"
@@ -122,7 +148,7 @@ class Cdpo:
 
 @options
 class RobustDpo:
-    """Robust DPO: unbiased where labels are flipped with probability `label_smoothing`. arXiv 2403.00409."""
+    """Robust DPO, arXiv 2403.00409: unbiased if labels are flipped with probability `label_smoothing`."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["robust_dpo"] = "robust_dpo"
@@ -137,7 +163,7 @@ class Ipo:
     traits: ClassVar = ON_PAIRS
     type: Literal["ipo"] = "ipo"
     beta: Beta = 0.1
-    length_average: bool = True  # log-ratios per token, as the paper's results were made; else summed
+    length_average: bool = True  # log-ratios are means over tokens, as for the paper's results; else sums
 
 
 @options
@@ -160,7 +186,7 @@ class DpoNorm:
 
 @options
 class Kto:
-    """Kahneman-Tversky Optimization, arXiv 2402.01306: completions that are desirable or not."""
+    """Kahneman-Tversky Optimization, arXiv 2402.01306: learns from completions that are desirable or undesirable."""
 
     traits: ClassVar = replace(ON_LABELS, needs_other_prompts=True)
     type: Literal["kto"] = "kto"
@@ -171,7 +197,7 @@ class Kto:
 
 @options
 class Bco:
-    """Binary Classifier Optimization, arXiv 2404.04656; its delta is a running mean of rewards."""
+    """Binary Classifier Optimization, arXiv 2404.04656; its delta is the running mean of rewards."""
 
     traits: ClassVar = ON_LABELS
     type: Literal["bco"] = "bco"
@@ -182,31 +208,31 @@ class Bco:
 class Orpo:
     """Odds Ratio Preference Optimization, arXiv 2403.07691, equation 6."""
 
-    traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6)
+    traits: ClassVar = replace(WITHOUT_REFERENCE, default_learning_rate=8e-6, reward="mean_logps")
     type: Literal["orpo"] = "orpo"
-    odds_weight: Positive = 0.1  # the paper's lambda
+    odds_weight: Positive = 0.1  # the paper's lambda; metrics use this weight as beta
 
 
 @options
 class Cpo:
     """Contrastive Preference Optimization, arXiv 2401.08417."""
 
-    traits: ClassVar = WITHOUT_REFERENCE
+    traits: ClassVar = replace(WITHOUT_REFERENCE, reward="logps")
     type: Literal["cpo"] = "cpo"
     beta: Beta = 0.1
     nll_weight: NotNegative = 1.0  # alpha
-    length_average: bool = True  # the likelihood term per token, as the published code; else summed, as its equation
+    length_average: bool = True  # the likelihood is a mean over tokens, as in the paper's code; else a sum
 
 
 @options
 class Simpo:
     """Simple Preference Optimization, arXiv 2405.14734, equation 6.
 
-    The field writes the target margin as gamma or as gamma / beta. This is the ratio, as in the
-    paper's published configurations: the loss subtracts `beta * gamma_beta_ratio`.
+    Others write the target margin as gamma or as gamma / beta. This is the ratio, as in the paper's published
+    configurations: the loss subtracts `beta * gamma_beta_ratio`.
     """
 
-    traits: ClassVar = WITHOUT_REFERENCE
+    traits: ClassVar = replace(WITHOUT_REFERENCE, reward="mean_logps")
     type: Literal["simpo"] = "simpo"
     beta: Beta = 2.5
     gamma_beta_ratio: NotNegative = 0.5
@@ -214,7 +240,7 @@ class Simpo:
 
 @options
 class ApoZero:
-    """Anchored Preference Optimization, arXiv 2408.06266, equation 7: chosen is better than the policy's own."""
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 7: the chosen answer beats the policy's own."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_zero"] = "apo_zero"
@@ -223,7 +249,7 @@ class ApoZero:
 
 @options
 class ApoDown:
-    """Anchored Preference Optimization, arXiv 2408.06266, equation 8: chosen is worse than the policy's own."""
+    """Anchored Preference Optimization, arXiv 2408.06266, equation 8: the policy's own answer beats the chosen."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["apo_down"] = "apo_down"
@@ -246,7 +272,7 @@ class Exo:
     traits: ClassVar = ON_PAIRS
     type: Literal["exo"] = "exo"
     beta: Beta = 0.1
-    label_smoothing: Smoothing = 1e-3  # its logarithm is taken, so it is never 0
+    label_smoothing: Smoothing = 1e-3  # never 0, because the loss takes its logarithm
 
 
 @options
@@ -260,18 +286,18 @@ class Sppo:
 
 @options
 class Aot:
-    """Alignment via Optimal Transport, arXiv 2406.05882: sorted over the global batch."""
+    """Alignment via Optimal Transport, arXiv 2406.05882: compares sorted values of the global batch."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_whole_batch=True)
     type: Literal["aot"] = "aot"
     beta: Beta = 0.1
-    paired: bool = True  # the policy's margins against the reference's; else chosen log-ratios against rejected
+    paired: bool = True  # compares the policy's margins with the reference's; else chosen with rejected log-ratios
     label_smoothing: Annotated[float, Limit("in [0, 0.5)", lambda x: 0 <= x < 0.5)] = 0.0
 
 
 @options
 class Discopop:
-    """The objective that a language model discovered: log-ratio modulated loss, arXiv 2406.08414, equation 5."""
+    """Log-ratio modulated loss, which a language model discovered, arXiv 2406.08414, equation 5."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["discopop"] = "discopop"
@@ -291,7 +317,7 @@ class Dpop:
 
 @options
 class Rpo:
-    """DPO and the likelihood of the chosen completion per token, arXiv 2404.19733."""
+    """DPO plus the chosen completion's mean negative log-likelihood per token, arXiv 2404.19733."""
 
     traits: ClassVar = ON_PAIRS
     type: Literal["rpo"] = "rpo"
@@ -301,12 +327,12 @@ class Rpo:
 
 @options
 class LdDpo:
-    """Length-desensitized DPO, arXiv 2409.06411, for policy and reference alike."""
+    """Length-desensitized DPO, arXiv 2409.06411; log-probabilities of policy and reference are both desensitized."""
 
     traits: ClassVar = replace(ON_PAIRS, needs_reference_heads=True)
     type: Literal["ld_dpo"] = "ld_dpo"
     beta: Beta = 0.1
-    # alpha: of the tokens past the shorter completion's length
+    # alpha: the weight of tokens past the shorter completion's length
     tail_weight: Annotated[float, Limit("from 0 to 1", lambda x: 0 <= x <= 1)] = 0.5
 
 
@@ -328,7 +354,7 @@ class FDpo:
     type: Literal["f_dpo"] = "f_dpo"
     beta: Beta = 0.1
     divergence: Literal["forward_kl", "jensen_shannon", "alpha"] = "jensen_shannon"
-    # of the divergence `alpha`
+    # the parameter of the divergence `alpha`
     alpha: Annotated[float, Limit("greater than 0 and less than 1", lambda x: 0 < x < 1)] = 0.5
 
     def __post_init__(self) -> None:
@@ -347,10 +373,10 @@ class Lipo:
 
 @options
 class RewardBradleyTerry:
-    """A reward model of preferences as Bradley and Terry's, arXiv 2410.01257; a mean over the pairs of a ranking.
+    """A Bradley-Terry reward model of preferences, arXiv 2410.01257; its loss is a mean over the pairs of a ranking.
 
-    Rows with a margin want the better reward ahead by as much. Rows weighted by how strong the preference is, without
-    a margin, make it the paper's Scaled Bradley-Terry.
+    If a row has a margin, the better reward must lead by it. With rows weighted by the strength of the preference, and
+    no margins, this is the paper's Scaled Bradley-Terry.
     """
 
     traits: ClassVar = replace(FOR_REWARDS, takes_margins=True)
@@ -359,7 +385,7 @@ class RewardBradleyTerry:
 
 @options
 class RewardRegression:
-    """A reward model of ratings, arXiv 2410.01257: the squared error, a mean over the completions of a group."""
+    """A reward model of ratings, arXiv 2410.01257; its loss is the mean squared error over a group's completions."""
 
     traits: ClassVar = replace(FOR_REWARDS, learns_from=("ratings",))
     type: Literal["reward_regression"] = "reward_regression"
@@ -384,7 +410,7 @@ PairObjective = (
 class Mpo:
     """A weighted sum of objectives on the same pairs (Mixed Preference Optimization, arXiv 2411.10442).
 
-    Within it `supervised` is the likelihood of the chosen completion per token.
+    In this sum `supervised` is the chosen completion's mean negative log-likelihood per token.
     """
 
     type: Literal["mpo"] = "mpo"
@@ -393,8 +419,8 @@ class Mpo:
 
     def __post_init__(self) -> None:
         if not self.objectives or len(self.objectives) != len(self.weights):
-            many = f"{len(self.objectives)} objectives and {len(self.weights)} weights"
-            raise InvalidOption("weights", f"mpo has {many}; give each objective one weight.")
+            counts = f"{len(self.objectives)} objectives and {len(self.weights)} weights"
+            raise InvalidOption("weights", f"mpo has {counts}; give each objective one weight.")
         for part in self.objectives:
             check(isinstance(part, PairObjective | Supervised), "objectives", part.type, "of objectives on pairs")
         for weight in self.weights:
@@ -415,11 +441,4 @@ class Mpo:
 
 
 Objective = Supervised | PairObjective | Mpo | RewardObjective
-OBJECTIVES: dict[str, type[Objective]] = {
-    cls.__dataclass_fields__["type"].default: cls
-    for cls in (
-        Supervised, Dpo, Cdpo, RobustDpo, Ipo, Hinge, DpoNorm, Kto, Bco, Orpo, Cpo, Simpo, ApoZero, ApoDown, Nca, Exo,
-        Sppo, Aot, Discopop, Dpop, Rpo, LdDpo, RDpo, FDpo, Lipo, Mpo, RewardBradleyTerry, RewardRegression,
-        RewardGaussian,
-    )
-}  # fmt: skip
+OBJECTIVES: dict[str, type[Objective]] = {cls.__dataclass_fields__["type"].default: cls for cls in get_args(Objective)}

@@ -24,10 +24,13 @@ from pydantic import (
     WrapValidator,
 )
 
-from dpo_core.config import Lora, TrainConfig, Truncation
+from dpo_core.config import Lora, Quantization, TrainConfig, Truncation
 
 WIRE = 2
-"""The version of AttemptSpec. A driver refuses a newer version than its own, and says why. 2 adds `Weights`."""
+"""The version of AttemptSpec. A driver refuses a newer version than its own, and says why.
+
+2 adds `Weights`, another reference, an early stop, and the best checkpoint as the policy.
+"""
 
 OWN_TOKEN_HEADER = "x-raydpo-own-token"
 """The header that holds the token with which an attempt reports from then on, in a post with the launch's token."""
@@ -164,6 +167,11 @@ class Weights(Contract):
 
     adapter: Annotated[Lora, _tolerant(Lora)] | None = None  # None: all weights
     precision: Precision = "float32"  # what is trained has float32 masters in both
+    quantization: Quantization | None = None  # of the frozen base of an adapter
+
+
+Policy = Literal["last", "best"]
+"""Which checkpoint becomes the policy of a job: the last one, or the best by the metric of its evaluations."""
 
 
 class JobSpec(Contract):
@@ -179,11 +187,18 @@ class JobSpec(Contract):
     metadata: dict[str, str] | None = None
     config: ReadConfig
     weights: Weights = Weights()
+    keep_checkpoints: Annotated[int, Field(ge=1)] | Literal["all"] = "all"  # so many of the last, and the best
+    policy: Policy = "last"
     num_workers: int = Field(default=1, ge=1, le=1024)
     reference_source: ReferenceSource = "auto"
     reference_model: str | None = None  # a base model's name or an `ft:` id; None: the model that the job starts from
     integrations: ReadIntegrations = Integrations()
     priority: int = Field(default=0, ge=-10, le=10)  # higher starts first
+
+    @property
+    def validates(self) -> bool:
+        """Whether its checkpoints are evaluated on held-out rows."""
+        return bool(self.validation_file or self.validation_share)
 
     @property
     def is_at_uri(self) -> bool:
@@ -219,6 +234,7 @@ class AttemptSpec(AttemptAddress):
     columns: dict[str, str] = Field(default_factory=dict)  # role, such as prompt → name of the training file's column
     model_source: str  # storage URI, local folder or hub id of the model, or the adapter, that the job starts from
     weights: Weights = Weights()
+    policy: Policy = "last"
     reference_model_source: str | None = None  # the same for the reference; None: the start is the reference
     reference: str | None = None  # app_name of the deployment that may score; None: there is none
     reference_source: ReferenceSource = "auto"

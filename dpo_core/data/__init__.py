@@ -1,1 +1,1 @@
-"""From a row of a file to a group: a prompt and its completions. Standard library only."""
+"""Turns the rows of a file into groups: a group is a prompt and its completions. Uses only the standard library."""

@@ -1,7 +1,7 @@
-"""Groups that a file holds again, or the other way round. Standard library only.
+"""Finds groups of a file that repeat or contradict earlier groups. Uses only the standard library.
 
-Texts are kept as 64-bit hashes, Python's own, which are keyed anew in each process, in a database on disk that is gone
-with its object: a billion rows need no memory.
+Texts are kept as 64-bit hashes, in a temporary database on disk, so that a billion rows need little memory. The hashes
+are Python's own, whose key is different in each process.
 """
 
 import marshal
@@ -13,13 +13,13 @@ from typing import Any
 
 from dpo_core.data.groups import Group
 
-AT_A_TIME = 10_000
+AT_A_TIME = 10_000  # rows inserted together
 LINES_NAMED = 10
 
 
 @dataclass(frozen=True)
 class Named:
-    """So many, and the lines of the first ten."""
+    """The number of lines of a file that have some property, and the line numbers of the first ten such lines."""
 
     count: int
     lines: tuple[int, ...]
@@ -31,42 +31,45 @@ class Named:
 
 @dataclass(frozen=True)
 class Duplicates:
-    prompts: Named  # groups whose prompt stood before, with whatever completions
-    groups: Named  # groups that stood before, word for word
-    contradictions: Named  # groups that prefer what an earlier one, with the same prompt, liked less
+    """The groups of a file that repeat or contradict earlier groups of the file."""
+
+    prompts: Named  # groups with the prompt of an earlier group, whatever their completions
+    groups: Named  # groups that are equal to an earlier group
+    contradictions: Named  # groups that prefer the completion that an earlier group of the same prompt rejected
 
 
 def find_duplicates(groups: Iterable[Group]) -> Duplicates:
-    database = sqlite3.connect("")  # a file that SQLite names and removes
+    """Returns the groups that repeat or contradict earlier groups."""
+    database = sqlite3.connect("")  # makes a temporary file, which SQLite removes
     try:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("CREATE TABLE groups (line, prompt, best, worst, completions)")
         rows = map(_row, groups)
-        while some := list(islice(rows, AT_A_TIME)):
-            database.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?)", some)
-        database.execute(_OF_ONE_PROMPT)
+        while batch := list(islice(rows, AT_A_TIME)):
+            database.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?)", batch)
+        database.execute(_SHARED_PROMPTS)
         return Duplicates(
-            prompts=_named(database, _AGAIN.format(what="prompt")),
-            groups=_named(database, _AGAIN.format(what="prompt, completions")),
-            contradictions=_named(database, _TURNED),
+            prompts=_named(database, _REPEATED.format(what="prompt")),
+            groups=_named(database, _REPEATED.format(what="prompt, completions")),
+            contradictions=_named(database, _CONTRADICTING),
         )
     finally:
         database.close()
 
 
-_OF_ONE_PROMPT = """
-    CREATE TABLE alike AS
+_SHARED_PROMPTS = """
+    CREATE TABLE shared AS
     SELECT * FROM groups WHERE prompt IN (SELECT prompt FROM groups GROUP BY prompt HAVING count(*) > 1) ORDER BY rowid
 """
-_AGAIN = """
-    SELECT line FROM (SELECT line, row_number() OVER (PARTITION BY {what} ORDER BY line, rowid) AS place FROM alike)
+_REPEATED = """
+    SELECT line FROM (SELECT line, row_number() OVER (PARTITION BY {what} ORDER BY line, rowid) AS place FROM shared)
     WHERE place > 1
 """
-_TURNED = """
+_CONTRADICTING = """
     SELECT line FROM (
         SELECT line, best, first_value(best) OVER (
             PARTITION BY prompt, min(best, worst), max(best, worst) ORDER BY line, rowid
-        ) AS first FROM alike WHERE best != worst
+        ) AS first FROM shared WHERE best != worst
     )
     WHERE best != first
 """
@@ -79,12 +82,13 @@ def _named(database: sqlite3.Connection, query: str) -> Named:
 
 
 def _row(group: Group) -> tuple[int, int, int, int, int]:
+    """Returns the row of the database for a group: the group's line, and hashes of its texts."""
     completions = [_digest(text) for text in group.completions]
     best, worst = completions[0], completions[-1]
-    if len(completions) == 1:  # a label of its own: good against none, or none against bad
+    if len(completions) == 1:  # a label: a good completion is better than none (0), a bad one worse
         best, worst = (0, best) if group.ratings and not group.ratings[0] else (best, 0)
     return group.line, _digest(group.prompt), best, worst, _digest((completions, group.ratings))
 
 
 def _digest(value: Any) -> int:
-    return hash(marshal.dumps(value, 0))  # of what JSON can hold, in a seventh of the time that repr takes
+    return hash(marshal.dumps(value, 0))  # for JSON values marshal takes a seventh of the time of repr

@@ -1,38 +1,41 @@
-"""What people said about completions: the groups of a file, row by row. Standard library only.
+"""Reads the groups of a file of feedback (data on which completions are good or better), row by row. Uses only the
+standard library.
 
-A file is JSON Lines in UTF-8. Its first row decides the format; a row of another format is refused.
+A file is JSON Lines in UTF-8. The first row decides the format; a row of another format is refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
-from dpo_core.data.columns import LONGEST, side_rated
+from dpo_core.data.column_hints import LONGEST, side_rated
 from dpo_core.data.formats import Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows
 
-MOST_JOINED = 1000  # rows of one prompt
+MOST_JOINED = 1000  # rows of one prompt that can be one group
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file: its groups, or the first thing that is wrong with it."""
+    """The result of reading one row of a file: the row's groups, or the first error in the row."""
 
     line: int
-    format: Format | None  # None: the row is none, or of none of the formats
+    format: Format | None  # None: the line is no row, or the row has no known format
     groups: Sequence[Group]
-    ignored_keys: frozenset[str]  # that no reader uses
+    ignored_keys: frozenset[str]  # columns that are not read
     problem: InvalidRow | None
-    is_contrary: bool = False  # it is a pair, and scores in it that nobody reads rate the rejected answer higher
+    is_contrary: bool = False  # the row is a pair whose own, unread scores rate the rejected one higher
 
 
 def read_records(
     lines: Iterable[bytes], *, first_line: int = 1, columns: Mapping[str, str] | None = None
 ) -> Iterator[Record]:
-    """Every row of a file, in its order. A part of a file is read alike, when `first_line` says where it begins.
+    """Yields the record of every row of a file, in order. If `lines` are a part of a file, `first_line` is the number
+    of the first line.
 
-    `columns` names the column of each role, such as {"prompt": "question"}, where the file has names of its own.
+    If the columns have other names than the roles, `columns` names the column of each role, such as {"prompt":
+    "question"}.
     """
     records = _read_each(lines, first_line, columns or {})
     for record in records:
@@ -51,15 +54,16 @@ def _read_each(lines: Iterable[bytes], first_line: int, columns: Mapping[str, st
 
 
 def are_one_group(line: bytes, following: bytes, *, columns: Mapping[str, str] | None = None) -> bool:
-    """Whether two neighbouring lines are of one group, so that a file must not be cut between them."""
+    """Whether two neighbouring lines belong to one group. A file must not be cut between such lines."""
     records = list(read_records([line, following], columns=columns))
     return len(records) == 2 and not any(record.problem for record in records) and not records[1].groups
 
 
 def _joined(records: Iterable[Record]) -> Iterator[Record]:
-    """Neighbours that rate answers to one prompt: the first has the group of all, if they can be one."""
+    """Joins neighbouring rows of one prompt. The record of the first row gets one group of all rows, if the rows can be
+    one group."""
     for _, run in groupby(records, key=lambda record: record.line if record.problem else record.groups[0].prompt):
-        rows = list(islice(run, MOST_JOINED + 1))  # a file may have one prompt only, and not fit into memory
+        rows = list(islice(run, MOST_JOINED + 1))  # bounded, because all rows of a file may have the same prompt
         if rows[0].problem:
             yield from rows
         elif 1 < len(rows) <= MOST_JOINED:
@@ -71,7 +75,7 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def _unjoined(record: Record, number: str) -> Record:
-    what = f"its prompt is rated by {number} neighbouring rows; it needs 2 to {MOST_JOINED}."
+    what = f"its prompt has {number} neighbouring rows; a group needs 2 to {MOST_JOINED}."
     problem = InvalidRow(record.line, "", "too_few_completions", f"Line {record.line}: {what}")
     return replace(record, groups=(), problem=problem)
 
@@ -85,7 +89,7 @@ def _group_of(run: Sequence[Record]) -> Group:
 
 
 def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Group]:
-    """The groups of a file, in its order. Raises InvalidRow on reaching a row that cannot be used."""
+    """Yields the groups of a file, in order. Raises InvalidRow at the first row that cannot be used."""
     for record in read_records(lines, first_line=first_line):
         if record.problem:
             raise record.problem
@@ -93,7 +97,7 @@ def read_groups(lines: Iterable[bytes], *, first_line: int = 1) -> Iterator[Grou
 
 
 def is_tied(group: Group) -> bool:
-    """Whether it has several completions and rates them all alike."""
+    """Whether the group has several completions that all have the same rating."""
     return len(group.completions) > 1 and group.ratings is not None and len(set(group.ratings)) == 1
 
 
@@ -106,7 +110,7 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
             row = row.renamed(columns)
         form = detect(row)
         if expected and form is not expected:
-            what = f"must be {expected.name}, as the first row is; {keys_of(row)}."
+            what = f"must be {expected.name}, as the first row is; its columns are {keys_of(row)}."
             raise row.invalid("", "mixed_formats", what)
         unread = form.unread(row)
         groups = form.read(row, unread)
@@ -116,6 +120,8 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
 
 
 def _is_contrary(row: Row, unread: Set[str], form: Format) -> bool:
+    """Whether the row is a pair whose own scores, in unread columns, rate the rejected completion higher than the
+    chosen one."""
     if form.kind != "pairs":
         return False
     rated = [(side, row.value[key]) for key in unread if len(key) <= LONGEST and (side := side_rated(key))]

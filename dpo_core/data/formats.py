@@ -1,75 +1,79 @@
-"""Rows to groups: the shapes in which preference data are published. Standard library only.
+"""Lists the formats in which preference data are published, and finds the format of a row. Uses only the standard
+library.
 
-The keys of a row and the kinds of their values tell its format; nothing is guessed from texts but the
-`\n\nHuman:` that begins a dialogue, and the `[{` of messages as JSON. A column that says what the model should see is
-used, or the row is refused by its name.
+The keys of a row and the types of their values decide the row's format. A text decides only if it begins with
+`\\n\\nHuman:`, as a dialogue does, or with `[{`, as messages in JSON do. A column that the model should learn from is
+read; if the format cannot read the column, the row is refused with the column's name.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from dpo_core.data import published, readers
-from dpo_core.data.columns import (
-    LONGEST,
-    SYSTEM_KEYS,
-    TEMPLATE_KEYS,
-    holds_answer,
-    is_media,
-    likely_columns,
-    role_of,
-    says_something,
+from dpo_core.data.column_hints import SYSTEM_KEYS, TEMPLATE_KEYS, is_media, likely_columns, role_of, says_something
+from dpo_core.data.extras import (
+    as_chat,
+    is_said,
+    positive_number,
+    refuse_named_answers,
+    system_prompt,
+    template_arguments,
+    with_system,
 )
 from dpo_core.data.groups import Group
-from dpo_core.data.jsonl import InvalidRow, Row, parse_within, pointer_to
-from dpo_core.data.messages import Message, Text, opened
+from dpo_core.data.jsonl import InvalidRow, Row, pointer_to
+from dpo_core.data.messages import opened
 from dpo_core.data.tools import TOOL_KEYS, refuse_filled, tools_of
-from dpo_core.data.values import is_finite, number_of, says_nothing, shown, string_of
+from dpo_core.data.values import says_nothing
 from dpo_core.options import Kind
 
 
 @dataclass(frozen=True)
 class Format:
+    """A format of rows: a test that recognizes a row of the format, and a reader that turns the row into groups."""
+
     name: str
-    row: str  # what a row has, in Markdown
+    row: str  # the columns of a row, in Markdown
     kind: Kind
-    keys: frozenset[str]  # what its reader uses
+    keys: frozenset[str]  # the columns that are read
     matches: Callable[[dict[str, object]], bool]
     reader: Callable[[Row], Iterator[Group]]
-    joins: bool = False  # a row rates one answer; neighbours of one prompt are one group
+    joins: bool = False  # a row rates one answer; neighbouring rows of one prompt are one group
 
     def unread(self, row: Row) -> frozenset[str]:
-        """The columns that no reader uses."""
+        """Returns the columns of the row that this format does not read."""
         return frozenset(row.value.keys() - self.keys)
 
     def read(self, row: Row, unread: Set[str]) -> list[Group]:
-        """The groups of a row. Raises InvalidRow, also for what stands unread and says something."""
-        meant = unread and list(filter(says_something, unread))
-        plain = not meant and self._beside.isdisjoint(row.value)  # as in most rows
-        groups = list(self.reader(row) if plain else self._read_all(row, sorted(meant)))
-        if groups and (last := groups[-1]).tools:  # of the groups of a chat the last one holds all messages
+        """Returns the groups of the row. Raises InvalidRow if the row cannot be read, or if a column in `unread` holds
+        something that the model should learn from."""
+        telling = unread and list(filter(says_something, unread))
+        is_plain = not telling and self._extras.isdisjoint(row.value)  # true for most rows
+        groups = list(self.reader(row) if is_plain else self._read_all(row, sorted(telling)))
+        if groups and (last := groups[-1]).tools:  # the last group of a chat holds all its messages
             for part in (last.prompt, *last.completions):
                 for message in part if isinstance(part, list) else ():
                     refuse_filled(row, last.tools, message.get("tool_calls", ()))
         for group in groups if unread else ():
-            _refuse_names(row, unread, group)
+            refuse_named_answers(row, unread, group)
         return groups
 
     def _read_all(self, row: Row, unread: Sequence[str]) -> Iterator[Group]:
-        """With what stands beside what the reader reads."""
-        weight, margin = (_extra(row, name) if name in self.keys else None for name in ("weight", "margin"))
+        """Yields the groups of the row together with its system prompt, tools, template arguments, weight and margin.
+        Raises InvalidRow if an unread column says something that the groups do not say."""
+        weight, margin = (positive_number(row, name) if name in self.keys else None for name in ("weight", "margin"))
         tools = tools_of(row, "", row.value) if self._takes_tools else None
-        arguments = _template_arguments(row) if self._takes_arguments else None
-        system = _system(row) if self._takes_system else None
+        arguments = template_arguments(row) if self._takes_arguments else None
+        system = system_prompt(row) if self._takes_system else None
         groups = list(self.reader(row))
         if system:
-            groups = [_with_system(row, group, system) for group in groups]
+            groups = [with_system(row, group, system) for group in groups]
         self._refuse_unread(row, unread, groups)
         for group in groups:
             if isinstance(group.prompt, str) and (tools or arguments):
                 key = "tools" if tools else "chat_template_kwargs"
-                raise row.invalid(f"/{key}", "unsupported", "is for prompts of messages; write them into the text.")
+                raise row.invalid(f"/{key}", "unsupported", "needs a prompt of messages; write it into the text.")
             if (weight, margin, tools, arguments) == (None, None, None, None):
                 yield group
                 continue
@@ -82,9 +86,10 @@ class Format:
             )
 
     @cached_property
-    def _beside(self) -> frozenset[str]:
-        """Columns that are read beside those of the reader."""
-        return self.keys & (_OF_MESSAGES | {"weight", "margin"})
+    def _extras(self) -> frozenset[str]:
+        """The optional columns of this format, such as `weight`, `margin` and tools, that `_read_all` reads itself;
+        `reader` reads the other columns."""
+        return self.keys & (_MESSAGE_KEYS | {"weight", "margin"})
 
     @cached_property
     def _takes_tools(self) -> bool:
@@ -99,42 +104,43 @@ class Format:
         return self.keys >= SYSTEM_KEYS
 
     def _refuse_unread(self, row: Row, unread: Sequence[str], groups: Sequence[Group]) -> None:
-        """A column that says what the groups do not say."""
+        """Raises InvalidRow for the first column in `unread` that says something which the groups do not say."""
         for key in unread:
             value = row.value[key]
-            if says_nothing(value) or (value is False and role_of(key) != "label") or _is_said(value, groups):
+            if says_nothing(value) or (value is False and role_of(key) != "label") or is_said(value, groups):
                 continue
             if is_media(key):
                 what = "is not supported yet: models see texts only. Remove it to train on the texts alone."
                 raise row.invalid(pointer_to((key,)), "unsupported", what)
             role = role_of(key)
-            named = _if_it_helps(row, {role: key} if role and role not in row.value else {}) or "rename it"
-            what = f"says more than the format {self.name} reads; {named}, or remove it."
+            remedy = _roles_remedy(row, {role: key} if role and role not in row.value else {}) or "rename it"
+            what = f"says more than the format {self.name} reads; {remedy}, or remove it."
             raise row.invalid(pointer_to((key,)), "unread_column", what)
 
 
-_MAY_OPEN = "[{ \n"  # with which JSON begins
+_JSON_STARTS = "[{ \n"  # the first character of messages as JSON
 
 
 def detect(row: Row) -> Format:
-    """Raises InvalidRow for a row of no known format."""
+    """Returns the format of the row. Raises InvalidRow if the row has no known format.
+
+    The function also changes the row: messages that a column holds as a text of JSON become lists of messages.
+    """
     for column in CONVERSATION_KEYS.intersection(row.value):
-        if isinstance(text := row.value[column], str) and text[:1] in _MAY_OPEN:
+        if isinstance(text := row.value[column], str) and text[:1] in _JSON_STARTS:
             row.value[column] = opened(row, f"/{column}", text)
     for form in FORMATS:
         if form.matches(row.value):
             return form
-    what = "of none of the known formats, which docs/use/data.md lists"
-    remedy = f"name the columns of its roles (of {', '.join(sorted(ROLES))}), or rename them"
-    raise row.invalid(
-        "",
-        "unknown_format",
-        f"{keys_of(row)}, {what}; {_if_it_helps(row, likely_columns(row.value.keys())) or remedy}.",
-    )
+    what = f"its columns ({keys_of(row)}) match no known format; docs/use/data.md lists the formats"
+    remedy = "say with `columns` which column is the prompt, the chosen answer and so on"
+    likely = _roles_remedy(row, likely_columns(row.value.keys()))
+    raise row.invalid("", "unknown_format", f"{what}. Rename the columns, or {likely or remedy}.")
 
 
-def _if_it_helps(row: Row, columns: Mapping[str, str]) -> str | None:
-    """That the columns of roles should be named, where the row can be read then."""
+def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
+    """Returns the advice to give `columns` these roles, for the end of an error; None if the row could not be read
+    even then."""
     if not columns or not ROLES.issuperset(columns):
         return None
     try:
@@ -143,135 +149,13 @@ def _if_it_helps(row: Row, columns: Mapping[str, str]) -> str | None:
         form.read(renamed, form.unread(renamed))
     except InvalidRow:
         return None
-    return f"name the columns of its roles: {', '.join(f'{role}={key}' for role, key in columns.items())}"
+    named = ", ".join(f"{role}={key}" for role, key in columns.items())
+    return f"say with `columns` which column has which role: {named}"
 
 
 def keys_of(row: Row) -> str:
-    return "its keys are " + (", ".join(key[:40] for key in sorted(row.value)[:10]) or "none")
-
-
-def _refuse_names(row: Row, unread: Set[str], group: Group) -> None:
-    """Answers that only name the columns in which the answers stand, such as A and B of response_a and response_b."""
-    best = group.completions[0]
-    if len(best if isinstance(best, str) else best[-1]["content"]) > LONGEST or len(group.completions) < 2:
-        return  # as nearly all are
-    contents = [text if isinstance(text, str) else text[-1]["content"] for text in group.completions]
-    named = [next((key for key in sorted(unread) if holds_answer(key, content)), None) for content in contents]
-    first, *_, last = named
-    if not first or not last or None in named or (first == last and not isinstance(row.value[first], list)):
-        return
-    texts = list(_texts(row.value[first]))
-    if texts and not set(texts).issuperset(contents) and not _is_said(texts, [group]):
-        what = f"and {last} are what the answers name, and nothing reads them; write the answers themselves."
-        raise row.invalid(pointer_to((first,)), "unread_column", what)
-
-
-def _is_said(value: object, groups: Sequence[Group]) -> bool:
-    """Whether its texts stand in a group: the column says it again."""
-    texts = [text for text in _texts(value) if text.strip()]
-    return bool(texts) and any(all(_stands_in(said, text) for text in texts) for said in map(_said, groups))
-
-
-def _stands_in(said: str, text: str) -> bool:
-    """Not within a word."""
-    return re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", said) is not None
-
-
-def _said(group: Group) -> str:
-    return "\n".join(text for part in (group.prompt, *group.completions) for text in _texts(part))
-
-
-def _texts(value: object) -> Iterator[str]:
-    """All that a text, a message, or a list or a dictionary of these says."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _texts([item for key, item in value.items() if key not in ("role", "from")])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-# --- what any format may bring ------------------------------------------------------------------
-
-
-def _system(row: Row) -> str | None:
-    if SYSTEM_KEYS.isdisjoint(row.value):
-        return None
-    given = [key for key in sorted(SYSTEM_KEYS) if not says_nothing(row.value.get(key))]
-    if len(given) > 1:
-        raise row.invalid(f"/{given[1]}", "duplicate_key", f"and {given[0]} mean the same; send one.")
-    return string_of(row, f"/{given[0]}", row.value[given[0]]) if given else None
-
-
-def _with_system(row: Row, group: Group, system: str) -> Group:
-    """Its prompt is of messages: formats of texts have one for rows with a system prompt."""
-    assert isinstance(group.prompt, list)
-    message: Message = {"role": "system", "content": system}
-    if group.prompt[0] == message:
-        return group
-    if group.prompt[0]["role"] == "system":
-        raise row.invalid("/system", "duplicate_key", "and the first message are two system prompts; send one.")
-    return replace(group, prompt=[message, *group.prompt])
-
-
-# What the template is given by us, and what transformers takes for itself before the template is called.
-_TAKEN = (
-    "messages conversation conversations tools add_generation_prompt continue_final_message tokenize chat_template "
-    "strftime_now raise_exception bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
-    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
-)
-RESERVED_ARGUMENTS = frozenset(_TAKEN.split())
-
-
-def _template_arguments(row: Row) -> dict[str, object] | None:
-    """What the row tells the chat template beside its messages, such as enable_thinking."""
-    given = row.value.get("chat_template_kwargs")
-    if given is None:
-        return None
-    if isinstance(given, str) and given:
-        given = parse_within(row, "/chat_template_kwargs", given)
-    if says_nothing(given):
-        return None
-    if not isinstance(given, dict):
-        raise row.invalid("/chat_template_kwargs", "wrong_type", f"is {shown(given)}; it must be a dictionary.")
-    for key in given:
-        if key in RESERVED_ARGUMENTS or not key.isidentifier():
-            raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", "cannot be given by a row.")
-        if str(given[key]).casefold() in ("true", "false") and not isinstance(given[key], bool):
-            what = f"is the text {shown(given[key])}, and templates take any text for true; write it without quotes."
-            raise row.invalid(pointer_to(("chat_template_kwargs", key)), "wrong_type", what)
-    if not is_finite(given):
-        raise row.invalid("/chat_template_kwargs", "invalid_number", "hold a number that JSON has not.")
-    return {key: value for key, value in given.items() if value is not None} or None
-
-
-def _extra(row: Row, name: str) -> float | None:
-    """What people say of the row as a whole."""
-    value = row.value.get(name)
-    if value is None or says_nothing(value):
-        return None
-    number = number_of(row, f"/{name}", value)
-    if name == "margin" and number == 0:
-        return None  # no lead is wanted
-    if number <= 0:
-        raise row.invalid(f"/{name}", "invalid_number", f"is {number:g}; it must be greater than 0.")
-    return number
-
-
-# --- with a system prompt, texts are messages ------------------------------------------------------
-
-
-def _as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterator[Group]]:
-    def read(row: Row) -> Iterator[Group]:
-        for group in reader(row):
-            if isinstance(group.prompt, list):
-                yield group
-                continue
-            completions: list[Text] = [[{"role": "assistant", "content": str(text)}] for text in group.completions]
-            yield replace(group, prompt=[{"role": "user", "content": group.prompt}], completions=tuple(completions))
-
-    return read
+    """Returns the names of the row's first columns for an error message; "none" if the row has no columns."""
+    return ", ".join(key[:40] for key in sorted(row.value)[:10]) or "none"
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -279,24 +163,25 @@ def _as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterat
 _OUTPUT_KEYS = frozenset(
     f"{side}_{word}" for side in ("preferred", "non_preferred") for word in ("output", "completion")
 )
-_OF_MESSAGES = TOOL_KEYS | TEMPLATE_KEYS | SYSTEM_KEYS
+_MESSAGE_KEYS = TOOL_KEYS | TEMPLATE_KEYS | SYSTEM_KEYS
 _SIDES_KEYS = frozenset({*readers.SIDES, "weight", "margin"})
-_PAIR_KEYS = _SIDES_KEYS | _OF_MESSAGES | {"prompt"}
-_RANKED_KEYS = _OF_MESSAGES | {"prompt", "completions", "ranks", "scores", "weight"}
-_LABEL_KEYS = _OF_MESSAGES | {"prompt", "completion", "label", "weight"}
-_CHAT_PAIR_KEYS = _OF_MESSAGES | {"messages", "weight", "margin"}
+_PAIR_KEYS = _SIDES_KEYS | _MESSAGE_KEYS | {"prompt"}
+_RANKED_KEYS = _MESSAGE_KEYS | {"prompt", "completions", "ranks", "scores", "weight"}
+_LABEL_KEYS = _MESSAGE_KEYS | {"prompt", "completion", "label", "weight"}
+_CHAT_PAIR_KEYS = _MESSAGE_KEYS | {"messages", "weight", "margin"}
 CONVERSATION_KEYS = frozenset(
     {*readers.SIDES, "prompt", "completion", "messages", "conversations", "context", "rejected_messages"}
     | {"conversation_a", "conversation_b"}
 )
 
-# What `columns` may name: the keys of formats that are nobody's own.
+# The roles that the option `columns` may name: the keys of formats that belong to no public data set.
 ROLES = (_PAIR_KEYS | _LABEL_KEYS | _RANKED_KEYS | {"messages"}) - {"functions", "parallel_tool_calls", "system_prompt"}
 
 Test = Callable[[dict[str, object]], bool]
 
 
 def _is_dialogues(row: dict[str, object]) -> bool:
+    """Whether the values of `chosen` and `rejected` are dialogues, each in one text, as in HH-RLHF."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     return (
         isinstance(chosen, str)
@@ -307,7 +192,7 @@ def _is_dialogues(row: dict[str, object]) -> bool:
 
 
 def _answers_a_prompt(row: dict[str, object]) -> bool:
-    """Whether one side is of messages, and the answer does not hold the prompt again."""
+    """Whether the value of `prompt` or `chosen` is messages, and `chosen` does not repeat the prompt."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
     if isinstance(prompt, str) and isinstance(chosen, str):
         return False
@@ -320,13 +205,14 @@ def _answers_a_prompt(row: dict[str, object]) -> bool:
 
 
 def _is_openai(row: dict[str, object]) -> bool:
+    """Whether the row has the keys of OpenAI's preference format."""
     return "input" in row and (
         isinstance(row["input"], dict) or not _OUTPUT_KEYS.isdisjoint(row) or row.keys() == {"input"}
     )
 
 
 def _has(*keys: str, **kinds: type) -> Test:
-    """Whether a row has the keys, and values of these kinds."""
+    """Returns a test that is true for rows with all these keys, whose values have the types in `kinds`."""
     wanted = {*keys, *kinds}
     if not kinds:
         return wanted.issubset
@@ -334,21 +220,26 @@ def _has(*keys: str, **kinds: type) -> Test:
 
 
 def _any(*tests: Test) -> Test:
+    """Returns a test that is true for rows for which at least one of `tests` is true."""
     return lambda row: any(test(row) for test in tests)
 
 
 def _beside_messages(**kinds: type) -> Test:
+    """Returns a test that is true for rows with a conversation, in `messages` or `conversations`, and values of the
+    types in `kinds`."""
     return _any(_has(messages=list, **kinds), _has(conversations=list, **kinds))
 
 
 def _published(name: str, reader: published.Reader, columns: str, kind: Kind = "pairs") -> Format:
-    """A set with these columns, and what its rows say beside them."""
+    """Returns a format for rows that have all these columns, parsed by `reader`. Rows may also have columns for a
+    system prompt, chat-template arguments and a weight."""
     keys = columns.split()
     row = ", ".join(f"`{key}`" for key in keys)
     return Format(name, row, kind, frozenset(keys) | SYSTEM_KEYS | TEMPLATE_KEYS | {"weight"}, _has(*keys), reader)
 
 
 def _pairs_of(name: str, prompt: str, chosen: str, rejected: str) -> Format:
+    """Returns a format for rows that have a prompt, a chosen and a rejected answer in the columns with these names."""
     form = _published(name, published.pair(prompt, chosen, rejected), f"{prompt} {chosen} {rejected}")
     return replace(form, keys=form.keys | TOOL_KEYS | {"margin"} | ({"input"} if prompt == "instruction" else set()))
 
@@ -390,7 +281,7 @@ _TEXTS = (
 
 
 def _with_system_prompt(form: Format) -> Format:
-    """Its texts are messages, in each of its rows alike."""
+    """Returns a format for rows of `form` that also have a system prompt. Their texts are read as messages."""
 
     def matches(row: dict[str, object]) -> bool:
         return not SYSTEM_KEYS.isdisjoint(row) and form.matches(row)
@@ -400,7 +291,7 @@ def _with_system_prompt(form: Format) -> Format:
         name=f"system, {form.name}",
         row=f"`system`, {form.row}; read as messages",
         matches=matches,
-        reader=_as_chat(form.reader),
+        reader=as_chat(form.reader),
     )
 
 
@@ -456,7 +347,7 @@ FORMATS = (
     _pairs_of("question/response_j/response_k", "question", "response_j", "response_k"),
     Format(
         "chosen/rejected texts that hold their prompt",
-        "`chosen`, `rejected`, which begin with the prompt; they part at the last space before they differ",
+        "`chosen`, `rejected`, which begin with the prompt: all that they have in common at their beginning, without a space at its end",
         "pairs",
         _SIDES_KEYS,
         _has(*readers.SIDES),
@@ -486,7 +377,7 @@ FORMATS = (
     replace(
         _published("AlpacaFarm", published.read_alpaca_farm, "instruction output_1 output_2 preference"),
         keys=frozenset({"instruction", "input", "output_1", "output_2", "preference", "weight"})
-        | _OF_MESSAGES - TOOL_KEYS,
+        | _MESSAGE_KEYS - TOOL_KEYS,
     ),
     _published("A or B", published.read_a_or_b, "prompt response_a response_b winner"),
     _published("SHP", published.read_shp, "history human_ref_A human_ref_B labels"),
@@ -527,7 +418,7 @@ FORMATS = (
         "`messages` or `conversations`, `label` or `kto_tag` (`true` or `false`) of the last answer: ms-swift's, "
         "LLaMA-Factory's",
         "unpaired",
-        _OF_MESSAGES | {"messages", "conversations", "weight", *readers.LABELS},
+        _MESSAGE_KEYS | {"messages", "conversations", "weight", *readers.LABELS},
         _any(*(_has(column, label) for column in ("messages", "conversations") for label in readers.LABELS)),
         readers.read_labelled_chat,
     ),
@@ -551,7 +442,7 @@ FORMATS = (
         "ShareGPT",
         "`conversations`; every answer in it whose `weight` is not 0 is learned",
         "demonstrations",
-        _OF_MESSAGES | {"conversations"},
+        _MESSAGE_KEYS | {"conversations"},
         _has("conversations"),
         partial(readers.read_chat, column="conversations"),
     ),
@@ -559,7 +450,7 @@ FORMATS = (
         "OpenAI chat",
         "`messages`; every assistant message whose `weight` is not 0 is learned",
         "demonstrations",
-        _OF_MESSAGES | {"messages"},
+        _MESSAGE_KEYS | {"messages"},
         _has("messages"),
         readers.read_chat,
     ),
@@ -567,6 +458,6 @@ FORMATS = (
 
 
 def table() -> str:
-    """The formats in Markdown, in the order in which a row is held against them."""
+    """Returns a Markdown table of the formats, in the order in which they are tried on a row."""
     lines = [f"| {form.name} | {form.row} | {form.kind} |" for form in FORMATS]
     return "\n".join(["| format | row | holds |", "|---|---|---|", *lines])

@@ -1,4 +1,5 @@
-"""A prompt and what people think of its completions, however a file says it. Standard library only."""
+"""Defines a group of texts, and has functions with which readers make groups from rows. Uses only the standard
+library."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,45 +12,47 @@ from dpo_core.data.values import refuse_empty, string_of
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its completions, best first: one is a demonstration, two are a pair."""
+    """A prompt and its completions, the best first. One completion is a demonstration, two are a pair."""
 
     prompt: Text
     completions: tuple[Text, ...]
-    line: int  # where it stands in the file, from 1
-    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: the order says it
-    weight: float = 1.0  # of its loss
-    margin: float | None = None  # by which the first completion should lead
-    tools: list[Tool] | None = None  # that the prompt offers, for the chat template
-    template_arguments: dict[str, object] | None = None  # more for the chat template
+    line: int  # the line in the file, from 1
+    ratings: tuple[float, ...] | None = None  # higher is better, equal is a tie; None: only the order counts
+    weight: float = 1.0  # of the group's loss
+    margin: float | None = None  # the lead in reward that the first completion should have
+    tools: list[Tool] | None = None  # the tools that the prompt offers, for the chat template
+    template_arguments: dict[str, object] | None = None  # further arguments of the chat template
 
 
 def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Sequence[float]) -> Group:
-    """Raises InvalidRow where there are not two completions."""
+    """Returns a group whose completions are in the order of their ratings, the highest first. Raises InvalidRow for
+    fewer than two completions."""
     order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
     if len(order) < 2:
-        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs two.")
+        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs at least two.")
     return Group(prompt, tuple(completions[i] for i in order), row.line, tuple(ratings[i] for i in order))
 
 
 def text_or_messages(row: Row, pointer: str, value: object) -> Text:
-    """A prompt in the form that the row has."""
+    """Returns a prompt read from `value`: messages if `value` is a list, otherwise a text."""
     return prompt_of(row, pointer, value) if isinstance(value, list) else string_of(row, pointer, value)
 
 
 def completion_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """In the form of its prompt."""
+    """Returns a completion read from `value` in the form of its prompt: messages or a text."""
     return completion_of(row, pointer, value) if isinstance(prompt, list) else filled(row, pointer, value)
 
 
 def rejected_like(row: Row, pointer: str, value: object, prompt: Text) -> Text:
-    """In the form of its prompt. It may be empty: to end at once is an answer, too, and its tokens are the end."""
+    """Returns a rejected completion read from `value` in the form of its prompt. The completion may be empty; its only
+    token is then EOS."""
     if isinstance(prompt, list):
         return completion_of(row, pointer, value, may_be_empty=True)
     return string_of(row, pointer, value)
 
 
 def question(row: Row, column: str) -> list[Message]:
-    """A prompt of messages from a column that holds them, or one, or the user's words."""
+    """Returns a prompt of messages, read from a column that holds messages, one message, or a text of the user."""
     value = row.value[column]
     if isinstance(value, dict):
         value = [value]
@@ -59,7 +62,7 @@ def question(row: Row, column: str) -> list[Message]:
 
 
 def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """A completion of messages from messages, a message, or the assistant's words."""
+    """Returns a completion of messages, read from a value that is messages, one message, or a text of the assistant."""
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
@@ -73,18 +76,19 @@ def answer(row: Row, pointer: str, value: object, *, may_be_empty: bool = False)
 def parted(
     row: Row, columns: Sequence[str], sides: Sequence[list[Message]], *, may_be_empty: Sequence[bool] = (False, True)
 ) -> tuple[list[Message], tuple[Text, ...]]:
-    """Two conversations as the prompt that they share, and two completions: they part at an answer of the assistant.
+    """Splits two conversations into their shared prompt and two completions.
 
-    Raises InvalidRow where they part elsewhere.
+    Raises InvalidRow unless the first message in which the conversations differ is an answer of the assistant.
+    `may_be_empty` says of each completion whether it may be empty.
     """
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)
     if border < 1 or any([m["role"] for m in side[border : border + 1]] != ["assistant"] for side in sides):
-        what = f"and {columns[0]} must begin with the same messages, the prompt, and first differ in the assistant's."
+        what = f"and {columns[0]} must share the messages of the prompt and first differ in an assistant message."
         raise row.invalid(f"/{columns[1]}", "different_prompts", what)
     prompt = sides[0][:border]
     if prompt[-1]["role"] == "assistant":
-        what = "ends the prompt; end it with the user's or a tool's."
+        what = "is an assistant message that ends the prompt; end it with a message of the user or a tool."
         raise row.invalid(f"/{columns[0]}/{border - 1}", "invalid_order", what)
     for column, side, empty in zip(columns, sides, may_be_empty, strict=True):
         check_completion(row, f"/{column}", side[border:], first=border, may_be_empty=empty)
@@ -92,7 +96,8 @@ def parted(
 
 
 def completions_of(row: Row, column: str) -> list[object]:
-    """The list in a column. Raises InvalidRow for an empty one."""
+    """Returns the list of completions in the row's column. Raises InvalidRow if the value is no list, or an empty
+    one."""
     value = row.value[column]
     if not isinstance(value, list) or not value:
         raise row.invalid(f"/{column}", "wrong_type", "must be a list of completions.")
@@ -100,7 +105,8 @@ def completions_of(row: Row, column: str) -> list[object]:
 
 
 def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
-    """The dictionaries of such a list, each with the keys."""
+    """Yields the dictionaries in the list of the row's column. Raises InvalidRow for an element that is no dictionary
+    with these keys."""
     for number, item in enumerate(completions_of(row, column)):
         if not isinstance(item, dict) or not item.keys() >= set(keys):
             what = f"must be a dictionary with {' and '.join(keys)}."
@@ -109,6 +115,7 @@ def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
 
 
 def filled(row: Row, pointer: str, value: object) -> str:
+    """Returns `value`, which must be a string with text. Raises InvalidRow if the value is blank or no string."""
     text = string_of(row, pointer, value)
     refuse_empty(row, pointer, text)
     return text

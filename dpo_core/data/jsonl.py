@@ -1,6 +1,6 @@
-"""JSON Lines to rows: what is no JSON dictionary in UTF-8 is refused by line. Standard library only.
+"""Parses JSON Lines into rows, and refuses lines that are no JSON dictionary in UTF-8. Uses only the standard library.
 
-A leading byte order mark, CRLF and blank lines are harmless and accepted.
+A byte order mark at the start, CRLF and blank lines are accepted.
 """
 
 import json
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
 MAX_LINE_BYTES = 32 * 2**20
-POINTER_SHOWN, REASON_SHOWN = 200, 1000  # characters of a message: a key or a number may fill a line
-MAX_DEPTH = 64  # arrays and objects inside each other; a message with a call needs eight
+POINTER_SHOWN, REASON_SHOWN = 200, 1000  # most characters in an error; a key may be as long as a line
+MAX_DEPTH = 64  # levels of nested arrays and objects; a message with a tool call needs eight
 
 
 class InvalidRow(ValueError):
-    """A row that cannot be used: its line from 1, a JSON pointer into it, a code, and a sentence."""
+    """Raised for a row that cannot be used. The error has the row's line from 1, a JSON pointer into the row, a code,
+    and a sentence."""
 
     def __init__(self, line: int, pointer: str, code: str, message: str) -> None:
-        super().__init__(line, pointer, code, message)  # all four, so that it survives pickling
+        super().__init__(line, pointer, code, message)  # unpickling needs all four arguments
         self.line = line
         self.pointer = pointer
         self.code = code
@@ -30,7 +31,7 @@ class InvalidRow(ValueError):
 
 
 class Row:
-    """One parsed line. `columns` are what the file calls those of its keys that were given another name."""
+    """One parsed line of a file. `columns` gives, for each renamed key, the key's name in the file."""
 
     def __init__(self, line: int, value: dict[str, object], columns: Mapping[str, str] | None = None) -> None:
         self.line = line
@@ -38,6 +39,8 @@ class Row:
         self._columns = columns or {}
 
     def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
+        """Returns the error for the value of the row at `pointer`. `what` is the end of a sentence with the value as
+        its subject."""
         if self._columns and pointer:
             first, *rest = pointer[1:].split("/")
             pointer = "/".join([pointer_to((self._columns[first],)) if first in self._columns else f"/{first}", *rest])
@@ -46,13 +49,15 @@ class Row:
         return InvalidRow(self.line, pointer, code, f"{where}: {what}")
 
     def renamed(self, columns: Mapping[str, str]) -> "Row":
-        """With the column `columns[role]` under the name of its role. Raises InvalidRow."""
+        """Returns a copy of the row in which each column `columns[role]` has the name `role`. Raises InvalidRow if such
+        a column is missing, or if another column already has the name."""
         others = {key: value for key, value in self.value.items() if key not in columns.values()}
         for role, column in columns.items():
             if column not in self.value:
-                raise self.invalid("", "missing_column", f"has no column {column[:40]!r}, which is to be the {role}.")
+                raise self.invalid("", "missing_column", f"has no column {column[:40]!r} for the {role}; name another.")
             if role in others:
-                raise self.invalid(pointer_to((role,)), "duplicate_key", f"stands beside {column[:40]!r}, the {role}.")
+                what = f"and {column[:40]!r} are both the {role}; send one."
+                raise self.invalid(pointer_to((role,)), "duplicate_key", what)
         return Row(self.line, others | {role: self.value[column] for role, column in columns.items()}, columns)
 
 
@@ -61,16 +66,17 @@ def _shortened(text: str, length: int) -> str:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, never holding more than the longest line that `read_groups` takes."""
+    """Yields the lines of a file. A line longer than `MAX_LINE_BYTES` is yielded in pieces, to bound memory."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line
 
 
 def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | InvalidRow]:
-    """Every line that is not blank, or why it is no row. What `read_lines` cuts off a longer line is left out."""
-    number, ended = first_line - 1, True
+    """Yields a row or an error for each line that is not blank. A line that is too long yields one error, and its later
+    pieces are skipped."""
+    number, has_ended = first_line - 1, True
     for line in lines:
-        begins, ended = ended, len(line) <= MAX_LINE_BYTES or line.endswith(b"\n")
+        begins, has_ended = has_ended, len(line) <= MAX_LINE_BYTES or line.endswith(b"\n")
         if not begins:
             continue
         number += 1
@@ -85,7 +91,8 @@ def read_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Row | Inv
 
 @dataclass(frozen=True)
 class _Flaw:
-    """Stands where JSON was parsed but must not be accepted, until its pointer is known."""
+    """Stands in a parsed value for a part of the JSON that must be refused. The error is raised later, when the part's
+    JSON pointer is known."""
 
     code: str
     what: str
@@ -99,31 +106,32 @@ def _parse(number: int, line: bytes) -> Row:
     if len(line) > MAX_LINE_BYTES:
         limit = f"Line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; split or shorten the row."
         raise InvalidRow(number, "", "line_too_long", limit)
-    if (harmless := _parse_harmless(line)) is not None:
-        return Row(number, harmless)
+    if (value := _parse_plain(line)) is not None:
+        return Row(number, value)
     try:
-        value = _loads(line.decode())
+        parsed = _loads(line.decode())
     except UnicodeDecodeError as error:
         raise InvalidRow(
             number, "", "invalid_utf8", f"Line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8."
         ) from None
     except RecursionError:
-        raise InvalidRow(number, "", "too_deep", f"Line {number} nests more than {MAX_DEPTH} levels.") from None
+        limit = f"Line {number} nests more than {MAX_DEPTH} levels; flatten it."
+        raise InvalidRow(number, "", "too_deep", limit) from None
     except json.JSONDecodeError as error:
         raise _not_jsonl(number, line, f"is not valid JSON: {error.msg} at column {error.colno}") from None
-    except ValueError:  # Python converts integers of at most 4300 digits
+    except ValueError:  # Python refuses integers of more than 4300 digits
         raise _not_jsonl(number, line, "holds a number that is too long") from None
-    if not isinstance(value, dict | _Flaw):
+    if not isinstance(parsed, dict | _Flaw):
         raise _not_jsonl(number, line, "is not a dictionary")
-    row = Row(number, value if isinstance(value, dict) else {})
-    _refuse_flaws(row, value)
+    row = Row(number, parsed if isinstance(parsed, dict) else {})
+    _refuse_flaws(row, parsed)
     return row
 
 
-def _parse_harmless(line: bytes) -> dict[str, object] | None:
-    """The row, of nearly every line. None: it must be looked at closely, for it may have a flaw.
+def _parse_plain(line: bytes) -> dict[str, object] | None:
+    """Returns the parsed line if it certainly holds nothing that must be refused, as nearly every line; otherwise None.
 
-    Only an escape brings in a NUL or half of a surrogate pair, and few brackets nest to no depth.
+    A NUL or half of a surrogate pair can only come from an escape, and a line with few brackets cannot nest deeply.
     """
     if _ESCAPED.search(line) or line.count(b"[") + line.count(b"{") >= MAX_DEPTH:
         return None
@@ -138,13 +146,14 @@ _ESCAPED = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 def parse_within(row: Row, pointer: str, text: str) -> object:
-    """The JSON that a text of the row holds, under the rules of rows. `pointer` is of plain keys."""
+    """Returns the JSON value in a text of the row, parsed by the same rules as rows. The keys in `pointer` must need no
+    escapes."""
     try:
         value = _loads(text)
     except RecursionError:
-        raise row.invalid(pointer, "too_deep", f"nests more than {MAX_DEPTH} levels.") from None
+        raise row.invalid(pointer, "too_deep", f"nests more than {MAX_DEPTH} levels; flatten it.") from None
     except ValueError:
-        raise row.invalid(pointer, "invalid_json", "is a text that is not valid JSON.") from None
+        raise row.invalid(pointer, "invalid_json", "is a text that is not valid JSON; correct it.") from None
     _refuse_flaws(row, value, tuple(pointer.split("/")[1:]))
     return value
 
@@ -170,19 +179,20 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
     if len(value) == len(pairs):
         return value
     seen: set[str] = set()
-    twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-    return _Flaw("duplicate_key", "this key stands twice; keep one.", twice)
+    repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return _Flaw("duplicate_key", "this key is there twice; keep one.", repeated)
 
 
 def _constant(name: str) -> "float | _Flaw":
-    """NaN is what tables have where nothing is; who reads it as a number refuses it."""
-    return math.nan if name == "NaN" else _Flaw("invalid_number", f"{name} is not a JSON number.")
+    """Returns the value for a constant that JSON does not have: nan for NaN, which tables write into empty cells, and a
+    `_Flaw` for any other constant. A reader that needs a number refuses nan later."""
+    return math.nan if name == "NaN" else _Flaw("invalid_number", f"{name} is not a JSON number; write a finite one.")
 
 
-def _object_of_one(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is there twice")
     return value
 
 
@@ -190,13 +200,14 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_object_of_one, parse_constant=_no_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=_strict_object, parse_constant=_no_constant)
 
 
 def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> None:
-    """Refuse the first flaw, in the order of the text. Pointers are built only for it: a line may hold millions."""
+    """Raises InvalidRow for the first part of the value that must be refused. Builds a JSON pointer only for this part,
+    because a line may hold millions of values."""
     if len(path) >= MAX_DEPTH:
-        raise row.invalid("", "too_deep", f"nests more than {MAX_DEPTH} levels.")
+        raise row.invalid("", "too_deep", f"nests more than {MAX_DEPTH} levels; flatten it.")
     if isinstance(value, _Flaw):
         raise row.invalid(pointer_to(path if value.key is None else (*path, value.key)), value.code, value.what)
     if isinstance(value, str):
@@ -222,6 +233,7 @@ def _refuse_unusable_text(row: Row, path: tuple[str | int, ...], text: str) -> N
 
 
 def pointer_to(path: tuple[str | int, ...]) -> str:
-    """A JSON pointer, RFC 6901; a lone surrogate in a key must not travel further."""
+    """Returns the JSON pointer, RFC 6901, of a path of keys and indices. Lone surrogates in keys are replaced, because
+    UTF-8 cannot encode them."""
     keys = (str(key).replace("~", "~0").replace("/", "~1") for key in path)
     return "".join("/" + key for key in keys).encode(errors="replace").decode()

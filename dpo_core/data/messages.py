@@ -1,7 +1,7 @@
-"""Messages of a row, each refused by its pointer where it is none. Standard library only.
+"""Reads the messages of a row, and refuses other values with their JSON pointer. Uses only the standard library.
 
-They are read in OpenAI's chat format, and in ShareGPT's with `from` and `value`; thoughts as vLLM, Qwen and gpt-oss
-name them. What is null or empty says nothing, under any key.
+The module reads OpenAI's chat format, ShareGPT's messages with `from` and `value`, and thoughts under the names that
+vLLM, Qwen and gpt-oss use. A key whose value is null or empty is ignored.
 """
 
 import re
@@ -14,19 +14,21 @@ from dpo_core.data.values import refuse_empty, says_nothing, shown, string_of
 
 
 class Message(TypedDict):
+    """One message of a conversation, in the form that chat templates read."""
+
     role: str
-    content: str  # empty where there are only calls: templates print None, and vLLM gives them "" too
+    content: str  # empty if a message with calls has no content, as in vLLM: templates would print None
     name: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCall]]  # of the assistant
-    tool_call_id: NotRequired[str]  # of a tool: the call that it answers
-    reasoning_content: NotRequired[str]  # of the assistant: what it thought before
-    weight: NotRequired[int]  # 0, of the assistant: it is not learned
+    tool_calls: NotRequired[list[ToolCall]]  # only in messages of the assistant
+    tool_call_id: NotRequired[str]  # only in messages of a tool: the call that the message answers
+    reasoning_content: NotRequired[str]  # only in messages of the assistant: thoughts before the answer
+    weight: NotRequired[int]  # only in messages of the assistant: 0 if the message is not learned
 
 
 Text = str | list[Message]
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-# ShareGPT's, and its followers'.
+# The roles of ShareGPT, and of other data sets in its format.
 _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
@@ -46,10 +48,11 @@ _TURNS = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
+    """Returns the messages of a prompt. Raises InvalidRow if an answer of the assistant cannot follow them."""
     messages = _list_of(row, pointer, value)
     last = f"{pointer}/{len(messages) - 1}"
     if messages[-1]["role"] == "assistant":
-        what = "ends the prompt with an assistant message; end it with the user's or a tool's."
+        what = "ends the prompt with an assistant message; end it with a message of the user or a tool."
         raise row.invalid(last, "invalid_order", what)
     if unanswered := _unanswered(row, pointer, messages):
         raise row.invalid(last, "invalid_order", f"ends the prompt too early; {_needed(unanswered)}")
@@ -57,7 +60,7 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """What the assistant says, and what others, a tool or a user, say between."""
+    """Returns the messages of a completion: those of the assistant, and those of tools or users between them."""
     messages = _list_of(row, pointer, value)
     if len(messages) > 1:
         _unanswered(row, pointer, messages)
@@ -68,14 +71,15 @@ def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool =
 def check_completion(
     row: Row, pointer: str, messages: Sequence[Message], *, first: int = 0, may_be_empty: bool = False
 ) -> None:
-    """Raises InvalidRow for messages that are no completion; `first` is the number of the first of them."""
-    if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # as nearly all are
+    """Raises InvalidRow if the messages are not a completion. `first` is the index of the completion's first message in
+    the list at `pointer`."""
+    if len(messages) == 1 and messages[0]["role"] == "assistant" and "weight" not in messages[0]:  # nearly always
         if not may_be_empty:
             refuse_empty_message(row, f"{pointer}/{first}/content", messages[0])
         return
     for end in (0, len(messages) - 1):
         if messages[end]["role"] != "assistant":
-            what = "must be a message of the assistant: a completion begins and ends with one."
+            what = "must be an assistant message: a completion begins and ends with one."
             raise row.invalid(f"{pointer}/{first + end}", "invalid_completion", what)
     for index, message in enumerate(messages):
         place = f"{pointer}/{first + index}"
@@ -83,22 +87,23 @@ def check_completion(
             what = "is 0, which only demonstrations can have: a completion is learned. Remove it, or the row."
             raise row.invalid(f"{place}/weight", "invalid_weight", what)
         if message["role"] == "system":
-            raise row.invalid(place, "invalid_completion", "is a system message; it belongs into the prompt.")
+            raise row.invalid(place, "invalid_completion", "is a system message; move it into the prompt.")
         if index and message["role"] == messages[index - 1]["role"] == "assistant":
-            what = "follows an assistant message; put the user's or a tool's between."
+            what = "follows an assistant message; put a message of the user or a tool between them."
             raise row.invalid(place, "invalid_order", what)
         if message["role"] == "assistant":
             refuse_empty_message(row, f"{place}/content", message)
 
 
 def messages_of(row: Row, pointer: str, value: object) -> list[Message]:
-    """A conversation. Its last calls may be without answers."""
+    """Returns the messages of a conversation. The calls of tools in the last message need no answers."""
     messages = _list_of(row, pointer, value)
     _unanswered(row, pointer, messages)
     return messages
 
 
 def refuse_empty_message(row: Row, pointer: str, message: Message) -> None:
+    """Raises InvalidRow for a message that has neither text nor tool calls."""
     if not message.get("tool_calls"):
         refuse_empty(row, pointer, message["content"])
 
@@ -114,7 +119,7 @@ def _message(row: Row, pointer: str, value: object) -> Message:
         raise row.invalid(pointer, "wrong_type", "must be a message: a dictionary with role and content.")
     role, content = value.get("role"), value.get("content")
     if len(value) == 2 and isinstance(role, str) and isinstance(content, str) and role in _ROLES:
-        return {"role": _ROLES[role], "content": content}  # as nearly all are: nothing else to check
+        return {"role": _ROLES[role], "content": content}  # nearly all messages; nothing else must be checked
     if "from" in value and role is None:
         return _turn(row, pointer, value)
     role = _role(row, pointer, role)
@@ -139,14 +144,14 @@ def _message(row: Row, pointer: str, value: object) -> Message:
 
 
 def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
-    """Of ShareGPT's: from and value."""
+    """Returns the message for a turn of a ShareGPT conversation, which has the keys `from` and `value`."""
     speaker, weight = value["from"], value.get("weight")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        what = f"is {shown(speaker)}; it must be {', '.join(_SPEAKERS)}. Send calls as messages with a role."
+        what = f"is {shown(speaker)}; it must be one of {', '.join(_SPEAKERS)}. Send calls as messages with a role."
         raise row.invalid(f"{pointer}/from", "unknown_role", what)
     for key, item in value.items():
         if key not in ("from", "value", "weight") and not says_nothing(item):
-            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message; remove it.")
     role = _SPEAKERS[speaker]
     _refuse_weight(row, pointer, weight, role)
     turn: Message = {"role": role, "content": string_of(row, f"{pointer}/value", value.get("value"))}
@@ -159,18 +164,18 @@ def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
 
 
 def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
-    """Raises InvalidRow where two keys say different ones."""
-    given = [key for key in THOUGHTS if not says_nothing(value.get(key))]
-    for key in given:
+    """Returns the thoughts of a message, None if it has none. Raises InvalidRow if two keys hold different thoughts."""
+    keys = [key for key in THOUGHTS if not says_nothing(value.get(key))]
+    for key in keys:
         string_of(row, f"{pointer}/{key}", value[key])
-        if value[key] != value[given[0]]:
-            raise row.invalid(f"{pointer}/{key}", "duplicate_key", f"and {given[0]} mean the same; send one.")
-    return str(value[given[0]]) if given else None
+        if value[key] != value[keys[0]]:
+            raise row.invalid(f"{pointer}/{key}", "duplicate_key", f"and {keys[0]} mean the same; send one.")
+    return str(value[keys[0]]) if keys else None
 
 
 def _role(row: Row, pointer: str, role: object) -> str:
     if role == "function":
-        what = "is function, the older form; send role tool with its tool_call_id."
+        what = "is 'function', which OpenAI has replaced; use role 'tool' and give the message a tool_call_id."
         raise row.invalid(f"{pointer}/role", "unsupported", what)
     if not isinstance(role, str) or role not in _ROLES:
         known = "system, developer, user, assistant or tool"
@@ -183,15 +188,18 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
         if says_nothing(item):
             continue
         if key not in _MESSAGE_KEYS:
-            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message.")
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message; remove it.")
         if key in _REMEDIES:
             raise row.invalid(f"{pointer}/{key}", "unsupported", _REMEDIES[key])
         if _OWNERS.get(key, role) != role:
-            raise row.invalid(f"{pointer}/{key}", "unknown_key", f"is not a key of a message of role {role}.")
+            raise row.invalid(
+                f"{pointer}/{key}", "unknown_key", f"is not a key of a message of role {role}; remove it."
+            )
 
 
 def _content(row: Row, pointer: str, value: object) -> str:
-    """Parts are joined by a line feed, as vLLM joins them when the policy is asked."""
+    """Returns the text of a message's content. If the content is a list of parts, line feeds join their texts, as in
+    vLLM."""
     if not isinstance(value, list):
         return string_of(row, pointer, value)
     texts = []
@@ -207,7 +215,8 @@ def _content(row: Row, pointer: str, value: object) -> str:
 
 
 def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[ToolCall]:
-    """The calls that are open at the end. All others were answered before anybody else spoke."""
+    """Returns the tool calls that have no answer at the end of the messages. Raises InvalidRow if another message comes
+    before an answer."""
     calls: list[ToolCall] = []
     for index, message in enumerate(messages):
         if message["role"] == "tool":
@@ -220,48 +229,51 @@ def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[Too
 
 
 def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall]) -> ToolCall:
-    """The call that a tool message answers: the first with its id, and with its name where it says one."""
+    """Returns the call that a tool message answers: the first one that has the message's id and, if the message has a
+    name, this name."""
     for call in calls:
         if call.get("id") == message.get("tool_call_id") and message.get("name") in (None, call["function"]["name"]):
             return call
-    what = "and name fit no unanswered call of the assistant message before; repeat that call's id."
+    what = "and name fit no unanswered call of the assistant message before; use the id and name of that call."
     raise row.invalid(f"{pointer}/tool_call_id", "unknown_tool_call", what)
 
 
 def _needed(calls: Sequence[ToolCall]) -> str:
+    """Returns the remedy for tool calls without answers, for the end of an error."""
     return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
 
 
-_OF_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
-_NO_JSON = re.compile(  # how Python writes messages, and messages whose end is lost
+_LIKE_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
+_BROKEN_MESSAGES = re.compile(  # messages in Python's notation, or cut off at the end
     r"""\s*(\[\s*\{\s*('(role|content|from|value)'|"(role|from)")\s*:"""
     r"""|\{\s*(['"])(role|from)\5\s*:\s*(['"])(system|user|assistant|human|gpt)\7)"""
 )
 
 
 def opened(row: Row, pointer: str, text: str) -> object:
-    """The messages, or the one, that a text holds as JSON, as tables are often written; else the text as it is."""
-    if not _OF_JSON.match(text):
+    """Returns the messages, or the message, that a text holds as JSON, as in many tables. Returns any other text
+    unchanged."""
+    if not _LIKE_JSON.match(text):
         return text
     try:
-        found = parse_within(row, pointer, text)
+        value = parse_within(row, pointer, text)
     except InvalidRow:
-        if _NO_JSON.match(text):
-            what = "is a text of messages that is no JSON; write them as JSON, in Python with json.dumps."
+        if _BROKEN_MESSAGES.match(text):
+            what = "is a text of messages that is not valid JSON; write them as JSON, in Python with json.dumps."
             raise row.invalid(pointer, "invalid_json", what) from None
-        return text  # it only begins like one
-    if isinstance(found, dict):
-        speaker = found.get("role", found.get("from"))
+        return text  # the text only begins like JSON
+    if isinstance(value, dict):
+        speaker = value.get("role", value.get("from"))
         is_message = isinstance(speaker, str) and speaker in {*_ROLES, *_SPEAKERS}
-        return found if is_message and not found.keys().isdisjoint({"content", "value"}) else text
-    is_conversation = isinstance(found, list) and all(
-        isinstance(item, dict) and ("role" in item or "from" in item) for item in found
+        return value if is_message and not value.keys().isdisjoint({"content", "value"}) else text
+    is_conversation = isinstance(value, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in value
     )
-    return found if found and is_conversation else text
+    return value if value and is_conversation else text
 
 
 def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
-    """The turns of a dialogue in one text, as in HH-RLHF (arXiv 2204.05862): "\\n\\nHuman: …\\n\\nAssistant: …"."""
+    """Returns the messages of a text "\\n\\nHuman: …\\n\\nAssistant: …", as in HH-RLHF (arXiv 2204.05862)."""
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
         raise row.invalid(pointer, "wrong_type", 'must begin with "\\n\\nHuman:" and its text.')

@@ -1,6 +1,6 @@
-"""Public preference sets whose columns have names of their own: two answers and what somebody said of them.
+"""Reads public preference data sets that have column names of their own. Uses only the standard library.
 
-Each reader yields prompts and completions of messages. Standard library only.
+Each reader yields groups whose prompts and completions are messages.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,56 +14,64 @@ Reader = Callable[[Row], Iterator[Group]]
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Reader:
-    """Columns of a question, the better answer and the worse."""
+    """Returns a reader of rows that have a question, the better answer and the worse answer in these columns."""
 
     def read(row: Row) -> Iterator[Group]:
         better = answer(row, f"/{chosen}", row.value[chosen])
         worse = answer(row, f"/{rejected}", row.value[rejected], may_be_empty=True)
-        yield Group(_asked(row, prompt), (better, worse), row.line)
+        yield Group(_question(row, prompt), (better, worse), row.line)
 
     return read
 
 
-def _asked(row: Row, column: str) -> list[Message]:
-    """The question, behind what Alpaca's rows give as its input."""
-    asked = question(row, column)
-    given = row.value.get("input")
-    if column == "instruction" and given not in (None, ""):
-        asked[-1] = {**asked[-1], "content": f"{asked[-1]['content']}\n{string_of(row, '/input', given)}"}
-    return asked
+def _question(row: Row, column: str) -> list[Message]:
+    """Returns the question in the row's column as messages. In Alpaca's rows the question is the instruction followed
+    by its input."""
+    messages = question(row, column)
+    extra = row.value.get("input")
+    if column == "instruction" and extra not in (None, ""):
+        messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}\n{string_of(row, '/input', extra)}"}
+    return messages
 
 
 def two(prompt: str, first: str, second: str, lead: Callable[[Row], float]) -> Reader:
-    """Columns of a question and two answers; `lead` says by how much the second is better, 0 for a tie."""
+    """Returns a reader of rows that have a question and two answers in these columns.
+
+    `lead` is a function that returns by how much the second answer of a row is better; 0 is a tie.
+    """
 
     def read(row: Row) -> Iterator[Group]:
         answers = [answer(row, f"/{column}", row.value[column], may_be_empty=True) for column in (first, second)]
-        yield best_first(row, _asked(row, prompt), answers, _ratings(lead(row)))
+        yield best_first(row, _question(row, prompt), answers, _ratings(lead(row)))
 
     return read
 
 
 def _ratings(lead: float) -> tuple[float, float]:
+    """Returns the ratings of two answers, of which the second is better by `lead`."""
     return max(0.0, -lead), max(0.0, lead)
 
 
 def strength(column: str) -> Callable[[Row], float]:
-    """A number, negative where the first is better, as in HelpSteer 2 and 3."""
+    """Returns a function that reads by how much a row's second answer is better from a column. As in HelpSteer 2 and 3,
+    the number there is negative if the first answer is better."""
     return lambda row: number_of(row, f"/{column}", row.value[column])
 
 
 def scores(first: str, second: str) -> Callable[[Row], float]:
-    """Two numbers, the higher for the better."""
+    """Returns a function that computes by how much a row's second answer is better, from the columns with the answers'
+    scores."""
     return lambda row: number_of(row, f"/{second}", row.value[second]) - number_of(row, f"/{first}", row.value[first])
 
 
 def choice(column: str, first: object, second: object, *ties: object) -> Callable[[Row], float]:
-    """A word or a number that names the better answer."""
+    """Returns a function that reads by how much a row's second answer is better (-1, 0 or 1) from a column whose word
+    or number names the better answer or a tie."""
     leads: dict[object, float] = {first: -1.0, second: 1.0, **dict.fromkeys(ties, 0.0)}
 
     def lead(row: Row) -> float:
         value = row.value[column]
-        if isinstance(value, dict | list | bool) or value not in leads:  # tables make 1.0 of 1
+        if isinstance(value, dict | list | bool) or value not in leads:  # tables may write 1 as 1.0, which equals 1
             known = ", ".join(map(str, leads))
             raise row.invalid(f"/{column}", "unknown_choice", f"is {shown(value)}; it must be one of {known}.")
         return leads[value]
@@ -72,7 +80,7 @@ def choice(column: str, first: object, second: object, *ties: object) -> Callabl
 
 
 def read_a_or_b(row: Row) -> Iterator[Group]:
-    """Two answers, and the letter of the better."""
+    """Reads rows that have two answers and a letter for the better one."""
     return two("prompt", "response_a", "response_b", _letter)(row)
 
 
@@ -85,7 +93,7 @@ def _letter(row: Row) -> float:
 
 
 def read_arena(row: Row) -> Iterator[Group]:
-    """LMSYS's Chatbot Arena: two conversations with the same questions, and who won."""
+    """Reads rows of LMSYS's Chatbot Arena: two conversations with the same questions, and the name of the winner."""
     columns = ("conversation_a", "conversation_b")
     sides = [messages_of(row, f"/{column}", row.value[column]) for column in columns]
     prompt, answers = parted(row, columns, sides, may_be_empty=(True, True))
@@ -94,14 +102,15 @@ def read_arena(row: Row) -> Iterator[Group]:
 
 
 def read_rated(row: Row) -> Iterator[Group]:
-    """HelpSteer 1 and 2: one answer and its helpfulness, which is what its authors order answers by."""
+    """Reads rows of HelpSteer 1 and 2: one answer and its helpfulness, by which the data set's authors rank answers."""
     completion = answer(row, "/response", row.value["response"], may_be_empty=True)
     rating = number_of(row, "/helpfulness", row.value["helpfulness"])
-    yield Group(_asked(row, "prompt"), (completion,), row.line, (rating,))
+    yield Group(_question(row, "prompt"), (completion,), row.line, (rating,))
 
 
 def read_summaries(row: Row) -> Iterator[Group]:
-    """OpenAI's comparisons of summaries (arXiv 2009.01325), whose prompt is written as in TRL's tldr-preference."""
+    """Reads rows of OpenAI's comparisons of summaries (arXiv 2009.01325). The prompt has the form of TRL's
+    tldr-preference."""
     info = row.value["info"]
     assert isinstance(info, dict)
     summaries = row.value["summaries"]
@@ -117,15 +126,16 @@ def read_summaries(row: Row) -> Iterator[Group]:
 
 
 def _to_summarize(row: Row, info: dict[str, object]) -> str:
+    """Returns the prompt that asks for a summary of the post or the article in `info`."""
     names = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": ""}
     parts = [f"{label}{string_of(row, f'/info/{name}', info[name])}" for name, label in names.items() if info.get(name)]
     if not parts:
-        raise row.invalid("/info", "missing_key", "lacks a post or an article.")
+        raise row.invalid("/info", "missing_key", "has no post and no article; give it one.")
     return "\n\n".join([*parts, "TL;DR:"])
 
 
 def read_ranked_completions(row: Row) -> Iterator[Group]:
-    """NeMo RL: a context, and completions of messages that each have a rank, 0 for the best."""
+    """Reads rows of NeMo RL: a context, and completions of messages with ranks. The best completion has rank 0."""
     completions, ranks = [], []
     for number, item in enumerate(items(row, "completions", "completion", "rank")):
         completions.append(answer(row, f"/completions/{number}/completion", item["completion"]))
@@ -134,13 +144,13 @@ def read_ranked_completions(row: Row) -> Iterator[Group]:
 
 
 def read_vertex(row: Row) -> Iterator[Group]:
-    """Google's Vertex AI: contents of parts, and completions that each have a score."""
+    """Reads rows of Google's Vertex AI: contents with parts, and completions with scores."""
     prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
     if prompt[-1]["role"] != "user":
-        raise row.invalid("/contents", "invalid_order", "must end with the user's.")
+        raise row.invalid("/contents", "invalid_order", "must end with a message of the user.")
     for key in VERTEX_SYSTEM_KEYS:
-        if not says_nothing(given := row.value.get(key)):
-            system = {"role": "system", **given} if isinstance(given, dict) else given
+        if not says_nothing(value := row.value.get(key)):
+            system = {"role": "system", **value} if isinstance(value, dict) else value
             prompt.insert(0, _of_parts(row, f"/{key}", system))
     completions, ratings = [], []
     for number, item in enumerate(items(row, "completions", "completion", "score")):
@@ -156,13 +166,15 @@ _VERTEX_ROLES = {"user": "user", "model": "assistant", "system": "system"}
 
 
 def _of_parts(row: Row, pointer: str, value: object) -> Message:
+    """Returns the message for a content of Vertex AI, whose parts must be texts."""
     parts = value.get("parts") if isinstance(value, dict) else None
     role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
     if role is None or not isinstance(parts, list):
         raise row.invalid(pointer, "wrong_type", "must be a dictionary with role (user or model) and parts.")
     for number, part in enumerate(parts):
         if not isinstance(part, dict) or part.keys() != {"text"}:
-            raise row.invalid(f"{pointer}/parts/{number}", "unsupported", "must be a text; no other is supported yet.")
+            what = "must be a text part; no other is supported yet."
+            raise row.invalid(f"{pointer}/parts/{number}", "unsupported", what)
     texts = [string_of(row, f"{pointer}/parts/{number}/text", part["text"]) for number, part in enumerate(parts)]
     return {"role": role, "content": "\n".join(texts)}
 
@@ -174,7 +186,7 @@ def _list(row: Row, column: str) -> list[object]:
     return value
 
 
-# SHP (arXiv 2110.08420) names the better by 1 for A, and WebGPT's comparisons give each answer a score.
+# In SHP (arXiv 2110.08420) the label 1 means that A is better; WebGPT's comparisons give each answer a score.
 read_shp = two("history", "human_ref_A", "human_ref_B", choice("labels", 1, 0))
 read_alpaca_farm = two("instruction", "output_1", "output_2", choice("preference", 1, 2))
 read_webgpt = two("question", "answer_0", "answer_1", scores("score_0", "score_1"))

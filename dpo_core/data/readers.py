@@ -1,6 +1,6 @@
-"""How rows of formats that many use say their groups. Standard library only.
+"""Reads the rows of common formats. Uses only the standard library.
 
-Each reader yields the groups of a row, and raises InvalidRow by the pointer of what it cannot use.
+Each reader yields the groups of a row. A reader raises InvalidRow, with a JSON pointer, for a value that it cannot use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,16 +41,19 @@ LABELS = ("label", "kto_tag")
 
 
 def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
+    """Reads a conversation and yields one demonstration for each assistant message whose weight is not 0."""
     messages = messages_of(row, f"/{column}", row.value[column])
     weights = [message.pop("weight", 1) for message in messages]
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
     if not trained:
-        raise row.invalid(f"/{column}", "nothing_to_train", "has no assistant message whose weight is not 0.")
+        raise row.invalid(f"/{column}", "nothing_to_train", "has no assistant message to learn; give one weight 1.")
     for i in trained:
         if i == 0:
-            raise row.invalid(f"/{column}/0", "empty_prompt", "is an assistant message with nothing before it.")
+            raise row.invalid(
+                f"/{column}/0", "empty_prompt", "is an assistant message with nothing before it; add a prompt."
+            )
         if messages[i - 1]["role"] == "assistant":
-            what = "follows an assistant message; put the user's or a tool's between."
+            what = "follows an assistant message; put a message of the user or a tool between them."
             raise row.invalid(f"/{column}/{i}", "invalid_order", what)
         refuse_empty_message(row, f"/{column}/{i}/content", messages[i])
         yield Group(messages[:i], ([messages[i]],), row.line)
@@ -60,46 +63,52 @@ def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
 
 
 def read_preference(row: Row) -> Iterator[Group]:
-    given = row.value.get("input")
-    if not isinstance(given, dict):
+    """Reads a row of OpenAI's preference format: an input of messages, a preferred output and a non-preferred
+    output."""
+    fields = row.value.get("input")
+    if not isinstance(fields, dict):
         raise row.invalid("/input", "wrong_type", "must be a dictionary with messages.")
-    for key in given:
+    for key in fields:
         if key not in TOOL_KEYS | {"messages"}:
-            raise row.invalid(pointer_to(("input", key)), "unknown_key", "is not a key of input.")
-    prompt = prompt_of(row, "/input/messages", given.get("messages"))
+            raise row.invalid(pointer_to(("input", key)), "unknown_key", "is not a key of input; remove it.")
+    prompt = prompt_of(row, "/input/messages", fields.get("messages"))
     outputs = [_either(row, f"{side}_output", f"{side}_completion") for side in ("preferred", "non_preferred")]
     completions = tuple(completion_of(row, f"/{key}", row.value[key]) for key in outputs)
-    yield Group(prompt, completions, row.line, tools=tools_of(row, "/input", given))
+    yield Group(prompt, completions, row.line, tools=tools_of(row, "/input", fields))
 
 
 def _either(row: Row, key: str, alias: str) -> str:
+    """Returns the key that the row has, `key` or `alias`. Raises InvalidRow if the row has both or neither."""
     present = [name for name in (key, alias) if name in row.value]
     if len(present) == 1:
         return present[0]
     if present:
         raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
-    raise row.invalid(f"/{key}", "missing_key", "is missing.")
+    raise row.invalid(f"/{key}", "missing_key", "is missing; add it.")
 
 
 def read_explicit(row: Row) -> Iterator[Group]:
+    """Reads a row with a prompt, a chosen and a rejected answer."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     chosen = completion_like(row, "/chosen", row.value["chosen"], prompt)
     yield Group(prompt, (chosen, rejected_like(row, "/rejected", row.value["rejected"], prompt)), row.line)
 
 
 def read_answers(row: Row) -> Iterator[Group]:
-    """A question and two answers, of which some are messages."""
+    """Reads a row with a question, a chosen and a rejected answer, some of which are messages and others texts."""
     yield Group(
         question(row, "prompt"), (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line
     )
 
 
 def read_conversations(row: Row) -> Iterator[Group]:
-    """What both conversations begin with is the prompt."""
+    """Reads a row with two conversations. The messages with which both begin are the prompt."""
     yield _split_conversations(row, [messages_of(row, f"/{side}", row.value[side]) for side in SIDES])
 
 
 def read_dialogues(row: Row) -> Iterator[Group]:
+    """Reads a row with two dialogues, each in one text, as in HH-RLHF. The turns with which both begin are the
+    prompt."""
     texts = (string_of(row, f"/{side}", row.value[side]) for side in SIDES)
     yield _split_conversations(
         row, [dialogue_of(row, f"/{side}", text) for side, text in zip(SIDES, texts, strict=True)]
@@ -108,23 +117,23 @@ def read_dialogues(row: Row) -> Iterator[Group]:
 
 def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
     prompt, completions = parted(row, SIDES, sides)
-    if "prompt" in row.value and not _is_asked(row, row.value["prompt"], prompt):
+    if "prompt" in row.value and not _is_in_prompt(row, row.value["prompt"], prompt):
         raise row.invalid("/prompt", "different_prompts", "must be one of the messages that chosen and rejected share.")
     return Group(prompt, completions, row.line)
 
 
-def _is_asked(row: Row, asked: object, prompt: Sequence[Message]) -> bool:
-    """Whether it is the prompt, or one of its messages."""
-    if isinstance(asked, list):
-        return messages_of(row, "/prompt", asked) == prompt
-    if isinstance(asked, str) and asked.startswith("\n\nHuman:"):
-        *before, last = dialogue_of(row, "/prompt", asked)
+def _is_in_prompt(row: Row, value: object, prompt: Sequence[Message]) -> bool:
+    """Whether the value is the whole prompt, the text of one of the prompt's messages, or null."""
+    if isinstance(value, list):
+        return messages_of(row, "/prompt", value) == prompt
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        *before, last = dialogue_of(row, "/prompt", value)
         return prompt == (before if last == {"role": "assistant", "content": ""} else [*before, last])
-    return asked is None or asked in [message["content"] for message in prompt]
+    return value is None or value in [message["content"] for message in prompt]
 
 
 def read_implicit(row: Row) -> Iterator[Group]:
-    """What both texts begin with is the prompt, up to the last space before they differ, as in TRL."""
+    """Reads a row with two texts. As in TRL, the prompt is their common start, without a space at its end."""
     texts = [string_of(row, f"/{side}", row.value[side]) for side in SIDES]
     prompt = commonprefix(texts).removesuffix(" ")  # noqa: RUF071 (characters are meant)
     if not prompt:
@@ -138,6 +147,7 @@ def read_implicit(row: Row) -> Iterator[Group]:
 
 
 def read_unpaired(row: Row) -> Iterator[Group]:
+    """Reads a row with a prompt, a completion, and a label that says whether the completion is good."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
     completion = completion_like(row, "/completion", row.value["completion"], prompt)
     yield Group(prompt, (completion,), row.line, (_label(row, "label"),))
@@ -151,33 +161,36 @@ def _label(row: Row, column: str) -> float:
 
 
 def read_labelled_chat(row: Row) -> Iterator[Group]:
-    """The last message is the assistant's, and the label is about it."""
+    """Reads a row with a conversation and a label. The label says whether the last message, the assistant's, is
+    good."""
     prompt, completion = _ending_with_an_answer(row, _either_of(row, "messages", "conversations"))
     label = _either_of(row, *LABELS)
     yield Group(prompt, (completion,), row.line, (_label(row, label),))
 
 
 def _either_of(row: Row, key: str, alias: str) -> str:
-    """The one that says something."""
-    given = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
-    if len(given) == 2:
+    """Returns the key with a value that is not empty, `key` or `alias`; if both are empty, a key that the row has.
+    Raises InvalidRow if both have values."""
+    used = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
+    if len(used) == 2:
         raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
-    return given[0] if given else key if key in row.value else alias
+    return used[0] if used else key if key in row.value else alias
 
 
 def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[Message]]:
+    """Splits the conversation in the row's column into a prompt and its last message, which must be the assistant's."""
     *prompt, last = messages_of(row, f"/{column}", row.value[column])
     pointer = f"/{column}/{len(prompt)}"
     if last["role"] != "assistant":
-        raise row.invalid(pointer, "invalid_completion", "must be a message of the assistant.")
+        raise row.invalid(pointer, "invalid_completion", "must be an assistant message.")
     if not prompt or prompt[-1]["role"] == "assistant":
-        raise row.invalid(pointer, "invalid_order", "has no question of the user before it.")
+        raise row.invalid(pointer, "invalid_order", "has no message of the user or a tool before it; add one.")
     check_completion(row, f"/{column}", [last], first=len(prompt))
     return prompt, [last]
 
 
 def read_rejected_response(row: Row) -> Iterator[Group]:
-    """ms-swift's: the conversation ends with the better answer; the worse one is a text."""
+    """Reads a row of ms-swift: a conversation that ends with the better answer, and the worse answer as a text."""
     prompt, chosen = _ending_with_an_answer(row, "messages")
     yield Group(prompt, (chosen, _worse(row, "rejected_response")), row.line)
 
@@ -187,37 +200,40 @@ def _worse(row: Row, column: str) -> list[Message]:
 
 
 def read_rejected_messages(row: Row) -> Iterator[Group]:
-    """ms-swift's: two conversations that begin alike."""
+    """Reads a row of ms-swift: two conversations that share the messages of the prompt."""
     columns = ("messages", "rejected_messages")
     prompt, completions = parted(row, columns, [messages_of(row, f"/{name}", row.value[name]) for name in columns])
     yield Group(prompt, completions, row.line)
 
 
 def read_answers_beside(row: Row) -> Iterator[Group]:
-    """LLaMA-Factory's and axolotl's: a conversation that ends with a question, and two messages that answer it."""
+    """Reads a row of LLaMA-Factory or axolotl: a conversation that ends with a question, and two answers."""
     column = _either_of(row, "messages", "conversations")
     prompt = prompt_of(row, f"/{column}", row.value[column])
     yield Group(prompt, (answer(row, "/chosen", row.value["chosen"]), _worse(row, "rejected")), row.line)
 
 
 def read_ranked(row: Row) -> Iterator[Group]:
+    """Reads a row with a prompt, and completions with ranks or scores."""
     prompt = text_or_messages(row, "/prompt", row.value["prompt"])
-    given = completions_of(row, "completions")
-    completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(given)]
+    values = completions_of(row, "completions")
+    completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(values)]
     if "ranks" in row.value and "scores" in row.value:
-        raise row.invalid("/scores", "duplicate_key", "and ranks say the same; send one.")
+        raise row.invalid("/scores", "duplicate_key", "and ranks mean the same; send one.")
     key = "ranks" if "ranks" in row.value else "scores"
     numbers = numbers_of(row, f"/{key}", row.value[key], count=len(completions))
     yield best_first(row, prompt, completions, [-n for n in numbers] if key == "ranks" else numbers)
 
 
 def read_ultrafeedback(row: Row) -> Iterator[Group]:
+    """Reads a row of UltraFeedback: an instruction, and responses with overall scores."""
     instruction = string_of(row, "/instruction", row.value["instruction"])
     completions, scores = _answers(row, "completions", text="response", number="overall_score")
     yield best_first(row, [{"role": "user", "content": instruction}], completions, scores)
 
 
 def read_nectar(row: Row) -> Iterator[Group]:
+    """Reads a row of Nectar: a prompt as a dialogue in one text, and answers with ranks."""
     prompt = dialogue_of(row, "/prompt", string_of(row, "/prompt", row.value["prompt"]))
     if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
         raise row.invalid("/prompt", "invalid_order", 'must end with "\\n\\nAssistant:", where the answers go.')
@@ -226,7 +242,8 @@ def read_nectar(row: Row) -> Iterator[Group]:
 
 
 def _answers(row: Row, key: str, *, text: str, number: str) -> tuple[list[Text], list[float]]:
-    """Of a list of dictionaries, the assistant's messages and the numbers they were given."""
+    """Returns the answers, and their numbers, in the row's list `key`. Each dictionary in the list has an answer under
+    the key `text`, and a number under the key `number`."""
     answers: list[Text] = []
     numbers = []
     for i, item in enumerate(items(row, key, text, number)):

@@ -1,4 +1,5 @@
-"""What a file of feedback holds, and all that is wrong with it. Standard library only."""
+"""Reports on a file of feedback: its format, its counts of rows and groups, and all its errors. Uses only the standard
+library."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,12 +13,13 @@ from dpo_core.data.jsonl import InvalidRow
 from dpo_core.data.messages import Text
 from dpo_core.options import Kind
 
-KEYS_NAMED, KEY_SHOWN = 100, 100  # a hostile file has others in every row, of any length
+KEYS_NAMED, KEY_SHOWN = 100, 100  # a hostile file may have other keys in every row, of any length
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows that cannot be used, all for one reason. Pointer and message are those of the first."""
+    """The rows of a file that cannot be used for one reason. `pointer` and `message` are those of the first such
+    row."""
 
     code: str
     pointer: str  # RFC 6901
@@ -27,36 +29,37 @@ class Problem:
 
 @dataclass(frozen=True)
 class FeedbackReport:
-    """What a file holds."""
+    """A report on a file of feedback: its format, its counts of rows and groups, and its problems."""
 
     format: str | None  # None: no row of a known format was found
     kind: Kind | None
     num_rows: int
     num_groups: int
-    num_identical: int  # groups whose completions are all the same: they teach nothing
-    num_tied: int  # groups whose completions are all rated alike: they say nothing of an order
-    num_repeating: int  # groups whose best and worst completion begin with the prompt: is it written twice?
-    num_margins: int  # groups that say by how much the first completion should lead
+    num_identical: int  # groups whose completions are all the same, which teach nothing
+    num_tied: int  # groups whose completions all have the same rating
+    num_repeating: int  # groups whose best and worst completion begin with the prompt, perhaps in error
+    num_margins: int  # groups with a margin
     num_chosen_longer: int  # groups whose best completion has more characters than its worst
     num_rejected_longer: int
-    ignored_keys: tuple[str, ...]  # columns that no reader uses
-    contrary: Named  # pairs with scores of their own, which nothing reads, that rate the rejected completion higher
+    ignored_keys: tuple[str, ...]  # columns that are not read
+    contrary: Named  # pairs whose own, unread scores rate the rejected completion higher
     duplicates: Duplicates
     problems: tuple[Problem, ...]  # in the order of the file
-    is_read_whole: bool = True  # False: the container is damaged, and what stands behind was not read
+    is_read_whole: bool = True  # False: the container is damaged, and the rest was not read
 
     @property
     def num_invalid(self) -> int:
-        """Rows that cannot be used."""
+        """The number of rows of the file that cannot be used."""
         return sum(problem.rows.count for problem in self.problems)
 
     @property
     def refusal(self) -> str | None:
-        """In a sentence, why the file cannot be used as it is; None: it can."""
+        """A sentence that says why the file cannot be used in its present form; None if it can be used."""
         return self.refusal_beyond(0.0)
 
     def refusal_beyond(self, max_invalid_share: float) -> str | None:
-        """The same where rows that cannot be used are left out, up to this share of all."""
+        """Returns a sentence that says why the file cannot be used; None if it can be used. Unusable rows may be left
+        out up to `max_invalid_share` of all rows."""
         if not self.problems or (self.is_read_whole and self.num_invalid <= max_invalid_share * self.num_rows):
             return None
         first = self.problems[0].message
@@ -68,7 +71,8 @@ class FeedbackReport:
 
 
 def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
-    """Reads every row, whatever is wrong with the others. `columns` is that of `read_records`."""
+    """Reads all rows of a file, also after errors, and returns a report on them. `columns` names the column of each
+    role, such as {"prompt": "question"}."""
     counts = _Counts()
     duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:
@@ -79,54 +83,55 @@ def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) 
 
 @dataclass
 class _Counts:
-    """What is counted while the rows pass."""
+    """The counts of rows, groups and problems in a file while its rows are being read."""
 
     format: str | None = None
     kind: Kind | None = None
     rows: int = 0
-    of_groups: Counter[str] = field(default_factory=Counter)
+    group_counts: Counter[str] = field(default_factory=Counter)
     ignored: set[str] = field(default_factory=set)
     problems: dict[str, Problem] = field(default_factory=dict)
     contrary: Named = field(default_factory=lambda: Named(0, ()))
     is_read_whole: bool = True
 
     def groups(self, records: Iterable[Record]) -> Iterator[Group]:
+        """Yields the groups of the records, and counts the records and the groups."""
         try:
             for record in records:
                 self.rows += 1
-                self._look_at(record)
+                self._count_row(record)
                 for group in record.groups:
-                    self._count(group)
+                    self._count_group(group)
                     yield group
-        except InvalidRow as damage:  # of the container: nothing can be read behind it
+        except InvalidRow as damage:  # the container is damaged, and the rest of the file cannot be read
             self.is_read_whole = False
             self.add_problem(damage)
 
-    def _look_at(self, record: Record) -> None:
+    def _count_row(self, record: Record) -> None:
         if self.format is None and record.format:
             self.format, self.kind = record.format.name, record.format.kind
         if record.ignored_keys and len(self.ignored) < KEYS_NAMED:
             self.ignored |= {key[:KEY_SHOWN] for key in nsmallest(KEYS_NAMED, record.ignored_keys)}
         if record.is_contrary:
-            self.contrary = _more(self.contrary, record.line)
+            self.contrary = _with_line(self.contrary, record.line)
         if record.problem:
             self.add_problem(record.problem)
 
-    def _count(self, group: Group) -> None:
-        completions, found = group.completions, self.of_groups
+    def _count_group(self, group: Group) -> None:
+        completions, counts = group.completions, self.group_counts
         best, worst = _length(completions[0]), _length(completions[-1])
-        found["num_groups"] += 1
-        found["num_identical"] += 1 < len(completions) == completions.count(completions[0])
-        found["num_tied"] += is_tied(group)
-        found["num_repeating"] += _repeats(group)
-        found["num_margins"] += group.margin is not None
-        found["num_chosen_longer"] += best > worst
-        found["num_rejected_longer"] += worst > best
+        counts["num_groups"] += 1
+        counts["num_identical"] += 1 < len(completions) == completions.count(completions[0])
+        counts["num_tied"] += is_tied(group)
+        counts["num_repeating"] += _repeats(group)
+        counts["num_margins"] += group.margin is not None
+        counts["num_chosen_longer"] += best > worst
+        counts["num_rejected_longer"] += worst > best
 
-    def add_problem(self, found: InvalidRow) -> None:
-        known = self.problems.get(found.code)
-        first = known or Problem(found.code, found.pointer, found.message, Named(0, ()))
-        self.problems[found.code] = replace(first, rows=_more(first.rows, found.line))
+    def add_problem(self, error: InvalidRow) -> None:
+        known = self.problems.get(error.code)
+        problem = known or Problem(error.code, error.pointer, error.message, Named(0, ()))
+        self.problems[error.code] = replace(problem, rows=_with_line(problem.rows, error.line))
 
     def report(self, duplicates: Duplicates) -> FeedbackReport:
         lengths = ("num_chosen_longer", "num_rejected_longer")
@@ -135,7 +140,7 @@ class _Counts:
             format=self.format,
             kind=self.kind,
             num_rows=self.rows,
-            **{name: self.of_groups[name] for name in names},
+            **{name: self.group_counts[name] for name in names},
             ignored_keys=tuple(nsmallest(KEYS_NAMED, self.ignored)),
             contrary=self.contrary,
             duplicates=duplicates,
@@ -144,19 +149,21 @@ class _Counts:
         )
 
 
-def _more(rows: Named, line: int) -> Named:
+def _with_line(rows: Named, line: int) -> Named:
     return Named(rows.count + 1, rows.lines if len(rows.lines) == LINES_NAMED else (*rows.lines, line))
 
 
 def _repeats(group: Group) -> bool:
+    """Whether the group's best and worst completion begin with the text of the last message of its prompt."""
     prompt = group.prompt
-    asked = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).rstrip()
-    return bool(asked) and _begins(group.completions[0], asked) and _begins(group.completions[-1], asked)
+    question = (prompt if isinstance(prompt, str) else prompt[-1]["content"]).rstrip()
+    return bool(question) and all(_begins(group.completions[i], question) for i in (0, -1))
 
 
-def _begins(text: Text, asked: str) -> bool:
-    return (text if isinstance(text, str) else text[0]["content"]).startswith(asked)
+def _begins(text: Text, start: str) -> bool:
+    return (text if isinstance(text, str) else text[0]["content"]).startswith(start)
 
 
 def _length(text: Text) -> int:
+    """Returns the number of characters in a text, or in the contents of messages."""
     return len(text) if isinstance(text, str) else sum([len(message["content"]) for message in text])

@@ -1,4 +1,5 @@
-"""Tools that a prompt offers and the calls of them, as chat templates take them. Standard library only."""
+"""Reads the tools that a prompt offers and the calls of tools, in the form that chat templates read. Uses only the
+standard library."""
 
 from collections.abc import Sequence, Set
 from typing import Any, NotRequired, TypedDict, cast
@@ -7,33 +8,37 @@ from dpo_core.data.jsonl import Row, parse_within, pointer_to
 from dpo_core.data.values import is_finite, shown, string_of
 
 TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
-MOST_CALLS = 128  # of one message: every answer is looked for among them
-Tool = dict[str, object]  # as it stands in the row: "type", and "function" with name, description and parameters
+MOST_CALLS = 128  # calls in one message; each answer is compared with all calls
+Tool = dict[str, object]  # with the row's keys: "type", and "function" with name, description and parameters
 
-# What a row says of a function; "return" is what transformers.utils.get_json_schema adds.
-_FILLED = "as tables fill what a row lacks; keep tools, and arguments of calls, in texts of JSON."
-_DESCRIBED = {"name", "description", "parameters", "strict", "return"}
+_FILLED = "as tables write it into empty cells; keep tools, and arguments of calls, as texts of JSON."
+_FUNCTION_KEYS = {"name", "description", "parameters", "strict", "return"}  # transformers' get_json_schema adds return
 
 
 class Call(TypedDict):
+    """The name of a called function, and its arguments."""
+
     name: str
-    arguments: dict[str, object]  # templates write the JSON themselves
+    arguments: dict[str, object]  # a dictionary, because templates turn arguments into JSON themselves
 
 
 class ToolCall(TypedDict):
+    """A call of a tool in a message of the assistant."""
+
     id: NotRequired[str]  # TRL's rows have none
     type: str
     function: Call
 
 
 def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | None:
-    """What `holder` says of tools. None for an empty list too, above which some templates would write a heading."""
+    """Returns the tools in the dictionary `holder`; None if there are none. An empty list also gives None, because some
+    templates would write a heading for an empty list."""
     if holder.get("functions") not in (None, []):
         remedy = 'is the older form; send tools, each {"type": "function", "function": …}.'
         raise row.invalid(f"{pointer}/functions", "unsupported", remedy)
     if not isinstance(holder.get("parallel_tool_calls"), bool | None):
         raise row.invalid(f"{pointer}/parallel_tool_calls", "wrong_type", "must be true or false.")
-    tools = _unpacked(row, f"{pointer}/tools", holder.get("tools"))
+    tools = _parsed(row, f"{pointer}/tools", holder.get("tools"))
     if tools is None:
         return None
     if not isinstance(tools, list):
@@ -43,11 +48,13 @@ def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | 
 
 def _tool(row: Row, pointer: str, value: object) -> Tool:
     tool = _dictionary(row, pointer, value, {"type", "function"})
-    _, function = _function(row, pointer, tool, _DESCRIBED)
+    _, function = _function(row, pointer, tool, _FUNCTION_KEYS)
     if function.get("description") is not None:
         string_of(row, f"{pointer}/function/description", function["description"])
     if not is_finite(function):
-        raise row.invalid(f"{pointer}/function", "invalid_number", "holds a number that JSON has not.")
+        raise row.invalid(
+            f"{pointer}/function", "invalid_number", "holds a number that JSON does not have; write a finite one."
+        )
     parameters = function.get("parameters")
     if not isinstance(parameters, dict | None):
         raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary: a JSON Schema.")
@@ -60,7 +67,8 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
 
 
 def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) -> None:
-    """Raises InvalidRow for a call with an argument that is null, and that its tool does not have."""
+    """Raises InvalidRow for a call with a null argument that its tool does not have. Tables write such arguments into
+    empty cells."""
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         nulls = {key for key, value in arguments.items() if value is None}
@@ -72,13 +80,13 @@ def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) ->
 
 
 def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
-    """Of an assistant message; empty where it makes none."""
+    """Returns the tool calls of an assistant message; an empty list if the value is null."""
     if value is None:
         return []
     if not isinstance(value, list):
         raise row.invalid(pointer, "wrong_type", "must be a list of tool calls.")
     if len(value) > MOST_CALLS:
-        what = f"holds {len(value)} calls; at most {MOST_CALLS} fit in a message."
+        what = f"holds {len(value)} calls; a message can hold at most {MOST_CALLS}."
         raise row.invalid(pointer, "too_many_calls", what)
     calls = [_call(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
     ids = [call["id"] for call in calls if "id" in call]
@@ -88,14 +96,18 @@ def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
 
 
 def _call(row: Row, pointer: str, value: object) -> ToolCall:
-    call = _dictionary(row, pointer, value, {"id", "type", "function", "index"})  # the index comes with streams
+    call = _dictionary(row, pointer, value, {"id", "type", "function", "index"})  # calls from a stream have an index
     name, function = _function(row, pointer, call, {"name", "arguments"})
-    arguments = _unpacked(row, f"{pointer}/function/arguments", function.get("arguments"))
+    arguments = _parsed(row, f"{pointer}/function/arguments", function.get("arguments"))
     if not isinstance(arguments, dict):
-        what = f"is {shown(arguments)}; it must be a JSON object, {{}} where there are no arguments."
+        what = f"is {shown(arguments)}; it must be a JSON object, {{}} if there are no arguments."
         raise row.invalid(f"{pointer}/function/arguments", "wrong_type", what)
     if not is_finite(arguments):
-        raise row.invalid(f"{pointer}/function/arguments", "invalid_number", "hold a number that JSON has not.")
+        raise row.invalid(
+            f"{pointer}/function/arguments",
+            "invalid_number",
+            "hold a number that JSON does not have; write a finite one.",
+        )
     called: Call = {"name": name, "arguments": arguments}
     if call.get("id") is None:
         return {"type": "function", "function": called}
@@ -103,7 +115,7 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
 
 
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
-    """The name that a tool or a call has, and all that it says of its function."""
+    """Returns the function's name, and its dictionary, in the tool or call `holder`."""
     if holder.get("type") not in (None, "function"):
         what = f'is {shown(holder.get("type"))}; only "function" is supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)
@@ -115,15 +127,17 @@ def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str])
 
 
 def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[str, object]:
+    """Returns `value`, which must be a dictionary with keys only from `keys`. Raises InvalidRow for any other value."""
     known = ", ".join(sorted(keys))
     if not isinstance(value, dict):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a dictionary of {known}.")
     for key in value:
         if key not in keys:
-            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", f"is not one of {known}.")
+            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", f"is not one of {known}; remove it.")
     return value
 
 
-def _unpacked(row: Row, pointer: str, value: object) -> object:
-    """What a text holds as JSON: OpenAI keeps arguments so, and TRL tools."""
+def _parsed(row: Row, pointer: str, value: object) -> object:
+    """Returns the JSON value in a text, as OpenAI writes arguments and TRL writes tools. Returns any other value
+    unchanged."""
     return parse_within(row, pointer, value) if isinstance(value, str) else value

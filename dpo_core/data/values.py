@@ -1,44 +1,49 @@
-"""Values of a row: texts and numbers, each refused by its pointer where it is none. Standard library only."""
+"""Reads texts and numbers from a row, and refuses other values with their JSON pointer. Uses only the standard
+library."""
 
 import json
 import math
 
 from dpo_core.data.jsonl import Row
 
-NOTHING: tuple[object, ...] = (None, "", [], {})  # with which tables and clients fill what is not there
-LARGEST = 1e9  # of numbers that people give
+NOTHING: tuple[object, ...] = (None, "", [], {})  # values with which tables and clients fill empty cells
+LARGEST = 1e9  # the largest rating, rank, weight or margin
 
 
 def says_nothing(value: object) -> bool:
-    """Whether a value is null, empty or NaN."""
+    """Whether the value is null, empty or NaN."""
     return value in NOTHING or value != value
 
 
 def is_finite(value: object) -> bool:
-    """Whether JSON can write all numbers in it: not NaN, nor 1e999, which Python reads as infinite."""
+    """Whether all numbers in the value are finite. JSON has no NaN, and Python reads 1e999 as infinite."""
     if isinstance(value, dict | list):
         return all(map(is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def string_of(row: Row, pointer: str, value: object) -> str:
+    """Returns `value`, which must be a string. Raises InvalidRow for a value of another type."""
     if not isinstance(value, str):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
     return value
 
 
 def refuse_empty(row: Row, pointer: str, text: str) -> None:
+    """Raises InvalidRow if the text of a completion is empty or only spaces."""
     if not text.strip():
         raise row.invalid(pointer, "empty_completion", "is empty; a completion needs text.")
 
 
 def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:
+    """Returns `value`, which must be a list of `count` numbers. Raises InvalidRow for any other value."""
     if not isinstance(value, list) or len(value) != count:
         raise row.invalid(pointer, "wrong_type", f"must be a list of {count} numbers, one for each completion.")
     return [number_of(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
 
 
 def number_of(row: Row, pointer: str, value: object) -> float:
+    """Returns `value`, which must be a number from -LARGEST to LARGEST. Raises InvalidRow for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a number.")
     if not abs(value) <= LARGEST:
@@ -47,6 +52,7 @@ def number_of(row: Row, pointer: str, value: object) -> float:
 
 
 def shown(value: object) -> str:
+    """Returns a short form of the value for error messages."""
     if isinstance(value, str):
         return repr(value[:40])
     if value is None or value != value:

@@ -1,1 +1,1 @@
-"""From a group to token ids."""
+"""Turns a group of texts into the token ids that a model reads."""

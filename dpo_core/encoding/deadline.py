@@ -1,4 +1,4 @@
-"""A limit on the processor time of code that is not ours, such as a chat template. Standard library only."""
+"""Limits the processor time of third-party code, such as a chat template. Uses only the standard library."""
 
 import signal
 import threading
@@ -9,7 +9,8 @@ from types import FrameType
 
 @contextmanager
 def deadline(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises `error` once the process has computed for so long within. Only the main thread is limited."""
+    """Raises `error` in the `with` block once the process has used `seconds` of processor time in the block. Only the
+    main thread has this limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What becomes of groups that are longer than the limit: dropped, or cut where the config says."""
+"""Drops groups that are longer than the limit, or shortens them at the end that the option `truncation` names."""
 
 from dataclasses import replace
 
@@ -7,11 +7,12 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def truncate(group: EncodedGroup, max_length: int, how: Truncation) -> EncodedGroup | None:
-    """The group with at most `max_length` tokens of prompt and any one completion; None: it cannot be kept.
+    """Returns the group shortened so that its prompt and any one completion together have at most `max_length` tokens;
+    None if the group is dropped.
 
-    `keep_start` cuts the ends of completions, which then end without EOS; `keep_end` cuts the start of
-    the prompt, alike for all its completions, behind the tokenizer's BOS. Neither leaves a side without tokens: such a
-    group is dropped.
+    `keep_start` cuts the ends of completions, which then end without EOS. `keep_end` cuts the start of the prompt,
+    after the tokenizer's BOS, by the same number of tokens for all its completions. A group is dropped if the cut would
+    leave no token of the prompt or of a completion.
     """
     longest = max(map(len, group.completion_ids))
     if len(group.prompt_ids) + longest <= max_length:

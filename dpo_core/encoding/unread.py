@@ -1,4 +1,5 @@
-"""What a row says to the chat template and the template does not read, so that the row is learned without it."""
+"""Finds the values that a row gives the chat template and that the template does not read. The model is trained on such
+a row without these values."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -7,20 +8,24 @@ from typing import TYPE_CHECKING, cast
 
 from dpo_core.data.groups import Group
 from dpo_core.data.messages import Message, Text
-from dpo_core.encoding.encode import render, variables
+from dpo_core.encoding.templates import render, variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | None = None) -> Iterator[str]:
-    """`messages/name`, `messages/tool_call_id` where only it tells which call a result is of, and keys of
-    `chat_template_kwargs`. Of a group that was encoded."""
+    """Yields the names of the group's values that the chat template does not read. The template must be able to write
+    the group.
+
+    The names are `messages/name`, keys of `chat_template_kwargs`, and `messages/tool_call_id` if nothing else shows to
+    which call a result belongs.
+    """
     if isinstance(group.prompt, str):
         return
     texts = cast(list[list[Message]], [group.prompt, *group.completions])
     named = {message["role"] for text in texts for message in text if "name" in message}
-    # A tool's name stands in the call that it answers.
+    # The name of a tool is also in the call that the tool's message answers.
     if not all(_writes(group, "name", role, tokenizer, today) for role in named - {"tool"}):
         yield "messages/name"
     if any(map(_are_mixed, texts)) and not _writes(group, "tool_call_id", "tool", tokenizer, today):
@@ -31,14 +36,14 @@ def unread(group: Group, tokenizer: "PreTrainedTokenizerBase", *, today: date | 
 
 
 def _are_mixed(messages: Sequence[Message]) -> bool:
-    """Whether results come in another order than their calls."""
+    """Whether the results of tools come in another order than the calls that they answer."""
     calls = [call.get("id") for message in messages for call in message.get("tool_calls", ())]
     results = [message.get("tool_call_id") for message in messages if message["role"] == "tool"]
     return results != calls[: len(results)]
 
 
 def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBase", today: date | None) -> bool:
-    """Whether the group looks otherwise without this key of the role's messages."""
+    """Whether the template's text for the group changes if the messages of `role` lose the key `key`."""
 
     def bare(text: Text) -> Text:
         messages = cast(list[Message], text)
@@ -46,10 +51,10 @@ def _writes(group: Group, key: str, role: str, tokenizer: "PreTrainedTokenizerBa
 
     other = replace(group, prompt=bare(group.prompt), completions=tuple(map(bare, group.completions)))
     try:
-        own, without = render([group, other], tokenizer, today)
-    except Exception:  # a template is a stranger's program, and may want the key
+        before, after = render([group, other], tokenizer, today)
+    except Exception:  # a template is code from others, and may fail without the key
         return True
-    return own != without
+    return before != after
 
 
 def _without(key: str, message: Message) -> Message:

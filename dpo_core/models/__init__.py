@@ -1,1 +1,1 @@
-"""Models on disk: load, adapt, check, save."""
+"""Loads models from disk, puts adapters on models, and checks and saves models."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters: which layers of a model take them, and how they are put on."""
+"""Puts low-rank adapters on models, decides which layers get an adapter, and identifies the base of an adapter."""
 
 import hashlib
 import json
@@ -17,15 +17,16 @@ from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.architecture import UnusableModel, kind_of
 from dpo_core.options import InvalidOption
 
-BASE = "base_model.json"  # beside an adapter: what its base is known by
-SAMPLED = 64  # numbers of each weight of a base
-ROUTERS = {"gate", "shared_expert_gate"}  # and whatever has "router" in its name
+BEFORE_NF4 = "fingerprint_before_nf4"  # attribute of a quantized model: its fingerprint before
+BASE = "base_model.json"  # the file beside an adapter that identifies its base
+SAMPLED = 64  # how many numbers of each weight are in a fingerprint
+ROUTERS = {"gate", "shared_expert_gate"}  # names of routers, besides those that contain "router"
 
 
 def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_whole: list[str] | None = None) -> None:
-    """Put a new adapter on the model and freeze all else but `trained_whole`.
+    """Puts a new adapter on the model, and freezes all other weights except those of the modules `trained_whole`.
 
-    Raises InvalidOption for target modules that the model lacks, or that would not learn.
+    Raises InvalidOption for target modules that the model does not have, or whose adapters would not learn.
     """
     from peft import LoraConfig
 
@@ -50,18 +51,23 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
     head = model.get_output_embeddings()
     try:
         with warnings.catch_warnings():
-            # PEFT doubles the rank of experts by a pattern that it then does not find.
+            # PEFT doubles the rank of experts by a name pattern, and then warns that nothing matches the pattern.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             model.add_adapter(config)
-    except ValueError as error:  # PEFT's, of modules that are not there or of a kind that it cannot adapt
+    except ValueError as error:  # PEFT raises ValueError for modules that are missing or cannot be adapted
         raise InvalidOption("target_modules", _refusal(model, targets, error)) from None
     _check_targets(model, linears, head)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a base is known by, with an adapter on it or without, in any precision: a digest of some numbers of each
-    frozen weight but a reward model's head, which may be new. Releases of transformers rename weights, so names do not
-    count."""
+    """Returns a digest that identifies a base model. The digest is the same with or without an adapter on the base, and
+    in any precision, also in NF4.
+
+    The digest covers some numbers of each frozen weight except the weights of a reward model's head, which may be new.
+    The names of weights do not count, because releases of transformers rename weights.
+    """
+    if before := getattr(model, BEFORE_NF4, None):
+        return str(before)
     samples = [
         weight.detach().flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
         for name, weight in model.named_parameters()
@@ -71,20 +77,31 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(sorted(part.numpy().tobytes() for part in parts))).hexdigest()
 
 
-def base_file(known_by: str) -> bytes:
-    return json.dumps({"sha256_of_samples": known_by}).encode()
+def base_file(base: str, model: nn.Module) -> bytes:
+    """Returns the content of base_model.json: the fingerprint `base` of a model's base, and whether the base is in
+    NF4."""
+    quantization = {"quantization": "nf4"} if hasattr(model, BEFORE_NF4) else {}
+    return json.dumps({"sha256_of_samples": base, **quantization}).encode()
+
+
+def quantization_of(folder: Path) -> str | None:
+    """Returns the quantization of the base with which the adapter in `folder` was trained; None if the base was not
+    quantized."""
+    file = folder / BASE
+    return json.loads(file.read_bytes()).get("quantization") if file.is_file() else None
 
 
 def check_base(folder: Path, model: PreTrainedModel) -> None:
-    """Raises UnusableModel where the adapter in a folder was trained on another base. One from elsewhere names none."""
+    """Raises UnusableModel if the adapter in `folder` was trained on another base than `model`. Does nothing if the
+    folder does not identify its base: folders written by other programs do not."""
     file = folder / BASE
-    if file.is_file() and file.read_bytes() != base_file(fingerprint(model)):
+    if file.is_file() and json.loads(file.read_bytes())["sha256_of_samples"] != fingerprint(model):
         what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
-        raise UnusableModel(f"{what}; put that one back.")
+        raise UnusableModel(f"{what}; restore the base that it was trained on.")
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:
-    """The layers that leave out some of what enters the adapter while it is trained."""
+    """Returns the dropout layers of the model's adapter whose rate is not 0."""
     return [
         layer
         for name, layer in model.named_modules()
@@ -93,12 +110,13 @@ def dropouts(model: nn.Module) -> list[nn.Module]:
 
 
 def options_of(folder: Path) -> Lora:
-    """The options of a saved adapter. Raises UnusableModel for an adapter of another kind than LoRA."""
+    """Returns the options of the adapter saved in `folder`. Raises UnusableModel for any adapter but LoRA without
+    biases."""
     from peft import LoraConfig, PeftConfig
 
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig) or config.bias != "none":
-        raise UnusableModel(f"{folder} is an adapter of another kind than LoRA without biases; merge it into its base.")
+        raise UnusableModel(f"{folder} holds an adapter that is not LoRA without biases; merge it into its base.")
     targets = config.target_modules
     return Lora(
         r=config.r,
@@ -111,28 +129,32 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Bring the weights of a saved adapter to the model's own. Raises UnusableModel if they do not fit one another."""
+    """Loads the weights of the adapter saved in `folder` into the model's adapter. Raises UnusableModel if they do not
+    fit."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
-    saved = {_own_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
+    saved = {_model_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
     strangers = sorted(saved.keys() ^ get_peft_model_state_dict(model).keys())
     if strangers:
         what = f"Only one of the adapter {folder} and this model has {strangers[0]}"
-        raise UnusableModel(f"{what} ({len(strangers)} such weights); give it the base that it was trained on.")
+        raise UnusableModel(f"{what} ({len(strangers)} such weights); use the base that it was trained on.")
     try:
         set_peft_model_state_dict(model, saved)
-    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+    except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes
         reason = str(error).splitlines()[-1].strip()
-        raise UnusableModel(f"The adapter {folder} is of a base of other sizes: {reason}") from None
+        raise UnusableModel(f"The adapter {folder} has weights of other shapes than this base: {reason}") from None
 
 
-def _own_name(name: str) -> str:
-    """The name of a weight in a model of transformers; PEFT saves it as within a PeftModel."""
+def _model_name(name: str) -> str:
+    """Returns the name of a saved weight in a model of transformers. PEFT adds a prefix to this name when it saves the
+    weight."""
     return name.removeprefix("base_model.model.")
 
 
 def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | None) -> None:
+    """Raises InvalidOption if the model has an adapter on its head, or on a layer that training on texts does not
+    change."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
@@ -143,33 +165,34 @@ def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | 
             message = f"target_modules names {name}, the head, whose adapter is not trained; leave it out."
             raise InvalidOption("target_modules", message)
         if isinstance(base, nn.Linear) and name not in linears:
-            message = f"target_modules names {name}, whose adapter texts would not train; leave it out."
+            message = f"target_modules names {name}, whose adapter would learn nothing from texts; leave it out."
             raise InvalidOption("target_modules", message)
 
 
 def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> str:
+    """Returns the reason for which PEFT refused the target modules, as an error message for the user."""
     from peft.utils.error import NoMatchingPeftModuleError
 
     if isinstance(error, NoMatchingPeftModuleError):
         name = type(model).__name__
-        return f"target_modules is {tuple(targets)}, of which {name} has none; name some of its linear layers."
+        return f"target_modules is {tuple(targets)}, and {name} has none of them; name some of its linear layers."
     return f"target_modules is {tuple(targets)}: {str(error).partition('. ')[0]}."
 
 
 def _linears(model: PreTrainedModel) -> set[str]:
-    """The names of the linear layers whose output a text's loss depends on, as a backward pass shows.
+    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass on a few
+    tokens.
 
-    That leaves out the layers of a tower for images, those that return more than a product, those of which only the
-    weights are read, and those that only choose, such as some routers. Freezes the model.
+    The names do not include layers for images, layers that return more than a product, layers whose weights other code
+    reads directly, and layers that only choose, such as some routers. As a side effect the function freezes the model.
     """
     learning: set[str] = set()
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        weight = cast(Tensor, module.weight)
-        sizes = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
-        whole = [*inputs[0].shape[:-1], sizes[1]] if inputs and inputs[0].shape[-1] == sizes[0] else None
-        if isinstance(output, Tensor) and list(output.shape) == whole and output.requires_grad:
+    def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+        product = [*inputs[0].shape[:-1], sizes[1]] if inputs and inputs[0].shape[-1] == sizes[0] else None
+        if isinstance(output, Tensor) and list(output.shape) == product and output.requires_grad:
             hook: Any = output.register_hook
             hook(lambda gradient: learning.add(names[module]) if gradient.any() else None)
 
@@ -188,17 +211,18 @@ def _linears(model: PreTrainedModel) -> set[str]:
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
-    """Those layers without the head, routers, and the layers of a Mamba block of which its kernels read the weights."""
+    """Returns those names in `linears` that are not the head, routers, or layers whose weights the kernels of Mamba
+    read."""
     head = model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
-        if name in linears and module is not head and not _is_router(name) and not _is_read_only(model, name)
+        if name in linears and module is not head and not is_router(name) and not is_read_only(model, name)
     ]
 
 
 def _experts(model: PreTrainedModel) -> list[str]:
-    """The names, routers' apart, by which PEFT adapts experts that transformers keeps in one weight."""
+    """Returns the names by which PEFT adapts experts that transformers keeps in one weight. Routers are left out."""
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 
     if not any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()):
@@ -207,19 +231,22 @@ def _experts(model: PreTrainedModel) -> list[str]:
     return sorted(set(_MOE_TARGET_MODULE_MAPPING.get(pattern, ())) - ROUTERS)
 
 
-def _is_router(name: str) -> bool:
+def is_router(name: str) -> bool:
     return any("router" in part or part in ROUTERS for part in name.split("."))
 
 
-def _is_read_only(model: PreTrainedModel, name: str) -> bool:
-    parent, _, own = name.rpartition(".")
+def is_read_only(model: PreTrainedModel, name: str) -> bool:
+    """Whether the layer `name` is in a Mamba block whose kernels read the layer's weights. An adapter on such a layer
+    has no effect."""
+    parent, _, part_name = name.rpartition(".")
     block = model.get_submodule(parent)
     is_mamba = all(hasattr(block, part) for part in ("A_log", "D", "conv1d"))
-    return is_mamba and own != "in_proj"
+    return is_mamba and part_name != "in_proj"
 
 
 def _names(model: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """The last parts of the chosen names, or whole names where another module's name ends in the same part."""
+    """Returns the chosen names of modules, each shortened to its last part. A name whose last part is also that of a
+    module not chosen stays whole."""
     suffixes = {name.rpartition(".")[2] for name in chosen}
     others = [name for name, _ in model.named_modules() if name not in set(chosen)]
     clear = {suffix for suffix in suffixes if not any(other.rpartition(".")[2] == suffix for other in others)}

@@ -1,4 +1,4 @@
-"""The folder of a saved adapter, as PEFT writes it. Standard library only."""
+"""Reads the folder of a saved adapter in PEFT's format. Uses only the standard library."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,15 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """The storage URI, folder or hub id of the base, as the adapter's config says. Raises ValueError if it does not."""
+    """Returns the storage URI, folder or hub id of the adapter's base, from the adapter's config. Raises ValueError if
+    the config names no base, or a revision of the base other than main."""
     config = json.loads((folder / CONFIG).read_text())
     source, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not source:
         raise ValueError(
-            f"{folder / CONFIG} has no base_model_name_or_path; say there which model it is an adapter of."
+            f"{folder / CONFIG} has no base_model_name_or_path; add it, with the model that the adapter is of."
         )
     if revision not in (None, "main"):
-        what = f"{folder} is of the revision {revision} of {source}; load that into a folder"
-        raise ValueError(f"{what}, and name it as base_model_name_or_path in {CONFIG}, without a revision.")
+        what = f"{folder} is an adapter of the revision {revision} of {source}; download that into a folder"
+        raise ValueError(f"{what}, and name the folder as base_model_name_or_path in {CONFIG}, without a revision.")
     return str(source)

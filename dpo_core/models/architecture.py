@@ -1,4 +1,4 @@
-"""What a model is made of."""
+"""Finds parts of a model's structure: its repeated layers, its head, and whether its weights are sharded."""
 
 import re
 
@@ -8,24 +8,25 @@ from transformers import PreTrainedModel
 
 
 class UnusableModel(ValueError):
-    """A model that cannot be trained as it is, however often it is tried."""
+    """Raised for a model that cannot be trained in its present form. Trying again does not help."""
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that the architecture repeats, as far as transformers names them."""
+    """Returns the layers that the model's architecture repeats; an empty list if transformers does not name them."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def kind_of(name: str) -> str:
-    """A name without the numbers of layers and experts: the same for all that are built alike."""
+    """Returns the name of a module or weight with a `*` in place of the numbers of layers and experts, so that equal
+    parts get equal names."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def count_outputs(model: nn.Module) -> int:
-    """How many numbers a reward model's head gives; 0 for another model."""
+    """Returns the number of outputs of a reward model's head; 0 for a model that is not a reward model."""
     head = getattr(model, "score", None)
-    head = getattr(head, "original_module", head)  # of which an adapter trains a copy
+    head = getattr(head, "original_module", head)  # with an adapter, PEFT wraps the head and trains a copy
     return head.out_features if isinstance(head, nn.Linear) else 0
 
 
@@ -34,6 +35,6 @@ def is_reward_model(model: nn.Module) -> bool:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether its weights are split over ranks, so that every forward is the work of all of them."""
-    # Within a forward those of the root are whole, but the layers are gathered one by one.
+    """Whether the model's weights are sharded over ranks, so that all ranks must take part in every forward."""
+    # During a forward only the root's weights are whole: FSDP gathers the layers one by one.
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Model folders, as transformers and vLLM load them."""
+"""Writes model folders that transformers and vLLM can load."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from transformers.utils import (
 
 logger = logging.getLogger(__name__)
 
-# How a model is given pictures and sounds; without these files it cannot be served.
+# The files that say how images and sounds become inputs; a multimodal model cannot be served without these files.
 OF_PROCESSORS = (
     FEATURE_EXTRACTOR_NAME,
     PROCESSOR_NAME,
@@ -37,11 +37,13 @@ def save_model(
     files: dict[str, bytes],
     **options: Any,
 ) -> None:
-    """Write the model, its tokenizer, and other files by name; `options` are those of `save_pretrained`.
+    """Writes the model, its tokenizer, and other `files` (contents by name) into `folder`. `options` are arguments of
+    transformers' `save_pretrained`.
 
-    The generation config is written as it came: transformers loads more of them than it agrees to save.
+    The generation config is written unchanged, as it was loaded, because transformers refuses to save some configs that
+    it loads.
     """
-    saved = copy(model)  # the model itself may be in use
+    saved = copy(model)  # because the model itself may be in use
     if model.can_generate():
         saved.generation_config = GenerationConfig()
     saved.save_pretrained(folder, **options)
@@ -53,8 +55,11 @@ def save_model(
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy without weights, to save while the model is in use: some layers of PEFT's change what a model is made of
-    in every forward, and attention over segments its config."""
+    """Returns a copy of the model without weights. With the copy, the model can be saved while it is in use.
+
+    The model itself changes in every forward: some of PEFT's layers replace modules, and attention over segments
+    changes the config.
+    """
     copies: dict[int, Any] = {}
 
     def bare(tensor: Tensor) -> Tensor:
@@ -67,31 +72,33 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
         return part if part is None else copies[id(part)]
 
     def of_module(module: nn.Module) -> nn.Module:
-        own = object.__new__(type(module))  # a module that is sharded would make a new one of `copy`
-        vars(own).update(vars(module))
-        own._parameters = {name: copied(tensor, bare) for name, tensor in module._parameters.items()}
-        own._buffers = {name: copied(tensor, bare) for name, tensor in module._buffers.items()}
-        own._modules = {name: copied(child, of_module) for name, child in module._modules.items()}
-        return own
+        twin = object.__new__(type(module))  # `copy` would create a new sharded module
+        vars(twin).update(vars(module))
+        twin._parameters = {name: copied(tensor, bare) for name, tensor in module._parameters.items()}
+        twin._buffers = {name: copied(tensor, bare) for name, tensor in module._buffers.items()}
+        twin._modules = {name: copied(child, of_module) for name, child in module._modules.items()}
+        return twin
 
-    whole = cast(PreTrainedModel, of_module(model))
-    whole.config = deepcopy(model.config)
-    return whole
+    copied_model = cast(PreTrainedModel, of_module(model))
+    copied_model.config = deepcopy(model.config)
+    return copied_model
 
 
 def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
-    """The files of processors in the folder, or under the hub id, that the model was loaded from, by name."""
+    """Returns the files of the model's processors for images and sounds, by name, from the folder or hub id of the
+    model."""
     if not model.name_or_path:
         return {}
     try:
         paths = {name: _find(model, name) for name in OF_PROCESSORS}
-    except OSError as error:  # it is no hub id either
+    except OSError as error:  # name_or_path is neither a folder nor a hub id
         logger.warning("Files of processors, if there are any, are not copied: %s", error)
         return {}
     return {name: Path(path).read_bytes() for name, path in paths.items() if path}
 
 
 def _find(model: PreTrainedModel, name: str) -> str | None:
+    """Returns the path of the file `name` in the model's folder or in the hub's local cache; None if there is none."""
     path: str | None = cached_file(
         model.name_or_path,
         name,

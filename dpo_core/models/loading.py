@@ -1,4 +1,4 @@
-"""Whole models from folders: with all weights that their config asks for, and no others, or refused in words."""
+"""Loads models from folders that hold exactly the weights that their config asks for. Refuses all other folders."""
 
 import logging
 import re
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> PreTrainedModel:
-    """The model of an auto class of transformers, on the CPU; `options` change its config.
+    """Loads a model on the CPU. `kind` is an auto class of transformers; `options` change the model's config.
 
-    Raises UnusableModel for what is no whole model in full precision.
+    Raises UnusableModel for a folder that does not hold a complete model in full precision or in MXFP4.
     """
-    if find_adapter_config_file(source) is not None:  # transformers would load the base that it names, and freeze it
+    if find_adapter_config_file(source) is not None:  # transformers would load the adapter's base and freeze it
         raise UnusableModel(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
     if all(Path(source, name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         both = f"{SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}"  # transformers reads the first, vLLM the second
@@ -48,27 +48,28 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
             key_mapping=names,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are refused below, in words
+            ignore_mismatched_sizes=True,  # weights of other shapes are refused below, with a remedy
             output_loading_info=True,
         )
     except (FileNotFoundError, SafetensorError) as error:
-        raise UnusableModel(f"The weights of {source} cannot be read ({error}); fetch them again.") from None
+        raise UnusableModel(f"The weights of {source} cannot be read ({error}); download them again.") from None
     _check_weights(model, report, source)
     _check_finite(model, source)
-    _tell_tying(model)
+    _correct_tying(model)
     if getattr(config.get_text_config(), "output_router_logits", False):
         sentence = (
             "%s asks for the loss that balances experts (output_router_logits); training adds none to its objective."
         )
         logger.warning(sentence, source)
-    if quantization is not None:  # what was expanded is in bfloat16, whatever the others are in
+    if quantization is not None:  # expanded weights are in bfloat16, whatever the dtype of the others
         model.to(model.dtype)
     return cast(PreTrainedModel, model)
 
 
 def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
-    """Undo what a folder's config says of how its model was last run. Raises UnusableModel for an id that cannot be."""
-    config._attn_implementation = None  # SDPA where the architecture has it, whatever the folder was saved with
+    """Resets the values of a folder's config that describe how the model was last run. Raises UnusableModel for a
+    pad_token_id outside the vocabulary."""
+    config._attn_implementation = None  # selects SDPA if the architecture supports it
     text = config.get_text_config()
     for part in (config, text):
         part.output_attentions = part.output_hidden_states = False
@@ -80,7 +81,11 @@ def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
 
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
-    """How quantized weights become whole ones: gpt-oss is published in MXFP4 alone. Others are refused."""
+    """Returns the config that makes transformers expand a model in MXFP4, the only format in which gpt-oss is
+    published; None if the model is not quantized.
+
+    Raises UnusableModel for other kinds of quantized weights.
+    """
     quantized = getattr(config, "quantization_config", None)
     if not quantized:
         return None
@@ -93,8 +98,11 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
 
 
 def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[Any, dict[str, str] | None]:
-    """The config to load, and how weights are renamed: those of a multimodal model of which transformers has
-    no class for texts alone are loaded into the class of its text model."""
+    """Returns the config of the model to load, and patterns that rename its weights, None if no weight is renamed.
+
+    A multimodal model for which transformers has no class for texts is loaded as its text model, whose class gets the
+    weights.
+    """
     loadable = (
         MODEL_FOR_CAUSAL_LM_MAPPING if kind is AutoModelForCausalLM else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     )
@@ -109,7 +117,7 @@ def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[
     return text, _NAMES_OF_TEXTS
 
 
-# Of weights in a multimodal model, as transformers has written them since 4.52 and before.
+# Prefixes of weights in a multimodal model, as transformers has written them since release 4.52, and before.
 _NAMES_OF_TEXTS = {
     r"^model\.language_model\.": "model.",
     r"^language_model\.model\.": "model.",
@@ -118,12 +126,12 @@ _NAMES_OF_TEXTS = {
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
-    """Raises UnusableModel where transformers would start weights at random, or leave some of the folder's out."""
+    """Raises UnusableModel if transformers drew weights of the model at random, or left out weights of the folder."""
     wanted, remedy = f"the {type(model).__name__} of its config.json", "use weights and a config of the same model."
-    for name, found, expected in sorted(report["mismatched_keys"]):
+    for name, shape, expected in sorted(report["mismatched_keys"]):
         if name == "score.weight":
-            remedy = f"give num_outputs={found[0]}."
-        raise UnusableModel(f"{source} has {name} of shape {tuple(found)}, {wanted} wants {tuple(expected)}; {remedy}")
+            remedy = f"give num_outputs={shape[0]}."
+        raise UnusableModel(f"{source} has {name} of shape {tuple(shape)}, {wanted} wants {tuple(expected)}; {remedy}")
     new_head = "score.weight" if is_reward_model(model) else None
     if missing := sorted(set(report["missing_keys"]) - {new_head}):
         raise UnusableModel(f"{source} lacks {len(missing)} weights of {wanted}, such as {missing[0]}; {remedy}")
@@ -140,31 +148,34 @@ def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
             )
 
 
-# Parts of the names of tables that architectures once saved, and compute now.
+# Parts of the names of tables that architectures once saved with the weights and now compute.
 _TABLES = ("rotary_emb.", ".inv_freq", ".masked_bias", ".causal_mask", ".attn.bias", ".attention.bias")
 
 
 def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Those weights without a place in the model that belong to its layers, or to a reward model's head. Towers for
-    images, and layers behind the last that predict further tokens, are not trained on texts."""
+    """Returns the unused weights in `names` that belong to the model's layers or to a reward model's head.
+
+    Image encoders are left out, and so are layers after the last one that predict further tokens: neither is trained on
+    texts.
+    """
     config = model.config.get_text_config()
     first_further: int = getattr(config, "num_hidden_layers", 0)
     further = range(first_further, first_further + (getattr(config, "num_nextn_predict_layers", None) or 0))
     repeated = {type(layer) for layer in decoder_layers(model)}
     layers = {kind_of(name) for name, module in model.named_modules() if type(module) in repeated}
-    own = ("score.", *(f"{layer}." for layer in layers))
+    prefixes = ("score.", *(f"{layer}." for layer in layers))
 
     def is_missed(name: str) -> bool:
         number = re.search(r"\.(\d+)\.", name)
         is_further = number is not None and int(number[1]) in further
-        return kind_of(name).startswith(own) and not is_further and not any(table in name for table in _TABLES)
+        return kind_of(name).startswith(prefixes) and not is_further and not any(table in name for table in _TABLES)
 
     return sorted(filter(is_missed, names))
 
 
-def _tell_tying(model: PreTrainedModel) -> None:
-    """transformers unties a head that differs from the embeddings in the folder; the config, which vLLM reads, says so
-    from here on."""
+def _correct_tying(model: PreTrainedModel) -> None:
+    """Sets tie_word_embeddings in the model's config, which vLLM reads, to whether head and embeddings are one weight:
+    transformers unties them if they differ in the folder."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
         if head is not None and getattr(config, "tie_word_embeddings", False):

@@ -1,5 +1,8 @@
-"""A small float32 model of the same architecture and options as a large one, in which everything that
-shows only in long texts is in force on a few tokens."""
+"""Builds a small float32 model with the architecture and options of a large one, for quick experiments.
+
+The windows and chunks of the small model are so short that a few tokens show effects which the large model shows only
+in long texts.
+"""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -9,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-MOST_KINDS = 8  # of layers that a miniature has
+MOST_KINDS = 8  # kinds of layers in a miniature
 MOST_WEIGHTS = 1_000_000_000
-# The names of config fields, and the most that a miniature has there.
+# The names of config fields, and the largest value that each has in a miniature.
 _AT_MOST = {
     "vocab_size": 64,
     "vocab_size_per_layer_input": 64,
@@ -30,8 +33,8 @@ _AT_MOST = {
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
-    # What a text must be longer than to show it: windows, the chunks that a state is handed on by, the keys that
-    # sparse attention chooses, the tokens of one step of a scale that grows with the position.
+    # The fields below have no effect on texts shorter than their value: windows, chunks between which a state is passed
+    # on, the number of keys that sparse attention chooses, and the tokens after which a scale of positions grows.
     "sliding_window": 4,
     "sliding_window_size": 4,
     "attention_window_size": 4,
@@ -47,9 +50,9 @@ _AT_MOST = {
 
 
 def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
-    """One layer of each kind, at least two, with random weights, and few heads if it is `narrow`.
+    """Returns a small copy of the model with random weights: one layer of each kind, and at least two layers.
 
-    Raises what the architecture raises where its config cannot be cut down.
+    A `narrow` copy has few heads. Passes on the error of the architecture if its config cannot be made smaller.
     """
     config = deepcopy(model.config)
     for part in _parts(config):
@@ -59,7 +62,7 @@ def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in type(model)(config).parameters())
     if num_weights > MOST_WEIGHTS:
-        raise ValueError(f"{num_weights} weights are too many for it; the most are {MOST_WEIGHTS}")
+        raise ValueError(f"it would have {num_weights} weights; the most are {MOST_WEIGHTS}")
     device = model.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
@@ -69,7 +72,7 @@ def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
 
 
 def _parts(config: PretrainedConfig) -> Iterator[Any]:
-    """A config, and those of its towers."""
+    """Yields the config and the configs within it, such as those of image encoders."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
@@ -77,6 +80,7 @@ def _parts(config: PretrainedConfig) -> Iterator[Any]:
 
 
 def _cut(config: Any) -> None:
+    """Lowers the sizes in the config to those of a miniature, except the number and width of its heads."""
     config.dtype = torch.float32
     for name, most in _AT_MOST.items():
         value = getattr(config, name, None)
@@ -91,7 +95,8 @@ def _cut(config: Any) -> None:
 
 
 def _narrow(config: Any) -> None:
-    """Keep so many heads that each of two, of keys and values, has as many queries as before, and a width to fit."""
+    """Lowers the config's number of key-value heads to two, keeps the number of queries for each key-value head, and
+    reduces the hidden size in proportion."""
     heads: int = getattr(config, "num_attention_heads", None) or 1
     keys: int = getattr(config, "num_key_value_heads", None) or heads
     if heads % keys or config.hidden_size % heads:
@@ -104,27 +109,29 @@ def _narrow(config: Any) -> None:
 
 
 def ropes(config: Any) -> list[dict[str, Any]]:
-    """The options of rotary positions, of all layers or of each kind of them."""
+    """Returns the options of rotary positions in the config: those of all layers, then those of each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
 def _cut_layers(config: Any) -> None:
-    """Keep the first layer of each kind, with its entries in the lists that have one for each layer."""
+    """Keeps in the config the first layer of each kind, and the entries of these layers in lists that have one entry
+    per layer."""
     count = getattr(config, "num_hidden_layers", 0)
     lists = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
     kinds = list(zip(*(v for v in lists.values() if len(set(map(str, v))) <= MOST_KINDS), strict=True)) or [()] * count
     first = {str(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}
-    kept = sorted(first.values())[:MOST_KINDS]
-    kept = kept if len(kept) > 1 else list(range(count))[:2]
+    kept_layers = sorted(first.values())[:MOST_KINDS]
+    kept_layers = kept_layers if len(kept_layers) > 1 else list(range(count))[:2]
     for name, value in lists.items():
-        setattr(config, name, [value[layer] for layer in kept])
-    if count > len(kept):
-        config.num_hidden_layers = len(kept)
+        setattr(config, name, [value[layer] for layer in kept_layers])
+    if count > len(kept_layers):
+        config.num_hidden_layers = len(kept_layers)
 
 
 def _randomize(model: PreTrainedModel) -> None:
-    """Draw weights so that each of them shows: inner products are about 1, logits spread, and no bias is 0."""
+    """Draws random weights that all affect the model's answers: inner products are about 1, logits vary, and no bias is
+    0."""
     spreads = {id(module.weight): 1.0 for module in model.modules() if isinstance(module, nn.Embedding)}
     if head := model.get_output_embeddings():
         spreads[id(head.weight)] = 4 * head.weight.shape[-1] ** -0.5

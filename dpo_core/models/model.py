@@ -1,6 +1,6 @@
-"""Models from Hugging Face folders: policies, with or without an adapter, reward models, and tokenizers.
+"""Loads policies, with or without an adapter, reward models and tokenizers from Hugging Face folders.
 
-Weights come as safetensors only, and no code that travels with a model is run.
+Weights are read only from safetensors, and code that comes with a model is never run.
 """
 
 import warnings
@@ -21,15 +21,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpo_core.config import Lora
-from dpo_core.models.adapter import attach, check_base, options_of, put_weights
+from dpo_core.config import Lora, Quantization
+from dpo_core.models.adapter import attach, check_base, options_of, put_weights, quantization_of
 from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
 from dpo_core.models.loading import load_whole
+from dpo_core.models.quantization import quantize, round_to_nf4
 from dpo_core.options import InvalidOption, Objective
 
-WORDS_REMEMBERED = 100_000  # with their ids, by a tokenizer: with its own 10,000 text takes up to a quarter longer
+CACHED_WORDS = 100_000  # words whose ids a tokenizer caches; the default, 10,000, takes up to a quarter longer
 
 
 def load_policy(
@@ -38,20 +39,23 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     adapter: Lora | Path | None = None,
+    quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A causal language model from a Hugging Face folder or hub id, ready to train: dropout is off.
+    """Loads a causal language model from a Hugging Face folder or hub id, ready to train. Its dropout is off.
 
-    With an `adapter` all else is frozen: a new one, whose first weights `seed` draws, or the folder of a trained one,
-    which is trained on. Of a multimodal model that transformers loads for texts only as a part, that part is loaded; a
-    model in MXFP4 is expanded.
+    With an `adapter`, all weights but the adapter's are frozen. The adapter is a new one, whose first weights `seed`
+    draws, or the folder of a trained one, which training continues. With `quantization`, the frozen base is in NF4 and
+    its products are computed in `dtype`. A multimodal model for which transformers has no class for texts is loaded as
+    its text model. A model in MXFP4 is expanded.
 
-    Raises InvalidOption where the model has none of the adapter's target modules, or they would not learn, and
-    ValueError for float16, for another quantized model, for a folder that holds an adapter, and for one whose weights
-    and config do not fit each other.
+    Raises InvalidOption if the model has none of the adapter's target modules or their adapters would not learn, and
+    for a quantization without an adapter or of a model that cannot be quantized. Raises ValueError for float16, for
+    other quantized models, for a `source` that holds an adapter, and for a folder whose weights and config do not
+    match.
     """
     check_dtype(dtype)
-    return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed)
+    return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization)
 
 
 def load_reward_model(
@@ -61,16 +65,27 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     adapter: Lora | Path | None = None,
+    quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """The same weights with a linear head in place of the vocabulary's, drawn by `seed` unless `source` has one.
+    """Loads a model with a linear head for rewards in place of the vocabulary's head. `seed` draws the head's weights
+    if `source` has none.
 
-    A head has one output, the reward; for `reward_gaussian` two, its mean and the logarithm of its variance.
-    It is marked as a regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` gives the outputs
-    as they are; else vLLM makes probabilities of them. The folder of an adapter is refused; merge it first.
+    The head has one output, the reward; for `reward_gaussian` it has two, the mean and the logarithm of the variance.
+    The config says regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs
+    unchanged and not as probabilities. A `source` that is the folder of an adapter is refused; merge the adapter first.
     """
     check_dtype(dtype)
-    return _load(AutoModelForSequenceClassification, source, dtype, device, adapter, seed, **_regression(num_outputs))
+    return _load(
+        AutoModelForSequenceClassification,
+        source,
+        dtype,
+        device,
+        adapter,
+        seed,
+        quantization,
+        **_regression(num_outputs),
+    )
 
 
 def _regression(num_outputs: int) -> dict[str, object]:
@@ -78,10 +93,11 @@ def _regression(num_outputs: int) -> dict[str, object]:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer from a Hugging Face folder or hub id."""
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     words: Any = tokenizer.backend_tokenizer.model if isinstance(tokenizer, PreTrainedTokenizerFast) else None
     if hasattr(words, "_resize_cache"):
-        words._resize_cache(WORDS_REMEMBERED)
+        words._resize_cache(CACHED_WORDS)
     return tokenizer
 
 
@@ -92,11 +108,18 @@ def _load(
     device: str | torch.device,
     adapter: Lora | Path | None,
     seed: int,
+    quantization: Quantization | None,
     **options: object,
 ) -> PreTrainedModel:
+    if quantization and adapter is None:
+        message = (
+            f"quantization is {quantization}, and such weights cannot be trained; give an adapter, or leave it out."
+        )
+        raise InvalidOption("quantization", message)
     with torch.random.fork_rng([]):  # new weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)
-        model = load_whole(kind, source, dtype=dtype, **options).to(device).eval()
+        whole = load_whole(kind, source, dtype=dtype, **options).eval()
+        model = quantize(whole, device) if quantization else whole.to(device)
         if adapter is not None:
             rewards = is_reward_model(model)
             # A new head is trained whole.
@@ -118,7 +141,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Within, a policy with an adapter that is trained is its own reference. A frozen adapter is part of the model."""
+    """Turns the model's trained adapter off in the `with` block, so that the policy is its own reference. A frozen
+    adapter stays on, because it is part of the model."""
     if not has_adapter(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
@@ -130,10 +154,11 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def merge_adapter(adapter: Path, folder: Path, *, base: str | Path | None = None, dtype: str = "auto") -> None:
-    """Write a trained adapter and its base as one Hugging Face folder.
+    """Writes a trained adapter and its base as one model into a Hugging Face folder.
 
-    `base` None: where the adapter's `adapter_config.json` says. `dtype` is that of the merged weights, as transformers
-    spells it; auto: the base's own. Raises ValueError if they do not belong together, and for the adapter's own folder.
+    If `base` is None, the adapter's `adapter_config.json` names the base. `dtype` is the dtype of the merged weights,
+    in transformers' spelling; auto means the base's own. Raises ValueError if the adapter was not trained on this base,
+    or if `folder` is the adapter's own.
     """
     if folder.resolve() == adapter.resolve():
         raise ValueError(f"{folder} is the adapter's own folder; name another for the merged model.")
@@ -148,62 +173,75 @@ def load_merged(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """A trained adapter and its base as one model, ready to train. Raises ValueError as `merge_adapter` does."""
+    """Loads a trained adapter and its base as one model, ready to train. Raises ValueError if the adapter does not fit
+    the base."""
     from peft.utils import load_peft_weights
 
     source = base_of(adapter) if base is None else base
     if Path(source).is_absolute() and not Path(source).is_dir():
-        raise ValueError(f"{adapter} is of the base {source}, which is not there; put it back, or name it where it is.")
+        what = f"{adapter} is an adapter of {source}, which does not exist"
+        raise ValueError(f"{what}; restore that folder, or say where the base is.")
     weights = load_peft_weights(adapter, device="cpu")
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
-    loaded = _load(kind, source, dtype, device, None, 0, **options)
+    loaded = _load(kind, source, dtype, device, None, 0, None, **options)
     check_base(adapter, loaded.requires_grad_(False))
+    if quantization_of(adapter):
+        round_to_nf4(loaded)
     merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
     return merged.requires_grad_(True).eval()
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
-    """PEFT's model of both. It would leave out weights that have no place in the base, and begin others anew."""
+    """Returns PEFT's model of the base with the adapter on it. `names` are the names of the adapter's saved weights.
+    Raises ValueError for weights that do not fit, which PEFT would leave out or draw at random."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
     what = f"{adapter} is not an adapter of {base.name_or_path}"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # missing keys are refused below
             both = PeftModel.from_pretrained(base, adapter)
-    except RuntimeError as error:  # PyTorch's, of weights of other sizes
+    except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes
         raise ValueError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
     if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
-        raise ValueError(f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights).")
+        raise ValueError(
+            f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights); use its own base."
+        )
     return both
 
 
 def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer to save beside a model. Beside a reward model it pads with a token that ends no text, and the
-    model's config names that token: transformers reads the reward of a row at the last token that is another."""
+    """Returns the tokenizer to save with the model.
+
+    For a reward model, this is a copy that pads with a token other than EOS, and the function sets the model's
+    pad_token_id to this token: transformers reads a row's reward at its last token before padding.
+    """
     if not is_reward_model(model):
         return tokenizer
     tokenizer = deepcopy(tokenizer)
     candidates = [tokenizer.pad_token, *tokenizer.all_special_tokens]
     usable = [token for token in candidates if token not in (None, tokenizer.eos_token)]
     if not usable:
-        raise ValueError(f"The tokenizer has nothing to pad with but {tokenizer.eos_token}; give it a pad_token.")
+        raise ValueError(f"The tokenizer can pad only with its EOS token, {tokenizer.eos_token}; give it a pad_token.")
     tokenizer.pad_token = usable[0]
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
 def check_policy(model: nn.Module) -> None:
-    """Raises UnusableModel for what no scorer can read as one model: a wrapper, such as PEFT's, or an adapted head."""
+    """Raises UnusableModel for a wrapped model (such as PEFT's), a model with several adapters, and a model with an
+    adapter on its head."""
     if not isinstance(model, PreTrainedModel):
-        remedy = "give the model itself, with an adapter as load_policy(folder, adapter=Lora(...)) puts it on"
-        raise UnusableModel(f"{type(model).__name__} is no model of transformers but may wrap one; {remedy}.")
+        remedy = "pass the model itself; load_policy(folder, adapter=Lora(...)) puts an adapter on it"
+        raise UnusableModel(f"{type(model).__name__} is not a model of transformers but may wrap one; {remedy}.")
     if has_adapter(model) and len(model.peft_config) > 1:
         names = ", ".join(model.peft_config)
-        raise UnusableModel(f"{type(model).__name__} has several adapters ({names}); delete_adapter all but one.")
+        raise UnusableModel(
+            f"{type(model).__name__} has several adapters ({names}); delete all but one with delete_adapter."
+        )
     head = model.get_output_embeddings()
     if head is not None and hasattr(head, "base_layer"):
         raise UnusableModel(
@@ -212,20 +250,22 @@ def check_policy(model: nn.Module) -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
+    """Raises UnusableModel if the dtype is float16."""
     if dtype == torch.float16:
         raise UnusableModel("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
-    """Raises InvalidOption for a model of another kind than the objective trains, UnusableModel for one that is in
-    float16 or frozen."""
+    """Raises InvalidOption if the objective trains another kind of model than `model`. Raises UnusableModel if the
+    model is in float16 or all its weights are frozen."""
     for parameter in model.parameters():
         check_dtype(parameter.dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UnusableModel(f"All of {type(model).__name__} is frozen; set requires_grad where it is to be trained.")
-    wanted, found = objective.traits.num_outputs, count_outputs(model)
-    if wanted != found:
-        kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, found)]
+        remedy = "set requires_grad on the weights to train"
+        raise UnusableModel(f"All weights of {type(model).__name__} are frozen; {remedy}.")
+    wanted, present = objective.traits.num_outputs, count_outputs(model)
+    if wanted != present:
+        kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, present)]
         remedy = f"load_reward_model with num_outputs={wanted}" if wanted else "load_policy"
         message = f"objective is {objective.type}, which trains {kinds[0]}, not {kinds[1]}; use {remedy}."
         raise InvalidOption("objective", message)

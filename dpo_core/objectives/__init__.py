@@ -1,1 +1,1 @@
-"""What is minimized: the losses and their metrics."""
+"""Computes the loss of each objective, and the metrics of each training step."""

@@ -1,35 +1,37 @@
-"""A word in time: chosen completions get less likely while the margins grow."""
+"""Warns a user whose chosen completions become less likely while the margins grow."""
 
 from collections import deque
 from statistics import fmean
 
 WINDOW = 10  # steps
-FALLEN = 1.0  # nats below the reference: less than 37 % as likely
+FALLEN = 1.0  # nats; 1.0 below the reference means at most 37 % as likely
 
 
 class Drift:
-    """Watches a run's metrics. Silent where there is no reference, and after it has spoken."""
+    """Watches the metrics of a run for chosen completions that become unlikely. Warns at most once, and never for an
+    objective without a reference."""
 
     def __init__(self) -> None:
         self._chosen: deque[float] = deque(maxlen=WINDOW)
         self._margins: deque[float] = deque(maxlen=WINDOW)
-        self._spoken = False
+        self._has_warned = False
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """What to tell the user after a step with these metrics. A mean of the last steps, as batches differ."""
-        if self._spoken or not {"logratios/chosen", "rewards/margins"} <= metrics.keys():
+        """Returns a warning for the user, or None. `metrics` are those of the latest step. The warning depends on means
+        over the last WINDOW steps, because single batches differ."""
+        if self._has_warned or not {"logratios/chosen", "rewards/margins"} <= metrics.keys():
             return None
         self._chosen.append(metrics["logratios/chosen"])
         self._margins.append(metrics["rewards/margins"])
         fallen, margin = -fmean(self._chosen), fmean(self._margins)
-        self._spoken = len(self._chosen) == WINDOW and fallen > FALLEN and margin > 0
-        return _sentence(fallen, margin) if self._spoken else None
+        self._has_warned = len(self._chosen) == WINDOW and fallen > FALLEN and margin > 0
+        return _sentence(fallen, margin) if self._has_warned else None
 
 
 def _sentence(fallen: float, margin: float) -> str:
     return (
         f"Chosen completions are {fallen:.1f} nats less likely than under the reference (mean of {WINDOW} steps) "
         f"while margins have grown to {margin:.2f}: rejected ones fall faster. That is common with losses on margins "
-        "and harmless while small; if answers get worse, raise beta, lower the learning rate or train fewer epochs, "
-        "or take rpo or dpop, which hold chosen completions up."
+        "and harmless while small; if answers get worse, raise beta, lower the learning rate, train fewer epochs, "
+        "or use rpo or dpop, which keep chosen completions likely."
     )

@@ -1,4 +1,8 @@
-"""Rewards, margins, accuracies, lengths: plain means over the global batch, named as TRL logs them."""
+"""Computes the metrics of a training step: unweighted means over the global batch of rewards, margins, accuracies and
+lengths.
+
+The metrics have the names that TRL logs.
+"""
 
 import math
 
@@ -6,80 +10,84 @@ from torch import Tensor
 
 from dpo_core import options as o
 from dpo_core.objectives.losses import differences, kl_estimate
-from dpo_core.policy.scores import Scores
+from dpo_core.policy.measures import Measures
 
 
-def measure(objective: o.Objective, scores: Scores) -> dict[str, Tensor]:
-    """Scalars by key. Of a ranking, `chosen` is the best completion and `rejected` the mean of the others."""
+def compute_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
+    """Returns the metrics of the measured groups as scalars by name. In a ranking, `chosen` is the best completion and
+    `rejected` the mean of the others."""
     if isinstance(objective, o.Supervised):
-        return {"mean_token_accuracy": scores.num_correct.sum() / scores.all.lengths.sum()}
+        return {"mean_token_accuracy": measures.num_correct.sum() / measures.all.lengths.sum()}
     if objective.traits.num_outputs:
-        return _measure_rewards(objective, scores)
-    sides = _sides(objective, scores)
-    rewards = _rewards(objective, scores)
-    values = {"rewards": rewards, "logps": scores.all.logps, "lengths": scores.all.lengths}
-    if scores.all.ref_logps is not None:
-        values["logratios"] = scores.all.logratios  # their drift from the reference
-    found = {f"{name}/{side}": value[places].mean() for name, value in values.items() for side, places in sides.items()}
-    if scores.all.ref_logps is not None:
-        found["kl"] = _kl(objective, scores)
+        return _reward_model_metrics(objective, measures)
+    sides = _sides(objective, measures)
+    rewards = _rewards(objective, measures)
+    values = {"rewards": rewards, "logps": measures.all.logps, "lengths": measures.all.lengths}
+    if measures.all.ref_logps is not None:
+        values["logratios"] = measures.all.logratios  # how far the policy has moved from the reference
+    metrics = {
+        f"{name}/{side}": value[places].mean() for name, value in values.items() for side, places in sides.items()
+    }
+    if measures.all.ref_logps is not None:
+        metrics["kl"] = _kl(objective, measures)
     if len(sides) == 2:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    if _some_order(scores):
-        leads = differences(scores.by_group(rewards, 0.0))
-        found["rewards/accuracies"] = _mean_over_pairs(leads > 0, scores)
-    return found
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if _has_ordered_pair(measures):
+        leads = differences(measures.by_group(rewards, 0.0))
+        metrics["rewards/accuracies"] = _mean_over_pairs(leads > 0, measures)
+    return metrics
 
 
-def _measure_rewards(objective: o.Objective, scores: Scores) -> dict[str, Tensor]:
-    """Of a reward model. The margin is a mean over ordered pairs, as the accuracy is."""
-    rewards = scores.rewards
-    found = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
+def _reward_model_metrics(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
+    """Returns the metrics of a reward model by name. Margin and accuracy are means over the ordered pairs of all
+    groups."""
+    rewards = measures.rewards
+    metrics = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
     if objective.traits.num_outputs == 2:
-        found["mean_variance"] = scores.log_variances.exp().mean()
-    if _some_order(scores):
-        leads = differences(scores.by_group(rewards, 0.0))
-        found |= {"accuracy": _mean_over_pairs(leads > 0, scores), "margin": _mean_over_pairs(leads, scores)}
-    return found
+        metrics["mean_variance"] = measures.log_variances.exp().mean()
+    if _has_ordered_pair(measures):
+        leads = differences(measures.by_group(rewards, 0.0))
+        metrics |= {"accuracy": _mean_over_pairs(leads > 0, measures), "margin": _mean_over_pairs(leads, measures)}
+    return metrics
 
 
-def _some_order(scores: Scores) -> bool:
-    return any(len(set(group.rated())) > 1 for group in scores.groups)
+def _has_ordered_pair(measures: Measures) -> bool:
+    return any(len(set(group.rated())) > 1 for group in measures.groups)
 
 
-def _mean_over_pairs(values: Tensor, scores: Scores) -> Tensor:
-    """Of [G, k, k], over all j that are rated lower than i."""
-    return (values * scores.worse).sum(dtype=scores.found.dtype) / scores.worse.sum()
+def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
+    """Returns the mean of `values` [G, k, k] over the ordered pairs of all groups. In a pair (i, j), completion j is
+    rated lower than completion i."""
+    return (values * measures.worse).sum(dtype=measures.table.dtype) / measures.worse.sum()
 
 
-def _sides(objective: o.Objective, scores: Scores) -> dict[str, Tensor]:
-    """Where the completions of each side stand. A side without any is left out."""
+def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
+    """Returns the places in the table of measures of the chosen and of the rejected completions. A side without
+    completions is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}
-    completions = (completion for group in scores.groups for completion in enumerate(group.ranked()))
+    completions = (completion for group in measures.groups for completion in enumerate(group.ranked()))
     for place, (rank, rating) in enumerate(completions):
         if not math.isnan(rating):
-            ahead = rating > 0 if unpaired else rank == 0
-            sides["chosen" if ahead else "rejected"].append(place)
-    return {side: scores.places(places) for side, places in sides.items() if places}
+            is_chosen = rating > 0 if unpaired else rank == 0
+            sides["chosen" if is_chosen else "rejected"].append(place)
+    return {side: measures.places(places) for side, places in sides.items() if places}
 
 
-def _kl(objective: o.Objective, scores: Scores) -> Tensor:
-    """KTO's estimate; else KL(reference || policy), were the completions the reference's own."""
+def _kl(objective: o.Objective, measures: Measures) -> Tensor:
+    """Returns KTO's z0 for KTO. For other objectives returns the mean of -h, which is KL(reference || policy) if the
+    reference wrote the completions."""
     if isinstance(objective, o.Kto):
-        return kl_estimate(scores)
-    rated = ~scores.ratings.isnan()
-    return -(scores.all.logratios * rated).sum() / rated.sum()
+        return kl_estimate(measures)
+    rated = ~measures.ratings.isnan()
+    return -(measures.all.logratios * rated).sum() / rated.sum()
 
 
-def _rewards(objective: o.Objective, scores: Scores) -> Tensor:
+def _rewards(objective: o.Objective, measures: Measures) -> Tensor:
+    """Returns the reward of each completion, [K]. For `mpo`, returns the rewards of its first preference objective."""
     if isinstance(objective, o.Mpo):
-        return _rewards(next(part for part in objective.objectives if part.type != "supervised"), scores)
-    if isinstance(objective, o.Orpo):
-        return objective.odds_weight * scores.all.mean_logps
-    if isinstance(objective, o.Simpo):
-        return objective.beta * scores.all.mean_logps
-    if isinstance(objective, o.Cpo):
-        return objective.beta * scores.all.logps
+        return _rewards(next(part for part in objective.objectives if part.type != "supervised"), measures)
     assert not isinstance(objective, o.Supervised | o.RewardObjective)
-    return objective.beta * scores.all.logratios
+    scale = objective.odds_weight if isinstance(objective, o.Orpo) else objective.beta
+    rewards: Tensor = scale * getattr(measures.all, objective.traits.reward)
+    return rewards

@@ -1,1 +1,1 @@
-"""Will a run fit? Answered before it runs, without torch."""
+"""Computes whether a training run fits into memory, before the run starts and without importing torch."""

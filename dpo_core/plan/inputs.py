@@ -1,4 +1,4 @@
-"""What a plan is made of: a model, the rows that it is trained on, and the options that decide about memory."""
+"""Defines the inputs of a memory plan: a model, its training rows, and the options that affect memory."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,61 +13,68 @@ FLOAT32 = 4  # bytes of a gradient, of a master, and of one of AdamW's two momen
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model: its config.json, and the shapes of its weights by their names in safetensors."""
+    """The config.json of a model, and the shapes of the model's weights by their names in safetensors."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Sequence[int]]
 
     @property
     def text(self) -> dict[str, Any]:
-        """The config of the part that reads texts."""
+        """The config of the text model: the values of `text_config`, if there are any, override those of the whole
+        config."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
     def number(self, *names: str) -> int:
-        """The first of these that the config has."""
-        found = next((self.text[name] for name in names if self.text.get(name) is not None), None)
-        if found is None:
+        """Returns the value of the first name in `names` that the config has. Raises ValueError if the config has
+        none."""
+        value = next((self.text[name] for name in names if self.text.get(name) is not None), None)
+        if value is None:
             raise ValueError(f"config.json has no {names[0]}; only decoders with attention can be planned.")
-        return int(found)
+        return int(value)
 
     @property
     def numbers(self) -> int:
+        """The number of parameters in all weights of the model."""
         return sum(map(prod, self.weights.values()))
 
     @property
     def outside(self) -> int:
-        """How many numbers are in no layer."""
+        """The number of parameters in the weights outside the model's layers."""
         return sum(prod(shape) for name, shape in self.weights.items() if not in_layer(name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is trained on: groups of a prompt and its completions, with their mean lengths in tokens."""
+    """The size of the training data: the number of groups, and the mean lengths in tokens of prompts and
+    completions."""
 
     groups: int
     prompt: int
     completion: int
     completions: int = 2
-    longest: int = 0  # tokens of the longest group; 0: all are as long
+    longest: int = 0  # tokens of the longest group; 0: all groups have the mean length
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of a mean group: its prompt once, and all its completions."""
         return self.prompt + self.completions * self.completion
 
     @property
     def computed(self) -> int:
-        """Tokens of a group in a pack: the last one of a completion predicts nothing."""
+        """The number of tokens of a mean group in a forward pass. The last token of each completion is left out,
+        because it predicts nothing."""
         return max(1, self.tokens - self.completions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What of a job decides about memory; a field is named as that of the job, if it is one."""
+    """The options of a job that affect memory. Options that a job also has keep the names of the job's fields."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    adapter: int | None = None  # its rank; None: all weights are trained
-    dropout: float = 0.0  # of what enters the adapter
-    targets: tuple[str, ...] | None = None  # names of modules that it adapts; None: all linear layers but the head
+    adapter: int | None = None  # the adapter's rank; None: all weights are trained
+    dropout: float = 0.0  # share of the adapter's inputs that is left out
+    quantized: bool = False  # whether the linear layers of the adapter's base are in NF4
+    targets: tuple[str, ...] | None = None  # names of the adapted modules; None: all linear layers but the head
     num_workers: int = 1
     workers_per_node: int = 8
     sharding: Sharding = "auto"
@@ -76,7 +83,7 @@ class Run:
     max_tokens_per_pack: int | None = None
     batch_size: int = 8
     n_epochs: int = 1
-    rewards: bool = False  # a reward model, which has no logits
+    rewards: bool = False  # whether the model is a reward model, which has no logits
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property

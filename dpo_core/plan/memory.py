@@ -1,12 +1,13 @@
-"""What a worker holds, in bytes, from the shapes of a model's weights alone. Standard library only.
+"""Computes the bytes of memory that a training worker needs, from the shapes of a model's weights alone. Uses only the
+standard library.
 
-The formulas follow what the engine keeps of a decoder built like Llama; of another one the activations are an
-estimate. A test compares them with what processes hold.
+The formulas fit a Llama-like decoder; for other models the bytes of activations are an estimate. A pack is the rows of
+one forward pass. A test compares the results with the memory of real processes.
 """
 
 import re
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil, inf, prod
 
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes, in_layer
 from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS, choose_pack, fewest_shards
@@ -14,29 +15,31 @@ from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, TILE_COLUMNS, TILE_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The bytes of a worker by part, and at its fullest moment."""
+    """The bytes of memory that a worker needs for each purpose, and the largest sum of them at any one time
+    (`total`)."""
 
     weights: int
     gradients: int
-    masters: int  # float32 copies of what is trained in half precision
+    masters: int  # float32 copies of the weights that are trained in half precision
     moments: int
-    activations: int  # of a pack
+    activations: int  # that autograd keeps of a pack
     head: int  # a tile of logits, and the gradients that leave the head
     masks: int
-    sharding: int  # weights that are whole while they compute
-    exchange: int  # of gradients between workers, once activations are gone
-    checkpoint: int  # its copy in host memory while it is written: on a CPU beside the rest
-    loading: int  # the whole model: each worker loads it before it is split
+    sharding: int  # weights that FSDP gathers whole to compute with them
+    exchange: int  # buffers for gradients between workers, needed after activations are freed
+    checkpoint: int  # the checkpoint's copy in host memory; on a CPU it adds to the total
+    loading: int  # the whole model, which each worker loads before splitting it
     total: int
 
     @property
     def least(self) -> int:
-        """What no choice of packs makes smaller."""
+        """The bytes that a worker needs however small its packs (the rows of one forward pass) are."""
         return max(self.loading, self.weights + self.gradients + self.masters + self.moments)
 
 
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
-    """The run with shards and packs chosen as training chooses them, and what a worker then holds."""
+    """Returns the run with the pack size and the recomputation of activations that training would choose, the number of
+    shards of each weight, and the memory of a worker. `room` is the bytes of a device's memory; None: unknown."""
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
     shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
     if run.sharding == "auto" and run.device == "cuda":
@@ -58,27 +61,30 @@ def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, 
 
 
 def _pack(run: Run, rows: Rows, limit: int) -> tuple[int, bool]:
-    """The tokens of a worker's largest pack, and whether it has several in a step."""
+    """Returns the number of tokens in a worker's largest pack (the rows of one forward pass), and whether a step has
+    several packs. `limit` is the largest number of tokens in a pack."""
     groups = ceil(run.batch_size / run.num_workers)
-    if rows.longest > rows.computed:  # uneven groups fill a pack
+    if rows.longest > rows.computed:  # groups of different lengths fill packs up to the limit
         return max(rows.longest, min(groups * rows.computed, limit)), groups * rows.computed > limit
     packs = ceil(groups / max(1, limit // rows.computed))
     return ceil(groups / packs) * rows.computed, packs > 1
 
 
 def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, several: bool) -> Memory:
+    """Returns the memory of a worker. `tokens` is the size of the worker's largest pack; `several` says whether a step
+    has more than one pack."""
     size, trained, hidden = run.itemsize, count_trained(model, run), model.number("hidden_size")
     completions = tokens * rows.completions / rows.computed
-    learned = int(completions * (1 if run.rewards else rows.completion))  # rows that the head reads
+    learned = int(completions * (1 if run.rewards else rows.completion))  # tokens for which the head computes logits
     again, layer = run.activation_checkpointing == "on", _kept_of_layer(model, run, rows)
     head_gradient = 0 if run.adapter or run.rewards else model.number("vocab_size") * hidden * FLOAT32
     in_head = _tile(model, run, learned) + learned * hidden * FLOAT32
     last_norm = tokens * hidden * (2 * FLOAT32 + size * (not run.adapter))
-    widest = (2 + again) * _intermediate(model) + 2 * hidden  # the gradients that are alive within a layer
+    widest = (2 + again) * _intermediate(model) + 2 * hidden  # gradients held at one time within a layer
     in_layer = tokens * (layer * again + widest * size)
     entries = tokens * model.number("num_hidden_layers") * (hidden * size if again else layer)
     activations = entries + learned * hidden * size + max(last_norm, in_layer - in_head)
-    flash = run.device == "cuda" and size < FLOAT32  # which needs no masks
+    flash = run.device == "cuda" and size < FLOAT32  # flash attention needs no masks
     behind = 0 if flash else completions * (1 - 1 / rows.completions)  # completions that share their prompt
     masks = int(behind * (rows.completion - 1) * (rows.prompt + rows.completion - 1) * size)
     state, exchange = _state(model, run, shards), 0
@@ -89,7 +95,8 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
     resting = state["weights"] + state["masters"] + state["moments"] + state["sharding"]
     in_pack = activations + in_head + head_gradient + masks + several * state["gradients"]
     copied = trained * (FLOAT32 if shards > 1 else size) + state["masters"] + state["moments"]
-    total = max(model.numbers * size, resting + max(in_pack, state["gradients"] + exchange))
+    loading = 0 if run.quantized and run.device == "cuda" else model.numbers * size  # an NF4 base is whole on the host
+    total = max(loading, resting + max(in_pack, state["gradients"] + exchange))
     return Memory(
         **state,
         activations=activations,
@@ -97,18 +104,21 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
         masks=masks,
         exchange=exchange,
         checkpoint=copied,
-        loading=model.numbers * size,
+        loading=loading,
         total=total + copied * (run.device == "cpu"),
     )
 
 
 def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
-    """What is there from step to step. Of shards, what computes is whole: all that is outside of the layers and, as
-    the next one is fetched ahead, two layers."""
-    size, trained, frozen = run.itemsize, count_trained(model, run), model.numbers if run.adapter else 0
+    """Returns the bytes that a worker keeps from one optimizer step to the next, by purpose.
+
+    With several shards, the worker also holds some whole weights while it computes: the weights outside the layers, and
+    the weights of two layers, because the next layer is fetched ahead.
+    """
+    size, trained, frozen = run.itemsize, count_trained(model, run), _frozen_bytes(model, run) if run.adapter else 0
     gathered = model.outside + 2 * (model.numbers - model.outside) // model.number("num_hidden_layers")
     return {
-        "weights": (frozen * size + trained * (FLOAT32 if shards > 1 else size)) // shards,
+        "weights": (frozen + trained * (FLOAT32 if shards > 1 else size)) // shards,
         "gradients": trained * FLOAT32 // shards,
         "masters": trained * FLOAT32 if size < FLOAT32 and shards == 1 else 0,
         "moments": 2 * trained * FLOAT32 // shards,
@@ -116,8 +126,17 @@ def _state(model: Shapes, run: Run, shards: int) -> dict[str, int]:
     }
 
 
+NF4_BITS = 4.127  # bits of one weight, with its part of the scales of a block of 64 weights
+
+
+def _frozen_bytes(model: Shapes, run: Run) -> int:
+    linear = sum(prod(shape) for name, shape in model.weights.items() if len(shape) == 2 and in_layer(name))
+    quantized = linear if run.quantized else 0
+    return (model.numbers - quantized) * run.itemsize + int(quantized * NF4_BITS / 8)
+
+
 def count_trained(model: Shapes, run: Run) -> int:
-    """How many numbers."""
+    """Returns the number of trained parameters: those of the adapter, or all of the model's if there is no adapter."""
     if run.adapter is None:
         return model.numbers
     return run.adapter * sum(sum(model.weights[name]) for name in _adapted(model, run))
@@ -131,13 +150,13 @@ def _adapted(model: Shapes, run: Run) -> list[str]:
 
 
 def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
-    """The bytes that autograd keeps of a token and a layer."""
+    """Returns the bytes that autograd keeps for one token in one layer."""
     hidden, heads, size = model.number("hidden_size"), model.number("num_attention_heads"), run.itemsize
     layers = model.number("num_hidden_layers")
     width = int(model.text.get("head_dim") or hidden // heads)
     queries, keys = heads * width, model.number("num_key_value_heads", "num_attention_heads") * width
     flash = run.device == "cuda" and size < FLOAT32
-    # A norm computes in float32. It keeps its input, its output, and what its own weight learns from.
+    # A norm computes in float32. Autograd keeps its input, its output, and a tensor for its weight's gradient.
     normed = FLOAT32 + size * (1 if run.adapter else 2)
     of_hidden = [name for name, shape in model.weights.items() if in_layer(name) and list(shape) == [hidden]]
     number = len([name for name in of_hidden if re.search("(?<![.][qk]_)norm", name)])
@@ -145,8 +164,8 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
     if any("q_norm" in name for name in model.weights):
         norms += (queries + keys) * (normed - size)
     if run.device == "cuda" and not flash:
-        keys = queries  # they are repeated
-    # The keys of a prompt are kept once for each of its completions; flash attention does not copy what it says.
+        keys = queries  # keys are repeated for each query head
+    # The keys of a prompt are kept once for each of its completions; flash attention does not copy its output.
     seen = rows.completions * (rows.prompt + rows.completion - 1) / rows.computed
     attention = size * ((2 if flash else 3) * queries + int(2 * keys * seen)) + FLOAT32 * heads
     routed = _routed(model)
@@ -157,13 +176,14 @@ def _kept_of_layer(model: Shapes, run: Run, rows: Rows) -> int:
 
 
 def _routed(model: Shapes) -> int:
-    """How many experts a token passes; 0: there are none."""
+    """Returns the number of experts that compute each token; 0 for a model without experts."""
     has_experts = any(".experts." in name for name in model.weights)
     return model.number("num_experts_per_tok", "num_experts_per_token", "moe_topk") if has_experts else 0
 
 
 def _intermediate(model: Shapes) -> int:
-    """The width of the MLP, or of the experts that a token passes."""
+    """Returns the inner width of the MLP or, in a model with experts, the summed width of the experts that compute a
+    token."""
     if routed := _routed(model):
         return routed * model.number("moe_intermediate_size", "intermediate_size")
     return model.number("intermediate_size")

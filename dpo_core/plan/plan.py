@@ -1,4 +1,4 @@
-"""Will a run fit? And if not: what would make it fit."""
+"""Computes whether a training run fits into memory and, if not, which changes of its options make the run fit."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 from dpo_core.plan.inputs import FLOAT32, Rows, Run, Shapes
 from dpo_core.plan.memory import Memory, count_trained, settle
 
-FILLED = 0.9  # of a device's memory that a plan may fill: its figures are good to a tenth
-CHANGES: dict[str, Sequence[Any]] = {  # what may make a run fit, in the order in which it is tried
+FILLED = 0.9  # share of a device's memory that a plan may fill, because its figures are accurate to a tenth
+CHANGES: dict[str, Sequence[Any]] = {  # options that may make a run fit, in the order in which they are tried
     "activation_checkpointing": ["on"],
     "max_tokens_per_pack": ["max_length"],
     "precision": ["bfloat16"],
@@ -22,6 +22,9 @@ CHANGES: dict[str, Sequence[Any]] = {  # what may make a run fit, in the order i
 
 @dataclass(frozen=True)
 class Change:
+    """A change of one option of a job that helps the run to fit: the job's field, its new value, and a sentence for the
+    user."""
+
     field: str
     value: Any
     message: str
@@ -29,20 +32,23 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    run: Run  # with what was left open decided
+    """The memory, disk space and steps that a run needs, whether the run fits, and the changes that make it fit."""
+
+    run: Run  # the run, with the size of its packs decided
     shards: int
     memory: Memory
     checkpoint_bytes: int  # on disk
     steps: int
     tokens: int
-    fits: bool | None  # None: the memory of a device is not known
-    changes: tuple[Change, ...]  # that together make it fit; none where it does, or where nothing helps
+    fits: bool | None  # None: the memory of the device is unknown
+    changes: tuple[Change, ...]  # changes that together make the run fit; empty if it fits already or nothing helps
 
 
 def plan(
     model: Shapes, run: Run, rows: Rows, room: int | None = None, settable: Collection[str] = tuple(CHANGES)
 ) -> Plan:
-    """`room` is the memory of a worker's device; `settable` are the fields that `changes` may name."""
+    """Returns the plan of a run. `room` is the bytes of a worker's device, None if unknown; `settable` names the fields
+    that `changes` may set."""
     settled, shards, held = settle(model, run, rows, room)
     saved = count_trained(model, run) * (run.itemsize + FLOAT32 * (2 if run.itemsize == FLOAT32 else 3))
     steps = run.n_epochs * ceil(rows.groups / run.batch_size)
@@ -52,7 +58,11 @@ def plan(
 
 
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
-    """The first change that is enough by itself, else the first ones together of which none can be left out."""
+    """Returns the first single change in CHANGES that makes the run fit.
+
+    If no single change does, returns the first changes that together make the run fit, without unneeded ones; empty if
+    even all changes together do not.
+    """
 
     def total(values: Mapping[str, Any]) -> int:
         return settle(model, replace(run, **values), rows, room)[2].total
@@ -77,5 +87,6 @@ def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collectio
 
 
 def in_gb(num_bytes: int) -> str:
+    """Returns a number of bytes as a text in GB, such as `12.3 GB`."""
     gigabytes = num_bytes / 1e9
     return f"{gigabytes:.0f} GB" if gigabytes >= 100 else f"{gigabytes:.3g} GB"

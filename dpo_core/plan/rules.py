@@ -1,24 +1,25 @@
-"""The rules by which training splits weights and sizes packs; a plan follows them, too. Standard library only."""
+"""Holds the rules by which training, and a plan of training, split weights over ranks and choose the size of packs (the
+rows of one forward pass). Uses only the standard library."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-# Logits held at a time: on a CPU so few rows that caches help, on a GPU enough to fill it; of any vocabulary no more
-# columns than these.
+# The size of a tile of logits. On a CPU a tile has few rows, to fit into caches; on a GPU many, to fill the device.
 TILE_ROWS = {"cpu": 256, "cuda": 1024}
 TILE_COLUMNS = 32768
-MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # of a pack; more keep the device no busier
-STATE_SHARE = 0.5  # of a GPU's memory, for weights, gradients and AdamW's moments; the rest is for packs
-PACK_SHARE = 0.6  # of what is free, for what backward needs; the rest is for passing buffers
+MOST_TOKENS = {"cpu": 8192, "cuda": 32768}  # in a pack; a larger pack is no faster
+STATE_SHARE = 0.5  # share of a GPU's memory for weights, gradients and AdamW's moments; the rest is for packs
+PACK_SHARE = 0.6  # share of free memory for tensors that backward needs; the rest is for temporary tensors
 
 
 def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: float) -> int:
-    """The rule of `auto`: the first of the choices whose state, in bytes, fits on a GPU of so much memory, else the
-    last.
+    """Returns the first number of shards in `choices` at which the state, in bytes, fits on a GPU of `room` bytes;
+    otherwise the last.
 
-    Within a node splitting costs little, so whole weights are split there at least. Adapters are copied, base and all.
-    Both are split over more ranks only where they would not fit. Models on CPUs, and those that answer one completion
-    at a time, are always copied.
+    This is the rule of sharding `auto`. The caller lists as choices the numbers of shards from few to many: a policy
+    without an adapter is always split within a node, where splitting costs little. A policy with an adapter is copied,
+    with its base. Both are split over more ranks only if they do not fit. Models on CPUs, and models that are computed
+    one completion at a time, are always copied.
     """
     return next((shards for shards in choices if state(shards) <= STATE_SHARE * room), choices[-1])
 
@@ -26,13 +27,14 @@ def fewest_shards(choices: Sequence[int], state: Callable[[int], int], room: flo
 def choose_pack(
     budget: int | None, kept: int, borders: int, *, given: int | None, wanted: str, least: int, most: int
 ) -> tuple[int, Literal["on", "off"], int]:
-    """The tokens of a pack, whether layers are computed again, and how many tokens there is room for.
+    """Returns the number of tokens in a pack (the rows of one forward pass), whether backward recomputes layers, and
+    the number of tokens that fit into memory.
 
-    `budget`, in bytes, is what packs may take; None: it is not known. `kept` are the bytes that autograd keeps of a
-    token, `borders` those that it keeps if layers are computed again. Powers of two, so that a little more or less
-    free memory decides the same.
+    `budget` is the bytes that a pack may take; None: unknown. Autograd keeps `kept` bytes for each token, or `borders`
+    bytes if layers are recomputed. `given` and `wanted` are the user's choices; `least` and `most` bound the tokens.
+    The number of tokens is a power of two, so that a little more or less free memory does not change it.
     """
-    again = budget is not None and budget // kept < (given or least)
-    choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and again) else "off"
+    recompute = budget is not None and budget // kept < (given or least)
+    choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and recompute) else "off"
     fits = most if budget is None else min(most, budget // (borders if choice == "on" else kept))
     return given or max(least, 1 << max(0, fits.bit_length() - 1)), choice, fits

@@ -1,4 +1,5 @@
-"""Models built like Llama, by their config alone, and what becomes of them on GPUs of 80 GB: `python -m` prints it."""
+"""Plans the memory of runs of Llama-like models of several sizes on GPUs of 80 GB. `python -m dpo_core.plan.sizes`
+prints the plans as a table."""
 
 import json
 import sys
@@ -28,7 +29,7 @@ PAIRS = Rows(groups=10_000, prompt=512, completion=256, longest=2048)
 
 
 def llama(config: Mapping[str, int]) -> Shapes:
-    """The shapes that safetensors files of such a model have."""
+    """Returns the config and the shapes of the weights of a Llama-like model. `config` has the keys in NAMES."""
     return Shapes({"model_type": "llama", **config}, dict(_weights(config)))
 
 
@@ -50,7 +51,8 @@ def _weights(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]
 
 
 def table() -> str:
-    """In Markdown: the most that a worker holds, and whether that fits or what makes it fit."""
+    """Returns a Markdown table: for each model and number of GPUs, the most memory that a worker needs, whether the run
+    fits, and the changes that make it fit."""
     lines = ["| model | trained | 1 GPU | 4 GPUs | 8 GPUs |", "|---|---|---|---|---|"]
     for size, values in SIZES.items():
         shapes = llama(dict(zip(NAMES, values, strict=True)))
@@ -62,13 +64,13 @@ def table() -> str:
 
 
 def _cell(shapes: Shapes, run: Run) -> str:
-    found = plan(shapes, run, PAIRS, GPU_BYTES)
-    held = in_gb(found.memory.total)
-    if found.fits:
+    planned = plan(shapes, run, PAIRS, GPU_BYTES)
+    held = in_gb(planned.memory.total)
+    if planned.fits:
         return f"{held}: fits"
-    if found.memory.loading > GPU_BYTES:
+    if planned.memory.loading > GPU_BYTES:
         return f"{held}: no, it is loaded whole"
-    remedy = " and ".join(f"`{change.field}: {json.dumps(change.value)}`" for change in found.changes)
+    remedy = " and ".join(f"`{change.field}: {json.dumps(change.value)}`" for change in planned.changes)
     return f"{held}: " + (f"fits with {remedy}" if remedy else "no")
 
 

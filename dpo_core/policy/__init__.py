@@ -1,1 +1,2 @@
-"""A model that computes log-probs of completions: packs, attention, head."""
+"""Computes the log-probabilities of completions with a model: forms packs (the rows of one forward pass), and computes
+attention and the head."""

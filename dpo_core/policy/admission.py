@@ -1,4 +1,5 @@
-"""Groups that a model cannot read, or training cannot count with, are refused by line before anything is computed."""
+"""Refuses groups that a model cannot read or that training cannot compute with, and names the group's line. Groups are
+checked before anything is computed."""
 
 from collections.abc import Sequence
 
@@ -6,12 +7,12 @@ from transformers import PreTrainedModel
 
 from dpo_core.encoding.encode import EncodedGroup
 
-LARGEST = 3.4e38  # finite number in float32
+LARGEST = 3.4e38  # about the largest finite number in float32
 
 
 def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length: int | None = None) -> None:
-    """Raises ValueError for the first group that has ids beyond the vocabulary, more tokens than `max_length` or the
-    model's positions, or figures that are not finite."""
+    """Raises ValueError for the first group that has ids outside the vocabulary, more tokens than `max_length` or the
+    model's positions, or numbers that are not finite."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     for group in groups:

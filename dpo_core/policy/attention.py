@@ -1,7 +1,8 @@
-"""Attention over a stream of segments: completions see their prompt and themselves, and nothing else.
+"""Computes attention over a stream of segments, in which a completion sees only its prompt and itself.
 
-Registered with transformers under its own name, so that every architecture that attends through
-`ALL_ATTENTION_FUNCTIONS` can use it. transformers builds no mask for a name it has no mask for.
+The module registers this attention with transformers under a name of its own. So every architecture that calls
+attention through `ALL_ATTENTION_FUNCTIONS` can use it, and transformers builds no mask, because it does not know the
+name.
 """
 
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "shared_prompts"
-Segments = tuple[tuple[int, int, int, int], ...]  # prefix start and stop, own start and stop
+Segments = tuple[tuple[int, int, int, int], ...]  # start and stop of the prefix, start and stop of the segment
 
 
 @contextmanager
 def shared_prompts(policy: PreTrainedModel) -> Iterator[None]:
-    """Within, a forward of the policy takes `segments=` and attends by them. Raises ValueError where it cannot."""
+    """Lets the policy's forward take the argument `segments` in the `with` block. Raises ValueError if the policy's
+    attention cannot be replaced."""
     before = policy.config._attn_implementation
     policy.set_attn_implementation(NAME)
     if policy.config._attn_implementation != NAME:
@@ -46,7 +48,8 @@ def segment_attention(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """All segments in one call where the device can, else one SDPA call per segment; returns [1, T, heads, width]."""
+    """Returns the attention of each segment's queries to their prompt and their own segment, [1, T, heads, width]. One
+    call computes all segments if flash attention suits the tensors; otherwise each segment needs a call."""
     unusable = [name for name, given in kwargs.items() if name not in _CHANGES_NOTHING and given is not None]
     unusable += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
     if segments is None:
@@ -57,13 +60,14 @@ def segment_attention(
     return attend(query, key, value, segments, scaling, sliding_window), None
 
 
-# Arguments that architectures pass on and that do not change what attention computes. Any other may, as a cap of its
-# scores, a sink, a bias or a choice of keys does, and then sharing is not for them.
+# Arguments that architectures pass and that do not change what attention computes. Any other argument may change the
+# result, such as a cap of the scores, a sink, a bias or a choice of keys; such an architecture cannot share prompts.
 _CHANGES_NOTHING = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
 
 
 def _suits_flash(query: Tensor, value: Tensor) -> bool:
-    """Flash attention alone takes segments of any lengths in one call, and its kernels are for nothing but these."""
+    """Whether flash attention can compute these tensors. Only flash attention takes segments of different lengths in
+    one call."""
     width = query.shape[-1]
     return (
         query.device.type == "cuda"
@@ -88,23 +92,27 @@ def _at_once(
         most_queries,
         most_keys,
         scale=scaling,
-        # How far back and ahead. Flash attention lays the last query on the last key, so own tokens follow the prefix.
+        # How far back and ahead a query sees. Flash attention aligns the last query with the last key, so keys of the
+        # prefix come before those of the segment.
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return cast(Tensor, attended)[None]
 
 
-@lru_cache(maxsize=1)  # all layers of a forward ask for the same
+@lru_cache(maxsize=1)  # all layers of a forward call this with the same arguments
 def _lay_out(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Places in the stream of the keys that segments see, one segment after the other; the edges between the
-    segments' queries, and between their keys, [S + 1] int32; how many queries, and keys, the largest has."""
+    """Returns the arguments that one call of flash attention needs for the S segments.
+
+    They are the places in the stream of the keys that each segment sees; the borders between the segments' queries and
+    between their keys, [S + 1] int32 each; and the largest number of queries and of keys in a segment.
+    """
     ranges = [torch.arange(*ends) for segment in segments for ends in (segment[:2], segment[2:])]
     num_queries = [stop - start for _, _, start, stop in segments]
     num_keys = [prefix_stop - prefix_start + stop - start for prefix_start, prefix_stop, start, stop in segments]
     edges = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (num_queries, num_keys))
     tensors = [torch.cat(ranges), *edges]
-    if device.type == "cuda":  # from pinned memory the host need not wait
+    if device.type != "cpu":  # a copy from pinned memory does not block the host
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     seen, query_edges, key_edges = tensors
     return seen, query_edges, key_edges, max(num_queries), max(num_keys)
@@ -114,10 +122,10 @@ def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
-    grouped = repeats > 1 and query.device.type == "cpu"  # elsewhere SDPA groups heads in few of its kernels
+    grouped = repeats > 1 and query.device.type == "cpu"  # on other devices few SDPA kernels group heads
     if repeats > 1 and not grouped:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    # Cut once: the gradient of a split is one concatenation, that of a slice a whole stream of zeros.
+    # The gradient of one split is one concatenation, while the gradient of each slice would be a whole stream of zeros.
     cuts = sorted({edge for segment in segments for edge in segment})
     place = {cut: index for index, cut in enumerate(cuts)}
     sizes = [stop - start for start, stop in pairwise(cuts)]
@@ -125,23 +133,25 @@ def _one_by_one(
     queries = query.split_with_sizes([stop - start for _, _, start, stop in segments], 2)
     masks = _masks(segments, sliding_window, query.dtype, query.device)
     outputs = []
-    for own, mask, (prefix_start, prefix_stop, start, stop) in zip(queries, masks, segments, strict=True):
+    for segment_queries, mask, (prefix_start, prefix_stop, start, stop) in zip(queries, masks, segments, strict=True):
         seen = [*range(place[prefix_start], place[prefix_stop]), *range(place[start], place[stop])]
         keys = torch.cat([key_parts[i] for i in seen], 2)
         values = torch.cat([value_parts[i] for i in seen], 2)
         attended = scaled_dot_product_attention(
-            own, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            segment_queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(attended.transpose(1, 2))
     return torch.cat(outputs, 1)  # contiguous, as some architectures expect
 
 
-@lru_cache(maxsize=2)  # all layers of a forward ask for the same, some perhaps with a window
+@lru_cache(maxsize=2)  # all layers call this with the same arguments, but some may have a window
 def _masks(
     segments: Segments, sliding_window: int | None, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor | None]:
-    """What to add to the scores of each segment; None: it is causal and no more. All layers keep the same tensors for
-    backward: of a mask of truth values, SDPA would keep a copy for each."""
+    """Returns for each segment the mask to add to its scores; None for a causal segment, which needs no mask.
+
+    The masks are numbers, which all layers share in backward; SDPA would keep a copy of a boolean mask for each layer.
+    """
     masks: list[Tensor | None] = []
     for prefix_start, prefix_stop, start, stop in segments:
         prefix = prefix_stop - prefix_start
@@ -156,7 +166,8 @@ def _masks(
 
 
 def _mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """[length - prefix, length] true where the query at position `prefix + row` sees the key at position `column`."""
+    """Returns whether the query at position `prefix + row` sees the key at position `column`, [length - prefix,
+    length]."""
     queries = torch.arange(prefix, length, device=device)[:, None]
     keys = torch.arange(length, device=device)
     seen = keys <= queries

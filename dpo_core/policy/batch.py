@@ -1,4 +1,5 @@
-"""Groups become packs: one stream of tokens under a budget, no padding, each prompt once."""
+"""Forms packs from groups. A pack is one stream of tokens for one forward pass, of limited length, without padding,
+with each prompt once."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -14,10 +15,12 @@ from dpo_core.encoding.encode import EncodedGroup
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) -> list[list[list[int]]]:
-    """Which groups go where: `[rank][pack]` -> indices into `lengths`.
+    """Assigns groups to ranks and packs (the rows of one forward pass each). `[rank][pack]` of the result is a list of
+    indices into `lengths`, the groups' numbers of tokens.
 
-    Every rank gets the same number of packs, some perhaps empty, and about the same number of
-    tokens. A group over the budget stands alone in its pack. Pure, so all ranks plan alike.
+    Every rank gets the same number of packs, some of which may be empty, and about the same number of tokens. A group
+    longer than `max_tokens_per_pack` is alone in its pack. The result depends only on the arguments, so all ranks
+    compute the same one.
     """
     costs = [min(length, max_tokens_per_pack) for length in lengths]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -25,27 +28,31 @@ def plan(lengths: Sequence[int], *, num_ranks: int, max_tokens_per_pack: int) ->
     def balanced(packs_per_rank: int) -> list[list[int]] | None:
         return _balance(costs, longest_first, num_ranks * packs_per_rank, max_tokens_per_pack)
 
-    least = max(1, -(-sum(costs) // (num_ranks * max_tokens_per_pack)))
-    packs = balanced(_first(lambda number: balanced(number) is not None, least))
+    fewest = max(1, -(-sum(costs) // (num_ranks * max_tokens_per_pack)))
+    packs = balanced(_first(lambda number: balanced(number) is not None, fewest))
     assert packs is not None
     packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    for turn, pack in enumerate(packs):  # dealt there and back, so that no rank always gets the heavier
+    for turn, pack in enumerate(
+        packs
+    ):  # to the ranks in turn, then in reverse, so that no rank always gets the heavier pack
         back, rank = divmod(turn, num_ranks)
         ranks[num_ranks - 1 - rank if back % 2 else rank].append(pack)
     return ranks
 
 
 def _first(fits: Callable[[int], bool], least: int) -> int:
-    """From `least` on, the first that fits: tried in growing strides, then between the last two."""
-    start, found, stride = least, least, 1
-    while not fits(found):
-        start, found, stride = found + 1, found + stride, 2 * stride
-    return bisect_left(range(found), True, start, key=fits)
+    """Returns the smallest number, at least `least`, for which `fits` is true. Doubles the stride until a number fits,
+    then bisects."""
+    start, candidate, stride = least, least, 1
+    while not fits(candidate):
+        start, candidate, stride = candidate + 1, candidate + stride, 2 * stride
+    return bisect_left(range(candidate), True, start, key=fits)
 
 
 def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int, most: int) -> list[list[int]] | None:
-    """Each to the pack that is the lightest so far; None: one would have more than `most`."""
+    """Puts each group into the pack that is the lightest so far, and returns the packs. Returns None if a pack would
+    have more than `most` tokens."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     loads = [(0, number) for number in range(num_packs)]
     for i in longest_first:
@@ -58,7 +65,8 @@ def _balance(costs: Sequence[int], longest_first: Sequence[int], num_packs: int,
 
 
 def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[list[int]]:
-    """Indices into `lengths`, together as long as that share of the batch, padded to its longest, is no padding."""
+    """Sorts sequences into batches of similar lengths, and returns each batch as indices into `lengths`. When a batch
+    is padded to its longest sequence, at least the share `least_fill` of it is no padding."""
     batches: list[list[int]] = []
     longest = total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -71,8 +79,11 @@ def batches_of_like_lengths(lengths: Sequence[int], least_fill: float) -> list[l
 
 
 class Segment(NamedTuple):
-    """Tokens [start, stop) of the stream attend causally to themselves and, before that, to all of
-    [prefix_start, prefix_stop): the prompt that the completion shares with an earlier one."""
+    """A range [start, stop) of the stream whose tokens attend causally to each other and to a shared prompt.
+
+    The prompt is the range [prefix_start, prefix_stop), which lies before the first completion of the group. An empty
+    range means that the segment holds its own prompt.
+    """
 
     prefix_start: int
     prefix_stop: int
@@ -82,21 +93,21 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One pack. T tokens in the stream, R learned tokens, K completions.
+    """The tensors of one pack (the rows of one forward pass): T tokens in the stream, R learned tokens, K completions.
 
-    The last token of a completion predicts nothing and is left out of the stream, unless `with_ends`:
-    a reward is read there.
+    The last token of a completion predicts nothing, so the stream leaves it out. A batch made `with_ends` includes it,
+    because a reward model's reward is read there.
     """
 
     input_ids: Tensor  # [T]
-    position_ids: Tensor  # [T]; every completion restarts after its prompt
-    segments: tuple[Segment, ...]  # cover the stream in its order
+    position_ids: Tensor  # [T]; every completion's positions continue its prompt's
+    segments: tuple[Segment, ...]  # cover the stream, in the order of its tokens
     rows: Tensor  # [R] place in the stream whose hidden state predicts the target
-    targets: Tensor  # [R] token ids of the completions, but for what others say in them
+    targets: Tensor  # [R] ids of the learned tokens
     completion_of_row: Tensor  # [R] in 0..K-1
-    in_head: Tensor  # [R] whether the token is no later than the group's shortest completion is long
-    num_completion_tokens: Tensor  # [K]
-    ends: Tensor  # [K] place in the stream of the last token of each completion; empty without ends
+    in_head: Tensor  # [R] whether the token is within the length of the group's shortest completion
+    num_completion_tokens: Tensor  # [K] learned tokens of each completion
+    ends: Tensor  # [K] place in the stream of the last token of each completion; empty without `with_ends`
 
     @property
     def num_completions(self) -> int:
@@ -109,7 +120,7 @@ class Batch:
 
 
 def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_ends: bool = False) -> Batch:
-    """Lay groups end to end. Without sharing, the prompt stands before each of its completions."""
+    """Returns the groups as one batch. Without `share_prompts`, each completion has its own copy of the prompt."""
     ids: list[Sequence[int]] = []
     positions: list[range] = []
     segments: list[Segment] = []
@@ -119,7 +130,7 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_
     stop = 0
     for group in groups:
         prompt = len(group.prompt_ids)
-        first = stop  # where the prompt at hand begins
+        first = stop  # where the current copy of the prompt begins
         for j, completion in enumerate(group.completion_ids):
             shared = share_prompts and j > 0
             if not shared:
@@ -127,10 +138,10 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_
                 ids.append(group.prompt_ids)
                 positions.append(range(prompt))
                 stop += prompt
-            kept = completion if with_ends else completion[:-1]
-            start, stop = stop, stop + len(kept)
-            ids.append(kept)
-            positions.append(range(prompt, prompt + len(kept)))
+            streamed = completion if with_ends else completion[:-1]
+            start, stop = stop, stop + len(streamed)
+            ids.append(streamed)
+            positions.append(range(prompt, prompt + len(streamed)))
             predictors = [first + prompt - 1, *range(start, start + len(completion) - 1)]
             learned = group.learned(j)
             rows.append([predictors[i] for i in learned])
@@ -140,7 +151,7 @@ def collate(groups: Sequence[EncodedGroup], *, share_prompts: bool = True, with_
                 segments.append(Segment(first, first, first, stop))
             elif stop > start:
                 segments.append(Segment(first, first + prompt, start, stop))
-    lengths = torch.tensor([len(own) for own in targets], dtype=torch.int64)
+    lengths = torch.tensor([len(learned_ids) for learned_ids in targets], dtype=torch.int64)
     completion_of_row = torch.repeat_interleave(torch.arange(len(targets)), lengths)
     heads = torch.tensor([group.head_length for group in groups for _ in group.completion_ids], dtype=torch.int64)
     places = torch.arange(len(completion_of_row)) - (lengths.cumsum(0) - lengths)[completion_of_row]

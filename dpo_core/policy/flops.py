@@ -1,4 +1,4 @@
-"""The floor of a step's time: its floating-point operations, and how many of them the device does in a second."""
+"""Counts the floating-point operations of a training step, and measures the operations per second of a device."""
 
 import time
 from functools import cache
@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_core.models.quantization import shape_of
 from dpo_core.policy.batch import Batch
 
 
 class Flops:
-    """Of the matrix products in a forward and backward; a multiplication and an addition are two (arXiv 2204.02311, B).
+    """Counts the operations of the matrix products in a forward and backward pass (arXiv 2204.02311, appendix B).
 
-    Attention is causal. The head's tiles and attention's scores are computed twice. Frozen weights have no gradient.
-    With `recomputed` activations the layers run forward once more.
+    A multiplication and an addition count as two operations. Attention is causal. The head's tiles and attention's
+    scores are computed twice. Frozen weights have no gradient. With `recomputed` activations the forward of the layers
+    runs twice.
     """
 
     def __init__(self, model: PreTrainedModel, *, recomputed: bool = False) -> None:
@@ -22,14 +24,15 @@ class Flops:
         inner = [m for m in model.modules() if m is not head and not isinstance(m, nn.Embedding)]
         weights = [weight for module in inner for weight in module.parameters(recurse=False)]
         routed = getattr(config, "num_experts_per_tok", None) or 1
-        experts = sum(_of_matrix(w, recomputed) * routed // len(w) for w in weights if w.ndim == 3)
-        self.per_token: int = sum(_of_matrix(w, recomputed) for w in weights if w.ndim == 2) + experts
-        self.per_row: int = 0 if head is None else _of_matrix(head.weight, True)
+        experts = sum(_per_input(w, recomputed) * routed // len(w) for w in weights if w.ndim == 3)
+        self.per_token: int = sum(_per_input(w, recomputed) for w in weights if w.ndim == 2) + experts
+        self.per_row: int = 0 if head is None else _per_input(head.weight, True)
         heads: int = getattr(config, "num_attention_heads", 0)  # a state-space model has none
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         self.per_seen_token: int = (14 + 4 * recomputed) * width * config.num_hidden_layers
 
-    def of(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> int:
+        """Returns the number of operations of a forward and backward pass of the batch."""
         seen = sum(
             (stop - start) * (prefix_stop - prefix_start) + (stop - start) * (stop - start + 1) // 2
             for prefix_start, prefix_stop, start, stop in batch.segments
@@ -38,19 +41,21 @@ class Flops:
         return self.per_token * len(batch.input_ids) + self.per_row * rows + self.per_seen_token * seen
 
 
-def _of_matrix(weight: Tensor, twice: bool) -> int:
-    """Of a row of its input: forward, the input's gradient, and its own."""
-    return (4 + 2 * weight.requires_grad + 2 * twice) * weight.numel()
+def _per_input(weight: Tensor, twice: bool) -> int:
+    """Returns the number of operations for one input row of a matrix product: the product (counted `twice` if it is
+    recomputed), the gradient of the input and, if the weight is trained, the gradient of the weight."""
+    return (4 + 2 * weight.requires_grad + 2 * twice) * shape_of(weight).numel()
 
 
-SLOW = 5e9  # FLOP/s, of bfloat16 on a CPU without instructions for it
+SLOW = 5e9  # FLOP/s; a CPU without instructions for bfloat16 is slower
 
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large matrix product, the best of five; measured once.
+    """Returns the measured FLOP/s of a large matrix product, the best of five tries. A process measures each dtype and
+    device once.
 
-    Of a smaller one where the processor computes this dtype so slowly that the large one would take a minute.
+    On a CPU that is very slow in this dtype the product is smaller, because the large one would take a minute.
     """
     if device.type != "cpu":
         return _product_rate(8192, dtype, device)
@@ -64,6 +69,6 @@ def _product_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     for _ in range(5):
         started = time.perf_counter()
         product = left @ right
-        product[0, 0].item()  # waits for the device
+        product[0, 0].item()  # waits until the device has computed the product
         times.append(time.perf_counter() - started)
     return 2 * size**3 / min(times)

@@ -1,4 +1,5 @@
-"""A model's answers for a batch: from one packed stream, in padded batches, or by its own forward one by one."""
+"""Runs a model on a batch: in one packed stream, in padded batches, or with the model's own forward, one completion at
+a time."""
 
 import math
 from collections.abc import Sequence
@@ -16,45 +17,51 @@ from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.batch import Batch, batches_of_like_lengths
 from dpo_core.policy.logps import token_logps
 
-LEAST_FILL = 0.75  # of a padded batch that must be tokens
+LEAST_FILL = 0.75  # the least share of tokens, not padding, in a padded batch
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What a model does to its head's outputs: logits are `scale` times them, then bent to at most `cap`."""
+    """The factor and the cap with which a model turns its head's outputs into logits: the outputs are multiplied by
+    `scale`, then limited to `cap` with tanh."""
 
     scale: float = 1.0
     cap: float | None = None
 
 
-# The names that architectures have for a factor of the logits, and for their cap.
+# The names under which configs of architectures have a factor of the logits, and a cap of the logits.
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVIDES = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def readings(config: PretrainedConfig) -> list[Logits]:
-    """What a config may mean by its factors of the logits and their cap, the likeliest meaning first: HyperCLOVA X
-    multiplies by what others divide by, and some classes read none of what stands in their config."""
+    """Returns the possible meanings of the config's factors and caps of logits, the likeliest first.
+
+    HyperCLOVA X multiplies by a factor that other architectures divide by, and some model classes ignore these values
+    of their config.
+    """
     factor, divisor = (math.prod(_numbers(config, names)) for names in (_MULTIPLIES, _DIVIDES))
     caps = [*_numbers(config, _CAPS), None]
-    return list(dict.fromkeys(Logits(*made) for made in product((factor / divisor, factor * divisor, 1.0), caps)))
+    return list(dict.fromkeys(Logits(*reading) for reading in product((factor / divisor, factor * divisor, 1.0), caps)))
 
 
 def _numbers(config: PretrainedConfig, names: Sequence[str]) -> list[float]:
-    """Those that are numbers and not 0: MPT's may be a word."""
+    """Returns the config's values under `names` that are numbers other than 0. Values of other types are skipped: MPT
+    has a word there."""
     values = [getattr(config, name, None) for name in names]
     return [float(value) for value in values if isinstance(value, int | float) and value]
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The part of the model that makes the hidden states which the head reads."""
-    inner: nn.Module = model.base_model  # the model itself where transformers does not know its decoder's name
+    """Returns the submodule that computes the hidden states for the model's head."""
+    inner: nn.Module = model.base_model  # the model itself, if transformers has no name for its decoder
     return inner if inner is not model else getattr(model, "model", model)
 
 
 def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """[R] log-probabilities, and whether each target was the likeliest token."""
+    """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
+    [R]."""
     hidden = _hidden(model, batch, shared=shared)
     head = cast(Any, model).get_output_embeddings()
     rows = hidden.index_select(0, batch.rows)
@@ -68,14 +75,15 @@ def packed_logps(model: PreTrainedModel, batch: Batch, logits: Logits, *, shared
 
 
 def packed_rewards(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """[K, outputs of the head], read at the last token of each completion, as transformers and vLLM do."""
+    """Returns a reward model's outputs at the last token of each completion, [K, outputs]. transformers and vLLM read
+    rewards at the same token."""
     hidden = _hidden(model, batch, shared=shared)
-    found: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))
-    return found.float()
+    outputs: Tensor = cast(Any, model).score(hidden.index_select(0, batch.ends))
+    return outputs.float()
 
 
 def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
-    """[T, H] behind the last layer."""
+    """Returns the hidden states after the model's last layer, [T, H]."""
     if not shared:
         return _hidden_apart(model, batch)
     with shared_prompts(model):
@@ -89,35 +97,39 @@ def _hidden(model: PreTrainedModel, batch: Batch, *, shared: bool) -> Tensor:
 
 
 def _hidden_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Each segment by itself. In a causal model, padding behind it changes nothing."""
+    """Returns the hidden states of segments that attend only to themselves, [T, H], computed in padded batches.
+
+    In a causal model, padding after a segment does not change the segment's hidden states.
+    """
     lengths = [segment.stop - segment.start for segment in batch.segments]
     streams = batch.input_ids.split_with_sizes(lengths)
-    found: dict[int, Tensor] = {}
+    states_by_segment: dict[int, Tensor] = {}
     for places in batches_of_like_lengths(lengths, 0.0 if is_sharded(model) else LEAST_FILL):
         ids = pad_sequence([streams[i] for i in places], batch_first=True)
         states = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-        found |= {i: state[: lengths[i]] for i, state in zip(places, states, strict=True)}
-    return torch.cat([found[i] for i in range(len(lengths))])
+        states_by_segment |= {i: state[: lengths[i]] for i, state in zip(places, states, strict=True)}
+    return torch.cat([states_by_segment[i] for i in range(len(lengths))])
 
 
 def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """One completion after the other."""
+    """Returns a reward model's outputs, [K, outputs], computed for one completion after another."""
     streams = (batch.input_ids[None, segment.start : segment.stop] for segment in batch.segments)
     states = [decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1] for ids in streams]
-    found: Tensor = cast(Any, model).score(torch.stack(states))
-    return found.float()
+    outputs: Tensor = cast(Any, model).score(torch.stack(states))
+    return outputs.float()
 
 
 def plain_logps(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """From the model's own logits, one completion after the other."""
+    """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
+    [R]. The model's own forward computes them, one completion after another."""
     logps, correct = [], []
     rows, targets = batch.rows, batch.targets
     sizes = batch.num_completion_tokens.tolist()
-    for segment, own_rows, ids in zip(
+    for segment, segment_rows, ids in zip(
         batch.segments, rows.split_with_sizes(sizes), targets.split_with_sizes(sizes), strict=True
     ):
         stream = batch.input_ids[None, segment.start : segment.stop]
-        logits = model(input_ids=stream, use_cache=False).logits[0, own_rows - segment.start].float()
+        logits = model(input_ids=stream, use_cache=False).logits[0, segment_rows - segment.start].float()
         logps.append(logits.log_softmax(1).gather(1, ids[:, None])[:, 0])
         correct.append(logits.argmax(1) == ids)
     return torch.cat(logps), torch.cat(correct)

@@ -1,4 +1,4 @@
-"""Hidden states to log-probabilities of completion tokens, without the logits of all rows at once."""
+"""Computes log-probabilities of tokens from hidden states, without holding the logits of all rows at once."""
 
 from itertools import product
 from typing import Any
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from dpo_core.plan.rules import TILE_COLUMNS, TILE_ROWS
 
-PRODUCT_ROWS = {"cpu": 2048}  # computed before they are added up: so few that caches hold them
+PRODUCT_ROWS = {"cpu": 2048}  # rows of a product computed at a time, few enough to fit into caches
 
 
 def tile_bytes(vocabulary: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> int:
-    """What a full tile of logits takes: in float32, before that in half precision, and thrice to undo a cap."""
+    """Returns the bytes of a full tile of logits: the logits in float32 (three copies if they are `capped`), and for
+    half precision a copy in the model's dtype."""
     numbers = TILE_ROWS.get(device.type, 1024) * min(vocabulary, TILE_COLUMNS)
     widths = (3 if capped else 1) * torch.float32.itemsize + (dtype.itemsize if dtype.itemsize < 4 else 0)
     return numbers * widths
@@ -28,20 +29,23 @@ def token_logps(
     tile_rows: int | None = None,
     tile_columns: int = TILE_COLUMNS,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T + bias)[targets], and whether the target has the largest logit.
+    """Returns log softmax(hidden @ weight.T + bias)[targets], and whether the target has the largest logit.
 
-    R rows, H width, V vocabulary: hidden [R, H], weight [V, H], bias [V] or None, targets [R];
-    both results are [R], the first in float32 or wider, the second without gradient. With a
-    `soft_cap` logits are first `soft_cap * tanh(logits / soft_cap)`, as Gemma's are.
+    R rows, H width, V vocabulary: hidden [R, H], weight [V, H], bias [V] or None, targets [R]. Both results are [R];
+    the first is in float32 or wider, the second has no gradient. With a `soft_cap`, logits become `soft_cap *
+    tanh(logits / soft_cap)` before the softmax, as in Gemma.
     """
     tile = (tile_rows or TILE_ROWS.get(hidden.device.type, 1024), tile_columns)
-    found: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
-    return found
+    logps_and_correct: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, weight, bias, targets, soft_cap, tile)  # type: ignore[no-untyped-call]
+    return logps_and_correct
 
 
 class _TiledLogps(torch.autograd.Function):
-    """Holds one tile of rows x vocabulary only. Backward computes each tile's logits again and turns them
-    into their gradient in place: d logp / d logits = onehot(target) - softmax(logits)."""
+    """Computes log-probabilities while it holds the logits of only one tile, some rows x some of the vocabulary.
+
+    Backward computes the logits of each tile again and turns them into their gradient in place: d logp / d logits =
+    onehot(target) - softmax(logits).
+    """
 
     @staticmethod
     def forward(
@@ -73,7 +77,7 @@ class _TiledLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
-        # Tiles add up in float32 or wider; autograd rounds the sums where an input wants its own precision.
+        # Tiles are summed in float32 or wider; autograd rounds the sums to the precision of each input.
         grad_hidden, grad_weight, grad_bias = (
             torch.zeros_like(tensor, dtype=normalizer.dtype) if needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
@@ -81,7 +85,7 @@ class _TiledLogps(torch.autograd.Function):
         for rows, columns in product(_cuts(len(hidden), ctx.tile[0]), _cuts(len(weight), ctx.tile[1])):
             logits = _logits(hidden[rows], weight, bias, ctx.soft_cap, columns)
             slope = _slope(logits, targets[rows] - columns.start, normalizer[rows], grads[0][rows], ctx.soft_cap)
-            del logits  # or the next tile stands beside this one
+            del logits  # frees this tile before the next one is computed
             slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
                 _add_product(grad_hidden[rows], slope, weight[columns])
@@ -94,7 +98,7 @@ class _TiledLogps(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """The product is that of a tile; the total may be wider than its factors."""
+    """Adds left @ right to `total`, in place. `total` may have a wider dtype than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
@@ -103,36 +107,39 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """In float32 of factors in half precision, where the device does not round it before."""
+    """Returns left @ right. On CUDA the product of half-precision factors is float32, because cuBLAS can return its
+    sums unrounded; any other product has the factors' dtype."""
     if _keeps_float32(left):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left @ right
 
 
 def _keeps_float32(factor: Tensor) -> bool:
-    """cuBLAS adds up in float32 and rounds at the end, unless told otherwise; no other backend can be told."""
+    """Whether `_product` with this left factor returns float32 for half-precision factors. Only cuBLAS, on CUDA, can
+    return the sums unrounded."""
     return factor.device.type == "cuda" and factor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _cuts(length: int, size: int) -> list[slice]:
+    """Returns slices of at most `size` elements that together cover `length` elements."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None, columns: slice) -> Tensor:
-    """A fresh tensor, float32 or wider, that the caller may overwrite."""
-    own_bias = None if bias is None else bias[columns]
+    """Returns the logits of a tile, in float32 or wider, in a new tensor that the caller may overwrite."""
+    tile_bias = None if bias is None else bias[columns]
     if _keeps_float32(rows):
         logits = _product(rows, weight[columns].T)
-        logits = logits if own_bias is None else logits.add_(own_bias)
+        logits = logits if tile_bias is None else logits.add_(tile_bias)
     else:
-        logits = torch.nn.functional.linear(rows, weight[columns], own_bias)
+        logits = torch.nn.functional.linear(rows, weight[columns], tile_bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
 def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the log-sum-exp, the logit of its target, -inf where that is in another tile, and the largest.
-    Overwrites the logits."""
+    """Returns for each row of a tile the log-sum-exp of its logits, the logit of its target (-inf if the target is in
+    another tile), and its largest logit. Overwrites `logits`."""
     place, here = _place(targets, logits)
     at_target = logits.gather(1, place)[:, 0].masked_fill(~here, -torch.inf)
     largest = logits.amax(1)
@@ -140,7 +147,8 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, soft_cap: float | None) -> Tensor:
-    """The logits turned into their gradient."""
+    """Turns `logits` into the loss's gradient with respect to the logits, in place, and returns this gradient. `grad`
+    is the gradient of the log-probabilities."""
     cap_slope = None if soft_cap is None else 1 - (logits / soft_cap) ** 2
     place, here = _place(targets, logits)
     slope = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
@@ -149,6 +157,7 @@ def _slope(logits: Tensor, targets: Tensor, normalizer: Tensor, grad: Tensor, so
 
 
 def _place(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, 1] the target's column in this tile, any if it is in another one, and [rows] whether it is in this."""
+    """Returns the column of each row's target in this tile, [rows, 1], and whether the target is in this tile, [rows].
+    If the target is in another tile, the column is a valid one without meaning."""
     last = logits.shape[1] - 1
     return targets.clamp(0, last)[:, None], (targets >= 0) & (targets <= last)

@@ -1,4 +1,5 @@
-"""What may be done at once with a model: tried on a small example before the first step, never assumed."""
+"""Finds out, on a small example, whether a model's completions can share a prompt, and whether they can be computed in
+batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,28 +15,30 @@ from dpo_core.models.miniature import miniature, ropes
 from dpo_core.policy.batch import Batch, collate
 from dpo_core.policy.forward import Logits, decoder, packed_logps, packed_rewards, plain_logps, plain_rewards, readings
 
-TOLERATED = 1e-4  # in float32, of the largest number compared and at least of 1
-NUM_TOKENS = 30  # of the example: more than what a miniature has in force
-# What architectures raise on what they do not know.
+TOLERATED = 1e-4  # allowed difference in float32, relative to the larger of 1 and the largest answer
+NUM_TOKENS = 30  # in the example: more than the windows and chunks of a miniature
+# The errors that architectures raise for arguments that they do not know.
 REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
-ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of layers; "attention" beside recurrent ones
+ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of layers that are attention
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How a model's answers are computed, and why not faster."""
+    """A method of computing a model's answers: the factor and cap of its logits, and the reasons against shared prompts
+    and against batches."""
 
     logits: Logits
-    no_sharing: str = ""  # why completions do not share their prompt; empty: they do
-    no_batches: str = ""  # why each is a forward of its own
+    no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
+    no_batches: str = ""  # why each completion needs a forward of its own; empty: batches work
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Manner:
-    """The fastest manner in which a miniature of the model answers as its own forward does.
+    """Returns the fastest method of computing the model's answers that agrees with the model's own forward.
 
-    Where there is no miniature, the model itself is tried on a few tokens, which show too little of it to share
-    prompts, and in half precision too little to trust batches. Raises ValueError for a model that is not causal.
+    The function compares answers of a miniature of the model. If the model has no miniature, it compares answers of the
+    model itself on a few tokens; these show too little to allow shared prompts and, in half precision, too little to
+    allow batches. Raises UnusableModel if the model is not causal.
     """
     config = model.config.get_text_config()
     stretched = _depends_on_length(config)
@@ -44,21 +47,22 @@ def probe(model: PreTrainedModel) -> Manner:
     no_sharing = stretched or _has_a_state(config) or no_sharing
     place = 0
     if not no_sharing:
-        no_sharing, place = _departs(subject, shared=True)
+        no_sharing, place = _try_packs(subject, shared=True)
     coarse = f"{model.dtype} hides small differences" if subject is model and model.dtype != torch.float32 else ""
     no_batches = stretched or coarse
     if no_sharing and not no_batches:
-        no_batches, place = _departs(subject, shared=False)
+        no_batches, place = _try_packs(subject, shared=False)
     return Manner(readings(config)[place], no_sharing, no_batches)
 
 
 def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    """What is tried in the model's place: a miniature, or the model itself and the reason."""
+    """Returns the model on which `probe` compares answers: a miniature of `model` and an empty text, or `model` itself
+    and the reason why it has no miniature."""
     for narrow in (True, False):
         try:
             small = miniature(model, narrow=narrow)
             _answer(small, _ids(small))
-        except Exception as error:  # each architecture refuses what it cannot be in its own way
+        except Exception as error:  # architectures refuse such configs with errors of any kind
             reason = f"it has no miniature, {type(error).__name__}: {error}"
         else:
             return small, ""
@@ -66,31 +70,37 @@ def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
+    """Raises UnusableModel if the model's answers at some tokens depend on later tokens."""
     ids, half = _ids(model), NUM_TOKENS // 2
-    first, second = (_answer(model, ids[:half] + behind)[:half] for behind in (ids[half:], ids[:half][::-1]))
+    first, second = (_answer(model, ids[:half] + rest)[:half] for rest in (ids[half:], ids[:half][::-1]))
     if _difference(first, second) > _tolerated(model, first):
         name = type(model).__name__
         raise UnusableModel(
-            f"{name} sees the tokens that it is to predict; use a causal model (is_decoder, where it has one)."
+            f"{name} sees the tokens that it is to predict; use a causal model (set is_decoder if its config has it)."
         )
 
 
 def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """[T, V] what the model's own forward says at each token, or [T, H] the hidden states of a reward model."""
+    """Returns the result of the model's own forward: log-probabilities [T, V], or hidden states [T, H] of a reward
+    model."""
     inputs = torch.tensor([list(ids)], device=model.device)
     if is_reward_model(model):
         return cast(Tensor, decoder(model)(input_ids=inputs, use_cache=False).last_hidden_state[0])
     return cast(Tensor, model(input_ids=inputs, use_cache=False).logits[0]).float().log_softmax(1)
 
 
-def _departs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """How packs differ from the model's own answers on a small example, empty where they do not; and the place among
-    `readings` of the one by which they agree."""
-    packed, alone = (_example(model, share_prompts=share) for share in (shared, False))
-    rewards, found = is_reward_model(model), readings(model.config.get_text_config())
-    plain = plain_rewards(model, alone) if rewards else plain_logps(model, alone)[0]
+def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
+    """Compares the model's answers on a pack (the rows of one forward pass) with those of its own forward, on a small
+    example.
+
+    Returns how the answers differ, empty if they agree, and the place in `readings` of the reading of the config with
+    which they agree.
+    """
+    packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
+    rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
+    plain = plain_rewards(model, unshared) if rewards else plain_logps(model, unshared)[0]
     differences = []
-    for place, logits in enumerate(found):
+    for place, logits in enumerate(candidates):
         try:
             if rewards:
                 answer = packed_rewards(model, packed, shared=shared)
@@ -105,7 +115,7 @@ def _departs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:
-    """A pair behind a prompt, all longer than the windows of a miniature, and a demonstration."""
+    """Returns a batch of a pair that is longer than the windows of a miniature, and of a demonstration."""
     ids = _ids(model)
     groups = [EncodedGroup(ids[:9], (ids[9:16], ids[16:22]), None, 1), EncodedGroup(ids[22:23], (ids[23:],), None, 2)]
     return collate(groups, share_prompts=share_prompts, with_ends=is_reward_model(model)).to(model.device)
@@ -116,22 +126,25 @@ def _ids(model: PreTrainedModel) -> list[int]:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest; infinite where one is no number."""
+    """Returns the largest absolute difference between two tensors; infinite if a difference is nan."""
     return (ours.float() - theirs.float()).abs().max().nan_to_num(nan=torch.inf).item()
 
 
 def _tolerated(model: PreTrainedModel, answer: Tensor) -> float:
+    """Returns the largest difference from `answer` that rounding may cause in the model's dtype."""
     return TOLERATED * max(1.0, answer.abs().max().item()) if model.dtype == torch.float32 else 0.3
 
 
 def _has_a_state(config: PretrainedConfig) -> str:
-    """Layers that read the stream as a whole, in ways that a small example may not show."""
+    """Returns the names of the kinds of layers, other than attention, that carry a state along the whole stream; empty
+    if there are none. A small example may not show the effect of the state."""
     names = ("layer_types", "layers_block_type", "block_types")
     kinds = {kind for name in names for kind in getattr(config, name, None) or ()}
     return ", ".join(sorted(kinds - ATTENTION))
 
 
 def _depends_on_length(config: PretrainedConfig) -> str:
-    """Rotary positions that stretch with the longest sequence of a batch, if that is long enough."""
+    """Returns the names of the kinds of rotary positions that change with the longest sequence of a batch; empty if
+    there are none."""
     kinds = {rope.get("rope_type") for rope in ropes(config)}
     return ", ".join(f"{kind} positions" for kind in ("dynamic", "longrope") if kind in kinds)

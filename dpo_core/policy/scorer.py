@@ -1,4 +1,4 @@
-"""What a model says of completions: the log-probabilities of their tokens, or their rewards."""
+"""Computes a model's log-probabilities of completions' tokens, or a reward model's rewards, for groups."""
 
 import logging
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from dpo_core.models.model import adapter_off, check_policy
 from dpo_core.policy.admission import admit
 from dpo_core.policy.batch import Batch, collate, plan
 from dpo_core.policy.forward import packed_logps, packed_rewards, plain_logps, plain_rewards
+from dpo_core.policy.measures import NUM_MEASURES
 from dpo_core.policy.probe import probe
-from dpo_core.policy.scores import NUM_MEASURES
 
 logger = logging.getLogger(__name__)
 
 
 class Scorer(nn.Module):
-    """Measures the completions of a batch: a causal model's log-probabilities of them, a reward model's rewards.
+    """Measures the completions of a batch: log-probabilities from a causal model, rewards from a reward model.
 
-    Shares each prompt between its completions where the architecture allows it; that is tried once,
-    on a few tokens, against the model's own forward. Where it does not, every completion stands behind
-    its own copy of the prompt, in padded batches of like lengths.
+    If the architecture allows it, the scorer computes each prompt once for all its completions. The constructor tests
+    this on a few tokens against the model's own forward. If the test fails, every completion follows its own copy of
+    the prompt, in padded batches of similar lengths or one completion at a time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -36,38 +36,46 @@ class Scorer(nn.Module):
         self.rewards = is_reward_model(model)
         self.manner = probe(model)
         self.shares_prompts, self.takes_batches = not self.manner.no_sharing, not self.manner.no_batches
-        if alone := self.manner.no_batches:
-            way = f"by the model's own forward, one at a time ({alone})"
+        if no_batches := self.manner.no_batches:
+            way = f"by the model's own forward, one at a time ({no_batches})"
         else:
             way = "in batches"
-        if together := self.manner.no_sharing:
-            sentence = "%s cannot share prompts (%s); each completion is computed behind its own copy, %s."
-            logger.warning(sentence, type(model).__name__, together, way)
+        if no_sharing := self.manner.no_sharing:
+            sentence = "%s cannot share prompts (%s); each completion is computed after its own copy, %s."
+            logger.warning(sentence, type(model).__name__, no_sharing, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:
-        """What the group costs of a pack's budget."""
+        """Returns the number of tokens that the group takes in a pack (the rows of one forward pass)."""
         copies = 1 if self.shares_prompts else len(group.completion_ids)
         return copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
 
     def count_shared_tokens(self, group: EncodedGroup) -> int:
-        """What sharing saves."""
+        """Returns the number of tokens of the group that need not be computed because its completions share the
+        prompt."""
         return (len(group.completion_ids) - 1) * len(group.prompt_ids) if self.shares_prompts else 0
 
     def plan(
         self, groups: Sequence[EncodedGroup], *, num_ranks: int, max_tokens_per_pack: int
     ) -> list[list[list[int]]]:
+        """Assigns the groups to ranks and packs (the rows of one forward pass each) by the number of tokens that the
+        model computes for each group. `[rank][pack]` of the result is a list of indices into `groups`."""
         lengths = [self.count_tokens(group) for group in groups]
-        if not self.shares_prompts and is_sharded(self.model):  # a pack is one forward, on every rank
+        if not self.shares_prompts and is_sharded(self.model):  # each pack is one forward, which all ranks run together
             longest = max(len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups)
             lengths = [longest * len(group.completion_ids) for group in groups]
         return plan(lengths, num_ranks=num_ranks, max_tokens_per_pack=max_tokens_per_pack)
 
     def collate(self, groups: Sequence[EncodedGroup]) -> Batch:
+        """Returns the groups as one batch on the model's device."""
         return collate(groups, share_prompts=self.shares_prompts, with_ends=self.rewards).to(self.model.device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """[K, NUM_MEASURES] of each completion, float32: log-probability, that of its head, and tokens that were the
-        likeliest; or the outputs of a reward model's head, and zeros."""
+        """Returns the measures of each completion, [K, NUM_MEASURES] float32.
+
+        The columns are the log-probability of the completion, the log-probability of its head (as many first tokens as
+        the group's shortest completion has), and the number of its tokens that were the likeliest. For a reward model
+        the columns are the outputs of its head, and zeros.
+        """
         if self.rewards:
             outputs = self._outputs(batch)
             return pad(outputs, (0, NUM_MEASURES - outputs.shape[1]))
@@ -81,7 +89,8 @@ class Scorer(nn.Module):
         return packed_rewards(self.model, batch, shared=self.shares_prompts)
 
     def token_logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[R] log-probabilities, and whether each target was the likeliest token."""
+        """Returns the log-probability of each target in the batch, [R], and whether the target was the likeliest token,
+        [R]."""
         if not self.takes_batches:
             return plain_logps(self.model, batch)
         return packed_logps(self.model, batch, self.manner.logits, shared=self.shares_prompts)
@@ -91,7 +100,8 @@ class Scorer(nn.Module):
 def score_reference(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[EncodedGroup]:
-    """The groups with what the reference says of their completions; an adapter on it is off meanwhile."""
+    """Returns copies of the groups with the reference's log-probabilities of their completions. The reference's adapter
+    is off while it computes."""
     admit(groups, reference)
     scorer = Scorer(reference)
     scored = list(groups)
@@ -108,15 +118,16 @@ def score_reference(
 def reference_token_logps(
     reference: PreTrainedModel, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int
 ) -> list[list[list[float]]]:
-    """Of each group, completion and token, in nats; an adapter on the reference is off meanwhile."""
+    """Returns the reference's log-probabilities by group, completion and token, in nats. The reference's adapter is off
+    while it computes."""
     admit(groups, reference)
     scorer = Scorer(reference)
-    found: list[list[list[float]]] = [[] for _ in groups]
+    logps_by_group: list[list[list[float]]] = [[] for _ in groups]
     for pack in scorer.plan(groups, num_ranks=1, max_tokens_per_pack=max_tokens_per_pack)[0]:
         batch = scorer.collate([groups[i] for i in pack])
         with adapter_off(reference):
             logps, _ = scorer.token_logps(batch)
         rows = iter(logps.split_with_sizes(batch.num_completion_tokens.tolist()))
         for i in pack:
-            found[i] = [next(rows).tolist() for _ in groups[i].completion_ids]
-    return found
+            logps_by_group[i] = [next(rows).tolist() for _ in groups[i].completion_ids]
+    return logps_by_group

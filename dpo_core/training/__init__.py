@@ -1,1 +1,1 @@
-"""The training loop: gradients, optimizer, ranks, checkpoints."""
+"""Trains a policy: gradients, optimizer steps, communication between ranks, and checkpoints."""

@@ -1,14 +1,17 @@
-"""A checkpoint is a folder; its manifest is written last and names every file with size and sha256.
+"""Reads checkpoints. A checkpoint is a folder. The writer writes its manifest last, with each file's size and sha256.
 
-    manifest.json                           step, counters, metrics, config, files
-    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's, and
-                                            base_model.json, by which it knows its base
-    optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the trained
-                                            weights in float32, where the model has fewer bits
+    manifest.json                           step, counters, metrics, evaluations, config, files
+    model/                                  a Hugging Face folder: config, safetensors, tokenizer; or an adapter's
+                                            folder with base_model.json, which identifies the adapter's base
+    optimizer-00001-of-00002.safetensors    one rank's part of AdamW's state, by parameter name, and of the float32
+                                            masters of weights in half precision
 
-No pickles. Nothing in a step draws random numbers and the learning rate is a function of the step,
-so weights, moments and the step are all that resuming needs to repeat a run: on CPUs bit for bit; on GPUs
-some sums of backward have no fixed order. A run may go on with another number of ranks than it was saved with.
+An older checkpoint may be kept without the optimizer's files; its manifest then names none of them.
+
+No file is a pickle. The only random numbers of a step are an adapter's dropout, which the step's number seeds, and the
+learning rate is a function of the step. So a resumed run needs only weights, moments and the step to repeat a run. The
+results are equal bit by bit on CPUs; on GPUs some sums of the backward pass have no fixed order. A run may resume on
+another number of ranks.
 """
 
 import hashlib
@@ -29,16 +32,18 @@ from transformers import AutoConfig, PreTrainedModel
 from dpo_core.config import TrainConfig
 from dpo_core.models.adapter import put_weights
 from dpo_core.models.model import has_adapter
+from dpo_core.selection import Evaluation
 from dpo_core.training.weights import Weights
 
 MANIFEST = "manifest.json"
 MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names for its state
-MASTER = "master"  # a weight in float32 of which the model has fewer bits
+MASTER = "master"  # the float32 master of a weight in half precision
 logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
-    """A file of a checkpoint is not what the manifest says. `file` is relative to the checkpoint."""
+    """Raised if a file of a checkpoint differs from its description in the manifest. `file` is relative to the
+    checkpoint."""
 
     def __init__(self, file: str, message: str) -> None:
         super().__init__(file, message)
@@ -50,50 +55,87 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class FileDigest:
+    """The size and the digest that verify a file of a checkpoint."""
+
     size: int  # bytes
     sha256: str  # hexadecimal
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The state of a run at a checkpoint, and the sizes and digests of the checkpoint's files."""
+
     step: int
     total_steps: int
     num_updates: int  # steps so far that had groups
-    num_tokens: int  # trained on up to and with this step, over all ranks
-    metrics: dict[str, float]  # of this step
-    statistics: dict[str, float]  # of the objective
+    num_tokens: int  # tokens trained on up to and including this step, over all ranks
+    metrics: dict[str, float]  # the metrics of this step
+    statistics: dict[str, float]  # the fields of the objective's `Statistics`
     config: dict[str, Any]  # the TrainConfig
     files: dict[str, FileDigest]  # by path in the checkpoint
-    dtype: str | None = None  # that the policy computes in; None: the release that wrote it did not say
-    base: str | None = None  # `adapter.fingerprint` of what the adapter was put on; None: all weights, or as above
+    dtype: str | None = None  # the policy's dtype, and its base's if different; None: an older release
+    base: str | None = None  # `fingerprint` of the adapter's base; None: no adapter, or an older release
+    evaluations: tuple[Evaluation, ...] = ()  # the run's values of best_metric so far
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether a run can continue from the checkpoint. A checkpoint without the optimizer's state is only a
+        model."""
+        return any(is_optimizer(name) for name in self.files)
+
+    def without_optimizer(self) -> "Manifest":
+        """Returns a copy of the manifest without the optimizer's files, for a checkpoint that is kept as a model
+        only."""
+        return replace(self, files={name: digest for name, digest in self.files.items() if not is_optimizer(name)})
+
+    def to_json(self) -> bytes:
+        """Returns the manifest as the bytes of its file, manifest.json."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+
+def is_optimizer(name: str) -> bool:
+    """Whether the file `name` of a checkpoint holds a part of the optimizer's state."""
+    return name.startswith("optimizer-")
 
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
-    """The newest undamaged checkpoint in a folder of them; a damaged one is named in a warning and passed over."""
+    """Returns the newest undamaged checkpoint in `folder` that a run can resume from; None if there is none. Logs a
+    warning for each damaged checkpoint."""
     for candidate in sorted(Path(folder).glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
-            verify(candidate)
+            if not verify(candidate).has_optimizer:
+                continue
         except DamagedCheckpoint as error:
-            logger.warning("A checkpoint is damaged and passed over: %s", error)
+            logger.warning("A checkpoint is damaged and not used: %s", error)
         else:
             return candidate
     return None
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """Returns the manifest of the checkpoint in `folder`. Raises DamagedCheckpoint if the manifest is missing or
+    unreadable."""
     try:
-        fields = json.loads((folder / MANIFEST).read_bytes())
-        fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
-        return Manifest(**fields)
+        return parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     except FileNotFoundError:
         raise DamagedCheckpoint(MANIFEST, f"{folder / MANIFEST} is missing; use an earlier checkpoint.") from None
+
+
+def parse_manifest(written: bytes, where: str) -> Manifest:
+    """Returns the manifest in `written`, the bytes of its file. Raises DamagedCheckpoint, with `where` as the file's
+    name, if the bytes are unreadable."""
+    try:
+        fields = json.loads(written)
+        fields["files"] = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
+        fields["evaluations"] = tuple(Evaluation(*each) for each in fields.get("evaluations", ()))
+        return Manifest(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        message = f"{folder / MANIFEST} is unreadable ({error}); use an earlier checkpoint."
-        raise DamagedCheckpoint(MANIFEST, message) from None
+        raise DamagedCheckpoint(MANIFEST, f"{where} is unreadable ({error}); use an earlier checkpoint.") from None
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest, after every file was found as it says. Raises DamagedCheckpoint naming the first that was not."""
+    """Returns the manifest of the checkpoint in `folder` if all files have the sizes and digests in the manifest.
+    Raises DamagedCheckpoint for the first file that differs or is missing."""
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         path = folder / name
@@ -104,21 +146,30 @@ def verify(folder: Path) -> Manifest:
             what = f"{path} has {size} bytes, its manifest says {expected.size}"
             raise DamagedCheckpoint(name, f"{what}; use an earlier checkpoint.")
         if sha256_of(path) != expected.sha256:
-            raise DamagedCheckpoint(name, f"{path} has another sha256 than its manifest says; use an earlier one.")
+            what = f"{path} has another sha256 than its manifest says"
+            raise DamagedCheckpoint(name, f"{what}; use an earlier checkpoint.")
     return manifest
 
 
-def resumable(
-    folder: Path, *, config: TrainConfig, total_steps: int, dtype: torch.dtype
-) -> tuple[Manifest, TrainConfig]:
-    """The manifest of a checkpoint that this run can go on from, and `config` with what that run had decided."""
+def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision: str) -> tuple[Manifest, TrainConfig]:
+    """Returns the manifest of the checkpoint in `folder`, and `config` with the pack size and the recomputation of
+    activations that the checkpoint's run chose.
+
+    Raises DamagedCheckpoint for a damaged checkpoint, and ValueError if a run with this config cannot continue from the
+    checkpoint.
+    """
     manifest = verify(folder)
+    if not manifest.has_optimizer:
+        raise ValueError(f"{folder} was kept without its optimizer's state; resume from a newer one, or start from it.")
     if manifest.total_steps != total_steps:
-        raise ValueError(f"{folder} is of a run of {manifest.total_steps} steps, this one has {total_steps}.")
-    if manifest.dtype not in (None, name_of(dtype)):
-        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {name_of(dtype)}.")
+        what = f"{folder} is of a run of {manifest.total_steps} steps, this run has {total_steps}"
+        raise ValueError(f"{what}; use the same data and config.")
+    if manifest.dtype not in (None, precision):
+        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {precision}.")
     wanted = asdict(config)
-    for key in ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed"):
+    # Releases without early stopping did not write best_metric and early_stop.
+    settled = ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed")
+    for key in (*settled, *manifest.config.keys() & {"best_metric", "early_stop"}):
         before = manifest.config[key]
         if before != json.loads(json.dumps(wanted[key])):
             message = f"{folder} was trained with {key} {before}, this run has {wanted[key]}; use the same config."
@@ -134,7 +185,8 @@ def resumable(
 def load(
     folder: Path, manifest: Manifest, *, policy: PreTrainedModel, weights: Weights, optimizer: torch.optim.AdamW
 ) -> None:
-    """Put a checkpoint's weights and AdamW's state into place."""
+    """Loads a checkpoint's weights into the policy, and AdamW's state into the optimizer. Raises ValueError if the
+    checkpoint does not fit the policy."""
     saved = _Saved(folder)
     saved.check(weights)
     if manifest.dtype is None:
@@ -149,14 +201,14 @@ def load(
             parameter.data.copy_(saved.like(parameter, name, MASTER))
         if saved.has(name, MOMENTS[0]):
             moments = {moment: saved.like(parameter, name, moment) for moment in MOMENTS}
-            # Releases that did not save the step of each weight stepped all of them at every update.
-            counted = saved.has(name, STEP)
-            step = saved.first(name, STEP) if counted else torch.tensor(float(manifest.num_updates))
+            # Older releases did not save the step of each weight: they stepped all weights at every update.
+            has_step = saved.has(name, STEP)
+            step = saved.first(name, STEP) if has_step else torch.tensor(float(manifest.num_updates))
             optimizer.state[parameter] = moments | {STEP: step.to(parameter.device)}
 
 
 class _Saved:
-    """What the optimizer's files of a checkpoint hold. Each has some rows of every tensor."""
+    """The tensors in the optimizer's files of a checkpoint. Each file holds some rows of every tensor."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -167,33 +219,34 @@ class _Saved:
         return f"{name}.{kind}" in self._names
 
     def first(self, name: str, kind: str) -> Tensor:
-        found: Tensor = self._parts[0].get_tensor(f"{name}.{kind}")
-        return found
+        tensor: Tensor = self._parts[0].get_tensor(f"{name}.{kind}")
+        return tensor
 
     def like(self, parameter: Tensor, name: str, kind: str) -> Tensor:
-        """On the parameter's device, and split as it is."""
+        """Returns a saved tensor of the parameter `name` on the parameter's device, sharded as the parameter is."""
         whole = torch.cat([part.get_tensor(f"{name}.{kind}") for part in self._parts]).to(parameter.device)
         if not isinstance(parameter, DTensor):
             return whole
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def check(self, weights: Weights) -> None:
-        """Raises ValueError where these are not the weights that are trained here."""
+        """Raises ValueError if the files hold the state of other weights than this run trains."""
         remedy = "give train the same model and adapter"
         if {name.rpartition(".")[0] for name in self._names} != weights.stepped.keys():
-            raise ValueError(f"{self._folder} is of other weights than are trained here; {remedy}.")
+            raise ValueError(f"{self._folder} has other weights than this run trains; {remedy}.")
         for name, parameter in weights.stepped.items():
             if self.has(name, MOMENTS[0]) and (shape := self._shape(name)) != (*parameter.shape,):
                 what = f"{self._folder} has {name} of shape {shape}, here it has {(*parameter.shape,)}"
                 raise ValueError(f"{what}; {remedy}.")
 
     def check_precision(self, weights: Weights) -> None:
-        """Raises ValueError where the model had more or fewer bits than it has here."""
+        """Raises ValueError if the checkpoint's weights were in half precision and this run's are not, or the other way
+        round."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
         if halves != weights.in_float32.keys():
-            what = f"{self._folder} has {len(halves)} weights in float32 beside the model"
+            what = f"{self._folder} has float32 masters of {len(halves)} weights"
             remedy = "load the policy in the dtype of that run, or start a new run from its model"
-            raise ValueError(f"{what}, this run {len(weights.in_float32)}; {remedy}.")
+            raise ValueError(f"{what}, this run has {len(weights.in_float32)}; {remedy}.")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shapes = [part.get_slice(f"{name}.{MOMENTS[0]}").get_shape() for part in self._parts]
@@ -201,40 +254,43 @@ class _Saved:
 
 
 def _check_adapter(folder: Path, policy: Any) -> None:
-    """Raises ValueError where the same weights of an adapter would count for more or less than they did."""
+    """Raises ValueError if the options of the saved adapter differ from those of the policy's adapter: the same weights
+    would then have another effect."""
     from peft import PeftConfig
 
-    (own,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
+    (current,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")
     for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
-        values = [getattr(config, key, None) for config in (before, own)]
+        values = [getattr(config, key, None) for config in (before, current)]
         if values[0] != values[1]:
             what = f"{folder} was trained with an adapter whose {key} is {values[0]}, here it is {values[1]}"
             raise ValueError(f"{what}; load the policy with the same Lora.")
 
 
-# What a config says of files, and of how the model is begun, loaded and asked, but not of what it computes.
-_ASIDE = re.compile(
+# The keys of a config that do not affect what the model computes, such as its folder and its initialization.
+_IRRELEVANT = re.compile(
     r"_name_or_path|architectures|dtype|transformers_version|use_cache|quantization_config|(pad|bos|eos)_token_id"
     r"|.*(initializer|dropout|pdrop|aux_loss).*|output_router_logits"
 )
 
 
 def _check_config(folder: Path, policy: PreTrainedModel) -> None:
-    """Raises ValueError where the same weights would be of another model than they were."""
-    before, own = (
+    """Raises ValueError if the saved model's config differs from the policy's in a value that changes the model's
+    results."""
+    before, current = (
         _computed(config.to_dict()) for config in (AutoConfig.from_pretrained(folder / "model"), policy.config)
     )
-    for key in ("model_type", *sorted(before.keys() | own.keys())):
-        if before.get(key) != own.get(key):
-            what = f"{folder} is of a model whose {key} is {before.get(key)}, here it is {own.get(key)}"
+    for key in ("model_type", *sorted(before.keys() | current.keys())):
+        if before.get(key) != current.get(key):
+            what = f"{folder} is of a model whose {key} is {before.get(key)}, here it is {current.get(key)}"
             raise ValueError(f"{what}; give train the same model.")
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part of a model's config that affects what the model computes."""
     return {
         key: _computed(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if not _ASIDE.fullmatch(str(key))
+        if not _IRRELEVANT.fullmatch(str(key))
     }
 
 
@@ -244,11 +300,6 @@ def _load_model(folder: Path, policy: PreTrainedModel) -> None:
     else:
         whole = type(policy).from_pretrained(folder, dtype="auto", use_safetensors=True)
         set_model_state_dict(policy, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As config.json has it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def sha256_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the policy makes of groups that it is not trained on."""
+"""Computes the policy's loss and metrics on held-out groups, which the policy is not trained on."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -9,12 +9,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.objectives.losses import Statistics, check_groups
-from dpo_core.objectives.metrics import measure
+from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.options import Objective
+from dpo_core.policy.measures import NUM_MEASURES, Measures
 from dpo_core.policy.scorer import Scorer
-from dpo_core.policy.scores import NUM_MEASURES, Scores
 from dpo_core.training.gradients import check_agreement, make_packs, share_of_loss
-from dpo_core.training.ranks import add_up
+from dpo_core.training.ranks import all_reduce_sum
 
 Batches = Iterable[Sequence[EncodedGroup]]
 
@@ -23,38 +23,45 @@ Batches = Iterable[Sequence[EncodedGroup]]
 def evaluate(
     objective: Objective, scorer: Scorer, batches: Batches, statistics: Statistics, *, max_tokens_per_pack: int
 ) -> dict[str, float]:
-    """Loss and metrics as of a step whose global batch is all these groups, by training's names behind `eval/`.
+    """Returns the loss and metrics of all groups in `batches`, under names that begin with `eval/`, as if the groups
+    were one global batch.
 
-    So they do not depend on how the groups are cut into batches and packs and dealt to ranks, and whatever an
-    objective joins over a global batch, it joins here over all groups. `statistics` are read only.
+    The results do not depend on how groups are cut into batches and packs (the rows of one forward pass) and
+    distributed over ranks. Values that an objective computes over a global batch are computed over all groups.
+    `statistics` are read and not changed.
     """
     seen: list[EncodedGroup] = []
-    parts: list[Tensor] = []
+    tables: list[Tensor] = []
     for groups in batches:
         check_groups(objective, groups)
         check_agreement(groups, "groups to evaluate on", scorer.model.device)
-        found = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
+        table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
         for pack in make_packs(scorer, groups, max_tokens_per_pack=max_tokens_per_pack):
-            found[pack.places] = scorer(pack.batch)[: len(pack.places)]
+            table[pack.places] = scorer(pack.batch)[: len(pack.places)]
         if isinstance(scorer, FSDPModule):
-            scorer.reshard()  # as a backward does, of which there is none
+            scorer.reshard()  # in training the backward pass does this
         seen += map(_outline, groups)
-        parts.append(found)
+        tables.append(table)
     if not seen:
         raise ValueError("No groups came to evaluate on; give validation some, or leave it out.")
-    found = torch.cat(parts)
-    add_up(found)
-    scores = Scores(seen, found.cpu())  # of rankings many, the device may not hold what is compared
-    loss = share_of_loss(objective, scores, seen, _Frozen(**vars(statistics)))
-    return {f"eval/{key}": value.item() for key, value in {"loss": loss, **measure(objective, scores)}.items()}
+    table = torch.cat(tables)
+    all_reduce_sum(table)
+    measures = Measures(seen, table.cpu())  # comparing many large rankings may need more memory than a GPU has
+    loss = share_of_loss(objective, measures, seen, _Frozen(**vars(statistics)))
+    return {
+        f"eval/{key}": value.item() for key, value in {"loss": loss, **compute_metrics(objective, measures)}.items()
+    }
 
 
 class _Frozen(Statistics):
+    """Statistics that an evaluation reads and that `add` does not change."""
+
     def add(self, rewards: Tensor) -> float:
         return self.mean
 
 
 def _outline(group: EncodedGroup) -> EncodedGroup:
-    """From here on ids only count, and there may be many."""
+    """Returns a copy of the group with ranges in place of its token ids. Evaluation keeps many groups, and needs only
+    the numbers of their tokens."""
     completions = tuple(range(len(ids)) for ids in group.completion_ids)
     return replace(group, prompt_ids=range(len(group.prompt_ids)), completion_ids=completions)

@@ -1,4 +1,4 @@
-"""From the groups of a step to the gradient of their loss, pack by pack."""
+"""Computes the gradient of a step's loss from the step's groups, one pack (the rows of one forward pass) at a time."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,52 +14,61 @@ from torch import Tensor, nn
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import dropouts
 from dpo_core.models.architecture import is_sharded
-from dpo_core.objectives.losses import Statistics, count_units, losses
+from dpo_core.objectives.losses import Statistics, denominator, losses
 from dpo_core.options import Objective
 from dpo_core.policy.batch import Batch
+from dpo_core.policy.measures import NUM_MEASURES, Measures
 from dpo_core.policy.scorer import Scorer
-from dpo_core.policy.scores import NUM_MEASURES, Scores
-from dpo_core.training.ranks import add_up, num_ranks, rank
+from dpo_core.training.ranks import all_reduce_sum, num_ranks, rank
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Some of a step's groups. An empty one computes a group of another pack, for nothing but company."""
+    """Some of a step's groups, which one forward and one backward pass compute together.
 
-    groups: Sequence[EncodedGroup]
-    places: list[int]  # its completions among those of the step
+    If the model is sharded, all ranks must run every forward together. A rank without groups for a pack then runs a
+    group of another pack and drops the result.
+    """
+
+    groups: Sequence[EncodedGroup]  # empty for a pack that only takes part in the forwards of other ranks
+    places: list[int]  # places of the pack's completions in the step's table of measures
     batch: Batch
-    seed: int  # of what an adapter's dropout leaves out
+    seed: int  # of the adapter's dropout in this pack
 
 
 def make_packs(
     scorer: Scorer, groups: Sequence[EncodedGroup], *, max_tokens_per_pack: int, seed: int = 0
 ) -> list[Pack]:
-    """This rank's packs; as many as on every other rank, where a forward is a joint work of all."""
-    everywhere = is_sharded(scorer.model)
+    """Returns this rank's packs (the rows of one forward pass each). If the model is sharded, every rank gets the same
+    number of packs, and some may be empty."""
+    runs_together = is_sharded(scorer.model)
     indices = scorer.plan(groups, num_ranks=num_ranks(), max_tokens_per_pack=max_tokens_per_pack)[rank()]
     starts = [0, *accumulate(len(group.completion_ids) for group in groups)]
     packs: list[Pack] = []
     for pack in indices:
-        if pack or everywhere:
-            own = [groups[i] for i in pack]
+        if pack or runs_together:
+            members = [groups[i] for i in pack]
             places = [place for i in pack for place in range(starts[i], starts[i + 1])]
-            own_seed = zlib.crc32(repr((seed, rank(), len(packs))).encode())
-            packs.append(Pack(own, places, scorer.collate(own or groups[:1]), own_seed))
+            pack_seed = zlib.crc32(repr((seed, rank(), len(packs))).encode())
+            packs.append(Pack(members, places, scorer.collate(members or groups[:1]), pack_seed))
     return packs
 
 
 def backward(
     objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
-) -> tuple[Scores, Tensor]:
-    """Add this rank's share to the gradients. Returns what the policy says of all completions, and their loss."""
+) -> tuple[Measures, Tensor]:
+    """Adds this rank's share of the loss's gradient to the gradients of the weights. Returns the measures of all
+    completions of all ranks, and the loss of the global batch."""
+    table = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
+    run = _backward_of_whole_batch if objective.traits.needs_whole_batch else _backward_by_pack
     with _dropout(scorer.model):
-        return _backward(objective, scorer, groups, packs, statistics)
+        return run(objective, scorer, groups, packs, statistics, table)
 
 
 @contextmanager
 def _dropout(model: nn.Module) -> Iterator[None]:
-    """Within, an adapter's dropout is on, also where activations are computed again; that of the base stays off."""
+    """Turns on the adapter's dropout in the `with` block, also when activations are recomputed. The base's dropout
+    stays off."""
     layers, device = dropouts(model), next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for layer in layers:
@@ -72,27 +81,34 @@ def _dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _measure(scorer: Scorer, pack: Pack) -> Any:
-    """The same numbers in every call."""
+    """Returns the measures of the pack's completions. Every call returns the same values, because the pack's seed
+    decides the dropout."""
     torch.manual_seed(pack.seed)
     return scorer(pack.batch)
 
 
-def _backward(
-    objective: Objective, scorer: Scorer, groups: Sequence[EncodedGroup], packs: Sequence[Pack], statistics: Statistics
-) -> tuple[Scores, Tensor]:
-    found = torch.zeros(sum(len(g.completion_ids) for g in groups), NUM_MEASURES, device=scorer.model.device)
-    if objective.traits.needs_whole_batch:
-        return _backward_of_whole_batch(objective, scorer, groups, packs, statistics, found)
+def _backward_by_pack(
+    objective: Objective,
+    scorer: Scorer,
+    groups: Sequence[EncodedGroup],
+    packs: Sequence[Pack],
+    statistics: Statistics,
+    table: Tensor,
+) -> tuple[Measures, Tensor]:
+    """Runs forward and backward for one pack after another. This suits a loss that depends on one group at a time.
+
+    Fills `table` with the measures of all completions of the step.
+    """
     for pack in packs:
         measured = _measure(scorer, pack)
         slope = torch.zeros_like(measured)
         if pack.groups:
-            found[pack.places] = measured.detach()
-            _, slope = _differentiate(objective, Scores(pack.groups, measured.detach()), groups, statistics)
+            table[pack.places] = measured.detach()
+            _, slope = _differentiate(objective, Measures(pack.groups, measured.detach()), groups, statistics)
         measured.backward(slope)
-    add_up(found)
-    scores = Scores(groups, found)
-    return scores, share_of_loss(objective, scores, groups, statistics)
+    all_reduce_sum(table)
+    measures = Measures(groups, table)
+    return measures, share_of_loss(objective, measures, groups, statistics)
 
 
 def _backward_of_whole_batch(
@@ -101,51 +117,58 @@ def _backward_of_whole_batch(
     groups: Sequence[EncodedGroup],
     packs: Sequence[Pack],
     statistics: Statistics,
-    found: Tensor,
-) -> tuple[Scores, Tensor]:
-    """The loss joins completions of all packs: find all of them first. A single pack is not computed again."""
-    once = len(packs) == 1
-    kept = []
-    with torch.set_grad_enabled(once):
+    table: Tensor,
+) -> tuple[Measures, Tensor]:
+    """Runs the forward passes of all packs before the first backward pass. This suits a loss that compares completions
+    of different packs.
+
+    The forward of each pack runs a second time for its backward, unless there is only one pack. Fills `table` with the
+    measures of all completions of the step.
+    """
+    has_one_pack = len(packs) == 1
+    first_results = []
+    with torch.set_grad_enabled(has_one_pack):
         for pack in packs:
             measured = _measure(scorer, pack)
-            found[pack.places] = measured.detach()[: len(pack.places)]
-            kept.append(measured)
-    add_up(found)
-    scores = Scores(groups, found)
-    loss, slopes = _differentiate(objective, scores, groups, statistics)
-    for pack, before in zip(packs, kept, strict=True):
-        measured = before if once else _measure(scorer, pack)
+            table[pack.places] = measured.detach()[: len(pack.places)]
+            first_results.append(measured)
+    all_reduce_sum(table)
+    measures = Measures(groups, table)
+    loss, slopes = _differentiate(objective, measures, groups, statistics)
+    for pack, first_result in zip(packs, first_results, strict=True):
+        measured = first_result if has_one_pack else _measure(scorer, pack)
         slope = torch.zeros_like(measured)
         slope[: len(pack.places)] = slopes[pack.places]
         measured.backward(slope)
-    return scores, loss
+    return measures, loss
 
 
 def _differentiate(
-    objective: Objective, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics
+    objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient by what was found."""
-    leaf = scores.found.clone().requires_grad_()
-    loss = share_of_loss(objective, Scores(scores.groups, leaf), global_batch, statistics)
+    """Returns the measured groups' share of the global batch's loss, and the gradient of this share with respect to the
+    table of measures."""
+    leaf = measures.table.clone().requires_grad_()
+    loss = share_of_loss(objective, Measures(measures.groups, leaf), global_batch, statistics)
     (slope,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), slope
 
 
 def share_of_loss(
-    objective: Objective, scores: Scores, global_batch: Sequence[EncodedGroup], statistics: Statistics
+    objective: Objective, measures: Measures, global_batch: Sequence[EncodedGroup], statistics: Statistics
 ) -> Tensor:
-    """The share of these groups in the loss of the global batch."""
-    found = losses(objective, scores, statistics) * scores.weights
-    return found.sum() / count_units(objective, global_batch)
+    """Returns the share of the measured groups in the loss of the global batch."""
+    loss_per_group = losses(objective, measures, statistics) * measures.weights
+    return loss_per_group.sum() / denominator(objective, global_batch)
 
 
 def check_agreement(groups: Sequence[EncodedGroup], what: str, device: torch.device) -> None:
-    """Raises RuntimeError where ranks were given different groups, before they wait for each other for ever."""
+    """Raises RuntimeError if ranks were given different groups; without this check such ranks would wait for each other
+    forever. `what` names the groups in the error."""
     if num_ranks() > 1:
-        own = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
-        dist.all_reduce(own, dist.ReduceOp.MAX)
-        if own.sum().item():
+        extremes = torch.tensor([_fingerprint(groups), -_fingerprint(groups)], device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        if extremes.sum().item():  # the largest and the smallest fingerprint differ
             raise RuntimeError(f"Ranks were given different {what}; give each the same groups.")
 
 

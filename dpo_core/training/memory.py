@@ -1,4 +1,5 @@
-"""How many tokens a pack may have: as many as the device holds, within what keeps it busy."""
+"""Chooses `max_tokens_per_pack`, the size of one forward pass, and whether to recompute activations. A pack is as large
+as memory allows, up to the size beyond which the device is no faster."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,45 +20,50 @@ from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack
 from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.logps import tile_bytes
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.ranks import lowest, num_local_ranks
+from dpo_core.training.ranks import all_reduce_min, num_local_ranks
 from dpo_core.training.weights import num_shards, state_bytes
 
 logger = logging.getLogger(__name__)
 
-ASSUMED_TOKENS = 8192  # where the system does not tell its memory
+ASSUMED_TOKENS = 8192  # in a pack, on a device other than a CPU or CUDA GPU
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # at most so many show what autograd keeps
+EXAMPLE_TOKENS, EXAMPLE_POSITIONS = 192, 128  # the largest example on which memory is measured
 
 
-def fit(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
-    """`config` with `max_tokens_per_pack` and `activation_checkpointing` decided, alike on all ranks.
+def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> TrainConfig:
+    """Returns `config` with `max_tokens_per_pack` and `activation_checkpointing` decided. All ranks get the same
+    values.
 
-    `groups` are some that will be trained on: of many short completions behind a long prompt a token takes more than
-    of pairs.
+    `groups` are examples of the training data: a token takes more memory if many short completions share a long prompt.
     """
     if config.max_tokens_per_pack is not None and config.activation_checkpointing != "auto":
         return config
     model, least = scorer.model, config.max_length
     most = config.max_tokens_per_pack or max(least, MOST_TOKENS.get(model.device.type, ASSUMED_TOKENS))
     budget = _budget(scorer, config.sharding)
-    kept = _bytes_per_token(scorer, groups)
+    token_bytes = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))
-    at_borders = kept // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    recomputed_bytes = (
+        token_bytes // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    )
     given, wanted = config.max_tokens_per_pack, config.activation_checkpointing
-    tokens, again, fits = choose_pack(budget, kept, at_borders, given=given, wanted=wanted, least=least, most=most)
+    tokens, choice, fits = choose_pack(
+        budget, token_bytes, recomputed_bytes, given=given, wanted=wanted, least=least, most=most
+    )
     if fits < least:
         logger.warning("A pack of max_length, %d tokens, may not fit into memory: about %d tokens do.", least, fits)
-    return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=again)
+    return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=choice)
 
 
 def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
-    """Keep only what enters a layer; compute the rest again in backward. Returns what undoes this."""
+    """Makes the backward pass recompute each layer from the layer's input, so that autograd keeps only the inputs.
+    Returns a function that reverts this."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), shared_prompts(scorer.model) if scorer.shares_prompts else nullcontext()
 
     layers = decoder_layers(scorer.model)
-    before = [vars(layer).get("forward") for layer in layers]  # another one's patch, or none
+    before = [vars(layer).get("forward") for layer in layers]  # a forward set by the caller, or None
 
     def undo() -> None:
         for layer, patch in zip(layers, before, strict=True):
@@ -71,23 +77,27 @@ def checkpoint_activations(scorer: Scorer) -> Callable[[], None]:
 
 
 def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
-    """How many bytes the tokens of a pack may take beside weights, gradients, optimizer and a tile of logits; the
-    smallest number of all ranks. None where the system does not tell its memory."""
+    """Returns the bytes that the tokens of a pack may take in memory beside weights, gradients, the optimizer's state
+    and a tile of logits.
+
+    All ranks get the smallest number of any rank. Returns None if the system does not report its memory.
+    """
     model = scorer.model
     free = _free_bytes(model.device)
     if free is None:
         return None
-    loaded = sum(weight.nbytes for weight in model.parameters())  # whole here, though they may be split afterwards
+    loaded = sum(weight.nbytes for weight in model.parameters())  # weights are whole until sharding
     state = state_bytes(model, num_shards(scorer, sharding))
     vocabulary, capped = model.config.get_text_config().vocab_size, scorer.manner.logits.cap is not None
     tile = 0 if scorer.rewards else tile_bytes(vocabulary, model.dtype, model.device, capped=capped)
-    return lowest(int(max(0, free + loaded - state - tile) * PACK_SHARE), model.device)
+    return all_reduce_min(int(max(0, free + loaded - state - tile) * PACK_SHARE), model.device)
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Of a GPU, or this rank's part of what its machine, or container, has left."""
+    """Returns the free bytes of the GPU, or this rank's share of the free memory of its machine or container. Returns
+    None if the system does not report them."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held, and given again
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by PyTorch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         free = _number(MEMINFO, "MemAvailable:") * 1024
@@ -95,21 +105,26 @@ def _free_bytes(device: torch.device) -> int | None:
         return None
     limit = CGROUP / "memory.max"
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        # As the kubelet does, without the files that the kernel holds but gives up when asked.
+        # Cached files do not count, as for the kubelet: the kernel frees them when it needs memory.
         used = int((CGROUP / "memory.current").read_text()) - _number(CGROUP / "memory.stat", "inactive_file")
         free = min(free, int(most) - used)
     return free // num_local_ranks()
 
 
 def _number(file: Path, name: str) -> int:
-    """Of a file whose lines are a name and a number."""
+    """Returns the number on the line of `file` that begins with `name`. Each line of the file must hold a name and a
+    number."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {name: int(number) for name, number, *_ in lines}[name]
 
 
 def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> EncodedGroup:
-    """A small one in the shape of the group whose completions look back the most: autograd keeps the keys of a prompt
-    once for each completion that shares it. Without groups, a pair."""
+    """Returns a small group with the proportions of the group that takes the most memory per token; without `groups`, a
+    pair.
+
+    The most memory per token is taken by the group with the largest product of completions and prompt length, relative
+    to its tokens: autograd keeps a prompt's keys once for each completion.
+    """
 
     def looks_back(group: EncodedGroup) -> float:
         return len(group.completion_ids) * len(group.prompt_ids) / group.num_tokens
@@ -124,23 +139,23 @@ def _example(groups: Sequence[EncodedGroup], config: PretrainedConfig) -> Encode
 
 
 def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int:
-    """What autograd keeps of a forward for each token, as seen on a small example in the shape of the groups."""
+    """Returns the bytes that autograd keeps for each token of a forward pass, measured on a small example."""
     example = _example(groups, scorer.model.config.get_text_config())
     return -(-_kept_bytes(scorer, example) // scorer.count_tokens(example))
 
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
-    """What autograd keeps of a forward, weights aside."""
+    """Returns the bytes that autograd keeps for the backward pass of the group, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in scorer.model.parameters()}
-    kept: dict[int, int] = {}
+    kept_storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept_storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = scorer(scorer.collate([group]))
-    del found
-    return sum(kept.values())
+        measured = scorer(scorer.collate([group]))
+    del measured
+    return sum(kept_storages.values())

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""Creates the optimizer, and computes the learning rate of each step."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,8 @@ from dpo_core.config import Optim
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """AdamW; weights decay, biases and norms do not."""
+    """Returns an AdamW optimizer of the parameters. Matrices have weight decay; biases and the weights of norms have
+    none."""
     stepped = list(parameters)
     groups = [
         {"params": [p for p in stepped if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -20,8 +21,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.op
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
-    """The rate of `step`, from 1. It rises over the warmup, then falls; no step has the rate 0."""
-    assert optim.learning_rate is not None  # resolved
+    """Returns the learning rate of a step; the first step is 1. The rate rises during the warmup, then follows the
+    schedule, and is never 0."""
+    assert optim.learning_rate is not None  # `resolved` has set the learning rate
     warmup = math.ceil(optim.warmup_ratio * total_steps)
     if step <= warmup:
         return optim.learning_rate * step / (warmup + 1)

@@ -1,4 +1,5 @@
-"""The processes that train together; one process is a group of its own."""
+"""Exchanges data with the other ranks (processes) of a training run. All functions also work in a run of one
+process."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,46 +21,49 @@ def num_ranks() -> int:
 
 
 def num_local_ranks() -> int:
-    """Those of this node, as its launcher says; else all."""
+    """Returns the number of ranks on this node: LOCAL_WORLD_SIZE, or the number of all ranks if the variable is not
+    set."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
 
 
-def add_up(*tensors: Tensor) -> None:
-    """Sums over ranks, in place; of many tensors in one message per dtype."""
+def all_reduce_sum(*tensors: Tensor) -> None:
+    """Sums each tensor over all ranks, in place. All tensors of the same dtype are sent in one message."""
     if num_ranks() == 1:
         return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in an order that is the same on all ranks
-        own = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in own])
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # the same order on all ranks
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in same])
         dist.all_reduce(flat)
-        for tensor, part in zip(own, flat.split_with_sizes([tensor.numel() for tensor in own]), strict=True):
+        for tensor, part in zip(same, flat.split_with_sizes([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
-def lowest(value: int, device: torch.device) -> int:
-    """The smallest over ranks."""
-    found = torch.tensor(value, device=device)
+def all_reduce_min(value: int, device: torch.device) -> int:
+    """Returns the smallest `value` of all ranks."""
+    smallest = torch.tensor(value, device=device)
     if num_ranks() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-    return int(found.item())
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest.item())
 
 
 def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Of each value, whether it is true on at least one; all ranks learn the same."""
+    """Returns, for each place in `values`, whether the value there is true on at least one rank. All ranks get the same
+    list."""
     if num_ranks() == 1:
         return list(values)
-    found = torch.tensor(values, dtype=torch.uint8, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return [bool(value) for value in found.tolist()]
+    flags = torch.tensor(values, dtype=torch.uint8, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGroup | None = None) -> T:
-    """What `work` returns on this rank. Where it fails on one it fails on all, before they wait for each other."""
+    """Calls `work` on every rank and returns the result of this rank. If `work` fails on one rank, every rank raises an
+    error, so that no rank waits for another."""
     try:
         result = work()
     except Exception:
         on_any_rank([True], device, group)
         raise
     if any(on_any_rank([False], device, group)):
-        raise RuntimeError("Another rank failed in what all do together; its own error says why.")
+        raise RuntimeError("Another rank failed in work that all ranks do together; see the error of that rank.")
     return result

@@ -1,4 +1,4 @@
-"""The loop: `train` yields one StepResult per optimizer step."""
+"""Runs the training loop: `train` yields one result per optimizer step."""
 
 import logging
 import math
@@ -17,20 +17,22 @@ from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import fingerprint
 from dpo_core.models.model import check_model, check_policy, has_adapter
+from dpo_core.models.quantization import precision_of
 from dpo_core.objectives.drift import Drift
 from dpo_core.objectives.losses import Statistics, check_groups
-from dpo_core.objectives.metrics import measure
+from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.policy.admission import admit
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.checkpoint import Manifest, load, name_of, resumable
+from dpo_core.selection import Evaluation, evaluations, stalls
+from dpo_core.training.checkpoint import Manifest, load, resumable
+from dpo_core.training.checkpoint_writer import Publish, Writer
 from dpo_core.training.evaluation import Batches, evaluate
 from dpo_core.training.gradients import backward, check_agreement, make_packs
-from dpo_core.training.memory import checkpoint_activations, fit
+from dpo_core.training.memory import checkpoint_activations, plan_memory
 from dpo_core.training.optim import learning_rate, make_optimizer
 from dpo_core.training.ranks import on_any_rank, rank, together
 from dpo_core.training.weights import Weights, agree_on_weights, dtypes_of, shard
-from dpo_core.training.writer import Publish, Writer
 
 GlobalBatches = Sequence[Sequence[EncodedGroup]] | Callable[[int], Batches]
 logger = logging.getLogger(__name__)
@@ -38,13 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, as seen over all ranks. Metrics are of the policy before the step, `eval/` ones after it."""
+    """The result of one optimizer step, the same on all ranks. Metrics that begin with `eval/` measure the policy after
+    the step, all other metrics the policy before the step."""
 
     step: int  # from 1
     total_steps: int
     metrics: dict[str, float]
-    num_tokens: int  # trained on since step 1: every prompt once and its completions
-    warning: str | None  # what the user should know, in a sentence
+    num_tokens: int  # tokens trained on since step 1; a group's prompt counts once
+    warning: str | None  # a sentence for the user
+    evaluations: tuple[Evaluation, ...] = ()  # the run's values of best_metric so far
 
 
 def train(
@@ -60,37 +64,43 @@ def train(
     validation: Callable[[], Batches | None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Iterator[StepResult]:
-    """Train `policy` in place, with dropout off: all its weights, or its adapter.
+    """Trains `policy` in place and yields the result of each step. Trains all weights, or only the adapter if the
+    policy has one; the base's dropout is off.
 
-    `config` is resolved. `global_batches` are those of the whole run, one for each step, or a function that gives the
-    batches after a step: after 0, or after that of the checkpoint `resume`. Every rank is given the same ones, and
-    computes its own share. The loss is a mean over the groups of a batch, so a list is refused if one of its batches
-    has more than `batch_size`, or if it has not `total_steps` of them; a batch may have fewer, and a function is
-    trusted. `n_epochs`, `truncation` and `seed` say how batches were made; training only keeps them. A group longer
-    than `max_length` is refused.
+    `config` must be resolved. `global_batches` is a list with one batch for each step of the run, or a function that
+    takes a step number and returns the batches of all later steps; the number is 0, or the step of the checkpoint
+    `resume`. Every rank must be given the same batches, and computes its share of them. The loss is a mean over the
+    groups of a batch. Therefore a list is refused if one of its batches has more than `batch_size` groups, or if the
+    list has not `total_steps` batches. A batch may have fewer groups. The batches of a function are not checked. A
+    group longer than `max_length` is refused. `n_epochs` and `truncation` only record how the batches were made; so
+    does `seed`, which also draws an adapter's dropout.
 
-    Once a step's result was taken, its checkpoint is written to `checkpoint_dir/step-000012` while the next steps run,
-    and then given to `publish`; all are there when the iterator ends. A step whose loss or gradient is no finite number
-    changes nothing; it is yielded, has no checkpoint, and then ends the run. A step without groups changes nothing and
-    has no metrics; its checkpoint has those of the step before.
+    If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
+    while training continues. `publish` is then called with the step and the folder. All checkpoints are written when
+    the iterator ends. A step whose loss or gradient is not finite changes no weight; its result is yielded without a
+    checkpoint, and then FloatingPointError ends the run. A step without groups changes no weight and has no metrics;
+    its checkpoint has the metrics of the previous step.
 
-    `validation` gives held-out groups in batches of any sizes, anew whenever a checkpoint is due. What the policy
-    of that checkpoint makes of them joins its step's metrics, `eval/loss` and so on. Training goes on as without.
-    None: there are none after all.
+    `validation` returns held-out groups in batches of any size. The trainer calls `validation` whenever a checkpoint is
+    due, and adds the policy's metrics on these groups, such as `eval/loss`, to the metrics of the step. Held-out groups
+    do not change the weights. If `validation` returns None, the step has no evaluation. With `early_stop` the iterator
+    ends once evaluations stop improving.
 
-    `stop` is asked before every step, on every rank. Once it is true on one of them, all save a checkpoint of the
-    last step, if it has none, and the iterator ends.
+    `stop` is called before every step on every rank. Once it returns true on one rank, all ranks save a checkpoint of
+    the last step, unless that step already has one, and the iterator ends.
     """
     every = config.checkpoint_steps
     if every is None or None in (config.optim.learning_rate, config.batch_size, config.n_epochs):
-        raise ValueError("config is not resolved; give train config.resolved(number of groups).")
+        raise ValueError("config is not resolved; pass train config.resolved(number of groups).")
     _check_batches(config, global_batches, total_steps)
-    with ExitStack() as marks:  # that training leaves on the policy
-        run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, marks)
-        writer = marks.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
+    with ExitStack() as undo:
+        run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, undo)
+        writer = undo.enter_context(Writer(Path(checkpoint_dir), policy, tokenizer, run.weights, publish))
         drift = Drift()
-        is_due, metrics = True, dict[str, float]()  # before the first step there is nothing to save
+        is_due, metrics = True, dict[str, float]()  # true, because before the first step there is nothing to save
         for step in range(run.step + 1, total_steps + 1):
+            if stalls(run.evaluations, config.best_metric, config.early_stop):
+                return
             if stop is not None and any(on_any_rank([stop()], run.scorer.model.device)):
                 if not is_due:
                     writer.save(run.manifest(metrics), run.optimizer)
@@ -104,30 +114,31 @@ def train(
             if warning and rank() == 0:
                 logger.warning("Step %d: %s", step, warning)
             is_due = step % every == 0 or step == total_steps
-            held_out = validation() if validation and is_due and not _broken(metrics) else None
+            held_out = validation() if validation and is_due and not _not_finite(metrics) else None
             if held_out is not None:
                 metrics |= run.evaluate(held_out)
-            yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning)
-            if values := _broken(metrics):
+            yield StepResult(step, total_steps, metrics if groups else {}, run.num_tokens, warning, run.evaluations)
+            if values := _not_finite(metrics):
                 raise FloatingPointError(f"Training diverged at step {step} ({values}); {run.remedy}.")
             if is_due:
                 writer.save(run.manifest(metrics), run.optimizer)
 
 
 def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int) -> None:
-    """Raises TypeError or ValueError for a list of batches that is not that of this run."""
+    """Raises TypeError or ValueError if `batches` is neither a function nor a list that fits the run."""
     if callable(batches):
         return
-    if not hasattr(batches, "__getitem__"):  # an iterator cannot be begun anywhere else
-        kind = type(batches).__name__
-        raise TypeError(f"global_batches is a {kind}; give a list of the run's, or a function of the step before.")
+    if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint
+        what = f"global_batches is a {type(batches).__name__}; give a list with one batch per step"
+        function = "a function that takes a step number and returns the batches of all later steps"
+        raise TypeError(f"{what}, or {function}.")
     if len(batches) != total_steps:
         raise ValueError(f"global_batches has {len(batches)} batches, total_steps is {total_steps}; give one a step.")
     assert config.batch_size is not None  # resolved
     for step, groups in enumerate(batches, 1):
         if len(groups) > config.batch_size:
             what = f"The batch of step {step} has {len(groups)} groups, batch_size is {config.batch_size}"
-            raise ValueError(f"{what}; give batches of at most so many, or raise batch_size.")
+            raise ValueError(f"{what}; give smaller batches, or raise batch_size.")
 
 
 def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]]:
@@ -135,7 +146,11 @@ def _after(step: int, batches: GlobalBatches) -> Iterator[Sequence[EncodedGroup]
 
 
 class _Run:
-    """What changes from step to step. `marks` undoes, at its end, what was done to the policy beside training it."""
+    """The state of a training run: the policy, the optimizer, and the counters that change with each step.
+
+    The callbacks in `undo` restore the policy at the end of the run: they revert everything but the training of its
+    weights.
+    """
 
     def __init__(
         self,
@@ -144,72 +159,75 @@ class _Run:
         global_batches: GlobalBatches,
         total_steps: int,
         resume: Path | None,
-        marks: ExitStack,
+        undo: ExitStack,
     ) -> None:
         check_policy(policy)
         check_model(policy, config.objective)
         policy.train(False)
-        manifest, self.dtype, dtypes = None, policy.dtype, dtypes_of(policy)
+        manifest, self.precision, dtypes = None, precision_of(policy), dtypes_of(policy)
         if resume is not None:
-            check = partial(resumable, resume, config=config, total_steps=total_steps, dtype=self.dtype)
+            check = partial(resumable, resume, config=config, total_steps=total_steps, precision=self.precision)
             manifest, config = together(check, policy.device)
         batches = _after(manifest.step if manifest else 0, global_batches)
-        first = list(islice(batches, 1))  # shows what packs will hold
+        first = list(islice(batches, 1))  # the groups on which `plan_memory` measures memory
         self.batches = chain(first, batches)
         agree_on_weights(policy)
         self.base = fingerprint(policy) if has_adapter(policy) else None
         if manifest and self.base and manifest.base not in (None, self.base):
-            what = f"{resume} is of an adapter on a base with other weights than {policy.name_or_path}"
+            what = f"{resume} has an adapter of a base whose weights differ from those of {policy.name_or_path}"
             raise ValueError(f"{what}; load the policy from the base of that run.")
         self.scorer = Scorer(policy)
-        self.config = fit(config, self.scorer, first[0] if first else ())
+        self.config = plan_memory(config, self.scorer, first[0] if first else ())
         recomputed = self.config.activation_checkpointing == "on"
         if recomputed:
-            marks.callback(checkpoint_activations(self.scorer))
+            undo.callback(checkpoint_activations(self.scorer))
         self.flops = Flops(policy, recomputed=recomputed)
         self.matmul_rate = matmul_rate(policy.dtype, policy.device)
         shard(self.scorer, config.sharding)
         self.weights = Weights(policy, dtypes)
-        marks.callback(self.weights.release)
+        undo.callback(self.weights.release)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
-        self.num_updates, self.metrics = 0, dict[str, float]()
+        self.num_updates, self.metrics, self.evaluations = 0, dict[str, float](), tuple[Evaluation, ...]()
         if resume is not None and manifest is not None:
             load(resume, manifest, policy=policy, weights=self.weights, optimizer=self.optimizer)
             self.step, self.num_tokens = manifest.step, manifest.num_tokens
-            self.num_updates, self.metrics = manifest.num_updates, manifest.metrics
+            trained = {key: value for key, value in manifest.metrics.items() if not key.startswith("eval/")}
+            self.num_updates, self.metrics = manifest.num_updates, trained
+            self.evaluations = manifest.evaluations
             self.statistics = Statistics(**manifest.statistics)
 
     def take_step(self, groups: Sequence[EncodedGroup]) -> dict[str, float]:
-        """The metrics of the step; without groups, of the one before."""
+        """Takes one optimizer step on `groups` and returns the metrics of the step. Without groups, changes no weight
+        and returns the metrics of the previous step."""
         started = time.perf_counter()
         self.step += 1
         if not groups:
             return dict(self.metrics)
         self.num_updates += 1
         objective, optim, scorer = self.config.objective, self.config.optim, self.scorer
-        assert self.config.max_tokens_per_pack is not None  # fitted
+        assert self.config.max_tokens_per_pack is not None  # `plan_memory` has set it
         check_groups(objective, self._admitted(groups))
         check_agreement(groups, f"global batches for step {self.step}", scorer.model.device)
         tokens, seed = self.config.max_tokens_per_pack, self.config.seed * 2**32 + self.step
         packs = make_packs(scorer, groups, max_tokens_per_pack=tokens, seed=seed)
-        scores, loss = backward(objective, scorer, groups, packs, self.statistics)
+        measures, loss = backward(objective, scorer, groups, packs, self.statistics)
         grad_norm = self.weights.collect_gradients(optim.max_grad_norm)
-        scalars = {"loss": loss, **measure(objective, scores), "grad_norm": grad_norm}
+        scalars = {"loss": loss, **compute_metrics(objective, measures), "grad_norm": grad_norm}
         metrics = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
         rate = learning_rate(optim, self.step, self.total_steps)
-        if not _broken(metrics):
+        if not _not_finite(metrics):
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = rate
             self.optimizer.step()
-            self.weights.publish()
+            self.weights.update_policy()
         seconds = time.perf_counter() - started
         tokens = sum(group.num_tokens for group in groups)
         self.num_tokens += tokens
         self.metrics = metrics | {
             "lr": rate,
             "tokens_per_second": tokens / seconds,
-            "hfu": sum(self.flops.of(pack.batch) for pack in packs) / seconds / self.matmul_rate,
+            "hfu": sum(self.flops.count(pack.batch) for pack in packs) / seconds / self.matmul_rate,
             "tokens/computed": sum(map(scorer.count_tokens, groups)),
             "tokens/shared": sum(scorer.count_shared_tokens(group) for group in groups),
         }
@@ -217,18 +235,20 @@ class _Run:
 
     @property
     def remedy(self) -> str:
-        """Of a loss or gradient that is no finite number."""
+        """The advice to a user whose loss or gradient is not finite."""
         if self.num_updates > 1:
             return "lower the learning rate"
-        return (
-            "no weight had been changed yet, so look for such numbers in the policy and in the scores of the reference"
-        )
+        return "no weight had been changed yet, so look for such numbers in the policy and in the reference's scores"
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
+        """Returns the policy's metrics on the held-out groups in `batches`, and adds the value of `best_metric` to the
+        run's evaluations."""
         tokens = self.config.max_tokens_per_pack
-        assert tokens is not None  # fitted
+        assert tokens is not None  # `plan_memory` has set it
         admitted = map(self._admitted, batches)
-        return evaluate(self.config.objective, self.scorer, admitted, self.statistics, max_tokens_per_pack=tokens)
+        found = evaluate(self.config.objective, self.scorer, admitted, self.statistics, max_tokens_per_pack=tokens)
+        self.evaluations += evaluations([(self.step, found)], self.config.best_metric)
+        return found
 
     def _admitted(self, groups: Sequence[EncodedGroup]) -> Sequence[EncodedGroup]:
         admit(groups, self.scorer.model, max_length=self.config.max_length)
@@ -244,12 +264,14 @@ class _Run:
             statistics=vars(self.statistics).copy(),
             config=asdict(self.config),
             files={},
-            dtype=name_of(self.dtype),
+            dtype=self.precision,
             base=self.base,
+            evaluations=self.evaluations,
         )
 
 
-def _broken(metrics: dict[str, float]) -> str:
-    """Those that must be finite numbers and are not, in words."""
+def _not_finite(metrics: dict[str, float]) -> str:
+    """Returns the loss, the gradient norm and the evaluation's loss if they are not finite, as in "loss nan, grad_norm
+    inf"; an empty text if all are finite."""
     values = {key: metrics.get(key, 0.0) for key in ("loss", "grad_norm", "eval/loss")}
     return ", ".join(f"{key} {value}" for key, value in values.items() if not math.isfinite(value))

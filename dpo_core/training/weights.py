@@ -1,4 +1,4 @@
-"""The trained parameters: how ranks hold them, and what the optimizer steps on."""
+"""Holds the trained parameters: their float32 masters, their gradients, and their division over ranks."""
 
 from collections.abc import Mapping
 from itertools import chain, compress
@@ -15,18 +15,19 @@ from transformers import PreTrainedModel
 from dpo_core.config import Sharding
 from dpo_core.models.architecture import decoder_layers, is_sharded
 from dpo_core.models.model import has_adapter
+from dpo_core.models.quantization import is_quantized, scales_of
 from dpo_core.options import InvalidOption
 from dpo_core.plan.rules import fewest_shards
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.ranks import add_up, lowest, num_local_ranks, num_ranks, on_any_rank
+from dpo_core.training.ranks import all_reduce_min, all_reduce_sum, num_local_ranks, num_ranks, on_any_rank
 
 
 class Weights:
-    """The parameters of a policy that are trained, by name, and what the optimizer steps on for each.
+    """The trained parameters of a policy by name, and the tensors that the optimizer steps.
 
-    Parameters in half precision have float32 masters that the optimizer steps on. Gradients are float32 or wider.
-    Ranks hold copies, and add their gradients up, unless the policy is sharded. `dtypes` are those that its
-    parameters had before: shards are float32. A model is saved in them.
+    For a parameter in half precision the optimizer steps a float32 master of the parameter. Gradients are float32 or
+    wider. Each rank holds a copy and sums its gradients with the other ranks', unless the policy is sharded. `dtypes`
+    are the parameters' dtypes before sharding, which makes shards float32; checkpoints save the model in these dtypes.
     """
 
     def __init__(self, policy: PreTrainedModel, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -41,14 +42,16 @@ class Weights:
 
     @property
     def in_float32(self) -> dict[str, nn.Parameter]:
-        """The stepped weights of which the saved model has fewer bits."""
+        """The float32 tensors that the optimizer steps and that the saved model holds in half precision, by name."""
         return {name: p for name, p in self.stepped.items() if _is_half(self.dtypes[name])}
 
     @torch.no_grad()
     def collect_gradients(self, max_norm: float) -> Tensor:
-        """Hand the gradients of all ranks to what is stepped, scaled down to `max_norm`; returns their norm before.
+        """Sums the gradients of all ranks, scales them down so that their norm is at most `max_norm`, and returns the
+        norm before scaling.
 
-        A parameter that has a gradient on no rank gets none, and stays as it is.
+        The gradients are moved to the tensors that the optimizer steps. A parameter without a gradient on any rank gets
+        none and does not change.
         """
         reached = [parameter.grad is not None for parameter in self.trained.values()]
         if not self.is_sharded:
@@ -60,13 +63,13 @@ class Weights:
             parameter.grad = None
             self.stepped[name].grad = gradient
         if not self.is_sharded:
-            add_up(*(cast(Tensor, self.stepped[name].grad) for name in names))
+            all_reduce_sum(*(cast(Tensor, self.stepped[name].grad) for name in names))
         norm = nn.utils.clip_grad_norm_(self.stepped.values(), max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Bring the stepped weights to the policy, and drop the gradients."""
+    def update_policy(self) -> None:
+        """Copies the float32 masters into the policy's weights, and drops all gradients."""
         for parameter in self.stepped.values():
             parameter.grad = None
         if self.masters:
@@ -74,7 +77,8 @@ class Weights:
             torch._foreach_copy_([self.trained[name] for name in names], [self.masters[name] for name in names])
 
     def release(self) -> None:
-        """Leave the policy to its owner, who may train it in another way."""
+        """Removes gradients and gradient dtypes that training added to the policy's parameters, so that the caller may
+        train the policy in another way."""
         for parameter in (*self.trained.values(), *self.masters.values()):
             parameter.grad = None
         for name in self.masters:
@@ -90,70 +94,78 @@ def _is_half(dtype: torch.dtype) -> bool:
 
 
 def agree_on_weights(policy: nn.Module) -> None:
-    """All ranks start from rank 0's weights."""
+    """Copies the policy's weights on rank 0 to all other ranks."""
     if num_ranks() > 1:
-        for tensor in chain(policy.parameters(), policy.buffers()):
+        for tensor in chain(policy.parameters(), policy.buffers(), scales_of(policy)):
             dist.broadcast(tensor.data, 0)
 
 
 def shard(scorer: Scorer, sharding: Sharding) -> None:
-    """FSDP2: split weights, gradients and optimizer state over ranks, and gather each layer when it computes.
+    """Splits the policy's weights, gradients and optimizer state over ranks with FSDP2, which gathers each layer when
+    it is computed.
 
-    A policy in half precision computes in it; the shards of what is trained are float32.
+    A policy in half precision computes in half precision, while the shards of its trained weights are float32. Raises
+    InvalidOption for a policy that cannot be split.
     """
     policy, shards = scorer.model, num_shards(scorer, sharding)
     if shards == 1:
         return
     if not scorer.takes_batches:
-        message = f"sharding is {sharding}, which {type(policy).__name__} cannot do; it must be replicated."
+        message = f"sharding is {sharding}, which {type(policy).__name__} does not support; it must be replicated."
+        raise InvalidOption("sharding", message)
+    if is_quantized(policy):
+        message = f"sharding is {sharding}, and a base in nf4 cannot be split; it must be replicated."
         raise InvalidOption("sharding", message)
     mesh, dtype = _mesh(policy, shards), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*decoder_layers(policy), scorer):
-        for parameter in module.parameters():  # one layer after the other, so that one alone is whole in float32
+        for parameter in module.parameters():  # one layer at a time, so that only one layer is whole in float32
             if parameter.requires_grad and _is_half(parameter.dtype):
                 parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in scorer.modules():
-        if isinstance(module, FSDPModule):  # losses are divided by the global batch's counts already
+        if isinstance(module, FSDPModule):  # losses are already divided by counts of all ranks
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
 def num_shards(scorer: Scorer, sharding: Sharding) -> int:
-    """Into how many parts `shard` splits each weight; all ranks decide alike."""
+    """Returns the number of parts into which `shard` splits each weight. All ranks get the same number."""
     policy, ranks, local_ranks = scorer.model, num_ranks(), num_local_ranks()
     if sharding != "auto":
         return {"replicated": 1, "hybrid": local_ranks, "full": ranks}[sharding]
-    if policy.device.type != "cuda" or not scorer.takes_batches:
+    if policy.device.type != "cuda" or not scorer.takes_batches or is_quantized(policy):
         return 1
-    room = lowest(torch.cuda.mem_get_info(policy.device)[1], policy.device)
+    room = all_reduce_min(torch.cuda.mem_get_info(policy.device)[1], policy.device)
     least = 1 if has_adapter(policy) else local_ranks
     return fewest_shards((least, local_ranks, ranks), lambda shards: state_bytes(policy, shards), room)
 
 
 def state_bytes(policy: PreTrainedModel, shards: int) -> int:
-    """What weights, gradients and AdamW's moments take of a rank. Of shards, what computes is whole, with the gradients
-    of what is trained there: all that is outside the layers and, as the next one is fetched ahead, two layers."""
-    kept: int = 0
+    """Returns the bytes of the policy's weights, gradients and AdamW's moments on one rank.
+
+    With several shards, a rank also holds some whole weights while it computes, and the gradients of the trained ones:
+    the weights outside the layers, and the weights of two layers, because the next layer is fetched ahead.
+    """
+    num_bytes: int = 0
     for parameter in policy.parameters():
-        stepped = max(parameter.itemsize, torch.float32.itemsize)  # bytes of a number that AdamW steps, and of a moment
+        stepped = max(parameter.itemsize, torch.float32.itemsize)  # bytes of a stepped number, and of a moment
         weight = parameter.itemsize
         if parameter.requires_grad and shards > 1:
             weight = stepped
         elif parameter.requires_grad and _is_half(parameter.dtype):
-            weight += stepped  # its master
-        kept += parameter.numel() * (weight + 3 * stepped * parameter.requires_grad)
+            weight += stepped  # the parameter's float32 master
+        num_bytes += parameter.numel() * (weight + 3 * stepped * parameter.requires_grad)
     if shards == 1:
-        return kept
+        return num_bytes
     layers = [_with_gradients(layer) for layer in decoder_layers(policy)]
     outside = _with_gradients(policy) - sum(layers)
     gathered: int = policy.dtype.itemsize * (outside + 2 * max(layers, default=0))
-    return kept // shards + gathered
+    return num_bytes // shards + gathered
 
 
 def _with_gradients(module: nn.Module) -> int:
-    """How many numbers its weights and their gradients have."""
+    """Returns the number of parameters in a module's weights plus the number of those that have gradients."""
     numbers: int = sum(weight.numel() * (1 + weight.requires_grad) for weight in module.parameters())
     return numbers
 

@@ -1,1 +1,1 @@
-"""The `raydpo` command: `up` runs the service on this machine, all else speaks to its REST API."""
+"""The `raydpo` command: `raydpo up` runs the service; the commands for jobs, files and models call its REST API."""

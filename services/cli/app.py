@@ -1,4 +1,4 @@
-"""The command's parts, wired together. What is heavy is imported by the command that needs it."""
+"""Builds the `raydpo` command from the modules of its subcommands. A subcommand imports slow packages when it runs."""
 
 import gc
 import os
@@ -38,19 +38,22 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def raydpo(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print raydpo's version and exit.")
     ] = False,
 ) -> None:
-    """Train and query policies through a raydpo service, or run one with `raydpo up`."""
+    """Train and query policies through a raydpo service, or run a service with `raydpo up`."""
 
 
 @app.command()
 def migrate() -> None:
-    """Upgrade the database at DATABASE_URL to the newest schema. Beside a PgBouncer, set DATABASE_DIRECT_URL."""
+    """Upgrade the schema of the database at DATABASE_URL to this release's version.
+
+    If DATABASE_URL leads to PgBouncer, set DATABASE_DIRECT_URL to the URL of the database itself.
+    """
     from services.control_plane.core.store import PoolerUrl, migrate
 
     if not (database_url := os.environ.get("DATABASE_DIRECT_URL") or os.environ.get("DATABASE_URL")):
-        fail("DATABASE_URL is not set; it names the database, postgresql://user:password@host/name.")
+        fail("DATABASE_URL is not set; set DATABASE_URL to the database, such as postgresql://user:password@host/name.")
     try:
         migrate(database_url)
     except PoolerUrl as error:
@@ -60,24 +63,39 @@ def migrate() -> None:
 @app.command()
 def up(
     home: Annotated[
-        Path | None, typer.Option(help="Folder of the service's state. Default: RAYDPO_HOME, else ~/.raydpo.")
+        Path | None,
+        typer.Option(
+            help="Folder in which the service keeps its files and keys, and which may hold the settings file "
+            "raydpo.toml. Default: the folder in RAYDPO_HOME, else ~/.raydpo."
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address at which the API listens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the API; 0 takes any free one.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="IP address or host name that the API listens on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="TCP port that the API listens on; 0 chooses any free port.", min=0, max=65535)
+    ] = 8000,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="Dashboard of a running Ray, such as http://host:8265. Default: a Ray is started here."),
+        typer.Option(
+            help="URL of a running Ray cluster's dashboard, such as http://host:8265. "
+            "Default: start a Ray cluster on this machine."
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SOURCE", help="A base model: its name, and a local folder or a hub id. Repeatable."),
+        typer.Option(
+            metavar="NAME=SOURCE",
+            help="Base model to offer: NAME is the model's name in the API, SOURCE is a local folder or an id on the "
+            "Hugging Face hub. Repeatable.",
+        ),
     ] = None,
 ) -> None:
-    """Run the service in the foreground, with PostgreSQL and Ray, until Ctrl-C.
+    """Run the service in the foreground until Ctrl-C.
 
-    `raydpo settings` lists all its settings; docs/operate/settings.md says what each is for.
+    The command also starts PostgreSQL and Ray, unless DATABASE_URL and --ray-address name running ones.
+    `raydpo settings` lists all settings of the service; docs/operate/settings.md explains each setting.
     """
-    gc.disable()  # meanwhile: all that is imported stays, and walking it is a tenth of a start
+    # Imported objects live until the process ends. Collecting garbage among them takes a tenth of the start.
+    gc.disable()
     from services.cli.up import Refused, serve
 
     gc.enable()

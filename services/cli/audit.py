@@ -1,4 +1,4 @@
-"""raydpo audit: who changed what, and who was refused."""
+"""The `raydpo audit` command: list the changes made through the API and the requests that the service refused."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
         "object": lambda entry: entry["object_id"] or "",
         "result": _result,
     }
-    what = "Show who changed what, and who was refused, newest first. Needs an admin key."
+    what = "List changes and refused requests with the API key that made each, newest first. Needs an admin key."
     list_command(app, "/x/audit", what, columns, name="audit")
 
 

@@ -1,4 +1,4 @@
-"""raydpo chat: talk to a base model or a trained policy."""
+"""The `raydpo chat` command: talk to a base model or a trained policy."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,19 +15,27 @@ def register(app: typer.Typer) -> None:
     @api_command(app)
     def chat(
         client: "OpenAI",
-        model: Annotated[str, typer.Argument(help="A base model or a trained policy.")],
+        model: Annotated[str, typer.Argument(help="Name of the base model or trained policy to talk to.")],
         prompt: Annotated[
-            str | None, typer.Argument(help="One question. Default: a conversation, from standard input.")
+            str | None,
+            typer.Argument(
+                help="Single question to answer. Default: hold a conversation with questions from standard input."
+            ),
         ] = None,
         system: Annotated[
-            str | None, typer.Option(help="A system message before the conversation. Default: none.")
+            str | None, typer.Option(help="System message that starts the conversation. Default: none.")
         ] = None,
         temperature: Annotated[
-            float, typer.Option(help="0 always takes the likeliest token; higher is more random.", min=0.0, max=2.0)
+            float,
+            typer.Option(
+                help="Sampling temperature: 0 always chooses the most likely token; higher values are more random.",
+                min=0.0,
+                max=2.0,
+            ),
         ] = 1.0,
-        max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.", min=1)] = 256,
+        max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in one answer.", min=1)] = 256,
     ) -> None:
-        """Talk to a model. Its answers are printed as they are written."""
+        """Talk to a model. Each answer is printed while the model generates it."""
         messages: list[Any] = [{"role": "system", "content": system}] if system else []
         while (question := prompt or _question()) is not None:
             messages.append({"role": "user", "content": question})
@@ -46,7 +54,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _question() -> str | None:
-    """The next line that is not empty; None at the end of the input."""
+    """Returns the next non-empty line of standard input, None at the end of the input."""
     while True:
         if sys.stdin.isatty():
             err.print("> ", end="", style="bold")

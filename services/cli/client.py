@@ -1,4 +1,4 @@
-"""How a command reaches the service, and how it says what went wrong."""
+"""Connects commands to the service, uploads and downloads files, and prints errors and tables."""
 
 import inspect
 import os
@@ -17,20 +17,26 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types import FileObject
 
-ONE_REQUEST_BYTES = 512 * 2**20  # what a service takes in one request, if it was not told otherwise
-PART_BYTES = 64 * 2**20  # of an upload in parts
+ONE_REQUEST_BYTES = 512 * 2**20  # the largest file that a service accepts in one request by default
+PART_BYTES = 64 * 2**20  # size of one part of a larger file
 
-# Without markup: names and messages may have brackets of their own.
+# Markup is off, because names and messages may contain square brackets.
 out = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 err = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
 
 Url = Annotated[
     str | None,
-    typer.Option(help="Base URL of the API, https://…/v1. Default: RAYDPO_URL, else the service started here last."),
+    typer.Option(
+        help="Base URL of the API, such as https://host/v1. Default: the URL in RAYDPO_URL, else the URL of the "
+        "service that `raydpo up` last started on this machine."
+    ),
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option(help="File with the API key. Default: the key in RAYDPO_API_KEY, else api.key in RAYDPO_HOME."),
+    typer.Option(
+        help="File that holds the API key. Default: the key in RAYDPO_API_KEY, else the file api.key in the service's "
+        "folder (RAYDPO_HOME, else ~/.raydpo)."
+    ),
 ]
 CONNECTION = [
     inspect.Parameter("url", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Url),
@@ -39,9 +45,9 @@ CONNECTION = [
 
 
 def _not_empty(text: str) -> str:
-    """As the value of an unset variable of a shell is."""
+    """Returns the text. Raises BadParameter if the text is empty, as the value of an unset shell variable is."""
     if not text:
-        raise typer.BadParameter("it is empty")
+        raise typer.BadParameter("the id must not be empty")
     return text
 
 
@@ -54,25 +60,32 @@ def default_home() -> Path:
 
 
 def connect(url: str | None, key_file: Path | None) -> "OpenAI":
-    """A client for what the options or the environment name, else for the service of the default home."""
+    """Returns a client of the service's API.
+
+    `url` and `key_file` override RAYDPO_URL and RAYDPO_API_KEY. The defaults of both are in the service's home folder.
+    """
     from openai import OpenAI
 
     home = default_home()
     url = url or os.environ.get("RAYDPO_URL")
     if url is None:
-        noted = home / "url"  # `up` writes it
+        noted = home / "url"  # `raydpo up` writes this file
         url = noted.read_text() if noted.exists() else "http://127.0.0.1:8000/v1"
     key = None if key_file else os.environ.get("RAYDPO_API_KEY")
     if key is None:
         try:
             key = (key_file or home / "api.key").expanduser().read_text().strip()
         except OSError as error:
-            fail(f"no API key: {error}. Set RAYDPO_API_KEY or --key-file.")
+            fail(f"no API key was found: {error}. Set RAYDPO_API_KEY or --key-file.")
     return OpenAI(base_url=url, api_key=key)
 
 
 def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make `function(client, …)` a command of `app` that takes --url and --key-file too and fails in one line."""
+    """Returns a decorator that registers a function as a command of `app`.
+
+    The function's first argument is a client of the API. The command also has the options --url and --key-file, and
+    prints an error of the API in one line.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function).parameters.values())[1:]
@@ -90,7 +103,10 @@ def api_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable
 
 
 def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "FileObject":
-    """Upload rows, in parts if they are many, and wait until they are checked. `reading` is x_raydpo's of a file."""
+    """Uploads a file of rows, in parts if the file is large, and waits until the service has checked the rows.
+
+    `reading` is the content of the file's `x_raydpo` field. Exits with an error if the service refuses the rows.
+    """
     said = {"x_raydpo": reading} if reading else {}
     num_bytes = path.stat().st_size
     if num_bytes <= ONE_REQUEST_BYTES:
@@ -105,7 +121,7 @@ def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "File
         ]
     sent = client.uploads.complete(upload.id, part_ids=parts).file
     assert sent is not None
-    err.print(f"{path.name} is sent as {sent.id}; its rows are being checked")
+    err.print(f"{path.name} is uploaded as {sent.id}; the service is checking the file's rows")
     checked = client.files.wait_for_processing(sent.id, max_wait_seconds=24 * 3600)
     if checked.status == "error":
         fail(str(checked.status_details))
@@ -113,7 +129,7 @@ def send_file(client: "OpenAI", path: Path, reading: Mapping[str, Any]) -> "File
 
 
 def write_content(client: "OpenAI", file_id: str) -> None:
-    """Write the file's bytes to standard output."""
+    """Writes the bytes of the service's file `file_id` to standard output."""
     with client.files.with_streaming_response.content(file_id) as response:
         for chunk in response.iter_bytes():
             sys.stdout.buffer.write(chunk)
@@ -121,7 +137,7 @@ def write_content(client: "OpenAI", file_id: str) -> None:
 
 @contextmanager
 def one_line_errors(client: "OpenAI") -> Iterator[None]:
-    """The API's message, not the client's traceback."""
+    """Prints an error of the API, the connection or a local file as one line and exits with status 1."""
     from openai import APIConnectionError, APIStatusError
 
     try:
@@ -132,7 +148,7 @@ def one_line_errors(client: "OpenAI") -> Iterator[None]:
     except APIConnectionError:
         fail(f"nothing answers at {client.base_url}; start the service with `raydpo up`, or set --url.")
     except BrokenPipeError:
-        raise  # the reader has seen enough; click ends quietly
+        raise  # the program at the other end of the pipe has ended; click then exits without a message
     except OSError as error:
         fail(str(error))
 
@@ -143,12 +159,15 @@ def fail(message: str) -> NoReturn:
 
 
 def safe(text: str) -> str:
-    """Without characters that a terminal obeys: a message may quote what a stranger's file holds."""
+    """Returns the text with tabs expanded and every other control character but newline replaced by U+FFFD.
+
+    A message may quote an uploaded file, and control characters in that file must not reach the terminal.
+    """
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs())
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on a terminal, tab-separated lines in a pipe."""
+    """Prints rows as a table on a terminal, or as tab-separated lines without headings in a pipe."""
     cells = [[safe(str(cell)).replace("\n", " ") for cell in row] for row in rows]
     if not out.is_terminal:
         for row in cells:

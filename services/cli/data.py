@@ -1,4 +1,4 @@
-"""raydpo data: training files on this machine, without a service."""
+"""The `raydpo data` commands: check training files on this machine, without a service."""
 
 import json
 import tempfile
@@ -19,36 +19,47 @@ from services.cli.reading import Columns, MaxInvalidShare, roles_of
 if TYPE_CHECKING:
     from services.training.check_program import Check
 
-app = typer.Typer(no_args_is_help=True, help="Training files on this machine.")
+app = typer.Typer(no_args_is_help=True, help="Check training files on this machine.")
 
 
 @app.callback()
 def data() -> None:
-    """Training files on this machine."""
+    """Check training files on this machine, without a service."""
 
 
 @app.command()
 def check(
     file: Annotated[
         Path,
-        typer.Argument(help="Rows as JSON Lines, plain or in gzip or zstd; Parquet or Arrow.", exists=True),
+        typer.Argument(help="File of rows: JSON Lines (plain, gzip or zstd), Parquet or Arrow.", exists=True),
     ],
     model: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER|HUB_ID",
-            help="Also encode the rows with this model's tokenizer. Default: look at the rows only.",
+            help="Local folder or Hugging Face hub id of a model whose tokenizer encodes the rows. "
+            "Default: check the rows without a tokenizer.",
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a prompt with one completion. Default: 2048.")
+        int | None,
+        typer.Option(help="Maximum number of tokens of a prompt and one completion together. Default: 2048."),
     ] = None,
-    truncation: Annotated[Truncation | None, typer.Option(help="What happens to longer rows. Default: drop.")] = None,
+    truncation: Annotated[
+        Truncation | None,
+        typer.Option(
+            help="What to do with rows longer than --max-length: drop them, cut the end of their completions "
+            "(keep_start) or the start of their prompt (keep_end). Default: drop."
+        ),
+    ] = None,
     columns: Columns = None,
     max_invalid_share: MaxInvalidShare = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, instead of as text.")] = False,
 ) -> None:
-    """Check a file without a service: what it holds, and what is wrong. Exits with 1 if the service would refuse it."""
+    """Report what a training file holds and which of its rows are wrong, without a service.
+
+    The command exits with status 1 if the service would refuse the file.
+    """
     from services.containers import json_lines
 
     given = {"max_length": max_length, "truncation": truncation}
@@ -77,14 +88,14 @@ def check(
 def _fail_for_want_of_rows(found: FeedbackReport, checked: "Check") -> NoReturn:
     from services.training.data.file_report import left_out
 
-    remedy = "raise --max-length, choose another --truncation, or shorten them"
+    remedy = "raise --max-length, choose another --truncation, or shorten the rows"
     reasons = left_out(checked.tokens, found.kind or "groups", checked.tokens.limit, remedy)
     fail(" ".join(["no row is left to train on.", *reasons]))
 
 
 def _config(given: dict[str, object], model: str | None) -> TrainConfig:
     if given and model is None:
-        fail(f"--{next(iter(given)).replace('_', '-')} counts tokens, and needs a tokenizer; add --model.")
+        fail(f"--{next(iter(given)).replace('_', '-')} counts tokens, and needs a model's tokenizer; add --model.")
     try:
         return TrainConfig(**given)  # type: ignore[arg-type]
     except InvalidOption as error:
@@ -94,7 +105,10 @@ def _config(given: dict[str, object], model: str | None) -> TrainConfig:
 def _encode(
     file: Path, model: str, config: TrainConfig, max_invalid_share: float | None, columns: dict[str, str]
 ) -> "Check":
-    """As training would, in this process."""
+    """Encodes the file's rows with the model's tokenizer, as training would, but in this process.
+
+    Returns the report on the encoded rows. Exits with an error if the file or the model cannot be used.
+    """
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         fail(f"--model needs {' and '.join(missing)}: pip install 'raydpo[cluster]', or leave --model out.")
     from services.contract import InvalidRows, Recipe
@@ -121,7 +135,7 @@ def _source(model: str) -> str:
     if folder.is_dir():
         return str(folder.resolve())
     if model.startswith((".", "/", "~")):
-        fail(f"{model} is not a folder; --model wants a Hugging Face folder or a hub id.")
+        fail(f"{model} is not a folder; set --model to the folder of a Hugging Face model, or to a hub id.")
     return model
 
 

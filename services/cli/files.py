@@ -1,4 +1,4 @@
-"""raydpo files: training data and results."""
+"""The `raydpo files` commands: upload training data, and list, read and delete the service's files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +12,7 @@ from services.cli.reading import Columns, MaxInvalidShare, reading
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="Training data and results.")
+app = typer.Typer(no_args_is_help=True, help="Upload training data, and list, read and delete files.")
 
 FileId = Annotated[str, id_argument()]
 
@@ -23,13 +23,13 @@ def upload(
     path: Annotated[
         Path,
         typer.Argument(
-            help="Rows as JSON Lines, plain or in gzip or zstd; Parquet or Arrow.", exists=True, dir_okay=False
+            help="File of rows: JSON Lines (plain, gzip or zstd), Parquet or Arrow.", exists=True, dir_okay=False
         ),
     ],
     columns: Columns = None,
     max_invalid_share: MaxInvalidShare = None,
 ) -> None:
-    """Upload a file of rows, wait until the service has checked them, and print the file's id."""
+    """Upload a file of rows, wait until the service has checked the rows, and print the file's id."""
     stored = send_file(client, path, reading(columns, max_invalid_share))
     err.print(f"{stored.filename}: {stored.bytes} bytes")
     out.print(stored.id)
@@ -45,7 +45,7 @@ list_command(
 
 @api_command(app)
 def show(client: "OpenAI", file_id: FileId) -> None:
-    """Show a file, with the report on its rows, as JSON."""
+    """Show all fields of a file as JSON, with the service's report on the file's rows."""
     out.print_json(client.files.retrieve(file_id).model_dump_json())
 
 
@@ -57,6 +57,6 @@ def content(client: "OpenAI", file_id: FileId) -> None:
 
 @api_command(app)
 def delete(client: "OpenAI", file_id: FileId) -> None:
-    """Delete a file."""
+    """Delete a file from the service."""
     client.files.delete(file_id)
     out.print(f"deleted {file_id}")

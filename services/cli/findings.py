@@ -1,4 +1,7 @@
-"""What a check found, printed: colours on a terminal, plain words in a pipe. No text of a file reaches it raw."""
+"""Prints the report on a data file: with colours on a terminal, as plain text in a pipe.
+
+Control characters in text that the report quotes from the file do not reach the terminal.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
     from services.training.data.file_report import Lengths, Lines
     from services.training.data.preview import Preview
 
-BAR = 40  # characters of the longest bar of a histogram
+BAR = 40  # length of the longest bar of a histogram, in characters
 POINTER_SHOWN = 100
 
 
@@ -25,23 +28,23 @@ def print_survey(found: FeedbackReport, *, is_refused: bool) -> None:
             _line(f"    at {problem.pointer[:POINTER_SHOWN]}")
         _line(f"    {problem.message}")
     duplicates = found.duplicates
-    _count(found.num_identical, "identical: their completions are all the same, and teach nothing")
-    _count(found.num_repeating, "whose completions begin with their prompt: it may be written twice")
-    _count(found.num_tied, "tied: rated all alike, and left out of training")
-    _count(duplicates.prompts.count, f"with a prompt that stood before, {duplicates.prompts}")
-    _count(duplicates.groups.count, f"that stood before word for word, {duplicates.groups}")
-    turned = f"that prefer what an earlier one liked less, {duplicates.contradictions}"
+    _count(found.num_identical, "whose completions are all identical, so that training learns nothing from them")
+    _count(found.num_repeating, "whose completions begin with the prompt: does the prompt occur twice?")
+    _count(found.num_tied, "whose completions all have the same rating; these are left out of training")
+    _count(duplicates.prompts.count, f"with the same prompt as an earlier one, {duplicates.prompts}")
+    _count(duplicates.groups.count, f"that repeat an earlier one word for word, {duplicates.groups}")
+    turned = f"that contradict the preference of an earlier one, {duplicates.contradictions}"
     _count(duplicates.contradictions.count, turned)
-    contrary = f"whose own scores rate the rejected answer higher: are the two exchanged? {found.contrary}"
+    contrary = f"whose scores rate the rejected answer higher: are chosen and rejected swapped? {found.contrary}"
     _count(found.contrary.count, contrary)
     if compared := found.num_chosen_longer + found.num_rejected_longer:
         _line(f"  the chosen completion is the longer one in {found.num_chosen_longer / compared:.0%}, in characters")
     if found.ignored_keys:
-        _line(f"  columns that nothing reads: {', '.join(found.ignored_keys)}", "yellow")
+        _line(f"  columns that are not used: {', '.join(found.ignored_keys)}", "yellow")
     if is_refused:
         _line("✗ The file would be refused.", "bold red")
     elif found.num_invalid:
-        _line(f"✓ {found.num_invalid} rows are left out, every other can be used.", "green")
+        _line(f"✓ {found.num_invalid} rows are left out; all other rows can be used.", "green")
     else:
         _line("✓ Every row can be used.", "green")
 
@@ -57,7 +60,7 @@ def print_tokens(tokens: "Tokens") -> None:
     _special(tokens.special_tokens)
     _count(
         tokens.unasked.count,
-        f"without the words that begin every answer of the chat template, such as <think>, {tokens.unasked}",
+        f"with an answer that lacks the chat template's usual beginning, such as <think>, {tokens.unasked}",
     )
     _count(tokens.unknown.count, f"with characters that the tokenizer does not know, {tokens.unknown}")
     _count(tokens.unended.count, f"with an answer that ends with none of the model's end tokens, {tokens.unended}")
@@ -70,7 +73,7 @@ def print_tokens(tokens: "Tokens") -> None:
 
 
 def print_preview(rows: Sequence["Preview"]) -> None:
-    _title("as the model will see them; what is learned is marked")
+    _title("rows as the model will see them; the text that the model learns is marked")
     for row in rows:
         _line(f"line {row.line}" + (f", left out: {row.dropped}" if row.dropped else ""), "bold")
         if row.prompt:

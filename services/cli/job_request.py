@@ -1,4 +1,7 @@
-"""The body of a request for a job: from a file, from options, and from KEY=VALUE, the later over the earlier."""
+"""Builds the request that creates a job from a config file, from options and from KEY=VALUE texts.
+
+Options override the config file, and KEY=VALUE texts override both.
+"""
 
 import json
 import tomllib
@@ -18,15 +21,18 @@ if TYPE_CHECKING:
 
 Body = dict[str, Any]
 Assignment = tuple[tuple[str, ...], Any]
-"""Where a value belongs in the body, and the value; None takes out what is there."""
+"""The path of a field in the request's body, and the field's new value. The value None removes the field."""
 
 FILES = ("training_file", "validation_file")
-READING = ("columns", "invalid_rows", "max_invalid_share")  # of x_raydpo, said with a file when it is uploaded
+READING = ("columns", "invalid_rows", "max_invalid_share")  # fields of x_raydpo that are sent when a file is uploaded
 FIRST_ROWS = 100
 
 
 def read_config(path: Path) -> Body:
-    """The body in a YAML, TOML or JSON file. Paths of local files in it are relative to its folder."""
+    """Returns the body of POST /fine_tuning/jobs from a YAML, TOML or JSON file.
+
+    Relative paths of local files in the body are resolved against the folder of the config file.
+    """
     readers: dict[str, Callable[[str], Any]] = {
         ".yaml": yaml_values.parse,
         ".yml": yaml_values.parse,
@@ -34,13 +40,13 @@ def read_config(path: Path) -> Body:
         ".json": _json,
     }
     if (read := readers.get(path.suffix.lower())) is None:
-        fail(f"--config {path}: name a file that ends with {', '.join(readers)}.")
+        fail(f"--config {path} has no known format; name a file that ends with {', '.join(readers)}.")
     try:
         body = read(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # which all of them raise, and a text that is not UTF-8
+    except (OSError, ValueError) as error:  # all readers raise ValueError, and so does text that is not UTF-8
         fail(f"{path} cannot be read: {error}.")
     if not isinstance(body, dict):
-        fail(f"{path} holds no fields; write the body of POST /fine_tuning/jobs, such as `model: qwen`.")
+        fail(f"{path} holds no fields; write fields of POST /fine_tuning/jobs into the file, such as `model: qwen`.")
     for field in FILES:
         named = body.get(field)
         if isinstance(named, str) and (path.parent / named).is_file():
@@ -55,24 +61,27 @@ def _json(text: str) -> Any:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"'{repeated[0]}' stands twice")
+        raise ValueError(f"the key '{repeated[0]}' is given twice")
     return dict(pairs)
 
 
 def assignment(text: str) -> Assignment:
-    """`x_raydpo.max_length=512`. `method.dpo.beta` is short for `method.dpo.hyperparameters.beta`."""
+    """Returns the path and the value of a field from KEY=VALUE text, such as `x_raydpo.max_length=512`.
+
+    The key `method.dpo.beta` is short for `method.dpo.hyperparameters.beta`.
+    """
     key, found, value = text.partition("=")
     path = tuple(key.split("."))
     if not found or not all(path):
         fail(f"--set {text}: write KEY=VALUE, such as x_raydpo.max_length=512.")
-    if path[0] == "metadata" and len(path) > 1:  # whose keys may have dots, and whose values are texts
+    if path[0] == "metadata" and len(path) > 1:  # keys of metadata may contain dots, and its values are strings
         return ("metadata", key.partition(".")[2]), None if value == "null" else value
     if path[0] == "method" and len(path) == 3 and path[2] != "hyperparameters":
         path = (*path[:2], "hyperparameters", path[2])
     try:
         return path, yaml_values.parse(value)
     except ValueError as error:
-        fail(f"--set {text}: {error}; put a text in quotes.")
+        fail(f"--set {text}: {error}; put a value that is a string in quotes.")
 
 
 def compose(
@@ -84,7 +93,10 @@ def compose(
     others: Sequence[Assignment],
     sets: Sequence[Assignment],
 ) -> Body:
-    """`base` with what the options say, and over both what --set says. `default`: the method where none is named."""
+    """Returns the body `base`, changed by the options (`method`, `hyperparameters`, `others`) and then by `sets`.
+
+    `sets` holds the fields of --set. `default` is the method if neither `base` nor an option names a method.
+    """
     for _, whole in [each for each in sets if each[0] == ("method",)]:
         base = base | {"method": whole}
     sets = [each for each in sets if each[0] != ("method",)]
@@ -93,7 +105,7 @@ def compose(
     place = ("method", str(told["type"]), "hyperparameters") if "type" in told else ("hyperparameters",)
     changes = [*(((*place, name), value) for name, value in hyperparameters.items()), *others, *sets]
     if any(path == ("training_file",) for path, _ in changes):
-        _assign(body, ("x_raydpo", "dataset"), None)  # which names the file of `base`
+        _assign(body, ("x_raydpo", "dataset"), None)  # x_raydpo.dataset repeats the training file of `base`
     for path, value in changes:
         _assign(body, path, value)
     named = body.get("training_file")
@@ -107,7 +119,10 @@ def compose(
 
 
 def _with_method(base: Body, method: str | None, default: str | None, sets: Sequence[Assignment]) -> Body:
-    """The body with the method that is named last. If that is another one, it keeps what all methods have."""
+    """Returns a copy of `base` whose method is that of `sets`, else `method`, else that of `base`, else `default`.
+
+    If the method of `base` is replaced, the copy keeps only the hyperparameters that all methods have.
+    """
     before = _part(base, "method")
     old = before.get("type")
     said = [value for path, value in sets if path == ("method", "type")]
@@ -118,7 +133,7 @@ def _with_method(base: Body, method: str | None, default: str | None, sets: Sequ
     options = _part(_part(before, str(old)), "hyperparameters")
     kept = {name: value for name, value in options.items() if name in COMMON}
     if lost := [str(name) for name in options if name not in kept]:
-        err.print(f"The method is {kind}; of {old} before, this is left out: {', '.join(lost)}.")
+        err.print(f"The method changes from {old} to {kind}; these options of {old} are dropped: {', '.join(lost)}.")
     return deepcopy(base) | {"method": {"type": kind, str(kind): {"hyperparameters": kept}}}
 
 
@@ -146,19 +161,25 @@ def _assign(body: Body, path: tuple[str, ...], value: Any) -> None:
 
 
 def local_files(body: Body) -> dict[str, Path]:
-    """The files that are to be uploaded, by their fields. Fails if one is not there."""
+    """Returns the paths of the local files to upload, by the fields of the body that name them.
+
+    Exits with an error if a field names neither a local file, nor an uploaded file, nor a URI.
+    """
     found = {}
     for field in FILES:
         match body.get(field):
             case str(named) if "://" not in named and Path(named).is_file():
                 found[field] = Path(named)
             case str(named) if "://" not in named and not named.startswith("file-"):
-                fail(f"{named} is neither a local file nor the id of an uploaded one, nor a URI.")
+                fail(f"{named} is neither a local file, nor the id of an uploaded file, nor a URI; correct {field}.")
     return found
 
 
 def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
-    """The job as it would be. Nothing is sent of its local files, but they are looked into."""
+    """Returns the job that the service would create from the body. No job is created and no file is uploaded.
+
+    Exits with an error if the service would refuse the body or one of the first rows of a local file.
+    """
     names = {field: str(path) if path.is_absolute() else f"./{path}" for field, path in local.items()}
     job: Any = client.post("/x/jobs/validate", body=body | names, cast_to=object)
     for path in local.values():
@@ -167,22 +188,26 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
 
 
 def _check_first_rows(path: Path, how: Body, kind: str) -> None:
-    """Fails if the service would refuse the file for one of its first rows."""
+    """Exits with an error if the service would refuse the file because of one of its first rows."""
     from services.containers import json_lines
 
     with path.open("rb") as file:
         found = survey(islice(json_lines(file), FIRST_ROWS), columns=how.get("columns"))
     if found.refusal and how.get("invalid_rows") != "drop":
         fail(f"{path}: {found.refusal}")
-    method = described(kind) if kind in METHODS else None  # a newer service may have others
+    method = described(kind) if kind in METHODS else None  # a newer service may have methods that are unknown here
     if method and found.kind and found.kind not in method["learns_from"]:
-        fail(f"{path} holds {found.kind}; method '{kind}' learns from {' or '.join(method['learns_from'])}.")
+        kinds = " or ".join(method["learns_from"])
+        fail(f"{path} holds {found.kind}; method '{kind}' learns from {kinds}. Choose another method or another file.")
     if method and found.num_margins and not method["takes_margins"]:
-        fail(f"{path} has margins; method '{kind}' takes none. Remove them, or use dpo.")
+        fail(f"{path} has margins; method '{kind}' takes none. Remove the margins, or use dpo.")
 
 
 def upload(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
-    """The body with the ids of its local files, which are uploaded with what it says of their rows."""
+    """Uploads the local files and returns the body with the ids of the uploaded files in place of the paths.
+
+    The body's options for reading rows are sent with each file.
+    """
     for field, path in local.items():
         stored = send_file(client, path, _reading(body))
         err.print(f"{path} uploaded as {stored.id}")

@@ -1,4 +1,4 @@
-"""raydpo jobs: train a policy, and watch."""
+"""The `raydpo jobs` commands: submit training jobs and follow them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,48 +30,79 @@ def create(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="YAML, TOML or JSON: the body of POST /fine_tuning/jobs. Other options win over it. Default: none.",
+            help="YAML, TOML or JSON file with the body of POST /fine_tuning/jobs. "
+            "The other options override the file's fields. Default: none.",
         ),
     ] = None,
     again: Annotated[
         str | None,
         typer.Option(
-            metavar="JOB", help="Repeat this job, with its seed and what the other options change. Default: none."
+            metavar="JOB",
+            help="Id of an earlier job to repeat with the same request and seed. "
+            "The other options override that request's fields. Default: none.",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A base model, or a policy to train further. Default: that of --config or --again."),
+        typer.Option(
+            help="Name of the base model to train, or of a trained policy to train further. "
+            "Default: the model of --config or --again."
+        ),
     ] = None,
     file: Annotated[
         str | None,
         typer.Option(
             help="Training data: a local file, which is uploaded; the id of an uploaded file; or a URI. "
-            "Default: that of --config or --again."
+            "Default: the training data of --config or --again."
         ),
     ] = None,
     validation_file: Annotated[
         str | None,
         typer.Option(
-            help="Data to evaluate on: a local file, which is uploaded, or the id of an uploaded one. Default: none."
+            help="Validation data: a local file, which is uploaded, or the id of an uploaded file. "
+            "Default: the validation data of --config or --again, if any."
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="The objective; `raydpo methods` lists them. Default: dpo.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Training objective; `raydpo methods` lists the objectives. "
+            "Default: the objective of --config or --again; without either, dpo.",
+            show_default=False,
+        ),
     ] = None,
     beta: Annotated[
-        float | None, typer.Option(help="How strongly the policy is kept near its reference. Default: the method's.")
+        float | None,
+        typer.Option(
+            help="Hyperparameter beta of the training objective. In DPO, a larger beta keeps the policy closer to the "
+            "reference model. Default: the objective's default."
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data. Default: the method's.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Number of passes over the training data. Default: the objective's default.")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Rows per step, over all workers. Default: a fiftieth of the rows, 8 to 64.")
+        int | None,
+        typer.Option(
+            help="Rows per optimizer step, over all workers together. "
+            "Default: a fiftieth of the training rows, but at least 8 and at most 64."
+        ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate, at most 1. Default: the method's.")
+        float | None, typer.Option(help="Peak learning rate, at most 1. Default: the objective's default.")
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="A part of the trained policy's name. Default: none.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the order of rows. Default: random.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that train together. Default: 1.")] = None,
+    suffix: Annotated[
+        str | None,
+        typer.Option(
+            help="Label to include in the trained policy's name, as in ft:qwen:org:LABEL:1a2b…. Default: none."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the random order of the training rows. Default: a random seed.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes that train the policy together. Default: 1.")
+    ] = None,
     columns: Columns = None,
     max_invalid_share: MaxInvalidShare = None,
     sets: Annotated[
@@ -79,18 +110,25 @@ def create(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any field of the body, such as x_raydpo.max_length=512 or method.simpo.gamma_beta_ratio=0.5. "
-            "The value is YAML; null takes the field out. Repeatable; wins over all other options.",
+            help="Sets a field of the request's body, such as x_raydpo.max_length=512 or "
+            "method.simpo.gamma_beta_ratio=0.5. VALUE is YAML; null removes the field. "
+            "Repeatable; overrides all other options.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the request and the job that it would make; send no file.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the request and the job that the request would create, but upload no file and submit no job.",
+        ),
     ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay and show the job's progress.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the job's progress until the job ends, instead of exiting at once.")
+    ] = False,
 ) -> None:
-    """Submit a job and print its id. The service checks the request before any file is uploaded."""
+    """Submit a training job and print the job's id. The service checks the request before any file is uploaded."""
     if config and again:
-        fail("--config and --again each give a whole request; send one of them, and change it with --set.")
+        fail("--config and --again each give a whole request; give one of them, and change its fields with --set.")
     base = read_config(config) if config else _request_of(client, again) if again else {}
     hyperparameters = {"beta": beta, "n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     fields = {"model": model, "training_file": file, "validation_file": validation_file, "suffix": suffix, "seed": seed}
@@ -139,20 +177,20 @@ list_command(
 
 @api_command(app)
 def show(client: "OpenAI", job_id: JobId) -> None:
-    """Show a job as JSON."""
+    """Show all fields of a job as JSON."""
     out.print_json(client.fine_tuning.jobs.retrieve(job_id).model_dump_json())
 
 
 @api_command(app)
 def events(client: "OpenAI", job_id: JobId, limit: Limit = 20, as_json: AsJson = False) -> None:
-    """List what the service and the training reported about a job, newest first. Each step is an event."""
+    """List a job's events, newest first: messages from the service and the training, and the metrics of each step."""
     path = f"/fine_tuning/jobs/{job_id}/events"
     show_list(client, path, {"when": date("created_at"), "level": "level", "message": "message"}, limit, as_json)
 
 
 @api_command(app)
 def checkpoints(client: "OpenAI", job_id: JobId, limit: Limit = 20, as_json: AsJson = False) -> None:
-    """List the checkpoints of a job, newest first. Each is a model that can be queried."""
+    """List the checkpoints of a job, newest first. Each checkpoint is a model that can be queried."""
     shown: Table = {
         "id": "id",
         "step": "step_number",
@@ -167,11 +205,16 @@ def metrics(
     client: "OpenAI",
     job_id: JobId,
     points: Annotated[
-        int, typer.Option(help="Most rows to show. Where there are more steps, each row is a mean.", min=1, max=10_000)
+        int,
+        typer.Option(
+            help="Maximum number of rows to show. If the job has more steps, each row is the mean of several steps.",
+            min=1,
+            max=10_000,
+        ),
     ] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """Show loss, margin and accuracy by step while the job trains. --json has every metric."""
+    """Show a job's loss, reward margin and reward accuracy by training step. --json prints every metric."""
     found: Any = client.get(f"/x/jobs/{job_id}/metrics", cast_to=object, options={"params": {"resolution": points}})
     if as_json:
         out.print_json(data=found)
@@ -183,30 +226,32 @@ def metrics(
 
 @api_command(app)
 def results(client: "OpenAI", job_id: JobId) -> None:
-    """Write the result file of a job that has succeeded to standard output: every metric of every step, as CSV."""
+    """Write a succeeded job's result file to standard output. The file holds every metric of every step, as CSV."""
     job = client.fine_tuning.jobs.retrieve(job_id)
     if not job.result_files:
-        fail(f"{job_id} is {job.status} and has no result file; `raydpo jobs metrics {job_id}` shows what there is.")
+        fail(
+            f"{job_id} is {job.status} and has no result file; `raydpo jobs metrics {job_id}` shows the metrics so far."
+        )
     for file_id in job.result_files:
         write_content(client, file_id)
 
 
 @api_command(app)
 def watch(client: "OpenAI", job_id: JobId) -> None:
-    """Show the progress of a job until it ends: stage, step, loss, margin, accuracy, time left."""
+    """Show a job's stage, step, loss, reward margin, reward accuracy and time left until the job ends."""
     _watch(client, job_id)
 
 
 @api_command(app)
 def cancel(client: "OpenAI", job_id: JobId) -> None:
-    """Cancel a job. It cannot be resumed; its checkpoints stay."""
+    """Cancel a job. A cancelled job keeps its checkpoints, but cannot be resumed."""
     job = client.fine_tuning.jobs.cancel(job_id)
     out.print(f"{job.id} {job.status}")
 
 
 @api_command(app)
 def pause(client: "OpenAI", job_id: JobId) -> None:
-    """Pause a job after its current step. It keeps a checkpoint and frees its workers."""
+    """Pause a job after the current training step. The job saves a checkpoint and frees its workers."""
     job = client.fine_tuning.jobs.pause(job_id)
     out.print(f"{job.id} {job.status}")
 
@@ -222,11 +267,18 @@ def resume(client: "OpenAI", job_id: JobId) -> None:
 def logs(
     client: "OpenAI",
     job_id: JobId,
-    attempt: Annotated[int | None, typer.Option(help="Number of the attempt, from 1. Default: the newest.")] = None,
-    source: Annotated[str, typer.Option(help="Whose logs: driver, worker-0, worker-1 and so on.")] = "driver",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    attempt: Annotated[
+        int | None,
+        typer.Option(help="Number of the job's attempt, from 1, whose logs are printed. Default: the newest attempt."),
+    ] = None,
+    source: Annotated[
+        str, typer.Option(help="Process whose logs are printed: driver, worker-0, worker-1 and so on.")
+    ] = "driver",
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Continue to print new lines until the job ends.")
+    ] = False,
 ) -> None:
-    """Print the logs of a job's driver or of one of its workers."""
+    """Print the logs of one of a job's processes: the driver or a worker."""
     for line in read_logs(client, job_id, attempt=attempt, source=source, follow=follow):
         out.print(safe(line))
 
@@ -235,7 +287,7 @@ def _watch(client: "OpenAI", job_id: str) -> None:
     try:
         job = watch_job(client, job_id, console=out)
     except KeyboardInterrupt:
-        err.print(f"The job goes on. Watch it again with: raydpo jobs watch {job_id}")
+        err.print(f"The job continues. To watch the job again, run: raydpo jobs watch {job_id}")
         raise typer.Exit(130) from None
     if job.status != "succeeded":
         fail(job.error.message if job.error and job.error.message else f"The job is {job.status}.")

@@ -1,4 +1,4 @@
-"""raydpo keys: who may call the service."""
+"""The `raydpo keys` commands: create, list and revoke API keys of the service."""
 
 import time
 from datetime import datetime
@@ -23,18 +23,29 @@ def create(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="What the key allows: read, write, inference or admin. Repeatable. Default: all but admin."),
+        typer.Option(
+            help="Scope of the new key: read, write, inference or admin. Repeatable. "
+            "Default: read, write and inference."
+        ),
     ] = None,
     project: Annotated[
-        str | None, typer.Option(help="Id of the project it belongs to. Default: your key's own.")
+        str | None,
+        typer.Option(
+            help="Id of the project that the new key belongs to. Default: the project of the key you are using."
+        ),
     ] = None,
-    days: Annotated[float | None, typer.Option(help="Days until it expires. Default: never.")] = None,
+    days: Annotated[
+        float | None, typer.Option(help="Days until the new key expires. Default: the key never expires.")
+    ] = None,
     requests_per_minute: Annotated[
         int | None,
-        typer.Option(help="Requests it may send in a minute. Default: requests_per_minute of the settings."),
+        typer.Option(
+            help="Maximum number of requests per minute with the new key. "
+            "Default: the service's setting requests_per_minute."
+        ),
     ] = None,
 ) -> None:
-    """Create a key and print it. It is shown only this once."""
+    """Create an API key and print the key, which cannot be shown again."""
     body: dict[str, Any] = {"name": name, "project_id": project, "requests_per_minute": requests_per_minute}
     if scope:
         body["scopes"] = scope
@@ -42,7 +53,7 @@ def create(
         body["expires_at"] = int(time.time() + days * DAY)
     key: Any = client.post("/x/keys", cast_to=object, body=body)
     if key["value"] is None:
-        fail(f"the answer that told {key['id']} was lost; revoke that key, and create another.")
+        fail(f"the response with the value of key {key['id']} was lost; revoke that key, and create another key.")
     err.print(f"{key['id']}: {', '.join(key['scopes'])} in {key['project_id']}")
     out.print(key["value"])
 
@@ -59,7 +70,7 @@ def _state(key: dict[str, Any]) -> str:
 list_command(
     app,
     "/x/keys",
-    "List the keys that you manage, newest first.",
+    "List the API keys that you manage, newest first.",
     {
         "id": "id",
         "name": "name",
@@ -73,6 +84,6 @@ list_command(
 
 @api_command(app)
 def revoke(client: "OpenAI", key_id: Annotated[str, id_argument()]) -> None:
-    """Revoke a key. It stops working within a second."""
+    """Revoke an API key. The key stops working within a second."""
     client.post(f"/x/keys/{key_id}/revoke", cast_to=object)
     out.print(f"revoked {key_id}")

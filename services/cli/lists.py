@@ -1,4 +1,4 @@
-"""Commands that list items, as a table or as JSON."""
+"""Defines commands that list items of the service, as a table or as JSON."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 Item = dict[str, Any]
 Columns = Mapping[str, str | Callable[[Item], object]]
-"""By heading: the field to show, or a function of the item."""
+"""Maps each column's heading to the name of the item's field to show, or to a function that returns the cell."""
 
-PAGE = 100  # items: no list of the service gives more at once
-Limit = Annotated[int, typer.Option(min=1, help="How many to show at most.")]
+PAGE = 100  # the largest number of items that the service returns in one page
+Limit = Annotated[int, typer.Option(min=1, help="Maximum number of items to show.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with every field, instead of a table.")]
 
 
 def show_list(client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool) -> None:
-    """Print the first `limit` items at `path`, and say where more follow."""
+    """Prints the first `limit` items of the list at the API's `path`, and a note if the list has more items."""
     found = list(islice(_items(client, path, limit + 1), limit + 1))
     if len(found) > limit:
-        err.print(f"These are the first {limit}, and more follow: --limit N shows N.")
+        err.print(f"The list has more items than --limit {limit}; raise --limit to show more.")
     print_items(found[:limit], columns, as_json)
 
 
@@ -39,7 +39,7 @@ def print_items(items: Sequence[Item], columns: Columns, as_json: bool) -> None:
 def list_command(
     app: typer.Typer, path: str, what: str, columns: Columns, *, name: str = "list"
 ) -> Callable[..., None]:
-    """Add a command to `app` that lists the items at `path`. `what` says what they are, for its help."""
+    """Adds a command to `app` that lists the items at the API's `path`. `what` is the command's help text."""
 
     def list_items(client: "OpenAI", limit: Limit = 20, as_json: AsJson = False) -> None:
         show_list(client, path, columns, limit, as_json)
@@ -49,7 +49,7 @@ def list_command(
 
 
 def date(field: str) -> Callable[[Item], datetime]:
-    """A column that shows a field of Unix seconds in local time."""
+    """Returns a function that reads the item's `field`, a time in Unix seconds, as local time."""
     return lambda item: datetime.fromtimestamp(item[field])
 
 
@@ -58,7 +58,10 @@ def _cell(item: Item, of: str | Callable[[Item], object]) -> object:
 
 
 def _items(client: "OpenAI", path: str, most: int) -> Iterator[Item]:
-    """Page by page, as they are needed."""
+    """Yields the items of the list at the API's `path`.
+
+    Requests pages of at most `most` items, and the next page only when the caller needs an item of that page.
+    """
     params: dict[str, object] = {"limit": min(most, PAGE)}
     while True:
         page: Any = client.get(path, cast_to=object, options={"params": params})

@@ -1,4 +1,4 @@
-"""A job's logs, as far as they are there or as they are written."""
+"""Reads a job's logs: the lines written so far, or new lines too until the job ends."""
 
 import time
 from collections.abc import Iterator
@@ -11,11 +11,14 @@ if TYPE_CHECKING:
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 2.0
-LAST_SECONDS = 5.0  # after its end, in which a job's last lines arrive
+LAST_SECONDS = 5.0  # how long to wait for the last lines after a job has ended
 
 
 def read_logs(client: "OpenAI", job_id: str, *, attempt: int | None, source: str, follow: bool) -> Iterator[str]:
-    """Lines of one attempt; `follow`: until the job ends, and on to the next attempt unless one is named."""
+    """Yields the log lines of one attempt of the job: of `attempt`, or of the newest one if `attempt` is None.
+
+    With `follow`, also yields new lines until the job ends and, if `attempt` is None, the lines of later attempts.
+    """
     at, shown, ended_at = 0, attempt, None
     while True:
         page = _page(client, job_id, shown, source, at)
@@ -27,8 +30,8 @@ def read_logs(client: "OpenAI", job_id: str, *, attempt: int | None, source: str
             shown, at = later[0], 0
             continue
         if not follow and source not in page["sources"]:
-            known = ", ".join(page["sources"]) or "nothing"
-            fail(f"attempt {shown} has logs of {known}.")
+            known = ", ".join(page["sources"]) or "none"
+            fail(f"attempt {shown} has no logs of {source}; sources that have logs: {known}.")
         if not follow or (ended_at is not None and time.monotonic() - ended_at > LAST_SECONDS):
             return
         if ended_at is None and client.fine_tuning.jobs.retrieve(job_id).status in TERMINAL:

@@ -1,4 +1,4 @@
-"""raydpo methods: the objectives that a job may name, with their options."""
+"""The `raydpo methods` command: list the training objectives and their options."""
 
 import json
 from typing import Annotated, Any
@@ -20,13 +20,15 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(
-    method: Annotated[str | None, typer.Argument(help="Show this one in full. Default: list all.")] = None,
+    method: Annotated[str | None, typer.Argument(help="Objective to show in full. Default: list all.")] = None,
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/use/objectives.md.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the objectives as the Markdown table of docs/use/objectives.md.")
+    ] = False,
 ) -> None:
-    """List the objectives: what each learns from, its options with their defaults and ranges, and its paper."""
+    """List the training objectives, each with its kind of data, options, defaults, ranges and papers."""
     if method not in (None, *METHODS):
-        fail(f"{method} is no method; choose one of {', '.join(METHODS)}.")
+        fail(f"{method} is not a method; choose one of {', '.join(METHODS)}.")
     found = [described(kind) for kind in ([method] if method else METHODS)]
     if markdown:
         typer.echo(HEAD + "".join(map(_row, found)), nl=False)
@@ -67,7 +69,7 @@ def _row(method: dict[str, Any]) -> str:
 
 
 def _shown(default: object) -> str:
-    """As it is written in YAML; of the parts of a sum, their types."""
+    """Returns an option's default as YAML writes it. A list of objectives becomes a list of their types."""
     if isinstance(default, list | tuple):
         return ",".join(part["type"] if isinstance(part, dict) else _shown(part) for part in default)
     return default if isinstance(default, str) else json.dumps(default)

@@ -1,4 +1,4 @@
-"""raydpo models: base models and trained policies."""
+"""The `raydpo models` commands: list, show, delete and share base models and trained policies."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,7 @@ from services.cli.lists import AsJson, Columns, Limit, date, list_command, show_
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(help="Base models and trained policies. Without a command, list them.")
+app = typer.Typer(help="List, show, delete and share models. Without a command, list all models.")
 
 ModelId = Annotated[str, id_argument()]
 
@@ -31,7 +31,7 @@ def models(context: typer.Context) -> None:
 
 @api_command(app)
 def show(client: "OpenAI", model_id: ModelId) -> None:
-    """Show a model as JSON."""
+    """Show all fields of a model as JSON."""
     out.print_json(client.models.retrieve(model_id).model_dump_json())
 
 
@@ -47,12 +47,16 @@ def share(
     client: "OpenAI",
     model_id: ModelId,
     project_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROJECT]...", help="Ids of projects. Default: list those that may.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROJECT]...",
+            help="Ids of the projects to share the policy with. Default: list the projects that already have access.",
+        ),
     ] = None,
     limit: Limit = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Let other projects query a trained policy and train from it. Needs an admin key."""
+    """Let other projects query a trained policy and train the policy further. Needs an admin key."""
     if project_ids:
         client.post(_permissions(model_id), body={"project_ids": project_ids}, cast_to=object)
     columns: Columns = {"project": "project_id", "since": date("created_at")}
@@ -61,11 +65,13 @@ def share(
 
 @api_command(app)
 def unshare(client: "OpenAI", model_id: ModelId, project_id: Annotated[str, id_argument("PROJECT")]) -> None:
-    """End what `share` allowed a project. Jobs that it submitted before go on. Needs an admin key."""
+    """End a project's access to a trained policy. Jobs that the project has submitted continue. Needs an admin key."""
     params = {"project_id": project_id}
     found: Any = client.get(_permissions(model_id), cast_to=object, options={"params": params})
     if not found["data"]:
-        fail(f"{model_id} is not shared with {project_id}; `raydpo models share {model_id}` lists with whom it is.")
+        fail(
+            f"{model_id} is not shared with {project_id}; `raydpo models share {model_id}` lists projects with access."
+        )
     client.delete(f"{_permissions(model_id)}/{found['data'][0]['id']}", cast_to=object)
     out.print(f"no longer shared with {project_id}")
 

@@ -1,4 +1,4 @@
-"""raydpo plan: would a job fit into its workers?"""
+"""The `raydpo plan` command: find out whether a job would fit into its workers' memory."""
 
 import json
 from pathlib import Path
@@ -22,26 +22,51 @@ def plan(
     client: "OpenAI",
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="As of jobs create. Default: none."),
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="YAML, TOML or JSON file with the body of POST /fine_tuning/jobs. "
+            "The other options override the file's fields. Default: none.",
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A base model, or a policy to train further. Default: that of --config.")
+        str | None,
+        typer.Option(
+            help="Name of the base model to train, or of a trained policy to train further. "
+            "Default: the model of --config."
+        ),
     ] = None,
     file: Annotated[
         str | None,
         typer.Option(
             help="Training data: a local file, which is uploaded; the id of an uploaded file; or a URI. "
-            "Default: that of --config."
+            "Default: the training data of --config."
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="The objective. Default: dpo.", show_default=False)] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Training objective; `raydpo methods` lists the objectives. "
+            "Default: the objective of --config; without --config, dpo.",
+            show_default=False,
+        ),
+    ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any field of the body, as of jobs create. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Sets a field of the request's body, such as x_raydpo.num_workers=4 or method.dpo.batch_size=32. "
+            "VALUE is YAML; null removes the field. Repeatable; overrides all other options.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a job would fit into its workers, and what would make it fit. Exit status 1: it would not."""
+    """Report whether a job would fit into its workers' memory, and which changes would make the job fit.
+
+    The command exits with status 1 if the job would not fit.
+    """
     base = read_config(config) if config else {}
     named = {"model": model, "training_file": file}
     others = [((name,), value) for name, value in named.items() if value is not None]
@@ -60,15 +85,17 @@ def plan(
 def _print(found: dict[str, Any]) -> None:
     beside = ("loading", "checkpoint") if found["device"] == "gpu" else ("loading",)
     rows = [(name, _gb(size)) for name, size in found["parts"].items() if size and name not in beside]
-    rows.append(("at most at once", _gb(found["needed_bytes"])))
+    rows.append(("peak memory", _gb(found["needed_bytes"])))
     if found["worker_bytes"]:
-        rows.append((f"there is, for a worker on a {found['device'].upper()}", _gb(found["worker_bytes"])))
+        rows.append((f"available memory, {found['device'].upper()}", _gb(found["worker_bytes"])))
     rows.append(("a checkpoint on disk", _gb(found["checkpoint_bytes"])))
     rows.append(("tokens of a pack", found["max_tokens_per_pack"]))
     rows.append(("activation_checkpointing", found["activation_checkpointing"]))
     rows += [(name, found[name]) for name in ("shards", "steps", "tokens") if found[name] is not None]
     print_rows(["of each worker", ""], rows)
-    verdict = {True: "It fits.", False: "It does not fit.", None: "Whether it fits is not known."}[found["fits"]]
+    verdict = {True: "The job fits.", False: "The job does not fit.", None: "Whether the job fits is not known."}[
+        found["fits"]
+    ]
     for line in (verdict, *found["notes"]):
         out.print(line, markup=False)
 

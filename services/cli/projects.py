@@ -1,4 +1,4 @@
-"""raydpo projects: who owns what, and how much of it."""
+"""The `raydpo projects` commands: create and archive projects, set their limits and show their usage."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,9 @@ def _number(text: str) -> str:
         try:
             float(text)
         except ValueError:
-            raise typer.BadParameter(f"{text} is neither a number nor none") from None
+            raise typer.BadParameter(
+                f"{text} is neither a number nor none; write a number, or none to remove the limit"
+            ) from None
     return text
 
 
@@ -30,23 +32,28 @@ def _limit(of: str) -> Any:
     return typer.Option(
         metavar="N|none",
         parser=_number,
-        help=f"Most {of}; `none` takes the limit away. Default: no limit, or as it is.",
+        help=f"Maximum number of {of}; `none` removes the limit. "
+        "Default: no limit for a new project; an existing project keeps its limit.",
     )
 
 
-Running = Annotated[str | None, _limit("jobs that run at once")]
-Queued = Annotated[str | None, _limit("jobs that wait")]
-Bytes = Annotated[str | None, _limit("bytes of files")]
-Hours = Annotated[str | None, _limit("accelerator hours in all")]
+Running = Annotated[str | None, _limit("the project's jobs that run at the same time")]
+Queued = Annotated[str | None, _limit("the project's jobs that wait to run")]
+Bytes = Annotated[str | None, _limit("bytes of the project's files")]
+Hours = Annotated[str | None, _limit("accelerator hours that all the project's jobs may use together")]
 
 Weight = Annotated[
     float | None,
-    typer.Option(metavar="N", help="Its share of the cluster, relative to other projects. Default: 1, or as it is."),
+    typer.Option(
+        metavar="N",
+        help="The project's share of the cluster, relative to the weights of other projects. "
+        "Default: 1 for a new project; an existing project keeps its weight.",
+    ),
 ]
 
 
 def _given(name: str | None, weight: float | None, *limits: str | None) -> dict[str, Any]:
-    """The body. The service checks the numbers."""
+    """Returns a request body with the fields for the options that are given. The service checks the numbers."""
     said = {key: text for key, text in zip(LIMITS, limits, strict=True) if text is not None}
     values = {key: None if text == "none" else float(text) for key, text in said.items()}
     return values | {key: value for key, value in (("name", name), ("weight", weight)) if value is not None}
@@ -62,7 +69,7 @@ def create(
     max_bytes: Bytes = None,
     max_accelerator_hours: Hours = None,
 ) -> None:
-    """Create a project and print its id."""
+    """Create a project and print the project's id."""
     body = _given(name, weight, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
     project: Any = client.post("/x/projects", cast_to=object, body=body)
     out.print(project["id"])
@@ -72,14 +79,14 @@ def create(
 def change(
     client: "OpenAI",
     project_id: ProjectId,
-    name: Annotated[str | None, typer.Option(help="A new name. Default: as it is.")] = None,
+    name: Annotated[str | None, typer.Option(help="New name of the project. Default: no change.")] = None,
     weight: Weight = None,
     max_running_jobs: Running = None,
     max_queued_jobs: Queued = None,
     max_bytes: Bytes = None,
     max_accelerator_hours: Hours = None,
 ) -> None:
-    """Change a project's name, weight or limits, and print it."""
+    """Change a project's name, weight or limits, and print the project as JSON."""
     body = _given(name, weight, max_running_jobs, max_queued_jobs, max_bytes, max_accelerator_hours)
     out.print_json(data=client.post(f"/x/projects/{project_id}", cast_to=object, body=body))
 
@@ -103,12 +110,12 @@ list_command(
 
 @api_command(app)
 def usage(client: "OpenAI", project_id: ProjectId) -> None:
-    """Show what a project uses of its limits."""
+    """Show how much of each of a project's limits is used, as JSON."""
     out.print_json(data=client.get(f"/x/projects/{project_id}/usage", cast_to=object))
 
 
 @api_command(app)
 def archive(client: "OpenAI", project_id: ProjectId) -> None:
-    """Stop a project's keys. Its files, jobs and models stay."""
+    """Archive a project. The project's keys stop working; the project's files, jobs and models are kept."""
     client.post(f"/x/projects/{project_id}/archive", cast_to=object)
     out.print(f"archived {project_id}")

@@ -1,4 +1,4 @@
-"""Options that say how the rows of a file are read."""
+"""Defines the options that say how the rows of a file are read: --columns and --max-invalid-share."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -13,7 +13,8 @@ Columns = Annotated[
     typer.Option(
         "--columns",
         metavar="ROLE=COLUMN",
-        help="The column of your file that holds a role, such as prompt=question. Repeatable.",
+        help="Column of the file that holds a role: prompt=question reads the prompt from the column `question`. "
+        "Repeatable. Default: columns are recognized by their names.",
     ),
 ]
 MaxInvalidShare = Annotated[
@@ -22,24 +23,28 @@ MaxInvalidShare = Annotated[
         "--max-invalid-share",
         min=0,
         max=0.5,
-        help="Leave out rows that cannot be used, up to this share of all rows, such as 0.01. Default: none.",
+        help="Leave out rows that cannot be used, up to this share of all rows, such as 0.01. "
+        "Default: refuse a file with any such row.",
     ),
 ]
 
 
 def roles_of(columns: Sequence[str] | None) -> dict[str, str]:
-    """The column of each role. Fails for what names none."""
+    """Returns the column of each role from ROLE=COLUMN texts.
+
+    Exits with an error if a role is unknown or a column is missing.
+    """
     roles = {}
     for given in columns or ():
         role, _, column = given.partition("=")
         if role not in ROLES or not column:
-            fail(f"--columns {given}: send ROLE=COLUMN, where ROLE is one of {', '.join(sorted(ROLES))}.")
+            fail(f"--columns {given}: write ROLE=COLUMN, where ROLE is one of {', '.join(sorted(ROLES))}.")
         roles[role] = column
     return roles
 
 
 def reading(columns: Sequence[str] | None, max_invalid_share: float | None) -> dict[str, Any]:
-    """What these options are in x_raydpo."""
+    """Returns the fields of `x_raydpo` for the values of --columns and --max-invalid-share."""
     drop = {"invalid_rows": "drop", "max_invalid_share": max_invalid_share} if max_invalid_share else {}
     roles = roles_of(columns)
     return ({"columns": roles} if roles else {}) | drop

@@ -1,4 +1,4 @@
-"""raydpo settings: what `raydpo up` would run with, and where each value comes from."""
+"""The `raydpo settings` command: list the settings that `raydpo up` would use, and the source of each value."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from services.local import gpus
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-BY_UP = ("database_url", "storage_url", "api_key", "advertised_url", "ray_url")  # `raydpo up` has values for these
+BY_UP = ("database_url", "storage_url", "api_key", "advertised_url", "ray_url")  # `raydpo up` sets these if you do not
 
 
 def register(app: typer.Typer) -> None:
@@ -26,11 +26,15 @@ def register(app: typer.Typer) -> None:
 
 def settings(
     home: Annotated[
-        Path | None, typer.Option(help="Folder of the service's state. Default: RAYDPO_HOME, else ~/.raydpo.")
+        Path | None,
+        typer.Option(
+            help="Folder in which the service keeps its files and keys, and which may hold the settings file "
+            "raydpo.toml. Default: the folder in RAYDPO_HOME, else ~/.raydpo."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every setting of `raydpo up`: its value, and where that comes from. Nothing is started."""
+    """List the value of every setting that `raydpo up` would use, and the source of each value. Starts nothing."""
     for line in misspelled():
         err.print(line)
     columns: Columns = {"name": "name", "value": _shown, "from": "source"}
@@ -90,11 +94,11 @@ def _without_password(name: str, value: Any) -> Any:
 
 
 def misspelled() -> Iterator[str]:
-    """A sentence for each variable that is nearly the name of a setting, since nothing reads it."""
+    """Yields a warning for each environment variable whose name resembles a setting's but names no setting."""
     from services.control_plane.settings import Settings
 
     known = [_variable(name, field) for name, field in Settings.model_fields.items()]
     for variable in os.environ:
         close = get_close_matches(variable, known, n=1, cutoff=0.85)
         if variable.startswith("RAYDPO_") and variable not in known and close:
-            yield f"{variable} is no setting, and nothing reads it; did you mean {close[0]}?"
+            yield f"{variable} is not a setting and has no effect; did you mean {close[0]}?"

@@ -1,4 +1,4 @@
-"""raydpo up: the stack of one home, with the control plane on top, in the foreground."""
+"""Runs the service for `raydpo up`: PostgreSQL, Ray and the control plane, with all state in one home folder."""
 
 import asyncio
 import gc
@@ -28,16 +28,16 @@ from services.local.stack import Stack, running_stack, write_secret
 
 
 class Refused(Exception):
-    """What the caller asked for cannot be; the message says why, and what to do."""
+    """The service cannot run as the caller asked; the message names the reason and the remedy."""
 
 
 def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: Sequence[str]) -> None:
-    """Run until SIGINT or SIGTERM, then stop everything that was started here."""
+    """Runs the service until SIGINT or SIGTERM, then stops every process that this call started."""
     home = home.expanduser().resolve()
     sources = dict(_model(argument) for argument in models)
     listening = _listen(host, port)
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listening.getsockname()[1]}"
-    os.umask(0o077)  # files, models and keys are the owner's
+    os.umask(0o077)  # only the owner may read files, models and keys
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt_once)
     database_url = _configured(home, "database_url")
@@ -49,7 +49,7 @@ def serve(home: Path, *, host: str, port: int, ray_address: str | None, models: 
             log_setup.configure(settings.log_format, home / "raydpo.log")
             migrate(settings.database_direct_url or settings.database_url)
             server = Server(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=5)
-            gc.freeze()  # what is loaded now stays: to walk it again and again would hold up requests
+            gc.freeze()  # loaded objects live until the process ends; collecting garbage among them delays requests
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(_serve(server, settings, listening, url))
     except (StackError, PoolerUrl) as error:
@@ -71,8 +71,8 @@ async def _serve(server: Server, settings: Settings, listening: socket.socket, u
 
 
 async def _announce(settings: Settings, url: str) -> None:
-    """Says `ready` once the service really answers."""
-    # It asks itself: without certificates, which take long to load.
+    """Waits until the service answers, then prints the API's URL, the file of the API key and the base models."""
+    # The requests go to this process, so no certificates are needed, which take long to load.
     async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
         while True:
             if await _is_ready(client):
@@ -93,7 +93,10 @@ async def _is_ready(client: httpx.AsyncClient) -> bool:
 
 
 def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Settings:
-    """The stack's own values, over what the environment and the settings file say, over our defaults."""
+    """Returns the service's settings.
+
+    Values of the running stack override the environment and the settings file, which override the defaults.
+    """
     given: dict[str, Any] = {
         "home": home,
         "database_url": stack.database_url,
@@ -118,7 +121,10 @@ def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Se
 
 
 def _configured(home: Path, name: str) -> str | None:
-    """A setting from the environment or the settings file, before there are Settings."""
+    """Returns the setting `name` from the environment, else from the settings file; None if neither has a value.
+
+    Unlike `Settings`, this works while other settings still lack values.
+    """
     in_environment = os.environ.get("DATABASE_URL" if name == "database_url" else f"RAYDPO_{name.upper()}")
     file = Path(os.environ.get("RAYDPO_SETTINGS_FILE", home / "raydpo.toml"))
     if in_environment is not None or not file.is_file():
@@ -126,7 +132,7 @@ def _configured(home: Path, name: str) -> str | None:
     try:
         value = tomllib.loads(file.read_text()).get(name)
     except tomllib.TOMLDecodeError as error:
-        raise Refused(f"{file} is not TOML: {error}") from None
+        raise Refused(f"{file} is not valid TOML: {error}") from None
     return None if value is None else str(value)
 
 
@@ -137,28 +143,31 @@ def _model(argument: str) -> tuple[str, str]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise Refused(f"{folder} holds no config.json; --model wants a Hugging Face folder.")
+            raise Refused(f"{folder} holds no config.json; set --model to the folder of a Hugging Face model.")
         return name, str(folder.resolve())
     if source.startswith((".", "/", "~")):
-        raise Refused(f"{source}, the source of model {name}, is not a folder.")
+        raise Refused(f"{source}, the source of model {name}, is not a folder; name a folder or a hub id.")
     return name, source
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Before anything heavy starts, so that a taken port costs nobody a wait."""
+    """Returns a socket that listens at `host` and `port`. Raises Refused if the address cannot be used.
+
+    Call this before the slow parts of the start, so that the user learns of a taken port at once.
+    """
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise Refused(
             f"cannot listen at {host}:{port}: {os.strerror(error.errno or 0)}; choose another --port."
         ) from None
-    # An answer goes out in two writes; without this the second waits for the client's delayed ACK, 40 ms.
+    # A response is sent in two writes. Without TCP_NODELAY, the second waits 40 ms for the client's delayed ACK.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     return listening
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """The first signal stops the service; those after it would only disturb the stopping."""
+    """Stops the service at the first signal. Later signals are ignored, because they would interrupt the shutdown."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

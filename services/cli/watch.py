@@ -1,4 +1,4 @@
-"""A job's progress as it happens: a bar on a terminal, plain lines in a pipe."""
+"""Shows a job's progress while the job runs: a progress bar on a terminal, plain lines in a pipe."""
 
 import json
 import time
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types.fine_tuning import FineTuningJob
 
-SILENCE_SECONDS = 60.0  # the service says something four times in that
+SILENCE_SECONDS = 60.0  # of silence before reconnecting; the service sends data at least every 15 seconds
 RESUME_SECONDS = 2.0
-PLAIN_SECONDS = 10.0  # between two lines of metrics where there is no terminal
+PLAIN_SECONDS = 10.0  # the least time between two lines of metrics if the output is not a terminal
 STYLES = {"warn": "yellow", "error": "red"}
 SHOWN = {
     "train_loss": "loss {:.4f}",
@@ -29,7 +29,7 @@ SHOWN = {
 
 
 def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuningJob":
-    """Show the job's messages and metrics until it ends; returns it as it ended."""
+    """Prints the job's messages and metrics until the job ends, and returns the ended job."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("waiting", total=None, detail="")
@@ -54,21 +54,27 @@ def watch_job(client: "OpenAI", job_id: str, *, console: Console) -> "FineTuning
 
 
 def message_line(told: Mapping[str, Any]) -> Text:
-    """An event as it is: what it quotes of a file is no markup, and moves no cursor."""
+    """Returns the line that shows an event's time and message.
+
+    Text that the message quotes from a file is not read as markup and cannot control the terminal.
+    """
     moment = datetime.fromtimestamp(told["created_at"]).strftime("%H:%M:%S")
     return Text(f"{moment} {safe(told['message'])}", style=STYLES.get(told["level"], ""))
 
 
 def metrics_line(metrics: Mapping[str, Any]) -> str:
-    """`loss 0.5129  margin 0.482  accuracy 97%`, as far as they are there."""
+    """Returns the metrics that are present as text, such as `loss 0.5129  margin 0.482  accuracy 97%`."""
     return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if metrics.get(key) is not None)
 
 
 def follow(client: "OpenAI", job_id: str) -> Iterator[dict[str, Any]]:
-    """All that the job's stream tells. It goes on where it was when the service restarts."""
+    """Yields the events of the job's event stream until the job ends.
+
+    If the stream breaks off, for example because the service restarts, reconnects and continues after the last event.
+    """
     seen: dict[str, str] = {}
     while True:
-        client.fine_tuning.jobs.retrieve(job_id)  # raises what the client raises if there is no such job, or no service
+        client.fine_tuning.jobs.retrieve(job_id)  # raises if the job does not exist or the service does not answer
         headers = {"Authorization": f"Bearer {client.api_key}", **seen}
         url = f"{client.base_url}x/jobs/{job_id}/stream"
         try:

@@ -1,4 +1,4 @@
-"""raydpo webhooks: the URLs that are called when a job of this project ends."""
+"""The `raydpo webhooks` commands: manage the URLs that the service calls when a job of the key's project ends."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,25 +10,27 @@ from services.cli.lists import list_command
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(no_args_is_help=True, help="URLs that the service calls when a job of this project ends.")
+app = typer.Typer(no_args_is_help=True, help="Manage the URLs that the service calls when a job of your project ends.")
 
-# By path, since older clients have no methods for these.
+# The commands name the API's path, because older OpenAI clients have no methods for webhook endpoints.
 PATH = "/webhook_endpoints"
 EndpointId = Annotated[str, id_argument()]
 Events = Annotated[
     list[str] | None,
-    typer.Option("--event", help="Type of event, such as fine_tuning.job.failed. Repeatable. Default: all."),
+    typer.Option(
+        "--event", help="Type of event to post, such as fine_tuning.job.failed. Repeatable. Default: all types."
+    ),
 ]
 
 
 def _state(endpoint: dict[str, Any]) -> str:
-    return "disabled: it was gone" if endpoint["x_raydpo"]["disabled_at"] else "enabled"
+    return "disabled: answered 410 Gone" if endpoint["x_raydpo"]["disabled_at"] else "enabled"
 
 
 list_command(
     app,
     PATH,
-    "List all endpoints, newest first.",
+    "List all webhook endpoints of your project, newest first.",
     {
         "id": "id",
         "name": "name",
@@ -42,11 +44,11 @@ list_command(
 @api_command(app)
 def create(
     client: "OpenAI",
-    receiver: Annotated[str, typer.Argument(metavar="URL", help="The https:// URL that events are posted to.")],
+    receiver: Annotated[str, typer.Argument(metavar="URL", help="The https:// URL to which the service posts events.")],
     event: Events = None,
-    name: Annotated[str, typer.Option(help="A name by which you recognize it.")] = "raydpo",
+    name: Annotated[str, typer.Option(help="Name by which you recognize the endpoint.")] = "raydpo",
 ) -> None:
-    """Add an endpoint. Prints its id, and the secret that signs its events, which is shown only this once."""
+    """Add a webhook endpoint. Prints the endpoint's id, and once only the secret that signs the endpoint's events."""
     body = {"name": name, "url": receiver, "event_types": event or _event_types(client)}
     made: Any = client.post(PATH, body=body, cast_to=object)
     err.print(f"signing secret: {made['signing_secret']}")
@@ -55,7 +57,7 @@ def create(
 
 @api_command(app)
 def test(client: "OpenAI", endpoint_id: EndpointId) -> None:
-    """Post a sample event to an endpoint now, and print the HTTP status that it answers."""
+    """Post a sample event to a webhook endpoint now, and print the HTTP status of the endpoint's response."""
     body = {"event_type": _event_types(client)[0]}
     result: Any = client.post(f"{PATH}/{endpoint_id}/test", body=body, cast_to=object)
     out.print(result["status_code"])
@@ -63,7 +65,7 @@ def test(client: "OpenAI", endpoint_id: EndpointId) -> None:
 
 @api_command(app)
 def delete(client: "OpenAI", endpoint_id: EndpointId) -> None:
-    """Remove an endpoint. Events that wait for it are not sent."""
+    """Remove a webhook endpoint. Events that wait to be posted to the endpoint are not sent."""
     client.delete(f"{PATH}/{endpoint_id}", cast_to=object)
     out.print(f"deleted {endpoint_id}")
 

@@ -1,4 +1,7 @@
-"""Values as YAML 1.2 reads them. PyYAML alone follows 1.1: `1e-6` is a text there, `on` is true, a date no text."""
+"""Parses YAML by the rules of YAML 1.2.
+
+PyYAML itself follows YAML 1.1, in which `1e-6` is a string, `on` is true and `2026-01-01` is a date.
+"""
 
 import re
 from typing import Any
@@ -7,7 +10,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # a class's own
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # replaces SafeLoader's
 
 
 SCALARS = {
@@ -24,7 +27,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     values: dict[Any, Any] = {}
     for key, value in loader.construct_pairs(node, deep=True):
         if key in values:
-            raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", node.start_mark)
         values[key] = value
     return values
 
@@ -34,11 +37,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def parse(text: str) -> Any:
-    """The value. Raises ValueError, in one line."""
+    """Returns the value of a YAML text. Raises ValueError with a message of one line if the text is not valid."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{place}{error.problem}") from None
-    except (yaml.YAMLError, TypeError) as error:  # a key that is a list
+    except (yaml.YAMLError, TypeError) as error:  # TypeError: a key of a mapping is a list
         raise ValueError(str(error).splitlines()[0]) from None

@@ -1,1 +1,4 @@
-"""The REST API, the truth about jobs, and the reconciler. No torch and no ray: it speaks HTTP to the cluster."""
+"""The control plane: the REST API, the database of jobs, and the reconciler.
+
+Nothing in this package imports torch or ray.
+"""

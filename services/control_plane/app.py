@@ -1,4 +1,7 @@
-"""The control plane's parts, wired together. Nobody else builds them."""
+"""Builds the control plane: the FastAPI app, the database store, the client of Ray and the background tasks.
+
+No other module builds these parts or connects them.
+"""
 
 import asyncio
 import logging
@@ -26,23 +29,23 @@ from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.telemetry import AUTH_FAILURES
 from services.control_plane.files import api as files_api
 from services.control_plane.files import model_check_api, uploads_api
-from services.control_plane.files.row_check import Surveyor
+from services.control_plane.files.row_check import RowChecker
 from services.control_plane.http import health, metrics, unsupported
-from services.control_plane.http.access_log import Access
+from services.control_plane.http.access_log import AccessLog
 from services.control_plane.http.dependencies import admit, check_query
 from services.control_plane.http.limits import Limits
-from services.control_plane.http.rate_limit import Rates
+from services.control_plane.http.rate_limit import RateLimits
 from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
 from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs import plans_api, validation_api
-from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.models import api as models_api
 from services.control_plane.models import inference_api, sharing_api
 from services.control_plane.models.inference import Inference
 from services.control_plane.progress import api as progress_api
-from services.control_plane.progress.streams import Live
-from services.control_plane.ray_api import Launcher
+from services.control_plane.progress.streams import Streams
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import api as tenants_api
 from services.control_plane.tenants import api_keys, audit
@@ -51,11 +54,11 @@ from services.control_plane.webhooks.outbox import Sender
 
 log = logging.getLogger(__name__)
 
-JOINED_AT_ONCE = 4  # uploads: each holds a connection to the database while its parts are read and written
+JOINED_AT_ONCE = 4  # the most uploads that are joined at the same time; each holds a database connection meanwhile
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The service for one database and one Ray cluster. The database's schema must be up to date."""
+    """Returns the control plane's FastAPI app. The database must have the newest schema before the app starts."""
     app = FastAPI(title="raydpo", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.settings = settings
     checks = [Depends(admit), Depends(check_query)]
@@ -85,11 +88,11 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(error, _on_database_error)
     app.add_exception_handler(DataError, _on_data_error)
 
-    async def project_of(token: str) -> str | None:  # asked when the app has its parts
+    async def project_of(token: str) -> str | None:  # only requests call this; app.state has its parts by then
         return await cast(Authentication, app.state.authentication).project_of(token)
 
     app.add_middleware(Limits, settings=settings, project_of=project_of)
-    app.add_middleware(Access)
+    app.add_middleware(AccessLog)
     return app
 
 
@@ -99,21 +102,21 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     store = Store(
         settings.database_url, direct_url=settings.database_direct_url, connections=settings.database_connections
     )
-    launcher = Launcher(settings, store.instance)
-    app.state.store, app.state.launcher = store, launcher
-    app.state.inference = Inference(store, launcher, settings)
-    app.state.authentication, app.state.rates = Authentication(store, settings), Rates()
-    app.state.lookups, app.state.refusals = Lookups(store), Refusals(store)
-    live = app.state.live = Live(store, settings)
+    ray_api = RayApi(settings, store.instance)
+    app.state.store, app.state.ray_api = store, ray_api
+    app.state.inference = Inference(store, ray_api, settings)
+    app.state.authentication, app.state.rate_limits = Authentication(store, settings), RateLimits()
+    app.state.job_reader, app.state.refusals = JobReader(store), Refusals(store)
+    streams = app.state.streams = Streams(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
-    reconciler, surveyor = Reconciler(store, launcher, settings, holder=holder), Surveyor(store, holder=holder)
+    reconciler, row_checker = Reconciler(store, ray_api, settings, holder=holder), RowChecker(store, holder=holder)
     parts = (
         reconciler,
-        surveyor,
+        row_checker,
         sender,
-        live,
+        streams,
         app.state.inference,
         app.state.authentication,
         app.state.refusals,
@@ -130,12 +133,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
         await sender.close()
         await app.state.inference.close()
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
 
 def _end_process(part: asyncio.Task[None]) -> None:
-    """A part runs until it is cancelled. Where one ends by itself the process ends, too, and is started anew."""
+    """Ends this process if a background task has ended without being cancelled.
+
+    The supervisor of the process must start it again.
+    """
     if not part.cancelled():
         log.critical("%s has ended, and the process ends with it", part.get_name(), exc_info=part.exception())
         os.kill(os.getpid(), signal.SIGTERM)
@@ -150,7 +156,10 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's 422 as OpenAI's 400. The first part of a location is where it was: body, query, path."""
+    """Answers 400 in OpenAI's form where FastAPI would answer 422.
+
+    The first item of an error's location names a part of the request: body, query or path.
+    """
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -161,7 +170,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, ApiError):  # while FastAPI read the body
+    if isinstance(error.__cause__, ApiError):  # the ApiError was raised while FastAPI read the body
         return await _on_api_error(request, error.__cause__)
     if isinstance(error.__cause__, RecursionError):
         return InvalidRequest("The body has too many lists or objects in one another; send fewer.").response()
@@ -184,20 +193,20 @@ async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
-    """The database is down or takes no writes, or all connections to it are taken: the client comes back by itself."""
+    """Answers 503 if the database is down, refuses writes or has no free connection. OpenAI's clients retry a 503."""
     if isinstance(error, DBAPIError) and refuses_value(error):
         return await _on_data_error(request, error)
     log.warning("The database does not answer: %s", error)
     if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.errors.QueryCanceled):
-        message = "The request waited too long for another that works on the same; nothing was changed."
+        message = "The request waited too long for another one that changes the same object; nothing was changed."
         return Unavailable(message, retry_after=30, code="database_unavailable").response()
     message = "The database does not answer; nothing was changed."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()
 
 
 async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
-    """What the request says cannot be kept, nor be looked for."""
+    """Answers 400 if the request holds a value that the database cannot store or compare with."""
     assert isinstance(error, DBAPIError)
     log.warning("A value was refused by the database: %s", error.orig)
-    message = "A value in the request cannot be kept: it holds a NUL character, or is too large; change it."
+    message = "A value in the request cannot be stored: it holds a NUL character, or is too large; change it."
     return InvalidRequest(message).response()

@@ -1,6 +1,7 @@
-"""Removes what nobody needs any more. Runs beside the reconciler, in the control plane that holds its lease.
+"""Removes expired and deleted objects from storage and the database. Runs beside the reconciler that has the lease.
 
-Every sweep may be done twice, or at once by two, without harm; each does a bounded amount, and the next goes on.
+A sweep is one pass over the objects of one sort. A sweep may run twice, or in two processes at once, without harm. Each
+sweep removes a limited number of objects; the next one goes on.
 """
 
 import asyncio
@@ -20,10 +21,10 @@ from sqlalchemy.orm import InstrumentedAttribute
 from services import storage
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.store import Store
-from services.control_plane.core.tables import Attempt, File, Lease, Model, Outbound, Upload
+from services.control_plane.core.tables import Attempt, Checkpoint, File, Lease, Model, Outbound, Upload
 from services.control_plane.files import files, model_check, uploads
 from services.control_plane.http import idempotency
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.webhooks.outbox import give_up_old
 
@@ -31,22 +32,22 @@ log = logging.getLogger(__name__)
 
 MOST = 100  # rows, or files in storage, that one sweep removes
 OUTBOX_KEPT = timedelta(days=30)
-GRACE_SECONDS = 86_400  # an older file that no row names is not about to get one
-EXIT_GRACE = timedelta(seconds=60)  # an attempt that told its outcome is about to exit
-TRASH_SECONDS = 30 * 86_400  # a database is restored to no earlier moment
+GRACE_SECONDS = 86_400  # a file in storage that no row names after this long will get no row
+EXIT_GRACE = timedelta(seconds=60)  # an attempt that reported its outcome gets this long to exit
+TRASH_SECONDS = 30 * 86_400  # files stay in the trash for this long, in case an older database is restored
 
 
 class Sweeper:
-    """Each sweep, and how often it is due, in seconds. What a control plane has not swept yet is due at once."""
+    """Runs each sweep at its own interval. After a start of the process, all sweeps are due."""
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         self._sweeps: list[tuple[float, Callable[[], Awaitable[None]]]] = [
             (30, self._expire_files),
             (30, self._expire_uploads),
             (60, self._stop_orphans),
             (600, self._forget),
-            (600, self._remove_models),
+            (60, self._remove_models),
             (3600, self._put_away),
             (3600, self._empty_trash),
             (3600, self._remove_parts),
@@ -54,7 +55,7 @@ class Sweeper:
         self._swept = [float("-inf")] * len(self._sweeps)
 
     async def sweep(self) -> None:
-        """All that are due; what fails is logged, and tried again when it is due again."""
+        """Runs the sweeps that are due. A sweep that fails is logged, and runs again when it is next due."""
         for number, (seconds, sweep) in enumerate(self._sweeps):
             if time.monotonic() - self._swept[number] < seconds:
                 continue
@@ -63,8 +64,8 @@ class Sweeper:
                 await sweep()
             except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
                 log.warning("A sweep failed and is tried again: %s", error)
-            except Exception:  # nobody watches this task, and the other sweeps go on
-                log.exception("A sweep failed, by a fault of ours, and is tried again")
+            except Exception:  # nobody watches this task, so the other sweeps go on after any error
+                log.exception("A sweep failed by an unexpected error, and is tried again")
 
     async def _expire_files(self) -> None:
         async with self._store.begin() as session:
@@ -77,9 +78,9 @@ class Sweeper:
         await _remove(folders)
 
     async def _stop_orphans(self) -> None:
-        for submission_id in await stop_orphans(self._store, self._launcher):
+        for submission_id in await stop_orphans(self._store, self._ray_api):
             log.warning("Stopped %s, whose attempt has ended", submission_id)
-        for submission_id in await model_check.stop_late(self._store, self._launcher):
+        for submission_id in await model_check.stop_late(self._store, self._ray_api):
             log.warning("Stopped %s, which checked a file for too long", submission_id)
 
     async def _forget(self) -> None:
@@ -93,7 +94,10 @@ class Sweeper:
         await _remove(checks)
 
     async def _put_away(self) -> None:
-        """Bytes that no row names go to the trash; those of a deleted file, and of a write that broke off, for good."""
+        """Moves files in storage that no database row names to the trash.
+
+        Deletes instead the files whose rows are marked as deleted, and the remains of interrupted writes.
+        """
         ages = await self._ages("files")
         old = [name for name, seconds in ages.items() if seconds > GRACE_SECONDS]
         async with self._store.begin() as session:
@@ -106,7 +110,10 @@ class Sweeper:
             await self._move(name, "files", "trash")
 
     async def _empty_trash(self) -> None:
-        """What a row names goes back: the database was restored, twice. What is old goes for good."""
+        """Deletes files that have been in the trash for TRASH_SECONDS, and moves files that rows name back.
+
+        A row can name a file in the trash after the database was restored to an earlier moment.
+        """
         ages = await self._ages("trash")
         async with self._store.begin() as session:
             alive = select(File.id).where(_among(File.id, list(ages)), File.deleted_at.is_(None))
@@ -117,7 +124,7 @@ class Sweeper:
         await _remove([self._place("trash", name) for name in old[:MOST]])
 
     async def _remove_parts(self) -> None:
-        """Parts of uploads that have ended; of those that the database does not know, when they are old."""
+        """Deletes parts of uploads that have ended, and old parts of uploads that the database does not know."""
         listed = await anyio.to_thread.run_sync(storage.list_folders, self._place("uploads"))
         async with self._store.begin() as session:
             rows = await session.execute(select(Upload.id, Upload.state).where(_among(Upload.id, listed)))
@@ -130,11 +137,13 @@ class Sweeper:
         await _remove([self._place("uploads", name) for name in over[:MOST]])
 
     async def _remove_models(self) -> None:
-        """Bytes of deleted models, where they were not removed at once."""
-        left = select(Model).where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
+        """Deletes the files of deleted models from storage; for a checkpoint's model, all files of the checkpoint."""
+        place = func.coalesce(Checkpoint.uri, Model.source)
+        left = select(Model.id, place).outerjoin(Checkpoint, Checkpoint.model_id == Model.id)
+        left = left.where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
         async with self._store.begin() as session:
-            models = list(await session.scalars(left.order_by(Model.deleted_at).limit(MOST)))
-        gone = [model.id for model in models if await remove_bytes(model.source)]
+            models = (await session.execute(left.order_by(Model.deleted_at).limit(MOST))).all()
+        gone = [model_id for model_id, uri in models if await remove_bytes(uri)]
         async with self._store.begin() as session:
             await session.execute(update(Model).where(Model.id.in_(gone)).values(removed_at=func.now()))
 
@@ -142,7 +151,7 @@ class Sweeper:
         return storage.join(self._settings.storage_url, *names)
 
     async def _ages(self, *folder: str) -> dict[str, float]:
-        """The files of a folder, with the seconds since each was written."""
+        """Returns the names of the files in a storage folder, each with the seconds since the file was written."""
         return dict(await anyio.to_thread.run_sync(storage.list_ages, self._place(*folder)))
 
     async def _move(self, name: str, folder: str, target: str) -> None:
@@ -151,7 +160,7 @@ class Sweeper:
 
 
 def _among(column: InstrumentedAttribute[str], names: list[str]) -> ColumnElement[bool]:
-    """As `in_`, of which a statement takes 65,535."""
+    """Returns the condition that the column has one of the values. (SQLAlchemy's `in_` takes at most 65,535 values.)"""
     return column == any_(literal(names, ARRAY(Text)))
 
 
@@ -163,16 +172,17 @@ async def _remove(uris: list[str]) -> None:
         await asyncio.sleep(0)
 
 
-async def stop_orphans(store: Store, launcher: Launcher) -> list[str]:
-    """Stops what runs in Ray for an attempt that has ended, late or deaf to its stop, and returns the submissions.
+async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
+    """Stops Ray jobs that still run although their attempts have ended. Returns the ids of the stopped Ray jobs.
 
-    What this database does not know belongs to another service.
+    Such a Ray job started late or ignored a request to stop. Ray jobs that this database does not know belong to
+    another service, and are left alone.
     """
-    running = [found for found in map(_attempt_of, await launcher.live_submissions()) if found]
+    running = [attempt for attempt in map(_attempt_of, await ray_api.live_submissions()) if attempt]
     async with store.begin() as session:
         orphans = await _ended(session, running)
     for submission_id in orphans:
-        await launcher.stop(submission_id)
+        await ray_api.stop(submission_id)
     return orphans
 
 

@@ -1,4 +1,7 @@
-"""Ray over HTTP: its Jobs API runs attempts, its Serve API runs models. The control plane imports no ray."""
+"""Calls Ray over HTTP: the Jobs API runs attempts, and the Serve API runs models.
+
+The control plane does not import ray. An attempt is one execution of a job on the Ray cluster.
+"""
 
 import asyncio
 import re
@@ -23,39 +26,39 @@ NEVER_STARTED = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_", "JO
 SERVE_API = "/api/serve/applications/"
 SERVE_PORT = 8000  # Ray's own default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ANSWER_SECONDS = 8  # less than the reconciler's lease, in which it asks for all at once
-STOP_SECONDS = 30  # from SIGTERM to SIGKILL: an attempt leaves a checkpoint
-TRANSIENT = (408, 425, 429)  # of the 4xx those that say: later
-MOST_TOLD = 300  # characters of what Ray says
-VIEW_SECONDS = 0.5  # requests that wait for a model share one look at Serve
-NODES_ANSWER_SECONDS = 2  # a job that is submitted waits no longer for them
-NODES_SECONDS = 10  # jobs that are submitted share one look at the machines
+ANSWER_SECONDS = 8  # shorter than the reconciler's lease, because a tick waits for this answer
+STOP_SECONDS = 30  # from SIGTERM to SIGKILL, for an attempt to write a checkpoint
+TRANSIENT = (408, 425, 429)  # the 4xx that mean: try again later
+MOST_CHARACTERS = 300  # of Ray's message in an error
+VIEW_SECONDS = 0.5  # requests within this time share one look at Serve
+NODES_ANSWER_SECONDS = 2  # a submission waits at most this long for Ray's list of machines
+NODES_SECONDS = 10  # submissions within this time share one look at the machines
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job of Ray's, as Ray tells of it."""
+    """The state of a job in Ray, as Ray reports it."""
 
     status: AttemptStatus
-    error_type: str | None = None  # how it failed, in Ray's categories
-    exit_code: int | None = None  # of its driver; below 0: the signal that killed it
-    message: str = ""  # with the last lines of the driver's log
+    error_type: str | None = None  # how the job failed, in Ray's categories
+    exit_code: int | None = None  # of the job's driver; negative: the number of the signal that killed the driver
+    message: str = ""  # Ray's message, with the last lines of the driver's log
 
     def cause(self) -> str:
-        """Why an attempt ended that did not say it itself, for the user."""
+        """Returns the reason, for the user, why an attempt ended without reporting an outcome."""
         if self.status == "absent":
             return "the cluster it ran on is gone"
         if self.error_type and self.error_type.startswith(NEVER_STARTED):
-            return f"Ray could not start it: {self.message[:MOST_TOLD]}"
+            return f"Ray could not start it: {self.message[:MOST_CHARACTERS]}"
         if number := _signal(self.exit_code):
-            kernel = ", as the kernel does where memory runs out" if number is signal.SIGKILL else ""
+            kernel = ", as the kernel does when memory runs out" if number is signal.SIGKILL else ""
             return killer_in(self.message) or f"it was killed by {number.name}{kernel}"
         status = f"it ended with status {self.exit_code}" if self.exit_code else "it died before it finished"
         return cause_in(self.message) or status
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:
-    """That ended a process, from its exit status as Python or as a shell tells it."""
+    """Returns the signal that a process died of, by its exit status from Python (-9) or a shell (137); else None."""
     if exit_code is None:
         return None
     number = -exit_code if exit_code < 0 else exit_code - 128
@@ -67,7 +70,7 @@ UNKNOWN = Submission("unknown")
 
 @dataclass(frozen=True)
 class Application:
-    """A Serve application as Serve reports it."""
+    """The state of an application in Ray Serve, as Serve reports it."""
 
     state: Literal["loading", "running", "failed", "stopping"]
     message: str
@@ -75,30 +78,30 @@ class Application:
 
 @dataclass(frozen=True)
 class ServeView:
-    """One look at Ray Serve."""
+    """The state of Ray Serve at one moment."""
 
-    applications: dict[str, Application]  # our own
-    base_url: str | None  # of its HTTP proxy; None while Serve is not up
+    applications: dict[str, Application]  # this service's own
+    base_url: str | None  # of Serve's HTTP proxy; None while Serve is not up
     seen_at: float
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, with what its agent of Ray measures."""
+    """A machine of the Ray cluster, with its memory as Ray's agent on the machine measures it."""
 
-    memory: int  # bytes, of its container if it is in one
-    gpus: tuple[int, ...]  # bytes of each
+    memory: int  # bytes; those of the container, if Ray runs in one
+    gpus: tuple[int, ...]  # bytes of each GPU
 
 
 class Refused(Exception):
-    """Ray refuses a launch for good; the message has its words."""
+    """Ray refused a launch, and would refuse the same launch again. The message is Ray's."""
 
 
-class Launcher:
-    """Every call may fail with httpx.HTTPError, which means: nothing is known, so change nothing.
+class RayApi:
+    """A client of Ray's HTTP APIs. Its methods may raise httpx.HTTPError; the caller must then change nothing.
 
-    The cluster may be shared. `instance` tells the id that the names of this service's applications begin with in
-    Ray; callers see neither that id nor the applications of others.
+    Several services may share a cluster. `instance` returns the id that the names of this service's applications in Ray
+    contain. Callers of this class see neither that id nor the applications of other services.
     """
 
     def __init__(self, settings: Settings, instance: Callable[[], Awaitable[str]]) -> None:
@@ -109,7 +112,7 @@ class Launcher:
         )
         self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
-        self._nodes: tuple[float, list[Node]] | None = None  # and when they were looked at
+        self._nodes: tuple[float, list[Node]] | None = None  # the time of the last look, and the machines
         self._looking = asyncio.Lock()
 
     async def close(self) -> None:
@@ -118,16 +121,19 @@ class Launcher:
     # --- attempts ---------------------------------------------------------------------------
 
     async def submit(self, submission_id: str, spec_uri: str, token: str) -> None:
-        """Launch an attempt. Ray refuses a second submission of one id, so this acts at most once.
+        """Launches an attempt in Ray. Ray accepts a submission id only once, so the attempt starts at most once.
 
-        Raises Refused where Ray would refuse it again.
+        Raises Refused if Ray would refuse the launch again.
         """
-        # Ray's supervisor of the job reads the second, and so does the driver.
+        # Ray's job supervisor reads the second variable, and so does the driver.
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         await self._submit(submission_id, "services.training.driver", spec_uri, environment)
 
     async def submit_check(self, submission_id: str, request_uri: str) -> None:
-        """Launch the check of a training file, likewise."""
+        """Launches the check of a training file in Ray.
+
+        Ray accepts an id only once, so the check starts at most once.
+        """
         await self._submit(submission_id, "services.training.check_program", request_uri, {})
 
     async def _submit(self, submission_id: str, program: str, uri: str, environment: dict[str, str]) -> None:
@@ -139,7 +145,7 @@ class Launcher:
         # Ray sets up the driver's environment before it answers.
         answer = await self._ray.post("/api/jobs/", json=body, timeout=60)
         if answer.is_error and "already exists" in answer.text:
-            return  # an earlier launch, whose answer was lost
+            return  # an earlier launch succeeded, but its answer was lost
         if answer.is_client_error and answer.status_code not in TRANSIENT:
             raise Refused(rays_words(answer.text))
         answer.raise_for_status()
@@ -148,7 +154,10 @@ class Launcher:
         return (await self._submission(submission_id)).status
 
     async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
-        """What Ray says of these and others, in one answer. One that is missing in it is asked for by itself."""
+        """Returns the states of these jobs in Ray; UNKNOWN for each job if Ray does not answer.
+
+        Asks Ray for all jobs at once, then for each job that is missing in the list.
+        """
         if not submission_ids:
             return {}
         try:
@@ -161,7 +170,11 @@ class Launcher:
         return told
 
     async def _submission(self, submission_id: str) -> Submission:
-        """`absent` only on Ray's own word that it does not know the id; any doubt is `unknown`."""
+        """Returns the state of one job in Ray.
+
+        The status is `absent` only if Ray says that it does not know the id; without a usable answer the status is
+        `unknown`.
+        """
         try:
             answer = await self._ray.get(f"/api/jobs/{submission_id}")
         except httpx.HTTPError:
@@ -171,32 +184,32 @@ class Launcher:
         return _submission(answer.json()) if answer.status_code == 200 else UNKNOWN
 
     async def _jobs(self) -> list[dict[str, Any]]:
-        """All of the cluster, those of others too."""
+        """Returns all jobs of the Ray cluster, including those of other services."""
         jobs: list[dict[str, Any]] = (await self._ray.get("/api/jobs/")).raise_for_status().json()
         return jobs
 
     async def stop(self, submission_id: str) -> None:
-        """Ask Ray to stop the attempt: SIGTERM, then SIGKILL."""
+        """Asks Ray to stop a job, first with SIGTERM, then with SIGKILL."""
         (await self._ray.post(f"/api/jobs/{submission_id}/stop")).raise_for_status()
 
     async def live_submissions(self) -> list[str]:
-        """The submission ids of all that runs, or waits to."""
+        """Returns the submission ids of all jobs in Ray that run or wait to run."""
         return [job["submission_id"] for job in await self._jobs() if job["status"] in LIVE and job["submission_id"]]
 
     async def capacity(self) -> dict[str, float]:
-        """What the cluster has of each resource, or may grow to. Empty where Ray does not say."""
+        """Returns the amounts of CPUs and GPUs that the cluster has or may grow to; {} if Ray does not answer."""
         try:
             nodes = (await self._ray.get("/api/v0/nodes")).raise_for_status().json()["data"]["result"]["result"]
         except (httpx.HTTPError, KeyError, TypeError):
             return {}
-        there = {str(name): amount for name, amount in self._settings.max_cluster.items()}
+        amounts = {str(name): amount for name, amount in self._settings.max_cluster.items()}
         for name in ("CPU", "GPU"):
             total = sum(node["resources_total"].get(name, 0) for node in nodes if node["state"] == "ALIVE")
-            there[name] = max(total, there.get(name, 0))
-        return there
+            amounts[name] = max(total, amounts.get(name, 0))
+        return amounts
 
     async def nodes(self) -> list[Node]:
-        """The machines that live, at most ten seconds ago. Empty where Ray does not say."""
+        """Returns the cluster's live nodes, at most ten seconds old; an empty list if Ray does not answer."""
         if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_SECONDS:
             self._nodes = time.monotonic(), await self._look_at_nodes()
         return self._nodes[1]
@@ -213,17 +226,17 @@ class Launcher:
     # --- models -----------------------------------------------------------------------------
 
     async def own_name(self, app_name: str) -> str:
-        """The application's name in Ray, which is also its route."""
+        """Returns the full name of this service's application in Ray, which is also the application's route."""
         return f"{await self._prefix()}{app_name}"
 
     async def _prefix(self) -> str:
         return f"raydpo-{await self._instance()}-"
 
     async def serve(self, deployments: Sequence[Deployment]) -> None:
-        """Make these, and no others, our running applications.
+        """Makes Serve run these applications, and no other applications of this service.
 
-        Serve removes every application of this API that a PUT leaves out, so those of others are sent along as they
-        were submitted. Serve leaves unchanged ones alone.
+        A PUT to Serve removes every application that the request leaves out, if a PUT has deployed it. So the request
+        repeats the applications of other services as they were submitted; Serve leaves unchanged applications alone.
         """
         prefix = await self._prefix()
         status = await self._serve_status()
@@ -232,14 +245,14 @@ class Launcher:
             "applications": [*others, *(_config(deployment, prefix) for deployment in deployments)],
             "proxy_location": "HeadOnly",
             "http_options": self._http_options(),
-            "target_capacity": status.get("target_capacity"),  # of all applications
+            "target_capacity": status.get("target_capacity"),  # holds for all applications, so the value stays
         }
         answer = await self._ray.put(SERVE_API, json=body, timeout=60)
         answer.raise_for_status()
         self._view = None
 
     async def look(self) -> ServeView:
-        """Serve's applications, at most half a second old."""
+        """Returns the state of Ray Serve, at most half a second old."""
         async with self._looking:
             if self._view is None or time.monotonic() - self._view.seen_at > VIEW_SECONDS:
                 self._view = self._read(await self._serve_status(), await self._prefix())
@@ -251,14 +264,17 @@ class Launcher:
         return status
 
     def _http_options(self) -> dict[str, Any]:
-        """Where Serve listens if it has to be started: on loopback if Ray does."""
+        """Returns the address on which Serve listens if a PUT of this service starts Serve.
+
+        The host is on loopback if Ray's address is.
+        """
         url = urlsplit(self._settings.serve_url or self._settings.ray_url)
         host = "127.0.0.1" if url.hostname in LOOPBACK else "0.0.0.0"
         return {"host": host, "port": url.port if self._settings.serve_url else SERVE_PORT}
 
     def _read(self, status: dict[str, Any], prefix: str) -> ServeView:
-        own = {name: app for name, app in status["applications"].items() if name.startswith(prefix)}
-        applications = {name.removeprefix(prefix): _application(app) for name, app in own.items()}
+        ours = {name: app for name, app in status["applications"].items() if name.startswith(prefix)}
+        applications = {name.removeprefix(prefix): _application(app) for name, app in ours.items()}
         base_url = self._settings.serve_url
         http = status.get("http_options") or {}
         if base_url is None and http.get("port"):
@@ -267,13 +283,15 @@ class Launcher:
 
 
 async def _check_json(answer: httpx.Response) -> None:
-    """A page that a proxy shows in Ray's place tells nothing of Ray."""
+    """Raises httpx.DecodingError if Ray's answer is not JSON but, for example, the page of a proxy in front of Ray."""
     if answer.request.method == "GET" and answer.is_success:
         await answer.aread()
         try:
             answer.json()
         except ValueError:
-            raise httpx.DecodingError("What answers in Ray's place sends no JSON.", request=answer.request) from None
+            raise httpx.DecodingError(
+                "Something answers in Ray's place, without JSON.", request=answer.request
+            ) from None
 
 
 def _size(gpu: dict[str, Any]) -> int:
@@ -296,13 +314,16 @@ def _config(deployment: Deployment, prefix: str) -> dict[str, Any]:
 
 
 def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
-    """As they were submitted. A PUT touches no application of `serve.run`, and would take it over if it were sent."""
+    """Returns the configs of other services' applications as they were submitted.
+
+    Leaves out the applications that `serve.run` has deployed, because a PUT leaves them alone.
+    """
     configs = []
     for name, app in applications.items():
         if name.startswith(prefix) or app["source"] != "declarative" or app["status"] == "DELETING":
             continue
         if app.get("deployed_app_config") is None:
-            sentence = f"Serve does not tell how its application '{name}' was deployed; a PUT would remove it."
+            sentence = f"Serve does not say how its application '{name}' was deployed; a PUT would remove it."
             raise httpx.HTTPError(sentence)
         configs.append(app["deployed_app_config"])
     return configs
@@ -319,6 +340,6 @@ def _application(app: dict[str, Any]) -> Application:
 
 
 def rays_words(message: str) -> str:
-    """What a user can act on of Ray's message: the last error that its tracebacks name."""
+    """Returns the part of Ray's message that helps a user: the last error in its tracebacks, or else its end."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line)]
     return storable(errors[-1] if errors else message.strip()[-300:])

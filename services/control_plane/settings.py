@@ -1,4 +1,4 @@
-"""The control plane's settings: command line over environment over settings file over defaults."""
+"""Reads the control plane's settings from the command line, else the environment, else the settings file."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def _model_name(name: str) -> str:
 
 
 def _without_key(place: str) -> str:
-    """Of a folder of storage: it is told in Ray's list of jobs, in rows and in logs."""
+    """Raises ValueError if a storage URI holds a key, because Ray's list of jobs, rows and logs show the URI."""
     if "@" in urlsplit(place).netloc:
         raise ValueError("holds a key before its '@'; leave that out, and give it as AWS_ACCESS_KEY_ID or the like")
     return place
@@ -38,11 +38,11 @@ def _webhook_prefix(prefix: str) -> str:
 
 
 class BaseModel(pydantic.BaseModel):
-    """A model that jobs start from."""
+    """A base model, which jobs can start from."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id
-    adapter: Lora | Literal["none"] = Lora()  # what a job trains that does not say it; none: all weights
+    adapter: Lora | Literal["none"] = Lora()  # default of jobs that do not choose an adapter; none: all weights
 
 
 def _base_model(value: object) -> object:
@@ -50,7 +50,10 @@ def _base_model(value: object) -> object:
 
 
 class Settings(BaseSettings):
-    """Read from `RAYDPO_*` (and `DATABASE_URL`), then from the TOML file; unknown keys in the file are refused."""
+    """The control plane's settings, from `RAYDPO_*` and `DATABASE_URL` in the environment, and from the TOML file.
+
+    The environment overrides the file. Unknown keys in the file are refused.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="RAYDPO_", extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True
@@ -124,8 +127,8 @@ class Settings(BaseSettings):
 
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
-        description="Base models, by name: a local folder, a storage URI, or a hub id; or a table of `source` and "
-        "`adapter`, which is what jobs train that do not say it.",
+        description="Base models, by name: a local folder, a storage URI without a key in it, or a hub id; or a table "
+        "of `source` and `adapter`, which is what jobs train that do not say it.",
     )
     organization: str = Field(
         default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="The second part of the names of policies, `ft:…`."

@@ -73,7 +73,9 @@ def _locked(home: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read()
-            raise StackError(f"{home} is used by process {owner}; stop it, or choose another --home.") from None
+            raise StackError(
+                f"{home} is used by process {owner}; stop that process, or choose another --home."
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

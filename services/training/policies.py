@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_core.models import adapter_folder
 from services import storage
-from services.contract import AttemptSpec, Failed, Precision
+from services.contract import AttemptSpec, Failed, Precision, Weights
 from services.training.reports.reporting import JobFailed
 
 if TYPE_CHECKING:
@@ -31,15 +31,22 @@ def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
         return _named(_load(spec, base, device, adapter=start), base_of(spec.model_source))
 
 
-def load_reference(source: str, precision: Precision, device: "torch.device") -> "PreTrainedModel":
+def load_reference(source: str, weights: Weights, device: "torch.device") -> "PreTrainedModel":
     """A model, or an adapter on its base, that nothing is trained of. Raises JobFailed as `load_policy` does."""
     # Imported here because it takes eight seconds of a core, and the driver works without it.
     from dpo_core.models import model
 
     with unusable_models_fail_the_job():
         folder, base = fetch(source)
-        adapter = None if base is None else folder
-        reference = model.load_policy(base or folder, dtype=_dtype(precision), device=device, adapter=adapter)
+        # A new adapter changes nothing; a base is quantized beneath an adapter only.
+        adapter = folder if base else weights.adapter if weights.quantization else None
+        reference = model.load_policy(
+            base or folder,
+            dtype=_dtype(weights.precision),
+            device=device,
+            adapter=adapter,
+            quantization=weights.quantization,
+        )
     reference.requires_grad_(False)
     return reference
 
@@ -74,7 +81,8 @@ def _load(spec: AttemptSpec, source: Path, device: "torch.device", **options: An
     load = functools.partial(model.load_reward_model, num_outputs=num_outputs) if num_outputs else model.load_policy
     try:
         dtype, seed = _dtype(spec.weights.precision), spec.config.seed
-        return load(source, dtype=dtype, device=device, seed=seed, **options)
+        quantization = spec.weights.quantization
+        return load(source, dtype=dtype, device=device, seed=seed, quantization=quantization, **options)
     except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
         raise _unusable(error) from error
 

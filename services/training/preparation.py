@@ -168,7 +168,7 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
         ray.get(ray.remote(trainer_scores.check_vocabulary).options(num_cpus=1).remote(spec))
     weights = cache.model_digest(spec.reference_model, weights=True)
     uri_of = partial(_scores_uri, spec, encoding, weights)
-    trainer_uri = uri_of(by="trainer", dtype=spec.weights.precision, packages=("torch", "transformers"))
+    trainer_uri = uri_of(by="trainer", dtype=_precision_of(spec), packages=("torch", "transformers"))
     served_uri = uri_of(by="serve", dtype=spec.reference_dtype, packages=("torch", _vllm()))
     for uri in (trainer_uri, served_uri) if spec.reference_source == "auto" else ():
         if cached := cache.find(uri, Scored, _check, lambda _: None):
@@ -188,6 +188,11 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
         except _Slower:
             pass
     return _score_once(trainer_uri, encoding, lambda: _by_trainer(spec, report), report)
+
+
+def _precision_of(spec: AttemptSpec) -> str:
+    weights = spec.weights
+    return f"{weights.precision} over {weights.quantization}" if weights.quantization else weights.precision
 
 
 def engine_rate_uri(cache_uri: str, weights: str, dtype: str) -> str:

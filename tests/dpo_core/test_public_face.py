@@ -12,6 +12,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 def test_the_public_names_are_these():
     assert sorted(dpo_core.__all__) == [
+        "EarlyStop",
         "EncodedGroup",
         "Group",
         "Lora",

@@ -1,1 +1,1 @@
-"""Attempts of jobs: when one starts, what it reports, when it is over."""
+"""Starts, follows and ends attempts, which are executions of a job on the Ray cluster."""

@@ -1,4 +1,7 @@
-"""/internal/attempts: where training reports. Each attempt has a token of its own."""
+"""The routes below /internal/attempts, to which training processes send the reports of their attempts.
+
+An attempt is one execution of a job on the Ray cluster. Each attempt has its own token.
+"""
 
 from typing import Annotated
 
@@ -23,7 +26,10 @@ async def record(
     credentials: Bearer,
     own_token: Annotated[str | None, Header(alias=OWN_TOKEN_HEADER, min_length=32)] = None,
 ) -> Wish:
-    """Record a batch, each report once, and say what is wished; 409 tells an attempt that was replaced to stop."""
+    """Records an attempt's reports, each once, and returns the job's desired state: run, pause or cancel.
+
+    Answers 409 if the attempt has ended or was replaced by a newer one; the training process must then stop.
+    """
     if credentials is None:
         raise Unauthorized("Reports need the attempt's token.", code="invalid_api_key")
     async with store.begin() as session:

@@ -1,4 +1,7 @@
-"""The life of an attempt, from its opening to its end, and the only writer of what it reports."""
+"""Creates, updates and ends attempts, and records their reports. No other module records reports.
+
+An attempt is one execution of a job on the Ray cluster.
+"""
 
 import secrets
 from collections.abc import Sequence
@@ -32,7 +35,7 @@ from services.control_plane.core import telemetry
 from services.control_plane.core.errors import ApiError, Fenced, InvalidRequest
 from services.control_plane.core.store import refuses_value
 from services.control_plane.core.tables import Attempt, Checkpoint, Event, Job
-from services.control_plane.jobs import jobs
+from services.control_plane.jobs import checkpoints, jobs
 from services.control_plane.models import deployments, models
 from services.control_plane.settings import Settings
 
@@ -40,7 +43,10 @@ from services.control_plane.settings import Settings
 async def begin(
     session: AsyncSession, job_id: str, number: int, reference: str | None, *, num_accelerators: float
 ) -> Attempt:
-    """Write the attempt before it is launched, so that no launch is ever unknown. Its job waits no more."""
+    """Adds the row of a new attempt to the database, and clears the `waits_for` of the attempt's job.
+
+    Call this function before Ray launches the attempt, so that the database knows of every launch.
+    """
     attempt = Attempt(job_id=job_id, number=number, reference=reference, num_accelerators=num_accelerators)
     attempt.token, attempt.next_seq = "", 0
     session.add(attempt)
@@ -51,9 +57,9 @@ async def begin(
 
 
 async def give_token(session: AsyncSession, attempt: Attempt) -> str:
-    """A secret for the next launch of the attempt, of which the digest is kept.
+    """Creates a token for the attempt's next launch, stores the token's digest and returns the token.
 
-    The launch before it may have been accepted though its answer was lost, so that its secret is good, too.
+    The token of the previous launch stays valid: Ray may have accepted that launch although Ray's answer was lost.
     """
     token = secrets.token_urlsafe(32)
     digests = func.right(func.concat_ws(" ", Attempt.token, digest(token)), 2 * len(digest(token)) + 1)
@@ -68,7 +74,7 @@ async def mark_launched(session: AsyncSession, attempt: Attempt) -> None:
 
 
 async def end(session: AsyncSession, attempt: Attempt, reason: str, *, failed: bool = False) -> bool:
-    """Close the attempt; from here on its reports are refused. False: it was closed before."""
+    """Marks the attempt as ended, so that its later reports are refused. Returns False if it had ended before."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.state != "ended").returning(Attempt.number)
@@ -93,13 +99,13 @@ def _trace(attempt: Attempt, how: str, parent: str | None) -> None:
 
 
 async def last_failure(session: AsyncSession, job_id: str) -> str | None:
-    """Why the newest of the job's failed attempts ended."""
+    """Returns the reason for the end of the job's newest failed attempt; None if no attempt failed."""
     newest = select(Attempt.reason).where(Attempt.job_id == job_id, Attempt.failed).order_by(Attempt.number.desc())
     return await session.scalar(newest.limit(1))
 
 
-async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
-    """Note why the attempt is being stopped, and tell it the first time."""
+async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> None:
+    """Stores why the attempt is being stopped and adds an event to the job, unless a reason is stored already."""
     await _hold(session, attempt.job_id)
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
@@ -108,9 +114,10 @@ async def blame(session: AsyncSession, attempt: Attempt, reason: str) -> None:
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str, own_token: str | None = None) -> None:
-    """Raises Fenced unless the token is this open attempt's. From here on `own_token`, if any, is good in its place.
+    """Raises Fenced if the attempt has ended, or if `token` is not one of the attempt's tokens.
 
-    Ray's list of jobs shows the token of a launch, and nobody but the attempt knows its own.
+    If `own_token` is given, it replaces `token` from now on. Ray's list of jobs shows the token of a launch, but only
+    the attempt knows `own_token`.
     """
     attempt = await session.get(Attempt, (job_id, number))
     if attempt is None or attempt.state == "ended" or digest(token) not in attempt.token.split():
@@ -120,7 +127,7 @@ async def authorize(session: AsyncSession, job_id: str, number: int, token: str,
         exchange = update(Attempt).where(Attempt.job_id == job_id, Attempt.number == number)
         exchange = exchange.where(Attempt.token.contains(digest(token))).values(token=digest(own_token))
         if (await session.execute(exchange.returning(Attempt.number))).first() is None:
-            raise _not_its_own(job_id, number)  # another was faster
+            raise _not_its_own(job_id, number)  # another request replaced the token meanwhile
 
 
 def _not_its_own(job_id: str, number: int) -> Fenced:
@@ -136,9 +143,11 @@ async def record(
     *,
     posted: bool,
 ) -> None:
-    """Record what an attempt reports: in order, each report once, however often it is sent.
+    """Records an attempt's reports in order, each once, even if the attempt sends a report several times.
 
-    What the attempt posts itself is a sign of life. What lies in its spool is one while it is new.
+    `posted` says whether the attempt itself sent the reports; then even repeated reports are a sign of life. Otherwise
+    the reports come from the attempt's spool (its files of reports in storage), and only new reports are a sign of
+    life. Raises Fenced if the attempt has ended.
     """
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
@@ -162,12 +171,15 @@ async def record(
 
 
 async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
-    """What the database refuses is left out, and told: it would be refused again, and those behind it would wait."""
+    """Records the reports.
+
+    A report that the database refuses is skipped with an event, so that later ones are recorded.
+    """
     if not events:
         return
     try:
         async with session.begin_nested():
-            with session.no_autoflush:  # of what changes with each report, the last is written
+            with session.no_autoflush:  # so that progress, which changes with each report, is written once
                 for event in events:
                     await _record_one(session, attempt, event, settings)
     except Exception as error:
@@ -243,9 +255,10 @@ async def _tell_reported(
 
 
 async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, done: int, total: int, at: float) -> None:
-    """`since` and `start` are where the stage began, so that a reader can tell its rate.
+    """Writes the job's progress: the current stage, the units of work done in the stage, and their total.
 
-    `encoding` is there while an attempt trains on the first rows and encodes the others.
+    `since` and `start` are the time and the number of done units at which the stage began; a client can compute the
+    speed from both. `encoding` is the progress of encoding while the attempt already trains on the first rows.
     """
     job = await session.get_one(Job, attempt.job_id)
     before = job.progress or {}
@@ -257,14 +270,22 @@ async def _set_progress(session: AsyncSession, attempt: Attempt, stage: str, don
         return
     known = before if before.get("stage") == stage and before["done"] <= done else None
     began = {"since": known["since"], "start": known["start"]} if known else {"since": at, "start": done}
-    own = {"attempt": attempt.number, "encoding": before.get("encoding")}
-    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began, **own}
+    of_attempt = {"attempt": attempt.number, "encoding": before.get("encoding")}
+    job.progress = {"stage": stage, "done": done, "total": total, "at": at, **began, **of_attempt}
 
 
 async def _add_checkpoint(
     session: AsyncSession, attempt: Attempt, event: JobEvent, report: CheckpointSaved, settings: Settings
 ) -> None:
+    """Adds the reported checkpoint, its model and an event, and drops old checkpoints of the job.
+
+    If the step has a checkpoint already, because a resumed attempt repeated the step, only the checkpoint's metrics are
+    updated; the last digits of the metrics may differ.
+    """
     job = await session.get_one(Job, attempt.job_id)
+    known = update(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == report.step)
+    if (await session.execute(known.values(metrics=report.metrics).returning(Checkpoint.id))).first() is not None:
+        return
     name = f"{jobs.fine_tuned_name(job, settings)}:ckpt-step-{report.step}"
     row = insert(Checkpoint).values(
         id=f"ftckpt_{secrets.token_hex(12)}",
@@ -274,14 +295,17 @@ async def _add_checkpoint(
         model_id=name,
         metrics=report.metrics,
     )
-    added = await session.execute(row.on_conflict_do_nothing().returning(Checkpoint.id))
-    if added.first() is not None:
-        await models.add(session, name, storage.join(report.uri, "model"), job)
-        await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
+    await session.execute(row)
+    await models.add(session, name, storage.join(report.uri, "model"), job)
+    await _tell_reported(session, attempt, event, f"Checkpoint created at step {report.step}: {name}")
+    await checkpoints.drop_old(session, job)
 
 
 async def _hold(session: AsyncSession, job_id: str) -> None:
-    """Locks the job, as whoever writes its events does: always before its attempt, or two would wait for each other."""
+    """Locks the job's row.
+
+    Every writer of events must lock the job first and the attempt second, to avoid deadlocks.
+    """
     await session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
 
 

@@ -1,4 +1,8 @@
-"""What to do next for a job. Nothing here acts, or looks at anything but its arguments."""
+"""Decides which action the executor takes next for a job.
+
+The functions depend only on their arguments, and change nothing. An attempt is one execution of a job on the Ray
+cluster. A rest is the pause between a failed attempt and the next one.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,43 +11,49 @@ from enum import Enum, auto
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.ray_api import AttemptStatus
 
-HUNG_SECONDS = 300.0  # without a sign of life, of an attempt that beats every few seconds
-PAUSE_SECONDS = 600.0  # to take the running steps, write the checkpoint and copy it
+HUNG_SECONDS = 300.0  # an attempt hangs if it gives no sign of life for this long; it should give one every few seconds
+PAUSE_SECONDS = 600.0  # an attempt may take this long, plus the time of PAUSE_STEPS steps, to pause
 PAUSE_STEPS = 3
-FIRST_REST_SECONDS, REST_FACTOR, MOST_REST_SECONDS = 5.0, 5, 3600.0  # between an attempt that died and the next
-LONG_REST_SECONDS = 60.0  # in so long a one other jobs have its slot
+FIRST_REST_SECONDS, REST_FACTOR, MOST_REST_SECONDS = 5.0, 5, 3600.0  # between a dead attempt and the next one
+LONG_REST_SECONDS = 60.0  # in a rest of at least this length, other jobs get the job's slot
 
 
 class Decision(Enum):
+    """An action that the executor can take for a job."""
+
     WAIT = auto()
-    QUEUE = auto()  # no attempt may start now: say what it waits for
-    OPEN = auto()  # write a new attempt
-    LAUNCH = auto()  # submit the written attempt
-    ADOPT = auto()  # it runs, though we never heard the launch's answer
+    QUEUE = auto()  # no attempt may start now; write the reason to the job's `waits_for`
+    OPEN = auto()  # add the row of a new attempt
+    LAUNCH = auto()  # submit the attempt, which has a row, to Ray
+    ADOPT = auto()  # mark the attempt as running: Ray launched it, but Ray's answer was lost
     STOP = auto()
-    COLLECT = auto()  # it ended: read its last reports, then decide again
-    FINISH = auto()  # close the job as the attempt's outcome says
-    REST = auto()  # the attempt stopped as it was told: pause the job, if that is still wished
-    LOSE = auto()  # the attempt is dead without an outcome
-    PAUSE = auto()  # no attempt is left
+    COLLECT = auto()  # the attempt ended: read its last reports from storage, then decide again
+    FINISH = auto()  # end the job with the outcome that the attempt reported
+    REST = auto()  # end an attempt that stopped on request; pause the job if the user still wants a pause
+    LOSE = auto()  # end an attempt that died without reporting an outcome
+    PAUSE = auto()  # mark the job as paused: no attempt is left
     CANCEL = auto()
     GIVE_UP = auto()
 
 
 @dataclass(frozen=True)
 class Past:
-    """What else a decision rests on."""
+    """The facts that a decision depends on, beside the job, its open attempt and the attempt's status in Ray."""
 
     slot: bool  # an attempt may start now: Ray answers, and it is the job's turn
-    failures: int  # attempts that died by themselves, since the last one that left a new checkpoint
-    limit: int  # of such attempts
-    rested_seconds: float = 0.0  # since the last of them died, by the database's clock
-    hung: bool = False  # Ray says that the attempt runs, and it has given no sign of life for too long
+    failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
+    limit: int  # the number of failures at which the job is given up
+    rested_seconds: float = 0.0  # seconds since the last failure, by the database's clock
+    hung: bool = False  # Ray says that the attempt runs, but it gave no sign of life for too long
     overdue: bool = False  # the attempt should have paused by now
 
 
 def decide(job: Job, attempt: Attempt | None, status: AttemptStatus, past: Past, *, collected: bool) -> Decision:
-    """What to do next for a live job. `status` is Ray's word on the open attempt; `collected`: its spool was read."""
+    """Returns the next action for a job that has not ended.
+
+    `attempt` is the job's open attempt, None if there is none, and `status` is the attempt's status in Ray. `collected`
+    says whether the attempt's last reports have been read from storage.
+    """
     if attempt is None:
         return _without_attempt(job, past)
     if attempt.outcome is not None:
@@ -69,22 +79,22 @@ def _without_attempt(job: Job, past: Past) -> Decision:
     if past.failures >= past.limit:
         return Decision.GIVE_UP
     if job.observed == "running" and past.rested_seconds < rest_seconds(past.failures):
-        return Decision.WAIT  # one that a user resumed starts at its turn
+        return Decision.WAIT  # (a job that the user paused and resumed is queued, and does not rest)
     return Decision.OPEN if past.slot else Decision.QUEUE
 
 
 def rest_seconds(failures: int) -> float:
-    """How long after the last of so many failures in a row the next attempt may begin: what killed it may pass."""
+    """Returns the seconds to wait before the next attempt of a job whose last `failures` attempts failed."""
     return min(FIRST_REST_SECONDS * REST_FACTOR ** (failures - 1), MOST_REST_SECONDS) if failures else 0.0
 
 
 def leaves_slot(failures: int) -> bool:
-    """Whether a job without an attempt has given its slot to others, after so many failures in a row."""
+    """Whether a job gives its slot to other jobs while it rests after `failures` failures in a row."""
     return rest_seconds(failures) >= LONG_REST_SECONDS
 
 
 def pause_seconds(job: Job) -> float:
-    """How long the job's attempt may take to pause: longer where steps are long."""
+    """Returns the seconds that the job's attempt may take to pause: more if the training steps are long."""
     progress = job.progress or {}
     steps = progress.get("done", 0) - progress.get("start", 0)
     if steps <= 0 or progress["stage"] != "training":
@@ -94,7 +104,10 @@ def pause_seconds(job: Job) -> float:
 
 
 class Stopwatches:
-    """How long something has held, as far as was seen here: what nobody watched counts for nothing."""
+    """Measures for how many seconds conditions have held.
+
+    Time in which this process checked no conditions does not count.
+    """
 
     def __init__(self, *, gap_seconds: float, clock: Callable[[], float]) -> None:
         self._gap_seconds, self._clock = gap_seconds, clock
@@ -103,13 +116,19 @@ class Stopwatches:
         self._looked_at = float("-inf")
 
     def look(self) -> None:
-        """Now, and again before `gap_seconds` are over; else all start anew, and what was not asked in between."""
+        """Starts a new round of checks, and resets the conditions that the last round did not check.
+
+        Resets all conditions if the last round began more than `gap_seconds` ago.
+        """
         in_time = self._clock() - self._looked_at <= self._gap_seconds
         self._since = {what: since for what, since in self._since.items() if in_time and what in self._asked}
         self._asked, self._looked_at = set(), self._clock()
 
     def seconds(self, what: str, holds: bool | None) -> float:
-        """None: it is not known, which begins nothing and ends nothing."""
+        """Returns for how many seconds the condition named `what` has held. `holds` says whether it holds now.
+
+        If `holds` is None (unknown), a running measurement goes on, and no measurement starts.
+        """
         self._asked.add(what)
         if holds:
             self._since.setdefault(what, self._clock())

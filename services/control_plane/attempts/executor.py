@@ -1,4 +1,7 @@
-"""Carries out what was decided for a job. Doing it twice is harmless."""
+"""Carries out the decisions about jobs: launches, stops and ends attempts, and ends jobs.
+
+Carrying out a decision twice is harmless. An attempt is one execution of a job on the Ray cluster.
+"""
 
 import time
 from io import BytesIO
@@ -18,27 +21,31 @@ from services.control_plane.files import files
 from services.control_plane.jobs import jobs
 from services.control_plane.jobs.results import results_csv
 from services.control_plane.models import deployments, models
-from services.control_plane.ray_api import Launcher, Refused, Submission, rays_words
+from services.control_plane.ray_api import RayApi, Refused, Submission, rays_words
 from services.control_plane.settings import Settings
 from services.spool import DamagedSegment
 
-LAUNCH_SECONDS = 900  # after which an attempt that Ray's errors kept from starting has failed
+LAUNCH_SECONDS = 900  # an attempt fails if Ray answers its launch with errors for this long
 
 
 class Executor:
-    """Raises jobs.Stale where the job was moved meanwhile, and what the database, storage and Ray raise.
+    """Carries out decisions about jobs.
 
-    The job is left to the next decision then.
+    Raises jobs.Stale if the job changed after the decision, and the errors of the database, storage and Ray. The job is
+    then left to the next decision.
     """
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings, *, holder: str) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
-        self._holder = holder  # in the log of transitions
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings, *, holder: str) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
+        self._holder = holder  # this control plane's name in the log of transitions
 
     async def carry_out(
         self, decision: Decision, job: Job, attempt: Attempt | None, past: History, submission: Submission
     ) -> None:
-        """`attempt` is the open one, `past` what became of all, `submission` Ray's word on the open one."""
+        """Carries out a decision about a job.
+
+        `attempt` is the job's open attempt, and `submission` its state in Ray.
+        """
         if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
             await self._fail(job, unreadable, attempt)
             return
@@ -78,9 +85,10 @@ class Executor:
     # --- attempts ---------------------------------------------------------------------------
 
     async def _open(self, job: Job, number: int) -> Attempt:
-        """Write the attempt and, where it insists on a served reference, wish that served, in one transaction.
+        """Adds the row of the job's next attempt, and marks a queued job as running, in one transaction.
 
-        An attempt that may choose asks for its reference when it has found that this pays.
+        If the job's reference model must be served, the same transaction asks for its deployment. If the attempt may
+        choose, it asks for the deployment itself, once it knows that serving is faster.
         """
         reference, spec = models.reference_of(job), JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
@@ -99,7 +107,10 @@ class Executor:
         return attempt
 
     async def _launch(self, job: Job, attempt: Attempt) -> None:
-        """Write what the driver reads, and submit it. Ray takes one submission id once."""
+        """Writes the attempt's spec to storage for the training driver, and submits the attempt to Ray.
+
+        A repeated launch is harmless, because Ray accepts a submission id only once.
+        """
         spec = JobSpec.model_validate(job.spec)
         training_uri = spec.training_file
         async with self._store.begin() as session:
@@ -108,10 +119,11 @@ class Executor:
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
             token = await attempts.give_token(session, attempt)
         run_uri = self._run_uri(job)
-        may_be_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
-        reference = await self._launcher.own_name(models.reference_of(job).app_name) if may_be_served else None
+        by_trainer = spec.reference_source == "trainer" or spec.weights.quantization  # no engine has the base in NF4
+        may_be_served = spec.config.objective.traits.needs_reference and not by_trainer
+        reference = await self._ray_api.own_name(models.reference_of(job).app_name) if may_be_served else None
         attempt_spec = AttemptSpec(
-            wire=1 if spec.weights == Weights() and spec.reference_model is None else WIRE,
+            wire=_wire_of(spec),
             job_id=job.id,
             attempt=attempt.number,
             config=spec.config,
@@ -127,6 +139,7 @@ class Executor:
             columns=spec.columns,
             model_source=job.model_source,
             weights=spec.weights,
+            policy=spec.policy,
             reference_model_source=job.reference_source,
             reference=reference,
             reference_source=spec.reference_source,
@@ -141,7 +154,7 @@ class Executor:
         spec_uri = storage.join(run_uri, "attempts", f"{attempt.number}.json")
         await anyio.to_thread.run_sync(storage.write_bytes, spec_uri, attempt_spec.model_dump_json().encode())
         try:
-            await self._launcher.submit(attempt.submission_id, spec_uri, token)
+            await self._ray_api.submit(attempt.submission_id, spec_uri, token)
         except Refused as refusal:
             await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
             return
@@ -156,12 +169,18 @@ class Executor:
             await attempts.mark_launched(session, attempt)
 
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
-        """No more launches of this attempt. What it counts as keeps a job from being launched for ever."""
+        """Ends an attempt that Ray does not launch.
+
+        The end counts as a failure, or the job would be launched for ever.
+        """
         async with self._store.begin() as session:
-            await self._over(session, job, attempt, reason, failed=True)
+            await self._close(session, job, attempt, reason, failed=True)
 
     async def collect(self, job: Job, attempt: Attempt) -> Attempt:
-        """Record what lies in the attempt's spool and never arrived. Returns the attempt as it is then."""
+        """Records the reports in the attempt's spool (its files of reports in storage) that did not arrive by HTTP.
+
+        Returns the attempt as it is afterwards.
+        """
         listed = await anyio.to_thread.run_sync(spool.segments, self._run_uri(job), attempt.number)
         segments = _segments_from(listed, attempt.next_seq)
         for first, uri in segments:
@@ -169,7 +188,7 @@ class Executor:
                 events = (await anyio.to_thread.run_sync(spool.read, uri)).events
             except DamagedSegment as error:
                 if (first, uri) != segments[-1]:
-                    continue  # that reports are missing is told with the next segment
+                    continue  # the next segment brings the event about missing reports
                 lost = Message(level="warn", message=f"The last reports of attempt {attempt.number} are lost: {error}")
                 events = [JobEvent(seq=first, created_at=time.time(), report=lost)]
             async with self._store.begin() as session:
@@ -178,46 +197,59 @@ class Executor:
             return await session.get_one(Attempt, (job.id, attempt.number))
 
     async def _stop(self, job: Job, attempt: Attempt) -> None:
-        """Ray sends SIGTERM, and SIGKILL after a grace. Told once, though it is asked until Ray says that it ended."""
+        """Asks Ray to stop the attempt. The reconciler calls this method at each tick until the attempt has ended.
+
+        Only the first call adds an event.
+        """
         if job.desired != "cancel":
             late = "it did not pause in time" if job.desired == "pause" else None
             reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
-                await attempts.blame(session, attempt, reason)
-        await self._launcher.stop(attempt.submission_id)
+                await attempts.note_stop(session, attempt, reason)
+        await self._ray_api.stop(attempt.submission_id)
 
     async def _rest(self, job: Job, attempt: Attempt) -> None:
-        """The attempt stopped because it was told to; if that was not the user, another goes on."""
+        """Ends an attempt that stopped on request.
+
+        Pauses the job if the user still wants a pause; otherwise the job goes on.
+        """
         step = (attempt.outcome or {})["step"]
         where = f" after step {step}" if step else ""
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await attempts.end(session, attempt, f"it was asked to stop, and did{where}")
+            await attempts.end(session, attempt, f"it was asked to stop, and stopped{where}")
             if job.desired == "pause":
                 await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
             else:
-                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and did{where}")
+                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and stopped{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
-        """The attempt is dead and told no outcome. It counts against the job only if it died by itself."""
+        """Ends an attempt that died without reporting an outcome.
+
+        The end counts as a failure if Ray still knows the attempt, and the user has asked for neither a pause nor a
+        cancellation.
+        """
         failed = submission.status == "ended" and job.desired == "run"
         reason = attempt.reason or submission.cause()
-        applications = (await self._launcher.look()).applications if attempt.reference else {}
+        applications = (await self._ray_api.look()).applications if attempt.reference else {}
         reference = applications.get(attempt.reference or "")
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await self._over(session, job, attempt, reason, failed=failed)
+            await self._close(session, job, attempt, reason, failed=failed)
             if attempt.reference and reference and reference.state == "failed":
-                await deployments.forget(session, attempt.reference)  # so that the next attempt loads it anew
+                await deployments.forget(session, attempt.reference)  # so that the next attempt loads this model again
 
-    async def _over(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
-        """Close an attempt without an outcome. Told once, however many control planes do it."""
+    async def _close(self, session: AsyncSession, job: Job, attempt: Attempt, reason: str, *, failed: bool) -> None:
+        """Ends an attempt that reported no outcome. Adds one event, even if several control planes end the attempt."""
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""
-            jobs.tell(session, job.id, f"Attempt {attempt.number} is over: {reason}{rest}", level="warn")
+            jobs.tell(session, job.id, f"Attempt {attempt.number} ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Says in the job what it waits for, and returns that for an event. Empty where it is given up."""
+        """Writes when the job's next attempt begins to `waits_for`.
+
+        Returns this as text for an event; '' if none follows.
+        """
         failures = (await history(session, job.id)).failures
         if failures >= self._settings.max_attempts:
             return ""
@@ -232,7 +264,7 @@ class Executor:
     # --- ends -------------------------------------------------------------------------------
 
     async def _finish(self, job: Job, attempt: Attempt) -> None:
-        """Close the job as the attempt's last report says."""
+        """Ends the job as succeeded or failed, as the attempt's last report says."""
         outcome = attempt.outcome or {}
         if outcome["kind"] == "succeeded":
             await self._succeed(job, attempt, outcome["model_uri"], outcome["trained_tokens"])
@@ -241,7 +273,7 @@ class Executor:
         await self._fail(job, error, attempt)
 
     async def _succeed(self, job: Job, attempt: Attempt, model_uri: str, trained_tokens: int) -> None:
-        """The policy, the result file and the move, told in one transaction."""
+        """Adds the trained policy and the result file, and marks the job as succeeded, in one transaction."""
         name = jobs.fine_tuned_name(job, self._settings)
         async with self._store.begin() as session:
             csv = results_csv(await jobs.metrics_of(session, job.id))
@@ -261,10 +293,13 @@ class Executor:
             )
 
     async def abandon(self, job: Job, attempt: Attempt | None, why: str, tries: int) -> None:
-        """Fail a job whose next step this service cannot take."""
+        """Marks the job as failed because the control plane failed `tries` times to handle it.
+
+        `why` is the last error.
+        """
         message = (
-            f"The service tried {tries} times to go on with the job, and cannot: {why}. "
-            "The control plane's log says more; tell its operator, and submit the job again once that is mended."
+            f"The service tried {tries} times to go on with the job and failed: {why}. "
+            "The control plane's log says more; tell its operator, and submit the job again when the cause is fixed."
         )
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 
@@ -274,7 +309,7 @@ class Executor:
         message = (
             f"The job died {self._settings.max_attempts} times in a row on the cluster without a new checkpoint, the "
             f"last time because {cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
-            f"GET /v1/x/jobs/{job.id}/logs. Submit it again once that is mended."
+            f"GET /v1/x/jobs/{job.id}/logs. Submit it again when the cause is fixed."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
 
@@ -286,7 +321,16 @@ class Executor:
             await jobs.move(session, job, "failed", {"error": error}, actor=self._holder, event=event, level="error")
 
 
+def _wire_of(spec: JobSpec) -> int:
+    """Returns the version of the contract that the training driver must know to train this job.
+
+    The version is 1 if the first release can train the job.
+    """
+    asks_more = spec.weights != Weights() or spec.reference_model or spec.config.early_stop or spec.policy != "last"
+    return WIRE if asks_more else 1
+
+
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:
-    """Those that may hold `next_seq` or later."""
+    """Returns the segments of a spool that may hold report number `next_seq` or later reports."""
     start = max((i for i, (first, _) in enumerate(segments) if first <= next_seq), default=0)
     return segments[start:]

@@ -1,6 +1,8 @@
-"""Compares what is wanted with what is observed, and acts. Level-triggered: a missed tick loses nothing.
+"""Moves every job, once a second, from its observed state towards the state that its user wants.
 
-Unknown is never failed: without Ray's own word on an attempt, nothing changes.
+A tick is one pass over all jobs that have not ended. Each tick reads the state anew from the database and Ray, so a
+missed tick loses nothing. An attempt is one execution of a job on the Ray cluster. While Ray says nothing about an
+attempt, the attempt does not count as failed and is left unchanged.
 """
 
 import asyncio
@@ -24,15 +26,15 @@ from services.control_plane.attempts.decision import (
     rest_seconds,
 )
 from services.control_plane.attempts.executor import Executor
-from services.control_plane.attempts.patience import TOLD_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.attempts.scheduling import FOR_MODELS, needs, what_each_waits_for
+from services.control_plane.attempts.step_retries import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.jobs import jobs
 from services.control_plane.models import deployments, places
-from services.control_plane.ray_api import UNKNOWN, AttemptStatus, Launcher, ServeView, Submission
+from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
@@ -40,36 +42,36 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 LEASE_SECONDS = 10.0
-MODELS = "models"  # under this name Patience counts failures to load models
-AT_ONCE = 8  # jobs: what is slow for one keeps the others, and the lease, less than the sum of all
+MODELS = "models"  # the name under which Patience counts failures to load models
+AT_ONCE = 8  # jobs that a tick works on at the same time, so that a slow one does not delay all
 UNREACHABLE = "the Ray cluster to answer"
-QUIET_SECONDS = 10.0  # after so long without a report, the spool is read where it lies
+QUIET_SECONDS = 10.0  # after this long without a report, the attempt's spool is read
 
 
 class Reconciler:
-    """One runs in every control plane; the holder of the lease acts."""
+    """The background task that handles all jobs. Every control plane has one, but only the holder of the lease acts."""
 
     def __init__(
         self,
         store: Store,
-        launcher: Launcher,
+        ray_api: RayApi,
         settings: Settings,
         *,
         holder: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
         self._clock, self._job_began = clock, float("-inf")  # when a job began last, as far as was seen here
         self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
-        self._executor = Executor(store, launcher, settings, holder=holder)
-        self._sweeper = Sweeper(store, launcher, settings)
+        self._executor = Executor(store, ray_api, settings, holder=holder)
+        self._sweeper = Sweeper(store, ray_api, settings)
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Tick until cancelled; then hand the lease back."""
+        """Runs a tick every second until cancelled, then releases the lease."""
         try:
             while True:
                 try:
@@ -80,7 +82,7 @@ class Reconciler:
                     log.warning("A tick failed and is tried again: %s", error)
                 except Exception:
                     telemetry.TICKS.labels("failed").inc()
-                    log.exception("A tick failed, by a fault of ours, and is tried again")
+                    log.exception("A tick failed by an unexpected error, and is tried again")
                 if self._leads:
                     self._sweep()
                 await asyncio.sleep(TICK_SECONDS)
@@ -92,7 +94,7 @@ class Reconciler:
                 await self.release()
 
     async def release(self) -> None:
-        """Hand the lease back, so that another need not wait for its end."""
+        """Releases the reconciler's lease, so that another control plane need not wait until the lease expires."""
         async with self._store.begin() as session:
             await store.release_lease(session, "reconciler", self._holder)
 
@@ -108,7 +110,7 @@ class Reconciler:
             shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
-            self._look(), self._launcher.submissions(asked), self._capacity(live, back)
+            self._look(), self._ray_api.submissions(asked), self._capacity(live, back)
         )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         holders = {job.id for job in live if job.observed == "running"} - resting - back
@@ -138,7 +140,10 @@ class Reconciler:
     async def _look_at(
         self, job: Job, attempt: Attempt | None, waits_for: str | None, told: Mapping[str, Submission]
     ) -> None:
-        """One job's trouble is not the others': it is looked at again later."""
+        """Decides on the job's next action and carries it out.
+
+        If the action fails, a later tick tries the job again, and the other jobs are not affected.
+        """
         if not self._patience.is_due(job.id, job.version):
             return
         try:
@@ -150,40 +155,49 @@ class Reconciler:
                 await self._reconcile(job, attempt, submission, waits_for)
             self._patience.forget(job.id)
         except jobs.Stale as error:
-            log.warning("Job %s is left as it is for now: %s", job.id, error)
+            log.warning("Job %s changed meanwhile and is left to the next tick: %s", job.id, error)
         except Exception as error:
             await self._put_off(job, attempt, error)
 
     async def _put_off(self, job: Job, attempt: Attempt | None, error: Exception) -> None:
-        """The job is tried again later: without end while the world around is down, else a limited number of times."""
+        """Counts a failed try to handle the job. A later tick tries again.
+
+        After TRIES failed tries the job fails. While the database, storage or Ray are down, the tries never end.
+        """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
-        log.warning("Job %s is left as it is for now (%d tries): %r", job.id, tries, error, exc_info=ours)
+        log.warning("Job %s: its next step failed, %d times by now: %r", job.id, tries, error, exc_info=ours)
         try:
             if ours and tries >= TRIES:
                 await self._executor.abandon(job, attempt, in_words(error), tries)
-            elif tries == TOLD_AFTER:
+            elif tries == EVENT_AFTER:
                 async with self._store.begin() as session:
                     message = f"The job's next step fails and is tried again: {in_words(error)}"
                     jobs.tell(session, job.id, message, level="warn")
-        except Exception as trouble:  # the others come first; it is told at the next try
-            log.warning("Job %s could not be told of it: %r", job.id, trouble)
+        except Exception as trouble:  # no error here may stop the tick
+            log.warning("Job %s: its failed step could not be noted: %r", job.id, trouble)
 
     def _sweep(self) -> None:
-        """Beside the ticks: it lists and deletes in storage, which may take longer than a lease."""
+        """Starts the cleanup of storage and the database as a task beside the ticks, unless one is running.
+
+        Listing and deleting in storage may take longer than a lease.
+        """
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweeper.sweep())
 
     async def _look(self) -> ServeView | None:
-        """None while Ray does not answer. Nothing is launched then: what may run there cannot be cancelled either."""
+        """Returns the state of Ray Serve; None if Ray does not answer.
+
+        While Ray does not answer, no attempt is launched, because it could not be stopped.
+        """
         try:
-            return await self._launcher.look()
+            return await self._ray_api.look()
         except httpx.HTTPError:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str]) -> dict[str, float]:
-        """Of the cluster, where a job waits for its turn, or models need GPUs."""
+        """Returns the cluster's resources if a job waits for its turn, or models use GPUs; otherwise {}."""
         waits = back or self._settings.num_gpus_per_model or any(job.observed == "queued" for job in live)
-        return await self._launcher.capacity() if waits else {}
+        return await self._ray_api.capacity() if waits else {}
 
     async def _wait(self, job: Job, what: str) -> None:
         if job.waits_for != what:
@@ -193,7 +207,7 @@ class Reconciler:
     async def _reconcile(
         self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None
     ) -> None:
-        """One decision for one job, carried out. `submission` is Ray's word on the attempt."""
+        """Decides on one action for the job and carries it out. `submission` is the state of the attempt in Ray."""
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
             attempt = await self._executor.collect(job, attempt)
@@ -219,7 +233,10 @@ class Reconciler:
         await self._executor.carry_out(decision, job, attempt, history, submission)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
-        """Silence counts from when Ray first said, to this control plane, that the attempt runs."""
+        """Whether the attempt hangs: it runs, but has given no sign of life for HUNG_SECONDS.
+
+        Silence counts only from the moment at which Ray first told this process that the attempt runs.
+        """
         if attempt is None:
             return False
         holds = None if status == "unknown" else status == "running"
@@ -268,15 +285,18 @@ class Reconciler:
         version = hash(frozenset(names))
         if names == present or not self._patience.is_due(MODELS, version):
             return
-        self._patience.fail(MODELS, version)  # until Ray takes them
-        await self._launcher.serve(wanted)
+        self._patience.fail(MODELS, version)  # counted as a failure until Ray accepts the models
+        await self._ray_api.serve(wanted)
         self._patience.forget(MODELS)
 
 
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Running jobs that hold nothing: those that rest for long after a death, and those whose long rest is over."""
+    """Returns the ids of running jobs that hold no slot: those in a long rest, and those whose long rest is over.
+
+    A rest is the pause between a failed attempt and the next one.
+    """
     resting, back = set[str](), set[str]()
     for job in live:
         if job.observed == "running" and job.id not in opened:

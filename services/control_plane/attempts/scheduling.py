@@ -1,17 +1,18 @@
-"""Which queued jobs may start now, and what the others wait for.
+"""Decides which queued jobs may start now, and gives the reason why each other job waits.
 
-Projects take turns: the one whose running workers are the fewest for its weight goes first, then the one whose workers
-ran the shortest time in the last day for its weight, then the one whose next job is the oldest. Within a project the
-highest priority goes first, then the oldest job.
+Projects take turns. The project with the fewest running workers in proportion to its weight goes first; then the
+project with the fewest worker hours in the last day in proportion to its weight; then the project whose next job is the
+oldest. Within a project the job with the highest priority goes first, then the oldest job.
 
-A job that waits for room keeps its place, so that smaller ones behind it cannot starve it. One that waits for its
-project's limit, or for a larger cluster, keeps nobody.
+A job that waits for free workers keeps its turn: no later job starts, so that small jobs cannot starve a large one. A
+job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
 
 On GPUs jobs and models take turns, too. A job's reference takes the GPUs of its workers, which begin after it. A job
 that waits for models keeps its place, and idle ones leave for it; a model that has waited since before the last job
 began goes before the next one.
 
-A running job that waits for its next attempt for long holds nothing meanwhile, and then takes its turn again.
+A running job in a long rest (the pause between a failed attempt and the next one) holds no slot and no workers. After
+the rest the job takes its turn again.
 """
 
 import heapq
@@ -28,7 +29,7 @@ from services.control_plane.models.places import NO_ENGINES, Engines
 from services.control_plane.settings import Settings
 from services.control_plane.tenants.quotas import Share
 
-Resources = Mapping[str, float]  # by Ray's names: CPU, GPU
+Resources = Mapping[str, float]  # amounts by Ray's names of resources: CPU, GPU
 FOR_MODELS = "loaded models to leave the GPUs that it needs"
 FOR_MODELS_TURN = "its turn: a model that waits for GPUs goes first"
 
@@ -41,7 +42,10 @@ def what_each_waits_for(
     back: Collection[str] = (),
     engines: Engines = NO_ENGINES,
 ) -> dict[str, str | None]:
-    """For each queued job: None if it may start now. `shares` are the projects'; `back` take their turn again."""
+    """Returns, for each queued job, the reason why the job waits, or None if the job may start now.
+
+    `back` has the ids of running jobs whose long rest is over; these jobs take their turn like queued ones.
+    """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
     held = sum((Counter(needs(job, settings)) for job in running), Counter[str]())
@@ -81,11 +85,14 @@ def what_each_waits_for(
 
 
 class _Turns:
-    """The waiting jobs in the order in which they may start, which changes as they do."""
+    """Iterates over the waiting jobs in the order of their turns.
+
+    A call of `start` changes the order of the jobs that follow.
+    """
 
     def __init__(self, running: Sequence[Job], waiting: Sequence[Job], shares: Mapping[str, Share]) -> None:
         self._shares = shares
-        self._workers: Counter[str] = Counter()  # that run, by project
+        self._workers: Counter[str] = Counter()  # running workers, by project
         self._queues: defaultdict[str, list[Job]] = defaultdict(list)
         for job in running:
             self.start(job)
@@ -95,7 +102,11 @@ class _Turns:
             queue.sort(key=lambda job: (-job.priority, job.created_at, job.id))
 
     def __iter__(self) -> Iterator[Job]:
-        """A project's place is found again after each of its jobs: only these change it."""
+        """Yields the waiting jobs of all projects in the order of their turns.
+
+        A project's position in the heap is computed again after each of its jobs, because no other job changes the
+        position.
+        """
         heap = [self._place(project_id, 0) for project_id in self._queues]
         heapq.heapify(heap)
         while heap:
@@ -116,8 +127,8 @@ class _Turns:
 
 
 def needs(job: Job, settings: Settings) -> dict[str, float]:
-    """What the job's workers reserve; its reference, which is loaded before them, may need more GPUs."""
-    num_workers = job.spec.get("num_workers", 1)  # a job that cannot be read ends when it is opened
+    """Returns what the job's workers reserve. Its reference, which is loaded before them, may need more GPUs."""
+    num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     gpus = max(num_workers * settings.num_gpus_per_worker, settings.num_gpus_per_model if _reference(job) else 0)
     return {"CPU": float(num_workers)} | ({"GPU": gpus} if gpus else {})
 
@@ -135,7 +146,10 @@ def _reference(job: Job) -> str | None:
 
 
 def _beyond(needed: Resources, capacity: Resources) -> str | None:
-    """In words. What Ray does not tell of is not in the way."""
+    """Returns a text that names the needed resources that exceed the capacity; None if there are none.
+
+    An empty `capacity` means that the capacity is unknown, and gives None.
+    """
     short = [
         f"{amount:g} {name}, and there are {capacity.get(name, 0):g}"
         for name, amount in needed.items()

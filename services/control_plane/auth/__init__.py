@@ -1,1 +1,1 @@
-"""Who sends a request, and what the key allows."""
+"""Authenticates the sender of a request, and checks the scopes of the request's key."""

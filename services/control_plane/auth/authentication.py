@@ -1,4 +1,7 @@
-"""Who a bearer token stands for: the configured key, a key of the table, or a token of the issuer."""
+"""Authenticates requests: finds the caller of a bearer token.
+
+A token is the API key from the settings, an API key in the database, or a token of the OIDC issuer.
+"""
 
 import asyncio
 import logging
@@ -11,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.auth import keys
 from services.control_plane.auth.keys import CONFIGURED, Caller, digest
-from services.control_plane.core.batching import Together
+from services.control_plane.core.batching import Batcher
 from services.control_plane.core.errors import ApiError, Unauthorized
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Project
@@ -22,15 +25,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KNOWN_SECONDS = 1.0  # a key that is revoked, or expires, works so much longer
+KNOWN_SECONDS = 1.0  # callers are cached for this long, so a revoked or expired key keeps working until then
 MAX_KNOWN = 10_000
-NOTE_SECONDS = 60.0  # when a key was last used is written so often, all at once
+NOTE_SECONDS = 60.0  # how often the last uses of keys are written to the database
 
 
 class Authentication:
-    """Callers by their tokens, known for a second so that reading costs no query for the key.
+    """Finds the callers of bearer tokens and caches each caller for a second, so that few requests need a query.
 
-    Keys that nobody knows cost as little: those that come at the same moment share a query, too.
+    Unknown keys are cached as well, and keys that arrive at the same moment share a query.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -38,11 +41,11 @@ class Authentication:
         self._issuer = _issuer(settings) if settings.oidc_issuer else None
         self._known: TTLCache[str, Caller] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
         self._unknown: TTLCache[str, bool] = TTLCache(MAX_KNOWN, KNOWN_SECONDS)
-        self._keys = Together(self._look_up)
+        self._keys = Batcher(self._look_up)
         self._used: set[str] = set()
 
     async def caller(self, token: str) -> Caller:
-        """Raises Unauthorized."""
+        """Returns the caller of a bearer token. Raises Unauthorized if the token is not valid."""
         if secrets.compare_digest(token.encode(), self._settings.api_key.get_secret_value().encode()):
             return CONFIGURED
         name = digest(token)
@@ -68,7 +71,7 @@ class Authentication:
             return await keys.callers_of(session, digests)
 
     async def project_of(self, token: str) -> str | None:
-        """The caller's project; None where he is nobody's, or nobody can tell now."""
+        """Returns the project id of the token's caller; None if the token is not valid or cannot be checked now."""
         try:
             return (await self.caller(token)).project_id
         except (ApiError, SQLAlchemyError, OSError):
@@ -85,7 +88,7 @@ class Authentication:
     # --- last use -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Note uses until cancelled, and once more then."""
+        """Writes the last uses of keys to the database every minute until cancelled, and once more then."""
         try:
             while True:
                 await asyncio.sleep(NOTE_SECONDS)
@@ -103,10 +106,10 @@ class Authentication:
             async with self._store.begin() as session:
                 await keys.note_uses(session, list(used))
         except (SQLAlchemyError, OSError) as error:
-            log.warning("The last use of %d keys is not noted: %s", len(used), error)
+            log.warning("The last use of %d keys could not be written: %s", len(used), error)
 
 
 def _issuer(settings: Settings) -> "Issuer":
-    from services.control_plane.auth.oidc import Issuer  # its cryptography is a tenth of a start
+    from services.control_plane.auth.oidc import Issuer  # the import of its cryptography takes a tenth of a start
 
     return Issuer(settings)

@@ -1,4 +1,7 @@
-"""API keys: whose request it is, and what it may do. Of a key's text only the digest is kept."""
+"""Creates, finds and revokes API keys. Each key belongs to a project and has scopes.
+
+The database stores only the digests of keys.
+"""
 
 import hashlib
 import secrets
@@ -14,13 +17,16 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.tables import DEFAULT_PROJECT, Key, Project
 
 Scope = Literal["read", "write", "inference", "admin"]
-MAX_KEYS = 100  # that live, of a project whose own admin makes them: each has its requests per minute
+MAX_KEYS = 100  # the most valid keys that a project's own admin may create; each key has its own requests per minute
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: a key, its project, and its scopes. `requests_per_minute` None: as the settings say."""
+    """The sender of a request: the id, the project and the scopes of the key or OIDC token in the request.
+
+    If `requests_per_minute` is None, the setting of the same name limits the caller.
+    """
 
     key_id: str
     project_id: str
@@ -29,11 +35,14 @@ class Caller:
 
     @property
     def manages_all(self) -> bool:
-        """An admin of the default project manages all projects, another one its own."""
+        """Whether the caller's admin scope covers all projects.
+
+        This is true only for callers of the default project.
+        """
         return self.project_id == DEFAULT_PROJECT
 
 
-CONFIGURED = Caller("key_configured", DEFAULT_PROJECT, frozenset(SCOPES))  # of the key that the settings name
+CONFIGURED = Caller("key_configured", DEFAULT_PROJECT, frozenset(SCOPES))  # the caller with the key from the settings
 
 
 async def create(
@@ -45,7 +54,7 @@ async def create(
     requests_per_minute: int | None,
     expires_at: datetime | None,
 ) -> tuple[Key, str]:
-    """The key, and its text, which nobody can tell later."""
+    """Creates an API key. Returns its row and its text; the text is not stored and cannot be shown again."""
     text = f"rd-{secrets.token_urlsafe(32)}"
     key = Key(
         id=f"key_{secrets.token_hex(12)}",
@@ -64,21 +73,20 @@ async def create(
 
 
 async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
-    """Raises InvalidRequest for a key by which a project would get more than is usual for one.
+    """Raises InvalidRequest if the caller asks for more requests per minute, or more keys, than its project may have.
 
-    `usual` is the setting's requests per minute. Who manages all projects may give what he likes.
+    `usual` is the setting `requests_per_minute`, the highest limit that a project's own admin may give to a key. Admins
+    of the default project have no limit.
     """
     if caller.manages_all:
         return
     if usual is not None and requests_per_minute is not None and requests_per_minute > usual:
-        message = (
-            f"requests_per_minute is {requests_per_minute}, and {usual} is the most that a project gives its keys."
-        )
+        message = f"requests_per_minute is {requests_per_minute}; a project may give its keys at most {usual}."
         raise InvalidRequest(f"{message} An admin of {DEFAULT_PROJECT} may give more.", param="requests_per_minute")
     living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     if (count := await session.scalar(living.where(unexpired)) or 0) >= MAX_KEYS:
-        raise InvalidRequest(f"The project has {count} keys, and {MAX_KEYS} is the limit; revoke one first.")
+        raise InvalidRequest(f"The project has {count} keys, and the limit is {MAX_KEYS}; revoke one first.")
 
 
 def managed_by(caller: Caller) -> Select[Key]:
@@ -94,14 +102,17 @@ async def find(session: AsyncSession, caller: Caller, key_id: str) -> Key:
 
 
 async def revoke(session: AsyncSession, caller: Caller, key_id: str) -> Key:
-    """Doing it twice is harmless."""
+    """Revokes the key, so that it no longer works. Revoking a key twice is harmless."""
     key = await find(session, caller, key_id)
     key.revoked_at = key.revoked_at or datetime.now(UTC)
     return key
 
 
 async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str, Caller]:
-    """Whom the keys with these digests stand for, by digest: those that live, as do their projects."""
+    """Returns the callers of the valid keys among those with these digests, by digest.
+
+    Keys that have expired or were revoked, and keys of archived projects, are left out.
+    """
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
     living = await session.scalars(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
@@ -109,7 +120,7 @@ async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str,
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:
-    """The scopes among them."""
+    """Returns the scopes among the given words, and ignores all other words."""
     return frozenset(scope for scope in SCOPES if scope in words)
 
 
@@ -118,5 +129,5 @@ async def note_uses(session: AsyncSession, key_ids: Sequence[str]) -> None:
 
 
 def digest(text: str) -> str:
-    """A key has 256 bits of chance, so that a plain digest of it tells nothing."""
+    """Returns the SHA-256 of a key. A key has 256 random bits, so its digest needs no salt."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,7 @@
-"""Tokens of an OpenID Connect issuer in place of keys: signed by its published keys, meant for us, and not expired."""
+"""Accepts tokens of an OpenID Connect issuer in place of API keys.
+
+A token must be signed by the issuer, name this service as its audience, and not have expired.
+"""
 
 import asyncio
 import logging
@@ -15,15 +18,18 @@ from services.control_plane.settings import Settings
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS = ["RS256", "ES256"]  # a token does not choose: no `none`, and no shared secret
+ALGORITHMS = ["RS256", "ES256"]  # fixed here, because a token must not choose `none` or a shared secret
 REQUIRED = ["exp", "iss", "aud", "sub"]
-LEEWAY_SECONDS = 60  # by which the issuer's clock may differ
-FRESH_SECONDS = 300  # so long keys are kept before the issuer is asked again
-PAUSE_SECONDS = 5  # between two questions, whatever strangers send
+LEEWAY_SECONDS = 60  # the issuer's clock may differ from ours by this much
+FRESH_SECONDS = 300  # how long the issuer's keys are cached
+PAUSE_SECONDS = 5  # at least this long between two requests to the issuer, whatever tokens strangers send
 
 
 class Issuer:
-    """The issuer that the settings name. While it does not answer, the keys it published last are good."""
+    """The OpenID Connect issuer from the settings.
+
+    If the issuer does not answer, its last published keys stay in use.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -34,14 +40,17 @@ class Issuer:
 
     @staticmethod
     def is_token(text: str) -> bool:
-        """Whether it has a JWT's form; the keys that we make have no dots."""
+        """Whether a text has the form of a JWT, which has two dots. API keys of this service have no dots."""
         return text.count(".") == 2
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def caller(self, token: str) -> Caller:
-        """Whom the token stands for; that its project exists is not checked. Raises Unauthorized, Unavailable."""
+        """Returns the caller of a JWT. Does not check that the caller's project exists.
+
+        Raises Unauthorized if the token is not valid, and Unavailable if the issuer does not answer.
+        """
         try:
             claims = await self._claims(token)
         except jwt.PyJWTError as error:
@@ -61,7 +70,10 @@ class Issuer:
         )
 
     async def _key(self, name: str) -> jwt.PyJWK:
-        """The key that a token names. PyJWT's own client would hold all callers while it waits for the issuer."""
+        """Returns the issuer's key with the id `name`. Fetches the issuer's keys first if they are old or lack the id.
+
+        PyJWT's own client would block all requests of this process while it waits for the issuer.
+        """
         if self._is_due(name) and not (name in self._keys and self._asking.locked()):
             async with self._asking:
                 if self._is_due(name):
@@ -72,7 +84,7 @@ class Issuer:
         if not self._keys:
             message = f"The issuer of tokens does not answer. Try again in {PAUSE_SECONDS} seconds, or use an API key."
             raise Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
-        raise jwt.InvalidKeyError("its key is none of the issuer's")
+        raise jwt.InvalidKeyError("its key is not one of the issuer's")
 
     def _is_due(self, name: str) -> bool:
         now = time.monotonic()
@@ -80,7 +92,7 @@ class Issuer:
         return wanted and now - self._asked_at > PAUSE_SECONDS
 
     async def _ask(self) -> None:
-        """Where the issuer publishes its keys, by its discovery document; and the keys."""
+        """Fetches the issuer's discovery document, and then the issuer's keys from the URL in the document."""
         issuer = self._settings.oidc_issuer or ""
         try:
             about = await self._get(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
@@ -88,7 +100,7 @@ class Issuer:
                 raise ValueError(f"it calls itself {about['issuer']}")
             published = jwt.PyJWKSet.from_dict(await self._get(about["jwks_uri"]))
         except (httpx.HTTPError, jwt.PyJWTError, ValueError, LookupError, TypeError, AttributeError) as error:
-            log.warning("The issuer %s tells no keys: %r", issuer, error)
+            log.warning("The keys of the issuer %s could not be fetched: %r", issuer, error)
             return
         usable = [key for key in published.keys if key.public_key_use in ("sig", None)]
         self._keys = {key.key_id: key for key in usable if key.key_id}
@@ -105,6 +117,9 @@ class Issuer:
         return project_id
 
     def _scopes(self, claims: dict[str, Any]) -> frozenset[Scope]:
-        """Ours among those of the claim, a list or a text with spaces. Others are other services'."""
+        """Returns the scopes of this service in the token's claim, and ignores scopes of other services.
+
+        The claim is a list of scopes, or a text with spaces between the scopes.
+        """
         given = claims.get(self._settings.oidc_scopes_claim)
         return known(given.split() if isinstance(given, str) else given if isinstance(given, list) else [])

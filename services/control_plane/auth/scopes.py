@@ -1,4 +1,4 @@
-"""Which scope a route needs, and whether a key has it."""
+"""Checks that a key has the scope that a route needs."""
 
 from services.control_plane.auth.keys import Caller, Scope
 from services.control_plane.core.errors import Forbidden
@@ -16,7 +16,7 @@ def check(caller: Caller, method: str, path: str) -> None:
 
 
 def needed(method: str, path: str) -> Scope:
-    """The scope that a request needs; `path` is the route's template."""
+    """Returns the scope that a request needs. `path` is the route's template, such as `/v1/files/{file_id}`."""
     if _below(path, ADMIN):
         return "admin"
     if _below(path, INFERENCE):

@@ -1,1 +1,1 @@
-"""What all parts of the control plane stand on: the database, errors, logs and measurements."""
+"""Modules that all parts of the control plane use: the database, errors, logs and metrics."""

@@ -1,4 +1,4 @@
-"""Look-ups by key: who asks at the same moment shares a statement."""
+"""Batches look-ups by key: callers that ask at the same moment share one database query."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -7,36 +7,40 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-class Together(Generic[Value]):
-    """One look-up of `find` runs at a time.
+class Batcher(Generic[Value]):
+    """Looks up keys with the function `find`: one call at a time, with all keys that are waiting.
 
-    Who comes meanwhile waits for the next one, which sees all that was committed before he asked.
+    A key that arrives during a call waits for the next call. So the value includes everything that was committed before
+    the key was asked for.
     """
 
     def __init__(self, find: Callable[[list[str]], Awaitable[Mapping[str, Value]]]) -> None:
         self._find = find
-        self._asked: dict[str, asyncio.Future[Value | None]] = {}  # what the next look-up asks for
+        self._asked: dict[str, asyncio.Future[Value | None]] = {}  # the keys of the next call
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self, key: str) -> Value | None:
-        """What `find` has for the key. Raises what it raises."""
+        """Returns the value that `find` gives for the key; None if it gives none.
+
+        Raises the error that `find` raises.
+        """
         if key not in self._asked:
             self._asked[key] = asyncio.get_running_loop().create_future()
         answer = self._asked[key]
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())
-        return await asyncio.shield(answer)  # others may wait for it
+        return await asyncio.shield(answer)  # other callers may be waiting for the same answer
 
     async def _read(self) -> None:
-        """Until nobody asks."""
+        """Calls `find` until no key is waiting."""
         while asked := self._asked:
             self._asked = {}
             try:
-                found = await self._find(list(asked))
+                values = await self._find(list(asked))
             except Exception as error:
                 for future in asked.values():
                     future.set_exception(error)
             else:
                 for key, future in asked.items():
-                    future.set_result(found.get(key))
+                    future.set_result(values.get(key))
         self._reading = None

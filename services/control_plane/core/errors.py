@@ -1,4 +1,4 @@
-"""Errors as OpenAI words them: a status, and an envelope whose four keys are always present.
+"""Defines the API's errors in OpenAI's form: an HTTP status, and a JSON body whose four keys are always present.
 
 ApiError
   InvalidRequest 400 · Unauthorized 401 · Forbidden 403 · NotFound 404 · Stalled 408 · Fenced, InFlight 409
@@ -15,13 +15,13 @@ from services.contract import storable
 
 
 def envelope(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of every answer that is not a success."""
-    quoted = storable(message)  # it may quote what no answer can hold, such as half a character
+    """Returns the JSON body of an error response."""
+    quoted = storable(message)  # a message may quote text that JSON cannot hold, such as half of a surrogate pair
     return {"error": {"message": quoted, "type": kind, "param": param and storable(param), "code": code}}
 
 
 class ApiError(Exception):
-    """An answer that is not a success; `code` and `param` are what the client's exception shows."""
+    """An error that the API answers with. The exception of OpenAI's client has the same `code` and `param`."""
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
@@ -39,7 +39,10 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The caller's mistake. Logical conflicts are this too: a client resends a 409 three times."""
+    """The client made a mistake.
+
+    Conflicts with an object's state are 400 too, because OpenAI's clients resend a 409.
+    """
 
     status, kind = 400, "invalid_request_error"
 
@@ -60,7 +63,7 @@ class NotFound(ApiError):
 
 
 class Stalled(ApiError):
-    """The rest of the body did not come. Nothing is left to read, so that closing resets nothing."""
+    """The client did not send the rest of the request's body in time. The response closes the connection."""
 
     status, kind = 408, "invalid_request_error"
 
@@ -70,13 +73,13 @@ class Stalled(ApiError):
 
 
 class Fenced(ApiError):
-    """An attempt that a newer one replaced, or that ended, may not report."""
+    """Refuses the report of an attempt that has ended or was replaced by a newer one."""
 
     status, kind = 409, "invalid_request_error"
 
 
 class InFlight(ApiError):
-    """The same request is being answered: the client sends it again by itself."""
+    """Another send of the same request is being answered now. OpenAI's clients send the request again by themselves."""
 
     status, kind = 409, "invalid_request_error"
 
@@ -98,7 +101,7 @@ class RangeNotSatisfiable(ApiError):
 
 
 class RateLimited(ApiError):
-    """The key sent more than it may: come back in so many seconds."""
+    """The key sent more requests than its limit allows; the client may send again after `seconds`."""
 
     status, kind = 429, "rate_limit_error"
 
@@ -109,7 +112,7 @@ class RateLimited(ApiError):
 
 
 class OverQuota(ApiError):
-    """What the project may have is used up; sending it again does not help."""
+    """The project has reached one of its limits. Sending the request again does not help."""
 
     status, kind = 429, "insufficient_quota"
 
@@ -119,7 +122,7 @@ class OverQuota(ApiError):
 
 
 class Unavailable(ApiError):
-    """Come back in `retry_after` seconds."""
+    """The service cannot answer now; the client may send again after `retry_after` seconds."""
 
     status, kind = 503, "server_error"
 

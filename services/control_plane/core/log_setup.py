@@ -1,4 +1,7 @@
-"""The service's log: sentences for people, or a JSON object a line; each says what it is about."""
+"""Sets up the service's log, as text for people or as one JSON object per line.
+
+Each record also has the fields that `about` has set, such as the id of a job.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,7 +19,7 @@ _about: ContextVar[Mapping[str, Any]] = ContextVar("about")
 
 @contextmanager
 def about(**fields: Any) -> Iterator[None]:
-    """Every record within carries these fields: request_id, job_id, attempt."""
+    """Adds these fields (such as request_id, job_id, attempt) to every log record within the `with` block."""
     token = _about.set({**_about.get({}), **fields})
     try:
         yield
@@ -25,7 +28,7 @@ def about(**fields: Any) -> Iterator[None]:
 
 
 def configure(log_format: LogFormat, file: Path) -> None:
-    """`text` goes to `file`, for who runs the service in a terminal; `json` to standard error, for a collector."""
+    """Sends the log to `file` as text, for people at a terminal, or to standard error as JSON, for a collector."""
     handler: logging.Handler
     if log_format == "json":
         handler = logging.StreamHandler()
@@ -36,7 +39,7 @@ def configure(log_format: LogFormat, file: Path) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s%(about)s"))
     handler.addFilter(lambda record: _add_fields(record, in_words=log_format == "text"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO, httpx logs every request that we send
 
 
 def _add_fields(record: logging.LogRecord, *, in_words: bool) -> bool:

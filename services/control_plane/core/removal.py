@@ -1,4 +1,4 @@
-"""Removes bytes from storage."""
+"""Deletes files and folders from storage, and logs deletions that fail."""
 
 import logging
 
@@ -10,10 +10,10 @@ log = logging.getLogger(__name__)
 
 
 async def remove_bytes(uri: str) -> bool:
-    """Whether they are gone. If not, the sweeper removes them later."""
+    """Deletes a file or folder in storage. Returns False if the deletion fails; the sweeper then tries again later."""
     try:
         await anyio.to_thread.run_sync(storage.delete, uri)
     except OSError as error:
-        log.warning("What is deleted still lies at %s: %s", uri, error)
+        log.warning("Could not delete %s from storage, which is tried again later: %s", uri, error)
         return False
     return True

@@ -1,4 +1,7 @@
-"""The parts that all answers share. Times are Unix seconds, integers; what is ours stands in `x_raydpo`."""
+"""Builds the parts that all JSON responses share.
+
+Times are integers in Unix seconds. Fields that OpenAI's API lacks are in `x_raydpo`.
+"""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -10,7 +13,7 @@ def seconds(moment: datetime | None) -> int | None:
 
 
 def listing(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """One page; the client asks for the next with `after=last_id`."""
+    """Returns one page of a list. The client asks for the next page with `after` set to this page's `last_id`."""
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": list(data), "has_more": has_more, **ends}
 

@@ -1,4 +1,7 @@
-"""The database, and the queries that more than one noun asks. They take an open session and never commit."""
+"""Connects to the database, and holds the queries that several packages use.
+
+The query functions take an open session and never commit.
+"""
 
 import asyncio
 import os
@@ -65,14 +68,14 @@ from services.control_plane.core.tables import (
 )
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-QUEUE_HEAD = 50  # queued jobs of a project that are looked at; those behind them wait their turn unseen
-STATEMENT_SECONDS = 30  # then the server gives a statement up, also where it waits for a lock
-IDLE_SECONDS = 60  # then the server ends a transaction in which nothing happens
-ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # then a server that does not answer is taken for lost
-RECYCLE_SECONDS = 1800  # then a connection is replaced: the server's name may lead elsewhere by now
+QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; the jobs behind these wait
+STATEMENT_SECONDS = 30  # the server cancels a statement after this long, even if it only waits for a lock
+IDLE_SECONDS = 60  # the server ends a transaction that is idle for this long
+ANSWER_SECONDS = STATEMENT_SECONDS + 10.0  # a connection whose server does not answer for this long counts as lost
+RECYCLE_SECONDS = 1800  # a connection is replaced at this age, because the server's name may have a new address
 
-# Either end of a connection notices within seconds that the other has vanished; and only a server that takes writes is
-# one, so that after a failover no connection is made to what is a standby now.
+# Each end of a connection notices within seconds that the other end has vanished. Connections are made to a server that
+# takes writes only, so that after a failover no connection leads to the standby.
 CONNECTING = {
     "connect_timeout": "5",
     "tcp_user_timeout": "10000",
@@ -93,30 +96,44 @@ Row = TypeVar("Row", bound=Base)
 
 
 def _url(database_url: str, *, limits: bool = False) -> URL:
-    """With what is said above, unless the URL says otherwise. `limits`: those of the server, which no pooler takes."""
+    """Returns the URL for SQLAlchemy, with the settings of CONNECTING that the URL does not set itself.
+
+    `limits` adds SERVER_LIMITS too, which connection poolers refuse.
+    """
     url = make_url(database_url).set(drivername="postgresql+psycopg")
     query = {**CONNECTING, **url.query}
     if limits:
         options = [f"-c {name}={value}" for name, value in SERVER_LIMITS.items()]
-        query["options"] = " ".join([*options, str(query.get("options", ""))])  # of two values the last one counts
+        query["options"] = " ".join(
+            [*options, str(query.get("options", ""))]
+        )  # if an option is set twice, the last value counts
     return url.set(query=query)
 
 
 def _conninfo(url: URL) -> str:
-    """For psycopg itself. As a URL it would read a space that SQLAlchemy wrote as a plus."""
+    """Returns the URL as a connection string of libpq.
+
+    psycopg cannot use the URL: SQLAlchemy writes a space as a plus sign, and psycopg would keep the plus sign.
+    """
     _, arguments = url.get_dialect()().create_connect_args(url)
     return make_conninfo(**arguments)
 
 
 class PoolerUrl(ValueError):
-    """It leads to a pooler, which can neither be listened to nor told limits; the message says what to set."""
+    """The database URL leads to a connection pooler. The message says which setting the operator must add.
+
+    Poolers support neither LISTEN nor SERVER_LIMITS.
+    """
 
 
 def migrate(database_url: str) -> None:
-    """Bring the database to the newest schema. Safe to run from several replicas at once. Raises PoolerUrl."""
+    """Migrates the database to the newest schema. Several replicas may call this function at the same time.
+
+    Raises PoolerUrl if the URL leads to a connection pooler.
+    """
     if _is_newest(database_url):
         return
-    from alembic import command  # as large as the rest of a start, which seldom needs it
+    from alembic import command  # importing alembic takes as long as the rest of a start; few starts need it
     from alembic.config import Config
 
     config = Config()
@@ -141,7 +158,10 @@ def _is_newest(database_url: str) -> bool:
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
-    """It is lost where the server does not answer, though whatever stands between still takes what is sent."""
+    """A connection that is closed if the server does not answer within ANSWER_SECONDS.
+
+    The limit also holds if a proxy in between still accepts data although the server does not answer.
+    """
 
     async def wait(self, *args: Any, **kwargs: Any) -> Any:
         late = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._hang_up)
@@ -151,24 +171,24 @@ class _Connection(psycopg.AsyncConnection[Any]):
             late.cancel()
 
     def _hang_up(self) -> None:
-        with socket.socket(fileno=os.dup(self.pgconn.socket)) as own:
-            own.shutdown(socket.SHUT_RDWR)
+        with socket.socket(fileno=os.dup(self.pgconn.socket)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class Store:
-    """The database: a pool of connections, one transaction per `begin`.
+    """The database: a pool of connections. Each call of `begin` or `begin_for` opens one transaction.
 
-    `direct_url`: of the server itself, where `database_url` is a pooler's that gives a connection away after each
-    transaction, as PgBouncer does.
+    `direct_url` is the URL of the database server itself. It is needed if `database_url` leads to a pooler, such as
+    PgBouncer, that gives a connection to another client after each transaction.
     """
 
     def __init__(self, database_url: str, *, direct_url: str | None = None, connections: int = 30) -> None:
         pooled: dict[str, Any] = {} if direct_url is None else {"prepare_threshold": None}
-        # The first error of a connection that died with the database drops all of them from the pool.
+        # If the database dies, the first error on a connection drops all connections from the pool.
         self._engine = create_async_engine(
             _url(database_url, limits=direct_url is None),
             pool_size=connections,
-            max_overflow=0,  # what it opens it keeps: to connect takes longer than a request
+            max_overflow=0,  # connections stay open, because connecting takes longer than a request
             pool_recycle=RECYCLE_SECONDS,
             connect_args={"async_creator_fn": _Connection.connect, **pooled},
         )
@@ -184,27 +204,35 @@ class Store:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """A transaction of the service's own, which sees every project."""
+        """Opens a transaction of the service itself, which sees and writes the rows of all projects."""
         async with self._sessions.begin() as session:
             yield session
             await _append(session)
 
     @asynccontextmanager
     async def begin_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """A transaction that sees and writes what belongs to the project, and nothing else that is owned."""
+        """Opens a transaction that sees and writes the rows of one project only.
+
+        The limit applies to the tables with an owner (class Owned). The transaction can also read the models that other
+        projects share with the project.
+        """
         async with self._sessions(info={"project_id": project_id}) as session, session.begin():
             yield session
             await _append(session)
 
     @asynccontextmanager
     async def look_for(self, project_id: str) -> AsyncIterator[AsyncSession]:
-        """As `begin_for`, to read: each statement is a transaction of its own, which saves two trips of three."""
+        """Opens a session that reads the rows of one project.
+
+        Each statement is a transaction of its own, which saves two of three round trips to the database.
+        """
         async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
             yield session
 
     async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:
-        """What is notified, on a connection of its own. None, at first and after so long a silence: look for yourself.
+        """Yields the payload of each notice on the channel, over a connection of its own.
 
+        Also yields None at first, and after `quiet_seconds` without a notice; the caller should then read the tables.
         Raises psycopg.OperationalError when the connection is lost.
         """
         url = _conninfo(self._listen_url)
@@ -218,7 +246,7 @@ class Store:
                 await connection.execute("SELECT 1")
 
     async def instance(self) -> str:
-        """The id of the service that this database belongs to. It never changes."""
+        """Returns the id of the service that this database belongs to. The id never changes."""
         if self._instance is None:
             async with self.begin() as session:
                 self._instance = (await session.scalars(select(Instance.id))).one()
@@ -229,14 +257,17 @@ class Store:
 
 
 def _drop_a_standby(context: ExceptionContext) -> None:
-    """A server that takes no writes any more has been replaced by another: its connections are of no use."""
+    """Drops the pool's connections after an error that says that the server is read-only.
+
+    After a failover, such a server is a standby, and another server has replaced it.
+    """
     if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
 
 
 @dataclass(frozen=True)
 class ProjectStore:
-    """The database as a caller may see it."""
+    """The database, limited to the rows that the callers of one project may see and write."""
 
     store: Store
     project_id: str
@@ -249,15 +280,18 @@ class ProjectStore:
 
 
 @event.listens_for(Session, "do_orm_execute")
-def _see_own_only(state: ORMExecuteState) -> None:
+def _see_own_rows_only(state: ORMExecuteState) -> None:
     project_id = state.session.info.get("project_id")
-    if project_id is not None and state.is_orm_statement:  # no other names what is owned
-        state.statement = state.statement.options(*_own(project_id, state.is_select))
+    if project_id is not None and state.is_orm_statement:  # statements without the ORM name no rows of projects
+        state.statement = state.statement.options(*_criteria(project_id, state.is_select))
 
 
-@lru_cache(maxsize=4096)  # to make them takes longer than the rest of a statement
-def _own(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
-    """A model is read by those it is shared with, too; changed by its owner alone."""
+@lru_cache(maxsize=4096)  # building the options takes longer than the rest of a statement
+def _criteria(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
+    """Returns the ORM options that limit a statement to the rows of one project.
+
+    A statement that reads also sees the models that other projects share with the project.
+    """
     criteria: dict[type[Owned], ColumnElement[bool]] = {
         kind: kind.project_id == project_id for kind in Owned.__subclasses__()
     }
@@ -268,7 +302,7 @@ def _own(project_id: str, reading: bool) -> tuple[LoaderCriteriaOption, ...]:
 
 
 @event.listens_for(Session, "before_flush")
-def _write_own_only(session: Session, context: UOWTransaction, instances: object) -> None:
+def _write_own_rows_only(session: Session, context: UOWTransaction, instances: object) -> None:
     project_id = session.info.get("project_id")
     if project_id is None:
         return
@@ -285,17 +319,21 @@ def _claim(row: object, project_id: str) -> None:
 
 
 async def now(session: AsyncSession) -> datetime:
-    """When the transaction began, which is `created_at` of all that it writes."""
+    """Returns the time at which the session's transaction began, by the database's clock.
+
+    This time is the default of `created_at` in all rows that the transaction writes.
+    """
     if "now" not in session.info:
         session.info["now"] = await session.scalar(select(func.now()))
     return cast(datetime, session.info["now"])
 
 
 def append(session: AsyncSession, row: Base) -> None:
-    """Add a row that no query of this transaction reads: such rows are written at its end, by one statement.
+    """Inserts a row at the end of the transaction, in one statement with all other appended rows.
 
-    What keeps the books of a change (its events, its line in a log) is more rows than the change itself, and a trip
-    to the database for each would be most of a request. What the database fills in stays unknown here.
+    Use this function for rows that no query of the transaction reads, such as a job's events and log entries: one round
+    trip for each would take most of a request's time. The row object does not get the values that the database fills
+    in.
     """
     if (project_id := session.info.get("project_id")) is not None:
         _claim(row, project_id)
@@ -307,16 +345,16 @@ def append(session: AsyncSession, row: Base) -> None:
 
 @cache
 def _columns(kind: type[Base]) -> dict[str, Any]:
-    """What the database does not fill in, with its default here."""
-    own = (column for column in kind.__table__.c if column.server_default is None)
-    return {column.name: getattr(column.default, "arg", None) for column in own}
+    """Returns the names of the columns that the database does not fill in, each with its default value in Python."""
+    given = (column for column in kind.__table__.c if column.server_default is None)
+    return {column.name: getattr(column.default, "arg", None) for column in given}
 
 
 async def _append(session: AsyncSession) -> None:
     appended: dict[type[Base], list[Base]] = session.info.pop("appended", {})
     if not appended:
         return
-    await session.flush()  # what they refer to
+    await session.flush()  # the rows that the appended rows refer to
     given = {
         kind.__tablename__: [{name: getattr(row, name) for name in _columns(kind)} for row in rows]
         for kind, rows in appended.items()
@@ -326,7 +364,10 @@ async def _append(session: AsyncSession) -> None:
 
 @cache
 def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
-    """Its parameters are named as their tables. Rows of one kind get their ids in the order in which they are given."""
+    """Returns the statement that inserts rows into these tables.
+
+    The rows of a table are the parameter with its name.
+    """
     parts = []
     for kind in kinds:
         table, columns = kind.__tablename__, ", ".join(_columns(kind))
@@ -337,31 +378,31 @@ def _insertion(kinds: tuple[type[Base], ...]) -> TextClause:
 
 
 def owns(session: AsyncSession, row: Owned) -> bool:
-    """Whether the session may change what it sees."""
+    """Whether the session may change the row. A session may only read models that another project shares."""
     return session.info.get("project_id") in (None, row.project_id)
 
 
 def project_of(session: AsyncSession) -> str:
-    """Whose session it is; one of the service's own has no project."""
+    """Returns the id of the project that the session is limited to. The session must be limited to a project."""
     return str(session.info["project_id"])
 
 
 def refuses_value(error: DBAPIError) -> bool:
-    """Whether the database, or its driver, refuses a value: it would refuse it again.
+    """Whether the database or its driver refused a value, and would refuse the same value again.
 
-    Of SQLSTATE's classes 22 is for data, 23 for what rows promise, 54 for limits such as that of an index's row.
+    SQLSTATE's class 22 means bad data, 23 a broken constraint, 54 a limit of the server such as an index row's size.
     """
     state = getattr(error.orig, "sqlstate", None) or ""
     return isinstance(error, DataError) or state[:2] in ("22", "23", "54")
 
 
 async def wait_long(session: AsyncSession) -> None:
-    """The server lets the transaction be, however long nothing happens in it."""
+    """Removes the server's limit on idle time for the session's current transaction."""
     await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
 
 
 async def check(session: AsyncSession) -> None:
-    """Raises SQLAlchemyError where the database takes no writes."""
+    """Tests the database by writing a row. Raises SQLAlchemyError if the database takes no writes."""
     await hold_lease(session, "readyz", "readyz", seconds=60)
 
 
@@ -375,9 +416,11 @@ async def page(
     cursor: InstrumentedAttribute[Any] | None = None,
     descending: bool = True,
 ) -> tuple[list[Row], bool]:
-    """One page of `query` in the order of `keys` (together unique), and whether more rows follow.
+    """Returns one page of the query's rows, sorted by the columns `keys`, and whether more rows follow.
 
-    `after` is the `cursor`, or else the last key, of a row of the same query; any other is refused.
+    The values of all `keys` together must be unique in each row. `after` identifies the last row of the previous page
+    by its value in column `cursor`, or in the last of `keys` if there is no `cursor`. Raises InvalidRequest if no row
+    of `query` has that value.
     """
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
@@ -392,7 +435,11 @@ async def page(
 
 
 async def live_jobs(session: AsyncSession) -> list[Job]:
-    """Every job that runs, or is paused and shall be something else, and of the queue each project's head."""
+    """Returns the jobs that the reconciler must handle.
+
+    These are the running jobs, the paused jobs that their users want to run or cancel, and the first queued jobs of
+    each project.
+    """
     wanted = and_(Job.observed == "paused", Job.desired != "pause")
     others = select(Job).where(or_(Job.observed == "running", wanted)).order_by(Job.created_at, Job.id)
     place = func.row_number().over(partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id))
@@ -402,26 +449,26 @@ async def live_jobs(session: AsyncSession) -> list[Job]:
 
 
 async def open_attempts(session: AsyncSession) -> dict[str, Attempt]:
-    """The attempt in progress of each job that has one, by job id."""
+    """Returns the attempts that have not ended, by job id. A job has at most one such attempt."""
     return {row.job_id: row for row in await session.scalars(select(Attempt).where(Attempt.state != "ended"))}
 
 
 @dataclass(frozen=True)
 class History:
-    """The attempts of a job that have begun."""
+    """Counts of a job's attempts and of its failures so far."""
 
     total: int
-    failures: int  # those that died by themselves, from the last one on that left a new checkpoint
-    rested_seconds: float  # since the last failure, by the database's clock; 0 without one
+    failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
+    rested_seconds: float  # seconds since the last failure, by the database's clock; 0 if there was no failure
 
 
 async def history(session: AsyncSession, job_id: str) -> History:
-    own = Attempt.job_id == job_id
+    of_job = Attempt.job_id == job_id
     saved = select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job_id).scalar_subquery()
-    progressed = select(func.max(Attempt.number)).where(own, Attempt.created_at <= saved).scalar_subquery()
+    progressed = select(func.max(Attempt.number)).where(of_job, Attempt.created_at <= saved).scalar_subquery()
     failed = Attempt.failed & (Attempt.number >= func.coalesce(progressed, 0))
     rested = func.extract("epoch", func.clock_timestamp() - func.max(Attempt.ended_at).filter(failed))
-    row = (await session.execute(select(func.count(), func.count().filter(failed), rested).where(own))).one()
+    row = (await session.execute(select(func.count(), func.count().filter(failed), rested).where(of_job))).one()
     return History(row[0], row[1], float(row[2] or 0))
 
 
@@ -430,12 +477,12 @@ EVENT = (Event.id, Event.job_id, Event.public_id, Event.created_at, Event.level,
 
 @dataclass(frozen=True)
 class Census:
-    """What there is, for all projects."""
+    """Counts of jobs and of webhook messages over all projects, for Prometheus."""
 
     jobs: Mapping[str, int]  # by state
-    lease_seconds: float  # until the reconciler's ends; NaN: nobody ever held it
-    outbox: int  # messages that wait
-    outbox_seconds: float  # since the oldest of them was written
+    lease_seconds: float  # seconds until the reconciler's lease ends; NaN if nobody ever held the lease
+    outbox: int  # webhook messages that wait to be sent
+    outbox_seconds: float  # seconds since the oldest waiting message was written
 
 
 async def census(session: AsyncSession) -> Census:
@@ -449,7 +496,10 @@ async def census(session: AsyncSession) -> Census:
 
 
 async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limit: int) -> Sequence[Any]:
-    """Of each job the last `limit` events above the id that is given for it, in order."""
+    """Returns the newest `limit` events of each job in `after`, in the order of their ids.
+
+    `after` maps a job's id to the id of an event; only later events are returned.
+    """
     asked = values(column("job_id", Text), column("after", BigInteger), name="asked").data(list(after.items()))
     newest = (
         select(*EVENT)
@@ -463,13 +513,16 @@ async def newest_events(session: AsyncSession, after: Mapping[str, int], *, limi
 
 
 async def next_events(session: AsyncSession, job_id: str, after: int, *, limit: int) -> Sequence[Any]:
-    """The job's events that follow the one with the id `after`, in order."""
+    """Returns the first `limit` events of the job after the event id `after`, in order."""
     query = select(*EVENT).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
     return (await session.execute(query)).all()
 
 
 async def hold_lease(session: AsyncSession, name: str, holder: str, *, seconds: float) -> bool:
-    """Take or renew a lease by the database's clock; False while another holds it."""
+    """Takes or renews the lease `name` for `holder`, by the database's clock.
+
+    Returns False if another holder has it.
+    """
     until = func.clock_timestamp() + timedelta(seconds=seconds)
     statement = insert(Lease).values(name=name, holder=holder, expires_at=until)
     free = or_(Lease.holder == holder, Lease.expires_at < func.clock_timestamp())

@@ -1,4 +1,4 @@
-"""The database's tables. PostgreSQL is the only truth about jobs; constraints hold what the prose promises."""
+"""Defines the database's tables. All state of jobs is in these tables; constraints keep what the docs promise."""
 
 from datetime import datetime
 from functools import cache
@@ -28,12 +28,13 @@ from services.contract import Reading
 
 JOB_STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
-UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"  # of files
-DEFAULT_PROJECT = "proj_default"  # of the configured API key, and of all that was there before projects
+# The SQL condition that the rows of a training file are still to be checked.
+UNCHECKED = "purpose = 'fine-tune' AND report IS NULL AND refusal IS NULL AND deleted_at IS NULL"
+DEFAULT_PROJECT = "proj_default"  # the project of the API key in the settings
 
 
 class Base(DeclarativeBase):
-    """Every time is timestamptz, every dict is jsonb."""
+    """The base class of all tables. Columns of type datetime are timestamptz, and columns of type dict are jsonb."""
 
     type_annotation_map: ClassVar = {
         datetime: DateTime(timezone=True),
@@ -44,28 +45,31 @@ class Base(DeclarativeBase):
 
 
 class Project(Base):
-    """Who owns what. A quota of None is no quota."""
+    """A project, which owns files, jobs, models and keys. None in a column `max_…` means no limit."""
 
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     name: Mapped[str] = mapped_column(unique=True)
     archived_at: Mapped[datetime | None]
-    weight: Mapped[float] = mapped_column(server_default="1")  # how much of the cluster it may have beside others
+    weight: Mapped[float] = mapped_column(server_default="1")  # share of the cluster, relative to other weights
     max_running_jobs: Mapped[int | None]
     max_queued_jobs: Mapped[int | None]
-    max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files
+    max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # the most bytes of the project's files
     max_accelerator_hours: Mapped[float | None]
 
 
 class Owned:
-    """What belongs to a project: a store that is opened for a project sees and writes its own only."""
+    """The base class of tables whose rows belong to a project.
+
+    A session for one project sees and writes only the rows of that project.
+    """
 
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
 
 
 class Key(Base):
-    """An API key. Of its text only the digest is kept."""
+    """An API key. The table holds the SHA-256 of the key's text, not the text."""
 
     __tablename__ = "keys"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -73,7 +77,7 @@ class Key(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     name: Mapped[str]
     sha256: Mapped[str] = mapped_column(unique=True)
-    hint: Mapped[str]  # its last four characters
+    hint: Mapped[str]  # the last four characters of the key's text
     scopes: Mapped[list[str]]
     requests_per_minute: Mapped[int | None]
     expires_at: Mapped[datetime | None]
@@ -82,16 +86,19 @@ class Key(Base):
 
 
 class Answer(Owned, Base):
-    """The answer to a request that changed something, written in its transaction, so that a retry acts once."""
+    """The stored response to a request that changed data. A retry of the request gets this response.
+
+    The transaction that makes the change writes the row, so that the request acts only once.
+    """
 
     __tablename__ = "answers"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     idempotency_key: Mapped[str | None]
     request: Mapped[str]  # sha256 of key id, method and path
-    content: Mapped[str]  # sha256 of what was sent
+    content: Mapped[str]  # sha256 of the body
     retry_count: Mapped[int]  # 0: the client's first send
-    object_id: Mapped[str | None]  # of what was changed; None: something was made
+    object_id: Mapped[str | None]  # the object that was changed; None: the request created one
     body: Mapped[dict[str, Any]]
     __table_args__ = (
         UniqueConstraint("project_id", "idempotency_key"),
@@ -102,7 +109,7 @@ class Answer(Owned, Base):
 
 
 class File(Owned, Base):
-    """An uploaded or produced file. `deleted_at` keeps the row so that jobs still name it."""
+    """A file that a user uploaded or a job produced. A deleted file keeps its row, because jobs still name the file."""
 
     __tablename__ = "files"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -113,9 +120,9 @@ class File(Owned, Base):
     sha256: Mapped[str]
     uri: Mapped[str]
     report: Mapped[dict[str, Any] | None]  # FeedbackReport of a training file, once its rows are checked
-    refusal: Mapped[str | None]  # why it cannot be used, in words
-    reading: Mapped[dict[str, Any] | None]  # Reading, where whoever sent it said how; of a training file
-    num_checked: Mapped[int | None] = mapped_column(BigInteger)  # bytes that a check in the background has read
+    refusal: Mapped[str | None]  # why the file cannot be used
+    reading: Mapped[dict[str, Any] | None]  # Reading: options for reading the rows, if the request gave any
+    num_checked: Mapped[int | None] = mapped_column(BigInteger)  # bytes that a background check has read
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
     __table_args__ = (
@@ -126,7 +133,7 @@ class File(Owned, Base):
     @classmethod
     @cache
     def alive(cls) -> ColumnElement[bool]:
-        """What callers see: an expired file is gone at once, by the database's clock."""
+        """Returns the SQL condition that a file is neither deleted nor expired, by the database's clock."""
         return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
 
 
@@ -136,13 +143,13 @@ class DatasetCheck(Owned, Base):
     __tablename__ = "checks"
     submission_id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    ended_at: Mapped[datetime | None]  # when that was noticed
-    folder: Mapped[str]  # URI of what it leaves
+    ended_at: Mapped[datetime | None]  # when the service noticed the Ray job's end
+    folder: Mapped[str]  # URI of the check's results
     __table_args__ = (Index("checks_by_end", "ended_at", "project_id"),)
 
 
 class Upload(Owned, Base):
-    """A file that arrives in parts."""
+    """An upload: a file whose bytes arrive in several parts."""
 
     __tablename__ = "uploads"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -152,8 +159,8 @@ class Upload(Owned, Base):
     purpose: Mapped[str]
     mime_type: Mapped[str]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
-    file_seconds: Mapped[int | None]  # how long the file shall live
-    reading: Mapped[dict[str, Any] | None]  # of the file
+    file_seconds: Mapped[int | None]  # seconds from the upload's completion until the file expires
+    reading: Mapped[dict[str, Any] | None]  # Reading of the file
     state: Mapped[str] = mapped_column(default="pending")
     file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     __table_args__ = (
@@ -163,12 +170,12 @@ class Upload(Owned, Base):
 
 
 def reading_of(row: File | Upload) -> Reading:
-    """How the rows of the file are read."""
+    """Returns the options for reading the rows of the file; the defaults if the row has none."""
     return Reading.model_validate(row.reading or {})
 
 
 class UploadPart(Base):
-    """Some bytes of an upload. Their order is told when it is completed."""
+    """A part of an upload's bytes. The request that completes the upload gives the order of the parts."""
 
     __tablename__ = "upload_parts"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -179,24 +186,28 @@ class UploadPart(Base):
 
 
 class Job(Owned, Base):
-    """One fine-tuning job. `desired` is the user's wish, `observed` what is; every move raises `version`."""
+    """A fine-tuning job.
+
+    `desired` is the state that the user wants, and `observed` is the state that the job is in. A change of either
+    raises `version` by one.
+    """
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     spec: Mapped[dict[str, Any]]  # JobSpec
-    model_source: Mapped[str]  # pinned at submission, with the base it descends from
+    model_source: Mapped[str]  # source of the model that the job trains; fixed at submission
     model_root: Mapped[str]
-    base_source: Mapped[str | None]  # of the base that model_source, an adapter, stands on
-    reference_source: Mapped[str | None]  # of the reference, if it is not the model that the job starts from
+    base_source: Mapped[str | None]  # source of the base model, if model_source is an adapter
+    reference_source: Mapped[str | None]  # source of the reference model, if it is not model_source
     priority: Mapped[int] = mapped_column(default=0)  # higher goes first
     desired: Mapped[str] = mapped_column(default="run")
     observed: Mapped[str] = mapped_column(default="queued")
     version: Mapped[int] = mapped_column(default=1)
-    traceparent: Mapped[str | None]  # of the request that submitted it, where that was traced
-    waits_for: Mapped[str | None]  # what keeps a queued job, or the next attempt, from starting, in words
-    training: Mapped[dict[str, Any] | None]  # Started, once known: the resolved config, steps
-    progress: Mapped[dict[str, Any] | None]  # {stage, done, total, started_at}: where the running attempt is
+    traceparent: Mapped[str | None]  # of the request that submitted the job, if it was traced
+    waits_for: Mapped[str | None]  # why the job, or its next attempt, does not start yet, as text for the user
+    training: Mapped[dict[str, Any] | None]  # an attempt's Started report: the resolved config, and the number of steps
+    progress: Mapped[dict[str, Any] | None]  # stage and progress of the running attempt
     error: Mapped[dict[str, Any] | None]  # {code, message, param}
     finished_at: Mapped[datetime | None]
     fine_tuned_model: Mapped[str | None]
@@ -214,13 +225,16 @@ class Job(Owned, Base):
 
 
 class Transition(Base):
-    """One move or wish of a job, never changed: replayed in order they give its state."""
+    """A change of a job's desired or observed state.
+
+    Rows never change; replaying a job's rows in order gives its state.
+    """
 
     __tablename__ = "transitions"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    version: Mapped[int]  # of the job, after it
+    version: Mapped[int]  # of the job after the change
     desired: Mapped[str]
     observed: Mapped[str]
     actor: Mapped[str]  # key id, or the control plane's name
@@ -229,27 +243,28 @@ class Transition(Base):
 
 
 class Attempt(Base):
-    """One launch of a job on the cluster. Written before launching; at most one of a job is open."""
+    """An attempt: one execution of a job on the Ray cluster.
+
+    The row is written before the launch. A job has at most one open attempt, which is one that has not ended.
+    """
 
     __tablename__ = "attempts"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     state: Mapped[str] = mapped_column(default="launching")
-    token: Mapped[
-        str
-    ]  # digests of what it may report with: its last two launches' secrets, then its own in their place
-    next_seq: Mapped[int] = mapped_column(BigInteger, default=0)  # every report below is recorded
-    reference: Mapped[str | None]  # app_name that must be served until its scores are in
-    outcome: Mapped[dict[str, Any] | None]  # its Succeeded, Failed or Paused report
+    token: Mapped[str]  # digests of the last two launches' tokens; later of the token that the attempt made
+    next_seq: Mapped[int] = mapped_column(BigInteger, default=0)  # all reports with smaller numbers are recorded
+    reference: Mapped[str | None]  # app_name of the reference model that must be served for the attempt
+    outcome: Mapped[dict[str, Any] | None]  # the attempt's Succeeded, Failed or Paused report
     reported_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    silent_seconds: Mapped[float] = column_property(  # when it was read, since its last sign of life
+    silent_seconds: Mapped[float] = column_property(  # from the attempt's last sign of life until the row was read
         cast(extract("epoch", func.clock_timestamp() - reported_at), Double)
     )
     num_accelerators: Mapped[float] = mapped_column(default=0)
     ended_at: Mapped[datetime | None]
-    failed: Mapped[bool] = mapped_column(default=False)  # died by itself: may count towards max_attempts
-    reason: Mapped[str | None]  # why it ended, or is being stopped, in words
+    failed: Mapped[bool] = mapped_column(default=False)  # the attempt died by itself, which counts towards max_attempts
+    reason: Mapped[str | None]  # why the attempt ended or is being stopped
     __table_args__ = (
         CheckConstraint("state IN ('launching', 'running', 'ended')"),
         CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)"),
@@ -259,14 +274,16 @@ class Attempt(Base):
 
     @property
     def submission_id(self) -> str:
-        """Of its job in Ray."""
+        """Returns the submission id under which Ray runs the attempt."""
         return f"{self.job_id}-{self.number}"
 
 
 class Event(Base):
-    """What a user sees of a job. (job, attempt, seq) is unique, so an attempt may send twice; attempt 0 is ours.
+    """An event in a job's history, which the job's user can read.
 
-    Ids of one job's events rise in the order in which they become visible: a trigger sees to it.
+    The columns (job_id, attempt, seq) are together unique, so an attempt may send a report twice. Events with attempt 0
+    come from the control plane itself. A trigger makes the ids of one job's events rise in the order in which the
+    events become visible.
     """
 
     __tablename__ = "events"
@@ -274,13 +291,13 @@ class Event(Base):
     public_id: Mapped[str] = mapped_column(unique=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     attempt: Mapped[int] = mapped_column(default=0)
-    seq: Mapped[int | None]  # None for our own
+    seq: Mapped[int | None]  # None for the service's own events
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     level: Mapped[str] = mapped_column(default="info")
     type: Mapped[str] = mapped_column(default="message")
     message: Mapped[str]
     data: Mapped[dict[str, Any] | None]
-    step: Mapped[int | None]  # of metrics: a resumed attempt computes some steps again, and they are told once
+    step: Mapped[int | None]  # step of a metrics event; unique, because a resumed attempt repeats some steps
     __table_args__ = (
         UniqueConstraint("job_id", "attempt", "seq"),
         UniqueConstraint("job_id", "step"),
@@ -289,7 +306,7 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """A complete checkpoint of a job."""
+    """A checkpoint of a job that is complete in storage."""
 
     __tablename__ = "checkpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -297,25 +314,27 @@ class Checkpoint(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     step: Mapped[int]
     uri: Mapped[str]
-    model_id: Mapped[str]  # a checkpoint is a model that can be queried
+    model_id: Mapped[str]  # the checkpoint is a model under this name
     metrics: Mapped[dict[str, Any]]
     __table_args__ = (UniqueConstraint("job_id", "step"),)
 
 
 class Model(Owned, Base):
-    """A trained policy, by the name that clients use. Base models live in the settings."""
+    """A trained model under the name that clients use. Base models are not in this table but in the settings."""
 
     __tablename__ = "models"
     id: Mapped[str] = mapped_column(primary_key=True)  # ft:base:org:suffix:job's digits[:ckpt-step-n]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    source: Mapped[str]  # storage URI of a Hugging Face folder, or of an adapter's
+    source: Mapped[str]  # storage URI of a Hugging Face folder, or of an adapter's folder
     root: Mapped[str]  # base model's name
-    base_source: Mapped[str | None]  # of what an adapter stands on; None: it holds all weights
-    adapter: Mapped[dict[str, Any] | None]  # its options
-    num_outputs: Mapped[int] = mapped_column(server_default="0")  # of a reward model's head; 0: it is no reward model
+    base_source: Mapped[str | None]  # source of an adapter's base model; None: the model holds all weights
+    adapter: Mapped[dict[str, Any] | None]  # an adapter's options
+    num_outputs: Mapped[int] = mapped_column(
+        server_default="0"
+    )  # outputs of a reward model's head; 0: the model is no reward model
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     deleted_at: Mapped[datetime | None]
-    removed_at: Mapped[datetime | None]  # its bytes, after it was deleted
+    removed_at: Mapped[datetime | None]  # when the deleted model's files were removed from storage
     __table_args__ = (
         Index("models_by_time", "project_id", "created_at", "id"),
         Index("models_to_remove", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND removed_at IS NULL")),
@@ -323,18 +342,18 @@ class Model(Owned, Base):
 
 
 class CheckpointPermission(Base):
-    """Another project may use a model: a checkpoint, or a trained policy."""
+    """A permission for another project to use a model, which is a trained policy or a checkpoint."""
 
     __tablename__ = "checkpoint_permissions"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))  # which may
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))  # the project that may use the model
     __table_args__ = (UniqueConstraint("model_id", "project_id"),)
 
 
 class WebhookEndpoint(Owned, Base):
-    """Where a project wants to be told of its jobs."""
+    """A URL to which the service sends webhooks about a project's jobs."""
 
     __tablename__ = "webhook_endpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -346,16 +365,18 @@ class WebhookEndpoint(Owned, Base):
     secret: Mapped[str]
     old_secret: Mapped[str | None]
     old_secret_until: Mapped[datetime | None] = mapped_column()
-    old_secret_counts: Mapped[bool | None] = column_property(old_secret_until > func.clock_timestamp())  # when read
-    num_failures: Mapped[int] = mapped_column(server_default="0")  # sends that failed, one after the other
-    retry_at: Mapped[datetime | None]  # nothing is sent before, as it failed
-    disabled_at: Mapped[datetime | None]  # it answered that it is gone
+    old_secret_counts: Mapped[bool | None] = column_property(
+        old_secret_until > func.clock_timestamp()
+    )  # whether the old secret was valid when the row was read
+    num_failures: Mapped[int] = mapped_column(server_default="0")  # sends that failed in a row
+    retry_at: Mapped[datetime | None]  # nothing is sent before this time, because sends failed
+    disabled_at: Mapped[datetime | None]  # when the endpoint answered 410 Gone
     deleted_at: Mapped[datetime | None]
     __table_args__ = (Index("webhook_endpoints_by_time", "project_id", "created_at", "id"),)
 
 
 class Outbound(Base):
-    """An effect outside the database, written in the transaction that causes it: one webhook to one endpoint."""
+    """A webhook message to one endpoint. The transaction that ends the job writes the row."""
 
     __tablename__ = "outbox"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -365,12 +386,12 @@ class Outbound(Base):
     body: Mapped[dict[str, Any]]
     num_sends: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime | None] = mapped_column(server_default=func.now())  # None: delivered or given up
-    outcome: Mapped[str | None]  # of the last send, in words
+    outcome: Mapped[str | None]  # result of the last send, as text
     __table_args__ = (Index("outbox_due", "endpoint_id", "due_at", "id", postgresql_where=text("due_at IS NOT NULL")),)
 
 
 class AuditEntry(Base):
-    """Who did what, and who was refused. Never changed."""
+    """An entry of the audit log: a request that changed data or was refused, and its key. Entries never change."""
 
     __tablename__ = "audit_log"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -381,13 +402,13 @@ class AuditEntry(Base):
     action: Mapped[str]  # method and route
     object_id: Mapped[str | None]
     status: Mapped[int]
-    code: Mapped[str | None]  # of a refusal
-    num_requests: Mapped[int] = mapped_column(default=1)  # above 1: as many refusals, of which this is the first
+    code: Mapped[str | None]  # error code of a refusal
+    num_requests: Mapped[int] = mapped_column(default=1)  # how many refusals of the same kind the entry stands for
     __table_args__ = (Index("audit_log_by_project", "project_id", "id"),)
 
 
 class Deployment(Base):
-    """A model that should be served: asked for by a request or by a job that needs its scores."""
+    """A model that Ray Serve should run, because a request or a job that uses the model as its reference needs it."""
 
     __tablename__ = "deployments"
     app_name: Mapped[str] = mapped_column(primary_key=True)
@@ -405,14 +426,20 @@ class Deployment(Base):
 
 
 class Instance(Base):
-    """The one row is the service's identity: what it names on a shared Ray cluster begins with it."""
+    """The service's id, in a table with one row.
+
+    The names of the service's applications in Ray contain the id, so that services can share a cluster.
+    """
 
     __tablename__ = "instance"
     id: Mapped[str] = mapped_column(primary_key=True)
 
 
 class Lease(Base):
-    """Who acts. Times are the database's own."""
+    """A lease: the right of one process, until `expires_at`, to do a piece of work such as the reconciler's.
+
+    All times are by the database's clock.
+    """
 
     __tablename__ = "leases"
     name: Mapped[str] = mapped_column(primary_key=True)

@@ -1,1 +1,1 @@
-"""Files and uploads, and the checks of their rows."""
+"""Stores files and uploads, and checks the rows of training files."""

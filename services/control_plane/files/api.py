@@ -1,4 +1,4 @@
-"""/v1/files"""
+"""The routes below /v1/files, which store, list, read and delete files."""
 
 import io
 import re
@@ -20,7 +20,7 @@ from services.control_plane.core.tables import File
 from services.control_plane.files import files, row_check
 from services.control_plane.files.requests import CreateFile
 from services.control_plane.files.responses import file_object
-from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
 from services.control_plane.http.forms import multipart, read_form
 
 router = APIRouter(prefix="/files")
@@ -34,18 +34,18 @@ FIELDS = (
 )
 CHUNK = 1 << 20
 IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked."
-# One range, as RFC 9110 writes it. Any other `Range` may be ignored, and is.
+# One range of bytes, as RFC 9110 writes it. The service ignores other `Range` headers, as the RFC allows.
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("", openapi_extra=multipart("file", "purpose", *FIELDS))
-async def create(request: Request, once: OncePart, store: StorePart, settings: SettingsPart) -> Response:
-    """Store the file and check every row; a bad row is refused by its line."""
+async def create(request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart) -> Response:
+    """Stores a file and checks its rows. A file with a bad row is refused; the error names the line."""
     async with read_form(request, "file", most=settings.max_upload_bytes, remedy=IN_PARTS) as form:
         wanted = CreateFile.of(form.fields)
         reading = wanted.reading()
         filename = files.clean_name(form.filename, "file")
-        async with store.begin() as session:  # before it is checked; what counts is the one below
+        async with store.begin() as session:  # refuses early; the reservation in `keep` is the one that counts
             await files.reserve(session, store.project_id, form.num_bytes, param="file")
         stored = await files.store_file(form.source, settings)
 
@@ -67,7 +67,7 @@ async def create(request: Request, once: OncePart, store: StorePart, settings: S
             return file_object(row)
 
         content = f"{filename}\n{wanted.model_dump_json()}\n{stored.num_bytes}\n{stored.sha256}"
-        return await once.act(keep, content=content)
+        return await idempotent.act(keep, content=content)
 
 
 @router.get("")
@@ -84,7 +84,9 @@ async def list_files(
     async with store.look() as session:
         keys = [File.created_at, File.id]
         rows, more = await page(session, query, keys, after=after, limit=limit, descending=order == "desc")
-    return JSONResponse(listing([file_object(row) for row in rows], more))  # FastAPI would take seconds to encode it
+    return JSONResponse(
+        listing([file_object(row) for row in rows], more)
+    )  # FastAPI's own encoder would take seconds for a long list
 
 
 @router.get("/{file_id}")
@@ -115,9 +117,9 @@ def _attached(filename: str) -> dict[str, str]:
 
 
 def _part(asked: re.Match[str], num_bytes: int) -> range:
-    """The bytes asked for; empty where there are none."""
+    """Returns the range of bytes that a `Range` header asks for; an empty range if the file has none of these bytes."""
     first, last = asked[1], asked[2]
-    if not first:  # so many from the end
+    if not first:  # the last bytes of the file
         return range(max(0, num_bytes - int(last)), num_bytes)
     return range(int(first), min(int(last) + 1, num_bytes) if last else num_bytes)
 
@@ -134,14 +136,14 @@ async def _read(source: io.BufferedReader, span: range) -> AsyncIterator[bytes]:
 
 
 @router.delete("/{file_id}")
-async def delete(once: OncePart, file_id: str) -> Response:
+async def delete(idempotent: IdempotentPart, file_id: str) -> Response:
     removed: list[File] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         removed.append(await files.remove(session, file_id))
         return deleted("file", file_id)
 
-    answer = await once.act(remove, changes=file_id)
+    answer = await idempotent.act(remove, changes=file_id)
     for row in removed:
         await remove_bytes(row.uri)
     return answer

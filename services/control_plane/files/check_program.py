@@ -1,7 +1,8 @@
-"""Checks the rows of one stored file: `python -m services.control_plane.files.check_program URI READING`.
+"""A program that checks the rows of one stored file.
 
-A process of its own, because reading rows takes one core for minutes. Every second it prints how many bytes it has
-read, at last the report; each is a line of JSON. Where nobody reads these any more, it ends.
+Its command is `python -m services.control_plane.files.check_program URI READING`. The check runs in a process of its
+own, because reading rows takes one core for minutes. The program prints lines of JSON: every second the number of bytes
+that it has read, and at the end the report. It ends if nobody reads its output any more.
 """
 
 import json
@@ -20,16 +21,19 @@ from services.contract import Reading
 TELL_SECONDS = 1.0
 
 
-def survey_file(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """The file's FeedbackReport as JSON has it, and its refusal. `tell` hears of the bytes read."""
+def check_rows(uri: str, reading: Reading, tell: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Returns the file's FeedbackReport under `report`, and the reason to refuse the file (or None) under `refusal`.
+
+    Calls `tell` every second with the number of bytes that were read.
+    """
     share = reading.invalid_rows.max_share if reading.invalid_rows.how == "drop" else 0.0
     with storage.open_input(uri) as source:
         lines = json_lines(source)
-        report = survey(_told(lines, source, tell) if tell else lines, columns=reading.columns)
+        report = survey(_telling(lines, source, tell) if tell else lines, columns=reading.columns)
     return {"report": asdict(report), "refusal": report.refusal_beyond(share)}
 
 
-def _told(lines: Iterator[bytes], source: BinaryIO, tell: Callable[[int], None]) -> Iterator[bytes]:
+def _telling(lines: Iterator[bytes], source: BinaryIO, tell: Callable[[int], None]) -> Iterator[bytes]:
     told = time.monotonic()
     for line in lines:
         yield line
@@ -44,9 +48,9 @@ def _say(value: dict[str, Any]) -> None:
 
 
 def main(uri: str, reading: str) -> None:
-    os.nice(10)  # requests are answered first
+    os.nice(10)  # the control plane's requests come first
     how = Reading.model_validate_json(reading)
-    _say(survey_file(uri, how, lambda num_bytes: _say({"num_checked": num_bytes})))
+    _say(check_rows(uri, how, lambda num_bytes: _say({"num_checked": num_bytes})))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Files: bytes in storage, and the rows that name them. What no row names is removed from storage in time."""
+"""Stores files, which are bytes in storage and database rows that name them.
+
+The sweeper removes bytes without a row.
+"""
 
 import hashlib
 import logging
@@ -30,14 +33,14 @@ TRAINING = "fine-tune"
 RESULTS = "fine-tune-results"
 NEEDED = ("training_file", "validation_file")  # fields of a job's spec that name files
 LONGEST_NAME = 255
-SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds that a file may be given
+SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # limits of `expires_after`, in seconds
 
 
 # --- bytes -----------------------------------------------------------------------------------
 
 
 class Digesting:
-    """A source that is digested while it is read."""
+    """A reader that returns the bytes of `source` and computes their digests."""
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
@@ -54,18 +57,18 @@ class Digesting:
 
 @dataclass
 class Stored:
-    """Bytes in storage."""
+    """Bytes that were written to storage, with their URI, size and digests."""
 
     id: str
     uri: str
     num_bytes: int
     sha256: str
     md5: str
-    named: bool = False  # by a row
+    named: bool = False  # whether a database row names the bytes
 
 
 async def store(source: BinaryIO, folder: str, prefix: str) -> Stored:
-    """Copies what is left of `source` into a new file of the folder."""
+    """Copies the remaining bytes of `source` into a new file in the storage folder. Returns the new file."""
     name = prefix + secrets.token_hex(12)
     uri = storage.join(folder, name)
     digesting = Digesting(source)
@@ -74,13 +77,13 @@ async def store(source: BinaryIO, folder: str, prefix: str) -> Stored:
 
 
 async def store_file(source: BinaryIO, settings: Settings) -> Stored:
-    """As the bytes of a file; the caller adds its row."""
+    """Copies `source` into the storage folder of files. The caller must then add the database row of the new file."""
     return await store(source, storage.join(settings.storage_url, "files"), "file-")
 
 
 @asynccontextmanager
 async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
-    """Where what follows names them in no row, the bytes are removed."""
+    """Deletes the stored bytes at the end of the `with` block unless a database row names them by then."""
     try:
         yield
     finally:
@@ -89,7 +92,10 @@ async def removed_unless_named(stored: Stored) -> AsyncIterator[None]:
 
 
 def clean_name(name: str, param: str) -> str:
-    """The last part of a path, as RFC 7578 wants it. It names no file here; clients may store under it."""
+    """Returns the file name without folders, as RFC 7578 requires, because clients may save the file under this name.
+
+    Raises InvalidRequest if the name is empty, too long or not printable.
+    """
     name = re.split(r"[/\\]", name)[-1]
     if name in ("", ".", "..") or len(name) > LONGEST_NAME or not name.isprintable():
         shown = "".join(c if c.isprintable() else "\ufffd" for c in name[:40])
@@ -112,7 +118,7 @@ async def add(
     report: dict[str, Any] | None = None,
     reading: Reading | None = None,
 ) -> File:
-    """The row that names the bytes. A training file without a report is checked in the background."""
+    """Adds the database row of a stored file. A training file without a report is checked in the background."""
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
     row = File(
@@ -137,12 +143,16 @@ async def add(
 
 
 async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -> File:
-    """The file by its id; NotFound where there is none, or no longer."""
+    """Returns the file with this id. Raises NotFound if the file does not exist, was deleted or has expired."""
     return await _find(session, file_id, param, lock=None)
 
 
 async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
-    """A training file whose rows are checked. It stays until the caller's transaction ends, by a lock."""
+    """Returns the training file with this id, locked against deletion until the transaction ends.
+
+    Raises NotFound if there is no such file, and InvalidRequest if the file is no training file, its rows have not been
+    checked yet, or the check refused the rows.
+    """
     row = await _find(session, file_id, param, lock="share")
     if row.purpose != TRAINING:
         message = f"{row.id} has purpose '{row.purpose}'; {param} needs one uploaded with '{TRAINING}'."
@@ -157,12 +167,15 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
 
 
 async def _check_in_words(session: AsyncSession, row: File) -> str:
-    """Where the check in the background is. Of files that wait before it only the project's own are told."""
+    """Returns a text that says how far the background check of the file is.
+
+    If the check has not begun, the text counts the older unchecked files of the same project.
+    """
     if row.num_checked is not None:
         return f"is still being checked: {row.num_checked} of {row.num_bytes} bytes are read"
     older = tuple_(File.created_at, File.id) < (row.created_at, row.id)
-    own = select(func.count()).select_from(File).where(text(UNCHECKED), File.project_id == row.project_id, older)
-    before = await session.scalar(own)
+    earlier = select(func.count()).select_from(File).where(text(UNCHECKED), File.project_id == row.project_id, older)
+    before = await session.scalar(earlier)
     return f"is still to be checked: {before} {'file' if before == 1 else 'files'} of the project before it"
 
 
@@ -176,7 +189,10 @@ async def _find(session: AsyncSession, file_id: str, param: str, lock: str | Non
 
 
 async def remove(session: AsyncSession, file_id: str) -> File:
-    """Forget the file, unless a job still needs it. The caller deletes its bytes after the commit."""
+    """Marks the file as deleted. Raises InvalidRequest if a job that has not ended needs the file.
+
+    The caller must delete the file's bytes after the commit.
+    """
     row = await _find(session, file_id, "file_id", lock="update")
     if job_id := (await needed_by(session, [file_id])).get(file_id):
         raise InvalidRequest(f"{file_id} is needed by {job_id}, which has not ended; cancel the job first.")
@@ -185,12 +201,15 @@ async def remove(session: AsyncSession, file_id: str) -> File:
 
 
 async def expire(session: AsyncSession, most: int) -> list[str]:
-    """Forget expired files that no live job needs. Returns where the bytes lie, to be deleted after the commit."""
+    """Marks expired files that no live job needs as deleted, at most `most` of them. Returns the URIs of these files.
+
+    The caller must delete the bytes at these URIs after the commit.
+    """
     over = select(File).where(File.deleted_at.is_(None), File.expires_at <= func.clock_timestamp())
-    for name in NEEDED:  # else those that are needed for long would hide the others
+    for name in NEEDED:  # or files that jobs need for long would fill the first `most` rows
         over = over.where(File.id.not_in(select(Job.spec[name].astext).where(_lives(name))))
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True)))
-    needed = await needed_by(session, [row.id for row in rows])  # a job may have taken one meanwhile
+    needed = await needed_by(session, [row.id for row in rows])  # a job may have taken a file before its lock
     free = [row for row in rows if row.id not in needed]
     for row in free:
         row.deleted_at = func.clock_timestamp()
@@ -198,9 +217,10 @@ async def expire(session: AsyncSession, most: int) -> list[str]:
 
 
 async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str]:
-    """Of these files the ones that a live job trains on or validates with, and such a job.
+    """Returns the ids of the files that a live job trains on or validates with, each with the id of one such job.
 
-    Asked after the files are locked, so that no job takes one meanwhile.
+    A live job is one that has not ended. The caller must hold locks on the files, so that no new job can name one of
+    the files meanwhile.
     """
     needed: dict[str, str] = {}
     for name in NEEDED:
@@ -211,12 +231,15 @@ async def needed_by(session: AsyncSession, file_ids: list[str]) -> dict[str, str
 
 
 def _lives(name: str) -> ColumnElement[bool]:
-    """Jobs that have not ended and name a file as `name`."""
+    """Returns the SQL condition that a job has not ended and names a file in the field `name` of its spec."""
     return and_(Job.observed.not_in(TERMINAL), Job.spec[name].astext.is_not(None))
 
 
 async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, param: str) -> None:
-    """Raises OverQuota if the project may not have so many bytes more. Until the commit no other file is admitted."""
+    """Raises OverQuota if the project may not store `num_bytes` more bytes.
+
+    Locks the project, so that files that arrive at the same time are counted one after the other.
+    """
     limit = select(Project.max_bytes).where(Project.id == project_id)
     most = await session.scalar(limit.with_for_update(key_share=True))
     if most is None:
@@ -230,11 +253,11 @@ async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, par
         raise OverQuota(message, param=param)
 
 
-# --- files that are the user's own ------------------------------------------------------------
+# --- files that are not uploaded --------------------------------------------------------------
 
 
 async def check_uri(uri: str, settings: Settings) -> None:
-    """What can be told of a user's URI before anything is connected to. Raises InvalidRequest."""
+    """Raises InvalidRequest if a job may not train on the user's URI. Connects to no other machine."""
     try:
         await anyio.to_thread.run_sync(_check_uri, uri, settings)
     except InvalidUri as error:
@@ -246,4 +269,4 @@ def _check_uri(uri: str, settings: Settings) -> None:
     if place.startswith(("https:", "http:")):
         outbound.check_literal(place, settings.dataset_uris)
     if place.startswith("file:") and not is_folder(uri) and storage.version(place) is None:
-        raise InvalidUri(f"{uri} is no file here; one for a folder ends with '/'.")
+        raise InvalidUri(f"{uri} is no file on this machine; the URI of a folder must end with '/'.")

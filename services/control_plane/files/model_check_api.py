@@ -1,4 +1,4 @@
-"""/v1/x/datasets"""
+"""The route /v1/x/datasets/check, which reports on the rows of a training file and on their encoding for a model."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from services.control_plane.files import files, model_check
 from services.control_plane.files.requests import CheckDataset
 from services.control_plane.files.responses import check_object
-from services.control_plane.http.dependencies import LauncherPart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
 from services.control_plane.models import models
 
 router = APIRouter(prefix="/x/datasets")
@@ -15,9 +15,12 @@ router = APIRouter(prefix="/x/datasets")
 
 @router.post("/check")
 async def check(
-    request: Request, store: StorePart, settings: SettingsPart, launcher: LauncherPart, body: CheckDataset
+    request: Request, store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CheckDataset
 ) -> dict[str, Any]:
-    """What a training file holds, and with a model: what encoding would do with it. Repeat it while it is running."""
+    """Returns a report on the training file's rows and, if a model is named, on the encoding of the rows for the model.
+
+    Send the request again while the answer's status is `running`.
+    """
     config = body.config()
     async with store.begin() as session:
         file = await files.find_checked(session, body.training_file, param="training_file")
@@ -25,5 +28,5 @@ async def check(
     if model is None:
         return check_object(f"check-{file.id}", file, None)
     asked = model_check.check_of(file, model, config, settings, await store.store.instance())
-    result = await model_check.result_of(asked, store, launcher, settings, request.is_disconnected)
+    result = await model_check.result_of(asked, store, ray_api, settings, request.is_disconnected)
     return check_object(asked.id, file, result, running=result is None)

@@ -1,4 +1,4 @@
-"""Bodies of requests about files, uploads and checks of their rows."""
+"""Defines the request bodies for files, uploads and checks of their rows."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +26,10 @@ Columns = dict[str, Annotated[str, StringConstraints(min_length=1, max_length=25
 
 
 def reading(extension: Mapping[str, Any]) -> Reading:
-    """What x_raydpo says of a file's rows. Raises InvalidRequest naming the field."""
+    """Returns the options in `x_raydpo` for reading a file's rows.
+
+    Raises InvalidRequest, which names the wrong field.
+    """
     return Reading(columns=_columns(extension.get("columns", {})), invalid_rows=_invalid_rows(extension))
 
 
@@ -43,15 +46,15 @@ def _invalid_rows(extension: Mapping[str, Any]) -> InvalidRows:
     paths = {"how": "x_raydpo.invalid_rows", "max_share": "x_raydpo.max_invalid_share"}
     given = {"how": extension.get("invalid_rows"), "max_share": extension.get("max_invalid_share")}
     given = {name: value for name, value in given.items() if value is not None}
-    found: InvalidRows = parse(InvalidRows, given, "x_raydpo", paths)
-    if "max_share" in given and found.how == "refuse":
+    invalid_rows: InvalidRows = parse(InvalidRows, given, "x_raydpo", paths)
+    if "max_share" in given and invalid_rows.how == "refuse":
         message = f"{paths['max_share']} is for invalid_rows 'drop'; send that as well."
         raise InvalidRequest(message, param=paths["max_share"])
-    return found
+    return invalid_rows
 
 
 class CheckDataset(BaseModel):
-    """Body of POST /x/datasets/check."""
+    """The JSON body of POST /v1/x/datasets/check."""
 
     model_config = ConfigDict(extra="forbid")
     training_file: Text
@@ -60,17 +63,23 @@ class CheckDataset(BaseModel):
     truncation: Truncation | None = None
 
     def config(self) -> TrainConfig:
-        """What a job with these options would use. Raises InvalidRequest naming the field."""
+        """Returns the config of a job with the options of this body.
+
+        Raises InvalidRequest, which names the wrong field.
+        """
         given = self.model_dump(include={"max_length", "truncation"}, exclude_none=True)
         if given and self.model is None:
             (name, *_) = given
-            message = f"{name} is of tokens, and only a model tells these; send model too."
+            message = f"{name} counts tokens, which depend on the model; send model too."
             raise InvalidRequest(message, param=name)
         return parse(TrainConfig, given, "", {name: name for name in given})
 
 
 class ExpiresAfter(BaseModel):
-    """How long a file lives. In forms its parts are `expires_after[anchor]` and `expires_after[seconds]`."""
+    """The time from a file's creation until it expires.
+
+    In multipart forms, the fields are `expires_after[anchor]` and `expires_after[seconds]`.
+    """
 
     model_config = ConfigDict(extra="forbid")
     anchor: Literal["created_at"]
@@ -78,7 +87,7 @@ class ExpiresAfter(BaseModel):
 
 
 class CreateFile(BaseModel):
-    """The fields of POST /files beside the file itself."""
+    """The fields of the multipart body of POST /v1/files, without the file itself."""
 
     model_config = ConfigDict(extra="forbid")
     purpose: Text
@@ -102,14 +111,17 @@ class CreateFile(BaseModel):
         return self.expires_after.seconds if self.expires_after else None
 
     def reading(self) -> Reading:
-        """Raises InvalidRequest naming the field."""
+        """Returns the options in `x_raydpo` for reading the file's rows.
+
+        Raises InvalidRequest, which names the wrong field.
+        """
         extension = self.x_raydpo or {}
         refuse_unknown(extension, READING, "x_raydpo")
         return reading(extension)
 
 
 class CreateUpload(CreateFile):
-    """Body of POST /uploads."""
+    """The JSON body of POST /v1/uploads."""
 
     filename: Text
     bytes: Annotated[int, Field(ge=1)]
@@ -117,7 +129,7 @@ class CreateUpload(CreateFile):
 
 
 class CompleteUpload(BaseModel):
-    """Body of POST /uploads/{id}/complete. The parts in their order."""
+    """The JSON body of POST /v1/uploads/{id}/complete. The parts are joined in the order of `part_ids`."""
 
     model_config = ConfigDict(extra="forbid")
     part_ids: Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS)]

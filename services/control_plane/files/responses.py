@@ -1,4 +1,4 @@
-"""Files, uploads and checks as clients read them."""
+"""Builds the JSON objects of files, uploads and checks for responses."""
 
 from typing import Any
 
@@ -71,13 +71,17 @@ def part_object(row: UploadPart) -> dict[str, Any]:
 
 
 def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
-    """A file's survey and, where a model was asked, what its check found."""
+    """Returns a check as a `dataset.check` object: its status, and the report on the file's rows.
+
+    `result` is the result of encoding the rows for a model; None if the request named no model, or the check still
+    runs.
+    """
     error = result.error if result else None
-    found = result.report or {} if result else {}
+    of_model = result.report or {} if result else {}
     return {
         "object": "dataset.check",
         "id": check_id,
         "status": "running" if running else "failed" if error else "completed",
-        "report": {"survey": file.report, **found},
+        "report": {"survey": file.report, **of_model},
         "error": error and {"code": error.code, "message": error.message, "param": error.param},
     }

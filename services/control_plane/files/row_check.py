@@ -1,7 +1,7 @@
-"""Checks of the rows of training files: before the answer where that takes seconds, else in the background.
+"""Checks the rows of training files: small files before the response, large files in the background.
 
-A large file's row is written unchecked. Every control plane looks for such rows; the holder of a file's lease checks
-it, so that a check survives whoever dies, and none runs twice.
+A large file is stored unchecked. Every control plane looks for unchecked files; the one that gets a file's lease checks
+the file. So another control plane repeats the check if the first one dies, and no two check a file at once.
 """
 
 import asyncio
@@ -26,58 +26,58 @@ from services.control_plane.core import store
 from services.control_plane.core.errors import InvalidRequest, Unavailable
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import UNCHECKED, File, Lease, reading_of
-from services.control_plane.files.check_program import survey_file
+from services.control_plane.files.check_program import check_rows
 from services.control_plane.files.files import Stored
 
 log = logging.getLogger(__name__)
 
-IN_PROCESS_BYTES = 4 * 2**20  # 0.1 s at 42 MiB/s: starting a process takes longer
-AT_ONCE = 4  # processes, of 80 MiB each, however many cores the machine has
-AT_ONCE_BYTES = 512 * 2**20  # 12 s: proxies cut answers off after 60
+IN_PROCESS_BYTES = 4 * 2**20  # a check of so many bytes takes 0.1 s, less than starting a process
+AT_ONCE = 4  # the most processes, each of 80 MiB, however many cores there are
+AT_ONCE_BYTES = 512 * 2**20  # a check of so many bytes takes 12 s; proxies cut responses off after 60 s
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
 RETRY_SECONDS = 30.0
 GIVEN_UP_AFTER = timedelta(days=1)
-LEASE = "check of "  # and a file's id
+LEASE = "check of "  # the name of a file's lease is this text and the file's id
 
 
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("checks at once")
 
 
 class Died(Exception):
-    """The process that checked a file ended without a report."""
+    """The process that checked a file's rows ended without a report."""
 
 
 async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str, Any] | None:
-    """The report on rows that can be used; None: they are many, and are checked in the background.
+    """Checks the file's rows and returns the report; None if the file is so large that it is checked in the background.
 
-    Raises InvalidRequest naming the first bad line.
+    Raises InvalidRequest, which names the first bad line, and Unavailable if the process of the check died.
     """
     if stored.num_bytes > AT_ONCE_BYTES:
         return None
     try:
-        found = await _survey(stored.uri, stored.num_bytes, reading)
+        outcome = await _run_check(stored.uri, stored.num_bytes, reading)
     except Died:
         log.exception("A check died")
         raise Unavailable("The check of the file's rows died; send it again.", retry_after=5) from None
-    if found["refusal"]:
-        raise InvalidRequest(found["refusal"], param=param, code="invalid_file_format")
-    report: dict[str, Any] = found["report"]
+    if outcome["refusal"]:
+        raise InvalidRequest(outcome["refusal"], param=param, code="invalid_file_format")
+    report: dict[str, Any] = outcome["report"]
     return report
 
 
-async def _survey(
+async def _run_check(
     uri: str, num_bytes: int, reading: Reading, tell: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     if num_bytes <= IN_PROCESS_BYTES:
-        return await anyio.to_thread.run_sync(survey_file, uri, reading)
+        return await anyio.to_thread.run_sync(check_rows, uri, reading)
     async with _processes():
-        return await _survey_apart(uri, reading, tell)
+        return await _run_program(uri, reading, tell)
 
 
 def _processes() -> anyio.CapacityLimiter:
-    """At most AT_ONCE checks run at once in this control plane; others wait."""
+    """Returns the limiter of this control plane's check processes: at most AT_ONCE run, and further checks wait."""
     try:
         return _limiter.get()
     except LookupError:
@@ -85,7 +85,7 @@ def _processes() -> anyio.CapacityLimiter:
         return _limiter.get()
 
 
-async def _survey_apart(uri: str, reading: Reading, tell: Callable[[int], None] | None) -> dict[str, Any]:
+async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] | None) -> dict[str, Any]:
     command = (sys.executable, "-m", "services.control_plane.files.check_program", uri, reading.model_dump_json())
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, limit=2**24)
@@ -93,33 +93,33 @@ async def _survey_apart(uri: str, reading: Reading, tell: Callable[[int], None] 
         assert process.stdout is not None
         assert process.stderr is not None
         errors = asyncio.create_task(process.stderr.read())
-        found: dict[str, Any] = {}
+        said: dict[str, Any] = {}
         async for line in process.stdout:
-            found = json.loads(line)
-            if tell is not None and "num_checked" in found:
-                tell(found["num_checked"])
-        if await process.wait() != 0 or "report" not in found:
+            said = json.loads(line)
+            if tell is not None and "num_checked" in said:
+                tell(said["num_checked"])
+        if await process.wait() != 0 or "report" not in said:
             raise Died(f"{uri}: exit status {process.returncode}: {(await errors)[-2000:].decode(errors='replace')}")
-        return found
+        return said
     finally:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
 
 
-class Surveyor:
-    """One runs in every control plane, and checks one file at a time."""
+class RowChecker:
+    """The background task that checks files. Every control plane has one, which checks one file at a time."""
 
     def __init__(self, store: Store, *, holder: str) -> None:
         self._store, self._holder = store, holder
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Looks for unchecked files and checks them, until cancelled."""
         while True:
             try:
                 await self.tick()
             except (SQLAlchemyError, OSError) as error:
-                log.warning("The database does not answer; a check is tried again: %s", error)
+                log.warning("The database does not answer; the check is tried again: %s", error)
             await asyncio.sleep(TICK_SECONDS)
 
     async def tick(self) -> None:
@@ -130,8 +130,8 @@ class Surveyor:
         failed = False
         try:
             await self._check(row)
-        except Exception as error:  # one file's trouble is not the others'
-            log.warning("A check is tried again in %d s, others meanwhile: %r", RETRY_SECONDS, error)
+        except Exception as error:  # an error with one file must not stop the checks of others
+            log.warning("A check failed and is tried again in %d s: %r", RETRY_SECONDS, error)
             failed = True
         finally:
             async with self._store.begin() as session:
@@ -151,14 +151,14 @@ class Surveyor:
         return None
 
     async def _check(self, row: File) -> None:
-        """Survey the file while the lease is held; what was found is written once."""
+        """Checks the file's rows, renews the file's lease meanwhile, and writes the result."""
         num_checked = 0
 
         def tell(num_bytes: int) -> None:
             nonlocal num_checked
             num_checked = num_bytes
 
-        checking = asyncio.create_task(_survey(row.uri, row.num_bytes, reading_of(row), tell))
+        checking = asyncio.create_task(_run_check(row.uri, row.num_bytes, reading_of(row), tell))
         try:
             while not (await asyncio.wait({checking}, timeout=BEAT_SECONDS))[0]:
                 if not await self._beat(row, num_checked):
@@ -168,17 +168,20 @@ class Surveyor:
             checking.cancel()
             await asyncio.gather(checking, return_exceptions=True)
 
-    async def _conclude(self, row: File, **found: Any) -> None:
+    async def _conclude(self, row: File, **outcome: Any) -> None:
         try:
-            await self._write(row, **found, num_checked=row.num_bytes)
+            await self._write(row, **outcome, num_checked=row.num_bytes)
         except DBAPIError as error:
             if not store.refuses_value(error):
                 raise
-            refusal = "What its check found cannot be kept: it quotes a NUL character or the like; remove that."
+            refusal = "The report on the file cannot be stored: it quotes a NUL character or the like; remove that."
             await self._write(row, refusal=refusal, num_checked=row.num_bytes)
 
     async def _beat(self, row: File, num_checked: int) -> bool:
-        """False where the check is another's now, or the file is gone."""
+        """Renews the file's lease and writes the progress of the check.
+
+        Returns False if the lease was lost, or the file was deleted.
+        """
         async with self._store.begin() as session:
             held = await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS)
         return held and await self._write(row, num_checked=num_checked)
@@ -190,9 +193,9 @@ class Surveyor:
 
 
 def _next(most: int) -> Select[File]:
-    """The files whose checks begin next: of each project the oldest, then of each the second, and so on.
+    """Returns the query for the files to check next: the oldest of each project, then the second oldest, and so on.
 
-    Those that are being checked, or were put off, count as their project's, and keep no other waiting.
+    Files that are being checked or were put off are left out, but keep their position in the order of their project.
     """
     place = func.row_number().over(partition_by=File.project_id, order_by=(File.created_at, File.id))
     unchecked = select(File.id, place.label("place")).where(text(UNCHECKED)).subquery()

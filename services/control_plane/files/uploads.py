@@ -1,4 +1,7 @@
-"""Files that arrive in parts: each part is an object in storage, until the file is completed, cancelled or expires."""
+"""Handles uploads, which are files that arrive in parts.
+
+Each part is an object in storage until the upload is completed, cancelled or expired.
+"""
 
 import io
 import secrets
@@ -18,17 +21,17 @@ from services.control_plane.files.files import Stored
 from services.control_plane.settings import Settings
 
 PENDING_FOR = timedelta(hours=1)
-PART_BYTES = 64 * 2**20  # the client's own part size
+PART_BYTES = 64 * 2**20  # the part size of OpenAI's client
 MOST_PARTS = 10_000
 
 
 def folder(upload_id: str, settings: Settings) -> str:
-    """Where its parts lie."""
+    """Returns the URI of the storage folder that holds the parts of an upload."""
     return storage.join(settings.storage_url, "uploads", upload_id)
 
 
 async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) -> Upload:
-    """The row of a new upload. Its bytes are counted towards the project's quota from now on."""
+    """Adds the row of a new upload. The upload's bytes count towards the project's limit at once. Raises OverQuota."""
     await files.reserve(session, project_id, wanted["num_bytes"], param="bytes")
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
@@ -40,10 +43,13 @@ async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) 
 
 
 async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> tuple[Upload, str]:
-    """The upload and its state by the database's clock. With `lock`, only the caller may end it."""
+    """Returns the upload, and its state by the database's clock. Raises NotFound.
+
+    With `lock`, no one else can end the upload before the session's transaction ends.
+    """
     query = select(Upload).where(Upload.id == upload_id)
     if lock:
-        query = query.with_for_update(key_share=True)  # parts that name it may still be added
+        query = query.with_for_update(key_share=True)  # parts that name the upload may still be added
     if (row := await session.scalar(query)) is None:
         raise NotFound(f"No such Upload object: {upload_id}", param="upload_id", code="upload_not_found")
     over = row.state == "pending" and await session.scalar(select(func.clock_timestamp() > row.expires_at))
@@ -51,7 +57,7 @@ async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> 
 
 
 async def file_of(session: AsyncSession, row: Upload) -> File | None:
-    """What it was completed to, unless that is gone."""
+    """Returns the file that was made from the upload; None if the file does not exist, was deleted or has expired."""
     return await session.scalar(select(File).where(File.id == row.file_id, File.alive()))
 
 
@@ -61,15 +67,16 @@ def check_pending(row: Upload, state: str, wish: str) -> None:
 
 
 async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> UploadPart:
-    """The row of a part. Raises InvalidRequest where the upload has ended, or holds too much already."""
-    await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(upload_id, 0))))  # parts, in turn
+    """Adds the row of a part. Raises InvalidRequest if the upload has ended, or has too many bytes or parts."""
+    one_at_a_time = func.pg_advisory_xact_lock(func.hashtextextended(upload_id, 0))
+    await session.execute(select(one_at_a_time))
     row, state = await find(session, upload_id)
     check_pending(row, state, "added to")
     sums = select(func.count(), func.sum(UploadPart.num_bytes)).where(UploadPart.upload_id == upload_id)
     count, sent = (await session.execute(sums)).one()
-    total, most = int(sent or 0) + stored.num_bytes, 2 * row.num_bytes  # each part may be sent once more
+    total, most = int(sent or 0) + stored.num_bytes, 2 * row.num_bytes  # so that each part may be sent twice
     if total > most:
-        message = f"The parts have {total} bytes; twice the {row.num_bytes} of the upload are the limit. Cancel it."
+        message = f"The parts have {total} bytes; the limit is twice the upload's {row.num_bytes}. Cancel the upload."
         raise InvalidRequest(message, param="data")
     if count >= MOST_PARTS:
         raise InvalidRequest(f"The upload has {count} parts, which is the limit; send larger ones.", param="data")
@@ -84,7 +91,10 @@ async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> Upl
 async def complete(
     session: AsyncSession, upload_id: str, part_ids: Sequence[str], md5: str | None, settings: Settings
 ) -> tuple[Upload, File | None]:
-    """Join the parts to a file. The upload's lock is held meanwhile, so that a second try waits and finds it done."""
+    """Joins the parts of the upload to a file and checks the rows of the file. Returns the upload and the file.
+
+    Locks the upload until the transaction ends, so that a second call waits and returns the file of the first call.
+    """
     row, state = await find(session, upload_id, lock=True)
     if state == "completed":
         return row, await file_of(session, row)
@@ -95,7 +105,7 @@ async def complete(
     try:
         stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
     except FileNotFoundError:
-        message = f"The bytes of a part of {row.id} are gone from storage; create another upload and send all parts."
+        message = f"A part of {row.id} is missing in storage; create another upload and send all parts."
         raise InvalidRequest(message, param="part_ids") from None
     async with files.removed_unless_named(stored):
         if md5 is not None and stored.md5 != md5.lower():
@@ -118,7 +128,7 @@ async def complete(
 
 
 async def cancel(session: AsyncSession, upload_id: str) -> Upload:
-    """Doing it twice gives the same answer."""
+    """Cancels the upload. Cancelling an upload twice gives the same answer."""
     row, state = await find(session, upload_id, lock=True)
     if state != "cancelled":
         check_pending(row, state, "cancelled")
@@ -127,7 +137,10 @@ async def cancel(session: AsyncSession, upload_id: str) -> Upload:
 
 
 async def expire(session: AsyncSession, most: int, settings: Settings) -> list[str]:
-    """End uploads whose hour is over; one that is being completed is left alone. Returns their folders."""
+    """Marks uploads whose time is over as expired, at most `most` of them. Returns the storage folders of their parts.
+
+    Skips uploads that are being completed. The caller must delete the folders after the commit.
+    """
     over = select(Upload).where(Upload.state == "pending", Upload.expires_at <= func.clock_timestamp())
     rows = list(await session.scalars(over.limit(most).with_for_update(skip_locked=True, key_share=True)))
     for row in rows:
@@ -136,7 +149,10 @@ async def expire(session: AsyncSession, most: int, settings: Settings) -> list[s
 
 
 async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
-    """A part may be named twice: where equal parts were sent again, the answer to both is one id."""
+    """Returns the upload's parts in the order of `part_ids`. An id may come twice, because equal parts may share an id.
+
+    Raises InvalidRequest for an unknown id, or if the parts do not have as many bytes as the upload.
+    """
     query = select(UploadPart).where(UploadPart.upload_id == row.id)
     parts = {part.id: part for part in await session.scalars(query)}
     for part_id in part_ids:
@@ -144,13 +160,13 @@ async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str])
             raise InvalidRequest(f"{part_id:.80} is no part of {row.id}.", param="part_ids")
     ordered = [parts[part_id] for part_id in part_ids]
     if (total := sum(part.num_bytes for part in ordered)) != row.num_bytes:
-        message = f"The parts have {total} bytes, the upload was created with {row.num_bytes}; add what is missing."
+        message = f"The parts have {total} bytes, but the upload was created with {row.num_bytes}; add what is missing."
         raise InvalidRequest(message, param="part_ids")
     return ordered
 
 
 class Joined(io.RawIOBase):
-    """Parts read one after the other."""
+    """A binary stream that reads the parts of an upload one after the other, as one file."""
 
     def __init__(self, parts: Sequence[UploadPart]) -> None:
         self._left = [part.uri for part in reversed(parts)]

@@ -1,4 +1,4 @@
-"""/v1/uploads: files that are too large for one request."""
+"""The routes below /v1/uploads, which take files in parts if they are too large for one request."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from services.control_plane.core.removal import remove_bytes
 from services.control_plane.files import files, uploads
 from services.control_plane.files.requests import CompleteUpload, CreateUpload
 from services.control_plane.files.responses import part_object, upload_object
-from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
 from services.control_plane.http.forms import multipart, read_form
 
 router = APIRouter(prefix="/uploads")
 
 
 @router.post("")
-async def create(once: OncePart, store: StorePart, settings: SettingsPart, body: CreateUpload) -> Response:
+async def create(idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, body: CreateUpload) -> Response:
     if body.bytes > settings.max_file_bytes:
         message = f"bytes is {body.bytes}; the limit is {settings.max_file_bytes}. Split the file into several."
         raise InvalidRequest(message, param="bytes")
@@ -31,15 +31,15 @@ async def create(once: OncePart, store: StorePart, settings: SettingsPart, body:
     async def begin(session: AsyncSession) -> dict[str, Any]:
         return upload_object(await uploads.begin(session, wanted, store.project_id), "pending", None)
 
-    return await once.act(begin)
+    return await idempotent.act(begin)
 
 
 @router.post("/{upload_id}/parts", openapi_extra=multipart("data"))
 async def add_part(
-    request: Request, once: OncePart, store: StorePart, settings: SettingsPart, upload_id: str
+    request: Request, idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, upload_id: str
 ) -> Response:
-    """Parts may come in any order, and several at once."""
-    async with store.begin() as session:  # before the body is read
+    """Adds a part to the upload. Parts may come in any order, and several at the same time."""
+    async with store.begin() as session:  # refuse before the body is read
         uploads.check_pending(*await uploads.find(session, upload_id), "added to")
     remedy = "Send the file in smaller parts."
     async with read_form(request, "data", most=uploads.PART_BYTES, remedy=remedy) as form:
@@ -52,31 +52,31 @@ async def add_part(
         return part_object(await uploads.add_part(session, upload_id, stored))
 
     async with files.removed_unless_named(stored):
-        return await once.act(keep, content=stored.sha256)
+        return await idempotent.act(keep, content=stored.sha256)
 
 
 @router.post("/{upload_id}/complete")
 async def complete(
-    request: Request, once: OncePart, settings: SettingsPart, upload_id: str, body: CompleteUpload
+    request: Request, idempotent: IdempotentPart, settings: SettingsPart, upload_id: str, body: CompleteUpload
 ) -> Response:
-    """The parts become a file; its rows are checked as those of any other."""
+    """Joins the upload's parts to a file, and checks the rows of the file."""
 
     async def join(session: AsyncSession) -> dict[str, Any]:
         row, file = await uploads.complete(session, upload_id, body.part_ids, body.md5, settings)
         return upload_object(row, row.state, file)
 
     async with request.app.state.joining:
-        answer = await once.act(join, changes=upload_id)
+        answer = await idempotent.act(join, changes=upload_id)
     await remove_bytes(uploads.folder(upload_id, settings))
     return answer
 
 
 @router.post("/{upload_id}/cancel")
-async def cancel(once: OncePart, settings: SettingsPart, upload_id: str) -> Response:
+async def cancel(idempotent: IdempotentPart, settings: SettingsPart, upload_id: str) -> Response:
     async def end(session: AsyncSession) -> dict[str, Any]:
         row = await uploads.cancel(session, upload_id)
         return upload_object(row, row.state, None)
 
-    answer = await once.act(end, changes=upload_id)
+    answer = await idempotent.act(end, changes=upload_id)
     await remove_bytes(uploads.folder(upload_id, settings))
     return answer

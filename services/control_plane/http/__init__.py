@@ -1,1 +1,1 @@
-"""What every request passes: limits, the caller's key, idempotency, the access log."""
+"""The HTTP layer around the routes: limits, authentication, idempotency and the access log."""

@@ -1,4 +1,4 @@
-"""Every request's way in and out: its id, what every answer carries, its line in the log, its place in the counts."""
+"""Gives every request an id and every response its headers, writes the access log and counts requests."""
 
 import logging
 import re
@@ -18,12 +18,12 @@ from services.control_plane.core.telemetry import REQUEST_SECONDS, REQUESTS
 log = logging.getLogger(__name__)
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
-QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds by machines
-SANE = re.compile(rb"[\x21-\x7e]{1,128}")
+QUIET = ("/healthz", "/readyz", "/metrics")  # not logged, because machines request these paths every few seconds
+PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-class Access:
-    """Around the whole app. What crashes is told here, so that this answer has its request id, too."""
+class AccessLog:
+    """The outermost middleware of the app. It also answers requests that crash, so that these responses have an id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -34,7 +34,7 @@ class Access:
             return
         started, request_id, status = time.perf_counter(), f"req_{secrets.token_hex(12)}", 0
         state = scope.setdefault("state", {})
-        state["request_id"], state["headers"] = request_id, {}  # to which a request's parts may add
+        state["request_id"], state["headers"] = request_id, {}  # handlers of the request may add headers
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -57,31 +57,31 @@ class Access:
                 if not status:
                     await _crashed()(scope, receive, send_with_headers)
             finally:
-                _tell(scope, status, time.perf_counter() - started)
+                _log(scope, status, time.perf_counter() - started)
                 if span:
                     span.update_name(f"{_method(scope)} {_route(scope)}")
                     span.set_attributes({"http.route": _route(scope), "http.response.status_code": status})
 
 
 def _crashed() -> JSONResponse:
-    message = "The server had an error while processing your request; its log says more under the request id."
+    message = "The server had an error while processing your request; its log says more under this request's id."
     return JSONResponse(envelope(message, "server_error"), 500)
 
 
 def _given_id(scope: Scope) -> dict[str, str]:
-    """The client's own name of the request, if it is fit to be logged."""
+    """Returns the client's own id of the request as a field of the log, if the id is short and printable."""
     given = next((value for name, value in scope["headers"] if name == b"x-client-request-id"), b"")
-    return {"client_request_id": given.decode()} if SANE.fullmatch(given) else {}
+    return {"client_request_id": given.decode()} if PRINTABLE.fullmatch(given) else {}
 
 
 def _span(scope: Scope) -> AbstractContextManager[Any]:
-    """Of what users ask, below the span that the client names in `traceparent`."""
+    """Opens a trace span for a request below /v1, as a child of the span that the client names in `traceparent`."""
     given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
     return tracing.span("request", parent=given) if scope["path"].startswith("/v1/") else nullcontext()
 
 
 def _route(scope: Scope) -> str:
-    """The template, as `/v1/files/{file_id}`: paths and queries may hold what is nobody else's."""
+    """Returns the route's template, such as `/v1/files/{file_id}`. Real paths and queries may contain private data."""
     return getattr(scope.get("route"), "path", "none")
 
 
@@ -95,7 +95,7 @@ def _count(scope: Scope, status: int, seconds: float) -> None:
     REQUEST_SECONDS.labels(method, route).observe(seconds)
 
 
-def _tell(scope: Scope, status: int, seconds: float) -> None:
+def _log(scope: Scope, status: int, seconds: float) -> None:
     if (route := _route(scope)) in QUIET:
         return
     caller = scope["state"].get("caller")

@@ -1,4 +1,4 @@
-"""What routes are given: the parts wired in `app`, and the caller's key checked."""
+"""Defines the FastAPI dependencies of route functions: the parts that `app` built, and the authenticated caller."""
 
 from collections.abc import Collection
 from typing import Annotated, Any, cast
@@ -14,9 +14,9 @@ from services.control_plane.auth.authentication import Authentication
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import InvalidRequest, Unauthorized
 from services.control_plane.core.store import ProjectStore, Store
-from services.control_plane.http.idempotency import Once
-from services.control_plane.http.rate_limit import Rates
-from services.control_plane.ray_api import Launcher
+from services.control_plane.http.idempotency import IdempotentRequest
+from services.control_plane.http.rate_limit import RateLimits
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
 bearer = HTTPBearer(auto_error=False)
@@ -32,19 +32,21 @@ async def _store(request: Request) -> Store:
     return cast(Store, request.app.state.store)
 
 
-async def _launcher(request: Request) -> Launcher:
-    return cast(Launcher, request.app.state.launcher)
+async def _ray_api(request: Request) -> RayApi:
+    return cast(RayApi, request.app.state.ray_api)
 
 
 SettingsPart = Annotated[Settings, Depends(_settings)]
 ServiceStorePart = Annotated[Store, Depends(_store)]
-LauncherPart = Annotated[Launcher, Depends(_launcher)]
+RayApiPart = Annotated[RayApi, Depends(_ray_api)]
 
 
 async def admit(request: Request, credentials: Bearer) -> Caller:
-    """Whoever asks, if the key lives, is within its rate, and has the scope that the route needs.
+    """Returns the caller of the request.
 
-    It takes its parts from the app: FastAPI would walk through dependencies again for each part that needs a caller.
+    Raises an ApiError if the key is missing or unknown, has reached its rate limit, or lacks the scope that the route
+    needs. The function takes the other parts from `app.state`. If they were parameters, FastAPI would look them up
+    again for each dependency that needs the caller.
     """
     parts = request.app.state
     if credentials is None or not credentials.credentials:
@@ -52,18 +54,18 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
         raise Unauthorized(message, code="invalid_api_key")
     caller = request.state.caller = await cast(Authentication, parts.authentication).caller(credentials.credentials)
     settings = cast(Settings, parts.settings)
-    _check_named(request, "organization", settings.organization)
-    _check_named(request, "project", caller.project_id)
+    _check_header(request, "organization", settings.organization)
+    _check_header(request, "project", caller.project_id)
     if limit := caller.requests_per_minute or settings.requests_per_minute:
-        request.state.headers |= cast(Rates, parts.rates).take(caller.key_id, limit)
+        request.state.headers |= cast(RateLimits, parts.rate_limits).take(caller.key_id, limit)
     scopes.check(caller, request.method, request.scope["route"].path)
     return caller
 
 
-def _check_named(request: Request, what: str, own: str) -> None:
-    """OpenAI's clients may name where they believe the key to be."""
-    if (named := request.headers.get(f"openai-{what}")) not in (None, own):
-        message = f"OpenAI-{what.capitalize()} is '{named}', but the key is of '{own}'; leave the header out."
+def _check_header(request: Request, what: str, keys_own: str) -> None:
+    """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` is present and not `keys_own`."""
+    if (named := request.headers.get(f"openai-{what}")) not in (None, keys_own):
+        message = f"OpenAI-{what.capitalize()} is '{named}', but the key belongs to '{keys_own}'; leave the header out."
         raise Unauthorized(message, code=f"mismatched_{what}")
 
 
@@ -71,7 +73,7 @@ CallerPart = Annotated[Caller, Depends(admit)]
 
 
 def _names(param: Any) -> Collection[str]:
-    """Of one field of FastAPI's, which may be a model of several."""
+    """Returns the names of the query parameters of a FastAPI field, which may be a pydantic model with several."""
     kind = param.field_info.annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return [field.alias or name for name, field in kind.model_fields.items()]
@@ -79,7 +81,10 @@ def _names(param: Any) -> Collection[str]:
 
 
 async def check_query(request: Request) -> None:
-    """Raises InvalidRequest for a parameter that the route does not read. `a[b]` is one of `a`."""
+    """Raises InvalidRequest for a query parameter that the route does not read.
+
+    The name `a[b]` belongs to the parameter `a`.
+    """
     route = cast(APIRoute, request.scope["route"])
     if not request.query_params or not route.include_in_schema:
         return
@@ -96,8 +101,8 @@ async def _project_store(request: Request, caller: CallerPart) -> ProjectStore:
 StorePart = Annotated[ProjectStore, Depends(_project_store)]
 
 
-async def _once(request: Request, caller: CallerPart) -> Once:
-    return Once(request, await _project_store(request, caller), caller)
+async def _idempotent(request: Request, caller: CallerPart) -> IdempotentRequest:
+    return IdempotentRequest(request, await _project_store(request, caller), caller)
 
 
-OncePart = Annotated[Once, Depends(_once)]
+IdempotentPart = Annotated[IdempotentRequest, Depends(_idempotent)]

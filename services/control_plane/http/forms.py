@@ -1,4 +1,4 @@
-"""Requests that carry a file: read after the key is checked, to disk, and within bounds."""
+"""Reads multipart requests with a file: to disk, within limits, and only after the request's key was checked."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,13 +13,16 @@ from starlette.requests import ClientDisconnect
 from services.control_plane.core.errors import InvalidRequest, TooLarge
 from services.control_plane.http.limits import Body
 
-FIELDS, FIELD_BYTES = 16, 4096  # of what comes beside the file
-OVERHEAD_BYTES = 2**17  # of boundaries, headers and fields
+FIELDS, FIELD_BYTES = 16, 4096  # the most fields beside the file, and the most bytes of each field
+OVERHEAD_BYTES = 2**17  # the most bytes of boundaries, headers and fields
 
 
 @dataclass(frozen=True)
 class Form:
-    """`fields` hold what comes beside the file; `a[b]` is b in a."""
+    """A multipart body: its file, and its other fields.
+
+    The field named `a[b]` is the key b of the dict `fields["a"]`.
+    """
 
     source: BinaryIO
     num_bytes: int
@@ -29,7 +32,11 @@ class Form:
 
 @asynccontextmanager
 async def read_form(request: Request, part: str, *, most: int, remedy: str) -> AsyncIterator[Form]:
-    """The multipart body of a request, whose file of at most `most` bytes is the part of that name."""
+    """Reads a multipart body, whose part named `part` is a file of at most `most` bytes.
+
+    Raises InvalidRequest if the body is wrong, and TooLarge, whose message ends with `remedy`, if the file is too
+    large.
+    """
     body: Body = request.state.body
     body.spool(most + OVERHEAD_BYTES, remedy)
     try:
@@ -62,13 +69,16 @@ def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
         for key in outer:
             place = place.setdefault(key, {}) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last in place:
-            raise InvalidRequest(f"'{name:.80}' stands twice; send it once.", param=name[:80])
+            raise InvalidRequest(f"The form field '{name:.80}' comes twice; send it once.", param=name[:80])
         place[last] = value
     return fields
 
 
 def multipart(part: str, *fields: str) -> dict[str, Any]:
-    """The body as the OpenAPI document shows it."""
+    """Returns the description of a multipart body for the OpenAPI document.
+
+    The body has a file named `part` and the text fields `fields`, of which the first is required.
+    """
     properties = {part: {"type": "string", "format": "binary"}} | {name: {"type": "string"} for name in fields}
     schema = {"type": "object", "properties": properties, "required": [part, *fields[:1]]}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

@@ -1,4 +1,4 @@
-"""/healthz: the process answers. /readyz: it can do its work."""
+"""The routes /healthz, which answers while the process lives, and /readyz, which answers while it can do its work."""
 
 import asyncio
 
@@ -20,10 +20,13 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(store: ServiceStorePart) -> dict[str, str]:
-    """Ready means that the database takes reads and writes. Without Ray, jobs are taken and wait."""
+    """Answers 200 if the database takes reads and writes, and 503 otherwise.
+
+    Ray may be down: the service accepts jobs, and they wait for Ray.
+    """
     checking = asyncio.create_task(_check(store))
     done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
-    checking.cancel()  # nobody waits until that is done, either
+    checking.cancel()  # a database that hangs must not delay the answer
     if not done or not checking.result():
         raise Unavailable("The database does not answer, or takes no writes.", retry_after=5)
     return {"status": "ready"}

@@ -1,7 +1,8 @@
-"""A retry acts once: what a request changed, the answer to it and who asked are written in one transaction.
+"""Makes a request that changes data act once, however often the client sends the request.
 
-Two ways to know a retry: the header `Idempotency-Key`, and the count that OpenAI's clients send with each of their
-silent resends, `x-stainless-retry-count`.
+The change, the response and the audit entry are written in one transaction; a retry gets the stored response. The
+service recognizes a retry by the header `Idempotency-Key`, or by `x-stainless-retry-count`, which OpenAI's clients send
+when they resend a request by themselves.
 """
 
 import json
@@ -21,16 +22,16 @@ from services.control_plane.core.store import ProjectStore, append
 from services.control_plane.core.tables import Answer, AuditEntry, Project
 
 KEPT = timedelta(hours=24)
-RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and a little before it sends again
+RESENT_WITHIN = timedelta(minutes=15)  # the client waits ten minutes for an answer, and then a little more
 LONGEST_KEY = 255
 
-# Of every request that changes something; to build them takes as long as to ask them.
+# The statements are built once, because building one takes as long as running it.
 NAME = func.hashtextextended(bindparam("name"), 0)
 TURN, SHARED_TURN = (
     select(Project, func.now().label("now"), take(NAME)).where(Project.id == bindparam("project_id"))
     for take in (func.pg_advisory_xact_lock, func.pg_advisory_xact_lock_shared)
 )
-# Of every project: the admins of several may change one object.
+# This query looks at responses of all projects, because admins of several projects may change one object.
 NEWEST_ABOUT = (
     select(Answer.__table__)
     .where(Answer.__table__.c.object_id == bindparam("object_id"))
@@ -50,8 +51,8 @@ NEWEST_OF_SAME, STILL_THE_NEWEST = (
 )
 
 
-class Once:
-    """One request that changes something."""
+class IdempotentRequest:
+    """A request that changes data, with the methods that answer its retries."""
 
     def __init__(self, request: Request, store: ProjectStore, caller: Caller) -> None:
         self._request, self._store, self._caller = request, store, caller
@@ -67,19 +68,20 @@ class Once:
         content: str | None = None,
         secret: str | None = None,
     ) -> JSONResponse:
-        """The answer of `work`, or that of an earlier send of the same request.
+        """Runs `work` and returns its result as the response; for a retry, returns the stored response instead.
 
-        `work` never commits; if it raises, nothing is kept. `changes` is the id of the object that it changes, None
-        where it makes one: a silent resend of a change acts again if the object was changed otherwise since.
-        `content` stands for a body that is not JSON. The field `secret` of the answer is told once and not kept: a
-        later answer has null there.
+        `work` must not commit; if it raises, nothing is stored. `changes` is the id of the object that `work` changes,
+        None if `work` creates an object. A retry without an Idempotency-Key runs `work` again if another request has
+        changed the object since. `content` identifies a body that is not JSON. The response's field named by `secret`
+        is not stored, so a retry gets null in this field.
         """
         key = self._key()
         sent = digest(content if content is not None else await self._body())
         async with self._store.begin() as session:
             if key is not None:
                 await self._take_key(session, key)
-                earlier = found.body if (found := await self._answer_of(session, key, sent)) else None
+                answer = await self._answer_of(session, key, sent)
+                earlier = answer.body if answer else None
             else:
                 await self._take_turn(session, sent)
                 earlier = await self._earlier(session, sent, changes)
@@ -87,15 +89,18 @@ class Once:
                 header = "x-raydpo-deduplicated" if key is None else "idempotent-replayed"
                 return JSONResponse(earlier, headers={header: "true"})
             body = await work(session)
-            kept = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
-            kept.object_id = changes
-            kept.body = body if secret is None else {**body, secret: None}
-            append(session, kept)
-            append(session, self._entry(body))
+            row = Answer(idempotency_key=key, request=self._what, content=sent, retry_count=self._retry_count)
+            row.object_id = changes
+            row.body = body if secret is None else {**body, secret: None}
+            append(session, row)
+            append(session, self._audit_entry(body))
         return JSONResponse(body)
 
-    def _entry(self, body: dict[str, Any]) -> AuditEntry:
-        """About what the answer names or, where that is a list, what the path names."""
+    def _audit_entry(self, body: dict[str, Any]) -> AuditEntry:
+        """Returns the audit entry of this request.
+
+        Its object is the one in the response, or else the last one in the path.
+        """
         request = self._request
         named = body.get("id") or next(reversed(request.path_params.values()), None)
         return AuditEntry(
@@ -108,7 +113,7 @@ class Once:
         )
 
     async def _body(self) -> str:
-        """Without what does not matter: the order of keys, and spaces."""
+        """Returns the JSON body as text with sorted keys and uniform spaces, so that equal bodies give equal texts."""
         raw = await self._request.body()
         return json.dumps(json.loads(raw), sort_keys=True) if raw else ""
 
@@ -128,10 +133,10 @@ class Once:
 
     async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
         query = select(Answer, Answer.created_at > func.now() - KEPT).where(Answer.idempotency_key == key)
-        if (found := (await session.execute(query)).first()) is None:
+        if (row := (await session.execute(query)).first()) is None:
             return None
-        answer, alive = found
-        if not alive:
+        answer, in_force = row
+        if not in_force:
             await session.execute(delete(Answer).where(Answer.id == answer.id))
             return None
         if (answer.request, answer.content) != (self._what, sent):
@@ -142,18 +147,22 @@ class Once:
     # --- silent resends ----------------------------------------------------------------------------
 
     async def _take_turn(self, session: AsyncSession, sent: str) -> None:
-        """First sends do not wait for each other; a resend waits for all, and all for it.
+        """Locks the content of the request: shared for a first send, exclusive for a retry.
 
-        The same trip brings what the session then knows: the project, for those who look at its limits, and the time.
+        So first sends do not wait for each other. The same statement also reads the project and the time into
+        `session.info`.
         """
-        about = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
-        turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, about)).one()
+        values = {"name": f"{self._what} {sent}", "project_id": self._store.project_id}
+        turn = (await session.execute(TURN if self._retry_count else SHARED_TURN, values)).one()
         session.info.update(project=turn.Project, now=turn.now)
 
     async def _earlier(self, session: AsyncSession, sent: str, changes: str | None) -> dict[str, Any] | None:
-        """What another send led to. A first send is another's only if one of its resends overtook it on the way."""
+        """Returns the stored response to another send of this request; None if there is none.
+
+        A first send finds a response only if a retry of the request arrived before the first send itself.
+        """
         arrived = timedelta(seconds=time.monotonic() - self._began)
-        about: dict[str, Any] = {
+        values: dict[str, Any] = {
             "project_id": self._store.project_id,
             "request": self._what,
             "content": sent,
@@ -161,16 +170,16 @@ class Once:
             "within": RESENT_WITHIN if self._retry_count else arrived,
             "object_id": changes,
         }
-        final = changes is None or self._request.method == "DELETE"  # nothing undoes it
-        return await session.scalar(NEWEST_OF_SAME if final else STILL_THE_NEWEST, about)
+        final = changes is None or self._request.method == "DELETE"  # no other request undoes a creation or a deletion
+        return await session.scalar(NEWEST_OF_SAME if final else STILL_THE_NEWEST, values)
 
 
 def _retry_count(request: Request) -> int:
-    """0 for a first send, and for clients that do not say."""
+    """Returns the number of this retry; 0 for a first send, and for clients that do not send the header."""
     given = request.headers.get("x-stainless-retry-count", "")
     return int(given) if given.isascii() and given.isdigit() and len(given) < 4 else 0
 
 
 async def forget_old(session: AsyncSession) -> None:
-    """Answers are kept for a day."""
+    """Deletes the stored responses that are older than a day."""
     await session.execute(delete(Answer).where(Answer.created_at < func.now() - KEPT))

@@ -1,6 +1,7 @@
-"""What may come in: bodies of bounded size that keep coming, and so many requests at once, of no project all of them.
+"""Limits on requests: how large a body may be, how slowly it may come, and how many requests are answered at once.
 
-A refused request is answered at once; the server reads and drops what its client still sends, and does not reset it.
+No project can take all of what requests share. A refused request is answered at once; the server reads and drops what
+the client still sends, so that the connection is not reset.
 """
 
 import asyncio
@@ -14,22 +15,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.control_plane.core.errors import ApiError, InvalidRequest, Stalled, TooLarge, Unavailable
 from services.control_plane.settings import Settings
 
-SLOWEST = 1024  # bytes a second that a body must come with, after a first while
-HELD_BYTES = 2**28  # of bodies in memory, of all requests together
-OPEN_STREAMS = 20_000  # of events: an open one costs next to nothing, but a socket
-UNCOUNTED = ("/healthz", "/readyz", "/metrics")  # a busy service is alive, and can be looked at
-INTERNAL = "/internal/"  # attempts' reports: no user's request takes their place
-GENERATING = ("/v1/chat/completions", "/v1/completions")  # these wait for models, for minutes
+SLOWEST = 1024  # bytes a second that a body must bring on average, after `stall_seconds`
+HELD_BYTES = 2**28  # the most bytes of bodies in memory, of all requests together
+OPEN_STREAMS = 20_000  # the most open event streams; one costs little but its socket
+UNCOUNTED = ("/healthz", "/readyz", "/metrics")  # answered however busy the service is
+INTERNAL = "/internal/"  # attempts' reports; their own limits keep users' requests from crowding them out
+GENERATING = ("/v1/chat/completions", "/v1/completions")  # these may wait for a model for minutes
 
-STRANGERS = ""  # the holder of all that comes without a key that is known
-ProjectOf = Callable[[str], Awaitable[str | None]]  # a bearer token's project; None: nobody's
+STRANGERS = ""  # the holder of all requests without a known key
+ProjectOf = Callable[[str], Awaitable[str | None]]  # finds a bearer token's project; None: it has none
 
 
 class Room:
-    """So much of something, shared by requests. Each has a holder, or None: the service's own.
+    """A limited amount that requests share, such as memory. A request belongs to a holder, or to the service.
 
-    A holder may have all that one request needs, and with further ones no more than it leaves free. So one alone gets
-    half, two a third each, and there is always some left for the next one.
+    A holder may take all that one request needs; with further requests it gets no more than it leaves free. So one
+    holder alone gets half, two get a third each, and some is always left for the next one.
     """
 
     def __init__(self, most: int, what: str) -> None:
@@ -38,7 +39,7 @@ class Room:
         self._held: Counter[str] = Counter()
 
     def take(self, amount: int, holder: str | None = None, *, has: int = 0) -> None:
-        """Raises Unavailable. `has` is what the same request has already; one that is alone is never refused."""
+        """Takes `amount` or raises Unavailable. `has` is what the request has already. One alone takes any amount."""
         if self.taken and self.taken + amount > self.most:
             raise self._full(f"Requests hold {self.taken} of {self.most} {self._what}")
         if holder is not None:
@@ -54,14 +55,14 @@ class Room:
         self.taken -= amount
         if holder is not None:
             self._held[holder] -= amount
-            self._held += Counter()  # forgets who holds nothing
+            self._held += Counter()  # drops holders that hold nothing
 
     def _full(self, message: str) -> Unavailable:
         return Unavailable(f"{message}; send this one again.", retry_after=1, code="overloaded")
 
 
 class Bounds:
-    """What the requests of one side share."""
+    """The amounts that users' requests share, or attempts' reports."""
 
     def __init__(self, settings: Settings) -> None:
         self.places = Room(settings.max_requests, "places of requests that are answered at once")
@@ -71,16 +72,16 @@ class Bounds:
 
 
 class Place:
-    """One request's, until it is answered."""
+    """The place of one request among those that are answered at once, which it has until it is answered."""
 
     def __init__(self, bounds: Bounds, holder: str | None) -> None:
-        """Raises Unavailable where there is none left for the holder."""
+        """Takes a place. Raises Unavailable if none is left for the holder."""
         bounds.places.take(1, holder)
         self.bounds, self.holder = bounds, holder
         self._room = bounds.places
 
     def become_stream(self) -> None:
-        """Leave it for one among the open streams. Raises Unavailable."""
+        """Changes the place for one among the open streams. Raises Unavailable if none is left."""
         self.bounds.streams.take(1, self.holder)
         self.leave()
         self._room = self.bounds.streams
@@ -90,7 +91,7 @@ class Place:
 
 
 class Body:
-    """What a request sends. JSON is held in memory; a route that takes files says so with `spool`."""
+    """The body of a request as it comes. It is held in memory; routes that take files call `spool` first."""
 
     def __init__(self, receive: Receive, headers: Mapping[str, str], settings: Settings, place: Place) -> None:
         self._receive, self._stall, self._place = receive, settings.stall_seconds, place
@@ -102,12 +103,12 @@ class Body:
         self._complete = False
 
     def spool(self, most: int, remedy: str) -> None:
-        """The body goes to disk, and may have `most` bytes. Room is kept for it before anything is read."""
+        """Lets the body go to disk and have up to `most` bytes. Reserves room for it before it is read."""
         self._most, self._remedy, self._room = most, remedy, self._place.bounds.disk
         self._hold(self._declared)
 
     async def receive(self) -> Message:
-        """The application's `receive`. Raises TooLarge, Stalled and Unavailable."""
+        """Receives the next part of the body, like ASGI's `receive`. Raises TooLarge, Stalled and Unavailable."""
         if self._complete:
             return await self._receive()
         if self._began is None:
@@ -142,7 +143,7 @@ class Body:
 
 
 class Limits:
-    """The middleware. Every request's Body is `request.state.body`."""
+    """The middleware that applies the limits. It sets `request.state.body`, the request's Body."""
 
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
         self._app, self._settings, self._project_of = app, settings, project_of
@@ -177,15 +178,15 @@ class Limits:
             place.leave()
 
     async def _enter(self, scope: Scope) -> Place:
-        """A place for the request, before anything of it is read. Raises Unavailable."""
+        """Takes a place for the request, before its body is read. Raises Unavailable."""
         if scope["path"].startswith(INTERNAL):
             return Place(self.attempts, None)
         return Place(self.users, await self._holder(scope))
 
     async def _holder(self, scope: Scope) -> str:
-        """The request's project, as its key tells.
+        """Returns the holder of the request: its key's project.
 
-        Completions are a holder of their own: while a project waits for its models, its other requests are answered.
+        A project's completions are a holder of their own, so other requests are answered while they wait for models.
         """
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
@@ -199,12 +200,12 @@ class Limits:
 
 
 def _declared(headers: Mapping[str, str]) -> int:
-    """0 where the length is not told: the bytes are counted as they come."""
+    """Returns the length that the headers give, 0 if they give none. Bytes are counted as they come, too."""
     length = headers.get("content-length", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
 
 
 def _is_stream(scope: Scope, message: Message) -> bool:
-    """Of a job's events. A completion that is streamed keeps its place: a model is at work for it."""
+    """Whether the answer streams a job's events. A streamed completion keeps its place, as a model works for it."""
     kinds = (value for name, value in message["headers"] if name == b"content-type")
     return scope["path"] not in GENERATING and any(kind.startswith(b"text/event-stream") for kind in kinds)

@@ -1,4 +1,4 @@
-"""/metrics, for Prometheus. Without a key, as it names nothing that is anybody's."""
+"""The route /metrics for Prometheus. The route needs no key, because metrics name no user's objects."""
 
 import time
 
@@ -12,7 +12,7 @@ from services.control_plane.http.dependencies import ServiceStorePart
 
 router = APIRouter()
 
-CENSUS_SECONDS = 5.0  # one look at the database serves all who ask within
+CENSUS_SECONDS = 5.0  # requests within this time share the same counts from the database
 
 
 @router.get("/metrics", include_in_schema=False)
@@ -27,17 +27,20 @@ async def metrics(request: Request, store: ServiceStorePart) -> Response:
 
 
 async def _count(store: Store) -> None:
-    """Without a database the numbers stay out, so that nobody takes the last ones for today's."""
+    """Sets the gauges whose values come from the database.
+
+    If the database does not answer, the gauges have no values, rather than old ones.
+    """
     for gauge in (telemetry.LEASE_SECONDS, telemetry.OUTBOX, telemetry.OUTBOX_SECONDS):
         gauge.set(float("nan"))
     telemetry.JOBS.clear()
     try:
         async with store.begin() as session:
-            found = await census(session)
+            counts = await census(session)
     except (SQLAlchemyError, OSError):
         return
-    for state, number in found.jobs.items():
+    for state, number in counts.jobs.items():
         telemetry.JOBS.labels(state).set(number)
-    telemetry.LEASE_SECONDS.set(found.lease_seconds)
-    telemetry.OUTBOX.set(found.outbox)
-    telemetry.OUTBOX_SECONDS.set(found.outbox_seconds)
+    telemetry.LEASE_SECONDS.set(counts.lease_seconds)
+    telemetry.OUTBOX.set(counts.outbox)
+    telemetry.OUTBOX_SECONDS.set(counts.outbox_seconds)

@@ -1,4 +1,4 @@
-"""The HTTP protocol of the server: uvicorn's, with bounds on what comes before a body, and on who does not read."""
+"""Adds two limits to uvicorn's HTTP protocol: on a request's headers, and on clients that do not read a response."""
 
 import asyncio
 import json
@@ -8,21 +8,21 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from services.control_plane.core.errors import envelope
 from services.control_plane.http.limits import SLOWEST
 
-HEAD_BYTES = 2**16  # of request line and headers
+HEAD_BYTES = 2**16  # the most bytes of request line and headers
 HEAD_SECONDS = 30.0
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection whose client must say within half a minute, in 64 KiB, what it wants, and must read the answer."""
+    """A client's connection. The client must send the headers within 30 seconds and 64 KiB, and read the response."""
 
-    _head_bytes: int | None = 0  # None: the head is complete
+    _head_bytes: int | None = 0  # bytes received of the request line and headers; None: both are complete
     _head_timer: asyncio.TimerHandle | None = None
-    _unread: int | None = None  # bytes that could not be sent when it was looked last; None: all were sent
+    _unread: int | None = None  # bytes that were unsent at the last check; None: all were sent
     _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # writing is paused as soon as something cannot be sent
+        transport.set_write_buffer_limits(high=0)  # so pause_writing is called as soon as a byte cannot be sent
         self._expect_head()
 
     def on_message_begin(self) -> None:
@@ -56,8 +56,11 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _expect_reading(self) -> None:
-        """Cut the connection where too little was read since the last look: closing it would wait for the reader."""
-        stall: float = self.config.app.state.settings.stall_seconds  # type: ignore[union-attr]  # the app it was given
+        """Aborts the connection if the client has read too little since the last call, or else schedules a call.
+
+        (A close instead of an abort would wait until the client has read the rest.)
+        """
+        stall: float = self.config.app.state.settings.stall_seconds  # type: ignore[union-attr]  # the app
         unread = self.transport.get_write_buffer_size()
         if self._unread is not None and self._unread - unread < stall * SLOWEST:
             self.transport.abort()
@@ -71,7 +74,7 @@ class Protocol(HttpToolsProtocol):
             self._read_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """The envelope, where no application is asked."""
+        """Answers 400 in OpenAI's form to a request that never reaches the app, and closes the connection."""
         body = json.dumps(envelope(msg, "invalid_request_error")).encode()
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)

@@ -1,7 +1,7 @@
-"""Refused requests in the audit log: what a known key may not do, or would change that is not there for it.
+"""Writes refused requests to the audit log: a missing scope, a change of an unknown object, an exceeded limit.
 
-So that nobody fills the log, the first refusals of a key in a minute have a line each. Those that follow are counted,
-and one line tells of all that are alike when the minute is over.
+Only the first refusals of a key in a minute get an entry each, so that nobody can fill the log. Further refusals are
+counted, and at the end of the minute one entry is written for all refusals with the same key, action, status and code.
 """
 
 import asyncio
@@ -20,39 +20,42 @@ from services.control_plane.core.tables import AuditEntry
 
 log = logging.getLogger(__name__)
 
-LINES = 10  # of a key in a minute, in each replica
+ENTRIES = 10  # the most single entries for a key in a minute, in each replica
 MINUTE_SECONDS = 60.0
-LONGEST_NAME = 100  # characters of what a path names, which need not exist
+LONGEST_NAME = 100  # the most characters of an object id from a path; the object need not exist
 READING = ("GET", "HEAD")
 
 
 class Refusals:
-    """One in every control plane. It counts what it has seen itself."""
+    """Records refused requests in the audit log.
+
+    Every control plane has one, which counts its own process's requests.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lines: Counter[str] = Counter()  # written in this minute, by key
-        self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # what is beyond, by kind
+        self._written: Counter[str] = Counter()  # entries written in this minute, by key
+        self._more: dict[tuple[str, str, int, str | None], AuditEntry] = {}  # counted, by key, action, status, code
 
     async def note(self, request: Request, error: ApiError) -> None:
-        """Write the refusal, or count it, where it belongs into the log."""
+        """Writes the refused request to the audit log, or counts it. Ignores errors that do not belong in the log."""
         caller: Caller | None = getattr(request.state, "caller", None)
         if caller is None or not _belongs(request, error):
             return
         entry = _entry(request, caller, error)
-        self._lines[caller.key_id] += 1
-        if self._lines[caller.key_id] <= LINES:
+        self._written[caller.key_id] += 1
+        if self._written[caller.key_id] <= ENTRIES:
             await self._write([entry])
             return
         kind = (entry.key_id, entry.action, entry.status, entry.code)
         if kind in self._more:
             self._more[kind].num_requests += 1
         else:
-            entry.object_id = None  # each may name another
+            entry.object_id = None  # each refusal may name another object
             self._more[kind] = entry
 
     async def run(self) -> None:
-        """Begin a new minute until cancelled, and write what is counted then, too."""
+        """Calls `end_minute` every minute until cancelled, and once more then."""
         try:
             while True:
                 await asyncio.sleep(MINUTE_SECONDS)
@@ -61,8 +64,8 @@ class Refusals:
             await self.end_minute()
 
     async def end_minute(self) -> None:
-        """Write one line for all that are alike."""
-        more, self._more, self._lines = self._more, {}, Counter()
+        """Writes one audit entry for each group of counted refusals, and starts counting anew."""
+        more, self._more, self._written = self._more, {}, Counter()
         await self._write(list(more.values()))
 
     async def _write(self, entries: Sequence[AuditEntry]) -> None:
@@ -77,7 +80,10 @@ class Refusals:
 
 
 def _belongs(request: Request, error: ApiError) -> bool:
-    """To read what is not there is everyday, and so is a mistake in a body."""
+    """Whether a refused request belongs in the audit log.
+
+    Reads of objects that do not exist, and mistakes in a body, do not belong there, because they are common.
+    """
     if isinstance(error, Unauthorized | Forbidden):
         return True
     return request.method not in READING and isinstance(error, NotFound | OverQuota)

@@ -1,4 +1,4 @@
-"""The web server around the app."""
+"""Defines the web server that runs the app."""
 
 import asyncio
 import socket
@@ -11,14 +11,17 @@ from services.control_plane.http.protocol import Protocol
 
 
 class Server(uvicorn.Server):
-    """Ends the open streams when it stops: it waits for all requests, and streams would last as long as their jobs."""
+    """A uvicorn server that ends the open event streams when it shuts down.
+
+    uvicorn's own server would wait for the streams until their jobs end.
+    """
 
     def __init__(self, app: FastAPI, **options: Any) -> None:
         super().__init__(uvicorn.Config(app, http=Protocol, ws="none", **options))
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # A moment later: nothing listens here by then, so that who resumes does so elsewhere.
-        closing = asyncio.create_task(self._app.state.live.close())
+        # The streams end a moment after this process stops listening, so that clients reconnect to another process.
+        closing = asyncio.create_task(self._app.state.streams.close())
         await super().shutdown(sockets)
         await closing

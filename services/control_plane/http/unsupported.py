@@ -1,4 +1,4 @@
-"""Parts of OpenAI's surface that are not offered, each refused by its name instead of by a bare 404."""
+"""Refuses the parts of OpenAI's API that the service does not offer, with a reason instead of a bare 404."""
 
 from fastapi import APIRouter, Request
 
@@ -13,7 +13,7 @@ INSTEAD = {
 
 
 async def refuse(request: Request) -> None:
-    """Raises InvalidRequest naming the part and what to do instead."""
+    """Raises an InvalidRequest that names the unsupported part of OpenAI's API and the reason."""
     part = next(part for part in INSTEAD if request.url.path.startswith(f"/v1{part}"))
     message = f"{request.method} {request.url.path} is not supported: {INSTEAD[part]}."
     raise InvalidRequest(message, param=part.removeprefix("/"), code="unsupported_value")

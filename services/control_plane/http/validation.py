@@ -1,4 +1,7 @@
-"""Checks of request bodies: each refusal names the field, what is wrong, and what is known there."""
+"""Validates the values in request bodies. Each error names the field and the mistake.
+
+Errors about a choice also list the values or names that are known there.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Parsed = TypeVar("Parsed")
 
 
-@functools.cache  # to make one takes milliseconds
+@functools.cache  # building an adapter takes milliseconds
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
@@ -36,12 +39,16 @@ def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] |
 def refused(
     error: Mapping[str, Any], location: Sequence[str | int], where: str = "", paths: Mapping[str, str] | None = None
 ) -> InvalidRequest:
-    """A pydantic error as OpenAI words it: the dotted path of the field, a code, and what is wrong."""
+    """Returns the InvalidRequest for a pydantic error: the dotted path of the field, a code, and the reason.
+
+    `where` is the path of the validated value in the body. `paths` gives the full paths of fields that came from
+    elsewhere in the body.
+    """
     cause = error.get("ctx", {}).get("error")
     path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
     param = (paths or {}).get(path[-1]) if path else None
     param = param or ".".join([*([where] if where else []), *path])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
     if error["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")

@@ -1,1 +1,1 @@
-"""Fine-tuning jobs: what a request asks for, and what a client is shown."""
+"""Fine-tuning jobs: their request bodies, state changes and JSON objects."""

@@ -1,4 +1,4 @@
-"""What a job is checked for before it is taken: its model, its files, and what its project may have."""
+"""Checks a new job before it is accepted: its model, its files, and the limits of its project."""
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,7 +17,10 @@ from services.control_plane.tenants import quotas
 
 
 async def check_uri(spec: JobSpec, settings: Settings) -> None:
-    """Raises InvalidRequest if the job may not read its training file where it lies. It may take a while."""
+    """Raises InvalidRequest if the job's training file is at a URI that the job may not read.
+
+    The check may take a while.
+    """
     if spec.is_at_uri:
         await files.check_uri(spec.training_file, settings)
 
@@ -25,14 +28,15 @@ async def check_uri(spec: JobSpec, settings: Settings) -> None:
 async def admit(
     session: AsyncSession, settings: Settings, spec: JobSpec, asked: WeightsAsked, *, local_files: bool = False
 ) -> tuple[JobSpec, NamedModel, NamedModel | None]:
-    """The spec with what it leaves to the service decided, the model that the job starts from, and its reference.
+    """Checks a new job. Returns the completed spec, the model that the job starts from, and the reference model.
 
-    With `local_files`, those that are not uploaded yet are not looked at. Raises what refuses the job.
+    With `local_files`, files that are not uploaded yet are not checked. Raises InvalidRequest, NotFound, Forbidden or
+    OverQuota if the job is refused. The reference is None if the objective has none.
     """
-    model = await models.find(session, settings, spec.model)
+    model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
-    weights.check(Combination(spec, asked, model, reference))
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
+    weights.check(Combination(spec, asked, model, reference))
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
         file = await files.find_checked(session, spec.training_file, param="training_file")
         _check_file(file, spec.config.objective, "training_file")
@@ -46,16 +50,20 @@ async def admit(
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
-    """The reference of the job. None: its objective has none."""
+    """Returns the job's reference model; None if its objective has none."""
     if not spec.config.objective.traits.needs_reference:
         return None
     if spec.reference_model is None:
         return start
-    return await models.find(session, settings, spec.reference_model, param="x_raydpo.reference.model")
+    param = "x_raydpo.reference.model"
+    return await models.find(session, settings, spec.reference_model, param=param, hold=True)
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
-    """An upload's rows must be of the kind that the objective learns from; a job checks a URI's."""
+    """Raises InvalidRequest if the objective cannot learn from the rows of the uploaded file.
+
+    (For a file at a URI, the job itself makes this check.)
+    """
     code, report = f"invalid_{param}", file.report
     assert report is not None
     learns_from = objective.traits.learns_from

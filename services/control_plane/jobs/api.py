@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs"""
+"""The routes below /v1/fine_tuning/jobs, which create, list, pause, resume and cancel jobs."""
 
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, cast
@@ -14,15 +14,15 @@ from services.control_plane.core.store import page
 from services.control_plane.core.tables import Checkpoint, Event, Job
 from services.control_plane.http.dependencies import (
     CallerPart,
-    LauncherPart,
+    IdempotentPart,
     Limit,
-    OncePart,
+    RayApiPart,
     SettingsPart,
     StorePart,
 )
-from services.control_plane.http.idempotency import Once
-from services.control_plane.jobs import admission, jobs, plans
-from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.http.idempotency import IdempotentRequest
+from services.control_plane.jobs import admission, checkpoints, jobs, plans
+from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.jobs.responses import checkpoint_object, event_object, job_object
 from services.control_plane.settings import Settings
@@ -30,27 +30,27 @@ from services.control_plane.settings import Settings
 router = APIRouter(prefix="/fine_tuning/jobs")
 
 
-async def _lookups(request: Request) -> Lookups:
-    return cast(Lookups, request.app.state.lookups)
+async def _job_reader(request: Request) -> JobReader:
+    return cast(JobReader, request.app.state.job_reader)
 
 
-LookupsPart = Annotated[Lookups, Depends(_lookups)]
+JobReaderPart = Annotated[JobReader, Depends(_job_reader)]
 
 
 @router.post("")
 async def create(
-    once: OncePart, caller: CallerPart, settings: SettingsPart, launcher: LauncherPart, body: CreateJob
+    idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob
 ) -> Response:
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         admitted = await admission.admit(session, settings, spec, weights)
-        await plans.refuse_hopeless(*admitted[:2], settings, launcher)
+        await plans.refuse_hopeless(*admitted[:2], settings, ray_api)
         return job_object(await jobs.submit(session, *admitted, caller.key_id), settings)
 
     with tracing.span("submit job"):
-        return await once.act(submit)
+        return await idempotent.act(submit)
 
 
 @router.get("")
@@ -62,7 +62,10 @@ async def list_jobs(
     limit: Limit = 20,
     metadata: Literal["null"] | None = None,
 ) -> dict[str, Any]:
-    """Newest first; `metadata[k]=v` keeps the jobs that carry it, `metadata=null` those that carry none."""
+    """Lists the project's jobs, newest first.
+
+    The parameter `metadata[k]=v` selects jobs with this pair of metadata, and `metadata=null` jobs without metadata.
+    """
     query = select(Job)
     if metadata:
         query = query.where(Job.spec["metadata"].astext.is_(None))
@@ -76,13 +79,13 @@ async def list_jobs(
 
 
 @router.get("/{job_id}")
-async def retrieve(lookups: LookupsPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
-    return job_object(await lookups.job(caller.project_id, job_id), settings)
+async def retrieve(reader: JobReaderPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> dict[str, Any]:
+    return job_object(await reader.job(caller.project_id, job_id), settings)
 
 
 async def _wish(
     wish: Callable[[AsyncSession, str, str], Awaitable[Job]],
-    once: Once,
+    idempotent: IdempotentRequest,
     caller: Caller,
     settings: Settings,
     job_id: str,
@@ -90,27 +93,27 @@ async def _wish(
     async def act(session: AsyncSession) -> dict[str, Any]:
         return job_object(await wish(session, job_id, caller.key_id), settings)
 
-    return await once.act(act, changes=job_id)
+    return await idempotent.act(act, changes=job_id)
 
 
 @router.post("/{job_id}/cancel")
-async def cancel(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.cancel, once, caller, settings, job_id)
+async def cancel(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.cancel, idempotent, caller, settings, job_id)
 
 
 @router.post("/{job_id}/pause")
-async def pause(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.pause, once, caller, settings, job_id)
+async def pause(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.pause, idempotent, caller, settings, job_id)
 
 
 @router.post("/{job_id}/resume")
-async def resume(once: OncePart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
-    return await _wish(jobs.resume, once, caller, settings, job_id)
+async def resume(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, job_id: str) -> Response:
+    return await _wish(jobs.resume, idempotent, caller, settings, job_id)
 
 
 @router.get("/{job_id}/events")
 async def events(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Newest first."""
+    """Lists a job's events, newest first."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         query = select(Event).where(Event.job_id == job_id)
@@ -119,10 +122,12 @@ async def events(store: StorePart, job_id: str, after: str | None = None, limit:
 
 
 @router.get("/{job_id}/checkpoints")
-async def checkpoints(store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
-    """Newest first."""
+async def list_checkpoints(
+    store: StorePart, job_id: str, after: str | None = None, limit: Limit = 10
+) -> dict[str, Any]:
+    """Lists a job's checkpoints, newest first."""
     async with store.look() as session:
         await jobs.find(session, job_id)
-        query = select(Checkpoint).where(Checkpoint.job_id == job_id)
+        query = checkpoints.offered(job_id)
         rows, more = await page(session, query, [Checkpoint.step], cursor=Checkpoint.id, after=after, limit=limit)
     return listing([checkpoint_object(row) for row in rows], more)

@@ -1,11 +1,12 @@
-"""The life of a job: every move it can make.
+"""Creates jobs, and makes all changes of a job's desired and observed state.
 
     queued ──► running ──► succeeded | failed
        ├── paused ──┤
        └────────────┴────► cancelled
 
-A paused job goes back to queued. A move is one UPDATE whose WHERE names the states it may come from and the
-version it was decided on; it, its event and its line in the log of transitions share a database transaction.
+A resumed job goes back from paused to queued. Each change of the observed state is one UPDATE, whose WHERE names the
+states from which the change is allowed and the job's version at the time of the decision. The change, its event and its
+row in the table `transitions` share a transaction.
 """
 
 import secrets
@@ -29,7 +30,7 @@ from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 from services.control_plane.webhooks import webhooks
 
-MOVES = {  # to: from
+MOVES = {  # state: the states from which a job may move to it
     "queued": ("paused",),
     "running": ("queued",),
     "paused": ("queued", "running"),
@@ -40,11 +41,11 @@ MOVES = {  # to: from
 
 
 class Stale(Exception):
-    """The job is not what a decision rested on; decide again."""
+    """The job has changed since a decision about it was made; the caller must decide again."""
 
 
 def draft(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> Job:
-    """The job as it would be submitted. `reference` None: the objective has none."""
+    """Returns the row of a new job, without an id. `reference` is None if the objective has no reference model."""
     return Job(
         spec=spec.model_dump(mode="json"),
         model_source=model.source,
@@ -59,7 +60,7 @@ def draft(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> Job
 async def submit(
     session: AsyncSession, spec: JobSpec, model: NamedModel, reference: NamedModel | None, actor: str
 ) -> Job:
-    """Write the job and its first events."""
+    """Adds a new job and its first events. `actor` is the id of the key that submits the job."""
     job = draft(spec, model, reference)
     job.id, job.traceparent = f"ftjob-{secrets.token_hex(12)}", tracing.current()
     append(session, job)
@@ -84,19 +85,22 @@ def not_found(job_id: str) -> NotFound:
 
 
 async def lock(session: AsyncSession, job: Job) -> Job:
-    """The job as it is now; nobody moves it before this transaction ends."""
+    """Locks the job's row and returns the current row. No one else can change the job until this transaction ends."""
     return await session.get_one(Job, job.id, with_for_update=True, populate_existing=True)
 
 
 async def confirm(session: AsyncSession, job: Job) -> None:
-    """Locks the job. Raises Stale unless it is in the version that a decision rested on."""
+    """Locks the job's row. Raises Stale if the job's version in the database is no longer `job.version`."""
     version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
     if version != job.version:
         raise Stale(f"{job.id} is in version {version}, not {job.version}")
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Wish the job cancelled; one that does not run is cancelled at once."""
+    """Sets the job's desired state to `cancel`. Cancels the job at once if it is not running.
+
+    Raises InvalidRequest if the job has ended.
+    """
     job = await lock(session, await find(session, job_id))
     if job.observed in TERMINAL:
         raise InvalidRequest(f"Job {job_id} has already {job.observed}; only a live job can be cancelled.")
@@ -109,7 +113,10 @@ async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
 
 
 async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Wish the job paused; one that does not run yet is paused at once."""
+    """Sets the job's desired state to `pause`. Pauses the job at once if it is queued.
+
+    Raises InvalidRequest if the job is neither queued nor running, or is being cancelled.
+    """
     job = await lock(session, await find(session, job_id))
     if job.observed not in ("queued", "running") or job.desired == "cancel":
         raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a queued or a running job can be paused.")
@@ -122,7 +129,10 @@ async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
 
 
 async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Wish the job run again. If it has not paused yet, it goes on. Raises OverQuota."""
+    """Sets the job's desired state to `run`. A paused job is queued again; a job that has not paused yet goes on.
+
+    Raises InvalidRequest if the user has not paused the job, and OverQuota if the project may not queue another job.
+    """
     job = await lock(session, await find(session, job_id))
     if job.desired != "pause" or job.observed in TERMINAL:
         raise InvalidRequest(f"Job {job_id} is {_state(job)}; only a paused job can be resumed.")
@@ -142,7 +152,10 @@ def _state(job: Job) -> str:
 
 
 async def wish(session: AsyncSession, job: Job, desired: str, *, actor: str, event: str) -> None:
-    """What the user wants of a job that is locked."""
+    """Sets the job's desired state (`run`, `pause` or `cancel`), raises its version and logs `event`.
+
+    The caller must hold the job's lock.
+    """
     job.desired, job.version = desired, job.version + 1
     _log(session, job.id, job.version, desired, job.observed, actor, event)
     tell(session, job.id, event)
@@ -159,7 +172,10 @@ async def move(
     event: str,
     level: str = "info",
 ) -> None:
-    """Move the job from where `job` saw it, and tell it. Raises Stale if it was moved or wished otherwise since."""
+    """Changes the job's observed state to `to`, sets the columns in `values` and adds an event.
+
+    Raises Stale if the job's version in the database is no longer `job.version`.
+    """
     closing = {"finished_at": func.now(), "progress": None} if to in TERMINAL else {}
     statement = update(Job).where(Job.id == job.id, Job.observed.in_(MOVES[to]), Job.version == job.version)
     statement = statement.values(observed=to, version=Job.version + 1, waits_for=None, **closing, **values)
@@ -172,14 +188,17 @@ async def move(
 
 
 async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
-    """Say what keeps a job, or its next attempt, from starting, once."""
+    """Sets the job's `waits_for`, the reason why the job or its next attempt does not start yet.
+
+    Adds an event if the reason is new.
+    """
     changed = update(Job).where(Job.id == job.id, Job.observed == job.observed, Job.waits_for.is_distinct_from(what))
     if (await session.execute(changed.values(waits_for=what).returning(Job.id))).first() is not None:
         tell(session, job.id, f"Waiting for {what}")
 
 
 async def hold_back(session: AsyncSession, job: Job, what: str) -> None:
-    """Say what a running job waits for that has no attempt now."""
+    """Sets `waits_for` of a running job that has no open attempt, without an event."""
     await session.execute(update(Job).where(Job.id == job.id).values(waits_for=what))
 
 
@@ -191,7 +210,10 @@ def _log(
 
 
 def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
-    """Where a job's log leads: desired, observed, version. Raises ValueError at a step that no rule allows."""
+    """Returns the desired state, the observed state and the version to which a job's transitions lead.
+
+    Raises ValueError if a transition is not allowed.
+    """
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed
         if after.version != before.version + 1 or not (stays or before.observed in MOVES.get(after.observed, ())):
@@ -201,13 +223,16 @@ def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
 
 
 async def log_of(session: AsyncSession, job_id: str) -> list[Transition]:
-    """Every wish and move of the job, in order."""
+    """Returns the transitions of the job, which are all changes of its desired and observed state, in order."""
     query = select(Transition).where(Transition.job_id == job_id).order_by(Transition.version)
     return list(await session.scalars(query))
 
 
 async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
-    """Where an event of the job stands among them all."""
+    """Returns the row id of the job's event whose public id is `event_id`. Row ids give the order of a job's events.
+
+    Raises InvalidRequest if the job has no such event.
+    """
     place = await session.scalar(select(Event.id).where(Event.public_id == event_id, Event.job_id == job_id))
     if place is None:
         raise InvalidRequest(f"{job_id} has no event '{event_id:.80}' to resume after.", param="Last-Event-ID")
@@ -217,7 +242,7 @@ async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
 def tell(
     session: AsyncSession, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
-    """An event of the service's own."""
+    """Adds an event to the job's history in the name of the service, not of an attempt."""
     append(session, Event(public_id=new_event_id(), job_id=job_id, level=level, message=message, data=data))
 
 
@@ -226,13 +251,13 @@ def new_event_id() -> str:
 
 
 def fine_tuned_name(job: Job, settings: Settings) -> str:
-    """`ft:base:org:suffix:` and the job's own 24 digits: no two jobs have one, and it is known before training ends."""
+    """Returns the unique name of the job's policy: `ft:base:org:suffix:` and the 24 digits of the job's id."""
     digits = job.id.removeprefix("ftjob-")
     return f"ft:{job.model_root}:{settings.organization}:{job.spec['suffix'] or ''}:{digits}"
 
 
 def unreadable(job: Job) -> dict[str, str | None] | None:
-    """The error of a job that another release stored, in a way that this one does not understand."""
+    """Returns the error of a job whose spec, from another release, cannot be read; None if this release can read it."""
     try:
         JobSpec.model_validate(job.spec)
     except ValidationError as error:
@@ -241,7 +266,7 @@ def unreadable(job: Job) -> dict[str, str | None] | None:
     return None
 
 
-WIRE_NAMES = {  # our metric keys, as OpenAI's events, checkpoints and result files spell them
+WIRE_NAMES = {  # our names of metrics, and their names in OpenAI's events, checkpoints and result files
     "loss": "train_loss",
     "mean_token_accuracy": "train_mean_token_accuracy",
     "rewards/accuracies": "train_reward_accuracy",
@@ -261,16 +286,16 @@ WIRE_NAMES = {  # our metric keys, as OpenAI's events, checkpoints and result fi
 
 
 def wire_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics by the names that existing parsers look for; ours without such a name keep theirs.
+    """Returns the metrics under OpenAI's names, which existing programs expect. Other metrics keep their names.
 
-    OpenAI evaluates a sample at most steps and all of the validation file at some; here it is always all,
-    which therefore stands under the sample's names, too.
+    OpenAI evaluates a sample of the validation file at most steps (`valid_…`), and the whole file at some
+    (`full_valid_…`). This service always evaluates the whole file, so each value gets both names.
     """
-    found = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
-    return found | {key.removeprefix("full_"): value for key, value in found.items() if key.startswith("full_valid_")}
+    named = {WIRE_NAMES.get(key, key): value for key, value in metrics.items()}
+    return named | {key.removeprefix("full_"): value for key, value in named.items() if key.startswith("full_valid_")}
 
 
 async def metrics_of(session: AsyncSession, job_id: str) -> list[dict[str, Any]]:
-    """The data of every metrics event, by step."""
+    """Returns the data of the job's metrics events, in the order of their steps."""
     query = select(Event.data).where(Event.job_id == job_id, Event.step.is_not(None)).order_by(Event.step)
     return [data for data in await session.scalars(query) if data is not None]

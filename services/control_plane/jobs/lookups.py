@@ -1,26 +1,26 @@
-"""Jobs by their ids, as clients that poll ask for them: who asks at the same moment shares a statement."""
+"""Reads jobs by their ids for clients that poll. Requests at the same moment share one query."""
 
 from functools import partial
 
 from sqlalchemy import ARRAY, Text, any_, literal, select
 
-from services.control_plane.core.batching import Together
+from services.control_plane.core.batching import Batcher
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Job
 from services.control_plane.jobs.jobs import not_found
 
 
-class Lookups:
-    """Of one process. Each project's are asked for by themselves."""
+class JobReader:
+    """Reads jobs for all requests of this process, with one query at a time for each project."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._projects: dict[str, Together[Job]] = {}
+        self._projects: dict[str, Batcher[Job]] = {}
 
     async def job(self, project_id: str, job_id: str) -> Job:
-        """Raises NotFound."""
+        """Returns the job with this id in the project. Raises NotFound if the project has no such job."""
         if project_id not in self._projects:
-            self._projects[project_id] = Together(partial(self._find, project_id))
+            self._projects[project_id] = Batcher(partial(self._find, project_id))
         if (job := await self._projects[project_id].get(job_id)) is None:
             raise not_found(job_id)
         return job

@@ -1,4 +1,4 @@
-"""Plans: whether a job would fit into its workers, told before it is submitted."""
+"""Plans jobs: estimates, before a job is submitted, whether the job fits into the memory of its workers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,22 +15,22 @@ from services.control_plane.core.tables import File
 from services.control_plane.jobs.requests import EXTENSIONS
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.shapes import shapes_of
-from services.control_plane.ray_api import Launcher, Node
+from services.control_plane.ray_api import Node, RayApi
 from services.control_plane.settings import Settings
 
-BYTES_OF_TOKEN = 4  # of a file whose tokens nobody has counted
+BYTES_OF_TOKEN = 4  # bytes of text per token, assumed if no check has counted the file's tokens
 SETTABLE = [name for name in CHANGES if name in EXTENSIONS]
-# Families whose activations were measured, and are as planned within a tenth.
+# Families of models whose activations were measured; plans of these models are right within a tenth.
 MEASURED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "gemma3_text"}
 
 
 async def look_at(model: NamedModel) -> Shapes:
-    """Raises NoShapes."""
+    """Returns the shapes of the model's weights. Raises NoShapes if the model's files cannot be read."""
     return await anyio.to_thread.run_sync(shapes_of, model.base_source or model.source)
 
 
 def rows_of(file: File | None, counted: CheckResult | None, spec: JobSpec) -> tuple[Rows, str]:
-    """What the job would train on, and how that is known."""
+    """Returns the number and token lengths of the rows that the job would train on, and the source of these numbers."""
     if file is None or file.report is None:
         third = max(2, spec.config.max_length // 2)
         return Rows(groups=0, prompt=third, completion=third), "nothing is known of the file; rows as long as allowed"
@@ -54,9 +54,9 @@ def rows_of(file: File | None, counted: CheckResult | None, spec: JobSpec) -> tu
 
 
 def run_of(spec: JobSpec, rows: Rows, nodes: Sequence[Node], settings: Settings) -> Run:
-    """What of the job decides about memory."""
+    """Returns the options of the job on which its need for memory depends."""
     config, adapter = spec.config.resolved(rows.groups or 10_000), spec.weights.adapter
-    assert config.batch_size is not None  # resolved
+    assert config.batch_size is not None  # set by `resolved`
     assert config.n_epochs is not None
     most = max((len(node.gpus) for node in nodes), default=0)
     targets = adapter.target_modules if adapter else "all-linear"
@@ -64,6 +64,7 @@ def run_of(spec: JobSpec, rows: Rows, nodes: Sequence[Node], settings: Settings)
         precision=spec.weights.precision,
         adapter=adapter.r if adapter else None,
         dropout=adapter.dropout if adapter else 0.0,
+        quantized=spec.weights.quantization is not None,
         targets=None if targets == "all-linear" else targets,
         num_workers=spec.num_workers,
         workers_per_node=most or spec.num_workers,
@@ -83,15 +84,18 @@ def _device(settings: Settings) -> Literal["cpu", "cuda"]:
 
 
 def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int | None:
-    """The memory that the smallest worker may have: that of the smallest GPU, or its part of the largest machine, on
-    which Ray puts workers first."""
+    """Returns the bytes of memory of the worker that has the least memory; None if they are unknown.
+
+    With GPUs, this is the memory of the smallest GPU. With CPUs, it is the memory of the largest machine, divided by
+    the number of workers, because Ray fills this machine first.
+    """
     if _device(settings) == "cuda":
         return min((size for node in nodes for size in node.gpus), default=None)
     return max((node.memory // num_workers for node in nodes), default=None)
 
 
 def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
-    """The memory that no worker has more than. None: that is not known, or the cluster may grow."""
+    """Returns the most bytes of memory that a worker may have; None if they are unknown, or the cluster may grow."""
     if settings.max_cluster:
         return None
     if _device(settings) == "cuda":
@@ -100,22 +104,25 @@ def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
 
 
 def _plan(shapes: Shapes, run: Run, rows: Rows, room: int | None) -> Plan:
-    """More workers have more GPUs, but they share the memory of a machine."""
+    """Returns the plan of the job, with remedies that the user can set.
+
+    With CPUs, more workers are no remedy, because workers share a machine's memory.
+    """
     settable = [name for name in SETTABLE if name != "num_workers" or run.device == "cuda"]
     return plan(shapes, run, rows, room, settable)
 
 
-async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, launcher: Launcher) -> None:
+async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, ray_api: RayApi) -> None:
     """Raises InvalidRequest for a job whose weights and optimizer alone exceed the memory of the largest worker."""
     try:
         shapes = await look_at(model)
-        nodes = await launcher.nodes()
+        nodes = await ray_api.nodes()
         room = most_of(nodes, settings)
         rows, _ = rows_of(None, None, spec)
         found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room) if room else None
     except ValueError:
-        return  # training itself says what it makes of such a model
-    # Of a model with towers only a part is loaded.
+        return  # no plan is possible; the job itself reports the error of the model
+    # A model with a `text_config` is loaded in part only, so the plan would be too high.
     if found is None or room is None or found.memory.least <= room or "text_config" in shapes.config:
         return
     held = found.memory

@@ -1,4 +1,4 @@
-"""/v1/x/plans"""
+"""The route /v1/x/plans, which estimates whether a job would fit into the memory of its workers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files import files, model_check
-from services.control_plane.http.dependencies import LauncherPart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
 from services.control_plane.jobs import admission, plans
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.models.shapes import NoShapes
@@ -15,8 +15,8 @@ router = APIRouter(prefix="/x/plans")
 
 
 @router.post("")
-async def create(store: StorePart, settings: SettingsPart, launcher: LauncherPart, body: CreateJob) -> dict[str, Any]:
-    """Whether a job with this body would fit, what its workers would hold, and what would make it fit."""
+async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob) -> dict[str, Any]:
+    """Returns the plan of a job with this body: whether it fits, the memory it needs, and changes that make it fit."""
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
@@ -28,7 +28,7 @@ async def create(store: StorePart, settings: SettingsPart, launcher: LauncherPar
         if file is not None:
             check = model_check.check_of(file, model, spec.config, settings, await store.store.instance())
             counted = await model_check.known(check)
-        return plans.plan_object(spec, shapes, file, counted, await launcher.nodes(), settings)
+        return plans.plan_object(spec, shapes, file, counted, await ray_api.nodes(), settings)
     except NoShapes as error:
         raise InvalidRequest(f"No plan without the model: {error}", param="model", code="model_unreadable") from None
     except ValueError as error:

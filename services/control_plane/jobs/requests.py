@@ -1,4 +1,7 @@
-"""The body of a request for a job. Unknown fields are refused by name, values by their limits."""
+"""Defines the request bodies for jobs, and turns them into the specs of jobs.
+
+Errors name the unknown field, or the wrong value and its limits.
+"""
 
 import secrets
 from collections.abc import Mapping
@@ -13,16 +16,16 @@ from pydantic import (
     StringConstraints,
 )
 
-from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.config import EarlyStop, Lora, Optim, Quantization, TrainConfig
 from dpo_core.methods import COMMON, METHODS
 from dpo_core.options import OBJECTIVES, Mpo, Objective, RewardObjective
-from services.contract import Integrations, JobSpec, Mlflow, Reading, ReferenceSource, WandbIntegration
+from services.contract import Integrations, JobSpec, Mlflow, Policy, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, parse, refuse_unknown
 from services.control_plane.jobs.weights import WeightsAsked
 
-# Where each option of a training run stands in a request; those of the objective join the first.
+# HYPERPARAMETERS are in `method.<type>.hyperparameters`, beside the objective's own; EXTENSIONS are in `x_raydpo`.
 HYPERPARAMETERS = set(COMMON)
 
 
@@ -34,11 +37,16 @@ EXTENSIONS = {
     "truncation",
     "adapter",
     "precision",
+    "quantization",
     "reference",
     "max_tokens_per_pack",
     "activation_checkpointing",
     "sharding",
     "checkpoint_steps",
+    "keep_checkpoints",
+    "best_metric",
+    "early_stop",
+    "policy",
     "validation_share",
     "tensorboard",
     "mlflow",
@@ -55,6 +63,10 @@ Priority = Annotated[int, Field(ge=-10, le=10)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 
 
+Count = Annotated[int, Field(ge=1, strict=True)]
+KEPT = 2  # the number of newest checkpoints that a job keeps by default
+
+
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
@@ -63,12 +75,17 @@ Metadata = Annotated[
 ]
 
 
+AskedQuantization: Any = Quantization | None
 AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
-PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]  # of a sum
+# The types of the objectives that a sum of objectives may have.
+PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]
 
 
 class Method(BaseModel):
-    """`{"type": "dpo", "dpo": {"hyperparameters": {…}}}`: the second key is named by the first."""
+    """The field `method` of a job, such as `{"type": "dpo", "dpo": {"hyperparameters": {…}}}`.
+
+    The value of `type` is the name of the other key.
+    """
 
     model_config = ConfigDict(extra="allow")
     type: str
@@ -76,13 +93,13 @@ class Method(BaseModel):
     def hyperparameters(self) -> dict[str, Any]:
         options = dict(self.__pydantic_extra__ or {})
         refuse_unknown(options, {self.type}, "method")
-        own = parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
-        refuse_unknown(own, {"hyperparameters"}, f"method.{self.type}")
-        return parse(dict[str, Any], own.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
+        method = parse(dict[str, Any], options.get(self.type) or {}, f"method.{self.type}")
+        refuse_unknown(method, {"hyperparameters"}, f"method.{self.type}")
+        return parse(dict[str, Any], method.get("hyperparameters") or {}, f"method.{self.type}.hyperparameters")
 
 
 class Reference(BaseModel):
-    """`x_raydpo.reference`."""
+    """The field `x_raydpo.reference` of a job: the reference model, and the process that scores with this model."""
 
     model_config = ConfigDict(extra="forbid")
     source: ReferenceSource = "auto"
@@ -90,14 +107,14 @@ class Reference(BaseModel):
 
 
 class CreateJob(BaseModel):
-    """Body of POST /fine_tuning/jobs."""
+    """The JSON body of POST /v1/fine_tuning/jobs."""
 
     model_config = ConfigDict(extra="forbid")
     model: Text
-    training_file: Text | None = None  # may be left out where x_raydpo.dataset says it, or repeat that
+    training_file: Text | None = None  # optional if x_raydpo.dataset is given, whose URI it may repeat
     validation_file: Text | None = None
     method: Method | None = None
-    hyperparameters: dict[str, Any] | None = None  # the older place for those of `supervised`
+    hyperparameters: dict[str, Any] | None = None  # OpenAI's older place for the hyperparameters of `supervised`
     suffix: Suffix | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
@@ -105,7 +122,7 @@ class CreateJob(BaseModel):
     integrations: Annotated[tuple[WandbIntegration, ...], Field(max_length=5)] | None = None
 
     def spec(self) -> JobSpec:
-        """The job asked for, every value checked. Raises InvalidRequest naming the field."""
+        """Returns the spec of the job that the body asks for. Raises InvalidRequest, which names the wrong field."""
         if self.validation_file and self.validation_file == self.training_file:
             message = f"validation_file is the training file, {self.training_file}; send one with other rows."
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
@@ -124,12 +141,16 @@ class CreateJob(BaseModel):
         workers = parse(Workers, extension.get("num_workers", 1), "x_raydpo.num_workers")
         reference = parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
         priority = parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
+        keep = extension.get("keep_checkpoints", KEPT)
+        policy: Any = parse(Policy, extension.get("policy", "last"), "x_raydpo.policy")  # type: ignore[arg-type]
         how = self._reading()
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
-        return JobSpec(
+        spec = JobSpec(
             **named,
             training_file=self._training_file(),
             config=config,
+            keep_checkpoints=keep if keep == "all" else parse(Count, keep, "x_raydpo.keep_checkpoints"),
+            policy=policy,
             num_workers=workers,
             priority=priority,
             reference_source=reference.source,
@@ -139,12 +160,16 @@ class CreateJob(BaseModel):
             columns=how.columns,
             integrations=self._integrations(),
         )
+        if not spec.validates:
+            _refuse_choice(extension)
+        return spec
 
     def weights(self) -> WeightsAsked:
-        """Raises InvalidRequest naming the field."""
+        """Returns the body's options for the weights to train. Raises InvalidRequest, which names the wrong field."""
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
-        return WeightsAsked(_adapter(extension.get("adapter", "auto")), precision)
+        quantization: Any = parse(AskedQuantization, extension.get("quantization"), "x_raydpo.quantization")
+        return WeightsAsked(_adapter(extension.get("adapter", "auto")), precision, quantization)
 
     def _integrations(self) -> Integrations:
         extension = self.x_raydpo or {}
@@ -168,12 +193,15 @@ class CreateJob(BaseModel):
         extension = self.x_raydpo or {}
         if extension.get("dataset") is None and (given := READING.intersection(extension)):
             where = f"x_raydpo.{min(given)}"
-            message = f"{where} is said when a file is uploaded, in x_raydpo there; here it is for x_raydpo.dataset."
+            message = f"{where} goes with the upload of a file, in x_raydpo there; in a job it needs x_raydpo.dataset."
             raise InvalidRequest(message, param=where)
         return reading(extension)
 
     def _training_file(self) -> str:
-        """The id of an uploaded file, or a URI."""
+        """Returns the id of an uploaded file, or the URI of a dataset.
+
+        Raises InvalidRequest if the body names neither.
+        """
         if (given := (self.x_raydpo or {}).get("dataset")) is not None:
             uri = parse(Text, given, "x_raydpo.dataset")
             if "://" not in uri:
@@ -192,8 +220,19 @@ class CreateJob(BaseModel):
         return self.training_file
 
 
+def _refuse_choice(extension: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for options that compare checkpoints, if the job evaluates no checkpoints."""
+    for name in ("best_metric", "early_stop", "policy"):
+        if extension.get(name) not in (None, "auto", "last"):
+            message = (
+                f"x_raydpo.{name} needs checkpoints that are evaluated: send a validation_file, or hold rows out with "
+                f"x_raydpo.validation_share; or leave {name} out."
+            )
+            raise InvalidRequest(message, param=f"x_raydpo.{name}")
+
+
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:
-    """`{"type": "lora", …}`, "none" or "auto"."""
+    """Returns the parsed field `x_raydpo.adapter`, which is `{"type": "lora", …}`, "none" or "auto"."""
     where = "x_raydpo.adapter"
     if given in ("none", "auto"):
         return given
@@ -206,12 +245,15 @@ def _adapter(given: object) -> Lora | Literal["none", "auto"]:
 
 
 def is_local(file: str) -> bool:
-    """Whether this names a file that is not uploaded: it is neither an id nor a URI."""
+    """Whether `file` names a local file, because it is neither the id of an uploaded file nor a URI."""
     return not file.startswith("file-") and "://" not in file
 
 
 class ValidateJob(CreateJob):
-    """Body of POST /x/jobs/validate. Its files may be local ones, by any name, which are uploaded once it is valid."""
+    """The JSON body of POST /v1/x/jobs/validate.
+
+    The fields for files may name local files, which the client uploads once the body is valid.
+    """
 
     def _reading(self) -> Reading:
         if is_local(self.training_file or ""):
@@ -222,7 +264,10 @@ class ValidateJob(CreateJob):
 def train_config(
     kind: str, hyperparameters: Mapping[str, Any], where: str, extension: Mapping[str, Any], seed: int
 ) -> TrainConfig:
-    """The run that a request describes; `auto` means the same as leaving the option out."""
+    """Returns the training config that a request describes.
+
+    The value `auto` means the same as leaving an option out.
+    """
     objective_options = {field.name for field in fields(OBJECTIVES[kind])} - {"type"}
     refuse_unknown(hyperparameters, objective_options | HYPERPARAMETERS, where)
     refuse_unknown(extension, EXTENSIONS, "x_raydpo")
@@ -235,6 +280,8 @@ def train_config(
     of_optim = {field.name for field in fields(Optim)}
     if "objectives" in given:
         given["objectives"] = _parts(given["objectives"], f"{where}.objectives")
+    if given.get("early_stop") is not None:
+        given["early_stop"] = parse(EarlyStop, given["early_stop"], paths["early_stop"])
     objective = parse(OBJECTIVES[kind], part(objective_options), where, paths)
     optim = parse(Optim, part(of_optim), where, paths)
     rest = part({field.name for field in fields(TrainConfig)} - {"objective", "optim", "seed"})
@@ -242,7 +289,10 @@ def train_config(
 
 
 def _parts(given: object, where: str) -> list[Objective]:
-    """The objectives of a sum, each by its type."""
+    """Returns the objectives of a sum, each parsed by its `type`.
+
+    Raises InvalidRequest for a type that a sum cannot have.
+    """
     parts = parse(list[dict[str, Any]], given, where)
     for number, part in enumerate(parts):
         if (kind := part.get("type")) not in PARTS:

@@ -1,10 +1,11 @@
-"""Jobs, their events and checkpoints as clients read them."""
+"""Builds the JSON objects of jobs, events and checkpoints for responses."""
 
 import time
 from dataclasses import asdict
 from typing import Any
 
 from dpo_core.methods import COMMON
+from dpo_core.options import LOSS
 from services.contract import Integrations, Reading, Weights
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
@@ -31,17 +32,19 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "learning_rate_multiplier": row.spec["config"]["optim"]["learning_rate_multiplier"] or "auto",
     }
     hyperparameters = {**objective, **schedule}
-    # Which the oldest jobs lack; those of another release may hold more than this one knows.
+    # The oldest jobs have no integrations. Jobs of another release may have fields that this release does not know.
     integrations = Integrations.model_validate(row.spec.get("integrations", {}), extra="ignore")
-    weights = Weights.model_validate(row.spec.get("weights", {}))  # which the oldest jobs lack
+    weights = Weights.model_validate(row.spec.get("weights", {}))  # the oldest jobs have no weights
     wandb = [each.model_dump(mode="json", exclude_none=True) for each in integrations.wandb]
     how = reading_fields(Reading.model_validate(row.spec))
     asked = {
         "num_workers": row.spec["num_workers"],
         "adapter": {"type": "lora", **asdict(weights.adapter)} if weights.adapter else "none",
         "precision": weights.precision,
+        "quantization": weights.quantization,
         "priority": row.priority,
         "validation_share": row.spec.get("validation_share") or None,
+        **_selection(row),
         "tensorboard": integrations.tensorboard,
         "mlflow": integrations.mlflow and integrations.mlflow.model_dump(exclude_none=True),
     }
@@ -67,7 +70,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
         "trained_tokens": row.trained_tokens,
         "training_file": row.spec["training_file"],
         "user_provided_suffix": row.spec["suffix"],
-        "validation_file": row.spec.get("validation_file"),  # which the oldest jobs lack
+        "validation_file": row.spec.get("validation_file"),  # the oldest jobs lack this field
         "x_raydpo": {
             **asked,
             **how,
@@ -85,7 +88,7 @@ def job_object(row: Job, settings: Settings) -> dict[str, Any]:
 def _request(
     spec: dict[str, Any], wandb: list[dict[str, Any]], asked: dict[str, Any], how: dict[str, Any]
 ) -> dict[str, Any]:
-    """The body that asks for this job again, with the seed that was drawn."""
+    """Returns the request body that would create this job again, with the seed that was drawn for this job."""
     config = {**spec["config"], **spec["config"]["optim"]}
     kind = config["objective"]["type"]
     hyperparameters = {**config["objective"], **{name: config[name] for name in COMMON}, "type": None}
@@ -108,8 +111,23 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _selection(row: Job) -> dict[str, Any]:
+    """Returns the job's options for keeping checkpoints and for choosing one of them as the policy.
+
+    The oldest jobs lack these options: they kept all checkpoints, and the last one became the policy.
+    """
+    spec, config = row.spec, row.spec["config"]
+    validates = spec.get("validation_file") or spec.get("validation_share")
+    return {
+        "keep_checkpoints": spec.get("keep_checkpoints", "all"),
+        "best_metric": config.get("best_metric", LOSS) if validates else None,
+        "early_stop": config.get("early_stop"),
+        "policy": spec.get("policy", "last"),
+    }
+
+
 def _eta_seconds(row: Job) -> float | None:
-    """At the rate of the stage so far; None while there is none."""
+    """Returns the seconds that the current stage will still take at its speed so far; None if the speed is unknown."""
     progress = (row.observed == "running" and row.progress) or {}
     done = progress.get("done", 0) - progress.get("start", 0)
     if done <= 0 or progress["total"] <= 0:
@@ -121,12 +139,12 @@ def _eta_seconds(row: Job) -> float | None:
 def _progress(row: Job) -> dict[str, Any] | None:
     if row.progress is None or row.observed != "running":
         return None
-    found = {key: row.progress.get(key) for key in ("stage", "done", "total", "encoding")}
-    return found | {"eta_seconds": _eta_seconds(row)}
+    shown = {key: row.progress.get(key) for key in ("stage", "done", "total", "encoding")}
+    return shown | {"eta_seconds": _eta_seconds(row)}
 
 
 def _estimated_finish(row: Job) -> int | None:
-    """Known once training runs: earlier stages tell nothing of its length."""
+    """Returns the Unix time at which training will end; None before training, because its speed is not known yet."""
     progress = _progress(row) or {}
     eta = progress.get("eta_seconds") if progress.get("stage") == "training" else None
     return None if eta is None else int(time.time() + eta)

@@ -1,4 +1,4 @@
-"""The result file of a job: a CSV of its step metrics, with the columns that OpenAI's users parse."""
+"""Writes the result file of a job: a CSV of its step metrics, with the columns that OpenAI's users parse."""
 
 import csv
 import io
@@ -19,7 +19,10 @@ COLUMNS = {  # column: key in a metrics event's data
 
 
 def results_csv(metrics: Sequence[Mapping[str, Any]]) -> bytes:
-    """One row a step: OpenAI's columns first, then every other metric under its own name; absent ones are empty."""
+    """Returns a CSV with a row for each step: OpenAI's columns first, then all other metrics.
+
+    Missing values are empty.
+    """
     others = sorted({key for row in metrics for key in row} - set(COLUMNS.values()) - {"total_steps"})
     columns = {**COLUMNS, **{key: key for key in others}}
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""/v1/x/jobs/validate and /v1/x/methods: what a job would be, and what it may ask for."""
+"""The routes /v1/x/jobs/validate, which checks a job without creating it, and /v1/x/methods, which lists methods."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from dpo_core.methods import METHODS, described
 from services.control_plane.core.responses import listing
-from services.control_plane.http.dependencies import LauncherPart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
 from services.control_plane.jobs import admission, jobs, plans
 from services.control_plane.jobs.requests import ValidateJob
 from services.control_plane.jobs.responses import job_object
@@ -15,15 +15,13 @@ router = APIRouter(prefix="/x")
 
 
 @router.post("/jobs/validate")
-async def validate(
-    store: StorePart, settings: SettingsPart, launcher: LauncherPart, body: ValidateJob
-) -> dict[str, Any]:
-    """The job that the body asks for, without an id: nothing is written. What depends on its rows stays open."""
+async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: ValidateJob) -> dict[str, Any]:
+    """Checks the body, and returns the job that the body asks for, without an id. Writes nothing and reads no rows."""
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
         spec, model, reference = await admission.admit(session, settings, spec, weights, local_files=True)
-    await plans.refuse_hopeless(spec, model, settings, launcher)
+    await plans.refuse_hopeless(spec, model, settings, ray_api)
     job = jobs.draft(spec, model, reference)
     config = spec.config.settled(with_adapter=spec.weights.adapter is not None)
     job.training = {"config": spec.model_copy(update={"config": config}).model_dump(mode="json")["config"]}
@@ -32,5 +30,5 @@ async def validate(
 
 @router.get("/methods")
 async def methods() -> dict[str, Any]:
-    """Every method with its hyperparameters."""
+    """Lists the training methods with their hyperparameters."""
     return listing([described(kind) for kind in METHODS], has_more=False)

@@ -1,10 +1,10 @@
-"""Decides which weights a job trains, in which precision, and against which reference."""
+"""Decides which weights a job trains and in which precision, and refuses combinations that do not go together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dpo_core.config import Lora
+from dpo_core.config import Lora, Quantization
 from services.contract import JobSpec, Precision, Weights
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.models.models import NamedModel
@@ -13,17 +13,18 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class WeightsAsked:
-    """What a request says of the weights; `auto` leaves it to the service."""
+    """The options of a request for the weights to train. The value `auto` leaves the choice to the service."""
 
     adapter: Lora | Literal["none", "auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What a request puts together. `reference` None: the objective has none."""
+    """The parts of a request that must go together. `reference` is None if the objective has no reference model."""
 
-    spec: JobSpec
+    spec: JobSpec  # with the decided weights
     asked: WeightsAsked
     start: NamedModel
     reference: NamedModel | None
@@ -34,12 +35,16 @@ class Combination:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the reward model that the objective trains; 0: it trains a policy."""
+        """Returns the number of outputs of the reward model that the objective trains; 0 if it trains a policy."""
         return self.spec.config.objective.traits.num_outputs
+
+    @property
+    def quantized(self) -> bool:
+        return self.spec.weights.quantization is not None
 
 
 class Rule(NamedTuple):
-    """Two things that do not go together. The documents print `what` and `remedy`."""
+    """A rule that forbids a combination of options. The documents print `what` and `remedy`."""
 
     param: str
     what: str
@@ -71,8 +76,26 @@ RULES = (
     Rule(
         "x_raydpo.reference.model",
         "a reward model as the reference",
-        "name a policy or a base model: a reward model says nothing of tokens",
+        "name a policy or a base model, because a reward model gives tokens no probabilities",
         lambda given: given.reference is not None and bool(given.reference.num_outputs),
+    ),
+    Rule(
+        "x_raydpo.quantization",
+        "a quantized base without an adapter",
+        "leave it out, or train an adapter: weights in NF4 are frozen",
+        lambda given: given.quantized and given.spec.weights.adapter is None,
+    ),
+    Rule(
+        "x_raydpo.sharding",
+        "a quantized base that workers split",
+        "send 'replicated' or leave it out, or leave x_raydpo.quantization out",
+        lambda given: given.quantized and given.spec.config.sharding in ("full", "hybrid"),
+    ),
+    Rule(
+        "x_raydpo.reference.source",
+        "'serve' for a policy with a quantized base",
+        "send 'trainer' or leave it out: an engine would score with the base as it was before",
+        lambda given: given.quantized and given.spec.reference_source == "serve",
     ),
 )
 
@@ -86,8 +109,11 @@ def check(given: Combination) -> None:
 
 
 def decide(asked: WeightsAsked, start: NamedModel, settings: Settings) -> Weights:
-    """Decides what the request leaves to the service."""
-    return Weights(adapter=_adapter(asked, start, settings), precision=_precision(asked, settings))
+    """Returns the weights that the job trains: the request's choices, and the service's for options left at `auto`."""
+    adapter = _adapter(asked, start, settings)
+    kept = start.quantization if adapter else None  # an adapter goes on with the base that it was trained on
+    quantization = asked.quantization or kept
+    return Weights(adapter=adapter, precision=_precision(asked, settings), quantization=quantization)
 
 
 def _adapter(asked: WeightsAsked, start: NamedModel, settings: Settings) -> Lora | None:
@@ -109,17 +135,21 @@ def _precision(asked: WeightsAsked, settings: Settings) -> Precision:
 
 
 def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) -> str:
-    """Says what is trained and what it is compared with, for an event. `reference` None: the objective has none."""
+    """Returns the text of an event that says which weights the job trains and which model is its reference.
+
+    `reference` is None if the objective has no reference model.
+    """
     adapter, precision = weights.adapter, weights.precision
+    over = f", on a base in {weights.quantization.upper()}" if weights.quantization else ""
     if adapter is None:
         merged = ", the adapter merged into its base," if start.adapter else ""
-        what = f"Training all weights of {start.id}{merged} in {precision}"
+        what = f"Training all weights of {start.id}{merged} in {precision}{over}"
     elif start.adapter:
-        what = f"Training on with the adapter {start.id} of rank {adapter.r} in {precision}"
+        what = f"Training on with the adapter {start.id} of rank {adapter.r} in {precision}{over}"
     else:
         targets = adapter.target_modules
         where = "all linear layers" if targets == "all-linear" else ", ".join(targets)
-        what = f"Training an adapter of rank {adapter.r} on {where} of {start.id} in {precision}"
+        what = f"Training an adapter of rank {adapter.r} on {where} of {start.id} in {precision}{over}"
     if reference is None:
         return what
     own = ", as it is before the first step" if reference.source == start.source else ""

@@ -1,1 +1,1 @@
-"""Base models and trained policies: names, sharing, deployments, inference."""
+"""Finds, shares, deploys and queries base models and trained models."""

@@ -1,4 +1,4 @@
-"""/v1/models. Ids may hold slashes, raw or encoded."""
+"""The routes below /v1/models, which list, retrieve and delete models. Ids may contain slashes, raw or encoded."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
-from services.control_plane.http.dependencies import OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
 from services.control_plane.models import deployments, models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.responses import model_object
@@ -23,10 +23,13 @@ async def list_models(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> Response:
-    """Base models, then the newest. OpenAI's client asks for one page, so that a page is long."""
+    """Lists base models, then trained models, newest first.
+
+    Pages are long by default, because OpenAI's client reads only the first page.
+    """
     async with store.look() as session:
-        found, more = await models.list_page(session, settings, after=after, limit=limit)
-    return JSONResponse(listing([model_object(model, settings) for model in found], more))
+        listed, more = await models.list_page(session, settings, after=after, limit=limit)
+    return JSONResponse(listing([model_object(model, settings) for model in listed], more))
 
 
 @router.get("/{model_id:path}")
@@ -36,8 +39,8 @@ async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> d
 
 
 @router.delete("/{model_id:path}")
-async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Response:
-    """Stop offering and serving a trained policy, and remove its weights."""
+async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str) -> Response:
+    """Deletes a trained model: the service stops offering and serving the model, and deletes its weights."""
     removed: list[NamedModel] = []
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
@@ -46,7 +49,7 @@ async def delete(once: OncePart, settings: SettingsPart, model_id: str) -> Respo
         removed.append(model)
         return deleted("model", model_id)
 
-    answer = await once.act(remove, changes=model_id)
+    answer = await idempotent.act(remove, changes=model_id)
     for model in removed:
         await remove_bytes(model.source)
     return answer

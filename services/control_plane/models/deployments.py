@@ -21,7 +21,7 @@ SETTLED_SECONDS = 5.0  # after which Serve has removed what it was told to remov
 
 
 async def use(session: AsyncSession, model: NamedModel) -> None:
-    """Wish the model served, as of now. Raises Unavailable while another has its application's name."""
+    """Asks for the model to be served, and notes its use. Raises Unavailable if another one has its name in Serve."""
     row = insert(Deployment).values(app_name=model.app_name, model_id=model.id, source=model.source)
     used = {"last_used_at": func.clock_timestamp()}
     same = (Deployment.model_id == model.id) & (Deployment.source == model.source)

@@ -1,4 +1,4 @@
-"""Completions, forwarded to Ray Serve: the model is loaded on first use, errors come back in the envelope."""
+"""Forwards completions to Ray Serve. A model is loaded on first use. Errors come back in OpenAI's envelope."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from services.control_plane.core.errors import ApiError, InvalidRequest, NotFoun
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.models import deployments, models
 from services.control_plane.models.models import NamedModel
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ class _Use:
 class Inference:
     """Forwards OpenAI's completion calls to the model's Serve application."""
 
-    def __init__(self, store: Store, launcher: Launcher, settings: Settings) -> None:
-        self._store, self._launcher, self._settings = store, launcher, settings
+    def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
+        self._store, self._ray_api, self._settings = store, ray_api, settings
         limits = httpx.Limits(max_connections=settings.max_requests, max_keepalive_connections=100)
         timeout = httpx.Timeout(ANSWER_SECONDS, connect=5, pool=POOL_SECONDS)
         self._serve = httpx.AsyncClient(timeout=timeout, limits=limits)
@@ -92,7 +92,7 @@ class Inference:
             self._uses = kept | {name: use for name, use in self._uses.items() if now - use.asked_at < ASK_SECONDS}
 
     async def forward(self, caller: ProjectStore, path: str, name: str, body: bytes, *, streams: bool) -> Response:
-        """Answer `POST /v1/<path>` from the caller's model of that name; a stream stays a stream."""
+        """Answers `POST /v1/<path>` with the caller's model of that name. A stream stays a stream."""
         async with caller.begin() as session:
             model = await models.find(session, self._settings, name)
         if model.num_outputs:
@@ -102,7 +102,7 @@ class Inference:
         answer: httpx.Response | None = None
         stays = False
         try:
-            answer = await self._send(f"{base_url}/{await self._launcher.own_name(model.app_name)}/v1/{path}", body)
+            answer = await self._send(f"{base_url}/{await self._ray_api.own_name(model.app_name)}/v1/{path}", body)
             if answer.status_code == 200 and streams:
                 stays = True
                 return _Stream(answer, lambda: self._end(model, answer))
@@ -139,13 +139,13 @@ class Inference:
         deadline = time.monotonic() + self._settings.model_wait_seconds
         while time.monotonic() < deadline:
             try:
-                view = await self._launcher.look()
+                view = await self._ray_api.look()
             except httpx.HTTPError:
                 raise self._unavailable(model, "cannot be reached: the Ray cluster does not answer") from None
             app = view.applications.get(model.app_name)
             if app and app.state == "failed":
                 async with self._store.begin() as session:
-                    await deployments.forget(session, model.app_name)  # so that the next request tries anew
+                    await deployments.forget(session, model.app_name)  # so that the next request loads it again
                 raise self._unavailable(model, f"could not be loaded: {app.message}")
             if app and app.state == "running" and view.base_url and await self._enter(model):
                 return view.base_url
@@ -188,7 +188,7 @@ class Inference:
         )
 
     def _refusal(self, model: NamedModel, answer: httpx.Response) -> ApiError:
-        """The server's error in OpenAI's envelope, whatever it looks like."""
+        """Returns the server's error in OpenAI's envelope, whatever it looks like."""
         try:
             said = answer.json()
         except (ValueError, RecursionError):

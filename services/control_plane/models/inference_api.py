@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions, forwarded to Ray Serve."""
+"""/v1/chat/completions and /v1/completions are forwarded to Ray Serve."""
 
 import asyncio
 import math
@@ -27,7 +27,7 @@ InferencePart = Annotated[Inference, Depends(_inference)]
 
 
 class InferenceBody(BaseModel):
-    """The part of an inference body that the control plane reads; the rest is the server's to judge."""
+    """The part of a completion's body that the control plane reads. The model's server checks the rest."""
 
     model_config = ConfigDict(extra="allow")
     model: Text

@@ -1,49 +1,55 @@
-"""Models by the names clients use: bases from the settings, trained policies and checkpoints from jobs."""
+"""Finds, lists, adds and removes models by the names that clients use.
+
+Base models come from the settings; policies and checkpoints come from jobs.
+"""
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import delete, or_, select
+from sqlalchemy import ColumnElement, delete, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core.config import Lora
+from dpo_core import selection
+from dpo_core.config import Lora, Quantization
 from services.contract import JobSpec
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
 from services.control_plane.core.store import owns, page
-from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Job, Model
+from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Deployment, Job, Model
 from services.control_plane.settings import Settings
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that jobs start from and clients query."""
+    """A base model or a trained model, which jobs can start from and clients can query."""
 
     id: str
     source: str  # storage URI, local folder or hub id
-    root: str  # name of the base model it descends from
+    root: str  # the name of the base model from which it was trained
     created_at: datetime
     job_id: str | None = None  # None: a base model
-    base_source: str | None = None  # where the base of an adapter is; None: the model holds all weights
+    base_source: str | None = None  # source of an adapter's base model; None: the model holds all weights
     adapter: Lora | None = None  # the options of an adapter
-    num_outputs: int = 0  # of a reward model's head; 0: it is no reward model
+    quantization: Quantization | None = None  # quantization of the base that the adapter was trained on
+    num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
 
     @property
     def app_name(self) -> str:
-        """Its Serve application: the name in plain letters, told apart by a digest of name and source."""
+        """Returns the unique name of the model's Serve application: the model's id in plain letters, and a digest."""
         digest = hashlib.sha256(f"{self.id}\n{self.source}".encode()).hexdigest()[:8]
         return f"{re.sub('[^A-Za-z0-9]+', '-', self.id)[:40].strip('-').lower()}-{digest}"
 
 
 def reference_of(job: Job) -> NamedModel:
-    """The model that the job's policy is compared with: the one that it starts from, unless the user named another."""
+    """Returns the job's reference model: the model that the job starts from, unless the user named another model."""
     name = job.spec.get("reference_model") or job.spec["model"]
     return NamedModel(name, job.reference_source or job.model_source, job.model_root, job.created_at)
 
 
-STARTED_AT = datetime.now(UTC)  # base models have no birthday of their own
+STARTED_AT = datetime.now(UTC)  # base models have no time of creation of their own
 
 
 def bases(settings: Settings) -> list[NamedModel]:
@@ -51,16 +57,25 @@ def bases(settings: Settings) -> list[NamedModel]:
 
 
 def _trained(row: Model) -> NamedModel:
-    adapter = Lora(**row.adapter) if row.adapter else None
+    options = dict(row.adapter or {})
+    quantization = options.pop("quantization", None)
     return NamedModel(
-        row.id, row.source, row.root, row.created_at, row.job_id, row.base_source, adapter, row.num_outputs
+        row.id,
+        row.source,
+        row.root,
+        row.created_at,
+        row.job_id,
+        base_source=row.base_source,
+        adapter=Lora(**options) if options else None,
+        quantization=quantization,
+        num_outputs=row.num_outputs,
     )
 
 
 async def list_page(
     session: AsyncSession, settings: Settings, *, after: str | None, limit: int
 ) -> tuple[list[NamedModel], bool]:
-    """Bases first, then trained policies and checkpoints, newest first; and whether more follow."""
+    """Returns one page of models, and whether more follow: base models first, then trained models, newest first."""
     first = [] if after else bases(settings)
     if after in settings.models:
         first = bases(settings)[list(settings.models).index(after) + 1 :]
@@ -70,12 +85,18 @@ async def list_page(
     return [*first, *map(_trained, rows)][:limit], more or len(first) > limit
 
 
-async def find(session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model") -> NamedModel:
-    """The model by its name; NotFound lists the base models, since most misses are misspelled bases."""
+async def find(
+    session: AsyncSession, settings: Settings, model_id: str, *, param: str = "model", hold: bool = False
+) -> NamedModel:
+    """Returns the model with this name. Raises NotFound, whose message lists the base models.
+
+    Most unknown names are misspelled names of base models. With `hold`, no one can delete the model before this
+    transaction ends.
+    """
     for base in bases(settings):
         if base.id == model_id:
             return base
-    row = await session.get(Model, model_id)
+    row = await session.get(Model, model_id, with_for_update={"read": True} if hold else None)
     if row is None or row.deleted_at is not None:
         known = ", ".join(settings.models) or "none; start with --model NAME=SOURCE"
         raise NotFound(
@@ -85,11 +106,14 @@ async def find(session: AsyncSession, settings: Settings, model_id: str, *, para
 
 
 class NameTaken(ValueError):
-    """The name is that of another job's policy."""
+    """A trained model of another job already has the name of a new model."""
 
 
 async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> None:
-    """Offer a trained policy. Doing it twice is harmless, and what a user deleted stays deleted. Raises NameTaken."""
+    """Adds a trained model of the job. Adding a model twice is harmless, and a deleted model stays deleted.
+
+    Raises NameTaken if a model of another job has this name.
+    """
     spec = JobSpec.model_validate(job.spec)
     adapter = spec.weights.adapter
     row = insert(Model).values(
@@ -97,58 +121,94 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
         source=source,
         root=job.model_root,
         base_source=adapter and (job.base_source or job.model_source),
-        adapter=adapter and asdict(adapter),
+        adapter=adapter and {**asdict(adapter), "quantization": spec.weights.quantization},
         num_outputs=spec.config.objective.traits.num_outputs,
         job_id=job.id,
         project_id=job.project_id,
     )
     await session.execute(row.on_conflict_do_nothing())
     if (owner := await session.scalar(select(Model.job_id).where(Model.id == model_id))) != job.id:
-        raise NameTaken(f"'{model_id}' is a policy of {owner} already, and not of {job.id}")
+        raise NameTaken(f"'{model_id}' is the name of a policy of {owner} already; {job.id} cannot have it")
 
 
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
-    """A trained policy of the caller's own, locked. Raises Forbidden for what is only shared with the caller."""
+    """Returns a trained model of the session's project, locked until the transaction ends.
+
+    Raises Forbidden for a base model and for a model of another project.
+    """
     if (await find(session, settings, model_id)).job_id is None:
-        raise Forbidden(f"'{model_id}' is a base model: every project has it, as the settings say.", param="model")
+        raise Forbidden(f"'{model_id}' is a base model, which only the operator's settings change.", param="model")
     row = await session.get_one(Model, model_id, with_for_update={"key_share": True}, populate_existing=True)
     if not owns(session, row):
-        message = f"'{model_id}' is shared by the project that owns it, which alone may delete and share it."
+        message = f"'{model_id}' belongs to another project, which shares it; only that project may delete or share it."
         raise Forbidden(message, param="model")
     return row
 
 
 async def remove(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
-    """Stop offering a trained policy, unless a job still needs it; those it was shared with lose it, too.
+    """Marks a trained model as deleted, also for the projects with which it is shared.
 
-    The caller removes its bytes after the commit.
+    Raises InvalidRequest if a job that has not ended, or an adapter, needs the model. The caller must delete the
+    model's files after the commit.
     """
     row = await find_own(session, settings, model_id)
-    jobs = Job.__table__.c  # of every project: those it was shared with have jobs, too
-    named = or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
-    using = select(jobs.id, jobs.project_id).where(jobs.observed.not_in(TERMINAL), named)
+    jobs = Job.__table__.c
+    using = select(jobs.id, jobs.project_id).where(jobs.observed.not_in(TERMINAL), _names(literal(model_id)))
     if (job := (await session.execute(using.limit(1))).first()) is not None:
         name = job.id if job.project_id == row.project_id else "a job of a project that it is shared with"
         raise InvalidRequest(
             f"'{model_id}' is the start or the reference of {name}, which has not ended; it must end first."
         )
-    models = Model.__table__.c  # of every project
+    models = Model.__table__.c  # models of all projects
     standing = select(models.id, models.project_id).where(models.base_source == row.source, models.deleted_at.is_(None))
     if (other := (await session.execute(standing.limit(1))).first()) is not None:
         name = f"'{other.id}'" if other.project_id == row.project_id else "of a project that it is shared with"
         raise InvalidRequest(f"'{model_id}' is the base of the adapter {name}; delete that first.")
-    if model_id == await _resumed_from(session, row.job_id):
-        message = (
-            f"{row.job_id} has not ended and would go on from '{model_id}', its newest checkpoint; cancel it first."
-        )
-        raise InvalidRequest(message)
+    if why := await _needed_by_its_job(session, row):
+        raise InvalidRequest(f"{row.job_id} has not ended and {why}; cancel it first.")
     await session.execute(delete(CheckpointPermission).where(CheckpointPermission.model_id == model_id))
     row.deleted_at = datetime.now(UTC)
     return _trained(row)
 
 
-async def _resumed_from(session: AsyncSession, job_id: str) -> str | None:
-    """The model of the checkpoint that the job's next attempt begins with; None where there will be none."""
-    newest = select(Checkpoint.model_id).join(Job, Job.id == Checkpoint.job_id)
-    newest = newest.where(Job.id == job_id, Job.observed.not_in(TERMINAL)).order_by(Checkpoint.step.desc())
-    return await session.scalar(newest.limit(1))
+def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """Returns the SQL condition that a job names the model as its start or as its reference.
+
+    The condition also holds for jobs of other projects, because a model may be shared.
+    """
+    jobs = Job.__table__.c
+    return or_(jobs.spec["model"].astext == model_id, jobs.spec["reference_model"].astext == model_id)
+
+
+async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
+    """Returns the reason why the job that trained the model still needs it; None if the job does not need the model."""
+    job = await session.get_one(Job, model.job_id)
+    if job.observed in TERMINAL:
+        return None
+    rows = {row.model_id: row for row in await session.scalars(select(Checkpoint).where(Checkpoint.job_id == job.id))}
+    if rows and model.id == max(rows.values(), key=lambda row: row.step).model_id:
+        return f"would go on from '{model.id}', its newest checkpoint"
+    if job.spec.get("policy") == "best":
+        metric = JobSpec.model_validate(job.spec).config.best_metric
+        top = selection.best(selection.evaluations(((row.step, row.metrics) for row in rows.values()), metric), metric)
+        if top and model.id in rows and rows[model.id].step == top.step:
+            return f"'{model.id}' is its best checkpoint so far, which may become its policy"
+    return None
+
+
+async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
+    """Marks models as deleted that are not shared, not loaded, and named by no job. Returns the ids of these models.
+
+    Locks all models in `model_ids` first, and so waits for requests that share one of the models or start a job from
+    it.
+    """
+    held = select(Model.id).where(Model.id.in_(model_ids)).order_by(Model.id).with_for_update(key_share=True)
+    await session.execute(held)
+    uses = (
+        select(CheckpointPermission.id).where(CheckpointPermission.model_id == Model.id),
+        select(Deployment.app_name).where(Deployment.model_id == Model.id),
+        select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),
+    )
+    unused = update(Model).where(Model.id.in_(model_ids), *(~use.exists() for use in uses))
+    withdrawn = await session.scalars(unused.values(deleted_at=func.now()).returning(Model.id))
+    return set(withdrawn)

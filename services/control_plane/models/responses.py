@@ -1,4 +1,4 @@
-"""Models and the permissions to use them, as clients read them."""
+"""Builds the JSON objects of models, and of the permissions to use models, for responses."""
 
 from dataclasses import asdict
 from typing import Any
@@ -22,6 +22,7 @@ def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
             "job": model.job_id,
             "kind": "reward" if model.num_outputs else "policy",
             "adapter": {"type": "lora", **asdict(model.adapter)} if model.adapter else "none",
+            "quantization": model.quantization,
         },
     }
 

@@ -1,4 +1,4 @@
-"""The shapes of a model's weights, from its config.json and the headers of its safetensors files: no weight is read."""
+"""Reads the shapes of a model's weights from config.json and the headers of its safetensors files, not the weights."""
 
 import json
 import os
@@ -11,16 +11,19 @@ from dpo_core.plan.inputs import Shapes
 from services import storage
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-MOST_HEADER_BYTES = 100_000_000  # as safetensors has it
+MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 
 
 class NoShapes(ValueError):
-    """The model cannot be looked at from here, for a reason in words."""
+    """The shapes of the model's weights cannot be read on this machine. The message gives the reason."""
 
 
 @lru_cache(maxsize=64)
 def shapes_of(source: str) -> Shapes:
-    """Of a folder, a storage URI, or a hub id that the hub's cache on this machine has. Raises NoShapes."""
+    """Returns the shapes of the weights of the model at `source`. Raises NoShapes if they cannot be read.
+
+    `source` is a local folder, a storage URI, or a hub id that is in this machine's cache.
+    """
     folder = _folder(source)
     try:
         config = json.loads(storage.read_bytes(storage.join(folder, "config.json")))
@@ -52,7 +55,7 @@ def _weights(folder: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name in names:
         for weight, told in _header(storage.join(folder, name)).items():
             shape = tuple(told["shape"])
-            if weight.endswith("_blocks"):  # of MXFP4: two numbers in a byte
+            if weight.endswith("_blocks"):  # MXFP4 stores two numbers in a byte
                 shape = (*shape[:-1], 2 * shape[-1])
             if not weight.endswith("_scales"):
                 yield weight, shape

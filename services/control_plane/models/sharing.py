@@ -1,4 +1,7 @@
-"""Checkpoint permissions: a project lets others use a model of its own. Who sees what stands in `store`."""
+"""Grants and revokes checkpoint permissions, by which a project shares a model with others.
+
+`core.store` applies them.
+"""
 
 import secrets
 from collections.abc import Sequence
@@ -12,7 +15,10 @@ from services.control_plane.core.tables import CheckpointPermission, Model, Proj
 
 
 async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str]) -> list[CheckpointPermission]:
-    """Share the model with these projects; with those that have it already nothing changes."""
+    """Shares the model with the projects, and returns their permissions.
+
+    Permissions that exist already do not change.
+    """
     known = select(Project.id).where(Project.id.in_(project_ids), Project.archived_at.is_(None))
     if unknown := set(project_ids) - set(await session.scalars(known)):
         raise InvalidRequest(f"No such project: {min(unknown)}", param="project_ids")
@@ -28,7 +34,7 @@ async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str])
 
 
 async def revoke(session: AsyncSession, model: Model, permission_id: str) -> None:
-    """Jobs that were submitted before go on."""
+    """Deletes a permission to use the model. Jobs that were submitted before go on."""
     row = delete(CheckpointPermission).where(CheckpointPermission.id == permission_id)
     row = row.where(CheckpointPermission.model_id == model.id)
     if (await session.execute(row.returning(CheckpointPermission.id))).first() is None:

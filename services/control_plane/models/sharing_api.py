@@ -1,4 +1,7 @@
-"""/v1/fine_tuning/checkpoints/{model}/permissions. Ids may hold slashes, raw or encoded."""
+"""The routes below /v1/fine_tuning/checkpoints/{model}/permissions, which share models with other projects.
+
+Ids of models may contain slashes, raw or encoded.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -10,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import CheckpointPermission
-from services.control_plane.http.dependencies import Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.validation import Text
 from services.control_plane.models import models, sharing
 from services.control_plane.models.responses import permission_object
@@ -19,20 +22,20 @@ router = APIRouter(prefix="/fine_tuning/checkpoints/{model_id:path}/permissions"
 
 
 class SharedWith(BaseModel):
-    """Body of POST /fine_tuning/checkpoints/{model}/permissions."""
+    """The JSON body of POST /v1/fine_tuning/checkpoints/{model}/permissions."""
 
     model_config = ConfigDict(extra="forbid")
     project_ids: Annotated[list[Text], Field(min_length=1, max_length=100)]
 
 
 @router.post("")
-async def create(once: OncePart, settings: SettingsPart, model_id: str, body: SharedWith) -> Response:
+async def create(idempotent: IdempotentPart, settings: SettingsPart, model_id: str, body: SharedWith) -> Response:
     async def grant(session: AsyncSession) -> dict[str, Any]:
         model = await models.find_own(session, settings, model_id)
         rows = await sharing.grant(session, model, body.project_ids)
         return listing([permission_object(row) for row in rows], False)
 
-    return await once.act(grant, changes=model_id)
+    return await idempotent.act(grant, changes=model_id)
 
 
 @router.get("")
@@ -62,9 +65,9 @@ async def list_permissions(
 
 
 @router.delete("/{permission_id}")
-async def delete(once: OncePart, settings: SettingsPart, model_id: str, permission_id: str) -> Response:
+async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: str, permission_id: str) -> Response:
     async def revoke(session: AsyncSession) -> dict[str, Any]:
         await sharing.revoke(session, await models.find_own(session, settings, model_id), permission_id)
         return deleted("checkpoint.permission", permission_id)
 
-    return await once.act(revoke, changes=model_id)
+    return await idempotent.act(revoke, changes=model_id)

@@ -1,1 +1,1 @@
-"""A job's events, metrics and logs, as clients follow them."""
+"""Serves a job's events, metrics and logs to clients that follow the job."""

@@ -1,4 +1,4 @@
-"""/v1/x/jobs: a job as it happens, its metrics as columns, and what its processes printed."""
+"""The routes below /v1/x/jobs: a job's event stream, its metrics as columns, and the logs of its processes."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -13,22 +13,23 @@ from services.control_plane.http.dependencies import SettingsPart, StorePart
 from services.control_plane.jobs import jobs
 from services.control_plane.progress import logs
 from services.control_plane.progress.metrics import Range, series
-from services.control_plane.progress.streams import KEEPALIVE, Live
+from services.control_plane.progress.streams import KEEPALIVE, Streams
 
 router = APIRouter(prefix="/x/jobs")
 
 
-async def _live(request: Request) -> Live:
-    return cast(Live, request.app.state.live)
+async def _streams(request: Request) -> Streams:
+    return cast(Streams, request.app.state.streams)
 
 
-LivePart = Annotated[Live, Depends(_live)]
+StreamsPart = Annotated[Streams, Depends(_streams)]
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events in the request's own task: starlette's way takes two more for each, sse-starlette's four.
+    """A response that sends server-sent events in the request's own task.
 
-    Who has left is noticed when there was nothing to say.
+    (Starlette would use two more tasks, sse-starlette four.) After each pause without events, the response checks
+    whether the client has left, and ends if so.
     """
 
     media_type = "text/event-stream"
@@ -49,13 +50,13 @@ class EventStream(StreamingResponse):
 
 @router.get("/{job_id}/stream")
 async def stream(
-    store: StorePart, live: LivePart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
+    store: StorePart, streams: StreamsPart, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> EventStream:
-    """The job's events from the first one, or after the last one that the client has, and on until it is terminal."""
+    """Streams the job's events until the job ends: all events, or those after the header `Last-Event-ID`."""
     async with store.look() as session:
         await jobs.find(session, job_id)
         place = await jobs.place_of(session, job_id, last_event_id) if last_event_id else 0
-    return EventStream(live.follow(job_id, place))
+    return EventStream(streams.follow(job_id, place))
 
 
 @router.get("/{job_id}/metrics")
@@ -75,7 +76,7 @@ async def read_logs(
     after: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> dict[str, Any]:
-    """The first first; ask for the next page with `after=next`."""
+    """Returns lines of a log, oldest first. For the next page, send the `next` of this response as `after`."""
     async with store.look() as session:
         await jobs.find(session, job_id)
     return await anyio.to_thread.run_sync(

@@ -1,4 +1,4 @@
-"""What driver and workers of a job printed, as its attempts keep it in storage."""
+"""Reads the logs of a job's driver and workers, which the job's attempts write to storage."""
 
 import math
 from collections.abc import Iterator
@@ -14,13 +14,17 @@ PAGE_BYTES = 2**20
 def page(
     settings: Settings, job_id: str, *, attempt: int | None, source: str, after: int, limit: int
 ) -> dict[str, Any]:
-    """Lines from byte `after` on; `next` is where the next page begins. Attempt None: the newest."""
+    """Returns at most `limit` lines of a log from byte `after` on, and the byte of the next page as `next`.
+
+    If `attempt` is None, the log is that of the newest attempt.
+    """
     folder = storage.join(settings.storage_url, "runs", job_id, "logs")
     attempts = sorted(map(int, storage.list_folders(folder)))
     if attempt is None:
         attempt = max(attempts, default=1)
     if attempts and attempt not in attempts:
-        raise InvalidRequest(f"There are logs of the attempts {attempts}, not of {attempt}.", param="attempt")
+        message = f"There are logs of the attempts {attempts}, not of {attempt}; choose one of those."
+        raise InvalidRequest(message, param="attempt")
     sources = storage.list_folders(storage.join(folder, str(attempt)))
     lines: list[str] = []
     following, num_bytes, has_more = after, 0, False
@@ -34,7 +38,10 @@ def page(
 
 
 def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
-    """Each with the byte where the next one begins. What the log was cut by is a line of its own."""
+    """Yields each line of the log with the byte at which the next line begins.
+
+    Where a part of the log was left out, yields a line that says so.
+    """
     names = storage.list_files(folder)
     firsts = [int(name.removesuffix(".log")) for name in names]
     at = after
@@ -42,7 +49,7 @@ def _lines(folder: str, after: int) -> Iterator[tuple[int, str]]:
         if end <= at:
             continue
         if at < first:
-            yield first, f"... {first - at} bytes were left out, for the log is too long ..."
+            yield first, f"... {first - at} bytes were left out, because the log is too long ..."
             at = first
         for line in storage.read_bytes(storage.join(folder, name))[at - first :].splitlines(keepends=True):
             at += len(line)

@@ -1,4 +1,4 @@
-"""The metrics of a job's steps as columns, in buckets that the database computes."""
+"""Returns the metrics of a job's steps as columns. The database summarizes the metrics in buckets of steps."""
 
 from typing import Annotated, Any
 
@@ -17,7 +17,10 @@ Step = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Range(BaseModel):
-    """Which steps, and in how many points at most; `to` None: the last step so far."""
+    """The query parameters of a request for metrics: the range of steps, and the most points to return.
+
+    If `to` is None, the range ends at the newest step.
+    """
 
     model_config = ConfigDict(extra="forbid")
     first: Step = Field(default=1, alias="from")
@@ -26,9 +29,9 @@ class Range(BaseModel):
 
 
 async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, Any]:
-    """Every metric's statistics in each bucket of steps; None where a bucket has none of the metric."""
+    """Returns the statistics of each metric in each bucket of steps; None if no step in the bucket has the metric."""
     if asked.last is not None and asked.last < asked.first:
-        raise InvalidRequest(f"to is {asked.last} and lies before from, {asked.first}; swap them.", param="to")
+        raise InvalidRequest(f"to is {asked.last}, which is before from, {asked.first}; swap them.", param="to")
     within = Event.step.between(asked.first, asked.last if asked.last is not None else 2**31 - 1)
     known = select(func.min(Event.step), func.max(Event.step)).where(Event.job_id == job_id, within)
     first, last = (await session.execute(known)).one()
@@ -49,7 +52,7 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
 
 
 def _buckets(job_id: str, first: int, last: int, width: int) -> Any:
-    """A row for each bucket and metric."""
+    """Returns the query for the statistics of metrics: one row for each bucket of steps and each metric."""
     numbers = func.jsonb_each(Event.data).table_valued("key", "value").lateral("numbers")
     value = numbers.c.value.cast(Double)
     bucket = ((Event.step - first) // width).label("bucket")

@@ -1,8 +1,8 @@
-"""Live views of jobs. What happens to a watched job is read once, and every open stream is handed it.
+"""Sends jobs' events to clients as streams. The events of a job are read once, for all open streams of the job.
 
-The database notifies of each change (triggers see to it). A stream keeps nothing but its place, and holds no database
-connection: it takes what follows its place from the newest events in memory, or, where it is further behind, from the
-table. So a slow stream delays nobody, and loses nothing.
+Triggers in the database send a notice of each change. A stream holds no database connection; it stores only its
+position, which is the id of the last event that it sent. Later events come from the newest events in memory or, if the
+stream is further behind, from the table. So a slow stream delays no other stream, and loses no event.
 """
 
 import asyncio
@@ -26,23 +26,23 @@ from services.control_plane.settings import Settings
 
 log = logging.getLogger(__name__)
 
-KEPT = 200  # events of a watched job in memory
-PAGE = 500  # events that are read from the table at once, by so many streams at a time:
-READERS = 4
-JOBS_AT_ONCE = 500
-MERGE_SECONDS = 0.05  # changes of so long are told together
+KEPT = 200  # the most events of a watched job in memory
+PAGE = 500  # events that a stream reads from the table in one statement
+READERS = 4  # streams that read from the table at a time
+JOBS_AT_ONCE = 500  # jobs that are read in one transaction
+MERGE_SECONDS = 0.05  # changes within this time are sent together
 KEEPALIVE_SECONDS = 15.0
-LONGEST_SECONDS = 3600.0  # then the client comes again, with a key that still holds
-QUIET_SECONDS = 30.0  # so long nothing is notified before all watched jobs are looked at
-DEAF_SECONDS = 2.0  # between two looks while the database cannot be listened to
+LONGEST_SECONDS = 3600.0  # a stream ends after this long; the client reconnects, with a key that is still valid
+QUIET_SECONDS = 30.0  # after this long without a notice, all watched jobs are read
+DEAF_SECONDS = 2.0  # how often watched jobs are read while no notices come
 
-WOKEN_AT_ONCE = 200  # streams; what else is asked of this process is served in between
+WOKEN_AT_ONCE = 200  # streams that are woken in one go; other work of the process gets its turn in between
 
 KEEPALIVE = b": keepalive\n\n"
 
 
 class News:
-    """What waits is woken, a few at a time."""
+    """Wakes the streams that wait for changes of a job, a limited number at a time."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
@@ -64,19 +64,19 @@ class News:
 
 
 class Watched:
-    """A job that somebody watches: its newest events, and where it is."""
+    """A job with open streams: its newest events and its progress."""
 
     def __init__(self) -> None:
         self.frames: deque[tuple[int, bytes]] = deque()
         self.before = self.last = 0  # all events after `before`, up to `last`, are in `frames`
-        self.seen: Any = None  # what `state` tells of
-        self.state = b""  # the frame that says where the job is
-        self.end: bytes | None = None  # the last frames, once the job is terminal
+        self.seen: Any = None  # the version and progress that `state` shows
+        self.state = b""  # the frame with the job's status and progress
+        self.end: bytes | None = None  # the last frames of every stream, once the job has ended
         self.news = News()
         self.num_streams = 0
 
     def add(self, events: list[tuple[int, bytes]]) -> None:
-        """The newest KEPT + 1 that follow `last`, or fewer if there are no more."""
+        """Adds the job's events after `last` to `frames`: all of them, or the newest KEPT + 1 if there are more."""
         if len(events) > KEPT:
             self.frames.clear()
         for event in events:
@@ -88,16 +88,16 @@ class Watched:
         self.last = self.frames[-1][0] if self.frames else self.last
 
     def after(self, place: int) -> bytes:
-        behind = []
+        newer = []
         for number, frame in reversed(self.frames):
             if number <= place:
                 break
-            behind.append(frame)
-        return b"".join(reversed(behind))
+            newer.append(frame)
+        return b"".join(reversed(newer))
 
 
-class Live:
-    """One in every control plane."""
+class Streams:
+    """Serves the event streams of all jobs. Every control plane has one object of this class."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
@@ -108,13 +108,13 @@ class Live:
         self._closed = False
 
     async def close(self) -> None:
-        """End every stream where it is; its client resumes elsewhere."""
+        """Ends every stream. Clients resume at another control plane."""
         self._closed = True
         for watched in list(self._watched.values()):
             await watched.news.tell()
 
     async def run(self) -> None:
-        """Listen and look until cancelled."""
+        """Listens for notices of the database and reads the changed jobs, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._look())
@@ -125,8 +125,8 @@ class Live:
                 async with aclosing(self._store.listen("jobs", quiet_seconds=QUIET_SECONDS)) as notices:
                     async for job_id in notices:
                         self._wake(self._watched if job_id is None else self._watched.keys() & {job_id})
-            except Exception as error:  # nobody watches this task: whatever it was, it is tried again
-                log.warning("The database cannot be listened to; watched jobs are looked at by turns: %s", error)
+            except Exception as error:  # nobody watches this task, so it goes on after any error
+                log.warning("No notices come from the database; watched jobs are read every few seconds: %s", error)
             await asyncio.sleep(DEAF_SECONDS)
             self._wake(self._watched)
 
@@ -150,12 +150,12 @@ class Live:
             await asyncio.sleep(MERGE_SECONDS)
 
     async def _look_at(self, job_ids: Iterable[str]) -> None:
-        # Their objects and not their ids: while this reads, a job's last stream may leave and another one join, whose
-        # object begins anew and is looked at next.
+        # `looked` keeps the Watched objects, not the ids: during the read, a job's last stream may leave and another
+        # stream join. The other stream has a new Watched object, which is read next.
         looked = {job_id: self._watched[job_id] for job_id in job_ids if job_id in self._watched}
         places = {job_id: watched.last for job_id, watched in looked.items()}
         async with self._store.begin() as session:
-            # Before their events: none can follow a terminal state.
+            # Jobs are read before their events, because no event follows a job's end.
             rows = list(await session.scalars(select(Job).where(Job.id.in_(places))))
             events: dict[str, list[tuple[int, bytes]]] = {job_id: [] for job_id in places}
             for event in await newest_events(session, places, limit=KEPT + 1):
@@ -183,14 +183,15 @@ class Live:
             watched.end = _data(job) + b"data: [DONE]\n\n"
 
     async def follow(self, job_id: str, place: int) -> AsyncGenerator[bytes]:
-        """The frames of a stream of the job's events after the one with the id `place`, until it is terminal.
+        """Yields the frames of a stream: the job's events after the event id `place`, until the job ends.
 
-        KEEPALIVE where nothing happened for a while. They may end early: the client resumes from the last event.
+        Yields KEEPALIVE if nothing happened for a while. The stream may end early; the client then resumes after the
+        last event that it received.
         """
         watched, shown = self._join(job_id), b""
         until = time.monotonic() + LONGEST_SECONDS
         try:
-            yield b"retry: %d\n\n" % random.randint(1_000, 10_000)  # after a restart not all come at once
+            yield b"retry: %d\n\n" % random.randint(1_000, 10_000)  # random, or all clients would reconnect at once
             while not self._closed and time.monotonic() < until:
                 if place < watched.before:
                     place, frames = await self._read(job_id, place)
@@ -205,12 +206,12 @@ class Live:
                 if frames := frames or await _news(watched):
                     yield frames
         except (SQLAlchemyError, OSError) as error:
-            log.warning("A stream ends, for its client to resume: %s", error)
+            log.warning("A stream ended early; its client resumes: %s", error)
         finally:
             self._leave(job_id, watched)
 
     async def _read(self, job_id: str, place: int) -> tuple[int, bytes]:
-        """What follows `place` in the table, and where that ends."""
+        """Reads events after the event id `place` from the table. Returns the id of the last event, and the frames."""
         async with self._reading, self._store.begin() as session:
             events = await next_events(session, job_id, place, limit=PAGE)
         STREAM_TABLE_READS.inc()
@@ -232,7 +233,10 @@ class Live:
 
 
 async def _news(watched: Watched) -> bytes:
-    """Nothing when there is something new, KEEPALIVE when there is not."""
+    """Waits until the watched job changes, and returns b"".
+
+    Returns KEEPALIVE after KEEPALIVE_SECONDS without a change.
+    """
     try:
         async with asyncio.timeout(KEEPALIVE_SECONDS):
             await watched.news.wait()

@@ -1,1 +1,1 @@
-"""Projects, their keys, their quotas and the audit log."""
+"""Manages projects, API keys, quotas and the audit log."""

@@ -1,4 +1,4 @@
-"""/v1/x/projects"""
+"""The routes below /v1/x/projects, which create, list, change and archive projects."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Project
-from services.control_plane.http.dependencies import CallerPart, Limit, OncePart, StorePart
+from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, StorePart
 from services.control_plane.tenants import projects, quotas
 from services.control_plane.tenants.requests import CreateProject, UpdateProject
 from services.control_plane.tenants.responses import project_object, usage_object
@@ -17,11 +17,11 @@ router = APIRouter(prefix="/x/projects")
 
 
 @router.post("")
-async def create(once: OncePart, caller: CallerPart, body: CreateProject) -> Response:
+async def create(idempotent: IdempotentPart, caller: CallerPart, body: CreateProject) -> Response:
     async def make(session: AsyncSession) -> dict[str, Any]:
         return project_object(await projects.create(session, caller, body.model_dump()))
 
-    return await once.act(make)
+    return await idempotent.act(make)
 
 
 @router.get("")
@@ -31,7 +31,7 @@ async def list_projects(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Newest first, the archived ones too."""
+    """Lists the projects that the caller manages, including archived ones, newest first."""
     keys, query = [Project.created_at, Project.id], projects.managed_by(caller)
     async with store.look() as session:
         rows, more = await page(session, query, keys, after=after, limit=limit)
@@ -53,21 +53,21 @@ async def usage(store: StorePart, caller: CallerPart, project_id: str) -> dict[s
 
 
 @router.post("/{project_id}")
-async def update(once: OncePart, caller: CallerPart, project_id: str, body: UpdateProject) -> Response:
-    """What is sent changes; a limit of null is no limit."""
+async def update(idempotent: IdempotentPart, caller: CallerPart, project_id: str, body: UpdateProject) -> Response:
+    """Changes the fields of the project that the body contains. A limit of null means no limit."""
 
     async def change(session: AsyncSession) -> dict[str, Any]:
         values = body.model_dump(exclude_unset=True)
         return project_object(await projects.update(session, caller, project_id, values))
 
-    return await once.act(change, changes=project_id)
+    return await idempotent.act(change, changes=project_id)
 
 
 @router.post("/{project_id}/archive")
-async def archive(once: OncePart, caller: CallerPart, project_id: str) -> Response:
-    """Its keys stop working within a second."""
+async def archive(idempotent: IdempotentPart, caller: CallerPart, project_id: str) -> Response:
+    """Archives a project. The project's keys stop working within a second."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
         return project_object(await projects.archive(session, caller, project_id))
 
-    return await once.act(act, changes=project_id)
+    return await idempotent.act(act, changes=project_id)

@@ -1,4 +1,4 @@
-"""/v1/x/keys"""
+"""The routes below /v1/x/keys, which create, list and revoke API keys."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +10,7 @@ from services.control_plane.auth import keys
 from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Key
-from services.control_plane.http.dependencies import CallerPart, Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.tenants import projects
 from services.control_plane.tenants.requests import CreateKey
 from services.control_plane.tenants.responses import key_object
@@ -19,13 +19,13 @@ router = APIRouter(prefix="/x/keys")
 
 
 @router.post("")
-async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
-    """`value` is told in this answer only."""
+async def create(idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, body: CreateKey) -> Response:
+    """Creates an API key. Only this response has the key's text, in the field `value`."""
     expires_at = datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at else None
 
     async def make(session: AsyncSession) -> dict[str, Any]:
         project = await projects.find_to_use(session, caller, body.project_id or caller.project_id)
-        await projects.lock(session, project.id)  # so that keys that are made at once are counted
+        await projects.lock(session, project.id)  # so that keys that are created at the same time are counted
         await keys.check(session, caller, body.requests_per_minute, settings.requests_per_minute)
         key, text = await keys.create(
             session,
@@ -37,7 +37,7 @@ async def create(once: OncePart, caller: CallerPart, settings: SettingsPart, bod
         )
         return {**key_object(key), "value": text}
 
-    return await once.act(make, secret="value")
+    return await idempotent.act(make, secret="value")
 
 
 @router.get("")
@@ -48,7 +48,7 @@ async def list_keys(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Newest first, the revoked ones too."""
+    """Lists API keys, including revoked ones, newest first."""
     query = keys.managed_by(caller)
     if project_id is not None:
         query = query.where(Key.project_id == project_id)
@@ -64,10 +64,10 @@ async def retrieve(store: StorePart, caller: CallerPart, key_id: str) -> dict[st
 
 
 @router.post("/{key_id}/revoke")
-async def revoke(once: OncePart, caller: CallerPart, key_id: str) -> Response:
-    """It stops working within a second."""
+async def revoke(idempotent: IdempotentPart, caller: CallerPart, key_id: str) -> Response:
+    """Revokes an API key, which stops working within a second."""
 
     async def act(session: AsyncSession) -> dict[str, Any]:
         return key_object(await keys.revoke(session, caller, key_id))
 
-    return await once.act(act, changes=key_id)
+    return await idempotent.act(act, changes=key_id)

@@ -1,4 +1,4 @@
-"""/v1/x/audit"""
+"""The route /v1/x/audit, which lists the audit log."""
 
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ async def list_entries(
     after: Annotated[int, Query(ge=1, lt=2**63)] | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Newest first: who changed what, and who was refused."""
+    """Lists the requests that changed data or were refused, newest first."""
     query = select(AuditEntry)
     if not caller.manages_all:
         query = query.where(AuditEntry.project_id == caller.project_id)

@@ -1,4 +1,4 @@
-"""Projects: who owns what, and how much of it."""
+"""Creates, finds, changes and archives projects, which own files, jobs, models and keys."""
 
 import secrets
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) ->
 
 
 async def find_to_change(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Locked, so that nothing enters it meanwhile. Nobody raises the limits of his own project."""
+    """Returns the project, locked. Raises Forbidden if the caller is not an admin of the default project."""
     project = await find_to_use(session, caller, project_id)
     check_manages_all(caller)
     return await lock(session, project.id)
@@ -42,12 +42,15 @@ async def find_to_change(session: AsyncSession, caller: Caller, project_id: str)
 
 def check_manages_all(caller: Caller) -> None:
     if not caller.manages_all:
-        message = f"Only an admin key of the default project changes projects; this one is of {caller.project_id}."
+        message = f"Only an admin key of the default project may change projects; this one is of {caller.project_id}."
         raise Forbidden(message, code="insufficient_permissions")
 
 
 async def lock(session: AsyncSession, project_id: str) -> Project:
-    """The project as it is now; nothing that counts against its limits is added before this transaction ends."""
+    """Locks the project's row and returns the current row.
+
+    Until the transaction ends, no one else can add anything that counts against the project's limits.
+    """
     return await session.get_one(Project, project_id, with_for_update={"key_share": True}, populate_existing=True)
 
 
@@ -68,18 +71,23 @@ async def _write(session: AsyncSession, project: Project, values: Mapping[str, A
     try:
         await session.flush()
     except IntegrityError:  # names are unique
-        message = f"There is a project with the name '{project.name}' already; choose another."
+        message = f"A project with the name '{project.name}' exists already; choose another name."
         raise InvalidRequest(message, param="name") from None
     await session.refresh(project)
     return project
 
 
 async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Project:
-    """Its keys stop working; what it owns stays. Refused while a job lives, which nobody could cancel then."""
+    """Archives the project. Its keys stop working, but its files, jobs and models stay.
+
+    Raises InvalidRequest if a job of the project has not ended.
+    """
     if project_id == DEFAULT_PROJECT:
-        raise InvalidRequest("The default project cannot be archived: the configured key is of it.", param="project_id")
+        raise InvalidRequest(
+            "The default project cannot be archived: the configured key belongs to it.", param="project_id"
+        )
     project = await find_to_change(session, caller, project_id)
-    jobs = Job.__table__  # not the mapped class, of which a caller's session sees its own project's only
+    jobs = Job.__table__  # through the mapped class, the session would see its own project's jobs only
     living = select(func.count()).where(jobs.c.project_id == project_id, jobs.c.observed.not_in(TERMINAL))
     if count := await session.scalar(living):
         raise InvalidRequest(f"Project {project_id} has {count} jobs that have not ended; cancel them first.")

@@ -1,4 +1,7 @@
-"""What a project may use, and what it uses. Sums are taken while its row is locked, so that no limit is passed."""
+"""Computes the usage of projects, and refuses requests that would exceed a project's limits.
+
+Usage is summed up while the project's row is locked, so that simultaneous requests cannot exceed a limit.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,21 +17,21 @@ from services.control_plane.tenants import projects
 
 HOURS = func.extract("epoch", func.coalesce(Attempt.ended_at, func.now()) - Attempt.created_at) / 3600
 WAITING = ("queued", "paused")  # states that count against max_queued_jobs
-SHARED_OVER = timedelta(days=1)
+SHARED_OVER = timedelta(days=1)  # the time over which projects' worker hours are compared
 
 
 @dataclass(frozen=True)
 class Share:
-    """What decides when a project's next job starts."""
+    """The numbers that decide, beside a project's running workers, when its next job starts."""
 
-    max_running_jobs: int | None = None  # None: as many as there is room for
+    max_running_jobs: int | None = None  # None: no limit
     weight: float = 1.0
-    worker_hours: float = 0.0  # that its attempts had in the last day: workers times hours
+    worker_hours: float = 0.0  # workers times hours of the project's attempts in the last day
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one project."""
+    """The bytes, jobs and accelerator hours that one project uses."""
 
     num_bytes: int
     jobs: dict[str, int]  # by state
@@ -36,7 +39,7 @@ class Usage:
 
 
 async def usage(session: AsyncSession) -> Usage:
-    """Of the session's project."""
+    """Returns the usage of the session's project."""
     counts = await session.execute(select(Job.observed, func.count()).group_by(Job.observed))
     jobs = dict.fromkeys(JOB_STATES, 0) | dict(counts.all())
     return Usage(
@@ -45,20 +48,23 @@ async def usage(session: AsyncSession) -> Usage:
 
 
 async def admit_job(session: AsyncSession) -> None:
-    """Raises OverQuota if the session's project may not submit another job now; Forbidden if it is archived."""
+    """Raises OverQuota if the session's project may not submit another job now, and Forbidden if it is archived."""
     await _admit(session, project_of(session), WAITING)
 
 
 async def admit_resumption(session: AsyncSession, project_id: str) -> None:
-    """Raises what `admit_job` raises. A paused job counts as one that waits already, but not as one that may start."""
+    """Raises OverQuota if the project may not queue a paused job again now.
+
+    Only the queued jobs, not the paused ones, count against the limit here.
+    """
     await _admit(session, project_id, ("queued",))
 
 
 async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str]) -> None:
     project = await session.get_one(Project, project_id)
     if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
-        project = await projects.lock(session, project.id)  # submissions of one without limits need not take turns
-    if project.archived_at is not None:  # since the key was looked up
+        project = await projects.lock(session, project.id)  # so that no two submissions count at the same time
+    if project.archived_at is not None:  # the project was archived after the key was looked up
         raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
     if project.max_queued_jobs is not None:
         of_project = select(func.count()).select_from(Job).where(Job.project_id == project.id)
@@ -75,7 +81,7 @@ async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str])
 
 
 async def shares(session: AsyncSession) -> dict[str, Share]:
-    """Of every project, by its id."""
+    """Returns the Share of each project, by project id."""
     since = func.now() - SHARED_OVER
     hours = func.extract(
         "epoch", func.coalesce(Attempt.ended_at, func.now()) - func.greatest(Attempt.created_at, since)
@@ -89,7 +95,10 @@ async def shares(session: AsyncSession) -> dict[str, Share]:
 
 
 async def out_of_hours(session: AsyncSession) -> dict[str, str]:
-    """The projects whose jobs may open no attempt: what these wait for, in words, by project id."""
+    """Returns the projects that have used up their accelerator hours, by id.
+
+    The value of each project is the text for the `waits_for` of its jobs.
+    """
     used = func.sum(Attempt.num_accelerators * HOURS)
     query = select(Project.id, used, Project.max_accelerator_hours).join(Job, Job.project_id == Project.id)
     query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
@@ -102,7 +111,7 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
 
 
 async def num_bytes(session: AsyncSession, project_id: str) -> int:
-    """Of a project's files, and of those that are still arriving."""
+    """Returns the total bytes of the project's files and of its pending uploads."""
     files = select(func.sum(File.num_bytes)).where(File.project_id == project_id, File.alive())
     uploads = select(func.sum(Upload.num_bytes)).where(Upload.project_id == project_id, Upload.state == "pending")
     return int(await session.scalar(files) or 0) + int(await session.scalar(uploads) or 0)

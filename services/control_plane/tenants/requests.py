@@ -1,4 +1,4 @@
-"""Bodies of requests about projects and keys."""
+"""Defines the request bodies for projects and keys."""
 
 import time
 from typing import Annotated
@@ -21,11 +21,11 @@ Limit = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CreateKey(BaseModel):
-    """Body of POST /x/keys."""
+    """The JSON body of POST /v1/x/keys."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
-    project_id: Text | None = None  # the caller's own
+    project_id: Text | None = None  # None: the caller's own project
     scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "write", "inference"]
     requests_per_minute: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
     expires_at: Annotated[int, Field(lt=2**33)] | None = None  # Unix seconds
@@ -34,12 +34,12 @@ class CreateKey(BaseModel):
     @classmethod
     def _is_to_come(cls, value: int | None) -> int | None:
         if value is not None and value <= time.time():
-            raise ValueError(f"{value} is past; it must be Unix seconds to come.")
+            raise ValueError(f"{value} is in the past; send Unix seconds in the future.")
         return value
 
 
 class UpdateProject(BaseModel):
-    """Body of POST /x/projects/{id}: what is left out stays."""
+    """The JSON body of POST /v1/x/projects/{id}. Fields that the body leaves out stay as they are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
@@ -51,6 +51,6 @@ class UpdateProject(BaseModel):
 
 
 class CreateProject(UpdateProject):
-    """Body of POST /x/projects."""
+    """The JSON body of POST /v1/x/projects."""
 
     name: Name

@@ -1,4 +1,4 @@
-"""Projects, keys and audit entries as clients read them."""
+"""Builds the JSON objects of projects, keys and audit entries for responses."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def project_object(row: Project) -> dict[str, Any]:
 
 
 def usage_object(project: Project, usage: Usage) -> dict[str, Any]:
-    """What is used of each limit; a limit of null is none."""
+    """Returns the project's usage of each of its limits. A limit of null means no limit."""
     waiting = sum(usage.jobs[state] for state in WAITING)
     used = (usage.jobs["running"], waiting, usage.num_bytes, round(usage.accelerator_hours, 6))
     return {

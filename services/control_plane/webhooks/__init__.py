@@ -1,1 +1,1 @@
-"""Webhook endpoints, and the outbox that delivers to them."""
+"""Manages webhook endpoints, and sends messages to the endpoints from the outbox, a table of the database."""

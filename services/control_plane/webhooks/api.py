@@ -1,4 +1,4 @@
-"""/v1/webhook_endpoints. The signing secret stands in the answers to create and rotate_secret only."""
+"""The routes for webhook endpoints. Only the responses of create and rotate_secret contain the signing secret."""
 
 from typing import Annotated, Any, cast
 
@@ -10,7 +10,7 @@ from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.responses import deleted, listing, seconds
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import WebhookEndpoint
-from services.control_plane.http.dependencies import Limit, OncePart, SettingsPart, StorePart
+from services.control_plane.http.dependencies import IdempotentPart, Limit, SettingsPart, StorePart
 from services.control_plane.http.validation import Text
 from services.control_plane.webhooks import webhooks
 from services.control_plane.webhooks.outbox import Sender, Unreachable
@@ -27,7 +27,7 @@ SenderPart = Annotated[Sender, Depends(_sender)]
 
 def _event_type(name: str, info: ValidationInfo) -> str:
     if name not in webhooks.EVENT_TYPES:
-        message = f"There are no events '{name:.80}' here; there are {', '.join(webhooks.EVENT_TYPES)}."
+        message = f"There is no event type '{name:.80}'; choose from {', '.join(webhooks.EVENT_TYPES)}."
         raise InvalidRequest(message, param=info.field_name, code="unsupported_value")
     return name
 
@@ -38,7 +38,7 @@ EventTypes = Annotated[list[EventType], Field(min_length=1), AfterValidator(lamb
 
 
 class CreateWebhook(BaseModel):
-    """Body of POST /webhook_endpoints."""
+    """The JSON body of POST /v1/webhook_endpoints."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
@@ -47,7 +47,7 @@ class CreateWebhook(BaseModel):
 
 
 class UpdateWebhook(BaseModel):
-    """Body of POST /webhook_endpoints/{id}: what is left out stays."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}. Fields that the body leaves out stay as they are."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name = ""
@@ -56,14 +56,14 @@ class UpdateWebhook(BaseModel):
 
 
 class RotateSecret(BaseModel):
-    """Body of POST /webhook_endpoints/{id}/rotate_secret."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}/rotate_secret."""
 
     model_config = ConfigDict(extra="forbid")
     keep_old_secret_active_for_24_hours: bool = False
 
 
 class SendTest(BaseModel):
-    """Body of POST /webhook_endpoints/{id}/test."""
+    """The JSON body of POST /v1/webhook_endpoints/{id}/test."""
 
     model_config = ConfigDict(extra="forbid")
     event_type: EventType
@@ -75,18 +75,18 @@ async def event_types() -> dict[str, Any]:
 
 
 @router.post("/webhook_endpoints")
-async def create(once: OncePart, settings: SettingsPart, body: CreateWebhook) -> Response:
+async def create(idempotent: IdempotentPart, settings: SettingsPart, body: CreateWebhook) -> Response:
     webhooks.check_url(body.url, settings)
 
     async def add(session: AsyncSession) -> dict[str, Any]:
         return _webhook_object(await webhooks.create(session, body.model_dump()), with_secret=True)
 
-    return await once.act(add)
+    return await idempotent.act(add)
 
 
 @router.get("/webhook_endpoints")
 async def list_endpoints(store: StorePart, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
-    """Newest first."""
+    """Lists the project's webhook endpoints, newest first."""
     async with store.look() as session:
         keys = [WebhookEndpoint.created_at, WebhookEndpoint.id]
         rows, more = await page(session, webhooks.listed(), keys, after=after, limit=limit)
@@ -100,7 +100,7 @@ async def retrieve(store: StorePart, endpoint_id: str) -> dict[str, Any]:
 
 
 @router.post("/webhook_endpoints/{endpoint_id}")
-async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body: UpdateWebhook) -> Response:
+async def update(idempotent: IdempotentPart, settings: SettingsPart, endpoint_id: str, body: UpdateWebhook) -> Response:
     values = body.model_dump(exclude_unset=True)
     if "url" in values:
         webhooks.check_url(body.url, settings)
@@ -108,31 +108,31 @@ async def update(once: OncePart, settings: SettingsPart, endpoint_id: str, body:
     async def change(session: AsyncSession) -> dict[str, Any]:
         return _webhook_object(await webhooks.change(session, endpoint_id, values))
 
-    return await once.act(change, changes=endpoint_id)
+    return await idempotent.act(change, changes=endpoint_id)
 
 
 @router.delete("/webhook_endpoints/{endpoint_id}")
-async def delete(once: OncePart, endpoint_id: str) -> Response:
+async def delete(idempotent: IdempotentPart, endpoint_id: str) -> Response:
     async def remove(session: AsyncSession) -> dict[str, Any]:
         await webhooks.remove(session, endpoint_id)
         return deleted("webhook_endpoint.deleted", endpoint_id)
 
-    return await once.act(remove, changes=endpoint_id)
+    return await idempotent.act(remove, changes=endpoint_id)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/rotate_secret")
-async def rotate_secret(once: OncePart, endpoint_id: str, body: RotateSecret | None = None) -> Response:
+async def rotate_secret(idempotent: IdempotentPart, endpoint_id: str, body: RotateSecret | None = None) -> Response:
     keep_old = body is not None and body.keep_old_secret_active_for_24_hours
 
     async def rotate(session: AsyncSession) -> dict[str, Any]:
         return _webhook_object(await webhooks.rotate_secret(session, endpoint_id, keep_old=keep_old), with_secret=True)
 
-    return await once.act(rotate, changes=endpoint_id)
+    return await idempotent.act(rotate, changes=endpoint_id)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/test")
 async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: SendTest) -> dict[str, Any]:
-    """One send, now. It changes nothing here, so a resend sends again."""
+    """Sends a test message to the endpoint now. A resent request sends the message again."""
     async with store.begin() as session:
         endpoint = await webhooks.find(session, endpoint_id)
     try:

@@ -1,7 +1,7 @@
-"""Brings webhooks out of the outbox. One runs in every control plane; each row is claimed by one of them.
+"""Sends webhook messages from the outbox. A sender runs in every control plane; one of the senders claims each row.
 
-A claim is a lease: the row is due again when it ends, so a send whose sender died before it was noted is repeated
-under the same webhook-id. Receivers drop what they have seen.
+A claim is a lease: the row is due again when the lease ends. So if a sender dies before it stored the result of a send,
+the send is repeated with the same webhook-id. Receivers should drop ids that they have seen.
 """
 
 import asyncio
@@ -27,86 +27,100 @@ from services.uri import InvalidUri
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-SEND_SECONDS = 15.0  # from asking the name server to the answer's headers
+SEND_SECONDS = 15.0  # from the DNS look-up to the answer's headers
 LEASE_SECONDS = 60.0  # longer than a send
-AT_ONCE, AT_ONCE_TO_ONE = 64, 4  # sends of one control plane, and of these to one endpoint
+AT_ONCE, AT_ONCE_TO_ONE = 64, 4  # sends under way in one control plane, and to one endpoint
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 6 * 3600.0
-LONGEST_CLOSED_SECONDS = 900.0  # an endpoint that answers again is noticed within so long
-TRIED_FOR = timedelta(hours=72)
+LONGEST_CLOSED_SECONDS = 900.0  # the longest pause after which a failing endpoint is tried again
+TRIED_FOR = timedelta(hours=72)  # after this time a message is given up
 
 
 class Unreachable(Exception):
-    """No answer came; the message says why, to the endpoint's owner."""
+    """The endpoint did not answer. The message gives the reason, for the endpoint's owner."""
 
 
 class Claim(NamedTuple):
+    """A row of the outbox that the sender of this process has claimed and sends now."""
+
     id: int
     body: dict[str, Any]
-    num_sends: int  # with the one that is claimed
+    num_sends: int  # including this send
     endpoint: WebhookEndpoint
 
     @property
     def place(self) -> tuple[str, str]:
-        """Whose place a send takes: its project's and its endpoint's."""
+        """Returns the ids of the project and of the endpoint against whose limits the send counts."""
         return self.endpoint.project_id, self.endpoint.id
 
 
 class Sender:
-    """Sends what is due, to many endpoints at once: what is slow or dead costs its owner only."""
+    """Sends due messages to many endpoints at once.
+
+    A slow or dead endpoint delays only the messages of its own project.
+    """
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._client = outbound.async_client(settings.webhook_urls, webhooks.SETTING, max_lookups=AT_ONCE)
-        self._flying: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
-        self._landed = asyncio.Event()
+        self._under_way: Counter[tuple[str, str]] = Counter()  # sends under way, by project and endpoint
+        self._send_ended = asyncio.Event()
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def run(self) -> None:
-        """Send until cancelled. Sends that this cuts off are repeated when their leases end."""
+        """Sends messages until cancelled. Sends that are interrupted are repeated when their leases end."""
         async with asyncio.TaskGroup() as sends:
             while True:
-                self._landed.clear()
+                self._send_ended.clear()
                 try:
                     while claims := await self._claim():
                         for claim in claims:
-                            sends.create_task(self._bring(claim))
-                except Exception:  # nobody watches this task: whatever it was, it is tried again
-                    log.exception("Webhooks wait: the outbox could not be read")
+                            sends.create_task(self._deliver(claim))
+                except Exception:  # nobody watches this task, so it goes on after any error
+                    log.exception("The outbox could not be read, which is tried again; webhooks wait")
                     await asyncio.sleep(TICK_SECONDS)
-                await _until(self._landed, TICK_SECONDS)
+                await _until(self._send_ended, TICK_SECONDS)
 
     async def send(self, endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> int:
-        """The status that the endpoint answers. Raises Unreachable where it does not."""
+        """Sends a message to the endpoint and returns the HTTP status of the answer.
+
+        Raises Unreachable if no answer comes.
+        """
         content, headers = webhooks.signed(endpoint, body)
         try:
             async with (
                 asyncio.timeout(SEND_SECONDS),
                 self._client.stream("POST", endpoint.url, content=content, headers=headers) as answer,
             ):
-                return answer.status_code  # its body is not read: it has no limit
+                return answer.status_code  # the body is not read, because it may have any size
         except TimeoutError:
             raise Unreachable(f"no answer within {SEND_SECONDS:.0f} seconds") from None
         except (InvalidUri, httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _claim(self) -> list[Claim]:
-        """The oldest due row of each endpoint that has a place left, by turns of the projects."""
-        if self._flying.total() >= AT_ONCE:
+        """Claims rows to send now: the oldest due row of each endpoint, up to AT_ONCE sends under way.
+
+        Projects take turns.
+        """
+        if self._under_way.total() >= AT_ONCE:
             return []
         async with self._store.begin() as session:
-            found = await session.execute(self._oldest_due())
-            if not (claims := self._with_places(Claim(*row) for row in found)):
+            rows = await session.execute(self._oldest_due())
+            if not (claims := self._with_places(Claim(*row) for row in rows)):
                 return []
             leased = {"due_at": _in_seconds(LEASE_SECONDS), "num_sends": Outbound.num_sends + 1}
             await session.execute(update(Outbound).where(Outbound.id.in_([c.id for c in claims])).values(leased))
             failing = [claim.endpoint.id for claim in claims if claim.endpoint.num_failures]
-            await _close(session, failing, LEASE_SECONDS)  # one send finds out whether it answers again
+            await _close(session, failing, LEASE_SECONDS)  # a failing endpoint gets one message at a time
         return claims
 
     def _oldest_due(self) -> Select[Any]:
-        """Every endpoint's first row is looked up in an index, however many rows wait behind it."""
+        """Returns the query for the oldest due row of each endpoint.
+
+        The query uses an index, so its cost does not depend on the number of rows that wait.
+        """
         due, of = Outbound.due_at <= func.now(), WebhookEndpoint
         waiting = select(Outbound.id, Outbound.due_at).where(Outbound.endpoint_id == of.id, due)
         oldest = waiting.order_by(Outbound.due_at, Outbound.id).limit(1).lateral("oldest")
@@ -119,35 +133,37 @@ class Sender:
         return query.with_for_update(of=Outbound, skip_locked=True)
 
     def _full(self) -> list[str]:
-        return [endpoint for (_, endpoint), count in self._flying.items() if count >= AT_ONCE_TO_ONE]
+        return [endpoint for (_, endpoint), count in self._under_way.items() if count >= AT_ONCE_TO_ONE]
 
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
-        """Those that are sent now. No project has more sends under way than there are places free.
+        """Returns the claims that are sent now, and counts them as under way.
 
-        So the slow endpoints of one project leave half of the places to others, those of two projects a third.
+        In all, AT_ONCE sends may be under way. A project may have at most as many of them as are still free. So if one
+        project's endpoints are slow, half of the sends stay free for other projects; if two projects' endpoints are
+        slow, a third.
         """
         sent, per_project = [], Counter[str]()
-        for (project, _), count in self._flying.items():
+        for (project, _), count in self._under_way.items():
             per_project[project] += count
         for claim in claims:
             if per_project[claim.endpoint.project_id] < AT_ONCE - per_project.total():
                 per_project[claim.endpoint.project_id] += 1
-                self._flying[claim.place] += 1
+                self._under_way[claim.place] += 1
                 sent.append(claim)
         return sent
 
-    async def _bring(self, claim: Claim) -> None:
+    async def _deliver(self, claim: Claim) -> None:
         try:
             outcome, again = await self._try(claim)
             await self._note(claim, outcome, again=again)
-        except Exception:  # what one row brings about must not end the sender of all: its lease ends, then it is due
+        except Exception:  # one row's error must not end the sender; the row is due again when its lease ends
             log.exception("Webhook %s to %s was not sent or not noted", claim.body["id"], claim.endpoint.id)
         finally:
-            self._flying -= Counter([claim.place])
-            self._landed.set()
+            self._under_way -= Counter([claim.place])
+            self._send_ended.set()
 
     async def _try(self, claim: Claim) -> tuple[str, bool]:
-        """What became of a send, in words, and whether to send again."""
+        """Sends the message of the claim. Returns the result as text, and whether to send the message again."""
         endpoint = claim.endpoint
         if endpoint.deleted_at or endpoint.disabled_at:
             return "not sent: the endpoint is disabled or deleted", False
@@ -162,15 +178,16 @@ class Sender:
         return f"answered {status}", not (200 <= status < 300 or status == httpx.codes.GONE)
 
     async def _disable(self, endpoint: WebhookEndpoint) -> None:
-        """Nobody is there any more; unless it was given another URL meanwhile."""
+        """Disables an endpoint that answered 410 Gone, unless the endpoint's URL was changed meanwhile."""
         there = update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint.id, WebhookEndpoint.url == endpoint.url)
         async with self._store.begin() as session:
             await session.execute(there.values(disabled_at=func.now()))
 
     async def _note(self, claim: Claim, outcome: str, *, again: bool) -> None:
-        """A send that outlived its lease notes no failure: the row is another's by now.
+        """Stores the result of a send. After a failure, nothing is sent to the endpoint for a while.
 
-        An endpoint that fails is left alone for a while, with all that waits for it.
+        A send that took longer than its lease stores no failure in the row, because another sender may have claimed the
+        row.
         """
         statement = update(Outbound).where(Outbound.id == claim.id)
         due_at: ColumnElement[Any] = null()
@@ -181,25 +198,25 @@ class Sender:
         async with self._store.begin() as session:
             await session.execute(statement.values(due_at=due_at, outcome=outcome[:500]))
             if again:
-                failures = claim.endpoint.num_failures + 1  # sends that fail together count as one
+                failures = claim.endpoint.num_failures + 1  # sends that fail at the same time count once
                 pause = min(pause_seconds(failures), LONGEST_CLOSED_SECONDS)
                 await _close(session, [claim.endpoint.id], pause, num_failures=failures)
             elif claim.endpoint.num_failures:
                 answers = update(WebhookEndpoint).where(WebhookEndpoint.id == claim.endpoint.id)
                 await session.execute(answers.values(num_failures=0, retry_at=None))
-        shown = outcome.partition(":")[0]  # a URL may hold a secret of its owner's
+        shown = outcome.partition(":")[0]  # the rest may quote the URL, which may hold a secret of its owner
         log.info("Webhook %s to %s, send %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
 
 
 async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float, **values: int) -> None:
-    """Send nothing to the endpoints for so long."""
+    """Prevents sends to the endpoints for `seconds`, and sets the columns in `values`."""
     if endpoint_ids:
         closed = update(WebhookEndpoint).where(WebhookEndpoint.id.in_(endpoint_ids))
         await session.execute(closed.values(retry_at=_in_seconds(seconds), **values))
 
 
 async def give_up_old(session: AsyncSession) -> None:
-    """What waited behind the failures of its endpoint for as long as an event is sent is given up, too."""
+    """Gives up messages that have waited for a failing endpoint for 72 hours without being sent."""
     failing = select(WebhookEndpoint.id).where(WebhookEndpoint.num_failures > 0)
     old = update(Outbound).where(Outbound.due_at.is_not(None), Outbound.created_at < func.now() - TRIED_FOR)
     outcome = func.coalesce(Outbound.outcome, "not sent: the endpoint did not answer for 72 hours")
@@ -207,13 +224,13 @@ async def give_up_old(session: AsyncSession) -> None:
 
 
 def pause_seconds(num_sends: int) -> float:
-    """After so many sends; a fifth more or less, so that what failed together is not tried together."""
+    """Returns the seconds to wait after `num_sends` failed sends, random by a fifth so that retries spread out."""
     pause: float = min(FIRST_PAUSE_SECONDS * 2 ** min(num_sends - 1, 30), LONGEST_PAUSE_SECONDS)
     return pause * random.uniform(0.8, 1.2)
 
 
 def _in_seconds(seconds: float) -> ColumnElement[datetime]:
-    """By the database's clock."""
+    """Returns the time that is `seconds` after now, by the database's clock."""
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 

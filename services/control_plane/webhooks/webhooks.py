@@ -1,7 +1,7 @@
-"""Webhooks: where a project wants to be told of its jobs, and what it is told.
+"""Manages a project's webhook endpoints, and writes and signs the messages about the project's jobs.
 
-What is told is written in the transaction of the job's move, so that it is told if and only if the job moved;
-`sender` brings it out.
+The transaction that ends a job writes the messages, so a message is sent if and only if the job ended. `outbox` sends
+the messages.
 """
 
 import base64
@@ -28,7 +28,7 @@ from services.uri import InvalidUri, check
 
 SETTING = "webhook_urls"
 EVENT_TYPES = tuple(f"fine_tuning.job.{state}" for state in TERMINAL)
-MAX_ENDPOINTS = 100  # of a project: each is another row in the transaction that ends a job
+MAX_ENDPOINTS = 100  # the most endpoints of a project; the transaction that ends a job writes a row for each endpoint
 OLD_SECRET_KEPT = timedelta(hours=24)
 
 
@@ -40,7 +40,7 @@ def listed() -> Select[WebhookEndpoint]:
 
 
 async def create(session: AsyncSession, values: Mapping[str, Any]) -> WebhookEndpoint:
-    await projects.lock(session, project_of(session))  # so that those that are made at once are counted
+    await projects.lock(session, project_of(session))  # so that endpoints that are created at the same time are counted
     existing = await session.scalar(select(func.count()).select_from(listed().subquery())) or 0
     if existing >= MAX_ENDPOINTS:
         raise InvalidRequest(f"The project has {existing} webhook endpoints, which is the limit; delete one first.")
@@ -60,7 +60,7 @@ async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -
 
 
 async def change(session: AsyncSession, endpoint_id: str, values: Mapping[str, Any]) -> WebhookEndpoint:
-    """Set what differs. Naming its URL, even the same, enables an endpoint that was gone."""
+    """Sets the values of the endpoint that differ. Sending a URL, even the same one, enables a disabled endpoint."""
     endpoint = await find(session, endpoint_id, lock=True)
     anew = {"disabled_at": None, "num_failures": 0, "retry_at": None}
     wanted = {**values, **(anew if "url" in values else {})}
@@ -86,7 +86,7 @@ async def remove(session: AsyncSession, endpoint_id: str) -> None:
 
 
 def check_url(url: str, settings: Settings) -> None:
-    """What can be told of a URL before anything is connected to. Raises InvalidRequest."""
+    """Raises InvalidRequest if webhooks may not be sent to the URL. Makes no connection."""
     try:
         check(url, settings.webhook_urls, SETTING)
         if not urlsplit(url).hostname:
@@ -100,23 +100,23 @@ def _new_secret() -> str:
     return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
 
 
-# --- what is told ------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------
 
 
 async def announce(session: AsyncSession, job: Job, to: str) -> None:
-    """Tell the endpoints of the job's project that it ended, in the transaction of that move."""
+    """Adds a message to the outbox for each endpoint of the job's project, if `to` is a state in which jobs end."""
     if to not in TERMINAL:
         return
     body = event(f"fine_tuning.job.{to}", job.id)
-    told = (WebhookEndpoint.id, literal(body["id"]), literal(body, JSONB), literal(0))
-    wanting = select(*told).where(
+    message = (WebhookEndpoint.id, literal(body["id"]), literal(body, JSONB), literal(0))
+    messages = select(*message).where(
         WebhookEndpoint.project_id == job.project_id,
         WebhookEndpoint.deleted_at.is_(None),
         WebhookEndpoint.disabled_at.is_(None),
         literal(body["type"]) == any_(WebhookEndpoint.event_types),
     )
     columns = ["endpoint_id", "event_id", "body", "num_sends"]
-    await session.execute(insert(Outbound).from_select(columns, wanting))
+    await session.execute(insert(Outbound).from_select(columns, messages))
 
 
 def event(event_type: str, job_id: str) -> dict[str, Any]:
@@ -130,7 +130,10 @@ def event(event_type: str, job_id: str) -> dict[str, Any]:
 
 
 def signed(endpoint: WebhookEndpoint, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """What is sent now, and its headers; with a second signature while an old secret is still active."""
+    """Returns the bytes to send now for a message, and the headers with their signature.
+
+    While the endpoint's old secret is active, the headers have a second signature.
+    """
     at, content = datetime.now(UTC), json.dumps(body, separators=(",", ":"))
     keys = [endpoint.secret]
     if endpoint.old_secret and endpoint.old_secret_counts:

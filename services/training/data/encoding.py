@@ -17,7 +17,8 @@ from dpo_core.data.feedback import Record, are_one_group, is_tied, read_records
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, read_lines
 from dpo_core.data.messages import Text
-from dpo_core.encoding.encode import EncodedGroup, UnusableTemplate, encode_groups, prefill
+from dpo_core.encoding.encode import EncodedGroup, encode_groups
+from dpo_core.encoding.templates import UnusableTemplate, prefill
 from dpo_core.encoding.truncation import truncate
 from dpo_core.encoding.unread import unread
 from services import storage

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dpo_core.encoding.encode import EncodedGroup
 from services import storage
-from services.contract import AttemptSpec, Failed, Precision
+from services.contract import AttemptSpec, Failed, Weights
 from services.training import policies
 from services.training.data.dataset import Dataset, Part, read_part, write_scores
 from services.training.reports.reporting import JobFailed
@@ -72,15 +72,15 @@ def _use_cores(*, alone: bool) -> None:
 
 def _reference(spec: AttemptSpec) -> "PreTrainedModel":
     device = "cuda" if spec.num_gpus_per_worker else "cpu"
-    return _load(spec.reference_model, spec.weights.precision, device)
+    return _load(spec.reference_model, spec.weights.model_dump_json(), device)
 
 
 @functools.cache
-def _load(source: str, precision: Precision, device: str) -> "PreTrainedModel":
+def _load(source: str, weights: str, device: str) -> "PreTrainedModel":
     """Loads the reference, once per process."""
     import torch
 
-    reference = policies.load_reference(source, precision, torch.device(device))
+    reference = policies.load_reference(source, Weights.model_validate_json(weights), torch.device(device))
     reference.train(False)
     return reference
 

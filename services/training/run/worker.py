@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_tokenizer
+from dpo_core.selection import Evaluation, best, stalls
 from dpo_core.training.checkpoint import DamagedCheckpoint, read_manifest, verify
 from dpo_core.training.trainer import StepResult, train
 from services import storage
@@ -37,6 +38,7 @@ from services.training.data.row_order import batched, global_batches, num_places
 from services.training.data.row_stream import Stream
 from services.training.reports.logs import keep_logs
 from services.training.reports.reporting import JobFailed
+from services.training.run import retention
 from services.training.run.commands import pause_requests
 from services.training.run.full_disk import retry_while_full
 
@@ -71,10 +73,10 @@ def _work(
     total_steps = num_steps(num_groups, spec.config)
     with _scratch(spec) as scratch, pause_requests(reporter) as should_pause:
         resume = _agree_on_checkpoint(spec, scratch, reporter, device)
-        step, num_tokens = 0, 0
+        step, num_tokens, evaluations = 0, 0, tuple[Evaluation, ...]()
         if resume:
             manifest = read_manifest(resume)
-            step, num_tokens = manifest.step, manifest.num_tokens
+            step, num_tokens, evaluations = manifest.step, manifest.num_tokens, manifest.evaluations
         if dist.get_rank() == 0:
             started = Started(config=spec.config, num_groups=num_groups, total_steps=total_steps)
             _warn_of_slow_precision(spec, device, reporter)
@@ -93,19 +95,45 @@ def _work(
         )
         failed = None
         for result in results:
-            step, num_tokens = result.step, result.num_tokens
+            step, num_tokens, evaluations = result.step, result.num_tokens, result.evaluations
             if not result.metrics:
                 continue  # the step had no groups
             if failed := failure_of(result, spec):
                 break
             if dist.get_rank() == 0:
                 _report_step(result, spec, reporter)
+    over = not failed and (step == total_steps or stalls(evaluations, spec.config.best_metric, spec.config.early_stop))
     if dist.get_rank() == 0:
+        for sentence in explain_end(step, total_steps, evaluations, spec) if over else ():
+            reporter.report.remote(sentence)
         ray.get(reporter.flush.remote())  # all of this before the driver reports the end
-    if not failed and step < total_steps:
-        return Paused(step=step)
-    model_uri = storage.join(checkpoint_uri(spec, total_steps), "model")
-    return failed or Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
+    if not over:
+        return failed or Paused(step=step)
+    model_uri = storage.join(checkpoint_uri(spec, step_of_policy(step, evaluations, spec)), "model")
+    return Succeeded(model_uri=model_uri, trained_tokens=num_tokens)
+
+
+def step_of_policy(last: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> int:
+    """Of the checkpoint that becomes the policy of a run that ended after the step `last`."""
+    top = best(evaluations, spec.config.best_metric) if spec.policy == "best" else None
+    return top.step if top else last
+
+
+def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], spec: AttemptSpec) -> list[Message]:
+    """Why a run ended after the step `last`, and which checkpoint is the policy, where the user asked for a choice."""
+    found, metric, early_stop = [], spec.config.best_metric, spec.config.early_stop
+    if early_stop and last < total_steps:
+        gain = f"by {early_stop.min_gain:g}" if early_stop.min_gain else "at all"
+        why = f"{metric} has not improved {gain} for {early_stop.patience} evaluations"
+        found.append(Message(message=f"Stopped early after step {last}: {why}."))
+    if top := best(evaluations, metric):
+        if spec.policy == "best":
+            why = f"{metric} {top.value:.6g} is the best of {len(evaluations)} evaluations"
+            found.append(Message(message=f"The policy is the checkpoint of step {top.step}: its {why}."))
+    elif spec.policy == "best" or early_stop:
+        what = f"No checkpoint was evaluated by {metric}, so that nothing could stop the run early"
+        found.append(Message(level="warn", message=f"{what}; the policy is the checkpoint of step {last}, the last."))
+    return found
 
 
 def held_out(validation: Dataset | Stream | None) -> Callable[[], Iterator[list[EncodedGroup]] | None] | None:
@@ -152,13 +180,11 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
 
 
 def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None]) -> str | None:
-    """Returns the URI of the newest checkpoint that is complete and undamaged."""
-    checkpoints = storage.join(run_uri, "checkpoints")
-    for name in sorted(storage.list_folders(checkpoints), key=_step_of, reverse=True):
-        uri = storage.join(checkpoints, name)
-        if not storage.exists(storage.join(uri, storage.MANIFEST)):
-            continue  # its attempt died while publishing
+    """Returns the URI of the newest checkpoint that is complete, undamaged and has its optimizer's state."""
+    for _, uri in retention.complete(run_uri):
         try:
+            if not retention.manifest_of(uri).has_optimizer:
+                continue
             folder = storage.fetch(uri, cache)
             verify(folder)
         except DamagedCheckpoint as error:
@@ -166,11 +192,6 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
         else:
             return uri
     return None
-
-
-def _step_of(name: str) -> int:
-    """Returns the step in a checkpoint's folder name. Large steps have more digits, so names do not sort."""
-    return int(name.removeprefix("step-"))
 
 
 def _agree_on_checkpoint(spec: AttemptSpec, cache: Path, reporter: Any, device: torch.device) -> Path | None:
@@ -228,10 +249,20 @@ def _publish(step: int, folder: Path, spec: AttemptSpec, reporter: Any) -> None:
     shutil.rmtree(folder)
     if dist.get_rank() == 0:
         reporter.report.remote(CheckpointSaved(step=step, uri=uri, metrics=metrics))
+        _drop_optimizers(step, spec, reporter)
+
+
+def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
+    """What fails here is tried again after the next checkpoint, and no reason to stop."""
+    try:
+        retention.drop_optimizers(spec.run_uri, published=published)
+    except (OSError, DamagedCheckpoint) as error:
+        sentence = f"The optimizer's state of older checkpoints could not be removed yet: {error}"
+        reporter.report.remote(Message(level="warn", message=sentence))
 
 
 def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
-    return storage.join(spec.run_uri, "checkpoints", f"step-{step:06d}")
+    return retention.checkpoint_uri(spec.run_uri, step)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def test_the_older_names_of_the_outputs_are_aliases():
     assert groups(row) == groups(PREFERENCE)
 
 
-def test_every_assistant_message_of_a_chat_is_a_demonstration_of_what_stands_before_it():
+def test_every_assistant_message_of_a_chat_is_a_demonstration_for_the_messages_before_it():
     assert groups(CHAT) == [Group([USER], ([GOOD],), 1), Group([USER, GOOD, USER], ([BAD],), 1)]
 
 
@@ -123,7 +123,7 @@ keys = st.sampled_from(['"one"', '"two"', '"margin"']) | texts
 
 
 @given(st.lists(st.tuples(keys, values), max_size=2))
-def test_a_row_is_read_alike_whether_or_not_it_is_looked_at_closely(items):
+def test_the_fast_and_the_careful_parser_read_a_row_the_same_way(items):
     """Many brackets, though they stand in a text, have a row looked at closely."""
     sides = ['"prompt": "a"', '"chosen": "b"', '"rejected": "c"']
     items = [f"{key}: {value}" for key, value in items]
@@ -187,7 +187,7 @@ def test_a_hostile_line_is_refused_by_number_and_pointer(line, pointer, code):
     str(found).encode()
 
 
-def test_what_is_not_jsonl_is_said_in_openais_words():
+def test_a_line_that_is_not_jsonl_is_refused_in_openais_words():
     assert str(refusal(b"[1]")) == (
         "Expected file to have JSONL format, where every line is a JSON dictionary. "
         'Line 1 is not a dictionary (HINT: line starts with: "[1]").'
@@ -291,6 +291,12 @@ def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     found = refusal(*lines(row))
     assert (found.line, found.pointer, found.code) == (1, pointer, code)
     assert str(found).startswith(f"Line 1, {pointer}: " if pointer else "Line 1: ")
+
+
+def test_the_role_function_is_refused_with_the_role_that_replaced_it():
+    row = {**CONVERSATIONS, "prompt": [{**USER, "role": "function"}]}
+    with pytest.raises(InvalidRow, match="which OpenAI has replaced; use role 'tool' and give the message a tool_call"):
+        list(read_groups(lines(row)))
 
 
 def called(**changes: object) -> dict[str, object]:

@@ -306,7 +306,7 @@ def test_rows_that_rate_an_answer_each_are_one_group_of_their_prompt():
     assert (report.num_tied, report.ignored_keys) == (1, ("correctness", "verbosity"))
 
 
-def test_a_single_rated_answer_and_a_bad_row_between_are_told_by_line():
+def test_a_single_rated_answer_and_a_bad_row_between_are_refused_by_line():
     rows = [
         rated(GOOD, 4),
         rated(BAD, 1),
@@ -319,14 +319,14 @@ def test_a_single_rated_answer_and_a_bad_row_between_are_told_by_line():
         ("too_few_completions", (3, 4)),
         ("wrong_type", (5,)),
     ]
-    assert "Line 3: its prompt is rated by 1 neighbouring rows; it needs 2 to 1000." in problems[0].message
+    assert "Line 3: its prompt has 1 neighbouring rows; a group needs 2 to 1000." in problems[0].message
 
 
-def test_every_row_of_a_prompt_with_too_many_answers_is_told():
+def test_every_row_of_a_prompt_with_too_many_answers_is_refused():
     rows = [rated(f"{number}.", number) for number in range(1002)]
     (problem,) = survey(lines(*rows)).problems
     assert (problem.code, problem.rows.count) == ("too_few_completions", 1002)
-    assert "Line 1: its prompt is rated by more than 1000 neighbouring rows; it needs 2 to 1000." in problem.message
+    assert "Line 1: its prompt has more than 1000 neighbouring rows; a group needs 2 to 1000." in problem.message
 
 
 SURE = user("Sure?")
@@ -391,7 +391,7 @@ def test_a_preference_for_neither_is_a_tie(row):
     assert survey(lines(row)).num_tied == 1
 
 
-def test_an_input_stands_below_its_instruction():
+def test_an_input_is_written_below_its_instruction():
     row = {"instruction": "Translate.", "input": "Kers", "chosen": "Cherry", "rejected": "Banana"}
     (group,) = read_groups(lines(row))
     assert group.prompt == [user("Translate.\nKers")]
@@ -417,7 +417,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ],
 )
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
-def test_a_system_prompt_stands_before_the_prompt_of_any_format(row, key):
+def test_a_system_prompt_is_put_before_the_prompt_in_any_format(row, key):
     (group,) = read_groups(lines({**row, key: "Be brief."}))
     assert group.prompt[0] == SYSTEM
     assert all(isinstance(completion, list) for completion in group.completions)
@@ -478,7 +478,7 @@ def test_rows_with_a_column_of_system_prompts_are_of_one_form():
         ({**PUBLISHED["PKU-SafeRLHF"][0], "better_response_id": True}, "/better_response_id", "unknown_choice"),
     ],
 )
-def test_a_column_that_says_something_is_refused_by_name_where_nothing_reads_it(row, pointer, code):
+def test_a_column_that_says_something_and_is_not_read_is_refused_by_name(row, pointer, code):
     with pytest.raises(InvalidRow) as caught:
         list(read_groups(lines(row)))
     assert caught.value.code == code
@@ -534,12 +534,12 @@ def test_short_answers_beside_columns_of_other_meaning_are_read(row):
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], {}, math.nan])
-def test_a_column_that_says_nothing_costs_nothing(nothing):
+def test_a_column_that_says_nothing_is_ignored(nothing):
     row = {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "images": nothing, "context": nothing, "margin": nothing}
     assert survey(lines(row)).refusal is None
 
 
-def test_a_column_that_says_again_what_is_read_costs_nothing():
+def test_a_column_that_repeats_what_is_read_is_ignored():
     row = {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "messages": [*PROMPT, *PAIR[0]], "instruction": ASK}
     assert survey(lines(row)).refusal is None
 
@@ -551,7 +551,7 @@ def test_template_arguments_of_a_row_are_kept():
         assert group.template_arguments == {"enable_thinking": False}
 
 
-def test_conversations_may_stand_in_texts_as_json():
+def test_conversations_may_be_texts_of_json():
     row = {side: json.dumps(IMPLICIT_CONVERSATIONS[side]) for side in ("chosen", "rejected")}
     assert list(read_groups(lines(row))) == list(read_groups(lines(IMPLICIT_CONVERSATIONS)))
     text = {"prompt": "[{", "chosen": '[{"a": 1}]', "rejected": "[{no json"}
@@ -581,7 +581,7 @@ def test_the_worse_answer_may_be_empty_and_the_better_may_not():
         assert survey(lines(swapped)).problems[0].code == "empty_completion"
 
 
-def test_a_margin_of_zero_is_none():
+def test_a_margin_of_zero_means_no_margin():
     (group,) = read_groups(lines({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": 0}))
     assert group.margin is None
 
@@ -686,7 +686,7 @@ def test_openai_preferences_hold_tools_and_calls():
     ]
 
 
-def test_trl_rows_have_calls_without_ids_and_their_answers_go_by_name():
+def test_calls_of_trl_rows_have_no_ids_and_are_answered_by_name():
     prompt = [TRL_PROMPT[0], calling(LIT, DIMMED), *TRL_PROMPT[2:]]
     assert list(read_groups(lines(TRL))) == [
         Group(prompt, ([assistant("Done!")], [assistant("No.")]), 1, tools=[LIGHT])
@@ -713,7 +713,7 @@ def test_unpaired_and_ranked_rows_have_tools_too(row):
 
 
 @pytest.mark.parametrize("nothing", [None, [], "[]", "null"])
-def test_a_row_of_no_tools_has_none(nothing):
+def test_an_empty_list_of_tools_means_no_tools(nothing):
     (group,) = read_groups(lines({**TRL, "tools": nothing, "functions": None, "parallel_tool_calls": None}))
     assert group.tools is None
 
@@ -759,7 +759,7 @@ def test_an_argument_that_a_table_filled_with_null_is_refused(place, tools):
     assert caught.value.code == "null_argument"
 
 
-def test_a_call_says_enough_without_text():
+def test_a_message_with_calls_needs_no_text():
     row = {**OPENAI_PREFERENCE, "non_preferred_output": [{**calling(LIT), "content": " "}]}
     assert survey(lines(row)).num_groups == 1
 
@@ -792,7 +792,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: ",".join(row)[:40])
-def test_whatever_stands_in_a_row_it_is_read_or_refused(row):
+def test_any_row_is_read_or_refused(row):
     for varied in variations(row):
         refused = refusal_of(varied)
         assert refused is None or (refused.line == 1 and refused.code)
@@ -806,10 +806,10 @@ def refusal_of(row: object) -> InvalidRow | None:
     return None
 
 
-def test_what_is_of_no_known_format_is_told_its_keys_and_what_would_be_one():
+def test_a_row_of_no_known_format_is_refused_with_its_keys_and_a_remedy():
     with pytest.raises(
         InvalidRow,
-        match=r"its keys are question, of none of the known formats, .* name the columns of its roles \(of chat",
+        match=r"its columns \(question\) match no known format; .* say with `columns` which column is the prompt",
     ):
         list(read_groups(lines({"question": "Why?"})))
 
@@ -838,7 +838,7 @@ def test_a_role_is_read_from_the_column_that_is_named_for_it():
         assert (record.problem.pointer, record.problem.code) == (pointer, code)
 
 
-def test_columns_may_trade_their_names():
+def test_columns_may_swap_their_names():
     row = {"prompt": ASK, "chosen": BAD, "rejected": GOOD}
     (record,) = read_records(lines(row), columns={"chosen": "rejected", "rejected": "chosen"})
     assert list(record.groups) == [Group(ASK, (GOOD, BAD), 1)]
@@ -899,13 +899,13 @@ def test_two_answers_have_a_winner(winner, ratings):
     assert survey(lines({**row, "winner": "both"})).problems[0].code == "unknown_choice"
 
 
-def test_the_input_of_alpaca_farm_stands_below_its_instruction():
+def test_the_input_of_alpaca_farm_is_written_below_its_instruction():
     row = {"instruction": "Translate.", "input": "Kers", "output_1": BAD, "output_2": GOOD, "preference": 2}
     assert list(read_groups(lines(row))) == [Group([user("Translate.\nKers")], PAIR, 1, (1.0, 0.0))]
 
 
 @pytest.mark.parametrize("key", ["systemInstruction", "system_instruction"])
-def test_the_system_instruction_of_vertex_ai_stands_before_its_contents(key):
+def test_the_system_instruction_of_vertex_ai_is_put_before_its_contents(key):
     row = {**PUBLISHED["Vertex AI preference"][0], key: {"parts": [{"text": "Be brief."}]}}
     (group,) = read_groups(lines(row))
     assert group.prompt == [SYSTEM, *PROMPT]
@@ -919,7 +919,7 @@ def test_a_system_prompt_by_another_name_is_refused_with_the_columns_that_help(k
     row = {**TEXTS_OF_ASK, key: "Be brief."}
     (problem,) = survey(lines(row)).problems
     assert (problem.code, problem.pointer) == ("unread_column", f"/{key}")
-    assert f"name the columns of its roles: system={key}, or remove it" in problem.message
+    assert f"say with `columns` which column has which role: system={key}, or remove it" in problem.message
     (record,) = read_records(lines(row), columns={"system": key})
     assert record.groups[0].prompt == [SYSTEM, *PROMPT]
 
@@ -958,12 +958,12 @@ def test_images_are_refused_under_any_spelling(key):
 def test_a_label_by_another_name_is_refused_with_the_column_that_helps():
     row = {"messages": [*PROMPT, *PAIR[0]], "thumbs_up": False}
     (problem,) = survey(lines(row)).problems
-    assert "name the columns of its roles: label=thumbs_up" in problem.message
+    assert "say with `columns` which column has which role: label=thumbs_up" in problem.message
     (record,) = read_records(lines(row), columns={"label": "thumbs_up"})
     assert record.groups[0].ratings == (0.0,)
 
 
-def test_columns_of_no_known_meaning_and_of_no_tie_cost_nothing():
+def test_columns_without_a_known_meaning_or_a_tie_are_ignored():
     row = {**TEXTS_OF_ASK, "score_chosen": 3, "chosen_model": "x", "image_id": 7, "is_tie": False, "Unnamed: 0": 1}
     assert survey(lines(row)).ignored_keys == ("Unnamed: 0", "chosen_model", "image_id", "is_tie", "score_chosen")
 
@@ -987,9 +987,9 @@ def test_columns_of_no_known_meaning_and_of_no_tie_cost_nothing():
         ),
     ],
 )
-def test_a_row_of_unknown_columns_is_told_the_columns_that_make_it_known(row, columns):
+def test_a_row_of_unknown_columns_is_refused_with_the_columns_to_name(row, columns):
     (problem,) = survey(lines(row)).problems
-    told = problem.message.partition("name the columns of its roles: ")[2].removesuffix(".")
+    told = problem.message.partition("say with `columns` which column has which role: ")[2].removesuffix(".")
     assert dict(part.split("=") for part in told.split(", ")) == columns
     assert survey(lines(row), columns=columns).refusal is None
 
@@ -1002,8 +1002,8 @@ def test_a_row_of_unknown_columns_is_told_the_columns_that_make_it_known(row, co
         {"prompt": 7, "Chosen": GOOD},
     ],
 )
-def test_columns_that_would_not_make_a_row_known_are_not_told(row):
-    assert "name the columns of its roles (of " in survey(lines(row)).problems[0].message
+def test_columns_that_would_not_help_are_not_suggested(row):
+    assert "say with `columns` which column is the prompt" in survey(lines(row)).problems[0].message
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen"])
@@ -1023,7 +1023,7 @@ def test_texts_of_messages_that_are_no_json_are_refused(column, text):
         {"messages": [*PROMPT, {**PAIR[0][0], "weight": 0}], "label": True},
     ],
 )
-def test_an_answer_that_is_not_to_be_learned_is_refused_where_answers_are_compared(row):
+def test_an_answer_with_weight_0_is_refused_if_answers_are_compared(row):
     (problem,) = survey(lines(row)).problems
     assert problem.code == "invalid_weight"
 
@@ -1051,7 +1051,7 @@ def test_two_columns_that_mean_the_same_are_refused(row):
 @pytest.mark.parametrize(
     ("key", "value"), [("history", [["Na", "Str"]]), ("conversation", [{"input": "Hello!", "output": "Hi."}])]
 )
-def test_a_column_says_again_what_is_read_in_whole_words_and_in_all_its_texts(key, value):
+def test_a_column_repeats_what_is_read_only_with_whole_words_and_all_its_texts(key, value):
     (problem,) = survey(lines({"messages": [*PROMPT, *PAIR[0]], key: value})).problems
     assert problem.code == "unread_column"
     again = [{"input": ASK, "output": GOOD}]

@@ -34,7 +34,7 @@ def test_a_good_file_is_not_refused():
     assert survey(lines(PAIR)).refusal is None
 
 
-def test_a_single_bad_row_is_told_in_one_sentence():
+def test_a_single_bad_row_is_reported_in_one_sentence():
     assert survey(lines(PAIR, {**PAIR, "chosen": 7})).refusal == "Line 2, /chosen: is 7; it must be a text."
 
 

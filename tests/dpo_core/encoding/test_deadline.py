@@ -12,12 +12,12 @@ def compute(seconds: float) -> None:
             pass
 
 
-def test_what_computes_for_too_long_is_stopped() -> None:
+def test_code_that_computes_for_too_long_is_stopped() -> None:
     with pytest.raises(ValueError, match="too long"):
         compute(0.05)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_the_former_signal_handler_is_restored() -> None:
     before = signal.getsignal(signal.SIGVTALRM)
     with deadline(10, ValueError("too long")):
         pass

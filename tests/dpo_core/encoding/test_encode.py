@@ -35,7 +35,7 @@ def test_the_prompts_ids_are_what_a_server_gives_the_policy(tokenizer):
     assert encode_group(PAIR, tokenizer).prompt_ids == served
 
 
-def test_bos_and_eos_stand_once(tokenizer):
+def test_bos_and_eos_are_written_once(tokenizer):
     encoded = encode_group(PAIR, tokenizer)
     for completion in encoded.completion_ids:
         whole = [*encoded.prompt_ids, *completion]
@@ -50,7 +50,7 @@ def test_texts_end_with_one_eos(tokenizer, chosen):
 
 
 @pytest.mark.parametrize("prompt", ["the fox ", "<s>the fox "])
-def test_texts_begin_with_one_bos_where_the_tokenizer_wants_one(own_tokenizer, prompt):
+def test_texts_begin_with_one_bos_if_the_tokenizer_wants_one(own_tokenizer, prompt):
     from tokenizers.processors import TemplateProcessing
 
     own_tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -58,7 +58,7 @@ def test_texts_begin_with_one_bos_where_the_tokenizer_wants_one(own_tokenizer, p
     assert own_tokenizer.decode(encoded.prompt_ids) == "<s>the fox "
 
 
-def test_texts_get_no_bos_where_the_tokenizer_wants_none(tokenizer):
+def test_texts_get_no_bos_if_the_tokenizer_wants_none(tokenizer):
     assert tokenizer.decode(encode_group(Group("the fox ", ("jumps",), 1), tokenizer).prompt_ids) == "the fox "
 
 
@@ -119,7 +119,7 @@ def test_prompt_and_completion_are_the_templates_rendering_of_the_whole_conversa
     )
 
 
-def test_of_several_messages_the_assistants_are_learned(own_tokenizer):
+def test_only_the_assistants_messages_of_a_completion_are_learned(own_tokenizer):
     own_tokenizer.chat_template = HERMES_TEMPLATE
     both = [calls('{"over": "dog"}', '{"under": "fox"}'), answer("call_0"), answer("call_1"), GOOD, USER, BAD]
     row = {"input": {"messages": [USER], "tools": TOOLS}, "preferred_output": both, "non_preferred_output": [BAD]}

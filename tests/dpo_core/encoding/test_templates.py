@@ -20,8 +20,9 @@ from dpo_core.data.formats import FORMATS
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow
 from dpo_core.data.messages import Message, Text
-from dpo_core.encoding import encode
-from dpo_core.encoding.encode import EncodedGroup, encode_group, encode_groups, prefill
+from dpo_core.encoding import templates
+from dpo_core.encoding.encode import EncodedGroup, encode_group, encode_groups
+from dpo_core.encoding.templates import prefill
 from dpo_core.encoding.unread import unread
 from tests.dpo_core.data.test_formats import ASK, BAD, GOOD, LONGER, PAIR, PROMPT, PUBLISHED, lines
 
@@ -251,7 +252,12 @@ MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTE
             "template_drops_text",
             "message 1 of the prompt, by user: 'dog'",
         ),
-        ("plain", WITH_TOOLS, "template_drops_tools", "the tool 'find', or a part of it; use one that writes tools"),
+        (
+            "plain",
+            WITH_TOOLS,
+            "template_drops_tools",
+            "the tool 'find', or a part of it; use a template that writes tools",
+        ),
         (
             "plain",
             replace(WITH_TOOLS, prompt=[user("find the fox")]),
@@ -260,8 +266,13 @@ MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTE
         ),
         ("writes the names of tools", replace(WITH_TOOLS, tools=[DESCRIBED]), "template_drops_tools", "a part of it"),
         ("writes the names of tools", replace(WITH_TOOLS, tools=[WITH_CITY]), "template_drops_tools", "a part of it"),
-        ("writes texts of calls", CALLING_WITH_NUMBER, "template_drops_calls", "tool calls out, or a part of them"),
-        ("writes the names of calls", CALLING, "template_drops_calls", "tool calls out, or a part of them"),
+        (
+            "writes texts of calls",
+            CALLING_WITH_NUMBER,
+            "template_drops_calls",
+            "leaves out tool calls, or a part of them",
+        ),
+        ("writes the names of calls", CALLING, "template_drops_calls", "leaves out tool calls, or a part of them"),
         (
             "takes one system prompt",
             Group([SYSTEM, SYSTEM, QUESTION], (CHOSEN, REJECTED), 7),
@@ -271,7 +282,7 @@ MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTE
         ("numbers rounds from the end", PAIRED, "template_not_prefix", "'1]<|user|>the quick"),
     ],
 )
-def test_what_a_template_does_not_write_is_told_by_line(templated, name, group, code, said):
+def test_a_row_that_the_template_does_not_write_whole_is_refused_by_line(templated, name, group, code, said):
     found = encoded(group, templated(name))
     assert isinstance(found, InvalidRow)
     assert (found.line, found.code) == (7, code)
@@ -376,7 +387,7 @@ def test_a_row_is_learned_as_the_policy_will_be_asked(templated, name, group, wo
 
 
 @pytest.mark.parametrize(("name", "words"), [("begins answers with a thought", "<think>\n"), ("plain", "")])
-def test_words_that_begin_every_answer_are_known(templated, name, words):
+def test_the_words_that_begin_every_answer_are_found(templated, name, words):
     assert prefill(templated(name)) == words
 
 
@@ -386,7 +397,7 @@ def test_tools_and_calls_are_seen_whole(templated):
     assert json.loads(call.removesuffix("</s>")) == [CALL]
 
 
-def test_a_template_that_needs_a_bos_is_told_that_there_is_none(tokenizer):
+def test_a_template_that_asks_for_a_bos_sees_that_the_tokenizer_has_none(tokenizer):
     own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="</s>")
     own.chat_template = TEMPLATES["needs a BOS"]
     (found,) = encode_groups([PAIRED], own)
@@ -458,13 +469,13 @@ THINKING = {"enable_thinking": False, "reasoning_effort": "low"}
         (PLAIN, Group("fox?", (" dog", " fox"), 7), []),
     ],
 )
-def test_what_the_template_does_not_read_is_known(tokenizer, template, group, found):
+def test_keys_that_the_template_does_not_read_are_named(tokenizer, template, group, found):
     own = _fresh(tokenizer)
     own.chat_template = template
     assert list(unread(group, own)) == found
 
 
-def test_what_one_of_several_templates_reads_is_known(tokenizer):
+def test_only_the_template_that_is_used_decides_which_keys_are_read(tokenizer):
     own = _fresh(tokenizer)
     own.chat_template = {"default": PLAIN, "tool_use": PLAIN + "{{ xml_tools }}"}
     asked = Group([QUESTION], (CHOSEN, REJECTED), 7, template_arguments={"xml_tools": True})
@@ -481,11 +492,11 @@ def test_a_template_that_writes_the_date_writes_one_day_beyond_midnight(tokenize
     own = _fresh(tokenizer)
     own.chat_template = "Today: {{ strftime_now('%d %b %Y') }}" + PLAIN
     before = encode_group(PAIRED, own)
-    monkeypatch.setattr(encode, "date", Tomorrow)
+    monkeypatch.setattr(templates, "date", Tomorrow)
     assert encode_group(PAIRED, own) == before
 
 
-def test_a_template_that_writes_the_date_writes_the_day_that_it_is_told(tokenizer):
+def test_a_template_that_writes_the_date_writes_the_given_day(tokenizer):
     own = _fresh(tokenizer)
     own.chat_template = "Today: {{ strftime_now('%d %b %Y') }}" + PLAIN
     (first,) = encode_groups([PAIRED], own, today=date(2026, 11, 29))
@@ -576,7 +587,7 @@ def check(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @given(row=rows(), name=st.sampled_from(sorted(TEMPLATES)))
-def test_whatever_a_row_says_the_model_sees_or_the_row_is_named(tokenizer, row, name):
+def test_the_model_sees_all_that_a_row_says_or_the_row_is_refused(tokenizer, row, name):
     own = _fresh(tokenizer)
     own.chat_template = TEMPLATES[name]
     check(row, own)
@@ -585,7 +596,7 @@ def test_whatever_a_row_says_the_model_sees_or_the_row_is_named(tokenizer, row, 
 @pytest.mark.long
 @settings(max_examples=100_000)
 @given(row=rows(), name=st.sampled_from(sorted(TEMPLATES)))
-def test_whatever_a_row_says_in_a_hundred_thousand_rows(tokenizer, row, name):
+def test_the_model_sees_all_that_a_hundred_thousand_rows_say(tokenizer, row, name):
     own = _fresh(tokenizer)
     own.chat_template = TEMPLATES[name]
     check(row, own)

@@ -11,7 +11,7 @@ GROUP = EncodedGroup([1, 2, 3, 4], ([5, 6, 7], [8]), None, 1)
 
 
 @pytest.mark.parametrize("how", ["drop", "keep_start", "keep_end"])
-def test_what_fits_is_left_alone(how):
+def test_a_group_that_fits_is_left_alone(how):
     assert truncate(GROUP, 7, how) is GROUP
 
 
@@ -50,7 +50,7 @@ def test_no_side_is_left_without_tokens(how, limit):
     assert truncate(GROUP, limit, how) is None
 
 
-def test_what_others_say_in_a_completion_is_cut_with_it():
+def test_the_ranges_of_others_are_cut_with_their_completion():
     group = EncodedGroup([1, 2], ([3, 4, 5, 6, 7], [8, 9, 10]), None, 1, others=(((1, 2), (3, 4)), ((1, 2),)))
     assert truncate(group, 6, "keep_start").others == (((1, 2), (3, 4)), ((1, 2),))
     assert truncate(group, 5, "keep_start").others == (((1, 2),), ((1, 2),))

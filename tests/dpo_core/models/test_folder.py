@@ -38,7 +38,7 @@ def trained(model, tokenizer, pairs, folder, adapter=None):
 
 @pytest.mark.parametrize("adapter", [None, Lora(r=2)], ids=["whole", "merged"])
 @pytest.mark.parametrize("loose", LOOSE, ids=["no do_sample", "do_sample is false"])
-def test_a_generation_config_that_transformers_would_not_save_comes_out_as_it_went_in(
+def test_a_generation_config_that_transformers_would_not_save_is_saved_as_loaded(
     loose, adapter, model, tokenizer, pairs, tmp_path
 ):
     (model / "generation_config.json").write_text(json.dumps(loose))
@@ -60,7 +60,7 @@ def test_files_of_processors_are_copied(adapter, model, tokenizer, pairs, tmp_pa
     assert {name: (saved / name).read_bytes() for name in PROCESSORS} == PROCESSORS
 
 
-def test_where_the_folder_of_the_model_is_gone_that_is_said(model, tokenizer, pairs, tmp_path, caplog):
+def test_a_missing_folder_of_the_model_is_warned_of(model, tokenizer, pairs, tmp_path, caplog):
     policy = load_policy(model)
     shutil.rmtree(model)
     with caplog.at_level(logging.WARNING, "dpo_core.models.folder"):

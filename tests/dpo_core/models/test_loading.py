@@ -86,13 +86,13 @@ DISAGREEING = {
     ),
     "a file that is cut": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
-        r"base cannot be read \(.*\); fetch them again",
+        r"base cannot be read \(.*\); download them again",
     ),
 }
 
 
 @pytest.mark.parametrize("name", DISAGREEING)
-def test_a_folder_that_is_not_what_it_says_is_refused(name, folder):
+def test_a_folder_whose_weights_do_not_fit_its_config_is_refused(name, folder):
     disagree, sentence = DISAGREEING[name]
     disagree(folder)
     with pytest.raises(ValueError, match=sentence):
@@ -102,7 +102,7 @@ def test_a_folder_that_is_not_what_it_says_is_refused(name, folder):
 def test_a_missing_file_of_several_is_refused_by_name(policy, tmp_path):
     policy.save_pretrained(tmp_path, max_shard_size="40KB")
     (tmp_path / "model-00002-of-00004.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-00004\.safetensors\); fetch them again"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00004\.safetensors\); download them again"):
         load_policy(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_weights_in_float16_are_trained_in_float32(make_policy, folder):
     assert torch.equal(policy.lm_head.weight, half.lm_head.weight.float())
 
 
-def test_a_model_that_asks_for_balanced_experts_is_told_that_none_are_balanced(tmp_path, caplog):
+def test_a_model_that_asks_for_balanced_experts_gets_a_warning(tmp_path, caplog):
     for asks in (False, True):
         config = MixtralConfig(**conftest.SIZES, num_local_experts=2, output_router_logits=asks)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

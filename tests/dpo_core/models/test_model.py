@@ -38,8 +38,8 @@ from transformers import (
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import check_model, load_policy, load_reward_model, load_tokenizer
 from dpo_core.options import Dpo
+from dpo_core.policy.measures import Measures
 from dpo_core.policy.scorer import Scorer, score_reference
-from dpo_core.policy.scores import Scores
 from tests.dpo_core import conftest
 
 SIZES = conftest.SIZES | {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -129,7 +129,7 @@ def test_tokens_of_others_are_read_and_not_learned(policy, plain_token_logps, ta
     shortest = [2, 2, 1, 1, 1, 1]
     heads = torch.stack([e[:n].sum() for e, n in zip(expected, shortest, strict=True)])
     torch.testing.assert_close(found[:, 1], heads, rtol=1e-5, atol=1e-5)
-    assert Scores(groups, found).all.lengths.tolist() == [3, 2, 1, 2, 2, 1]
+    assert Measures(groups, found).all.lengths.tolist() == [3, 2, 1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -155,7 +155,7 @@ class Doubled(LlamaForCausalLM):
         return found
 
 
-def test_a_head_that_nobody_knows_runs_plainly_and_agrees(policy, pairs, plain_token_logps, caplog):
+def test_a_model_with_an_unknown_head_runs_by_its_own_forward_and_agrees(policy, pairs, plain_token_logps, caplog):
     doubled = Doubled(policy.config).eval()
     scorer = Scorer(doubled)
     assert not scorer.takes_batches
@@ -249,7 +249,7 @@ def test_a_model_without_sdpa_loads_with_the_attention_that_it_has(
     assert_same_as_plain(policy, pairs, logps, plain_token_logps)
 
 
-def test_attention_is_chosen_anew_whatever_the_folder_was_saved_with(policy, tokenizer, tmp_path):
+def test_attention_does_not_depend_on_how_the_folder_was_saved(policy, tokenizer, tmp_path):
     file = save(policy, tokenizer, tmp_path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "flash_attention_2"}))
     assert load_policy(tmp_path).config._attn_implementation == "sdpa"
@@ -332,7 +332,7 @@ def test_float16_is_refused(policy, tokenizer, tmp_path):
 
 def test_a_frozen_model_is_refused(policy):
     policy.requires_grad_(False)
-    with pytest.raises(ValueError, match="All of LlamaForCausalLM is frozen; set requires_grad where it is to be"):
+    with pytest.raises(ValueError, match="All weights of LlamaForCausalLM are frozen; set requires_grad"):
         check_model(policy, Dpo())
 
 

@@ -7,7 +7,7 @@ def warnings(logratios: list[float], margins: list[float]) -> list[str]:
     return [said for said in map(drift.warning, steps) if said]
 
 
-def test_a_fall_of_chosen_completions_under_growing_margins_is_told_once_with_its_figures():
+def test_a_fall_of_chosen_completions_under_growing_margins_is_warned_of_once_with_figures():
     falling = [-0.5 * step for step in range(30)]
     (said,) = warnings(falling, [0.2 * step for step in range(30)])
     # The first ten steps fall by 2.25 nats on average, with margins of 0.9.
@@ -16,12 +16,12 @@ def test_a_fall_of_chosen_completions_under_growing_margins_is_told_once_with_it
     assert "raise beta" in said
 
 
-def test_what_is_no_drift_is_not_told():
+def test_nothing_is_warned_of_without_a_drift():
     assert not warnings([0.1 * step for step in range(30)], [0.2] * 30)
     assert not warnings([-5.0] * 30, [-0.2] * 30), "margins do not grow"
     assert not warnings([-5.0] * (WINDOW - 1), [0.2] * (WINDOW - 1)), "too few steps to tell"
     assert not warnings([-0.9 * FALLEN] * 30, [0.2] * 30), "less than the limit"
 
 
-def test_objectives_without_a_reference_are_let_alone():
+def test_objectives_without_a_reference_get_no_warning():
     assert Drift().warning({"rewards/margins": 1.0, "loss": 0.3}) is None

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dpo_core import options as o
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.objectives.losses import LOSSES, Statistics, check_groups, count_units, losses
-from dpo_core.policy.scores import Scores
+from dpo_core.objectives.losses import LOSSES, Statistics, check_groups, denominator, losses
+from dpo_core.policy.measures import Measures
 
 PAIR = EncodedGroup([1], ([2, 3], [4]), (-5.0, -7.0), 1, ref_head_logps=(-2.0, -7.0))
 SINGLE = EncodedGroup([1], ([2, 3],), None, 1)
@@ -20,7 +20,7 @@ LN2 = pytest.approx(math.log(2))
 
 def loss(objective, logps, group=PAIR, heads=None) -> float:
     found = torch.tensor([[a, b, 0] for a, b in zip(logps, heads or logps, strict=True)], dtype=torch.float64)
-    return losses(objective, Scores([group], found), Statistics()).item()
+    return losses(objective, Measures([group], found), Statistics()).item()
 
 
 def nll(x: float) -> float:
@@ -78,7 +78,7 @@ def test_the_papers_formula(objective, expected):
     assert loss(objective, (-3, -8)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_ld_dpo_weighs_the_tail_in_policy_and_reference_alike():
+def test_ld_dpo_weighs_the_tail_in_both_policy_and_reference():
     # head h_w = -1 - (-2) = 1, whole h_w = 2, so 1 + 0.25 * 1; the shorter completion is all head.
     found = loss(o.LdDpo(beta=0.5, tail_weight=0.25), (-3, -8), heads=(-1, -8))
     assert found == pytest.approx(nll(0.5 * (1.25 + 1)))
@@ -98,14 +98,14 @@ def test_a_tie_says_nothing_about_its_members():
     assert loss(o.Dpo(beta=1), (2, -3, 0.5), group) == pytest.approx(nll(1.5) + nll(-3.5))
 
 
-def test_groups_of_several_sizes_stand_beside_each_other():
+def test_groups_of_several_sizes_can_be_in_one_batch():
     ranking = EncodedGroup([1], ([2], [3], [4]), (0.0, 0.0, 0.0), 2)
     found = torch.tensor([[x, x, 0] for x in (-3, -8, 1, 0, -1)], dtype=torch.float64)
-    both = losses(o.Dpo(), Scores([PAIR, ranking], found), Statistics()).tolist()
+    both = losses(o.Dpo(), Measures([PAIR, ranking], found), Statistics()).tolist()
     assert both == pytest.approx([loss(o.Dpo(), (-3, -8)), loss(o.Dpo(), (1, 0, -1), ranking)])
 
 
-def test_a_margin_is_what_the_chosen_completion_must_lead_by():
+def test_the_chosen_completion_must_lead_by_the_margin():
     assert loss(o.Dpo(beta=0.5), (-3, -8), replace(PAIR, margin=1.0)) == pytest.approx(nll(0.5))
 
 
@@ -115,7 +115,7 @@ def test_kto_measures_against_completions_of_other_prompts_without_gradient():
         EncodedGroup([1], ([2], [3]), (0.0, 0.0), 2, ratings=(0.0, math.nan)),
     ]
     found = torch.tensor([[2.0, 0, 0], [3.0, 0, 0], [-1.0, 0, 0], [1.0, 0, 0]], requires_grad=True)
-    each = losses(o.Kto(beta=1, undesirable_weight=2), Scores(groups, found), Statistics())
+    each = losses(o.Kto(beta=1, undesirable_weight=2), Measures(groups, found), Statistics())
     assert each.tolist() == pytest.approx([1 - sigmoid(0), 2 * (1 - sigmoid(3))])
     each.sum().backward()
     assert found.grad[[1, 3], 0].tolist() == [0, 0]
@@ -125,14 +125,14 @@ def test_bco_keeps_the_mean_of_all_rewards_so_far():
     statistics = Statistics()
     for logps in ((-3, -8), (-5, -7)):
         found = torch.tensor([[x, x, 0] for x in logps], dtype=torch.float64)
-        last = losses(o.Bco(beta=1), Scores([PAIR], found), statistics).item()
+        last = losses(o.Bco(beta=1), Measures([PAIR], found), statistics).item()
     assert vars(statistics) == {"mean": pytest.approx((2 - 1 + 0 + 0) / 4), "count": 4}
     assert last == pytest.approx(nll(-0.25) + nll(0.25))
 
 
-def test_orpo_is_finite_where_every_token_is_certain():
+def test_orpo_is_finite_if_every_token_is_certain():
     found = torch.tensor([[0.0, 0, 0], [-1e-9, 0, 0]], requires_grad=True)
-    each = losses(o.Orpo(), Scores([PAIR], found), Statistics())
+    each = losses(o.Orpo(), Measures([PAIR], found), Statistics())
     each.sum().backward()
     assert each.isfinite().all()
     assert found.grad.isfinite().all()
@@ -150,19 +150,19 @@ def test_gradients_are_those_of_finite_differences(name):
     found = torch.tensor([[-4.0, -1.7, 0], [-6.4, -6.4, 0]], dtype=torch.float64)[: len(group.completion_ids)]
     objective = o.OBJECTIVES[name]()
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
-        slope = torch.func.grad(lambda x: losses(objective, Scores([group], x), Statistics()).sum())(found)
+        slope = torch.func.grad(lambda x: losses(objective, Measures([group], x), Statistics()).sum())(found)
     if name in ("bco", "mpo"):
         return  # delta is without gradient, and differences would move it
     for place in range(len(found)):
         nudge = torch.zeros_like(found)
         nudge[place, :2] = 1e-6
-        rise, fall = (losses(objective, Scores([group], found + s * nudge), Statistics()).item() for s in (1, -1))
+        rise, fall = (losses(objective, Measures([group], found + s * nudge), Statistics()).item() for s in (1, -1))
         assert slope[place, :2].sum().item() == pytest.approx((rise - fall) / 2e-6, rel=1e-4, abs=1e-6)
 
 
-def test_units_are_tokens_for_supervised_and_groups_for_the_others():
-    assert count_units(o.Supervised(), [PAIR, PAIR]) == 6
-    assert count_units(o.Dpo(), [PAIR, PAIR]) == 2
+def test_the_denominator_counts_tokens_for_supervised_and_groups_for_the_others():
+    assert denominator(o.Supervised(), [PAIR, PAIR]) == 6
+    assert denominator(o.Dpo(), [PAIR, PAIR]) == 2
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_units_are_tokens_for_supervised_and_groups_for_the_others():
         (o.Dpo(), SINGLE, "Line 1 has 1 completions; dpo takes at least 2"),
         (o.Dpo(), replace(PAIR, ref_logps=None), "Line 1 has no ref_logps; score it"),
         (o.LdDpo(), replace(PAIR, ref_head_logps=None), "Line 1 has no ref_head_logps; score it"),
-        (o.Dpo(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 rates all its completions alike"),
+        (o.Dpo(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 gives all its completions the same rating"),
         (o.Simpo(), replace(PAIR, margin=1.0), "Line 1 has a margin; simpo takes none"),
         (
             o.Supervised(),
@@ -182,11 +182,11 @@ def test_units_are_tokens_for_supervised_and_groups_for_the_others():
         ),
         (o.Dpo(), replace(PAIR, ratings=(0.0, 1.0)), "Line 1 has its completions out of order; put the best first"),
         (o.Kto(), replace(OTHER_PROMPT, ratings=(1.0, math.nan, 0.0)), "Line 1 has its completions out of order"),
-        (o.Ipo(), OTHER_PROMPT, "Line 1 rates a completion nan; ipo takes none of other prompts"),
+        (o.Ipo(), OTHER_PROMPT, "Line 1 rates a completion nan; ipo takes no completions of other prompts"),
         (
             o.Supervised(),
             replace(PAIR, ratings=(1.0, math.nan)),
-            "Line 1 rates a completion nan; supervised takes none",
+            "Line 1 rates a completion nan; supervised takes no completions",
         ),
         (o.Bco(), replace(PAIR, ratings=(math.nan, math.nan)), "Line 1 has 0 completions; bco takes at least 1"),
     ],
@@ -201,7 +201,7 @@ def test_an_unpaired_objective_reads_ratings_in_any_order():
 
 
 @pytest.mark.parametrize("objective", [o.Kto(), o.Mpo(objectives=(o.Dpo(), o.Kto()), weights=(1.0, 1.0))])
-def test_kto_wants_completions_of_other_prompts_somewhere_in_the_global_batch(objective):
+def test_kto_needs_completions_of_other_prompts_in_the_global_batch(objective):
     with pytest.raises(ValueError, match=f"which {objective.type} needs; add some, rated nan"):
         check_groups(objective, [PAIR, PAIR])
     check_groups(objective, [PAIR, OTHER_PROMPT])
@@ -211,7 +211,7 @@ def test_kto_wants_completions_of_other_prompts_somewhere_in_the_global_batch(ob
 def test_no_loss_waits_for_the_device(name):
     found = torch.zeros(4, 3, device="meta")  # which has no values to wait for
     groups = [PAIR, replace(PAIR, ratings=(1.0, 0.0))]
-    assert losses(o.OBJECTIVES[name](), Scores(groups, found), Statistics()).shape == (2,)
+    assert losses(o.OBJECTIVES[name](), Measures(groups, found), Statistics()).shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def weighted(objective, weights, logps):
     """The sum of the losses of pairs with these weights, and its gradient by the log-probabilities of each pair."""
     groups = [replace(PAIR, ref_logps=(-5.0 - n, -7.0), weight=weight) for n, weight in enumerate(weights)]
     found = torch.tensor([[x, x, 0] for x in logps], dtype=torch.float64, requires_grad=True)
-    scores = Scores(groups, found)
-    total = (losses(objective, scores, Statistics()) * scores.weights).sum()
+    measures = Measures(groups, found)
+    total = (losses(objective, measures, Statistics()) * measures.weights).sum()
     (slope,) = torch.autograd.grad(total, found)
     return total.item(), slope[:, 0].view(-1, 2)
 
@@ -248,7 +248,7 @@ def test_aot_honours_weights_a_pair_of_weight_2_counting_as_two_of_weight_1(obje
     logps = [-3, -8, -9, -2, -5, -6]
     twice = [replace(PAIR, ref_logps=(-5.0 - n, -7.0)) for n in (0, 0, 1, 2)]
     found = torch.tensor([[x, x, 0] for x in (*logps[:2], *logps)], dtype=torch.float64)
-    expected = losses(objective, Scores(twice, found), Statistics()).sum().item()
+    expected = losses(objective, Measures(twice, found), Statistics()).sum().item()
     assert weighted(objective, (2, 1, 1), logps)[0] == pytest.approx(expected)
 
 

@@ -2,16 +2,16 @@ import pytest
 import torch
 
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.objectives.metrics import measure
+from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.options import Dpo, Kto, Supervised
-from dpo_core.policy.scores import Scores
+from dpo_core.policy.measures import Measures
 
 GROUPS = [EncodedGroup([1], ([2, 3], [4]), (-5.0, -7.0), 1), EncodedGroup([1], ([2], [4]), (-1.0, -1.0), 2)]
 FOUND = torch.tensor([[-3.0, -1.0, 1], [-9.0, -9.0, 1], [-3.0, -3.0, 0], [-1.5, -1.5, 0]])
 
 
 def values(objective, groups, found) -> dict[str, float]:
-    return {key: value.item() for key, value in measure(objective, Scores(groups, found)).items()}
+    return {key: value.item() for key, value in compute_metrics(objective, Measures(groups, found)).items()}
 
 
 def test_means_over_pairs():
@@ -62,4 +62,4 @@ def test_supervised_counts_tokens_that_were_the_likeliest():
 def test_measuring_waits_for_no_device(objective):
     groups = [*GROUPS, EncodedGroup([1], ([2], [3], [4]), (0.0, 0.0, 0.0), 3, ratings=(2.0, 1.0, 1.0))]
     found = torch.zeros(7, 3, device="meta")  # which has no values to wait for
-    assert all(value.shape == () for value in measure(objective, Scores(groups, found)).values())
+    assert all(value.shape == () for value in compute_metrics(objective, Measures(groups, found)).values())

@@ -47,7 +47,7 @@ IN_FLOAT32 = {"precision": "float32", "sharding": "replicated", "num_workers": 8
         ({}, 15, []),
     ],
 )
-def test_the_first_change_that_makes_it_fit_is_offered(change, room, fields):
+def test_the_first_change_that_makes_a_run_fit_is_offered(change, room, fields):
     run = replace(RUN, **change)
     found = plan(MODEL, run, ROWS, room * GB)
     assert [offer.field for offer in found.changes] == fields
@@ -67,14 +67,14 @@ def test_only_fields_that_may_be_set_are_offered():
     assert found.changes[0].message.startswith("Set num_workers to 4; a worker then holds ")
 
 
-def test_the_model_that_each_worker_loads_is_what_no_sharding_makes_smaller():
+def test_sharding_does_not_shrink_the_model_that_each_worker_loads():
     found = plan(MODEL, replace(RUN, num_workers=64, adapter=32, sharding="full"), ROWS, 16 * GB)
     assert found.memory.least == found.memory.loading == 2 * MODEL.numbers
     assert (found.fits, found.changes) == (False, ())
 
 
 @pytest.mark.parametrize("name", ["num_attention_heads", "vocab_size", "num_hidden_layers"])
-def test_what_no_formula_is_for_is_refused(name):
+def test_a_model_that_no_formula_fits_is_refused(name):
     config = {key: value for key, value in MODEL.config.items() if key != name}
     with pytest.raises(ValueError, match=f"config.json has no {name}"):
         plan(replace(MODEL, config=config), RUN, ROWS)
@@ -86,7 +86,7 @@ def test_a_multimodal_model_is_planned_by_its_text_config():
     assert plan(within, RUN, ROWS).memory == plan(own, RUN, ROWS).memory != plan(MODEL, RUN, ROWS).memory
 
 
-def test_of_many_experts_a_token_keeps_those_that_it_passes():
+def test_a_token_keeps_activations_of_its_own_experts_only():
     def activations(experts: int) -> int:
         names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in range(experts)]
         weights = {**MODEL.weights, **dict.fromkeys(names, (64, 4096))}
@@ -110,5 +110,5 @@ def test_the_bytes_of_a_checkpoint_are_those_of_its_files(sharding, make_policy,
     assert found.checkpoint_bytes <= sum(path.stat().st_size for path in files) <= found.checkpoint_bytes + headers
 
 
-def test_the_printed_table_stands_in_the_docs():
+def test_the_docs_have_the_printed_table():
     assert table() in (ROOT / "docs" / "use" / "plan.md").read_text()

@@ -36,7 +36,7 @@ def small(make_policy):
 
 
 @pytest.mark.parametrize("name", REFUSED | NOT_FINITE)
-def test_training_refuses_it_by_line_before_a_step_is_taken(name, small, tokenizer, tmp_path):
+def test_training_refuses_such_a_group_by_line_before_any_step(name, small, tokenizer, tmp_path):
     group, problem = (REFUSED | NOT_FINITE)[name]
     with pytest.raises(ValueError, match=f"Line 7 {problem}"):
         next(train(CONFIG, small, tokenizer, [[PAIR, group]], total_steps=1, checkpoint_dir=tmp_path))
@@ -45,18 +45,18 @@ def test_training_refuses_it_by_line_before_a_step_is_taken(name, small, tokeniz
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("score", [score_reference, reference_token_logps])
-def test_scoring_refuses_it_by_line(name, score, small):
+def test_scoring_refuses_such_a_group_by_line(name, score, small):
     group, problem = REFUSED[name]
     with pytest.raises(ValueError, match=f"Line 7 {problem}"):
         score(small, [PAIR, group], max_tokens_per_pack=128)
 
 
-def test_a_table_of_positions_has_a_last_one():
+def test_a_group_beyond_the_last_position_is_refused():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     admit([replace(PAIR, prompt_ids=[5] * 6)], model)
     with pytest.raises(ValueError, match="Line 7 has 9 tokens; the last position of GPT2LMHeadModel is 8; truncate it"):
         admit([replace(PAIR, prompt_ids=[5] * 7)], model)
 
 
-def test_what_fits_exactly_is_taken(small):
+def test_a_group_that_just_fits_is_admitted(small):
     admit([replace(PAIR, prompt_ids=[0, 319] * 31, weight=2.0, margin=0.5)], small, max_length=64)

@@ -53,7 +53,7 @@ def test_segments_attend_to_their_prompt_and_themselves_and_nothing_else(window)
     [{"segments": None}, {"dropout": 0.1}, {"softcap": 30.0}, {"attention_mask": torch.ones(1)}],
     ids=lambda given: next(iter(given)),
 )
-def test_what_segments_cannot_do_is_refused(unusable):
+def test_arguments_that_attention_over_segments_cannot_use_are_refused(unusable):
     arguments = {"segments": SEGMENTS, "attention_mask": None} | unusable
     with pytest.raises(ValueError, match="Attention over segments"):
         segment_attention(torch.nn.Module(), *streams(), **arguments)

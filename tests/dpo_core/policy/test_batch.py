@@ -63,7 +63,7 @@ def test_plan_of_fewer_groups_than_ranks_leaves_packs_empty():
     assert plan([5], num_ranks=3, max_tokens_per_pack=10) == [[[0]], [[]], [[]]]
 
 
-def test_a_group_over_the_budget_stands_alone():
+def test_a_group_over_the_budget_is_alone_in_its_pack():
     assert sorted(plan([50, 2, 3], num_ranks=1, max_tokens_per_pack=10)[0]) == [[0], [2, 1]]
 
 
@@ -78,7 +78,7 @@ def test_sequences_of_like_lengths_are_batched_with_little_padding(lengths, leas
         assert len(batches) == len(set(lengths))
 
 
-def test_the_prompt_stands_once_and_completions_restart_after_it():
+def test_the_prompt_is_there_once_and_completions_restart_after_it():
     batch = collate([PAIR, DEMONSTRATION])
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 6, 7, 9]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0]
@@ -94,7 +94,7 @@ def test_the_last_prompt_token_predicts_the_first_token_of_every_completion():
     assert batch.num_completion_tokens.tolist() == [2, 3, 1]
 
 
-def test_without_sharing_the_prompt_stands_before_each_completion():
+def test_without_sharing_each_completion_has_the_prompt_before_it():
     batch = collate([PAIR], share_prompts=False)
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 3, 6, 7]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]

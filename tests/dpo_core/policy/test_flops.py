@@ -58,19 +58,19 @@ def unseen(batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_forward_and_backward_take_as_many_as_are_told(name, make_groups):
+def test_a_forward_and_backward_take_the_counted_operations(name, make_groups):
     """To the last one: both count the head's tiles and attention's scores twice."""
     policy = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     batch, flops = collate(make_groups(6, 4)), Flops(policy)
-    assert flops.of(batch) + flops.per_seen_token * unseen(batch) == counted(policy, batch)
+    assert flops.count(batch) + flops.per_seen_token * unseen(batch) == counted(policy, batch)
 
 
-def test_activations_computed_again_count_again(policy, make_groups):
+def test_recomputed_activations_count_twice(policy, make_groups):
     """All but each layer's last product, which nobody needs twice."""
     batch, flops = collate(make_groups(6, 4)), Flops(policy, recomputed=True)
     checkpoint_activations(Scorer(policy))
     last = sum(2 * layer.mlp.down_proj.weight.numel() for layer in policy.model.layers)
-    told = flops.of(batch) + flops.per_seen_token * unseen(batch) - last * len(batch.input_ids)
+    told = flops.count(batch) + flops.per_seen_token * unseen(batch) - last * len(batch.input_ids)
     assert told == counted(policy, batch)
 
 
@@ -79,10 +79,10 @@ def test_frozen_weights_count_less(policy, make_groups, tmp_path):
     policy.save_pretrained(tmp_path)
     batch = collate(make_groups(6, 4))
     adapted = load_policy(tmp_path, adapter=Lora(r=1))
-    told = Flops(adapted).of(batch)
+    told = Flops(adapted).count(batch)
     found = counted(adapted, batch) - Flops(adapted).per_seen_token * unseen(batch)
     assert found < told < 1.1 * found
-    assert told < 0.8 * Flops(policy).of(batch)
+    assert told < 0.8 * Flops(policy).count(batch)
 
 
 def test_a_shared_prompt_counts_once(policy, make_groups):
@@ -90,10 +90,10 @@ def test_a_shared_prompt_counts_once(policy, make_groups):
     shared, copied = (collate(groups, share_prompts=share) for share in (True, False))
     lengths = [len(group.prompt_ids) for group in groups for _ in group.completion_ids[1:]]
     copies = flops.per_token * sum(lengths) + flops.per_seen_token * sum(n * (n + 1) // 2 for n in lengths)
-    assert flops.of(shared) == flops.of(copied) - copies
+    assert flops.count(shared) == flops.count(copied) - copies
 
 
-def test_a_state_space_model_trains_without_sharing_and_tells_its_flops(tokenizer, pairs, tmp_path, caplog):
+def test_a_state_space_model_trains_without_sharing_and_counts_its_flops(tokenizer, pairs, tmp_path, caplog):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=320, **sizes))

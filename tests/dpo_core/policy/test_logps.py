@@ -138,7 +138,7 @@ def assert_nothing_is_rounded_to_bfloat16(device: str) -> None:
         assert ((ours - theirs).norm() / theirs.norm()).item() < 2e-3
 
 
-def test_where_products_can_stay_in_float32_logits_do(monkeypatch):
+def test_logits_stay_in_float32_if_products_can(monkeypatch):
     """As on CUDA: no other device has this product."""
     monkeypatch.setattr(module, "_keeps_float32", lambda factor: factor.dtype == torch.bfloat16)
     monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))

@@ -122,7 +122,7 @@ def test_a_scale_before_a_cap_is_read_in_a_multimodal_model(plain_token_logps):
     ],
     ids=["divides", "multiplies and caps", "a word"],
 )
-def test_what_a_config_says_of_logits_and_its_class_does_not_read_changes_nothing(config, plain_token_logps):
+def test_a_factor_of_logits_that_the_class_does_not_read_changes_nothing(config, plain_token_logps):
     assert assert_agrees(build(config), plain_token_logps).takes_batches
 
 
@@ -148,7 +148,7 @@ class Scaled(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_small_scale_that_nobody_knows_is_seen_in_any_dtype(dtype, make_policy):
+def test_a_small_unknown_scale_is_noticed_in_any_dtype(dtype, make_policy):
     policy = Scaled(make_policy(initializer_range=0.02).config).eval().to(dtype)
     assert not Scorer(policy).takes_batches
 
@@ -176,13 +176,13 @@ def test_a_model_without_a_miniature_shares_nothing_and_agrees(make_policy, plai
     assert "no miniature, TypeError: there is one of me" in caplog.text
 
 
-def test_a_model_without_a_miniature_is_not_believed_in_half_precision(make_policy, monkeypatch):
+def test_a_model_without_a_miniature_is_not_trusted_in_half_precision(make_policy, monkeypatch):
     monkeypatch.setattr(Oddity, "made", 0)
     scorer = Scorer(Oddity(make_policy().config).eval().bfloat16())
     assert scorer.manner.no_batches == "torch.bfloat16 hides small differences"
 
 
-def test_a_model_that_sees_what_it_is_to_predict_is_refused():
+def test_a_model_that_sees_the_tokens_it_is_to_predict_is_refused():
     policy = build(BertConfig(**SIZES))
     with pytest.raises(ValueError, match="BertLMHeadModel sees the tokens that it is to predict"):
         Scorer(policy)

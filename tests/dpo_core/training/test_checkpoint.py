@@ -26,10 +26,10 @@ from dpo_core.training.checkpoint import (
     read_manifest,
     verify,
 )
+from dpo_core.training.checkpoint_writer import Writer
 from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import train
 from dpo_core.training.weights import Weights
-from dpo_core.training.writer import Writer
 from tests.dpo_core.conftest import SIZES
 
 CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, checkpoint_steps=1)
@@ -46,7 +46,7 @@ def checkpoint(policy, tokenizer, pairs, tmp_path) -> Path:
     return tmp_path / "step-000001"
 
 
-def test_the_manifest_tells_the_step_the_config_and_every_file(checkpoint):
+def test_the_manifest_holds_the_step_the_config_and_every_file(checkpoint):
     manifest = verify(checkpoint)
     assert (manifest.step, manifest.total_steps) == (1, 3)
     assert manifest.config["objective"] == {"type": "dpo", "beta": 0.1, "mean_over_choices": False}
@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_nothing_that_runs_code(checkpoint):
     assert {path.suffix for path in checkpoint.rglob("*") if path.is_file()} == {".json", ".safetensors", ".jinja"}
 
 
-def test_nothing_half_written_stands_beside(checkpoint):
+def test_no_partly_written_checkpoint_remains(checkpoint):
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["step-000001", "step-000002", "step-000003"]
 
 
@@ -119,14 +119,14 @@ def test_resuming_another_run_is_refused(checkpoint, policy, tokenizer, pairs, c
 
 
 def test_resuming_a_run_of_another_length_is_refused(checkpoint, policy, tokenizer, pairs):
-    with pytest.raises(ValueError, match="3 steps, this one has 5"):
+    with pytest.raises(ValueError, match="3 steps, this run has 5"):
         list(train(CONFIG, policy, tokenizer, [pairs] * 5, total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
 
 
 def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer, pairs, tmp_path):
     policy.save_pretrained(tmp_path / "model")
     adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
-    with pytest.raises(ValueError, match="is of other weights than are trained here"):
+    with pytest.raises(ValueError, match="has other weights than this run trains"):
         run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
 
 
@@ -151,7 +151,7 @@ def test_the_same_weights_are_not_resumed_as_another_model(kind, other, differen
     assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
 
 
-def test_what_a_config_says_of_other_things_may_change(checkpoint, make_policy, tokenizer, pairs):
+def test_keys_of_a_config_that_compute_nothing_may_change(checkpoint, make_policy, tokenizer, pairs):
     policy = make_policy(attention_dropout=0.1, initializer_range=0.5, use_cache=False, pad_token_id=3)
     assert [step.step for step in run(CONFIG, policy, tokenizer, pairs, checkpoint.parent, resume=checkpoint)] == [2, 3]
 
@@ -164,6 +164,33 @@ def test_resuming_with_a_model_of_other_sizes_is_refused_before_a_weight_is_chan
     with pytest.raises(ValueError, match=sentence):
         run(CONFIG, wider, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
     torch.testing.assert_close(dict(wider.named_parameters()), dict(before.named_parameters()), rtol=0, atol=0)
+
+
+def keep_as_a_model(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_bytes(read_manifest(checkpoint).without_optimizer().to_json())
+    (checkpoint / OPTIMIZER).unlink()
+
+
+def test_a_checkpoint_without_its_optimizers_state_is_whole_and_nothing_goes_on_from_it(
+    checkpoint, policy, tokenizer, pairs
+):
+    newest = checkpoint.with_name("step-000003")
+    before = read_manifest(newest)
+    keep_as_a_model(newest)
+    manifest = verify(newest)
+    assert not manifest.has_optimizer
+    assert replace(manifest, files=before.files) == before
+    assert set(before.files) - set(manifest.files) == {OPTIMIZER}
+    assert latest_checkpoint(newest.parent) == newest.with_name("step-000002")
+    with pytest.raises(ValueError, match="was kept without its optimizer's state; resume from a newer one"):
+        run(CONFIG, policy, tokenizer, pairs, newest.parent, resume=newest)
+
+
+def test_a_manifest_without_evaluations_is_of_an_earlier_release(checkpoint):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["evaluations"], manifest["config"]["best_metric"], manifest["config"]["early_stop"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert read_manifest(checkpoint).evaluations == ()
 
 
 def as_an_earlier_release_wrote_it(checkpoint: Path) -> Path:
@@ -203,7 +230,7 @@ def test_a_checkpoint_of_an_earlier_release_in_another_precision_is_refused(
     (other,) = {torch.bfloat16, torch.float32} - {saved_in}
     run(CONFIG, make_policy().to(saved_in), tokenizer, pairs, tmp_path)
     before = as_an_earlier_release_wrote_it(tmp_path / "step-000001")
-    sentence = f"has {num_before} weights in float32 beside the model, this run {num_now}; load the policy in the dtype"
+    sentence = f"has float32 masters of {num_before} weights, this run has {num_now}; load the policy in the dtype"
     with pytest.raises(ValueError, match=sentence):
         run(CONFIG, make_policy().to(other), tokenizer, pairs, tmp_path, resume=before)
 
@@ -251,7 +278,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_latest(check
     with caplog.at_level(logging.WARNING, "dpo_core.training.checkpoint"):
         assert latest_checkpoint(checkpoint.parent) == checkpoint.with_name("step-000002")
     (said,) = [record.getMessage() for record in caplog.records]
-    assert f"damaged and passed over: {checkpoint.with_name('step-000003') / file} " in said
+    assert f"damaged and not used: {checkpoint.with_name('step-000003') / file} " in said
 
 
 def test_an_unfinished_checkpoint_is_none(checkpoint, caplog):
@@ -341,7 +368,7 @@ def test_a_checkpoint_is_written_without_looking_at_the_policy(
         assert looked_away.wait(300)
         save_file(tensors, path)
 
-    monkeypatch.setattr("dpo_core.training.writer.save_file", save_late)
+    monkeypatch.setattr("dpo_core.training.checkpoint_writer.save_file", save_late)
     manifest = Manifest(1, 1, 1, 1, {}, {}, asdict(CONFIG), {}, "float32")
     with Writer(tmp_path / "run", policy, tokenizer, weights) as writer:
         writer.save(manifest, make_optimizer(weights.stepped.values(), CONFIG.optim))
@@ -371,7 +398,7 @@ def test_a_checkpoint_without_room_is_refused_by_step_and_folder_and_leaves_noth
     folder = checkpoint.parent
     for step in (2, 3):
         shutil.rmtree(folder / f"step-00000{step}")
-    sentence = f"The checkpoint of step 2 could not be written to {folder} .*; make room, and resume from the one befo"
+    sentence = f"The checkpoint of step 2 could not be written to {folder} .*; free some space, and resume"
     with room_for_files_of(num_bytes), pytest.raises(OSError, match=sentence):
         run(CONFIG, policy, tokenizer, pairs, folder, resume=checkpoint)
     assert [path.name for path in folder.iterdir()] == ["step-000001"]
@@ -389,7 +416,7 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(make_policy, tokeni
         assert went_on.wait(300)
         save_file(tensors, path)
 
-    monkeypatch.setattr("dpo_core.training.writer.save_file", save_late)
+    monkeypatch.setattr("dpo_core.training.checkpoint_writer.save_file", save_late)
     steps = train(config, make_policy(), tokenizer, [pairs] * 4, total_steps=4, checkpoint_dir=tmp_path / "went on")
     assert [next(steps).step for _ in range(4)] == [1, 2, 3, 4]
     went_on.set()

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.config import EarlyStop, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
 from dpo_core.options import Aot, Bco, Dpo, Kto, Lipo, Mpo, Supervised
+from dpo_core.selection import stalls
 from dpo_core.training.checkpoint import read_manifest
 from dpo_core.training.trainer import train
 
@@ -60,7 +61,7 @@ OBJECTIVES = [Dpo(), Supervised(), Lipo(), Kto(), Bco(), Aot(), Aot(paired=False
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.type)
-def test_they_are_all_one_batch_however_they_are_cut(
+def test_held_out_groups_are_one_batch_however_they_are_cut(
     objective, make_policy, make_groups, tokenizer, pairs, demonstrations, scored, tmp_path
 ):
     groups = {
@@ -81,7 +82,7 @@ def test_they_are_all_one_batch_however_they_are_cut(
 
 
 @pytest.mark.parametrize("config", [CONFIG, SUPERVISED, replace(CONFIG, objective=Bco())], ids=["dpo", "sft", "bco"])
-def test_training_goes_on_bit_for_bit_as_without(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
+def test_validation_does_not_change_training_by_a_bit(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
     groups = demonstrations if config is SUPERVISED else pairs
     watched, alone = make_policy(), make_policy()
     batches, clocks = [groups[:3], groups[3:6], groups[1:5], groups[:4]], {"tokens_per_second", "hfu"}
@@ -100,7 +101,7 @@ def test_training_goes_on_bit_for_bit_as_without(config, make_policy, tokenizer,
     assert manifests[0].num_tokens == manifests[1].num_tokens
 
 
-def test_they_are_read_anew_for_every_checkpoint(policy, tokenizer, pairs, tmp_path):
+def test_held_out_groups_are_read_again_for_every_checkpoint(policy, tokenizer, pairs, tmp_path):
     read = []
 
     def validation():
@@ -113,12 +114,12 @@ def test_they_are_read_anew_for_every_checkpoint(policy, tokenizer, pairs, tmp_p
     assert [bool(evaluated(result)) for result in results] == [False, True, False, True]
 
 
-def test_nothing_is_evaluated_where_there_is_nothing_after_all(policy, tokenizer, pairs, tmp_path):
+def test_nothing_is_evaluated_if_validation_returns_none(policy, tokenizer, pairs, tmp_path):
     (result,) = run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: None)
     assert not evaluated(result)
 
 
-def test_no_held_out_groups_are_refused(policy, tokenizer, pairs, tmp_path):
+def test_validation_without_groups_is_refused(policy, tokenizer, pairs, tmp_path):
     with pytest.raises(ValueError, match="No groups came to evaluate on; give validation some, or leave it out"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=list)
 
@@ -130,7 +131,7 @@ def test_held_out_groups_that_the_objective_cannot_read_are_refused_by_line(
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: [demonstrations[2:]])
 
 
-def test_a_policy_that_makes_no_number_of_them_ends_the_run_without_its_checkpoint(policy, tokenizer, pairs, tmp_path):
+def test_an_evaluation_that_is_not_finite_ends_the_run_without_its_checkpoint(policy, tokenizer, pairs, tmp_path):
     def break_it():
         torch.nn.init.constant_(policy.lm_head.weight, math.nan)
         return [pairs]
@@ -144,3 +145,56 @@ def test_a_step_that_diverged_is_not_evaluated(policy, tokenizer, pairs, tmp_pat
     torch.nn.init.constant_(policy.lm_head.weight, math.nan)
     with pytest.raises(FloatingPointError, match=r"\(loss nan, grad_norm nan\)"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=pytest.fail)
+
+
+EARLY = replace(CONFIG, early_stop=EarlyStop(patience=2))
+RATES = replace(CONFIG.optim, learning_rate=0.3, schedule="constant")  # so high that held-out losses rise
+
+
+def test_a_run_ends_when_its_evaluations_bring_no_gain(make_policy, tokenizer, pairs, tmp_path):
+    held_out, batches = pairs[4:], [pairs[:4]] * 20
+    config = replace(EARLY, optim=RATES)
+    results = run(config, make_policy(), tokenizer, batches, tmp_path, validation=lambda: [held_out])
+    last = results[-1]
+    losses = [result.metrics["eval/loss"] for result in results if evaluated(result)]
+    assert [each.value for each in last.evaluations] == losses
+    assert last.step == 2 * len(losses) < 20
+    assert min(losses[-2:]) >= min(losses[:-2]), "the last two brought no gain"
+    assert not any(stalls(last.evaluations[:n], "eval/loss", config.early_stop) for n in range(len(losses)))
+    assert read_manifest(tmp_path / f"step-{last.step:06d}").evaluations == last.evaluations
+
+
+def test_a_resumed_run_ends_at_the_same_step_with_the_same_bits(make_policy, tokenizer, pairs, tmp_path):
+    """From each of its checkpoints, from a pause between two, and from the last, after which nothing is left to do."""
+    config, batches = replace(EARLY, optim=RATES), [pairs[:4], pairs[2:6], pairs[1:4], pairs[3:]] * 5
+
+    def go_on(policy, folder, **kwargs):
+        return run(config, policy, tokenizer, batches, folder, validation=lambda: [pairs[4:]], **kwargs)
+
+    straight = make_policy()
+    whole = go_on(straight, tmp_path)
+    wishes = iter([False] * 3 + [True])
+    paused = go_on(make_policy(), tmp_path / "paused", stop=lambda: next(wishes))
+    assert [result.step for result in paused] == [1, 2, 3]
+    starts = [*sorted(tmp_path.glob("step-*")), tmp_path / "paused" / "step-000003"]
+    assert len(starts) >= 4
+    for start in starts:
+        policy, begun = make_policy(7), read_manifest(start).step
+        rest = go_on(policy, tmp_path / "rest" / start.name, resume=start)
+        assert [result.evaluations for result in rest] == [result.evaluations for result in whole[begun:]]
+        assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), straight.parameters(), strict=True))
+
+
+def test_an_evaluation_is_not_told_again_by_a_resumed_step_without_groups(make_policy, tokenizer, pairs, tmp_path):
+    batches, wishes = [pairs[:4], pairs[4:], [], pairs[:4]], iter([False, True])
+    run(CONFIG, make_policy(), tokenizer, batches, tmp_path, validation=lambda: [pairs])
+    given = {"validation": lambda: [pairs], "resume": tmp_path / "step-000002", "stop": lambda: next(wishes)}
+    run(CONFIG, make_policy(), tokenizer, batches, tmp_path / "again", **given)
+    assert "eval/loss" in read_manifest(tmp_path / "step-000002").metrics
+    assert "eval/loss" not in read_manifest(tmp_path / "again" / "step-000003").metrics
+
+
+def test_resuming_with_another_early_stop_is_refused(policy, tokenizer, pairs, tmp_path):
+    run(CONFIG, policy, tokenizer, [pairs[:4]] * 2, tmp_path)
+    with pytest.raises(ValueError, match="was trained with early_stop None, this run has"):
+        run(EARLY, policy, tokenizer, [pairs[:4]] * 2, tmp_path, resume=tmp_path / "step-000002")

@@ -46,7 +46,7 @@ def disputed(better, worse, share, ref_logps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length_average", "tokens"), [(False, 1), (True, 2)], ids=["summed", "per token"])
-def test_ipo_stops_where_the_margin_is_the_preference(tokenizer, make_policy, tmp_path, length_average, tokens):
+def test_ipo_stops_when_the_margin_is_the_preference(tokenizer, make_policy, tmp_path, length_average, tokens):
     """arXiv 2310.12036: p (d - 1 / (2 tau))^2 + (1 - p) (-d - 1 / (2 tau))^2 is least where d = (2 p - 1) / (2 tau)."""
     share, tau = 0.8, 0.25
     pair, ref_logps = ([0, 1], [1, 0]), (-1.7, -1.1)
@@ -75,7 +75,7 @@ def test_ipo_tilts_the_reference_by_how_often_each_completion_is_preferred(token
 
 
 @pytest.mark.slow
-def test_kto_favours_what_most_people_prefer_where_dpo_follows_the_reference(tokenizer, make_policy, tmp_path):
+def test_kto_favours_what_most_people_prefer_when_dpo_follows_the_reference(tokenizer, make_policy, tmp_path):
     """arXiv 2402.01306, on contradictory preferences where p^(1 / beta) pi_ref(A) is less than
     (1 - p)^(1 / beta) pi_ref(B): DPO's optimum prefers B, and KTO's is A alone."""
     share, beta, reference = 0.7, 0.5, (0.1, 0.9)

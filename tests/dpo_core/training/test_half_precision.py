@@ -41,7 +41,7 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_masters(policy):
         half.lm_head.weight.sum().backward()
         weights.collect_gradients(max_norm=1e9)
         optimizer.step()
-        weights.publish()
+        weights.update_policy()
         moved.append((half.lm_head.weight - before).float().mean().item())
     assert abs(moved[0]) < 1e-4
     assert moved[-1] == pytest.approx(-200e-5, rel=0.1)
@@ -83,7 +83,7 @@ def test_resuming_repeats_the_run_bit_for_bit_and_saves_a_model_in_bfloat16(mode
 
 
 @pytest.mark.parametrize("saved_in", [torch.bfloat16, torch.float32], ids=str)
-def test_going_on_in_another_precision_is_refused(saved_in, model, tokenizer, pairs, tmp_path):
+def test_resuming_in_another_precision_is_refused(saved_in, model, tokenizer, pairs, tmp_path):
     (other,) = {torch.bfloat16, torch.float32} - {saved_in}
     run(model, tokenizer, [pairs] * 4, tmp_path, dtype=saved_in)
     with pytest.raises(ValueError, match=f"was trained in {str(saved_in)[6:]}; load the policy in it, not in"):

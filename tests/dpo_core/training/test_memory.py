@@ -46,29 +46,29 @@ def free(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
-def test_what_was_asked_for_is_kept(policy, free, checkpointing):
+def test_options_that_the_user_set_are_kept(policy, free, checkpointing):
     free(0)
     asked = replace(CONFIG, max_tokens_per_pack=777, activation_checkpointing=checkpointing)
-    assert memory.fit(asked, Scorer(policy)) == asked
-    assert memory.fit(replace(asked, activation_checkpointing="auto"), Scorer(policy)).max_tokens_per_pack == 777
-    fitted = memory.fit(replace(asked, max_tokens_per_pack=None), Scorer(policy))
+    assert memory.plan_memory(asked, Scorer(policy)) == asked
+    assert (
+        memory.plan_memory(replace(asked, activation_checkpointing="auto"), Scorer(policy)).max_tokens_per_pack == 777
+    )
+    fitted = memory.plan_memory(replace(asked, max_tokens_per_pack=None), Scorer(policy))
     assert fitted.activation_checkpointing == checkpointing
 
 
 @pytest.mark.parametrize("num_bytes", [64 * GB, None], ids=["plenty", "unknown"])
-def test_where_memory_is_plenty_or_unknown_a_pack_has_the_most_tokens_and_nothing_is_computed_again(
-    policy, free, num_bytes
-):
+def test_with_plenty_of_or_unknown_memory_a_pack_has_the_most_tokens_and_nothing_is_recomputed(policy, free, num_bytes):
     free(num_bytes)
-    fitted = memory.fit(CONFIG, Scorer(policy))
+    fitted = memory.plan_memory(CONFIG, Scorer(policy))
     assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (memory.MOST_TOKENS["cpu"], "off")
 
 
-def test_less_memory_gives_fewer_tokens_and_at_last_activations_computed_again(policy, free, caplog):
+def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(policy, free, caplog):
     choices = []
     for megabytes in (512, 64, 32, 16, 8, 4, 2):
         free(megabytes * MB)
-        fitted = memory.fit(CONFIG, Scorer(policy))
+        fitted = memory.plan_memory(CONFIG, Scorer(policy))
         choices.append((fitted.max_tokens_per_pack, fitted.activation_checkpointing))
     kept = [tokens for tokens, checkpointing in choices if checkpointing == "off"]
     assert kept == sorted(kept, reverse=True)
@@ -79,16 +79,16 @@ def test_less_memory_gives_fewer_tokens_and_at_last_activations_computed_again(p
     assert not caplog.records
 
 
-def test_where_max_length_does_not_fit_either_that_is_said(policy, free, caplog):
+def test_a_max_length_that_does_not_fit_is_warned_of(policy, free, caplog):
     free(MB // 4)
     with caplog.at_level(logging.WARNING, "dpo_core.training.memory"):
-        fitted = memory.fit(CONFIG, Scorer(policy))
+        fitted = memory.plan_memory(CONFIG, Scorer(policy))
     assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (CONFIG.max_length, "on")
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("A pack of max_length, 256 tokens, may not fit into memory: about ")
 
 
-def test_what_the_optimizer_and_a_tile_of_logits_will_take_is_not_spent(policy, make_policy, free):
+def test_memory_for_the_optimizer_and_a_tile_of_logits_is_reserved(policy, make_policy, free):
     """A float32 weight takes 12 bytes more; one in half precision has a float32 master besides."""
     num_weights = sum(p.numel() for p in policy.parameters())
     budgets, rows = [], 256
@@ -100,11 +100,11 @@ def test_what_the_optimizer_and_a_tile_of_logits_will_take_is_not_spent(policy, 
 
 
 @pytest.mark.parametrize("megabytes", [64, 40, 8, 4, 2])
-def test_a_pack_takes_what_is_free_and_no_more(make_policy, free, megabytes):
+def test_a_pack_takes_no_more_than_free_memory(make_policy, free, megabytes):
     """No less than a fifth of it either: a part is held back, and powers of two may halve the rest."""
     free(megabytes * MB)
     scorer = Scorer(make_policy(num_hidden_layers=4))
-    fitted = memory.fit(CONFIG, scorer)
+    fitted = memory.plan_memory(CONFIG, scorer)
     if fitted.activation_checkpointing == "on":
         memory.checkpoint_activations(scorer)
     batch = scorer.collate(groups_of(fitted.max_tokens_per_pack))
@@ -123,18 +123,18 @@ SHAPES = {"pairs": (48, 32, 32), "many short completions": (128, *[4] * 32), "a 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("megabytes", [40, 22])
-def test_a_pack_fits_whatever_the_shape_of_its_groups(shape, megabytes, make_policy, free):
+def test_a_pack_of_groups_of_any_shape_fits(shape, megabytes, make_policy, free):
     free(megabytes * MB)
     scorer = Scorer(make_policy(num_hidden_layers=4, num_key_value_heads=4))
     groups = [of_shape(*SHAPES[shape], line=line) for line in range(64)]
-    fitted = memory.fit(replace(CONFIG, activation_checkpointing="off"), scorer, groups[:4])
+    fitted = memory.plan_memory(replace(CONFIG, activation_checkpointing="off"), scorer, groups[:4])
     pack = groups[: max(1, fitted.max_tokens_per_pack // groups[0].num_tokens)]
     batch = scorer.collate(pack)
     assert max(accumulate(changes(lambda: scorer(batch).sum().backward()))) <= megabytes * MB
 
 
 @pytest.mark.parametrize("shape", [(512, *[8] * 16), (256, 256, 256), (100, 3), (9, 500, 500)], ids=str)
-def test_what_a_token_takes_is_seen_on_an_example_in_the_shape_of_the_groups(shape, make_policy):
+def test_an_example_in_the_shape_of_the_groups_shows_the_memory_of_a_token(shape, make_policy):
     scorer, group = Scorer(make_policy(num_key_value_heads=4, num_hidden_layers=4)), of_shape(*shape)
     found = memory._kept_bytes(scorer, group) / scorer.count_tokens(group)
     assert memory._bytes_per_token(scorer, [group]) == pytest.approx(found, rel=0.15)
@@ -144,7 +144,7 @@ def test_what_a_token_takes_is_seen_on_an_example_in_the_shape_of_the_groups(sha
 def test_the_example_keeps_within_the_positions_of_the_model(shape):
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
     scorer = Scorer(AutoModelForCausalLM.from_config(config).eval())
-    memory.fit(replace(CONFIG, max_length=64), scorer, [of_shape(*shape)])
+    memory.plan_memory(replace(CONFIG, max_length=64), scorer, [of_shape(*shape)])
 
 
 def test_training_sizes_packs_by_its_first_batch(make_policy, tokenizer, scored, free, tmp_path):
@@ -166,7 +166,7 @@ def test_training_sizes_packs_by_its_first_batch(make_policy, tokenizer, scored,
 @pytest.mark.parametrize(
     ("limit", "free_bytes"), [("max", 8 * GB), (str(6 * GB), 3 * GB)], ids=["a machine", "a container"]
 )
-def test_ranks_divide_what_their_machine_or_container_has_left(policy, tmp_path, monkeypatch, limit, free_bytes):
+def test_ranks_divide_the_free_memory_of_their_machine_or_container(policy, tmp_path, monkeypatch, limit, free_bytes):
     """A container's files in memory are given up when asked: 5 GB used of 6, 2 of them files, leave 3."""
     files = {
         "meminfo": f"MemTotal: {16 * GB // 1024} kB\nMemAvailable: {8 * GB // 1024} kB\nHugePages_Total: 0\n",
@@ -183,7 +183,7 @@ def test_ranks_divide_what_their_machine_or_container_has_left(policy, tmp_path,
     assert memory._free_bytes(policy.device) == free_bytes // 4
 
 
-def test_what_the_allocator_of_a_gpu_holds_unused_is_free(monkeypatch):
+def test_memory_that_the_gpus_allocator_holds_unused_counts_as_free(monkeypatch):
     for name, value in (("mem_get_info", (10 * GB, 80 * GB)), ("memory_reserved", 60 * GB), ("memory_allocated", GB)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory._free_bytes(torch.device("cuda")) == 69 * GB
@@ -210,7 +210,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_computed_again_take_less_memory_and_change_no_bit(name, make_policy, tmp_path):
+def test_recomputed_activations_take_less_memory_and_change_no_bit(name, make_policy, tmp_path):
     scorer = Scorer(MODELS[name](make_policy, tmp_path).eval())
     batch = scorer.collate(groups_of(2048))
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]

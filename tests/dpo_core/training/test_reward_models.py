@@ -16,9 +16,9 @@ from dpo_core.data.groups import Group
 from dpo_core.encoding.encode import EncodedGroup, encode_group
 from dpo_core.models.model import check_model, load_reward_model, load_tokenizer, merge_adapter
 from dpo_core.objectives.losses import Statistics, check_groups, losses
-from dpo_core.objectives.metrics import measure
+from dpo_core.objectives.metrics import compute_metrics
+from dpo_core.policy.measures import Measures
 from dpo_core.policy.scorer import Scorer
-from dpo_core.policy.scores import Scores
 from dpo_core.training.trainer import train
 
 PAIR = EncodedGroup([1], ([2, 3], [4]), None, 1)
@@ -64,7 +64,7 @@ def plain_outputs(model, groups) -> torch.Tensor:
 
 def loss(objective, outputs, group) -> float:
     found = torch.tensor([[*each, 0.0, 0.0][:3] for each in outputs], dtype=torch.float64)
-    return losses(objective, Scores([group], found), Statistics()).item()
+    return losses(objective, Measures([group], found), Statistics()).item()
 
 
 def nll(x: float) -> float:
@@ -98,14 +98,14 @@ def test_the_papers_formula(objective, outputs, group, expected):
 def test_a_gaussian_far_off_has_the_slope_of_its_formula(lead):
     """-log Phi(z) is about z^2 / 2 far below 0, and 0 far above."""
     found = torch.tensor([[lead, -math.log(2), 0], [0, -math.log(2), 0]], requires_grad=True)
-    losses(o.RewardGaussian(), Scores([PAIR], found), Statistics()).sum().backward()
+    losses(o.RewardGaussian(), Measures([PAIR], found), Statistics()).sum().backward()
     assert found.grad[0, 0].item() == pytest.approx(min(0, lead), rel=2e-3)
 
 
 @pytest.mark.parametrize("log_variance", [-20.0, 200.0])
 def test_a_variance_far_from_1_leaves_finite_gradients(log_variance):
     found = torch.tensor([[1.0, log_variance, 0], [0.5, log_variance, 0]], requires_grad=True)
-    losses(o.RewardGaussian(), Scores([PAIR], found), Statistics()).sum().backward()
+    losses(o.RewardGaussian(), Measures([PAIR], found), Statistics()).sum().backward()
     assert found.grad.isfinite().all()
 
 
@@ -113,9 +113,9 @@ def test_a_variance_far_from_1_leaves_finite_gradients(log_variance):
     ("objective", "group", "message"),
     [
         (o.RewardBradleyTerry(), replace(PAIR, completion_ids=([2],)), "Line 1 has 1 completions; .* at least 2"),
-        (o.RewardBradleyTerry(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 rates all its completions alike"),
+        (o.RewardBradleyTerry(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 gives all its completions the same rating"),
         (o.RewardBradleyTerry(), replace(RANKING, margin=1.0), "Line 2 has a margin; reward_bradley_terry takes none"),
-        (o.RewardRegression(), PAIR, "Line 1 has no ratings; reward_regression learns nothing else"),
+        (o.RewardRegression(), PAIR, "Line 1 has no ratings; reward_regression learns from ratings only"),
         (o.RewardRegression(), replace(PAIR, ratings=(1.0, math.nan)), "Line 1 rates a completion nan"),
         (o.RewardRegression(), replace(PAIR, ratings=(math.inf, 1.0)), r"Line 1 has ratings \[inf, 1.0\]; .* finite"),
         (o.RewardRegression(), replace(RATED, margin=1.0), "Line 2 has a margin; reward_regression takes none"),
@@ -128,7 +128,7 @@ def test_a_group_that_the_objective_cannot_learn_from_is_refused_by_line(objecti
         check_groups(objective, [group])
 
 
-def test_ratings_alike_teach_a_regression():
+def test_equal_ratings_teach_a_regression():
     check_groups(o.RewardRegression(), [replace(PAIR, ratings=(1.0, 1.0))])
 
 
@@ -145,7 +145,7 @@ def test_mpo_admits_no_reward_model():
 
 def test_metrics_have_trls_names_and_nothing_of_log_probabilities():
     found = torch.tensor([[2.0, 0, 0], [0.5, 0, 0], [-1.0, 0, 0], [1.0, 0, 0], [-4.0, 0, 0]])
-    values = measure(o.RewardBradleyTerry(), Scores([PAIR, RATED], found))
+    values = compute_metrics(o.RewardBradleyTerry(), Measures([PAIR, RATED], found))
     assert {key: value.item() for key, value in values.items()} == {
         "min_reward": -4,
         "mean_reward": pytest.approx(-0.3),
@@ -155,19 +155,19 @@ def test_metrics_have_trls_names_and_nothing_of_log_probabilities():
     }
 
 
-def test_a_gaussian_tells_its_variance_too():
+def test_a_gaussian_reports_its_variance_too():
     found = torch.tensor([[2.0, 0, 0], [0.5, math.log(3), 0]])
-    assert measure(o.RewardGaussian(), Scores([PAIR], found))["mean_variance"].item() == pytest.approx(2)
+    assert compute_metrics(o.RewardGaussian(), Measures([PAIR], found))["mean_variance"].item() == pytest.approx(2)
 
 
 def test_single_completions_have_no_accuracy():
-    values = measure(o.RewardRegression(), Scores([EncodedGroup([1], ([2],), None, 1)], torch.zeros(1, 3)))
+    values = compute_metrics(o.RewardRegression(), Measures([EncodedGroup([1], ([2],), None, 1)], torch.zeros(1, 3)))
     assert values.keys() == {"min_reward", "mean_reward", "max_reward"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
 def test_measuring_waits_for_no_device(objective):
-    values = measure(objective, Scores([PAIR, RATED], torch.zeros(5, 3, device="meta")))
+    values = compute_metrics(objective, Measures([PAIR, RATED], torch.zeros(5, 3, device="meta")))
     assert all(value.shape == () for value in values.values())
 
 
@@ -271,5 +271,5 @@ def test_resuming_repeats_the_run_bit_for_bit(adapter, make_reward_model, rated,
 def test_a_tokenizer_that_pads_with_eos_alone_is_refused(make_reward_model, rated, tokenizer, tmp_path):
     lone = load_tokenizer(make_reward_model().name_or_path)
     lone.bos_token = None
-    with pytest.raises(ValueError, match="nothing to pad with but </s>; give it a pad_token"):
+    with pytest.raises(ValueError, match="can pad only with its EOS token, </s>; give it a pad_token"):
         run(config_of(o.RewardBradleyTerry()), make_reward_model(), lone, rated, tmp_path)

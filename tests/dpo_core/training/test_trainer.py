@@ -42,7 +42,7 @@ def test_a_policy_equal_to_its_reference_has_margins_0_and_loss_ln_2(policy, tok
     assert first.metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-def test_training_prefers_what_was_chosen(policy, tokenizer, pairs, scored, tmp_path):
+def test_training_prefers_chosen_completions(policy, tokenizer, pairs, scored, tmp_path):
     results = run(DPO, policy, tokenizer, [scored(pairs, policy)] * 8, tmp_path)
     assert results[-1].metrics["loss"] < results[0].metrics["loss"] / 2
     assert results[-1].metrics["rewards/accuracies"] == 1
@@ -134,7 +134,9 @@ def test_a_loss_over_the_whole_batch_is_the_same_in_one_pack_and_in_many(
 
 
 @pytest.mark.parametrize("config", [DPO, SUPERVISED], ids=["dpo", "supervised"])
-def test_one_pack_of_eight_trains_as_many_packs_do(config, make_policy, tokenizer, pairs, demonstrations, tmp_path):
+def test_one_pack_of_eight_groups_trains_as_many_packs_do(
+    config, make_policy, tokenizer, pairs, demonstrations, tmp_path
+):
     batch = pairs if config is DPO else demonstrations
     whole, cut = make_policy(), make_policy()
     one = run(replace(config, max_tokens_per_pack=8192), whole, tokenizer, [batch] * 3, tmp_path / "one")
@@ -238,7 +240,7 @@ def test_too_few_batches_of_a_function_are_refused(policy, tokenizer, pairs, tmp
 
 
 def test_a_batch_of_a_list_has_at_most_batch_size_groups(make_policy, tokenizer, pairs, tmp_path):
-    config, expected = replace(DPO, batch_size=4), "The batch of step 2 has 8 groups, batch_size is 4; give batches of"
+    config, expected = replace(DPO, batch_size=4), "The batch of step 2 has 8 groups, batch_size is 4; give smaller"
     with pytest.raises(ValueError, match=expected):
         run(config, make_policy(), tokenizer, [pairs[:4], pairs], tmp_path)
     assert not list(tmp_path.iterdir())
@@ -299,7 +301,7 @@ def test_batches_are_those_of_the_run_or_a_function_of_the_step_before(make_poli
 
 
 def test_an_iterator_of_batches_cannot_be_resumed_and_is_refused(policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(TypeError, match="is a list_iterator; give a list of the run's, or a function"):
+    with pytest.raises(TypeError, match="is a list_iterator; give a list with one batch per step, or a function"):
         run(DPO, policy, tokenizer, iter([pairs]), tmp_path, total_steps=1)
 
 
@@ -313,7 +315,7 @@ def test_a_config_that_is_not_resolved_is_refused(policy, tokenizer, pairs, tmp_
         replace(resolved, n_epochs=None),
     ):
         steps = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
-        with pytest.raises(ValueError, match=r"config is not resolved; give train config\.resolved"):
+        with pytest.raises(ValueError, match=r"config is not resolved; pass train config\.resolved"):
             next(steps)
 
 
@@ -321,7 +323,7 @@ def test_a_config_that_is_not_resolved_is_refused(policy, tokenizer, pairs, tmp_
 def test_a_wrapper_of_a_policy_is_refused_by_name(wrap, policy, tokenizer, pairs, tmp_path):
     wrapped = wrap(policy)
     with pytest.raises(
-        ValueError, match=f"{type(wrapped).__name__} is no model of transformers but may wrap one; give"
+        ValueError, match=f"{type(wrapped).__name__} is not a model of transformers but may wrap one; pass"
     ):
         run(DPO, wrapped, tokenizer, [pairs], tmp_path)
 
@@ -375,7 +377,7 @@ def test_a_trained_policy_can_be_trained_by_its_owner(dtype, ends, make_policy, 
     optimizer.step()
 
 
-def test_chosen_completions_that_fall_while_margins_grow_are_told_of_once(policy, tokenizer, pairs, tmp_path, caplog):
+def test_chosen_completions_that_fall_while_margins_grow_get_one_warning(policy, tokenizer, pairs, tmp_path, caplog):
     likelier = [replace(pair, ref_logps=(pair.ref_logps[0] + 50, pair.ref_logps[1] + 100)) for pair in pairs]
     slow = replace(DPO, optim=Optim(learning_rate=1e-6))
     results = run(slow, policy, tokenizer, [likelier] * 12, tmp_path)

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.config import Lora, Optim, Quantization, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.models.quantization import scales_of
 from dpo_core.options import Dpo, Mpo
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import DamagedCheckpoint, load, read_manifest, verify
@@ -47,12 +48,14 @@ class Case:
     adapter: Lora | None = None
     dtype: torch.dtype = torch.float32
     model: str = "model"
+    quantization: Quantization | None = None
 
 
 CASES = {
     "copies": Case(2, CONFIG),
     "copies, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo())),
     "copies of an adapter": Case(2, CONFIG, adapter=Lora(r=4)),
+    "copies of an adapter over nf4": Case(2, CONFIG, adapter=Lora(r=4), quantization="nf4"),
     "shards": Case(2, replace(CONFIG, sharding="full")),
     "shards, a loss over the whole batch": Case(2, replace(CONFIG, objective=Mpo(), sharding="full")),
     "shards, activations computed again": Case(2, replace(CONFIG, sharding="full", activation_checkpointing="on")),
@@ -83,9 +86,10 @@ def train_in(
 ) -> None:
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
     pairs = read_pairs(home)
-    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype)
-    if folder.name == "rank1":
-        torch.nn.init.zeros_(policy.lm_head.weight)  # ranks start from rank 0's weights
+    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype, quantization=case.quantization)
+    if folder.name == "rank1":  # ranks start from rank 0's weights
+        for tensor in (policy.lm_head.weight, *scales_of(policy)):
+            torch.nn.init.zeros_(tensor)
     batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves ranks without a pack
     steps = train(
         case.config, policy, load_tokenizer(home / "model"), batches,
@@ -93,7 +97,8 @@ def train_in(
         validation=lambda: [pairs[:5], pairs[5:6], pairs[6:]], stop=stop,
     )  # fmt: skip
     results = [(r.step, r.num_tokens, r.metrics) for r in steps]
-    assert all(parameter.dtype == case.dtype for parameter in policy.parameters() if not parameter.requires_grad)
+    allowed = {case.dtype} | ({torch.uint8} if case.quantization else set())
+    assert {parameter.dtype for parameter in policy.parameters() if not parameter.requires_grad} <= allowed
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in policy.named_parameters()}
@@ -259,7 +264,7 @@ def test_a_model_is_saved_in_its_own_precision_by_shards_too(name, home):
         assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_four_ranks_go_on_where_two_were(home):
+def test_four_ranks_resume_a_run_of_two(home):
     resumed, straight = (
         load_file(home / name / "weights.safetensors") for name in ("resumed by four/rank0", "shards/rank0")
     )
@@ -268,7 +273,7 @@ def test_four_ranks_go_on_where_two_were(home):
 
 @pytest.mark.parametrize("name", STOPPED)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_stop_together_when_one_of_them_is_told_and_go_on_as_if_they_had_not(name, rank, home):
+def test_ranks_stop_together_when_one_is_asked_to_and_resume_as_if_they_had_not(name, rank, home):
     stopped, straight = home / f"{name}, stopped" / f"rank{rank}", home / name / f"rank{rank}"
     assert results(stopped) + results(stopped / "resumed") == results(straight)
     assert len(results(stopped)) == 1
@@ -276,7 +281,7 @@ def test_ranks_stop_together_when_one_of_them_is_told_and_go_on_as_if_they_had_n
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_of_copies_one_is_saved(home):
+def test_only_one_of_several_copies_is_saved(home):
     assert list((home / "copies" / "rank0").glob("step-*"))
     assert not list((home / "copies" / "rank1").glob("step-*"))
 

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.models.model import load_policy
+from dpo_core.policy.scorer import Scorer
 from dpo_core.training import ranks, weights
 from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import train
@@ -84,7 +87,7 @@ def test_auto_takes_the_fewest_parts_that_fit_into_half_of_a_gpu(choices, gigaby
 def gpu(monkeypatch, *, ranks, local_ranks, gigabytes):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     monkeypatch.setattr(weights, "num_ranks", lambda: ranks)
-    monkeypatch.setattr(weights, "lowest", lambda value, device: value)
+    monkeypatch.setattr(weights, "all_reduce_min", lambda value, device: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes * GB))
 
 
@@ -102,7 +105,7 @@ class OnGpu(nn.Module):
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "hybrid", "full"])
-def test_what_was_asked_for_is_done(sharding, monkeypatch):
+def test_a_sharding_that_the_user_set_is_used(sharding, monkeypatch):
     gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=0)
     scorer = SimpleNamespace(model=OnGpu(), takes_batches=True)
     assert weights.num_shards(scorer, sharding) == {"replicated": 1, "hybrid": 4, "full": 8}[sharding]
@@ -120,13 +123,13 @@ def test_what_was_asked_for_is_done(sharding, monkeypatch):
         (1, True, 3, 8),
     ],
 )
-def test_auto_looks_at_the_nodes_and_at_what_they_hold(local_ranks, adapter, gigabytes, shards, monkeypatch):
+def test_auto_depends_on_the_nodes_and_their_memory(local_ranks, adapter, gigabytes, shards, monkeypatch):
     gpu(monkeypatch, ranks=8, local_ranks=local_ranks, gigabytes=gigabytes)
     scorer = SimpleNamespace(model=OnGpu(adapter=adapter), takes_batches=True)
     assert weights.num_shards(scorer, "auto") == shards
 
 
-def test_auto_copies_what_cannot_be_split(monkeypatch):
+def test_auto_copies_models_that_cannot_be_split(monkeypatch):
     gpu(monkeypatch, ranks=8, local_ranks=4, gigabytes=1)
     assert weights.num_shards(SimpleNamespace(model=OnGpu(), takes_batches=False), "auto") == 1
 
@@ -146,7 +149,7 @@ def test_the_state_of_a_run_is_counted_to_the_byte(dtype, adapter, policy, tmp_p
     assert weights.state_bytes(loaded, 1) == sum(tensor.nbytes for tensor in tensors)
 
 
-def test_parts_of_the_state_are_counted_with_two_layers_and_what_is_outside_of_them(make_policy):
+def test_the_state_of_shards_includes_two_whole_layers_and_all_outside_of_them(make_policy):
     policy = make_policy(num_hidden_layers=4).to(torch.bfloat16)
     layer = sum(weight.numel() for weight in policy.model.layers[0].parameters())
     num_weights = sum(weight.numel() for weight in policy.parameters())
@@ -160,5 +163,37 @@ def test_messages_of_several_dtypes_go_out_in_the_order_of_the_tensors(monkeypat
     monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda tensor: sent.append(tensor.dtype))
     dtypes = [torch.float64, torch.bfloat16, torch.int64, torch.float32, torch.float16, torch.int32, torch.bfloat16]
-    ranks.add_up(*(torch.ones(2, dtype=dtype) for dtype in dtypes))
+    ranks.all_reduce_sum(*(torch.ones(2, dtype=dtype) for dtype in dtypes))
     assert sent == dtypes[:-1]
+
+
+@pytest.fixture
+def eight_ranks(monkeypatch):
+    """Two nodes of four, of which this process is the first rank; nothing that is sent arrives."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(r=3), Lora(r=3, use_dora=True)], ids=["whole", "lora", "dora"])
+@pytest.mark.parametrize(("sharding", "parts"), [("full", 8), ("hybrid", 4)])
+def test_eight_ranks_hold_parts_that_compute_in_bfloat16_and_train_in_float32(
+    sharding, parts, adapter, policy, pairs, eight_ranks, tmp_path
+):
+    policy.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path, dtype=torch.bfloat16, adapter=adapter)
+    shapes, dtypes = {name: p.shape for name, p in loaded.named_parameters()}, weights.dtypes_of(loaded)
+    scorer = Scorer(loaded)
+    weights.shard(scorer, sharding)
+    for name, own in loaded.named_parameters():
+        assert own.shape == shapes[name]
+        assert own.to_local().shape[0] <= -(-shapes[name][0] // parts)
+        assert own.dtype == (torch.float32 if own.requires_grad else torch.bfloat16)
+    scorer(scorer.collate(pairs))[:, 0].sum().backward()
+    own = weights.Weights(loaded, dtypes)
+    assert own.is_sharded
+    assert own.in_float32.keys() == own.trained.keys() == own.stepped.keys()
+    for name, p in own.trained.items():
+        assert (p.grad.shape, p.grad.dtype, p.grad.placements) == (p.shape, torch.float32, p.placements), name
+    assert own.collect_gradients(1.0).shape == ()

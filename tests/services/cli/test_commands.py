@@ -56,7 +56,7 @@ def test_how_the_rows_of_a_file_are_read_is_said_with_it(raydpo, pairs):
     assert json.loads(raydpo("jobs", "show", created.stdout.strip()).stdout)["x_raydpo"]["columns"]["prompt"] == "ask"
     raydpo("jobs", "cancel", created.stdout.strip())
     refused = raydpo("jobs", "create", "--model", "tiny", "--file", stored.stdout.strip(), *options)
-    assert "is said when a file is uploaded" in refused.stderr
+    assert "goes with the upload of a file" in refused.stderr
 
 
 def test_job_is_created_from_a_local_file_listed_shown_cancelled_and_watched_to_its_end(raydpo, pairs):
@@ -83,7 +83,7 @@ def test_a_job_is_paused_and_resumed_and_its_logs_are_printed_and_followed(raydp
     assert raydpo("jobs", "resume", job_id).stdout == f"{job_id} queued\n"
     refused = raydpo("jobs", "resume", job_id)
     assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
-    assert "attempt 1 has logs of nothing" in raydpo("jobs", "logs", job_id).stderr
+    assert "attempt 1 has no logs of driver; sources that have logs: none" in raydpo("jobs", "logs", job_id).stderr
     logs = service.home / "storage" / "runs" / job_id / "logs"
     for place, text in {"1/driver": "first [bold]\n", "1/worker-0": "step\n", "2/driver": "second\n"}.items():
         (logs / place).mkdir(parents=True)
@@ -91,7 +91,10 @@ def test_a_job_is_paused_and_resumed_and_its_logs_are_printed_and_followed(raydp
     assert raydpo("jobs", "logs", job_id).stdout == "second\n"
     assert raydpo("jobs", "logs", job_id, "--attempt", 1).stdout == "first [bold]\n"
     assert raydpo("jobs", "logs", job_id, "--attempt", 1, "--source", "worker-0").stdout == "step\n"
-    assert "attempt 2 has logs of driver" in raydpo("jobs", "logs", job_id, "--source", "worker-0").stderr
+    assert (
+        "attempt 2 has no logs of worker-0; sources that have logs: driver"
+        in raydpo("jobs", "logs", job_id, "--source", "worker-0").stderr
+    )
     assert "Invalid value for 'source'" in raydpo("jobs", "logs", job_id, "--source", "../driver").stderr
     raydpo("jobs", "cancel", job_id)
     assert raydpo("jobs", "logs", job_id, "--follow").stdout == "second\n"
@@ -100,7 +103,7 @@ def test_a_job_is_paused_and_resumed_and_its_logs_are_printed_and_followed(raydp
 def test_file_option_is_a_local_file_or_an_id(raydpo):
     refused = raydpo("jobs", "create", "--model", "tiny", "--file", "nowhere.jsonl")
     assert refused.exit_code == 1
-    assert "nowhere.jsonl is neither a local file nor the id of an uploaded one" in refused.stderr
+    assert "nowhere.jsonl is neither a local file, nor the id of an uploaded file" in refused.stderr
 
 
 def test_file_option_takes_a_uri_too(raydpo):
@@ -126,7 +129,7 @@ def test_a_list_shows_twenty_or_so_many_as_are_asked_for_and_says_that_more_foll
         assert raydpo(kind, *words).exit_code == 0
     shown = raydpo(kind, "list", "--limit", 1)
     assert len(shown.stdout.splitlines()) == 1
-    more = "These are the first 1, and more follow: --limit N shows N.\n"
+    more = "The list has more items than --limit 1; raise --limit to show more.\n"
     assert shown.stderr == ("" if kind == "models" else more)
     (first,) = json.loads(raydpo(kind, "list", "--limit", 1, "--json").stdout)
     assert first["id"] == shown.stdout.split("\t")[0]

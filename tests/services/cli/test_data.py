@@ -44,8 +44,8 @@ def test_a_good_file_is_told_without_a_service(write):
     found = check(write(*PAIRS, {**PAIRS[0], "chosen_score": 1, "rejected_score": 2}))
     assert found.exit_code == 0, found.output
     assert "conversations: 21 rows, 21 pairs" in found.stdout
-    assert "1 whose own scores rate the rejected answer higher: are the two exchanged? line 21" in found.stdout
-    assert "1 that stood before word for word, line 21" in found.stdout
+    assert "1 whose scores rate the rejected answer higher: are chosen and rejected swapped? line 21" in found.stdout
+    assert "1 that repeat an earlier one word for word, line 21" in found.stdout
     assert "the chosen completion is the longer one in 0%" in found.stdout
 
 
@@ -93,7 +93,7 @@ def test_rows_that_cannot_be_used_may_be_left_out_up_to_a_share(write, model):
     found = check(file, "--max-invalid-share", 0.1, "--model", model)
     assert found.exit_code == 0, found.output
     assert "✗ 1 × unknown_format, line 21" in found.stdout
-    assert "1 rows are left out, every other can be used" in found.stdout
+    assert "1 rows are left out; all other rows can be used" in found.stdout
     assert "20 of 20 to train on" in found.stdout
 
 
@@ -105,7 +105,7 @@ def test_columns_of_any_name_are_read_by_their_roles(write, model):
     assert found.exit_code == 0, found.output
     assert "prompt/chosen/rejected texts: 20 rows, 20 pairs" in found.stdout
     assert "20 of 20 to train on" in found.stdout
-    assert "send ROLE=COLUMN" in check(file, "--columns", "answer=good").stderr
+    assert "write ROLE=COLUMN" in check(file, "--columns", "answer=good").stderr
 
 
 def test_nothing_left_to_train_on_is_a_failure(write, model):
@@ -133,7 +133,7 @@ def test_what_the_template_says_is_quoted_with_a_remedy(write, model, tmp_path):
     [
         (["--model", "./nowhere"], "./nowhere is not a folder"),
         (["--model", os.sep], "The model cannot be used: "),
-        (["--max-length", 8], "--max-length counts tokens, and needs a tokenizer; add --model."),
+        (["--max-length", 8], "--max-length counts tokens, and needs a model's tokenizer; add --model."),
         (["--model", "x", "--max-length", 1], "max_length is 1; it must be from 2 to 1048576."),
     ],
 )

@@ -164,7 +164,8 @@ def test_the_method_is_the_one_named_last(planned, folder, pairs):
 
 def test_what_a_change_of_method_leaves_out_is_said(raydpo, folder):
     changed = raydpo("jobs", "create", "--config", folder / "job.yaml", "--method", "ipo", "--dry-run")
-    assert changed.stderr == "The method is ipo; of simpo before, this is left out: gamma_beta_ratio.\n"
+    dropped = "The method changes from simpo to ipo; these options of simpo are dropped: gamma_beta_ratio.\n"
+    assert changed.stderr == dropped
 
 
 def test_a_config_file_without_a_method_is_what_the_api_makes_of_it(planned, folder):
@@ -243,11 +244,11 @@ def test_the_first_rows_are_looked_into_before_they_are_uploaded(raydpo, pairs, 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("job.yaml", "model: tiny\nmodel: other", "line 1: 'model' stands twice"),
+        ("job.yaml", "model: tiny\nmodel: other", "line 1: the key 'model' is given twice"),
         ("job.yaml", "model: {", "line 1: expected the node content"),
         ("job.yaml", "- tiny", "holds no fields"),
         ("job.yaml", "? [a]\n: b", "cannot be read"),
-        ("job.json", '{"model": "a", "model": "b"}', "'model' stands twice"),
+        ("job.json", '{"model": "a", "model": "b"}', "the key 'model' is given twice"),
         ("job.json", '{"seed": NaN}', "cannot be written as JSON"),
         ("job.toml", "model = ", "cannot be read"),
         ("job.toml", "[metadata]\nday = 2026-01-01", "Put dates in quotes"),
@@ -267,7 +268,7 @@ def test_a_config_file_that_cannot_be_used_is_refused_in_one_line(raydpo, tmp_pa
     [
         ("max_length", "write KEY=VALUE"),
         ("x_raydpo..a=1", "write KEY=VALUE"),
-        ("suffix=[", "put a text in quotes"),
+        ("suffix=[", "put a value that is a string in quotes"),
         ("seed.a=1", "seed.a cannot be set, because seed is 3; set seed as a whole."),
         ("integrations.0=1", "set integrations as a whole"),
         ("x_raydpo.max_length=.inf", "x_raydpo.max_length"),
@@ -290,4 +291,4 @@ def test_a_file_and_a_uri_that_are_both_given_are_refused(raydpo, pairs):
 
 def test_a_config_file_and_a_job_to_repeat_exclude_each_other(raydpo, folder):
     refused = raydpo("jobs", "create", "--config", folder / "job.yaml", "--again", "ftjob-1")
-    assert refused.stderr.startswith("error: --config and --again each give a whole request; send one of them")
+    assert refused.stderr.startswith("error: --config and --again each give a whole request; give one of them")

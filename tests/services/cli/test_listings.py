@@ -139,4 +139,4 @@ def test_brackets_in_names_and_messages_are_no_markup(raydpo, job_id):
 def test_an_id_that_is_empty_is_refused_as_such(raydpo, command):
     refused = raydpo(*command, "")
     assert refused.exit_code == 2
-    assert "Invalid value for 'ID': it is empty" in refused.stderr
+    assert "Invalid value for 'ID': the id must not be empty" in refused.stderr

@@ -22,7 +22,7 @@ def test_a_plan_is_printed_for_people_and_as_json(raydpo, options):
     lines = found.stdout.splitlines()
     assert "weights\t0.001 GB" in lines
     assert "steps\t6" in lines
-    assert "Whether it fits is not known." in lines  # no Ray answers
+    assert "Whether the job fits is not known." in lines  # no Ray answers
     told = json.loads(raydpo(*options, "--json", "--set", "x_raydpo.num_workers=4").stdout)
     assert (told["object"], told["num_workers"], told["fits"]) == ("plan", 4, None)
 

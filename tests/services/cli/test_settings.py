@@ -55,5 +55,5 @@ def test_a_variable_that_is_nearly_a_setting_is_told(settings, monkeypatch):
     monkeypatch.setenv("RAYDPO_MAX_RUNING_JOBS", "3")
     monkeypatch.setenv("RAYDPO_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("RAYDPO_SERVICE_HOST", "10.0.0.1")  # as Kubernetes sets it for a Service of that name
-    told = "RAYDPO_MAX_RUNING_JOBS is no setting, and nothing reads it; did you mean RAYDPO_MAX_RUNNING_JOBS?\n"
+    told = "RAYDPO_MAX_RUNING_JOBS is not a setting and has no effect; did you mean RAYDPO_MAX_RUNNING_JOBS?\n"
     assert settings().stderr == told

@@ -51,7 +51,7 @@ def test_a_second_up_on_the_same_home_is_refused(up, service):
     said, _ = second.child.communicate(timeout=300)
     assert second.child.returncode == 1
     owner = f"{service.home} is used by process {service.child.pid}"
-    assert said == f"error: {owner}; stop that, or choose another --home.\n"
+    assert said == f"error: {owner}; stop that process, or choose another --home.\n"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from services import storage
 from services.control_plane import cleanup
 from services.control_plane.cleanup import MOST, Sweeper
 from services.control_plane.core.store import Store
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import pairs, stored
 from tests.services.s3 import S3
@@ -40,9 +40,9 @@ def sweep(settings: Settings) -> None:
 
     async def run() -> None:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
-        await Sweeper(store, launcher, settings).sweep()
-        await launcher.close()
+        ray_api = RayApi(settings, store.instance)
+        await Sweeper(store, ray_api, settings).sweep()
+        await ray_api.close()
         await store.close()
 
     asyncio.run(run())

@@ -21,7 +21,7 @@ from services.control_plane.files import files
 from services.control_plane.jobs import jobs
 from services.control_plane.jobs.requests import CreateJob
 from services.control_plane.models import models
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.attempts.test_reconciler import reports, spool
 from tests.services.control_plane.conftest import FakeRay, pairs
@@ -55,7 +55,7 @@ def faults(at: int) -> Iterator[Faults]:
         event.remove(Session, name, found.pass_point)
 
 
-class FaultyLauncher(Launcher):
+class FaultyLauncher(RayApi):
     """Crashes before and after what it does to Ray."""
 
     def __init__(self, settings: Settings, store: Store, found: Faults) -> None:
@@ -130,14 +130,14 @@ async def run_to_the_end(settings: Settings, ray: FakeRay, story: str, at: int, 
     crashed = False
     for tick in range(MOST_TICKS):
         with faults(at if not crashed else 0) as found:
-            launcher = FaultyLauncher(settings, store, found)
-            reconciler = Reconciler(store, launcher, settings, holder=f"{job_id} {tick if crashed else 'first'}")
+            ray_api = FaultyLauncher(settings, store, found)
+            reconciler = Reconciler(store, ray_api, settings, holder=f"{job_id} {tick if crashed else 'first'}")
             try:
                 await reconciler.tick()
             except Crash:
                 crashed = True
             at = found.left
-        await launcher.close()
+        await ray_api.close()
         async with store.begin() as session:
             # As time would.
             await session.execute(update(Lease).values(expires_at=func.now()))

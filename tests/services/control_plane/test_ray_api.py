@@ -27,7 +27,7 @@ def test_of_a_traceback_only_the_error_is_told() -> None:
 @pytest.mark.parametrize(
     ("told", "cause"),
     [
-        ({"driver_exit_code": -9}, "it was killed by SIGKILL, as the kernel does where memory runs out"),
+        ({"driver_exit_code": -9}, "it was killed by SIGKILL, as the kernel does when memory runs out"),
         ({"driver_exit_code": 139, "message": "KeyError: 1 was logged"}, "it was killed by SIGSEGV"),
         ({"driver_exit_code": -9, "message": LOST_NODE}, "a node that it ran on was lost"),
         ({"driver_exit_code": 1}, "it ended with status 1"),

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from services.contract import Deployment
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.serving.conftest import PLAIN, POLICY, Serving
 
@@ -102,11 +102,11 @@ def test_a_control_plane_leaves_the_applications_of_others_running(serving: Serv
             ray_url=serving.head.url,
             ray_token=serving.token,
         )
-        launcher = Launcher(settings, instance)
-        await launcher.serve(
+        ray_api = RayApi(settings, instance)
+        await ray_api.serve(
             [Deployment(app_name=name, model_id=name, source="/nowhere", dtype="float32") for name in models]
         )
-        await launcher.close()
+        await ray_api.close()
 
     async def instance() -> str:
         return "0123abcd"

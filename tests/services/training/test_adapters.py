@@ -93,6 +93,7 @@ def test_a_job_goes_on_with_an_adapter_and_its_start_is_the_reference(
     assert config["base_model_name_or_path"] == model_source
 
 
+@pytest.mark.long
 def test_an_adapter_is_merged_where_all_weights_are_trained(
     adapted: Driver,
     make_spec: MakeSpec,
@@ -121,6 +122,7 @@ def test_another_model_may_be_the_reference(
     assert not any("ln 2" in report.message for report in only(Message, driver.reports()))
 
 
+@pytest.mark.long
 def test_a_reference_with_other_tokens_is_refused(
     make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver], byte_level_model: str
 ) -> None:
@@ -132,11 +134,11 @@ def test_a_reference_with_other_tokens_is_refused(
     assert "another tokenizer" in failed.message
 
 
-def test_bfloat16_is_trained_with_a_word_of_warning_where_it_is_slow(
+def test_a_base_in_nf4_is_trained_in_bfloat16_with_a_warning_where_that_is_slow(
     make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver]
 ) -> None:
     config = TrainConfig(batch_size=8, n_epochs=2, optim=Optim(learning_rate=1e-2))
-    weights = Weights(adapter=ADAPTER.adapter, precision="bfloat16")
+    weights = Weights(adapter=ADAPTER.adapter, precision="bfloat16", quantization="nf4")
     driver = done(start(make_spec(config=config, **GIVEN | {"weights": weights})))
     metrics = figures(driver.reports())
     assert metrics[1]["loss"] == pytest.approx(math.log(2), abs=2e-3)

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from sqlalchemy import func, update
 
-from dpo_core.config import TrainConfig
+from dpo_core.config import EarlyStop, TrainConfig
 from services import storage
 from services.contract import (
     Alive,
@@ -45,7 +45,7 @@ from services.control_plane.cleanup import stop_orphans
 from services.control_plane.core.store import History, Store, live_jobs
 from services.control_plane.core.tables import Attempt, Job, Lease, Transition
 from services.control_plane.jobs import jobs
-from services.control_plane.ray_api import Launcher, Submission
+from services.control_plane.ray_api import RayApi, Submission
 from services.control_plane.settings import Settings
 from services.spool import segment_uri, write
 from tests.services.control_plane.conftest import FakeRay, pairs
@@ -100,9 +100,9 @@ def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, 
     async def run() -> None:
         nonlocal now
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
+        ray_api = RayApi(settings, store.instance)
         reconcilers = [
-            Reconciler(store, launcher, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
+            Reconciler(store, ray_api, settings, holder=f"test-{i}", clock=lambda: now) for i in range(planes)
         ]
         async with store.begin() as session:
             await session.execute(update(Lease).values(holder="test-0", expires_at=func.now() + timedelta(hours=1)))
@@ -116,7 +116,7 @@ def ticks(settings: Settings, count: int, *, planes: int = 1, apart: float = 0, 
                 await session.execute(long_ago) if rested else None
         async with store.begin() as session:
             await session.execute(update(Lease).values(expires_at=func.now() + timedelta(hours=1)))
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
     asyncio.run(run())
@@ -246,6 +246,28 @@ def test_held_out_rows_reach_the_attempt_and_what_it_makes_of_them_reaches_the_u
     job = client.fine_tuning.jobs.retrieve(job_id)
     rows = list(csv.DictReader(client.files.content(job.result_files[0]).text.splitlines()))
     assert [[row[name] for name in told] for row in rows] == [[""] * len(told), [str(v) for v in told.values()]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "wire"),
+    [
+        ({"keep_checkpoints": 1, "best_metric": "eval/rewards/margins"}, 1),  # which are the service's own affair
+        ({"early_stop": {"patience": 3}}, 2),
+        ({"policy": "best"}, 2),
+    ],
+)
+def test_a_driver_that_would_overlook_which_checkpoint_is_wanted_refuses_the_attempt(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, asked: dict[str, Any], wire: int
+) -> None:
+    extension = {"validation_share": 0.25, "adapter": "none"} | asked
+    job_id = submit(client, settings, x_raydpo=extension)
+    ticks(settings, 1)
+    spec = spec_of(ray.submissions[0])
+    assert (spec.wire, spec.policy) == (wire, asked.get("policy", "last"))
+    assert spec.config.early_stop == (EarlyStop(patience=3) if "early_stop" in asked else None)
+    client.fine_tuning.jobs.cancel(job_id)
+    ray.jobs[f"{job_id}-1"] = "STOPPED"
+    ticks(settings, 2)
 
 
 def test_an_attempt_is_told_the_uri_and_what_it_must_keep_to(
@@ -421,7 +443,7 @@ def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
         event = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0]
         assert (event.level, event.message) == (
             "warn",
-            f"Attempt {number} is over: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
+            f"Attempt {number} ended: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
             f"Ray killed processes that held 0.14 GB; the next one begins {seconds} s later",
         )
         rest(settings, job_id, seconds - 3)
@@ -531,7 +553,7 @@ def test_an_attempt_says_itself_why_it_dies(
     ray.jobs[f"{job_id}-1"] = "FAILED"
     ticks(settings, 1)
     told = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0].message
-    assert told.startswith("Attempt 1 is over: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; ")
+    assert told.startswith("Attempt 1 ended: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; ")
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
 
@@ -560,19 +582,19 @@ def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
 
     async def lose_twice() -> None:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
-        executor = Executor(store, launcher, settings, holder="test")
+        ray_api = RayApi(settings, store.instance)
+        executor = Executor(store, ray_api, settings, holder="test")
         async with store.begin() as session:
             job, attempt = await session.get_one(Job, job_id), await session.get_one(Attempt, (job_id, 1))
         for _ in range(2):
             await executor.carry_out(Decision.LOSE, job, attempt, History(1, 0, 0.0), Submission("ended", exit_code=-9))
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
     asyncio.run(lose_twice())
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
-    (over,) = [message for message in told if message.startswith("Attempt 1 is over")]
-    assert "killed by SIGKILL, as the kernel does where memory runs out" in over
+    (over,) = [message for message in told if message.startswith("Attempt 1 ended: ")]
+    assert "killed by SIGKILL, as the kernel does when memory runs out" in over
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
 
@@ -705,12 +727,12 @@ def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_
 
     async def sweep() -> list[str]:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
-        within_grace = await stop_orphans(store, launcher)
+        ray_api = RayApi(settings, store.instance)
+        within_grace = await stop_orphans(store, ray_api)
         async with store.begin() as session:
             await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
-        stopped = await stop_orphans(store, launcher)
-        await launcher.close()
+        stopped = await stop_orphans(store, ray_api)
+        await ray_api.close()
         await store.close()
         return [*within_grace, "then", *stopped]
 
@@ -844,7 +866,7 @@ def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
         ticks(settings, 3)
         assert list(ray.jobs)[-1] == f"{job_id}-{number + 1}"
-    assert "Attempt 1 was asked to stop, and did after step 1" in told(client, job_id)
+    assert "Attempt 1 was asked to stop, and stopped after step 1" in told(client, job_id)
     succeed(client, settings, ray, job_id, 6)
 
 
@@ -980,7 +1002,7 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
     assert told == [
         f"The last reports of attempt 1 are lost: {uri} does not match its sha256",
-        "Attempt 1 is over: it died before it finished; the next one begins 5 s later",
+        "Attempt 1 ended: it died before it finished; the next one begins 5 s later",
     ]
     spool(settings, job_id, 2, reports(settings, job_id))
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"

@@ -15,7 +15,7 @@ from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import File
 from services.control_plane.files.model_check import Check, check_of
 from services.control_plane.models.models import NamedModel
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay, served
 
@@ -55,13 +55,13 @@ def serve(settings: Settings, *app_names: str) -> list[str]:
 
     async def run() -> list[str]:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
+        ray_api = RayApi(settings, store.instance)
         wanted = [Deployment(app_name=name, model_id=name, source="/m", dtype="float32") for name in app_names]
         try:
-            await launcher.serve(wanted)
-            return list((await launcher.look()).applications)
+            await ray_api.serve(wanted)
+            return list((await ray_api.look()).applications)
         finally:
-            await launcher.close()
+            await ray_api.close()
             await store.close()
 
     return asyncio.run(run())

@@ -16,7 +16,7 @@ from services.control_plane.core.tables import Attempt, Deployment, Job
 from services.control_plane.models import deployments
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.places import Engines
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay
 from tests.services.control_plane.test_faults import new_job
@@ -36,14 +36,14 @@ class World:
     """The reconciler, and what happens around it."""
 
     def __init__(self, store: Store, settings: Settings, ray: FakeRay) -> None:
-        self._launcher = Launcher(settings, store.instance)
-        self._reconciler = Reconciler(store, self._launcher, settings, holder="one")
+        self._ray_api = RayApi(settings, store.instance)
+        self._reconciler = Reconciler(store, self._ray_api, settings, holder="one")
         self.store, self._settings, self._ray = store, settings, ray
 
     async def tick(self, count: int = 1) -> tuple[set[str], int]:
         """Who is served then, and how many attempts run."""
         for _ in range(count):
-            self._launcher._view = None  # as half a second would
+            self._ray_api._view = None  # as half a second would
             await self._reconciler.tick()
         served = {name.split("-", 2)[2].rsplit("-", 1)[0] for name in self._ray.applications}
         return served, list(self._ray.jobs.values()).count("RUNNING")
@@ -79,7 +79,7 @@ class World:
 
     async def close(self) -> None:
         await self._reconciler.release()
-        await self._launcher.close()
+        await self._ray_api.close()
 
 
 @asynccontextmanager

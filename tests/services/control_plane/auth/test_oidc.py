@@ -96,7 +96,7 @@ def test_a_token_is_of_its_project_while_that_lives(api: httpx.Client, base_url:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"key": "hidden"}, "none of the issuer's"),
+        ({"key": "hidden"}, "not one of the issuer's"),
         ({"key": "hidden", "kid": "rsa"}, "Signature verification failed"),
         ({"aud": "another"}, "Audience doesn't match"),
         ({"aud": None}, 'missing the "aud" claim'),

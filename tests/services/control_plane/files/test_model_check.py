@@ -21,7 +21,7 @@ from services.contract import CheckRequest, CheckResult, Failed
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core.store import Store
 from services.control_plane.files import model_check
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, FakeRay, api_of, new_key, new_project, pair, pairs
 
@@ -212,7 +212,7 @@ def test_of_one_project_a_few_checks_run_at_once(ray: FakeRay, ask: Any, monkeyp
     assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 5}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert "3 checks of the project are running, which is the limit max_running_checks" in refused.text
+    assert "3 checks of the project are running, the limit of max_running_checks" in refused.text
     assert int(refused.headers["retry-after"]) > 0
     assert len(ray.submissions) == 3
     finish(ray, DONE)
@@ -268,10 +268,10 @@ def sweep(settings: Settings) -> list[str]:
 
     async def run() -> list[str]:
         store = Store(settings.database_url)
-        launcher = Launcher(settings, store.instance)
-        stopped = await model_check.stop_late(store, launcher)
-        await Sweeper(store, launcher, settings).sweep()
-        await launcher.close()
+        ray_api = RayApi(settings, store.instance)
+        stopped = await model_check.stop_late(store, ray_api)
+        await Sweeper(store, ray_api, settings).sweep()
+        await ray_api.close()
         await store.close()
         return stopped
 

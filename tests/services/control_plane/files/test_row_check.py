@@ -124,9 +124,9 @@ def test_projects_take_turns_with_their_checks_and_those_put_off_keep_nobody_wai
     async def looked_at(count: int) -> list[str]:
         """The files whose checks were begun, in order."""
         opened, told = Store(offline.database_url), list[str]()
-        surveyor = row_check.Surveyor(opened, holder="a test")
+        row_checker = row_check.RowChecker(opened, holder="a test")
         for _ in range(count):
-            await surveyor.tick()
+            await row_checker.tick()
             with psycopg.connect(offline.database_url) as rows:
                 names = rows.execute("SELECT right(name, 8) FROM leases WHERE name LIKE 'check of %'").fetchall()
             (new,) = {str(name) for (name,) in names} - set(told)
@@ -146,7 +146,7 @@ def test_a_job_on_a_file_that_is_not_checked_is_told_how_far_its_check_is(
     async def nothing(self: Any) -> None:
         return None
 
-    monkeypatch.setattr(row_check.Surveyor, "tick", nothing)
+    monkeypatch.setattr(row_check.RowChecker, "tick", nothing)
     time.sleep(row_check.TICK_SECONDS)
     unchecked(settings, "proj_other", "file-of-another")
     unchecked(settings, "proj_default", "file-first", "file-second", "file-third")
@@ -170,22 +170,22 @@ def test_what_a_check_found_and_the_database_refuses_is_a_refusal_of_the_file(
     client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
-    monkeypatch.setattr(row_check, "survey_file", lambda uri, reading: {"report": {"a\0b": 1}, "refusal": None})
+    monkeypatch.setattr(row_check, "check_rows", lambda uri, reading: {"report": {"a\0b": 1}, "refusal": None})
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         rows.execute("UPDATE files SET report = NULL WHERE id = %s", [file.id])
     found = client.files.wait_for_processing(file.id, poll_interval=0.2, max_wait_seconds=60)
-    assert "cannot be kept" in (found.status_details or "")
+    assert "cannot be stored" in (found.status_details or "")
 
 
 ENDING = """
 import asyncio
-from services.control_plane.files.row_check import Surveyor
+from services.control_plane.files.row_check import RowChecker
 
 async def ends(self):
     await asyncio.sleep(1)
     raise RuntimeError("unforeseen")
 
-Surveyor.run = ends
+RowChecker.run = ends
 """
 
 

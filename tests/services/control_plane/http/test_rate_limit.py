@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from services.control_plane.core.errors import RateLimited
-from services.control_plane.http.rate_limit import Rates
+from services.control_plane.http.rate_limit import RateLimits
 from tests.services.control_plane.conftest import api_of, new_key
 
 
@@ -22,7 +22,7 @@ def left(headers: dict[str, str]) -> tuple[str, str]:
 
 def test_a_minute_s_requests_may_come_at_once_and_then_one_by_one() -> None:
     clock = Clock()
-    rates = Rates(now=clock)
+    rates = RateLimits(now=clock)
     assert [left(rates.take("a", 3)) for _ in range(3)] == [("2", "20s"), ("1", "40s"), ("0", "1m0s")]
     for _ in range(2):  # a refusal costs nothing
         with pytest.raises(RateLimited, match=r"3 requests per minute for a. Try again in 20s") as refused:
@@ -37,7 +37,7 @@ def test_a_minute_s_requests_may_come_at_once_and_then_one_by_one() -> None:
 
 def test_no_minute_has_more_than_twice_the_limit_and_the_long_run_has_the_limit() -> None:
     clock, taken = Clock(), 0
-    rates = Rates(now=clock)
+    rates = RateLimits(now=clock)
     for _ in range(6000):
         clock.now += 0.1
         try:
@@ -50,8 +50,8 @@ def test_no_minute_has_more_than_twice_the_limit_and_the_long_run_has_the_limit(
 
 def test_lengths_of_time_are_written_as_openai_does() -> None:
     clock = Clock()
-    assert left(Rates(now=clock).take("a", 5000)) == ("4999", "12ms")
-    assert left(Rates(now=clock).take("a", 60)) == ("59", "1s")
+    assert left(RateLimits(now=clock).take("a", 5000)) == ("4999", "12ms")
+    assert left(RateLimits(now=clock).take("a", 60)) == ("59", "1s")
 
 
 def test_a_key_over_its_rate_is_told_when_to_come_back(api: httpx.Client, base_url: str) -> None:

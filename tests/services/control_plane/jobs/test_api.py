@@ -329,6 +329,86 @@ def test_a_share_to_hold_out_is_echoed_and_refused_beyond_its_limits(client: ope
         assert (refused.value.param, refused.value.code) == ("x_raydpo.validation_share", "invalid_value")
 
 
+CHOICE = ("keep_checkpoints", "best_metric", "early_stop", "policy")
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ({}, {"keep_checkpoints": 2, "best_metric": None, "early_stop": None, "policy": "last"}),
+        (
+            {"validation_share": 0.25},
+            {"keep_checkpoints": 2, "best_metric": "eval/loss", "early_stop": None, "policy": "last"},
+        ),
+        (
+            {
+                "validation_share": 0.25,
+                "keep_checkpoints": "all",
+                "best_metric": "eval/rewards/margins",
+                "early_stop": {"patience": 3},
+                "policy": "best",
+            },
+            {
+                "keep_checkpoints": "all",
+                "best_metric": "eval/rewards/margins",
+                "early_stop": {"patience": 3, "min_gain": 0.0},
+                "policy": "best",
+            },
+        ),
+        (
+            {"keep_checkpoints": 1, "early_stop": None, "policy": "last", "best_metric": "auto"},
+            {"keep_checkpoints": 1, "best_metric": None, "early_stop": None, "policy": "last"},
+        ),
+    ],
+    ids=["nothing", "validation", "all", "what is nothing"],
+)
+def test_which_checkpoints_are_worth_keeping_is_shown_as_it_was_decided(
+    client: openai.OpenAI, training_file: str, asked: dict[str, Any], shown: dict[str, Any]
+) -> None:
+    job = create(client, training_file, extra_body={"x_raydpo": asked})
+    found = client.fine_tuning.jobs.cancel(job.id).to_dict()["x_raydpo"]
+    assert {name: found[name] for name in CHOICE} == shown
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "why"),
+    [
+        ({"keep_checkpoints": 0}, "keep_checkpoints", "greater than or equal to 1"),
+        ({"keep_checkpoints": "some"}, "keep_checkpoints", "'some'"),
+        ({"keep_checkpoints": True}, "keep_checkpoints", "True"),
+        ({"policy": "newest"}, "policy", "'last' or 'best'"),
+        ({"validation_share": 0.1, "best_metric": "loss"}, "best_metric", "'eval/loss', 'eval/mean_token_accuracy'"),
+        (
+            {"validation_share": 0.1, "best_metric": "eval/mean_token_accuracy"},
+            "best_metric",
+            "one of eval/loss, eval/rewards/accuracies, eval/rewards/margins",
+        ),
+        ({"validation_share": 0.1, "early_stop": {"patience": 0}}, "early_stop.patience", "0; it must be at least 1"),
+        ({"validation_share": 0.1, "early_stop": {}}, "early_stop.patience", "Missing required parameter"),
+        (
+            {"validation_share": 0.1, "early_stop": {"patience": 1, "min_gain": -1}},
+            "early_stop.min_gain",
+            "-1.0; it must be 0 or more and finite",
+        ),
+        (
+            {"validation_share": 0.1, "early_stop": {"patience": 1, "patiense": 1}},
+            "early_stop.patiense",
+            "Unknown parameter",
+        ),
+        ({"best_metric": "eval/loss"}, "best_metric", "send a validation_file, or hold rows out"),
+        ({"early_stop": {"patience": 1}}, "early_stop", "send a validation_file, or hold rows out"),
+        ({"policy": "best"}, "policy", "send a validation_file, or hold rows out"),
+    ],
+)
+def test_a_choice_of_checkpoints_that_cannot_be_made_is_refused_with_the_remedy(
+    client: openai.OpenAI, training_file: str, asked: dict[str, Any], param: str, why: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, training_file, extra_body={"x_raydpo": asked})
+    assert refused.value.param == f"x_raydpo.{param}"
+    assert why in refused.value.message
+
+
 def create_at(client: openai.OpenAI, uri: Any, **changes: Any) -> Any:
     return create(client, uri, extra_body={"x_raydpo": {"dataset": uri}}, **changes)
 

@@ -10,13 +10,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.core.errors import NotFound
 from services.control_plane.core.store import Store, migrate
-from services.control_plane.jobs.lookups import Lookups
+from services.control_plane.jobs.lookups import JobReader
 
 JOB = "INSERT INTO jobs (id, project_id, spec, model_source, model_root, priority, desired, observed, version) VALUES "
 OWNERS = {"ftjob-1": "proj_a", "ftjob-2": "proj_a", "ftjob-3": "proj_b"}
 
 
-class Watched(Lookups):
+class Watched(JobReader):
     """Its statements are noted; what they read is handed out when they may go on."""
 
     def __init__(self, store: Store) -> None:
@@ -58,38 +58,38 @@ def task(asked: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
 
 
 def test_who_asks_at_the_same_moment_shares_a_statement_of_his_project(database: str) -> None:
-    async def story(lookups: Watched) -> None:
-        lookups.go_on.set()
-        asked = [lookups.job("proj_a", name) for name in ("ftjob-1", "ftjob-2", "ftjob-1", "ftjob-3")]
-        asked.append(lookups.job("proj_b", "ftjob-3"))
+    async def story(reader: Watched) -> None:
+        reader.go_on.set()
+        asked = [reader.job("proj_a", name) for name in ("ftjob-1", "ftjob-2", "ftjob-1", "ftjob-3")]
+        asked.append(reader.job("proj_b", "ftjob-3"))
         *found, foreign, own = await asyncio.gather(*asked, return_exceptions=True)
         assert [job.id for job in (*found, own)] == ["ftjob-1", "ftjob-2", "ftjob-1", "ftjob-3"]
         assert isinstance(foreign, NotFound)
-        assert lookups.statements == [{"ftjob-1", "ftjob-2", "ftjob-3"}, {"ftjob-3"}]
+        assert reader.statements == [{"ftjob-1", "ftjob-2", "ftjob-3"}, {"ftjob-3"}]
 
     run(database, story)
 
 
 def test_who_asks_while_a_statement_runs_sees_what_was_committed_before(database: str) -> None:
-    async def story(lookups: Watched) -> None:
-        early = task(lookups.job("proj_a", "ftjob-1"))
-        await lookups.has_read.wait()  # and not handed out
+    async def story(reader: Watched) -> None:
+        early = task(reader.job("proj_a", "ftjob-1"))
+        await reader.has_read.wait()  # and not handed out
         with psycopg.connect(database) as connection:
             connection.execute("UPDATE jobs SET waits_for = 'a GPU' WHERE id = 'ftjob-1'")
-        late = task(lookups.job("proj_a", "ftjob-1"))
+        late = task(reader.job("proj_a", "ftjob-1"))
         await asyncio.sleep(0)
-        lookups.go_on.set()
+        reader.go_on.set()
         assert [(await asked).waits_for for asked in (early, late)] == [None, "a GPU"]
 
     run(database, story)
 
 
 def test_who_goes_away_leaves_the_others_their_answer(database: str) -> None:
-    async def story(lookups: Watched) -> None:
-        gone, stays = (task(lookups.job("proj_a", "ftjob-1")) for _ in range(2))
+    async def story(reader: Watched) -> None:
+        gone, stays = (task(reader.job("proj_a", "ftjob-1")) for _ in range(2))
         await asyncio.sleep(0.05)
         gone.cancel()
-        lookups.go_on.set()
+        reader.go_on.set()
         assert (await stays).id == "ftjob-1"
         assert gone.cancelled()
 
@@ -97,14 +97,14 @@ def test_who_goes_away_leaves_the_others_their_answer(database: str) -> None:
 
 
 def test_a_database_that_fails_is_told_to_all_who_ask_and_asked_again_later(database: str) -> None:
-    async def story(lookups: Watched) -> None:
-        lookups.go_on.set()
+    async def story(reader: Watched) -> None:
+        reader.go_on.set()
         with psycopg.connect(database, autocommit=True) as connection:
             connection.execute("ALTER TABLE jobs RENAME TO away")
-            asked = (lookups.job("proj_a", name) for name in ("ftjob-1", "ftjob-2"))
+            asked = (reader.job("proj_a", name) for name in ("ftjob-1", "ftjob-2"))
             failed = await asyncio.gather(*asked, return_exceptions=True)
             assert [isinstance(error, SQLAlchemyError) for error in failed] == [True, True]
             connection.execute("ALTER TABLE away RENAME TO jobs")
-        assert (await lookups.job("proj_a", "ftjob-1")).id == "ftjob-1"
+        assert (await reader.job("proj_a", "ftjob-1")).id == "ftjob-1"
 
     run(database, story)

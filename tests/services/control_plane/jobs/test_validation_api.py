@@ -23,6 +23,10 @@ EVERY_EXTENSION: dict[str, Any] = {
     "activation_checkpointing": "on",
     "sharding": "full",
     "checkpoint_steps": 7,
+    "keep_checkpoints": 3,
+    "best_metric": "eval/rewards/accuracies",
+    "early_stop": {"patience": 2, "min_gain": 0.01},
+    "policy": "best",
     "validation_share": 0.1,
     "tensorboard": True,
     "mlflow": {"experiment": "answers"},
@@ -31,6 +35,7 @@ EVERY_EXTENSION: dict[str, Any] = {
     "weight_decay": 0.01,
     "max_grad_norm": 2.0,
 }
+QUANTIZED = {"quantization": "nf4", "sharding": "replicated"}
 OF_A_URI = {"dataset": URI, "columns": {"prompt": "ask"}, "invalid_rows": "drop", "max_invalid_share": 0.2}
 SIMPO = {"type": "simpo", "simpo": {"hyperparameters": {"gamma_beta_ratio": 0.3, "learning_rate_multiplier": 2.0}}}
 MPO = {"objectives": [{"type": "dpo", "beta": 0.2}, {"type": "kto"}], "weights": [1.0, 0.5], "n_epochs": 2}
@@ -47,7 +52,7 @@ def held_out(client: openai.OpenAI) -> str:
 
 
 def test_every_option_that_a_job_can_be_given_is_tried_here() -> None:
-    assert EVERY_EXTENSION.keys() | OF_A_URI.keys() == EXTENSIONS
+    assert EVERY_EXTENSION.keys() | OF_A_URI.keys() | QUANTIZED.keys() == EXTENSIONS
 
 
 @pytest.mark.parametrize(
@@ -65,9 +70,10 @@ def test_every_option_that_a_job_can_be_given_is_tried_here() -> None:
             "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3}}},
         },
         {"integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}], "method": {"type": "f_dpo"}},
+        {"x_raydpo": QUANTIZED, "method": {"type": "dpo"}},
         {"hyperparameters": {"n_epochs": 2, "learning_rate": 1e-5}, "training_file": URI, "x_raydpo": {"dataset": URI}},
     ],
-    ids=["every option", "a sum", "a URI", "followed", "the older spelling"],
+    ids=["every option", "a sum", "a URI", "followed", "quantized", "the older spelling"],
 )
 def test_the_request_in_a_job_asks_for_the_same_job(
     api: httpx.Client, file_id: str, held_out: str, body: dict[str, Any]

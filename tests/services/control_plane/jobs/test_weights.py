@@ -101,6 +101,13 @@ def test_a_job_goes_on_with_the_adapter_that_it_starts_from(
     client.fine_tuning.jobs.cancel(merged.id)
 
 
+def test_a_base_may_be_quantized(client: openai.OpenAI, training_file: str) -> None:
+    job = create(client, training_file, quantization="nf4", precision="bfloat16")
+    assert job.to_dict()["x_raydpo"]["quantization"] == "nf4"
+    assert "of tiny in bfloat16, on a base in NF4; the reference is tiny" in told(client, job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 def test_another_model_is_the_reference(client: openai.OpenAI, training_file: str, trained: dict[str, str]) -> None:
     job = create(client, training_file, model=trained["adapter"], reference={"model": trained["whole"]})
     assert job.to_dict()["x_raydpo"]["reference"]["model"] == trained["whole"]
@@ -205,3 +212,6 @@ def test_settings_say_what_is_trained_by_default(settings: Settings) -> None:
     assert decide(WeightsAsked(adapter=Lora(r=3)), start("all"), given).adapter == Lora(r=3)
     assert decide(WeightsAsked(precision="float32"), start("all"), given).precision == "float32"
     assert decide(WeightsAsked(), start("gone"), given).adapter == Lora()
+    quantized = start("small", adapter=Lora(r=3), quantization="nf4")
+    assert decide(WeightsAsked(), quantized, given).quantization == "nf4"
+    assert decide(WeightsAsked(adapter="none"), quantized, given).quantization is None

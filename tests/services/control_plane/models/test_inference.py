@@ -17,7 +17,7 @@ from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.store import ProjectStore, Store, migrate
 from services.control_plane.core.tables import DEFAULT_PROJECT, Deployment, Lease
 from services.control_plane.models.inference import Inference
-from services.control_plane.ray_api import Launcher
+from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay, api_of, free_port, new_key, new_project, served
 
@@ -260,13 +260,13 @@ def test_requests_that_wait_for_a_model_leave_places_to_other_projects_and_are_t
 async def inference_of(settings: Settings) -> AsyncIterator[tuple[Inference, Store]]:
     migrate(settings.database_url)
     store = Store(settings.database_url)
-    launcher = Launcher(settings, store.instance)
-    inference = Inference(store, launcher, settings)
+    ray_api = RayApi(settings, store.instance)
+    inference = Inference(store, ray_api, settings)
     try:
         yield inference, store
     finally:
         await inference.close()
-        await launcher.close()
+        await ray_api.close()
         await store.close()
 
 

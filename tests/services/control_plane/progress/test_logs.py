@@ -76,7 +76,7 @@ def test_the_newest_attempt_and_the_driver_are_shown_unless_others_are_named(
     }
     for param, error in refused.items():
         assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert refused["attempt"]["message"] == "There are logs of the attempts [1, 2], not of 3."
+    assert refused["attempt"]["message"] == "There are logs of the attempts [1, 2], not of 3; choose one of those."
     later = read(source="worker-1")
     assert (later["data"], later["sources"]) == ([], ["driver", "worker-0"]), "it may not have printed yet"
 
@@ -85,7 +85,7 @@ def test_what_a_long_log_lost_is_said_where_it_stood(settings: Settings, job_id:
     keep(settings, job_id, 3, "driver", 0, "first\n")
     keep(settings, job_id, 3, "driver", 1000, "last\n")
     page = read(attempt=3)
-    assert page["data"] == ["first", "... 994 bytes were left out, for the log is too long ...", "last"]
+    assert page["data"] == ["first", "... 994 bytes were left out, because the log is too long ...", "last"]
     assert read(attempt=3, after=6)["data"] == page["data"][1:]
     assert read(attempt=3, after=500)["data"][1:] == ["last"]
     assert read(attempt=3, limit=2)["next"] == 1000

@@ -14,7 +14,7 @@ from services.contract import JobEvent, Message
 from services.control_plane.attempts import attempts
 from services.control_plane.core.store import Store, newest_events
 from services.control_plane.progress import streams
-from services.control_plane.progress.streams import Live
+from services.control_plane.progress.streams import Streams
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, pairs
 
@@ -127,7 +127,7 @@ def test_an_idle_stream_holds_no_database_connection_and_hears_that_it_is_alive(
     monkeypatch.setattr(streams, "KEEPALIVE_SECONDS", 0.2)
 
     async def work(store: Store) -> None:
-        hub = Live(store, settings)
+        hub = Streams(store, settings)
         task = asyncio.create_task(hub.run())
         followed = [hub.follow(job_id, 0) for _ in range(50)]
         for stream in followed:
@@ -164,7 +164,7 @@ def test_a_stream_that_joins_while_the_last_one_leaves_misses_nothing(
         return found
 
     async def work(store: Store) -> None:
-        hub = Live(store, settings)
+        hub = Streams(store, settings)
         task = asyncio.create_task(hub.run())
         await report(store, settings, job_id, range(10))
         leaving = hub.follow(job_id, 0)

@@ -303,7 +303,7 @@ def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
     asyncio.run(check(own, 60))
     asyncio.run(check(own, None))
     asyncio.run(check(CONFIGURED, 1_000_000))
-    with pytest.raises(InvalidRequest, match="requests_per_minute is 61, and 60 is the most"):
+    with pytest.raises(InvalidRequest, match="requests_per_minute is 61; a project may give its keys at most 60"):
         asyncio.run(check(own, 61))
     with psycopg.connect(settings.database_url) as connection:
         columns = "id, project_id, name, sha256, hint, scopes"
@@ -315,5 +315,5 @@ def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
     with api_of(base_url, new_key(api, project_id=project, scopes=["admin"])["value"]) as admin:
         refused = admin.post("/x/keys", json={"name": "one more"})
         assert refused.status_code == 400
-        assert "The project has 100 keys, and 100 is the limit; revoke one first." in refused.text
+        assert "The project has 100 keys, and the limit is 100; revoke one first." in refused.text
     assert new_key(api, project_id=project)

@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 
 from services.control_plane.app import create_app
 from services.control_plane.auth import scopes
-from services.control_plane.http.dependencies import _once
+from services.control_plane.http.dependencies import _idempotent
 from services.control_plane.settings import Settings
 from tests.services.control_plane.attempts.test_reconciler import reports, spool, ticks
 from tests.services.control_plane.conftest import EVERY_SCOPE, FakeRay, api_of, new_key, new_project, pairs
@@ -275,6 +275,6 @@ def test_every_change_is_answered_once_and_audited() -> None:
         for route in APP.routes
         if isinstance(route, APIRoute)
         for method in route.methods
-        if _once in [dependency.call for dependency in route.dependant.dependencies]
+        if _idempotent in [dependency.call for dependency in route.dependant.dependencies]
     }
     assert {str(each) for each in CHANGES} - asking == once & {str(each) for each in CHANGES}

@@ -353,12 +353,12 @@ def with_template(make_spec: MakeSpec, model_source: str, tmp_path: Path) -> Cal
 def test_a_template_that_never_ends_is_refused_by_its_limit(
     with_template: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_core.encoding.encode.RENDER_SECONDS", 0.2)
+    monkeypatch.setattr("dpo_core.encoding.templates.RENDER_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(JobFailed) as failure:
         run(with_template(endless))
     assert (failure.value.report.code, failure.value.report.param) == ("invalid_model", "model")
-    message = r"The chat template computes on line \d+ for more than 0.2 seconds; mend it."
+    message = r"The chat template computes on line \d+ for more than 0.2 seconds; fix the template."
     assert re.fullmatch(message, failure.value.report.message)
 
 

@@ -6,19 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.config import Optim, TrainConfig
+from dpo_core.config import EarlyStop, Optim, TrainConfig
 from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.options import Supervised
+from dpo_core.selection import Evaluation
 from dpo_core.training.checkpoint import Manifest
+from dpo_core.training.checkpoint_writer import Writer
 from dpo_core.training.optim import make_optimizer
 from dpo_core.training.trainer import StepResult, train
 from dpo_core.training.weights import Weights
-from dpo_core.training.writer import Writer
 from services import storage
 from services.contract import AttemptSpec, Message, Report
 from services.training.data.encoding import encode, encode_piece, recipe_of
 from services.training.data.row_order import global_batches, num_steps
-from services.training.run.worker import checkpoint_uri, failure_of, held_out, newest_checkpoint
+from services.training.run.worker import (
+    checkpoint_uri,
+    explain_end,
+    failure_of,
+    held_out,
+    newest_checkpoint,
+    step_of_policy,
+)
 
 MakeSpec = Callable[..., AttemptSpec]
 LN2 = math.log(2)
@@ -104,6 +112,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert [report.level for report in reports] == ["warn", "warn"]
     assert "step-000030/model/model.safetensors" in reports[0].message
     assert "step-000020/optimizer-00001-of-00001.safetensors is missing" in reports[1].message
+
+
+def test_the_policy_is_the_last_checkpoint_or_the_best_and_an_event_says_why(make_spec: MakeSpec) -> None:
+    found = [Evaluation(10, 0.5), Evaluation(20, 0.25), Evaluation(30, 0.4)]
+    last, top = make_spec(), make_spec(policy="best")
+    assert (step_of_policy(30, found, last), step_of_policy(30, found, top)) == (30, 20)
+    assert explain_end(30, 30, found, last) == []
+    (why,) = explain_end(30, 30, found, top)
+    assert why.message == "The policy is the checkpoint of step 20: its eval/loss 0.25 is the best of 3 evaluations."
+    (warning,) = explain_end(30, 30, [], top)
+    assert (step_of_policy(30, [], top), warning.level) == (30, "warn")
+    assert "No checkpoint was evaluated by eval/loss" in warning.message
+
+
+@pytest.mark.parametrize(("min_gain", "words"), [(0.0, "at all"), (0.01, "by 0.01")])
+def test_an_event_says_why_a_run_stopped_early(make_spec: MakeSpec, min_gain: float, words: str) -> None:
+    spec = make_spec(config=TrainConfig(early_stop=EarlyStop(patience=2, min_gain=min_gain)))
+    found = [Evaluation(10, 0.5), Evaluation(20, 0.5), Evaluation(30, 0.5)]
+    (why,) = explain_end(30, 90, found, spec)
+    assert why.message == f"Stopped early after step 30: eval/loss has not improved {words} for 2 evaluations."
+    assert explain_end(90, 90, found, spec) == []
 
 
 def test_a_fresh_run_has_no_checkpoint(make_spec: MakeSpec, tmp_path: Path) -> None:

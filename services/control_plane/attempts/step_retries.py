@@ -1,6 +1,7 @@
-"""What becomes of a job whose next step fails: it is tried again after 0, 1, 3, 7 and more seconds, at most 60.
+"""Decides when the reconciler tries a failed step of a job again: after 0, 1, 3, 7 and more seconds, at most 60.
 
-Without end while the database, storage or Ray are away; else a limited number of times.
+A step is one handling of a job by the reconciler. A failed step is tried again without end while the database, storage
+or Ray are down, otherwise a limited number of times.
 """
 
 from collections.abc import Callable
@@ -14,23 +15,26 @@ from services.control_plane.core.store import refuses_value
 from services.control_plane.ray_api import rays_words
 
 LONGEST_PAUSE_SECONDS = 60.0
-TOLD_AFTER = 4  # tries in vain, about ten seconds
-TRIES = 15  # about ten minutes
+EVENT_AFTER = 4  # after this many failed tries (about ten seconds), the job gets an event
+TRIES = 15  # after this many failed tries (about ten minutes), the job fails
 
 
 class Patience:
-    """Of this control plane, and forgotten with it. A job that was moved or wished otherwise is tried at once."""
+    """Counts the failed steps of each job, in this process only.
+
+    A job whose version has changed is tried again at once.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._failed: dict[str, tuple[int, int, float]] = {}  # by job: its version, tries, when it is due again
+        self._failed: dict[str, tuple[int, int, float]] = {}  # by job: version, tries, time of the next try
 
     def is_due(self, job_id: str, version: int) -> bool:
         failed_in, _, due_at = self._failed.get(job_id, (version, 0, float("-inf")))
         return failed_in != version or self._clock() >= due_at
 
     def fail(self, job_id: str, version: int) -> int:
-        """How often it has failed, with this time."""
+        """Counts a failed step of the job. Returns the number of failed steps in a row, including this one."""
         failed_in, tries, _ = self._failed.get(job_id, (version, 0, 0.0))
         tries = tries + 1 if failed_in == version else 1
         pause = min(2.0 ** (tries - 1) - 1, LONGEST_PAUSE_SECONDS)
@@ -38,19 +42,19 @@ class Patience:
         return tries
 
     def forget(self, job_id: str) -> None:
-        """Its step was taken."""
+        """Resets the job's count of failed steps. Call this method after a step of the job has succeeded."""
         self._failed.pop(job_id, None)
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether the error says that this job cannot go on, and not that the database, storage or Ray are away."""
+    """Whether the error concerns this job only, and does not mean that the database, storage or Ray are down."""
     if isinstance(error, DBAPIError):
         return refuses_value(error)
     return not isinstance(error, NoConnection | httpx.HTTPError | OSError)
 
 
 def in_words(error: Exception) -> str:
-    """For the user: without statements, their values, and addresses."""
+    """Returns a description of the error for the user, without SQL statements, values and addresses."""
     match error:
         case DBAPIError() if refuses_value(error):
             return storable(f"the database refuses a value: {str(error.orig).partition(chr(10))[0]}")

@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from services import storage
 from services.contract import AttemptSpec, EventBatch, Message, Succeeded
 from services.control_plane.attempts import attempts
-from services.control_plane.attempts.patience import LONGEST_PAUSE_SECONDS, TRIES, Patience, in_words, is_ours
+from services.control_plane.attempts.step_retries import LONGEST_PAUSE_SECONDS, TRIES, Patience, in_words, is_ours
 from services.control_plane.settings import Settings
 from services.spool import segment_uri, write
 from tests.services.control_plane.attempts.test_reconciler import reports, rest, spool, submit, ticks
@@ -144,7 +144,7 @@ def test_a_report_that_cannot_be_kept_is_told_and_those_around_it_are_kept(
     before, after = '{"kind": "message", "message": "before"}', '{"kind": "message", "message": "after"}'
     assert [post(ray, base_url, job_id, before, report, after).status_code for _ in range(2)] == [200, 200]
     told = sorted(messages(client, job_id)[:3], key=["after", "before"].__contains__)
-    assert (set(told[1:]), "could not be kept" in told[0] or "cannot be read" in told[0]) == ({"before", "after"}, True)
+    assert (set(told[1:]), "could not be kept" in told[0] or "cannot read" in told[0]) == ({"before", "after"}, True)
     assert all("VALUES" not in message for message in told), "no statement is shown"
     succeed(client, settings, ray, job_id, first=3)
 
@@ -201,7 +201,7 @@ def test_launches_that_ray_refuses_are_few_and_end_the_job_in_rays_words(
     assert (job.status, WORDS in (job.error.message or "")) == ("failed", True)
     assert ray.num_launches <= 2 * settings.max_attempts
     said = [each for each in messages(client, job_id) if each.startswith("Attempt ")]
-    assert said[-1].startswith(f"Attempt 1 is over: Ray refuses to launch it: ValueError: {WORDS}")
+    assert said[-1].startswith(f"Attempt 1 ended: Ray refuses to launch it: ValueError: {WORDS}")
     ray.refusal = None
     assert client.fine_tuning.jobs.retrieve(other).status == "failed"
 
@@ -218,7 +218,7 @@ def test_a_launch_that_fails_is_repeated_with_pauses_and_given_up_after_a_while(
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         rows.execute("UPDATE attempts SET reported_at = now() - interval '1 hour' WHERE job_id = %s", [job_id])
     ticks(settings, 1)
-    assert messages(client, job_id)[0].startswith("Attempt 1 is over: Ray did not launch it in 900 s: No available")
+    assert messages(client, job_id)[0].startswith("Attempt 1 ended: Ray did not launch it in 900 s: No available")
     ray.refusal = None
     rest(settings, job_id, 3600)
     ticks(settings, 2)
@@ -273,7 +273,7 @@ def test_a_policy_never_gets_the_name_of_another_jobs(
     error = client.fine_tuning.jobs.retrieve(job_id).error
     assert error is not None
     assert error.code == "internal_error"
-    assert f"'{spec.fine_tuned_model}' is a policy of {other} already" in (error.message or "")
+    assert f"'{spec.fine_tuned_model}' is the name of a policy of {other} already" in (error.message or "")
     client.fine_tuning.jobs.cancel(other)
     ticks(settings, 3)
 
@@ -353,7 +353,7 @@ def test_silence_is_told_by_the_databases_clock_alone(
     succeed(client, settings, ray, job_id)
 
 
-def test_patience_grows_and_ends_when_the_job_moves() -> None:
+def test_step_retries_grows_and_ends_when_the_job_moves() -> None:
     now = 0.0
     patience = Patience(lambda: now)
     due = []

@@ -1,14 +1,12 @@
-"""What the names of columns say, however they are spelled: `System`, `system prompt`, `systemInstruction`.
-
-Standard library only.
-"""
+"""Guesses the meaning of columns from their names in any spelling, such as `System`, `system prompt`,
+`systemInstruction`. Uses only the standard library."""
 
 import re
 from collections.abc import Set
 from functools import lru_cache
 
-LONGEST = 40  # characters of a name that may mean something
-MOST_COLUMNS = 100  # of a row whose roles are looked for
+LONGEST = 40  # characters; the meaning of a longer name is not guessed
+MOST_COLUMNS = 100  # columns of a row; roles are not guessed in rows with more
 
 SYSTEM_KEYS = frozenset({"system", "system_prompt"})
 TEMPLATE_KEYS = frozenset({"chat_template_kwargs"})
@@ -21,7 +19,7 @@ _OTHER = "(rejected|dispreferred|nonpreferred|worse|bad|losing|negative)"
 _WEIGHT = "(sample|loss|example|row|importance)?weight"
 _OPINION = "thumbs(up|down)?|liked|disliked|desirable"
 
-# Columns that say what the model should see, or which answer is better, wherever they are published.
+# Names of columns in public data sets that hold texts for the model to see, or which answer is better.
 _MEANT = re.compile(
     f"{_SYSTEM}|chattemplatekwargs|(available)?tools|functions|paralleltoolcalls|tool(definition|schema)s?"
     "|prompt|question|instructions?|input|query|context|(chat|conversation)?history|(retrieved)?(document|doc|passage)s?"
@@ -32,7 +30,7 @@ _MEANT = re.compile(
 )
 _MEDIA = re.compile(r"(chosen|rejected)?(image|img|picture|photo|video|audio)s?(path|url|file|bytes|base64)?s?\d*")
 
-# The role that a column of another name may have.
+# For each role, a pattern of the names that a column with this role may have.
 _ROLES = {
     "system": _SYSTEM,
     "prompt": "(user)?(prompt|question|query|instruction|input|problem)(text)?",
@@ -53,14 +51,18 @@ _SCORE = "(avg|average|mean)?(score|rating|reward)s?"
 
 @lru_cache(maxsize=1024)
 def side_rated(key: str) -> str | None:
-    """Of which side such a column is the score, as far as its name says it: `score_chosen`, `rejected_rating`. Ask it
-    of names of at most LONGEST characters: it remembers them."""
+    """Returns the side ('chosen' or 'rejected') whose score the column holds, judging by the column's name; None if the
+    name does not say.
+
+    The name must have at most LONGEST characters, because this function caches names.
+    """
     plain, sides = _plain(key), {"chosen": _ONE, "rejected": _OTHER}
     return next((side for side, word in sides.items() if re.fullmatch(f"{word}{_SCORE}|{_SCORE}{word}", plain)), None)
 
 
 def says_something(key: str) -> bool:
-    """Whether the name is of a prompt, an answer, a label, or anything else that the model should see."""
+    """Whether the column's name means a prompt, an answer, a label, or anything else that the model should learn
+    from."""
     return len(key) <= LONGEST and _says_something(key)
 
 
@@ -71,29 +73,32 @@ def _says_something(key: str) -> bool:
 
 
 def is_media(key: str) -> bool:
+    """Whether the column's name says that the column holds images, videos or sounds."""
     return _MEDIA.fullmatch(_plain(key)) is not None
 
 
 def holds_answer(key: str, name: str) -> bool:
-    """Whether a column may hold the answer of that name: `response_a` that of A, `answer_1` or `answers` that of 1."""
+    """Whether the column `key` may hold the answer called `name`: `response_a` holds A; `answer_1` or `answers` holds
+    1."""
     plain = _plain(name)
     names = f"({_NOUN})?s?{re.escape(plain)}" + (f"|({_NOUN})s" if plain.isdecimal() else "")
     return bool(plain) and re.fullmatch(names, _plain(key[:LONGEST])) is not None
 
 
 def role_of(key: str) -> str | None:
-    """The role that such a column may have."""
+    """Returns the role of a column, such as `prompt`, guessed from the column's name; None if the name fits no role."""
     plain = _plain(key[:LONGEST])
     return next((role for role, names in _ROLES.items() if re.fullmatch(names, plain)), None)
 
 
 def likely_columns(keys: Set[str]) -> dict[str, str]:
-    """The columns whose names look like those of roles that no column has."""
+    """Returns a column for each role that is not the name of a column, if the name of a column suggests the role."""
     if len(keys) > MOST_COLUMNS:
         return {}
-    found = {role: key for key in sorted(keys, reverse=True) if (role := role_of(key))}
-    return {role: found[role] for role in _ROLES if role in found and role not in keys}
+    columns = {role: key for key in sorted(keys, reverse=True) if (role := role_of(key))}
+    return {role: columns[role] for role in _ROLES if role in columns and role not in keys}
 
 
 def _plain(key: str) -> str:
+    """Returns the column's name in lower case, without punctuation and spaces."""
     return re.sub(r"[\W_]", "", key).casefold()

@@ -1,11 +1,10 @@
-"""From a policy and an optimizer to the files of checkpoints, while training goes on."""
+"""Writes checkpoints of a policy and its optimizer in the background while training continues."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -26,16 +25,17 @@ from dpo_core.training.checkpoint import MANIFEST, MASTER, STEP, FileDigest, Man
 from dpo_core.training.ranks import num_ranks, rank, together
 from dpo_core.training.weights import Weights
 
-Publish = Callable[[int, Path], None]  # step and folder
+Publish = Callable[[int, Path], None]  # called with a checkpoint's step and folder
 
 
 class Writer:
-    """Writes checkpoints `folder/step-000012` while training goes on, one at a time, each whole or not at all.
+    """Writes checkpoints into folders `folder/step-000012` in the background, one at a time, each completely or not at
+    all.
 
-    A save waits for the one before it. What fails in the background is raised by the next call.
-    Every rank that holds a part writes it, to a `folder` that is shared or its own. `publish` is called
-    on each of them with the checkpoint's folder once its part is written; on rank 0 last, and with the
-    manifest. As a context manager: leaves when all is written.
+    A save waits until the previous checkpoint is written. If writing fails in the background, the next call raises the
+    error. Every rank that holds a part of the state writes its part, into a `folder` that the ranks share or into one
+    of its own. Each of these ranks then calls `publish` with the step and the checkpoint's folder; rank 0 calls it
+    last, after it has written the manifest. The end of a `with` block waits until the last checkpoint is written.
     """
 
     def __init__(
@@ -51,21 +51,22 @@ class Writer:
         self._tokenizer = agree_on_padding(self._skeleton, tokenizer)
         self._files = {} if has_adapter(policy) else processors_of(policy)
         self._publish = publish or (lambda step, folder: None)
-        self._part, self._num_parts = _part(weights)
-        self._others = dist.new_group(backend="gloo") if self._num_parts > 1 else None
+        self._shard, self._num_shards = _shard_index(weights)
+        self._others = dist.new_group(backend="gloo") if self._num_shards > 1 else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, manifest: Manifest, optimizer: torch.optim.AdamW) -> None:
-        """Copy what the checkpoint holds, and return. `manifest` lacks its files."""
+        """Copies the weights and the optimizer's state to the CPU, and starts to write them as a checkpoint in the
+        background. `manifest.files` must be empty; the writer fills it."""
         self.wait()
         model = _model_state(self._policy, self._weights)
-        if self._part is not None or self._others:
+        if self._shard is not None or self._others:
             state = _optimizer_state(self._weights, optimizer)
             self._pending = self._pool.submit(self._write, manifest, model, state)
 
     def check(self) -> None:
-        """Raises what a write has failed with."""
+        """Raises the error of the last checkpoint's write if it has failed."""
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
@@ -83,8 +84,8 @@ class Writer:
             self._pool.shutdown()
 
     def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        whole = self._folder / f"step-{manifest.step:06d}"
-        partial = whole.with_name(f".{whole.name}.partial")
+        folder = self._folder / f"step-{manifest.step:06d}"
+        partial = folder.with_name(f".{folder.name}.partial")
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         if self._others:
@@ -92,30 +93,31 @@ class Writer:
         try:
             files = self._gather(lambda: self._write_part(partial, manifest, model, state))
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint would keep a full disk full
+            shutil.rmtree(partial, ignore_errors=True)  # frees space on a disk that may be full
             if isinstance(error, SafetensorError):
                 what = f"The checkpoint of step {manifest.step} could not be written to {self._folder} ({error})"
-                raise OSError(f"{what}; make room, and resume from the one before.") from error
+                raise OSError(f"{what}; free some space, and resume from the checkpoint before.") from error
             raise
         if rank() == 0:
-            (partial / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1))
-            shutil.rmtree(whole, ignore_errors=True)  # an earlier attempt's
-            os.rename(partial, whole)
-            self._publish(manifest.step, whole)
+            (partial / MANIFEST).write_bytes(replace(manifest, files=files).to_json())
+            shutil.rmtree(folder, ignore_errors=True)  # removes the checkpoint of an earlier attempt
+            os.rename(partial, folder)
+            self._publish(manifest.step, folder)
 
     def _write_part(
         self, partial: Path, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]
     ) -> dict[str, FileDigest]:
-        """This rank's files; those of others than rank 0 are published."""
+        """Writes this rank's files and returns their digests by path. Ranks other than rank 0 also publish their files
+        here."""
         partial.mkdir(parents=True, exist_ok=True)
         paths = []
-        if self._part is not None:
-            paths = [partial / f"optimizer-{self._part + 1:05d}-of-{self._num_parts:05d}.safetensors"]
+        if self._shard is not None:
+            paths = [partial / f"optimizer-{self._shard + 1:05d}-of-{self._num_shards:05d}.safetensors"]
             save_file(state, paths[0])
         if rank() == 0:
-            files = {BASE: base_file(manifest.base)} if manifest.base else self._files
+            files = {BASE: base_file(manifest.base, self._policy)} if manifest.base else self._files
             save_model(self._skeleton, partial / "model", self._tokenizer, files, state_dict=model)
-            if not has_adapter(self._skeleton):  # of a sharded policy transformers writes down the shards' precision
+            if not has_adapter(self._skeleton):  # transformers would write the dtype of a sharded policy's shards
                 self._skeleton.config.dtype = manifest.dtype
                 self._skeleton.config.save_pretrained(partial / "model")
             paths += sorted(path for path in (partial / "model").rglob("*") if path.is_file())
@@ -125,7 +127,8 @@ class Writer:
         return digests
 
     def _gather(self, write: Callable[[], dict[str, FileDigest]]) -> dict[str, FileDigest]:
-        """What all ranks write; on rank 0."""
+        """Calls `write` on all ranks. Returns the digests of all ranks' files on rank 0, and an empty dictionary on the
+        other ranks."""
         if self._others is None:
             return write()
         files = together(write, torch.device("cpu"), self._others)
@@ -134,8 +137,11 @@ class Writer:
         return {name: digest for part in parts for name, digest in (part or {}).items()}
 
 
-def _part(weights: Weights) -> tuple[int | None, int]:
-    """Which part of the optimizer's state this rank writes, and how many there are. Of copies, the first is written."""
+def _shard_index(weights: Weights) -> tuple[int | None, int]:
+    """Returns the index of the shard of the optimizer's state that this rank writes, and the number of shards.
+
+    The index is None if another rank writes the same shard.
+    """
     first = next(iter(weights.stepped.values()))
     if not isinstance(first, DTensor):
         return (0 if rank() == 0 else None), 1
@@ -147,16 +153,17 @@ def _part(weights: Weights) -> tuple[int | None, int]:
 
 
 def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
-    """Copies of the trained weights on the CPU, whole, tied ones once; of an adapter alone, if there is one.
+    """Returns copies of the policy's weights on the CPU, unsharded and in the policy's own dtypes; an empty dictionary
+    on ranks other than 0.
 
-    In the policy's own precision. Empty on other ranks.
+    Tied weights are included once. If the policy has an adapter, only the adapter's weights are included.
     """
     if weights.is_sharded:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter(policy))
         state = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
     else:
-        kept = weights.trained if has_adapter(policy) else policy.state_dict()
-        state = {name: _copy(tensor) for name, tensor in kept.items()} if rank() == 0 else {}
+        saved = weights.trained if has_adapter(policy) else policy.state_dict()
+        state = {name: _copy(tensor) for name, tensor in saved.items()} if rank() == 0 else {}
     dtypes = weights.dtypes
     return {
         name: tensor.to(dtypes.get(name, tensor.dtype))
@@ -166,12 +173,14 @@ def _model_state(policy: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
 
 
 def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Copies of this rank's part of AdamW's state and of float32 weights, on the CPU. A parameter that never had a
-    gradient has taken no step and has no moments."""
+    """Returns CPU copies of this rank's shard of AdamW's state and of the float32 weights.
+
+    A parameter that never had a gradient has step 0 and no moments.
+    """
     state = {f"{name}.{MASTER}": _copy(parameter) for name, parameter in weights.in_float32.items()}
     for name, parameter in weights.stepped.items():
-        own = optimizer.state.get(parameter, {STEP: torch.tensor(0.0)})
-        state |= {f"{name}.{key}": _copy(tensor) for key, tensor in own.items()}
+        moments = optimizer.state.get(parameter, {STEP: torch.tensor(0.0)})
+        state |= {f"{name}.{key}": _copy(tensor) for key, tensor in moments.items()}
     return state
 
 

@@ -1,0 +1,148 @@
+"""Reads the columns of a row that the reader of the row's format does not read. Uses only the standard library.
+
+Some of these columns are read in every format: a system prompt, arguments of the chat template, a weight and a margin.
+The other columns must be empty, or repeat texts of the row's groups.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
+
+from dpo_core.data.column_hints import LONGEST, SYSTEM_KEYS, holds_answer
+from dpo_core.data.groups import Group
+from dpo_core.data.jsonl import Row, parse_within, pointer_to
+from dpo_core.data.messages import Message, Text
+from dpo_core.data.values import is_finite, number_of, says_nothing, shown, string_of
+
+
+def system_prompt(row: Row) -> str | None:
+    """Returns the system prompt in the row's column `system` or `system_prompt`; None if there is none."""
+    if SYSTEM_KEYS.isdisjoint(row.value):
+        return None
+    columns = [key for key in sorted(SYSTEM_KEYS) if not says_nothing(row.value.get(key))]
+    if len(columns) > 1:
+        raise row.invalid(f"/{columns[1]}", "duplicate_key", f"and {columns[0]} mean the same; send one.")
+    return string_of(row, f"/{columns[0]}", row.value[columns[0]]) if columns else None
+
+
+def with_system(row: Row, group: Group, system: str) -> Group:
+    """Returns the group with the system prompt as the first message of its prompt. The group's prompt must be a list of
+    messages."""
+    assert isinstance(group.prompt, list)
+    message: Message = {"role": "system", "content": system}
+    if group.prompt[0] == message:
+        return group
+    if group.prompt[0]["role"] == "system":
+        raise row.invalid("/system", "duplicate_key", "and the first message are two system prompts; send one.")
+    return replace(group, prompt=[message, *group.prompt])
+
+
+# Arguments that this package passes to the template, and arguments that transformers uses itself.
+_TAKEN = (
+    "messages conversation conversations tools add_generation_prompt continue_final_message tokenize chat_template "
+    "strftime_now raise_exception bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
+)
+RESERVED_ARGUMENTS = frozenset(_TAKEN.split())
+
+
+def template_arguments(row: Row) -> dict[str, object] | None:
+    """Returns the arguments, such as enable_thinking, that the row's column `chat_template_kwargs` gives the chat
+    template; None if there are none."""
+    arguments = row.value.get("chat_template_kwargs")
+    if arguments is None:
+        return None
+    if isinstance(arguments, str) and arguments:
+        arguments = parse_within(row, "/chat_template_kwargs", arguments)
+    if says_nothing(arguments):
+        return None
+    if not isinstance(arguments, dict):
+        raise row.invalid("/chat_template_kwargs", "wrong_type", f"is {shown(arguments)}; it must be a dictionary.")
+    for key, value in arguments.items():
+        if key in RESERVED_ARGUMENTS or not key.isidentifier():
+            what = "is reserved, or is no name of an argument; remove it."
+            raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", what)
+        if str(value).casefold() in ("true", "false") and not isinstance(value, bool):
+            what = f"is the text {shown(value)}, and templates take any text for true; write it without quotes."
+            raise row.invalid(pointer_to(("chat_template_kwargs", key)), "wrong_type", what)
+    if not is_finite(arguments):
+        raise row.invalid(
+            "/chat_template_kwargs", "invalid_number", "holds a number that JSON does not have; write a finite one."
+        )
+    return {key: value for key, value in arguments.items() if value is not None} or None
+
+
+def positive_number(row: Row, name: str) -> float | None:
+    """Returns the positive number in the row's column `name`, such as `weight`; None if the column is empty. A margin
+    of 0 also counts as empty. Raises InvalidRow for any other value."""
+    value = row.value.get(name)
+    if value is None or says_nothing(value):
+        return None
+    number = number_of(row, f"/{name}", value)
+    if name == "margin" and number == 0:
+        return None
+    if number <= 0:
+        raise row.invalid(f"/{name}", "invalid_number", f"is {number:g}; it must be greater than 0.")
+    return number
+
+
+def as_chat(reader: Callable[[Row], Iterator[Group]]) -> Callable[[Row], Iterator[Group]]:
+    """Returns a reader that yields the groups of `reader` as messages: the prompt as the user's, the completions as the
+    assistant's."""
+
+    def read(row: Row) -> Iterator[Group]:
+        for group in reader(row):
+            if isinstance(group.prompt, list):
+                yield group
+                continue
+            completions: list[Text] = [[{"role": "assistant", "content": str(text)}] for text in group.completions]
+            yield replace(group, prompt=[{"role": "user", "content": group.prompt}], completions=tuple(completions))
+
+    return read
+
+
+# --- columns that nothing reads -------------------------------------------------------------
+
+
+def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
+    """Raises InvalidRow if the group's answers are only the names of unread columns that hold the real answers, such as
+    A for response_a."""
+    best = group.completions[0]
+    if len(best if isinstance(best, str) else best[-1]["content"]) > LONGEST or len(group.completions) < 2:
+        return  # returns early for nearly all groups
+    contents = [text if isinstance(text, str) else text[-1]["content"] for text in group.completions]
+    named = [next((key for key in sorted(unread) if holds_answer(key, content)), None) for content in contents]
+    first, *_, last = named
+    if not first or not last or None in named or (first == last and not isinstance(row.value[first], list)):
+        return
+    texts = list(_texts(row.value[first]))
+    if texts and not set(texts).issuperset(contents) and not is_said(texts, [group]):
+        what = f"and {last} are what the answers name, and nothing reads them; write the answers themselves."
+        raise row.invalid(pointer_to((first,)), "unread_column", what)
+
+
+def is_said(value: object, groups: Sequence[Group]) -> bool:
+    """Whether one of the groups already contains all texts in `value`."""
+    texts = [text for text in _texts(value) if text.strip()]
+    return bool(texts) and any(all(_contains(said, text) for text in texts) for said in map(_all_text, groups))
+
+
+def _contains(whole: str, text: str) -> bool:
+    """Whether the text occurs in `whole` as whole words."""
+    return re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", whole) is not None
+
+
+def _all_text(group: Group) -> str:
+    return "\n".join(text for part in (group.prompt, *group.completions) for text in _texts(part))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yields the texts within a value. The value is a text, a message, or a list or dictionary of texts and
+    messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts([item for key, item in value.items() if key not in ("role", "from")])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,150 @@
+"""Holds the log-probabilities or rewards of the completions of some groups, which objectives and metrics read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dpo_core.encoding.encode import EncodedGroup
+
+# The columns of a table of measures: those of a policy, or the outputs of a reward model's head.
+LOGPS, HEAD_LOGPS, NUM_CORRECT = range(3)
+REWARD, LOG_VARIANCE = range(2)
+NUM_MEASURES = 3
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The log-probabilities and lengths of n completions, such as the best completion of each group."""
+
+    logps: Tensor  # [n] summed over the completion, in nats
+    head_logps: Tensor  # [n] summed over as many first tokens as the group's shortest completion has
+    lengths: Tensor  # [n] numbers of learned tokens
+    ref_logps: Tensor | None  # [n]
+    ref_head_logps: Tensor | None  # [n]
+
+    @property
+    def logratios(self) -> Tensor:
+        assert self.ref_logps is not None  # `check_groups` refuses groups without ref_logps
+        return self.logps - self.ref_logps
+
+    @property
+    def mean_logratios(self) -> Tensor:
+        return self.logratios / self.lengths
+
+    @property
+    def mean_logps(self) -> Tensor:
+        return self.logps / self.lengths
+
+    def __getitem__(self, which: Tensor) -> "Completions":
+        ref = None if self.ref_logps is None else self.ref_logps[which]
+        ref_head = None if self.ref_head_logps is None else self.ref_head_logps[which]
+        return Completions(self.logps[which], self.head_logps[which], self.lengths[which], ref, ref_head)
+
+
+class Measures:
+    """The log-probabilities or rewards that a model gives the K completions of G groups. The completions are listed
+    group by group, the best first.
+
+    `table` is [K, NUM_MEASURES]; the constants of this module name its columns.
+    """
+
+    def __init__(self, groups: Sequence[EncodedGroup], table: Tensor) -> None:
+        self.groups = groups
+        self.table = table
+        self.sizes = [len(group.completion_ids) for group in groups]
+
+    @cached_property
+    def all(self) -> Completions:
+        """The log-probabilities and lengths of all K completions."""
+        logps, head_logps = self.table[:, LOGPS], self.table[:, HEAD_LOGPS]
+        lengths = self._tensor([length for group in self.groups for length in group.num_learned])
+        return Completions(logps, head_logps, lengths, self._of_groups("ref_logps"), self._of_groups("ref_head_logps"))
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The place in the table of each group's best completion, [G]."""
+        return self.places([0, *accumulate(self.sizes[:-1])])
+
+    @cached_property
+    def chosen(self) -> Completions:
+        """The log-probabilities and lengths of the best completion of each group."""
+        return self.all[self.starts]
+
+    @cached_property
+    def rejected(self) -> Completions:
+        """The log-probabilities and lengths of the rejected completion of each group. All groups must be pairs."""
+        return self.all[self.starts + 1]
+
+    @cached_property
+    def ratings(self) -> Tensor:
+        """The rating of each completion, [K]. Higher is better; nan marks a completion of another prompt."""
+        return self._tensor([rating for group in self.groups for rating in group.ranked()])
+
+    @cached_property
+    def worse(self) -> Tensor:
+        """Whether completion j of a group is rated lower than completion i, [G, k, k]."""
+        ratings = self.by_group(self.ratings, math.nan)
+        return ratings[:, :, None] > ratings[:, None, :]
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """The lead in reward that each group's chosen completion must have, [G]; 0 for a group without a margin."""
+        return self._tensor([group.margin or 0.0 for group in self.groups])
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weight of each group's loss, [G]."""
+        return self._tensor([group.weight for group in self.groups])
+
+    @property
+    def rewards(self) -> Tensor:
+        """The reward of each completion from a reward model, [K]; from a model that also gives variances, the mean
+        reward."""
+        return self.table[:, REWARD]
+
+    @property
+    def log_variances(self) -> Tensor:
+        """The logarithm of the variance of each completion's reward, [K], from a reward model with two outputs."""
+        return self.table[:, LOG_VARIANCE]
+
+    @cached_property
+    def num_correct(self) -> Tensor:
+        """The number of tokens of each completion that were the policy's likeliest token, [K]."""
+        return self.table[:, NUM_CORRECT]
+
+    def by_group(self, values: Tensor, fill: float) -> Tensor:
+        """Returns `values` [K] arranged as [G, k], where k is the most completions of a group. Smaller groups are
+        padded with `fill`."""
+        num_groups, most = len(self.sizes), max(self.sizes)
+        if len(values) == num_groups * most:
+            return values.view(num_groups, most)
+        padded = values.new_full((num_groups * most,), fill)
+        return padded.index_copy(0, self._places_by_group, values).view(num_groups, most)
+
+    def group_sums(self, values: Tensor) -> Tensor:
+        """Returns the sum of `values` [K] over the completions of each group, [G]."""
+        return self.by_group(values, 0.0).sum(1)
+
+    def places(self, places: Sequence[int]) -> Tensor:
+        """Returns the places in the table as an index tensor on the table's device."""
+        return torch.tensor(places).to(self.table.device, non_blocking=True)
+
+    @cached_property
+    def _places_by_group(self) -> Tensor:
+        """The place of each completion, [K], in a list in which all groups are padded to the size of the largest."""
+        most = max(self.sizes)
+        return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
+
+    def _of_groups(self, name: str) -> Tensor | None:
+        """Returns the attribute `name` of the groups, which has a number for each completion, [K]; None if a group
+        lacks it."""
+        values = [getattr(group, name) for group in self.groups]
+        return None if None in values else self._tensor([number for numbers in values for number in numbers])
+
+    def _tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=self.table.dtype).to(self.table.device, non_blocking=True)

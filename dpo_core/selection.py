@@ -1,0 +1,65 @@
+"""Decides which checkpoints of a run to keep, which one is the best, and when to stop early. Uses only the standard
+library.
+
+Every decision depends only on the evaluations so far, so all ranks, a resumed run and the service decide alike.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from dpo_core.config import EarlyStop
+from dpo_core.options import LOSS, Metric
+
+Keep = int | Literal["all"]
+
+
+class Evaluation(NamedTuple):
+    """The value of a run's metric at the checkpoint of one step."""
+
+    step: int
+    value: float
+
+
+def evaluations(checkpoints: Iterable[tuple[int, Mapping[str, float]]], metric: Metric) -> tuple[Evaluation, ...]:
+    """Returns an evaluation for each checkpoint whose metrics hold a finite number for `metric`. `checkpoints` gives
+    the step and the metrics of each checkpoint."""
+    found = (Evaluation(step, metrics.get(metric, math.nan)) for step, metrics in checkpoints)
+    return tuple(evaluation for evaluation in found if math.isfinite(evaluation.value))
+
+
+def best(found: Sequence[Evaluation], metric: Metric) -> Evaluation | None:
+    """Returns the evaluation with the best value of `metric`; None if `found` is empty. If several have the best value,
+    returns the first, so a later evaluation that only equals the best never replaces it."""
+    return max(found, key=lambda evaluation: _sign(metric) * evaluation.value, default=None)
+
+
+def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | None) -> bool:
+    """Whether the run should stop early: at least `early_stop.patience` evaluations have passed since the last gain.
+    Always false if `early_stop` is None.
+
+    A gain is a value better than that of the previous gain by at least `early_stop.min_gain`, and not equal to it.
+    """
+    if early_stop is None:
+        return False
+    mark, num_without_gain = -math.inf, 0
+    for evaluation in found:
+        value = _sign(metric) * evaluation.value
+        if value > mark and value - mark >= early_stop.min_gain:
+            mark, num_without_gain = value, 0
+        else:
+            num_without_gain += 1
+    return num_without_gain >= early_stop.patience
+
+
+def kept(steps: Iterable[int], found: Sequence[Evaluation], metric: Metric, keep: Keep) -> set[int]:
+    """Returns the steps of the checkpoints to keep: the last `keep` steps, and the step with the best value of
+    `metric`."""
+    if keep == "all":
+        return set(steps)
+    top = best(found, metric)
+    return {*sorted(steps)[-keep:], *([top.step] if top else [])}
+
+
+def _sign(metric: Metric) -> int:
+    return -1 if metric == LOSS else 1

@@ -1,0 +1,52 @@
+"""The check for a GPU, where nothing but the device is new to it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_check import _run
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def check(folder, *options):
+    """How it ended, its report and its table."""
+    json_file, table = folder / "check.json", folder / "check.md"
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", f"--json={json_file}", f"--markdown={table}"]
+    run = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    return run, json.loads(json_file.read_text()), table.read_text()
+
+
+@pytest.mark.long
+def test_all_of_it_runs_on_a_cpu_in_small(tmp_path):
+    run, report, table = check(tmp_path, "--device=cpu", "--size=tiny", "--seconds=1000")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "not done" not in table
+    assert report["tests"]["told"].endswith("skipped")
+    assert all(ours < 0.02 for ours, _ in report["parity"]["errors"].values())
+    for columns in report["races"].values():
+        assert columns.keys() == {"raydpo", "TRL at its best"}
+        assert columns["raydpo"]["tokens"] > 0
+        assert all(found["rows_per_second_with_reference"] > 0 for found in columns.values())
+
+
+def test_what_does_not_fit_into_its_seconds_is_told_in_the_table(tmp_path):
+    run, report, table = check(tmp_path, "--device=cpu", "--size=tiny", "--seconds=0")
+    assert run.returncode == 1
+    assert table.count("**not done**: it had 0 seconds") == 2 + 4
+    assert report["seconds"] < 1000
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", f"--json={tmp_path / 'a'}"]
+    run = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert run.returncode == 1
+    assert "torch sees no CUDA device; --device cpu --size tiny" in run.stderr
+
+
+def test_what_fails_is_told_in_its_last_line():
+    assert _run(["-c", "raise MemoryError('out | of it')"], 60)["not_done"] == "MemoryError: out / of it"
