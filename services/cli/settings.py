@@ -12,6 +12,7 @@ import typer
 
 from services.cli.client import default_home, err, fail
 from services.cli.lists import AsJson, Columns, print_items
+from services.local import gpus
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -57,8 +58,10 @@ def _settings(home: Path, named: Path | None) -> list[dict[str, Any]]:
         _, environment, file = (source() for source in sources)
         said = environment | file
         missing = [name for name in BY_UP if not {name, _variable(name, Settings.model_fields[name])} & said.keys()]
-        placeholders: dict[str, Any] = dict.fromkeys(missing, "-")
-        known = Settings(home=home, **placeholders).model_dump(mode="json")
+        configured = [name for name in gpus.NAMES if {name, _variable(name, Settings.model_fields[name])} & said.keys()]
+        chosen, _ = gpus.defaults(configured)  # a Ray that is started here
+        given_by_up: dict[str, Any] = dict.fromkeys(missing, "-") | chosen
+        known = Settings(home=home, **given_by_up).model_dump(mode="json")
     except ValidationError as error:
         first = error.errors()[0]
         fail(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}")
@@ -73,7 +76,7 @@ def _settings(home: Path, named: Path | None) -> list[dict[str, Any]]:
         elif names & environment.keys():
             source = _variable(name, field)
         else:
-            source = str(path) if names & file.keys() else "raydpo up" if name in missing else "default"
+            source = str(path) if names & file.keys() else "raydpo up" if name in given_by_up else "default"
         value = None if name in missing else _without_password(name, known[name])
         items.append({"name": name, "value": value, "source": source, "description": field.description})
     return items

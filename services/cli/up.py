@@ -22,6 +22,7 @@ from services.control_plane.core import log_setup
 from services.control_plane.core.store import PoolerUrl, migrate
 from services.control_plane.http.server import Server
 from services.control_plane.settings import Settings
+from services.local import gpus
 from services.local.errors import StackError
 from services.local.stack import Stack, running_stack, write_secret
 
@@ -106,6 +107,10 @@ def _settings(home: Path, stack: Stack, sources: dict[str, str], url: str) -> Se
         given["api_key"] = write_secret(home / "api.key", f"rd-{secrets.token_urlsafe(32)}").read_text()
     if stack.ray_token_file is not None:
         given |= {"ray_token": stack.ray_token_file.read_text(), "serve_url": stack.serve_url}
+        chosen, words = gpus.defaults([name for name in gpus.NAMES if _configured(home, name) is not None])
+        given |= chosen
+        if words:
+            out.print(words)
     defaults = {"storage_url": (home / "storage").as_uri(), "advertised_url": url}
     given |= {name: value for name, value in defaults.items() if _configured(home, name) is None}
     try:

@@ -112,7 +112,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
     reconciler, row_checker = Reconciler(store, ray_api, settings, holder=holder), RowChecker(store, holder=holder)
-    parts = (reconciler, row_checker, sender, streams, app.state.authentication, app.state.refusals)
+    parts = (
+        reconciler,
+        row_checker,
+        sender,
+        streams,
+        app.state.inference,
+        app.state.authentication,
+        app.state.refusals,
+    )
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
     for task in tasks:
         task.add_done_callback(_end_process)
@@ -164,6 +172,10 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, ApiError):  # the ApiError was raised while FastAPI read the body
         return await _on_api_error(request, error.__cause__)
+    if isinstance(error.__cause__, RecursionError):
+        return InvalidRequest("The body has too many lists or objects in one another; send fewer.").response()
+    if isinstance(error.__cause__, ValueError):  # a byte that is no UTF-8, a number of thousands of digits
+        return InvalidRequest(f"The body cannot be read: {error.__cause__}.").response()
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
 

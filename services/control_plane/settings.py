@@ -166,7 +166,7 @@ class Settings(BaseSettings):
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict,
         description="What an autoscaling cluster may grow to, such as `{CPU = 64, GPU = 8}`. "
-        "Without it, a job waits until the nodes that are there are enough.",
+        "Without it, jobs, and models on GPUs, wait until the nodes that are there are enough.",
     )
     max_attempts: int = Field(
         default=5,
@@ -174,20 +174,34 @@ class Settings(BaseSettings):
         description="Attempts in a row that die without a new checkpoint before their job fails.",
     )
     max_loaded_models: int = Field(
-        default=2, gt=0, description="Models that are loaded at once; beyond it the least recently used one stops."
+        default=2,
+        gt=0,
+        description="Models that are loaded at once; others wait for the least recently used one that is idle.",
+    )
+    model_idle_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="How long a model stays loaded that nobody uses. "
+        "Without it: until another one, or a job, needs its place.",
     )
     model_wait_seconds: float = Field(
-        default=180, gt=0, description="How long a request waits for a model that is loading."
+        default=180, gt=0, description="How long a request waits for a model that loads, or waits for a place."
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         default="float32",
         description="The type in which models are served. Served in float32, the reference agrees with the trainer.",
     )
-    num_gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each training worker; 0 trains on CPUs.")
+    num_gpus_per_worker: float = Field(
+        default=0,
+        ge=0,
+        description="GPUs of each training worker; 0 trains on CPUs. "
+        "Without it `raydpo up` gives it 1 where it starts Ray on a machine with GPUs.",
+    )
     num_gpus_per_model: float = Field(
         default=0,
         ge=0,
-        description="GPUs of each loaded model: a share below 1, or a whole number; 0 serves on CPUs.",
+        description="GPUs of each loaded model: a share below 1, or a whole number; 0 serves on CPUs. "
+        "Without it `raydpo up` gives it 1, likewise.",
     )
 
     @model_validator(mode="after")

@@ -71,6 +71,7 @@ def prepare(
     """
     uri = storage.join(spec.run_uri, "prepared")
     if earlier := cache.find(uri, Prepared, _check, report):
+        report(ReferenceReleased())  # it may have been wished when the attempt began
         return earlier
     training, held_out = _prepare_file(spec, "Training", report, begin)
     if spec.validation_uri:

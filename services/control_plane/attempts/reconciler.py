@@ -26,14 +26,14 @@ from services.control_plane.attempts.decision import (
     rest_seconds,
 )
 from services.control_plane.attempts.executor import Executor
-from services.control_plane.attempts.scheduling import what_each_waits_for
+from services.control_plane.attempts.scheduling import FOR_MODELS, needs, what_each_waits_for
 from services.control_plane.attempts.step_retries import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.jobs import jobs
-from services.control_plane.models import deployments
+from services.control_plane.models import deployments, places
 from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
@@ -63,6 +63,7 @@ class Reconciler:
         self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
+        self._clock, self._job_began = clock, float("-inf")  # when a job began last, as far as was seen here
         self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
         self._executor = Executor(store, ray_api, settings, holder=holder)
@@ -114,8 +115,9 @@ class Reconciler:
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         holders = {job.id for job in live if job.observed == "running"} - resting - back
         contenders = [job for job in live if job.id in holders or job.id not in spent.keys() | resting]
+        engines = await self._engines(view, [job for job in live if job.id in holders], capacity)
         waits = spent | (
-            what_each_waits_for(contenders, shares, capacity, self._settings, back)
+            what_each_waits_for(contenders, shares, capacity, self._settings, back, engines)
             if view is not None
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
@@ -128,7 +130,11 @@ class Reconciler:
         await asyncio.gather(*map(look_at, live))
         if view is None:
             raise httpx.HTTPError("the Ray cluster does not answer")
-        await self._serve_models(view)
+        running = [job for job in contenders if waits.get(job.id) is None]
+        if any(job.id not in holders for job in running):
+            self._job_began = self._clock()
+        next_job = [job for job in contenders if waits.get(job.id) == FOR_MODELS]
+        await self._serve_models(view, self._room(running, next_job, capacity))
         telemetry.TICKS.labels("acted").inc()
 
     async def _look_at(
@@ -189,8 +195,8 @@ class Reconciler:
             return None
 
     async def _capacity(self, live: Sequence[Job], back: Collection[str]) -> dict[str, float]:
-        """Returns the cluster's resources if a job waits for its turn; otherwise {}, as no decision needs them."""
-        waits = back or any(job.observed == "queued" for job in live)
+        """Returns the cluster's resources if a job waits for its turn, or models use GPUs; otherwise {}."""
+        waits = back or self._settings.num_gpus_per_model or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}
 
     async def _wait(self, job: Job, what: str) -> None:
@@ -237,11 +243,44 @@ class Reconciler:
         running = self._stopwatches.seconds(f"{attempt.submission_id} runs", holds)
         return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
-    async def _serve_models(self, view: ServeView) -> None:
-        """Makes Ray Serve run the applications of the wanted models, and no other applications of this service."""
+    async def _engines(
+        self, view: ServeView | None, running: Sequence[Job], capacity: Mapping[str, float]
+    ) -> places.Engines:
+        """What loaded models, and those that wait, mean to the next jobs."""
+        if view is None or not self._settings.num_gpus_per_model:
+            return places.NO_ENGINES
+        async with self._store.begin() as session:
+            wished = await deployments.wishes(session, view.applications)
+        stopping = {name for name, app in view.applications.items() if app.state == "stopping" or name not in wished}
+        return places.engines(
+            wished.values(),
+            len(stopping),
+            self._room(running, [], capacity),
+            capacity=capacity.get("GPU", 0.0),
+            since_last_job=self._clock() - self._job_began,
+        )
+
+    def _room(self, running: Sequence[Job], next_job: Sequence[Job], capacity: Mapping[str, float]) -> places.Room:
+        """What jobs leave to models."""
+
+        def gpus(jobs: Sequence[Job]) -> float:
+            return sum(needs(job, self._settings).get("GPU", 0.0) for job in jobs)
+
+        settings = self._settings
+        return places.Room(
+            places=settings.max_loaded_models,
+            gpus_each=settings.num_gpus_per_model,
+            gpus=capacity.get("GPU", 0.0) - gpus(running) if capacity else None,
+            gpus_of_next_job=gpus(next_job),
+            wait_seconds=settings.model_wait_seconds,
+            idle_seconds=settings.model_idle_seconds,
+        )
+
+    async def _serve_models(self, view: ServeView, room: places.Room) -> None:
+        """Make Ray Serve run what has a place, and nothing else of ours."""
         present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
-            wanted = await deployments.wanted(session, self._settings, present)
+            wanted = await deployments.place(session, self._settings, view.applications, room)
         names = {deployment.app_name for deployment in wanted}
         version = hash(frozenset(names))
         if names == present or not self._patience.is_due(MODELS, version):

@@ -7,6 +7,10 @@ oldest. Within a project the job with the highest priority goes first, then the 
 A job that waits for free workers keeps its turn: no later job starts, so that small jobs cannot starve a large one. A
 job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
 
+On GPUs jobs and models take turns, too. A job's reference takes the GPUs of its workers, which begin after it. A job
+that waits for models keeps its place, and idle ones leave for it; a model that has waited since before the last job
+began goes before the next one.
+
 A running job in a long rest (the pause between a failed attempt and the next one) holds no slot and no workers. After
 the rest the job takes its turn again.
 """
@@ -16,11 +20,18 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from services.contract import JobSpec
 from services.control_plane.core.tables import Job
+from services.control_plane.models.models import reference_of
+from services.control_plane.models.places import NO_ENGINES, Engines
 from services.control_plane.settings import Settings
 from services.control_plane.tenants.quotas import Share
 
 Resources = Mapping[str, float]  # amounts by Ray's names of resources: CPU, GPU
+FOR_MODELS = "loaded models to leave the GPUs that it needs"
+FOR_MODELS_TURN = "its turn: a model that waits for GPUs goes first"
 
 
 def what_each_waits_for(
@@ -29,6 +40,7 @@ def what_each_waits_for(
     capacity: Resources,
     settings: Settings,
     back: Collection[str] = (),
+    engines: Engines = NO_ENGINES,
 ) -> dict[str, str | None]:
     """Returns, for each queued job, the reason why the job waits, or None if the job may start now.
 
@@ -37,6 +49,7 @@ def what_each_waits_for(
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
     held = sum((Counter(needs(job, settings)) for job in running), Counter[str]())
+    references = {name for job in running if (name := _reference(job))}
     num_running, first = len(running), None
     waits: dict[str, str | None] = {}
     waiting = [job for job in live if job.desired == "run" and (job.observed == "queued" or job.id in back)]
@@ -54,8 +67,16 @@ def what_each_waits_for(
             waits[job.id] = f"its turn: {goes_first} goes first"
         elif short := _beyond(Counter(needed) + held, capacity):
             first, waits[job.id] = job, f"running jobs to end: with them it needs {short}"
+        elif (reference := _reference(job)) and len(references | {reference}) > settings.max_loaded_models:
+            first, most = job, settings.max_loaded_models
+            waits[job.id] = f"a place for its reference: those of running jobs hold all {most} places for models"
+        elif needed.get("GPU") and engines.go_first:
+            first, waits[job.id] = job, FOR_MODELS_TURN
+        elif needed.get("GPU") and _beyond(Counter(needed) + held + Counter({"GPU": engines.gpus}), capacity):
+            first, waits[job.id] = job, FOR_MODELS
         else:
             waits[job.id] = None
+            references |= {reference} if reference else set()
             held += Counter(needed)
             per_project[job.project_id] += 1
             num_running += 1
@@ -106,10 +127,22 @@ class _Turns:
 
 
 def needs(job: Job, settings: Settings) -> dict[str, float]:
-    """Returns the resources that the job's workers reserve, by Ray's names: CPU and GPU."""
+    """Returns what the job's workers reserve. Its reference, which is loaded before them, may need more GPUs."""
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
-    gpus = num_workers * settings.num_gpus_per_worker
+    gpus = max(num_workers * settings.num_gpus_per_worker, settings.num_gpus_per_model if _reference(job) else 0)
     return {"CPU": float(num_workers)} | ({"GPU": gpus} if gpus else {})
+
+
+def _reference(job: Job) -> str | None:
+    """The application that scores for the job, if one may have to: until the job has begun to train."""
+    if job.training is not None:
+        return None
+    try:
+        spec = JobSpec.model_validate(job.spec)
+    except ValidationError:
+        return None
+    is_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
+    return reference_of(job).app_name if is_served else None
 
 
 def _beyond(needed: Resources, capacity: Resources) -> str | None:

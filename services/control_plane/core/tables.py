@@ -414,7 +414,15 @@ class Deployment(Base):
     app_name: Mapped[str] = mapped_column(primary_key=True)
     model_id: Mapped[str]
     source: Mapped[str]
+    asked_at: Mapped[datetime] = mapped_column(server_default=func.now())  # first; models that wait take turns by it
     last_used_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    placed_at: Mapped[datetime | None]  # since when it loads or runs
+    ready_at: Mapped[datetime | None]  # since when it runs
+    answered_at: Mapped[datetime | None]  # when a request, or an attempt that needs it, was last seen since then
+    answering: Mapped[dict[str, Any]] = mapped_column(
+        server_default="{}"
+    )  # control planes that have requests of it in flight, each with the time in epoch seconds until which that counts
+    waits_for: Mapped[str | None]  # what it waits for, in words; one that is placed gets no new requests then
 
 
 class Instance(Base):

@@ -1,16 +1,23 @@
-"""Which models are loaded: those that jobs need, then the most recently used, up to a limit. The others are evicted."""
+"""The models that someone asked for, as rows of the database: all control planes see which are used, and which wait."""
 
-from datetime import timedelta
+from collections.abc import Collection, Mapping
+from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import ColumnElement, Double, Text, and_, cast, delete, exists, extract, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import contract
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.tables import Attempt, Deployment
+from services.control_plane.models import places
 from services.control_plane.models.models import NamedModel
+from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
+
+MARK_SECONDS = 30.0  # after which the mark of a control plane that died counts no more
+SETTLED_SECONDS = 5.0  # after which Serve has removed what it was told to remove
 
 
 async def use(session: AsyncSession, model: NamedModel) -> None:
@@ -24,30 +31,135 @@ async def use(session: AsyncSession, model: NamedModel) -> None:
         raise Unavailable(message, retry_after=60)
 
 
+async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
+    """Mark that this control plane has requests of the model in flight. False: it has no place, or is leaving."""
+    # A row that was just written may stand for an application that is about to be removed. The release before writes
+    # no `placed_at`.
+    old = Deployment.asked_at < func.clock_timestamp() - timedelta(seconds=SETTLED_SECONDS)
+    placed = or_(Deployment.placed_at.is_not(None), old) & Deployment.waits_for.is_(None)
+    marked = _mark(placed & (Deployment.app_name == app_name), replica).returning(Deployment.app_name)
+    return await session.scalar(marked) is not None
+
+
+async def stay(session: AsyncSession, app_names: Collection[str], replica: str) -> set[str]:
+    """Mark it again. Returns those of the models that are open to new requests."""
+    marked = _mark(Deployment.app_name.in_(app_names), replica)
+    rows = await session.execute(marked.returning(Deployment.app_name, Deployment.waits_for))
+    return {app_name for app_name, waits_for in rows if waits_for is None}
+
+
+def _mark(which: ColumnElement[bool], replica: str) -> Any:
+    until = extract("epoch", func.clock_timestamp()) + MARK_SECONDS
+    mark = func.jsonb_build_object(cast(replica, Text), cast(until, Double))
+    now = {"last_used_at": func.clock_timestamp(), "answered_at": func.clock_timestamp()}
+    return update(Deployment).where(which).values(answering=Deployment.answering.op("||")(mark), **now)
+
+
+async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
+    """This control plane has no requests of these models in flight."""
+    rest = Deployment.answering.op("-")(cast(replica, Text))
+    values = {"answering": rest, "last_used_at": func.clock_timestamp()}
+    await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(**values))
+
+
+async def waits_for(session: AsyncSession, app_name: str) -> str | None:
+    """What the model's requests wait for, in words. None: it runs."""
+    row = await session.get(Deployment, app_name, populate_existing=True)
+    if row is None or row.waits_for or row.placed_at is None:
+        return f"waits for {(row and row.waits_for) or 'a place'}"
+    now = await session.scalar(select(func.clock_timestamp()))
+    assert now is not None
+    return None if row.ready_at else f"has been loading for {_seconds(now, row.placed_at):.0f} seconds"
+
+
 async def forget(session: AsyncSession, app_name: str) -> None:
-    await session.execute(delete(Deployment).where(Deployment.app_name == app_name))
+    """Wish it no more, so that the next who does loads it anew. An attempt's reference stays wished."""
+    await session.execute(delete(Deployment).where(Deployment.app_name == app_name, ~_pinned()))
 
 
-async def wanted(session: AsyncSession, settings: Settings, running: set[str]) -> list[contract.Deployment]:
-    """Returns the deployments to serve now, and forgets the others.
+def _pinned() -> ColumnElement[bool]:
+    return exists().where(Attempt.state != "ended", Attempt.reference == Deployment.app_name)
 
-    References of jobs come first, and stay as long as the jobs need them. A model that is neither running nor was asked
-    for lately, such as after a restart of the cluster, is not loaded again until somebody asks for it.
-    """
-    needed = select(Attempt.reference).where(Attempt.state != "ended", Attempt.reference.is_not(None))
-    pinned = Deployment.app_name.in_(needed)
-    lately = Deployment.last_used_at > func.clock_timestamp() - timedelta(seconds=settings.model_wait_seconds)
-    candidates = select(Deployment).where(or_(pinned, lately, Deployment.app_name.in_(running)))
-    best = candidates.order_by(pinned.desc(), Deployment.last_used_at.desc()).limit(settings.max_loaded_models)
-    keep = list(await session.scalars(best))
-    await session.execute(delete(Deployment).where(Deployment.app_name.not_in([row.app_name for row in keep])))
-    return [
-        contract.Deployment(
-            app_name=row.app_name,
-            model_id=row.model_id,
-            source=row.source,
-            dtype=settings.dtype,
-            num_gpus=settings.num_gpus_per_model,
-        )
-        for row in sorted(keep, key=lambda row: row.app_name)
-    ]
+
+async def wishes(session: AsyncSession, applications: Mapping[str, Application]) -> dict[str, places.Model]:
+    """All that are wished, as `applications` of Ray Serve and the rows tell, by their applications' names."""
+    return {model.app_name: model for _, model in await _wished(session, applications)}
+
+
+async def _wished(
+    session: AsyncSession, applications: Mapping[str, Application]
+) -> list[tuple[Deployment, places.Model]]:
+    query = select(Deployment, _pinned(), func.clock_timestamp()).order_by(Deployment.app_name)
+    rows = await session.execute(query.execution_options(populate_existing=True))
+    return [(row, _model(row, pinned, now, applications.get(row.app_name))) for row, pinned, now in rows.all()]
+
+
+def _model(row: Deployment, pinned: bool, now: datetime, app: Application | None) -> places.Model:
+    state = "waiting" if app is None or app.state == "stopping" else app.state
+    return places.Model(
+        app_name=row.app_name,
+        state=state,
+        held=_seconds(now, (row.ready_at or now) if state == "running" else (row.placed_at or now)),
+        asked=_seconds(now, row.asked_at),
+        used=_seconds(now, row.last_used_at),
+        pinned=pinned,
+        answers=any(until > now.timestamp() for until in row.answering.values()),
+        answered=row.answered_at is not None,
+    )
+
+
+def _seconds(now: datetime, since: datetime) -> float:
+    return (now - since).total_seconds()
+
+
+async def place(
+    session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: places.Room
+) -> list[contract.Deployment]:
+    """Decide who has a place now, and write that down. Returns the deployments to serve."""
+    while True:
+        wished = await _wished(session, applications)
+        plan = places.decide([model for _, model in wished], room)
+        gone = [await _is_forgotten(session, row) for row, _ in wished if row.app_name in plan.forget]
+        if all(gone):
+            break  # else one of them is used since this moment
+    kept = [(row, model) for row, model in wished if row.app_name not in plan.forget]
+    for row, model in kept:
+        serves = row.app_name in plan.serve
+        await _write_down(session, row, model, serves=serves, waits_for=plan.waits.get(row.app_name))
+    return [_deployment(row, settings) for row, _ in kept if row.app_name in plan.serve]
+
+
+async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
+    """Delete the row, unless someone has used the model since it was read."""
+    unused = and_(Deployment.answering == row.answering, Deployment.last_used_at == row.last_used_at)
+    gone = delete(Deployment).where(Deployment.app_name == row.app_name, unused).returning(Deployment.app_name)
+    return await session.scalar(gone.execution_options(synchronize_session=False)) is not None
+
+
+async def _write_down(
+    session: AsyncSession, row: Deployment, model: places.Model, *, serves: bool, waits_for: str | None
+) -> None:
+    """What changed of the row. Requests change its other columns meanwhile."""
+    values: dict[str, Any] = {} if row.waits_for == waits_for else {"waits_for": waits_for}
+    if serves and (model.state == "waiting" or row.placed_at is None):
+        ready_at = func.clock_timestamp() if model.state == "running" else None
+        values |= {"placed_at": func.clock_timestamp(), "ready_at": ready_at, "answered_at": None}
+    elif not serves and row.placed_at is not None:
+        values |= {"placed_at": None, "ready_at": None, "answered_at": None}
+    elif model.state == "running" and row.ready_at is None:
+        values["ready_at"] = func.clock_timestamp()
+    if serves and model.pinned and row.answered_at is None and "placed_at" not in values:
+        values["answered_at"] = func.clock_timestamp()  # once it is released, it has done its work
+    if values:
+        statement = update(Deployment).where(Deployment.app_name == row.app_name).values(**values)
+        await session.execute(statement.execution_options(synchronize_session=False))
+
+
+def _deployment(row: Deployment, settings: Settings) -> contract.Deployment:
+    return contract.Deployment(
+        app_name=row.app_name,
+        model_id=row.model_id,
+        source=row.source,
+        dtype=settings.dtype,
+        num_gpus=settings.num_gpus_per_model,
+    )

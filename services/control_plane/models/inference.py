@@ -2,13 +2,18 @@
 
 import asyncio
 import json
+import logging
+import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from fastapi import Response
 from fastapi.responses import StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.types import Receive, Scope, Send
 
 from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
 from services.control_plane.core.store import ProjectStore, Store
@@ -17,9 +22,32 @@ from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
+log = logging.getLogger(__name__)
+
 RETRY_AFTER_SECONDS = 15
-TOUCH_SECONDS = 10.0  # the use of a model is written at most this often
+ANSWER_SECONDS = 600  # a model may say nothing for so long
+POOL_SECONDS = 5  # for a free connection: there is one for each request that may be in flight
+LOOK_SECONDS = 0.5  # a request that waits looks so often whether its model is up
+ASK_SECONDS = 2.0  # a model that is waited for is wished anew, in case it was forgotten
+STAY_SECONDS = 10.0  # the mark of a model with requests in flight is renewed, well before it counts no more
+LEAVE_SECONDS = 1.0  # one request after the other is one use, which costs one mark
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
+
+
+@dataclass
+class _Use:
+    """What this control plane does with a model. Times are those of its own clock."""
+
+    in_flight: int = 0
+    asked_at: float = float("-inf")
+    is_marked: bool = False  # in the database
+    is_open: bool = False  # to new requests, as the database said last
+    told_at: float = float("-inf")  # when it did
+    left_at: float = 0.0  # when the last request ended
+
+    def must_ask(self) -> bool:
+        """Whether what the database said is too old."""
+        return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
 
 
 class Inference:
@@ -27,38 +55,87 @@ class Inference:
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
         self._store, self._ray_api, self._settings = store, ray_api, settings
-        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
-        self._serve = httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), limits=limits)
-        self._touched: dict[str, float] = {}
+        limits = httpx.Limits(max_connections=settings.max_requests, max_keepalive_connections=100)
+        timeout = httpx.Timeout(ANSWER_SECONDS, connect=5, pool=POOL_SECONDS)
+        self._serve = httpx.AsyncClient(timeout=timeout, limits=limits)
+        self._replica = secrets.token_hex(4)  # this control plane, in the marks of models in use
+        self._marking = asyncio.Lock()
+        self._uses: dict[str, _Use] = {}  # by applications' names; `run` drops those that nobody uses
 
     async def close(self) -> None:
         await self._serve.aclose()
 
-    async def forward(self, caller: ProjectStore, path: str, body: dict[str, Any]) -> Response:
-        """Answers `POST /v1/<path>` with the model that `body` names. A stream stays a stream."""
+    async def run(self) -> None:
+        """Keep the marks of models with requests in flight, and take the others away, until cancelled."""
+        while True:
+            try:
+                await self.mark()
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("The marks of models in use could not be renewed, and are tried again: %s", error)
+            await asyncio.sleep(LEAVE_SECONDS)
+
+    async def mark(self) -> None:
+        """Tell the database which models have requests of this control plane in flight, where that has changed."""
+        async with self._marking:
+            now, marked = time.monotonic(), {name: use for name, use in self._uses.items() if use.is_marked}
+            stay = {name for name, use in marked.items() if use.in_flight and now - use.told_at >= STAY_SECONDS}
+            leave = {name for name, use in marked.items() if not use.in_flight and now - use.left_at >= LEAVE_SECONDS}
+            if stay or leave:
+                async with self._store.begin() as session:
+                    is_open = await deployments.stay(session, stay, self._replica)
+                    await deployments.leave(session, leave, self._replica)
+            for name in stay:
+                marked[name].told_at, marked[name].is_open = now, name in is_open
+            for name in leave:
+                marked[name].is_marked = marked[name].is_open = False
+            kept = {name: use for name, use in self._uses.items() if use.is_marked or use.in_flight}
+            self._uses = kept | {name: use for name, use in self._uses.items() if now - use.asked_at < ASK_SECONDS}
+
+    async def forward(self, caller: ProjectStore, path: str, name: str, body: bytes, *, streams: bool) -> Response:
+        """Answers `POST /v1/<path>` with the caller's model of that name. A stream stays a stream."""
         async with caller.begin() as session:
-            model = await models.find(session, self._settings, body["model"])
+            model = await models.find(session, self._settings, name)
         if model.num_outputs:
             message = f"'{model.id}' is a reward model: it scores texts and writes none. Name a policy or a base model."
             raise InvalidRequest(message, param="model", code="invalid_value")
         base_url = await self._wait_until_served(model)
-        app = await self._ray_api.own_name(model.app_name)
-        request = self._serve.build_request("POST", f"{base_url}/{app}/v1/{path}", json=body)
+        answer: httpx.Response | None = None
+        stays = False
         try:
-            answer = await self._serve.send(request, stream=True)
-        except httpx.TransportError:
-            raise self._unavailable(model, "did not answer") from None
-        if answer.status_code != 200:
-            await answer.aread()
-            raise self._refusal(model, answer)
-        if body.get("stream"):
-            return StreamingResponse(_chunks(answer), media_type="text/event-stream")
-        content = await answer.aread()
-        await answer.aclose()
-        return Response(content, media_type="application/json")
+            answer = await self._send(f"{base_url}/{await self._ray_api.own_name(model.app_name)}/v1/{path}", body)
+            if answer.status_code == 200 and streams:
+                stays = True
+                return _Stream(answer, lambda: self._end(model, answer))
+            content = await answer.aread()
+            if answer.status_code != 200:
+                raise self._refusal(model, answer)
+            return Response(content, media_type="application/json")
+        except httpx.PoolTimeout:
+            busy = f"has no free connection: {self._settings.max_requests} requests are being answered by models"
+            raise self._unavailable(model, busy) from None
+        except httpx.HTTPError as error:
+            when = "did not answer" if answer is None else "stopped while it answered"
+            log.warning("The model %s %s: %r", model.id, when, error)
+            raise self._unavailable(model, when) from None
+        finally:
+            if not stays:
+                await self._end(model, answer)
+
+    async def _send(self, url: str, body: bytes) -> httpx.Response:
+        request = self._serve.build_request("POST", url, content=body, headers={"content-type": "application/json"})
+        return await self._serve.send(request, stream=True)
+
+    async def _end(self, model: NamedModel, answer: httpx.Response | None) -> None:
+        use = self._uses[model.app_name]
+        use.in_flight, use.left_at = use.in_flight - 1, time.monotonic()
+        if answer is not None:
+            await answer.aclose()
 
     async def _wait_until_served(self, model: NamedModel) -> str:
-        """Waits until the model runs. Returns the URL of Serve's proxy. Raises Unavailable if it is late or fails."""
+        """The proxy's URL once the model is up; the request is in flight then.
+
+        Raises Unavailable after `model_wait_seconds`, or if it cannot load.
+        """
         deadline = time.monotonic() + self._settings.model_wait_seconds
         while time.monotonic() < deadline:
             try:
@@ -66,25 +143,44 @@ class Inference:
             except httpx.HTTPError:
                 raise self._unavailable(model, "cannot be reached: the Ray cluster does not answer") from None
             app = view.applications.get(model.app_name)
-            await self._touch(model, again=app is None)
-            if app and app.state == "running" and view.base_url:
-                return view.base_url
             if app and app.state == "failed":
                 async with self._store.begin() as session:
                     await deployments.forget(session, model.app_name)  # so that the next request loads it again
                 raise self._unavailable(model, f"could not be loaded: {app.message}")
-            await asyncio.sleep(0.5)
-        raise self._unavailable(model, f"is still loading after {self._settings.model_wait_seconds:.0f} seconds")
+            if app and app.state == "running" and view.base_url and await self._enter(model):
+                return view.base_url
+            await self._ask(model)
+            await asyncio.sleep(LOOK_SECONDS)
+        async with self._store.begin() as session:
+            trouble = await deployments.waits_for(session, model.app_name)
+        most = f"a request waits for it at most {self._settings.model_wait_seconds:g} seconds"
+        raise self._unavailable(model, f"{trouble or 'is up only now'}; {most}")
 
-    async def _touch(self, model: NamedModel, *, again: bool) -> None:
-        """Notes the use of the model. With `again` it does so now, because the model may have been evicted."""
-        if again or time.monotonic() - self._touched.get(model.app_name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
+    async def _ask(self, model: NamedModel) -> None:
+        """Wish the model served. Requests of one model that wait here ask together."""
+        use = self._uses.setdefault(model.app_name, _Use())
+        if time.monotonic() - use.asked_at >= ASK_SECONDS:
+            use.asked_at = time.monotonic()
             async with self._store.begin() as session:
                 await deployments.use(session, model)
-            self._touched[model.app_name] = time.monotonic()
+
+    async def _enter(self, model: NamedModel) -> bool:
+        """Count a request as in flight. False: the model leaves its place, and answers no new ones."""
+        use = self._uses.setdefault(model.app_name, _Use())
+        use.in_flight += 1
+        entered = False
+        try:
+            async with self._marking:
+                if use.must_ask():
+                    async with self._store.begin() as session:
+                        use.is_open = await deployments.enter(session, model.app_name, self._replica)
+                    use.is_marked, use.told_at = use.is_marked or use.is_open, time.monotonic()
+            entered = use.is_open
+        finally:
+            use.in_flight -= not entered
+        return entered
 
     def _unavailable(self, model: NamedModel, trouble: str) -> Unavailable:
-        self._touched.pop(model.app_name, None)
         return Unavailable(
             f"The model '{model.id}' {trouble}. Try again in {RETRY_AFTER_SECONDS} seconds.",
             retry_after=RETRY_AFTER_SECONDS,
@@ -92,12 +188,13 @@ class Inference:
         )
 
     def _refusal(self, model: NamedModel, answer: httpx.Response) -> ApiError:
-        """Returns the server's error in OpenAI's envelope."""
+        """Returns the server's error in OpenAI's envelope, whatever it looks like."""
         try:
             said = answer.json()
-        except json.JSONDecodeError:
-            said = {}
-        error = said.get("error") if isinstance(said.get("error"), dict) else said
+        except (ValueError, RecursionError):
+            said = None
+        error: Any = said.get("error", said) if isinstance(said, dict) else {}
+        error = error if isinstance(error, dict) else {"message": error}
         message = str(error.get("message") or answer.text[:500] or "no reason given")
         param = error.get("param") if isinstance(error.get("param"), str) else None
         if refusal := REFUSALS.get(answer.status_code):
@@ -107,13 +204,33 @@ class Inference:
         return ApiError(f"The model '{model.id}' failed: {message}", code="model_error")
 
 
-async def _chunks(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """Yields the server's events as they come. A stream that breaks ends with an error, which clients raise."""
+class _Stream(StreamingResponse):
+    """The server's events as they come. `end` is called whether or not the client reads any."""
+
+    def __init__(self, answer: httpx.Response, end: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(_lines(answer), media_type="text/event-stream")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._end()
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """Whole lines as they come. One that breaks off is left out; an error that the client raises comes in its place."""
+    begun = b""
     try:
         async for chunk in answer.aiter_raw():
-            yield chunk
-    except httpx.TransportError:
+            whole, newline, rest = chunk.rpartition(b"\n")
+            if newline:
+                yield begun + whole + newline
+                begun = rest
+            else:
+                begun += chunk
+    except httpx.HTTPError:
         error = ApiError("The model stopped answering in the middle of the stream.", code="model_error")
-        yield f"data: {json.dumps(error.body())}\n\n".encode()
-    finally:
-        await answer.aclose()
+        begun = f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
+    if begun:
+        yield begun

@@ -8,13 +8,19 @@ from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+)
 
 from services.contract import Message
 from services.training.run.deaths import cause_of
 
 # Neither is needed: workers read data from storage, and a placement group ends with the driver that asked for it.
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+
+START_SECONDS = 1800  # a model ends its answers before it leaves its GPU to the workers; a node takes minutes to come
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -26,6 +32,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         # The watcher would warn workers that a node is about to end. Workers resume from a checkpoint after the end.
         os.environ.setdefault(ENABLE_PREEMPTION_WATCHER_ENV_VAR, "0")
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(START_SECONDS))
         super().__init__(*args, **options)
 
     def _create_default_callbacks(self) -> list[Any]:

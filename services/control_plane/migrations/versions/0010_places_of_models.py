@@ -1,0 +1,31 @@
+"""Which models have places, who uses them, and what the others wait for"""
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects.postgresql import JSONB
+
+revision = "0010"
+down_revision = "0009"
+branch_labels: Sequence[str] | None = None
+depends_on: Sequence[str] | None = None
+
+TIMES = ("placed_at", "ready_at", "answered_at")
+
+
+def upgrade() -> None:
+    """The defaults are for the release before, which writes none of these."""
+    op.add_column(
+        "deployments",
+        sa.Column("asked_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
+    )
+    for name in TIMES:
+        op.add_column("deployments", sa.Column(name, sa.DateTime(timezone=True)))
+    op.add_column("deployments", sa.Column("answering", JSONB(), server_default="{}", nullable=False))
+    op.add_column("deployments", sa.Column("waits_for", sa.String()))
+
+
+def downgrade() -> None:
+    for column in ("waits_for", "answering", *TIMES, "asked_at"):
+        op.drop_column("deployments", column)

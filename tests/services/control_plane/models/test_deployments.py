@@ -1,0 +1,238 @@
+"""Rows of models: who uses them, who waits, and that nothing which is used is forgotten."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+import pytest
+from sqlalchemy import text
+
+from services.control_plane.core.store import Store, migrate
+from services.control_plane.models import deployments
+from services.control_plane.models.models import NamedModel
+from services.control_plane.models.places import Room
+from services.control_plane.ray_api import Application
+from services.control_plane.settings import Settings
+
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+A, B, C = (NamedModel(name, f"s3://bucket/{name}", name, AT) for name in "abc")
+TWO = Room(places=2, wait_seconds=180)
+
+
+class Cluster:
+    """Serve, as it does what it is told at once; and the database beside it."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store, self._settings = store, settings
+        self.loaded: dict[str, Application] = {}
+
+    async def place(self, room: Room = TWO) -> set[str]:
+        async with self.store.begin() as session:
+            served = await deployments.place(session, self._settings, self.loaded, room)
+        self.loaded = {row.app_name: self.loaded.get(row.app_name, Application("running", "")) for row in served}
+        return {row.model_id for row in served}
+
+    async def use(self, *models: NamedModel) -> None:
+        for model in models:
+            async with self.store.begin() as session:
+                await deployments.use(session, model)
+
+    async def enter(self, model: NamedModel, replica: str = "one") -> bool:
+        async with self.store.begin() as session:
+            return await deployments.enter(session, model.app_name, replica)
+
+    async def leave(self, model: NamedModel, replica: str = "one") -> None:
+        async with self.store.begin() as session:
+            await deployments.leave(session, {model.app_name}, replica)
+
+    async def waits_for(self, model: NamedModel) -> str | None:
+        async with self.store.begin() as session:
+            return await deployments.waits_for(session, model.app_name)
+
+    async def sql(self, statement: str, **values: object) -> None:
+        async with self.store.begin() as session:
+            await session.execute(text(statement), values)
+
+    async def pin(self, model: NamedModel) -> None:
+        """A job's attempt needs it."""
+        job_id = f"ftjob-{secrets.token_hex(8)}"
+        job = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
+        values = "'proj_default', '{}', '/m', 'm', 0, 'run', 'running', 1"
+        await self.sql(f"INSERT INTO jobs ({job}) VALUES (:id, {values})", id=job_id)
+        attempt = "job_id, number, state, token, next_seq, num_accelerators, failed, reference"
+        values = ":id, 1, 'running', '', 0, 0, false, :reference"
+        await self.sql(f"INSERT INTO attempts ({attempt}) VALUES ({values})", id=job_id, reference=model.app_name)
+        await self.use(model)
+
+    async def release(self, model: NamedModel) -> None:
+        await self.sql("UPDATE attempts SET reference = NULL WHERE reference = :name", name=model.app_name)
+
+
+@asynccontextmanager
+async def _cluster(settings: Settings) -> AsyncIterator[Cluster]:
+    store = Store(settings.database_url)
+    cluster = Cluster(store, settings)
+    await cluster.sql("DELETE FROM deployments")
+    await cluster.sql("UPDATE attempts SET state = 'ended', ended_at = now() WHERE state <> 'ended'")
+    try:
+        yield cluster
+    finally:
+        await store.close()
+
+
+Story = Callable[[Cluster], Awaitable[None]]
+
+
+@pytest.fixture
+def tell(offline: Settings) -> Callable[[Story], None]:
+    migrate(offline.database_url)
+
+    async def run(story: Story) -> None:
+        async with _cluster(offline) as cluster:
+            await story(cluster)
+
+    return lambda story: asyncio.run(run(story))
+
+
+def test_references_of_jobs_do_not_evict_one_another_and_are_not_forgotten(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        for model in (A, B, C):
+            await cluster.pin(model)
+            await cluster.place()
+        assert await cluster.place() == {"a", "b"}
+        assert await cluster.waits_for(C) == "waits for a place: 2 models hold all 2 places, and load or answer"
+        await cluster.sql("UPDATE deployments SET last_used_at = now() - interval '3 days'")
+        await cluster.release(B)
+        assert await cluster.place() == {"a", "c"}
+        cluster.loaded = {}  # the cluster starts anew
+        assert await cluster.place() == {"a", "c"}
+
+    tell(story)
+
+
+def test_a_model_is_in_use_while_any_control_plane_has_requests_of_it_and_lives(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        one = Room(places=1, wait_seconds=180)
+        await cluster.use(A)
+        assert not await cluster.enter(A)  # it has no place yet
+        await cluster.place(one)
+        assert await cluster.enter(A)
+        assert await cluster.enter(A, "two")
+        await cluster.place(one)
+        await cluster.use(B)
+        await cluster.leave(A)
+        assert await cluster.place(one) == {"a"}
+        await cluster.leave(A, "two")
+        assert await cluster.place(one) == {"b"}
+        await cluster.enter(B)
+        await cluster.use(C)
+        assert await cluster.place(one) == {"b"}
+        await cluster.sql("UPDATE deployments SET answering = '{\"one\": 1}'")  # it died long ago
+        assert await cluster.place(one) == {"c"}
+
+    tell(story)
+
+
+def test_a_model_that_leaves_takes_no_new_requests_and_ends_the_others(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        one = Room(places=1, wait_seconds=180)
+        await cluster.use(A)
+        await cluster.place(one)
+        await cluster.place(one)
+        assert await cluster.enter(A)
+        await cluster.use(B)
+        await cluster.sql("UPDATE deployments SET ready_at = now() - interval '1 hour' WHERE model_id = 'a'")
+        assert await cluster.place(one) == {"a"}
+        assert await cluster.waits_for(A) == "waits for its next turn: another model waits"
+        assert not await cluster.enter(A, "two")
+        async with cluster.store.begin() as session:
+            assert await deployments.stay(session, {A.app_name}, "one") == set()
+        assert await cluster.place(one) == {"a"}
+        await cluster.leave(A)
+        assert await cluster.place(one) == {"b"}
+
+    tell(story)
+
+
+def test_one_that_is_used_in_the_moment_of_its_eviction_stays(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        one = Room(places=1, wait_seconds=180)
+        await cluster.use(A)
+        await cluster.place(one)
+        await cluster.enter(A)
+        await cluster.leave(A)
+        await cluster.use(B)
+        async with cluster.store.begin() as session:
+            assert await deployments.enter(session, A.app_name, "one")
+            placing = asyncio.create_task(cluster.place(one))
+            await _until_blocked(cluster)
+        assert await placing == {"a"}
+        assert await cluster.waits_for(A) is None
+
+    tell(story)
+
+
+async def _until_blocked(cluster: Cluster) -> None:
+    """Another transaction waits for this one's row."""
+    for _ in range(500):
+        async with cluster.store.begin() as session:
+            if await session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):
+                return
+        await asyncio.sleep(0.02)
+    raise AssertionError
+
+
+def test_what_nobody_waits_for_is_not_loaded_again_after_the_cluster_was_lost(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        await cluster.use(A, B)
+        await cluster.place()
+        await cluster.sql("UPDATE deployments SET last_used_at = now() - interval '1 hour' WHERE model_id = 'a'")
+        cluster.loaded = {}
+        assert await cluster.place() == {"b"}
+        assert await cluster.waits_for(A) == "waits for a place"
+
+    tell(story)
+
+
+def test_a_model_that_the_release_before_loaded_keeps_its_place(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        await cluster.use(A)
+        cluster.loaded = {A.app_name: Application("running", "")}
+        assert not await cluster.enter(A)  # a moment ago it may have been another one's turn
+        await cluster.sql("UPDATE deployments SET asked_at = now() - interval '6 seconds'")
+        assert await cluster.enter(A)
+        assert await cluster.place() == {"a"}
+        assert await cluster.waits_for(A) is None
+
+    tell(story)
+
+
+def test_who_waits_for_one_that_loads_is_told_since_when(tell: Callable[[Story], None]) -> None:
+    async def story(cluster: Cluster) -> None:
+        await cluster.use(A)
+        await cluster.place()
+        cluster.loaded = {A.app_name: Application("loading", "")}
+        await cluster.place()
+        await cluster.sql("UPDATE deployments SET placed_at = now() - interval '42.2 seconds'")
+        assert await cluster.waits_for(A) == "has been loading for 42 seconds"
+        cluster.loaded = {A.app_name: Application("running", "")}
+        await cluster.place()
+        assert await cluster.waits_for(A) is None
+
+    tell(story)
+
+
+def test_one_that_failed_is_forgotten_for_the_next_request_but_not_for_an_attempt(
+    tell: Callable[[Story], None],
+) -> None:
+    async def story(cluster: Cluster) -> None:
+        await cluster.use(A)
+        await cluster.pin(B)
+        for model in (A, B):
+            async with cluster.store.begin() as session:
+                await deployments.forget(session, model.app_name)
+        assert await cluster.place() == {"b"}
+
+    tell(story)

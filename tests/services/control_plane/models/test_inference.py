@@ -1,0 +1,340 @@
+"""Completions through the control plane, from a Serve that dies, hangs and answers nonsense; sockets are real."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import httpx
+import openai
+import psycopg
+import pytest
+from sqlalchemy import select, text, update
+
+from services.control_plane.core.errors import Unavailable
+from services.control_plane.core.store import ProjectStore, Store, migrate
+from services.control_plane.core.tables import DEFAULT_PROJECT, Deployment, Lease
+from services.control_plane.models.inference import Inference
+from services.control_plane.ray_api import RayApi
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import FakeRay, api_of, free_port, new_key, new_project, served
+
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+class Serve(threading.Thread):
+    """Ray Serve's proxy: every connection gets these bytes, and is cut; or is held until its client leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.port = free_port()
+        self.answer = b""
+        self.holds = False
+        self.bodies: list[bytes] = []
+        self.num_open = 0
+        self.started = threading.Event()
+
+    def reply(self, body: bytes, *, status: int = 200, kind: str = "application/json", more: str = "") -> None:
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n{more}\r\n"
+        self.answer, self.holds = head.encode() + body, False
+
+    def stream(self, body: bytes) -> None:
+        """The first chunk of more."""
+        head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        self.answer = head.encode() + b"%x\r\n%s\r\n" % (len(body), body)
+
+    def run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.loop, self.stopping = asyncio.get_running_loop(), asyncio.Event()
+        async with await asyncio.start_server(self._connect, "127.0.0.1", self.port):
+            self.started.set()
+            await self.stopping.wait()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_open += 1
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        self.bodies.append(await reader.readexactly(length))
+        writer.write(self.answer)
+        if self.holds:
+            await reader.read()
+        writer.close()
+        self.num_open -= 1
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Serve]:
+    serve = Serve()
+    serve.start()
+    serve.started.wait()
+    yield serve
+    serve.loop.call_soon_threadsafe(serve.stopping.set)
+    serve.join()
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay, serve: Serve) -> Settings:
+    urls = {"ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}", "serve_url": f"http://127.0.0.1:{serve.port}"}
+    models = offline.models | {"slow": offline.models["tiny"]}
+    return offline.model_copy(update=urls | {"model_wait_seconds": 3.0, "max_requests": 8, "models": models})
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ask(api: httpx.Client, **more: object) -> httpx.Response:
+    return api.post("/chat/completions", json=ASK | more)
+
+
+def refusal(answer: httpx.Response, status: int) -> str:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+# --- what comes in -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('"temperature": NaN', "'temperature' is nan, which is no number in JSON"),
+        ('"seed": -1e400', "'seed' is -inf, which is no number in JSON, or too large for one"),
+        ('"a": [{"b": "x\\ud800"}]', r"'a.0.b' holds \ud800, half a character; send both halves"),
+        ('"a": {"\\udc00": 1}', r"'a' holds \udc00, half a character"),
+        (f'"tools": {"[" * 300}{"]" * 300}', "'tools' has more than 100 lists or objects in one another"),
+        (f'"tools": {"[" * 200_000}{"]" * 200_000}', "too many lists or objects in one another"),
+        (f'"seed": {"9" * 5000}', "The body cannot be read: Exceeds the limit"),
+    ],
+)
+def test_what_no_other_reader_of_json_would_take_is_refused_by_name(
+    api: httpx.Client, serve: Serve, more: str, said: str
+) -> None:
+    before = len(serve.bodies)
+    raw = f'{{"model": "tiny", {more}}}'
+    answer = api.post("/chat/completions", content=raw, headers={"content-type": "application/json"})
+    assert said in refusal(answer, 400)
+    assert len(serve.bodies) == before
+
+
+def test_a_body_that_is_no_utf8_is_refused(api: httpx.Client) -> None:
+    raw = b'{"model": "tiny", "user": "\xff"}'
+    answer = api.post("/chat/completions", content=raw, headers={"content-type": "application/json"})
+    assert "cannot be read: 'utf-8' codec can't decode byte 0xff" in refusal(answer, 400)
+
+
+def test_the_model_gets_the_bytes_that_were_sent(api: httpx.Client, serve: Serve) -> None:
+    serve.reply(b'{"id": "one"}')
+    raw = '{ "model":"tiny", "seed": 123456789012345678901234567890, "n": 1.10, "user": "\\ud83d\\ude00 é" }'.encode()
+    answer = api.post("/chat/completions", content=raw, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()) == (200, {"id": "one"})
+    assert serve.bodies[-1] == raw
+
+
+# --- what comes back -----------------------------------------------------------------------------------
+
+
+def test_a_replica_that_dies_is_a_503_to_be_sent_again(api: httpx.Client, serve: Serve) -> None:
+    for died, said in (
+        (b"", "did not answer"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", "stopped while it"),
+    ):
+        serve.answer = died
+        answer = ask(api)
+        assert f"The model 'tiny' {said}" in refusal(answer, 503)
+        assert answer.headers["retry-after"] == "15"
+    serve.reply(b"no gzip", more="content-encoding: gzip\r\n")
+    assert "stopped while it answered" in refusal(ask(api), 503)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'["too busy"]', '["too busy"]'),
+        (b'"too busy"', '"too busy"'),
+        (b"null", "null"),
+        (b'{"error": "too busy"}', "too busy"),
+        (b'{"error": {"message": {"a": 1}}}', "{'a': 1}"),
+        (b'{"message": "too busy"}', "too busy"),
+        (b"<html>", "<html>"),
+        (b"\xff", "\ufffd"),
+        (b"", "no reason given"),
+        (b"[" * 200_000, "[[["),
+    ],
+)
+def test_an_error_is_told_whatever_it_looks_like(api: httpx.Client, serve: Serve, body: bytes, said: str) -> None:
+    for status, ours in ((500, 500), (503, 503), (400, 400), (418, 500)):
+        serve.reply(body, status=status)
+        assert said in refusal(ask(api), ours)
+
+
+def test_a_stream_that_is_cut_ends_with_an_error_the_client_raises(client: openai.OpenAI, serve: Serve) -> None:
+    event = {"id": "a", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
+    event |= {"choices": [{"index": 0, "delta": {"content": "he"}, "finish_reason": None}]}
+    whole = f"data: {json.dumps(event)}".encode()
+    for cut in (whole + b"\n\n" + whole[:40], whole + b"\n", whole + b"\r\n\r\nda", whole + b"\n\n"):
+        serve.stream(cut)
+        told = []
+        chunks = client.chat.completions.create(stream=True, **ASK)  # type: ignore[call-overload]
+        with pytest.raises(openai.APIError, match="stopped answering in the middle"):
+            told.extend(chunk.choices[0].delta.content for chunk in chunks)
+        assert told == ["he"]
+
+
+def test_a_whole_stream_comes_as_it_was_sent(api: httpx.Client, serve: Serve) -> None:
+    body = b"data: {}\n\ndata: [DONE]\n\nno newline at the end"
+    serve.stream(body)
+    serve.answer += b"0\r\n\r\n"
+    assert ask(api, stream=True).content == body
+
+
+# --- who leaves ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_completion(
+    api: httpx.Client, serve: Serve, settings: Settings, stream: bool
+) -> None:
+    serve.reply(b"{}")
+    ask(api)  # it is loaded
+    serve.answer = b""
+    if stream:
+        serve.stream(b"data: {}\n\n")
+    serve.holds = True
+    with pytest.raises(httpx.ReadTimeout):
+        api.post("/chat/completions", json=ASK | {"stream": stream}, timeout=0.5)
+    until(lambda: serve.num_open == 0)
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        marks = "SELECT count(*) FROM deployments WHERE answering <> '{}'"
+        until(lambda: rows.execute(marks).fetchone() == (0,))
+
+
+# --- places --------------------------------------------------------------------------------------------
+
+
+def test_requests_that_wait_for_a_model_leave_places_to_other_projects_and_are_told_for_what(
+    api: httpx.Client,
+    base_url: str,
+    serve: Serve,
+    fake_ray: FakeRay,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(body: dict[str, list[dict[str, str]]]) -> None:
+        new = [config for config in body["applications"] if config["name"] not in fake_ray.serve]
+        fake_ray.serve |= {config["name"]: served(config, status="DEPLOYING") for config in new}
+
+    monkeypatch.setattr(fake_ray, "deploy", load)
+    key = new_key(api, project_id=new_project(api, "waits"), scopes=["inference", "read"])
+    answers: list[httpx.Response] = []
+
+    def wait() -> None:
+        with api_of(base_url, key["value"]) as theirs:
+            answers.append(theirs.post("/chat/completions", json=ASK | {"model": "slow"}))
+
+    clients = [threading.Thread(target=wait) for _ in range(8)]
+    for client in clients:
+        client.start()
+    until(lambda: len(answers) > 0)  # those beyond the project's half are refused at once
+    assert api.get("/models").status_code == 200
+    serve.reply(b"{}")
+    for client in clients:
+        client.join()
+    said = [refusal(answer, 503) for answer in answers]
+    waited = [message for message in said if "has been loading for" in message]
+    assert 0 < len(waited) <= 5
+    assert all("a request waits for it at most 3 seconds. Try again in 15 seconds" in message for message in waited)
+    assert all(answer.headers["retry-after"] for answer in answers)
+
+
+@asynccontextmanager
+async def inference_of(settings: Settings) -> AsyncIterator[tuple[Inference, Store]]:
+    migrate(settings.database_url)
+    store = Store(settings.database_url)
+    ray_api = RayApi(settings, store.instance)
+    inference = Inference(store, ray_api, settings)
+    try:
+        yield inference, store
+    finally:
+        await inference.close()
+        await ray_api.close()
+        await store.close()
+
+
+def test_a_request_without_a_connection_to_the_model_is_told_so(
+    settings: Settings, api: httpx.Client, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.control_plane.models.inference.POOL_SECONDS", 0.2)
+    serve.reply(b"{}")
+    assert ask(api).status_code == 200  # it is loaded
+    serve.answer, serve.holds = b"", True
+
+    async def two() -> None:
+        async with inference_of(settings.model_copy(update={"max_requests": 1})) as (inference, store):
+            caller = ProjectStore(store, DEFAULT_PROJECT)
+            first = asyncio.create_task(inference.forward(caller, "completions", "tiny", b"{}", streams=False))
+            await asyncio.to_thread(until, lambda: serve.num_open > 0)
+            with pytest.raises(Unavailable, match="has no free connection: 1 requests are being answered by models"):
+                await inference.forward(caller, "completions", "tiny", b"{}", streams=False)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(two(), 60))
+
+
+def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remembered(
+    settings: Settings, api: httpx.Client, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STAY_SECONDS", "LEAVE_SECONDS", "ASK_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(f"services.control_plane.models.inference.{name}", 0.01)
+    serve.reply(b"{}")
+    assert ask(api).status_code == 200  # it is loaded
+    serve.answer, serve.holds = b"", True
+
+    async def use() -> None:
+        async with inference_of(settings) as (inference, store):
+
+            async def marks() -> list[float]:
+                async with store.begin() as session:
+                    rows = await session.scalars(select(Deployment).where(Deployment.model_id == "tiny"))
+                    return [
+                        until for row in rows for name, until in row.answering.items() if name == inference._replica
+                    ]
+
+            caller = ProjectStore(store, DEFAULT_PROJECT)
+            answering = asyncio.create_task(inference.forward(caller, "completions", "tiny", b"{}", streams=False))
+            await asyncio.to_thread(until, lambda: serve.num_open > 0)
+            (first,) = await marks()
+            await asyncio.sleep(0.02)
+            await inference.mark()
+            (second,) = await marks()
+            assert second > first
+            async with store.begin() as session:  # and the reconciler, which would put that right, stands by
+                await session.execute(update(Lease).values(holder="another", expires_at=text("now() + interval '1 h'")))
+            await asyncio.sleep(0.5)
+            async with store.begin() as session:
+                await session.execute(update(Deployment).values(waits_for="its next turn: another model waits"))
+            await inference.mark()
+            short = settings.model_copy(update={"model_wait_seconds": 0.05})
+            monkeypatch.setattr(inference, "_settings", short)
+            with pytest.raises(Unavailable, match="waits for its next turn: another model waits; a request waits for"):
+                await inference.forward(caller, "completions", "tiny", b"{}", streams=False)
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+            await asyncio.sleep(0.02)
+            await inference.mark()
+            assert await marks() == []
+            assert inference._uses == {}
+            async with store.begin() as session:
+                await session.execute(update(Lease).values(expires_at=text("now()")))
+
+    asyncio.run(asyncio.wait_for(use(), 60))

@@ -1,0 +1,267 @@
+"""Who is loaded, who leaves, and what the others are told; and a day of jobs and requests, by a clock of its own."""
+
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.control_plane.models.places import (
+    LOADING_SECONDS,
+    NO_ENGINES,
+    STAY_SECONDS,
+    TURN_SECONDS,
+    Engines,
+    Model,
+    Room,
+    decide,
+    engines,
+)
+
+TWO = Room(places=2, wait_seconds=180)
+BUSY = Model(app_name="busy", state="running", held=10, answers=True, answered=True)
+IDLE = Model(app_name="idle", state="running", held=10, used=20, answered=True)
+LOADING = Model(app_name="loading", state="loading", held=30, used=1)
+WAITING = Model(app_name="waiting", state="waiting", asked=5, used=1)
+PINNED = Model(app_name="pinned", state="running", used=9999, pinned=True)
+
+
+def test_an_idle_model_leaves_its_place_to_another_and_a_busy_one_keeps_it() -> None:
+    plan = decide([BUSY, IDLE, WAITING], TWO)
+    assert (plan.serve, plan.forget, plan.waits) == ({"busy", "waiting"}, {"idle"}, {})
+
+
+def test_the_idle_one_that_was_used_the_longest_time_ago_goes_first_and_one_that_failed_before_it() -> None:
+    older = replace(IDLE, app_name="older", used=21)
+    assert decide([IDLE, older, WAITING], TWO).forget == {"older"}
+    failed = replace(IDLE, app_name="failed", state="failed", used=0, answered=False)
+    assert decide([IDLE, failed, WAITING], TWO).forget == {"failed"}
+
+
+def test_what_loads_or_answers_or_scores_is_not_evicted_and_the_others_are_told() -> None:
+    for one in (LOADING, PINNED, replace(IDLE, answered=False, held=STAY_SECONDS - 1)):
+        plan = decide([BUSY, one, WAITING], TWO)
+        assert plan.serve == {"busy", one.app_name}
+        assert plan.waits == {"waiting": "a place: 2 models hold all 2 places, and load or answer"}
+
+
+def test_an_idle_model_stays_while_nobody_waits_or_as_long_as_the_settings_say() -> None:
+    long_ago = replace(IDLE, used=1e6)
+    assert decide([long_ago], TWO).serve == {"idle"}
+    assert decide([long_ago, BUSY], replace(TWO, idle_seconds=600)).serve == {"busy"}
+    assert decide([replace(IDLE, used=599)], replace(TWO, idle_seconds=600)).serve == {"idle"}
+
+
+def test_a_model_that_nobody_waits_for_any_more_is_forgotten_and_a_reference_is_not() -> None:
+    left = replace(WAITING, used=181)
+    assert decide([left], TWO).forget == {"waiting"}
+    assert decide([replace(left, pinned=True)], TWO).serve == {"waiting"}
+    assert decide([replace(LOADING, held=LOADING_SECONDS + 1, used=181), BUSY, WAITING], TWO).forget == {"loading"}
+
+
+def test_references_come_first_and_are_never_evicted_for_one_another() -> None:
+    held = [replace(PINNED, app_name=name) for name in "ab"]
+    third = replace(WAITING, app_name="c", pinned=True)
+    plan = decide([*held, third, WAITING], TWO)
+    assert plan.serve == {"a", "b"}
+    assert plan.forget == set()
+    assert plan.waits.keys() == {"c", "waiting"}
+    assert decide([held[0], IDLE, third, replace(WAITING, asked=9999)], TWO).serve == {"a", "c"}
+
+
+def test_those_that_wait_take_turns_by_when_they_were_first_asked_for() -> None:
+    later = replace(WAITING, app_name="later", asked=4, used=0)
+    plan = decide([BUSY, later, WAITING], TWO)
+    assert plan.serve == {"busy", "waiting"}
+    assert plan.waits.keys() == {"later"}
+
+
+def test_one_that_just_got_its_place_is_not_evicted_for_the_next() -> None:
+    first = replace(WAITING, app_name="first", asked=6, held=1e6)  # the cluster lost it
+    assert decide([first, WAITING], replace(TWO, places=1)).serve == {"first"}
+
+
+def test_a_model_that_is_always_busy_leaves_after_its_turn_if_another_waits() -> None:
+    always, one = replace(BUSY, held=TURN_SECONDS + 1), replace(TWO, places=1)
+    plan = decide([always, WAITING], one)
+    assert plan.serve == {"busy"}  # until its requests are answered
+    assert plan.waits["busy"] == "its next turn: another model waits"
+    assert decide([replace(always, answers=False), WAITING], one).serve == {"waiting"}
+    assert decide([always], one).waits == {}
+
+
+def test_an_idle_reference_leaves_the_gpu_to_the_workers_of_its_job_at_once() -> None:
+    released = replace(PINNED, pinned=False, answered=True)
+    room = replace(TWO, gpus_each=1, gpus=0.0)
+    assert decide([released], room).forget == {"pinned"}
+    assert decide([replace(released, pinned=True)], room).serve == {"pinned"}
+    assert decide([replace(released, state="loading")], room).forget == {"pinned"}
+    busy = decide([replace(released, answers=True)], room)
+    assert busy.waits == {"pinned": "its next turn: running jobs need its GPU"}
+
+
+def test_idle_models_leave_their_gpus_to_the_next_job_and_no_waiting_one_takes_them() -> None:
+    room = replace(TWO, gpus_each=1, gpus=2.0, gpus_of_next_job=2.0)
+    plan = decide([IDLE, BUSY, WAITING], room)
+    assert plan.forget == {"idle"}
+    assert plan.waits == {"waiting": "GPUs: jobs leave 0 GPUs to models, 1 models hold theirs, and it needs 1"}
+    assert decide([replace(BUSY, held=TURN_SECONDS + 1)], room).waits.keys() == {"busy"}
+
+
+def test_a_model_that_waited_when_the_last_job_began_goes_before_the_next_one_if_it_fits_at_all() -> None:
+    room, since = replace(TWO, places=4, gpus_each=1), {"capacity": 4.0, "since_last_job": 4.0}
+    assert engines([WAITING, BUSY, PINNED, IDLE], 1, room, **since) == Engines(3.0, go_first=True)
+    assert engines([replace(WAITING, asked=3)], 0, room, **since) == NO_ENGINES
+    assert engines([replace(WAITING, used=181)], 0, room, **since) == NO_ENGINES
+    assert engines([WAITING], 0, replace(room, gpus_each=8), **since) == NO_ENGINES
+    assert engines([WAITING, BUSY], 0, replace(room, places=1), **since) == Engines(1.0)  # it waits for a place
+
+
+models = st.builds(
+    Model,
+    app_name=st.uuids().map(str),
+    state=st.sampled_from(["waiting", "loading", "running", "failed"]),
+    held=st.sampled_from([0.0, 100.0, 400.0, 4000.0]),
+    asked=st.floats(0, 1e4),
+    used=st.floats(0, 1e4),
+    pinned=st.booleans(),
+    answers=st.booleans(),
+    answered=st.booleans(),
+)
+rooms = st.builds(
+    Room,
+    places=st.integers(1, 4),
+    gpus_each=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    gpus=st.none() | st.floats(-2, 8),
+    gpus_of_next_job=st.floats(0, 4),
+    wait_seconds=st.just(180.0),
+    idle_seconds=st.none() | st.just(60.0),
+)
+
+
+@given(st.lists(models, max_size=8), rooms)
+def test_whatever_there_is_nobody_is_lost_and_nothing_that_works_is_evicted(found: list[Model], room: Room) -> None:
+    plan = decide(found, room)
+    names, placed = {model.app_name for model in found}, {model.app_name for model in found if model.state != "waiting"}
+    assert plan.serve | plan.forget | plan.waits.keys() == names
+    assert not plan.forget & (plan.serve | plan.waits.keys())
+    assert all(plan.waits.values())
+    assert placed & {model.app_name for model in found if not model.is_idle} <= plan.serve
+    assert len(plan.serve) <= max(room.places, len(placed))
+
+
+# --- a day ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Engine:
+    """A model and those who want it."""
+
+    asked_at: float = 0.0
+    used_at: float = float("-inf")
+    state: str = "waiting"
+    since: float = 0.0
+    answered: bool = False
+    loads: int = 0  # since it last answered
+    waiting: list[float] = field(default_factory=list)  # when each client first asked
+    answers: list[float] = field(default_factory=list)  # when each answer ends
+
+
+@dataclass
+class Job:
+    came: float
+    seconds: float
+    began: float | None = None
+
+
+class Day:
+    """Clients that ask again until they are answered, and jobs of one GPU each, on so many GPUs."""
+
+    def __init__(self, seed: int, *, gpus: int, places: int, num_models: int, busy: float) -> None:
+        self.random = random.Random(seed)
+        self.gpus, self.places, self.busy = gpus, places, busy
+        self.models = {f"m{number}": Engine() for number in range(num_models)}
+        self.queue: list[Job] = []
+        self.running: list[Job] = []
+        self.longest = {"request": 0.0, "job": 0.0}
+        self.now, self.last_job = 0.0, float("-inf")
+
+    def wished(self) -> list[Model]:
+        found = []
+        for name, engine in self.models.items():
+            if engine.used_at == float("-inf"):
+                continue
+            ages = {"held": self.now - engine.since, "asked": self.now - engine.asked_at}
+            ages["used"] = self.now - engine.used_at
+            bits = {"answers": bool(engine.answers), "answered": engine.answered}
+            found.append(Model(app_name=name, state=engine.state, **ages, **bits))  # type: ignore[arg-type]
+        return found
+
+    def tick(self) -> None:
+        self.come()
+        seen, free = self.wished(), self.gpus - len(self.running)
+        room = Room(places=self.places, gpus_each=1.0, gpus=float(free), wait_seconds=180)
+        loaded = engines(seen, 0, room, capacity=float(self.gpus), since_last_job=self.now - self.last_job)
+        if self.queue and free >= 1 and not loaded.go_first:
+            if free - loaded.gpus >= 1:
+                self.start(self.queue.pop(0))
+                room = replace(room, gpus=free - 1.0)
+            else:
+                room = replace(room, gpus_of_next_job=1.0)
+        plan = decide(seen, room)
+        self.serve(plan.serve, plan.forget, plan.waits)
+        self.now += 5.0
+
+    def come(self) -> None:
+        for name, engine in self.models.items():
+            popular = self.busy if name in ("m0", "m1") else 0.01
+            if self.random.random() < popular:
+                engine.waiting.append(self.now)
+        if self.random.random() < 0.004:
+            self.queue.append(Job(self.now, self.random.uniform(60, 1200)))
+        for job in [job for job in self.running if job.began is not None and self.now - job.began > job.seconds]:
+            self.running.remove(job)
+
+    def start(self, job: Job) -> None:
+        self.longest["job"] = max(self.longest["job"], self.now - max(job.came, self.last_job))
+        job.began = self.last_job = self.now
+        self.running.append(job)
+
+    def serve(self, served: set[str], forgotten: set[str], waits: dict[str, str]) -> None:
+        for name, engine in self.models.items():
+            engine.answers = [ends for ends in engine.answers if ends > self.now]
+            if name in forgotten:
+                assert not engine.answers
+                self.models[name] = Engine(loads=engine.loads, waiting=engine.waiting)
+                engine = self.models[name]
+            if name in served and engine.state == "waiting":
+                engine.state, engine.since, engine.answered = "loading", self.now, False
+                engine.loads += 1
+                assert engine.loads <= 2, "loaded again and again without answering"
+            elif engine.state == "loading" and self.now - engine.since > 90:
+                engine.state, engine.since = "running", self.now
+            if engine.waiting and engine.state == "running" and name not in waits:
+                self.answer(engine)
+            if engine.waiting:
+                if engine.used_at == float("-inf"):
+                    engine.asked_at = self.now
+                engine.used_at = self.now
+        assert len(self.running) + sum(engine.state != "waiting" for engine in self.models.values()) <= self.gpus
+
+    def answer(self, engine: Engine) -> None:
+        self.longest["request"] = max(self.longest["request"], self.now - min(engine.waiting))
+        engine.answers += [self.now + self.random.uniform(1, 120) for _ in engine.waiting]
+        engine.waiting, engine.used_at, engine.answered, engine.loads = [], self.now, True, 0
+
+
+@pytest.mark.parametrize(("gpus", "places", "num_models"), [(1, 2, 2), (2, 2, 3), (4, 2, 5)])
+@pytest.mark.parametrize("busy", [0.02, 0.9])  # 0.9: two models are never idle by themselves
+def test_in_a_day_of_jobs_and_requests_nobody_starves(gpus: int, places: int, num_models: int, busy: float) -> None:
+    for seed in range(2):
+        day = Day(seed, gpus=gpus, places=places, num_models=num_models, busy=busy)
+        while day.now < 86400:
+            day.tick()
+        left = [min(engine.waiting) for engine in day.models.values() if engine.waiting]
+        assert day.now - min(left, default=day.now) < 3600
+        assert max(day.longest.values()) < 3600  # of a job: since it is the next one
