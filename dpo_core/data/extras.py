@@ -60,7 +60,9 @@ def template_arguments(row: Row) -> dict[str, object] | None:
         raise row.invalid("/chat_template_kwargs", "wrong_type", f"is {shown(arguments)}; it must be a dictionary.")
     for key, value in arguments.items():
         if key in RESERVED_ARGUMENTS or not key.isidentifier():
-            what = "is reserved, or is no name of an argument; remove it."
+            what = "is an argument that the service sets; remove it."
+            if not key.isidentifier():
+                what = "is not a valid name (letters, digits and _ only); remove or rename it."
             raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", what)
         if str(value).casefold() in ("true", "false") and not isinstance(value, bool):
             what = f"is the text {shown(value)}, and templates take any text for true; write it without quotes."

@@ -56,7 +56,7 @@ class Row:
             if column not in self.value:
                 raise self.invalid("", "missing_column", f"has no column {column[:40]!r} for the {role}; name another.")
             if role in others:
-                what = f"and {column[:40]!r} are both the {role}; send one."
+                what = f"has the same role as column {column[:40]!r}: both are the {role}; send only one."
                 raise self.invalid(pointer_to((role,)), "duplicate_key", what)
         return Row(self.line, others | {role: self.value[column] for role, column in columns.items()}, columns)
 

@@ -222,7 +222,10 @@ def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:
 
 
 def _experts(model: PreTrainedModel) -> list[str]:
-    """Returns the names by which PEFT adapts experts that transformers keeps in one weight. Routers are left out."""
+    """Returns the target modules with which PEFT adapts the experts of a mixture of experts, without routers.
+
+    The list is empty unless transformers keeps all experts of a layer in one three-dimensional weight.
+    """
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 
     if not any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters()):

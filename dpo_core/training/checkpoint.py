@@ -160,7 +160,9 @@ def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision:
     """
     manifest = verify(folder)
     if not manifest.has_optimizer:
-        raise ValueError(f"{folder} was kept without its optimizer's state; resume from a newer one, or start from it.")
+        raise ValueError(
+            f"{folder} has no optimizer state any more; resume from a newer checkpoint, or start from its model."
+        )
     if manifest.total_steps != total_steps:
         what = f"{folder} is of a run of {manifest.total_steps} steps, this run has {total_steps}"
         raise ValueError(f"{what}; use the same data and config.")

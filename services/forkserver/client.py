@@ -152,7 +152,9 @@ def prepare_drivers(path: str) -> None:
 
 
 def _start_server(path: str, name: str, modules: Sequence[str], idle_seconds: float | None = None) -> None:
-    """Starts a server at `<path>.<name>`, as a fork of the first server, unless one runs there already.
+    """Starts the fork server `name` at the socket `<path>.<name>`, as a fork of the server that listens at `path`.
+
+    It starts nothing if a server runs there already.
 
     Returns when the server listens. The server answers requests after it has imported `modules`. Raises OSError if the
     first server does not answer or the new one does not listen.

@@ -99,7 +99,8 @@ async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] |
             if tell is not None and "num_checked" in said:
                 tell(said["num_checked"])
         if await process.wait() != 0 or "report" not in said:
-            raise Died(f"{uri}: exit status {process.returncode}: {(await errors)[-2000:].decode(errors='replace')}")
+            how = f"exit status {process.returncode} and no report: {(await errors)[-2000:].decode(errors='replace')}"
+            raise Died(f"The process that checks {uri} ended with {how}")
         return said
     finally:
         with suppress(ProcessLookupError):

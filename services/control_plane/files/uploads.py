@@ -160,7 +160,8 @@ async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str])
             raise InvalidRequest(f"{part_id:.80} is no part of {row.id}.", param="part_ids")
     ordered = [parts[part_id] for part_id in part_ids]
     if (total := sum(part.num_bytes for part in ordered)) != row.num_bytes:
-        message = f"The parts have {total} bytes, but the upload was created with {row.num_bytes}; add what is missing."
+        sizes = f"The parts have {total} bytes, but the upload was created for {row.num_bytes}"
+        message = f"{sizes}; send the ids of parts that add up to that."
         raise InvalidRequest(message, param="part_ids")
     return ordered
 

@@ -39,7 +39,10 @@ class Room:
         self._held: Counter[str] = Counter()
 
     def take(self, amount: int, holder: str | None = None, *, has: int = 0) -> None:
-        """Takes `amount` or raises Unavailable. `has` is what the request has already. One alone takes any amount."""
+        """Takes `amount` or raises Unavailable. `has` is what the request has already.
+
+        A request that is alone may take any amount.
+        """
         if self.taken and self.taken + amount > self.most:
             raise self._full(f"Requests hold {self.taken} of {self.most} {self._what}")
         if holder is not None:
@@ -65,23 +68,26 @@ class Bounds:
     """The amounts that users' requests share, or attempts' reports."""
 
     def __init__(self, settings: Settings) -> None:
-        self.places = Room(settings.max_requests, "places of requests that are answered at once")
+        self.places = Room(settings.max_requests, "slots for requests that are answered at the same time")
         self.streams = Room(OPEN_STREAMS, "open streams")
         self.memory = Room(HELD_BYTES, "bytes of memory")
         self.disk = Room(settings.max_spool_bytes, "bytes of disk")
 
 
 class Place:
-    """The place of one request among those that are answered at once, which it has until it is answered."""
+    """One request's slot under the limit on requests that are answered at the same time.
+
+    The request holds the slot until it is answered. A streamed answer exchanges it for a slot among the open streams.
+    """
 
     def __init__(self, bounds: Bounds, holder: str | None) -> None:
-        """Takes a place. Raises Unavailable if none is left for the holder."""
+        """Takes a slot. Raises Unavailable if none is left for the holder."""
         bounds.places.take(1, holder)
         self.bounds, self.holder = bounds, holder
         self._room = bounds.places
 
     def become_stream(self) -> None:
-        """Changes the place for one among the open streams. Raises Unavailable if none is left."""
+        """Exchanges the slot for one among the open streams. Raises Unavailable if none is left."""
         self.bounds.streams.take(1, self.holder)
         self.leave()
         self._room = self.bounds.streams
@@ -148,7 +154,7 @@ class Limits:
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
         self._app, self._settings, self._project_of = app, settings, project_of
         self.users, self.attempts = Bounds(settings), Bounds(settings)
-        self._asking = Room(settings.max_requests, "places of requests whose keys are looked up")
+        self._asking = Room(settings.max_requests, "slots for requests whose keys are looked up")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNCOUNTED:

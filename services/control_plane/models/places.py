@@ -1,35 +1,36 @@
-"""Which models are loaded, and what the others wait for. Nothing here acts, or looks at anything but its arguments.
+"""Decides which models are loaded and what the other requested models wait for. These are pure functions.
 
-Models that open attempts need as their reference come first and are never evicted. A model that loads or answers is
-not evicted either; an idle one is, for others or for jobs. Those that wait take turns by when they were first asked
-for. A model that is always busy leaves after its turn if others wait: it ends its answers and gets no new ones.
+Models that open attempts need as their reference are pinned: they are loaded first and never evicted. A model that is
+loading or answering is not evicted either; an idle model is, to make room for other models or for jobs. Waiting models
+are loaded in the order in which they were first requested. A model that is always busy has a turn: after TURN_SECONDS,
+and if others wait, it finishes its answers and gets no new requests.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-TURN_SECONDS = 300.0  # that a busy model keeps its place while others wait
-STAY_SECONDS = 60.0  # that a model nobody has used yet keeps its place: its client comes back after a 503
-LOADING_SECONDS = 3600.0  # after which a model that still loads leaves its place to others
+TURN_SECONDS = 300.0  # how long a busy model stays loaded while other models wait
+STAY_SECONDS = 60.0  # how long a loaded model waits for its first request: the client retries after a 503
+LOADING_SECONDS = 3600.0  # after this time a model that is still loading may be evicted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model that someone asked for. Durations are in seconds, until now."""
+    """A requested model, and how it has been used. All durations are in seconds and end now."""
 
     app_name: str
     state: Literal["waiting", "loading", "running", "failed"]
-    held: float = 0.0  # since it was given its place; of one that runs, since it does
-    asked: float = 0.0  # since it was first asked for
-    used: float = 0.0  # since it was last asked for or used
-    pinned: bool = False  # an open attempt needs it as its reference
-    answers: bool = False  # requests of it are in flight
-    answered: bool = False  # since it got its place; or it had that as a reference
+    held: float = 0.0  # since loading began; for a running model, since it has been running
+    asked: float = 0.0  # since the first request for the model
+    used: float = 0.0  # since the last request for the model
+    pinned: bool = False  # whether an open attempt needs the model as its reference
+    answers: bool = False  # whether requests to the model are in flight
+    answered: bool = False  # whether the model has answered since it was loaded, or was loaded as a reference
 
     @property
     def is_idle(self) -> bool:
-        """Whether it may be evicted."""
+        """Whether the model may be evicted."""
         if self.state == "waiting" or self.pinned or self.answers:
             return False
         if self.state == "loading":
@@ -43,17 +44,17 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """What there is for models."""
+    """The room that the cluster and the settings have for models."""
 
-    places: int
-    gpus_each: float = 0.0
-    gpus: float | None = None  # that running jobs leave; None: it is not known, or models need none
-    gpus_of_next_job: float = 0.0  # which waits for models to leave them
-    wait_seconds: float  # a model that nobody asked for since is not loaded
-    idle_seconds: float | None = None  # after which an idle model is evicted though nobody waits
+    places: int  # how many models may be loaded at a time
+    gpus_each: float = 0.0  # GPUs of one model
+    gpus: float | None = None  # GPUs that running jobs do not use; None: unknown, or models need none
+    gpus_of_next_job: float = 0.0  # GPUs that the next job waits for
+    wait_seconds: float  # a model whose last request is older than this is not loaded
+    idle_seconds: float | None = None  # an idle model is evicted after this time even if no other model waits
 
     def num_unpinned(self, *, beside_next_job: bool) -> int:
-        """How many models have GPUs. Those that are pinned have their jobs' GPUs."""
+        """Returns how many models that are not pinned may be loaded. A pinned model uses its job's GPUs."""
         if self.gpus is None or not self.gpus_each:
             return self.places
         left = self.gpus - self.gpus_of_next_job * beside_next_job
@@ -62,15 +63,15 @@ class Room:
 
 @dataclass
 class Plan:
-    """What to do: serve these; forget those that are not wished any more; tell what each of the others waits for."""
+    """The decision: the models to serve, those to forget, and what each of the others waits for."""
 
     serve: set[str] = field(default_factory=set)
     forget: set[str] = field(default_factory=set)
-    waits: dict[str, str] = field(default_factory=dict)  # one that is served and waits is leaving
+    waits: dict[str, str] = field(default_factory=dict)  # by model; a served model in here gets no new requests
 
 
 def decide(models: Collection[Model], room: Room) -> Plan:
-    """Who keeps its place, who gets one, and who leaves."""
+    """Decides which models stay loaded, which are loaded next, and which are evicted."""
     queue = sorted(
         (model for model in models if model.state == "waiting" and (model.pinned or model.used <= room.wait_seconds)),
         key=lambda model: (not model.pinned, -model.asked, model.app_name),
@@ -89,7 +90,7 @@ def decide(models: Collection[Model], room: Room) -> Plan:
 
 
 class _Served:
-    """The models that have places, while it is being decided."""
+    """The set of models to serve, while `decide` changes the set."""
 
     def __init__(self, models: Sequence[Model], room: Room) -> None:
         unused = room.idle_seconds if room.idle_seconds is not None else float("inf")
@@ -98,13 +99,16 @@ class _Served:
         self.leaving: dict[str, str] = {}
 
     def make_way(self, why: str, most: int, *, at_once: bool = False) -> None:
-        """Evict idle models until so many are left that nobody pinned; busy ones leave, `at_once` or after a turn."""
+        """Evicts idle models until at most `most` models that are not pinned are left.
+
+        If too few models are idle, busy ones stop getting requests: after their turn, or `at_once`.
+        """
         for _ in range(self._num_unpinned() - most - len(self.leaving)):
             if not self._evict():
                 self._ask_to_leave(why, at_once=at_once)
 
     def take(self, model: Model) -> str | None:
-        """Give the model a place, or say what it waits for."""
+        """Adds the model to the served ones, or returns what the model waits for."""
         while reason := self._lacks(model):
             if not self._would_help(model):
                 return reason
@@ -124,14 +128,14 @@ class _Served:
         return f"GPUs: {jobs}, {self._num_unpinned()} models hold theirs, and it needs {room.gpus_each:g}"
 
     def _would_help(self, model: Model) -> bool:
-        """Whether there is anything that an evicted model would leave to this one."""
+        """Whether evicting another model could make room for this one."""
         return model.pinned or self._room.num_unpinned(beside_next_job=True) > 0
 
     def _num_unpinned(self) -> int:
         return sum(not model.pinned for model in self.models)
 
     def _evict(self) -> bool:
-        """The idle model that was used the longest time ago, of those that failed before others."""
+        """Removes one idle model, a failed one if there is one, else the least recently used. False: none is idle."""
         idle = [model for model in self.models if model.is_idle]
         idle.sort(key=lambda model: (model.state != "failed", -model.used, model.app_name))
         if idle:
@@ -140,7 +144,10 @@ class _Served:
         return bool(idle)
 
     def _ask_to_leave(self, why: str, *, at_once: bool = False) -> None:
-        """The busy model that has run for the longest time gets no new requests."""
+        """Stops new requests to the busy model that has run longest, which then waits with the reason `why`.
+
+        Only a model whose turn is over is chosen; with `at_once`, any running model. Pinned models are never chosen.
+        """
         busy = [model for model in self.models if model.app_name not in self.leaving and not model.pinned]
         busy = [model for model in busy if model.had_its_turn or (at_once and model.state == "running")]
         if busy:
@@ -149,10 +156,10 @@ class _Served:
 
 @dataclass(frozen=True)
 class Engines:
-    """What models mean to the jobs that wait."""
+    """What the scheduler of jobs must know about models."""
 
-    gpus: float = 0.0  # that models hold which no job needs
-    go_first: bool = False  # one has waited for GPUs since before the last job began: no job begins before it
+    gpus: float = 0.0  # GPUs of models that no job needs as its reference
+    go_first: bool = False  # whether a model has waited for GPUs since before the last job began, and goes first now
 
 
 NO_ENGINES = Engines()
@@ -161,7 +168,10 @@ NO_ENGINES = Engines()
 def engines(
     models: Collection[Model], num_stopping: int, room: Room, *, capacity: float, since_last_job: float
 ) -> Engines:
-    """`capacity`: all GPUs of the cluster; `since_last_job`: the seconds since one began."""
+    """Returns what the scheduler of jobs must know about models.
+
+    `capacity` is the number of the cluster's GPUs, `since_last_job` the seconds since the last job began.
+    """
     loaded = [model for model in models if model.state != "waiting"]
     unpinned = sum(not model.pinned for model in loaded)
     waiting = [model for model in models if model.state == "waiting" and model.used <= room.wait_seconds]
