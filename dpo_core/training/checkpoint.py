@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from dpo_core.checkpoint_selection import Evaluation
 from dpo_core.config import TrainConfig
 from dpo_core.models.adapter import put_weights
 from dpo_core.models.model import has_adapter
-from dpo_core.selection import Evaluation
 from dpo_core.training.weights import Weights
 
 MANIFEST = "manifest.json"

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_core.checkpoint_selection import Evaluation, evaluations, stalls
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import fingerprint
@@ -24,7 +25,6 @@ from dpo_core.objectives.metrics import compute_metrics
 from dpo_core.policy.admission import admit
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.scorer import Scorer
-from dpo_core.selection import Evaluation, evaluations, stalls
 from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.checkpoint_writer import Publish, Writer
 from dpo_core.training.evaluation import Batches, evaluate

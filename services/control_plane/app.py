@@ -48,7 +48,7 @@ from services.control_plane.progress.streams import Streams
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import api as tenants_api
-from services.control_plane.tenants import api_keys, audit
+from services.control_plane.tenants import api_keys, audit_api
 from services.control_plane.webhooks import api as webhooks_api
 from services.control_plane.webhooks.outbox import Sender
 
@@ -75,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
         webhooks_api,
         progress_api,
     )
-    for routes in (*owned, api_keys, tenants_api, audit, unsupported):
+    for routes in (*owned, api_keys, tenants_api, audit_api, unsupported):
         app.include_router(routes.router, prefix="/v1", dependencies=checks)
     app.include_router(attempts_api.router)
     app.include_router(health.router)

@@ -33,7 +33,7 @@ from services.control_plane.core import log_setup, store, telemetry
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.jobs import jobs
-from services.control_plane.models import deployments, places
+from services.control_plane.models import deployments, eviction
 from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
@@ -245,14 +245,14 @@ class Reconciler:
 
     async def _engines(
         self, view: ServeView | None, running: Sequence[Job], capacity: Mapping[str, float]
-    ) -> places.Engines:
+    ) -> eviction.Engines:
         """What loaded models, and those that wait, mean to the next jobs."""
         if view is None or not self._settings.num_gpus_per_model:
-            return places.NO_ENGINES
+            return eviction.NO_ENGINES
         async with self._store.begin() as session:
             wished = await deployments.wishes(session, view.applications)
         stopping = {name for name, app in view.applications.items() if app.state == "stopping" or name not in wished}
-        return places.engines(
+        return eviction.engines(
             wished.values(),
             len(stopping),
             self._room(running, [], capacity),
@@ -260,14 +260,14 @@ class Reconciler:
             since_last_job=self._clock() - self._job_began,
         )
 
-    def _room(self, running: Sequence[Job], next_job: Sequence[Job], capacity: Mapping[str, float]) -> places.Room:
+    def _room(self, running: Sequence[Job], next_job: Sequence[Job], capacity: Mapping[str, float]) -> eviction.Room:
         """What jobs leave to models."""
 
         def gpus(jobs: Sequence[Job]) -> float:
             return sum(needs(job, self._settings).get("GPU", 0.0) for job in jobs)
 
         settings = self._settings
-        return places.Room(
+        return eviction.Room(
             places=settings.max_loaded_models,
             gpus_each=settings.num_gpus_per_model,
             gpus=capacity.get("GPU", 0.0) - gpus(running) if capacity else None,
@@ -276,7 +276,7 @@ class Reconciler:
             idle_seconds=settings.model_idle_seconds,
         )
 
-    async def _serve_models(self, view: ServeView, room: places.Room) -> None:
+    async def _serve_models(self, view: ServeView, room: eviction.Room) -> None:
         """Make Ray Serve run what has a place, and nothing else of ours."""
         present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:

@@ -4,7 +4,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core import selection
+from dpo_core import checkpoint_selection
 from services.contract import JobSpec
 from services.control_plane.core.tables import Checkpoint, Event, Job, Model
 from services.control_plane.jobs import jobs
@@ -26,8 +26,8 @@ async def drop_old(session: AsyncSession, job: Job) -> None:
     spec = JobSpec.model_validate(job.spec)
     metric, keep = spec.config.best_metric, spec.keep_checkpoints
     rows = {row.step: row for row in await session.scalars(offered(job.id))}
-    found = selection.evaluations(((step, row.metrics) for step, row in rows.items()), metric)
-    old = rows.keys() - selection.kept(rows, found, metric, keep)
+    found = checkpoint_selection.evaluations(((step, row.metrics) for step, row in rows.items()), metric)
+    old = rows.keys() - checkpoint_selection.kept(rows, found, metric, keep)
     if not old:
         return
     dropped = await models.withdraw_unused(session, [rows[step].model_id for step in old])

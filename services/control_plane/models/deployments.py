@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services import contract
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.tables import Attempt, Deployment
-from services.control_plane.models import places
+from services.control_plane.models import eviction
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
@@ -81,22 +81,22 @@ def _pinned() -> ColumnElement[bool]:
     return exists().where(Attempt.state != "ended", Attempt.reference == Deployment.app_name)
 
 
-async def wishes(session: AsyncSession, applications: Mapping[str, Application]) -> dict[str, places.Model]:
+async def wishes(session: AsyncSession, applications: Mapping[str, Application]) -> dict[str, eviction.Model]:
     """All that are wished, as `applications` of Ray Serve and the rows tell, by their applications' names."""
     return {model.app_name: model for _, model in await _wished(session, applications)}
 
 
 async def _wished(
     session: AsyncSession, applications: Mapping[str, Application]
-) -> list[tuple[Deployment, places.Model]]:
+) -> list[tuple[Deployment, eviction.Model]]:
     query = select(Deployment, _pinned(), func.clock_timestamp()).order_by(Deployment.app_name)
     rows = await session.execute(query.execution_options(populate_existing=True))
     return [(row, _model(row, pinned, now, applications.get(row.app_name))) for row, pinned, now in rows.all()]
 
 
-def _model(row: Deployment, pinned: bool, now: datetime, app: Application | None) -> places.Model:
+def _model(row: Deployment, pinned: bool, now: datetime, app: Application | None) -> eviction.Model:
     state = "waiting" if app is None or app.state == "stopping" else app.state
-    return places.Model(
+    return eviction.Model(
         app_name=row.app_name,
         state=state,
         held=_seconds(now, (row.ready_at or now) if state == "running" else (row.placed_at or now)),
@@ -113,12 +113,12 @@ def _seconds(now: datetime, since: datetime) -> float:
 
 
 async def place(
-    session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: places.Room
+    session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: eviction.Room
 ) -> list[contract.Deployment]:
     """Decide who has a place now, and write that down. Returns the deployments to serve."""
     while True:
         wished = await _wished(session, applications)
-        plan = places.decide([model for _, model in wished], room)
+        plan = eviction.decide([model for _, model in wished], room)
         gone = [await _is_forgotten(session, row) for row, _ in wished if row.app_name in plan.forget]
         if all(gone):
             break  # else one of them is used since this moment
@@ -137,7 +137,7 @@ async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
 
 
 async def _write_down(
-    session: AsyncSession, row: Deployment, model: places.Model, *, serves: bool, waits_for: str | None
+    session: AsyncSession, row: Deployment, model: eviction.Model, *, serves: bool, waits_for: str | None
 ) -> None:
     """What changed of the row. Requests change its other columns meanwhile."""
     values: dict[str, Any] = {} if row.waits_for == waits_for else {"waits_for": waits_for}

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, delete, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core import selection
+from dpo_core.checkpoint_selection import best, evaluations
 from dpo_core.config import Lora, Quantization
 from services.contract import JobSpec
 from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFound
@@ -190,7 +190,7 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
         return f"would go on from '{model.id}', its newest checkpoint"
     if job.spec.get("policy") == "best":
         metric = JobSpec.model_validate(job.spec).config.best_metric
-        top = selection.best(selection.evaluations(((row.step, row.metrics) for row in rows.values()), metric), metric)
+        top = best(evaluations(((row.step, row.metrics) for row in rows.values()), metric), metric)
         if top and model.id in rows and rows[model.id].step == top.step:
             return f"'{model.id}' is its best checkpoint so far, which may become its policy"
     return None

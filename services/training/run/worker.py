@@ -15,9 +15,9 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from dpo_core.checkpoint_selection import Evaluation, best, stalls
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_tokenizer
-from dpo_core.selection import Evaluation, best, stalls
 from dpo_core.training.checkpoint import DamagedCheckpoint, read_manifest, verify
 from dpo_core.training.trainer import StepResult, train
 from services import storage
@@ -38,7 +38,7 @@ from services.training.data.row_order import batched, global_batches, num_places
 from services.training.data.row_stream import Stream
 from services.training.reports.logs import keep_logs
 from services.training.reports.reporting import JobFailed
-from services.training.run import retention
+from services.training.run import stored_checkpoints
 from services.training.run.commands import pause_requests
 from services.training.run.full_disk import retry_while_full
 
@@ -199,9 +199,9 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
 
     Such a checkpoint is downloaded to `cache`.
     """
-    for _, uri in retention.complete(run_uri):
+    for _, uri in stored_checkpoints.complete(run_uri):
         try:
-            if not retention.manifest_of(uri).has_optimizer:
+            if not stored_checkpoints.manifest_of(uri).has_optimizer:
                 continue
             folder = storage.fetch(uri, cache)
             verify(folder)
@@ -280,14 +280,14 @@ def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
     A failure does not stop training: the user is warned, and the next checkpoint causes another try.
     """
     try:
-        retention.drop_optimizers(spec.run_uri, published=published)
+        stored_checkpoints.drop_optimizers(spec.run_uri, published=published)
     except (OSError, DamagedCheckpoint) as error:
         sentence = f"The optimizer's state of older checkpoints could not be removed yet: {error}"
         reporter.report.remote(Message(level="warn", message=sentence))
 
 
 def checkpoint_uri(spec: AttemptSpec, step: int) -> str:
-    return retention.checkpoint_uri(spec.run_uri, step)
+    return stored_checkpoints.checkpoint_uri(spec.run_uri, step)
 
 
 @contextmanager

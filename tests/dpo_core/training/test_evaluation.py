@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpo_core.checkpoint_selection import stalls
 from dpo_core.config import EarlyStop, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
 from dpo_core.options import Aot, Bco, Dpo, Kto, Lipo, Mpo, Supervised
-from dpo_core.selection import stalls
 from dpo_core.training.checkpoint import read_manifest
 from dpo_core.training.trainer import train
 

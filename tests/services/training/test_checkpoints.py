@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from dpo_core.checkpoint_selection import best, evaluations
 from dpo_core.config import EarlyStop, Optim, TrainConfig
-from dpo_core.selection import best, evaluations
 from services import storage
 from services.contract import AttemptSpec, CheckpointSaved, Message, Started, StepMetrics
-from services.training.run.retention import checkpoint_uri, complete, manifest_of
+from services.training.run.stored_checkpoints import checkpoint_uri, complete, manifest_of
 from tests.services.training.attempt import Driver, figures, only, train_workers
 
 pytestmark = pytest.mark.ray

@@ -11,8 +11,8 @@ from sqlalchemy import text
 
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.models import deployments
+from services.control_plane.models.eviction import Room
 from services.control_plane.models.models import NamedModel
-from services.control_plane.models.places import Room
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
 

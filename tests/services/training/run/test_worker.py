@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from dpo_core.checkpoint_selection import Evaluation
 from dpo_core.config import EarlyStop, Optim, TrainConfig
 from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.options import Supervised
-from dpo_core.selection import Evaluation
 from dpo_core.training.checkpoint import Manifest
 from dpo_core.training.checkpoint_writer import Writer
 from dpo_core.training.optim import make_optimizer

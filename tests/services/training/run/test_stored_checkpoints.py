@@ -7,7 +7,7 @@ import pytest
 from dpo_core.training.checkpoint import FileDigest, Manifest, sha256_of, verify
 from services import storage
 from services.contract import Report
-from services.training.run.retention import checkpoint_uri, drop_optimizers
+from services.training.run.stored_checkpoints import checkpoint_uri, drop_optimizers
 from services.training.run.worker import newest_checkpoint
 from tests.services.s3 import S3
 

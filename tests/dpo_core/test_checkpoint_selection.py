@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from dpo_core.checkpoint_selection import Evaluation, best, evaluations, kept, stalls
 from dpo_core.config import EarlyStop, TrainConfig
 from dpo_core.options import OBJECTIVES, InvalidOption, Mpo
-from dpo_core.selection import Evaluation, best, evaluations, kept, stalls
 
 LOSS, ACCURACY = "eval/loss", "eval/rewards/accuracies"
 

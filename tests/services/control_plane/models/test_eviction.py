@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.control_plane.models.places import (
+from services.control_plane.models.eviction import (
     LOADING_SECONDS,
     NO_ENGINES,
     STAY_SECONDS,
