@@ -68,7 +68,7 @@ class Bounds:
     """The amounts that users' requests share, or attempts' reports."""
 
     def __init__(self, settings: Settings) -> None:
-        self.places = Room(settings.max_requests, "slots for requests that are answered at the same time")
+        self.places = Room(settings.max_requests, "places of requests that are answered at once")
         self.streams = Room(OPEN_STREAMS, "open streams")
         self.memory = Room(HELD_BYTES, "bytes of memory")
         self.disk = Room(settings.max_spool_bytes, "bytes of disk")
@@ -154,7 +154,7 @@ class Limits:
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
         self._app, self._settings, self._project_of = app, settings, project_of
         self.users, self.attempts = Bounds(settings), Bounds(settings)
-        self._asking = Room(settings.max_requests, "slots for requests whose keys are looked up")
+        self._asking = Room(settings.max_requests, "places of requests whose keys are looked up")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNCOUNTED:
