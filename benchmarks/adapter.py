@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.memory import forget_peak, peak
-from benchmarks.rows import dialogues, save_model
+from benchmarks.rows import dialogues, encode, save_model
 
 MAX_TOKENS_PER_PACK = 4096
 KINDS = ("all weights", "adapter")
@@ -50,11 +50,9 @@ def main() -> None:
 def run(args: argparse.Namespace) -> dict[str, float]:
     """Trains one epoch in this process. Returns the seconds per step, the peak memory and the sizes of a checkpoint."""
     from dpo_core import (
-        Group,
         Lora,
         Optim,
         TrainConfig,
-        encode_group,
         load_policy,
         load_tokenizer,
         score_reference,
@@ -64,9 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     model = args.folder / "model"
     tokenizer = load_tokenizer(model)
     rows = dialogues(args.pairs, num_completions=2)
-    groups = [
-        encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)
-    ]
+    groups = encode(rows, tokenizer)
     forget_peak()
     before = peak()
     policy = load_policy(model, adapter=Lora() if args.kind == "adapter" else None)

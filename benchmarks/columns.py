@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.rows import as_pairs
+from benchmarks.rows import as_pairs, encode
 
 RATE, BETA, MAX_LENGTH = 1e-6, 0.1, 2048
 Figures = dict[str, float]
@@ -49,11 +49,9 @@ def columns(args: Namespace) -> dict[str, Callable[[Namespace], Figures]]:
 def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None = None) -> Figures:
     """Trains with dpo_core and returns the figures. `without` names a part of dpo_core (see ABLATIONS) to leave out."""
     from dpo_core import (
-        Group,
         Lora,
         Optim,
         TrainConfig,
-        encode_group,
         load_policy,
         load_tokenizer,
         score_reference,
@@ -72,9 +70,7 @@ def run_ours(args: Namespace, *, dtype: str | None = None, without: str | None =
         policy = reference = load(adapter=Lora(r=rank, alpha=2 * rank))
     else:
         policy, reference = load(), load()
-    groups = [
-        encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)
-    ]
+    groups = encode(rows, tokenizer)
     batches = list(in_batches(groups))
     most = {"cpu": 4096, "cuda": 16384}[device()]
     optim = Optim(learning_rate=RATE, warmup_ratio=0.0)

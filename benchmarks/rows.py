@@ -1,12 +1,17 @@
 """Makes random rows and a random model for benchmarks. The texts are random words, and as long as in real dialogues."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from demo.base_model import make_base_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dpo_core.encoding.encode import EncodedGroup
 
 Row = dict[str, Any]
 
@@ -30,6 +35,13 @@ def dialogues(num_rows: int, *, num_completions: int, seed: int = 0) -> list[Row
         }
         for _ in range(num_rows)
     ]
+
+
+def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> "list[EncodedGroup]":
+    """Returns the token ids of the rows' prompts and completions."""
+    from dpo_core import Group, encode_group
+
+    return [encode_group(Group(row["prompt"], row["completions"], line), tokenizer) for line, row in enumerate(rows, 1)]
 
 
 def as_pairs(row: Row) -> Iterator[Row]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from dpo_core.data.survey import survey
 from dpo_core.methods import COMMON, METHODS, described
@@ -26,6 +28,27 @@ Assignment = tuple[tuple[str, ...], Any]
 FILES = ("training_file", "validation_file")
 READING = ("columns", "invalid_rows", "max_invalid_share")  # fields of x_raydpo that are sent when a file is uploaded
 FIRST_ROWS = 100
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="YAML, TOML or JSON file with the body of POST /fine_tuning/jobs. "
+        "The other options override the file's fields. Default: none.",
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Sets a field of the request's body, such as x_raydpo.max_length=512 or "
+        "method.simpo.gamma_beta_ratio=0.5. VALUE is YAML; null removes the field. "
+        "Repeatable; overrides all other options.",
+    ),
+]
 
 
 def read_config(path: Path) -> Body:

@@ -1,12 +1,20 @@
 """The `raydpo jobs` commands: submit training jobs and follow them."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from services.cli.client import api_command, err, fail, id_argument, out, safe, write_content
-from services.cli.job_request import assignment, compose, local_files, read_config, upload, validate
+from services.cli.job_request import (
+    Assignments,
+    ConfigFile,
+    assignment,
+    compose,
+    local_files,
+    read_config,
+    upload,
+    validate,
+)
 from services.cli.lists import AsJson, Limit, date, list_command, show_list
 from services.cli.lists import Columns as Table
 from services.cli.logs import read_logs
@@ -24,16 +32,7 @@ JobId = Annotated[str, id_argument()]
 @api_command(app)
 def create(
     client: "OpenAI",
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="YAML, TOML or JSON file with the body of POST /fine_tuning/jobs. "
-            "The other options override the file's fields. Default: none.",
-        ),
-    ] = None,
+    config: ConfigFile = None,
     again: Annotated[
         str | None,
         typer.Option(
@@ -105,16 +104,7 @@ def create(
     ] = None,
     columns: Columns = None,
     max_invalid_share: MaxInvalidShare = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Sets a field of the request's body, such as x_raydpo.max_length=512 or "
-            "method.simpo.gamma_beta_ratio=0.5. VALUE is YAML; null removes the field. "
-            "Repeatable; overrides all other options.",
-        ),
-    ] = None,
+    sets: Assignments = None,
     dry_run: Annotated[
         bool,
         typer.Option(

@@ -1,13 +1,12 @@
 """The `raydpo plan` command: find out whether a job would fit into its workers' memory."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from services.cli.client import api_command, out, print_rows
-from services.cli.job_request import assignment, compose, local_files, read_config, upload
+from services.cli.job_request import Assignments, ConfigFile, assignment, compose, local_files, read_config, upload
 from services.cli.lists import AsJson
 
 if TYPE_CHECKING:
@@ -20,16 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     client: "OpenAI",
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="YAML, TOML or JSON file with the body of POST /fine_tuning/jobs. "
-            "The other options override the file's fields. Default: none.",
-        ),
-    ] = None,
+    config: ConfigFile = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -52,15 +42,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Sets a field of the request's body, such as x_raydpo.num_workers=4 or method.dpo.batch_size=32. "
-            "VALUE is YAML; null removes the field. Repeatable; overrides all other options.",
-        ),
-    ] = None,
+    sets: Assignments = None,
     as_json: AsJson = False,
 ) -> None:
     """Report whether a job would fit into its workers' memory, and which changes would make the job fit.

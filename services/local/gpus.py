@@ -1,4 +1,4 @@
-"""What `raydpo up` does with the GPUs of its machine unless the settings say otherwise."""
+"""The default GPU settings of `raydpo up`, chosen from the GPUs of its machine."""
 
 import os
 import subprocess
@@ -6,13 +6,14 @@ from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 
 NAMES = ("num_gpus_per_worker", "num_gpus_per_model")
-SECONDS = 10  # in which a driver that works has answered
+SECONDS = 10  # a working driver answers within this time
 
 
 def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
-    """A whole GPU for each worker and model that `configured` does not name; and that in words.
+    """Returns defaults for the settings of NAMES that `configured` lacks, and a sentence that reports them.
 
-    Jobs and models take turns where there are fewer GPUs. Both are empty on a machine without any.
+    Each default is one whole GPU; jobs and models take turns if the machine has fewer GPUs than they need. Both
+    results are empty on a machine without a GPU.
     """
     chosen = {name: 1.0 for name in NAMES if name not in configured}
     if not chosen or not (number := _count()):
@@ -22,9 +23,9 @@ def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
 
 
 def _count() -> int:
-    """How many GPUs Ray will find here: those of NVIDIA's driver, unless CUDA_VISIBLE_DEVICES hides some.
+    """Returns the number of GPUs that Ray will find: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves visible.
 
-    None where PyTorch is its build for CPUs, as after `make setup ACCELERATOR=cpu`.
+    The number is 0 if PyTorch is built for CPUs, as after `make setup ACCELERATOR=cpu`.
     """
     try:
         if version("torch").endswith("+cpu"):

@@ -63,7 +63,7 @@ class Reconciler:
         self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
-        self._clock, self._job_began = clock, float("-inf")  # when a job began last, as far as was seen here
+        self._clock, self._job_began = clock, float("-inf")  # when this reconciler last saw a job begin
         self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
         self._executor = Executor(store, ray_api, settings, holder=holder)
@@ -246,7 +246,7 @@ class Reconciler:
     async def _engines(
         self, view: ServeView | None, running: Sequence[Job], capacity: Mapping[str, float]
     ) -> eviction.Engines:
-        """What loaded models, and those that wait, mean to the next jobs."""
+        """Returns how the loaded and the waiting models limit the GPUs of the next jobs."""
         if view is None or not self._settings.num_gpus_per_model:
             return eviction.NO_ENGINES
         async with self._store.begin() as session:
@@ -261,7 +261,7 @@ class Reconciler:
         )
 
     def _room(self, running: Sequence[Job], next_job: Sequence[Job], capacity: Mapping[str, float]) -> eviction.Room:
-        """What jobs leave to models."""
+        """Returns the places and GPUs that the jobs leave to models."""
 
         def gpus(jobs: Sequence[Job]) -> float:
             return sum(needs(job, self._settings).get("GPU", 0.0) for job in jobs)
@@ -277,7 +277,7 @@ class Reconciler:
         )
 
     async def _serve_models(self, view: ServeView, room: eviction.Room) -> None:
-        """Make Ray Serve run what has a place, and nothing else of ours."""
+        """Makes Ray Serve run exactly those of this service's models that have a place."""
         present = {name for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.place(session, self._settings, view.applications, room)

@@ -32,8 +32,8 @@ async def look_at(model: NamedModel) -> Shapes:
 def rows_of(file: File | None, counted: CheckResult | None, spec: JobSpec) -> tuple[Rows, str]:
     """Returns the number and token lengths of the rows that the job would train on, and the source of these numbers."""
     if file is None or file.report is None:
-        third = max(2, spec.config.max_length // 2)
-        return Rows(groups=0, prompt=third, completion=third), "nothing is known of the file; rows as long as allowed"
+        half = max(2, spec.config.max_length // 2)
+        return Rows(groups=0, prompt=half, completion=half), "nothing is known of the file; rows as long as allowed"
     groups = max(1, round(file.report["num_groups"] * (1 - spec.validation_share)))
     completions = 1 if file.report["kind"] in ("demonstrations", "unpaired") else 2
     lengths = ((counted and counted.report) or {}).get("tokens", {}).get("lengths")

@@ -1,4 +1,4 @@
-"""The models that someone asked for, as rows of the database: all control planes see which are used, and which wait."""
+"""The database rows of the models that someone asked for, which all control planes share."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
@@ -16,12 +16,15 @@ from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
 
-MARK_SECONDS = 30.0  # after which the mark of a control plane that died counts no more
-SETTLED_SECONDS = 5.0  # after which Serve has removed what it was told to remove
+MARK_SECONDS = 30.0  # a mark that its control plane does not renew expires after this time
+SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
 async def use(session: AsyncSession, model: NamedModel) -> None:
-    """Asks for the model to be served, and notes its use. Raises Unavailable if another one has its name in Serve."""
+    """Requests a place for the model and records its use.
+
+    Raises Unavailable if another model has the same application name on the cluster.
+    """
     row = insert(Deployment).values(app_name=model.app_name, model_id=model.id, source=model.source)
     used = {"last_used_at": func.clock_timestamp()}
     same = (Deployment.model_id == model.id) & (Deployment.source == model.source)
@@ -32,9 +35,12 @@ async def use(session: AsyncSession, model: NamedModel) -> None:
 
 
 async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
-    """Mark that this control plane has requests of the model in flight. False: it has no place, or is leaving."""
-    # A row that was just written may stand for an application that is about to be removed. The release before writes
-    # no `placed_at`.
+    """Marks the model as answering requests of this control plane.
+
+    Returns False, and marks nothing, if the model has no place or is about to lose it.
+    """
+    # The release before this one leaves `placed_at` empty, so an older row counts as placed without it. A new row does
+    # not, because Ray Serve may still be removing an earlier application of the same name.
     old = Deployment.asked_at < func.clock_timestamp() - timedelta(seconds=SETTLED_SECONDS)
     placed = or_(Deployment.placed_at.is_not(None), old) & Deployment.waits_for.is_(None)
     marked = _mark(placed & (Deployment.app_name == app_name), replica).returning(Deployment.app_name)
@@ -42,7 +48,7 @@ async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
 
 
 async def stay(session: AsyncSession, app_names: Collection[str], replica: str) -> set[str]:
-    """Mark it again. Returns those of the models that are open to new requests."""
+    """Renews this control plane's marks of the models. Returns the models that still accept new requests."""
     marked = _mark(Deployment.app_name.in_(app_names), replica)
     rows = await session.execute(marked.returning(Deployment.app_name, Deployment.waits_for))
     return {app_name for app_name, waits_for in rows if waits_for is None}
@@ -56,14 +62,14 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
 
 
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
-    """This control plane has no requests of these models in flight."""
+    """Removes this control plane's marks of the models, because none of its requests to them is in flight."""
     rest = Deployment.answering.op("-")(cast(replica, Text))
     values = {"answering": rest, "last_used_at": func.clock_timestamp()}
     await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(**values))
 
 
 async def waits_for(session: AsyncSession, app_name: str) -> str | None:
-    """What the model's requests wait for, in words. None: it runs."""
+    """Returns a phrase that tells what the model's requests wait for, or None if the model runs."""
     row = await session.get(Deployment, app_name, populate_existing=True)
     if row is None or row.waits_for or row.placed_at is None:
         return f"waits for {(row and row.waits_for) or 'a place'}"
@@ -73,7 +79,10 @@ async def waits_for(session: AsyncSession, app_name: str) -> str | None:
 
 
 async def forget(session: AsyncSession, app_name: str) -> None:
-    """Wish it no more, so that the next who does loads it anew. An attempt's reference stays wished."""
+    """Deletes the model's row, so that the next request loads the model again.
+
+    The row stays while the model is the reference of an attempt that has not ended.
+    """
     await session.execute(delete(Deployment).where(Deployment.app_name == app_name, ~_pinned()))
 
 
@@ -82,7 +91,7 @@ def _pinned() -> ColumnElement[bool]:
 
 
 async def wishes(session: AsyncSession, applications: Mapping[str, Application]) -> dict[str, eviction.Model]:
-    """All that are wished, as `applications` of Ray Serve and the rows tell, by their applications' names."""
+    """Returns the state of every requested model by its application name, from the rows and from Ray Serve."""
     return {model.app_name: model for _, model in await _wished(session, applications)}
 
 
@@ -115,13 +124,13 @@ def _seconds(now: datetime, since: datetime) -> float:
 async def place(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: eviction.Room
 ) -> list[contract.Deployment]:
-    """Decide who has a place now, and write that down. Returns the deployments to serve."""
+    """Decides which models have a place now and records the decision. Returns the deployments to serve."""
     while True:
         wished = await _wished(session, applications)
         plan = eviction.decide([model for _, model in wished], room)
         gone = [await _is_forgotten(session, row) for row, _ in wished if row.app_name in plan.forget]
         if all(gone):
-            break  # else one of them is used since this moment
+            break  # otherwise a request has just used one of them, so decide again
     kept = [(row, model) for row, model in wished if row.app_name not in plan.forget]
     for row, model in kept:
         serves = row.app_name in plan.serve
@@ -130,7 +139,7 @@ async def place(
 
 
 async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
-    """Delete the row, unless someone has used the model since it was read."""
+    """Deletes the row unless a request has used the model since the row was read. Returns whether it was deleted."""
     unused = and_(Deployment.answering == row.answering, Deployment.last_used_at == row.last_used_at)
     gone = delete(Deployment).where(Deployment.app_name == row.app_name, unused).returning(Deployment.app_name)
     return await session.scalar(gone.execution_options(synchronize_session=False)) is not None
@@ -139,7 +148,7 @@ async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
 async def _write_down(
     session: AsyncSession, row: Deployment, model: eviction.Model, *, serves: bool, waits_for: str | None
 ) -> None:
-    """What changed of the row. Requests change its other columns meanwhile."""
+    """Updates only the columns that changed, because requests update the other columns at the same time."""
     values: dict[str, Any] = {} if row.waits_for == waits_for else {"waits_for": waits_for}
     if serves and (model.state == "waiting" or row.placed_at is None):
         ready_at = func.clock_timestamp() if model.state == "running" else None
@@ -149,7 +158,7 @@ async def _write_down(
     elif model.state == "running" and row.ready_at is None:
         values["ready_at"] = func.clock_timestamp()
     if serves and model.pinned and row.answered_at is None and "placed_at" not in values:
-        values["answered_at"] = func.clock_timestamp()  # once it is released, it has done its work
+        values["answered_at"] = func.clock_timestamp()  # so a reference may leave once its attempt ends
     if values:
         statement = update(Deployment).where(Deployment.app_name == row.app_name).values(**values)
         await session.execute(statement.execution_options(synchronize_session=False))

@@ -25,28 +25,28 @@ from services.control_plane.settings import Settings
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 15
-ANSWER_SECONDS = 600  # a model may say nothing for so long
-POOL_SECONDS = 5  # for a free connection: there is one for each request that may be in flight
-LOOK_SECONDS = 0.5  # a request that waits looks so often whether its model is up
-ASK_SECONDS = 2.0  # a model that is waited for is wished anew, in case it was forgotten
-STAY_SECONDS = 10.0  # the mark of a model with requests in flight is renewed, well before it counts no more
-LEAVE_SECONDS = 1.0  # one request after the other is one use, which costs one mark
+ANSWER_SECONDS = 600  # the longest silence of a model before its request fails
+POOL_SECONDS = 5  # the longest wait for one of the `max_requests` connections
+LOOK_SECONDS = 0.5  # how often a waiting request checks whether its model runs
+ASK_SECONDS = 2.0  # how often waiting requests ask for their model again, in case its row was deleted
+STAY_SECONDS = 10.0  # how often the mark of a model in use is renewed; it expires after MARK_SECONDS
+LEAVE_SECONDS = 1.0  # a mark stays this long after the last request, so that the next one finds it
 REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidRequest, 404: NotFound, 413: TooLarge}
 
 
 @dataclass
 class _Use:
-    """What this control plane does with a model. Times are those of its own clock."""
+    """How this control plane uses one model. Times are seconds of the monotonic clock."""
 
     in_flight: int = 0
     asked_at: float = float("-inf")
-    is_marked: bool = False  # in the database
-    is_open: bool = False  # to new requests, as the database said last
-    told_at: float = float("-inf")  # when it did
+    is_marked: bool = False  # whether the database holds this control plane's mark
+    is_open: bool = False  # whether the model accepted new requests when the database was last read
+    told_at: float = float("-inf")  # when the database was last read
     left_at: float = 0.0  # when the last request ended
 
     def must_ask(self) -> bool:
-        """Whether what the database said is too old."""
+        """Returns whether the database must be read again before a request may enter."""
         return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
 
 
@@ -58,24 +58,24 @@ class Inference:
         limits = httpx.Limits(max_connections=settings.max_requests, max_keepalive_connections=100)
         timeout = httpx.Timeout(ANSWER_SECONDS, connect=5, pool=POOL_SECONDS)
         self._serve = httpx.AsyncClient(timeout=timeout, limits=limits)
-        self._replica = secrets.token_hex(4)  # this control plane, in the marks of models in use
+        self._replica = secrets.token_hex(4)  # the name of this control plane in its marks
         self._marking = asyncio.Lock()
-        self._uses: dict[str, _Use] = {}  # by applications' names; `run` drops those that nobody uses
+        self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
 
     async def close(self) -> None:
         await self._serve.aclose()
 
     async def run(self) -> None:
-        """Keep the marks of models with requests in flight, and take the others away, until cancelled."""
+        """Renews the marks of models with requests in flight and removes the other marks, until cancelled."""
         while True:
             try:
                 await self.mark()
             except (SQLAlchemyError, OSError) as error:
-                log.warning("The marks of models in use could not be renewed, and are tried again: %s", error)
+                log.warning("The marks of models in use could not be renewed; the next try is in a second: %s", error)
             await asyncio.sleep(LEAVE_SECONDS)
 
     async def mark(self) -> None:
-        """Tell the database which models have requests of this control plane in flight, where that has changed."""
+        """Renews the marks that are due in the database and removes those of models without requests in flight."""
         async with self._marking:
             now, marked = time.monotonic(), {name: use for name, use in self._uses.items() if use.is_marked}
             stay = {name for name, use in marked.items() if use.in_flight and now - use.told_at >= STAY_SECONDS}
@@ -132,9 +132,9 @@ class Inference:
             await answer.aclose()
 
     async def _wait_until_served(self, model: NamedModel) -> str:
-        """The proxy's URL once the model is up; the request is in flight then.
+        """Waits until the model runs, counts the request as in flight and returns the URL of Ray Serve's proxy.
 
-        Raises Unavailable after `model_wait_seconds`, or if it cannot load.
+        Raises Unavailable after `model_wait_seconds`, or if the model cannot be loaded.
         """
         deadline = time.monotonic() + self._settings.model_wait_seconds
         while time.monotonic() < deadline:
@@ -157,7 +157,7 @@ class Inference:
         raise self._unavailable(model, f"{trouble or 'is up only now'}; {most}")
 
     async def _ask(self, model: NamedModel) -> None:
-        """Wish the model served. Requests of one model that wait here ask together."""
+        """Asks for the model to be served, at most once every ASK_SECONDS for all its waiting requests."""
         use = self._uses.setdefault(model.app_name, _Use())
         if time.monotonic() - use.asked_at >= ASK_SECONDS:
             use.asked_at = time.monotonic()
@@ -165,7 +165,7 @@ class Inference:
                 await deployments.use(session, model)
 
     async def _enter(self, model: NamedModel) -> bool:
-        """Count a request as in flight. False: the model leaves its place, and answers no new ones."""
+        """Counts a request as in flight. Returns False, and counts nothing, if the model accepts no new requests."""
         use = self._uses.setdefault(model.app_name, _Use())
         use.in_flight += 1
         entered = False
@@ -205,7 +205,7 @@ class Inference:
 
 
 class _Stream(StreamingResponse):
-    """The server's events as they come. `end` is called whether or not the client reads any."""
+    """Passes the server's events on as they arrive. `end` is called even if the client reads none of them."""
 
     def __init__(self, answer: httpx.Response, end: Callable[[], Awaitable[None]]) -> None:
         super().__init__(_lines(answer), media_type="text/event-stream")
@@ -219,7 +219,7 @@ class _Stream(StreamingResponse):
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """Whole lines as they come. One that breaks off is left out; an error that the client raises comes in its place."""
+    """Yields whole lines as they arrive. If the server breaks off, an error event replaces the unfinished line."""
     begun = b""
     try:
         async for chunk in answer.aiter_raw():

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions are forwarded to Ray Serve."""
+"""The routes /v1/chat/completions and /v1/completions, which forward requests to Ray Serve."""
 
 import asyncio
 import math
@@ -15,8 +15,8 @@ from services.control_plane.models.inference import Inference
 
 router = APIRouter()
 
-MOST_NESTED = 100  # objects and lists in one another: what reads the body next may bear no more
-CLIENT_CLOSED_REQUEST = 499  # for the log: nobody reads it
+MOST_NESTED = 100  # levels of objects and lists; the model's server may not parse deeper bodies
+CLIENT_CLOSED_REQUEST = 499  # only the log shows this status, because the client has left
 
 
 async def _inference(request: Request) -> Inference:
@@ -55,7 +55,7 @@ async def _forward(
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The answer; its work ends as soon as the client leaves."""
+    """Returns the response of `work`, which is cancelled as soon as the client disconnects."""
     answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -74,7 +74,7 @@ async def _disconnect(request: Request) -> None:
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Raises InvalidRequest, with the field, for what Python's JSON reads and no other's does."""
+    """Raises InvalidRequest, naming the field, for values that Python's JSON parser accepts and others refuse."""
     left: list[tuple[str, int, Any]] = [("", 0, body)]
     while left:
         where, depth, value = left.pop()
@@ -94,7 +94,7 @@ def _check(body: dict[str, Any]) -> None:
 
 
 def _text(where: str, text: str) -> str:
-    """The text. Raises InvalidRequest where it holds half a character."""
+    """Returns the text. Raises InvalidRequest if it holds one half of a surrogate pair."""
     if not text.isascii():
         try:
             text.encode()
