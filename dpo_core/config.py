@@ -27,10 +27,10 @@ class Optim:
         if self.learning_rate is not None and self.learning_rate_multiplier is not None:
             raise InvalidOption(
                 "learning_rate_multiplier",
-                "learning_rate and learning_rate_multiplier exclude each other; send one.",
+                "learning_rate and learning_rate_multiplier cannot both be given; give only one.",
             )
-        check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
-        check(0 <= self.weight_decay <= 1, "weight_decay", self.weight_decay, "in [0, 1]")
+        check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to less than 1")
+        check(0 <= self.weight_decay <= 1, "weight_decay", self.weight_decay, "from 0 to 1")
         check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "greater than 0")
 
 
@@ -41,13 +41,15 @@ class Lora:
 
     r: Annotated[int, Limit("from 1 to 1024", lambda x: 1 <= x <= 1024)] = 32
     alpha: Positive = 64
-    dropout: Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)] = 0.0  # share of the adapter's inputs set to 0
+    # share of the adapter's inputs that are set to 0
+    dropout: Annotated[float, Limit("from 0 to less than 1", lambda x: 0 <= x < 1)] = 0.0
     use_rslora: bool = False  # scales by alpha / sqrt(r), arXiv 2312.03732, instead of alpha / r
     use_dora: bool = False  # trains magnitudes and directions separately, arXiv 2402.09353
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # means all linear layers but the head
 
     def __post_init__(self) -> None:
-        check(bool(self.target_modules), "target_modules", self.target_modules, '"all-linear" or names of modules')
+        names = self.target_modules
+        check(bool(names), "target_modules", names, '"all-linear" or a list of names of modules')
 
 
 ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the objective's
@@ -94,7 +96,7 @@ class TrainConfig:
             self.max_tokens_per_pack is None or self.max_tokens_per_pack >= self.max_length,
             "max_tokens_per_pack",
             self.max_tokens_per_pack,
-            f"at least max_length, {self.max_length}",
+            f"at least max_length, which is {self.max_length}",
         )
         known = self.objective.traits.best_metrics
         check(self.best_metric in known, "best_metric", self.best_metric, f"one of {', '.join(known)}")

@@ -359,7 +359,11 @@ class FDpo:
 
     def __post_init__(self) -> None:
         if self.divergence != "alpha" and self.alpha != 0.5:
-            raise InvalidOption("alpha", f"alpha belongs to divergence alpha, not to {self.divergence}; leave it out.")
+            raise InvalidOption(
+                "alpha",
+                f"alpha is {self.alpha}, but divergence is {self.divergence}, and only the divergence alpha has it; "
+                "leave alpha out.",
+            )
 
 
 @options
@@ -420,13 +424,22 @@ class Mpo:
     def __post_init__(self) -> None:
         if not self.objectives or len(self.objectives) != len(self.weights):
             counts = f"{len(self.objectives)} objectives and {len(self.weights)} weights"
-            raise InvalidOption("weights", f"mpo has {counts}; give each objective one weight.")
+            raise InvalidOption("weights", f"mpo has {counts}; give at least one objective, and one weight for each.")
         for part in self.objectives:
-            check(isinstance(part, PairObjective | Supervised), "objectives", part.type, "of objectives on pairs")
+            check(
+                isinstance(part, PairObjective | Supervised),
+                "objectives",
+                part.type,
+                "a list of objectives that learn from pairs",
+            )
         for weight in self.weights:
             check(0 < weight < math.inf, "weights", weight, "greater than 0 and finite")
         if all(part.type == "supervised" for part in self.objectives):
-            raise InvalidOption("objectives", "mpo has no preference objective; use supervised instead.")
+            raise InvalidOption(
+                "objectives",
+                "objectives of mpo has only supervised; "
+                "add an objective that learns from pairs, or use the method supervised.",
+            )
 
     @property
     def traits(self) -> Traits:

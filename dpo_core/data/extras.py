@@ -21,7 +21,9 @@ def system_prompt(row: Row) -> str | None:
         return None
     columns = [key for key in sorted(SYSTEM_KEYS) if not says_nothing(row.value.get(key))]
     if len(columns) > 1:
-        raise row.invalid(f"/{columns[1]}", "duplicate_key", f"and {columns[0]} mean the same; send one.")
+        raise row.invalid(
+            f"/{columns[1]}", "duplicate_key", f"and the field /{columns[0]} mean the same; send only one."
+        )
     return string_of(row, f"/{columns[0]}", row.value[columns[0]]) if columns else None
 
 
@@ -33,7 +35,9 @@ def with_system(row: Row, group: Group, system: str) -> Group:
     if group.prompt[0] == message:
         return group
     if group.prompt[0]["role"] == "system":
-        raise row.invalid("/system", "duplicate_key", "and the first message are two system prompts; send one.")
+        raise row.invalid(
+            "/system", "duplicate_key", "and the first message of the prompt are two system prompts; send only one."
+        )
     return replace(group, prompt=[message, *group.prompt])
 
 
@@ -60,16 +64,19 @@ def template_arguments(row: Row) -> dict[str, object] | None:
         raise row.invalid("/chat_template_kwargs", "wrong_type", f"is {shown(arguments)}; it must be a dictionary.")
     for key, value in arguments.items():
         if key in RESERVED_ARGUMENTS or not key.isidentifier():
-            what = "is an argument that the service sets; remove it."
+            what = "is an argument of the chat template that the service sets itself; remove the argument."
             if not key.isidentifier():
-                what = "is not a valid name (letters, digits and _ only); remove or rename it."
+                what = "is not a valid name of an argument (letters, digits and _ only); rename or remove the argument."
             raise row.invalid(pointer_to(("chat_template_kwargs", key)), "unknown_key", what)
         if str(value).casefold() in ("true", "false") and not isinstance(value, bool):
-            what = f"is the text {shown(value)}, and templates take any text for true; write it without quotes."
+            what = (
+                f"is the text {shown(value)}, and chat templates take any text for true; "
+                "write the value without quotes."
+            )
             raise row.invalid(pointer_to(("chat_template_kwargs", key)), "wrong_type", what)
     if not is_finite(arguments):
         raise row.invalid(
-            "/chat_template_kwargs", "invalid_number", "holds a number that JSON does not have; write a finite one."
+            "/chat_template_kwargs", "invalid_number", "contains NaN or an infinite number; write a finite number."
         )
     return {key: value for key, value in arguments.items() if value is not None} or None
 
@@ -119,7 +126,10 @@ def refuse_named_answers(row: Row, unread: Set[str], group: Group) -> None:
         return
     texts = list(_texts(row.value[first]))
     if texts and not set(texts).issuperset(contents) and not is_said(texts, [group]):
-        what = f"and {last} are what the answers name, and nothing reads them; write the answers themselves."
+        what = (
+            f"and the column {last} hold the answers, but the row's format reads only their names; "
+            "write the answers themselves."
+        )
         raise row.invalid(pointer_to((first,)), "unread_column", what)
 
 

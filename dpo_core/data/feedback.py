@@ -70,13 +70,13 @@ def _joined(records: Iterable[Record]) -> Iterator[Record]:
             yield replace(rows[0], groups=[_group_of(rows)])
             yield from (replace(record, groups=()) for record in rows[1:])
         else:
-            number = f"{len(rows)}" if len(rows) == 1 else f"more than {MOST_JOINED}"
+            number = "only one row" if len(rows) == 1 else f"more than {MOST_JOINED} rows"
             yield from (_unjoined(record, number) for record in chain(rows, run))
 
 
 def _unjoined(record: Record, number: str) -> Record:
-    what = f"its prompt has {number} neighbouring rows; a group needs 2 to {MOST_JOINED}."
-    problem = InvalidRow(record.line, "", "too_few_completions", f"Line {record.line}: {what}")
+    what = f"{number} with this prompt, one below the other; give each prompt 2 to {MOST_JOINED} rows to compare."
+    problem = InvalidRow(record.line, "", "too_few_completions", f"Line {record.line}: the file has {what}")
     return replace(record, groups=(), problem=problem)
 
 
@@ -110,7 +110,9 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
             row = row.renamed(columns)
         form = detect(row)
         if expected and form is not expected:
-            what = f"must be {expected.name}, as the first row is; its columns are {keys_of(row)}."
+            what = (
+                f"has columns of another format ({keys_of(row)}) than the first row, {expected.name}; use one format."
+            )
             raise row.invalid("", "mixed_formats", what)
         unread = form.unread(row)
         groups = form.read(row, unread)

@@ -73,7 +73,11 @@ class Format:
         for group in groups:
             if isinstance(group.prompt, str) and (tools or arguments):
                 key = "tools" if tools else "chat_template_kwargs"
-                raise row.invalid(f"/{key}", "unsupported", "needs a prompt of messages; write it into the text.")
+                raise row.invalid(
+                    f"/{key}",
+                    "unsupported",
+                    "can be used only with a prompt that is a list of messages; write the prompt as messages.",
+                )
             if (weight, margin, tools, arguments) == (None, None, None, None):
                 yield group
                 continue
@@ -110,11 +114,14 @@ class Format:
             if says_nothing(value) or (value is False and role_of(key) != "label") or is_said(value, groups):
                 continue
             if is_media(key):
-                what = "is not supported yet: models see texts only. Remove it to train on the texts alone."
+                what = (
+                    "holds images, sound or video, which are not supported: models see texts only. "
+                    "Remove it to train on the texts."
+                )
                 raise row.invalid(pointer_to((key,)), "unsupported", what)
             role = role_of(key)
-            remedy = _roles_remedy(row, {role: key} if role and role not in row.value else {}) or "rename it"
-            what = f"says more than the format {self.name} reads; {remedy}, or remove it."
+            remedy = _roles_remedy(row, {role: key} if role and role not in row.value else {}) or "rename the column"
+            what = f"has contents that the format {self.name} does not read; {remedy}, or remove the column."
             raise row.invalid(pointer_to((key,)), "unread_column", what)
 
 
@@ -132,8 +139,8 @@ def detect(row: Row) -> Format:
     for form in FORMATS:
         if form.matches(row.value):
             return form
-    what = f"its columns ({keys_of(row)}) match no known format; docs/use/data.md lists the formats"
-    remedy = "say with `columns` which column is the prompt, the chosen answer and so on"
+    what = f"has columns ({keys_of(row)}) of no known format; docs/use/data.md lists the formats"
+    remedy = "say with the option `columns` which column is the prompt, which the chosen answer, and so on"
     likely = _roles_remedy(row, likely_columns(row.value.keys()))
     raise row.invalid("", "unknown_format", f"{what}. Rename the columns, or {likely or remedy}.")
 
@@ -150,7 +157,7 @@ def _roles_remedy(row: Row, columns: Mapping[str, str]) -> str | None:
     except InvalidRow:
         return None
     named = ", ".join(f"{role}={key}" for role, key in columns.items())
-    return f"say with `columns` which column has which role: {named}"
+    return f"say with the option `columns` which column has which role: {named}"
 
 
 def keys_of(row: Row) -> str:

@@ -29,7 +29,11 @@ def best_first(row: Row, prompt: Text, completions: Sequence[Text], ratings: Seq
     fewer than two completions."""
     order = sorted(range(len(ratings)), key=lambda i: -ratings[i])
     if len(order) < 2:
-        raise row.invalid("", "too_few_completions", "has one completion; a ranking needs at least two.")
+        raise row.invalid(
+            "",
+            "too_few_completions",
+            "has one completion, and a ranking needs at least two; add completions, or remove the row.",
+        )
     return Group(prompt, tuple(completions[i] for i in order), row.line, tuple(ratings[i] for i in order))
 
 
@@ -84,11 +88,13 @@ def parted(
     pairs = enumerate(zip(*sides, strict=False))
     border = next((i for i, (one, other) in pairs if one != other), max(map(len, sides)) - 1)
     if border < 1 or any([m["role"] for m in side[border : border + 1]] != ["assistant"] for side in sides):
-        what = f"and {columns[0]} must share the messages of the prompt and first differ in an assistant message."
+        what = (
+            f"and the field /{columns[0]} must begin with the same messages and first differ in an assistant message."
+        )
         raise row.invalid(f"/{columns[1]}", "different_prompts", what)
     prompt = sides[0][:border]
     if prompt[-1]["role"] == "assistant":
-        what = "is an assistant message that ends the prompt; end it with a message of the user or a tool."
+        what = "is an assistant message at the end of the prompt; end the prompt with a message of the user or a tool."
         raise row.invalid(f"/{columns[0]}/{border - 1}", "invalid_order", what)
     for column, side, empty in zip(columns, sides, may_be_empty, strict=True):
         check_completion(row, f"/{column}", side[border:], first=border, may_be_empty=empty)
@@ -100,7 +106,7 @@ def completions_of(row: Row, column: str) -> list[object]:
     one."""
     value = row.value[column]
     if not isinstance(value, list) or not value:
-        raise row.invalid(f"/{column}", "wrong_type", "must be a list of completions.")
+        raise row.invalid(f"/{column}", "wrong_type", "must be a list of at least one completion.")
     return value
 
 
@@ -109,7 +115,7 @@ def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
     with these keys."""
     for number, item in enumerate(completions_of(row, column)):
         if not isinstance(item, dict) or not item.keys() >= set(keys):
-            what = f"must be a dictionary with {' and '.join(keys)}."
+            what = f"must be a dictionary with the keys {' and '.join(keys)}."
             raise row.invalid(f"/{column}/{number}", "wrong_type", what)
         yield item
 

@@ -13,6 +13,7 @@ from typing import BinaryIO, NoReturn
 MAX_LINE_BYTES = 32 * 2**20
 POINTER_SHOWN, REASON_SHOWN = 200, 1000  # most characters in an error; a key may be as long as a line
 MAX_DEPTH = 64  # levels of nested arrays and objects; a message with a tool call needs eight
+_TOO_DEEP = f"nests lists and dictionaries more than {MAX_DEPTH} levels deep; nest them less."
 
 
 class InvalidRow(ValueError):
@@ -39,14 +40,14 @@ class Row:
         self._columns = columns or {}
 
     def invalid(self, pointer: str, code: str, what: str) -> InvalidRow:
-        """Returns the error for the value of the row at `pointer`. `what` is the end of a sentence with the value as
-        its subject."""
+        """Returns the error for the field of the row at `pointer`; for the whole row if `pointer` is empty. `what` is
+        the end of a sentence whose subject is the field or the row."""
         if self._columns and pointer:
             first, *rest = pointer[1:].split("/")
             pointer = "/".join([pointer_to((self._columns[first],)) if first in self._columns else f"/{first}", *rest])
         pointer, what = _shortened(pointer, POINTER_SHOWN), _shortened(what, REASON_SHOWN)
-        where = f"Line {self.line}, {pointer}" if pointer else f"Line {self.line}"
-        return InvalidRow(self.line, pointer, code, f"{where}: {what}")
+        subject = f"the field {pointer}" if pointer else "the row"
+        return InvalidRow(self.line, pointer, code, f"Line {self.line}: {subject} {what}")
 
     def renamed(self, columns: Mapping[str, str]) -> "Row":
         """Returns a copy of the row in which each column `columns[role]` has the name `role`. Raises InvalidRow if such
@@ -54,9 +55,13 @@ class Row:
         others = {key: value for key, value in self.value.items() if key not in columns.values()}
         for role, column in columns.items():
             if column not in self.value:
-                raise self.invalid("", "missing_column", f"has no column {column[:40]!r} for the {role}; name another.")
+                raise self.invalid(
+                    "",
+                    "missing_column",
+                    f"has no column {column[:40]!r} to read the {role} from; name a column that the row has.",
+                )
             if role in others:
-                what = f"has the same role as column {column[:40]!r}: both are the {role}; send only one."
+                what = f"and column {column[:40]!r} would both be read as the {role}; leave one of the columns out."
                 raise self.invalid(pointer_to((role,)), "duplicate_key", what)
         return Row(self.line, others | {role: self.value[column] for role, column in columns.items()}, columns)
 
@@ -115,12 +120,12 @@ def _parse(number: int, line: bytes) -> Row:
             number, "", "invalid_utf8", f"Line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8."
         ) from None
     except RecursionError:
-        limit = f"Line {number} nests more than {MAX_DEPTH} levels; flatten it."
+        limit = f"Line {number} {_TOO_DEEP}"
         raise InvalidRow(number, "", "too_deep", limit) from None
     except json.JSONDecodeError as error:
         raise _not_jsonl(number, line, f"is not valid JSON: {error.msg} at column {error.colno}") from None
     except ValueError:  # Python refuses integers of more than 4300 digits
-        raise _not_jsonl(number, line, "holds a number that is too long") from None
+        raise _not_jsonl(number, line, "holds a number of more than 4300 digits") from None
     if not isinstance(parsed, dict | _Flaw):
         raise _not_jsonl(number, line, "is not a dictionary")
     row = Row(number, parsed if isinstance(parsed, dict) else {})
@@ -151,9 +156,11 @@ def parse_within(row: Row, pointer: str, text: str) -> object:
     try:
         value = _loads(text)
     except RecursionError:
-        raise row.invalid(pointer, "too_deep", f"nests more than {MAX_DEPTH} levels; flatten it.") from None
+        raise row.invalid(pointer, "too_deep", _TOO_DEEP) from None
     except ValueError:
-        raise row.invalid(pointer, "invalid_json", "is a text that is not valid JSON; correct it.") from None
+        raise row.invalid(
+            pointer, "invalid_json", "must be JSON, but its text is not valid JSON; correct the text."
+        ) from None
     _refuse_flaws(row, value, tuple(pointer.split("/")[1:]))
     return value
 
@@ -180,13 +187,17 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
         return value
     seen: set[str] = set()
     repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-    return _Flaw("duplicate_key", "this key is there twice; keep one.", repeated)
+    return _Flaw("duplicate_key", "is given twice in one dictionary; keep one.", repeated)
 
 
 def _constant(name: str) -> "float | _Flaw":
     """Returns the value for a constant that JSON does not have: nan for NaN, which tables write into empty cells, and a
     `_Flaw` for any other constant. A reader that needs a number refuses nan later."""
-    return math.nan if name == "NaN" else _Flaw("invalid_number", f"{name} is not a JSON number; write a finite one.")
+    return (
+        math.nan
+        if name == "NaN"
+        else _Flaw("invalid_number", f"is {name}, which is not a number in JSON; write a finite number.")
+    )
 
 
 def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -207,7 +218,7 @@ def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> 
     """Raises InvalidRow for the first part of the value that must be refused. Builds a JSON pointer only for this part,
     because a line may hold millions of values."""
     if len(path) >= MAX_DEPTH:
-        raise row.invalid("", "too_deep", f"nests more than {MAX_DEPTH} levels; flatten it.")
+        raise row.invalid("", "too_deep", _TOO_DEEP)
     if isinstance(value, _Flaw):
         raise row.invalid(pointer_to(path if value.key is None else (*path, value.key)), value.code, value.what)
     if isinstance(value, str):
@@ -225,11 +236,13 @@ def _refuse_flaws(row: Row, value: object, path: tuple[str | int, ...] = ()) -> 
 
 def _refuse_unusable_text(row: Row, path: tuple[str | int, ...], text: str) -> None:
     if "\0" in text:
-        raise row.invalid(pointer_to(path), "invalid_text", "holds a NUL character; remove it.")
+        raise row.invalid(pointer_to(path), "invalid_text", "contains a NUL character (code 0); remove the character.")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise row.invalid(pointer_to(path), "invalid_text", "holds half of a surrogate pair; remove it.") from None
+        raise row.invalid(
+            pointer_to(path), "invalid_text", "contains half of a surrogate pair, which is not a character; remove it."
+        ) from None
 
 
 def pointer_to(path: tuple[str | int, ...]) -> str:

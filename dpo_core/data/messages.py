@@ -37,9 +37,9 @@ _SPEAKERS = {
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _OWNERS = {"tool_calls": "assistant", "tool_call_id": "tool", **dict.fromkeys(THOUGHTS, "assistant")}
 _REMEDIES = {
-    "function_call": "is the older form; send tool_calls.",
-    "refusal": "is not supported yet; remove it.",
-    "audio": "is not supported yet; remove it.",
+    "function_call": "is OpenAI's older form of a tool call; use tool_calls instead.",
+    "refusal": "is a part of a message that is not supported; remove it.",
+    "audio": "is a part of a message that is not supported; remove it.",
 }
 _MESSAGE_KEYS = {"role", "content", "name", "weight", *_OWNERS, *_REMEDIES}
 
@@ -52,10 +52,10 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
     messages = _list_of(row, pointer, value)
     last = f"{pointer}/{len(messages) - 1}"
     if messages[-1]["role"] == "assistant":
-        what = "ends the prompt with an assistant message; end it with a message of the user or a tool."
+        what = "is an assistant message at the end of the prompt; end the prompt with a message of the user or a tool."
         raise row.invalid(last, "invalid_order", what)
     if unanswered := _unanswered(row, pointer, messages):
-        raise row.invalid(last, "invalid_order", f"ends the prompt too early; {_needed(unanswered)}")
+        raise row.invalid(last, "invalid_order", f"ends the prompt before {_needed(unanswered)}")
     return messages
 
 
@@ -79,17 +79,26 @@ def check_completion(
         return
     for end in (0, len(messages) - 1):
         if messages[end]["role"] != "assistant":
-            what = "must be an assistant message: a completion begins and ends with one."
+            what = "must be an assistant message, because a completion begins and ends with one."
             raise row.invalid(f"{pointer}/{first + end}", "invalid_completion", what)
     for index, message in enumerate(messages):
         place = f"{pointer}/{first + index}"
         if "weight" in message:
-            what = "is 0, which only demonstrations can have: a completion is learned. Remove it, or the row."
+            what = (
+                "is 0 (do not learn this message), which completions that are compared cannot have; "
+                "remove the weight or the row."
+            )
             raise row.invalid(f"{place}/weight", "invalid_weight", what)
         if message["role"] == "system":
-            raise row.invalid(place, "invalid_completion", "is a system message; move it into the prompt.")
+            raise row.invalid(
+                place,
+                "invalid_completion",
+                "is a system message within a completion; move the message into the prompt.",
+            )
         if index and message["role"] == messages[index - 1]["role"] == "assistant":
-            what = "follows an assistant message; put a message of the user or a tool between them."
+            what = (
+                "is an assistant message directly after another one; put a message of the user or a tool between them."
+            )
             raise row.invalid(place, "invalid_order", what)
         if message["role"] == "assistant":
             refuse_empty_message(row, f"{place}/content", message)
@@ -116,7 +125,7 @@ def _list_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 def _message(row: Row, pointer: str, value: object) -> Message:
     if not isinstance(value, dict):
-        raise row.invalid(pointer, "wrong_type", "must be a message: a dictionary with role and content.")
+        raise row.invalid(pointer, "wrong_type", "must be a message, that is, a dictionary with role and content.")
     role, content = value.get("role"), value.get("content")
     if len(value) == 2 and isinstance(role, str) and isinstance(content, str) and role in _ROLES:
         return {"role": _ROLES[role], "content": content}  # nearly all messages; nothing else must be checked
@@ -147,11 +156,15 @@ def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
     """Returns the message for a turn of a ShareGPT conversation, which has the keys `from` and `value`."""
     speaker, weight = value["from"], value.get("weight")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        what = f"is {shown(speaker)}; it must be one of {', '.join(_SPEAKERS)}. Send calls as messages with a role."
+        what = (
+            f"is {shown(speaker)}; it must be one of {', '.join(_SPEAKERS)}. Write tool calls as messages with `role`."
+        )
         raise row.invalid(f"{pointer}/from", "unknown_role", what)
     for key, item in value.items():
         if key not in ("from", "value", "weight") and not says_nothing(item):
-            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message; remove it.")
+            raise row.invalid(
+                pointer + pointer_to((key,)), "unknown_key", "is no key that a message can have; remove the key."
+            )
     role = _SPEAKERS[speaker]
     _refuse_weight(row, pointer, weight, role)
     turn: Message = {"role": role, "content": string_of(row, f"{pointer}/value", value.get("value"))}
@@ -160,7 +173,11 @@ def _turn(row: Row, pointer: str, value: dict[str, object]) -> Message:
 
 def _refuse_weight(row: Row, pointer: str, weight: object, role: str) -> None:
     if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
-        raise row.invalid(f"{pointer}/weight", "invalid_weight", "must be 0 or 1, on an assistant message.")
+        raise row.invalid(
+            f"{pointer}/weight",
+            "invalid_weight",
+            "must be 0 or 1, and only assistant messages can have a weight; correct or remove it.",
+        )
 
 
 def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
@@ -169,13 +186,15 @@ def _thoughts(row: Row, pointer: str, value: dict[str, object]) -> str | None:
     for key in keys:
         string_of(row, f"{pointer}/{key}", value[key])
         if value[key] != value[keys[0]]:
-            raise row.invalid(f"{pointer}/{key}", "duplicate_key", f"and {keys[0]} mean the same; send one.")
+            raise row.invalid(
+                f"{pointer}/{key}", "duplicate_key", f"and the message's key {keys[0]} mean the same; send only one."
+            )
     return str(value[keys[0]]) if keys else None
 
 
 def _role(row: Row, pointer: str, role: object) -> str:
     if role == "function":
-        what = "is 'function', which OpenAI has replaced; use role 'tool' and give the message a tool_call_id."
+        what = "is 'function', OpenAI's older form; use the role 'tool' and give the message a tool_call_id."
         raise row.invalid(f"{pointer}/role", "unsupported", what)
     if not isinstance(role, str) or role not in _ROLES:
         known = "system, developer, user, assistant or tool"
@@ -188,12 +207,14 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
         if says_nothing(item):
             continue
         if key not in _MESSAGE_KEYS:
-            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", "is not a key of a message; remove it.")
+            raise row.invalid(
+                pointer + pointer_to((key,)), "unknown_key", "is no key that a message can have; remove the key."
+            )
         if key in _REMEDIES:
             raise row.invalid(f"{pointer}/{key}", "unsupported", _REMEDIES[key])
         if _OWNERS.get(key, role) != role:
             raise row.invalid(
-                f"{pointer}/{key}", "unknown_key", f"is not a key of a message of role {role}; remove it."
+                f"{pointer}/{key}", "unknown_key", f"is no key that a message of role {role} can have; remove the key."
             )
 
 
@@ -205,10 +226,14 @@ def _content(row: Row, pointer: str, value: object) -> str:
     texts = []
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise row.invalid(f"{pointer}/{index}", "unsupported", "must be a text part; no other is supported yet.")
+            raise row.invalid(
+                f"{pointer}/{index}",
+                "unsupported",
+                "must be a part of type 'text', because other parts are not supported; remove it.",
+            )
         for key, item in part.items():
             if key not in ("type", "text") and not says_nothing(item):
-                what = "is not a key of a text part; models see the text only. Remove it."
+                what = "is no key of a part of type 'text', of which models see only the text; remove the key."
                 raise row.invalid(f"{pointer}/{index}{pointer_to((key,))}", "unknown_key", what)
         texts.append(string_of(row, f"{pointer}/{index}/text", part.get("text")))
     return "\n".join(texts)
@@ -222,7 +247,7 @@ def _unanswered(row: Row, pointer: str, messages: Sequence[Message]) -> list[Too
         if message["role"] == "tool":
             calls.remove(_answered(row, f"{pointer}/{index}", message, calls))
         elif calls:
-            raise row.invalid(f"{pointer}/{index}", "invalid_order", f"comes too early; {_needed(calls)}")
+            raise row.invalid(f"{pointer}/{index}", "invalid_order", f"comes before {_needed(calls)}")
         else:
             calls = list(message.get("tool_calls", ()))
     return calls
@@ -234,13 +259,15 @@ def _answered(row: Row, pointer: str, message: Message, calls: Sequence[ToolCall
     for call in calls:
         if call.get("id") == message.get("tool_call_id") and message.get("name") in (None, call["function"]["name"]):
             return call
-    what = "and name fit no unanswered call of the assistant message before; use the id and name of that call."
+    what = (
+        "and the message's name match no open call of the assistant message before; use the id and name of such a call."
+    )
     raise row.invalid(f"{pointer}/tool_call_id", "unknown_tool_call", what)
 
 
 def _needed(calls: Sequence[ToolCall]) -> str:
-    """Returns the remedy for tool calls without answers, for the end of an error."""
-    return f"first answer, in a tool message, the call of {shown(calls[0]['function']['name'])}."
+    """Returns what must come first if tool calls have no answers, for the end of an error."""
+    return f"the tool {shown(calls[0]['function']['name'])} has answered its call; add its answer as a tool message."
 
 
 _LIKE_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
@@ -259,7 +286,10 @@ def opened(row: Row, pointer: str, text: str) -> object:
         value = parse_within(row, pointer, text)
     except InvalidRow:
         if _BROKEN_MESSAGES.match(text):
-            what = "is a text of messages that is not valid JSON; write them as JSON, in Python with json.dumps."
+            what = (
+                "holds messages in a text that is not valid JSON; "
+                "write the messages as JSON, in Python with json.dumps."
+            )
             raise row.invalid(pointer, "invalid_json", what) from None
         return text  # the text only begins like JSON
     if isinstance(value, dict):
@@ -276,7 +306,7 @@ def dialogue_of(row: Row, pointer: str, text: str) -> list[Message]:
     """Returns the messages of a text "\\n\\nHuman: …\\n\\nAssistant: …", as in HH-RLHF (arXiv 2204.05862)."""
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
-        raise row.invalid(pointer, "wrong_type", 'must begin with "\\n\\nHuman:" and its text.')
+        raise row.invalid(pointer, "wrong_type", 'must be a dialogue that begins with "\\n\\nHuman:".')
     speakers, contents = turns[::2], turns[1::2]
     return [
         {"role": _TURNS[speaker], "content": content.strip()}

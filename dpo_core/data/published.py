@@ -119,7 +119,7 @@ def read_summaries(row: Row) -> Iterator[Group]:
     answers = []
     for number, item in enumerate(summaries):
         if not isinstance(item, dict) or "text" not in item:
-            raise row.invalid(f"/summaries/{number}", "wrong_type", "must be a dictionary with text.")
+            raise row.invalid(f"/summaries/{number}", "wrong_type", "must be a dictionary with the key text.")
         answers.append(answer(row, f"/summaries/{number}/text", item["text"]))
     lead = choice("choice", 0, 1)(row)
     yield best_first(row, [{"role": "user", "content": _to_summarize(row, info)}], answers, _ratings(lead))
@@ -130,7 +130,7 @@ def _to_summarize(row: Row, info: dict[str, object]) -> str:
     names = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": ""}
     parts = [f"{label}{string_of(row, f'/info/{name}', info[name])}" for name, label in names.items() if info.get(name)]
     if not parts:
-        raise row.invalid("/info", "missing_key", "has no post and no article; give it one.")
+        raise row.invalid("/info", "missing_key", "has neither a post nor an article to summarize; add one of them.")
     return "\n\n".join([*parts, "TL;DR:"])
 
 
@@ -147,7 +147,7 @@ def read_vertex(row: Row) -> Iterator[Group]:
     """Reads rows of Google's Vertex AI: contents with parts, and completions with scores."""
     prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
     if prompt[-1]["role"] != "user":
-        raise row.invalid("/contents", "invalid_order", "must end with a message of the user.")
+        raise row.invalid("/contents", "invalid_order", "must end with a message of the role user.")
     for key in VERTEX_SYSTEM_KEYS:
         if not says_nothing(value := row.value.get(key)):
             system = {"role": "system", **value} if isinstance(value, dict) else value
@@ -170,10 +170,12 @@ def _of_parts(row: Row, pointer: str, value: object) -> Message:
     parts = value.get("parts") if isinstance(value, dict) else None
     role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
     if role is None or not isinstance(parts, list):
-        raise row.invalid(pointer, "wrong_type", "must be a dictionary with role (user or model) and parts.")
+        raise row.invalid(
+            pointer, "wrong_type", "must be a dictionary with the keys role (user or model) and parts (a list)."
+        )
     for number, part in enumerate(parts):
         if not isinstance(part, dict) or part.keys() != {"text"}:
-            what = "must be a text part; no other is supported yet."
+            what = "must be a dictionary with only the key text, because other parts are not supported; remove it."
             raise row.invalid(f"{pointer}/parts/{number}", "unsupported", what)
     texts = [string_of(row, f"{pointer}/parts/{number}/text", part["text"]) for number, part in enumerate(parts)]
     return {"role": role, "content": "\n".join(texts)}
@@ -182,7 +184,7 @@ def _of_parts(row: Row, pointer: str, value: object) -> Message:
 def _list(row: Row, column: str) -> list[object]:
     value = row.value[column]
     if not isinstance(value, list) or not value:
-        raise row.invalid(f"/{column}", "wrong_type", "must be a list that is not empty.")
+        raise row.invalid(f"/{column}", "wrong_type", "must be a list with at least one item.")
     return value
 
 

@@ -46,14 +46,20 @@ def read_chat(row: Row, column: str = "messages") -> Iterator[Group]:
     weights = [message.pop("weight", 1) for message in messages]
     trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and weights[i]]
     if not trained:
-        raise row.invalid(f"/{column}", "nothing_to_train", "has no assistant message to learn; give one weight 1.")
+        raise row.invalid(
+            f"/{column}",
+            "nothing_to_train",
+            "has no assistant message to learn from; add one, or set the weight of one to 1.",
+        )
     for i in trained:
         if i == 0:
             raise row.invalid(
-                f"/{column}/0", "empty_prompt", "is an assistant message with nothing before it; add a prompt."
+                f"/{column}/0", "empty_prompt", "is an assistant message without a prompt before it; add a prompt."
             )
         if messages[i - 1]["role"] == "assistant":
-            what = "follows an assistant message; put a message of the user or a tool between them."
+            what = (
+                "is an assistant message directly after another one; put a message of the user or a tool between them."
+            )
             raise row.invalid(f"/{column}/{i}", "invalid_order", what)
         refuse_empty_message(row, f"/{column}/{i}/content", messages[i])
         yield Group(messages[:i], ([messages[i]],), row.line)
@@ -67,10 +73,14 @@ def read_preference(row: Row) -> Iterator[Group]:
     output."""
     fields = row.value.get("input")
     if not isinstance(fields, dict):
-        raise row.invalid("/input", "wrong_type", "must be a dictionary with messages.")
+        raise row.invalid("/input", "wrong_type", "must be a dictionary with the key messages.")
     for key in fields:
         if key not in TOOL_KEYS | {"messages"}:
-            raise row.invalid(pointer_to(("input", key)), "unknown_key", "is not a key of input; remove it.")
+            raise row.invalid(
+                pointer_to(("input", key)),
+                "unknown_key",
+                "is no key that the dictionary /input can have; remove the key.",
+            )
     prompt = prompt_of(row, "/input/messages", fields.get("messages"))
     outputs = [_either(row, f"{side}_output", f"{side}_completion") for side in ("preferred", "non_preferred")]
     completions = tuple(completion_of(row, f"/{key}", row.value[key]) for key in outputs)
@@ -83,8 +93,8 @@ def _either(row: Row, key: str, alias: str) -> str:
     if len(present) == 1:
         return present[0]
     if present:
-        raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
-    raise row.invalid(f"/{key}", "missing_key", "is missing; add it.")
+        raise row.invalid(f"/{alias}", "duplicate_key", f"and the field /{key} mean the same; send only one.")
+    raise row.invalid(f"/{key}", "missing_key", "is missing; add the field.")
 
 
 def read_explicit(row: Row) -> Iterator[Group]:
@@ -118,7 +128,9 @@ def read_dialogues(row: Row) -> Iterator[Group]:
 def _split_conversations(row: Row, sides: Sequence[list[Message]]) -> Group:
     prompt, completions = parted(row, SIDES, sides)
     if "prompt" in row.value and not _is_in_prompt(row, row.value["prompt"], prompt):
-        raise row.invalid("/prompt", "different_prompts", "must be one of the messages that chosen and rejected share.")
+        raise row.invalid(
+            "/prompt", "different_prompts", "must be one of the messages with which both /chosen and /rejected begin."
+        )
     return Group(prompt, completions, row.line)
 
 
@@ -137,7 +149,11 @@ def read_implicit(row: Row) -> Iterator[Group]:
     texts = [string_of(row, f"/{side}", row.value[side]) for side in SIDES]
     prompt = commonprefix(texts).removesuffix(" ")  # noqa: RUF071 (characters are meant)
     if not prompt:
-        raise row.invalid("", "empty_prompt", "chosen and rejected begin differently; give the row a prompt.")
+        raise row.invalid(
+            "",
+            "empty_prompt",
+            "has no prompt, and its chosen and rejected texts have no common beginning; add the prompt as a field.",
+        )
     for side, text in zip(SIDES, texts, strict=True):
         refuse_empty(row, f"/{side}", text[len(prompt) :])
     yield Group(prompt, tuple(text[len(prompt) :] for text in texts), row.line)
@@ -173,7 +189,7 @@ def _either_of(row: Row, key: str, alias: str) -> str:
     Raises InvalidRow if both have values."""
     used = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
     if len(used) == 2:
-        raise row.invalid(f"/{alias}", "duplicate_key", f"and {key} mean the same; send one.")
+        raise row.invalid(f"/{alias}", "duplicate_key", f"and the field /{key} mean the same; send only one.")
     return used[0] if used else key if key in row.value else alias
 
 
@@ -182,9 +198,13 @@ def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[M
     *prompt, last = messages_of(row, f"/{column}", row.value[column])
     pointer = f"/{column}/{len(prompt)}"
     if last["role"] != "assistant":
-        raise row.invalid(pointer, "invalid_completion", "must be an assistant message.")
+        raise row.invalid(pointer, "invalid_completion", "is the last message and must be an assistant message.")
     if not prompt or prompt[-1]["role"] == "assistant":
-        raise row.invalid(pointer, "invalid_order", "has no message of the user or a tool before it; add one.")
+        raise row.invalid(
+            pointer,
+            "invalid_order",
+            "is an answer without a message of the user or a tool before it; add such a message.",
+        )
     check_completion(row, f"/{column}", [last], first=len(prompt))
     return prompt, [last]
 
@@ -219,7 +239,7 @@ def read_ranked(row: Row) -> Iterator[Group]:
     values = completions_of(row, "completions")
     completions = [completion_like(row, f"/completions/{i}", item, prompt) for i, item in enumerate(values)]
     if "ranks" in row.value and "scores" in row.value:
-        raise row.invalid("/scores", "duplicate_key", "and ranks mean the same; send one.")
+        raise row.invalid("/scores", "duplicate_key", "and the field /ranks mean the same; send only one.")
     key = "ranks" if "ranks" in row.value else "scores"
     numbers = numbers_of(row, f"/{key}", row.value[key], count=len(completions))
     yield best_first(row, prompt, completions, [-n for n in numbers] if key == "ranks" else numbers)
@@ -236,7 +256,11 @@ def read_nectar(row: Row) -> Iterator[Group]:
     """Reads a row of Nectar: a prompt as a dialogue in one text, and answers with ranks."""
     prompt = dialogue_of(row, "/prompt", string_of(row, "/prompt", row.value["prompt"]))
     if len(prompt) < 2 or prompt[-1] != {"role": "assistant", "content": ""}:
-        raise row.invalid("/prompt", "invalid_order", 'must end with "\\n\\nAssistant:", where the answers go.')
+        raise row.invalid(
+            "/prompt",
+            "invalid_order",
+            'must be a dialogue that ends with "\\n\\nAssistant:", after which the answers go.',
+        )
     completions, ranks = _answers(row, "answers", text="answer", number="rank")
     yield best_first(row, prompt[:-1], completions, [-rank for rank in ranks])
 

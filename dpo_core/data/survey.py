@@ -65,9 +65,9 @@ class FeedbackReport:
         first = self.problems[0].message
         if not self.is_read_whole or (self.num_invalid == 1 and not max_invalid_share):
             return first
-        limit = f", and at most {max_invalid_share:.2%} of {self.num_rows} may be" if max_invalid_share else ""
-        rest = ", ".join(f"{problem.rows.count} {problem.code}" for problem in self.problems)
-        return f"{first} {self.num_invalid} rows cannot be used{limit}: {rest}."
+        limit = f" (at most {max_invalid_share:.2%} of {self.num_rows} may be left out)" if max_invalid_share else ""
+        rest = ", ".join(f"{problem.rows.count} with {problem.code}" for problem in self.problems)
+        return f"{first} In all, {self.num_invalid} rows cannot be used{limit}: {rest}."
 
 
 def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) -> FeedbackReport:
@@ -76,7 +76,9 @@ def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) 
     counts = _Counts()
     duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:
-        empty = InvalidRow(1, "", "empty_file", "The file holds no rows; it needs at least one JSON dictionary.")
+        empty = InvalidRow(
+            1, "", "empty_file", "The file has no rows; write at least one row, a JSON dictionary, into the file."
+        )
         counts.add_problem(empty)
     return counts.report(duplicates)
 

@@ -11,7 +11,7 @@ TOOL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
 MOST_CALLS = 128  # calls in one message; each answer is compared with all calls
 Tool = dict[str, object]  # with the row's keys: "type", and "function" with name, description and parameters
 
-_FILLED = "as tables write it into empty cells; keep tools, and arguments of calls, as texts of JSON."
+_FILLED = "as tables write it into empty cells; keep tools and the arguments of calls as texts of JSON in the table."
 _FUNCTION_KEYS = {"name", "description", "parameters", "strict", "return"}  # transformers' get_json_schema adds return
 
 
@@ -34,7 +34,7 @@ def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | 
     """Returns the tools in the dictionary `holder`; None if there are none. An empty list also gives None, because some
     templates would write a heading for an empty list."""
     if holder.get("functions") not in (None, []):
-        remedy = 'is the older form; send tools, each {"type": "function", "function": …}.'
+        remedy = 'is OpenAI\'s older form of tools; use tools instead, each {"type": "function", "function": …}.'
         raise row.invalid(f"{pointer}/functions", "unsupported", remedy)
     if not isinstance(holder.get("parallel_tool_calls"), bool | None):
         raise row.invalid(f"{pointer}/parallel_tool_calls", "wrong_type", "must be true or false.")
@@ -42,7 +42,9 @@ def tools_of(row: Row, pointer: str, holder: dict[str, object]) -> list[Tool] | 
     if tools is None:
         return None
     if not isinstance(tools, list):
-        raise row.invalid(f"{pointer}/tools", "wrong_type", "must be a list of tools, or its JSON as a text.")
+        raise row.invalid(
+            f"{pointer}/tools", "wrong_type", "must be a list of tools, or a text with the JSON of such a list."
+        )
     return [_tool(row, f"{pointer}/tools/{index}", item) for index, item in enumerate(tools)] or None
 
 
@@ -53,11 +55,11 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
         string_of(row, f"{pointer}/function/description", function["description"])
     if not is_finite(function):
         raise row.invalid(
-            f"{pointer}/function", "invalid_number", "holds a number that JSON does not have; write a finite one."
+            f"{pointer}/function", "invalid_number", "contains NaN or an infinite number; write a finite number."
         )
     parameters = function.get("parameters")
     if not isinstance(parameters, dict | None):
-        raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary: a JSON Schema.")
+        raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary that is a JSON Schema.")
     properties = (parameters or {}).get("properties")
     for key, schema in properties.items() if isinstance(properties, dict) else ():
         if schema is None:
@@ -75,7 +77,7 @@ def refuse_filled(row: Row, tools: Sequence[Tool], calls: Sequence[ToolCall]) ->
         for function in [cast(dict[str, Any], tool["function"]) for tool in tools] if nulls else ():
             properties = (function.get("parameters") or {}).get("properties")
             if function["name"] == name and isinstance(properties, dict) and (unknown := nulls - properties.keys()):
-                what = f"a call of {shown(name)} has the argument {shown(min(unknown))}, which is null, {_FILLED}"
+                what = f"has a call of the tool {shown(name)} whose argument {shown(min(unknown))} is null, {_FILLED}"
                 raise row.invalid("", "null_argument", what)
 
 
@@ -86,12 +88,14 @@ def calls_of(row: Row, pointer: str, value: object) -> list[ToolCall]:
     if not isinstance(value, list):
         raise row.invalid(pointer, "wrong_type", "must be a list of tool calls.")
     if len(value) > MOST_CALLS:
-        what = f"holds {len(value)} calls; a message can hold at most {MOST_CALLS}."
+        what = f"has {len(value)} tool calls; a message can have at most {MOST_CALLS}. Use fewer calls."
         raise row.invalid(pointer, "too_many_calls", what)
     calls = [_call(row, f"{pointer}/{index}", item) for index, item in enumerate(value)]
     ids = [call["id"] for call in calls if "id" in call]
     if len(set(ids)) < len(ids):
-        raise row.invalid(pointer, "duplicate_id", "gives two calls the same id; give each its own.")
+        raise row.invalid(
+            pointer, "duplicate_id", "has two tool calls with the same id; give each call an id of its own."
+        )
     return calls
 
 
@@ -100,13 +104,13 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
     name, function = _function(row, pointer, call, {"name", "arguments"})
     arguments = _parsed(row, f"{pointer}/function/arguments", function.get("arguments"))
     if not isinstance(arguments, dict):
-        what = f"is {shown(arguments)}; it must be a JSON object, {{}} if there are no arguments."
+        what = f"is {shown(arguments)}; it must be a JSON object, which is {{}} for a call without arguments."
         raise row.invalid(f"{pointer}/function/arguments", "wrong_type", what)
     if not is_finite(arguments):
         raise row.invalid(
             f"{pointer}/function/arguments",
             "invalid_number",
-            "hold a number that JSON does not have; write a finite one.",
+            "contains NaN or an infinite number; write a finite number.",
         )
     called: Call = {"name": name, "arguments": arguments}
     if call.get("id") is None:
@@ -117,7 +121,7 @@ def _call(row: Row, pointer: str, value: object) -> ToolCall:
 def _function(row: Row, pointer: str, holder: dict[str, object], keys: Set[str]) -> tuple[str, dict[str, object]]:
     """Returns the function's name, and its dictionary, in the tool or call `holder`."""
     if holder.get("type") not in (None, "function"):
-        what = f'is {shown(holder.get("type"))}; only "function" is supported.'
+        what = f'is {shown(holder.get("type"))}; it must be "function", because tools of other types are not supported.'
         raise row.invalid(f"{pointer}/type", "unsupported", what)
     function = _dictionary(row, f"{pointer}/function", holder.get("function"), keys)
     name = string_of(row, f"{pointer}/function/name", function.get("name"))
@@ -130,10 +134,14 @@ def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[s
     """Returns `value`, which must be a dictionary with keys only from `keys`. Raises InvalidRow for any other value."""
     known = ", ".join(sorted(keys))
     if not isinstance(value, dict):
-        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a dictionary of {known}.")
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a dictionary with the keys {known}.")
     for key in value:
         if key not in keys:
-            raise row.invalid(pointer + pointer_to((key,)), "unknown_key", f"is not one of {known}; remove it.")
+            raise row.invalid(
+                pointer + pointer_to((key,)),
+                "unknown_key",
+                f"is no key that this dictionary can have ({known}); remove the key.",
+            )
     return value
 
 

@@ -32,7 +32,9 @@ def string_of(row: Row, pointer: str, value: object) -> str:
 def refuse_empty(row: Row, pointer: str, text: str) -> None:
     """Raises InvalidRow if the text of a completion is empty or only spaces."""
     if not text.strip():
-        raise row.invalid(pointer, "empty_completion", "is empty; a completion needs text.")
+        raise row.invalid(
+            pointer, "empty_completion", "is an empty completion; write text into the field, or remove the row."
+        )
 
 
 def numbers_of(row: Row, pointer: str, value: object, *, count: int) -> list[float]:

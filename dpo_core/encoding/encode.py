@@ -40,14 +40,16 @@ class EncodedGroup:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or not self.completion_ids or not all(map(len, self.completion_ids)):
-            raise ValueError(f"Line {self.line} has a prompt or a completion of no tokens; give each some text.")
+            raise ValueError(
+                f"Line {self.line} has a prompt or a completion without tokens; give each of them some text."
+            )
         for name in ("ref_logps", "ref_head_logps", "ratings", "others"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.completion_ids):
                 counts = f"{len(values)} {name} for {len(self.completion_ids)} completions"
-                raise ValueError(f"Line {self.line} has {counts}; give each completion one.")
+                raise ValueError(f"Line {self.line} has {counts}; give one value for each completion.")
         if self.others is not None and not all(self.num_learned):
-            raise ValueError(f"Line {self.line} has a completion of which no token is learned; leave it out.")
+            raise ValueError(f"Line {self.line} has a completion without any token to learn; leave the completion out.")
 
     def learned(self, completion: int) -> Sequence[int]:
         """Returns the positions of the learned ids in completion number `completion`: all positions except those of
@@ -145,9 +147,11 @@ def _encoded(
     bos: int | None,
 ) -> EncodedGroup | InvalidRow:
     if not prompt_ids:
-        return invalid_group(group, "empty_prompt", "the prompt has no tokens; give it some text.")
+        return invalid_group(group, "empty_prompt", "the prompt has no tokens; write some text into the prompt.")
     if not all(completion_ids):
-        return invalid_group(group, "empty_completion", "a completion has no tokens; give it some text.")
+        return invalid_group(
+            group, "empty_completion", "a completion has no tokens; write some text into the completion."
+        )
     return EncodedGroup(
         prompt_ids,
         completion_ids,

@@ -29,7 +29,7 @@ _WORD = re.compile(r"\w+")
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers, which changes no text
 _TAG = re.compile(r"<[^<>]*>|\[[^][]*\]")
 RENDER_SECONDS = 10.0  # processor time for one call with many groups, of which templates need milliseconds
-DROPS_CALLS = "the chat template leaves out tool calls, or a part of them; use a template that writes them."
+DROPS_CALLS = "the chat template leaves out tool calls, or a part of them; use a chat template that writes tool calls."
 SHOWN = 40  # the most characters of a lost text in an error
 
 Spans = tuple[tuple[int, int], ...]
@@ -58,7 +58,9 @@ def write_groups(
     the groups that it cannot write.
     """
     line = groups[0].line
-    endless = f"The chat template computes on line {line} for more than {RENDER_SECONDS:g} seconds; fix the template."
+    endless = (
+        f"The chat template takes more than {RENDER_SECONDS:g} seconds for the row on line {line}; fix the template."
+    )
     try:
         with deadline(RENDER_SECONDS, UnusableTemplate(endless)):
             rendered = render(groups, tokenizer, today)
@@ -69,7 +71,7 @@ def write_groups(
             raise
         if isinstance(error, InvalidRow):
             return [error]
-        reason = f"the chat template refuses the messages: {str(error)[:200]}."
+        reason = f"the chat template refuses the messages ({str(error)[:200]}); change the messages or the template."
         return [invalid_group(groups[0], "template_refused", reason)]
     return [_written(group, texts, tokenizer) for group, texts in zip(groups, rendered, strict=True)]
 
@@ -84,8 +86,8 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
             rendered += (_Rendered(cast(str, g.prompt), cast(tuple[str, ...], g.completions), None) for g in members)
             continue
         if tokenizer.chat_template is None:
-            remedy = "send texts instead of messages, or add a template."
-            raise UnusableTemplate(f"The tokenizer has no chat template; {remedy}")
+            remedy = "give rows with texts instead of messages, or add a chat template to the tokenizer."
+            raise UnusableTemplate(f"The tokenizer has no chat template for rows of messages; {remedy}")
         options = {**(arguments or {}), "tools": tools}
         options["strftime_now"] = (today or _first_day()).strftime  # templates ask for the date by this name
         apply = partial(_apply, tokenizer, options)
@@ -117,7 +119,7 @@ def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dia
         before, after = apply([messages[:begin], messages[:stop]])
         (asked,) = apply([messages[:stop]], asks=True)
         if not (dialogue.startswith(before) and dialogue.startswith(after)):
-            what = "the chat template writes a message of a completion differently once others follow"
+            what = "the chat template changes the text of an answer when further messages follow the answer"
             raise invalid_group(group, "template_not_prefix", f"{what}; fix the template.")
         spans.append((len(before), len(_common(asked, [dialogue]))))
     return tuple(spans)
@@ -283,7 +285,7 @@ def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow
     place = len(commonprefix([prompt, *dialogues]))  # noqa: RUF071 (characters are meant)
     other = next(dialogue for dialogue in dialogues if not dialogue.startswith(prompt))
     what = (
-        "the chat template writes the prompt differently once the completion follows: "
+        "the chat template changes the text of the prompt when an answer follows: "
         f"{prompt[place : place + SHOWN]!r} becomes {other[place : place + SHOWN]!r}; fix the template."
     )
     return invalid_group(group, "template_not_prefix", what)
@@ -309,7 +311,10 @@ def _lost(group: Group, written: WrittenGroup, tokenizer: "PreTrainedTokenizerBa
         function = cast(dict[str, object], tool["function"])
         if unread or _lacks_tool(function, written.prompt):
             name = cast(str, function["name"])[:SHOWN]
-            what = f"the chat template leaves out the tool {name!r}, or a part of it; use a template that writes tools."
+            what = (
+                f"the chat template leaves out the tool {name!r} or a part of it; "
+                "use a chat template that writes tools."
+            )
             return invalid_group(group, "template_drops_tools", what)
     contents = [_required_text(message) for message in prompt]
     all_contents = "\0".join(contents)  # no message contains the separator
@@ -373,7 +378,7 @@ def _words(value: object) -> Iterator[str]:
 
 def _drops(group: Group, what: str, where: str, lost: str) -> InvalidRow:
     problem = f"the chat template leaves out or changes {what} of {where}: {lost[:SHOWN]!r}"
-    sentence = f"{problem}; use a template that writes it."
+    sentence = f"{problem}; use a chat template that writes it unchanged."
     return invalid_group(group, f"template_drops_{what}", sentence)
 
 

@@ -35,7 +35,9 @@ def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_who
     default = _names(model, _adaptable(model, linears)) + _experts(model)
     targets = default if all_linear else list(adapter.target_modules)
     if not targets:
-        raise InvalidOption("target_modules", f"{type(model).__name__} has no linear layer that takes an adapter.")
+        raise InvalidOption(
+            "target_modules", f"{type(model).__name__} has no linear layer for an adapter; train all weights instead."
+        )
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -96,8 +98,8 @@ def check_base(folder: Path, model: PreTrainedModel) -> None:
     folder does not identify its base: folders written by other programs do not."""
     file = folder / BASE
     if file.is_file() and json.loads(file.read_bytes())["sha256_of_samples"] != fingerprint(model):
-        what = f"{folder} is not an adapter of {model.name_or_path}: it was trained on a base with other weights"
-        raise UnusableModel(f"{what}; restore the base that it was trained on.")
+        what = f"The adapter in {folder} was trained on a base with other weights than {model.name_or_path} has now"
+        raise UnusableModel(f"{what}; restore the base's earlier weights, or train a new adapter.")
 
 
 def dropouts(model: nn.Module) -> list[nn.Module]:
@@ -116,7 +118,10 @@ def options_of(folder: Path) -> Lora:
 
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig) or config.bias != "none":
-        raise UnusableModel(f"{folder} holds an adapter that is not LoRA without biases; merge it into its base.")
+        raise UnusableModel(
+            f"{folder} holds an adapter other than LoRA without biases, the only kind supported; "
+            "merge it into its base."
+        )
     targets = config.target_modules
     return Lora(
         r=config.r,
@@ -137,13 +142,16 @@ def put_weights(model: Any, folder: Path) -> None:
     saved = {_model_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
     strangers = sorted(saved.keys() ^ get_peft_model_state_dict(model).keys())
     if strangers:
-        what = f"Only one of the adapter {folder} and this model has {strangers[0]}"
-        raise UnusableModel(f"{what} ({len(strangers)} such weights); use the base that it was trained on.")
+        what = (
+            f"The adapter in {folder} does not fit the model: {len(strangers)} weights, such as {strangers[0]}, exist"
+        )
+        raise UnusableModel(f"{what} in only one of the two; use the base that the adapter was trained on.")
     try:
         set_peft_model_state_dict(model, saved)
     except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes
         reason = str(error).splitlines()[-1].strip()
-        raise UnusableModel(f"The adapter {folder} has weights of other shapes than this base: {reason}") from None
+        what = f"The adapter in {folder} has weights of other shapes than its base ({reason})"
+        raise UnusableModel(f"{what}; use the base that the adapter was trained on.") from None
 
 
 def _model_name(name: str) -> str:
@@ -162,10 +170,12 @@ def _check_targets(model: PreTrainedModel, linears: set[str], head: nn.Module | 
             continue
         base = module.get_base_layer()
         if base is head:
-            message = f"target_modules names {name}, the head, whose adapter is not trained; leave it out."
+            message = (
+                f"target_modules names {name}, the model's head, on which no adapter is trained; leave {name} out."
+            )
             raise InvalidOption("target_modules", message)
         if isinstance(base, nn.Linear) and name not in linears:
-            message = f"target_modules names {name}, whose adapter would learn nothing from texts; leave it out."
+            message = f"target_modules names {name}, a layer that texts do not pass through; leave {name} out."
             raise InvalidOption("target_modules", message)
 
 
@@ -175,8 +185,8 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
 
     if isinstance(error, NoMatchingPeftModuleError):
         name = type(model).__name__
-        return f"target_modules is {tuple(targets)}, and {name} has none of them; name some of its linear layers."
-    return f"target_modules is {tuple(targets)}: {str(error).partition('. ')[0]}."
+        return f"target_modules is {tuple(targets)}, but {name} has no such modules; name linear layers that it has."
+    return f"target_modules is {tuple(targets)}, which cannot be used ({str(error).partition('. ')[0]}); name others."
 
 
 def _linears(model: PreTrainedModel) -> set[str]:

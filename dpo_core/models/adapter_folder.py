@@ -17,9 +17,12 @@ def base_of(folder: Path) -> str:
     source, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not source:
         raise ValueError(
-            f"{folder / CONFIG} has no base_model_name_or_path; add it, with the model that the adapter is of."
+            f"{folder / CONFIG} has no base_model_name_or_path; "
+            "add this key with the model that the adapter was trained on."
         )
     if revision not in (None, "main"):
-        what = f"{folder} is an adapter of the revision {revision} of {source}; download that into a folder"
-        raise ValueError(f"{what}, and name the folder as base_model_name_or_path in {CONFIG}, without a revision.")
+        what = (
+            f"The adapter in {folder} belongs to revision {revision} of {source}; download that revision into a folder"
+        )
+        raise ValueError(f"{what}, and give the folder as base_model_name_or_path in {CONFIG}, without a revision.")
     return str(source)

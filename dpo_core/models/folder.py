@@ -92,7 +92,9 @@ def processors_of(model: PreTrainedModel) -> dict[str, bytes]:
     try:
         paths = {name: _find(model, name) for name in OF_PROCESSORS}
     except OSError as error:  # name_or_path is neither a folder nor a hub id
-        logger.warning("Files of processors, if there are any, are not copied: %s", error)
+        logger.warning(
+            "The model's files for images and sound, if it has any, were not found and are not copied: %s", error
+        )
         return {}
     return {name: Path(path).read_bytes() for name, path in paths.items() if path}
 

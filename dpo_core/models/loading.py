@@ -31,10 +31,12 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
     Raises UnusableModel for a folder that does not hold a complete model in full precision or in MXFP4.
     """
     if find_adapter_config_file(source) is not None:  # transformers would load the adapter's base and freeze it
-        raise UnusableModel(f"{source} holds an adapter; write it and its base as one folder with merge_adapter.")
+        raise UnusableModel(
+            f"{source} holds an adapter, not a whole model; merge the adapter into its base with merge_adapter first."
+        )
     if all(Path(source, name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         both = f"{SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}"  # transformers reads the first, vLLM the second
-        raise UnusableModel(f"{source} holds {both}, the weights of two models; remove one of them.")
+        raise UnusableModel(f"{source} holds weights twice, in {both}; remove one of the two files.")
     composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     config, names = _of_texts(composite, kind, source)
     _make_ready(config, source)
@@ -58,7 +60,7 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
     _correct_tying(model)
     if getattr(config.get_text_config(), "output_router_logits", False):
         sentence = (
-            "%s asks for the loss that balances experts (output_router_logits); training adds none to its objective."
+            "The config of %s sets output_router_logits, but training does not add the loss that balances experts."
         )
         logger.warning(sentence, source)
     if quantization is not None:  # expanded weights are in bfloat16, whatever the dtype of the others
@@ -76,8 +78,8 @@ def _make_ready(config: PretrainedConfig, source: str | Path) -> None:
         part.return_dict = True
     padding, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(padding, int) and vocabulary and padding >= vocabulary:
-        what = f"{source} has the pad_token_id {padding}, outside its vocabulary of {vocabulary}"
-        raise UnusableModel(f"{what}; give its config.json one of its tokens, or null.")
+        what = f"config.json of {source} has pad_token_id {padding}, but the vocabulary has only {vocabulary} tokens"
+        raise UnusableModel(f"{what}; set pad_token_id to a token of the vocabulary or to null.")
 
 
 def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | None:
@@ -92,7 +94,8 @@ def _expansion(config: PretrainedConfig, source: str | Path) -> Mxfp4Config | No
     method = quantized.get("quant_method", "of an unnamed method")
     if method != "mxfp4":
         raise UnusableModel(
-            f"{source} is a quantized model ({method}); train the one it was made from, in full precision."
+            f"{source} is a quantized model ({method}), which cannot be trained; "
+            "train the full-precision model it was made from."
         )
     return Mxfp4Config(dequantize=True)
 
@@ -111,7 +114,8 @@ def _of_texts(config: PretrainedConfig, kind: Any, source: str | Path) -> tuple[
     text = config.get_text_config(decoder=True)
     if text is config or type(text) not in loadable:
         raise UnusableModel(
-            f"{source} is of type {config.model_type}, for which transformers has no class to train on texts."
+            f"{source} has the model type {config.model_type}, which transformers cannot train on texts; "
+            "choose another model."
         )
     text.tie_word_embeddings = config.tie_word_embeddings
     return text, _NAMES_OF_TEXTS
@@ -127,16 +131,19 @@ _NAMES_OF_TEXTS = {
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str | Path) -> None:
     """Raises UnusableModel if transformers drew weights of the model at random, or left out weights of the folder."""
-    wanted, remedy = f"the {type(model).__name__} of its config.json", "use weights and a config of the same model."
+    wanted = f"the {type(model).__name__} that its config.json describes"
+    remedy = "use weights and a config.json of the same model."
     for name, shape, expected in sorted(report["mismatched_keys"]):
         if name == "score.weight":
-            remedy = f"give num_outputs={shape[0]}."
-        raise UnusableModel(f"{source} has {name} of shape {tuple(shape)}, {wanted} wants {tuple(expected)}; {remedy}")
+            remedy = f"load the model with num_outputs={shape[0]}."
+        what = f"In {source} the weight {name} has the shape {tuple(shape)}, but {wanted} needs {tuple(expected)}"
+        raise UnusableModel(f"{what}; {remedy}")
     new_head = "score.weight" if is_reward_model(model) else None
     if missing := sorted(set(report["missing_keys"]) - {new_head}):
-        raise UnusableModel(f"{source} lacks {len(missing)} weights of {wanted}, such as {missing[0]}; {remedy}")
+        what = f"{source} lacks {len(missing)} weights, such as {missing[0]}, of {wanted}"
+        raise UnusableModel(f"{what}; {remedy}")
     if strangers := _missed(report["unexpected_keys"], model):
-        what = f"{source} has {len(strangers)} weights, such as {strangers[0]}, that have no place in {wanted}"
+        what = f"{source} has {len(strangers)} weights, such as {strangers[0]}, that do not belong to {wanted}"
         raise UnusableModel(f"{what}; {remedy}")
 
 
@@ -144,7 +151,7 @@ def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UnusableModel(
-                f"{name} of {source} holds numbers that are not finite; use an earlier checkpoint of it."
+                f"The weight {name} of {source} contains NaN or infinity; use an earlier checkpoint of this model."
             )
 
 

@@ -62,7 +62,9 @@ def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in type(model)(config).parameters())
     if num_weights > MOST_WEIGHTS:
-        raise ValueError(f"it would have {num_weights} weights; the most are {MOST_WEIGHTS}")
+        raise ValueError(
+            f"the small copy of the model would have {num_weights} weights; at most {MOST_WEIGHTS} are allowed"
+        )
     device = model.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)

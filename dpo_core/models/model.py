@@ -113,7 +113,8 @@ def _load(
 ) -> PreTrainedModel:
     if quantization and adapter is None:
         message = (
-            f"quantization is {quantization}, and such weights cannot be trained; give an adapter, or leave it out."
+            f"quantization is {quantization}, whose weights cannot be trained; "
+            "add an adapter, or leave quantization out."
         )
         raise InvalidOption("quantization", message)
     with torch.random.fork_rng([]):  # new weights are drawn on the CPU
@@ -161,7 +162,7 @@ def merge_adapter(adapter: Path, folder: Path, *, base: str | Path | None = None
     or if `folder` is the adapter's own.
     """
     if folder.resolve() == adapter.resolve():
-        raise ValueError(f"{folder} is the adapter's own folder; name another for the merged model.")
+        raise ValueError(f"{folder} is the adapter's own folder; name another folder for the merged model.")
     merged = load_merged(adapter, base=base, dtype=dtype)
     save_model(merged, folder, agree_on_padding(merged, load_tokenizer(adapter)), processors_of(merged))
 
@@ -179,8 +180,8 @@ def load_merged(
 
     source = base_of(adapter) if base is None else base
     if Path(source).is_absolute() and not Path(source).is_dir():
-        what = f"{adapter} is an adapter of {source}, which does not exist"
-        raise ValueError(f"{what}; restore that folder, or say where the base is.")
+        what = f"The adapter in {adapter} was trained on the base in {source}, but that folder does not exist"
+        raise ValueError(f"{what}; restore the folder, or pass the base's present folder as base.")
     weights = load_peft_weights(adapter, device="cpu")
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
@@ -199,16 +200,18 @@ def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    what = f"{adapter} is not an adapter of {base.name_or_path}"
+    what = f"The adapter in {adapter} does not fit the base {base.name_or_path}"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # missing keys are refused below
             both = PeftModel.from_pretrained(base, adapter)
     except RuntimeError as error:  # PyTorch raises RuntimeError for weights of other shapes
-        raise ValueError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{what} ({reason}); use the base that the adapter was trained on.") from None
     if strangers := sorted(names ^ get_peft_model_state_dict(both).keys()):
         raise ValueError(
-            f"{what}: only one of them has {strangers[0]} ({len(strangers)} such weights); use its own base."
+            f"{what}: {len(strangers)} weights, such as {strangers[0]}, exist in only one of the two; "
+            "use the base that the adapter was trained on."
         )
     return both
 
@@ -225,7 +228,9 @@ def agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     candidates = [tokenizer.pad_token, *tokenizer.all_special_tokens]
     usable = [token for token in candidates if token not in (None, tokenizer.eos_token)]
     if not usable:
-        raise ValueError(f"The tokenizer can pad only with its EOS token, {tokenizer.eos_token}; give it a pad_token.")
+        raise ValueError(
+            f"The tokenizer has no padding token other than its end token {tokenizer.eos_token}; set its pad_token."
+        )
     tokenizer.pad_token = usable[0]
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return tokenizer
@@ -235,24 +240,26 @@ def check_policy(model: nn.Module) -> None:
     """Raises UnusableModel for a wrapped model (such as PEFT's), a model with several adapters, and a model with an
     adapter on its head."""
     if not isinstance(model, PreTrainedModel):
-        remedy = "pass the model itself; load_policy(folder, adapter=Lora(...)) puts an adapter on it"
-        raise UnusableModel(f"{type(model).__name__} is not a model of transformers but may wrap one; {remedy}.")
+        remedy = (
+            "pass the transformers model itself, or load one with an adapter by load_policy(folder, adapter=Lora())"
+        )
+        raise UnusableModel(f"policy is a {type(model).__name__}, which is not a transformers model; {remedy}.")
     if has_adapter(model) and len(model.peft_config) > 1:
         names = ", ".join(model.peft_config)
         raise UnusableModel(
-            f"{type(model).__name__} has several adapters ({names}); delete all but one with delete_adapter."
+            f"The model has several adapters ({names}) but may have only one; delete the others with delete_adapter."
         )
     head = model.get_output_embeddings()
     if head is not None and hasattr(head, "base_layer"):
         raise UnusableModel(
-            f"{type(model).__name__} has an adapter on its head, which would not be trained; leave it out."
+            "The model has an adapter on its head, which would not be trained; leave the head out of target_modules."
         )
 
 
 def check_dtype(dtype: torch.dtype) -> None:
     """Raises UnusableModel if the dtype is float16."""
     if dtype == torch.float16:
-        raise UnusableModel("dtype is float16, in which small gradients vanish; use bfloat16 or float32.")
+        raise UnusableModel("dtype is float16, in which small gradients become 0; use bfloat16 or float32.")
 
 
 def check_model(model: nn.Module, objective: Objective) -> None:
@@ -261,11 +268,11 @@ def check_model(model: nn.Module, objective: Objective) -> None:
     for parameter in model.parameters():
         check_dtype(parameter.dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        remedy = "set requires_grad on the weights to train"
-        raise UnusableModel(f"All weights of {type(model).__name__} are frozen; {remedy}.")
+        remedy = "set requires_grad to True on the weights that training may change"
+        raise UnusableModel(f"All weights of the policy ({type(model).__name__}) are frozen; {remedy}.")
     wanted, present = objective.traits.num_outputs, count_outputs(model)
     if wanted != present:
         kinds = [f"a reward model of {n} output(s)" if n else "a causal language model" for n in (wanted, present)]
         remedy = f"load_reward_model with num_outputs={wanted}" if wanted else "load_policy"
-        message = f"objective is {objective.type}, which trains {kinds[0]}, not {kinds[1]}; use {remedy}."
+        message = f"objective is {objective.type}, which trains {kinds[0]}, but the model is {kinds[1]}; use {remedy}."
         raise InvalidOption("objective", message)

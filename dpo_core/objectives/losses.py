@@ -488,7 +488,8 @@ def check_groups(objective: o.Objective, groups: Sequence[EncodedGroup]) -> None
             raise ValueError(f"Line {group.line} {problem}")
     if objective.traits.needs_other_prompts and all(len(g.rated()) == len(g.completion_ids) for g in groups):
         raise ValueError(
-            f"The global batch has no completions of other prompts, which {objective.type} needs; add some, rated nan."
+            f"The batch has no completions of other prompts, which {objective.type} needs; "
+            "add completions with the rating nan."
         )
 
 
@@ -499,29 +500,41 @@ def _problem(objective: o.Objective, group: EncodedGroup) -> str | None:
     unpaired = "unpaired" in traits.learns_from
     ratings, rated = group.ranked(), group.rated()
     if len(rated) < len(ratings) and not (unpaired or traits.needs_other_prompts):
-        return f"rates a completion nan; {objective.type} takes no completions of other prompts, so leave it out."
+        return (
+            f"has a completion with the rating nan (from another prompt), which {objective.type} cannot use; "
+            "leave it out."
+        )
     from_ratings = traits.learns_from == ("ratings",)
     if from_ratings and group.ratings is None:
-        return f"has no ratings; {objective.type} learns from ratings only, so give each completion one."
+        return f"has no ratings; {objective.type} learns from ratings only, so give each completion a rating."
     if from_ratings and not all(map(math.isfinite, rated)):
-        return f"has ratings {rated}; {objective.type} takes finite ones only."
-    counts = f"has {len(rated)} completions; {objective.type} takes"
+        return f"has the ratings {rated}; {objective.type} needs finite numbers."
+    counts = f"has {len(rated)} completions; {objective.type} needs"
     if traits.learns_from == ("demonstrations",) and len(rated) != 1:
-        return f"{counts} 1."
+        return f"{counts} exactly 1."
     if traits.learns_from == ("pairs",) and len(rated) != 2:
-        return f"{counts} 2."
+        return f"{counts} exactly 2."
     if "rankings" in traits.learns_from and len(rated) < 2:
         return f"{counts} at least 2."
     if unpaired and not rated:
         return f"{counts} at least 1."
     if list(ratings[: len(rated)]) != (rated if unpaired else sorted(rated, reverse=True)):
-        return "has its completions out of order; put the best first, those rated nan last."
+        return (
+            "has completions in the wrong order; "
+            "put the one with the highest rating first, and any with the rating nan last."
+        )
     if not (unpaired or from_ratings) and len(set(rated)) == 1 < len(rated):
-        return "gives all its completions the same rating, so it prefers none; leave it out."
+        return "has the same rating for all completions, so none is preferred; leave the row out."
     if group.margin and not (traits.takes_margins and len(rated) == 2):
-        return f"has a margin; {objective.type} takes none for this group, so remove it."
+        return f"has a margin, which {objective.type} cannot use with {len(rated)} completions; remove the margin."
     if traits.needs_reference and group.ref_logps is None:
-        return "has no ref_logps; score it with the reference before training."
+        return (
+            "has no ref_logps (log-probabilities under the reference); "
+            "compute them with score_reference before training."
+        )
     if traits.needs_reference_heads and group.ref_head_logps is None:
-        return "has no ref_head_logps; score it with the reference before training."
+        return (
+            "has no ref_head_logps (log-probabilities under the reference); "
+            "compute them with score_reference before training."
+        )
     return None

@@ -29,7 +29,9 @@ class Shapes:
         none."""
         value = next((self.text[name] for name in names if self.text.get(name) is not None), None)
         if value is None:
-            raise ValueError(f"config.json has no {names[0]}; only decoders with attention can be planned.")
+            raise ValueError(
+                f"config.json has no {names[0]}; memory can be planned only for decoder models with attention."
+            )
         return int(value)
 
     @property

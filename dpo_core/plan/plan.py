@@ -81,7 +81,7 @@ def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collectio
         for name in list(found):
             fewer = {key: value for key, value in found.items() if key != name}
             found = fewer if fits(fewer) else found
-    end = f"a worker then holds {in_gb(total(found))} at most, not {in_gb(total({}))}"
+    end = f"each worker then needs at most {in_gb(total(found))} of memory instead of {in_gb(total({}))}"
     given = {name: {"r": value} if name == "adapter" else value for name, value in found.items()}
     return tuple(Change(name, value, f"Set {name} to {json.dumps(value)}; {end}.") for name, value in given.items())
 

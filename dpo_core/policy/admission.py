@@ -17,8 +17,10 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
     positions = getattr(config, "max_position_embeddings", None)
     for group in groups:
         problem = (
-            _too_long(group, max_length, "max_length", "truncate it, or raise max_length")
-            or _too_long(group, positions, f"the last position of {type(model).__name__}", "truncate it")
+            _too_long(group, max_length, "max_length", "shorten the row, or raise max_length")
+            or _too_long(
+                group, positions, "the most positions of the model (max_position_embeddings)", "shorten the row"
+            )
             or _unknown_ids(group, config.vocab_size)
             or _not_finite(group)
         )
@@ -28,14 +30,17 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
 
 def _too_long(group: EncodedGroup, limit: int | None, name: str, remedy: str) -> str | None:
     tokens = len(group.prompt_ids) + max(map(len, group.completion_ids))
-    return f"has {tokens} tokens; {name} is {limit}; {remedy}." if limit and tokens > limit else None
+    return f"has {tokens} tokens, but {name} is {limit}; {remedy}." if limit and tokens > limit else None
 
 
 def _unknown_ids(group: EncodedGroup, vocabulary: int) -> str | None:
     for ids in (group.prompt_ids, *group.completion_ids):
         for id in (min(ids), max(ids)):
             if not 0 <= id < vocabulary:
-                return f"holds the id {id}, outside the model's vocabulary of {vocabulary}; check the tokenizer."
+                return (
+                    f"has the token id {id}, but the model's vocabulary has only {vocabulary} tokens; "
+                    "use the model's own tokenizer."
+                )
     return None
 
 
@@ -43,9 +48,9 @@ def _not_finite(group: EncodedGroup) -> str | None:
     for name in ("ref_logps", "ref_head_logps"):
         values = getattr(group, name) or ()
         if not all(abs(value) <= LARGEST for value in values):
-            return f"has {name} {tuple(values)}; they must be finite numbers, so score it again."
+            return f"has {name} {tuple(values)}, which must be finite numbers; compute them again with the reference."
     if not 0 < group.weight <= LARGEST:
-        return f"has the weight {group.weight}; it must be greater than 0 and finite."
+        return f"has the weight {group.weight}; a weight must be greater than 0 and finite."
     if not abs(group.margin or 0.0) <= LARGEST:
-        return f"has the margin {group.margin}; it must be finite."
+        return f"has the margin {group.margin}; a margin must be a finite number."
     return None

@@ -28,7 +28,7 @@ def shared_prompts(policy: PreTrainedModel) -> Iterator[None]:
     before = policy.config._attn_implementation
     policy.set_attn_implementation(NAME)
     if policy.config._attn_implementation != NAME:
-        raise ValueError(f"the attention of {type(policy).__name__} cannot be replaced")
+        raise ValueError(f"transformers cannot replace the attention function of {type(policy).__name__}")
     try:
         yield
     finally:

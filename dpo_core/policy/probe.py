@@ -48,7 +48,11 @@ def probe(model: PreTrainedModel) -> Manner:
     place = 0
     if not no_sharing:
         no_sharing, place = _try_packs(subject, shared=True)
-    coarse = f"{model.dtype} hides small differences" if subject is model and model.dtype != torch.float32 else ""
+    coarse = (
+        f"its numbers in {model.dtype} are too coarse to compare"
+        if subject is model and model.dtype != torch.float32
+        else ""
+    )
     no_batches = stretched or coarse
     if no_sharing and not no_batches:
         no_batches, place = _try_packs(subject, shared=False)
@@ -63,7 +67,7 @@ def _subject(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
             small = miniature(model, narrow=narrow)
             _answer(small, _ids(small))
         except Exception as error:  # architectures refuse such configs with errors of any kind
-            reason = f"it has no miniature, {type(error).__name__}: {error}"
+            reason = f"no small copy of it can be made to try this, {type(error).__name__}: {error}"
         else:
             return small, ""
     return model, reason
@@ -76,7 +80,8 @@ def _check_causal(model: PreTrainedModel) -> None:
     if _difference(first, second) > _tolerated(model, first):
         name = type(model).__name__
         raise UnusableModel(
-            f"{name} sees the tokens that it is to predict; use a causal model (set is_decoder if its config has it)."
+            f"{name} sees later tokens while it predicts earlier ones; "
+            "use a causal model (set is_decoder if the config has it)."
         )
 
 
@@ -111,7 +116,7 @@ def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
         differences.append(_difference(answer, plain))
         if differences[-1] <= _tolerated(model, plain):
             return "", place
-    return f"its answers differ by {differences[0]:.2g}", 0
+    return f"its log-probabilities would differ by {differences[0]:.2g}", 0
 
 
 def _example(model: PreTrainedModel, *, share_prompts: bool) -> Batch:

@@ -37,11 +37,11 @@ class Scorer(nn.Module):
         self.manner = probe(model)
         self.shares_prompts, self.takes_batches = not self.manner.no_sharing, not self.manner.no_batches
         if no_batches := self.manner.no_batches:
-            way = f"by the model's own forward, one at a time ({no_batches})"
+            way = f"one row at a time ({no_batches})"
         else:
-            way = "in batches"
+            way = "in batches of several rows"
         if no_sharing := self.manner.no_sharing:
-            sentence = "%s cannot share prompts (%s); each completion is computed after its own copy, %s."
+            sentence = "%s cannot compute a prompt once for several completions (%s); it is computed for each, %s."
             logger.warning(sentence, type(model).__name__, no_sharing, way)
 
     def count_tokens(self, group: EncodedGroup) -> int:

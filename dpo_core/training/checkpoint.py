@@ -106,7 +106,7 @@ def latest_checkpoint(folder: Path | str) -> Path | None:
             if not verify(candidate).has_optimizer:
                 continue
         except DamagedCheckpoint as error:
-            logger.warning("A checkpoint is damaged and not used: %s", error)
+            logger.warning("A damaged checkpoint is skipped; an older one is tried: %s", error)
         else:
             return candidate
     return None
@@ -118,7 +118,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     except FileNotFoundError:
-        raise DamagedCheckpoint(MANIFEST, f"{folder / MANIFEST} is missing; use an earlier checkpoint.") from None
+        raise DamagedCheckpoint(
+            MANIFEST, f"The checkpoint's file {folder / MANIFEST} is missing; use an earlier checkpoint."
+        ) from None
 
 
 def parse_manifest(written: bytes, where: str) -> Manifest:
@@ -130,7 +132,9 @@ def parse_manifest(written: bytes, where: str) -> Manifest:
         fields["evaluations"] = tuple(Evaluation(*each) for each in fields.get("evaluations", ()))
         return Manifest(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpoint(MANIFEST, f"{where} is unreadable ({error}); use an earlier checkpoint.") from None
+        raise DamagedCheckpoint(
+            MANIFEST, f"The checkpoint's file {where} cannot be read ({error}); use an earlier checkpoint."
+        ) from None
 
 
 def verify(folder: Path) -> Manifest:
@@ -140,13 +144,13 @@ def verify(folder: Path) -> Manifest:
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise DamagedCheckpoint(name, f"{path} is missing; use an earlier checkpoint.")
+            raise DamagedCheckpoint(name, f"The checkpoint's file {path} is missing; use an earlier checkpoint.")
         size = path.stat().st_size
         if size != expected.size:
-            what = f"{path} has {size} bytes, its manifest says {expected.size}"
+            what = f"The checkpoint's file {path} is damaged: it has {size} bytes instead of {expected.size}"
             raise DamagedCheckpoint(name, f"{what}; use an earlier checkpoint.")
         if sha256_of(path) != expected.sha256:
-            what = f"{path} has another sha256 than its manifest says"
+            what = f"The checkpoint's file {path} is damaged: its sha256 is not the one in the checkpoint's manifest"
             raise DamagedCheckpoint(name, f"{what}; use an earlier checkpoint.")
     return manifest
 
@@ -161,21 +165,23 @@ def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision:
     manifest = verify(folder)
     if not manifest.has_optimizer:
         raise ValueError(
-            f"{folder} has no optimizer state any more; resume from a newer checkpoint, or start from its model."
+            f"The checkpoint {folder} has no optimizer state any more; "
+            "resume from a newer one, or start a run from its model."
         )
     if manifest.total_steps != total_steps:
-        what = f"{folder} is of a run of {manifest.total_steps} steps, this run has {total_steps}"
-        raise ValueError(f"{what}; use the same data and config.")
+        what = f"The checkpoint {folder} is from a run of {manifest.total_steps} steps, but this run has {total_steps}"
+        raise ValueError(f"{what}; resume with the same data and config.")
     if manifest.dtype not in (None, precision):
-        raise ValueError(f"{folder} was trained in {manifest.dtype}; load the policy in it, not in {precision}.")
+        what = f"The checkpoint {folder} was trained in {manifest.dtype}, but the policy is in {precision}"
+        raise ValueError(f"{what}; load the policy in {manifest.dtype}.")
     wanted = asdict(config)
     # Releases without early stopping did not write best_metric and early_stop.
     settled = ("objective", "optim", "n_epochs", "batch_size", "max_length", "truncation", "seed")
     for key in (*settled, *manifest.config.keys() & {"best_metric", "early_stop"}):
         before = manifest.config[key]
         if before != json.loads(json.dumps(wanted[key])):
-            message = f"{folder} was trained with {key} {before}, this run has {wanted[key]}; use the same config."
-            raise ValueError(message)
+            what = f"The checkpoint {folder} was trained with {key} {before}, but this run has {wanted[key]}"
+            raise ValueError(f"{what}; resume with the same config.")
     decided = {
         key: manifest.config[key]
         for key, open_value in (("max_tokens_per_pack", None), ("activation_checkpointing", "auto"))
@@ -233,12 +239,17 @@ class _Saved:
 
     def check(self, weights: Weights) -> None:
         """Raises ValueError if the files hold the state of other weights than this run trains."""
-        remedy = "give train the same model and adapter"
+        remedy = "resume with the same model and adapter"
         if {name.rpartition(".")[0] for name in self._names} != weights.stepped.keys():
-            raise ValueError(f"{self._folder} has other weights than this run trains; {remedy}.")
+            raise ValueError(
+                f"The checkpoint {self._folder} was made by training other weights than this run trains; {remedy}."
+            )
         for name, parameter in weights.stepped.items():
             if self.has(name, MOMENTS[0]) and (shape := self._shape(name)) != (*parameter.shape,):
-                what = f"{self._folder} has {name} of shape {shape}, here it has {(*parameter.shape,)}"
+                what = (
+                    f"In the checkpoint {self._folder} {name} has the shape {shape}, "
+                    f"but in this run {(*parameter.shape,)}"
+                )
                 raise ValueError(f"{what}; {remedy}.")
 
     def check_precision(self, weights: Weights) -> None:
@@ -246,9 +257,9 @@ class _Saved:
         round."""
         halves = {name for name in weights.stepped if self.has(name, MASTER)}
         if halves != weights.in_float32.keys():
-            what = f"{self._folder} has float32 masters of {len(halves)} weights"
-            remedy = "load the policy in the dtype of that run, or start a new run from its model"
-            raise ValueError(f"{what}, this run has {len(weights.in_float32)}; {remedy}.")
+            what = f"The checkpoint {self._folder} has float32 copies of {len(halves)} weights"
+            remedy = "load the policy in the dtype of the checkpoint's run, or start a new run from its model"
+            raise ValueError(f"{what}, but this run has {len(weights.in_float32)}; {remedy}.")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shapes = [part.get_slice(f"{name}.{MOMENTS[0]}").get_shape() for part in self._parts]
@@ -264,8 +275,8 @@ def _check_adapter(folder: Path, policy: Any) -> None:
     for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
         values = [getattr(config, key, None) for config in (before, current)]
         if values[0] != values[1]:
-            what = f"{folder} was trained with an adapter whose {key} is {values[0]}, here it is {values[1]}"
-            raise ValueError(f"{what}; load the policy with the same Lora.")
+            what = f"The checkpoint {folder} has an adapter with {key} {values[0]}, but the policy's has {values[1]}"
+            raise ValueError(f"{what}; load the policy with the same Lora options.")
 
 
 # The keys of a config that do not affect what the model computes, such as its folder and its initialization.
@@ -283,8 +294,8 @@ def _check_config(folder: Path, policy: PreTrainedModel) -> None:
     )
     for key in ("model_type", *sorted(before.keys() | current.keys())):
         if before.get(key) != current.get(key):
-            what = f"{folder} is of a model whose {key} is {before.get(key)}, here it is {current.get(key)}"
-            raise ValueError(f"{what}; give train the same model.")
+            what = f"The checkpoint {folder} has a model with {key} {before.get(key)}, but the policy has"
+            raise ValueError(f"{what} {current.get(key)}; resume with the same model.")
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Writer:
             shutil.rmtree(partial, ignore_errors=True)  # frees space on a disk that may be full
             if isinstance(error, SafetensorError):
                 what = f"The checkpoint of step {manifest.step} could not be written to {self._folder} ({error})"
-                raise OSError(f"{what}; free some space, and resume from the checkpoint before.") from error
+                raise OSError(f"{what}; free some space, and resume from the previous checkpoint.") from error
             raise
         if rank() == 0:
             (partial / MANIFEST).write_bytes(replace(manifest, files=files).to_json())

@@ -51,7 +51,12 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
         budget, token_bytes, recomputed_bytes, given=given, wanted=wanted, least=least, most=most
     )
     if fits < least:
-        logger.warning("A pack of max_length, %d tokens, may not fit into memory: about %d tokens do.", least, fits)
+        logger.warning(
+            "A row of max_length (%d tokens) may not fit into memory, which has room for about %d tokens; "
+            "lower max_length.",
+            least,
+            fits,
+        )
     return replace(config, max_tokens_per_pack=tokens, activation_checkpointing=choice)
 
 

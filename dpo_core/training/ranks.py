@@ -65,5 +65,5 @@ def together(work: Callable[[], T], device: torch.device, group: dist.ProcessGro
         on_any_rank([True], device, group)
         raise
     if any(on_any_rank([False], device, group)):
-        raise RuntimeError("Another rank failed in work that all ranks do together; see the error of that rank.")
+        raise RuntimeError("Another rank failed while all ranks worked together; see the error in that rank's log.")
     return result

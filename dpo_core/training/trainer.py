@@ -91,7 +91,7 @@ def train(
     """
     every = config.checkpoint_steps
     if every is None or None in (config.optim.learning_rate, config.batch_size, config.n_epochs):
-        raise ValueError("config is not resolved; pass train config.resolved(number of groups).")
+        raise ValueError("config still has undecided options; pass config.resolved(number of groups) to train.")
     _check_batches(config, global_batches, total_steps)
     with ExitStack() as undo:
         run = _Run(config, policy, global_batches, total_steps, Path(resume) if resume else None, undo)
@@ -107,7 +107,10 @@ def train(
                 return
             groups = next(run.batches, None)
             if groups is None:
-                raise ValueError(f"No groups came for step {step} of {total_steps}; total_steps must fit the data.")
+                raise ValueError(
+                    f"The data ended before step {step} of {total_steps}; "
+                    "lower total_steps, or give a batch for every step."
+                )
             metrics = run.take_step(groups)
             writer.check()
             warning = drift.warning(metrics) if groups else None
@@ -129,15 +132,17 @@ def _check_batches(config: TrainConfig, batches: GlobalBatches, total_steps: int
     if callable(batches):
         return
     if not hasattr(batches, "__getitem__"):  # an iterator cannot start at the step of a checkpoint
-        what = f"global_batches is a {type(batches).__name__}; give a list with one batch per step"
+        what = f"global_batches is a {type(batches).__name__}; give a list with one batch for each step"
         function = "a function that takes a step number and returns the batches of all later steps"
         raise TypeError(f"{what}, or {function}.")
     if len(batches) != total_steps:
-        raise ValueError(f"global_batches has {len(batches)} batches, total_steps is {total_steps}; give one a step.")
+        raise ValueError(
+            f"global_batches has {len(batches)} batches, but total_steps is {total_steps}; give one for each step."
+        )
     assert config.batch_size is not None  # resolved
     for step, groups in enumerate(batches, 1):
         if len(groups) > config.batch_size:
-            what = f"The batch of step {step} has {len(groups)} groups, batch_size is {config.batch_size}"
+            what = f"The batch of step {step} has {len(groups)} groups, but batch_size is {config.batch_size}"
             raise ValueError(f"{what}; give smaller batches, or raise batch_size.")
 
 
@@ -174,8 +179,8 @@ class _Run:
         agree_on_weights(policy)
         self.base = fingerprint(policy) if has_adapter(policy) else None
         if manifest and self.base and manifest.base not in (None, self.base):
-            what = f"{resume} has an adapter of a base whose weights differ from those of {policy.name_or_path}"
-            raise ValueError(f"{what}; load the policy from the base of that run.")
+            what = f"The adapter in {resume} was trained on a base with other weights than {policy.name_or_path}"
+            raise ValueError(f"{what}; load the policy from the base that the adapter was trained on.")
         self.scorer = Scorer(policy)
         self.config = plan_memory(config, self.scorer, first[0] if first else ())
         recomputed = self.config.activation_checkpointing == "on"
@@ -238,7 +243,7 @@ class _Run:
         """The advice to a user whose loss or gradient is not finite."""
         if self.num_updates > 1:
             return "lower the learning rate"
-        return "no weight had been changed yet, so look for such numbers in the policy and in the reference's scores"
+        return "no weight was changed yet, so look for NaN or infinity in the policy and in the reference's scores"
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
         """Returns the policy's metrics on the held-out groups in `batches`, and adds the value of `best_metric` to the

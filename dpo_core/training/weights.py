@@ -111,10 +111,10 @@ def shard(scorer: Scorer, sharding: Sharding) -> None:
     if shards == 1:
         return
     if not scorer.takes_batches:
-        message = f"sharding is {sharding}, which {type(policy).__name__} does not support; it must be replicated."
+        message = f"sharding is {sharding}, which {type(policy).__name__} does not support; set sharding to replicated."
         raise InvalidOption("sharding", message)
     if is_quantized(policy):
-        message = f"sharding is {sharding}, and a base in nf4 cannot be split; it must be replicated."
+        message = f"sharding is {sharding}, but a base in nf4 cannot be split over workers; set sharding to replicated."
         raise InvalidOption("sharding", message)
     mesh, dtype = _mesh(policy, shards), policy.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

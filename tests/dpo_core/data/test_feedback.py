@@ -290,12 +290,12 @@ ANSWER = {"role": "tool", "tool_call_id": "a", "content": "Nothing."}
 def test_a_row_that_cannot_be_used_is_refused_by_pointer(row, pointer, code):
     found = refusal(*lines(row))
     assert (found.line, found.pointer, found.code) == (1, pointer, code)
-    assert str(found).startswith(f"Line 1, {pointer}: " if pointer else "Line 1: ")
+    assert str(found).startswith(f"Line 1: the field {pointer} " if pointer else "Line 1: ")
 
 
 def test_the_role_function_is_refused_with_the_role_that_replaced_it():
     row = {**CONVERSATIONS, "prompt": [{**USER, "role": "function"}]}
-    with pytest.raises(InvalidRow, match="which OpenAI has replaced; use role 'tool' and give the message a tool_call"):
+    with pytest.raises(InvalidRow, match="OpenAI's older form; use the role 'tool' and give the message a tool_call"):
         list(read_groups(lines(row)))
 
 
@@ -406,7 +406,7 @@ def test_a_prompt_ends_only_when_all_its_calls_are_answered():
     both = {**CALLS, "tool_calls": [CALL, {**CALL, "id": "b"}]}
     found = refusal(*lines({**CONVERSATIONS, "prompt": [USER, both, ANSWER]}))
     assert (found.pointer, found.code) == ("/prompt/2", "invalid_order")
-    assert "answer, in a tool message, the call of 'look'" in str(found)
+    assert "before the tool 'look' has answered its call" in str(found)
 
 
 def test_a_completion_may_hold_several_messages():

@@ -319,14 +319,20 @@ def test_a_single_rated_answer_and_a_bad_row_between_are_refused_by_line():
         ("too_few_completions", (3, 4)),
         ("wrong_type", (5,)),
     ]
-    assert "Line 3: its prompt has 1 neighbouring rows; a group needs 2 to 1000." in problems[0].message
+    assert (
+        "Line 3: the file has only one row with this prompt, one below the other; give each prompt 2 to 1000 rows"
+        in problems[0].message
+    )
 
 
 def test_every_row_of_a_prompt_with_too_many_answers_is_refused():
     rows = [rated(f"{number}.", number) for number in range(1002)]
     (problem,) = survey(lines(*rows)).problems
     assert (problem.code, problem.rows.count) == ("too_few_completions", 1002)
-    assert "Line 1: its prompt has more than 1000 neighbouring rows; a group needs 2 to 1000." in problem.message
+    assert (
+        "Line 1: the file has more than 1000 rows with this prompt, one below the other; "
+        "give each prompt 2 to 1000 rows"
+    ) in problem.message
 
 
 SURE = user("Sure?")
@@ -505,7 +511,7 @@ NAMING = {"prompt": ASK, "response_a": GOOD, "response_b": BAD}
     ids=["letters", "names", "messages", "numbers", "places in a list", "a ranking"],
 )
 def test_answers_that_only_name_columns_are_refused(row):
-    with pytest.raises(InvalidRow, match="are what the answers name, and nothing reads them") as caught:
+    with pytest.raises(InvalidRow, match="hold the answers, but the row's format reads only their names") as caught:
         list(read_groups(lines(row)))
     assert caught.value.code == "unread_column"
 
@@ -754,7 +760,7 @@ def test_an_argument_that_a_table_filled_with_null_is_refused(place, tools):
         return {"prompt": prompt, "chosen": [chosen], "rejected": [assistant("No.")], "tools": tools}
 
     assert survey(lines(row({"room": None}))).refusal is None  # it says so itself
-    with pytest.raises(InvalidRow, match="a call of 'control_light' has the argument 'by', which is null") as caught:
+    with pytest.raises(InvalidRow, match="a call of the tool 'control_light' whose argument 'by' is null") as caught:
         list(read_groups(lines(row({"room": "attic", "by": None}))))
     assert caught.value.code == "null_argument"
 
@@ -809,7 +815,10 @@ def refusal_of(row: object) -> InvalidRow | None:
 def test_a_row_of_no_known_format_is_refused_with_its_keys_and_a_remedy():
     with pytest.raises(
         InvalidRow,
-        match=r"its columns \(question\) match no known format; .* say with `columns` which column is the prompt",
+        match=(
+            r"has columns \(question\) of no known format; "
+            r".* say with the option `columns` which column is the prompt"
+        ),
     ):
         list(read_groups(lines({"question": "Why?"})))
 
@@ -919,7 +928,10 @@ def test_a_system_prompt_by_another_name_is_refused_with_the_columns_that_help(k
     row = {**TEXTS_OF_ASK, key: "Be brief."}
     (problem,) = survey(lines(row)).problems
     assert (problem.code, problem.pointer) == ("unread_column", f"/{key}")
-    assert f"say with `columns` which column has which role: system={key}, or remove it" in problem.message
+    assert (
+        f"say with the option `columns` which column has which role: system={key}, or remove the column"
+        in problem.message
+    )
     (record,) = read_records(lines(row), columns={"system": key})
     assert record.groups[0].prompt == [SYSTEM, *PROMPT]
 
@@ -958,7 +970,7 @@ def test_images_are_refused_under_any_spelling(key):
 def test_a_label_by_another_name_is_refused_with_the_column_that_helps():
     row = {"messages": [*PROMPT, *PAIR[0]], "thumbs_up": False}
     (problem,) = survey(lines(row)).problems
-    assert "say with `columns` which column has which role: label=thumbs_up" in problem.message
+    assert "say with the option `columns` which column has which role: label=thumbs_up" in problem.message
     (record,) = read_records(lines(row), columns={"label": "thumbs_up"})
     assert record.groups[0].ratings == (0.0,)
 
@@ -989,7 +1001,7 @@ def test_columns_without_a_known_meaning_or_a_tie_are_ignored():
 )
 def test_a_row_of_unknown_columns_is_refused_with_the_columns_to_name(row, columns):
     (problem,) = survey(lines(row)).problems
-    told = problem.message.partition("say with `columns` which column has which role: ")[2].removesuffix(".")
+    told = problem.message.partition("say with the option `columns` which column has which role: ")[2].removesuffix(".")
     assert dict(part.split("=") for part in told.split(", ")) == columns
     assert survey(lines(row), columns=columns).refusal is None
 
@@ -1003,7 +1015,7 @@ def test_a_row_of_unknown_columns_is_refused_with_the_columns_to_name(row, colum
     ],
 )
 def test_columns_that_would_not_help_are_not_suggested(row):
-    assert "say with `columns` which column is the prompt" in survey(lines(row)).problems[0].message
+    assert "say with the option `columns` which column is the prompt" in survey(lines(row)).problems[0].message
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen"])
@@ -1059,8 +1071,8 @@ def test_a_column_repeats_what_is_read_only_with_whole_words_and_all_its_texts(k
 
 
 def test_a_number_that_is_no_text_is_shown():
-    assert survey(lines({**TEXTS_OF_ASK, "prompt": 7})).refusal == "Line 1, /prompt: is 7; it must be a text."
-    assert survey(lines({**KTO, "label": 1})).refusal == "Line 1, /label: is 1; it must be true or false."
+    assert survey(lines({**TEXTS_OF_ASK, "prompt": 7})).refusal == "Line 1: the field /prompt is 7; it must be a text."
+    assert survey(lines({**KTO, "label": 1})).refusal == "Line 1: the field /label is 1; it must be true or false."
     assert "missing or null" in survey(lines({**TEXTS_OF_ASK, "rejected": math.nan})).refusal
 
 

@@ -145,7 +145,7 @@ def test_a_template_that_rewrites_an_answer_once_others_follow_is_refused_by_lin
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     group = Group([USER], ([GOOD, USER, BAD], [BAD]), 3)
-    with pytest.raises(InvalidRow, match="Line 3: the chat template writes a message of a completion differently"):
+    with pytest.raises(InvalidRow, match="Line 3: the chat template changes the text of an answer"):
         encode_group(group, own_tokenizer)
 
 
@@ -156,13 +156,13 @@ def test_a_group_without_tools_is_rendered_without_them(own_tokenizer):
 
 def test_a_template_that_rewrites_the_prompt_is_refused_by_line(own_tokenizer):
     own_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}"
-    with pytest.raises(InvalidRow, match=r"Line 3: the chat template writes the prompt differently .* '1' becomes '2"):
+    with pytest.raises(InvalidRow, match=r"Line 3: the chat template changes the text of the prompt .* '1' becomes '2"):
         encode_group(PAIR, own_tokenizer)
 
 
 def test_a_template_that_refuses_the_messages_is_quoted_by_line(own_tokenizer):
     own_tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
-    with pytest.raises(InvalidRow, match="Line 3: the chat template refuses the messages: Roles must alternate"):
+    with pytest.raises(InvalidRow, match=r"Line 3: the chat template refuses the messages \(Roles must alternate\)"):
         encode_group(PAIR, own_tokenizer)
 
 
@@ -184,8 +184,8 @@ def test_groups_together_become_what_each_becomes_alone(own_tokenizer):
         together = [str(found) for found in encode_groups(some, own_tokenizer)]
         alone = {id(group): str(next(encode_groups([group], own_tokenizer))) for group in some}
         assert together == [alone[id(group)] for group in some]
-        assert sum("writes the prompt differently" in found for found in together) == some.count(kinds[1])
-        assert sum("refuses the messages: No." in found for found in together) == len(some) % 5
+        assert sum("changes the text of the prompt" in found for found in together) == some.count(kinds[1])
+        assert sum("refuses the messages (No" in found for found in together) == len(some) % 5
 
 
 def test_a_tokenizer_that_was_asked_to_cut_and_to_pad_encodes_whole_texts(tokenizer, own_tokenizer):

@@ -256,7 +256,7 @@ MARKUP = Group([user("What is <b>?")], ([assistant('Bold & "strong".')], REJECTE
             "plain",
             WITH_TOOLS,
             "template_drops_tools",
-            "the tool 'find', or a part of it; use a template that writes tools",
+            "the tool 'find' or a part of it; use a chat template that writes tools",
         ),
         (
             "plain",

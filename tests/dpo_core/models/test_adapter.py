@@ -139,7 +139,7 @@ def test_a_trained_adapter_is_trained_on(name, base, tokenizer, pairs, tmp_path)
 def test_a_trained_adapter_is_put_on_no_other_base(base, make_policy, tokenizer, pairs, tmp_path):
     train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=4))
     make_policy(num_hidden_layers=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"Only one of the adapter .* such weights"):
+    with pytest.raises(ValueError, match=r"The adapter in .* does not fit the model: \d+ weights"):
         load_policy(tmp_path / "other", adapter=tmp_path / "run" / "step-000004" / "model")
 
 
@@ -224,8 +224,8 @@ def test_by_default_layers_that_only_choose_are_left_out(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("config", "module", "reason"),
     [
-        (LlamaConfig(**SIZES), "lm_head", "names lm_head, the head, whose adapter is not trained"),
-        (LLAMA4, "router", "router, whose adapter would learn nothing from texts"),
+        (LlamaConfig(**SIZES), "lm_head", "names lm_head, the model's head, on which no adapter is trained"),
+        (LLAMA4, "router", "router, a layer that texts do not pass through"),
         (FALCON_H1, "out_proj", "Module 'out_proj' is incompatible with Mamba-based models"),
         (LlamaConfig(**SIZES), "input_layernorm", "is not supported"),
     ],
@@ -239,16 +239,16 @@ def test_modules_whose_adapter_would_not_learn_are_refused(config, module, reaso
 
 def test_a_model_that_peft_has_wrapped_is_refused(policy, pairs):
     wrapped = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"PeftModel is not a model of transformers.*load_policy"):
+    with pytest.raises(ValueError, match=r"PeftModel, which is not a transformers model.*load_policy"):
         score_reference(wrapped, pairs, max_tokens_per_pack=64)
 
 
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"num_hidden_layers": 1}, r"only one of them has \S+layers\.1\.\S+ \(14 such weights\)"),
-        ({"num_hidden_layers": 3}, r"only one of them has \S+layers\.2\.\S+ \(14 such weights\)"),
-        ({"hidden_size": 64}, "size mismatch for .*lora_"),
+        ({"num_hidden_layers": 1}, r": 14 weights, such as \S+layers\.1\.\S+ exist in only one"),
+        ({"num_hidden_layers": 3}, r": 14 weights, such as \S+layers\.2\.\S+ exist in only one"),
+        ({"hidden_size": 64}, r" \(size mismatch for .*lora_"),
     ],
     ids=["fewer layers", "more layers", "another width"],
 )
@@ -256,7 +256,7 @@ def test_an_adapter_is_merged_into_no_base_but_its_own(other, reason, base, make
     load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     make_policy(**other).save_pretrained(base)
-    with pytest.raises(ValueError, match=rf"adapter is not an adapter of \S+: {reason}"):
+    with pytest.raises(ValueError, match=rf"adapter does not fit the base {base}{reason}"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -269,9 +269,7 @@ def other_weights(base, make_policy):
 def test_an_adapter_is_not_resumed_on_a_base_of_the_same_sizes(base, other_weights, tokenizer, pairs, tmp_path):
     train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=2))
     other_weights()
-    with pytest.raises(
-        ValueError, match=f"step-000002 has an adapter of a base whose weights differ from those of {base}"
-    ):
+    with pytest.raises(ValueError, match=f"step-000002 was trained on a base with other weights than {base}"):
         train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=2), resume=tmp_path / "run" / "step-000002")
 
 
@@ -281,9 +279,13 @@ def test_an_adapter_is_neither_merged_into_nor_put_on_a_base_of_the_same_sizes(
     train_adapter(base, tokenizer, pairs, tmp_path / "run", Lora(r=2))
     other_weights()
     adapter = tmp_path / "run" / "step-000004" / "model"
-    with pytest.raises(ValueError, match=rf"{adapter} is not an adapter of {base}: .* restore the base"):
+    with pytest.raises(
+        ValueError, match=rf"{adapter} was trained on a base with other weights than {base} has now; restore the base"
+    ):
         merge_adapter(adapter, tmp_path / "merged")
-    with pytest.raises(ValueError, match=rf"{adapter} is not an adapter of {base}: .* restore the base"):
+    with pytest.raises(
+        ValueError, match=rf"{adapter} was trained on a base with other weights than {base} has now; restore the base"
+    ):
         load_policy(base, adapter=adapter)
     (adapter / BASE).unlink()  # as of adapters from elsewhere
     load_policy(base, adapter=adapter)
@@ -325,7 +327,10 @@ def test_the_fingerprint_of_a_base_does_not_depend_on_a_reward_models_new_head(b
 def test_an_adapter_whose_base_is_gone_is_refused_by_its_name(base, tmp_path):
     load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
     base.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=f"adapter is an adapter of {base}, which does not exist; restore that folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"adapter was trained on the base in {base}, but that folder does not exist; restore the folder",
+    ):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -333,7 +338,7 @@ def test_an_adapter_of_one_revision_of_its_base_is_not_merged_into_another(base,
     load_policy(base, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "abc"}))
-    with pytest.raises(ValueError, match=f"adapter is an adapter of the revision abc of {base}; download that"):
+    with pytest.raises(ValueError, match=f"adapter belongs to revision abc of {base}; download that"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -348,13 +353,13 @@ def test_a_merged_model_is_not_written_into_the_folder_of_its_adapter(base, tmp_
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (Lora(r=4, alpha=4), "lora_alpha is 64, here it is 4"),
-        (Lora(r=4, use_rslora=True), "use_rslora is False, here it is True"),
+        (Lora(r=4, alpha=4), "lora_alpha 64, but the policy's has 4"),
+        (Lora(r=4, use_rslora=True), "use_rslora False, but the policy's has True"),
     ],
 )
 def test_an_adapter_that_counts_for_more_or_less_is_not_resumed(other, reason, base, tokenizer, pairs, tmp_path):
     train_adapter(base, tokenizer, pairs, tmp_path, Lora(r=4))
-    with pytest.raises(ValueError, match=f"was trained with an adapter whose {reason}; load the policy with the same"):
+    with pytest.raises(ValueError, match=f"has an adapter with {reason}; load the policy with the same Lora options"):
         train_adapter(base, tokenizer, pairs, tmp_path, other, resume=tmp_path / "step-000002")
 
 
@@ -364,7 +369,7 @@ def test_several_adapters_are_refused_by_name(base, pairs):
     policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "second")
     with pytest.raises(
         ValueError,
-        match=r"LlamaForCausalLM has several adapters .*; delete all but one with",
+        match=r"The model has several adapters .*; delete the others with",
     ):
         score_reference(policy, pairs, max_tokens_per_pack=64)
 

@@ -65,4 +65,4 @@ def test_a_missing_folder_of_the_model_is_warned_of(model, tokenizer, pairs, tmp
     shutil.rmtree(model)
     with caplog.at_level(logging.WARNING, "dpo_core.models.folder"):
         list(train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path))
-    assert "Files of processors, if there are any, are not copied" in caplog.text
+    assert "The model's files for images and sound, if it has any, were not found" in caplog.text

@@ -42,47 +42,50 @@ def add(name, *shape):
 DISAGREEING = {
     "a layer more in the config": (
         lambda folder: configure(folder, num_hidden_layers=3),
-        r"lacks 9 weights of the LlamaForCausalLM of its config.json, such as model\.layers\.2\.",
+        r"lacks 9 weights, such as model\.layers\.2\.\S+, of the LlamaForCausalLM that its config.json describes",
     ),
     "a layer less in the config": (
         lambda folder: configure(folder, num_hidden_layers=1),
-        r"has 9 weights, such as model\.layers\.1\.\S+, that have no place in the LlamaForCausalLM",
+        r"has 9 weights, such as model\.layers\.1\.\S+, that do not belong to the LlamaForCausalLM",
     ),
     "another width": (
         lambda folder: configure(folder, intermediate_size=80),
-        r"has model\.layers\.0\.mlp\.down_proj\.weight of shape \(32, 64\), .* wants \(32, 80\)",
+        r"weight model\.layers\.0\.mlp\.down_proj\.weight has the shape \(32, 64\), but .* needs \(32, 80\)",
     ),
     "another vocabulary": (
         lambda folder: configure(folder, vocab_size=384),
-        r"has lm_head\.weight of shape \(320, 32\), .* wants \(384, 32\); use weights and a config of the same model",
+        (
+            r"weight lm_head\.weight has the shape \(320, 32\), but .* needs \(384, 32\); "
+            r"use weights and a config.json of the"
+        ),
     ),
     "no head": (
         lambda folder: rewrite(folder, lambda weights: weights.pop("lm_head.weight")),
-        r"lacks 1 weights of the LlamaForCausalLM of its config.json, such as lm_head\.weight",
+        r"lacks 1 weights, such as lm_head\.weight, of the LlamaForCausalLM that its config.json describes",
     ),
     "a norm of another architecture": (
         lambda folder: rewrite(folder, add("model.layers.0.self_attn.q_norm.weight", 8)),
-        r"has 1 weights, such as model\.layers\.0\.self_attn\.q_norm\.weight, that have no place",
+        r"has 1 weights, such as model\.layers\.0\.self_attn\.q_norm\.weight, that do not belong to",
     ),
     "the head of a reward model": (
         lambda folder: (configure(folder, tie_word_embeddings=True), rewrite(folder, add("score.weight", 1, 32))),
-        r"has 1 weights, such as score\.weight, that have no place",
+        r"has 1 weights, such as score\.weight, that do not belong to",
     ),
     "a padding id beyond the vocabulary": (
         lambda folder: configure(folder, pad_token_id=320),
-        r"base has the pad_token_id 320, outside its vocabulary of 320; give its config.json one of its tokens, or nul",
+        r"base has pad_token_id 320, but the vocabulary has only 320 tokens; set pad_token_id to a token of the",
     ),
     "weights of four bits, as bitsandbytes once marked them": (
         lambda folder: configure(folder, quantization_config={"load_in_4bit": True}),
-        r"is a quantized model \(of an unnamed method\); train the one it was made from",
+        r"is a quantized model \(of an unnamed method\), which cannot be trained",
     ),
     "a number that is none": (
         lambda folder: rewrite(folder, lambda weights: weights["model.norm.weight"][3:4].fill_(torch.nan)),
-        r"model\.norm\.weight of \S+base holds numbers that are not finite; use an earlier checkpoint",
+        r"model\.norm\.weight of \S+base contains NaN or infinity; use an earlier checkpoint",
     ),
     "weights of two models": (
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}'),
-        r"base holds model.safetensors and model.safetensors.index.json, the weights of two models; remove one of them",
+        r"base holds weights twice, in model.safetensors and model.safetensors.index.json; remove one of the two files",
     ),
     "a file that is cut": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
@@ -132,12 +135,15 @@ def test_layers_that_predict_further_tokens_may_be_there(folder):
 def test_a_new_head_is_all_that_a_reward_model_may_lack(folder, tmp_path):
     load_reward_model(folder, num_outputs=2).save_pretrained(tmp_path / "rewards")
     load_reward_model(tmp_path / "rewards", num_outputs=2)
-    with pytest.raises(ValueError, match=r"score\.weight of shape \(2, 32\), .* wants \(1, 32\); give num_outputs=2"):
+    with pytest.raises(
+        ValueError,
+        match=r"score\.weight has the shape \(2, 32\), but .* needs \(1, 32\); load the model with num_outputs=2",
+    ):
         load_reward_model(tmp_path / "rewards")
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the LlamaForCausalLM .* lm_head"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as lm_head.weight, of the LlamaForCausalLM"):
         load_policy(tmp_path / "rewards")
     rewrite(folder, lambda weights: weights.pop("model.norm.weight"))
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the LlamaForSequenceClassification"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as .* of the LlamaForSequenceClassification"):
         load_reward_model(folder)
 
 
@@ -148,7 +154,9 @@ def test_the_folder_of_an_adapter_is_no_model(load, beside, folder, tmp_path):
     load_policy(folder, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
     if beside != "alone":
         shutil.copytree(folder, tmp_path / "adapter", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="adapter holds an adapter; write it and its base as one folder with merge_"):
+    with pytest.raises(
+        ValueError, match="adapter holds an adapter, not a whole model; merge the adapter into its base with merge_"
+    ):
         load(tmp_path / "adapter")
 
 
@@ -193,4 +201,6 @@ def test_a_model_that_asks_for_balanced_experts_gets_a_warning(tmp_path, caplog)
         config = MixtralConfig(**conftest.SIZES, num_local_experts=2, output_router_logits=asks)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         load_policy(tmp_path)
-        assert ("asks for the loss that balances experts (output_router_logits)" in caplog.text) == asks
+        assert (
+            "sets output_router_logits, but training does not add the loss that balances experts" in caplog.text
+        ) == asks

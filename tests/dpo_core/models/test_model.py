@@ -159,8 +159,8 @@ def test_a_model_with_an_unknown_head_runs_by_its_own_forward_and_agrees(policy,
     doubled = Doubled(policy.config).eval()
     scorer = Scorer(doubled)
     assert not scorer.takes_batches
-    assert "Doubled cannot share prompts" in caplog.text
-    assert "one at a time" in caplog.text
+    assert "Doubled cannot compute a prompt once for several completions" in caplog.text
+    assert "one row at a time" in caplog.text
     logps, _ = scorer.token_logps(scorer.collate(pairs))
     assert_same_as_plain(doubled, pairs, logps, plain_token_logps)
 
@@ -283,7 +283,7 @@ def test_a_multimodal_model_without_a_class_for_texts_loads_as_its_text_model(
 def test_a_model_that_writes_no_texts_is_refused(tokenizer, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     save(AutoModel.from_config(ViTConfig(**sizes, image_size=8, patch_size=4)), tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="is of type vit, for which transformers has no class to train on texts"):
+    with pytest.raises(ValueError, match="has the model type vit, which transformers cannot train on texts"):
         load_policy(tmp_path)
 
 
@@ -292,7 +292,9 @@ def test_a_quantized_model_is_refused(method, policy, tokenizer, tmp_path):
     file = save(policy, tokenizer, tmp_path) / "config.json"
     quantized = {"quantization_config": {"quant_method": method, "bits": 4, "load_in_4bit": True}}
     file.write_text(json.dumps(json.loads(file.read_text()) | quantized))
-    with pytest.raises(ValueError, match=rf"is a quantized model \({method}\); train the one it was made from"):
+    with pytest.raises(
+        ValueError, match=rf"is a quantized model \({method}\), which cannot be trained; train the full-precision model"
+    ):
         load_policy(tmp_path)
 
 
@@ -332,7 +334,13 @@ def test_float16_is_refused(policy, tokenizer, tmp_path):
 
 def test_a_frozen_model_is_refused(policy):
     policy.requires_grad_(False)
-    with pytest.raises(ValueError, match="All weights of LlamaForCausalLM are frozen; set requires_grad"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"All weights of the policy \(LlamaForCausalLM\) are frozen; "
+            r"set requires_grad"
+        ),
+    ):
         check_model(policy, Dpo())
 
 

@@ -64,7 +64,7 @@ def test_the_first_change_that_makes_a_run_fit_is_offered(change, room, fields):
 def test_only_fields_that_may_be_set_are_offered():
     found = plan(MODEL, RUN, ROWS, 80 * GB, [name for name in CHANGES if name != "adapter"])
     assert [(offer.field, offer.value) for offer in found.changes] == [("num_workers", 4)]
-    assert found.changes[0].message.startswith("Set num_workers to 4; a worker then holds ")
+    assert found.changes[0].message.startswith("Set num_workers to 4; each worker then needs ")
 
 
 def test_sharding_does_not_shrink_the_model_that_each_worker_loads():

@@ -16,17 +16,26 @@ CONFIG = TrainConfig(optim=Optim(learning_rate=1e-3), batch_size=8, n_epochs=1, 
 PAIR = EncodedGroup([5, 6], ([7, 8], [9]), (-1.0, -2.0), 7, ref_head_logps=(-1.0, -2.0))
 
 REFUSED = {
-    "an id beyond the vocabulary in the prompt": (replace(PAIR, prompt_ids=[5, 320]), "holds the id 320, outside"),
-    "one at the end, which is never read": (replace(PAIR, completion_ids=([7, 8], [9, 400])), "holds the id 400"),
-    "an id below 0": (replace(PAIR, completion_ids=([7, -1], [9])), "holds the id -1, outside .* vocabulary of 320"),
-    "more tokens than positions": (replace(PAIR, prompt_ids=[5] * 63), "has 65 tokens; the last position of Llama"),
+    "an id beyond the vocabulary in the prompt": (replace(PAIR, prompt_ids=[5, 320]), "has the token id 320, but"),
+    "one at the end, which is never read": (replace(PAIR, completion_ids=([7, 8], [9, 400])), "has the token id 400"),
+    "an id below 0": (
+        replace(PAIR, completion_ids=([7, -1], [9])),
+        "has the token id -1, but .* vocabulary has only 320",
+    ),
+    "more tokens than positions": (
+        replace(PAIR, prompt_ids=[5] * 63),
+        "has 65 tokens, but the most positions of the model",
+    ),
 }
 NOT_FINITE = {
-    "infinite scores": (replace(PAIR, ref_logps=(math.inf, -2.0)), r"has ref_logps \(inf, -2.0\); they must be finite"),
+    "infinite scores": (
+        replace(PAIR, ref_logps=(math.inf, -2.0)),
+        r"has ref_logps \(inf, -2.0\), which must be finite",
+    ),
     "scores of a head that are nan": (replace(PAIR, ref_head_logps=(-1.0, math.nan)), "has ref_head_logps"),
-    "a weight of nan": (replace(PAIR, weight=math.nan), "has the weight nan; it must be greater than 0"),
+    "a weight of nan": (replace(PAIR, weight=math.nan), "has the weight nan; a weight must be greater than 0"),
     "a weight of 0": (replace(PAIR, weight=0.0), "has the weight 0.0"),
-    "an infinite margin": (replace(PAIR, margin=math.inf), "has the margin inf; it must be finite"),
+    "an infinite margin": (replace(PAIR, margin=math.inf), "has the margin inf; a margin must be a finite number"),
 }
 
 
@@ -54,7 +63,9 @@ def test_scoring_refuses_such_a_group_by_line(name, score, small):
 def test_a_group_beyond_the_last_position_is_refused():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     admit([replace(PAIR, prompt_ids=[5] * 6)], model)
-    with pytest.raises(ValueError, match="Line 7 has 9 tokens; the last position of GPT2LMHeadModel is 8; truncate it"):
+    with pytest.raises(
+        ValueError, match=r"Line 7 has 9 tokens, but the most positions of the model .* is 8; shorten the row"
+    ):
         admit([replace(PAIR, prompt_ids=[5] * 7)], model)
 
 

@@ -98,7 +98,7 @@ EMPTY = {
 
 @pytest.mark.parametrize("empty", EMPTY)
 def test_a_prompt_or_completion_without_tokens_is_refused_by_line(empty):
-    with pytest.raises(ValueError, match=r"Line 7 .*no tokens"):
+    with pytest.raises(ValueError, match=r"Line 7 .*without tokens"):
         EncodedGroup(*EMPTY[empty], None, 7)
 
 

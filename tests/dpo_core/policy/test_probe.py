@@ -173,18 +173,18 @@ def test_a_model_without_a_miniature_shares_nothing_and_agrees(make_policy, plai
     scorer = assert_agrees(Oddity(make_policy().config).eval(), plain_token_logps)
     assert not scorer.shares_prompts
     assert scorer.takes_batches
-    assert "no miniature, TypeError: there is one of me" in caplog.text
+    assert "no small copy of it can be made to try this, TypeError: there is one of me" in caplog.text
 
 
 def test_a_model_without_a_miniature_is_not_trusted_in_half_precision(make_policy, monkeypatch):
     monkeypatch.setattr(Oddity, "made", 0)
     scorer = Scorer(Oddity(make_policy().config).eval().bfloat16())
-    assert scorer.manner.no_batches == "torch.bfloat16 hides small differences"
+    assert scorer.manner.no_batches == "its numbers in torch.bfloat16 are too coarse to compare"
 
 
 def test_a_model_that_sees_the_tokens_it_is_to_predict_is_refused():
     policy = build(BertConfig(**SIZES))
-    with pytest.raises(ValueError, match="BertLMHeadModel sees the tokens that it is to predict"):
+    with pytest.raises(ValueError, match="BertLMHeadModel sees later tokens while it predicts earlier ones"):
         Scorer(policy)
 
 

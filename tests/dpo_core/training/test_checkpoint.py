@@ -92,7 +92,7 @@ def test_a_damaged_file_is_refused_by_name(checkpoint, policy, tokenizer, pairs,
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": {"a": 1}}'])
 def test_a_damaged_manifest_is_refused_by_name(checkpoint, text):
     (checkpoint / "manifest.json").write_text(text)
-    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json is unreadable"):
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json cannot be read"):
         verify(checkpoint)
 
 
@@ -114,31 +114,31 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
     ids=["objective", "optim", "batch_size", "max_length", "truncation", "seed"],
 )
 def test_resuming_another_run_is_refused(checkpoint, policy, tokenizer, pairs, changed):
-    with pytest.raises(ValueError, match="use the same config"):
+    with pytest.raises(ValueError, match="resume with the same config"):
         run(changed, policy, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
 
 
 def test_resuming_a_run_of_another_length_is_refused(checkpoint, policy, tokenizer, pairs):
-    with pytest.raises(ValueError, match="3 steps, this run has 5"):
+    with pytest.raises(ValueError, match="3 steps, but this run has 5"):
         list(train(CONFIG, policy, tokenizer, [pairs] * 5, total_steps=5, checkpoint_dir=Path("/"), resume=checkpoint))
 
 
 def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer, pairs, tmp_path):
     policy.save_pretrained(tmp_path / "model")
     adapted = load_policy(tmp_path / "model", adapter=Lora(r=2))
-    with pytest.raises(ValueError, match="has other weights than this run trains"):
+    with pytest.raises(ValueError, match="was made by training other weights than this run trains"):
         run(CONFIG, adapted, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
 
 
 @pytest.mark.parametrize(
     ("kind", "other", "difference"),
     [
-        (MistralForCausalLM, MistralConfig(**SIZES), "model_type is llama, here it is mistral"),
-        (LlamaForCausalLM, LlamaConfig(**SIZES, rms_norm_eps=0.1), "rms_norm_eps is 1e-06, here it is 0.1"),
+        (MistralForCausalLM, MistralConfig(**SIZES), "model_type llama, but the policy has mistral"),
+        (LlamaForCausalLM, LlamaConfig(**SIZES, rms_norm_eps=0.1), "rms_norm_eps 1e-06, but the policy has 0.1"),
         (
             LlamaForCausalLM,
             LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-            "rope_parameters is .*10000.*, here it is .*500000",
+            "rope_parameters .*10000.*, but the policy has .*500000",
         ),
     ],
     ids=["another architecture", "other norms", "other positions"],
@@ -146,7 +146,7 @@ def test_resuming_with_another_adapter_is_refused(checkpoint, policy, tokenizer,
 def test_the_same_weights_are_not_resumed_as_another_model(kind, other, difference, checkpoint, tokenizer, pairs):
     policy = kind(other).eval()
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
-    with pytest.raises(ValueError, match=f"step-000001 is of a model whose {difference}.*; give train the same model"):
+    with pytest.raises(ValueError, match=f"step-000001 has a model with {difference}.*; resume with the same model"):
         run(CONFIG, policy, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
     assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
 
@@ -160,7 +160,9 @@ def test_resuming_with_a_model_of_other_sizes_is_refused_before_a_weight_is_chan
     checkpoint, make_policy, tokenizer, pairs
 ):
     wider, before = (make_policy(vocab_size=384) for _ in range(2))
-    sentence = r"has model\.embed_tokens\.weight of shape \(320, 32\), here it has \(384, 32\); give train the same"
+    sentence = (
+        r"model\.embed_tokens\.weight has the shape \(320, 32\), but in this run \(384, 32\); resume with the same"
+    )
     with pytest.raises(ValueError, match=sentence):
         run(CONFIG, wider, tokenizer, pairs, checkpoint.parent, resume=checkpoint)
     torch.testing.assert_close(dict(wider.named_parameters()), dict(before.named_parameters()), rtol=0, atol=0)
@@ -182,7 +184,7 @@ def test_a_checkpoint_without_its_optimizers_state_is_whole_and_nothing_goes_on_
     assert replace(manifest, files=before.files) == before
     assert set(before.files) - set(manifest.files) == {OPTIMIZER}
     assert latest_checkpoint(newest.parent) == newest.with_name("step-000002")
-    with pytest.raises(ValueError, match="has no optimizer state any more; resume from a newer checkpoint"):
+    with pytest.raises(ValueError, match="has no optimizer state any more; resume from a newer one"):
         run(CONFIG, policy, tokenizer, pairs, newest.parent, resume=newest)
 
 
@@ -230,7 +232,7 @@ def test_a_checkpoint_of_an_earlier_release_in_another_precision_is_refused(
     (other,) = {torch.bfloat16, torch.float32} - {saved_in}
     run(CONFIG, make_policy().to(saved_in), tokenizer, pairs, tmp_path)
     before = as_an_earlier_release_wrote_it(tmp_path / "step-000001")
-    sentence = f"has float32 masters of {num_before} weights, this run has {num_now}; load the policy in the dtype"
+    sentence = f"has float32 copies of {num_before} weights, but this run has {num_now}; load the policy in the dtype"
     with pytest.raises(ValueError, match=sentence):
         run(CONFIG, make_policy().to(other), tokenizer, pairs, tmp_path, resume=before)
 
@@ -246,7 +248,9 @@ def test_weights_of_an_adapter_that_have_no_place_are_refused(make_policy, token
     moved = next(iter(saved))
     saved[moved.replace("self_attn", "other").replace("mlp", "other")] = saved.pop(moved)
     save_file(saved, file)
-    with pytest.raises(ValueError, match=r"Only one of .* has model.layers.0.*\(2 such weights\)"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the model: 2 weights, such as .*model.layers.0.*, exist in only one"
+    ):
         _load_model(tmp_path / "adapter", policy)
 
 
@@ -278,7 +282,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_latest(check
     with caplog.at_level(logging.WARNING, "dpo_core.training.checkpoint"):
         assert latest_checkpoint(checkpoint.parent) == checkpoint.with_name("step-000002")
     (said,) = [record.getMessage() for record in caplog.records]
-    assert f"damaged and not used: {checkpoint.with_name('step-000003') / file} " in said
+    assert (
+        f"skipped; an older one is tried: The checkpoint's file {checkpoint.with_name('step-000003') / file} " in said
+    )
 
 
 def test_an_unfinished_checkpoint_is_none(checkpoint, caplog):

@@ -120,14 +120,14 @@ def test_nothing_is_evaluated_if_validation_returns_none(policy, tokenizer, pair
 
 
 def test_validation_without_groups_is_refused(policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(ValueError, match="No groups came to evaluate on; give validation some, or leave it out"):
+    with pytest.raises(ValueError, match="The validation data have no groups to evaluate on; add some"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=list)
 
 
 def test_held_out_groups_that_the_objective_cannot_read_are_refused_by_line(
     policy, tokenizer, pairs, demonstrations, tmp_path
 ):
-    with pytest.raises(ValueError, match="Line 3 has 1 completions; dpo takes at least 2"):
+    with pytest.raises(ValueError, match="Line 3 has 1 completions; dpo needs at least 2"):
         run(CONFIG, policy, tokenizer, [pairs], tmp_path, validation=lambda: [demonstrations[2:]])
 
 
@@ -196,5 +196,5 @@ def test_an_evaluation_is_not_told_again_by_a_resumed_step_without_groups(make_p
 
 def test_resuming_with_another_early_stop_is_refused(policy, tokenizer, pairs, tmp_path):
     run(CONFIG, policy, tokenizer, [pairs[:4]] * 2, tmp_path)
-    with pytest.raises(ValueError, match="was trained with early_stop None, this run has"):
+    with pytest.raises(ValueError, match="was trained with early_stop None, but this run has"):
         run(EARLY, policy, tokenizer, [pairs[:4]] * 2, tmp_path, resume=tmp_path / "step-000002")

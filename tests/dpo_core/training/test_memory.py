@@ -85,7 +85,7 @@ def test_a_max_length_that_does_not_fit_is_warned_of(policy, free, caplog):
         fitted = memory.plan_memory(CONFIG, Scorer(policy))
     assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (CONFIG.max_length, "on")
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("A pack of max_length, 256 tokens, may not fit into memory: about ")
+    assert said.startswith("A row of max_length (256 tokens) may not fit into memory, which has room for about ")
 
 
 def test_memory_for_the_optimizer_and_a_tile_of_logits_is_reserved(policy, make_policy, free):

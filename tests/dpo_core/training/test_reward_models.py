@@ -113,14 +113,22 @@ def test_a_variance_far_from_1_leaves_finite_gradients(log_variance):
     ("objective", "group", "message"),
     [
         (o.RewardBradleyTerry(), replace(PAIR, completion_ids=([2],)), "Line 1 has 1 completions; .* at least 2"),
-        (o.RewardBradleyTerry(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 gives all its completions the same rating"),
-        (o.RewardBradleyTerry(), replace(RANKING, margin=1.0), "Line 2 has a margin; reward_bradley_terry takes none"),
+        (o.RewardBradleyTerry(), replace(PAIR, ratings=(1.0, 1.0)), "Line 1 has the same rating for all completions"),
+        (
+            o.RewardBradleyTerry(),
+            replace(RANKING, margin=1.0),
+            "Line 2 has a margin, which reward_bradley_terry cannot use",
+        ),
         (o.RewardRegression(), PAIR, "Line 1 has no ratings; reward_regression learns from ratings only"),
-        (o.RewardRegression(), replace(PAIR, ratings=(1.0, math.nan)), "Line 1 rates a completion nan"),
-        (o.RewardRegression(), replace(PAIR, ratings=(math.inf, 1.0)), r"Line 1 has ratings \[inf, 1.0\]; .* finite"),
-        (o.RewardRegression(), replace(RATED, margin=1.0), "Line 2 has a margin; reward_regression takes none"),
-        (o.RewardGaussian(), replace(PAIR, margin=1.0), "Line 1 has a margin; reward_gaussian takes none"),
-        (o.RewardGaussian(), replace(RATED, ratings=(1.0, 2.0, 0.0)), "Line 2 has its completions out of order"),
+        (o.RewardRegression(), replace(PAIR, ratings=(1.0, math.nan)), "Line 1 has a completion with the rating nan"),
+        (
+            o.RewardRegression(),
+            replace(PAIR, ratings=(math.inf, 1.0)),
+            r"Line 1 has the ratings \[inf, 1.0\]; .* finite",
+        ),
+        (o.RewardRegression(), replace(RATED, margin=1.0), "Line 2 has a margin, which reward_regression cannot use"),
+        (o.RewardGaussian(), replace(PAIR, margin=1.0), "Line 1 has a margin, which reward_gaussian cannot use"),
+        (o.RewardGaussian(), replace(RATED, ratings=(1.0, 2.0, 0.0)), "Line 2 has completions in the wrong order"),
     ],
 )
 def test_a_group_that_the_objective_cannot_learn_from_is_refused_by_line(objective, group, message):
@@ -134,7 +142,10 @@ def test_equal_ratings_teach_a_regression():
 
 def test_mpo_admits_no_reward_model():
     parts = (o.Dpo(), o.RewardBradleyTerry())
-    with pytest.raises(o.InvalidOption, match="objectives is reward_bradley_terry; it must be of objectives on pairs"):
+    with pytest.raises(
+        o.InvalidOption,
+        match="objectives is reward_bradley_terry; it must be a list of objectives that learn from pairs",
+    ):
         o.Mpo(objectives=parts, weights=(1.0, 1.0))
     with pytest.raises(ValidationError):
         TypeAdapter(o.Mpo).validate_python({"objectives": [{"type": "reward_gaussian"}], "weights": [1.0]})
@@ -195,9 +206,17 @@ def test_a_model_of_another_kind_is_refused_by_name_before_any_step(
 ):
     reward_model = make_reward_model()
     for objective, model, message in (
-        (o.RewardBradleyTerry(), policy, "a reward model of 1 output.*, not a causal language model; use load_reward"),
-        (o.Dpo(), reward_model, r"dpo, which trains a causal language model, not .* of 1 output.*; use load_policy"),
-        (o.RewardGaussian(), reward_model, "of 2 output.*, not a reward model of 1 output.*num_outputs=2"),
+        (
+            o.RewardBradleyTerry(),
+            policy,
+            "a reward model of 1 output.*, but the model is a causal language model; use load_reward",
+        ),
+        (
+            o.Dpo(),
+            reward_model,
+            r"dpo, which trains a causal language model, but the model is .* of 1 output.*; use load_policy",
+        ),
+        (o.RewardGaussian(), reward_model, "of 2 output.*, but the model is a reward model of 1 output.*num_outputs=2"),
     ):
         with pytest.raises(o.InvalidOption, match=message) as refused:
             run(config_of(objective), model, tokenizer, pairs, tmp_path)
@@ -271,5 +290,5 @@ def test_resuming_repeats_the_run_bit_for_bit(adapter, make_reward_model, rated,
 def test_a_tokenizer_that_pads_with_eos_alone_is_refused(make_reward_model, rated, tokenizer, tmp_path):
     lone = load_tokenizer(make_reward_model().name_or_path)
     lone.bos_token = None
-    with pytest.raises(ValueError, match="can pad only with its EOS token, </s>; give it a pad_token"):
+    with pytest.raises(ValueError, match="has no padding token other than its end token </s>; set its pad_token"):
         run(config_of(o.RewardBradleyTerry()), make_reward_model(), lone, rated, tmp_path)

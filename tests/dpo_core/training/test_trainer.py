@@ -229,18 +229,20 @@ def test_a_step_without_groups_is_counted_and_changes_nothing(make_policy, token
 
 @pytest.mark.parametrize("number", [0, 1, 4])
 def test_a_list_of_more_or_fewer_batches_than_steps_is_refused(number, policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(ValueError, match=f"global_batches has {number} batches, total_steps is 3; give one a step"):
+    with pytest.raises(
+        ValueError, match=f"global_batches has {number} batches, but total_steps is 3; give one for each step"
+    ):
         run(DPO, policy, tokenizer, [pairs] * number, tmp_path, total_steps=3)
     assert not list(tmp_path.iterdir())
 
 
 def test_too_few_batches_of_a_function_are_refused(policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(ValueError, match="No groups came for step 2 of 3"):
+    with pytest.raises(ValueError, match="The data ended before step 2 of 3"):
         run(DPO, policy, tokenizer, lambda _: iter([pairs]), tmp_path, total_steps=3)
 
 
 def test_a_batch_of_a_list_has_at_most_batch_size_groups(make_policy, tokenizer, pairs, tmp_path):
-    config, expected = replace(DPO, batch_size=4), "The batch of step 2 has 8 groups, batch_size is 4; give smaller"
+    config, expected = replace(DPO, batch_size=4), "The batch of step 2 has 8 groups, but batch_size is 4; give smaller"
     with pytest.raises(ValueError, match=expected):
         run(config, make_policy(), tokenizer, [pairs[:4], pairs], tmp_path)
     assert not list(tmp_path.iterdir())
@@ -255,7 +257,7 @@ def test_a_loss_that_is_no_number_is_shown_and_ends_the_run_without_checkpoint(p
     results = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
     first = next(results)
     assert math.isnan(first.metrics["loss"])
-    with pytest.raises(FloatingPointError, match=r"diverged at step 1 .*; no weight had been changed yet, so look for"):
+    with pytest.raises(FloatingPointError, match=r"diverged at step 1 .*; no weight was changed yet, so look for"):
         next(results)
     assert not list(tmp_path.iterdir())
 
@@ -301,7 +303,7 @@ def test_batches_are_those_of_the_run_or_a_function_of_the_step_before(make_poli
 
 
 def test_an_iterator_of_batches_cannot_be_resumed_and_is_refused(policy, tokenizer, pairs, tmp_path):
-    with pytest.raises(TypeError, match="is a list_iterator; give a list with one batch per step, or a function"):
+    with pytest.raises(TypeError, match="is a list_iterator; give a list with one batch for each step, or a function"):
         run(DPO, policy, tokenizer, iter([pairs]), tmp_path, total_steps=1)
 
 
@@ -315,16 +317,14 @@ def test_a_config_that_is_not_resolved_is_refused(policy, tokenizer, pairs, tmp_
         replace(resolved, n_epochs=None),
     ):
         steps = train(config, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path)
-        with pytest.raises(ValueError, match=r"config is not resolved; pass train config\.resolved"):
+        with pytest.raises(ValueError, match=r"config still has undecided options; pass config\.resolved"):
             next(steps)
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.nn.Sequential])
 def test_a_wrapper_of_a_policy_is_refused_by_name(wrap, policy, tokenizer, pairs, tmp_path):
     wrapped = wrap(policy)
-    with pytest.raises(
-        ValueError, match=f"{type(wrapped).__name__} is not a model of transformers but may wrap one; pass"
-    ):
+    with pytest.raises(ValueError, match=f"{type(wrapped).__name__}, which is not a transformers model; pass"):
         run(DPO, wrapped, tokenizer, [pairs], tmp_path)
 
 

@@ -123,7 +123,7 @@ def test_what_the_template_says_is_quoted_with_a_remedy(write, model, tmp_path):
     some, none = (check(write(*kept), "--model", strict) for kept in ([*rows, PAIRS[0]], rows))
     assert (some.exit_code, none.exit_code) == (0, 1)
     for found in (some, none):
-        assert "Line 1: the chat template refuses the messages: System role not supported." in found.output
+        assert "Line 1: the chat template refuses the messages (System role not supported); change" in found.output
     assert "send what it takes, or use another template" in none.stderr
     assert "--max-length" not in none.stderr
 

@@ -18,9 +18,9 @@ def test_metrics_line_shows_what_is_there():
 def test_a_message_is_shown_as_it_is_and_moves_no_cursor():
     """Such as one that quotes a row."""
     said = StringIO()
-    told = {"created_at": 0, "level": "warn", "message": "Line 3, /\x1b[2J[/b]: is not a key"}
+    told = {"created_at": 0, "level": "warn", "message": "Line 3: the field /\x1b[2J[/b] is no key"}
     Console(file=said, width=200).print(message_line(told))
-    assert said.getvalue().rstrip().endswith("Line 3, /\ufffd[2J[/b]: is not a key")
+    assert said.getvalue().rstrip().endswith("Line 3: the field /\ufffd[2J[/b] is no key")
 
 
 @pytest.mark.slow

@@ -58,7 +58,10 @@ def test_rows_that_cannot_be_used_are_left_out_where_whoever_sends_them_says_so(
 
 
 def test_more_of_them_than_the_share_refuse_the_file(client: openai.OpenAI) -> None:
-    words = r"Line 20, /input: .* 2 rows cannot be used, and at most 5.00% of 21 may be: 2 wrong_type"
+    words = (
+        r"Line 20: the field /input .* In all, "
+        r"2 rows cannot be used \(at most 5.00% of 21 may be left out\): 2 with wrong_type"
+    )
     drop = {"x_raydpo": {"invalid_rows": "drop", "max_invalid_share": 0.05}}
     with pytest.raises(openai.BadRequestError, match=words):
         client.files.create(file=("pairs.jsonl", with_bad_rows(19, 2)), purpose="fine-tune", extra_body=drop)
@@ -73,7 +76,7 @@ def test_a_damaged_container_is_refused_whatever_share_may_be_left_out(client: o
 
 def test_columns_of_any_name_are_read_by_their_roles(client: openai.OpenAI) -> None:
     rows = b"\n".join(json.dumps({"ask": f"{i}?", "good": "Yes.", "bad": "No."}).encode() for i in range(12))
-    with pytest.raises(openai.BadRequestError, match=r"its columns \(ask, bad, good\) match"):
+    with pytest.raises(openai.BadRequestError, match=r"the row has columns \(ask, bad, good\)"):
         client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
     roles = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
     named = {"x_raydpo": {"columns": roles}}
@@ -142,13 +145,13 @@ def test_a_file_that_a_live_job_needs_stays(client: openai.OpenAI) -> None:
 TEXTS = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 HOSTILE = {
     "broken UTF-8": (b'{"prompt": "\xff"}', "Line 2 is not UTF-8"),
-    "NUL": (b'{"prompt": "a\\u0000b"}', "Line 2, /prompt: holds a NUL"),
-    "half a surrogate pair": (b'{"prompt": "\\ud83d"}', "Line 2, /prompt: holds half of a surrogate pair"),
-    "nesting": (b'{"prompt": ' + b"[" * 10**5, "Line 2 nests more than 64 levels"),
-    "a key twice": (b'{"prompt": "a", "prompt": "b"}', "Line 2, /prompt: this key is there twice"),
-    "infinity": (b'{"prompt": Infinity}', "Line 2, /prompt: Infinity is not a JSON number"),
+    "NUL": (b'{"prompt": "a\\u0000b"}', "Line 2: the field /prompt contains a NUL"),
+    "half a surrogate pair": (b'{"prompt": "\\ud83d"}', "Line 2: the field /prompt contains half of a surrogate pair"),
+    "nesting": (b'{"prompt": ' + b"[" * 10**5, "Line 2 nests lists and dictionaries more than 64 levels"),
+    "a key twice": (b'{"prompt": "a", "prompt": "b"}', "Line 2: the field /prompt is given twice"),
+    "infinity": (b'{"prompt": Infinity}', "Line 2: the field /prompt is Infinity, which is not a number in JSON"),
     "a long line": (b"x" * (33 * 2**20), "Line 2 is longer than 32 MiB"),
-    "a long key": (b'{"' + b"k" * 10**6 + b'": 1}', r"Line 2: its columns \(kkk"),
+    "a long key": (b'{"' + b"k" * 10**6 + b'": 1}', r"Line 2: the row has columns \(kkk"),
 }
 
 
@@ -164,7 +167,7 @@ def test_a_hostile_row_is_refused_by_line_in_a_short_message(client: openai.Open
 def test_every_kind_of_problem_is_counted_in_a_short_message(client: openai.OpenAI) -> None:
     rows = b"\n".join(row for row, _ in HOSTILE.values())
     with pytest.raises(
-        openai.BadRequestError, match=r"Line 2 is not UTF-8.* rows cannot be used: 1 invalid_utf8"
+        openai.BadRequestError, match=r"Line 2 is not UTF-8.* rows cannot be used: 1 with invalid_utf8"
     ) as refused:
         client.files.create(file=("hostile.jsonl", TEXTS + rows), purpose="fine-tune")
     assert len(refused.value.message) < 2000
@@ -172,7 +175,7 @@ def test_every_kind_of_problem_is_counted_in_a_short_message(client: openai.Open
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_a_file_without_rows_is_refused(client: openai.OpenAI, content: bytes) -> None:
-    with pytest.raises(openai.BadRequestError, match="holds no rows"):
+    with pytest.raises(openai.BadRequestError, match="has no rows"):
         client.files.create(file=("empty.jsonl", content), purpose="fine-tune")
 
 

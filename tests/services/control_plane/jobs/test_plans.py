@@ -130,7 +130,10 @@ def test_a_job_that_cannot_fit_is_refused_with_the_figures_and_the_remedy(ask, m
     assert (error["code"], error["param"]) == ("does_not_fit", "x_raydpo.adapter")
     parts = "(weights 4.94 GB, gradients 4.94 GB, moments 9.89 GB)"
     assert error["message"].startswith(f"The job cannot fit: a worker holds at least 19.8 GB {parts}, the largest ")
-    assert 'machine of the cluster has 18 GB. Set adapter to {"r": 32}; a worker then holds ' in error["message"]
+    assert (
+        'machine of the cluster has 18 GB. Set adapter to {"r": 32}; each worker then needs at most '
+        in error["message"]
+    )
     assert ask("large", "/x/jobs/validate", num_workers=8)["error"] == error
     machines(2 * GB)
     hopeless = ask("large", "/fine_tuning/jobs", num_workers=8)["error"]

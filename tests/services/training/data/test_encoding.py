@@ -242,7 +242,7 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
     assert [group.line for group in groups] == [1, 3]
     assert reports[-1].message == (
         "Left out 1 of 3 pairs: the chat template refuses them (line 2); send what it takes, or use another template. "
-        "Line 2: the chat template refuses the messages: odd."
+        "Line 2: the chat template refuses the messages (odd); change the messages or the template."
     )
 
 
@@ -264,7 +264,7 @@ def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(with_bad_
         "Left out 1 of 22 rows, which cannot be used: invalid_jsonl",
         "Left out 1 of 22 rows, which cannot be used: wrong_type",
     ]
-    assert "(line 13). Line 13, /input/messages: must be a list of at least one message." in told[1]
+    assert "(line 13). Line 13: the field /input/messages must be a list of at least one message." in told[1]
     with pytest.raises(JobFailed, match="Line 1 is not valid JSON"):
         run(with_bad_rows)
     few = drops.model_copy(update={"invalid_rows": InvalidRows(how="drop")})
@@ -358,7 +358,7 @@ def test_a_template_that_never_ends_is_refused_by_its_limit(
     with pytest.raises(JobFailed) as failure:
         run(with_template(endless))
     assert (failure.value.report.code, failure.value.report.param) == ("invalid_model", "model")
-    message = r"The chat template computes on line \d+ for more than 0.2 seconds; fix the template."
+    message = r"The chat template takes more than 0.2 seconds for the row on line \d+; fix the template."
     assert re.fullmatch(message, failure.value.report.message)
 
 
