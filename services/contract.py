@@ -279,10 +279,26 @@ class Recipe(Contract):
 
 
 class CheckRequest(Contract):
-    """The input of `services.training.check_program`, which writes a CheckResult to `<folder_uri>/report.json`."""
+    """The input of `services.training.check_program`, which writes a SideJobResult to `<folder_uri>/report.json`."""
 
     recipe: Recipe
     folder_uri: str
+
+
+class MergeRequest(Contract):
+    """The input of `services.training.merge_program`, which writes a SideJobResult to `<folder_uri>/report.json`."""
+
+    adapter_uri: str
+    folder_uri: str  # the merged model is written to `<folder_uri>/model`
+
+
+class MergeReport(Contract):
+    """The report of a merge: where the merged model is, and how much its outputs differ from the adapter's."""
+
+    model_uri: str
+    largest_difference: float  # between the outputs of the merged model and of the base with its adapter attached
+    difference_of: Literal["logprobs", "rewards"]  # the outputs that were compared
+    num_tokens: int  # how many tokens, drawn at random, both models have read
 
 
 # --- what an attempt reports -------------------------------------------------------------
@@ -394,14 +410,16 @@ class Alive(Contract):
     kind: Literal["alive"] = "alive"
 
 
-class CheckResult(Contract):
-    """The result of checking a training file, written to the folder of the CheckRequest.
+class SideJobResult(Contract):
+    """The result of a program that ran in a Ray job beside training, written to the folder of its request.
 
     Either `report` or `error` is set.
     """
 
     finished_at: float
-    report: dict[str, Any] | None = None  # the fields of a `check_program.Check`: tokens and preview
+    report: dict[str, Any] | None = (
+        None  # of a check: the fields of a `check_program.Check`; of a merge: of a MergeReport
+    )
     error: Failed | None = None
 
 

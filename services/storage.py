@@ -137,6 +137,18 @@ def list_folders(uri: str) -> list[str]:
     return [info.base_name for info in _list(uri) if info.type == fs.FileType.Directory]
 
 
+def list_tree(uri: str) -> list[tuple[str, int, int]]:
+    """Returns every file in the folder `uri` and its subfolders, sorted by name; [] if there is no folder.
+
+    Each file is its name relative to the folder, its size in bytes, and its modification time in nanoseconds. Hidden
+    files, such as those that are being written, are left out.
+    """
+    filesystem, path = _resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    names = ((str(Path(info.path).relative_to(path)), info) for info in infos if info.type == fs.FileType.File)
+    return sorted((name, info.size, info.mtime_ns) for name, info in names if not Path(name).name.startswith("."))
+
+
 def version(uri: str) -> tuple[int, int] | None:
     """Returns a file's size and modification time, which show whether the file has changed, or None without a file."""
     info = _info(uri)

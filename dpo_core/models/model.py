@@ -176,6 +176,19 @@ def load_merged(
 ) -> PreTrainedModel:
     """Loads a trained adapter and its base as one model, ready to train. Raises ValueError if the adapter does not fit
     the base."""
+    both = load_attached(adapter, base=base, dtype=dtype, device=device)
+    return cast(PreTrainedModel, both.merge_and_unload()).requires_grad_(True).eval()
+
+
+def load_attached(
+    adapter: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Loads PEFT's model of a trained adapter on its base. A base that was quantized in training has the values of
+    NF4, in `dtype`. Raises ValueError if the adapter does not fit the base."""
     from peft.utils import load_peft_weights
 
     source = base_of(adapter) if base is None else base
@@ -190,8 +203,7 @@ def load_merged(
     check_base(adapter, loaded.requires_grad_(False))
     if quantization_of(adapter):
         round_to_nf4(loaded)
-    merged = cast(PreTrainedModel, _put_on(loaded, adapter, weights.keys()).merge_and_unload())
-    return merged.requires_grad_(True).eval()
+    return _put_on(loaded, adapter, weights.keys()).eval()
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:

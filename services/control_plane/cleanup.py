@@ -19,10 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from services import storage
+from services.control_plane import side_jobs
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Checkpoint, File, Lease, Model, Outbound, Upload
-from services.control_plane.files import files, model_check, uploads
+from services.control_plane.files import files, uploads
 from services.control_plane.http import idempotency
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
@@ -80,8 +81,8 @@ class Sweeper:
     async def _stop_orphans(self) -> None:
         for submission_id in await stop_orphans(self._store, self._ray_api):
             log.warning("Stopped %s, whose attempt has ended", submission_id)
-        for submission_id in await model_check.stop_late(self._store, self._ray_api):
-            log.warning("Stopped %s, which checked a file for too long", submission_id)
+        for submission_id in await side_jobs.stop_late(self._store, self._ray_api):
+            log.warning("Stopped %s, which ran for too long", submission_id)
 
     async def _forget(self) -> None:
         sent = delete(Outbound).where(Outbound.due_at.is_(None), Outbound.created_at < func.now() - OUTBOX_KEPT)
@@ -90,8 +91,8 @@ class Sweeper:
             await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
             await session.execute(sent)
             await give_up_old(session)
-            checks = await model_check.forget_old(session, MOST)
-        await _remove(checks)
+            side_jobs_left = await side_jobs.forget_old(session, MOST)
+        await _remove(side_jobs_left)
 
     async def _put_away(self) -> None:
         """Moves files in storage that no database row names to the trash.

@@ -129,12 +129,12 @@ class RayApi:
         environment = {"RAYDPO_ATTEMPT_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
         await self._submit(submission_id, "services.training.driver", spec_uri, environment)
 
-    async def submit_check(self, submission_id: str, request_uri: str) -> None:
-        """Launches the check of a training file in Ray.
+    async def submit_side_job(self, submission_id: str, program: str, request_uri: str) -> None:
+        """Launches a program that is no attempt, such as a check of a training file, in Ray.
 
-        Ray accepts an id only once, so the check starts at most once.
+        Ray accepts an id only once, so the program starts at most once.
         """
-        await self._submit(submission_id, "services.training.check_program", request_uri, {})
+        await self._submit(submission_id, program, request_uri, {})
 
     async def _submit(self, submission_id: str, program: str, uri: str, environment: dict[str, str]) -> None:
         body = {

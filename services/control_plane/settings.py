@@ -161,7 +161,10 @@ class Settings(BaseSettings):
     )
     max_running_jobs: int = Field(default=1, gt=0, description="Jobs that run at once; the others wait.")
     max_running_checks: int = Field(
-        default=2, gt=0, description="Checks of files with a model that run at once for one project; each is a Ray job."
+        default=2,
+        gt=0,
+        description="Checks of files with a model, and merges of adapters, that run at once for one project. "
+        "Each is a Ray job.",
     )
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict,

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from dpo_core.config import Truncation
 from services import storage
-from services.contract import CheckRequest, CheckResult, Contract, Failed, Recipe
+from services.contract import CheckRequest, Contract, Failed, Recipe, SideJobResult
 from services.training.data.encoding import Encoded, Piece, encode_piece, load, raise_refusals, split
 from services.training.data.file_report import EncodingReport, merge
 from services.training.data.preview import Preview, preview, sample
@@ -103,17 +103,17 @@ def main(request_uri: str) -> None:
     storage.write_bytes(storage.join(request.folder_uri, "report.json"), result.model_dump_json().encode())
 
 
-def answer(request: CheckRequest, each: CallEach) -> CheckResult:
+def answer(request: CheckRequest, each: CallEach) -> SideJobResult:
     """Returns the result of the requested check.
 
     A file or model that cannot be used becomes the error of the result.
     """
     try:
         report = check(request.recipe, request.folder_uri, each).model_dump(mode="json")
-        return CheckResult(finished_at=time.time(), report=report)
+        return SideJobResult(finished_at=time.time(), report=report)
     except JobFailed as failure:
         logger.error("%s", failure)
-        return CheckResult(finished_at=time.time(), error=failure.report)
+        return SideJobResult(finished_at=time.time(), error=failure.report)
 
 
 if __name__ == "__main__":

@@ -137,14 +137,14 @@ class File(Owned, Base):
         return cls.deleted_at.is_(None) & (cls.expires_at.is_(None) | (cls.expires_at > func.clock_timestamp()))
 
 
-class DatasetCheck(Owned, Base):
-    """A Ray job that checks a training file with a model."""
+class SideJobAttempt(Owned, Base):
+    """A Ray job beside training: it checks a training file with a model, or merges an adapter into its base."""
 
     __tablename__ = "checks"
     submission_id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     ended_at: Mapped[datetime | None]  # when the service noticed the Ray job's end
-    folder: Mapped[str]  # URI of the check's results
+    folder: Mapped[str]  # URI of the results
     __table_args__ = (Index("checks_by_end", "ended_at", "project_id"),)
 
 

@@ -1,18 +1,13 @@
 """The routes below /v1/files, which store, list, read and delete files."""
 
-import io
-import re
-from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services import storage
-from services.control_plane.core.errors import RangeNotSatisfiable
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.core.store import page
@@ -20,6 +15,7 @@ from services.control_plane.core.tables import File
 from services.control_plane.files import files, row_check
 from services.control_plane.files.requests import CreateFile
 from services.control_plane.files.responses import file_object
+from services.control_plane.http.content import Content, answer, read_file
 from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
 from services.control_plane.http.forms import multipart, read_form
 
@@ -32,10 +28,7 @@ FIELDS = (
     "x_raydpo[invalid_rows]",
     "x_raydpo[max_invalid_share]",
 )
-CHUNK = 1 << 20
 IN_PARTS = "Send larger files in parts, with client.uploads.upload_file_chunked."
-# One range of bytes, as RFC 9110 writes it. The service ignores other `Range` headers, as the RFC allows.
-RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("", openapi_extra=multipart("file", "purpose", *FIELDS))
@@ -99,40 +92,15 @@ async def retrieve(store: StorePart, file_id: str) -> dict[str, Any]:
 async def content(request: Request, store: StorePart, file_id: str) -> Response:
     async with store.look() as session:
         row = await files.find(session, file_id)
-    span, headers = range(row.num_bytes), {"accept-ranges": "bytes", **_attached(row.filename)}
-    status = 200
-    if asked := RANGE.fullmatch(request.headers.get("range", "")):
-        span, status = _part(asked, row.num_bytes), 206
-        if not span:
-            raise RangeNotSatisfiable(f"The file has {row.num_bytes} bytes; none are in '{asked[0]}'.", row.num_bytes)
-        headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{row.num_bytes}"
-    headers["content-length"] = str(len(span))
-    source = await anyio.to_thread.run_sync(storage.open_input, row.uri)
-    return StreamingResponse(_read(source, span), status, headers, media_type="application/octet-stream")
-
-
-def _attached(filename: str) -> dict[str, str]:
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", filename)
-    return {"content-disposition": f'attachment; filename="{name}"', "x-content-type-options": "nosniff"}
-
-
-def _part(asked: re.Match[str], num_bytes: int) -> range:
-    """Returns the range of bytes that a `Range` header asks for; an empty range if the file has none of these bytes."""
-    first, last = asked[1], asked[2]
-    if not first:  # the last bytes of the file
-        return range(max(0, num_bytes - int(last)), num_bytes)
-    return range(int(first), min(int(last) + 1, num_bytes) if last else num_bytes)
-
-
-async def _read(source: io.BufferedReader, span: range) -> AsyncIterator[bytes]:
-    try:
-        source.seek(span.start)
-        left = len(span)
-        while left and (chunk := await anyio.to_thread.run_sync(source.read, min(left, CHUNK))):
-            left -= len(chunk)
-            yield chunk
-    finally:
-        source.close()
+    found = Content(
+        num_bytes=row.num_bytes,
+        etag=row.sha256,
+        filename=row.filename,
+        media_type="application/octet-stream",
+        read=partial(read_file, row.uri),
+        sha256=bytes.fromhex(row.sha256),
+    )
+    return await answer(request, found)
 
 
 @router.delete("/{file_id}")

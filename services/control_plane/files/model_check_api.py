@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from services.control_plane import side_jobs
 from services.control_plane.files import files, model_check
 from services.control_plane.files.requests import CheckDataset
 from services.control_plane.files.responses import check_object
@@ -28,5 +29,5 @@ async def check(
     if model is None:
         return check_object(f"check-{file.id}", file, None)
     asked = model_check.check_of(file, model, config, settings, await store.store.instance())
-    result = await model_check.result_of(asked, store, ray_api, settings, request.is_disconnected)
+    result = await side_jobs.result_of(asked, store, ray_api, settings.max_running_checks, request.is_disconnected)
     return check_object(asked.id, file, result, running=result is None)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from services.contract import CheckResult, Reading
+from services.contract import Reading, SideJobResult
 from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
     File,
@@ -70,7 +70,7 @@ def part_object(row: UploadPart) -> dict[str, Any]:
     }
 
 
-def check_object(check_id: str, file: File, result: CheckResult | None, *, running: bool = False) -> dict[str, Any]:
+def check_object(check_id: str, file: File, result: SideJobResult | None, *, running: bool = False) -> dict[str, Any]:
     """Returns a check as a `dataset.check` object: its status, and the report on the file's rows.
 
     `result` is the result of encoding the rows for a model; None if the request named no model, or the check still

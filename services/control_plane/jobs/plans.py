@@ -9,7 +9,7 @@ import anyio.to_thread
 
 from dpo_core.plan.inputs import Rows, Run, Shapes
 from dpo_core.plan.plan import CHANGES, Plan, in_gb, plan
-from services.contract import CheckResult, JobSpec
+from services.contract import JobSpec, SideJobResult
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import File
 from services.control_plane.jobs.requests import EXTENSIONS
@@ -29,7 +29,7 @@ async def look_at(model: NamedModel) -> Shapes:
     return await anyio.to_thread.run_sync(shapes_of, model.base_source or model.source)
 
 
-def rows_of(file: File | None, counted: CheckResult | None, spec: JobSpec) -> tuple[Rows, str]:
+def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> tuple[Rows, str]:
     """Returns the number and token lengths of the rows that the job would train on, and the source of these numbers."""
     if file is None or file.report is None:
         half = max(2, spec.config.max_length // 2)
@@ -149,7 +149,7 @@ def plan_object(
     spec: JobSpec,
     shapes: Shapes,
     file: File | None,
-    counted: CheckResult | None,
+    counted: SideJobResult | None,
     nodes: Sequence[Node],
     settings: Settings,
 ) -> dict[str, Any]:

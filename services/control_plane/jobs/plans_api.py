@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from services.control_plane import side_jobs
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files import files, model_check
 from services.control_plane.http.dependencies import RayApiPart, SettingsPart, StorePart
@@ -27,7 +28,7 @@ async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, 
         counted = None
         if file is not None:
             check = model_check.check_of(file, model, spec.config, settings, await store.store.instance())
-            counted = await model_check.known(check)
+            counted = await side_jobs.known(check)
         return plans.plan_object(spec, shapes, file, counted, await ray_api.nodes(), settings)
     except NoShapes as error:
         raise InvalidRequest(f"No plan without the model: {error}", param="model", code="model_unreadable") from None

@@ -2,14 +2,17 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
-from services.control_plane.http.dependencies import IdempotentPart, SettingsPart, StorePart
-from services.control_plane.models import deployments, models
+from services.control_plane.http.content import answer
+from services.control_plane.http.dependencies import IdempotentPart, RayApiPart, SettingsPart, StorePart
+from services.control_plane.models import deployments, downloads, models
+from services.control_plane.models.downloads import Format
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.responses import model_object
 
@@ -32,6 +35,29 @@ async def list_models(
     return JSONResponse(listing([model_object(model, settings) for model in listed], more))
 
 
+@router.get("/{model_id:path}/content")
+async def content(
+    request: Request,
+    store: StorePart,
+    settings: SettingsPart,
+    ray_api: RayApiPart,
+    model_id: str,
+    format: Format | None = None,
+) -> Response:
+    """Returns a trained model as a tar of a Hugging Face folder, whole or the part that the header `Range` names.
+
+    An adapter is merged into its base first if `format` is `merged`. Until that is done, the answer is 503 with
+    `retry-after`.
+    """
+    async with store.look() as session:
+        model = await models.find_to_download(session, settings, model_id)
+        base = await models.name_of_base(session, settings, model) if model.adapter else None
+    merged = None
+    if downloads.format_of(model, format) == "merged" and model.adapter:
+        merged = await downloads.merged(model, store, ray_api, settings, request.is_disconnected)
+    return await answer(request, await anyio.to_thread.run_sync(downloads.content_of, model, base, merged))
+
+
 @router.get("/{model_id:path}")
 async def retrieve(store: StorePart, settings: SettingsPart, model_id: str) -> dict[str, Any]:
     async with store.look() as session:
@@ -49,7 +75,8 @@ async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: s
         removed.append(model)
         return deleted("model", model_id)
 
-    answer = await idempotent.act(remove, changes=model_id)
+    response = await idempotent.act(remove, changes=model_id)
     for model in removed:
         await remove_bytes(model.source)
-    return answer
+        await remove_bytes(downloads.merged_folder(model, settings))
+    return response

@@ -131,6 +131,30 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
         raise NameTaken(f"'{model_id}' is the name of a policy of {owner} already; {job.id} cannot have it")
 
 
+async def find_to_download(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
+    """Returns a trained model of the session's project.
+
+    Raises InvalidRequest for a base model, and Forbidden for a model that another project shares.
+    """
+    model = await find(session, settings, model_id)
+    if model.job_id is None:
+        message = f"'{model_id}' is a base model, which the service does not hand out: take it from where it came from."
+        raise InvalidRequest(message, param="model", code="invalid_value")
+    if not owns(session, await session.get_one(Model, model_id)):
+        message = f"'{model_id}' belongs to another project, which shares its use; only that project may download it."
+        raise Forbidden(message, param="model")
+    return model
+
+
+async def name_of_base(session: AsyncSession, settings: Settings, model: NamedModel) -> str:
+    """Returns the name of the model that an adapter was trained on: a base model, or a trained one."""
+    for base in bases(settings):
+        if base.source == model.base_source:
+            return base.id
+    trained = select(Model.id).where(Model.source == model.base_source).order_by(Model.created_at).limit(1)
+    return await session.scalar(trained) or model.root
+
+
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
     """Returns a trained model of the session's project, locked until the transaction ends.
 

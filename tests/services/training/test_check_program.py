@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services import storage
-from services.contract import CheckRequest, CheckResult, Recipe
+from services.contract import CheckRequest, Recipe, SideJobResult
 from services.training.check_program import Check, answer, check, in_turn
 from services.training.data.preview import MOST_CHARACTERS, sample
 from services.training.reports.reporting import JobFailed
@@ -125,11 +125,11 @@ def test_on_a_cluster_a_check_leaves_its_result_beside_the_request_whatever_the_
     assert "more than 10 seconds" in result.error.message
 
 
-def on_cluster(recipe: Recipe, folder: Path, environment: dict[str, str]) -> CheckResult:
+def on_cluster(recipe: Recipe, folder: Path, environment: dict[str, str]) -> SideJobResult:
     request = CheckRequest(recipe=recipe, folder_uri=folder.as_uri())
     uri = storage.join(folder.as_uri(), "request.json")
     storage.write_bytes(uri, request.model_dump_json().encode())
     subprocess.run(
         [sys.executable, "-m", "services.training.check_program", uri], env=environment, check=True, timeout=200
     )
-    return CheckResult.model_validate_json((folder / "report.json").read_bytes())
+    return SideJobResult.model_validate_json((folder / "report.json").read_bytes())

@@ -17,16 +17,16 @@ import psycopg
 import pytest
 
 from services import storage
-from services.contract import CheckRequest, CheckResult, Failed
+from services.contract import CheckRequest, Failed, SideJobResult
+from services.control_plane import side_jobs
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core.store import Store
-from services.control_plane.files import model_check
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import API_KEY, FakeRay, api_of, new_key, new_project, pair, pairs
 
 REPORT = {"tokens": {"num_kept": 12}, "preview": []}
-DONE = CheckResult(finished_at=0, report=REPORT)
+DONE = SideJobResult(finished_at=0, report=REPORT)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def sql(settings: Settings, statement: str) -> list[Any]:
 @pytest.fixture
 def ray(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, base_url: str, settings: Settings) -> Iterator[FakeRay]:
     """Its jobs run until a test ends them, and a request waits for a moment only."""
-    monkeypatch.setattr(model_check, "WAIT_SECONDS", 0.3)
-    monkeypatch.setattr(model_check, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(side_jobs, "WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(side_jobs, "POLL_SECONDS", 0.02)
     sql(settings, "DELETE FROM checks")
     fake_ray.jobs.clear()
     fake_ray.submissions.clear()
@@ -75,7 +75,7 @@ def request_of(ray: FakeRay, submission: int = -1) -> CheckRequest:
     return CheckRequest.model_validate_json(storage.read_bytes(uri))
 
 
-def finish(ray: FakeRay, result: CheckResult | None, submission: int = -1) -> None:
+def finish(ray: FakeRay, result: SideJobResult | None, submission: int = -1) -> None:
     """The job ends, with this report or none."""
     if result:
         uri = storage.join(request_of(ray, submission).folder_uri, "report.json")
@@ -84,7 +84,7 @@ def finish(ray: FakeRay, result: CheckResult | None, submission: int = -1) -> No
 
 
 @contextmanager
-def ended_meanwhile(ray: FakeRay, result: CheckResult | None) -> Iterator[None]:
+def ended_meanwhile(ray: FakeRay, result: SideJobResult | None) -> Iterator[None]:
     """The job that is submitted within ends so, as soon as it is."""
 
     def end_it() -> None:
@@ -126,7 +126,7 @@ def test_with_a_model_one_job_runs_and_repeating_the_request_finds_its_result(ra
 
 
 def test_a_request_waits_for_the_result(ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_check, "WAIT_SECONDS", 20)
+    monkeypatch.setattr(side_jobs, "WAIT_SECONDS", 20)
 
     with ended_meanwhile(ray, DONE):
         assert ask(model="tiny").json()["status"] == "completed"
@@ -161,7 +161,7 @@ def test_a_job_that_dies_is_told_and_tried_again_under_a_new_id(ray: FakeRay, as
 def test_a_job_that_dies_while_somebody_waits_is_a_failure(
     ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_check, "WAIT_SECONDS", 20)
+    monkeypatch.setattr(side_jobs, "WAIT_SECONDS", 20)
 
     with ended_meanwhile(ray, None):
         answer = ask(model="tiny").json()
@@ -172,12 +172,12 @@ def test_a_job_that_dies_while_somebody_waits_is_a_failure(
 def test_a_failure_is_told_and_tried_again_when_it_is_old(ray: FakeRay, ask: Any) -> None:
     ask(model="tiny")
     error = Failed(code="invalid_model", message="The tokenizer has no chat template.", param="model")
-    finish(ray, CheckResult(finished_at=time.time(), error=error))
+    finish(ray, SideJobResult(finished_at=time.time(), error=error))
     for _ in range(2):
         answer = ask(model="tiny").json()
         assert answer["status"] == "failed"
         assert answer["error"] == {"code": "invalid_model", "message": error.message, "param": "model"}
-    finish(ray, CheckResult(finished_at=time.time() - 100, error=error))
+    finish(ray, SideJobResult(finished_at=time.time() - 100, error=error))
     assert ask(model="tiny").json()["status"] == "running"
     assert len(ray.submissions) == 2
 
@@ -206,13 +206,13 @@ def test_a_cluster_that_does_not_answer_is_unavailable(ray: FakeRay, ask: Any) -
 
 
 def test_of_one_project_a_few_checks_run_at_once(ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_check, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(side_jobs, "WAIT_SECONDS", 0.0)
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda length: ask(model="tiny", max_length=length), range(100, 108)))
     assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 5}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert "3 checks of the project are running, the limit of max_running_checks" in refused.text
+    assert "3 checks and merges of the project are running, the limit of max_running_checks" in refused.text
     assert int(refused.headers["retry-after"]) > 0
     assert len(ray.submissions) == 3
     finish(ray, DONE)
@@ -269,7 +269,7 @@ def sweep(settings: Settings) -> list[str]:
     async def run() -> list[str]:
         store = Store(settings.database_url)
         ray_api = RayApi(settings, store.instance)
-        stopped = await model_check.stop_late(store, ray_api)
+        stopped = await side_jobs.stop_late(store, ray_api)
         await Sweeper(store, ray_api, settings).sweep()
         await ray_api.close()
         await store.close()
@@ -280,7 +280,7 @@ def sweep(settings: Settings) -> list[str]:
 
 @pytest.mark.slow
 def test_who_hangs_up_ends_the_wait(ray: FakeRay, base_url: str, file_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_check, "WAIT_SECONDS", 20)
+    monkeypatch.setattr(side_jobs, "WAIT_SECONDS", 20)
     looks: list[float] = []
     get = ray.get
     monkeypatch.setattr(ray, "get", lambda path: (looks.append(time.monotonic()), get(path))[1])

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_core.plan.sizes import llama
 from services import storage
-from services.contract import CheckResult, JobSpec
+from services.contract import JobSpec, SideJobResult
 from services.control_plane.jobs import plans
 from services.control_plane.models.shapes import NoShapes, shapes_of
 from services.control_plane.ray_api import Node
@@ -171,7 +171,7 @@ def test_tokens_that_a_check_has_counted_are_taken(settings, training_file, api,
     body = {"model": "small", "training_file": training_file, "config": {}}
     spec = JobSpec.model_validate(body)
     file: Any = type("File", (), {"report": {"num_groups": 10, "kind": "pairs"}, "num_bytes": 9999})()
-    rows, how = plans.rows_of(file, CheckResult(finished_at=0, report={"tokens": tokens}), spec)
+    rows, how = plans.rows_of(file, SideJobResult(finished_at=0, report={"tokens": tokens}), spec)
     assert (rows.groups, rows.prompt, rows.completion, rows.longest) == (10, 20, 35, 140)
     assert how == "counted by a check of the file with this model"
 

@@ -1,0 +1,121 @@
+"""Answers requests for stored bytes, whole or in part, so that a download that broke off can be resumed."""
+
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
+from cachetools import LRUCache
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+
+from services import storage
+from services.control_plane.core.errors import RangeNotSatisfiable
+
+CHUNK = 1 << 20
+# One range of bytes, as RFC 9110 writes it. The service ignores other `Range` headers, as the RFC allows.
+RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
+DIGESTS_AT_ONCE = 2  # how many contents are read for their digest at the same time
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("digests at once")
+_digests: LRUCache[str, bytes] = LRUCache(1000)  # SHA-256 by ETag, of contents that were read to their end
+
+
+@dataclass(frozen=True)
+class Content:
+    """Bytes that never change under their `etag`."""
+
+    num_bytes: int
+    etag: str  # without quotes
+    filename: str
+    media_type: str
+    read: Callable[[range], Iterator[bytes]]  # reads a range of the bytes, in a thread
+    sha256: bytes | None = None  # None: not known yet
+
+
+async def answer(request: Request, content: Content) -> Response:
+    """Returns the content, or the part of it that the headers `Range` and `If-Range` ask for.
+
+    A client that sends `Want-Repr-Digest: sha-256=1` (RFC 9530) gets the digest of the whole content in `Repr-Digest`.
+    """
+    span, status = range(content.num_bytes), 200
+    headers = {"accept-ranges": "bytes", "etag": f'"{content.etag}"', **_attached(content.filename)}
+    if (asked := RANGE.fullmatch(request.headers.get("range", ""))) and _is_same(request, content):
+        span, status = _part(asked, content.num_bytes), 206
+        if not span:
+            message = f"The file has {content.num_bytes} bytes; none are in '{asked[0]}'."
+            raise RangeNotSatisfiable(message, content.num_bytes)
+        headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{content.num_bytes}"
+    if "sha-256" in request.headers.get("want-repr-digest", ""):
+        headers["repr-digest"] = f"sha-256=:{base64.b64encode(await _digest(content)).decode()}:"
+    headers["content-length"] = str(len(span))
+    chunks = content.read(span) if len(span) < content.num_bytes else _noting_digest(content)
+    # Storage that does not answer is noticed at the first chunk, before the status is sent.
+    first = await anyio.to_thread.run_sync(next, chunks, b"")
+    return StreamingResponse(_in_threads(first, chunks), status, headers, media_type=content.media_type)
+
+
+def read_file(uri: str, span: range) -> Iterator[bytes]:
+    """Yields a range of the bytes of the file at `uri`. Raises OSError if the file is too short."""
+    with storage.open_input(uri) as source:
+        source.seek(span.start)
+        left = len(span)
+        while left:
+            if not (chunk := source.read(min(left, CHUNK))):
+                raise OSError(f"A stored file ends {left} bytes too early.")
+            left -= len(chunk)
+            yield chunk
+
+
+def _is_same(request: Request, content: Content) -> bool:
+    """Whether the part that the client has is of this content, as far as the client says."""
+    return request.headers.get("if-range") in (None, f'"{content.etag}"')
+
+
+def _attached(filename: str) -> dict[str, str]:
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", filename)
+    return {"content-disposition": f'attachment; filename="{name}"', "x-content-type-options": "nosniff"}
+
+
+def _part(asked: re.Match[str], num_bytes: int) -> range:
+    """Returns the range of bytes that a `Range` header asks for; an empty range if the file has none of these bytes."""
+    first, last = asked[1], asked[2]
+    if not first:  # the last bytes of the file
+        return range(max(0, num_bytes - int(last)), num_bytes)
+    return range(int(first), min(int(last) + 1, num_bytes) if last else num_bytes)
+
+
+async def _digest(content: Content) -> bytes:
+    """Returns the SHA-256 of the content, which is read for it unless the digest is known."""
+    if found := content.sha256 or _digests.get(content.etag):
+        return found
+    try:
+        limiter = _limiter.get()
+    except LookupError:
+        _limiter.set(limiter := anyio.CapacityLimiter(DIGESTS_AT_ONCE))
+    await anyio.to_thread.run_sync(_exhaust, _noting_digest(content), limiter=limiter)
+    return _digests[content.etag]
+
+
+def _exhaust(chunks: Iterator[bytes]) -> None:
+    for _ in chunks:
+        pass
+
+
+def _noting_digest(content: Content) -> Iterator[bytes]:
+    """Yields the whole content, and keeps its digest if it was read to its end."""
+    digest = hashlib.sha256()
+    for chunk in content.read(range(content.num_bytes)):
+        digest.update(chunk)
+        yield chunk
+    _digests[content.etag] = digest.digest()
+
+
+async def _in_threads(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Yields the first chunk, and then the others, each of which is read in a thread."""
+    yield first
+    while chunk := await anyio.to_thread.run_sync(next, chunks, b""):
+        yield chunk
