@@ -15,10 +15,11 @@ from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message, Rea
 from services.control_plane.attempts import attempts
 from services.control_plane.attempts.decision import Decision, rest_seconds
 from services.control_plane.core import telemetry
+from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.store import History, Store, history
 from services.control_plane.core.tables import Attempt, File, Job, reading_of
 from services.control_plane.files import files
-from services.control_plane.jobs import jobs
+from services.control_plane.jobs import admission, jobs
 from services.control_plane.jobs.results import results_csv
 from services.control_plane.models import deployments, models
 from services.control_plane.ray_api import RayApi, Refused, Submission, rays_words
@@ -46,8 +47,8 @@ class Executor:
 
         `attempt` is the job's open attempt, and `submission` its state in Ray.
         """
-        if decision in (Decision.OPEN, Decision.LAUNCH) and (unreadable := jobs.unreadable(job)):
-            await self._fail(job, unreadable, attempt)
+        if decision in (Decision.OPEN, Decision.LAUNCH) and (error := jobs.unreadable(job) or await self._unfit(job)):
+            await self._fail(job, error, attempt)
             return
         match decision:
             case Decision.WAIT:
@@ -81,6 +82,17 @@ class Executor:
                 await self._rest(job, attempt)
             case Decision.LOSE:
                 await self._lose(job, attempt, submission)
+
+    async def _unfit(self, job: Job) -> dict[str, str | None] | None:
+        """Returns the error of a queued job whose files, checked since it was submitted, cannot be used; else None."""
+        if job.observed != "queued":
+            return None
+        try:
+            async with self._store.begin() as session:
+                await admission.check_files(session, JobSpec.model_validate(job.spec))
+        except InvalidRequest as refusal:
+            return {"code": refusal.code, "message": refusal.message, "param": refusal.param}
+        return None
 
     # --- attempts ---------------------------------------------------------------------------
 

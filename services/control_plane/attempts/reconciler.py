@@ -32,6 +32,7 @@ from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Job
+from services.control_plane.files import files
 from services.control_plane.jobs import jobs
 from services.control_plane.models import deployments, eviction
 from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
@@ -108,15 +109,17 @@ class Reconciler:
             live, opened = await store.live_jobs(session), await store.open_attempts(session)
             resting, back = await _without_slots(session, live, opened)
             shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
+            unchecked = await files.checks_awaited(session, [job for job in live if job.observed == "queued"])
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
             self._look(), self._ray_api.submissions(asked), self._capacity(live, back)
         )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         holders = {job.id for job in live if job.observed == "running"} - resting - back
-        contenders = [job for job in live if job.id in holders or job.id not in spent.keys() | resting]
+        held_back = spent | unchecked
+        contenders = [job for job in live if job.id in holders or job.id not in held_back.keys() | resting]
         engines = await self._engines(view, [job for job in live if job.id in holders], capacity)
-        waits = spent | (
+        waits = held_back | (
             what_each_waits_for(contenders, shares, capacity, self._settings, back, engines)
             if view is not None
             else dict.fromkeys((job.id for job in live), UNREACHABLE)

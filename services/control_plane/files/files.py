@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,23 +147,50 @@ async def find(session: AsyncSession, file_id: str, *, param: str = "file_id") -
     return await _find(session, file_id, param, lock=None)
 
 
-async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
+async def find_training(session: AsyncSession, file_id: str, *, param: str) -> File:
     """Returns the training file with this id, locked against deletion until the transaction ends.
 
-    Raises NotFound if there is no such file, and InvalidRequest if the file is no training file, its rows have not been
-    checked yet, or the check refused the rows.
+    The rows of a large file may not have been checked yet. Raises NotFound if there is no such file, and InvalidRequest
+    if the file is no training file, or the check refused the rows.
     """
     row = await _find(session, file_id, param, lock="share")
     if row.purpose != TRAINING:
         message = f"{row.id} has purpose '{row.purpose}'; {param} needs one uploaded with '{TRAINING}'."
-    elif row.refusal:
-        message = f"{row.id} cannot be used: {row.refusal}"
-    elif row.report is None:
+        raise InvalidRequest(message, param=param, code=f"invalid_{param}")
+    refuse_unusable(row, param)
+    return row
+
+
+def refuse_unusable(row: File, param: str) -> None:
+    """Raises InvalidRequest if the check refused the rows of the file."""
+    if row.refusal:
+        raise InvalidRequest(f"{row.id} cannot be used: {row.refusal}", param=param, code=f"invalid_{param}")
+
+
+async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
+    """Returns the training file as `find_training` does. Raises InvalidRequest also if the rows are not checked yet."""
+    row = await find_training(session, file_id, param=param)
+    if row.report is None:
         where = await _check_in_words(session, row)
         message = f"{row.id} {where}; wait for it with client.files.wait_for_processing('{row.id}')."
-    else:
-        return row
-    raise InvalidRequest(message, param=param, code=f"invalid_{param}")
+        raise InvalidRequest(message, param=param, code=f"invalid_{param}")
+    return row
+
+
+async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str, str]:
+    """Returns the jobs that name a file whose rows are still to be checked, by id.
+
+    The value of each job is the text for its `waits_for`, which stays the same until the check ends.
+    """
+    named = {file_id for job in jobs for name in NEEDED if (file_id := job.spec.get(name))}
+    query = select(File.id, File.num_bytes).where(text(UNCHECKED), File.id.in_(named))
+    sizes = {row.id: row.num_bytes for row in await session.execute(query)}
+    return {
+        job.id: f"the check of {file_id}, of {sizes[file_id]} bytes; GET /v1/files/{file_id} says how far it is"
+        for job in jobs
+        for name in NEEDED
+        if (file_id := job.spec.get(name)) in sizes
+    }
 
 
 async def _check_in_words(session: AsyncSession, row: File) -> str:

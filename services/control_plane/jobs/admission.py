@@ -1,5 +1,7 @@
 """Checks a new job before it is accepted: its model, its files, and the limits of its project."""
 
+from typing import Any, NamedTuple
+
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dpo_core.options import Objective
@@ -16,6 +18,15 @@ from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
 
 
+class Admitted(NamedTuple):
+    """A new job that passed the checks."""
+
+    spec: JobSpec  # completed
+    model: NamedModel  # from which the job starts
+    reference: NamedModel | None  # None if the objective has none
+    are_checked: bool  # whether the rows of its uploaded files have been checked
+
+
 async def check_uri(spec: JobSpec, settings: Settings) -> None:
     """Raises InvalidRequest if the job's training file is at a URI that the job may not read.
 
@@ -27,26 +38,37 @@ async def check_uri(spec: JobSpec, settings: Settings) -> None:
 
 async def admit(
     session: AsyncSession, settings: Settings, spec: JobSpec, asked: WeightsAsked, *, local_files: bool = False
-) -> tuple[JobSpec, NamedModel, NamedModel | None]:
-    """Checks a new job. Returns the completed spec, the model that the job starts from, and the reference model.
+) -> Admitted:
+    """Checks a new job.
 
     With `local_files`, files that are not uploaded yet are not checked. Raises InvalidRequest, NotFound, Forbidden or
-    OverQuota if the job is refused. The reference is None if the objective has none.
+    OverQuota if the job is refused.
     """
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
     weights.check(Combination(spec, asked, model, reference))
+    reports = list[Any]()
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
-        file = await files.find_checked(session, spec.training_file, param="training_file")
+        file = await files.find_training(session, spec.training_file, param="training_file")
         _check_file(file, spec.config.objective, "training_file")
-        _check_size(file)
         spec = spec.model_copy(update=dict(reading_of(file)))
+        reports.append(file.report)
     if spec.validation_file and not (local_files and is_local(spec.validation_file)):
-        held_out = await files.find_checked(session, spec.validation_file, param="validation_file")
+        held_out = await files.find_training(session, spec.validation_file, param="validation_file")
         _check_file(held_out, spec.config.objective, "validation_file")
+        reports.append(held_out.report)
     await quotas.admit_job(session)
-    return spec, model, reference
+    return Admitted(spec, model, reference, are_checked=None not in reports)
+
+
+async def check_files(session: AsyncSession, spec: JobSpec) -> None:
+    """Raises InvalidRequest if the job cannot use a file that was checked after the job was submitted."""
+    for param in files.NEEDED:
+        if (file_id := getattr(spec, param)) and not (param == "training_file" and spec.is_at_uri):
+            file = await session.get_one(File, file_id)
+            files.refuse_unusable(file, param)
+            _check_file(file, spec.config.objective, param)
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:
@@ -60,12 +82,14 @@ async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, se
 
 
 def _check_file(file: File, objective: Objective, param: str) -> None:
-    """Raises InvalidRequest if the objective cannot learn from the rows of the uploaded file.
+    """Raises InvalidRequest if the objective cannot learn from the rows of the uploaded file, or the rows are too few.
 
-    (For a file at a URI, the job itself makes this check.)
+    A file whose rows are still to be checked passes; `check_files` looks at it again when the job starts. (For a file
+    at a URI, the job itself makes these checks.)
     """
     code, report = f"invalid_{param}", file.report
-    assert report is not None
+    if report is None:
+        return
     learns_from = objective.traits.learns_from
     if report["kind"] not in learns_from:
         kinds = " or ".join(learns_from)
@@ -74,10 +98,6 @@ def _check_file(file: File, objective: Objective, param: str) -> None:
     if report.get("num_margins") and not objective.traits.takes_margins:
         message = f"{file.id} has margins; method '{objective.type}' takes none. Remove them, or use dpo."
         raise InvalidRequest(message, param=param, code=code)
-
-
-def _check_size(file: File) -> None:
-    if file.report and file.report["num_rows"] < MIN_EXAMPLES:
-        rows = file.report["num_rows"]
-        message = f"Training file has {rows} example(s), but must have at least {MIN_EXAMPLES} examples"
-        raise InvalidRequest(message, param="training_file", code="invalid_n_examples")
+    if param == "training_file" and report["num_rows"] < MIN_EXAMPLES:
+        message = f"Training file has {report['num_rows']} example(s), but must have at least {MIN_EXAMPLES} examples"
+        raise InvalidRequest(message, param=param, code="invalid_n_examples")

@@ -46,8 +46,9 @@ async def create(
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
         admitted = await admission.admit(session, settings, spec, weights)
-        await plans.refuse_hopeless(*admitted[:2], settings, ray_api)
-        return job_object(await jobs.submit(session, *admitted, caller.key_id), settings)
+        await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
+        job = await jobs.submit(session, *admitted[:3], caller.key_id, are_checked=admitted.are_checked)
+        return job_object(job, settings)
 
     with tracing.span("submit job"):
         return await idempotent.act(submit)

@@ -58,9 +58,18 @@ def draft(spec: JobSpec, model: NamedModel, reference: NamedModel | None) -> Job
 
 
 async def submit(
-    session: AsyncSession, spec: JobSpec, model: NamedModel, reference: NamedModel | None, actor: str
+    session: AsyncSession,
+    spec: JobSpec,
+    model: NamedModel,
+    reference: NamedModel | None,
+    actor: str,
+    *,
+    are_checked: bool = True,
 ) -> Job:
-    """Adds a new job and its first events. `actor` is the id of the key that submits the job."""
+    """Adds a new job and its first events.
+
+    `actor` is the id of the key that submits the job. `are_checked` says whether the rows of its files are checked.
+    """
     job = draft(spec, model, reference)
     job.id, job.traceparent = f"ftjob-{secrets.token_hex(12)}", tracing.current()
     append(session, job)
@@ -68,6 +77,7 @@ async def submit(
     _log(session, job.id, job.version, job.desired, job.observed, actor, "submitted")
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
     validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"
+    validated = validated if are_checked else "Files are still being validated"
     tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
     tell(session, job.id, weights.in_words(spec.weights, model, reference))
     return job

@@ -21,7 +21,7 @@ async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, 
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
-        spec, model, _ = await admission.admit(session, settings, spec, weights)
+        spec, model, *_ = await admission.admit(session, settings, spec, weights)
         file = None if spec.is_at_uri else await files.find(session, spec.training_file, param="training_file")
     try:
         shapes = await plans.look_at(model)

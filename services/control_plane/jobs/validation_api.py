@@ -20,7 +20,7 @@ async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart
     spec, weights = body.spec(), body.weights()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
-        spec, model, reference = await admission.admit(session, settings, spec, weights, local_files=True)
+        spec, model, reference, _ = await admission.admit(session, settings, spec, weights, local_files=True)
     await plans.refuse_hopeless(spec, model, settings, ray_api)
     job = jobs.draft(spec, model, reference)
     config = spec.config.settled(with_adapter=spec.weights.adapter is not None)

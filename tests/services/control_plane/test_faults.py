@@ -88,7 +88,7 @@ async def new_job(store: Store, settings: Settings) -> str:
     stored = await files.store_file(BytesIO(pairs()), settings)
     async with store.begin_for(DEFAULT_PROJECT) as session:
         named = {"filename": "pairs.jsonl", "purpose": files.TRAINING, "project_id": DEFAULT_PROJECT}
-        row = await files.add(session, stored, **named, report={})
+        row = await files.add(session, stored, **named, report={"kind": "pairs", "num_rows": 12})
         body = CreateJob.model_validate({"model": "tiny", "training_file": row.id, "method": {"type": "dpo"}})
         model = await models.find(session, settings, "tiny")
         return (await jobs.submit(session, body.spec(), model, None, "key")).id

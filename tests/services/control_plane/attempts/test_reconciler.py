@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import json
 import shlex
 import threading
 import time
@@ -171,6 +172,65 @@ def test_a_job_runs_to_its_model_though_no_report_ever_arrived_by_post(
     names = [checkpoint.fine_tuned_model_checkpoint for checkpoint in client.fine_tuning.jobs.checkpoints.list(job_id)]
     assert names == [f"{job.fine_tuned_model}:ckpt-step-3"]
     assert {job.fine_tuned_model, *names} <= {model.id for model in client.models.list()}
+
+
+def found(settings: Settings, file_id: str, report: dict[str, Any] | None = None, refusal: str | None = None) -> None:
+    """What the check of a file found; without both it has not ended. The service's own checker is kept off."""
+    with psycopg.connect(settings.database_url) as rows:
+        lease = "INSERT INTO leases VALUES (%s, 'a test', now() + interval '1 hour') ON CONFLICT DO NOTHING"
+        rows.execute(lease, [f"check of {file_id}"])
+        written = "UPDATE files SET report = %s::jsonb, refusal = %s WHERE id = %s"
+        rows.execute(written, [report and json.dumps(report), refusal, file_id])
+
+
+def test_a_job_on_a_file_that_is_still_being_checked_waits_for_the_check(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    files = [client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id for _ in range(4)]
+    report = {"kind": "pairs", "num_rows": 12}
+    ticks(settings, 1)
+    for file_id in files:
+        found(settings, file_id)
+    dpo: Any = {"type": "dpo"}
+    create = client.fine_tuning.jobs.create
+    waiting = [create(model="tiny", training_file=file_id, method=dpo) for file_id in files[:3]]
+    checked = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
+    waiting.append(create(model="tiny", training_file=checked, validation_file=files[3], method=dpo))
+    behind = submit(client, settings)
+    ticks(settings, 3)
+    for job, file_id in zip(waiting, files, strict=True):
+        now = client.fine_tuning.jobs.retrieve(job.id)
+        told = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+        assert now.status == "queued"
+        assert now.model_extra["x_raydpo"]["waits_for"].startswith(f"the check of {file_id}, of ")
+        assert sum(message.startswith(f"Waiting for the check of {file_id}") for message in told) == 1
+        assert any(message.startswith("Files are still being validated, moving job to queued") for message in told)
+    assert client.fine_tuning.jobs.retrieve(behind).status == "running"
+    client.fine_tuning.jobs.cancel(behind)
+    ticks(settings, 4)
+
+    found(settings, files[0], refusal="Line 7 is not a dictionary; mend it.")
+    found(settings, files[1], report={"kind": "demonstrations", "num_rows": 12})
+    found(settings, files[2], report=report | {"num_rows": 3})
+    found(settings, files[3], refusal="Line 9 is not a dictionary; mend it.")
+    ticks(settings, 6)
+    ends = [client.fine_tuning.jobs.retrieve(job.id) for job in waiting]
+    assert [(end.status, end.error and (end.error.code, end.error.param)) for end in ends] == [
+        ("failed", ("invalid_training_file", "training_file")),
+        ("failed", ("invalid_training_file", "training_file")),
+        ("failed", ("invalid_n_examples", "training_file")),
+        ("failed", ("invalid_validation_file", "validation_file")),
+    ]
+    assert ends[0].error.message == f"{files[0]} cannot be used: Line 7 is not a dictionary; mend it."
+    assert not any(name.startswith(job.id) for name in ray.jobs for job in waiting)  # nothing was launched for them
+
+    found(settings, files[0])
+    job = create(model="tiny", training_file=files[0], method=dpo)
+    found(settings, files[0], report=report)
+    ticks(settings, 2)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    client.fine_tuning.jobs.cancel(job.id)
+    ticks(settings, 4)
 
 
 def test_a_reference_is_served_once_an_attempt_wants_it(

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import psycopg
@@ -140,8 +141,8 @@ def test_projects_take_turns_with_their_checks_and_those_put_off_keep_nobody_wai
     no_files(offline)
 
 
-def test_a_job_on_a_file_that_is_not_checked_is_told_how_far_its_check_is(
-    client: openai.OpenAI, settings: Settings, monkeypatch: pytest.MonkeyPatch
+def test_a_check_against_a_model_of_a_file_that_is_not_checked_is_told_how_far_that_is(
+    api: httpx.Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nothing(self: Any) -> None:
         return None
@@ -152,10 +153,9 @@ def test_a_job_on_a_file_that_is_not_checked_is_told_how_far_its_check_is(
     unchecked(settings, "proj_default", "file-first", "file-second", "file-third")
 
     def refusal(file_id: str) -> str:
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method={"type": "dpo"})
-        assert refused.value.code == "invalid_training_file"
-        return refused.value.message
+        refused = api.post("/x/datasets/check", json={"model": "tiny", "training_file": file_id})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_training_file")
+        return str(refused.json()["error"]["message"])
 
     assert "file-first is still to be checked: 0 files of the project before it; wait" in refusal("file-first")
     assert "file-second is still to be checked: 1 file of the project before it; wait" in refusal("file-second")
