@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from dpo_core.config import Lora, Quantization, TrainConfig, Truncation
+from services.deployment_settings import Dtype, EngineSettings
 
 WIRE = 2
 """The version of AttemptSpec. A driver refuses a spec of a newer version than its own and reports the reason.
@@ -79,15 +80,30 @@ Step = Annotated[int, Field(ge=0, lt=2**31)]
 # --- a model that Ray Serve runs ---------------------------------------------------------
 
 
+Purpose = Literal["answers", "scores", "both"]
+"""What an engine does: answers users' requests, computes a reference's log-probabilities, or both."""
+
+
 class Deployment(Contract):
     """A model to deploy as one Ray Serve application. `services.serving.app:build` receives these fields."""
 
     app_name: str  # names the application and its route `/<app_name>`; letters, digits and dashes
     model_id: str  # the `model` of clients' requests, such as `tiny`, or `ft:tiny:org::` and digits
     source: str  # storage URI, local folder or hub id of the weights
-    dtype: Literal["float32", "bfloat16", "auto"]
+    dtype: Dtype
     max_model_len: int | None = None  # None: the model's own limit
-    num_gpus: float = 0  # 0: the model runs on CPUs, with vLLM's CPU build
+    num_gpus: float = 0  # of each replica; 0: the model runs on CPUs, with vLLM's CPU build
+    engine: Annotated[EngineSettings, _tolerant(EngineSettings)] = EngineSettings()
+    purpose: Purpose = "both"
+
+    @property
+    def most_gpus(self) -> float:
+        """Returns the GPUs of all replicas, when there are as many as there may be."""
+        return self.num_gpus * self.engine.replicas.max
+
+
+LOAD_ROUTE = "/load"
+"""The path of a replica's load: what `services.serving.load` counts, below the route of its application."""
 
 
 Spans = Sequence[tuple[int, int]]

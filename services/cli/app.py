@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from services.cli import audit, chat, data, files, jobs, keys, methods, models, plan, projects, settings, webhooks
+from services.cli import (
+    audit,
+    chat,
+    data,
+    deployments,
+    files,
+    jobs,
+    keys,
+    methods,
+    models,
+    plan,
+    projects,
+    settings,
+    webhooks,
+)
 from services.cli.client import default_home, fail
 
 app = typer.Typer(
@@ -19,6 +33,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(deployments.app, name="deployments")
 app.add_typer(keys.app, name="keys")
 app.add_typer(projects.app, name="projects")
 app.add_typer(webhooks.app, name="webhooks")

@@ -1,16 +1,20 @@
-"""The `raydpo models` commands: list, show, delete and share base models and trained policies."""
+"""The `raydpo models` commands: list, show, load, delete and share base models and trained policies."""
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.client import api_command, fail, id_argument, out
+from services.cli.client import api_command, err, fail, id_argument, out
+from services.cli.deployments import path_of
 from services.cli.lists import AsJson, Columns, Limit, date, list_command, show_list
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(help="List, show, delete and share models. Without a command, list all models.")
+app = typer.Typer(help="List, show, load, delete and share models. Without a command, list all models.")
+
+WARM_SECONDS = 2.0  # between two looks at a model that loads
 
 ModelId = Annotated[str, id_argument()]
 
@@ -40,6 +44,31 @@ def delete(client: "OpenAI", model_id: ModelId) -> None:
     """Delete a trained policy and its weights."""
     client.models.delete(model_id)
     out.print(f"deleted {model_id}")
+
+
+@api_command(app)
+def warm(client: "OpenAI", model_id: ModelId) -> None:
+    """Load a model now, and wait until it runs. What it waits for is printed meanwhile."""
+    told = ""
+    while True:
+        found: Any = client.post(f"{path_of(model_id)}/warm", cast_to=object)
+        if found["state"] == "running":
+            out.print(f"{model_id} is loaded")
+            return
+        if found["state"] == "failed":
+            fail(f"{model_id} could not be loaded: {found['error']}")
+        why = f"{found['state']}{': ' if found['waits_for'] else ''}{found['waits_for'] or ''}"
+        if why != told:
+            err.print(f"{model_id} is {why}")
+        told = why
+        time.sleep(WARM_SECONDS)
+
+
+@api_command(app)
+def unload(client: "OpenAI", model_id: ModelId) -> None:
+    """Unload an idle model."""
+    client.post(f"{path_of(model_id)}/unload", cast_to=object)
+    out.print(f"unloaded {model_id}")
 
 
 @api_command(app)

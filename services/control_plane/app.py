@@ -41,7 +41,7 @@ from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs import plans_api, validation_api
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.models import api as models_api
-from services.control_plane.models import inference_api, sharing_api
+from services.control_plane.models import deployments_api, inference_api, sharing_api
 from services.control_plane.models.inference import Inference
 from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams
@@ -70,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
         plans_api,
         sharing_api,
         models_api,
+        deployments_api,
         model_check_api,
         inference_api,
         webhooks_api,

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import ValidationError
 
-from services.contract import Deployment, storable
+from services.contract import LOAD_ROUTE, Deployment, storable
 from services.control_plane.settings import Settings
 from services.deaths import cause_in, killer_in
 
@@ -32,6 +33,8 @@ TRANSIENT = (408, 425, 429)  # the 4xx that mean: try again later
 MOST_CHARACTERS = 300  # of Ray's message in an error
 VIEW_SECONDS = 0.5  # requests within this time share one look at Serve
 NODES_ANSWER_SECONDS = 2  # a submission waits at most this long for Ray's list of machines
+LOAD_ANSWER_SECONDS = 2  # a replica that does not tell its load within this time is left out
+ASKS_PER_REPLICA = 4  # Serve's proxy chooses the replica that answers
 NODES_SECONDS = 10  # submissions within this time share one look at the machines
 
 
@@ -74,6 +77,9 @@ class Application:
 
     state: Literal["loading", "running", "failed", "stopping"]
     message: str
+    deployment: Deployment | None = None  # what it was deployed with; None: in a form that this release cannot read
+    num_ready: int = 0  # replicas that answer
+    num_replicas: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,16 @@ class ServeView:
     applications: dict[str, Application]  # this service's own
     base_url: str | None  # of Serve's HTTP proxy; None while Serve is not up
     seen_at: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the replicas of an application do, as their engines measure it."""
+
+    num_replicas: int  # that answered
+    requests_in_flight: int
+    tokens_per_second: float  # of answers, in the last minute
+    time_to_first_token: float | None  # seconds, the mean of the last minute; None: no answer began
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,7 @@ class RayApi:
         self._ray = httpx.AsyncClient(
             base_url=settings.ray_url, headers=headers, timeout=ANSWER_SECONDS, event_hooks={"response": [_check_json]}
         )
+        self._serve = httpx.AsyncClient(timeout=LOAD_ANSWER_SECONDS)
         self._settings, self._instance = settings, instance
         self._view: ServeView | None = None
         self._nodes: tuple[float, list[Node]] | None = None  # the time of the last look, and the machines
@@ -117,6 +134,7 @@ class RayApi:
 
     async def close(self) -> None:
         await self._ray.aclose()
+        await self._serve.aclose()
 
     # --- attempts ---------------------------------------------------------------------------
 
@@ -258,6 +276,25 @@ class RayApi:
                 self._view = self._read(await self._serve_status(), await self._prefix())
             return self._view
 
+    async def load(self, app_name: str) -> Load | None:
+        """Returns the load of the application's replicas that answer; None if none answers."""
+        view = await self.look()
+        app = view.applications.get(app_name)
+        if app is None or not app.num_ready or view.base_url is None:
+            return None
+        url = f"{view.base_url}/{await self.own_name(app_name)}{LOAD_ROUTE}"
+        asks = 1 if app.num_ready == 1 else ASKS_PER_REPLICA * app.num_ready
+        answers = await asyncio.gather(*(self._replica_load(url) for _ in range(asks)))
+        told = {answer["replica"]: answer for answer in answers if answer}
+        return _sum(list(told.values())) if told else None
+
+    async def _replica_load(self, url: str) -> dict[str, Any] | None:
+        try:
+            answer: dict[str, Any] = (await self._serve.get(url)).raise_for_status().json()
+        except (httpx.HTTPError, ValueError):
+            return None
+        return answer
+
     async def _serve_status(self) -> dict[str, Any]:
         answer = await self._ray.get(SERVE_API)
         status: dict[str, Any] = answer.raise_for_status().json()
@@ -274,7 +311,7 @@ class RayApi:
 
     def _read(self, status: dict[str, Any], prefix: str) -> ServeView:
         ours = {name: app for name, app in status["applications"].items() if name.startswith(prefix)}
-        applications = {name.removeprefix(prefix): _application(app) for name, app in ours.items()}
+        applications = {name.removeprefix(prefix): _application(app, prefix) for name, app in ours.items()}
         base_url = self._settings.serve_url
         http = status.get("http_options") or {}
         if base_url is None and http.get("port"):
@@ -292,6 +329,16 @@ async def _check_json(answer: httpx.Response) -> None:
             raise httpx.DecodingError(
                 "Something answers in Ray's place, without JSON.", request=answer.request
             ) from None
+
+
+def _sum(replicas: Sequence[dict[str, Any]]) -> Load:
+    first = sum(replica["first_tokens"] for replica in replicas)
+    return Load(
+        len(replicas),
+        sum(replica["requests_running"] + replica["requests_waiting"] for replica in replicas),
+        sum(replica["tokens"] / max(replica["seconds"], 1.0) for replica in replicas),
+        sum(replica["first_token_seconds"] for replica in replicas) / first if first else None,
+    )
 
 
 def _size(gpu: dict[str, Any]) -> int:
@@ -329,14 +376,30 @@ def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> 
     return configs
 
 
-def _application(app: dict[str, Any]) -> Application:
+def _application(app: dict[str, Any], prefix: str = "") -> Application:
     states: dict[str, Literal["loading", "running", "failed", "stopping"]] = {
         "RUNNING": "running",
         "DEPLOY_FAILED": "failed",
         "DELETING": "stopping",
     }
-    messages = [deployment.get("message", "") for deployment in app.get("deployments", {}).values()]
-    return Application(states.get(app["status"], "loading"), rays_words("\n".join([app.get("message", ""), *messages])))
+    deployments = app.get("deployments", {}).values()
+    messages = [deployment.get("message", "") for deployment in deployments]
+    replicas = [replica.get("state") for deployment in deployments for replica in deployment.get("replicas", ())]
+    return Application(
+        states.get(app["status"], "loading"),
+        rays_words("\n".join([app.get("message", ""), *messages])),
+        _deployed(app, prefix),
+        num_ready=replicas.count("RUNNING"),
+        num_replicas=len(replicas),
+    )
+
+
+def _deployed(app: dict[str, Any], prefix: str) -> Deployment | None:
+    try:
+        deployment = Deployment.model_validate((app.get("deployed_app_config") or {}).get("args"))
+    except ValidationError:
+        return None
+    return deployment.model_copy(update={"app_name": deployment.app_name.removeprefix(prefix)})
 
 
 def rays_words(message: str) -> str:

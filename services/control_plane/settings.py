@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from dpo_core.config import Lora
 from services.control_plane.core.log_setup import LogFormat
+from services.deployment_settings import DeploymentSettings, Dtype
 from services.uri import check_prefix
 
 
@@ -43,6 +44,16 @@ class BaseModel(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id
     adapter: Lora | Literal["none"] = Lora()  # default of jobs that do not choose an adapter; none: all weights
+    deployment: DeploymentSettings = DeploymentSettings()  # how it is served; its policies inherit most of this
+
+
+class DeploymentLimits(pydantic.BaseModel):
+    """What a project may choose for the deployments of its own models."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    max_replicas: int = Field(default=1, ge=1)
+    max_gpus: float = Field(default=1, ge=0)
+    pinned: bool = False
 
 
 def _base_model(value: object) -> object:
@@ -128,7 +139,8 @@ class Settings(BaseSettings):
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
         description="Base models, by name: a local folder, a storage URI without a key in it, or a hub id; or a table "
-        "of `source` and `adapter`, which is what jobs train that do not say it.",
+        "of `source`, `adapter`, which is what jobs train that do not say it, and `deployment`, which is how it is "
+        "served ([fields](../use/deployments.md#settings)).",
     )
     organization: str = Field(
         default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="The second part of the names of policies, `ft:…`."
@@ -190,7 +202,13 @@ class Settings(BaseSettings):
     model_wait_seconds: float = Field(
         default=180, gt=0, description="How long a request waits for a model that loads, or waits for a place."
     )
-    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+    project_deployments: DeploymentLimits = Field(
+        default=DeploymentLimits(),
+        description="What a project may choose for the deployments of its own models: `max_replicas`, `max_gpus` of "
+        "all replicas of a model, and whether it may keep models loaded (`pinned`). Admins of the default project may "
+        "choose more.",
+    )
+    dtype: Dtype = Field(
         default="float32",
         description="The type in which models are served. Served in float32, the reference agrees with the trainer.",
     )
@@ -212,6 +230,26 @@ class Settings(BaseSettings):
         if (self.oidc_issuer is None) != (self.oidc_audience is None):
             raise ValueError("oidc_issuer and oidc_audience go together; set both, or neither")
         return self
+
+    @model_validator(mode="after")
+    def _deployments_work(self) -> Self:
+        for name, model in self.models.items():
+            own = model.deployment
+            num_gpus = self.num_gpus_per_model if own.num_gpus is None else own.num_gpus
+            if trouble := own.trouble(num_gpus=num_gpus, dtype=own.dtype or self.dtype):
+                raise ValueError(f"models.{name}.deployment: {trouble[1]}")
+        pinned = [name for name, model in self.models.items() if model.deployment.pinned]
+        if len(pinned) > self.most_pinned:
+            raise ValueError(
+                f"{', '.join(pinned)} are pinned, and of {self.max_loaded_models} places for models one stays free; "
+                "unpin one, or raise max_loaded_models"
+            )
+        return self
+
+    @property
+    def most_pinned(self) -> int:
+        """Returns how many models may be pinned: one place stays free for all others."""
+        return self.max_loaded_models - 1
 
     @classmethod
     def settings_customise_sources(

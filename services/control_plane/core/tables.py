@@ -425,6 +425,15 @@ class Deployment(Base):
     waits_for: Mapped[str | None]  # what it waits for, in words; one that is placed gets no new requests then
 
 
+class ModelSettings(Base):
+    """The settings of a model's deployment that someone chose through the API."""
+
+    __tablename__ = "model_settings"
+    model_id: Mapped[str] = mapped_column(primary_key=True)
+    values: Mapped[dict[str, Any]]  # the fields of DeploymentSettings that the request had
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class Instance(Base):
     """The service's id, in a table with one row.
 

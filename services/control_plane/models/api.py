@@ -11,7 +11,7 @@ from services.control_plane.core.removal import remove_bytes
 from services.control_plane.core.responses import deleted, listing
 from services.control_plane.http.content import answer
 from services.control_plane.http.dependencies import IdempotentPart, RayApiPart, SettingsPart, StorePart
-from services.control_plane.models import deployments, downloads, models
+from services.control_plane.models import deployment_settings, deployments, downloads, models
 from services.control_plane.models.downloads import Format
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.responses import model_object
@@ -72,6 +72,7 @@ async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: s
     async def remove(session: AsyncSession) -> dict[str, Any]:
         model = await models.remove(session, settings, model_id)
         await deployments.forget(session, model.app_name)
+        await deployment_settings.choose(session, model.id, None)
         removed.append(model)
         return deleted("model", model_id)
 

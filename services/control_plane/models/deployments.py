@@ -1,6 +1,8 @@
 """The database rows of the models that someone asked for, which all control planes share."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -9,12 +11,13 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import contract
-from services.control_plane.core.errors import Unavailable
+from services.control_plane.core.errors import InvalidRequest, NotFound, Unavailable
 from services.control_plane.core.tables import Attempt, Deployment
-from services.control_plane.models import eviction
+from services.control_plane.models import deployment_settings, eviction, models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
+from services.deployment_settings import DeploymentSettings
 
 MARK_SECONDS = 30.0  # a mark that its control plane does not renew expires after this time
 SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
@@ -83,27 +86,99 @@ async def forget(session: AsyncSession, app_name: str) -> None:
 
     The row stays while the model is the reference of an attempt that has not ended.
     """
-    await session.execute(delete(Deployment).where(Deployment.app_name == app_name, ~_pinned()))
+    await session.execute(delete(Deployment).where(Deployment.app_name == app_name, ~_is_reference()))
 
 
-def _pinned() -> ColumnElement[bool]:
+def _is_reference() -> ColumnElement[bool]:
     return exists().where(Attempt.state != "ended", Attempt.reference == Deployment.app_name)
 
 
-async def wishes(session: AsyncSession, applications: Mapping[str, Application]) -> dict[str, eviction.Model]:
+@dataclass(frozen=True)
+class Status:
+    """What becomes of a model's deployment."""
+
+    model_id: str
+    application: contract.Deployment  # as it is to be served
+    own: DeploymentSettings
+    chosen: dict[str, Any]  # what someone chose through the API
+    state: str  # waiting, loading, running, failed or unloaded
+    waits_for: str | None = None
+    error: str | None = None
+    num_ready: int = 0  # replicas
+
+
+async def status(
+    session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
+) -> Status:
+    own = (await deployment_settings.of(session, settings, [model.id]))[model.id]
+    row, app = await session.get(Deployment, model.app_name), applications.get(model.app_name)
+    asked = row or Deployment(app_name=model.app_name, model_id=model.id, source=model.source)
+    application = _application(asked, own, settings)
+    chosen = await deployment_settings.chosen(session, model.id)
+    if app is None or app.state == "stopping":
+        state, lack = ("unloaded", None) if row is None else ("waiting", row.waits_for or "a place")
+        return Status(model.id, application, own, chosen, state, lack)
+    error = app.message if app.state == "failed" else None
+    lack = row.waits_for if row else None
+    return Status(model.id, application, own, chosen, app.state, lack, error, app.num_ready)
+
+
+async def unload(
+    session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
+) -> None:
+    """Takes the model's place away. Raises InvalidRequest if something needs the model."""
+    found = {wish.row.app_name: wish for wish in await wished(session, settings, applications)}
+    if (wish := found.get(model.app_name)) is None:
+        return
+    if wish.model.pinned:
+        raise InvalidRequest(f"'{model.id}' is pinned; set its deployment's pinned to false first.", param="model")
+    if wish.model.is_reference:
+        raise InvalidRequest(f"'{model.id}' is the reference of a running job, which must end first.", param="model")
+    if wish.model.answers or not await _is_forgotten(session, wish.row):
+        raise InvalidRequest(f"'{model.id}' answers requests; unload it when they have ended.", param="model")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A model that someone asked for: its row, its state, and the application that serves it."""
+
+    row: Deployment
+    model: eviction.Model
+    application: contract.Deployment
+    is_outdated: bool = False  # whether Ray Serve runs the application with other settings
+
+
+async def wishes(
+    session: AsyncSession, settings: Settings, applications: Mapping[str, Application]
+) -> dict[str, eviction.Model]:
     """Returns the state of every requested model by its application name, from the rows and from Ray Serve."""
-    return {model.app_name: model for _, model in await _wished(session, applications)}
+    return {wish.model.app_name: wish.model for wish in await wished(session, settings, applications)}
 
 
-async def _wished(
-    session: AsyncSession, applications: Mapping[str, Application]
-) -> list[tuple[Deployment, eviction.Model]]:
-    query = select(Deployment, _pinned(), func.clock_timestamp()).order_by(Deployment.app_name)
-    rows = await session.execute(query.execution_options(populate_existing=True))
-    return [(row, _model(row, pinned, now, applications.get(row.app_name))) for row, pinned, now in rows.all()]
+async def wished(session: AsyncSession, settings: Settings, applications: Mapping[str, Application]) -> list[Wish]:
+    query = select(Deployment, _is_reference(), func.clock_timestamp()).order_by(Deployment.app_name)
+    rows = (await session.execute(query.execution_options(populate_existing=True))).all()
+    chosen = await deployment_settings.of(session, settings, {row.model_id for row, _, _ in rows})
+    found = []
+    for row, is_reference, now in rows:
+        own, app = chosen[row.model_id], applications.get(row.app_name)
+        application = _application(row, own, settings)
+        model = _model(row, application, own, settings, now, app, is_reference=is_reference)
+        outdated = app is not None and app.deployment not in (None, application) and app.state != "stopping"
+        found.append(Wish(row, model, application, outdated))
+    return found
 
 
-def _model(row: Deployment, pinned: bool, now: datetime, app: Application | None) -> eviction.Model:
+def _model(
+    row: Deployment,
+    application: contract.Deployment,
+    own: DeploymentSettings,
+    settings: Settings,
+    now: datetime,
+    app: Application | None,
+    *,
+    is_reference: bool,
+) -> eviction.Model:
     state = "waiting" if app is None or app.state == "stopping" else app.state
     return eviction.Model(
         app_name=row.app_name,
@@ -111,7 +186,10 @@ def _model(row: Deployment, pinned: bool, now: datetime, app: Application | None
         held=_seconds(now, (row.ready_at or now) if state == "running" else (row.placed_at or now)),
         asked=_seconds(now, row.asked_at),
         used=_seconds(now, row.last_used_at),
-        pinned=pinned,
+        gpus=application.most_gpus,
+        is_reference=is_reference,
+        pinned=own.pinned,
+        idle_seconds=own.idle_seconds or settings.model_idle_seconds,
         answers=any(until > now.timestamp() for until in row.answering.values()),
         answered=row.answered_at is not None,
     )
@@ -125,17 +203,28 @@ async def place(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: eviction.Room
 ) -> list[contract.Deployment]:
     """Decides which models have a place now and records the decision. Returns the deployments to serve."""
+    await _ask_for_pinned(session, settings)
     while True:
-        wished = await _wished(session, applications)
-        plan = eviction.decide([model for _, model in wished], room)
-        gone = [await _is_forgotten(session, row) for row, _ in wished if row.app_name in plan.forget]
+        found = await wished(session, settings, applications)
+        plan = eviction.decide([wish.model for wish in found], room)
+        gone = [await _is_forgotten(session, wish.row) for wish in found if wish.row.app_name in plan.forget]
         if all(gone):
             break  # otherwise a request has just used one of them, so decide again
-    kept = [(row, model) for row, model in wished if row.app_name not in plan.forget]
-    for row, model in kept:
-        serves = row.app_name in plan.serve
-        await _write_down(session, row, model, serves=serves, waits_for=plan.waits.get(row.app_name))
-    return [_deployment(row, settings) for row, _ in kept if row.app_name in plan.serve]
+    kept = [wish for wish in found if wish.row.app_name not in plan.forget]
+    for wish in kept:
+        serves = wish.row.app_name in plan.serve
+        await _write_down(session, wish, serves=serves, waits_for=plan.waits.get(wish.row.app_name))
+    return [wish.application for wish in kept if wish.row.app_name in plan.serve]
+
+
+async def _ask_for_pinned(session: AsyncSession, settings: Settings) -> None:
+    """Requests places for the pinned models that have none."""
+    asked = set(await session.scalars(select(Deployment.app_name)))
+    for model_id in await deployment_settings.pinned(session, settings):
+        with suppress(NotFound):  # it was deleted
+            model = await models.find(session, settings, model_id)
+            if model.app_name not in asked:
+                await use(session, model)
 
 
 async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
@@ -145,30 +234,32 @@ async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
     return await session.scalar(gone.execution_options(synchronize_session=False)) is not None
 
 
-async def _write_down(
-    session: AsyncSession, row: Deployment, model: eviction.Model, *, serves: bool, waits_for: str | None
-) -> None:
+async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_for: str | None) -> None:
     """Updates only the columns that changed, because requests update the other columns at the same time."""
+    row, model = wish.row, wish.model
     values: dict[str, Any] = {} if row.waits_for == waits_for else {"waits_for": waits_for}
-    if serves and (model.state == "waiting" or row.placed_at is None):
-        ready_at = func.clock_timestamp() if model.state == "running" else None
+    if serves and (model.state == "waiting" or row.placed_at is None or wish.is_outdated):
+        is_ready = model.state == "running" and not wish.is_outdated
+        ready_at = func.clock_timestamp() if is_ready else None
         values |= {"placed_at": func.clock_timestamp(), "ready_at": ready_at, "answered_at": None}
     elif not serves and row.placed_at is not None:
         values |= {"placed_at": None, "ready_at": None, "answered_at": None}
     elif model.state == "running" and row.ready_at is None:
         values["ready_at"] = func.clock_timestamp()
-    if serves and model.pinned and row.answered_at is None and "placed_at" not in values:
+    if serves and model.is_reference and row.answered_at is None and "placed_at" not in values:
         values["answered_at"] = func.clock_timestamp()  # so a reference may leave once its attempt ends
     if values:
         statement = update(Deployment).where(Deployment.app_name == row.app_name).values(**values)
         await session.execute(statement.execution_options(synchronize_session=False))
 
 
-def _deployment(row: Deployment, settings: Settings) -> contract.Deployment:
+def _application(row: Deployment, own: DeploymentSettings, settings: Settings) -> contract.Deployment:
     return contract.Deployment(
         app_name=row.app_name,
         model_id=row.model_id,
         source=row.source,
-        dtype=settings.dtype,
-        num_gpus=settings.num_gpus_per_model,
+        dtype=own.dtype or settings.dtype,
+        max_model_len=own.max_model_len,
+        num_gpus=deployment_settings.num_gpus(own, settings),
+        engine=own.engine(),
     )

@@ -7,7 +7,9 @@ from services.control_plane.core.responses import seconds
 from services.control_plane.core.tables import (
     CheckpointPermission,
 )
+from services.control_plane.models.deployments import Status
 from services.control_plane.models.models import NamedModel
+from services.control_plane.ray_api import Load
 from services.control_plane.settings import Settings
 
 
@@ -24,6 +26,28 @@ def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
             "adapter": {"type": "lora", **asdict(model.adapter)} if model.adapter else "none",
             "quantization": model.quantization,
         },
+    }
+
+
+def deployment_object(status: Status, load: Load | None) -> dict[str, Any]:
+    """Returns a deployment: the settings that someone chose through the API, all settings, the state and the load.
+
+    The load is null while it is unknown.
+    """
+    application = status.application
+    used = {"dtype": application.dtype, "num_gpus": application.num_gpus}
+    return {
+        "id": status.model_id,
+        "object": "deployment",
+        "chosen": status.chosen,
+        "settings": status.own.model_dump(mode="json") | used,
+        "state": status.state,
+        "waits_for": status.waits_for,
+        "error": status.error,
+        "replicas_ready": status.num_ready,
+        "requests_in_flight": load and load.requests_in_flight,
+        "tokens_per_second": load and round(load.tokens_per_second, 3),
+        "time_to_first_token": load and load.time_to_first_token,
     }
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from services.control_plane.settings import Settings
@@ -30,6 +30,8 @@ def _default(field: FieldInfo) -> str:
     assert not isinstance(value, SecretStr)
     if value is None:
         return ""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
     return f"`{value if isinstance(value, str | Path) else json.dumps(value)}`"
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from services.control_plane.ray_api import _application, _submission
+from services.contract import Deployment
+from services.control_plane.ray_api import _application, _config, _submission
 from tests.services.test_deaths import LOST_NODE
 
 TRACEBACK = """The deployment failed to start 1 times in a row.
@@ -22,6 +23,19 @@ def test_serve_status_is_read_as_ours(status: str, state: str) -> None:
 def test_of_a_traceback_only_the_error_is_told() -> None:
     told = _application({"status": "DEPLOY_FAILED", "deployments": {"policy": {"message": TRACEBACK}}}).message
     assert told == "FileNotFoundError: /models/tiny holds no config.json; give the folder of a Hugging Face model."
+
+
+def test_what_an_application_was_deployed_with_is_read_under_our_own_name_for_it() -> None:
+    deployment = Deployment(app_name="tiny", model_id="tiny", source="/m", dtype="float32", num_gpus=1)
+    app = {"status": "RUNNING", "deployed_app_config": _config(deployment, "raydpo-1-")}
+    assert _application(app, "raydpo-1-").deployment == deployment
+    assert _application({"status": "RUNNING", "deployed_app_config": {"args": {}}}).deployment is None
+
+
+def test_replicas_that_answer_are_counted() -> None:
+    replicas = [{"state": "RUNNING"}, {"state": "STARTING"}]
+    told = _application({"status": "DEPLOYING", "deployments": {"policy": {"replicas": replicas}}})
+    assert (told.num_ready, told.num_replicas) == (1, 2)
 
 
 @pytest.mark.parametrize(

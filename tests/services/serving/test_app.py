@@ -4,7 +4,9 @@ import asyncio
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -16,7 +18,7 @@ from peft import AutoPeftModelForCausalLM
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from services.contract import Deployment
+from services.contract import LOAD_ROUTE, Deployment
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.serving.conftest import PLAIN, POLICY, Serving
@@ -62,6 +64,52 @@ def test_a_damaged_model_fails_with_the_files_name(serving: Serving, model_folde
     assert "model.safetensors in file://" in apps["broken"]["deployments"]["policy"]["message"]
     assert apps["policy-1"]["status"] == "RUNNING"
     serving.wait(lambda apps: "broken" not in apps)
+
+
+def load_of(serving: Serving, app_name: str) -> dict[str, Any]:
+    answer = httpx.get(f"{serving.route(app_name)}{LOAD_ROUTE}", timeout=60)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+@pytest.mark.ray
+def test_new_settings_replace_the_replicas_and_cut_no_answer(serving: Serving, model_folder: Path) -> None:
+    given = {"app_name": "changed", "model_id": "changed", "source": str(model_folder), "dtype": "float32"}
+    serving.deploy(given)
+    serving.wait(lambda apps: apps["changed"]["status"] == "RUNNING")
+    url, long = f"{serving.route('changed')}/v1/completions", {"model": "changed", "prompt": "fox", "max_tokens": 200}
+    with ThreadPoolExecutor() as pool:
+        body = long | {"ignore_eos": True, "n": 48}
+        answer = pool.submit(httpx.post, url, json=body, timeout=300)
+        while not load_of(serving, "changed")["requests_running"]:
+            assert not answer.done()
+        engine = {"replicas": 2, "tool_call_parser": "hermes", "prefix_caching": False}
+        serving.deploy(given | {"max_model_len": 128, "engine": engine})
+        apps = serving.wait(lambda apps: apps["changed"]["status"] == "DEPLOYING")
+        assert not answer.done()
+        assert answer.result().raise_for_status().json()["usage"]["completion_tokens"] == 48 * 200
+    apps = serving.wait(lambda apps: apps["changed"]["status"] == "RUNNING")
+    assert len(apps["changed"]["deployments"]["policy"]["replicas"]) == 2
+    refused = httpx.post(url, json=long, timeout=60)
+    assert refused.status_code == 400
+    assert "128" in refused.text
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+    asked = {"model": "changed", "messages": [{"role": "user", "content": "fox"}], "tools": tools, "max_tokens": 4}
+    assert httpx.post(f"{serving.route('changed')}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+    asked_of_another = asked | {"model": POLICY["model_id"]}  # which has no parser of tool calls
+    assert httpx.post(f"{serving.route('policy-1')}/v1/chat/completions", json=asked_of_another).status_code == 400
+    serving.remove("changed")
+    serving.wait(lambda apps: "changed" not in apps)
+
+
+@pytest.mark.ray
+def test_an_engine_tells_its_load(serving: Serving, client: OpenAI) -> None:
+    client.completions.create(model=POLICY["model_id"], prompt="fox", max_tokens=7, extra_body={"ignore_eos": True})
+    load = load_of(serving, "policy-1")
+    assert load["tokens"] >= 7
+    assert load["first_tokens"] >= 1
+    assert 0 < load["first_token_seconds"] < 60 * load["first_tokens"]
+    assert (load["requests_running"], load["requests_waiting"]) == (0, 0)
 
 
 @pytest.mark.ray

@@ -24,7 +24,8 @@ BUSY = Model(app_name="busy", state="running", held=10, answers=True, answered=T
 IDLE = Model(app_name="idle", state="running", held=10, used=20, answered=True)
 LOADING = Model(app_name="loading", state="loading", held=30, used=1)
 WAITING = Model(app_name="waiting", state="waiting", asked=5, used=1)
-PINNED = Model(app_name="pinned", state="running", used=9999, pinned=True)
+REFERENCE = Model(app_name="reference", state="running", used=9999, is_reference=True)
+PINNED = Model(app_name="pinned", state="running", used=9999, held=9999, answered=True, pinned=True)
 
 
 def test_an_idle_model_leaves_its_place_to_another_and_a_busy_one_keeps_it() -> None:
@@ -40,7 +41,7 @@ def test_the_idle_one_that_was_used_the_longest_time_ago_goes_first_and_one_that
 
 
 def test_what_loads_or_answers_or_scores_is_not_evicted_and_the_others_are_told() -> None:
-    for one in (LOADING, PINNED, replace(IDLE, answered=False, held=STAY_SECONDS - 1)):
+    for one in (LOADING, REFERENCE, PINNED, replace(IDLE, answered=False, held=STAY_SECONDS - 1)):
         plan = decide([BUSY, one, WAITING], TWO)
         assert plan.serve == {"busy", one.app_name}
         assert plan.waits == {"waiting": "a place: 2 models hold all 2 places, and load or answer"}
@@ -49,20 +50,22 @@ def test_what_loads_or_answers_or_scores_is_not_evicted_and_the_others_are_told(
 def test_an_idle_model_stays_while_nobody_waits_or_as_long_as_the_settings_say() -> None:
     long_ago = replace(IDLE, used=1e6)
     assert decide([long_ago], TWO).serve == {"idle"}
-    assert decide([long_ago, BUSY], replace(TWO, idle_seconds=600)).serve == {"busy"}
-    assert decide([replace(IDLE, used=599)], replace(TWO, idle_seconds=600)).serve == {"idle"}
+    assert decide([replace(long_ago, idle_seconds=600), BUSY], TWO).serve == {"busy"}
+    young, busy = replace(IDLE, used=599, idle_seconds=600), replace(BUSY, used=601, idle_seconds=600)
+    assert decide([young, busy], TWO).forget == set()
 
 
 def test_a_model_that_nobody_waits_for_any_more_is_forgotten_and_a_reference_is_not() -> None:
     left = replace(WAITING, used=181)
     assert decide([left], TWO).forget == {"waiting"}
+    assert decide([replace(left, is_reference=True)], TWO).serve == {"waiting"}
     assert decide([replace(left, pinned=True)], TWO).serve == {"waiting"}
     assert decide([replace(LOADING, held=LOADING_SECONDS + 1, used=181), BUSY, WAITING], TWO).forget == {"loading"}
 
 
 def test_references_come_first_and_are_never_evicted_for_one_another() -> None:
-    held = [replace(PINNED, app_name=name) for name in "ab"]
-    third = replace(WAITING, app_name="c", pinned=True)
+    held = [replace(REFERENCE, app_name=name) for name in "ab"]
+    third = replace(WAITING, app_name="c", is_reference=True)
     plan = decide([*held, third, WAITING], TWO)
     assert plan.serve == {"a", "b"}
     assert plan.forget == set()
@@ -92,30 +95,56 @@ def test_a_model_that_is_always_busy_leaves_after_its_turn_if_another_waits() ->
 
 
 def test_an_idle_reference_leaves_the_gpu_to_the_workers_of_its_job_at_once() -> None:
-    released = replace(PINNED, pinned=False, answered=True)
-    room = replace(TWO, gpus_each=1, gpus=0.0)
-    assert decide([released], room).forget == {"pinned"}
-    assert decide([replace(released, pinned=True)], room).serve == {"pinned"}
-    assert decide([replace(released, state="loading")], room).forget == {"pinned"}
+    released = replace(REFERENCE, gpus=1, is_reference=False, answered=True)
+    room = replace(TWO, gpus=0.0)
+    assert decide([released], room).forget == {"reference"}
+    assert decide([replace(released, is_reference=True)], room).serve == {"reference"}
+    assert decide([replace(released, state="loading")], room).forget == {"reference"}
     busy = decide([replace(released, answers=True)], room)
-    assert busy.waits == {"pinned": "its next turn: running jobs need its GPU"}
+    assert busy.waits == {"reference": "its next turn: running jobs need its GPU"}
 
 
 def test_idle_models_leave_their_gpus_to_the_next_job_and_no_waiting_one_takes_them() -> None:
-    room = replace(TWO, gpus_each=1, gpus=2.0, gpus_of_next_job=2.0)
-    plan = decide([IDLE, BUSY, WAITING], room)
+    idle, busy, waiting = (replace(model, gpus=1) for model in (IDLE, BUSY, WAITING))
+    room = replace(TWO, gpus=2.0, gpus_of_next_job=2.0)
+    plan = decide([idle, busy, waiting], room)
     assert plan.forget == {"idle"}
     assert plan.waits == {"waiting": "GPUs: jobs leave 0 GPUs to models, 1 models hold theirs, and it needs 1"}
-    assert decide([replace(BUSY, held=TURN_SECONDS + 1)], room).waits.keys() == {"busy"}
+    assert decide([replace(busy, held=TURN_SECONDS + 1)], room).waits.keys() == {"busy"}
+
+
+def test_pinned_models_are_loaded_before_those_that_wait_and_leave_for_nobody() -> None:
+    pinned = replace(WAITING, app_name="pinned", asked=1, used=9999, pinned=True)
+    assert decide([BUSY, WAITING, pinned], TWO).serve == {"busy", "pinned"}
+    always = replace(PINNED, answers=True, gpus=1)
+    waiting = replace(WAITING, gpus=1)
+    plan = decide([always, waiting], replace(TWO, gpus=1.0, gpus_of_next_job=1.0))
+    assert plan.serve == {"pinned"}
+    assert plan.waits == {"waiting": "GPUs: jobs leave 0 GPUs to models, 1 models hold theirs, and it needs 1"}
+    assert decide([replace(always, idle_seconds=1)], TWO).serve == {"pinned"}
+
+
+def test_models_hold_as_many_gpus_as_each_has_and_one_without_any_does_not_leave_for_them() -> None:
+    large, small = replace(IDLE, app_name="large", gpus=3), replace(IDLE, app_name="small", used=99)
+    room = replace(TWO, places=4, gpus=4.0)
+    assert decide([large, small, replace(WAITING, gpus=2)], room).forget == {"large"}
+    assert decide([large, small, replace(WAITING, gpus=1)], room).forget == set()
+    plan = decide([replace(large, answers=True), small, replace(WAITING, gpus=2)], room)
+    assert (plan.forget, plan.waits.keys()) == (set(), {"waiting"})
+    assert decide([large, replace(WAITING, gpus=5)], room).forget == set()  # it would not fit
 
 
 def test_a_model_that_waited_when_the_last_job_began_goes_before_the_next_one_if_it_fits_at_all() -> None:
-    room, since = replace(TWO, places=4, gpus_each=1), {"capacity": 4.0, "since_last_job": 4.0}
-    assert engines([WAITING, BUSY, PINNED, IDLE], 1, room, **since) == Engines(3.0, go_first=True)
-    assert engines([replace(WAITING, asked=3)], 0, room, **since) == NO_ENGINES
-    assert engines([replace(WAITING, used=181)], 0, room, **since) == NO_ENGINES
-    assert engines([WAITING], 0, replace(room, gpus_each=8), **since) == NO_ENGINES
-    assert engines([WAITING, BUSY], 0, replace(room, places=1), **since) == Engines(1.0)  # it waits for a place
+    room, since = replace(TWO, places=4), {"capacity": 4.0, "since_last_job": 4.0}
+    all_on_gpus = (replace(each, gpus=1) for each in (WAITING, BUSY, REFERENCE, IDLE, PINNED))
+    waiting, busy, reference, idle, pinned = all_on_gpus
+    assert engines([waiting, busy, reference, idle], 1, room, **since) == Engines(3.0, go_first=True)
+    assert engines([replace(waiting, asked=3)], 0, room, **since) == NO_ENGINES
+    assert engines([replace(waiting, used=181)], 0, room, **since) == NO_ENGINES
+    assert engines([replace(waiting, gpus=8)], 0, room, **since) == NO_ENGINES
+    assert engines([WAITING], 0, room, **since) == NO_ENGINES  # it needs none
+    assert engines([waiting, busy], 0, replace(room, places=1), **since) == Engines(1.0)  # it waits for a place
+    assert engines([replace(waiting, gpus=4), pinned], 0, room, **since) == Engines(1.0, pinned_gpus=1.0)  # no room
 
 
 models = st.builds(
@@ -125,18 +154,19 @@ models = st.builds(
     held=st.sampled_from([0.0, 100.0, 400.0, 4000.0]),
     asked=st.floats(0, 1e4),
     used=st.floats(0, 1e4),
+    gpus=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    is_reference=st.booleans(),
     pinned=st.booleans(),
+    idle_seconds=st.none() | st.just(60.0),
     answers=st.booleans(),
     answered=st.booleans(),
 )
 rooms = st.builds(
     Room,
     places=st.integers(1, 4),
-    gpus_each=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     gpus=st.none() | st.floats(-2, 8),
     gpus_of_next_job=st.floats(0, 4),
     wait_seconds=st.just(180.0),
-    idle_seconds=st.none() | st.just(60.0),
 )
 
 
@@ -149,6 +179,7 @@ def test_whatever_there_is_nobody_is_lost_and_nothing_that_works_is_evicted(foun
     assert all(plan.waits.values())
     assert placed & {model.app_name for model in found if not model.is_idle} <= plan.serve
     assert len(plan.serve) <= max(room.places, len(placed))
+    assert not plan.forget & {model.app_name for model in found if model.stays}
 
 
 # --- a day ---------------------------------------------------------------------------------------------
@@ -164,6 +195,8 @@ class Engine:
     since: float = 0.0
     answered: bool = False
     loads: int = 0  # since it last answered
+    pinned: bool = False
+    idle_seconds: float | None = None
     waiting: list[float] = field(default_factory=list)  # when each client first asked
     answers: list[float] = field(default_factory=list)  # when each answer ends
 
@@ -182,6 +215,8 @@ class Day:
         self.random = random.Random(seed)
         self.gpus, self.places, self.busy = gpus, places, busy
         self.models = {f"m{number}": Engine() for number in range(num_models)}
+        self.models[f"m{num_models - 1}"].idle_seconds = 600.0
+        self.models["m1"].pinned = gpus > 2
         self.queue: list[Job] = []
         self.running: list[Job] = []
         self.longest = {"request": 0.0, "job": 0.0}
@@ -190,18 +225,19 @@ class Day:
     def wished(self) -> list[Model]:
         found = []
         for name, engine in self.models.items():
-            if engine.used_at == float("-inf"):
+            if engine.used_at == float("-inf") and not engine.pinned:
                 continue
             ages = {"held": self.now - engine.since, "asked": self.now - engine.asked_at}
             ages["used"] = self.now - engine.used_at
             bits = {"answers": bool(engine.answers), "answered": engine.answered}
+            bits |= {"gpus": 1.0, "pinned": engine.pinned, "idle_seconds": engine.idle_seconds}  # type: ignore[dict-item]
             found.append(Model(app_name=name, state=engine.state, **ages, **bits))  # type: ignore[arg-type]
         return found
 
     def tick(self) -> None:
         self.come()
         seen, free = self.wished(), self.gpus - len(self.running)
-        room = Room(places=self.places, gpus_each=1.0, gpus=float(free), wait_seconds=180)
+        room = Room(places=self.places, gpus=float(free), wait_seconds=180)
         loaded = engines(seen, 0, room, capacity=float(self.gpus), since_last_job=self.now - self.last_job)
         if self.queue and free >= 1 and not loaded.go_first:
             if free - loaded.gpus >= 1:
@@ -233,7 +269,9 @@ class Day:
             engine.answers = [ends for ends in engine.answers if ends > self.now]
             if name in forgotten:
                 assert not engine.answers
-                self.models[name] = Engine(loads=engine.loads, waiting=engine.waiting)
+                assert not engine.pinned
+                kept = {"loads": engine.loads, "waiting": engine.waiting, "idle_seconds": engine.idle_seconds}
+                self.models[name] = Engine(**kept)  # type: ignore[arg-type]
                 engine = self.models[name]
             if name in served and engine.state == "waiting":
                 engine.state, engine.since, engine.answered = "loading", self.now, False
@@ -243,6 +281,8 @@ class Day:
                 engine.state, engine.since = "running", self.now
             if engine.waiting and engine.state == "running" and name not in waits:
                 self.answer(engine)
+            unused = engine.state == "running" and not engine.answers and self.now - engine.used_at > 605
+            assert not (unused and engine.idle_seconds and engine.answered), "an idle model stays after its time"
             if engine.waiting:
                 if engine.used_at == float("-inf"):
                     engine.asked_at = self.now

@@ -1,0 +1,108 @@
+"""Refuses settings of a deployment that cannot work, or that the caller may not choose."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.auth.keys import Caller
+from services.control_plane.core.errors import Forbidden, InvalidRequest
+from services.control_plane.core.tables import DEFAULT_PROJECT
+from services.control_plane.models import deployment_settings, models
+from services.control_plane.models.models import NamedModel
+from services.control_plane.models.shapes import NoShapes, shapes_of
+from services.control_plane.settings import Settings
+from services.deployment_settings import DeploymentSettings
+
+
+async def check_rights(session: AsyncSession, settings: Settings, caller: Caller, model: NamedModel) -> None:
+    """Raises Forbidden unless the caller may change the model's deployment.
+
+    Admins of the default project change those of base models; a project changes those of its own trained models.
+    """
+    if model.job_id is not None:
+        await models.find_own(session, settings, model.id)
+    elif not (caller.manages_all and "admin" in caller.scopes):
+        message = f"'{model.id}' is a base model; only an admin key of {DEFAULT_PROJECT} may change its deployment."
+        raise Forbidden(message, param="model", code="insufficient_permissions")
+
+
+async def check(
+    session: AsyncSession,
+    settings: Settings,
+    caller: Caller,
+    model: NamedModel,
+    chosen: DeploymentSettings,
+    capacity: Mapping[str, float],
+) -> None:
+    """Raises InvalidRequest, with the field, the limit and the remedy, if the settings cannot be as `chosen`.
+
+    `capacity` has the amounts of CPUs and GPUs that the cluster has or may grow to; {}: unknown.
+    """
+    full = await deployment_settings.with_choice(session, settings, model.id, chosen)
+    num_gpus = deployment_settings.num_gpus(full, settings)
+    if trouble := full.trouble(num_gpus=num_gpus, dtype=full.dtype or settings.dtype):
+        raise _invalid(trouble[0], f"{trouble[1]}.")
+    if not caller.manages_all:
+        _check_limits(settings, chosen, num_gpus)
+    _check_capacity(chosen, num_gpus, capacity)
+    if chosen.pinned:
+        await _check_pinned(session, settings, model)
+    if chosen.max_model_len is not None:
+        await _check_length(model, chosen.max_model_len)
+
+
+def _invalid(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(message, param=field)
+
+
+def _check_limits(settings: Settings, chosen: DeploymentSettings, num_gpus: float) -> None:
+    limits, most = settings.project_deployments, chosen.replicas.max
+    ask = f"an admin of {DEFAULT_PROJECT} may set more, or raise project_deployments in the settings."
+    if most > limits.max_replicas:
+        message = f"replicas is {most}, and a project may have {limits.max_replicas} of a model; {ask}"
+        raise _invalid("replicas", message)
+    if (gpus := num_gpus * most) > limits.max_gpus and gpus > settings.num_gpus_per_model:
+        message = f"num_gpus of all replicas is {gpus:g}, and a project may have {limits.max_gpus:g} for a model; {ask}"
+        raise _invalid("num_gpus", message)
+    if chosen.pinned and not limits.pinned:
+        raise _invalid("pinned", f"pinned is true, and projects may not pin models; {ask}")
+
+
+def _check_capacity(chosen: DeploymentSettings, num_gpus: float, capacity: Mapping[str, float]) -> None:
+    if not capacity:
+        return
+    most = chosen.replicas.max
+    needs = {"GPU": ("num_gpus", num_gpus * most), "CPU": ("replicas", float(most))}
+    for kind, (field, amount) in needs.items():
+        if amount > (limit := capacity.get(kind, 0.0)):
+            message = f"{most} replicas need {amount:g} {kind}s, and the cluster has, or may grow to, {limit:g}"
+            raise _invalid(field, f"{message}; choose fewer, or add nodes (max_cluster in the settings).")
+
+
+async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedModel) -> None:
+    others = await deployment_settings.pinned(session, settings) - {model.id}
+    if len(others) >= settings.most_pinned:
+        places = f"of {settings.max_loaded_models} places one stays free for others"
+        message = f"pinned is true, {len(others)} other models are pinned, and {places}"
+        raise _invalid("pinned", f"{message}; unpin one, or raise max_loaded_models in the settings.")
+
+
+async def _check_length(model: NamedModel, max_model_len: int) -> None:
+    try:
+        config = (await asyncio.to_thread(shapes_of, model.base_source or model.source)).config
+    except NoShapes:
+        return  # the engine will say so if it is too long
+    limit = own_limit(config)
+    if limit is not None and max_model_len > limit:
+        message = f"max_model_len is {max_model_len}, and '{model.id}' takes {limit} tokens; choose at most {limit}."
+        raise _invalid("max_model_len", message)
+
+
+def own_limit(config: Mapping[str, Any]) -> int | None:
+    """Returns the most tokens that a model of this config.json takes; None if the config does not say it plainly."""
+    text = config.get("text_config") or config
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    limit = text.get("max_position_embeddings")
+    return limit if isinstance(limit, int) and "factor" not in rope else None

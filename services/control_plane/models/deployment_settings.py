@@ -1,0 +1,87 @@
+"""The settings of models' deployments: those of the settings file, and those that someone chose through the API.
+
+A trained model inherits the settings of its base model, except how many replicas there are and whether it is pinned.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.tables import Model, ModelSettings
+from services.control_plane.settings import Settings
+from services.deployment_settings import DeploymentSettings
+
+OWN = {"replicas", "pinned"}  # what a trained model does not inherit
+
+
+async def of(
+    session: AsyncSession, settings: Settings, model_ids: Collection[str], *, without_choice: bool = False
+) -> dict[str, DeploymentSettings]:
+    """Returns the settings of these models, by id. With `without_choice`, as if nobody had chosen any for them."""
+    models = Model.__table__.c  # models of all projects
+    trained = select(models.id, models.root).where(models.id.in_(model_ids))
+    roots: dict[str, str] = dict((await session.execute(trained)).all())
+    asked = {*model_ids, *roots.values()}
+    query = select(ModelSettings.model_id, ModelSettings.values).where(ModelSettings.model_id.in_(asked))
+    chosen: dict[str, dict[str, Any]] = dict((await session.execute(query)).all())
+    chosen = {name: values for name, values in chosen.items() if not (without_choice and name in model_ids)}
+    return {model_id: _of(model_id, roots.get(model_id), chosen, settings) for model_id in model_ids}
+
+
+def _of(
+    model_id: str, root: str | None, chosen: Mapping[str, dict[str, Any]], settings: Settings
+) -> DeploymentSettings:
+    base = settings.models.get(root or model_id)
+    given = base.deployment.model_dump(exclude_unset=True) if base else {}
+    if root is not None:
+        given |= chosen.get(root, {})
+        given = {name: value for name, value in given.items() if name not in OWN}
+    # A field that an earlier release wrote, and this one does not know, has no effect.
+    return DeploymentSettings.model_validate(given | chosen.get(model_id, {}), extra="ignore")
+
+
+async def with_choice(
+    session: AsyncSession, settings: Settings, model_id: str, chosen: DeploymentSettings
+) -> DeploymentSettings:
+    """Returns what the model's settings would be with this choice."""
+    inherited = (await of(session, settings, [model_id], without_choice=True))[model_id]
+    return DeploymentSettings.model_validate(
+        inherited.model_dump(exclude_unset=True) | chosen.model_dump(exclude_unset=True)
+    )
+
+
+async def pinned(session: AsyncSession, settings: Settings) -> set[str]:
+    """Returns the ids of the models that their settings keep loaded."""
+    rows = await session.execute(select(ModelSettings.model_id, ModelSettings.values["pinned"].as_boolean()))
+    chosen = {model_id: is_pinned for model_id, is_pinned in rows if is_pinned is not None}
+    configured = {name: model.deployment.pinned for name, model in settings.models.items()}
+    return {model_id for model_id, is_pinned in (configured | chosen).items() if is_pinned}
+
+
+async def chosen(session: AsyncSession, model_id: str) -> dict[str, Any]:
+    """Returns the settings that someone chose for the model through the API."""
+    query = select(ModelSettings.values).where(ModelSettings.model_id == model_id)
+    return await session.scalar(query) or {}
+
+
+async def choose(session: AsyncSession, model_id: str, values: Mapping[str, Any] | None) -> None:
+    """Stores the settings that someone chose for the model, in place of earlier ones. None: the defaults."""
+    await session.execute(delete(ModelSettings).where(ModelSettings.model_id == model_id))
+    if values is not None:
+        await session.execute(insert(ModelSettings).values(model_id=model_id, values=dict(values)))
+
+
+async def use_gpus(session: AsyncSession, settings: Settings) -> bool:
+    """Whether any model may be served on GPUs."""
+    configured = (num_gpus(model.deployment, settings) for model in settings.models.values())
+    if settings.num_gpus_per_model or any(configured):
+        return True
+    most = await session.scalars(select(ModelSettings.values["num_gpus"].as_float()))
+    return any(most)
+
+
+def num_gpus(own: DeploymentSettings, settings: Settings) -> float:
+    """Returns the GPUs of each of the model's replicas."""
+    return settings.num_gpus_per_model if own.num_gpus is None else own.num_gpus

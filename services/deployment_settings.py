@@ -1,0 +1,94 @@
+"""Defines the settings of a model's deployment: how Ray Serve and vLLM serve it.
+
+The settings file, the REST API and the cluster share these classes. None, or a field that is left out, means the
+service's default.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+# What vLLM can do to unquantized weights while it loads them. A checkpoint that is quantized needs no setting.
+Quantization = Literal["fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8"]
+# The names that the installed vLLM knows; a test compares them.
+# fmt: off
+ToolCallParser = Literal[
+    "apertus", "cohere_command3", "cohere_command4", "deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4",
+    "dots", "ernie45", "functiongemma", "gemma4", "gigachat3", "glm45", "glm47", "granite", "granite-20b-fc",
+    "granite4", "hermes", "hunyuan_a13b", "hy_v3", "hy_v4", "inkling", "internlm", "jamba", "kimi_k2", "kimi_k3",
+    "lfm2", "ling3", "llama3_json", "llama4_json", "llama4_pythonic", "longcat", "mimo", "minicpm5", "minimax_m2",
+    "minimax_m3", "mistral", "muse_glimmer", "olmo3", "openai", "phi4_mini_json", "poolside_v1", "pythonic",
+    "qwen3_coder", "qwen3_xml", "seed_oss", "step3", "step3p5", "xlam",
+]
+ReasoningParser = Literal[
+    "cohere_command3", "cohere_command4", "deepseek_r1", "deepseek_v3", "deepseek_v4", "ernie45", "gemma4", "glm45",
+    "glm47", "granite", "holo2", "hunyuan_a13b", "hy_v3", "hy_v4", "inkling", "kimi_k2", "kimi_k3", "ling3", "mimo",
+    "minimax_m2", "minimax_m2_append_think", "minimax_m3", "mistral", "muse_glimmer", "nemotron_v3", "olmo3",
+    "openai_gptoss", "poolside_v1", "qwen3", "seed_oss", "step3", "step3p5",
+]
+# fmt: on
+
+
+class Replicas(BaseModel):
+    """The number of replicas. Ray Serve keeps it between `min` and `max`, by the load."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    min: Annotated[int, Field(ge=1, le=1000)] = 1
+    max: Annotated[int, Field(ge=1, le=1000)] = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0, le=1000)] = 32  # per replica; more requests add replicas
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, above max, which is {self.max}; lower min, or raise max")
+        return self
+
+
+def _as_range(value: object) -> object:
+    """A number of replicas is short for as many at least and at most."""
+    return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class EngineSettings(BaseModel):
+    """The settings that a replica and its engine take as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    replicas: Annotated[Replicas, BeforeValidator(_as_range)] = Replicas()
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None  # share of each GPU's memory
+    quantization: Quantization | None = None  # of the weights, while they are loaded
+    tool_call_parser: ToolCallParser | None = None  # reads tool calls from the model's answers
+    reasoning_parser: ReasoningParser | None = None  # parts the model's reasoning from its answers
+    prefix_caching: bool = True
+
+
+class DeploymentSettings(EngineSettings):
+    """How a model is served."""
+
+    pinned: bool = False  # whether the model is loaded without a request, and never evicted
+    idle_seconds: Annotated[float, Field(gt=0)] | None = None  # how long an unused model stays loaded
+    dtype: Dtype | None = None
+    num_gpus: Annotated[float, Field(ge=0, le=1024)] | None = None  # of a replica: a share below 1, or tensor parallel
+    max_model_len: Annotated[int, Field(ge=1, lt=2**31)] | None = None  # most tokens of a prompt and its answer
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole_or_share(cls, num_gpus: float | None) -> float | None:
+        if num_gpus is not None and num_gpus > 1 and num_gpus % 1:
+            raise ValueError(f"{num_gpus:g} is neither a share below 1 nor a whole number of GPUs; round it")
+        return num_gpus
+
+    def trouble(self, *, num_gpus: float, dtype: Dtype) -> tuple[str, str] | None:
+        """Returns the name of a field that cannot work, and the reason; None if all can.
+
+        `num_gpus` and `dtype` are those of a replica.
+        """
+        for name in ("gpu_memory_utilization", "quantization"):
+            if (value := getattr(self, name)) is not None and not num_gpus:
+                return name, f"{name} is {value}, and the model is served on CPUs; set num_gpus, or leave {name} out"
+        if self.quantization is not None and dtype == "float32":
+            return "quantization", f"quantization is {self.quantization}, and dtype is float32; set dtype to bfloat16"
+        return None
+
+    def engine(self) -> EngineSettings:
+        return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
