@@ -10,7 +10,7 @@ from services.contract import Deployment
 from services.deployment_settings import EngineSettings, Quantization, ReasoningParser, ToolCallParser
 from services.serving.engine_args import MAX_NUM_BATCHED_TOKENS, engine_args
 
-vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # in vLLM's own imports
 FRONTEND = {"enable_auto_tool_choice", "tool_call_parser"}  # arguments of the HTTP server
 
 
