@@ -78,16 +78,17 @@ def test_new_settings_replace_the_replicas_and_cut_no_answer(serving: Serving, m
     serving.deploy(given)
     serving.wait(lambda apps: apps["changed"]["status"] == "RUNNING")
     url, long = f"{serving.route('changed')}/v1/completions", {"model": "changed", "prompt": "fox", "max_tokens": 200}
-    with ThreadPoolExecutor() as pool:
-        body = long | {"ignore_eos": True, "n": 48}
-        answer = pool.submit(httpx.post, url, json=body, timeout=300)
+    with ThreadPoolExecutor(12) as pool:
+        body = long | {"ignore_eos": True, "n": 64}
+        answers = [pool.submit(httpx.post, url, json=body, timeout=600) for _ in range(12)]
         while not load_of(serving, "changed")["requests_running"]:
-            assert not answer.done()
+            assert not answers[-1].done()
         engine = {"replicas": 2, "tool_call_parser": "hermes", "prefix_caching": False}
         serving.deploy(given | {"max_model_len": 128, "engine": engine})
-        apps = serving.wait(lambda apps: apps["changed"]["status"] == "DEPLOYING")
-        assert not answer.done()
-        assert answer.result().raise_for_status().json()["usage"]["completion_tokens"] == 48 * 200
+        serving.wait(lambda apps: apps["changed"]["status"] == "DEPLOYING")
+        assert not all(answer.done() for answer in answers)
+        for answer in answers:
+            assert answer.result().raise_for_status().json()["usage"]["completion_tokens"] == 64 * 200
     apps = serving.wait(lambda apps: apps["changed"]["status"] == "RUNNING")
     assert len(apps["changed"]["deployments"]["policy"]["replicas"]) == 2
     refused = httpx.post(url, json=long, timeout=60)
