@@ -27,6 +27,7 @@ from services.control_plane.auth.authentication import Authentication
 from services.control_plane.core.errors import ApiError, InvalidRequest, Unavailable, envelope
 from services.control_plane.core.store import Store, refuses_value
 from services.control_plane.core.telemetry import AUTH_FAILURES
+from services.control_plane.core.turns import Turns
 from services.control_plane.files import api as files_api
 from services.control_plane.files import model_check_api, uploads_api
 from services.control_plane.files.row_check import RowChecker
@@ -55,6 +56,7 @@ from services.control_plane.webhooks.outbox import Sender
 log = logging.getLogger(__name__)
 
 JOINED_AT_ONCE = 4  # the most uploads that are joined at the same time; each holds a database connection meanwhile
+STORED_AT_ONCE = 16  # the most bodies that are written to storage at the same time; each holds one of 40 threads
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -111,7 +113,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     streams = app.state.streams = Streams(store, settings)
     sender = app.state.sender = Sender(store, settings)
     holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-    app.state.joining = asyncio.Semaphore(JOINED_AT_ONCE)
+    app.state.joining, app.state.storing = Turns(JOINED_AT_ONCE), Turns(STORED_AT_ONCE)
     reconciler, row_checker = Reconciler(store, ray_api, settings, holder=holder), RowChecker(store, holder=holder)
     parts = (
         reconciler,

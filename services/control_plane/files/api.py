@@ -40,10 +40,11 @@ async def create(request: Request, idempotent: IdempotentPart, store: StorePart,
         filename = files.clean_name(form.filename, "file")
         async with store.begin() as session:  # refuses early; the reservation in `keep` is the one that counts
             await files.reserve(session, store.project_id, form.num_bytes, param="file")
-        stored = await files.store_file(form.source, settings)
+        async with request.app.state.storing.turn(store.project_id):
+            stored = await files.store_file(form.source, settings)
 
     async with files.removed_unless_named(stored):
-        report = await row_check.report_of(stored, reading, param="file")
+        report = await row_check.report_of(stored, reading, param="file", project_id=store.project_id)
 
         async def keep(session: AsyncSession) -> dict[str, Any]:
             await files.reserve(session, store.project_id, stored.num_bytes, param="file")

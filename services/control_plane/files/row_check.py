@@ -26,13 +26,14 @@ from services.control_plane.core import store
 from services.control_plane.core.errors import InvalidRequest, Unavailable
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import UNCHECKED, File, Lease, reading_of
+from services.control_plane.core.turns import Turns
 from services.control_plane.files.check_program import check_rows
 from services.control_plane.files.files import Stored
 
 log = logging.getLogger(__name__)
 
 IN_PROCESS_BYTES = 4 * 2**20  # a check of so many bytes takes 0.1 s, less than starting a process
-AT_ONCE = 4  # the most processes, each of 80 MiB, however many cores there are
+AT_ONCE = 4  # the most processes, each of 90 MiB, however many cores there are
 AT_ONCE_BYTES = 512 * 2**20  # a check of so many bytes takes 12 s; proxies cut responses off after 60 s
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 2.0
@@ -42,14 +43,14 @@ GIVEN_UP_AFTER = timedelta(days=1)
 LEASE = "check of "  # the name of a file's lease is this text and the file's id
 
 
-_limiter: RunVar[anyio.CapacityLimiter] = RunVar("checks at once")
+_turns: RunVar[Turns] = RunVar("checks at once")
 
 
 class Died(Exception):
     """The process that checked a file's rows ended without a report."""
 
 
-async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str, Any] | None:
+async def report_of(stored: Stored, reading: Reading, *, param: str, project_id: str) -> dict[str, Any] | None:
     """Checks the file's rows and returns the report; None if the file is so large that it is checked in the background.
 
     Raises InvalidRequest, which names the first bad line, and Unavailable if the process of the check died.
@@ -57,7 +58,7 @@ async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str
     if stored.num_bytes > AT_ONCE_BYTES:
         return None
     try:
-        outcome = await _run_check(stored.uri, stored.num_bytes, reading)
+        outcome = await _run_check(stored.uri, stored.num_bytes, reading, project_id)
     except Died:
         log.exception("A check died")
         raise Unavailable("The check of the file's rows died; send it again.", retry_after=5) from None
@@ -68,21 +69,21 @@ async def report_of(stored: Stored, reading: Reading, *, param: str) -> dict[str
 
 
 async def _run_check(
-    uri: str, num_bytes: int, reading: Reading, tell: Callable[[int], None] | None = None
+    uri: str, num_bytes: int, reading: Reading, project_id: str, tell: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     if num_bytes <= IN_PROCESS_BYTES:
         return await anyio.to_thread.run_sync(check_rows, uri, reading)
-    async with _processes():
+    async with _processes().turn(project_id):
         return await _run_program(uri, reading, tell)
 
 
-def _processes() -> anyio.CapacityLimiter:
-    """Returns the limiter of this control plane's check processes: at most AT_ONCE run, and further checks wait."""
+def _processes() -> Turns:
+    """Returns the turns of this control plane's check processes: at most AT_ONCE run, and further checks wait."""
     try:
-        return _limiter.get()
+        return _turns.get()
     except LookupError:
-        _limiter.set(anyio.CapacityLimiter(min(AT_ONCE, max(2, os.cpu_count() or 1))))
-        return _limiter.get()
+        _turns.set(Turns(min(AT_ONCE, max(2, os.cpu_count() or 1))))
+        return _turns.get()
 
 
 async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] | None) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class RowChecker:
             nonlocal num_checked
             num_checked = num_bytes
 
-        checking = asyncio.create_task(_run_check(row.uri, row.num_bytes, reading_of(row), tell))
+        checking = asyncio.create_task(_run_check(row.uri, row.num_bytes, reading_of(row), row.project_id, tell))
         try:
             while not (await asyncio.wait({checking}, timeout=BEAT_SECONDS))[0]:
                 if not await self._beat(row, num_checked):

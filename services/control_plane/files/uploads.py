@@ -111,7 +111,7 @@ async def complete(
         if md5 is not None and stored.md5 != md5.lower():
             message = f"The parts have the MD5 {stored.md5}, not {md5:.64}; send the damaged ones again."
             raise InvalidRequest(message, param="md5")
-        report = await row_check.report_of(stored, reading, param="part_ids")
+        report = await row_check.report_of(stored, reading, param="part_ids", project_id=row.project_id)
         file = await files.add(
             session,
             stored,

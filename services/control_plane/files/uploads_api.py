@@ -46,7 +46,8 @@ async def add_part(
         if form.fields:
             (name, *_) = form.fields
             raise InvalidRequest(f"Unknown parameter: '{name:.80}'.", param=name[:80], code="unknown_parameter")
-        stored = await files.store(form.source, uploads.folder(upload_id, settings), "part_")
+        async with request.app.state.storing.turn(store.project_id):
+            stored = await files.store(form.source, uploads.folder(upload_id, settings), "part_")
 
     async def keep(session: AsyncSession) -> dict[str, Any]:
         return part_object(await uploads.add_part(session, upload_id, stored))
@@ -57,7 +58,12 @@ async def add_part(
 
 @router.post("/{upload_id}/complete")
 async def complete(
-    request: Request, idempotent: IdempotentPart, settings: SettingsPart, upload_id: str, body: CompleteUpload
+    request: Request,
+    idempotent: IdempotentPart,
+    store: StorePart,
+    settings: SettingsPart,
+    upload_id: str,
+    body: CompleteUpload,
 ) -> Response:
     """Joins the upload's parts to a file, and checks the rows of the file."""
 
@@ -65,7 +71,7 @@ async def complete(
         row, file = await uploads.complete(session, upload_id, body.part_ids, body.md5, settings)
         return upload_object(row, row.state, file)
 
-    async with request.app.state.joining:
+    async with request.app.state.joining.turn(store.project_id):
         answer = await idempotent.act(join, changes=upload_id)
     await remove_bytes(uploads.folder(upload_id, settings))
     return answer

@@ -2,7 +2,9 @@
 
 import asyncio
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from services.control_plane.core.store import Store, migrate
 from services.control_plane.files import row_check
 from services.control_plane.settings import Settings
 from tests.services.control_plane import conftest
-from tests.services.control_plane.conftest import API_KEY, pair, pairs, serving, stored
+from tests.services.control_plane.conftest import API_KEY, api_of, new_key, new_project, pair, pairs, serving, stored
 
 LINES = 30_000
 
@@ -194,11 +196,46 @@ RowChecker.run = ends
 def test_checks_at_once_are_few_however_many_cores_there_are(
     cores: int, checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def places() -> float:
-        return row_check._processes().total_tokens
+    async def places() -> int:
+        return row_check._processes().most
 
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert asyncio.run(places()) == checks
+
+
+def test_uploads_of_one_project_delay_the_check_of_anothers_by_a_turn_or_two(
+    base_url: str, api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    many, other = (api_of(base_url, new_key(api, project_id=new_project(api, name))["value"]) for name in "mo")
+    waits = threading.Event()
+
+    async def check(uri: str, *_: Any) -> dict[str, Any]:
+        begun.append(uri)
+        while not waits.is_set():
+            await asyncio.sleep(0.01)
+        return {"report": {"kind": "pairs", "num_rows": 12}, "refusal": None}
+
+    def upload(by: httpx.Client) -> str:
+        sent = {"files": {"file": ("p.jsonl", pairs())}, "data": {"purpose": "fine-tune"}}
+        return str(by.post("/files", **sent).raise_for_status().json()["id"])
+
+    monkeypatch.setattr(row_check, "IN_PROCESS_BYTES", 100)
+    monkeypatch.setattr(row_check, "_run_program", check)
+    with many, other, ThreadPoolExecutor(13) as threads:
+        sent = [threads.submit(upload, many) for _ in range(12)]
+        deadline = time.monotonic() + 60
+        while len(begun) < 2 or time.monotonic() < deadline - 58:  # all of them wait by then
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        last = threads.submit(upload, other)
+        time.sleep(1)
+        at_once = len(begun)
+        waits.set()
+        file_id = last.result(60)
+        assert len({one.result(60) for one in sent}) == 12
+    (place,) = (number for number, uri in enumerate(begun) if uri.endswith(file_id))
+    assert place < at_once + 3
 
 
 def test_a_part_that_ends_ends_the_process(offline: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
