@@ -52,6 +52,7 @@ class Lora:
         check(bool(names), "target_modules", names, '"all-linear" or a list of names of modules')
 
 
+MAX_LENGTH = 2048  # the default of max_length
 ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the objective's
 
 Quantization = Literal["nf4"]  # the number format of an adapter's frozen base
@@ -76,7 +77,8 @@ class TrainConfig:
     n_epochs: Annotated[int | None, Limit("from 1 to 50", lambda x: 1 <= x <= 50)] = None
     # groups in one optimizer step, summed over all ranks
     batch_size: Annotated[int | None, Limit("from 1 to 256", lambda x: 1 <= x <= 256)] = None
-    max_length: int = 2048  # the most tokens of a prompt and one completion
+    # the most tokens of a prompt and one completion; the default means fewer if the model has fewer positions
+    max_length: int = MAX_LENGTH
     truncation: Truncation = "drop"  # of longer groups; keep_start cuts completions' ends, keep_end the prompt's start
     max_tokens_per_pack: int | None = None  # in one forward pass on one rank; None: as many as memory holds
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # auto: on if max_length tokens do not fit

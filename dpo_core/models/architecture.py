@@ -2,7 +2,8 @@
 
 import re
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ class UnusableModel(ValueError):
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the layers that the model's architecture repeats; an empty list if transformers does not name them."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
 def kind_of(name: str) -> str:
@@ -32,6 +33,21 @@ def count_outputs(model: nn.Module) -> int:
 
 def is_reward_model(model: nn.Module) -> bool:
     return count_outputs(model) > 0
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns the shard of the tensor that this rank holds; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+UNREAD = "unread_weights"  # attribute of a model whose weights are read later
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Returns the device on which the model computes, also if its weights have not been read yet."""
+    unread = getattr(model, UNREAD, None)
+    device: torch.device = model.device if unread is None else unread.device
+    return device
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

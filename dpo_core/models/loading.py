@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +21,29 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, find_adapter_config_file
 
-from dpo_core.models.architecture import UnusableModel, decoder_layers, is_reward_model, kind_of
+from dpo_core.models.architecture import UnusableModel, decoder_layers, is_reward_model, kind_of, local_part
 
 logger = logging.getLogger(__name__)
 
 
-def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> PreTrainedModel:
-    """Loads a model on the CPU. `kind` is an auto class of transformers; `options` change the model's config.
+@dataclass(frozen=True)
+class Found:
+    """A checked folder or hub id, and the arguments with which transformers loads its model."""
 
-    Raises UnusableModel for a folder that does not hold a complete model in full precision or in MXFP4.
+    kind: Any  # a model class of transformers, or an auto class
+    source: str | Path
+    config: PretrainedConfig
+    dtype: torch.dtype | str
+    names: dict[str, str] | None = None  # patterns that rename weights
+    quantization: Mxfp4Config | None = None  # makes transformers expand a model in MXFP4
+    more: dict[str, Any] = field(default_factory=dict)  # further arguments of `from_pretrained`
+
+
+def find(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **options: object) -> Found:
+    """Returns what is needed to load a model, without reading a weight. `kind` is an auto class of transformers;
+    `options` change the model's config.
+
+    Raises UnusableModel for a folder whose files show that it does not hold one model in full precision or in MXFP4.
     """
     if find_adapter_config_file(source) is not None:  # transformers would load the adapter's base and freeze it
         raise UnusableModel(
@@ -40,30 +55,36 @@ def load_whole(kind: Any, source: str | Path, *, dtype: torch.dtype | str, **opt
     composite = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     config, names = _of_texts(composite, kind, source)
     _make_ready(config, source)
-    quantization = _expansion(composite, source)
+    return Found(kind, source, config, dtype, names, _expansion(composite, source))
+
+
+def read(found: Found) -> PreTrainedModel:
+    """Loads the model on the CPU and checks its weights. Raises UnusableModel if they and the config do not match."""
+    source = found.source
     try:
-        model, report = kind.from_pretrained(
+        model, report = found.kind.from_pretrained(
             source,
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization,
-            key_mapping=names,
+            config=found.config,
+            dtype=found.dtype,
+            quantization_config=found.quantization,
+            key_mapping=found.names,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # weights of other shapes are refused below, with a remedy
             output_loading_info=True,
+            **found.more,
         )
     except (FileNotFoundError, SafetensorError) as error:
         raise UnusableModel(f"The weights of {source} cannot be read ({error}); download them again.") from None
     _check_weights(model, report, source)
     _check_finite(model, source)
     _correct_tying(model)
-    if getattr(config.get_text_config(), "output_router_logits", False):
+    if getattr(found.config.get_text_config(), "output_router_logits", False):
         sentence = (
             "The config of %s sets output_router_logits, but training does not add the loss that balances experts."
         )
         logger.warning(sentence, source)
-    if quantization is not None:  # expanded weights are in bfloat16, whatever the dtype of the others
+    if found.quantization is not None:  # expanded weights are in bfloat16, whatever the dtype of the others
         model.to(model.dtype)
     return cast(PreTrainedModel, model)
 
@@ -149,7 +170,7 @@ def _check_weights(model: PreTrainedModel, report: dict[str, Any], source: str |
 
 def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(local_part(weight)).all():
             raise UnusableModel(
                 f"The weight {name} of {source} contains NaN or infinity; use an earlier checkpoint of this model."
             )

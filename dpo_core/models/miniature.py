@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo_core.models.architecture import device_of
+
 MOST_KINDS = 8  # kinds of layers in a miniature
 MOST_WEIGHTS = 1_000_000_000
 # The names of config fields, and the largest value that each has in a miniature.
@@ -65,7 +67,7 @@ def miniature(model: PreTrainedModel, *, narrow: bool) -> PreTrainedModel:
         raise ValueError(
             f"the small copy of the model would have {num_weights} weights; at most {MOST_WEIGHTS} are allowed"
         )
-    device = model.device
+    device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         small = type(model)(config).float().eval()

@@ -3,6 +3,7 @@
 Weights are read only from safetensors, and code that comes with a model is never run.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -26,10 +27,12 @@ from dpo_core.models.adapter import attach, check_base, options_of, put_weights,
 from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
-from dpo_core.models.loading import load_whole
+from dpo_core.models.loading import Found, find, read
+from dpo_core.models.parts import NeedsWeights, load_structure
 from dpo_core.models.quantization import quantize, round_to_nf4
 from dpo_core.options import InvalidOption, Objective
 
+logger = logging.getLogger(__name__)
 CACHED_WORDS = 100_000  # words whose ids a tokenizer caches; the default, 10,000, takes up to a quarter longer
 
 
@@ -41,6 +44,7 @@ def load_policy(
     adapter: Lora | Path | None = None,
     quantization: Quantization | None = None,
     seed: int = 0,
+    in_parts: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model from a Hugging Face folder or hub id, ready to train. Its dropout is off.
 
@@ -49,13 +53,16 @@ def load_policy(
     its products are computed in `dtype`. A multimodal model for which transformers has no class for texts is loaded as
     its text model. A model in MXFP4 is expanded.
 
+    With `in_parts`, the model has no weights until `train` has divided it over ranks: then each rank reads only its
+    part. All ranks must be able to read `source`. A model that cannot be loaded so is loaded whole, with a warning.
+
     Raises InvalidOption if the model has none of the adapter's target modules or their adapters would not learn, and
     for a quantization without an adapter or of a model that cannot be quantized. Raises ValueError for float16, for
     other quantized models, for a `source` that holds an adapter, and for a folder whose weights and config do not
     match.
     """
     check_dtype(dtype)
-    return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization)
+    return _load(AutoModelForCausalLM, source, dtype, device, adapter, seed, quantization, in_parts)
 
 
 def load_reward_model(
@@ -67,6 +74,7 @@ def load_reward_model(
     adapter: Lora | Path | None = None,
     quantization: Quantization | None = None,
     seed: int = 0,
+    in_parts: bool = False,
 ) -> PreTrainedModel:
     """Loads a model with a linear head for rewards in place of the vocabulary's head. `seed` draws the head's weights
     if `source` has none.
@@ -74,6 +82,7 @@ def load_reward_model(
     The head has one output, the reward; for `reward_gaussian` it has two, the mean and the logarithm of the variance.
     The config says regression, so that vLLM's `LLM(folder, runner="pooling").classify(prompts)` returns the outputs
     unchanged and not as probabilities. A `source` that is the folder of an adapter is refused; merge the adapter first.
+    `in_parts` is as in `load_policy`.
     """
     check_dtype(dtype)
     return _load(
@@ -84,6 +93,7 @@ def load_reward_model(
         adapter,
         seed,
         quantization,
+        in_parts,
         **_regression(num_outputs),
     )
 
@@ -109,6 +119,7 @@ def _load(
     adapter: Lora | Path | None,
     seed: int,
     quantization: Quantization | None,
+    in_parts: bool,
     **options: object,
 ) -> PreTrainedModel:
     if quantization and adapter is None:
@@ -119,7 +130,10 @@ def _load(
         raise InvalidOption("quantization", message)
     with torch.random.fork_rng([]):  # new weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)
-        whole = load_whole(kind, source, dtype=dtype, **options).eval()
+        found = find(kind, source, dtype=dtype, **options)
+        if in_parts and (structure := _structure(found, device, adapter, quantization, seed)):
+            return structure
+        whole = read(found).eval()
         model = quantize(whole, device) if quantization else whole.to(device)
         if adapter is not None:
             rewards = is_reward_model(model)
@@ -134,6 +148,20 @@ def _load(
         put_weights(model, adapter)
         check_base(adapter, model)
     return model
+
+
+def _structure(
+    found: Found, device: str | torch.device, adapter: Lora | Path | None, quantization: Quantization | None, seed: int
+) -> PreTrainedModel | None:
+    """Returns the model without weights; None, with a warning, if it must be loaded whole."""
+    try:
+        if quantization:
+            raise NeedsWeights(f"its layers are rounded to {quantization}")
+        return load_structure(found, device, adapter)
+    except NeedsWeights as reason:
+        logger.warning("%s is loaded whole on every rank: %s.", found.source, reason)
+        torch.default_generator.manual_seed(seed)
+        return None
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -199,7 +227,7 @@ def load_attached(
     heads = [weight for name, weight in weights.items() if name.endswith(".score.weight")]
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     options = _regression(len(heads[0])) if heads else {}
-    loaded = _load(kind, source, dtype, device, None, 0, None, **options)
+    loaded = _load(kind, source, dtype, device, None, 0, None, False, **options)
     check_base(adapter, loaded.requires_grad_(False))
     if quantization_of(adapter):
         round_to_nf4(loaded)

@@ -28,7 +28,7 @@ class Memory:
     sharding: int  # weights that FSDP gathers whole to compute with them
     exchange: int  # buffers for gradients between workers, needed after activations are freed
     checkpoint: int  # the checkpoint's copy in host memory; on a CPU it adds to the total
-    loading: int  # the whole model, which each worker loads before splitting it
+    loading: int  # what a worker reads of the model before it has anything else: its part, if workers split the model
     total: int
 
     @property
@@ -95,7 +95,7 @@ def _memory(model: Shapes, run: Run, shards: int, rows: Rows, tokens: int, sever
     resting = state["weights"] + state["masters"] + state["moments"] + state["sharding"]
     in_pack = activations + in_head + head_gradient + masks + several * state["gradients"]
     copied = trained * (FLOAT32 if shards > 1 else size) + state["masters"] + state["moments"]
-    loading = 0 if run.quantized and run.device == "cuda" else model.numbers * size  # an NF4 base is whole on the host
+    loading = 0 if run.quantized and run.device == "cuda" else model.numbers * size // shards  # NF4: on the host
     total = max(loading, resting + max(in_pack, state["gradients"] + exchange))
     return Memory(
         **state,

@@ -68,8 +68,6 @@ def _cell(shapes: Shapes, run: Run) -> str:
     held = in_gb(planned.memory.total)
     if planned.fits:
         return f"{held}: fits"
-    if planned.memory.loading > GPU_BYTES:
-        return f"{held}: no, it is loaded whole"
     remedy = " and ".join(f"`{change.field}: {json.dumps(change.value)}`" for change in planned.changes)
     return f"{held}: " + (f"fits with {remedy}" if remedy else "no")
 

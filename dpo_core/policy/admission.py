@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.plan.positions import POSITIONS, positions_of
 
 LARGEST = 3.4e38  # about the largest finite number in float32
 
@@ -13,8 +14,7 @@ LARGEST = 3.4e38  # about the largest finite number in float32
 def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length: int | None = None) -> None:
     """Raises ValueError for the first group that has ids outside the vocabulary, more tokens than `max_length` or the
     model's positions, or numbers that are not finite."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    config, positions = model.config.get_text_config(), last_position(model)
     for group in groups:
         problem = (
             _too_long(group, max_length, "max_length", "shorten the row, or raise max_length")
@@ -26,6 +26,12 @@ def admit(groups: Sequence[EncodedGroup], model: PreTrainedModel, *, max_length:
         )
         if problem:
             raise ValueError(f"Line {group.line} {problem}")
+
+
+def last_position(model: PreTrainedModel) -> int | None:
+    """Returns the number of the model's positions; None if its config states no limit."""
+    config = model.config.get_text_config()
+    return positions_of({name: getattr(config, name, None) for name in POSITIONS})
 
 
 def _too_long(group: EncodedGroup, limit: int | None, name: str, remedy: str) -> str | None:

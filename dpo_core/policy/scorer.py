@@ -33,6 +33,7 @@ class Scorer(nn.Module):
         super().__init__()
         check_policy(model)
         self.model = model
+        self.dtype = model.dtype  # in which the model computes; shards of trained weights are always float32
         self.rewards = is_reward_model(model)
         self.manner = probe(model)
         self.shares_prompts, self.takes_batches = not self.manner.no_sharing, not self.manner.no_batches

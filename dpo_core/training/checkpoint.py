@@ -191,10 +191,16 @@ def resumable(folder: Path, *, config: TrainConfig, total_steps: int, precision:
 
 
 def load(
-    folder: Path, manifest: Manifest, *, policy: PreTrainedModel, weights: Weights, optimizer: torch.optim.AdamW
+    folder: Path,
+    manifest: Manifest,
+    *,
+    policy: PreTrainedModel,
+    weights: Weights,
+    optimizer: torch.optim.AdamW,
+    has_weights: bool = False,
 ) -> None:
-    """Loads a checkpoint's weights into the policy, and AdamW's state into the optimizer. Raises ValueError if the
-    checkpoint does not fit the policy."""
+    """Loads a checkpoint's weights into the policy, unless it `has_weights` already, and AdamW's state into the
+    optimizer. Raises ValueError if the checkpoint does not fit the policy."""
     saved = _Saved(folder)
     saved.check(weights)
     if manifest.dtype is None:
@@ -203,7 +209,8 @@ def load(
         _check_adapter(folder, policy)
     else:
         _check_config(folder, policy)
-    _load_model(folder / "model", policy)
+    if not has_weights:
+        _load_model(folder / "model", policy)
     for name, parameter in weights.stepped.items():
         if saved.has(name, MASTER):
             parameter.data.copy_(saved.like(parameter, name, MASTER))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_core.config import Sharding, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.models.architecture import decoder_layers
+from dpo_core.models.architecture import decoder_layers, is_sharded, local_part
 from dpo_core.plan.rules import MOST_TOKENS, PACK_SHARE, choose_pack
 from dpo_core.policy.attention import shared_prompts
 from dpo_core.policy.logps import tile_bytes
@@ -44,7 +45,7 @@ def plan_memory(config: TrainConfig, scorer: Scorer, groups: Sequence[EncodedGro
     token_bytes = _bytes_per_token(scorer, groups)
     layers = max(1, len(decoder_layers(model)))
     recomputed_bytes = (
-        token_bytes // layers + layers * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        token_bytes // layers + layers * model.config.get_text_config().hidden_size * scorer.dtype.itemsize
     )
     given, wanted = config.max_tokens_per_pack, config.activation_checkpointing
     tokens, choice, fits = choose_pack(
@@ -91,10 +92,10 @@ def _budget(scorer: Scorer, sharding: Sharding) -> int | None:
     free = _free_bytes(model.device)
     if free is None:
         return None
-    loaded = sum(weight.nbytes for weight in model.parameters())  # weights are whole until sharding
-    state = state_bytes(model, num_shards(scorer, sharding))
+    loaded = sum(local_part(weight).nbytes for weight in model.parameters())
+    state = state_bytes(model, num_shards(scorer, sharding), scorer.dtype)
     vocabulary, capped = model.config.get_text_config().vocab_size, scorer.manner.logits.cap is not None
-    tile = 0 if scorer.rewards else tile_bytes(vocabulary, model.dtype, model.device, capped=capped)
+    tile = 0 if scorer.rewards else tile_bytes(vocabulary, scorer.dtype, model.device, capped=capped)
     return all_reduce_min(int(max(0, free + loaded - state - tile) * PACK_SHARE), model.device)
 
 
@@ -151,11 +152,12 @@ def _bytes_per_token(scorer: Scorer, groups: Sequence[EncodedGroup] = ()) -> int
 
 def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
     """Returns the bytes that autograd keeps for the backward pass of the group, without the weights."""
-    weights = {p.untyped_storage().data_ptr() for p in scorer.model.parameters()}
+    unchanging = None if is_sharded(scorer.model) else _storages(scorer.model)
     kept_storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        weights = _storages(scorer.model) if unchanging is None else unchanging  # shards are gathered layer by layer
         if storage.data_ptr() not in weights:
             kept_storages[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -163,4 +165,12 @@ def _kept_bytes(scorer: Scorer, group: EncodedGroup) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         measured = scorer(scorer.collate([group]))
     del measured
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # as a backward pass would
     return sum(kept_storages.values())
+
+
+def _storages(model: PreTrainedModel) -> set[int]:
+    """Returns the addresses of the model's weights, as far as this rank has them now."""
+    return {local_part(weight).untyped_storage().data_ptr() for weight in model.parameters()}

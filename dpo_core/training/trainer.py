@@ -17,12 +17,15 @@ from dpo_core.checkpoint_selection import Evaluation, evaluations, stalls
 from dpo_core.config import TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.adapter import fingerprint
+from dpo_core.models.architecture import device_of
 from dpo_core.models.model import check_model, check_policy, has_adapter
+from dpo_core.models.parts import is_unread, read_parts
 from dpo_core.models.quantization import precision_of
 from dpo_core.objectives.drift import Drift
 from dpo_core.objectives.losses import Statistics, check_groups
 from dpo_core.objectives.metrics import compute_metrics
-from dpo_core.policy.admission import admit
+from dpo_core.plan.positions import check_max_length
+from dpo_core.policy.admission import admit, last_position
 from dpo_core.policy.flops import Flops, matmul_rate
 from dpo_core.policy.scorer import Scorer
 from dpo_core.training.checkpoint import Manifest, load, resumable
@@ -72,7 +75,7 @@ def train(
     `resume`. Every rank must be given the same batches, and computes its share of them. The loss is a mean over the
     groups of a batch. Therefore a list is refused if one of its batches has more than `batch_size` groups, or if the
     list has not `total_steps` batches. A batch may have fewer groups. The batches of a function are not checked. A
-    group longer than `max_length` is refused. `n_epochs` and `truncation` only record how the batches were made; so
+    group longer than `max_length` is refused, and so is a `max_length` beyond the model's positions. `n_epochs` and `truncation` only record how the batches were made; so
     does `seed`, which also draws an adapter's dropout.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
@@ -168,34 +171,47 @@ class _Run:
     ) -> None:
         check_policy(policy)
         check_model(policy, config.objective)
+        check_max_length(config.max_length, last_position(policy))
         policy.train(False)
+        device = device_of(policy)
         manifest, self.precision, dtypes = None, precision_of(policy), dtypes_of(policy)
         if resume is not None:
             check = partial(resumable, resume, config=config, total_steps=total_steps, precision=self.precision)
-            manifest, config = together(check, policy.device)
+            manifest, config = together(check, device)
         batches = _after(manifest.step if manifest else 0, global_batches)
         first = list(islice(batches, 1))  # the groups on which `plan_memory` measures memory
         self.batches = chain(first, batches)
         agree_on_weights(policy)
+        self.scorer = Scorer(policy)
+        self.matmul_rate = matmul_rate(policy.dtype, device)
+        shard(self.scorer, config.sharding)
+        saved = resume / "model" if resume and is_unread(policy) and not has_adapter(policy) else None
+        if is_unread(policy):
+            together(partial(read_parts, policy, saved), device)
+            agree_on_weights(policy)
         self.base = fingerprint(policy) if has_adapter(policy) else None
         if manifest and self.base and manifest.base not in (None, self.base):
             what = f"The adapter in {resume} was trained on a base with other weights than {policy.name_or_path}"
             raise ValueError(f"{what}; load the policy from the base that the adapter was trained on.")
-        self.scorer = Scorer(policy)
         self.config = plan_memory(config, self.scorer, first[0] if first else ())
         recomputed = self.config.activation_checkpointing == "on"
         if recomputed:
             undo.callback(checkpoint_activations(self.scorer))
         self.flops = Flops(policy, recomputed=recomputed)
-        self.matmul_rate = matmul_rate(policy.dtype, policy.device)
-        shard(self.scorer, config.sharding)
         self.weights = Weights(policy, dtypes)
         undo.callback(self.weights.release)
         self.optimizer = make_optimizer(self.weights.stepped.values(), config.optim)
         self.total_steps, self.step, self.num_tokens, self.statistics = total_steps, 0, 0, Statistics()
         self.num_updates, self.metrics, self.evaluations = 0, dict[str, float](), tuple[Evaluation, ...]()
         if resume is not None and manifest is not None:
-            load(resume, manifest, policy=policy, weights=self.weights, optimizer=self.optimizer)
+            load(
+                resume,
+                manifest,
+                policy=policy,
+                weights=self.weights,
+                optimizer=self.optimizer,
+                has_weights=saved is not None,
+            )
             self.step, self.num_tokens = manifest.step, manifest.num_tokens
             trained = {key: value for key, value in manifest.metrics.items() if not key.startswith("eval/")}
             self.num_updates, self.metrics = manifest.num_updates, trained

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_core.config import Sharding
-from dpo_core.models.architecture import decoder_layers, is_sharded
+from dpo_core.models.architecture import decoder_layers, device_of, is_sharded
 from dpo_core.models.model import has_adapter
 from dpo_core.models.quantization import is_quantized, scales_of
 from dpo_core.options import InvalidOption
@@ -94,10 +94,11 @@ def _is_half(dtype: torch.dtype) -> bool:
 
 
 def agree_on_weights(policy: nn.Module) -> None:
-    """Copies the policy's weights on rank 0 to all other ranks."""
+    """Copies the policy's weights on rank 0 to all other ranks, except those that are sharded or not read yet."""
     if num_ranks() > 1:
         for tensor in chain(policy.parameters(), policy.buffers(), scales_of(policy)):
-            dist.broadcast(tensor.data, 0)
+            if not (isinstance(tensor, DTensor) or tensor.is_meta):
+                dist.broadcast(tensor.data, 0)
 
 
 def shard(scorer: Scorer, sharding: Sharding) -> None:
@@ -134,15 +135,16 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
     policy, ranks, local_ranks = scorer.model, num_ranks(), num_local_ranks()
     if sharding != "auto":
         return {"replicated": 1, "hybrid": local_ranks, "full": ranks}[sharding]
-    if policy.device.type != "cuda" or not scorer.takes_batches or is_quantized(policy):
+    if device_of(policy).type != "cuda" or not scorer.takes_batches or is_quantized(policy):
         return 1
-    room = all_reduce_min(torch.cuda.mem_get_info(policy.device)[1], policy.device)
+    room = all_reduce_min(torch.cuda.mem_get_info(device_of(policy))[1], device_of(policy))
     least = 1 if has_adapter(policy) else local_ranks
     return fewest_shards((least, local_ranks, ranks), lambda shards: state_bytes(policy, shards), room)
 
 
-def state_bytes(policy: PreTrainedModel, shards: int) -> int:
-    """Returns the bytes of the policy's weights, gradients and AdamW's moments on one rank.
+def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None = None) -> int:
+    """Returns the bytes of the policy's weights, gradients and AdamW's moments on one rank. `dtype` is the dtype that
+    the policy computes in; None: that of its weights.
 
     With several shards, a rank also holds some whole weights while it computes, and the gradients of the trained ones:
     the weights outside the layers, and the weights of two layers, because the next layer is fetched ahead.
@@ -160,7 +162,7 @@ def state_bytes(policy: PreTrainedModel, shards: int) -> int:
         return num_bytes
     layers = [_with_gradients(layer) for layer in decoder_layers(policy)]
     outside = _with_gradients(policy) - sum(layers)
-    gathered: int = policy.dtype.itemsize * (outside + 2 * max(layers, default=0))
+    gathered: int = (dtype or policy.dtype).itemsize * (outside + 2 * max(layers, default=0))
     return num_bytes // shards + gathered
 
 
@@ -172,6 +174,6 @@ def _with_gradients(module: nn.Module) -> int:
 
 def _mesh(policy: PreTrainedModel, shards: int) -> DeviceMesh:
     if shards == num_ranks():
-        return init_device_mesh(policy.device.type, (shards,))
+        return init_device_mesh(device_of(policy).type, (shards,))
     sizes = (num_ranks() // shards, shards)
-    return init_device_mesh(policy.device.type, sizes, mesh_dim_names=("copies", "shards"))
+    return init_device_mesh(device_of(policy).type, sizes, mesh_dim_names=("copies", "shards"))

@@ -1,15 +1,17 @@
 """Checks a new job before it is accepted: its model, its files, and the limits of its project."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dpo_core.options import Objective
+from dpo_core.options import InvalidOption, Objective
+from dpo_core.plan.positions import check_max_length, positions_of
 from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import File, reading_of
 from services.control_plane.files import files
-from services.control_plane.jobs import weights
+from services.control_plane.jobs import plans, weights
 from services.control_plane.jobs.requests import is_local
 from services.control_plane.jobs.weights import Combination, WeightsAsked
 from services.control_plane.models import models
@@ -48,6 +50,7 @@ async def admit(
     reference = await _reference(session, spec, model, settings)
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
     weights.check(Combination(spec, asked, model, reference))
+    spec = await _within_positions(spec, model)
     reports = list[Any]()
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
         file = await files.find_training(session, spec.training_file, param="training_file")
@@ -69,6 +72,23 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
             file = await session.get_one(File, file_id)
             files.refuse_unusable(file, param)
             _check_file(file, spec.config.objective, param)
+
+
+async def _within_positions(spec: JobSpec, model: NamedModel) -> JobSpec:
+    """Returns the spec with a `max_length` that the model can read. Raises InvalidRequest for one that it cannot.
+
+    If the model's config cannot be read here, the job itself makes this check.
+    """
+    try:
+        positions = positions_of((await plans.look_at(model)).config)
+        check_max_length(spec.config.max_length, positions)
+    except InvalidOption as error:
+        raise InvalidRequest(str(error), param=f"x_raydpo.{error.field}", code="invalid_value") from None
+    except ValueError:
+        return spec
+    if positions is None or spec.config.max_length <= positions:
+        return spec
+    return spec.model_copy(update={"config": replace(spec.config, max_length=positions)})
 
 
 async def _reference(session: AsyncSession, spec: JobSpec, start: NamedModel, settings: Settings) -> NamedModel | None:

@@ -25,6 +25,8 @@ from dpo_core.encoding.encode import EncodedGroup, encode_groups
 from dpo_core.encoding.templates import UnusableTemplate, prefill
 from dpo_core.encoding.truncation import truncate
 from dpo_core.encoding.unread import unread
+from dpo_core.options import InvalidOption
+from dpo_core.plan.positions import POSITIONS, check_max_length, positions_of
 from services import storage
 from services.contract import AttemptSpec, Contract, Failed, Message, Recipe, Report
 from services.training import policies
@@ -261,10 +263,14 @@ def encode_piece(recipe: Recipe, folder_uri: str | None, piece: Piece) -> Encode
     limit = min(recipe.max_length, model.positions)
     tally = Tally(piece.num_rows)
     try:
+        check_max_length(recipe.max_length, model.positions)
         groups = list(_without_ties(_usable(recipe, piece, tally), tally))
         training, held_out = _encode(groups, model, recipe, limit, tally)
     except InvalidRow as error:
         return Encoded(piece=piece.number, report=tally.report(), refused=(error.line, invalid_file(str(error))))
+    except InvalidOption as error:
+        failed = Failed(code="invalid_value", message=str(error), param=f"x_raydpo.{error.field}")
+        return Encoded(piece=piece.number, report=tally.report(), refused=(piece.first_line, failed))
     except UnusableTemplate as error:
         failed = Failed(code="invalid_model", message=str(error), param="model")
         return Encoded(piece=piece.number, report=tally.report(), refused=(piece.first_line, failed))
@@ -480,8 +486,8 @@ def load(model_source: str) -> Model:
     base = storage.fetch(policies.base_of(model_source))
     config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
     tokenizer = load_tokenizer(folder)
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
-    return Model(tokenizer, positions, _ends(base, config, tokenizer))
+    positions = positions_of({name: getattr(config, name, None) for name in POSITIONS})
+    return Model(tokenizer, positions or 2**31, _ends(base, config, tokenizer))
 
 
 def _ends(folder: Path, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:

@@ -20,6 +20,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from dpo_core.config import Lora, Optim, Quantization, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.models.parts import is_unread
 from dpo_core.models.quantization import scales_of
 from dpo_core.options import Dpo, Mpo
 from dpo_core.policy.scorer import Scorer
@@ -49,6 +50,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     model: str = "model"
     quantization: Quantization | None = None
+    in_parts: bool = False
 
 
 CASES = {
@@ -64,10 +66,15 @@ CASES = {
         2, replace(CONFIG, sharding="full"), adapter=Lora(r=4), dtype=torch.bfloat16
     ),
     "shards that cannot share prompts": Case(2, replace(CONFIG, sharding="full"), model="capped model"),
+    "parts": Case(2, replace(CONFIG, sharding="full"), in_parts=True),
+    "parts with an adapter in bfloat16": Case(
+        2, replace(CONFIG, sharding="full"), adapter=Lora(r=4), dtype=torch.bfloat16, in_parts=True
+    ),
+    "parts that are copies": Case(2, CONFIG, in_parts=True),
     "four shards": Case(4, replace(CONFIG, sharding="full")),
     "two copies of two shards": Case(4, replace(CONFIG, sharding="hybrid")),
 }
-STOPPED = ["copies", "shards"]
+STOPPED = ["copies", "shards", "parts"]
 IN_HALVES = [name for name, case in CASES.items() if case.dtype == torch.bfloat16]
 SHARDED = [name for name, case in CASES.items() if case.config.sharding != "auto" and case.dtype == torch.float32]
 
@@ -86,8 +93,15 @@ def train_in(
 ) -> None:
     """Train what stands in `home`; leave metrics and weights in `folder`, checkpoints of shards in the one above."""
     pairs = read_pairs(home)
-    policy = load_policy(home / case.model, adapter=case.adapter, dtype=case.dtype, quantization=case.quantization)
-    if folder.name == "rank1":  # ranks start from rank 0's weights
+    policy = load_policy(
+        home / case.model,
+        adapter=case.adapter,
+        dtype=case.dtype,
+        quantization=case.quantization,
+        in_parts=case.in_parts,
+    )
+    assert is_unread(policy) == case.in_parts
+    if folder.name == "rank1" and not case.in_parts:  # ranks start from rank 0's weights
         for tensor in (policy.lm_head.weight, *scales_of(policy)):
             torch.nn.init.zeros_(tensor)
     batches = [pairs, pairs[:1], pairs[1:4]]  # the second leaves ranks without a pack
@@ -167,6 +181,8 @@ def run_rank(rank: int, num_ranks: int, home: Path) -> None:
         shards = CASES["four shards"]
         train_in(home, home / "resumed by four" / f"rank{rank}", shards, resume=home / "shards" / "step-000002")
     else:
+        resumed = home / "parts, resumed" / f"rank{rank}"
+        train_in(home, resumed, CASES["parts"], resume=home / "shards" / "step-000002")
         for name in STOPPED:
             stop_in(home, name, rank)
         for name in IN_HALVES:  # where nothing is left to do
@@ -262,6 +278,15 @@ def test_a_model_is_saved_in_its_own_precision_by_shards_too(name, home):
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
     if CASES[name].adapter is None:
         assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["parts", "parts, resumed"])
+def test_ranks_that_read_their_parts_train_as_those_that_read_all(name, rank, home):
+    found, expected = (results(home / each / f"rank{rank}") for each in (name, "shards"))
+    assert found == expected[-len(found) :]
+    weights = [load_file(home / each / f"rank{rank}" / "weights.safetensors") for each in (name, "shards")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_four_ranks_resume_a_run_of_two(home):

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,20 @@ def test_an_adapters_worker_that_is_killed_costs_no_bit(
     assert figures(driver.reports()) == figures(adapted.reports())
     ours, theirs = (load_policy(adapted.spec.model_source, adapter=exported(each)) for each in (driver, adapted))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_workers_that_split_the_base_read_their_parts_of_it(
+    adapted: Driver, make_spec: MakeSpec, start: Callable[[AttemptSpec], Driver]
+) -> None:
+    driver = done(start(make_spec(config=replace(CONFIG, sharding="full"), num_workers=2, **GIVEN)))
+    assert "loaded whole" not in driver.log.read_text()
+    whole, parts = figures(adapted.reports()), figures(driver.reports())
+    assert parts.keys() == whole.keys()
+    for step in (1, 2, 10):
+        assert parts[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-3)
+        assert parts[step]["grad_norm"] == pytest.approx(whole[step]["grad_norm"], rel=1e-3)
+    config = json.loads((exported(driver) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == driver.spec.model_source
 
 
 def test_a_job_goes_on_with_an_adapter_and_its_start_is_the_reference(

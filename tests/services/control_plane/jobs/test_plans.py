@@ -30,6 +30,7 @@ def settings(offline: Settings, fake_ray: FakeRay, tmp_path_factory: pytest.Temp
         "towered": str(write_model(home / "towered", LARGE, text_config={"hidden_size": 64})),
         "recurrent": str(write_model(home / "recurrent", SMALL, num_attention_heads=None)),
         "quantized": str(write_model(home / "quantized", SMALL, quantization_config={"quant_method": "gptq"})),
+        "short": str(write_model(home / "short", SMALL, max_position_embeddings=512)),
         "away": "organization/away",
     }
     named = {name: BaseModel(source=source) for name, source in models.items()}
@@ -75,6 +76,25 @@ def test_a_plan_tells_what_a_worker_would_hold_and_that_it_fits(ask, machines):
     assert (found["steps"], found["checkpoint_bytes"]) == (3, 12 * numbers)  # of eight pairs each
     assert found["needed_bytes"] > sum(parts[name] for name in ("weights", "gradients", "moments"))
     assert "an estimate" in found["notes"][0]
+
+
+@pytest.mark.parametrize("path", ["/x/plans", "/x/jobs/validate", "/fine_tuning/jobs"])
+def test_a_max_length_beyond_the_models_positions_is_refused(path, ask, machines):
+    machines(GB, 8 * GB)
+    refused = ask("short", path, max_length=513)["error"]
+    assert (refused["param"], refused["code"]) == ("x_raydpo.max_length", "invalid_value")
+    assert refused["message"] == (
+        "max_length is 513, but the model has only 512 positions; set it to 512 or less, or leave it out."
+    )
+
+
+def test_the_default_max_length_is_no_more_than_the_models_positions(ask, machines):
+    machines(GB, 8 * GB)
+    lengths = {
+        name: ask(name, "/x/jobs/validate")["x_raydpo"]["request"]["x_raydpo"]["max_length"]
+        for name in ("short", "small", "away")
+    }
+    assert lengths == {"short": 512, "small": 2048, "away": 2048}
 
 
 def test_an_adapter_trains_few_weights_of_a_base_that_stays(ask, machines):

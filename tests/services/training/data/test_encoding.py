@@ -58,6 +58,14 @@ def run(tmp_path: Path) -> Callable[[AttemptSpec], tuple[list[EncodedGroup], lis
     return run
 
 
+def test_a_max_length_beyond_the_models_positions_is_refused(make_spec: MakeSpec, run: Any) -> None:
+    with pytest.raises(JobFailed) as failure:
+        run(make_spec(config=TrainConfig(max_length=5000)))
+    report = failure.value.report
+    assert (report.code, report.param) == ("invalid_value", "x_raydpo.max_length")
+    assert "max_length is 5000, but the model has only" in report.message
+
+
 def test_pieces_are_whole_lines_and_cover_the_file(tmp_path: Path) -> None:
     rows = [b'{"a": 1}\n', b"\r\n", b"\n", *(b'{"a": %d}\r\n' % n for n in range(20)), b"\n", b'{"last": 1}']
     data = b"\xef\xbb\xbf" + b"".join(rows)

@@ -1,0 +1,40 @@
+"""Reads from a model's config how many tokens the model can tell apart by position, and refuses a longer `max_length`.
+Uses only the standard library."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_core.config import MAX_LENGTH
+from dpo_core.options import InvalidOption
+
+POSITIONS = ("max_position_embeddings", "n_positions", "rope_parameters", "rope_scaling")  # fields of a config
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Returns the number of positions of the model with this config.json; None if the config states no limit.
+
+    Rotary positions that are scaled by a factor reach as far as the factor says, if the config does not count them in
+    already.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+    stated = text.get("max_position_embeddings") or text.get("n_positions")
+    if not isinstance(stated, int):
+        return None
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]  # one for each kind of layer
+    return max(stated, *(_reach(part, stated) for part in parts))
+
+
+def check_max_length(max_length: int, positions: int | None) -> None:
+    """Raises InvalidOption for a `max_length` above the model's positions. The default is never refused: it stands for
+    the model's positions if these are fewer."""
+    if positions is not None and max_length > positions and max_length != MAX_LENGTH:
+        what = f"max_length is {max_length}, but the model has only {positions} positions"
+        raise InvalidOption("max_length", f"{what}; set it to {positions} or less, or leave it out.")
+
+
+def _reach(rope: Mapping[str, Any], stated: int) -> int:
+    """Returns the number of positions that scaled rotary positions reach; 0 if they are not scaled."""
+    kind = rope.get("rope_type") or rope.get("type")
+    original = rope.get("original_max_position_embeddings") or (stated if kind in ("dynamic", "yarn") else 0)
+    return int(original * (rope.get("factor") or 1))
