@@ -95,6 +95,7 @@ class Deployment(Contract):
     num_gpus: float = 0  # of each replica; 0: the model runs on CPUs, with vLLM's CPU build
     engine: Annotated[EngineSettings, _tolerant(EngineSettings)] = EngineSettings()
     purpose: Purpose = "both"
+    num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
 
     @property
     def most_gpus(self) -> float:
@@ -115,6 +116,50 @@ class Score(NamedTuple):
 
     logp: float  # sum over the completion's tokens, in nats
     num_tokens: int
+
+
+class TextGroup(Contract):
+    """A prompt and its completions, to be scored. All are texts or all are lists of messages, and have been checked."""
+
+    prompt: Any
+    completions: tuple[Any, ...]
+    tools: list[dict[str, Any]] | None = None
+    template_arguments: dict[str, Any] | None = None
+
+
+class TextsToScore(Contract):
+    """The body of a POST to a model's `SCORE_TEXTS`."""
+
+    groups: list[TextGroup]
+    today: date | None = None  # for chat templates that write the date; None: the current date
+
+
+class TokenGroup(Contract):
+    """The ids of a prompt and its completions, as the policy's tokenizer gives them."""
+
+    prompt_ids: list[int]
+    completion_ids: tuple[list[int], ...]
+    others: tuple[tuple[tuple[int, int], ...], ...] | None = None  # the Spans of each completion; None: all are empty
+
+
+class TokensToScore(Contract):
+    """The body of a POST to a model's `SCORE_TOKENS`."""
+
+    groups: list[TokenGroup]
+    vocabulary: str  # digest of the vocabulary that the ids belong to
+
+
+class Scored(Contract):
+    """The answer of a model to both kinds of requests."""
+
+    groups: list[TokenGroup]
+    vocabulary: str
+    outputs: list[list[list[float]]]  # by group and completion: the log-probability, or a reward model's outputs
+    num_tokens: list[list[int]]  # by group and completion: the tokens that the model wrote
+
+
+SCORE_TEXTS, SCORE_TOKENS = "score/texts", "score/tokens"
+"""The paths, below `/v1/` of a model's application, by which the control plane has completions scored."""
 
 
 # --- where a job's metrics go ------------------------------------------------------------

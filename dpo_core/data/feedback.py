@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
 from dpo_core.data.column_hints import LONGEST, side_rated
-from dpo_core.data.formats import Format, detect, keys_of
+from dpo_core.data.formats import FORMATS, Format, detect, keys_of
 from dpo_core.data.groups import Group
 from dpo_core.data.jsonl import InvalidRow, Row, read_rows
 
@@ -26,18 +26,23 @@ class Record:
     ignored_keys: frozenset[str]  # columns that are not read
     problem: InvalidRow | None
     is_contrary: bool = False  # the row is a pair whose own, unread scores rate the rejected one higher
+    subset: str | None = None  # the text in the row's column `subset`, by which benchmarks divide their rows
 
 
 def read_records(
-    lines: Iterable[bytes], *, first_line: int = 1, columns: Mapping[str, str] | None = None
+    lines: Iterable[bytes],
+    *,
+    first_line: int = 1,
+    columns: Mapping[str, str] | None = None,
+    formats: Sequence[Format] = FORMATS,
 ) -> Iterator[Record]:
     """Yields the record of every row of a file, in order. If `lines` are a part of a file, `first_line` is the number
     of the first line.
 
     If the columns have other names than the roles, `columns` names the column of each role, such as {"prompt":
-    "question"}.
+    "question"}. The file must have one of `formats`.
     """
-    records = _read_each(lines, first_line, columns or {})
+    records = _read_each(lines, first_line, columns or {}, formats)
     for record in records:
         if record.format and record.format.joins:
             yield from _joined(chain([record], records))
@@ -45,10 +50,12 @@ def read_records(
             yield record
 
 
-def _read_each(lines: Iterable[bytes], first_line: int, columns: Mapping[str, str]) -> Iterator[Record]:
+def _read_each(
+    lines: Iterable[bytes], first_line: int, columns: Mapping[str, str], formats: Sequence[Format]
+) -> Iterator[Record]:
     form = None
     for row in read_rows(lines, first_line):
-        record = _read(row, form, columns)
+        record = _read(row, form, columns, formats)
         form = form or record.format
         yield record
 
@@ -101,14 +108,16 @@ def is_tied(group: Group) -> bool:
     return len(group.completions) > 1 and group.ratings is not None and len(set(group.ratings)) == 1
 
 
-def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, str]) -> Record:
+def _read(
+    row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, str], formats: Sequence[Format]
+) -> Record:
     form = None
     try:
         if isinstance(row, InvalidRow):
             raise row
         if columns:
             row = row.renamed(columns)
-        form = detect(row)
+        form = detect(row, formats)
         if expected and form is not expected:
             what = (
                 f"has columns of another format ({keys_of(row)}) than the first row, {expected.name}; use one format."
@@ -116,7 +125,9 @@ def _read(row: Row | InvalidRow, expected: Format | None, columns: Mapping[str, 
             raise row.invalid("", "mixed_formats", what)
         unread = form.unread(row)
         groups = form.read(row, unread)
-        return Record(row.line, form, groups, unread, None, bool(unread) and _is_contrary(row, unread, form))
+        is_contrary, subset = bool(unread) and _is_contrary(row, unread, form), row.value.get("subset")
+        subset = subset if isinstance(subset, str) else None
+        return Record(row.line, form, groups, unread, None, is_contrary, subset)
     except InvalidRow as error:
         return Record(row.line, form, (), frozenset(), error)
 

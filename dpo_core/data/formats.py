@@ -93,7 +93,7 @@ class Format:
     def _extras(self) -> frozenset[str]:
         """The optional columns of this format, such as `weight`, `margin` and tools, that `_read_all` reads itself;
         `reader` reads the other columns."""
-        return self.keys & (_MESSAGE_KEYS | {"weight", "margin"})
+        return self.keys & (OPTIONAL_KEYS | {"weight", "margin"})
 
     @cached_property
     def _takes_tools(self) -> bool:
@@ -128,15 +128,15 @@ class Format:
 _JSON_STARTS = "[{ \n"  # the first character of messages as JSON
 
 
-def detect(row: Row) -> Format:
-    """Returns the format of the row. Raises InvalidRow if the row has no known format.
+def detect(row: Row, formats: Sequence[Format] | None = None) -> Format:
+    """Returns the first of `formats` (by default those of training) that the row has. Raises InvalidRow if it has none.
 
     The function also changes the row: messages that a column holds as a text of JSON become lists of messages.
     """
     for column in CONVERSATION_KEYS.intersection(row.value):
         if isinstance(text := row.value[column], str) and text[:1] in _JSON_STARTS:
             row.value[column] = opened(row, f"/{column}", text)
-    for form in FORMATS:
+    for form in FORMATS if formats is None else formats:
         if form.matches(row.value):
             return form
     what = f"has columns ({keys_of(row)}) of no known format; docs/use/data.md lists the formats"
@@ -170,12 +170,12 @@ def keys_of(row: Row) -> str:
 _OUTPUT_KEYS = frozenset(
     f"{side}_{word}" for side in ("preferred", "non_preferred") for word in ("output", "completion")
 )
-_MESSAGE_KEYS = TOOL_KEYS | TEMPLATE_KEYS | SYSTEM_KEYS
+OPTIONAL_KEYS = TOOL_KEYS | TEMPLATE_KEYS | SYSTEM_KEYS
 _SIDES_KEYS = frozenset({*readers.SIDES, "weight", "margin"})
-_PAIR_KEYS = _SIDES_KEYS | _MESSAGE_KEYS | {"prompt"}
-_RANKED_KEYS = _MESSAGE_KEYS | {"prompt", "completions", "ranks", "scores", "weight"}
-_LABEL_KEYS = _MESSAGE_KEYS | {"prompt", "completion", "label", "weight"}
-_CHAT_PAIR_KEYS = _MESSAGE_KEYS | {"messages", "weight", "margin"}
+_PAIR_KEYS = _SIDES_KEYS | OPTIONAL_KEYS | {"prompt"}
+_RANKED_KEYS = OPTIONAL_KEYS | {"prompt", "completions", "ranks", "scores", "weight"}
+_LABEL_KEYS = OPTIONAL_KEYS | {"prompt", "completion", "label", "weight"}
+_CHAT_PAIR_KEYS = OPTIONAL_KEYS | {"messages", "weight", "margin"}
 CONVERSATION_KEYS = frozenset(
     {*readers.SIDES, "prompt", "completion", "messages", "conversations", "context", "rejected_messages"}
     | {"conversation_a", "conversation_b"}
@@ -287,7 +287,7 @@ _TEXTS = (
 )
 
 
-def _with_system_prompt(form: Format) -> Format:
+def with_system_prompt(form: Format) -> Format:
     """Returns a format for rows of `form` that also have a system prompt. Their texts are read as messages."""
 
     def matches(row: dict[str, object]) -> bool:
@@ -344,7 +344,7 @@ FORMATS = (
         _is_dialogues,
         readers.read_dialogues,
     ),
-    *map(_with_system_prompt, _TEXTS),
+    *map(with_system_prompt, _TEXTS),
     _TEXTS[0],
     _pairs_of("question/chosen/rejected", "question", *readers.SIDES),
     _pairs_of("instruction/chosen/rejected", "instruction", *readers.SIDES),
@@ -385,7 +385,7 @@ FORMATS = (
     replace(
         _published("AlpacaFarm", published.read_alpaca_farm, "instruction output_1 output_2 preference"),
         keys=frozenset({"instruction", "input", "output_1", "output_2", "preference", "weight"})
-        | _MESSAGE_KEYS - TOOL_KEYS,
+        | OPTIONAL_KEYS - TOOL_KEYS,
     ),
     _published("A or B", published.read_a_or_b, "prompt response_a response_b winner"),
     _published("SHP", published.read_shp, "history human_ref_A human_ref_B labels"),
@@ -426,7 +426,7 @@ FORMATS = (
         "`messages` or `conversations`, `label` or `kto_tag` (`true` or `false`) of the last answer: ms-swift's, "
         "LLaMA-Factory's",
         "unpaired",
-        _MESSAGE_KEYS | {"messages", "conversations", "weight", *readers.LABELS},
+        OPTIONAL_KEYS | {"messages", "conversations", "weight", *readers.LABELS},
         _any(*(_has(column, label) for column in ("messages", "conversations") for label in readers.LABELS)),
         readers.read_labelled_chat,
     ),
@@ -450,7 +450,7 @@ FORMATS = (
         "ShareGPT",
         "`conversations`; every answer in it whose `weight` is not 0 is learned",
         "demonstrations",
-        _MESSAGE_KEYS | {"conversations"},
+        OPTIONAL_KEYS | {"conversations"},
         _has("conversations"),
         partial(readers.read_chat, column="conversations"),
     ),
@@ -458,7 +458,7 @@ FORMATS = (
         "OpenAI chat",
         "`messages`; every assistant message whose `weight` is not 0 is learned",
         "demonstrations",
-        _MESSAGE_KEYS | {"messages"},
+        OPTIONAL_KEYS | {"messages"},
         _has("messages"),
         readers.read_chat,
     ),

@@ -47,6 +47,7 @@ from services.control_plane.models.inference import Inference
 from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams
 from services.control_plane.ray_api import RayApi
+from services.control_plane.rewards import api as rewards_api
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import api as tenants_api
 from services.control_plane.tenants import api_keys, audit_api
@@ -75,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
         deployments_api,
         model_check_api,
         inference_api,
+        rewards_api,
         webhooks_api,
         progress_api,
     )

@@ -29,7 +29,7 @@ from services.forkserver.client import preload
 logger = logging.getLogger(__name__)
 
 IMPORT_TRIES = 3
-POLICY = "services.serving.policy"
+POLICY, REWARD_MODEL = "services.serving.policy", "services.serving.reward_model"
 IMPORTS = (POLICY, "vllm.v1.engine.core", "vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker")
 
 
@@ -39,10 +39,12 @@ def build(args: dict[str, Any]) -> Application:
     Serve calls this function by its import path; `args` are the fields of a `Deployment`.
     """
     deployment = Deployment.model_validate(args)
-    preload(ray.get_runtime_context().get_job_id(), IMPORTS, wait=True)  # the replica and its engine need them
+    replica, imports = (RewardModel, (REWARD_MODEL,)) if deployment.num_outputs else (Policy, IMPORTS)
+    preload(ray.get_runtime_context().get_job_id(), imports, wait=True)  # the replica and its engine need them
     options = {
         "name": "policy",
-        "ray_actor_options": {"num_cpus": 1},
+        # The workers of an engine are actors that take the GPUs; a reward model's replica computes itself.
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": deployment.num_gpus if deployment.num_outputs else 0},
         "placement_group_bundles": _bundles(deployment.num_gpus),
         # All bundles are on one node: the replica fetches the weights, and the workers on the GPUs read them.
         "placement_group_strategy": "STRICT_PACK",
@@ -52,7 +54,7 @@ def build(args: dict[str, Any]) -> Application:
         "graceful_shutdown_timeout_s": 600,  # a replica that is replaced ends its answers first
         **_scale(deployment.engine.replicas),
     }
-    return serve.deployment(Policy).options(**options).bind(deployment)
+    return serve.deployment(replica).options(**options).bind(deployment)
 
 
 def _scale(replicas: Replicas) -> dict[str, Any]:
@@ -107,6 +109,21 @@ class Policy:
     ) -> list[list[float]]:
         """Returns the log-probability of each token of each completion, given the completion's prompt."""
         return await self._server.reference.token_logps(prompt_ids, completion_ids, others)
+
+
+@serve.ingress()
+class RewardModel:
+    """A replica of a reward model, which answers only the control plane's requests to score completions."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Loads the model and returns its HTTP server. The replica is ready when this method returns."""
+        source = await asyncio.to_thread(_local, self._deployment)
+        reward_model = importlib.import_module(REWARD_MODEL)
+        app: FastAPI = await asyncio.to_thread(reward_model.start, self._deployment, source)
+        return app
 
 
 def _import_policy() -> None:

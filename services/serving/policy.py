@@ -1,9 +1,9 @@
 """Starts the vLLM engine of a served model on CPUs or GPUs. Only replicas of Ray Serve import this module."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
-import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -11,12 +11,15 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from vllm.platforms import current_platform
 
+from dpo_core.encoding.encode import EncodedGroup
 from services.contract import LOAD_ROUTE, Deployment
 from services.forkserver.client import spawn_forks
+from services.serving.cores import num_threads
 from services.serving.engine_args import MAX_NUM_BATCHED_TOKENS, engine_args
 from services.serving.executor import ExecutorOnCpus
 from services.serving.load import Load
 from services.serving.reference import Reference
+from services.serving.scoring import Scoring
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 
@@ -26,6 +29,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 
     reference: Reference
     load: Load
+    folder: str  # of the model and its tokenizer, or a hub id
 
     async def _start_engine(self) -> None:
         """Starts only the engine. The base class also starts an actor of 400 MB for Ray's usage statistics."""
@@ -35,15 +39,27 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         self.engine._engine_client.logger_manager.stat_loggers.append(self.load)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns vLLM's HTTP server with the paths in ROUTES, without those that control the engine, and the load."""
+        """Returns vLLM's HTTP server with the paths in ROUTES, those of `Scoring`, and the load.
+
+        The paths that control the engine are left out.
+        """
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
         app.add_api_route(LOAD_ROUTE, self._tell_load)
+        Scoring(self.folder, self.engine._engine_client.model_config.max_model_len, self._logps).add_to(app)
         return app
 
     async def _tell_load(self) -> dict[str, Any]:
         """Runs in the event loop, as the engine's statistics do."""
         return {"replica": serve.get_replica_context().replica_id.unique_id, **self.load.as_json()}
+
+    async def _logps(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
+        """Returns the log-probability of each completion, as its only output."""
+        prompts = [list(group.prompt_ids) for group in groups for _ in group.completion_ids]
+        completions = [list(ids) for group in groups for ids in group.completion_ids]
+        others = [spans for group in groups for spans in group.others or ((),) * len(group.completion_ids)]
+        scores = iter(await self.reference.score(prompts, completions, others))
+        return [[[next(scores).logp] for _ in group.completion_ids] for group in groups]
 
 
 class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
@@ -74,18 +90,15 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     spawn_forks()
     server: PolicyServer = PolicyServer.sync_init(config, engine_cls=EngineOnCpus if on_cpus else VLLMEngine)
+    server.folder = source
     await server.start()
     return server
 
 
 def _cpus() -> dict[str, Any]:
     """Returns the settings of LLMConfig for CPUs. Sets the environment variables that the engine's process inherits."""
-    node_id = ray.get_runtime_context().get_node_id()
-    reserved = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
-    # Ray gives an actor one thread for each CPU that it reserves, here one. Waiting threads must not spin while other
-    # processes train.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, min(os.cpu_count() or 1, int(reserved))))
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["OMP_NUM_THREADS"] = str(num_threads())
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads must not spin while other processes train
     return {"accelerator_config": {"kind": "cpu"}}
 
 

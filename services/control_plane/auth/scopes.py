@@ -4,7 +4,7 @@ from services.control_plane.auth.keys import Caller, Scope
 from services.control_plane.core.errors import Forbidden
 
 ADMIN = ("/v1/x/keys", "/v1/x/projects", "/v1/x/audit", "/v1/fine_tuning/checkpoints")
-INFERENCE = ("/v1/chat/completions", "/v1/completions")
+INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")
 
 
 def check(caller: Caller, method: str, path: str) -> None:

@@ -20,7 +20,7 @@ HELD_BYTES = 2**28  # the most bytes of bodies in memory, of all requests togeth
 OPEN_STREAMS = 20_000  # the most open event streams; one costs little but its socket
 UNCOUNTED = ("/healthz", "/readyz", "/metrics")  # answered however busy the service is
 INTERNAL = "/internal/"  # attempts' reports; their own limits keep users' requests from crowding them out
-GENERATING = ("/v1/chat/completions", "/v1/completions")  # these may wait for a model for minutes
+ASKING_MODELS = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")  # these may wait for a model for minutes
 
 STRANGERS = ""  # the holder of all requests without a known key
 ProjectOf = Callable[[str], Awaitable[str | None]]  # finds a bearer token's project; None: it has none
@@ -202,7 +202,7 @@ class Limits:
             project = await self._project_of(token)
         finally:
             self._asking.give_back(1)
-        return f"{project} {scope['path'] in GENERATING}" if project else STRANGERS
+        return f"{project} {scope['path'] in ASKING_MODELS}" if project else STRANGERS
 
 
 def _declared(headers: Mapping[str, str]) -> int:
@@ -214,4 +214,4 @@ def _declared(headers: Mapping[str, str]) -> int:
 def _is_stream(scope: Scope, message: Message) -> bool:
     """Whether the answer streams a job's events. A streamed completion keeps its place, as a model works for it."""
     kinds = (value for name, value in message["headers"] if name == b"content-type")
-    return scope["path"] not in GENERATING and any(kind.startswith(b"text/event-stream") for kind in kinds)
+    return scope["path"] not in ASKING_MODELS and any(kind.startswith(b"text/event-stream") for kind in kinds)

@@ -28,7 +28,8 @@ async def use(session: AsyncSession, model: NamedModel) -> None:
 
     Raises Unavailable if another model has the same application name on the cluster.
     """
-    row = insert(Deployment).values(app_name=model.app_name, model_id=model.id, source=model.source)
+    named = {"app_name": model.app_name, "model_id": model.id, "source": model.source}
+    row = insert(Deployment).values(**named, num_outputs=model.num_outputs)
     used = {"last_used_at": func.clock_timestamp()}
     same = (Deployment.model_id == model.id) & (Deployment.source == model.source)
     row = row.on_conflict_do_update(index_elements=[Deployment.app_name], set_=used, where=same)
@@ -112,7 +113,8 @@ async def status(
 ) -> Status:
     own = (await deployment_settings.of(session, settings, [model.id]))[model.id]
     row, app = await session.get(Deployment, model.app_name), applications.get(model.app_name)
-    asked = row or Deployment(app_name=model.app_name, model_id=model.id, source=model.source)
+    named = {"app_name": model.app_name, "model_id": model.id, "source": model.source}
+    asked = row or Deployment(**named, num_outputs=model.num_outputs)
     application = _application(asked, own, settings)
     chosen = await deployment_settings.chosen(session, model.id)
     if app is None or app.state == "stopping":
@@ -254,12 +256,14 @@ async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_
 
 
 def _application(row: Deployment, own: DeploymentSettings, settings: Settings) -> contract.Deployment:
+    num_gpus = deployment_settings.num_gpus(own, settings)
     return contract.Deployment(
         app_name=row.app_name,
         model_id=row.model_id,
         source=row.source,
         dtype=own.dtype or settings.dtype,
         max_model_len=own.max_model_len,
-        num_gpus=deployment_settings.num_gpus(own, settings),
+        num_gpus=min(num_gpus, 1) if row.num_outputs else num_gpus,  # a reward model is not divided
         engine=own.engine(),
+        num_outputs=row.num_outputs or 0,
     )

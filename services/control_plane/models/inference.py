@@ -96,8 +96,19 @@ class Inference:
         async with caller.begin() as session:
             model = await models.find(session, self._settings, name)
         if model.num_outputs:
-            message = f"'{model.id}' is a reward model: it scores texts and writes none. Name a policy or a base model."
+            message = f"'{model.id}' is a reward model: it scores texts and writes none. Ask it by POST /v1/x/rewards."
             raise InvalidRequest(message, param="model", code="invalid_value")
+        return await self._forwarded(model, path, body, streams=streams)
+
+    async def want(self, model: NamedModel) -> None:
+        """Asks for the model to be served soon, and does not wait for it."""
+        await self._ask(model)
+
+    async def ask(self, model: NamedModel, path: str, body: bytes) -> bytes:
+        """Returns the answer of the model's application to `POST /v1/<path>`. Clients cannot reach all such paths."""
+        return bytes((await self._forwarded(model, path, body, streams=False)).body)
+
+    async def _forwarded(self, model: NamedModel, path: str, body: bytes, *, streams: bool) -> Response:
         base_url = await self._wait_until_served(model)
         answer: httpx.Response | None = None
         stays = False

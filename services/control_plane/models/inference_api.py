@@ -51,10 +51,10 @@ async def _forward(
 ) -> Response:
     _check({"model": body.model} | (body.model_extra or {}))
     raw, streams = await request.body(), bool(body.stream)
-    return await _while_connected(request, inference.forward(store, path, body.model, raw, streams=streams))
+    return await while_connected(request, inference.forward(store, path, body.model, raw, streams=streams))
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """Returns the response of `work`, which is cancelled as soon as the client disconnects."""
     answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
     try:

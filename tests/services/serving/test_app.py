@@ -16,9 +16,11 @@ import torch
 from openai import OpenAI
 from peft import AutoPeftModelForCausalLM
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from services.contract import LOAD_ROUTE, Deployment
+from dpo_core.models.folder import save_model
+from dpo_core.models.model import agree_on_padding, load_reward_model, load_tokenizer
+from services.contract import LOAD_ROUTE, SCORE_TEXTS, Deployment, Scored
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.serving.conftest import PLAIN, POLICY, Serving
@@ -133,6 +135,29 @@ def test_an_adapter_says_what_it_says_on_its_base(serving: Serving, adapter_fold
     assert likeliest == pytest.approx(expected.logits[0, -1].log_softmax(-1).max().item(), abs=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(adapter_folder.with_name("plain"))(input_ids=torch.tensor([ids]))
     assert plain.logits[0, -1].log_softmax(-1).max().item() != pytest.approx(likeliest, abs=1e-2)
+
+
+@pytest.mark.ray
+def test_a_reward_model_gives_the_outputs_of_transformers_and_answers_no_chat(
+    serving: Serving, model_folder: Path, tmp_path: Path
+) -> None:
+    model = load_reward_model(model_folder, num_outputs=2)
+    save_model(model, tmp_path, agree_on_padding(model, load_tokenizer(model_folder)), {})
+    deployment = {"app_name": "rewards", "model_id": "rewards", "source": str(tmp_path), "dtype": "float32"}
+    serving.deploy(deployment | {"num_outputs": 2})
+    serving.wait(lambda apps: apps["rewards"]["status"] == "RUNNING")
+    rows = {"groups": [{"prompt": "the quick brown", "completions": [" fox", " lazy dog"]}]}
+    answer = httpx.post(f"{serving.route('rewards')}/v1/{SCORE_TEXTS}", json=rows, timeout=60).raise_for_status()
+    found = Scored.model_validate_json(answer.content)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    (group,), (outputs,) = found.groups, found.outputs
+    for ids, row in zip(group.completion_ids, outputs, strict=True):
+        wanted = plain(torch.tensor([group.prompt_ids + ids])).logits[0].tolist()
+        assert row == pytest.approx(wanted, abs=1e-4, rel=0)
+    chat = {"model": "rewards", "messages": [{"role": "user", "content": "fox"}]}
+    assert httpx.post(f"{serving.route('rewards')}/v1/chat/completions", json=chat, timeout=60).status_code == 404
+    serving.remove("rewards")
+    serving.wait(lambda apps: "rewards" not in apps)
 
 
 @pytest.mark.ray

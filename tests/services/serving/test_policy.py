@@ -1,9 +1,16 @@
-"""A served policy, as the unmodified openai client sees it."""
+"""A served policy, as the unmodified openai client and the control plane see it."""
+
+from pathlib import Path
 
 import httpx
 import pytest
 from openai import OpenAI
 
+from dpo_core.data.groups import Group
+from dpo_core.encoding.encode import encode_group
+from dpo_core.models.model import load_policy, load_tokenizer
+from dpo_core.policy.scorer import score_reference
+from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored
 from tests.services.serving.conftest import MODEL_LENGTH, POLICY, Serving
 
 pytestmark = pytest.mark.ray
@@ -66,3 +73,28 @@ def test_bad_requests_are_refused_by_name(serving: Serving, change: dict[str, ob
 def test_the_engines_own_routes_are_closed(serving: Serving, path: str) -> None:
     for method in ("GET", "POST"):
         assert httpx.request(method, serving.route("policy-1") + path, timeout=60).status_code == 404
+
+
+def test_the_control_plane_has_texts_and_ids_scored_as_the_trainer_scores_them(
+    serving: Serving, model_folder: Path
+) -> None:
+    answer = {"role": "assistant", "content": "jumps over"}
+    turns = [answer, {"role": "user", "content": "the dog?"}, {"role": "assistant", "content": "the lazy dog"}]
+    groups = [Group("the quick", (" fox", " dog", ""), 1), Group(MESSAGES, ([answer], turns), 2)]  # type: ignore[list-item, arg-type]
+    rows = [{"prompt": group.prompt, "completions": group.completions} for group in groups]
+    route = f"{serving.route('policy-1')}/v1"
+    texts = httpx.post(f"{route}/{SCORE_TEXTS}", json={"groups": rows}, timeout=60).raise_for_status()
+    found = Scored.model_validate_json(texts.content)
+    encoded = [encode_group(group, load_tokenizer(model_folder)) for group in groups]
+    assert found.num_tokens == [group.num_learned for group in encoded]
+    wanted = score_reference(load_policy(model_folder), encoded, max_tokens_per_pack=4096)
+    for outputs, group in zip(found.outputs, wanted, strict=True):
+        assert [logp for (logp,) in outputs] == pytest.approx(group.ref_logps, abs=1e-4, rel=0)
+    ids = found.model_dump(mode="json")
+    tokens = httpx.post(f"{route}/{SCORE_TOKENS}", json=ids, timeout=60).raise_for_status()
+    assert [logp for row in Scored.model_validate_json(tokens.content).outputs for (logp,) in row] == pytest.approx(
+        [logp for row in found.outputs for (logp,) in row], abs=1e-4, rel=0
+    )
+    long = {"groups": [{"prompt": "x", "completions": ["y" * MODEL_LENGTH]}]}
+    refusal = httpx.post(f"{route}/{SCORE_TEXTS}", json=long, timeout=60)
+    assert (refusal.status_code, refusal.json()["error"]["param"]) == (400, "rows.0.completions.0")

@@ -35,6 +35,7 @@ NAMED_BY_A_JOB: list[tuple[str | None, dict[str, Any]]] = [
     ("validation_file", {**JOB, "validation_file": "file_id"}),
     ("model", {**JOB, "model": "model_id"}),
 ]
+ROWS = [{"prompt": "Hello?", "completions": ["Hi!", "No."]}]
 BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     "POST /v1/fine_tuning/jobs": NAMED_BY_A_JOB,
     "POST /v1/x/jobs/validate": NAMED_BY_A_JOB,
@@ -48,6 +49,10 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
     ],
     "POST /v1/chat/completions": [("model", {"model": "model_id", **CHAT})],
     "POST /v1/completions": [("model", {"model": "model_id", "prompt": "Hello?"})],
+    "POST /v1/x/rewards": [
+        ("model", {"model": "model_id", "rows": ROWS}),
+        ("reference", {"model": "tiny", "reference": "model_id", "beta": 1, "rows": ROWS}),
+    ],
     "POST /v1/x/keys": [("project_id", {"name": "a key", "project_id": "project_id"})],
     "POST /v1/x/projects/{project_id}": [(None, {"name": "taken over"})],
     "POST /v1/fine_tuning/checkpoints/{model_id}/permissions": [(None, {"project_ids": ["proj_default"]})],

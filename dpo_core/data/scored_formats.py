@@ -1,0 +1,77 @@
+"""Lists the formats whose rows a model scores: those of training, and two that training does not read. Uses only the
+standard library."""
+
+import json
+from collections.abc import Iterator
+
+from dpo_core.data.feedback import read_records
+from dpo_core.data.formats import FORMATS, OPTIONAL_KEYS, Format, with_system_prompt
+from dpo_core.data.groups import Group, answer, completions_of, question, rejected_like, text_or_messages
+from dpo_core.data.jsonl import InvalidRow, Row
+from dpo_core.data.readers import SIDES
+
+
+def read_unranked(row: Row) -> Iterator[Group]:
+    """Reads a row with a prompt and its completions in any order. A completion may be empty; its only token is then
+    EOS."""
+    prompt = text_or_messages(row, "/prompt", row.value["prompt"])
+    values = completions_of(row, "completions")
+    completions = (rejected_like(row, f"/completions/{i}", value, prompt) for i, value in enumerate(values))
+    yield Group(prompt, tuple(completions), row.line)
+
+
+def read_best_of(row: Row) -> Iterator[Group]:
+    """Reads a row of RewardBench 2 (arXiv 2506.01937): a question, a list of good and a list of bad answers. The good
+    answers are rated 1, the bad ones 0."""
+    answers = [
+        (answer(row, f"/{side}/{i}", value, may_be_empty=side == "rejected"), rating)
+        for side, rating in zip(SIDES, (1.0, 0.0), strict=True)
+        for i, value in enumerate(completions_of(row, side))
+    ]
+    completions, ratings = zip(*answers, strict=True)
+    yield Group(question(row, "prompt"), completions, row.line, ratings)
+
+
+def _has_lists_of_answers(row: dict[str, object]) -> bool:
+    """Whether `chosen` and `rejected` are lists of answers, each a text or a list of messages."""
+    sides = [row.get(side) for side in SIDES]
+    return "prompt" in row and all(
+        isinstance(side, list) and side and isinstance(side[0], str | list) for side in sides
+    )
+
+
+UNRANKED = Format(
+    "prompt/completions",
+    "`prompt`, `completions` in any order",
+    "rankings",
+    OPTIONAL_KEYS | {"prompt", "completions"},
+    frozenset({"prompt", "completions"}).issubset,
+    read_unranked,
+)
+BEST_OF = Format(
+    "RewardBench 2",
+    "`prompt`, `chosen` and `rejected` as lists of answers; read as messages",
+    "ratings",
+    OPTIONAL_KEYS | {"prompt", *SIDES, "models"},  # `models` names those that wrote the answers
+    _has_lists_of_answers,
+    read_best_of,
+)
+REQUEST_FORMATS = (with_system_prompt(UNRANKED), UNRANKED)
+SCORED_FORMATS = (BEST_OF, *FORMATS, *REQUEST_FORMATS)
+
+
+def read_in_request(number: int, row: dict[str, object]) -> Group:
+    """Returns the group of row `number`, from 1, of a request to score rows. Raises InvalidRow."""
+    (record,) = read_records([json.dumps(row).encode()], first_line=number, formats=REQUEST_FORMATS)
+    if record.problem:
+        raise record.problem
+    (group,) = record.groups
+    return group
+
+
+def in_request(error: InvalidRow) -> tuple[str, str]:
+    """Returns the path of the wrong value in a request, such as `rows.0.prompt.1.content`, and the error with this path
+    in place of the line. The first row is `rows.0`."""
+    where = f"Line {error.line}, {error.pointer}" if error.pointer else f"Line {error.line}"
+    path = f"rows.{error.line - 1}{error.pointer.replace('/', '.')}"
+    return path, f"{path}: {error.message.removeprefix(f'{where}: ')}"

@@ -1,0 +1,52 @@
+"""The route /v1/x/rewards, which answers how much a model prefers completions."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from dpo_core.data.groups import Group
+from services.control_plane.http.dependencies import SettingsPart, StorePart
+from services.control_plane.models.inference import Inference
+from services.control_plane.models.inference_api import InferencePart, while_connected
+from services.control_plane.rewards.judges import Judge, judge_of
+from services.control_plane.rewards.preferences import Judged, probabilities, winner
+from services.control_plane.rewards.requests import RewardsBody, groups_of
+from services.control_plane.rewards.scoring import judge_groups
+
+router = APIRouter()
+
+
+@router.post("/x/rewards")
+async def create(
+    request: Request, inference: InferencePart, store: StorePart, settings: SettingsPart, body: RewardsBody
+) -> Response:
+    """Scores completions with a policy and its reference, or with a reward model. Nothing is kept."""
+    groups = groups_of(body)
+    async with store.begin() as session:
+        judge = await judge_of(session, settings, body.model, reference=body.reference, beta=body.beta)
+    return await while_connected(request, _answer(inference, judge, groups))
+
+
+async def _answer(inference: Inference, judge: Judge, groups: Sequence[Group]) -> Response:
+    judgement = await judge_groups(inference, judge, groups)
+    return JSONResponse(
+        {
+            "object": "list",
+            "model": judge.model.id,
+            "reference": judge.reference and judge.reference.id,
+            "beta": judge.beta,
+            "data": [_rewards_object(number, judged) for number, judged in enumerate(judgement.groups)],
+            "usage": {"prompt_tokens": judgement.num_tokens, "total_tokens": judgement.num_tokens},
+        }
+    )
+
+
+def _rewards_object(number: int, judged: Sequence[Judged]) -> dict[str, Any]:
+    completions = [
+        {"index": i, **asdict(each), "probability": probability}
+        for i, (each, probability) in enumerate(zip(judged, probabilities(judged), strict=True))
+    ]
+    return {"object": "rewards", "index": number, "winner": winner(judged), "completions": completions}

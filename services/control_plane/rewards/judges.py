@@ -1,0 +1,97 @@
+"""Finds what a request for rewards compares: a policy with its reference, or a reward model alone."""
+
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.options import Mpo, Objective, Supervised
+from services.contract import JobSpec
+from services.control_plane.core.errors import InvalidRequest, NotFound
+from services.control_plane.core.tables import Job
+from services.control_plane.models import models
+from services.control_plane.models.models import NamedModel
+from services.control_plane.settings import Settings
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A policy with its reference and beta, or a reward model, which has neither."""
+
+    model: NamedModel
+    reference: NamedModel | None = None
+    beta: float | None = None
+    today: date | None = None  # the day that chat templates write, as in training; None: the current day
+
+
+async def judge_of(
+    session: AsyncSession, settings: Settings, name: str, *, reference: str | None, beta: float | None
+) -> Judge:
+    """Returns the judge for the model `name`. `reference` and `beta` override those of the policy's job.
+
+    Raises InvalidRequest for values that do not go together, and if neither the request nor the job has them.
+    """
+    model = await models.find(session, settings, name)
+    job = await _job_of(session, model)
+    today = job.created_at.date() if job else None
+    if model.num_outputs:
+        for param, given in (("reference", reference), ("beta", beta)):
+            if given is not None:
+                message = f"'{name}' is a reward model, which takes no {param}; leave '{param}' out."
+                raise InvalidRequest(message, param=param)
+        return Judge(model, today=today)
+    objective = job and JobSpec.model_validate(job.spec).config.objective
+    if beta is None:
+        beta = _beta(name, objective)
+    if reference is None:
+        found = await _reference_of_job(session, settings, name, objective, job)
+    else:
+        found = await models.find(session, settings, reference, param="reference")
+    if found.num_outputs:
+        raise InvalidRequest(f"'{found.id}' is a reward model; name a policy or a base model.", param="reference")
+    return Judge(model, found, beta, today)
+
+
+async def _job_of(session: AsyncSession, model: NamedModel) -> Any:
+    """Returns the row of the job that trained the model, also if another project shares the model; None for a base."""
+    jobs = Job.__table__
+    return (await session.execute(select(jobs).where(jobs.c.id == model.job_id))).first()
+
+
+def _beta(name: str, objective: Objective | None) -> float:
+    if isinstance(objective, Mpo):  # the first preference objective, as in the trainer's metrics
+        objective = next(part for part in objective.objectives if not isinstance(part, Supervised))
+    if objective is None or not _compares(objective):
+        why = _why_unknown(name, objective, "beta")
+        raise InvalidRequest(f"{why}; give 'beta'.", param="beta", code="missing_required_parameter")
+    return float(vars(objective)["beta"])
+
+
+def _compares(objective: Objective) -> bool:
+    """Whether the objective's reward is beta times the log-ratio of policy and reference."""
+    return objective.traits.needs_reference and objective.traits.reward == "logratios"
+
+
+def _why_unknown(name: str, objective: Objective | None, what: str) -> str:
+    if objective is None:
+        return f"'{name}' is a base model, which has no {what}"
+    return f"'{name}' was trained by {objective.type}, whose rewards are no log-ratios, so its {what} is not known"
+
+
+async def _reference_of_job(
+    session: AsyncSession, settings: Settings, name: str, objective: Objective | None, job: Any
+) -> NamedModel:
+    if job is None or objective is None or not objective.traits.needs_reference:
+        why = _why_unknown(name, objective, "reference")
+        raise InvalidRequest(f"{why}; name one in 'reference'.", param="reference", code="missing_required_parameter")
+    reference = models.reference_of(job)
+    if not reference.id.startswith("ft:"):
+        return reference
+    try:
+        return await models.find(session, settings, reference.id)
+    except NotFound:
+        message = f"The reference of '{name}' was deleted, or is not shared with this project"
+        remedy = "name another in 'reference'."
+        raise NotFound(f"{message}; {remedy}", param="reference", code="model_not_found") from None

@@ -1,0 +1,72 @@
+"""Turns log-probabilities, and outputs of reward models, into rewards and preferences. These are pure functions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+GRID = [i / 25 for i in range(-200, 201)]  # standard deviations at which an integral is sampled
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A completion and its reward. A reward model has `outputs`; a policy has the three fields that follow."""
+
+    reward: float
+    num_tokens: int
+    outputs: tuple[float, ...] | None = None
+    log_ratio: float | None = None  # log pi(y|x) - log pi_ref(y|x), in nats
+    logp: float | None = None
+    reference_logp: float | None = None
+
+
+def implicit(beta: float, logp: float, reference_logp: float, num_tokens: int) -> Judged:
+    """Returns a completion with DPO's implicit reward, beta (log pi(y|x) - log pi_ref(y|x)): arXiv 2305.18290, section
+    5.1. Its part that depends only on the prompt is left out."""
+    log_ratio = logp - reference_logp
+    return Judged(beta * log_ratio, num_tokens, log_ratio=log_ratio, logp=logp, reference_logp=reference_logp)
+
+
+def explicit(outputs: Sequence[float], num_tokens: int) -> Judged:
+    """Returns a completion with a reward model's reward: the first output."""
+    return Judged(outputs[0], num_tokens, outputs=tuple(outputs))
+
+
+def winner(judged: Sequence[Judged]) -> int:
+    """Returns the index of the completion with the highest reward; of equal ones, the first."""
+    return max(range(len(judged)), key=lambda i: (judged[i].reward, -i))
+
+
+def probabilities(judged: Sequence[Judged]) -> list[float]:
+    """Returns for each completion the probability that it is preferred to all the others.
+
+    If rewards are numbers, the probability is the softmax of Plackett and Luce, which for two completions is that of
+    Bradley and Terry. If a reward model gives a mean and the logarithm of a variance, it is the probability that the
+    completion's Gaussian reward is the highest.
+    """
+    gaussians = [_gaussian(*each.outputs) for each in judged if each.outputs and len(each.outputs) == 2]
+    if gaussians:
+        return _of_gaussians(gaussians)
+    highest = max(each.reward for each in judged)
+    weights = [math.exp(each.reward - highest) for each in judged]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def _gaussian(mean: float, log_variance: float) -> NormalDist:
+    return NormalDist(mean, math.exp(min(max(log_variance, -50.0), 50.0) / 2))
+
+
+def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
+    """Returns the probability of each reward to be the highest.
+
+    The integral of its density times the others' cumulative distributions is a sum over GRID.
+    """
+    standard = NormalDist()
+    densities = [standard.pdf(z) for z in GRID]
+    sums = []
+    for i, own in enumerate(rewards):
+        others = [*rewards[:i], *rewards[i + 1 :]]
+        values = (own.mean + z * own.stdev for z in GRID)
+        below = (math.prod(other.cdf(value) for other in others) for value in values)
+        sums.append(math.fsum(density * share for density, share in zip(densities, below, strict=True)))
+    return [each / math.fsum(sums) for each in sums]

@@ -1,0 +1,83 @@
+"""Runs a reward model in plain torch.
+
+vLLM would need another engine for it, of another runner, and gains nothing here: there is nothing to generate and no
+cache to keep. The trainer's own scorer computes each prompt once for all its completions, reads every family that can
+be trained, and gives the trainer's numbers.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from fastapi import FastAPI
+from transformers import AutoConfig
+
+from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.model import load_reward_model
+from dpo_core.policy.scorer import Scorer
+from services.contract import Deployment
+from services.serving.cores import num_threads
+from services.serving.scoring import Scoring
+
+MAX_TOKENS_PER_PACK = 4096  # of one forward pass, unless one completion and its prompt are longer
+
+
+def start(deployment: Deployment, folder: str) -> FastAPI:
+    """Loads the reward model from a local folder, and returns its HTTP server."""
+    torch.set_num_threads(num_threads())
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    own = config.dtype or torch.float32
+    model = load_reward_model(
+        folder,
+        num_outputs=deployment.num_outputs,
+        dtype=own if deployment.dtype == "auto" else getattr(torch, deployment.dtype),
+        device="cuda" if torch.cuda.is_available() else "cpu",  # Ray hides GPUs that the replica does not reserve
+    )
+    app = FastAPI(openapi_url=None)
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    rewards = Rewards(Scorer(model), deployment.num_outputs)
+    Scoring(folder, min(positions, deployment.max_model_len or positions), rewards.score).add_to(app)
+    return app
+
+
+class Rewards:
+    """Computes a reward model's outputs, one forward pass at a time for all requests."""
+
+    def __init__(self, scorer: Scorer, num_outputs: int) -> None:
+        self._scorer, self._num_outputs = scorer, num_outputs
+        self._computing = asyncio.Lock()
+
+    async def score(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
+        """Returns the outputs of the head, unchanged, by group and completion."""
+        parts = [(i, part) for i, group in enumerate(groups) for part in self._parts(group)]
+        outputs_by_part: list[list[list[float]]] = [[] for _ in parts]
+        packs = self._scorer.plan([part for _, part in parts], num_ranks=1, max_tokens_per_pack=MAX_TOKENS_PER_PACK)[0]
+        for pack in packs:
+            async with self._computing:  # other requests compute between the packs of this one
+                rows = iter(await asyncio.to_thread(self._measure, [parts[i][1] for i in pack]))
+            for i in pack:
+                outputs_by_part[i] = [next(rows) for _ in parts[i][1].completion_ids]
+        outputs: list[list[list[float]]] = [[] for _ in groups]
+        for (i, _), part_outputs in zip(parts, outputs_by_part, strict=True):
+            outputs[i] += part_outputs
+        return outputs
+
+    def _parts(self, group: EncodedGroup) -> Iterator[EncodedGroup]:
+        """Yields groups of some completions each, so that a pack holds a part."""
+        ids = list(group.completion_ids)
+        while ids:
+            count = len(ids)
+            while count > 1 and self._scorer.count_tokens(_with(group, ids[:count])) > MAX_TOKENS_PER_PACK:
+                count //= 2
+            yield _with(group, ids[:count])
+            del ids[:count]
+
+    @torch.no_grad()
+    def _measure(self, groups: Sequence[EncodedGroup]) -> list[list[float]]:
+        outputs: list[list[float]] = self._scorer(self._scorer.collate(groups))[:, : self._num_outputs].tolist()
+        return outputs
+
+
+def _with(group: EncodedGroup, completion_ids: Sequence[Sequence[int]]) -> EncodedGroup:
+    return replace(group, completion_ids=tuple(completion_ids), others=None, ratings=None)

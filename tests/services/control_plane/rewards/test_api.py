@@ -1,0 +1,332 @@
+"""Rewards through the control plane, against the trainer's scorer and plain transformers."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+import torch
+import uvicorn
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.data.groups import Group
+from dpo_core.encoding.encode import EncodedGroup, encode_group
+from dpo_core.models.model import load_policy, load_reward_model, load_tokenizer
+from dpo_core.objectives.metrics import compute_metrics
+from dpo_core.options import Dpo, Mpo, Objective, RewardBradleyTerry, Simpo, Supervised
+from dpo_core.policy.measures import Measures
+from dpo_core.policy.scorer import Scorer, score_reference
+from dpo_core.training.trainer import train
+from services.contract import JobSpec, Weights
+from services.control_plane.rewards.requests import MOST_COMPLETIONS, MOST_ROWS
+from services.control_plane.settings import BaseModel, Settings
+from tests.services.control_plane.conftest import FakeRay, api_of, free_port, new_key, new_project
+from tests.services.control_plane.rewards.models import models_of, policy_of
+from tests.services.serving.conftest import MODEL_LENGTH, make_model
+from tests.services.serving.test_scoring import ROWS, SYSTEM, TEMPLATE, TOOL, TURNS, USER, groups_of, said
+
+pytestmark = pytest.mark.slow  # it trains
+
+BETA = 0.3
+PAIR = Group("the quick", (" brown fox", " lazy dog"), 1)
+
+
+@dataclass
+class Trained:
+    """The folders of models, which one job each has trained from the base `tiny`."""
+
+    base: Path
+    other: Path  # a model of another vocabulary
+    folders: dict[str, Path]
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folders[name]
+
+
+def trained(base: Path, folder: Path, objective: Objective, **options: Any) -> Path:
+    """The folder of a model after four large steps."""
+    load = load_reward_model if objective.traits.num_outputs else load_policy
+    model, tokenizer = load(base, **options), load_tokenizer(base)
+    groups = score_reference(load_policy(base), [encode_group(PAIR, tokenizer)], max_tokens_per_pack=512)
+    config = TrainConfig(
+        objective=objective, optim=Optim(learning_rate=1e-2), n_epochs=4, batch_size=1, checkpoint_steps=4
+    )
+    for _ in train(config, model, tokenizer, [groups] * 4, total_steps=4, checkpoint_dir=folder):
+        pass
+    return folder / "step-000004" / "model"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("models")
+    base, other = make_model(folder / "base", TEMPLATE), make_model(folder / "other", TEMPLATE)
+    tokenizer = load_tokenizer(other)
+    tokenizer.add_tokens(["pangolin"])
+    tokenizer.save_pretrained(other)
+    return Trained(
+        base,
+        other,
+        {
+            "dpo": trained(base, folder / "dpo", Dpo(beta=BETA)),
+            "adapter": trained(base, folder / "adapter", Dpo(beta=BETA), adapter=Lora(r=4)),
+            "simpo": trained(base, folder / "simpo", Simpo()),
+            "reward": trained(base, folder / "reward", RewardBradleyTerry()),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def settings(offline: Settings, fake_ray: FakeRay, models: Trained) -> Iterator[Settings]:
+    server = uvicorn.Server(uvicorn.Config(models_of(fake_ray), port=free_port(), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    urls = {
+        "ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}",
+        "serve_url": f"http://127.0.0.1:{server.config.port}",
+        "model_wait_seconds": 20.0,
+        "max_loaded_models": 10,
+    }
+    bases = {"tiny": BaseModel(source=str(models.base)), "other": BaseModel(source=str(models.other))}
+    yield offline.model_copy(update={**urls, "models": bases})
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows(base_url: str, settings: Settings, models: Trained) -> None:
+    """The database's rows of the trained models and their jobs."""
+    objectives = {"dpo": Dpo(beta=BETA), "adapter": Dpo(beta=BETA), "simpo": Simpo(), "reward": RewardBradleyTerry()}
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        for name, objective in objectives.items():
+            add(connection, name, models[name], objective, "tiny", models.base)
+
+
+def add(rows: psycopg.Connection, name: str, folder: Path, objective: Objective, start: str, source: Path) -> None:
+    weights = Weights(adapter=Lora(r=4) if name == "adapter" else None)
+    spec = JobSpec(model=start, training_file="file-1", config=TrainConfig(objective=objective), weights=weights)
+    columns = "id, spec, model_source, fine_tuned_model, project_id, model_root, priority, desired, observed, version"
+    values = "%s, %s, %s, %s, 'proj_default', 'tiny', 0, 'run', 'succeeded', 1"
+    job = (f"ftjob-{name}", spec.model_dump_json(), str(source), f"ft:tiny:raydpo::{name}")
+    rows.execute(f"INSERT INTO jobs ({columns}, finished_at) VALUES ({values}, now())", job)
+    columns = "id, project_id, source, root, job_id, num_outputs"
+    model = (f"ft:tiny:raydpo::{name}", folder.as_uri(), f"ftjob-{name}", objective.traits.num_outputs)
+    rows.execute(f"INSERT INTO models ({columns}) VALUES (%s, 'proj_default', %s, 'tiny', %s, %s)", model)
+
+
+def ask(api: httpx.Client, name: str, rows: object = ROWS, **more: object) -> httpx.Response:
+    model = name if name in ("tiny", "other") else f"ft:tiny:raydpo::{name}"
+    return api.post("/x/rewards", json={"model": model, "rows": rows, **more})
+
+
+def answered(answer: httpx.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def refused(answer: httpx.Response, status: int = 400) -> tuple[str, str]:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    return error["param"], error["message"]
+
+
+def logps(folder: Path, groups: list[EncodedGroup]) -> list[tuple[float, ...]]:
+    """The trainer's own: a policy is measured whole, with its adapter."""
+    return [group.ref_logps or () for group in score_reference(policy_of(folder), groups, max_tokens_per_pack=512)]
+
+
+@torch.inference_mode()
+def plain_logp(model: Any, group: EncodedGroup, completion: int) -> float:
+    ids = [*group.prompt_ids, *group.completion_ids[completion]]
+    logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    start = len(group.prompt_ids)
+    return sum(logps[start + i - 1, ids[start + i]].item() for i in group.learned(completion))
+
+
+# --- what is answered ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dpo", "adapter"])
+def test_rewards_are_those_of_the_trainer(api: httpx.Client, models: Trained, name: str) -> None:
+    """Of texts, messages with a system prompt, tools, and completions of several turns."""
+    found = answered(ask(api, name))
+    assert (found["model"], found["reference"], found["beta"]) == (f"ft:tiny:raydpo::{name}", "tiny", BETA)
+    groups = [encode_group(group, load_tokenizer(models[name])) for group in groups_of(ROWS)]
+    policy, reference = logps(models[name], groups), logps(models.base, groups)
+    for row, group, own, others in zip(found["data"], groups, policy, reference, strict=True):
+        assert [each["num_tokens"] for each in row["completions"]] == group.num_learned
+        assert [each["logp"] for each in row["completions"]] == pytest.approx(own, abs=1e-4, rel=0)
+        assert [each["reference_logp"] for each in row["completions"]] == pytest.approx(others, abs=1e-4, rel=0)
+        rewards = [BETA * (logp - other) for logp, other in zip(own, others, strict=True)]
+        assert [each["reward"] for each in row["completions"]] == pytest.approx(rewards, abs=1e-4, rel=0)
+        assert row["winner"] == rewards.index(max(rewards))
+        softmax = torch.tensor(rewards).softmax(0).tolist()
+        assert [each["probability"] for each in row["completions"]] == pytest.approx(softmax, abs=1e-4)
+    assert max(abs(each["reward"]) for row in found["data"] for each in row["completions"]) > 0.1
+    read = 2 * sum(len(group.prompt_ids) + len(ids) for group in groups for ids in group.completion_ids)
+    assert found["usage"] == {"prompt_tokens": read, "total_tokens": read}
+
+
+def test_the_mean_margin_is_that_of_the_trainers_metrics(api: httpx.Client, models: Trained) -> None:
+    group = encode_group(PAIR, load_tokenizer(models.base))
+    (scored,) = score_reference(load_policy(models.base), [group], max_tokens_per_pack=512)
+    scorer = Scorer(load_policy(models["dpo"]))
+    with torch.no_grad():
+        metrics = compute_metrics(Dpo(beta=BETA), Measures([scored], scorer(scorer.collate([scored]))))
+    (row,) = answered(ask(api, "dpo", [{"prompt": PAIR.prompt, "completions": PAIR.completions}]))["data"]
+    chosen, rejected = (each["reward"] for each in row["completions"])
+    assert chosen == pytest.approx(metrics["rewards/chosen"].item(), abs=1e-4)
+    assert chosen - rejected == pytest.approx(metrics["rewards/margins"].item(), abs=1e-4)
+
+
+def test_rewards_are_those_of_plain_transformers(api: httpx.Client, models: Trained) -> None:
+    found = answered(ask(api, "dpo"))
+    policy, reference = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (models["dpo"], models.base))
+    for row, group in zip(found["data"], groups_of(ROWS), strict=True):
+        encoded = encode_group(group, load_tokenizer(models.base))
+        for place, each in enumerate(row["completions"]):
+            log_ratio = plain_logp(policy, encoded, place) - plain_logp(reference, encoded, place)
+            assert each["log_ratio"] == pytest.approx(log_ratio, abs=1e-4, rel=0)
+
+
+def test_another_reference_and_beta_are_those_named(api: httpx.Client, models: Trained) -> None:
+    found = answered(ask(api, "adapter", ROWS[:1], reference="ft:tiny:raydpo::dpo", beta=1.5))
+    assert (found["reference"], found["beta"]) == ("ft:tiny:raydpo::dpo", 1.5)
+    groups = [encode_group(group, load_tokenizer(models.base)) for group in groups_of(ROWS[:1])]
+    (own,), (others,) = logps(models["adapter"], groups), logps(models["dpo"], groups)
+    rewards = [1.5 * (logp - other) for logp, other in zip(own, others, strict=True)]
+    assert [each["reward"] for each in found["data"][0]["completions"]] == pytest.approx(rewards, abs=1e-4, rel=0)
+
+
+def test_a_policy_is_no_better_than_itself(api: httpx.Client) -> None:
+    (row,) = answered(ask(api, "tiny", ROWS[:1], reference="tiny", beta=2))["data"]
+    assert [each["reward"] for each in row["completions"]] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert [each["probability"] for each in row["completions"]] == pytest.approx([1 / 3] * 3)
+
+
+def test_a_reward_model_gives_the_outputs_of_transformers(api: httpx.Client, models: Trained) -> None:
+    found = answered(ask(api, "reward"))
+    assert (found["reference"], found["beta"]) == (None, None)
+    model = AutoModelForSequenceClassification.from_pretrained(models["reward"], dtype=torch.float32).eval()
+    for row, group in zip(found["data"], groups_of(ROWS), strict=True):
+        encoded = encode_group(group, load_tokenizer(models["reward"]))
+        for each, ids in zip(row["completions"], encoded.completion_ids, strict=True):
+            (wanted,) = model(torch.tensor([[*encoded.prompt_ids, *ids]])).logits[0].tolist()
+            assert each["outputs"] == pytest.approx([wanted], abs=1e-4, rel=0)
+            assert (each["reward"], each["logp"], each["log_ratio"]) == (each["outputs"][0], None, None)
+
+
+def test_a_key_for_inference_is_enough_and_a_shared_policy_has_its_base_as_reference(
+    api: httpx.Client, base_url: str
+) -> None:
+    project = new_project(api, "judges")
+    reader, asker = (new_key(api, project_id=project, scopes=[scope]) for scope in ("read", "inference"))
+    shared = api.post("/fine_tuning/checkpoints/ft:tiny:raydpo::dpo/permissions", json={"project_ids": [project]})
+    assert shared.status_code == 200, shared.text
+    with api_of(base_url, asker["value"]) as theirs:
+        assert answered(ask(theirs, "dpo", ROWS[:1]))["reference"] == "tiny"
+        param, _ = refused(ask(theirs, "adapter", ROWS[:1]), 404)
+        assert param == "model"
+    with api_of(base_url, reader["value"]) as theirs:
+        assert "'inference'" in refused(ask(theirs, "dpo", ROWS[:1]), 403)[1]
+
+
+def test_a_policy_of_a_policy_has_that_as_reference_until_it_is_deleted(
+    api: httpx.Client, settings: Settings, models: Trained, tmp_path: Path
+) -> None:
+    start = Path(copytree(models["dpo"], tmp_path / "start"))
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        add(rows, "start", start, Dpo(), "tiny", models.base)
+        sum_of_two = Mpo(objectives=(Supervised(), Dpo(beta=0.7)), weights=(1, 1))
+        add(rows, "next", models["adapter"], sum_of_two, "ft:tiny:raydpo::start", start)
+    found = answered(ask(api, "next", ROWS[:1]))
+    assert (found["reference"], found["beta"]) == ("ft:tiny:raydpo::start", 0.7)
+    assert api.delete("/models/ft:tiny:raydpo::start").status_code == 200
+    param, message = refused(ask(api, "next", ROWS[:1]), 404)
+    assert param == "reference"
+    assert "'ft:tiny:raydpo::next' was deleted, or is not shared with this project" in message
+    assert answered(ask(api, "next", ROWS[:1], reference="tiny"))["beta"] == 0.7
+
+
+def test_scores_that_are_no_numbers_are_an_error_of_the_model(
+    api: httpx.Client, settings: Settings, models: Trained, tmp_path: Path
+) -> None:
+    folder = Path(copytree(models["dpo"], tmp_path / "broken"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1e38 * 1e38
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_core.models.loading._check_finite", lambda *_: None)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with psycopg.connect(settings.database_url, autocommit=True) as rows:
+            add(rows, "broken", folder, Dpo(), "tiny", models.base)
+        answer = ask(api, "broken", ROWS[:1])
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "model_error"
+    assert "its scores are no finite numbers" in answer.json()["error"]["message"]
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "param", "said"),
+    [
+        ("tiny", {}, "beta", "'tiny' is a base model, which has no beta; give 'beta'."),
+        ("tiny", {"beta": 1}, "reference", "'tiny' is a base model, which has no reference; name one in 'reference'."),
+        ("simpo", {"beta": 1}, "reference", "was trained by simpo, whose rewards are no log-ratios"),
+        ("simpo", {"reference": "tiny"}, "beta", "so its beta is not known; give 'beta'."),
+        ("reward", {"beta": 1}, "beta", "is a reward model, which takes no beta; leave 'beta' out."),
+        ("reward", {"reference": "tiny"}, "reference", "which takes no reference; leave 'reference' out."),
+        ("dpo", {"reference": "ft:tiny:raydpo::reward"}, "reference", "is a reward model; name a policy"),
+        ("dpo", {"reference": "other"}, "reference", "has another tokenizer than the policy"),
+        ("dpo", {"beta": 0}, "beta", "greater than 0"),
+        ("dpo", {"beta": 101}, "beta", "less than or equal to 100"),
+        ("dpo", {"temperature": 1}, "temperature", "Unknown parameter"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(
+    api: httpx.Client, name: str, more: dict[str, object], param: str, said: str
+) -> None:
+    found, message = refused(ask(api, name, ROWS[:1], **more))
+    assert found == param
+    assert said in message
+
+
+def test_models_that_do_not_exist_are_named(api: httpx.Client) -> None:
+    assert refused(ask(api, "none"), 404)[0] == "model"
+    assert refused(ask(api, "dpo", reference="none"), 404)[0] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("row", "param", "said"),
+    [
+        ({"prompt": "a"}, "rows.1.completions", "Missing required parameter"),
+        ({"prompt": "a", "completions": ["b"], "chosen": "c"}, "rows.1.chosen", "Unknown parameter"),
+        ({"prompt": "a", "completions": []}, "rows.1.completions", "must be a list of completions"),
+        ({"prompt": [USER], "completions": [[USER]]}, "rows.1.completions.0.0", "must be an assistant message"),
+        ({"prompt": [USER], "completions": ["b"]}, "rows.1.completions.0", "must be a list"),
+        ({"prompt": "a", "completions": ["b"] * (MOST_COMPLETIONS + 1)}, "rows.1.completions", "a row can have 64"),
+        ({"prompt": "x", "completions": ["y", "x" * MODEL_LENGTH]}, "rows.1.completions.1", "the model takes 256"),
+        ({"prompt": "a", "completions": ["b"], "tools": [TOOL]}, "rows.1.tools", "needs a prompt of messages"),
+        ({"prompt": [SYSTEM, USER], "completions": [TURNS[:1] + TURNS[2:]]}, "rows.1.completions.0.1", "too early"),
+        ({"prompt": [SYSTEM], "completions": [[said("b")]], "system": "c"}, "rows.1.system", "two system prompts"),
+    ],
+)
+def test_a_wrong_row_is_refused_by_its_number_and_field(
+    api: httpx.Client, row: dict[str, object], param: str, said: str
+) -> None:
+    found, message = refused(ask(api, "dpo", [ROWS[0], row]))
+    assert found == param
+    assert said in message
+
+
+def test_a_request_has_rows_and_not_too_many(api: httpx.Client) -> None:
+    assert refused(ask(api, "dpo", []))[0] == "rows"
+    param, message = refused(ask(api, "dpo", [ROWS[0]] * (MOST_ROWS + 1)))
+    assert (param, f"at most {MOST_ROWS}" in message) == ("rows", True)
