@@ -70,8 +70,9 @@ def read_in_request(number: int, row: dict[str, object]) -> Group:
 
 
 def in_request(error: InvalidRow) -> tuple[str, str]:
-    """Returns the path of the wrong value in a request, such as `rows.0.prompt.1.content`, and the error with this path
-    in place of the line. The first row is `rows.0`."""
-    where = f"Line {error.line}, {error.pointer}" if error.pointer else f"Line {error.line}"
+    """Returns the path of the wrong value in a request, such as `rows.0.prompt.1.content`, and the error about this
+    path. The first row is `rows.0`."""
     path = f"rows.{error.line - 1}{error.pointer.replace('/', '.')}"
-    return path, f"{path}: {error.message.removeprefix(f'{where}: ')}"
+    subject = f"the field {error.pointer} " if error.pointer else "the row "
+    what = error.message.removeprefix(f"Line {error.line}: ")
+    return path, f"{path} {what.removeprefix(subject)}" if what.startswith(subject) else f"{path}: {what}"

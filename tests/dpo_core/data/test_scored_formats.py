@@ -54,17 +54,26 @@ def test_a_system_prompt_makes_messages_of_texts():
     ("row", "path", "what"),
     [
         ({"prompt": 5, "completions": ["a"]}, "rows.1.prompt", "is 5; it must be a text."),
-        ({"prompt": "a", "completions": []}, "rows.1.completions", "must be a list of completions."),
+        ({"prompt": "a", "completions": []}, "rows.1.completions", "must be a list of at least one completion."),
         ({"prompt": "a", "completions": ["b", 1]}, "rows.1.completions.1", "is 1; it must be a text."),
         ({"prompt": [USER], "completions": ["b"]}, "rows.1.completions.0", "must be a list of at least one message."),
-        ({"prompt": "a\0", "completions": ["b"]}, "rows.1.prompt", "holds a NUL character; remove it."),
-        ({"prompt": "a\ud800", "completions": ["b"]}, "rows.1.prompt", "holds half of a surrogate pair; remove it."),
+        (
+            {"prompt": "a\0", "completions": ["b"]},
+            "rows.1.prompt",
+            "contains a NUL character",
+        ),
+        (
+            {"prompt": "a\ud800", "completions": ["b"]},
+            "rows.1.prompt",
+            "contains half of a surrogate pair",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_by_its_path_in_the_request(row, path, what):
     with pytest.raises(InvalidRow) as caught:
         read_in_request(2, row)
-    assert in_request(caught.value) == (path, f"{path}: {what}")
+    found, message = in_request(caught.value)
+    assert (found, message.startswith(f"{path} {what}")) == (path, True)
 
 
 def test_a_row_of_rewardbench_2_is_a_rated_group_of_messages_in_its_subset():

@@ -121,17 +121,16 @@ def test_what_the_template_leaves_out_is_refused_by_its_row(tmp_path: Path) -> N
     app = FastAPI()
     Scoring(make_model(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}"), 99, None).add_to(app)  # type: ignore[arg-type]
     message, param = refused(post(app, "texts", {"groups": [ROWS[1], ROWS[2]]}))
-    assert (param, message.partition(",")[0]) == ("rows.1", "rows.1: the chat template leaves out the tool 'jump'")
+    assert param == "rows.1"
+    assert message.startswith("rows.1: the chat template leaves out the tool 'jump'")
 
 
 def test_messages_without_a_chat_template_are_refused(tmp_path: Path) -> None:
     app = FastAPI()
     Scoring(make_model(tmp_path, None), 99, None).add_to(app)  # type: ignore[arg-type]
     message, param = refused(post(app, "texts", {"groups": ROWS[1:2]}))
-    assert (message, param) == (
-        "The tokenizer has no chat template; send texts instead of messages, or add a template.",
-        "rows",
-    )
+    assert param == "rows"
+    assert message.startswith("The tokenizer has no chat template")
 
 
 def test_a_row_that_is_too_long_is_refused_by_its_completion(app: FastAPI) -> None:

@@ -308,13 +308,21 @@ def test_models_that_do_not_exist_are_named(api: httpx.Client) -> None:
     [
         ({"prompt": "a"}, "rows.1.completions", "Missing required parameter"),
         ({"prompt": "a", "completions": ["b"], "chosen": "c"}, "rows.1.chosen", "Unknown parameter"),
-        ({"prompt": "a", "completions": []}, "rows.1.completions", "must be a list of completions"),
+        ({"prompt": "a", "completions": []}, "rows.1.completions", "at least one completion"),
         ({"prompt": [USER], "completions": [[USER]]}, "rows.1.completions.0.0", "must be an assistant message"),
         ({"prompt": [USER], "completions": ["b"]}, "rows.1.completions.0", "must be a list"),
         ({"prompt": "a", "completions": ["b"] * (MOST_COMPLETIONS + 1)}, "rows.1.completions", "a row can have 64"),
         ({"prompt": "x", "completions": ["y", "x" * MODEL_LENGTH]}, "rows.1.completions.1", "the model takes 256"),
-        ({"prompt": "a", "completions": ["b"], "tools": [TOOL]}, "rows.1.tools", "needs a prompt of messages"),
-        ({"prompt": [SYSTEM, USER], "completions": [TURNS[:1] + TURNS[2:]]}, "rows.1.completions.0.1", "too early"),
+        (
+            {"prompt": "a", "completions": ["b"], "tools": [TOOL]},
+            "rows.1.tools",
+            "only with a prompt that",
+        ),
+        (
+            {"prompt": [SYSTEM, USER], "completions": [TURNS[:1] + TURNS[2:]]},
+            "rows.1.completions.0.1",
+            "comes before the tool",
+        ),
         ({"prompt": [SYSTEM], "completions": [[said("b")]], "system": "c"}, "rows.1.system", "two system prompts"),
     ],
 )

@@ -273,7 +273,7 @@ def test_every_route_wants_a_key_and_its_scope(
 def test_every_change_is_answered_once_and_audited() -> None:
     """Both are done by Once. These ask only: what they leave, if anything, is the same when they are repeated."""
     asking = {f"POST /v1/{path}" for path in ("chat/completions", "completions", "x/datasets/check", "x/jobs/validate")}
-    asking.add("POST /v1/x/plans")
+    asking |= {"POST /v1/x/plans", "POST /v1/x/rewards"}
     asking.add("POST /v1/webhook_endpoints/{endpoint_id}/test")
     once = {
         f"{method} {route.path_format}"
