@@ -1,7 +1,9 @@
-"""The `raydpo models` commands: list, show, load, delete and share base models and trained policies."""
+"""The `raydpo models` commands: list, show, load, download, delete and share base models and trained policies."""
 
+import tempfile
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,11 +14,18 @@ from services.cli.lists import AsJson, Columns, Limit, date, list_command, show_
 if TYPE_CHECKING:
     from openai import OpenAI
 
-app = typer.Typer(help="List, show, load, delete and share models. Without a command, list all models.")
+app = typer.Typer(help="List, show, load, download, delete and share models. Without a command, list all models.")
 
 WARM_SECONDS = 2.0  # between two looks at a model that loads
 
 ModelId = Annotated[str, id_argument()]
+Format = Annotated[
+    Literal["adapter", "merged"] | None,
+    typer.Option(
+        help="adapter: the adapter alone. merged: one model with all weights; the service merges an adapter into its "
+        "base first, in float32. Default: the adapter, or all weights if the policy is no adapter."
+    ),
+]
 
 
 list_models = list_command(
@@ -37,6 +46,58 @@ def models(context: typer.Context) -> None:
 def show(client: "OpenAI", model_id: ModelId) -> None:
     """Show all fields of a model as JSON."""
     out.print_json(client.models.retrieve(model_id).model_dump_json())
+
+
+@api_command(app)
+def download(
+    client: "OpenAI",
+    model_id: ModelId,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write the model to. It must be empty or not exist.")
+    ],
+    format: Format = None,
+) -> None:
+    """Download the weights of a trained policy as a Hugging Face folder.
+
+    A download that broke off goes on when the command runs again. What arrives is checked before it is unpacked.
+    """
+    from services.cli.weights import Download
+
+    _tell(Download(client, model_id, format, folder).run())
+    out.print(str(folder))
+
+
+@api_command(app)
+def push(
+    client: "OpenAI",
+    model_id: ModelId,
+    target: Annotated[str, typer.Argument(metavar="hf://ORG/NAME", help="Repository on the Hugging Face hub.")],
+    format: Format = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody read the repository, if it is new. Default: private.")
+    ] = False,
+) -> None:
+    """Upload the weights of a trained policy to the Hugging Face hub.
+
+    The weights go through this machine, with the token in HF_TOKEN or of `hf auth login`. The service does not see the
+    token.
+    """
+    from services.cli.weights import Download, hub_name, push
+
+    hub_name(target)  # refuses a wrong name before the download
+    with tempfile.TemporaryDirectory(prefix="raydpo-push-") as folder:
+        about = Download(client, model_id, format, Path(folder) / "model").run()
+        _tell(about)
+        out.print(push(Path(folder) / "model", target, public=public, summary=f"{model_id}, {about['format']}"))
+
+
+def _tell(about: dict[str, Any]) -> None:
+    """Prints what a downloaded model is."""
+    if about["merge"]:
+        difference, of = about["merge"]["largest_difference"], about["merge"]["difference_of"]
+        err.print(f"merged into {about['base']}; {of} differ from the adapter's by at most {difference:.1e}")
+    elif about["base"]:
+        err.print(f"an adapter of {about['base']}")
 
 
 @api_command(app)

@@ -40,6 +40,15 @@ def test_reading_nothing_says_so(folder: str) -> None:
     assert storage.list_uris(folder) == []
 
 
+def test_a_tree_lists_the_files_of_all_folders_with_their_sizes(folder: str) -> None:
+    for names in (("b",), ("a b", "c", "d"), (".hidden",)):
+        storage.write_bytes(storage.join(folder, *names), b"12")
+    listed = storage.list_tree(folder)
+    assert [(name, size) for name, size, _ in listed] == [("a b/c/d", 2), ("b", 2)]
+    assert all(mtime > 0 for *_, mtime in listed)
+    assert storage.list_tree(storage.join(folder, "none")) == []
+
+
 def test_delete_removes_files_and_folders_and_repeats_harmlessly(folder: str) -> None:
     storage.write_bytes(storage.join(folder, "x", "y"), b"1")
     storage.write_bytes(storage.join(folder, "z"), b"1")

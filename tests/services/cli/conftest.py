@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.services.control_plane.conftest import one_certificate  # noqa: F401  # a command makes a client each time
@@ -80,6 +81,13 @@ def service(base_model):
             yield service
         finally:
             service.stop()
+
+
+@pytest.fixture
+def database(service):
+    _, _, _, port, folder, *_ = (service.home / "postgres" / "postmaster.pid").read_text().splitlines()
+    with psycopg.connect(host=folder, port=port, user="postgres", dbname="postgres") as connection:
+        yield connection
 
 
 @pytest.fixture

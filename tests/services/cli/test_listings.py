@@ -2,17 +2,9 @@
 
 import json
 
-import psycopg
 import pytest
 
 CSV = "step,train_loss\n1,0.69\n2,0.5\n"
-
-
-@pytest.fixture
-def database(service):
-    _, _, _, port, folder, *_ = (service.home / "postgres" / "postmaster.pid").read_text().splitlines()
-    with psycopg.connect(host=folder, port=port, user="postgres", dbname="postgres") as connection:
-        yield connection
 
 
 @pytest.fixture

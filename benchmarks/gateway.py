@@ -1,0 +1,227 @@
+"""Measures what the control plane costs streamed answers: the same streams asked directly and through it, interleaved.
+
+    python -m benchmarks.gateway --streams 32 --per-second 50
+
+The engine is a process that answers as vLLM does, as fast as it is told and for little CPU. In each round, first one
+way and then the other, every stream's client asks a few times, each time as soon as the last answer is over; the
+clients begin one after the other, spread over the time of an answer.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from services.local.postgres import start_postgres, stop_postgres
+from tests.services.control_plane.conftest import FakeRay, free_port
+
+KEY = "rd-benchmark"
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=32, help="Number of streams. Default: %(default)s.")
+    rate = "Tokens of each stream per second; 0: as fast as possible. Default: %(default)s."
+    parser.add_argument("--per-second", type=float, default=50.0, help=rate)
+    parser.add_argument("--tokens", type=int, default=250, help="Tokens of each stream. Default: %(default)s.")
+    parser.add_argument(
+        "--answers", type=int, default=3, help="Answers of each client in a round. Default: %(default)s."
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds of each way. Default: %(default)s.")
+    options = parser.parse_args()
+    with ExitStack() as stops:
+        engine_port = free_port()
+        stops.enter_context(engine(engine_port, options))
+        service, process = stops.enter_context(control_plane(engine_port))
+        prefix = wait_until_served(service)
+        ways = {
+            "direct": Way(f"127.0.0.1:{engine_port}", f"{prefix}/v1/chat/completions"),
+            "gateway": Way(service, "/v1/chat/completions"),
+        }
+        for _ in range(options.rounds):
+            for way in ways.values():
+                before = sum(process.cpu_times()[:2])
+                way.rounds.append(asyncio.run(ask_all(way, options)))
+                way.cpu_seconds += sum(process.cpu_times()[:2]) - before
+        report(ways, options)
+
+
+@contextmanager
+def engine(port: int, options: argparse.Namespace) -> Iterator[None]:
+    command = [sys.executable, __file__, "engine", str(port), str(options.per_second), str(options.tokens)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def control_plane(engine_port: int) -> Iterator[tuple[str, psutil.Process]]:
+    """A control plane on a Ray whose Serve is the engine; its address and its process."""
+    with tempfile.TemporaryDirectory(prefix="raydpo-gateway-") as folder, ExitStack() as stops:
+        os.chmod(folder, 0o755)
+        home = Path(folder).resolve()
+        stops.callback(stop_postgres, home / "postgres")
+        environment = os.environ | {
+            "DATABASE_URL": start_postgres(home / "postgres"),
+            "RAYDPO_API_KEY": KEY,
+            "RAYDPO_HOME": str(home),
+            "RAYDPO_STORAGE_URL": (home / "storage").as_uri(),
+            "RAYDPO_SERVE_URL": f"http://127.0.0.1:{engine_port}",
+            "PYTHONPATH": os.getcwd(),
+        }
+        ray = FakeRay()
+        stops.callback(ray.server.server_close)
+        stops.callback(ray.server.shutdown)
+        program = "from services.cli.app import app; app()"
+        address = f"--ray-address=http://127.0.0.1:{ray.server.server_port}"
+        up = ["up", "--port=0", address, "--model=tiny=hub/tiny"]
+        process = psutil.Popen([sys.executable, "-c", program, *up], env=environment, stdout=subprocess.PIPE, text=True)
+        stops.callback(process.wait)
+        stops.callback(process.terminate)
+        yield process.stdout.readline().split("/")[2], process
+
+
+def wait_until_served(service: str) -> str:
+    """Asks once, which loads the model."""
+    way = Way(service, "/v1/chat/completions")
+    asyncio.run(ask(way, 1))
+    return "/any"
+
+
+# --- asking ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stream:
+    """What a client saw of one stream. Times are in seconds since its request."""
+
+    tokens: int
+    first: float
+    seconds: float
+
+
+class Way:
+    """A way to the engine, and what was measured on it."""
+
+    def __init__(self, address: str, path: str) -> None:
+        self.host, _, port = address.partition(":")
+        self.port, self.path = int(port), path
+        self.rounds: list[list[Stream]] = []
+        self.cpu_seconds = 0.0  # of the control plane
+
+    def rates(self) -> list[float]:
+        """Returns the tokens a second of one stream at the median, of each round."""
+        return [median(stream.tokens / stream.seconds for stream in each) for each in self.rounds]
+
+    def first(self) -> float:
+        return median(stream.first for each in self.rounds for stream in each)
+
+
+async def ask_all(way: Way, options: argparse.Namespace) -> list[Stream]:
+    spread = options.tokens / (options.per_second or 1000) / options.streams
+
+    async def client(number: int) -> list[Stream]:
+        await asyncio.sleep(number * spread)
+        return [await ask(way, options.tokens) for _ in range(options.answers)]
+
+    return [stream for each in await asyncio.gather(*map(client, range(options.streams))) for stream in each]
+
+
+async def ask(way: Way, tokens: int) -> Stream:
+    """Asks once, and reads the bytes as they come, for as little CPU as can be."""
+    reader, writer = await asyncio.open_connection(way.host, way.port)
+    body = json.dumps(BODY | {"max_tokens": tokens}).encode()
+    head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    began = time.monotonic()
+    writer.write(head.encode() + body)
+    seen, first, got = b"", 0.0, 0
+    while piece := await reader.read(1 << 16):
+        seen = seen[-20:] + piece
+        got += piece.count(b'"delta"')
+        if got and not first:
+            first = time.monotonic() - began
+    writer.close()
+    assert b"[DONE]" in seen, seen
+    return Stream(got, first, time.monotonic() - began)
+
+
+def report(ways: dict[str, Way], options: argparse.Namespace) -> None:
+    direct, gateway = ways["direct"], ways["gateway"]
+    chunks = sum(stream.tokens for each in gateway.rounds for stream in each)
+    for name, way in ways.items():
+        rates = ", ".join(f"{rate:.2f}" for rate in way.rates())
+        print(f"{name:8} {rates} tokens/s of a stream, first token after {1000 * way.first():.1f} ms at the median")
+    print(f"ratio of tokens/s: {median(gateway.rates()) / median(direct.rates()):.3f}")
+    print(f"added to the first token: {1000 * (gateway.first() - direct.first()):.1f} ms")
+    print(f"CPU of the control plane: {1e6 * (gateway.cpu_seconds - direct.cpu_seconds) / chunks:.0f} µs a chunk")
+
+
+# --- the engine --------------------------------------------------------------------------------
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def event(number: int) -> bytes:
+    """One chunk of an answer, as vLLM writes it."""
+    chunk = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
+    choice = {"index": 0, "delta": {"content": f" word{number}"}, "logprobs": None, "finish_reason": None}
+    return b"data: " + json.dumps(chunk | {"choices": [choice]}).encode() + b"\n\n"
+
+
+def usage(tokens: int) -> bytes:
+    chunk = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
+    counts = {"prompt_tokens": 5, "completion_tokens": tokens, "total_tokens": 5 + tokens}
+    return b"data: " + json.dumps(chunk | {"choices": [], "usage": counts}).encode() + b"\n\n"
+
+
+async def run_engine(port: int, per_second: float, tokens: int) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):  # the client closes the connection
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+                await write(writer, json.loads(await reader.readexactly(length)))
+                if b"connection: close" in head.lower():
+                    break
+        writer.close()
+
+    async def write(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
+        writer.write(HEAD)
+        began, asked = time.monotonic(), min(tokens, body["max_tokens"])
+        for number in range(asked):
+            data = event(number)
+            writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+            await writer.drain()
+            if per_second:
+                await asyncio.sleep(max(0.0, began + (number + 1) / per_second - time.monotonic()))
+        wants_usage = (body.get("stream_options") or {}).get("include_usage")
+        end = (usage(asked) if wants_usage else b"") + b"data: [DONE]\n\n"
+        writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(end), end))
+        await writer.drain()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", port, backlog=1000):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["engine"]:
+        asyncio.run(run_engine(int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))
+    else:
+        main()

@@ -1,0 +1,202 @@
+"""Downloads the weights of a trained policy into a folder, and uploads them to the Hugging Face hub."""
+
+import base64
+import glob
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from services.cli.client import err, fail, safe
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+SILENCE_SECONDS = 120.0  # a request waits for a merge for a minute before the service answers
+DIGEST_SECONDS = 3600.0  # the service may read all weights for their digest
+RESUME_SECONDS = 2.0
+MOST_TRIES = 10  # tries in a row that bring no byte
+WORTH_WAITING = ("model_merging", "rate_limit_exceeded")  # codes of answers that end by themselves
+Value = TypeVar("Value")
+
+HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
+
+
+class Download:
+    """A download of one model. What has arrived is kept beside the folder, so that the same command goes on with it."""
+
+    def __init__(self, client: "OpenAI", model_id: str, format: str | None, folder: Path) -> None:
+        self._url = f"{client.base_url}models/{model_id}/content"
+        self._params = {"format": format} if format else {}
+        self._key = {"Authorization": f"Bearer {client.api_key}"}
+        self._folder = folder.resolve()
+        self._received = 0  # bytes
+
+    def run(self) -> dict[str, Any]:
+        """Downloads, checks and unpacks the model. Returns the content of its raydpo.json."""
+        if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+            fail(f"{self._folder} is not an empty folder; name another one.")
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        with _bar() as bar:
+            part = self._try(lambda: self._fetch(bar))
+        expected = self._try(self._digest)
+        with part.open("rb") as file:
+            found = base64.b64encode(hashlib.file_digest(file, "sha256").digest()).decode()
+        if expected != f"sha-256=:{found}:":
+            part.unlink()
+            fail("what arrived is not what the service sent, and was deleted; run the command again.")
+        _unpack(part, self._folder)
+        part.unlink()
+        about: dict[str, Any] = json.loads((self._folder / "raydpo.json").read_text())
+        return about
+
+    def _try(self, step: Callable[[], Value]) -> Value:
+        """Calls `step` again while the service asks for it, or the connection breaks."""
+        tries, received, told = 0, self._received, ""
+        while tries < MOST_TRIES:
+            try:
+                return step()
+            except httpx.TransportError as error:
+                later = _TryLater(f"The connection broke: {error or type(error).__name__}.", None, RESUME_SECONDS)
+            except _TryLater as error:
+                later = error
+            if later.message != told:
+                err.print(safe(later.message))
+            told = later.message
+            tries = 0 if later.code in WORTH_WAITING or self._received > received else tries + 1
+            received = self._received
+            time.sleep(later.seconds)
+        return fail(f"the weights did not come in {MOST_TRIES} tries; the same command goes on where this one stopped.")
+
+    def _fetch(self, bar: Progress) -> Path:
+        """Appends the rest of the tar to what has arrived. Begins anew if the service's tar has another ETag."""
+        part, headers = self._part(), dict(self._key)
+        if part and (size := part.stat().st_size):
+            headers |= {"Range": f"bytes={size}-", "If-Range": f'"{part.suffixes[-2][1:]}"'}
+        with httpx.stream("GET", self._url, params=self._params, headers=headers, timeout=SILENCE_SECONDS) as answer:
+            if answer.status_code == 416 and part:  # all of it had arrived
+                return part
+            if answer.is_error:
+                answer.read()
+                raise _refusal(answer)
+            if answer.status_code == 200:
+                if part:
+                    part.unlink()
+                etag = answer.headers["etag"].strip('"')
+                part = self._folder.with_name(f".{self._folder.name}.{etag}.part")
+            assert part
+            self._append(answer, part, bar)
+            return part
+
+    def _part(self) -> Path | None:
+        """Returns the file with what has arrived so far. Its name holds the ETag of the tar."""
+        return next(self._folder.parent.glob(f".{glob.escape(self._folder.name)}.*.part"), None)
+
+    def _append(self, answer: httpx.Response, part: Path, bar: Progress) -> None:
+        begun = part.stat().st_size if part.exists() else 0
+        total = begun + int(answer.headers["content-length"])
+        task = bar.add_task(self._folder.name, total=total, completed=begun)
+        try:
+            with part.open("ab") as file:
+                for chunk in answer.iter_raw(1 << 20):
+                    file.write(chunk)
+                    self._received += len(chunk)
+                    bar.advance(task, len(chunk))
+        finally:
+            bar.remove_task(task)
+
+    def _digest(self) -> str:
+        """Returns the SHA-256 of the whole tar, as the service writes it."""
+        asked = self._key | {"Want-Repr-Digest": "sha-256=1", "Range": "bytes=0-0"}
+        answer = httpx.get(self._url, params=self._params, headers=asked, timeout=DIGEST_SECONDS)
+        if answer.is_error:
+            raise _refusal(answer)
+        return answer.headers["repr-digest"]
+
+
+class _TryLater(Exception):
+    """The service asks for the request to be sent again."""
+
+    def __init__(self, message: str, code: str | None, seconds: float) -> None:
+        super().__init__(message)
+        self.message, self.code, self.seconds = message, code, seconds
+
+
+def _refusal(answer: httpx.Response) -> _TryLater:
+    """Returns the exception to raise for a refused request. Ends the command if a further try would not help."""
+    try:
+        error = answer.json()["error"]
+    except (ValueError, LookupError, TypeError):
+        error = {"message": f"the service answered {answer.status_code}: {answer.text[:200]}", "code": None}
+    if answer.status_code not in (429, 503) or answer.headers.get("x-should-retry") == "false":
+        fail(error["message"])
+    return _TryLater(error["message"], error["code"], float(answer.headers.get("retry-after", RESUME_SECONDS)))
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True) as bar:
+        yield bar
+
+
+def _unpack(tar: Path, folder: Path) -> None:
+    """Unpacks a tar of plain files. Fails, and leaves nothing, if a file would lie outside the folder."""
+    beside = folder.with_name(f".{folder.name}.unpacking")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with tarfile.open(tar, "r:") as opened:
+            for member in opened:
+                name = PurePosixPath(member.name)
+                if not member.isreg() or name.is_absolute() or ".." in name.parts:
+                    what = f"the tar holds {member.name!r}, which is no plain file inside the folder"
+                    fail(f"{what}; nothing was unpacked.")
+                opened.extract(member, beside, filter="data")
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
+    """Uploads a folder to the hub with the user's own token. Returns the URL of the commit."""
+    name = hub_name(target)
+    try:
+        from huggingface_hub import HfApi, get_token
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError:
+        fail("raydpo models push needs the package huggingface-hub; install it with `pip install huggingface-hub`.")
+    if get_token() is None:
+        fail("there is no token of the hub; set HF_TOKEN to a token that may write, or run `hf auth login`.")
+    api = HfApi()
+    try:
+        api.create_repo(name, private=not public, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=summary))
+    except HFValidationError as error:
+        fail(f"'{target}' is no name on the hub: {error}")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        needs = "; its token needs the right to write there" if status in (401, 403, 404) else ""
+        fail(f"the hub refuses {name} with {status}: {error.server_message or error}{needs}.")
+    except httpx.HTTPError as error:
+        fail(f"the hub at {api.endpoint} does not answer: {error}")
+
+
+def hub_name(target: str) -> str:
+    """Returns the repository's name in `hf://organization/name`."""
+    if not (found := HUB.fullmatch(target)):
+        fail(f"'{target}' must be hf://organization/name, such as hf://my-team/my-policy.")
+    return found[1]
