@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,8 +38,8 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 900.0)
 class Service:
     """`raydpo up` in a process of its own, started, killed and started again on one home."""
 
-    def __init__(self, home: Path, model: Path) -> None:
-        self.home, self.model = home, model
+    def __init__(self, home: Path, models: Mapping[str, Path]) -> None:
+        self.home, self.models = home, models
         self.port, self.hooks_port = free_port(), free_port()
         self.log = home.parent / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -49,7 +50,8 @@ class Service:
 
     def start(self) -> None:
         raydpo = Path(sys.executable).with_name("raydpo")
-        command = [raydpo, "up", f"--home={self.home}", f"--port={self.port}", f"--model=tiny={self.model}"]
+        models = [f"--model={name}={folder}" for name, folder in self.models.items()]
+        command = [raydpo, "up", f"--home={self.home}", f"--port={self.port}", *models]
         hooks = {"RAYDPO_WEBHOOK_URLS": json.dumps([f"http://127.0.0.1:{self.hooks_port}/"])}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -100,19 +102,30 @@ class Service:
         return ours and word in " ".join(command)
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
+@contextmanager
+def running_service(make_models: Callable[[Path], Mapping[str, Path]]) -> Iterator[Service]:
+    """A service on a home of its own, with the base models that `make_models` writes into a folder."""
     # Not in pytest's folder: as root, PostgreSQL is another user and must be able to reach its data.
     with TemporaryDirectory(prefix="raydpo-e2e-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
-        model = Path(folder) / "tiny"
-        text = [f"{prompt} {answer}" for prompt, answer in Shop(num_things=8, num_held_out=8).demonstrations(500)]
-        make_base_model(model, text, hidden_size=64, num_layers=2)
-        service = Service(Path(folder) / "home", model)
+        service = Service(Path(folder) / "home", make_models(Path(folder)))
         service.start()
         yield service
         if service.process and service.process.poll() is None:
             service.stop()
+
+
+def tiny_model(folder: Path, *, hidden_size: int = 64, num_layers: int = 2) -> Path:
+    """A Llama that knows the shop's words."""
+    text = [f"{prompt} {answer}" for prompt, answer in Shop(num_things=8, num_held_out=8).demonstrations(500)]
+    make_base_model(folder, text, hidden_size=hidden_size, num_layers=num_layers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running_service(lambda folder: {"tiny": tiny_model(folder / "tiny")}) as service:
+        yield service
 
 
 @pytest.fixture

@@ -278,12 +278,12 @@ def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
 ) -> None:
     """The deployment holds the weights it loaded; the policy is read from weights changed since."""
     client.completions.create(model="tiny", prompt="Where", max_tokens=1)  # loads it
-    weights = service.model / "model.safetensors"
+    weights = service.models["tiny"] / "model.safetensors"
     shutil.copy(weights, kept := weights.with_suffix(".kept"))
     torch.manual_seed(0)
     changed = {name: tensor + 0.002 * torch.randn_like(tensor) for name, tensor in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
-    digest = cache.model_digest(str(service.model), weights=True)
+    digest = cache.model_digest(str(service.models["tiny"]), weights=True)
     known = engine_rate_uri((service.home / "storage" / "prepared" / "proj_default").as_uri(), digest, "float32")
     rates.write(known, Rate(tokens_per_second=1e9))  # so fast that it is asked for few rows, too
     try:
