@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -24,21 +23,14 @@ SAMPLED = 64  # how many numbers of each weight are in a fingerprint
 ROUTERS = {"gate", "shared_expert_gate"}  # names of routers, besides those that contain "router"
 
 
-def attach(
-    model: PreTrainedModel,
-    adapter: Lora,
-    *,
-    task_type: str,
-    trained_whole: list[str] | None = None,
-    like: PreTrainedModel | None = None,
-) -> None:
+def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_whole: list[str] | None = None) -> None:
     """Puts a new adapter on the model, and freezes all other weights except those of the modules `trained_whole`.
 
-    `like` is needed if the model cannot compute yet: a model with weights and with the same kinds of layers. Raises InvalidOption for target modules that the model does not have, or whose adapters would not learn.
+    Raises InvalidOption for target modules that the model does not have, or whose adapters would not learn.
     """
     from peft import LoraConfig
 
-    linears = _linears(model, like or model)
+    linears = _linears(model)
     all_linear = adapter.target_modules == "all-linear"
     default = _names(model, _adaptable(model, linears)) + _experts(model)
     targets = default if all_linear else list(adapter.target_modules)
@@ -73,24 +65,26 @@ def fingerprint(model: nn.Module) -> str:
     """Returns a digest that identifies a base model. The digest is the same with or without an adapter on the base, and
     in any precision, also in NF4.
 
-    The digest covers some numbers of each frozen weight except the weights of a reward model's head, which may be new.
-    The names of weights do not count, because releases of transformers rename weights. All ranks must call this
-    together for a sharded model, of which one weight at a time is gathered.
+    The digest covers some numbers of each frozen weight except those of the head: a reward model has another head than
+    the policy whose adapter it goes on with. The names of weights do not count, because releases of transformers rename
+    weights.
     """
     if before := getattr(model, BEFORE_NF4, None):
         return str(before)
+    head = {id(weight) for weight in _head_weights(model)}
     samples = [
-        whole(weight).flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
+        weight.detach().flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
         for name, weight in model.named_parameters()
-        if not weight.requires_grad and "score." not in name
+        if not weight.requires_grad and "score." not in name and id(weight) not in head
     ]
     parts = torch.split(torch.cat(samples).cpu().view(torch.int16), [len(sample) for sample in samples])
     return hashlib.sha256(b"".join(sorted(part.numpy().tobytes() for part in parts))).hexdigest()
 
 
-def whole(weight: Tensor) -> Tensor:
-    """Returns the whole weight without a gradient. All ranks must call this together for a weight that is sharded."""
-    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
+def _head_weights(model: Any) -> list[nn.Parameter]:
+    """Returns the weights of the model's head over the vocabulary, without those that the embeddings share."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return [weight for weight in head.parameters() if weight is not embeddings.weight] if head is not None else []
 
 
 def base_file(base: str, model: nn.Module) -> bytes:
@@ -148,13 +142,16 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Loads the weights of the adapter saved in `folder` into the model's adapter. Raises UnusableModel if they do not
-    fit."""
+    """Loads the weights of the adapter saved in `folder` into the model's adapter. A reward model that goes on with a
+    policy's adapter keeps its new head. Raises UnusableModel if the weights do not fit."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
     saved = {_model_name(name): weight for name, weight in load_file(folder / WEIGHTS).items()}
-    strangers = sorted(saved.keys() ^ get_peft_model_state_dict(model).keys())
+    own = get_peft_model_state_dict(model)
+    if not any("score." in name for name in saved):  # a policy's adapter
+        saved |= {name: weight for name, weight in own.items() if "score." in name}
+    strangers = sorted(saved.keys() ^ own.keys())
     if strangers:
         what = (
             f"The adapter in {folder} does not fit the model: {len(strangers)} weights, such as {strangers[0]}, exist"
@@ -203,16 +200,15 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
     return f"target_modules is {tuple(targets)}, which cannot be used ({str(error).partition('. ')[0]}); name others."
 
 
-def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
-    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass of
-    `like` on a few tokens.
+def _linears(model: PreTrainedModel) -> set[str]:
+    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass on a few
+    tokens.
 
     The names do not include layers for images, layers that return more than a product, layers whose weights other code
-    reads directly, and layers that only choose, such as some routers. As a side effect the function freezes both
-    models.
+    reads directly, and layers that only choose, such as some routers. As a side effect the function freezes the model.
     """
     learning: set[str] = set()
-    names = linears_in(like)
+    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
     def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
@@ -222,23 +218,17 @@ def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
             hook(lambda gradient: learning.add(names[module]) if gradient.any() else None)
 
     model.requires_grad_(False)
-    like.requires_grad_(False)
-    embeddings = cast(nn.Module, like.get_input_embeddings())
+    embeddings = cast(nn.Module, model.get_input_embeddings())
     hooks = [module.register_forward_hook(note) for module in names]
     hooks.append(embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_().clone()))
     try:
-        ids = torch.arange(3, 11, device=like.device)[None] % like.config.get_text_config().vocab_size
-        like(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        ids = torch.arange(3, 11, device=model.device)[None] % model.config.get_text_config().vocab_size
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
     finally:
         for hook in hooks:
             hook.remove()
     kinds = {kind_of(name) for name in learning}  # a few tokens do not reach every expert
-    return {name for name in linears_in(model).values() if kind_of(name) in kinds}
-
-
-def linears_in(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the names of all linear layers of the model, by layer."""
-    return {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name for name in names.values() if kind_of(name) in kinds}
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:

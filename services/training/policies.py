@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_core.models import adapter_folder
+from dpo_core.options import InvalidOption
 from services import storage
 from services.contract import AttemptSpec, Failed, Precision, Weights
 from services.training.reports.reporting import JobFailed
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# The paths in a job's request of the options that only a loaded model can refuse; others are in `x_raydpo`.
+FIELDS = {"objective": "method.type", "target_modules": "x_raydpo.adapter.target_modules"}
+
 
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
     """Loads the model that the job starts from, ready to train.
 
-    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If workers may
-    split the weights, the policy has none until `train` has split it. Raises JobFailed for a model that transformers does not know or that cannot be trained.
+    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. Raises
+    JobFailed for a model that transformers does not know or that cannot be trained.
     """
     adapter = spec.weights.adapter
     with unusable_models_fail_the_job():
@@ -37,11 +41,15 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
 
     Raises JobFailed for a model that cannot be used.
     """
-    # The import is here, because it takes eight CPU seconds and the driver works without it.
+    # The imports are here, because they take eight CPU seconds and the driver works without them.
     from dpo_core.models import model
+    from dpo_core.models.adapter import quantization_of
 
     with unusable_models_fail_the_job():
         folder, base = fetch(source)
+        if base and not weights.quantization and quantization_of(folder):
+            # The adapter was trained on a rounded base, and merging rounds the base again.
+            return _merged(folder, base, weights.precision, device).requires_grad_(False)
         # A new adapter changes no output, but a base model is quantized only beneath an adapter.
         adapter = folder if base else weights.adapter if weights.quantization else None
         reference = model.load_policy(
@@ -75,12 +83,15 @@ def base_of(source: str) -> str:
 
 @contextmanager
 def unusable_models_fail_the_job() -> Iterator[None]:
-    """Raises JobFailed if the block raises UnusableModel, as loading a model or its first forward pass may do."""
+    """Raises JobFailed if the block raises UnusableModel or InvalidOption.
+
+    Loading a model, its first forward pass and the division of its weights may raise these.
+    """
     from dpo_core.models.architecture import UnusableModel
 
     try:
         yield
-    except UnusableModel as error:
+    except (UnusableModel, InvalidOption) as error:
         raise _unusable(error) from error
 
 
@@ -92,18 +103,9 @@ def _load(spec: AttemptSpec, source: Path, device: "torch.device", **options: An
     try:
         dtype, seed = _dtype(spec.weights.precision), spec.config.seed
         quantization = spec.weights.quantization
-        in_parts = _may_split(spec, device)
-        return load(
-            source, dtype=dtype, device=device, seed=seed, quantization=quantization, in_parts=in_parts, **options
-        )
+        return load(source, dtype=dtype, device=device, seed=seed, quantization=quantization, **options)
     except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
         raise _unusable(error) from error
-
-
-def _may_split(spec: AttemptSpec, device: "torch.device") -> bool:
-    sharding = spec.config.sharding
-    splits = sharding in ("full", "hybrid") or (sharding == "auto" and device.type == "cuda")
-    return splits and spec.num_workers > 1 and spec.weights.quantization is None
 
 
 def _merged(adapter: Path, base: Path, precision: Precision, device: "torch.device") -> "PreTrainedModel":
@@ -133,4 +135,5 @@ def _dtype(precision: Precision) -> "torch.dtype":
 
 def _unusable(error: Exception) -> JobFailed:
     message = f"The model cannot be trained: {error}"
-    return JobFailed(Failed(code="invalid_model", message=message, param="model"))
+    param = FIELDS.get(error.field, f"x_raydpo.{error.field}") if isinstance(error, InvalidOption) else "model"
+    return JobFailed(Failed(code="invalid_model", message=message, param=param))
