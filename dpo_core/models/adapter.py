@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,14 +24,21 @@ SAMPLED = 64  # how many numbers of each weight are in a fingerprint
 ROUTERS = {"gate", "shared_expert_gate"}  # names of routers, besides those that contain "router"
 
 
-def attach(model: PreTrainedModel, adapter: Lora, *, task_type: str, trained_whole: list[str] | None = None) -> None:
+def attach(
+    model: PreTrainedModel,
+    adapter: Lora,
+    *,
+    task_type: str,
+    trained_whole: list[str] | None = None,
+    like: PreTrainedModel | None = None,
+) -> None:
     """Puts a new adapter on the model, and freezes all other weights except those of the modules `trained_whole`.
 
-    Raises InvalidOption for target modules that the model does not have, or whose adapters would not learn.
+    `like` is needed if the model cannot compute yet: a model with weights and with the same kinds of layers. Raises InvalidOption for target modules that the model does not have, or whose adapters would not learn.
     """
     from peft import LoraConfig
 
-    linears = _linears(model)
+    linears = _linears(model, like or model)
     all_linear = adapter.target_modules == "all-linear"
     default = _names(model, _adaptable(model, linears)) + _experts(model)
     targets = default if all_linear else list(adapter.target_modules)
@@ -67,18 +75,23 @@ def fingerprint(model: nn.Module) -> str:
 
     The digest covers some numbers of each frozen weight except those of the head: a reward model has another head than
     the policy whose adapter it goes on with. The names of weights do not count, because releases of transformers rename
-    weights.
+    weights. All ranks must call this together for a sharded model, of which one weight at a time is gathered.
     """
     if before := getattr(model, BEFORE_NF4, None):
         return str(before)
     head = {id(weight) for weight in _head_weights(model)}
     samples = [
-        weight.detach().flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
+        whole(weight).flatten()[:: weight.numel() // SAMPLED | 1][:SAMPLED].bfloat16()
         for name, weight in model.named_parameters()
         if not weight.requires_grad and "score." not in name and id(weight) not in head
     ]
     parts = torch.split(torch.cat(samples).cpu().view(torch.int16), [len(sample) for sample in samples])
     return hashlib.sha256(b"".join(sorted(part.numpy().tobytes() for part in parts))).hexdigest()
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Returns the whole weight without a gradient. All ranks must call this together for a weight that is sharded."""
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
 
 
 def _head_weights(model: Any) -> list[nn.Parameter]:
@@ -200,15 +213,16 @@ def _refusal(model: PreTrainedModel, targets: list[str], error: ValueError) -> s
     return f"target_modules is {tuple(targets)}, which cannot be used ({str(error).partition('. ')[0]}); name others."
 
 
-def _linears(model: PreTrainedModel) -> set[str]:
-    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass on a few
-    tokens.
+def _linears(model: PreTrainedModel, like: PreTrainedModel) -> set[str]:
+    """Returns the names of the linear layers whose output affects the loss of a text, found by a backward pass of
+    `like` on a few tokens.
 
     The names do not include layers for images, layers that return more than a product, layers whose weights other code
-    reads directly, and layers that only choose, such as some routers. As a side effect the function freezes the model.
+    reads directly, and layers that only choose, such as some routers. As a side effect the function freezes both
+    models.
     """
     learning: set[str] = set()
-    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    names = linears_in(like)
 
     def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
@@ -218,17 +232,23 @@ def _linears(model: PreTrainedModel) -> set[str]:
             hook(lambda gradient: learning.add(names[module]) if gradient.any() else None)
 
     model.requires_grad_(False)
-    embeddings = cast(nn.Module, model.get_input_embeddings())
+    like.requires_grad_(False)
+    embeddings = cast(nn.Module, like.get_input_embeddings())
     hooks = [module.register_forward_hook(note) for module in names]
     hooks.append(embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_().clone()))
     try:
-        ids = torch.arange(3, 11, device=model.device)[None] % model.config.get_text_config().vocab_size
-        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        ids = torch.arange(3, 11, device=like.device)[None] % like.config.get_text_config().vocab_size
+        like(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
     finally:
         for hook in hooks:
             hook.remove()
     kinds = {kind_of(name) for name in learning}  # a few tokens do not reach every expert
-    return {name for name in names.values() if kind_of(name) in kinds}
+    return {name for name in linears_in(model).values() if kind_of(name) in kinds}
+
+
+def linears_in(model: nn.Module) -> dict[nn.Module, str]:
+    """Returns the names of all linear layers of the model, by layer."""
+    return {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _adaptable(model: PreTrainedModel, linears: set[str]) -> list[str]:

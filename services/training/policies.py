@@ -23,8 +23,8 @@ FIELDS = {"objective": "method.type", "target_modules": "x_raydpo.adapter.target
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
     """Loads the model that the job starts from, ready to train.
 
-    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. Raises
-    JobFailed for a model that transformers does not know or that cannot be trained.
+    Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If workers may
+    split the weights, the policy has none until `train` has split it. Raises JobFailed for a model that transformers does not know or that cannot be trained.
     """
     adapter = spec.weights.adapter
     with unusable_models_fail_the_job():
@@ -103,9 +103,18 @@ def _load(spec: AttemptSpec, source: Path, device: "torch.device", **options: An
     try:
         dtype, seed = _dtype(spec.weights.precision), spec.config.seed
         quantization = spec.weights.quantization
-        return load(source, dtype=dtype, device=device, seed=seed, quantization=quantization, **options)
+        in_parts = _may_split(spec, device)
+        return load(
+            source, dtype=dtype, device=device, seed=seed, quantization=quantization, in_parts=in_parts, **options
+        )
     except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
         raise _unusable(error) from error
+
+
+def _may_split(spec: AttemptSpec, device: "torch.device") -> bool:
+    sharding = spec.config.sharding
+    splits = sharding in ("full", "hybrid") or (sharding == "auto" and device.type == "cuda")
+    return splits and spec.num_workers > 1 and spec.weights.quantization is None
 
 
 def _merged(adapter: Path, base: Path, precision: Precision, device: "torch.device") -> "PreTrainedModel":

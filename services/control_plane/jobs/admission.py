@@ -11,9 +11,9 @@ from services.contract import MIN_EXAMPLES, JobSpec
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.core.tables import File, reading_of
 from services.control_plane.files import files
-from services.control_plane.jobs import plans, weights
+from services.control_plane.jobs import combinations, plans, weights
+from services.control_plane.jobs.combinations import Asked, Combination
 from services.control_plane.jobs.requests import is_local
-from services.control_plane.jobs.weights import Combination, WeightsAsked
 from services.control_plane.models import models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
@@ -39,7 +39,7 @@ async def check_uri(spec: JobSpec, settings: Settings) -> None:
 
 
 async def admit(
-    session: AsyncSession, settings: Settings, spec: JobSpec, asked: WeightsAsked, *, local_files: bool = False
+    session: AsyncSession, settings: Settings, spec: JobSpec, asked: Asked, *, local_files: bool = False
 ) -> Admitted:
     """Checks a new job.
 
@@ -49,7 +49,7 @@ async def admit(
     model = await models.find(session, settings, spec.model, hold=True)
     reference = await _reference(session, spec, model, settings)
     spec = spec.model_copy(update={"weights": weights.decide(asked, model, settings)})
-    weights.check(Combination(spec, asked, model, reference))
+    combinations.check(Combination(spec, asked, model, reference))
     spec = await _within_positions(spec, model)
     reports = list[Any]()
     if not spec.is_at_uri and not (local_files and is_local(spec.training_file)):
@@ -113,7 +113,8 @@ def _check_file(file: File, objective: Objective, param: str) -> None:
     learns_from = objective.traits.learns_from
     if report["kind"] not in learns_from:
         kinds = " or ".join(learns_from)
-        message = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}."
+        what = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}"
+        message = f"{what}. Choose another method or another file."
         raise InvalidRequest(message, param=param, code=code)
     if report.get("num_margins") and not objective.traits.takes_margins:
         message = f"{file.id} has margins; method '{objective.type}' takes none. Remove them, or use dpo."

@@ -41,11 +41,11 @@ JobReaderPart = Annotated[JobReader, Depends(_job_reader)]
 async def create(
     idempotent: IdempotentPart, caller: CallerPart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob
 ) -> Response:
-    spec, weights = body.spec(), body.weights()
+    spec, asked = body.spec(), body.asked()
     await admission.check_uri(spec, settings)
 
     async def submit(session: AsyncSession) -> dict[str, Any]:
-        admitted = await admission.admit(session, settings, spec, weights)
+        admitted = await admission.admit(session, settings, spec, asked)
         await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
         job = await jobs.submit(session, *admitted[:3], caller.key_id, are_checked=admitted.are_checked)
         return job_object(job, settings)

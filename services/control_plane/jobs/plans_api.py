@@ -18,10 +18,10 @@ router = APIRouter(prefix="/x/plans")
 @router.post("")
 async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: CreateJob) -> dict[str, Any]:
     """Returns the plan of a job with this body: whether it fits, the memory it needs, and changes that make it fit."""
-    spec, weights = body.spec(), body.weights()
+    spec, asked = body.spec(), body.asked()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
-        spec, model, *_ = await admission.admit(session, settings, spec, weights)
+        spec, model, *_ = await admission.admit(session, settings, spec, asked)
         file = None if spec.is_at_uri else await files.find(session, spec.training_file, param="training_file")
     try:
         shapes = await plans.look_at(model)

@@ -23,7 +23,7 @@ from services.contract import Integrations, JobSpec, Mlflow, Policy, Reading, Re
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files.requests import READING, reading
 from services.control_plane.http.validation import Text, parse, refuse_unknown
-from services.control_plane.jobs.weights import WeightsAsked
+from services.control_plane.jobs.combinations import Asked
 
 # HYPERPARAMETERS are in `method.<type>.hyperparameters`, beside the objective's own; EXTENSIONS are in `x_raydpo`.
 HYPERPARAMETERS = set(COMMON)
@@ -65,6 +65,7 @@ Share = Annotated[float, Field(gt=0, le=0.5)]
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 KEPT = 2  # the number of newest checkpoints that a job keeps by default
+COMPARING = ("best_metric", "early_stop", "policy")  # fields of x_raydpo that compare evaluated checkpoints
 
 
 Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -145,7 +146,7 @@ class CreateJob(BaseModel):
         policy: Any = parse(Policy, extension.get("policy", "last"), "x_raydpo.policy")  # type: ignore[arg-type]
         how = self._reading()
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
-        spec = JobSpec(
+        return JobSpec(
             **named,
             training_file=self._training_file(),
             config=config,
@@ -160,16 +161,14 @@ class CreateJob(BaseModel):
             columns=how.columns,
             integrations=self._integrations(),
         )
-        if not spec.validates:
-            _refuse_choice(extension)
-        return spec
 
-    def weights(self) -> WeightsAsked:
-        """Returns the body's options for the weights to train. Raises InvalidRequest, which names the wrong field."""
+    def asked(self) -> Asked:
+        """Returns the body's choices that are checked together. Raises InvalidRequest, which names the wrong field."""
         extension = self.x_raydpo or {}
         precision: Any = parse(AskedPrecision, extension.get("precision", "auto"), "x_raydpo.precision")
         quantization: Any = parse(AskedQuantization, extension.get("quantization"), "x_raydpo.quantization")
-        return WeightsAsked(_adapter(extension.get("adapter", "auto")), precision, quantization)
+        comparing = frozenset(name for name in COMPARING if extension.get(name) not in (None, "auto", "last"))
+        return Asked(_adapter(extension.get("adapter", "auto")), precision, quantization, comparing)
 
     def _integrations(self) -> Integrations:
         extension = self.x_raydpo or {}
@@ -184,10 +183,7 @@ class CreateJob(BaseModel):
         share = (self.x_raydpo or {}).get("validation_share")
         if share is None:
             return 0.0
-        where = "x_raydpo.validation_share"
-        if self.validation_file:
-            raise InvalidRequest("validation_share and validation_file exclude each other; send one.", param=where)
-        return parse(Share, share, where)
+        return parse(Share, share, "x_raydpo.validation_share")
 
     def _reading(self) -> Reading:
         extension = self.x_raydpo or {}
@@ -218,17 +214,6 @@ class CreateJob(BaseModel):
             message = "training_file is a URI; send it in x_raydpo.dataset as well."
             raise InvalidRequest(message, param="training_file")
         return self.training_file
-
-
-def _refuse_choice(extension: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for options that compare checkpoints, if the job evaluates no checkpoints."""
-    for name in ("best_metric", "early_stop", "policy"):
-        if extension.get(name) not in (None, "auto", "last"):
-            message = (
-                f"x_raydpo.{name} needs checkpoints that are evaluated: send a validation_file, or hold rows out with "
-                f"x_raydpo.validation_share; or leave {name} out."
-            )
-            raise InvalidRequest(message, param=f"x_raydpo.{name}")
 
 
 def _adapter(given: object) -> Lora | Literal["none", "auto"]:

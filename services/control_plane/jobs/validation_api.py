@@ -17,10 +17,10 @@ router = APIRouter(prefix="/x")
 @router.post("/jobs/validate")
 async def validate(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, body: ValidateJob) -> dict[str, Any]:
     """Checks the body, and returns the job that the body asks for, without an id. Writes nothing and reads no rows."""
-    spec, weights = body.spec(), body.weights()
+    spec, asked = body.spec(), body.asked()
     await admission.check_uri(spec, settings)
     async with store.begin() as session:
-        spec, model, reference, _ = await admission.admit(session, settings, spec, weights, local_files=True)
+        spec, model, reference, _ = await admission.admit(session, settings, spec, asked, local_files=True)
     await plans.refuse_hopeless(spec, model, settings, ray_api)
     job = jobs.draft(spec, model, reference)
     config = spec.config.settled(with_adapter=spec.weights.adapter is not None)

@@ -209,7 +209,7 @@ def test_a_job_on_a_uri_is_repeated_on_a_file(created, planned, pairs):
         (["--method", "kto", "--set", "method.kto.beta=-1"], "method.kto.hyperparameters.beta"),
         (["--model", "nobody"], "The model 'nobody' does not exist."),
         (["--method", "supervised"], "holds pairs; method 'supervised' learns from demonstrations."),
-        (["--set", "x_raydpo.validation_share=0.1", "--validation-file", "FILE"], "exclude each other"),
+        (["--set", "x_raydpo.validation_share=0.1", "--validation-file", "FILE"], "send one of them"),
         (
             ["--method", "kto", "--validation-file", "FILE", "--set", "validation_file=nowhere"],
             "nowhere is neither a local",

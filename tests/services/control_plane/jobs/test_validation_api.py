@@ -38,6 +38,7 @@ EVERY_EXTENSION: dict[str, Any] = {
 QUANTIZED = {"quantization": "nf4", "sharding": "replicated"}
 OF_A_URI = {"dataset": URI, "columns": {"prompt": "ask"}, "invalid_rows": "drop", "max_invalid_share": 0.2}
 SIMPO = {"type": "simpo", "simpo": {"hyperparameters": {"gamma_beta_ratio": 0.3, "learning_rate_multiplier": 2.0}}}
+IPO = {"type": "ipo", "ipo": {"hyperparameters": {"length_average": False, "learning_rate_multiplier": 2.0}}}
 MPO = {"objectives": [{"type": "dpo", "beta": 0.2}, {"type": "kto"}], "weights": [1.0, 0.5], "n_epochs": 2}
 
 
@@ -58,7 +59,8 @@ def test_every_option_that_a_job_can_be_given_is_tried_here() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"method": SIMPO, "x_raydpo": EVERY_EXTENSION, "suffix": "nice", "metadata": {"team": "a"}, "seed": 7},
+        {"method": IPO, "x_raydpo": EVERY_EXTENSION, "suffix": "nice", "metadata": {"team": "a"}, "seed": 7},
+        {"method": SIMPO},
         {
             "method": {"type": "mpo", "mpo": {"hyperparameters": MPO}},
             "validation_file": "held out",
@@ -73,7 +75,7 @@ def test_every_option_that_a_job_can_be_given_is_tried_here() -> None:
         {"x_raydpo": QUANTIZED, "method": {"type": "dpo"}},
         {"hyperparameters": {"n_epochs": 2, "learning_rate": 1e-5}, "training_file": URI, "x_raydpo": {"dataset": URI}},
     ],
-    ids=["every option", "a sum", "a URI", "followed", "quantized", "the older spelling"],
+    ids=["every option", "without a reference", "a sum", "a URI", "followed", "quantized", "the older spelling"],
 )
 def test_the_request_in_a_job_asks_for_the_same_job(
     api: httpx.Client, file_id: str, held_out: str, body: dict[str, Any]
@@ -84,8 +86,10 @@ def test_the_request_in_a_job_asks_for_the_same_job(
     request = job["x_raydpo"]["request"]
     asked, again = (CreateJob.model_validate(each) for each in (body | {"seed": job["seed"]}, request))
     assert again.spec() == asked.spec()
-    for wanted, given in zip(astuple(asked.weights()), astuple(again.weights()), strict=True):
+    (*wishes, comparing), (*wishes_again, comparing_again) = (astuple(each.asked()) for each in (asked, again))
+    for wanted, given in zip(wishes, wishes_again, strict=True):
         assert wanted in (given, "auto")  # which the service decided then
+    assert comparing <= comparing_again
     answer = api.post("/fine_tuning/jobs", json=request)
     assert answer.status_code == 200, answer.text
     assert answer.json()["x_raydpo"]["request"] == request

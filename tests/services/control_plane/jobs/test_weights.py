@@ -1,20 +1,16 @@
 """What a job trains and against what: what is decided, shown and refused. No cluster answers."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
-import psycopg
 import pytest
 
 from dpo_core.config import Lora
 from services.contract import Weights
-from services.control_plane.jobs.weights import RULES, WeightsAsked, decide
+from services.control_plane.jobs.combinations import Asked
+from services.control_plane.jobs.weights import decide
 from services.control_plane.models.models import STARTED_AT, NamedModel
 from services.control_plane.settings import BaseModel, Settings
-from tests.services.control_plane.conftest import pairs
 
 LORA = {"type": "lora", "r": 32, "alpha": 64.0, "dropout": 0.0, "target_modules": "all-linear"}
 PLAIN = {"use_rslora": False, "use_dora": False}
@@ -22,28 +18,22 @@ DPO, SIMPO = ({"type": kind} for kind in ("dpo", "simpo"))
 
 
 @pytest.fixture(scope="module")
-def training_file(client: openai.OpenAI) -> str:
-    return client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune").id
-
-
-@pytest.fixture(scope="module")
-def trained(client: openai.OpenAI, settings: Settings, training_file: str) -> Iterator[dict[str, str]]:
+def trained(insert_models: Any) -> dict[str, str]:
     """Models by their kind: all weights, an adapter on them, an adapter on the base, two reward models."""
-    job_id = client.fine_tuning.jobs.create(model="tiny", training_file=training_file, method={"type": "dpo"}).id
-    names = {kind: f"ft:tiny:raydpo::{kind}" for kind in ("whole", "on-whole", "adapter", "reward", "gaussian")}
-    with psycopg.connect(settings.database_url, autocommit=True) as connection:
-        for kind, name in names.items():
-            base = {"on-whole": "/runs/whole", "adapter": "/nowhere/tiny"}.get(kind)
-            adapter = json.dumps({"r": 8, "alpha": 16}) if base else None
-            outputs = {"reward": 1, "gaussian": 2}.get(kind, 0)
-            values = (name, f"/runs/{kind}", job_id, base, adapter, outputs)
-            connection.execute(
-                "INSERT INTO models (id, project_id, source, root, job_id, base_source, adapter, num_outputs) "
-                "VALUES (%s, 'proj_default', %s, 'tiny', %s, %s, %s, %s)",
-                values,
-            )
-    yield names
-    client.fine_tuning.jobs.cancel(job_id)
+    adapted: dict[str, Any] = {"adapter": Lora(r=8, alpha=16)}
+    kinds: dict[str, dict[str, Any]] = {
+        "whole": {},
+        "on-whole": {"base_source": "/runs/whole", **adapted},
+        "adapter": {"base_source": "/nowhere/tiny", **adapted},
+        "reward": {"num_outputs": 1},
+        "gaussian": {"num_outputs": 2},
+    }
+    models = {
+        kind: NamedModel(f"ft:tiny:raydpo::{kind}", f"/runs/{kind}", "tiny", STARTED_AT, **fields)
+        for kind, fields in kinds.items()
+    }
+    insert_models(*models.values())
+    return {kind: model.id for kind, model in models.items()}
 
 
 def create(client: openai.OpenAI, file: str, model: str = "tiny", method: Any = DPO, **extension: Any) -> Any:
@@ -195,11 +185,6 @@ def test_what_an_adapter_stands_on_is_deleted_after_it(client: openai.OpenAI, tr
     client.models.delete(trained["whole"])
 
 
-def test_the_page_prints_the_table_of_what_does_not_go_together() -> None:
-    page = (Path(__file__).parents[4] / "docs" / "use" / "jobs.md").read_text()
-    assert "".join(f"| `{rule.param}` | {rule.what} | {rule.remedy} |\n" for rule in RULES) in page
-
-
 def test_settings_say_what_is_trained_by_default(settings: Settings) -> None:
     models = {"all": BaseModel(source="/m", adapter="none"), "small": BaseModel(source="/m", adapter=Lora(r=2))}
     given = settings.model_copy(update={"models": models, "num_gpus_per_worker": 1.0})
@@ -207,11 +192,11 @@ def test_settings_say_what_is_trained_by_default(settings: Settings) -> None:
     def start(name: str, **fields: Any) -> NamedModel:
         return NamedModel(name, "/m", name, STARTED_AT, **fields)
 
-    assert decide(WeightsAsked(), start("all"), given) == Weights(adapter=None, precision="bfloat16")
-    assert decide(WeightsAsked(), start("small"), given).adapter == Lora(r=2)
-    assert decide(WeightsAsked(adapter=Lora(r=3)), start("all"), given).adapter == Lora(r=3)
-    assert decide(WeightsAsked(precision="float32"), start("all"), given).precision == "float32"
-    assert decide(WeightsAsked(), start("gone"), given).adapter == Lora()
+    assert decide(Asked(), start("all"), given) == Weights(adapter=None, precision="bfloat16")
+    assert decide(Asked(), start("small"), given).adapter == Lora(r=2)
+    assert decide(Asked(adapter=Lora(r=3)), start("all"), given).adapter == Lora(r=3)
+    assert decide(Asked(precision="float32"), start("all"), given).precision == "float32"
+    assert decide(Asked(), start("gone"), given).adapter == Lora()
     quantized = start("small", adapter=Lora(r=3), quantization="nf4")
-    assert decide(WeightsAsked(), quantized, given).quantization == "nf4"
-    assert decide(WeightsAsked(adapter="none"), quantized, given).quantization is None
+    assert decide(Asked(), quantized, given).quantization == "nf4"
+    assert decide(Asked(adapter="none"), quantized, given).quantization is None
