@@ -64,6 +64,7 @@ class Reconciler:
         self._store, self._ray_api, self._settings = store, ray_api, settings
         self._holder = holder  # this control plane's name in the lease
         self._leads = False
+        self._slot_is_free = False  # the last tick ended an attempt, so that the next tick may start a waiting job
         self._clock, self._job_began = clock, float("-inf")  # when this reconciler last saw a job begin
         self._patience = Patience(clock)
         self._stopwatches = Stopwatches(gap_seconds=LEASE_SECONDS, clock=clock)
@@ -72,7 +73,10 @@ class Reconciler:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Runs a tick every second until cancelled, then releases the lease."""
+        """Runs a tick every second, and at once after a tick that ended an attempt, until cancelled.
+
+        Then releases the lease.
+        """
         try:
             while True:
                 try:
@@ -86,7 +90,7 @@ class Reconciler:
                     log.exception("A tick failed by an unexpected error, and is tried again")
                 if self._leads:
                     self._sweep()
-                await asyncio.sleep(TICK_SECONDS)
+                await asyncio.sleep(0 if self._slot_is_free else TICK_SECONDS)
         finally:
             if self._sweeping is not None:
                 self._sweeping.cancel()
@@ -100,6 +104,7 @@ class Reconciler:
             await store.release_lease(session, "reconciler", self._holder)
 
     async def tick(self) -> None:
+        self._slot_is_free = False
         async with self._store.begin() as session:
             self._leads = await store.hold_lease(session, "reconciler", self._holder, seconds=LEASE_SECONDS)
             if not self._leads:
@@ -235,6 +240,7 @@ class Reconciler:
         if decision is not Decision.WAIT:
             log.info("Job %s: %s", job.id, decision.name.lower())
         await self._executor.carry_out(decision, job, attempt, history, submission)
+        self._slot_is_free |= decision in (Decision.FINISH, Decision.REST, Decision.LOSE)
 
     def _hung(self, attempt: Attempt | None, status: AttemptStatus) -> bool:
         """Whether the attempt hangs: it runs, but has given no sign of life for HUNG_SECONDS.

@@ -39,6 +39,7 @@ from services.contract import (
     Wandb,
     WandbIntegration,
 )
+from services.control_plane.attempts import reconciler
 from services.control_plane.attempts.decision import Decision
 from services.control_plane.attempts.executor import Executor
 from services.control_plane.attempts.reconciler import Reconciler
@@ -756,6 +757,33 @@ def test_a_project_out_of_accelerator_hours_opens_no_attempt_and_keeps_its_job(
     ticks(on_gpus, 2)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
     api.post("/x/projects/proj_default", json={"max_accelerator_hours": None})
+
+
+def test_a_job_that_ends_makes_room_for_the_next_one_at_once(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = submit(client, settings), submit(client, settings)
+    ticks(settings, 2)
+    assert list(ray.jobs) == [f"{first}-1"]
+    spool(settings, first, 1, reports(settings, first))
+    ray.jobs[f"{first}-1"] = "SUCCEEDED"
+    monkeypatch.setattr(reconciler, "TICK_SECONDS", 3600)
+
+    async def run() -> None:
+        store = Store(settings.database_url)
+        ray_api = RayApi(settings, store.instance)
+        task = asyncio.create_task(Reconciler(store, ray_api, settings, holder="test-0").run())
+        async with asyncio.timeout(60):
+            while f"{second}-1" not in ray.jobs:
+                await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await ray_api.close()
+        await store.close()
+
+    asyncio.run(run())
+    client.fine_tuning.jobs.cancel(second)
+    ticks(settings, 4)
 
 
 def test_a_job_that_does_not_fit_waits_and_says_for_what(
