@@ -138,12 +138,15 @@ class Sweeper:
         await _remove([self._place("uploads", name) for name in over[:MOST]])
 
     async def _remove_models(self) -> None:
-        """Deletes the files of deleted models from storage; for a checkpoint's model, all files of the checkpoint."""
+        """Deletes the files of deleted models from storage; for a checkpoint's model, all files of the checkpoint.
+
+        The order is random, so that models whose files cannot be deleted keep no others from being deleted.
+        """
         place = func.coalesce(Checkpoint.uri, Model.source)
         left = select(Model.id, place).outerjoin(Checkpoint, Checkpoint.model_id == Model.id)
         left = left.where(Model.deleted_at.is_not(None), Model.removed_at.is_(None))
         async with self._store.begin() as session:
-            models = (await session.execute(left.order_by(Model.deleted_at).limit(MOST))).all()
+            models = (await session.execute(left.order_by(func.random()).limit(MOST))).all()
         gone = [model_id for model_id, uri in models if await remove_bytes(uri)]
         async with self._store.begin() as session:
             await session.execute(update(Model).where(Model.id.in_(gone)).values(removed_at=func.now()))
@@ -182,9 +185,17 @@ async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
     running = [attempt for attempt in map(_attempt_of, await ray_api.live_submissions()) if attempt]
     async with store.begin() as session:
         orphans = await _ended(session, running)
-    for submission_id in orphans:
+    return [submission_id for submission_id in orphans if await _stop(ray_api, submission_id)]
+
+
+async def _stop(ray_api: RayApi, submission_id: str) -> bool:
+    """Asks Ray to stop a job. Returns False if Ray fails to; the next sweep asks again."""
+    try:
         await ray_api.stop(submission_id)
-    return orphans
+    except httpx.HTTPError as error:
+        log.warning("Ray did not stop %s, which is asked for again: %s", submission_id, error)
+        return False
+    return True
 
 
 def _attempt_of(submission_id: str) -> tuple[str, int] | None:

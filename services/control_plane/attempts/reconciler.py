@@ -41,7 +41,8 @@ from services.control_plane.tenants import quotas
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0
+TICK_SECONDS = 1.0  # from the begin of a tick to that of the next one
+LEAST_PAUSE_SECONDS = 0.2  # after a tick that took about as long, or longer
 LEASE_SECONDS = 10.0
 MODELS = "models"  # the name under which Patience counts failures to load models
 AT_ONCE = 8  # jobs that a tick works on at the same time, so that a slow one does not delay all
@@ -79,6 +80,7 @@ class Reconciler:
         """
         try:
             while True:
+                began = time.monotonic()
                 try:
                     with telemetry.TICK_SECONDS.time():
                         await self.tick()
@@ -90,7 +92,8 @@ class Reconciler:
                     log.exception("A tick failed by an unexpected error, and is tried again")
                 if self._leads:
                     self._sweep()
-                await asyncio.sleep(0 if self._slot_is_free else TICK_SECONDS)
+                took = time.monotonic() - began
+                await asyncio.sleep(0 if self._slot_is_free else max(TICK_SECONDS - took, LEAST_PAUSE_SECONDS))
         finally:
             if self._sweeping is not None:
                 self._sweeping.cancel()
@@ -136,6 +139,8 @@ class Reconciler:
             async with turns:
                 await self._look_at(job, opened.get(job.id), waits.get(job.id), told)
 
+        # Jobs that may start come first, so that no start waits for the ends of other jobs.
+        live.sort(key=lambda job: job.observed != "queued" or waits.get(job.id) is not None)
         await asyncio.gather(*map(look_at, live))
         if view is None:
             raise httpx.HTTPError("the Ray cluster does not answer")

@@ -13,7 +13,7 @@ async def remove_bytes(uri: str) -> bool:
     """Deletes a file or folder in storage. Returns False if the deletion fails; the sweeper then tries again later."""
     try:
         await anyio.to_thread.run_sync(storage.delete, uri)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a URI of a storage that the service no longer knows
         log.warning("Could not delete %s from storage, which is tried again later: %s", uri, error)
         return False
     return True

@@ -184,6 +184,27 @@ def test_parts_are_removed_with_their_upload(
     assert states == ("expired",)
 
 
+def test_models_whose_files_cannot_be_removed_keep_no_others(
+    client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
+) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=create(client), method={"type": "dpo"})
+    client.fine_tuning.jobs.cancel(job.id)
+    write(settings, "runs", job.id, "export", "model.safetensors")
+    gone = storage.join(settings.storage_url, "runs", job.id, "export")
+    add = (
+        "INSERT INTO models (id, project_id, source, root, job_id, deleted_at) "
+        "SELECT 'ft:' || n, 'proj_default', %s, 'tiny', %s, now() - n * interval '1 day' FROM generate_series(%s::int, %s::int) n"
+    )
+    rows.execute(add, ["elsewhere://bucket/export", job.id, 1, MOST])
+    rows.execute(add, [gone, job.id, 0, 0])  # the last one that was deleted
+    for _ in range(50):
+        sweep(settings)
+        if not storage.exists(storage.join(gone, "model.safetensors")):
+            break
+    assert not storage.exists(storage.join(gone, "model.safetensors"))
+    rows.execute("DELETE FROM models")
+
+
 def test_old_answers_and_leases_are_forgotten(
     settings: Settings, client: openai.OpenAI, rows: psycopg.Connection
 ) -> None:

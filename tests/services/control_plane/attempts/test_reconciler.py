@@ -786,6 +786,34 @@ def test_a_job_that_ends_makes_room_for_the_next_one_at_once(
     ticks(settings, 4)
 
 
+def test_jobs_start_before_others_are_ended(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = settings.model_copy(update={"max_running_jobs": 3})
+    ending = [submit(client, settings) for _ in range(2)]
+    ticks(wide, 2)
+    for job_id in ending:
+        spool(settings, job_id, 1, reports(settings, job_id))
+        ray.jobs[f"{job_id}-1"] = "SUCCEEDED"
+    file = client.files.create(file=("pairs.jsonl", pairs()), purpose="fine-tune")
+    starts = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, method={"type": "dpo"}).id
+    done: list[tuple[str, Decision]] = []
+    carry_out = Executor.carry_out
+
+    async def noted(self: Executor, decision: Decision, job: Job, *rest: Any) -> None:
+        await carry_out(self, decision, job, *rest)
+        done.append((job.id, decision))
+
+    monkeypatch.setattr(Executor, "carry_out", noted)
+    monkeypatch.setattr(reconciler, "AT_ONCE", 1)
+    ticks(wide, 1)
+    assert done[0] == (starts, Decision.OPEN)
+    assert set(done[1:]) == {(job_id, Decision.FINISH) for job_id in ending}
+    monkeypatch.undo()
+    client.fine_tuning.jobs.cancel(starts)
+    ticks(settings, 4)
+
+
 def test_a_job_that_does_not_fit_waits_and_says_for_what(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, job_id: str
 ) -> None:
@@ -826,6 +854,32 @@ def test_what_runs_for_an_attempt_that_ended_is_stopped_and_what_is_not_ours_is_
 
     assert asyncio.run(sweep()) == ["then", f"{job_id}-1"]
     assert ray.jobs == {f"{job_id}-1": "STOPPED", foreign: "RUNNING"}
+
+
+def test_what_ray_fails_to_stop_keeps_nothing_else_running(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = sorted(submit(client, settings) for _ in range(2))
+    for each in jobs:
+        ticks(settings, 1)
+        client.fine_tuning.jobs.cancel(each)
+        ticks(settings, 3)
+    ray.jobs |= {f"{each}-1": "RUNNING" for each in jobs}
+    stuck, stop = f"{jobs[0]}-1", ray.post
+    monkeypatch.setattr(ray, "post", lambda path, body: (500, "stuck") if stuck in path else stop(path, body))
+
+    async def sweep() -> list[str]:
+        store = Store(settings.database_url)
+        ray_api = RayApi(settings, store.instance)
+        async with store.begin() as session:
+            await session.execute(update(Attempt).values(ended_at=func.now() - timedelta(hours=1)))
+        stopped = await stop_orphans(store, ray_api)
+        await ray_api.close()
+        await store.close()
+        return stopped
+
+    assert asyncio.run(sweep()) == [f"{jobs[1]}-1"]
+    assert ray.jobs == {stuck: "RUNNING", f"{jobs[1]}-1": "STOPPED"}
 
 
 def test_the_log_of_a_job_replays_to_what_it_is_and_refuses_what_no_rule_allows(
