@@ -20,6 +20,7 @@ from services.cli import (
     models,
     plan,
     projects,
+    rewards,
     settings,
     webhooks,
 )
@@ -38,6 +39,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(projects.app, name="projects")
 app.add_typer(webhooks.app, name="webhooks")
 chat.register(app)
+rewards.register(app)
 methods.register(app)
 settings.register(app)
 audit.register(app)

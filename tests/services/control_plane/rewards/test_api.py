@@ -1,8 +1,5 @@
 """Rewards through the control plane, against the trainer's scorer and plain transformers."""
 
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -11,113 +8,23 @@ import httpx
 import psycopg
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dpo_core.config import Lora, Optim, TrainConfig
-from dpo_core.data.groups import Group
 from dpo_core.encoding.encode import EncodedGroup, encode_group
-from dpo_core.models.model import load_policy, load_reward_model, load_tokenizer
+from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.objectives.metrics import compute_metrics
-from dpo_core.options import Dpo, Mpo, Objective, RewardBradleyTerry, Simpo, Supervised
+from dpo_core.options import Dpo, Mpo, Supervised
 from dpo_core.policy.measures import Measures
 from dpo_core.policy.scorer import Scorer, score_reference
-from dpo_core.training.trainer import train
-from services.contract import JobSpec, Weights
 from services.control_plane.rewards.requests import MOST_COMPLETIONS, MOST_ROWS
-from services.control_plane.settings import BaseModel, Settings
-from tests.services.control_plane.conftest import FakeRay, api_of, free_port, new_key, new_project
-from tests.services.control_plane.rewards.models import models_of, policy_of
-from tests.services.serving.conftest import MODEL_LENGTH, make_model
-from tests.services.serving.test_scoring import ROWS, SYSTEM, TEMPLATE, TOOL, TURNS, USER, groups_of, said
+from services.control_plane.settings import Settings
+from tests.services.control_plane.conftest import api_of, new_key, new_project
+from tests.services.control_plane.rewards.conftest import BETA, PAIR, Trained, add, policy_of
+from tests.services.serving.conftest import MODEL_LENGTH
+from tests.services.serving.test_scoring import ROWS, SYSTEM, TOOL, TURNS, USER, groups_of, said
 
-pytestmark = pytest.mark.slow  # it trains
-
-BETA = 0.3
-PAIR = Group("the quick", (" brown fox", " lazy dog"), 1)
-
-
-@dataclass
-class Trained:
-    """The folders of models, which one job each has trained from the base `tiny`."""
-
-    base: Path
-    other: Path  # a model of another vocabulary
-    folders: dict[str, Path]
-
-    def __getitem__(self, name: str) -> Path:
-        return self.folders[name]
-
-
-def trained(base: Path, folder: Path, objective: Objective, **options: Any) -> Path:
-    """The folder of a model after four large steps."""
-    load = load_reward_model if objective.traits.num_outputs else load_policy
-    model, tokenizer = load(base, **options), load_tokenizer(base)
-    groups = score_reference(load_policy(base), [encode_group(PAIR, tokenizer)], max_tokens_per_pack=512)
-    config = TrainConfig(
-        objective=objective, optim=Optim(learning_rate=1e-2), n_epochs=4, batch_size=1, checkpoint_steps=4
-    )
-    for _ in train(config, model, tokenizer, [groups] * 4, total_steps=4, checkpoint_dir=folder):
-        pass
-    return folder / "step-000004" / "model"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("models")
-    base, other = make_model(folder / "base", TEMPLATE), make_model(folder / "other", TEMPLATE)
-    tokenizer = load_tokenizer(other)
-    tokenizer.add_tokens(["pangolin"])
-    tokenizer.save_pretrained(other)
-    return Trained(
-        base,
-        other,
-        {
-            "dpo": trained(base, folder / "dpo", Dpo(beta=BETA)),
-            "adapter": trained(base, folder / "adapter", Dpo(beta=BETA), adapter=Lora(r=4)),
-            "simpo": trained(base, folder / "simpo", Simpo()),
-            "reward": trained(base, folder / "reward", RewardBradleyTerry()),
-        },
-    )
-
-
-@pytest.fixture(scope="module")
-def settings(offline: Settings, fake_ray: FakeRay, models: Trained) -> Iterator[Settings]:
-    server = uvicorn.Server(uvicorn.Config(models_of(fake_ray), port=free_port(), log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    urls = {
-        "ray_url": f"http://127.0.0.1:{fake_ray.server.server_port}",
-        "serve_url": f"http://127.0.0.1:{server.config.port}",
-        "model_wait_seconds": 20.0,
-        "max_loaded_models": 10,
-    }
-    bases = {"tiny": BaseModel(source=str(models.base)), "other": BaseModel(source=str(models.other))}
-    yield offline.model_copy(update={**urls, "models": bases})
-    server.should_exit = True
-    thread.join()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rows(base_url: str, settings: Settings, models: Trained) -> None:
-    """The database's rows of the trained models and their jobs."""
-    objectives = {"dpo": Dpo(beta=BETA), "adapter": Dpo(beta=BETA), "simpo": Simpo(), "reward": RewardBradleyTerry()}
-    with psycopg.connect(settings.database_url, autocommit=True) as connection:
-        for name, objective in objectives.items():
-            add(connection, name, models[name], objective, "tiny", models.base)
-
-
-def add(rows: psycopg.Connection, name: str, folder: Path, objective: Objective, start: str, source: Path) -> None:
-    weights = Weights(adapter=Lora(r=4) if name == "adapter" else None)
-    spec = JobSpec(model=start, training_file="file-1", config=TrainConfig(objective=objective), weights=weights)
-    columns = "id, spec, model_source, fine_tuned_model, project_id, model_root, priority, desired, observed, version"
-    values = "%s, %s, %s, %s, 'proj_default', 'tiny', 0, 'run', 'succeeded', 1"
-    job = (f"ftjob-{name}", spec.model_dump_json(), str(source), f"ft:tiny:raydpo::{name}")
-    rows.execute(f"INSERT INTO jobs ({columns}, finished_at) VALUES ({values}, now())", job)
-    columns = "id, project_id, source, root, job_id, num_outputs"
-    model = (f"ft:tiny:raydpo::{name}", folder.as_uri(), f"ftjob-{name}", objective.traits.num_outputs)
-    rows.execute(f"INSERT INTO models ({columns}) VALUES (%s, 'proj_default', %s, 'tiny', %s, %s)", model)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("rows")]  # it trains
 
 
 def ask(api: httpx.Client, name: str, rows: object = ROWS, **more: object) -> httpx.Response:

@@ -1,0 +1,242 @@
+"""The `raydpo rewards` command: score the rows of a file with a policy and its reference, or with a reward model."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
+from rich.status import Status
+
+from services.cli.client import api_command, err, fail, safe
+from services.cli.reading import Columns, roles_of
+from services.cli.reward_summary import Summary
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, OpenAI
+
+    from dpo_core.data.groups import Group
+
+ROWS_AT_A_TIME, BYTES_AT_A_TIME = 64, 2**20  # most of one request; a larger row goes alone
+WAIT_SECONDS = 1800.0  # how long models may take to load before the command gives up
+PLAIN_SECONDS = 10.0
+NAMES = ("model", "reference", "beta")  # fields of a request that each line of results repeats
+
+
+def register(app: typer.Typer) -> None:
+    @api_command(app)
+    def rewards(
+        client: "OpenAI",
+        file: Annotated[
+            str,
+            typer.Argument(
+                help="File of rows: JSON Lines (plain, gzip or zstd), Parquet or Arrow, in a format of training files, "
+                "in RewardBench 2's, or with `prompt` and `completions`; or the id of an uploaded file."
+            ),
+        ],
+        model: Annotated[str, typer.Option(help="Name of the policy or reward model.")],
+        reference: Annotated[
+            str | None, typer.Option(help="Model to compare with. Default: the reference of the policy's job.")
+        ] = None,
+        beta: Annotated[
+            float | None, typer.Option(help="Scale of rewards. Default: the beta of the policy's job.")
+        ] = None,
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                help="File for the rewards, one JSON object a line. If the file has some already, the command goes on "
+                "after them. Default: standard output."
+            ),
+        ] = None,
+        columns: Columns = None,
+    ) -> None:
+        """Score the rows of a file with a policy and its reference, or with a reward model.
+
+        If the file says which completions are better, the command ends with the accuracy and the mean margin of the
+        rewards, also for each value of the column `subset`.
+        """
+        given = dict(zip(NAMES, (model, reference, beta), strict=True))
+        asked = {name: value for name, value in given.items() if value is not None}
+        roles, found = roles_of(columns), Summary()
+        with _local(client, file) as path, path.open("rb") as rows, _opened(out) as results:
+            last = _resume(results, asked, found) if out else (0, 0)
+            tasks = (task for task in _tasks(rows, roles) if (task.line, task.number) > last)
+            for result in _scored(client, asked, tasks):
+                results.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+                results.flush()
+                found.add(result)
+        for line in found.lines():
+            err.print(safe(line))
+
+
+# --- what is read and written -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group to score, and its place in the file: a line, and a number from 1 among the groups of the line."""
+
+    line: int
+    number: int
+    group: "Group"
+    ratings: Sequence[float] | None  # higher is better; None: the file does not say which completion is better
+    subset: str | None
+
+    def row(self) -> dict[str, Any]:
+        """Returns the row of the request."""
+        extras = {"tools": self.group.tools, "chat_template_kwargs": self.group.template_arguments}
+        row = {"prompt": self.group.prompt, "completions": self.group.completions}
+        return row | {name: value for name, value in extras.items() if value}
+
+
+def _tasks(rows: BinaryIO, columns: Mapping[str, str]) -> Iterator[Task]:
+    """Yields the groups of the file. Exits with an error at the first row that cannot be read."""
+    from dpo_core.data.feedback import read_records
+    from dpo_core.data.jsonl import InvalidRow
+    from dpo_core.data.scored_formats import SCORED_FORMATS
+    from services.containers import json_lines
+
+    try:
+        for record in read_records(json_lines(rows), columns=columns, formats=SCORED_FORMATS):
+            if record.problem:
+                raise record.problem
+            is_pair = record.format is not None and record.format.kind == "pairs"
+            for number, group in enumerate(record.groups, 1):
+                ratings = group.ratings or ((1.0, 0.0) if is_pair else None)
+                yield Task(record.line, number, group, ratings, record.subset)
+    except InvalidRow as error:
+        fail(str(error))
+
+
+@contextmanager
+def _local(client: "OpenAI", file: str) -> Iterator[Path]:
+    """Yields the path of the file. A file of the service is downloaded while the block runs."""
+    if Path(file).is_file() or not file.startswith("file-"):
+        yield Path(file)
+        return
+    with tempfile.NamedTemporaryFile(prefix="raydpo-") as local:
+        with client.files.with_streaming_response.content(file) as response:
+            for chunk in response.iter_bytes():
+                local.write(chunk)
+        local.flush()
+        yield Path(local.name)
+
+
+@contextmanager
+def _opened(out: Path | None) -> Iterator[BinaryIO]:
+    if out is None:
+        yield typer.get_binary_stream("stdout")
+        return
+    out.touch()
+    with out.open("r+b") as results:
+        yield results
+
+
+def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tuple[int, int]:
+    """Reads the results that the file has, and returns the place of the last one; (0, 0) if there is none.
+
+    Removes a line that was cut off. Exits with an error if the results are of another model, reference or beta.
+    """
+    last, end = (0, 0), 0
+    for line in results:
+        if not line.endswith(b"\n"):
+            break
+        result = json.loads(line)
+        for name, value in asked.items():
+            if result[name] != value:
+                fail(f"{results.name} has rewards of {name} {result[name]}, not {value}; name another file for --out.")
+        found.add(result)
+        last, end = (result["line"], result["group"]), results.tell()
+    results.seek(end)
+    results.truncate()
+    if end:
+        err.print(f"{results.name} has the rewards up to line {last[0]}; the command goes on after it")
+    return last
+
+
+# --- what is asked ------------------------------------------------------------------------------
+
+
+class _Voice:
+    """Says what the command does: in place on a terminal, or in a line every PLAIN_SECONDS."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self._said_at = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._status.update(safe(text))
+        if not err.is_terminal and time.monotonic() - self._said_at > PLAIN_SECONDS:
+            self._said_at = time.monotonic()
+            err.print(safe(text))
+
+
+def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -> Iterator[dict[str, Any]]:
+    """Yields a line of results for each task, in order, and shows the progress."""
+    began, count = time.monotonic(), 0
+    with err.status("reading") as status:
+        voice = _Voice(status)
+        for chunk in _chunks(tasks):
+            yield from _ask(client, asked, chunk, voice)
+            count += len(chunk)
+            speed = count / (time.monotonic() - began)
+            voice.say(f"{count} rows scored, up to line {chunk[-1].line}; {speed:.1f} a second")
+
+
+def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
+    """Yields the tasks of one request at a time."""
+    chunk: list[Task] = []
+    num_bytes = 0
+    for task in tasks:
+        size = len(json.dumps(task.row()))
+        if chunk and (len(chunk) == ROWS_AT_A_TIME or num_bytes + size > BYTES_AT_A_TIME):
+            yield chunk
+            chunk, num_bytes = [], 0
+        chunk.append(task)
+        num_bytes += size
+    if chunk:
+        yield chunk
+
+
+def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _Voice) -> list[dict[str, Any]]:
+    """Returns the results of the tasks. A request that is too large is divided; a model that loads is waited for."""
+    from openai import APIStatusError
+
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            body = {**asked, "rows": [task.row() for task in chunk]}
+            answer: Any = client.with_options(max_retries=0).post("/x/rewards", body=body, cast_to=object)
+            return [_result(answer, task, each) for task, each in zip(chunk, answer["data"], strict=True)]
+        except APIStatusError as error:
+            if error.status_code == 413 and len(chunk) > 1:
+                half = len(chunk) // 2
+                return _ask(client, asked, chunk[:half], voice) + _ask(client, asked, chunk[half:], voice)
+            if error.status_code not in (429, 503) or time.monotonic() > deadline:
+                fail(_at_line(error, chunk))
+            voice.say(_message(error))
+            time.sleep(float(error.response.headers.get("retry-after") or 1))
+
+
+def _result(answer: Mapping[str, Any], task: Task, each: Mapping[str, Any]) -> dict[str, Any]:
+    place = {"line": task.line, "group": task.number, "subset": task.subset, "ratings": task.ratings}
+    compared = {name: answer[name] for name in NAMES}
+    return {**place, **compared, "winner": each["winner"], "completions": each["completions"]}
+
+
+def _message(error: "APIStatusError") -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error.message)
+
+
+def _at_line(error: "APIStatusError", chunk: Sequence[Task]) -> str:
+    """Returns the error with the line of the file in place of the number of the request's row."""
+    message, rows = _message(error), (error.param or "").split(".")
+    if len(rows) < 2 or rows[0] != "rows":
+        return message
+    row, line = f"rows.{rows[1]}", f"Line {chunk[int(rows[1])].line}"
+    return message.replace(f"{row}.", f"{line}, ", 1).replace(row, line, 1)
