@@ -208,9 +208,14 @@ class Settings(BaseSettings):
         "all replicas of a model, and whether it may keep models loaded (`pinned`). Admins of the default project may "
         "choose more.",
     )
-    dtype: Dtype = Field(
+    dtype: Dtype | None = Field(
+        default=None,
+        description="The type in which models are served. Without it: `bfloat16` on GPUs, `float32` on CPUs.",
+    )
+    reference_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="The type in which models are served. Served in float32, the reference agrees with the trainer.",
+        description="The type in which references of jobs are scored. "
+        "Where a model is served in another one, its reference has an engine of its own.",
     )
     num_gpus_per_worker: float = Field(
         default=0,
@@ -235,8 +240,7 @@ class Settings(BaseSettings):
     def _deployments_work(self) -> Self:
         for name, model in self.models.items():
             own = model.deployment
-            num_gpus = self.num_gpus_per_model if own.num_gpus is None else own.num_gpus
-            if trouble := own.trouble(num_gpus=num_gpus, dtype=own.dtype or self.dtype):
+            if trouble := own.trouble(num_gpus=self.num_gpus_of(own), dtype=self.dtype_of(own)):
                 raise ValueError(f"models.{name}.deployment: {trouble[1]}")
         pinned = [name for name, model in self.models.items() if model.deployment.pinned]
         if len(pinned) > self.most_pinned:
@@ -245,6 +249,19 @@ class Settings(BaseSettings):
                 "unpin one, or raise max_loaded_models"
             )
         return self
+
+    def num_gpus_of(self, own: DeploymentSettings) -> float:
+        """Returns the GPUs of each replica of a deployment."""
+        return self.num_gpus_per_model if own.num_gpus is None else own.num_gpus
+
+    def dtype_of(self, own: DeploymentSettings) -> Dtype:
+        """Returns the type in which a deployment is served."""
+        return own.dtype or self.dtype or ("bfloat16" if self.num_gpus_of(own) else "float32")
+
+    def scores_apart(self, own: DeploymentSettings) -> bool:
+        """Whether a deployment's engine cannot score references, so that they have an engine of their own."""
+        changed = own.quantization is not None or own.max_model_len is not None
+        return changed or self.dtype_of(own) != self.reference_dtype
 
     @property
     def most_pinned(self) -> int:

@@ -194,7 +194,8 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
         except _Disagrees as disagreement:
             if spec.reference_source == "serve":
                 figures = str(disagreement)
-                message = f"The reference {spec.reference} and the policy disagree ({figures}); deploy it in float32."
+                remedy = "set reference_dtype to float32, or let the trainer score it"
+                message = f"The reference {spec.reference} and the policy disagree ({figures}); {remedy}."
                 raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
             report(Message(level="warn", message="The trainer's own forward scores the reference instead."))
         except _Slower:
@@ -286,7 +287,9 @@ def _by_deployment(
     loaded_at = time.monotonic()
     served_logps = served_token_logps(groups, connect)
     tokens_per_second = sum(group.num_tokens for group in groups) / (time.monotonic() - loaded_at)
-    comparison = parity.compare(served_logps, ray.get(trainer_logps))
+    rounds = "bfloat16" in (spec.reference_dtype, spec.weights.precision)
+    beta = getattr(spec.config.objective, "beta", 1.0)  # without beta, a reward is a log-ratio
+    comparison = parity.compare(served_logps, ray.get(trainer_logps), beta=beta, rounds=rounds)
     if not comparison.holds:
         report(Message(level="warn", message=f"The reference's deployment disagrees with the trainer: {comparison}."))
         raise _Disagrees(str(comparison))

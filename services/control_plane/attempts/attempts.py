@@ -205,8 +205,8 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
             await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
         case ReferenceWanted():
             reference = models.reference_of(await session.get_one(Job, attempt.job_id))
-            attempt.reference = reference.app_name
-            await deployments.use(session, reference)
+            attempt.reference = (await deployments.reference(session, settings, reference)).app_name
+            await deployments.use(session, reference, app_name=attempt.reference)
         case ReferenceReleased():
             attempt.reference = None
         case Started():

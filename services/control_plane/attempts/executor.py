@@ -107,10 +107,11 @@ class Executor:
         accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            app_name = reference.app_name if insists else None
-            attempt = await attempts.begin(session, job.id, number, app_name, num_accelerators=accelerators)
+            app_name = None
             if insists:
-                await deployments.use(session, reference)
+                app_name = (await deployments.reference(session, self._settings, reference)).app_name
+                await deployments.use(session, reference, app_name=app_name)
+            attempt = await attempts.begin(session, job.id, number, app_name, num_accelerators=accelerators)
             if job.observed == "queued":
                 started = "The job is starting on the cluster"
                 await jobs.move(session, job, "running", actor=self._holder, event=started)
@@ -130,10 +131,11 @@ class Executor:
                 training_uri = (await session.get_one(File, spec.training_file)).uri
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
             token = await attempts.give_token(session, attempt)
+            scorer = (await deployments.reference(session, self._settings, models.reference_of(job))).app_name
         run_uri = self._run_uri(job)
         by_trainer = spec.reference_source == "trainer" or spec.weights.quantization  # no engine has the base in NF4
         may_be_served = spec.config.objective.traits.needs_reference and not by_trainer
-        reference = await self._ray_api.own_name(models.reference_of(job).app_name) if may_be_served else None
+        reference = await self._ray_api.own_name(attempt.reference or scorer) if may_be_served else None
         attempt_spec = AttemptSpec(
             wire=_wire_of(spec),
             job_id=job.id,
@@ -155,7 +157,7 @@ class Executor:
             reference_model_source=job.reference_source,
             reference=reference,
             reference_source=spec.reference_source,
-            reference_dtype=self._settings.dtype,
+            reference_dtype=self._settings.reference_dtype,
             traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
             run_uri=run_uri,
             cache_uri=storage.join(self._settings.storage_url, "prepared", job.project_id),

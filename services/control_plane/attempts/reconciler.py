@@ -26,7 +26,7 @@ from services.control_plane.attempts.decision import (
     rest_seconds,
 )
 from services.control_plane.attempts.executor import Executor
-from services.control_plane.attempts.scheduling import FOR_MODELS, needs, what_each_waits_for
+from services.control_plane.attempts.scheduling import FOR_MODELS, needs, reference_model, what_each_waits_for
 from services.control_plane.attempts.step_retries import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
@@ -35,6 +35,7 @@ from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.files import files
 from services.control_plane.jobs import jobs
 from services.control_plane.models import deployment_settings, deployments, eviction
+from services.control_plane.models.deployments import Reference
 from services.control_plane.ray_api import UNKNOWN, AttemptStatus, RayApi, ServeView, Submission
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
@@ -119,6 +120,8 @@ class Reconciler:
             shares, out_of_hours = await quotas.shares(session), await quotas.out_of_hours(session)
             unchecked = await files.checks_awaited(session, [job for job in live if job.observed == "queued"])
             on_gpus = await deployment_settings.use_gpus(session, self._settings)
+            wanted = {job.id: model for job in live if (model := reference_model(job))}
+            scorers = await deployments.references(session, self._settings, wanted)
         asked = [attempt.submission_id for attempt in opened.values()]
         view, told, capacity = await asyncio.gather(
             self._look(), self._ray_api.submissions(asked), self._capacity(live, back, on_gpus)
@@ -127,9 +130,9 @@ class Reconciler:
         holders = {job.id for job in live if job.observed == "running"} - resting - back
         held_back = spent | unchecked
         contenders = [job for job in live if job.id in holders or job.id not in held_back.keys() | resting]
-        engines = await self._engines(view, [job for job in live if job.id in holders], capacity, on_gpus)
+        engines = await self._engines(view, [job for job in live if job.id in holders], capacity, scorers, on_gpus)
         waits = held_back | (
-            what_each_waits_for(contenders, shares, capacity, self._settings, back, engines)
+            what_each_waits_for(contenders, shares, capacity, self._settings, back, engines, scorers)
             if view is not None
             else dict.fromkeys((job.id for job in live), UNREACHABLE)
         )
@@ -148,7 +151,7 @@ class Reconciler:
         if any(job.id not in holders for job in running):
             self._job_began = self._clock()
         next_job = [job for job in contenders if waits.get(job.id) == FOR_MODELS]
-        await self._serve_models(view, self._room(running, next_job, capacity))
+        await self._serve_models(view, self._room(running, next_job, capacity, scorers))
         telemetry.TICKS.labels("acted").inc()
 
     async def _look_at(
@@ -259,7 +262,12 @@ class Reconciler:
         return min(running, attempt.silent_seconds) > HUNG_SECONDS
 
     async def _engines(
-        self, view: ServeView | None, running: Sequence[Job], capacity: Mapping[str, float], on_gpus: bool
+        self,
+        view: ServeView | None,
+        running: Sequence[Job],
+        capacity: Mapping[str, float],
+        scorers: Mapping[str, Reference],
+        on_gpus: bool,
     ) -> eviction.Engines:
         """Returns how the loaded and the waiting models limit the GPUs of the next jobs."""
         if view is None or not on_gpus:
@@ -271,16 +279,22 @@ class Reconciler:
         return eviction.engines(
             wished.values(),
             sum(app.deployment.most_gpus if app.deployment else one for app in stopping),
-            self._room(running, [], capacity),
+            self._room(running, [], capacity, scorers),
             capacity=capacity.get("GPU", 0.0),
             since_last_job=self._clock() - self._job_began,
         )
 
-    def _room(self, running: Sequence[Job], next_job: Sequence[Job], capacity: Mapping[str, float]) -> eviction.Room:
+    def _room(
+        self,
+        running: Sequence[Job],
+        next_job: Sequence[Job],
+        capacity: Mapping[str, float],
+        scorers: Mapping[str, Reference],
+    ) -> eviction.Room:
         """Returns the places and GPUs that the jobs leave to models."""
 
         def gpus(jobs: Sequence[Job]) -> float:
-            return sum(needs(job, self._settings).get("GPU", 0.0) for job in jobs)
+            return sum(needs(job, self._settings, scorers).get("GPU", 0.0) for job in jobs)
 
         settings = self._settings
         return eviction.Room(

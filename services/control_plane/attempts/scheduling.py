@@ -24,12 +24,14 @@ from pydantic import ValidationError
 
 from services.contract import JobSpec
 from services.control_plane.core.tables import Job
+from services.control_plane.models.deployments import Reference
 from services.control_plane.models.eviction import NO_ENGINES, Engines
-from services.control_plane.models.models import reference_of
+from services.control_plane.models.models import NamedModel, reference_of
 from services.control_plane.settings import Settings
 from services.control_plane.tenants.quotas import Share
 
 Resources = Mapping[str, float]  # amounts by Ray's names of resources: CPU, GPU
+NO_SCORERS: Mapping[str, Reference] = {}
 FOR_MODELS = "loaded models to leave the GPUs that it needs"
 FOR_MODELS_TURN = "its turn: a model that waits for GPUs goes first"
 
@@ -41,21 +43,23 @@ def what_each_waits_for(
     settings: Settings,
     back: Collection[str] = (),
     engines: Engines = NO_ENGINES,
+    scorers: Mapping[str, Reference] = NO_SCORERS,
 ) -> dict[str, str | None]:
     """Returns, for each queued job, the reason why the job waits, or None if the job may start now.
 
-    `back` has the ids of running jobs whose long rest is over; these jobs take their turn like queued ones.
+    `back` has the ids of running jobs whose long rest is over; these jobs take their turn like queued ones. `scorers`
+    has the applications that would score the jobs' references, by job id.
     """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)
-    held = sum((Counter(needs(job, settings)) for job in running), Counter[str]())
-    references = {name for job in running if (name := _reference(job))}
+    held = sum((Counter(needs(job, settings, scorers)) for job in running), Counter[str]())
+    references = {name for job in running if (name := _reference(job, scorers))}
     num_running, first = len(running), None
     waits: dict[str, str | None] = {}
     waiting = [job for job in live if job.desired == "run" and (job.observed == "queued" or job.id in back)]
     turns = _Turns(running, waiting, shares)
     for job in turns:
-        needed, limit = needs(job, settings), shares.get(job.project_id, Share()).max_running_jobs
+        needed, limit = needs(job, settings, scorers), shares.get(job.project_id, Share()).max_running_jobs
         if limit is not None and per_project[job.project_id] >= limit:
             waits[job.id] = f"another job of its project to end: {limit} may run at once"
         elif short := _beyond(needed, capacity):
@@ -70,7 +74,7 @@ def what_each_waits_for(
             waits[job.id] = f"its turn: {goes_first} goes first"
         elif short := _beyond(Counter(needed) + held, capacity):
             first, waits[job.id] = job, f"running jobs to end: with them it needs {short}"
-        elif (reference := _reference(job)) and len(references | {reference}) > settings.max_loaded_models:
+        elif (reference := _reference(job, scorers)) and len(references | {reference}) > settings.max_loaded_models:
             first, most = job, settings.max_loaded_models
             waits[job.id] = f"a place for its reference: those of running jobs hold all {most} places for models"
         elif needed.get("GPU") and engines.go_first:
@@ -129,15 +133,16 @@ class _Turns:
         return (*used, job.created_at, project_id, number)
 
 
-def needs(job: Job, settings: Settings) -> dict[str, float]:
+def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SCORERS) -> dict[str, float]:
     """Returns what the job's workers reserve. Its reference, which is loaded before them, may need more GPUs."""
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
-    gpus = max(num_workers * settings.num_gpus_per_worker, settings.num_gpus_per_model if _reference(job) else 0)
+    of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model
+    gpus = max(num_workers * settings.num_gpus_per_worker, of_reference if _reference(job, scorers) else 0)
     return {"CPU": float(num_workers)} | ({"GPU": gpus} if gpus else {})
 
 
-def _reference(job: Job) -> str | None:
-    """The application that scores for the job, if one may have to: until the job has begun to train."""
+def reference_model(job: Job) -> NamedModel | None:
+    """Returns the model that an engine may have to score for the job: until the job has begun to train."""
     if job.training is not None:
         return None
     try:
@@ -145,7 +150,14 @@ def _reference(job: Job) -> str | None:
     except ValidationError:
         return None
     is_served = spec.config.objective.traits.needs_reference and spec.reference_source != "trainer"
-    return reference_of(job).app_name if is_served else None
+    return reference_of(job) if is_served else None
+
+
+def _reference(job: Job, scorers: Mapping[str, Reference]) -> str | None:
+    """Returns the application that may have to score for the job."""
+    if (model := reference_model(job)) is None:
+        return None
+    return scorers[job.id].app_name if job.id in scorers else model.app_name
 
 
 def _without_pinned(capacity: Resources, engines: Engines) -> Resources:

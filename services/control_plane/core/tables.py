@@ -415,6 +415,7 @@ class Deployment(Base):
     model_id: Mapped[str]
     source: Mapped[str]
     num_outputs: Mapped[int] = mapped_column(server_default="0")  # of a reward model's head; 0: no reward model
+    scores: Mapped[bool] = mapped_column(server_default="false")  # it only computes log-probabilities, for jobs
     asked_at: Mapped[datetime] = mapped_column(server_default=func.now())  # first; models that wait take turns by it
     last_used_at: Mapped[datetime] = mapped_column(server_default=func.now())
     placed_at: Mapped[datetime | None]  # since when it loads or runs

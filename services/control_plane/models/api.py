@@ -71,7 +71,8 @@ async def delete(idempotent: IdempotentPart, settings: SettingsPart, model_id: s
 
     async def remove(session: AsyncSession) -> dict[str, Any]:
         model = await models.remove(session, settings, model_id)
-        await deployments.forget(session, model.app_name)
+        for app_name in (model.app_name, deployments.scorer_of(model)):
+            await deployments.forget(session, app_name)
         await deployment_settings.choose(session, model.id, None)
         removed.append(model)
         return deleted("model", model_id)

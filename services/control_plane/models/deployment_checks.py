@@ -41,8 +41,8 @@ async def check(
     `capacity` has the amounts of CPUs and GPUs that the cluster has or may grow to; {}: unknown.
     """
     full = await deployment_settings.with_choice(session, settings, model.id, chosen)
-    num_gpus = deployment_settings.num_gpus(full, settings)
-    if trouble := full.trouble(num_gpus=num_gpus, dtype=full.dtype or settings.dtype):
+    num_gpus = settings.num_gpus_of(full)
+    if trouble := full.trouble(num_gpus=num_gpus, dtype=settings.dtype_of(full)):
         raise _invalid(trouble[0], f"{trouble[1]}.")
     if not caller.manages_all:
         _check_limits(settings, chosen, num_gpus)

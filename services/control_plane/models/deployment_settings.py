@@ -75,13 +75,8 @@ async def choose(session: AsyncSession, model_id: str, values: Mapping[str, Any]
 
 async def use_gpus(session: AsyncSession, settings: Settings) -> bool:
     """Whether any model may be served on GPUs."""
-    configured = (num_gpus(model.deployment, settings) for model in settings.models.values())
+    configured = (settings.num_gpus_of(model.deployment) for model in settings.models.values())
     if settings.num_gpus_per_model or any(configured):
         return True
     most = await session.scalars(select(ModelSettings.values["num_gpus"].as_float()))
     return any(most)
-
-
-def num_gpus(own: DeploymentSettings, settings: Settings) -> float:
-    """Returns the GPUs of each of the model's replicas."""
-    return settings.num_gpus_per_model if own.num_gpus is None else own.num_gpus

@@ -17,25 +17,61 @@ from services.control_plane.models import deployment_settings, eviction, models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
-from services.deployment_settings import DeploymentSettings
+from services.deployment_settings import DeploymentSettings, EngineSettings
 
 MARK_SECONDS = 30.0  # a mark that its control plane does not renew expires after this time
 SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
-async def use(session: AsyncSession, model: NamedModel) -> None:
-    """Requests a place for the model and records its use.
+async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None) -> None:
+    """Requests a place for the model and records its use. `app_name` is that of its engine which only scores.
 
     Raises Unavailable if another model has the same application name on the cluster.
     """
-    named = {"app_name": model.app_name, "model_id": model.id, "source": model.source}
-    row = insert(Deployment).values(**named, num_outputs=model.num_outputs)
+    named = {"app_name": app_name or model.app_name, "model_id": model.id, "source": model.source}
+    scores = named["app_name"] != model.app_name
+    row = insert(Deployment).values(**named, num_outputs=model.num_outputs, scores=scores)
     used = {"last_used_at": func.clock_timestamp()}
     same = (Deployment.model_id == model.id) & (Deployment.source == model.source)
     row = row.on_conflict_do_update(index_elements=[Deployment.app_name], set_=used, where=same)
     if await session.scalar(row.returning(Deployment.app_name)) is None:
-        message = f"'{model.id}' cannot be served while another model has the name {model.app_name} on the cluster."
+        name = named["app_name"]
+        message = f"'{model.id}' cannot be served while another model has the name {name} on the cluster."
         raise Unavailable(message, retry_after=60)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The application that scores a job's reference, and its GPUs."""
+
+    app_name: str
+    num_gpus: float
+
+
+async def references(
+    session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]
+) -> dict[str, Reference]:
+    """Returns the applications of these models that score, by the keys of `wanted`.
+
+    A model whose own engine cannot score, because of its precision or its length, has another one for that.
+    """
+    chosen = await deployment_settings.of(session, settings, {model.id for model in wanted.values()})
+    return {key: _reference(model, chosen[model.id], settings) for key, model in wanted.items()}
+
+
+async def reference(session: AsyncSession, settings: Settings, model: NamedModel) -> Reference:
+    return (await references(session, settings, {"": model}))[""]
+
+
+def _reference(model: NamedModel, own: DeploymentSettings, settings: Settings) -> Reference:
+    if settings.scores_apart(own):
+        return Reference(scorer_of(model), settings.num_gpus_of(own))
+    return Reference(model.app_name, settings.num_gpus_of(own) * own.replicas.max)
+
+
+def scorer_of(model: NamedModel) -> str:
+    """Returns the application name of the model's engine that only scores."""
+    return f"{model.app_name}-scores"
 
 
 async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
@@ -190,8 +226,8 @@ def _model(
         used=_seconds(now, row.last_used_at),
         gpus=application.most_gpus,
         is_reference=is_reference,
-        pinned=own.pinned,
-        idle_seconds=own.idle_seconds or settings.model_idle_seconds,
+        pinned=own.pinned and not row.scores,
+        idle_seconds=eviction.STAY_SECONDS if row.scores else own.idle_seconds or settings.model_idle_seconds,
         answers=any(until > now.timestamp() for until in row.answering.values()),
         answered=row.answered_at is not None,
     )
@@ -256,14 +292,20 @@ async def _write_down(session: AsyncSession, wish: Wish, *, serves: bool, waits_
 
 
 def _application(row: Deployment, own: DeploymentSettings, settings: Settings) -> contract.Deployment:
-    num_gpus = deployment_settings.num_gpus(own, settings)
-    return contract.Deployment(
+    num_gpus, num_outputs = settings.num_gpus_of(own), row.num_outputs or 0
+    served = contract.Deployment(
         app_name=row.app_name,
         model_id=row.model_id,
         source=row.source,
-        dtype=own.dtype or settings.dtype,
+        dtype=(own.dtype or settings.reference_dtype) if num_outputs else settings.dtype_of(own),
         max_model_len=own.max_model_len,
-        num_gpus=min(num_gpus, 1) if row.num_outputs else num_gpus,  # a reward model is not divided
+        num_gpus=min(num_gpus, 1) if num_outputs else num_gpus,  # a reward model is not divided
         engine=own.engine(),
-        num_outputs=row.num_outputs or 0,
+        num_outputs=num_outputs,
+        purpose="answers" if settings.scores_apart(own) else "both",
     )
+    if not row.scores:
+        return served
+    engine = EngineSettings(gpu_memory_utilization=own.gpu_memory_utilization)
+    changed = {"dtype": settings.reference_dtype, "max_model_len": None, "engine": engine, "purpose": "scores"}
+    return served.model_copy(update=changed)

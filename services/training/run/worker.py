@@ -190,7 +190,8 @@ def starts_at_ln2(result: StepResult, spec: AttemptSpec) -> bool:
     """
     adapter, precision = spec.weights.adapter, spec.weights.precision
     drops = adapter is not None and adapter.dropout > 0
-    equal = spec.reference_model_source is None and not drops and precision == "float32"
+    exact = "bfloat16" not in (precision, spec.reference_dtype)
+    equal = spec.reference_model_source is None and not drops and exact
     return result.step == 1 and spec.config.objective.type == "dpo" and equal
 
 

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import text
 
 from services.control_plane.core.store import Store, migrate
-from services.control_plane.models import deployments
+from services.control_plane.models import deployment_settings, deployments
+from services.control_plane.models.deployments import Reference
 from services.control_plane.models.eviction import Room
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
@@ -25,12 +26,12 @@ class Cluster:
     """Serve, as it does what it is told at once; and the database beside it."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        self.store, self._settings = store, settings
+        self.store, self.settings = store, settings
         self.loaded: dict[str, Application] = {}
 
     async def place(self, room: Room = TWO) -> set[str]:
         async with self.store.begin() as session:
-            served = await deployments.place(session, self._settings, self.loaded, room)
+            served = await deployments.place(session, self.settings, self.loaded, room)
         self.loaded = {row.app_name: self.loaded.get(row.app_name, Application("running", "")) for row in served}
         return {row.model_id for row in served}
 
@@ -55,7 +56,7 @@ class Cluster:
         async with self.store.begin() as session:
             await session.execute(text(statement), values)
 
-    async def pin(self, model: NamedModel) -> None:
+    async def pin(self, model: NamedModel, app_name: str | None = None) -> None:
         """A job's attempt needs it."""
         job_id = f"ftjob-{secrets.token_hex(8)}"
         job = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
@@ -63,8 +64,10 @@ class Cluster:
         await self.sql(f"INSERT INTO jobs ({job}) VALUES (:id, {values})", id=job_id)
         attempt = "job_id, number, state, token, next_seq, num_accelerators, failed, reference"
         values = ":id, 1, 'running', '', 0, 0, false, :reference"
-        await self.sql(f"INSERT INTO attempts ({attempt}) VALUES ({values})", id=job_id, reference=model.app_name)
-        await self.use(model)
+        name = app_name or model.app_name
+        await self.sql(f"INSERT INTO attempts ({attempt}) VALUES ({values})", id=job_id, reference=name)
+        if app_name is None:
+            await self.use(model)
 
     async def release(self, model: NamedModel) -> None:
         await self.sql("UPDATE attempts SET reference = NULL WHERE reference = :name", name=model.app_name)
@@ -108,6 +111,51 @@ def test_references_of_jobs_do_not_evict_one_another_and_are_not_forgotten(tell:
         assert await cluster.place() == {"a", "c"}
         cluster.loaded = {}  # the cluster starts anew
         assert await cluster.place() == {"a", "c"}
+
+    tell(story)
+
+
+def test_a_model_that_is_served_in_another_precision_is_scored_by_an_engine_of_its_own(
+    tell: Callable[[Story], None],
+) -> None:
+    async def story(cluster: Cluster) -> None:
+        on_gpus = cluster.settings.model_copy(update={"num_gpus_per_model": 1.0})
+        async with cluster.store.begin() as session:
+            scorer = await deployments.reference(session, on_gpus, A)
+            await deployments.use(session, A)
+            await deployments.use(session, A, app_name=scorer.app_name)
+        assert scorer == Reference(deployments.scorer_of(A), 1.0)
+        await cluster.pin(A, scorer.app_name)
+        async with cluster.store.begin() as session:
+            placed = await deployments.place(session, on_gpus, {}, TWO)
+        told = {row.app_name: (row.purpose, row.dtype, row.engine.prefix_caching) for row in placed}
+        assert told == {A.app_name: ("answers", "bfloat16", True), scorer.app_name: ("scores", "float32", True)}
+        cluster.loaded = {row.app_name: Application("running", "", row) for row in placed}
+        await cluster.sql("UPDATE attempts SET reference = NULL")
+        await cluster.sql("UPDATE deployments SET last_used_at = now() - interval '2 minutes', answered_at = now()")
+        async with cluster.store.begin() as session:
+            placed = await deployments.place(session, on_gpus, cluster.loaded, TWO)
+        assert [row.app_name for row in placed] == [A.app_name]  # nothing is left to be scored
+
+    tell(story)
+
+
+@pytest.mark.parametrize(
+    ("changes", "purpose"),
+    [({}, "both"), ({"dtype": "bfloat16"}, "answers"), ({"max_model_len": 64}, "answers"), ({"replicas": 2}, "both")],
+)
+def test_one_engine_does_both_where_it_can(
+    tell: Callable[[Story], None], changes: dict[str, object], purpose: str
+) -> None:
+    async def story(cluster: Cluster) -> None:
+        async with cluster.store.begin() as session:
+            await deployment_settings.choose(session, "a", changes)
+            await deployments.use(session, A)
+            (placed,) = await deployments.place(session, cluster.settings, {}, TWO)
+            scorer = await deployments.reference(session, cluster.settings, A)
+            await deployment_settings.choose(session, "a", None)
+        assert placed.purpose == purpose
+        assert (scorer.app_name == A.app_name) == (purpose == "both")
 
     tell(story)
 

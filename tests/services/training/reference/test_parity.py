@@ -2,12 +2,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
 from dpo_core.policy.scorer import reference_token_logps
 from services.training.data.dataset import Dataset, write_part
-from services.training.reference.parity import NUM_GROUPS, compare, sample
+from services.training.reference.parity import NUM_GROUPS, TOLERATED_BIAS, TOLERATED_NOISE, compare, sample
 
 
 def build_group(number: int) -> EncodedGroup:
@@ -31,11 +32,13 @@ def test_a_sample_is_spread_over_all_parts(data: Dataset) -> None:
 def test_differences_are_of_tokens_and_of_margins() -> None:
     served = [[[-1.0, -2.0], [-3.0]], [[-1.0], [-1.0]]]
     own = [[[-1.0, -2.5], [-3.25]], [[-1.0], [-1.0]]]
-    found = compare(served, own)
+    found = compare(served, own, beta=0.5)
     assert (found.num_groups, found.num_tokens) == (2, 5)
     assert (found.tokens.mean, found.tokens.p99, found.tokens.largest) == (0.15, 0.5, 0.5)
     assert (found.pairs.mean, found.pairs.largest) == (0.125, 0.25)
+    assert (found.rewards.mean, found.rewards.largest, found.bias) == (0.0625, 0.125, 0.0625)
     assert not found.holds
+    assert "in rewards mean 0.062, p99 0.12, largest 0.12, on average +0.062" in str(found)
     assert "per token mean 0.15, p99 0.5, largest 0.5; per pair mean 0.12" in str(found)
 
 
@@ -43,7 +46,22 @@ def test_equal_weights_hold_and_slightly_different_ones_do_not(model_source: str
     groups = sample(data)
     policy, other = load_policy(model_source), load_policy(model_source)
     own = reference_token_logps(policy, groups, max_tokens_per_pack=100)
-    assert compare(reference_token_logps(policy, groups, max_tokens_per_pack=1000), own).holds
+    assert compare(reference_token_logps(policy, groups, max_tokens_per_pack=1000), own, beta=0.1).holds
     for parameter in other.parameters():
         parameter.data *= 1.002
-    assert not compare(reference_token_logps(other, groups, max_tokens_per_pack=1000), own).holds
+    assert not compare(reference_token_logps(other, groups, max_tokens_per_pack=1000), own, beta=0.1).holds
+
+
+def test_in_bfloat16_rounding_is_tolerated_and_other_weights_are_not(model_source: str, data: Dataset) -> None:
+    groups = sample(data)
+    policy = load_policy(model_source)
+    own = reference_token_logps(policy, groups, max_tokens_per_pack=1000)
+    rounded = reference_token_logps(load_policy(model_source).to(torch.bfloat16), groups, max_tokens_per_pack=1000)
+    assert not compare(rounded, own, beta=0.1).holds
+    assert compare(rounded, own, beta=0.1, rounds=True).holds
+    biased = [[[logp + 0.06 for logp in best], *others] for best, *others in own]
+    refused = compare(biased, own, beta=0.1, rounds=True)
+    assert refused.bias > TOLERATED_BIAS > TOLERATED_NOISE / 20
+    assert refused.rewards.mean < TOLERATED_NOISE
+    assert not refused.holds
+    assert "tolerated: in bfloat16 mean 0.1 and on average 0.01 in rewards" in str(refused)
