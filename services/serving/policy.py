@@ -15,7 +15,7 @@ from dpo_core.encoding.encode import EncodedGroup
 from services.contract import LOAD_ROUTE, Deployment
 from services.forkserver.client import spawn_forks
 from services.serving.cores import num_threads
-from services.serving.engine_args import MAX_NUM_BATCHED_TOKENS, engine_args
+from services.serving.engine_args import MOST_SCORED_TOKENS, engine_args
 from services.serving.executor import ExecutorOnCpus
 from services.serving.load import Load
 from services.serving.reference import Reference
@@ -34,7 +34,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     async def _start_engine(self) -> None:
         """Starts only the engine. The base class also starts an actor of 400 MB for Ray's usage statistics."""
         await self.engine.start()
-        self.reference = Reference(self.engine._engine_client, max_tokens_in_flight=2 * MAX_NUM_BATCHED_TOKENS)
+        self.reference = Reference(self.engine._engine_client, max_tokens_in_flight=2 * MOST_SCORED_TOKENS)
         self.load = Load()
         self.engine._engine_client.logger_manager.stat_loggers.append(self.load)
 
@@ -62,11 +62,22 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return [[[next(scores).logp] for _ in group.completion_ids] for group in groups]
 
 
-class EngineOnCpus(VLLMEngine):  # type: ignore[misc]
-    """A vLLM engine that runs in `ExecutorOnCpus`.
+class Engine(VLLMEngine):  # type: ignore[misc]
+    """A vLLM engine that computes at most MOST_SCORED_TOKENS tokens of one request in a step.
 
     LLMServer accepts an engine class, but Ray has no public name for the base of such classes.
     """
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        scheduler = vllm_engine_config.scheduler_config
+        if scheduler.enable_chunked_prefill:
+            longest = vllm_engine_config.model_config.max_model_len
+            scheduler.long_prefill_token_threshold = min(MOST_SCORED_TOKENS, longest)
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
+class EngineOnCpus(Engine):
+    """A vLLM engine that runs in `ExecutorOnCpus`."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         vllm_engine_config.parallel_config.distributed_executor_backend = ExecutorOnCpus
@@ -89,7 +100,7 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
     config.get_or_create_callback().ctx.run_init_node = False  # no download: the files are on this node
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     spawn_forks()
-    server: PolicyServer = PolicyServer.sync_init(config, engine_cls=EngineOnCpus if on_cpus else VLLMEngine)
+    server: PolicyServer = PolicyServer.sync_init(config, engine_cls=EngineOnCpus if on_cpus else Engine)
     server.folder = source
     await server.start()
     return server

@@ -8,7 +8,7 @@ import torch
 
 from services.contract import Deployment
 from services.deployment_settings import EngineSettings, Quantization, ReasoningParser, ToolCallParser
-from services.serving.engine_args import MAX_NUM_BATCHED_TOKENS, engine_args
+from services.serving.engine_args import MOST_SCORED_TOKENS, engine_args
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # in vLLM's own imports
 FRONTEND = {"enable_auto_tool_choice", "tool_call_parser"}  # arguments of the HTTP server
@@ -52,13 +52,14 @@ def test_gpus_are_divided_by_tensor_parallelism_or_shared(
     assert made.cache_config.gpu_memory_utilization == share
 
 
-def test_only_an_engine_that_scores_has_small_batches_and_only_one_that_answers_keeps_prefixes() -> None:
+def test_only_an_engine_that_scores_alone_has_small_batches_and_keeps_no_prefixes() -> None:
     answers, scores, both = (args_of(purpose=purpose) for purpose in ("answers", "scores", "both"))
+    assert scores["max_num_batched_tokens"] == MOST_SCORED_TOKENS
+    assert not scores["enable_prefix_caching"]
+    assert answers == both
     assert "max_num_batched_tokens" not in answers
-    assert scores["max_num_batched_tokens"] == both["max_num_batched_tokens"] == MAX_NUM_BATCHED_TOKENS
-    assert [args["enable_prefix_caching"] for args in (answers, scores, both)] == [True, False, True]
-    shares = [args_of(purpose=purpose, on_cpus=False, num_gpus=1) for purpose in ("answers", "scores", "both")]
-    assert [args["gpu_memory_utilization"] for args in shares] == [0.9, 0.85, 0.85]
+    assert answers["enable_prefix_caching"]
+    assert args_of(on_cpus=False, num_gpus=1)["gpu_memory_utilization"] == 0.85
 
 
 def test_tool_calls_are_read_by_the_parser_that_is_named() -> None:
