@@ -30,7 +30,7 @@ def test_each_setting_is_shown_with_its_value_and_where_that_comes_from(settings
     assert rows["database_url"] == ["postgresql://db.example:5432/raydpo", "DATABASE_URL"]
     assert rows["api_key"] == ["**********", "RAYDPO_API_KEY"]
     assert rows["storage_url"] == ["", "raydpo up"]
-    assert rows["dtype"] == ["float32", "default"]
+    assert rows["reference_dtype"] == ["float32", "default"]
     assert "secret" not in found.output
     listed = {each["name"]: each for each in json.loads(settings("--json").stdout)}
     assert (listed["max_requests"]["value"], listed["models"]["value"]["tiny"]["source"]) == (7, "/models/tiny")
