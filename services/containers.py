@@ -46,13 +46,16 @@ def json_lines(file: BinaryIO) -> Iterator[bytes]:
         for number, line in enumerate(_lines(file), 1):
             total += len(line)
             if total > MAX_EXPANSION * size:
-                message = f"The file unpacks to more than {MAX_EXPANSION} times its {size} bytes; send it unpacked."
+                message = (
+                    f"The compressed file unpacks to more than {MAX_EXPANSION} times its {size} bytes; "
+                    "send the unpacked file."
+                )
                 raise InvalidRow(number, "", "file_too_large", message)
             yield line
     except (OSError, UnicodeDecodeError, KeyError, pa.ArrowException) as error:
         # The library's text may quote the file, and the database stores no NUL.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200].replace("\0", "\ufffd")
-        message = f"The file cannot be read beyond line {number}: {reason}; pack it again."
+        message = f"The file is damaged after line {number} ({reason}); write the file again."
         raise InvalidRow(number + 1, "", "damaged_file", message) from None
 
 

@@ -280,10 +280,8 @@ class JobSpec(Contract):
 
 
 class AttemptAddress(Contract):
-    """The fields of an attempt's spec that name the places where the attempt reports.
-
-    A driver of any release can read these fields.
-    """
+    """The fields of an attempt's settings that say where the attempt (one run of a job's driver) sends its reports. A
+    driver of any release can read these fields."""
 
     # The value 1 is not written: the first release does not know this field and refuses unknown fields.
     wire: int = Field(default=1, exclude_if=lambda wire: wire == 1)
@@ -495,7 +493,13 @@ def _or_message(value: Any, read: Callable[[Any], Any]) -> Any:
         if not (isinstance(value, dict) and isinstance(kind := value.get("kind"), str)):
             raise
         why = first_error(error)
-        return Message(level="warn", message=f"This release cannot read a report '{kind:.80}' of the attempt: {why}")
+        return Message(
+            level="warn",
+            message=(
+                f"This release of the service cannot read a report of the kind '{kind:.80}' from training, "
+                f"and skips it: {why}"
+            ),
+        )
 
 
 def first_error(error: ValidationError) -> str:

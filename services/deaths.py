@@ -17,7 +17,7 @@ MEANINGS: Sequence[tuple[str, str]] = (  # Ray 2.60's messages without figures: 
     (r"its node has died|node it was running on is dead", "a node that it ran on was lost"),
     (
         r"Worker unexpectedly exits",
-        "one of its processes was killed or crashed without a message; the kernel kills that way if memory runs out",
+        "one of its processes was killed or crashed without a message, as happens when memory runs out",
     ),
 )
 

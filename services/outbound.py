@@ -158,10 +158,10 @@ def _resolve(host: str, port: int) -> list[str]:
     try:
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:
-        raise InvalidUri(f"{host!r:.200} is not a host name.") from None
+        raise InvalidUri(f"{host!r:.200} is not a valid host name; correct the URL.") from None
     except socket.gaierror as error:
         if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-            raise InvalidUri(f"The host {host} does not exist; check its name.") from None
+            raise InvalidUri(f"The host {host} does not exist; check the host name in the URL.") from None
         raise httpx.ConnectError(f"{host}: {error}") from error
     return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
@@ -170,6 +170,6 @@ def _refuse_private(host: str, port: int, addresses: Sequence[str], setting: str
     for address in addresses:
         if not is_public(ipaddress.ip_address(address.partition("%")[0])):
             raise InvalidUri(
-                f"{host} is at {address}, which is not public; "
-                f"a prefix in the setting {setting} must name {host} and port {port}."
+                f"The host {host} has the address {address}, which is not public; use a public host, or ask the "
+                f"operator to add a prefix with {host} and port {port} to the setting {setting}."
             )

@@ -43,7 +43,7 @@ def read_body(uri: str) -> bytes:
     """
     body, _, digest = storage.read_bytes(uri).partition(b"\n")
     if digest != _digest(body):
-        raise DamagedSegment(f"{uri} does not match its sha256")
+        raise DamagedSegment(f"the file {uri} is damaged: it does not match its sha256")
     return body
 
 
@@ -56,7 +56,7 @@ def read(uri: str) -> EventBatch:
     try:
         return EventBatch.model_validate_json(read_body(uri))
     except ValidationError:
-        raise DamagedSegment(f"{uri} has no readable reports") from None
+        raise DamagedSegment(f"the file {uri} has no reports that can be read") from None
 
 
 def _digest(body: bytes) -> bytes:

@@ -203,7 +203,9 @@ def fetch(uri: str, cache: Path | None = None) -> Path:
         cache = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
         cache.mkdir(mode=0o700, exist_ok=True)
         if cache.stat().st_uid != os.getuid():
-            raise PermissionError(f"{cache} belongs to user {cache.stat().st_uid}; set TMPDIR to a folder of your own.")
+            raise PermissionError(
+                f"The folder {cache} belongs to user {cache.stat().st_uid}; set TMPDIR to a folder of your own."
+            )
     target = cache / hashlib.sha256(uri.encode()).hexdigest()[:16] / Path(path).name
     if not target.exists():
         _download(filesystem, path, target)

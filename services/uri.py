@@ -44,11 +44,13 @@ def admitted(uri: str, prefixes: Sequence[str]) -> str:
     split = urlsplit(uri)
     if split.scheme != "file" and not split.hostname:
         name = "host" if split.scheme in PORTS else "bucket"
-        raise InvalidUri(f"{uri} names no {name}; write it after '{split.scheme}://'.")
+        raise InvalidUri(f"The URI {uri} names no {name}; write the {name} after '{split.scheme}://'.")
     if split.scheme in PORTS and is_folder(uri):
-        raise InvalidUri(f"{uri} names a folder, which cannot be listed over {split.scheme}; name a file.")
+        raise InvalidUri(
+            f"The URI {uri} names a folder, but folders cannot be listed over {split.scheme}; give the URI of a file."
+        )
     if split.scheme == "hf" and not (split.netloc == "datasets" and HUB_PATH.fullmatch(split.path)):
-        raise InvalidUri(f"{uri} must be hf://datasets/<organization>/<name>[@<revision>]/<path>.")
+        raise InvalidUri(f"The URI {uri} must have the form hf://datasets/<organization>/<name>[@<revision>]/<path>.")
     return _place(uri).path if split.scheme == "file" else uri
 
 
@@ -56,9 +58,10 @@ def check(uri: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
     """Raises InvalidUri if no prefix admits `uri`. The message names `setting`, the setting that lists the prefixes."""
     place = _place(uri)
     if not any(_is_under(place, _place(prefix)) for prefix in prefixes):
-        listed = f"admits {', '.join(prefixes)}" if prefixes else "admits none"
+        listed = f"allows {', '.join(prefixes)}" if prefixes else "allows none"
         raise InvalidUri(
-            f"{uri} is not admitted: the setting {setting} {listed}; name another URI, or have its prefix added."
+            f"The URI {uri} is not allowed: the setting {setting} {listed}. Give another URI, or ask the operator to "
+            "add its prefix."
         )
 
 
@@ -106,20 +109,22 @@ def _place(uri: str) -> _Place:
     split = _split(uri)
     path = unquote(split.path)
     if "\0" in path:
-        raise InvalidUri(f"{uri!r:.200} has a NUL character in its path.")
+        raise InvalidUri(f"The URI {uri!r:.200} has a NUL character in its path; remove the character.")
     if split.scheme == "file":
         if split.netloc or split.query:
-            raise InvalidUri(f"{uri} must be file:///<path>.")
+            raise InvalidUri(f"The URI {uri} must have the form file:///<path>, without a host or a query.")
         return _Place(Path(path or "/").resolve().as_uri(), [])
     if {".", ".."} & set(path.split("/")):
-        raise InvalidUri(f"{uri} has '.' or '..' in its path; spell the path out.")
+        raise InvalidUri(f"The URI {uri} has '.' or '..' in its path; write the full path.")
     if split.scheme in PORTS:
         port = "" if split.port in (None, PORTS[split.scheme]) else f":{split.port}"
         host = split.hostname or ""
         return _Place(f"{split.scheme}://{f'[{host}]' if ':' in host else host}{port}{split.path}", [])
     if split.scheme == "hf":
         if split.query:
-            raise InvalidUri(f"{uri} has a query, which hf:// does not take; remove everything from the '?' on.")
+            raise InvalidUri(
+                f"The URI {uri} has a query, which hf:// does not allow; remove everything from the '?' on."
+            )
         return _Place(f"hf://{split.netloc}{split.path}", [])
     return _Place(f"{split.scheme}://{split.netloc}{path}", sorted(parse_qsl(split.query, keep_blank_values=True)))
 
@@ -133,16 +138,20 @@ def _split(uri: str) -> SplitResult:
     if len(uri) > MAX_LENGTH:
         raise InvalidUri(f"The URI has {len(uri)} characters; the limit is {MAX_LENGTH}. Shorten it.")
     if not uri.isprintable() or "\\" in uri or "#" in uri:
-        raise InvalidUri(f"{uri!r:.200} has a backslash, a '#' or a control character; percent-encode it.")
+        raise InvalidUri(
+            f"The URI {uri!r:.200} has a backslash, a '#' or a control character; percent-encode the character."
+        )
     try:
         split = urlsplit(uri)
         split.port  # noqa: B018 - a bad port raises ValueError
     except ValueError as error:
-        raise InvalidUri(f"{uri!r:.200} is not a URI: {error}.") from None
+        raise InvalidUri(f"{uri!r:.200} is not a valid URI: {error}.") from None
     if split.scheme not in SCHEMES or "://" not in uri:
-        raise InvalidUri(f"{uri!r:.200} must begin with one of {', '.join(f'{s}://' for s in SCHEMES)}.")
+        raise InvalidUri(f"The URI {uri!r:.200} must begin with one of {', '.join(f'{s}://' for s in SCHEMES)}.")
     if "@" in split.netloc:
-        raise InvalidUri(f"A URI must contain no credentials, but that of host {split.hostname} does; remove them.")
+        raise InvalidUri(
+            f"The URI with the host {split.hostname} contains credentials, which are not allowed; remove them."
+        )
     if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]*", split.netloc):
-        raise InvalidUri(f"{split.netloc!r} is not a host name; write it in ASCII.")
+        raise InvalidUri(f"{split.netloc!r} is not a valid host name; write the host in ASCII letters.")
     return split

@@ -166,7 +166,7 @@ _VERTEX_ROLES = {"user": "user", "model": "assistant", "system": "system"}
 
 
 def _of_parts(row: Row, pointer: str, value: object) -> Message:
-    """Returns the message for a content of Vertex AI, whose parts must be texts."""
+    """Returns the message for a `content` object of Vertex AI, whose parts must all be texts."""
     parts = value.get("parts") if isinstance(value, dict) else None
     role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
     if role is None or not isinstance(parts, list):

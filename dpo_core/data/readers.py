@@ -185,8 +185,8 @@ def read_labelled_chat(row: Row) -> Iterator[Group]:
 
 
 def _either_of(row: Row, key: str, alias: str) -> str:
-    """Returns the key with a value that is not empty, `key` or `alias`; if both are empty, a key that the row has.
-    Raises InvalidRow if both have values."""
+    """Returns the one of the keys `key` and `alias` whose value in the row is not empty; if both are empty, the one
+    that the row has. Raises InvalidRow if both have values."""
     used = [name for name in (key, alias) if not says_nothing(row.value.get(name))]
     if len(used) == 2:
         raise row.invalid(f"/{alias}", "duplicate_key", f"and the field /{key} mean the same; send only one.")

@@ -202,8 +202,8 @@ def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:
 
 
 def _correct_tying(model: PreTrainedModel) -> None:
-    """Sets tie_word_embeddings in the model's config, which vLLM reads, to whether head and embeddings are one weight:
-    transformers unties them if they differ in the folder."""
+    """Sets tie_word_embeddings in the model's config to whether the head and the embeddings are one weight.
+    transformers makes them two if they differ in the folder, and vLLM reads the config."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
         if head is not None and getattr(config, "tie_word_embeddings", False):

@@ -42,7 +42,8 @@ def merge_and_compare(adapter: Path, folder: Path, *, base: str | Path) -> Compa
 
 @torch.no_grad()
 def _outputs(model: Any, rewards: bool) -> Tensor:
-    """Returns the rewards of some random texts, or the log-probabilities of all tokens after each of theirs."""
+    """Returns a model's outputs on some random texts: a reward model's rewards, or a language model's log-probabilities
+    of all possible next tokens."""
     size = model.config.get_text_config().vocab_size
     texts = torch.randint(size, (NUM_TEXTS, TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
     logits = torch.cat([model(input_ids=text[None], use_cache=False).logits.float() for text in texts])

@@ -62,7 +62,7 @@ def _mean_over_pairs(values: Tensor, measures: Measures) -> Tensor:
 
 
 def _sides(objective: o.Objective, measures: Measures) -> dict[str, Tensor]:
-    """Returns the places in the table of measures of the chosen and of the rejected completions. A side without
+    """Returns the row numbers, in the table of measures, of the chosen and of the rejected completions. A side without
     completions is left out."""
     unpaired = "unpaired" in objective.traits.learns_from
     sides: dict[str, list[int]] = {"chosen": [], "rejected": []}

@@ -67,7 +67,7 @@ class Measures:
 
     @cached_property
     def starts(self) -> Tensor:
-        """The place in the table of each group's best completion, [G]."""
+        """The row of each group's best completion in the table, [G]."""
         return self.places([0, *accumulate(self.sizes[:-1])])
 
     @cached_property
@@ -131,12 +131,12 @@ class Measures:
         return self.by_group(values, 0.0).sum(1)
 
     def places(self, places: Sequence[int]) -> Tensor:
-        """Returns the places in the table as an index tensor on the table's device."""
+        """Returns `places`, row numbers of the table, as an index tensor on the table's device."""
         return torch.tensor(places).to(self.table.device, non_blocking=True)
 
     @cached_property
     def _places_by_group(self) -> Tensor:
-        """The place of each completion, [K], in a list in which all groups are padded to the size of the largest."""
+        """The position of each completion, [K], in a list in which all groups are padded to the size of the largest."""
         most = max(self.sizes)
         return self.places([row * most + i for row, size in enumerate(self.sizes) for i in range(size)])
 

@@ -24,8 +24,8 @@ ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of lay
 
 @dataclass(frozen=True)
 class Manner:
-    """A method of computing a model's answers: the factor and cap of its logits, and the reasons against shared prompts
-    and against batches."""
+    """How to compute a model's outputs: the factor and the cap of its logits, and the reasons, if there are any, why
+    prompts cannot be shared and rows cannot be computed in batches."""
 
     logits: Logits
     no_sharing: str = ""  # why completions cannot share their prompt; empty: they can
@@ -95,12 +95,9 @@ def _answer(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _try_packs(model: PreTrainedModel, *, shared: bool) -> tuple[str, int]:
-    """Compares the model's answers on a pack (the rows of one forward pass) with those of its own forward, on a small
-    example.
-
-    Returns how the answers differ, empty if they agree, and the place in `readings` of the reading of the config with
-    which they agree.
-    """
+    """Compares the model's outputs on a pack (the rows of one forward pass) with those of its own forward, on a small
+    example. Returns how the outputs differ, empty if they agree, and the index in `readings` of the meaning of the
+    config with which they agree."""
     packed, unshared = (_example(model, share_prompts=share) for share in (shared, False))
     rewards, candidates = is_reward_model(model), readings(model.config.get_text_config())
     plain = plain_rewards(model, unshared) if rewards else plain_logps(model, unshared)[0]

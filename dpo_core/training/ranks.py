@@ -47,8 +47,8 @@ def all_reduce_min(value: int, device: torch.device) -> int:
 
 
 def on_any_rank(values: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Returns, for each place in `values`, whether the value there is true on at least one rank. All ranks get the same
-    list."""
+    """Returns, for each position in `values`, whether the value there is true on at least one rank. All ranks get the
+    same list."""
     if num_ranks() == 1:
         return list(values)
     flags = torch.tensor(values, dtype=torch.uint8, device=device)

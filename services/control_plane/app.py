@@ -148,7 +148,11 @@ def _end_process(part: asyncio.Task[None]) -> None:
     The supervisor of the process must start it again.
     """
     if not part.cancelled():
-        log.critical("%s has ended, and the process ends with it", part.get_name(), exc_info=part.exception())
+        log.critical(
+            "The background task %s of the service has ended unexpectedly, so the whole process ends",
+            part.get_name(),
+            exc_info=part.exception(),
+        )
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -168,7 +172,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        message = f"The body is not valid JSON: {first['ctx']['error']}."
+        message = f"The body of the request is not valid JSON: {first['ctx']['error']}."
         return JSONResponse(envelope(message, "invalid_request_error"), 400)
     return refused(first, tuple(first["loc"][1:])).response()
 
@@ -178,21 +182,25 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error.__cause__, ApiError):  # the ApiError was raised while FastAPI read the body
         return await _on_api_error(request, error.__cause__)
     if isinstance(error.__cause__, RecursionError):
-        return InvalidRequest("The body has too many lists or objects in one another; send fewer.").response()
+        return InvalidRequest(
+            "The body of the request nests too many lists or objects in one another; nest them less."
+        ).response()
     if isinstance(error.__cause__, ValueError):  # a byte that is no UTF-8, a number of thousands of digits
-        return InvalidRequest(f"The body cannot be read: {error.__cause__}.").response()
+        return InvalidRequest(f"The body of the request cannot be read as JSON: {error.__cause__}.").response()
     message = f"{error.detail}: {request.method} {request.url.path}"
     return JSONResponse(envelope(message, "invalid_request_error"), error.status_code, headers=error.headers)
 
 
 async def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
     if storage.is_full(error):
-        log.error("Storage or TMPDIR is full: %s", error)
-        message = "The service's storage is full. Nothing of the request was kept; its operator has to make room."
+        log.error("The storage, or the folder TMPDIR, is full: %s", error)
+        message = (
+            "The service's storage is full, so nothing of the request was kept. Ask the operator to free some space."
+        )
         return Unavailable(message, retry_after=30, code="storage_full").response()
     if storage.is_away(error):
-        log.error("Storage does not answer, or refuses: %s", error)
-        message = "The service's storage does not answer. Nothing of the request was kept; send it again."
+        log.error("The storage does not answer, or refuses access: %s", error)
+        message = "The service's storage does not answer, so nothing of the request was kept. Send the request again."
         return Unavailable(message, retry_after=5, code="storage_unavailable").response()
     raise error
 
@@ -203,15 +211,20 @@ async def _on_database_error(request: Request, error: Exception) -> JSONResponse
         return await _on_data_error(request, error)
     log.warning("The database does not answer: %s", error)
     if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.errors.QueryCanceled):
-        message = "The request waited too long for another one that changes the same object; nothing was changed."
+        message = (
+            "The request waited too long for another request that changes the same object. Nothing was changed; "
+            "try again."
+        )
         return Unavailable(message, retry_after=30, code="database_unavailable").response()
-    message = "The database does not answer; nothing was changed."
+    message = "The service's database does not answer. Nothing was changed; send the request again."
     return Unavailable(message, retry_after=2, code="database_unavailable").response()
 
 
 async def _on_data_error(request: Request, error: Exception) -> JSONResponse:
     """Answers 400 if the request holds a value that the database cannot store or compare with."""
     assert isinstance(error, DBAPIError)
-    log.warning("A value was refused by the database: %s", error.orig)
-    message = "A value in the request cannot be stored: it holds a NUL character, or is too large; change it."
+    log.warning("The database refused a value of a request: %s", error.orig)
+    message = (
+        "A value in the request cannot be stored, because it has a NUL character or is too large; change the value."
+    )
     return InvalidRequest(message).response()

@@ -64,9 +64,9 @@ class Sweeper:
             try:
                 await sweep()
             except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
-                log.warning("A sweep failed and is tried again: %s", error)
+                log.warning("The regular cleanup failed and is tried again: %s", error)
             except Exception:  # nobody watches this task, so the other sweeps go on after any error
-                log.exception("A sweep failed by an unexpected error, and is tried again")
+                log.exception("The regular cleanup failed with an unexpected error and is tried again")
 
     async def _expire_files(self) -> None:
         async with self._store.begin() as session:
@@ -80,9 +80,9 @@ class Sweeper:
 
     async def _stop_orphans(self) -> None:
         for submission_id in await stop_orphans(self._store, self._ray_api):
-            log.warning("Stopped %s, whose attempt has ended", submission_id)
+            log.warning("Stopped the Ray job %s, because its attempt has ended", submission_id)
         for submission_id in await side_jobs.stop_late(self._store, self._ray_api):
-            log.warning("Stopped %s, which ran for too long", submission_id)
+            log.warning("Stopped the Ray job %s, because it ran for too long", submission_id)
 
     async def _forget(self) -> None:
         sent = delete(Outbound).where(Outbound.due_at.is_(None), Outbound.created_at < func.now() - OUTBOX_KEPT)
@@ -159,7 +159,7 @@ class Sweeper:
         return dict(await anyio.to_thread.run_sync(storage.list_ages, self._place(*folder)))
 
     async def _move(self, name: str, folder: str, target: str) -> None:
-        log.warning("Moving %s from %s to %s", name, folder, target)
+        log.warning("Moving the file %s from %s to %s in storage", name, folder, target)
         await anyio.to_thread.run_sync(storage.move, self._place(folder, name), self._place(target, name))
 
 

@@ -50,13 +50,14 @@ class Submission:
     def cause(self) -> str:
         """Returns the reason, for the user, why an attempt ended without reporting an outcome."""
         if self.status == "absent":
-            return "the cluster it ran on is gone"
+            return "the Ray cluster that it ran on is gone"
         if self.error_type and self.error_type.startswith(NEVER_STARTED):
-            return f"Ray could not start it: {self.message[:MOST_CHARACTERS]}"
+            return f"Ray could not start its process: {self.message[:MOST_CHARACTERS]}"
         if number := _signal(self.exit_code):
-            kernel = ", as the kernel does when memory runs out" if number is signal.SIGKILL else ""
-            return killer_in(self.message) or f"it was killed by {number.name}{kernel}"
-        status = f"it ended with status {self.exit_code}" if self.exit_code else "it died before it finished"
+            kernel = " (the system sends it when memory runs out)" if number is signal.SIGKILL else ""
+            return killer_in(self.message) or f"the signal {number.name} killed its process{kernel}"
+        code = self.exit_code
+        status = f"its process ended with exit status {code}" if code else "its process ended before it was finished"
         return cause_in(self.message) or status
 
 
@@ -327,7 +328,7 @@ async def _check_json(answer: httpx.Response) -> None:
             answer.json()
         except ValueError:
             raise httpx.DecodingError(
-                "Something answers in Ray's place, without JSON.", request=answer.request
+                "The answer from Ray's address is not JSON; another program may listen there.", request=answer.request
             ) from None
 
 
@@ -370,7 +371,10 @@ def _configs_of_others(applications: dict[str, dict[str, Any]], prefix: str) -> 
         if name.startswith(prefix) or app["source"] != "declarative" or app["status"] == "DELETING":
             continue
         if app.get("deployed_app_config") is None:
-            sentence = f"Serve does not say how its application '{name}' was deployed; a PUT would remove it."
+            sentence = (
+                f"Ray Serve does not report the config of its application '{name}', "
+                "so a change of models would remove it."
+            )
             raise httpx.HTTPError(sentence)
         configs.append(app["deployed_app_config"])
     return configs

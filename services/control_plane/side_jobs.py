@@ -77,7 +77,10 @@ async def result_of(
         ended = await ray_api.status(job.submission_id(attempt)) == "ended"
         result = await _read(job, attempt)  # read after the status: the job writes its result before it ends
         if result is None and ended:
-            what = f"The {job.what} ended without a result; the log of {job.submission_id(attempt)} in Ray says why."
+            what = (
+                f"The {job.what} ended without a result; "
+                f"the log of the Ray job {job.submission_id(attempt)} says why. Try again."
+            )
             return SideJobResult(finished_at=time.time(), error=Failed(code=f"{job.what}_lost", message=what))
         if result is None:
             await asyncio.sleep(POLL_SECONDS)
@@ -129,7 +132,7 @@ async def _launch(job: SideJob, attempt: int, store: ProjectStore, ray_api: RayA
             await ray_api.submit_side_job(job.submission_id(attempt), job.program, uri)
         except Refused as refusal:
             raise Unavailable(
-                f"Ray refuses the {job.what}: {refusal}", retry_after=60, code=f"{job.what}_refused"
+                f"The Ray cluster refuses to run the {job.what}: {refusal}", retry_after=60, code=f"{job.what}_refused"
             ) from None
         except httpx.HTTPError:  # either the answer was lost, or the side job was not launched
             status = await ray_api.status(job.submission_id(attempt))
@@ -168,7 +171,7 @@ async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: 
             async with store.begin() as session:
                 await _note_ends(session, ended)
     message = (
-        f"{most} checks and merges of the project are running, the limit of max_running_checks; wait for one to end."
+        f"The project runs {most} checks and merges, which is the limit (max_running_checks); wait for one to end."
     )
     raise RateLimited(message, seconds=RETRY_AFTER_SECONDS, headers={})
 

@@ -59,7 +59,10 @@ def main(arguments: list[str]) -> int:
         try:
             pid, answers = _fork(path, launch)
         except OSError as error:
-            sys.stderr.write(f"The fork server does not answer ({error}); this process does all imports itself.\n")
+            sys.stderr.write(
+                f"The server that forks processes does not answer ({error}), so this process starts slower, "
+                "without it.\n"
+            )
             sys.stderr.flush()
         else:
             return _wait_for(pid, answers) if launch.waits else 0

@@ -149,7 +149,9 @@ class ForkServer:
         gc.freeze()  # the collector must not touch imported objects, as this copies memory pages that forks share
         ray = sys.modules.get("services.forkserver.loaded_ray")
         if ray and ray.has_drawn():
-            self._obstacle = "An import has drawn one of Ray's random ids, so the fork server does not fork."
+            self._obstacle = (
+                "An import has drawn one of Ray's random ids, which forks would share; processes start without forking."
+            )
 
     def _is_idle(self) -> bool:
         if self._children or self._imports:
@@ -330,10 +332,15 @@ def _obstacle_now() -> str | None:
     names = [Path("/proc/self/task", task, "comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     names.remove(Path("/proc/self/comm").read_text().strip())
     if threads := [name for name in names if name not in THREADS]:
-        return f"The fork server has threads ({', '.join(threads)}), so it does not fork."
+        return (
+            f"The server that forks processes has threads ({', '.join(threads)}), which forks lack; it does not fork."
+        )
     files = [_target(name) for name in os.listdir("/proc/self/fd")]
     if devices := [file for file in files if file.startswith("/dev/nvidia")]:
-        return f"The fork server has opened {', '.join(devices)}, so it does not fork."
+        return (
+            f"The server that forks processes has opened {', '.join(devices)}, which forks cannot use; "
+            "it does not fork."
+        )
     return None
 
 

@@ -26,7 +26,9 @@ def start_workers_as_forks(path: str) -> None:
         start(path, {RAYLET_VARIABLE: str(os.getpid())})
         prepare_drivers(path)
     except OSError as error:
-        sys.stderr.write(f"The fork server did not start ({error}); workers do all imports themselves.\n")
+        sys.stderr.write(
+            f"The server that forks processes did not start ({error}), so Ray's workers start slower, without it.\n"
+        )
         return
     sys.executable = launcher  # Ray starts its processes with this program
 

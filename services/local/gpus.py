@@ -19,7 +19,7 @@ def defaults(configured: Collection[str]) -> tuple[dict[str, float], str]:
     if not chosen or not (number := _count()):
         return {}, ""
     words = " and ".join(f"{name} is 1" for name in chosen)
-    return chosen, f"GPUs: {number}; {words}, as no setting says otherwise"
+    return chosen, f"GPUs on this machine: {number}, so {words}; the settings of these names change that"
 
 
 def _count() -> int:

@@ -36,7 +36,7 @@ def start_postgres(folder: Path) -> str:
         shutil.rmtree(folder, ignore_errors=True)
     while not _settled(folder):
         if time.monotonic() > deadline:
-            raise StackError(f"PostgreSQL is not ready after {START_SECONDS:.0f} s; see {folder / 'log'}.")
+            raise StackError(f"PostgreSQL is not ready after {START_SECONDS:.0f} s; its log {folder / 'log'} says why.")
         time.sleep(0.2)
     # The package counts its users by pid, and the last user stops the server. After kill -9 the count is wrong, so
     # `stop_postgres` stops the server instead.
@@ -44,7 +44,7 @@ def start_postgres(folder: Path) -> str:
         server = get_server(folder, cleanup_mode=None)
         server.ensure_postgres_running()
     except (subprocess.SubprocessError, OSError) as error:
-        raise StackError(f"PostgreSQL did not start on {folder}: {error}") from error
+        raise StackError(f"PostgreSQL did not start with its data in {folder}: {error}") from error
     initialized.touch()
     info = server.get_postmaster_info()
     if info.socket_dir is not None and info.socket_dir != folder:  # the path `folder` is too long for a socket

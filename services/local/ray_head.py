@@ -63,7 +63,7 @@ def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> Ra
         return recorded
     if recorded:
         stop_ray(home)
-    say("starting Ray, 10 to 20 seconds")
+    say("starting Ray, which takes 10 to 20 seconds")
     ports = _free_ports(11)
     head = RayHead(
         mark=secrets.token_hex(16),
@@ -89,7 +89,7 @@ def start_ray(home: Path, token_file: Path, *, say: Callable[[str], None]) -> Ra
     deadline = time.monotonic() + START_SECONDS
     while not _answers(head, token_file):
         if child.poll() is not None or time.monotonic() > deadline:
-            raise StackError(f"Ray did not start; the last lines of {log}:\n{_tail(log)}")
+            raise StackError(f"Ray did not start; the last lines of its log {log} are:\n{_tail(log)}")
         time.sleep(0.2)
     child.returncode = 0  # Ray outlives this object on purpose; otherwise Popen would warn
     return head
@@ -110,7 +110,9 @@ def stop_ray(home: Path) -> None:
             break
         _terminate(remaining, 3)
     else:
-        raise StackError(f"Ray's processes {[process.pid for process in remaining]} do not end; kill them by hand.")
+        raise StackError(
+            f"Ray's processes {[process.pid for process in remaining]} do not end; kill these processes by hand."
+        )
     _keep_logs(Path(head.folder), home / "ray-logs")
     shutil.rmtree(head.folder, ignore_errors=True)
     (home / "stack.json").unlink()
@@ -212,7 +214,9 @@ def _free_ports(count: int) -> list[int]:
             ports.append(port)
         if len(ports) == count:
             return ports
-    raise StackError(f"Fewer than {count} ports between 20000 and 32000 are free, and Ray needs them; free some.")
+    raise StackError(
+        f"Ray needs {count} free TCP ports between 20000 and 32000, but fewer are free; end programs that use some."
+    )
 
 
 def _read(home: Path) -> RayHead | None:

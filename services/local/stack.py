@@ -78,7 +78,7 @@ def _locked(home: Path) -> Iterator[None]:
             lock.seek(0)
             owner = lock.read()
             raise StackError(
-                f"{home} is used by process {owner}; stop that process, or choose another --home."
+                f"The folder {home} is used by process {owner}; stop that process, or choose another --home."
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))

@@ -69,7 +69,7 @@ def _bundles(num_gpus: float) -> list[dict[str, float]]:
     if num_gpus == 0:
         return [{"CPU": 1}]
     if num_gpus > 1 and num_gpus % 1:
-        raise ValueError(f"num_gpus is {num_gpus}; it must be below 1 or a whole number.")
+        raise ValueError(f"num_gpus is {num_gpus}; it must be a share below 1 or a whole number.")
     return [{"CPU": 1, "GPU": min(num_gpus, 1)}] + [{"GPU": 1}] * (int(num_gpus) - 1)
 
 
@@ -139,7 +139,7 @@ def _import_policy() -> None:
         except ValueError as error:
             if not tries_left:
                 raise
-            logger.warning("The engine's import failed and is tried again: %s", error)
+            logger.warning("The import of vLLM failed and is tried again: %s", error)
 
 
 def _local(deployment: Deployment) -> str:
@@ -157,14 +157,16 @@ def _local(deployment: Deployment) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{source} lacks config.json or *.safetensors; give the folder of a Hugging Face model."
+            f"The model folder {source} lacks config.json or *.safetensors; give the folder of a Hugging Face model."
         )
     for file in files:
         try:
             with safe_open(file, framework="numpy"):
                 continue
         except SafetensorError as error:
-            raise ValueError(f"{file.name} in {source} is damaged ({error}); publish it again.") from error
+            raise ValueError(
+                f"The file {file.name} of the model in {source} is damaged ({error}); store the model again."
+            ) from error
     return str(folder)
 
 

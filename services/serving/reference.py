@@ -47,7 +47,10 @@ class Reference:
         engine has died.
         """
         if len(prompt_ids) != len(completion_ids):
-            raise ValueError(f"{len(prompt_ids)} prompts came with {len(completion_ids)} completions; send as many.")
+            raise ValueError(
+                f"The request has {len(prompt_ids)} prompts and {len(completion_ids)} completions; "
+                "send as many of both."
+            )
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         for index, row in enumerate(rows):
             self._check(index, *row)
@@ -63,7 +66,9 @@ class Reference:
             if errors.subgroup(EngineDeadError) is None:
                 raise
             # vLLM's own error is replaced, because the driver would have to import vLLM to receive it.
-            raise ConnectionError("The engine has died and is replaced; send the rows again in a minute.") from None
+            raise ConnectionError(
+                "The vLLM engine of the reference model died and is being replaced; send the rows again in a minute."
+            ) from None
         logps = [task.result() for task in tasks]
         return [_without(spans, row) for spans, row in zip(others, logps, strict=True)] if others else logps
 
@@ -71,11 +76,20 @@ class Reference:
         config = self._engine.model_config
         num_tokens, limit, vocabulary = len(prompt) + len(completion), config.max_model_len, config.get_vocab_size()
         if not prompt or not completion:
-            raise ValueError(f"Row {index}: {len(prompt)} prompt and {len(completion)} completion tokens; give both.")
+            raise ValueError(
+                f"Row {index} has {len(prompt)} prompt and {len(completion)} completion tokens; "
+                "send at least one of each."
+            )
         if num_tokens > limit:
-            raise ValueError(f"Row {index} has {num_tokens} tokens; the model takes {limit}: shorten or drop it.")
+            raise ValueError(
+                f"Row {index} has {num_tokens} tokens, but the model takes at most {limit}; "
+                "shorten or leave out the row."
+            )
         if min(*prompt, *completion) < 0 or max(*prompt, *completion) >= vocabulary:
-            raise ValueError(f"Row {index} holds an id outside the vocabulary of {vocabulary}; check the tokenizer.")
+            raise ValueError(
+                f"Row {index} has a token id outside the vocabulary of {vocabulary} tokens; "
+                "use the model's own tokenizer."
+            )
 
     async def _reserve(self, num_tokens: int) -> None:
         while self._tokens_in_flight and self._tokens_in_flight + num_tokens > self._max_tokens_in_flight:

@@ -92,9 +92,9 @@ def main(spec_uri: str) -> int:
         raise
     finally:
         if not retry_while_full(
-            lambda: ray.get(reporter.close.remote(CLOSE_SECONDS)), "writing the last report", logger.info
+            lambda: ray.get(reporter.close.remote(CLOSE_SECONDS)), "writing the job's last report", logger.info
         ):
-            logger.warning("Some events were not sent; the control plane reads them from the spool.")
+            logger.warning("Some events could not be sent to the control plane, which reads them from storage instead.")
     return STATUSES[outcome.kind]
 
 
@@ -107,11 +107,11 @@ def read_spec(written: bytes) -> AttemptSpec:
     try:
         if wire <= WIRE:
             return AttemptSpec.model_validate_json(written)
-        why = f"it is version {wire}, and the cluster's image reads up to {WIRE}"
+        why = f"its format has version {wire}, and the image reads versions up to {WIRE}"
     except ValidationError as error:
         why = first_error(error)
     message = (
-        f"The cluster's image has another release than the control plane and cannot read the attempt: {why}. "
+        f"The Ray cluster's image has another release than the control plane and cannot read the job: {why}. "
         "The operator must install the same release on both; then submit the job again."
     )
     raise JobFailed(Failed(code="release_mismatch", message=message))
@@ -176,7 +176,10 @@ def _prepare(spec: AttemptSpec, report: Callable[[Report], None], stream: "Futur
 
     def try_once() -> Prepared:
         if stream.done():
-            raise RuntimeError("Storage was full while workers trained on the first data; the next attempt resumes.")
+            raise RuntimeError(
+                "The storage was full while data were prepared during training; "
+                "the next attempt resumes when there is room."
+            )
         return prepare(spec, report, stream.set_result)
 
     prepared = retry_while_full(try_once, "preparing data", report)

@@ -42,7 +42,7 @@ def merge(request: MergeRequest) -> MergeReport:
 
     adapter, base = policies.fetch(request.adapter_uri)
     if base is None:
-        raise ValueError(f"{request.adapter_uri} holds no adapter.")
+        raise ValueError(f"The folder {request.adapter_uri} holds no adapter.")
     uri = storage.join(request.folder_uri, "model")
     with tempfile.TemporaryDirectory(prefix="raydpo-merge-") as folder:
         found = merge_and_compare(adapter, Path(folder), base=base)

@@ -1,7 +1,7 @@
 """Loads the model that a job trains, and the job's reference model. A model that cannot be trained fails the job."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +20,28 @@ if TYPE_CHECKING:
 FIELDS = {"objective": "method.type", "target_modules": "x_raydpo.adapter.target_modules"}
 
 
+# Loading raises these for a model that cannot be used; a quantized model may need a library that is not installed.
+LOADING = (ValueError, ImportError)
+REFERENCE = "The reference model cannot be used"
+
+
 def load_policy(spec: AttemptSpec, device: "torch.device") -> "PreTrainedModel":
     """Loads the model that the job starts from, ready to train.
 
     Depending on the spec, the job trains all weights, a new adapter, or the adapter that it starts from. If workers may
-    split the weights, the policy has none until `train` has split it. Raises JobFailed for a model that transformers does not know or that cannot be trained.
+    split the weights, the policy has none until `train` has split it. Raises JobFailed for a model that transformers
+    does not know or that cannot be trained.
     """
-    adapter = spec.weights.adapter
-    with unusable_models_fail_the_job():
-        start, base = fetch(spec.model_source)
+    # The imports of models are in functions, because they take eight CPU seconds and the driver works without them.
+    from dpo_core.models.model import load_merged
+
+    adapter, dtype = spec.weights.adapter, _dtype(spec.weights.precision)
+    start, base = fetch(spec.model_source)
+    with unusable_models_fail_the_job(also=LOADING):
         if base is None:
             return _named(_load(spec, start, device, adapter=adapter), spec.model_source)
         if adapter is None:
-            return _merged(start, base, spec.weights.precision, device)
+            return load_merged(start, base=base, dtype=dtype, device=device)
         return _named(_load(spec, base, device, adapter=start), base_of(spec.model_source))
 
 
@@ -41,26 +50,22 @@ def load_reference(source: str, weights: Weights, device: "torch.device") -> "Pr
 
     Raises JobFailed for a model that cannot be used.
     """
-    # The imports are here, because they take eight CPU seconds and the driver works without them.
     from dpo_core.models import model
     from dpo_core.models.adapter import quantization_of
 
-    with unusable_models_fail_the_job():
-        folder, base = fetch(source)
+    folder, base = fetch(source)
+    dtype = _dtype(weights.precision)
+    with unusable_models_fail_the_job(REFERENCE, also=LOADING):
         if base and not weights.quantization and quantization_of(folder):
             # The adapter was trained on a rounded base, and merging rounds the base again.
-            return _merged(folder, base, weights.precision, device).requires_grad_(False)
-        # A new adapter changes no output, but a base model is quantized only beneath an adapter.
-        adapter = folder if base else weights.adapter if weights.quantization else None
-        reference = model.load_policy(
-            base or folder,
-            dtype=_dtype(weights.precision),
-            device=device,
-            adapter=adapter,
-            quantization=weights.quantization,
-        )
-    reference.requires_grad_(False)
-    return reference
+            reference = model.load_merged(folder, base=base, dtype=dtype, device=device)
+        else:
+            # A new adapter changes no output, but a base model is quantized only beneath an adapter.
+            adapter = folder if base else weights.adapter if weights.quantization else None
+            reference = model.load_policy(
+                base or folder, dtype=dtype, device=device, adapter=adapter, quantization=weights.quantization
+            )
+    return reference.requires_grad_(False)
 
 
 def fetch(source: str) -> tuple[Path, Path | None]:
@@ -68,8 +73,9 @@ def fetch(source: str) -> tuple[Path, Path | None]:
 
     A hub id is returned unchanged, as a path.
     """
-    folder, base = storage.fetch(source), base_of(source)
-    return folder, None if base == source else storage.fetch(base)
+    folder = storage.fetch(source)
+    base = _base_in(folder)
+    return folder, storage.fetch(base) if base else None
 
 
 def base_of(source: str) -> str:
@@ -77,22 +83,30 @@ def base_of(source: str) -> str:
 
     A source is a storage URI, a local folder or a hub id.
     """
-    folder = storage.fetch(source)
-    return adapter_folder.base_of(folder) if adapter_folder.is_adapter(folder) else source
+    return _base_in(storage.fetch(source)) or source
+
+
+def _base_in(folder: Path) -> str | None:
+    return adapter_folder.base_of(folder) if adapter_folder.is_adapter(folder) else None
 
 
 @contextmanager
-def unusable_models_fail_the_job() -> Iterator[None]:
-    """Raises JobFailed if the block raises UnusableModel or InvalidOption.
+def unusable_models_fail_the_job(
+    what: str = "The model cannot be trained", *, also: Sequence[type[Exception]] = ()
+) -> Iterator[None]:
+    """Raises JobFailed if the block raises UnusableModel, InvalidOption or an error of a type in `also`.
 
-    Loading a model, its first forward pass and the division of its weights may raise these.
+    Loading a model, its first forward pass and the division of its weights may raise these. The user reads `what` and
+    the error.
     """
     from dpo_core.models.architecture import UnusableModel
 
+    errors: tuple[type[Exception], ...] = (UnusableModel, InvalidOption, *also)
     try:
         yield
-    except (UnusableModel, InvalidOption) as error:
-        raise _unusable(error) from error
+    except errors as error:
+        param = FIELDS.get(error.field, f"x_raydpo.{error.field}") if isinstance(error, InvalidOption) else "model"
+        raise JobFailed(Failed(code="invalid_model", message=f"{what}: {error}", param=param)) from error
 
 
 def _load(spec: AttemptSpec, source: Path, device: "torch.device", **options: Any) -> "PreTrainedModel":
@@ -100,30 +114,21 @@ def _load(spec: AttemptSpec, source: Path, device: "torch.device", **options: An
 
     num_outputs = spec.config.objective.traits.num_outputs
     load = functools.partial(model.load_reward_model, num_outputs=num_outputs) if num_outputs else model.load_policy
-    try:
-        dtype, seed = _dtype(spec.weights.precision), spec.config.seed
-        quantization = spec.weights.quantization
-        in_parts = _may_split(spec, device)
-        return load(
-            source, dtype=dtype, device=device, seed=seed, quantization=quantization, in_parts=in_parts, **options
-        )
-    except (ValueError, ImportError) as error:  # a quantized model may need a library that is not installed
-        raise _unusable(error) from error
+    return load(
+        source,
+        dtype=_dtype(spec.weights.precision),
+        device=device,
+        seed=spec.config.seed,
+        quantization=spec.weights.quantization,
+        in_parts=_may_split(spec, device),
+        **options,
+    )
 
 
 def _may_split(spec: AttemptSpec, device: "torch.device") -> bool:
     sharding = spec.config.sharding
     splits = sharding in ("full", "hybrid") or (sharding == "auto" and device.type == "cuda")
     return splits and spec.num_workers > 1 and spec.weights.quantization is None
-
-
-def _merged(adapter: Path, base: Path, precision: Precision, device: "torch.device") -> "PreTrainedModel":
-    from dpo_core.models.model import load_merged
-
-    try:
-        return load_merged(adapter, base=base, dtype=_dtype(precision), device=device)
-    except (ValueError, ImportError) as error:
-        raise _unusable(error) from error
 
 
 def _named(policy: "PreTrainedModel", source: str) -> "PreTrainedModel":
@@ -140,9 +145,3 @@ def _dtype(precision: Precision) -> "torch.dtype":
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-
-
-def _unusable(error: Exception) -> JobFailed:
-    message = f"The model cannot be trained: {error}"
-    param = FIELDS.get(error.field, f"x_raydpo.{error.field}") if isinstance(error, InvalidOption) else "model"
-    return JobFailed(Failed(code="invalid_model", message=message, param=param))

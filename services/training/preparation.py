@@ -44,7 +44,7 @@ from services.training.source import source
 
 ENCODING, SCORING = 4, 2  # versions of the cached data; raise one when the same input gives another result
 NUM_TIMED_TOKENS = 4096  # tokens of a measurement; with fewer, the start would dominate
-SCORES_FOUND = "The reference's scores were found in the cache."
+SCORES_FOUND = "The reference model's scores of these rows are known from an earlier job."
 
 
 class Prepared(Contract):
@@ -104,17 +104,28 @@ def _prepare_file(
     needs_reference = spec.config.objective.traits.needs_reference
     folder = storage.join(spec.run_uri, "source", f"{spec.attempt}-{purpose.lower()}")
     if spec.dataset_uris is not None:  # nobody has checked the user's own file before
-        report(Message(message=f"{purpose} file: reading it and checking its rows."))
+        report(Message(message=f"{purpose} file: the rows are being read and checked."))
     with source.as_plain_file(spec, folder, report) as plain:
         uri = storage.join(spec.cache_uri, _encoding_key(plain))
         encode_here = partial(_encode, plain, uri, report, None if needs_reference else begin)
         encoding, was_cached = cache.find_or_make(uri, Encoding, encode_here, _check, report)
     refuse_unusable(spec, encoding)
     if was_cached:
-        report(Message(message=f"{purpose} file: token ids were found in the cache."))
+        report(
+            Message(
+                message=(f"{purpose} file: the token ids are known from an earlier job with the same data and model.")
+            )
+        )
     report_contents(spec, encoding, purpose, report)
     if spec.today and cache.writes_the_date(spec.model_source):
-        report(Message(message=f"The chat template writes the date; all rows get the day of the job, {spec.today}."))
+        report(
+            Message(
+                message=(
+                    "The chat template writes the date into every row; "
+                    f"the job's day, {spec.today}, is used for all rows."
+                )
+            )
+        )
     if not needs_reference:
         return encoding.training, encoding.held_out
     scored = _score(spec, encoding, report)
@@ -194,10 +205,12 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
         except _Disagrees as disagreement:
             if spec.reference_source == "serve":
                 figures = str(disagreement)
-                remedy = "set reference_dtype to float32, or let the trainer score it"
-                message = f"The reference {spec.reference} and the policy disagree ({figures}); {remedy}."
+                message = (
+                    f"The served reference model {spec.reference} computes other log-probabilities than the trainer "
+                    f"({figures}); set reference_dtype to float32, or send x_raydpo.reference.source 'auto'."
+                )
                 raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
-            report(Message(level="warn", message="The trainer's own forward scores the reference instead."))
+            report(Message(level="warn", message="The workers compute the reference model's scores instead."))
         except _Slower:
             pass
     return _score_once(trainer_uri, encoding, lambda: _by_trainer(spec, report), report)
@@ -232,7 +245,7 @@ def _engine_pays(spec: AttemptSpec, encoding: Encoding, engine: Rate | None, rep
     if rates.pays(trainer, engine, num_tokens):
         return True
     figures = rates.in_words(trainer, engine, num_tokens)
-    report(Message(message=f"The trainer's own forward scores the reference: {figures}."))
+    report(Message(message=f"The workers compute the reference model's scores instead of vLLM: {figures}."))
     return False
 
 
@@ -291,9 +304,20 @@ def _by_deployment(
     beta = getattr(spec.config.objective, "beta", 1.0)  # without beta, a reward is a log-ratio
     comparison = parity.compare(served_logps, ray.get(trainer_logps), beta=beta, rounds=rounds)
     if not comparison.holds:
-        report(Message(level="warn", message=f"The reference's deployment disagrees with the trainer: {comparison}."))
+        report(
+            Message(
+                level="warn",
+                message=(
+                    f"vLLM and the trainer compute different log-probabilities of the reference model: {comparison}."
+                ),
+            )
+        )
         raise _Disagrees(str(comparison))
-    report(Message(message=f"The reference's deployment agrees with the trainer: {comparison}."))
+    report(
+        Message(
+            message=(f"vLLM and the trainer compute the same log-probabilities of the reference model: {comparison}.")
+        )
+    )
     rates.write(rate_uri, Rate(tokens_per_second=tokens_per_second, loading_seconds=loaded_at - asked_at))
     loaded_engine = Rate(tokens_per_second=tokens_per_second)  # without the time of loading
     if not _engine_pays(spec, encoding, loaded_engine, report):

@@ -153,7 +153,7 @@ def test_an_adapter_is_trained_through_a_death_served_and_gone_on_with(
     kill_a_worker(service)
     killed = succeeded(client, killed_id)
     told = messages(client, killed_id)
-    assert any(message.startswith("Resumed from checkpoint at step") for message in told)
+    assert any(message.startswith("Training resumes from the checkpoint of step") for message in told)
     curve = steps_of(client, killed)
     assert len(curve) == 96
     assert curve == steps_of(client, undisturbed)
@@ -183,10 +183,10 @@ def test_an_adapter_is_trained_through_a_death_served_and_gone_on_with(
     second = submit(client, name, **whole)
     (first,) = steps_of(client, succeeded(client, second))
     assert float(first["train_loss"]) == pytest.approx(math.log(2), abs=1e-6)
-    (said,) = [message for message in messages(client, second) if message.startswith("Training on with")]
+    (said,) = [message for message in messages(client, second) if message.startswith("Training the adapter of")]
     assert said == (
-        f"Training on with the adapter {name} of rank 32 in float32; "
-        f"the reference is {name}, as it is before the first step"
+        f"Training the adapter of {name}, of rank 32, further in float32; "
+        f"the reference model is {name} as it is before the first step"
     )
     for side, place in (("chosen", 0), ("rejected", 1)):
         mean = float(sum(plain_logps(policy, prompt, answers[place]).sum() for prompt, answers in rows)) / len(rows)

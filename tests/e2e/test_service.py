@@ -202,13 +202,16 @@ def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
         assert ray.post(f"/api/jobs/{job_id}-2/stop").is_success
 
     def resumed() -> list[str]:
-        found = [re.match("Resumed from checkpoint at step ([0-9]+)", message) for message in messages(client, job_id)]
+        found = [
+            re.match("Training resumes from the checkpoint of step ([0-9]+)", message)
+            for message in messages(client, job_id)
+        ]
         return [match[1] for match in found if match]
 
     wait_for(lambda: len(resumed()) == 2, "resumed again")
     said = messages(client, job_id)
     assert f"The job is paused after step {resumed()[0]}" in said
-    assert f"Attempt 2 was asked to stop, and stopped after step {resumed()[1]}" in said
+    assert f"The service stopped attempt 2 at the job after step {resumed()[1]}" in said
     wait_for_step(client, job_id, int(resumed()[1]) + 1)
 
     def logs() -> dict[str, Any]:
@@ -245,10 +248,12 @@ def test_a_killed_driver_is_followed_by_an_attempt_that_resumes(service: Service
         os.kill(driver.pid, signal.SIGKILL)
     assert finished(client, job_id).status == "succeeded", messages(client, job_id)
     assert steps(client, job_id) == list(range(1, 121))
-    resumed = [message for message in messages(client, job_id) if message.startswith("Resumed from checkpoint")]
+    resumed = [
+        message for message in messages(client, job_id) if message.startswith("Training resumes from the checkpoint")
+    ]
     assert len(resumed) == 1
     (over,) = [message for message in messages(client, job_id) if message.startswith("Attempt 1 ended: ")]
-    assert over.startswith("Attempt 1 ended: it was killed by SIGKILL")
+    assert over.startswith("Attempt 1 at the job ended: the signal SIGKILL killed its process")
 
 
 @pytest.mark.long
@@ -269,8 +274,8 @@ def test_a_job_waits_for_a_ray_that_died_and_goes_on_when_it_is_back(service: Se
         assert finished(client, job_id).status == "succeeded", messages(client, job_id)
         assert steps(client, job_id) == list(range(1, 121))
         told = messages(client, job_id)
-        assert told.count("Attempt 1 ended: the cluster it ran on is gone") == 1
-        assert len([message for message in told if message.startswith("Resumed from checkpoint")]) == 1
+        assert told.count("Attempt 1 at the job ended: the Ray cluster that it ran on is gone") == 1
+        assert len([message for message in told if message.startswith("Training resumes from the checkpoint")]) == 1
 
 
 def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
@@ -292,7 +297,7 @@ def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
     finally:
         shutil.move(kept, weights)
     told = messages(client, job_id)
-    (departure,) = [message for message in told if "disagrees with the trainer" in message]
+    (departure,) = [message for message in told if "different log-probabilities" in message]
     assert "60 rows" in departure
     assert re.search(r"per token mean \S+, p99 \S+, largest \S+; per pair mean", departure)
     assert any(message.startswith("The first loss is 0.69314") for message in told)
@@ -304,7 +309,10 @@ def test_a_second_job_on_the_same_data_prepares_nothing(client: openai.OpenAI) -
         job_id = submit(client, shop_pairs(61), n_epochs=1)
         assert finished(client, job_id).status == "succeeded", messages(client, job_id)
         told.append(messages(client, job_id))
-    hits = ("Training file: token ids were found in the cache.", "The reference's scores were found in the cache.")
+    hits = (
+        ("Training file: the token ids are known from an earlier job with the same data and model."),
+        ("The reference model's scores of these rows are known from an earlier job."),
+    )
     assert not set(hits) & set(told[0])
     assert set(hits) < set(told[1])
 

@@ -59,16 +59,16 @@ def test_any_other_is_refused_with_the_uri_the_prefixes_and_the_remedy(uri: str,
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("https://user:secret@example.com/rows.jsonl", "no credentials"),
-        ("s3://key:secret@bucket/rows.jsonl", "no credentials"),
+        ("https://user:secret@example.com/rows.jsonl", "contains credentials"),
+        ("s3://key:secret@bucket/rows.jsonl", "contains credentials"),
         ("https://example.com\\@evil.org/rows.jsonl", "backslash"),
         ("https://example.com/rows.jsonl#@evil.org", "'#'"),
         ("https://example.com/\nrows.jsonl", "control character"),
         ("https://exa\u00admple.com/rows.jsonl", "control character"),
         ("https://1２7.0.0.1/rows.jsonl", "ASCII"),
         ("https://%31%32%37.0.0.1/rows.jsonl", "ASCII"),
-        ("https://[::1/rows.jsonl", "not a URI"),
-        ("https://example.com:x/rows.jsonl", "not a URI"),
+        ("https://[::1/rows.jsonl", "not a valid URI"),
+        ("https://example.com:x/rows.jsonl", "not a valid URI"),
         ("https://example.com/a/../b/rows.jsonl", "'..'"),
         ("https://example.com/a/%2e%2E/b/rows.jsonl", "'..'"),
         ("https://example.com/a/..%2fb/rows.jsonl", "'..'"),
@@ -104,7 +104,7 @@ def test_a_local_file_is_compared_and_read_where_it_really_is(tmp_path: Path) ->
     assert admitted(f"{tmp_path.as_uri()}/other/a.jsonl", [data]) == f"{data}a.jsonl"
     assert admitted(f"{data}a.jsonl", [f"{tmp_path.as_uri()}/other"]) == f"{data}a.jsonl"
     for uri in ("link.jsonl", "../secret.jsonl", "%2e%2e/secret.jsonl", "../data2/a.jsonl"):
-        with pytest.raises(InvalidUri, match="not admitted"):
+        with pytest.raises(InvalidUri, match="not allowed"):
             admitted(data + uri, [data])
 
 

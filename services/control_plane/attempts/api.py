@@ -31,7 +31,10 @@ async def record(
     Answers 409 if the attempt has ended or was replaced by a newer one; the training process must then stop.
     """
     if credentials is None:
-        raise Unauthorized("Reports need the attempt's token.", code="invalid_api_key")
+        raise Unauthorized(
+            "Reports of a training process need its attempt's token in the header `Authorization: Bearer TOKEN`.",
+            code="invalid_api_key",
+        )
     async with store.begin() as session:
         await attempts.authorize(session, job_id, number, credentials.credentials, own_token)
         await attempts.record(session, job_id, number, batch.events, settings, posted=True)

@@ -110,7 +110,12 @@ async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> Non
     statement = update(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.number == attempt.number)
     statement = statement.where(Attempt.reason.is_(None)).values(reason=reason)
     if (await session.execute(statement.returning(Attempt.number))).first() is not None:
-        jobs.tell(session, attempt.job_id, f"Attempt {attempt.number} is being stopped: {reason}", level="warn")
+        jobs.tell(
+            session,
+            attempt.job_id,
+            f"The service is stopping attempt {attempt.number} at the job: {reason}",
+            level="warn",
+        )
 
 
 async def authorize(session: AsyncSession, job_id: str, number: int, token: str, own_token: str | None = None) -> None:
@@ -131,7 +136,10 @@ async def authorize(session: AsyncSession, job_id: str, number: int, token: str,
 
 
 def _not_its_own(job_id: str, number: int) -> Fenced:
-    return Fenced(f"Attempt {number} of {job_id} is not open, or the token is not its own; it must stop.")
+    return Fenced(
+        f"Attempt {number} at job {job_id} has ended, or the token is of another attempt; "
+        "this training process must stop."
+    )
 
 
 async def record(
@@ -152,16 +160,18 @@ async def record(
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
     if attempt is None or attempt.state == "ended":
-        raise Fenced(f"Attempt {number} of {job_id} has ended; it must stop.")
+        raise Fenced(f"Attempt {number} at job {job_id} has ended; this training process must stop.")
     new, expected = list[JobEvent](), attempt.next_seq
     for event in events:
         if event.seq < expected:
             continue
         if event.seq > expected and posted:
-            raise InvalidRequest(f"Report {event.seq} came before report {expected}; send that one first.")
+            raise InvalidRequest(f"Report {event.seq} came before report {expected}; send report {expected} first.")
         if event.seq > expected:
-            lost = f"Reports {expected} to {event.seq - 1} of attempt {number} are lost"
-            jobs.tell(session, job_id, f"{lost}: their part of its spool is damaged", level="warn")
+            lost = (
+                f"Reports {expected} to {event.seq - 1} of attempt {number} are lost, so events or metrics are missing"
+            )
+            jobs.tell(session, job_id, f"{lost}: the file that kept these reports in storage is damaged", level="warn")
         new.append(event)
         expected = event.seq + 1
     await _record_all(session, attempt, new, settings)
@@ -192,8 +202,8 @@ async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[
                 await _record_all(session, attempt, [event], settings)
             return
         cause = str(getattr(error, "orig", repr(error))).partition("\n")[0]
-        what = f"Report {events[0].seq} ({events[0].report.kind}) of attempt {attempt.number} could not be kept"
-        jobs.tell(session, attempt.job_id, storable(f"{what}: {cause}"), level="warn")
+        what = f"Report {events[0].seq} ({events[0].report.kind}) of attempt {attempt.number} could not be stored"
+        jobs.tell(session, attempt.job_id, storable(f"{what} and is left out: {cause}"), level="warn")
 
 
 async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, settings: Settings) -> None:

@@ -89,7 +89,8 @@ def rest_seconds(failures: int) -> float:
 
 
 def leaves_slot(failures: int) -> bool:
-    """Whether a job gives its slot to other jobs while it rests after `failures` failures in a row."""
+    """Whether a job lets other jobs run in its place while it waits for its next attempt, after `failures` failed
+    attempts in a row."""
     return rest_seconds(failures) >= LONG_REST_SECONDS
 
 

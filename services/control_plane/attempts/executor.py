@@ -99,8 +99,8 @@ class Executor:
     async def _open(self, job: Job, number: int) -> Attempt:
         """Adds the row of the job's next attempt, and marks a queued job as running, in one transaction.
 
-        If the job's reference model must be served, the same transaction asks for its deployment. If the attempt may
-        choose, it asks for the deployment itself, once it knows that serving is faster.
+        If vLLM must serve the job's reference model, the same transaction asks for this. If the attempt may choose
+        between vLLM and its own workers, it asks later, once it knows that vLLM is faster.
         """
         reference, spec = models.reference_of(job), JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
@@ -170,13 +170,15 @@ class Executor:
         try:
             await self._ray_api.submit(attempt.submission_id, spec_uri, token)
         except Refused as refusal:
-            await self._refuse(job, attempt, f"Ray refuses to launch it: {refusal}")
+            await self._refuse(job, attempt, f"Ray refuses to start the attempt: {refusal}")
             return
         except httpx.HTTPStatusError as error:
             if attempt.silent_seconds < LAUNCH_SECONDS:
                 raise
             await self._refuse(
-                job, attempt, f"Ray did not launch it in {LAUNCH_SECONDS} s: {rays_words(error.response.text)}"
+                job,
+                attempt,
+                f"Ray did not start the attempt within {LAUNCH_SECONDS} s: {rays_words(error.response.text)}",
             )
             return
         async with self._store.begin() as session:
@@ -203,7 +205,13 @@ class Executor:
             except DamagedSegment as error:
                 if (first, uri) != segments[-1]:
                     continue  # the next segment brings the event about missing reports
-                lost = Message(level="warn", message=f"The last reports of attempt {attempt.number} are lost: {error}")
+                lost = Message(
+                    level="warn",
+                    message=(
+                        f"The last reports of attempt {attempt.number} are lost, "
+                        f"so events or metrics are missing: {error}"
+                    ),
+                )
                 events = [JobEvent(seq=first, created_at=time.time(), report=lost)]
             async with self._store.begin() as session:
                 await attempts.record(session, job.id, attempt.number, events, self._settings, posted=False)
@@ -216,8 +224,8 @@ class Executor:
         Only the first call adds an event.
         """
         if job.desired != "cancel":
-            late = "it did not pause in time" if job.desired == "pause" else None
-            reason = late or f"it gave no sign of life for {attempt.silent_seconds:.0f} s"
+            late = "the job was to pause and did not do so in time" if job.desired == "pause" else None
+            reason = late or f"its training process sent no report for {attempt.silent_seconds:.0f} s"
             async with self._store.begin() as session:
                 await attempts.note_stop(session, attempt, reason)
         await self._ray_api.stop(attempt.submission_id)
@@ -231,11 +239,11 @@ class Executor:
         where = f" after step {step}" if step else ""
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
-            await attempts.end(session, attempt, f"it was asked to stop, and stopped{where}")
+            await attempts.end(session, attempt, f"the service stopped the attempt{where}")
             if job.desired == "pause":
                 await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
             else:
-                jobs.tell(session, job.id, f"Attempt {attempt.number} was asked to stop, and stopped{where}")
+                jobs.tell(session, job.id, f"The service stopped attempt {attempt.number} at the job{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
         """Ends an attempt that died without reporting an outcome.
@@ -257,20 +265,18 @@ class Executor:
         """Ends an attempt that reported no outcome. Adds one event, even if several control planes end the attempt."""
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""
-            jobs.tell(session, job.id, f"Attempt {attempt.number} ended: {reason}{rest}", level="warn")
+            jobs.tell(session, job.id, f"Attempt {attempt.number} at the job ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Writes when the job's next attempt begins to `waits_for`.
-
-        Returns this as text for an event; '' if none follows.
-        """
+        """Stores in the job's `waits_for` when its next attempt begins. Returns the same as text for an event; an empty
+        text if no attempt follows."""
         failures = (await history(session, job.id)).failures
         if failures >= self._settings.max_attempts:
             return ""
         seconds = f"{rest_seconds(failures):.0f} s"
-        counted = f"{failures} of {self._settings.max_attempts} died in a row without a new checkpoint"
+        counted = f"{failures} of at most {self._settings.max_attempts} attempts in a row died without a new checkpoint"
         await jobs.hold_back(session, job, f"its next attempt, {seconds} after the last one: {counted}")
-        return f"; the next one begins {seconds} later"
+        return f"; the next attempt begins {seconds} later"
 
     def _run_uri(self, job: Job) -> str:
         return storage.join(self._settings.storage_url, "runs", job.id)
@@ -312,8 +318,8 @@ class Executor:
         `why` is the last error.
         """
         message = (
-            f"The service tried {tries} times to go on with the job and failed: {why}. "
-            "The control plane's log says more; tell its operator, and submit the job again when the cause is fixed."
+            f"The service tried {tries} times to take the job's next step and failed: {why}. Tell the operator, who "
+            "finds more in the service's log, and submit the job again when the cause is fixed."
         )
         await self._fail(job, {"code": "internal_error", "message": message, "param": None}, attempt)
 
@@ -322,8 +328,8 @@ class Executor:
             cause = await attempts.last_failure(session, job.id)
         message = (
             f"The job died {self._settings.max_attempts} times in a row on the cluster without a new checkpoint, the "
-            f"last time because {cause}. The logs of its attempts say more: `raydpo jobs logs {job.id}`, or "
-            f"GET /v1/x/jobs/{job.id}/logs. Submit it again when the cause is fixed."
+            f"last time because {cause}. The job's logs say more: `raydpo jobs logs {job.id}`, or "
+            f"GET /v1/x/jobs/{job.id}/logs. Submit the job again when the cause is fixed."
         )
         await self._fail(job, {"code": "infrastructure_failure", "message": message, "param": None}, None)
 

@@ -87,10 +87,12 @@ class Reconciler:
                         await self.tick()
                 except (SQLAlchemyError, httpx.HTTPError, OSError) as error:
                     telemetry.TICKS.labels("failed").inc()
-                    log.warning("A tick failed and is tried again: %s", error)
+                    log.warning("The regular look at all jobs failed and is tried again in a second: %s", error)
                 except Exception:
                     telemetry.TICKS.labels("failed").inc()
-                    log.exception("A tick failed by an unexpected error, and is tried again")
+                    log.exception(
+                        "The regular look at all jobs failed with an unexpected error and is tried again in a second"
+                    )
                 if self._leads:
                     self._sweep()
                 took = time.monotonic() - began
@@ -172,7 +174,11 @@ class Reconciler:
                 await self._reconcile(job, attempt, submission, waits_for)
             self._patience.forget(job.id)
         except jobs.Stale as error:
-            log.warning("Job %s changed meanwhile and is left to the next tick: %s", job.id, error)
+            log.warning(
+                "Job %s changed while the service looked at it, so its next step is taken a second later: %s",
+                job.id,
+                error,
+            )
         except Exception as error:
             await self._put_off(job, attempt, error)
 
@@ -182,16 +188,16 @@ class Reconciler:
         After TRIES failed tries the job fails. While the database, storage or Ray are down, the tries never end.
         """
         tries, ours = self._patience.fail(job.id, job.version), is_ours(error)
-        log.warning("Job %s: its next step failed, %d times by now: %r", job.id, tries, error, exc_info=ours)
+        log.warning("The next step of job %s failed, %d times by now: %r", job.id, tries, error, exc_info=ours)
         try:
             if ours and tries >= TRIES:
                 await self._executor.abandon(job, attempt, in_words(error), tries)
             elif tries == EVENT_AFTER:
                 async with self._store.begin() as session:
-                    message = f"The job's next step fails and is tried again: {in_words(error)}"
+                    message = f"The service could not take the job's next step and keeps trying: {in_words(error)}"
                     jobs.tell(session, job.id, message, level="warn")
         except Exception as trouble:  # no error here may stop the tick
-            log.warning("Job %s: its failed step could not be noted: %r", job.id, trouble)
+            log.warning("The failed step of job %s could not be recorded: %r", job.id, trouble)
 
     def _sweep(self) -> None:
         """Starts the cleanup of storage and the database as a task beside the ticks, unless one is running.
@@ -291,7 +297,7 @@ class Reconciler:
         capacity: Mapping[str, float],
         scorers: Mapping[str, Reference],
     ) -> eviction.Room:
-        """Returns the places and GPUs that the jobs leave to models."""
+        """Returns how many models may be loaded, and how many GPUs the jobs leave to models."""
 
         def gpus(jobs: Sequence[Job]) -> float:
             return sum(needs(job, self._settings, scorers).get("GPU", 0.0) for job in jobs)
@@ -322,10 +328,8 @@ class Reconciler:
 async def _without_slots(
     session: AsyncSession, live: Sequence[Job], opened: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Returns the ids of running jobs that hold no slot: those in a long rest, and those whose long rest is over.
-
-    A rest is the pause between a failed attempt and the next one.
-    """
+    """Returns the ids of running jobs that do not count as running: those in a long pause between a failed attempt and
+    the next one, and those whose long pause is over."""
     resting, back = set[str](), set[str]()
     for job in live:
         if job.observed == "running" and job.id not in opened:

@@ -7,12 +7,12 @@ oldest. Within a project the job with the highest priority goes first, then the 
 A job that waits for free workers keeps its turn: no later job starts, so that small jobs cannot starve a large one. A
 job that waits for its project's limit, or for a larger cluster, does not hold up other jobs.
 
-On GPUs jobs and models take turns, too. A job's reference takes the GPUs of its workers, which begin after it. A job
-that waits for models keeps its place, and idle ones leave for it; a model that has waited since before the last job
-began goes before the next one.
+On GPUs jobs and models take turns, too. A job's reference model uses the GPUs of the job's workers, which start later.
+A job that waits for GPUs of loaded models keeps its turn, and idle models are unloaded for it. A model that has waited
+since before the last job began goes before the next job.
 
-A running job in a long rest (the pause between a failed attempt and the next one) holds no slot and no workers. After
-the rest the job takes its turn again.
+While a running job waits for a long time between a failed attempt and the next one, it counts neither as running nor as
+holding workers. Afterwards it waits for its turn again.
 """
 
 import heapq
@@ -32,8 +32,8 @@ from services.control_plane.tenants.quotas import Share
 
 Resources = Mapping[str, float]  # amounts by Ray's names of resources: CPU, GPU
 NO_SCORERS: Mapping[str, Reference] = {}
-FOR_MODELS = "loaded models to leave the GPUs that it needs"
-FOR_MODELS_TURN = "its turn: a model that waits for GPUs goes first"
+FOR_MODELS = "loaded models to free the GPUs that the job needs"
+FOR_MODELS_TURN = "its turn on the GPUs, because a model that has waited longer goes first"
 
 
 def what_each_waits_for(
@@ -61,22 +61,31 @@ def what_each_waits_for(
     for job in turns:
         needed, limit = needs(job, settings, scorers), shares.get(job.project_id, Share()).max_running_jobs
         if limit is not None and per_project[job.project_id] >= limit:
-            waits[job.id] = f"another job of its project to end: {limit} may run at once"
+            waits[job.id] = (
+                "another job of its project to end, "
+                f"because at most {limit} may run at once (max_running_jobs of the project)"
+            )
         elif short := _beyond(needed, capacity):
-            waits[job.id] = f"a larger cluster: it needs {short}"
+            waits[job.id] = f"a larger cluster, because the job needs {short}"
         elif beside_pinned := _beyond(needed, _without_pinned(capacity, engines)):
-            pinned = f"pinned models hold {engines.pinned_gpus:g}"
-            waits[job.id] = f"GPUs that no pinned model holds: {pinned}, it needs {beside_pinned}"
+            pinned = f"models that always stay loaded use {engines.pinned_gpus:g} GPUs"
+            waits[job.id] = f"GPUs, because {pinned}, and the job needs {beside_pinned}"
         elif num_running >= settings.max_running_jobs:
-            waits[job.id] = f"another job to end: {settings.max_running_jobs} may run at once"
+            waits[job.id] = (
+                "another job to end, "
+                f"because at most {settings.max_running_jobs} may run at once (setting max_running_jobs)"
+            )
         elif first is not None:
             goes_first = first.id if first.project_id == job.project_id else "a job of another project"
-            waits[job.id] = f"its turn: {goes_first} goes first"
+            waits[job.id] = f"its turn, because {goes_first} goes first"
         elif short := _beyond(Counter(needed) + held, capacity):
-            first, waits[job.id] = job, f"running jobs to end: with them it needs {short}"
+            first, waits[job.id] = job, f"running jobs to end, because together with them the job needs {short}"
         elif (reference := _reference(job, scorers)) and len(references | {reference}) > settings.max_loaded_models:
             first, most = job, settings.max_loaded_models
-            waits[job.id] = f"a place for its reference: those of running jobs hold all {most} places for models"
+            waits[job.id] = (
+                "running jobs to end, "
+                f"because their reference models are all {most} that may be loaded (max_loaded_models)"
+            )
         elif needed.get("GPU") and engines.go_first:
             first, waits[job.id] = job, FOR_MODELS_TURN
         elif needed.get("GPU") and _beyond(Counter(needed) + held + Counter({"GPU": engines.gpus}), capacity):
@@ -134,7 +143,8 @@ class _Turns:
 
 
 def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SCORERS) -> dict[str, float]:
-    """Returns what the job's workers reserve. Its reference, which is loaded before them, may need more GPUs."""
+    """Returns the amounts of CPUs and GPUs that the job's workers reserve, or its reference model if that needs more
+    GPUs, because it is loaded before the workers start."""
     num_workers = job.spec.get("num_workers", 1)  # a job whose spec is unreadable fails when its attempt is opened
     of_reference = scorers[job.id].num_gpus if job.id in scorers else settings.num_gpus_per_model
     gpus = max(num_workers * settings.num_gpus_per_worker, of_reference if _reference(job, scorers) else 0)
@@ -142,7 +152,7 @@ def needs(job: Job, settings: Settings, scorers: Mapping[str, Reference] = NO_SC
 
 
 def reference_model(job: Job) -> NamedModel | None:
-    """Returns the model that an engine may have to score for the job: until the job has begun to train."""
+    """Returns the job's reference model if vLLM may still have to score the job's rows with it; otherwise None."""
     if job.training is not None:
         return None
     try:
@@ -170,7 +180,7 @@ def _beyond(needed: Resources, capacity: Resources) -> str | None:
     An empty `capacity` means that the capacity is unknown, and gives None.
     """
     short = [
-        f"{amount:g} {name}, and there are {capacity.get(name, 0):g}"
+        f"{amount:g} {name} but the cluster has {capacity.get(name, 0):g}"
         for name, amount in needed.items()
         if capacity and amount > capacity.get(name, 0)
     ]

@@ -57,14 +57,14 @@ def in_words(error: Exception) -> str:
     """Returns a description of the error for the user, without SQL statements, values and addresses."""
     match error:
         case DBAPIError() if refuses_value(error):
-            return storable(f"the database refuses a value: {str(error.orig).partition(chr(10))[0]}")
+            return storable(f"the database refused a value: {str(error.orig).partition(chr(10))[0]}")
         case DBAPIError() | NoConnection():
             return "the database does not answer"
         case httpx.HTTPStatusError():
-            return f"Ray answers {error.response.status_code}: {rays_words(error.response.text)}"
+            return f"Ray answered with status {error.response.status_code}: {rays_words(error.response.text)}"
         case httpx.HTTPError():
-            return "Ray does not answer"
+            return "the Ray cluster does not answer"
         case OSError():
-            return f"storage fails: {error.strerror or type(error).__name__}"
+            return f"the storage failed: {error.strerror or type(error).__name__}"
         case _:
             return storable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")

@@ -61,8 +61,8 @@ class Authentication:
         caller = None if name in self._unknown else await self._keys.get(name)
         if caller is None:
             self._unknown[name] = True
-            shown = f"{token[:3]}…{token[-4:]}" if len(token) >= 16 else "the one sent"
-            remedy = "Ask the operator of the service for a key; `raydpo up` keeps its own in api.key of its home."
+            shown = f"{token[:3]}…{token[-4:]}" if len(token) >= 16 else "the key that was sent"
+            remedy = "Ask the service's operator for a key; `raydpo up` keeps its key in ~/.raydpo/api.key."
             raise Unauthorized(f"Incorrect API key provided: {shown}. {remedy}", code="invalid_api_key")
         return caller
 
@@ -81,7 +81,10 @@ class Authentication:
         async with self._store.begin() as session:
             living = select(Project.id).where(Project.id == caller.project_id, Project.archived_at.is_(None))
             if await session.scalar(living) is None:
-                message = f"The token's project '{caller.project_id}' does not exist, or is archived."
+                message = (
+                    f"The token names the project '{caller.project_id}', which does not exist or is archived; "
+                    "use another token."
+                )
                 raise Unauthorized(message, code="invalid_api_key")
         return caller
 
@@ -106,7 +109,7 @@ class Authentication:
             async with self._store.begin() as session:
                 await keys.note_uses(session, list(used))
         except (SQLAlchemyError, OSError) as error:
-            log.warning("The last use of %d keys could not be written: %s", len(used), error)
+            log.warning("The time of last use of %d API keys could not be stored: %s", len(used), error)
 
 
 def _issuer(settings: Settings) -> "Issuer":

@@ -81,12 +81,15 @@ async def check(session: AsyncSession, caller: Caller, requests_per_minute: int 
     if caller.manages_all:
         return
     if usual is not None and requests_per_minute is not None and requests_per_minute > usual:
-        message = f"requests_per_minute is {requests_per_minute}; a project may give its keys at most {usual}."
-        raise InvalidRequest(f"{message} An admin of {DEFAULT_PROJECT} may give more.", param="requests_per_minute")
+        message = f"requests_per_minute is {requests_per_minute}, but a key may have at most {usual}."
+        raise InvalidRequest(
+            f"{message} Send less, or ask an admin of the project {DEFAULT_PROJECT} for a key with more.",
+            param="requests_per_minute",
+        )
     living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     if (count := await session.scalar(living.where(unexpired)) or 0) >= MAX_KEYS:
-        raise InvalidRequest(f"The project has {count} keys, and the limit is {MAX_KEYS}; revoke one first.")
+        raise InvalidRequest(f"The project has {count} keys, and the limit is {MAX_KEYS}; revoke a key first.")
 
 
 def managed_by(caller: Caller) -> Select[Key]:
@@ -97,7 +100,11 @@ def managed_by(caller: Caller) -> Select[Key]:
 async def find(session: AsyncSession, caller: Caller, key_id: str) -> Key:
     key = await session.scalar(managed_by(caller).where(Key.id == key_id))
     if key is None:
-        raise NotFound(f"No such key: {key_id}", param="key_id", code="key_not_found")
+        raise NotFound(
+            f"There is no API key with the id '{key_id}'; list the keys for their ids.",
+            param="key_id",
+            code="key_not_found",
+        )
     return key
 
 

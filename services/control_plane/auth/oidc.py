@@ -54,7 +54,11 @@ class Issuer:
         try:
             claims = await self._claims(token)
         except jwt.PyJWTError as error:
-            raise Unauthorized(f"The token is not accepted: {error}.", code="invalid_api_key") from None
+            raise Unauthorized(
+                f"The token in the header `Authorization` is not accepted: {error}. "
+                "Send a new token from the issuer, or an API key.",
+                code="invalid_api_key",
+            ) from None
         return Caller(f"oidc:{claims['sub']}", self._project(claims), self._scopes(claims))
 
     async def _claims(self, token: str) -> dict[str, Any]:
@@ -82,9 +86,11 @@ class Issuer:
         if key := self._keys.get(name):
             return key
         if not self._keys:
-            message = f"The issuer of tokens does not answer. Try again in {PAUSE_SECONDS} seconds, or use an API key."
+            message = (
+                f"The issuer of the tokens does not answer. Try again in {PAUSE_SECONDS} seconds, or use an API key."
+            )
             raise Unavailable(message, retry_after=PAUSE_SECONDS, code="issuer_unavailable")
-        raise jwt.InvalidKeyError("its key is not one of the issuer's")
+        raise jwt.InvalidKeyError("it is signed with a key that the issuer has not published")
 
     def _is_due(self, name: str) -> bool:
         now = time.monotonic()
@@ -97,10 +103,10 @@ class Issuer:
         try:
             about = await self._get(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
             if about["issuer"] != issuer:
-                raise ValueError(f"it calls itself {about['issuer']}")
+                raise ValueError(f"the issuer gives its name as {about['issuer']}; correct the setting oidc_issuer")
             published = jwt.PyJWKSet.from_dict(await self._get(about["jwks_uri"]))
         except (httpx.HTTPError, jwt.PyJWTError, ValueError, LookupError, TypeError, AttributeError) as error:
-            log.warning("The keys of the issuer %s could not be fetched: %r", issuer, error)
+            log.warning("The public keys of the OpenID issuer %s could not be fetched: %r", issuer, error)
             return
         usable = [key for key in published.keys if key.public_key_use in ("sig", None)]
         self._keys = {key.key_id: key for key in usable if key.key_id}
@@ -112,7 +118,7 @@ class Issuer:
     def _project(self, claims: dict[str, Any]) -> str:
         name = self._settings.oidc_project_claim
         if not isinstance(project_id := claims.get(name), str):
-            message = f"The token names no project; its claim '{name}' must be a project's id."
+            message = f"The token names no project; its claim '{name}' must be the id of a project."
             raise Unauthorized(message, code="invalid_api_key")
         return project_id
 

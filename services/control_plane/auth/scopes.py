@@ -11,7 +11,10 @@ def check(caller: Caller, method: str, path: str) -> None:
     """Raises Forbidden unless the caller's key has the scope that the route needs."""
     if (scope := needed(method, path)) not in caller.scopes:
         has = ", ".join(sorted(caller.scopes)) or "none"
-        message = f"{method} {path} needs a key with the scope '{scope}'; this one has {has}."
+        message = (
+            f"{method} {path} needs a key with the scope '{scope}', but your key has the scopes {has}; "
+            "ask an admin for a key."
+        )
         raise Forbidden(message, code="missing_scope")
 
 

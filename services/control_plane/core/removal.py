@@ -14,6 +14,6 @@ async def remove_bytes(uri: str) -> bool:
     try:
         await anyio.to_thread.run_sync(storage.delete, uri)
     except (OSError, ValueError) as error:  # ValueError: a URI of a storage that the service no longer knows
-        log.warning("Could not delete %s from storage, which is tried again later: %s", uri, error)
+        log.warning("%s could not be deleted from storage and is tried again later: %s", uri, error)
         return False
     return True

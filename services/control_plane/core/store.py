@@ -149,7 +149,10 @@ def _is_newest(database_url: str) -> bool:
     except psycopg.OperationalError as error:
         if "startup parameter" not in str(error):
             raise
-        message = "DATABASE_URL leads to a PgBouncer; set DATABASE_DIRECT_URL to the URL of the server itself, too."
+        message = (
+            "DATABASE_URL leads to a PgBouncer; "
+            "set DATABASE_DIRECT_URL to the URL of the PostgreSQL server itself as well."
+        )
         raise PoolerUrl(message) from error
     with connected as connection:
         if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
@@ -425,7 +428,11 @@ async def page(
     if after is not None:
         last = await session.scalar(query.where((keys[-1] if cursor is None else cursor) == after))
         if last is None:
-            raise InvalidRequest(f"No such item to list after: {after}", param="after")
+            raise InvalidRequest(
+                f"after is '{after}', but the list has no item with this id; "
+                "send the id of an item that you have listed.",
+                param="after",
+            )
         bounds = tuple_(*(literal(getattr(last, key.key), key.type) for key in keys))
         beyond: ColumnElement[bool] = tuple_(*keys) < bounds if descending else tuple_(*keys) > bounds
         query = query.where(beyond)

@@ -155,7 +155,9 @@ async def find_training(session: AsyncSession, file_id: str, *, param: str) -> F
     """
     row = await _find(session, file_id, param, lock="share")
     if row.purpose != TRAINING:
-        message = f"{row.id} has purpose '{row.purpose}'; {param} needs one uploaded with '{TRAINING}'."
+        message = (
+            f"{param} is {row.id}, which has the purpose '{row.purpose}'; name a file with the purpose '{TRAINING}'."
+        )
         raise InvalidRequest(message, param=param, code=f"invalid_{param}")
     refuse_unusable(row, param)
     return row
@@ -164,7 +166,7 @@ async def find_training(session: AsyncSession, file_id: str, *, param: str) -> F
 def refuse_unusable(row: File, param: str) -> None:
     """Raises InvalidRequest if the check refused the rows of the file."""
     if row.refusal:
-        raise InvalidRequest(f"{row.id} cannot be used: {row.refusal}", param=param, code=f"invalid_{param}")
+        raise InvalidRequest(f"The file {row.id} cannot be used: {row.refusal}", param=param, code=f"invalid_{param}")
 
 
 async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> File:
@@ -172,7 +174,7 @@ async def find_checked(session: AsyncSession, file_id: str, *, param: str) -> Fi
     row = await find_training(session, file_id, param=param)
     if row.report is None:
         where = await _check_in_words(session, row)
-        message = f"{row.id} {where}; wait for it with client.files.wait_for_processing('{row.id}')."
+        message = f"The file {row.id} {where}; wait for the check with client.files.wait_for_processing('{row.id}')."
         raise InvalidRequest(message, param=param, code=f"invalid_{param}")
     return row
 
@@ -186,7 +188,10 @@ async def checks_awaited(session: AsyncSession, jobs: Sequence[Job]) -> dict[str
     query = select(File.id, File.num_bytes).where(text(UNCHECKED), File.id.in_(named))
     sizes = {row.id: row.num_bytes for row in await session.execute(query)}
     return {
-        job.id: f"the check of {file_id}, of {sizes[file_id]} bytes; GET /v1/files/{file_id} says how far it is"
+        job.id: (
+            f"the check of its file {file_id} ({sizes[file_id]} bytes); "
+            f"GET /v1/files/{file_id} says how far the check is"
+        )
         for job in jobs
         for name in NEEDED
         if (file_id := job.spec.get(name)) in sizes
@@ -199,11 +204,13 @@ async def _check_in_words(session: AsyncSession, row: File) -> str:
     If the check has not begun, the text counts the older unchecked files of the same project.
     """
     if row.num_checked is not None:
-        return f"is still being checked: {row.num_checked} of {row.num_bytes} bytes are read"
+        return f"is still being checked, {row.num_checked} of {row.num_bytes} bytes so far"
     older = tuple_(File.created_at, File.id) < (row.created_at, row.id)
     earlier = select(func.count()).select_from(File).where(text(UNCHECKED), File.project_id == row.project_id, older)
     before = await session.scalar(earlier)
-    return f"is still to be checked: {before} {'file' if before == 1 else 'files'} of the project before it"
+    return (
+        f"is not checked yet; {before} older {'file' if before == 1 else 'files'} of the project must be checked first"
+    )
 
 
 async def _find(session: AsyncSession, file_id: str, param: str, lock: str | None) -> File:
@@ -211,7 +218,11 @@ async def _find(session: AsyncSession, file_id: str, param: str, lock: str | Non
     if lock is not None:
         query = query.with_for_update(read=lock == "share")
     if (row := await session.scalar(query)) is None:
-        raise NotFound(f"No such File object: {file_id}", param=param, code="file_not_found")
+        raise NotFound(
+            f"No such File object: {file_id}. List the project's files for their ids.",
+            param=param,
+            code="file_not_found",
+        )
     return row
 
 
@@ -222,7 +233,9 @@ async def remove(session: AsyncSession, file_id: str) -> File:
     """
     row = await _find(session, file_id, "file_id", lock="update")
     if job_id := (await needed_by(session, [file_id])).get(file_id):
-        raise InvalidRequest(f"{file_id} is needed by {job_id}, which has not ended; cancel the job first.")
+        raise InvalidRequest(
+            f"The file {file_id} is needed by the job {job_id}, which has not ended; cancel the job first."
+        )
     row.deleted_at = func.clock_timestamp()
     return row
 
@@ -274,8 +287,8 @@ async def reserve(session: AsyncSession, project_id: str, num_bytes: int, *, par
     used = await quotas.num_bytes(session, project_id)
     if used + num_bytes > most:
         message = (
-            f"The project's files have {used} of {most} bytes, and {num_bytes} more do not fit; "
-            "delete files, or have the project's max_bytes raised."
+            f"The project's files have {used} of at most {most} bytes, and {num_bytes} more do not fit; "
+            "delete files, or ask an admin to raise the project's max_bytes."
         )
         raise OverQuota(message, param=param)
 
@@ -296,4 +309,6 @@ def _check_uri(uri: str, settings: Settings) -> None:
     if place.startswith(("https:", "http:")):
         outbound.check_literal(place, settings.dataset_uris)
     if place.startswith("file:") and not is_folder(uri) and storage.version(place) is None:
-        raise InvalidUri(f"{uri} is no file on this machine; the URI of a folder must end with '/'.")
+        raise InvalidUri(
+            f"{uri} is not a file on the service's machine; correct the path, or end the URI of a folder with '/'."
+        )

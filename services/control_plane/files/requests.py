@@ -37,7 +37,10 @@ def _columns(given: object) -> dict[str, str]:
     where = "x_raydpo.columns"
     columns: dict[str, str] = parse(Columns, given, where)
     if unknown := sorted(columns.keys() - ROLES):
-        message = f"{where} names '{unknown[0]:.80}', which is no role; the roles are {', '.join(sorted(ROLES))}."
+        message = (
+            f"{where} names the role '{unknown[0]:.80}', which does not exist; "
+            f"the roles are {', '.join(sorted(ROLES))}."
+        )
         raise InvalidRequest(message, param=f"{where}.{unknown[0]:.80}", code="unknown_parameter")
     return columns
 
@@ -48,7 +51,7 @@ def _invalid_rows(extension: Mapping[str, Any]) -> InvalidRows:
     given = {name: value for name, value in given.items() if value is not None}
     invalid_rows: InvalidRows = parse(InvalidRows, given, "x_raydpo", paths)
     if "max_share" in given and invalid_rows.how == "refuse":
-        message = f"{paths['max_share']} is for invalid_rows 'drop'; send that as well."
+        message = f"{paths['max_share']} has an effect only with invalid_rows 'drop'; send invalid_rows 'drop' as well."
         raise InvalidRequest(message, param=paths["max_share"])
     return invalid_rows
 
@@ -70,7 +73,9 @@ class CheckDataset(BaseModel):
         given = self.model_dump(include={"max_length", "truncation"}, exclude_none=True)
         if given and self.model is None:
             (name, *_) = given
-            message = f"{name} counts tokens, which depend on the model; send model too."
+            message = (
+                f"{name} is a number of tokens, which depends on the model's tokenizer; send the field model as well."
+            )
             raise InvalidRequest(message, param=name)
         return parse(TrainConfig, given, "", {name: name for name in given})
 

@@ -60,8 +60,10 @@ async def report_of(stored: Stored, reading: Reading, *, param: str, project_id:
     try:
         outcome = await _run_check(stored.uri, stored.num_bytes, reading, project_id)
     except Died:
-        log.exception("A check died")
-        raise Unavailable("The check of the file's rows died; send it again.", retry_after=5) from None
+        log.exception("The process that checks the rows of an uploaded file died")
+        raise Unavailable(
+            "The process that checked the file's rows died; send the file again.", retry_after=5
+        ) from None
     if outcome["refusal"]:
         raise InvalidRequest(outcome["refusal"], param=param, code="invalid_file_format")
     report: dict[str, Any] = outcome["report"]
@@ -101,7 +103,7 @@ async def _run_program(uri: str, reading: Reading, tell: Callable[[int], None] |
                 tell(said["num_checked"])
         if await process.wait() != 0 or "report" not in said:
             how = f"exit status {process.returncode} and no report: {(await errors)[-2000:].decode(errors='replace')}"
-            raise Died(f"The process that checks {uri} ended with {how}")
+            raise Died(f"The process that checked the rows of {uri} ended with {how}")
         return said
     finally:
         with suppress(ProcessLookupError):
@@ -121,7 +123,7 @@ class RowChecker:
             try:
                 await self.tick()
             except (SQLAlchemyError, OSError) as error:
-                log.warning("The database does not answer; the check is tried again: %s", error)
+                log.warning("The database does not answer, so the check of uploaded files is tried again: %s", error)
             await asyncio.sleep(TICK_SECONDS)
 
     async def tick(self) -> None:
@@ -133,7 +135,7 @@ class RowChecker:
         try:
             await self._check(row)
         except Exception as error:  # an error with one file must not stop the checks of others
-            log.warning("A check failed and is tried again in %d s: %r", RETRY_SECONDS, error)
+            log.warning("The check of an uploaded file failed and is tried again in %d s: %r", RETRY_SECONDS, error)
             failed = True
         finally:
             async with self._store.begin() as session:
@@ -145,7 +147,7 @@ class RowChecker:
         await session.execute(
             update(File)
             .where(text(UNCHECKED), File.created_at < func.now() - GIVEN_UP_AFTER)
-            .values(refusal="Its rows could not be checked for a day; upload it again.")
+            .values(refusal="The service could not check the file's rows for a day; upload the file again.")
         )
         for row in await session.scalars(_next(20)):
             if await store.hold_lease(session, _lease(row), self._holder, seconds=LEASE_SECONDS):
@@ -176,7 +178,10 @@ class RowChecker:
         except DBAPIError as error:
             if not store.refuses_value(error):
                 raise
-            refusal = "The report on the file cannot be stored: it quotes a NUL character or the like; remove that."
+            refusal = (
+                "The report on the file's rows cannot be stored, because the file has NUL characters or the like; "
+                "remove them."
+            )
             await self._write(row, refusal=refusal, num_checked=row.num_bytes)
 
     async def _beat(self, row: File, num_checked: int) -> bool:

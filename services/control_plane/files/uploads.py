@@ -51,7 +51,9 @@ async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> 
     if lock:
         query = query.with_for_update(key_share=True)  # parts that name the upload may still be added
     if (row := await session.scalar(query)) is None:
-        raise NotFound(f"No such Upload object: {upload_id}", param="upload_id", code="upload_not_found")
+        raise NotFound(
+            f"No such Upload object: {upload_id}. Create a new upload.", param="upload_id", code="upload_not_found"
+        )
     over = row.state == "pending" and await session.scalar(select(func.clock_timestamp() > row.expires_at))
     return row, "expired" if over else row.state
 
@@ -63,7 +65,9 @@ async def file_of(session: AsyncSession, row: Upload) -> File | None:
 
 def check_pending(row: Upload, state: str, wish: str) -> None:
     if state != "pending":
-        raise InvalidRequest(f"{row.id} is {state} and cannot be {wish}; create another upload.", param="upload_id")
+        raise InvalidRequest(
+            f"The upload {row.id} is {state} and cannot be {wish}; create another upload.", param="upload_id"
+        )
 
 
 async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> UploadPart:
@@ -76,10 +80,15 @@ async def add_part(session: AsyncSession, upload_id: str, stored: Stored) -> Upl
     count, sent = (await session.execute(sums)).one()
     total, most = int(sent or 0) + stored.num_bytes, 2 * row.num_bytes  # so that each part may be sent twice
     if total > most:
-        message = f"The parts have {total} bytes; the limit is twice the upload's {row.num_bytes}. Cancel the upload."
+        message = (
+            f"The upload's parts have {total} bytes, more than twice its size of {row.num_bytes}; "
+            "cancel it and begin anew."
+        )
         raise InvalidRequest(message, param="data")
     if count >= MOST_PARTS:
-        raise InvalidRequest(f"The upload has {count} parts, which is the limit; send larger ones.", param="data")
+        raise InvalidRequest(
+            f"The upload has {count} parts, which is the limit; begin a new upload with larger parts.", param="data"
+        )
     part = UploadPart(id=stored.id, upload_id=upload_id, num_bytes=stored.num_bytes, uri=stored.uri)
     session.add(part)
     await session.flush()
@@ -105,11 +114,15 @@ async def complete(
     try:
         stored = await files.store_file(cast(BinaryIO, Joined(parts)), settings)
     except FileNotFoundError:
-        message = f"A part of {row.id} is missing in storage; create another upload and send all parts."
+        message = (
+            f"A part of the upload {row.id} is missing in storage; create another upload and send all parts again."
+        )
         raise InvalidRequest(message, param="part_ids") from None
     async with files.removed_unless_named(stored):
         if md5 is not None and stored.md5 != md5.lower():
-            message = f"The parts have the MD5 {stored.md5}, not {md5:.64}; send the damaged ones again."
+            message = (
+                f"md5 is {md5:.64}, but the parts together have the MD5 {stored.md5}; send the damaged parts again."
+            )
             raise InvalidRequest(message, param="md5")
         report = await row_check.report_of(stored, reading, param="part_ids", project_id=row.project_id)
         file = await files.add(
@@ -157,7 +170,10 @@ async def _in_order(session: AsyncSession, row: Upload, part_ids: Sequence[str])
     parts = {part.id: part for part in await session.scalars(query)}
     for part_id in part_ids:
         if part_id not in parts:
-            raise InvalidRequest(f"{part_id:.80} is no part of {row.id}.", param="part_ids")
+            raise InvalidRequest(
+                f"part_ids names {part_id:.80}, which is not a part of the upload {row.id}; send ids of its parts.",
+                param="part_ids",
+            )
     ordered = [parts[part_id] for part_id in part_ids]
     if (total := sum(part.num_bytes for part in ordered)) != row.num_bytes:
         sizes = f"The parts have {total} bytes, but the upload was created for {row.num_bytes}"

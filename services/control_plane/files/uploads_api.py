@@ -19,7 +19,10 @@ router = APIRouter(prefix="/uploads")
 @router.post("")
 async def create(idempotent: IdempotentPart, store: StorePart, settings: SettingsPart, body: CreateUpload) -> Response:
     if body.bytes > settings.max_file_bytes:
-        message = f"bytes is {body.bytes}; the limit is {settings.max_file_bytes}. Split the file into several."
+        message = (
+            f"bytes is {body.bytes}, but a file may have at most {settings.max_file_bytes}; "
+            "split the file into several."
+        )
         raise InvalidRequest(message, param="bytes")
     wanted = body.model_dump(include={"purpose", "mime_type"}) | {
         "filename": files.clean_name(body.filename, "filename"),

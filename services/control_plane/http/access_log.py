@@ -64,7 +64,9 @@ class AccessLog:
 
 
 def _crashed() -> JSONResponse:
-    message = "The server had an error while processing your request; its log says more under this request's id."
+    message = (
+        "The server had an error while processing your request. Its log says more; give the operator the x-request-id."
+    )
     return JSONResponse(envelope(message, "server_error"), 500)
 
 

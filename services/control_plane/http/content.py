@@ -26,7 +26,8 @@ _digests: LRUCache[str, bytes] = LRUCache(1000)  # SHA-256 by ETag, of contents 
 
 @dataclass(frozen=True)
 class Content:
-    """Bytes that never change under their `etag`."""
+    """The bytes of a response, and the values that describe them. The bytes never change while `etag` stays the
+    same."""
 
     num_bytes: int
     etag: str  # without quotes
@@ -46,7 +47,10 @@ async def answer(request: Request, content: Content) -> Response:
     if (asked := RANGE.fullmatch(request.headers.get("range", ""))) and _is_same(request, content):
         span, status = _part(asked, content.num_bytes), 206
         if not span:
-            message = f"The file has {content.num_bytes} bytes; none are in '{asked[0]}'."
+            message = (
+                f"The header Range asks for '{asked[0]}', but the file has only {content.num_bytes} bytes; "
+                "ask for earlier bytes."
+            )
             raise RangeNotSatisfiable(message, content.num_bytes)
         headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{content.num_bytes}"
     if "sha-256" in request.headers.get("want-repr-digest", ""):
@@ -65,13 +69,13 @@ def read_file(uri: str, span: range) -> Iterator[bytes]:
         left = len(span)
         while left:
             if not (chunk := source.read(min(left, CHUNK))):
-                raise OSError(f"A stored file ends {left} bytes too early.")
+                raise OSError(f"The stored file is damaged: it ends {left} bytes too early.")
             left -= len(chunk)
             yield chunk
 
 
 def _is_same(request: Request, content: Content) -> bool:
-    """Whether the part that the client has is of this content, as far as the client says."""
+    """Whether the client's earlier part of a download is of this content, judged by the header `If-Range`."""
     return request.headers.get("if-range") in (None, f'"{content.etag}"')
 
 

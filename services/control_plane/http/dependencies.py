@@ -65,7 +65,10 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
 def _check_header(request: Request, what: str, keys_own: str) -> None:
     """Raises Unauthorized if the header `OpenAI-Organization` or `OpenAI-Project` is present and not `keys_own`."""
     if (named := request.headers.get(f"openai-{what}")) not in (None, keys_own):
-        message = f"OpenAI-{what.capitalize()} is '{named}', but the key belongs to '{keys_own}'; leave the header out."
+        message = (
+            f"The header OpenAI-{what.capitalize()} is '{named}', but your key belongs to '{keys_own}'; "
+            "leave the header out."
+        )
         raise Unauthorized(message, code=f"mismatched_{what}")
 
 

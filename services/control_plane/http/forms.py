@@ -42,18 +42,24 @@ async def read_form(request: Request, part: str, *, most: int, remedy: str) -> A
     try:
         form = await request.form(max_files=1, max_fields=FIELDS, max_part_size=FIELD_BYTES)
     except HTTPException as error:
-        raise InvalidRequest(f"The multipart body cannot be read: {error.detail}") from None
+        raise InvalidRequest(
+            f"The body of the request is not a multipart form that can be read: {error.detail}"
+        ) from None
     except ClientDisconnect:
-        raise InvalidRequest("The connection was closed before the body was complete.") from None
+        raise InvalidRequest(
+            "The client closed the connection before the whole body had arrived; send the request again."
+        ) from None
     try:
         items = form.multi_items()
         file = next((value for name, value in items if name == part and isinstance(value, UploadFile)), None)
         if file is None:
-            message = f"Missing required parameter: '{part}', a part of a multipart form that has a file name."
+            message = (
+                f"Missing required parameter: '{part}'. Send the file as a part of a multipart form, with a file name."
+            )
             raise InvalidRequest(message, param=part, code="missing_required_parameter")
         num_bytes = file.size or 0
         if num_bytes > most:
-            raise TooLarge(f"{part} has {num_bytes} bytes; the limit is {most}. {remedy}", param=part)
+            raise TooLarge(f"The file in '{part}' has {num_bytes} bytes; the limit is {most}. {remedy}", param=part)
         fields = _nested([(name, value) for name, value in items if value is not file])
         yield Form(file.file, num_bytes, file.filename or "", fields)
     finally:
@@ -69,7 +75,7 @@ def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
         for key in outer:
             place = place.setdefault(key, {}) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last in place:
-            raise InvalidRequest(f"The form field '{name:.80}' comes twice; send it once.", param=name[:80])
+            raise InvalidRequest(f"The form field '{name:.80}' is given twice; send the field once.", param=name[:80])
         place[last] = value
     return fields
 

@@ -28,7 +28,9 @@ async def readyz(store: ServiceStorePart) -> dict[str, str]:
     done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
     checking.cancel()  # a database that hangs must not delay the answer
     if not done or not checking.result():
-        raise Unavailable("The database does not answer, or takes no writes.", retry_after=5)
+        raise Unavailable(
+            "The service is not ready, because its database does not answer or refuses writes.", retry_after=5
+        )
     return {"status": "ready"}
 
 

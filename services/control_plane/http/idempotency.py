@@ -122,14 +122,17 @@ class IdempotentRequest:
     def _key(self) -> str | None:
         key = self._request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= LONGEST_KEY:
-            message = f"Idempotency-Key has {len(key)} characters; it must have 1 to {LONGEST_KEY}."
+            message = f"The header Idempotency-Key has {len(key)} characters; it must have 1 to {LONGEST_KEY}."
             raise InvalidRequest(message, param="Idempotency-Key")
         return key
 
     async def _take_key(self, session: AsyncSession, key: str) -> None:
         name = func.hashtextextended(f"{self._store.project_id} {key}", 0)
         if not await session.scalar(select(func.pg_try_advisory_xact_lock(name))):
-            raise InFlight("A request with this Idempotency-Key is being answered; send it again.")
+            raise InFlight(
+                "Another request with this Idempotency-Key is still being answered; "
+                "wait a moment and send this request again."
+            )
 
     async def _answer_of(self, session: AsyncSession, key: str, sent: str) -> Answer | None:
         query = select(Answer, Answer.created_at > func.now() - KEPT).where(Answer.idempotency_key == key)
@@ -140,7 +143,9 @@ class IdempotentRequest:
             await session.execute(delete(Answer).where(Answer.id == answer.id))
             return None
         if (answer.request, answer.content) != (self._what, sent):
-            message = f"Idempotency-Key '{key}' came with another request before; use a new key for a new request."
+            message = (
+                f"Idempotency-Key '{key}' was sent before with another request; use a new key for each new request."
+            )
             raise InvalidRequest(message, param="Idempotency-Key", code="idempotency_key_in_use")
         return answer
 

@@ -27,10 +27,11 @@ ProjectOf = Callable[[str], Awaitable[str | None]]  # finds a bearer token's pro
 
 
 class Room:
-    """A limited amount that requests share, such as memory. A request belongs to a holder, or to the service.
+    """A limited amount that requests share, such as memory.
 
-    A holder may take all that one request needs; with further requests it gets no more than it leaves free. So one
-    holder alone gets half, two get a third each, and some is always left for the next one.
+    Each request belongs to a holder, such as a project, or to the service itself. A holder's only request may take all
+    that it needs. Several requests of one holder may together take at most as much as they leave free for others. So
+    one busy holder gets half, two get a third each, and some is always left.
     """
 
     def __init__(self, most: int, what: str) -> None:
@@ -39,17 +40,18 @@ class Room:
         self._held: Counter[str] = Counter()
 
     def take(self, amount: int, holder: str | None = None, *, has: int = 0) -> None:
-        """Takes `amount` or raises Unavailable. `has` is what the request has already.
-
-        A request that is alone may take any amount.
-        """
+        """Takes `amount` for a request, or raises Unavailable if too little is left. `has` is the amount that the
+        request has already. A request that is alone may take any amount."""
         if self.taken and self.taken + amount > self.most:
-            raise self._full(f"Requests hold {self.taken} of {self.most} {self._what}")
+            raise self._full(f"The service is full: requests use {self.taken} of at most {self.most} {self._what}")
         if holder is not None:
             held, free = self._held[holder], self.most - self.taken
             if held > has and held + amount > free - amount:
                 whose = "unknown keys" if holder == STRANGERS else "this project"
-                part = f"Requests of {whose} hold {held} of {self.most} {self._what}, and leave {free} to others"
+                part = (
+                    f"Requests of {whose} use {held} of {self.most} {self._what}, "
+                    f"and other projects need the {free} left"
+                )
                 raise self._full(part)
             self._held[holder] += amount
         self.taken += amount
@@ -61,14 +63,15 @@ class Room:
             self._held += Counter()  # drops holders that hold nothing
 
     def _full(self, message: str) -> Unavailable:
-        return Unavailable(f"{message}; send this one again.", retry_after=1, code="overloaded")
+        return Unavailable(f"{message}. Wait a second and send this request again.", retry_after=1, code="overloaded")
 
 
 class Bounds:
-    """The amounts that users' requests share, or attempts' reports."""
+    """The limited amounts that all requests of users share: requests at once, open streams and memory. Reports of
+    training processes share amounts of their own."""
 
     def __init__(self, settings: Settings) -> None:
-        self.places = Room(settings.max_requests, "places of requests that are answered at once")
+        self.places = Room(settings.max_requests, "requests at once")
         self.streams = Room(OPEN_STREAMS, "open streams")
         self.memory = Room(HELD_BYTES, "bytes of memory")
         self.disk = Room(settings.max_spool_bytes, "bytes of disk")
@@ -125,7 +128,9 @@ class Body:
             async with asyncio.timeout(min(self._stall, left)):
                 message = await self._receive()
         except TimeoutError:
-            raise Stalled(f"The body stalled after {self._received} bytes; send it again.") from None
+            raise Stalled(
+                f"No more of the request's body came after {self._received} bytes; send the request again."
+            ) from None
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             self._hold(self._received)
@@ -145,7 +150,7 @@ class Body:
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self._most:
             size = f"{num_bytes} bytes" if num_bytes == self._declared else f"more than {self._most} bytes"
-            raise TooLarge(f"The body has {size}; the limit is {self._most}. {self._remedy}")
+            raise TooLarge(f"The body of the request has {size}; the limit is {self._most}. {self._remedy}")
 
 
 class Limits:
@@ -154,14 +159,14 @@ class Limits:
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
         self._app, self._settings, self._project_of = app, settings, project_of
         self.users, self.attempts = Bounds(settings), Bounds(settings)
-        self._asking = Room(settings.max_requests, "places of requests whose keys are looked up")
+        self._asking = Room(settings.max_requests, "requests whose API keys are being looked up")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNCOUNTED:
             await self._app(scope, receive, send)
             return
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-            refusal = InvalidRequest("The URL holds a NUL character; remove it.")
+            refusal = InvalidRequest("The URL contains a NUL character; remove the character.")
             await refusal.response()(scope, receive, send)
             return
         try:
@@ -184,7 +189,8 @@ class Limits:
             place.leave()
 
     async def _enter(self, scope: Scope) -> Place:
-        """Takes a place for the request, before its body is read. Raises Unavailable."""
+        """Counts the request against the limit on requests that are answered at once, before its body is read. Raises
+        Unavailable if the limit is reached."""
         if scope["path"].startswith(INTERNAL):
             return Place(self.attempts, None)
         return Place(self.users, await self._holder(scope))
@@ -212,6 +218,7 @@ def _declared(headers: Mapping[str, str]) -> int:
 
 
 def _is_stream(scope: Scope, message: Message) -> bool:
-    """Whether the answer streams a job's events. A streamed completion keeps its place, as a model works for it."""
+    """Whether the answer streams a job's events. A streamed completion does not count as such a stream, because a model
+    works for it all the time."""
     kinds = (value for name, value in message["headers"] if name == b"content-type")
     return scope["path"] not in ASKING_MODELS and any(kind.startswith(b"text/event-stream") for kind in kinds)

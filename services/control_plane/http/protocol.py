@@ -40,7 +40,9 @@ class Protocol(HttpToolsProtocol):
             return
         self._head_bytes += len(data)
         if self._head_bytes > HEAD_BYTES:
-            self.send_400_response(f"Request line and headers have more than {HEAD_BYTES} bytes; send less.")
+            self.send_400_response(
+                f"The request line and headers have more than {HEAD_BYTES} bytes; send shorter headers."
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

@@ -35,7 +35,9 @@ class RateLimits:
         wait = full_at - MINUTE - now
         if wait > 1e-6:  # no request is refused for a rounding error
             headers = _headers(limit, 0, full_at - each - now)
-            message = f"Rate limit reached: {limit} requests per minute for {key_id}. Try again in {_duration(wait)}."
+            message = (
+                f"Rate limit reached: {limit} requests per minute for the key {key_id}. Try again in {_duration(wait)}."
+            )
             raise RateLimited(message, seconds=wait, headers=headers)
         self._full_at[key_id] = full_at
         return _headers(limit, math.floor((now + MINUTE - full_at) / each + 1e-6), full_at - now)

@@ -76,7 +76,11 @@ class Refusals:
                 for entry in entries:
                     append(session, entry)
         except (SQLAlchemyError, OSError) as error:
-            log.warning("%d refusals are not in the audit log: %s", sum(each.num_requests for each in entries), error)
+            log.warning(
+                "%d refused requests could not be written into the audit log: %s",
+                sum(each.num_requests for each in entries),
+                error,
+            )
 
 
 def _belongs(request: Request, error: ApiError) -> bool:

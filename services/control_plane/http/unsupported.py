@@ -7,8 +7,8 @@ from services.control_plane.core.errors import InvalidRequest
 router = APIRouter()
 
 INSTEAD = {
-    "/fine_tuning/alpha": "there are no graders",
-    "/chat/completions": "completions are not kept",
+    "/fine_tuning/alpha": "the service has no graders",
+    "/chat/completions": "the service does not store chat completions",
 }
 
 

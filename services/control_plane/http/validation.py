@@ -60,7 +60,7 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> Non
     for name in given:
         if name not in known:
             raise InvalidRequest(
-                f"Unknown parameter: '{where}.{name}'. Known here: {', '.join(sorted(known))}.",
+                f"Unknown parameter: '{where}.{name}'. {where} can have: {', '.join(sorted(known))}.",
                 param=f"{where}.{name}",
                 code="unknown_parameter",
             )

@@ -113,11 +113,13 @@ def _check_file(file: File, objective: Objective, param: str) -> None:
     learns_from = objective.traits.learns_from
     if report["kind"] not in learns_from:
         kinds = " or ".join(learns_from)
-        what = f"{file.id} holds {report['kind']}; method '{objective.type}' learns from {kinds}"
+        what = f"The file {file.id} holds {report['kind']}, but the method '{objective.type}' learns from {kinds}"
         message = f"{what}. Choose another method or another file."
         raise InvalidRequest(message, param=param, code=code)
     if report.get("num_margins") and not objective.traits.takes_margins:
-        message = f"{file.id} has margins; method '{objective.type}' takes none. Remove them, or use dpo."
+        message = (
+            f"The file {file.id} has margins, which the method '{objective.type}' cannot use; remove them, or use dpo."
+        )
         raise InvalidRequest(message, param=param, code=code)
     if param == "training_file" and report["num_rows"] < MIN_EXAMPLES:
         message = f"Training file has {report['num_rows']} example(s), but must have at least {MIN_EXAMPLES} examples"

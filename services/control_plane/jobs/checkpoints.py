@@ -32,6 +32,6 @@ async def drop_old(session: AsyncSession, job: Job) -> None:
         return
     dropped = await models.withdraw_unused(session, [rows[step].model_id for step in old])
     for step in sorted(step for step in old if rows[step].model_id in dropped):
-        message = f"Checkpoint of step {step} dropped, as keep_checkpoints is {keep}: {rows[step].model_id}"
+        message = f"Checkpoint of step {step} removed, because keep_checkpoints is {keep}: {rows[step].model_id}"
         event = insert(Event).values(public_id=jobs.new_event_id(), job_id=job.id, message=message)
         await session.execute(event)  # not with `append`, because a savepoint around the report may be rolled back

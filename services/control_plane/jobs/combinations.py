@@ -56,26 +56,27 @@ class Rule(NamedTuple):
     is_broken: Callable[[Combination], bool]
 
 
-VALIDATE = "send a validation_file, or hold rows out with x_raydpo.validation_share; or leave it out"
+VALIDATE = "send a validation_file or x_raydpo.validation_share as well, or leave the field out"
 RULES = (
     Rule(
         "model",
-        "a start that is a reward model, for an objective that trains a policy or a reward model with other outputs",
-        "start from its base model",
+        "a reward model as model, if the method trains a policy or a reward model with another number of outputs",
+        "name the base model that the reward model was trained from",
         lambda given: given.start.num_outputs not in (0, given.num_outputs),
     ),
     Rule(
         "x_raydpo.adapter",
-        "a new adapter on a start that is an adapter itself",
-        "leave it out to train on with that adapter, or send 'none' to merge it into its base and train all weights",
+        "a new adapter if model is a policy with an adapter",
+        "leave x_raydpo.adapter out to go on with the policy's adapter, or send 'none' to merge that adapter into its "
+        "base and train all weights",
         lambda given: (
             given.start.adapter is not None and given.asked.adapter not in ("none", "auto", given.start.adapter)
         ),
     ),
     Rule(
         "x_raydpo.adapter",
-        "'none' for a reward model that starts from a policy's adapter",
-        "leave it out to train on with that adapter, or start from its base model",
+        "x_raydpo.adapter 'none' if a reward model is trained from a policy with an adapter",
+        "leave x_raydpo.adapter out to go on with the policy's adapter, or name the policy's base model",
         lambda given: (
             given.spec.weights.adapter is None
             and given.start.adapter is not None
@@ -84,61 +85,62 @@ RULES = (
     ),
     Rule(
         "x_raydpo.reference.model",
-        "a reference for an objective that has none",
-        "leave it out, or choose an objective that has a reference",
+        "a reference model if the method uses none",
+        "leave x_raydpo.reference.model out, or choose a method that uses a reference model",
         lambda given: given.spec.reference_model is not None and given.reference is None,
     ),
     Rule(
         "x_raydpo.reference.source",
-        "a source of the reference's scores for an objective that has no reference",
-        "leave it out, or choose an objective that has a reference",
+        "a source of the reference model's scores if the method uses no reference model",
+        "leave x_raydpo.reference.source out, or choose a method that uses a reference model",
         lambda given: given.spec.reference_source != "auto" and given.reference is None,
     ),
     Rule(
         "x_raydpo.reference.model",
-        "a reward model as the reference",
-        "name a policy or a base model, because a reward model gives tokens no probabilities",
+        "a reward model as its reference model",
+        "name a policy or a base model, because a reward model does not give probabilities of tokens",
         lambda given: given.reference is not None and bool(given.reference.num_outputs),
     ),
     Rule(
         "x_raydpo.quantization",
-        "a quantized base without an adapter",
-        "leave it out, or train an adapter: weights in NF4 are frozen",
+        "a quantized base model without an adapter",
+        "leave x_raydpo.quantization out, or train an adapter, because quantized weights cannot be trained",
         lambda given: given.quantized and given.spec.weights.adapter is None,
     ),
     Rule(
         "x_raydpo.sharding",
-        "a quantized base that workers split",
-        "send 'replicated' or leave it out, or leave x_raydpo.quantization out",
+        "a quantized base model that is split over workers",
+        "send 'replicated' as x_raydpo.sharding, or leave x_raydpo.quantization out",
         lambda given: given.quantized and given.spec.config.sharding in ("full", "hybrid"),
     ),
     Rule(
         "x_raydpo.reference.source",
-        "'serve' for a policy with a quantized base",
-        "send 'trainer' or leave it out: an engine would score with the base as it was before",
+        "a reference model that vLLM serves if the base model is quantized",
+        "send 'trainer' as x_raydpo.reference.source or leave it out, "
+        "because vLLM would score with the unquantized base",
         lambda given: given.quantized and given.spec.reference_source == "serve",
     ),
     Rule(
         "x_raydpo.validation_share",
-        "both a validation_file and rows of the training file to evaluate checkpoints on",
-        "send one of them",
+        "both a validation_file and an x_raydpo.validation_share",
+        "send only one of the two",
         lambda given: bool(given.spec.validation_file and given.spec.validation_share),
     ),
     Rule(
         "x_raydpo.best_metric",
-        "a metric that compares checkpoints, without rows to evaluate them on",
+        "x_raydpo.best_metric without data on which checkpoints are evaluated",
         VALIDATE,
         lambda given: given.compares("best_metric"),
     ),
     Rule(
         "x_raydpo.early_stop",
-        "an early stop, without rows to evaluate checkpoints on",
+        "x_raydpo.early_stop without data on which checkpoints are evaluated",
         VALIDATE,
         lambda given: given.compares("early_stop"),
     ),
     Rule(
         "x_raydpo.policy",
-        "the best checkpoint as the policy, without rows to evaluate checkpoints on",
+        "x_raydpo.policy 'best' without data on which checkpoints are evaluated",
         VALIDATE,
         lambda given: given.compares("policy"),
     ),
@@ -149,5 +151,5 @@ def check(given: Combination) -> None:
     """Raises InvalidRequest for the first rule that the request breaks."""
     for rule in RULES:
         if rule.is_broken(given):
-            names = f"model '{given.start.id}', objective {given.objective}"
+            names = f"model is '{given.start.id}', method is '{given.objective}'"
             raise InvalidRequest(f"A job cannot have {rule.what} ({names}); {rule.remedy}.", param=rule.param)

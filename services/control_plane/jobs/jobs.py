@@ -76,7 +76,7 @@ async def submit(
     job.created_at = await now(session)
     _log(session, job.id, job.version, job.desired, job.observed, actor, "submitted")
     tell(session, job.id, f"Created fine-tuning job: {job.id}")
-    validated = "Files are validated when it runs" if spec.is_at_uri else "Files validated"
+    validated = "Files are validated when the job runs" if spec.is_at_uri else "Files validated"
     validated = validated if are_checked else "Files are still being validated"
     tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
     tell(session, job.id, weights.in_words(spec.weights, model, reference))
@@ -91,7 +91,11 @@ async def find(session: AsyncSession, job_id: str) -> Job:
 
 
 def not_found(job_id: str) -> NotFound:
-    return NotFound(f"Could not find fine tune: {job_id}", param="fine_tuning_job_id", code="fine_tune_not_found")
+    return NotFound(
+        f"Could not find fine tune: {job_id}. List the project's jobs for their ids.",
+        param="fine_tuning_job_id",
+        code="fine_tune_not_found",
+    )
 
 
 async def lock(session: AsyncSession, job: Job) -> Job:
@@ -103,7 +107,7 @@ async def confirm(session: AsyncSession, job: Job) -> None:
     """Locks the job's row. Raises Stale if the job's version in the database is no longer `job.version`."""
     version = await session.scalar(select(Job.version).where(Job.id == job.id).with_for_update())
     if version != job.version:
-        raise Stale(f"{job.id} is in version {version}, not {job.version}")
+        raise Stale(f"the job {job.id} is now in version {version}, not {job.version}")
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
@@ -191,7 +195,7 @@ async def move(
     statement = statement.values(observed=to, version=Job.version + 1, waits_for=None, **closing, **values)
     moved = (await session.execute(statement.returning(Job.version, Job.desired))).first()
     if moved is None:
-        raise Stale(f"{job.id} is no longer {job.observed} in version {job.version}")
+        raise Stale(f"the job {job.id} is no longer {job.observed} in version {job.version}")
     _log(session, job.id, moved.version, moved.desired, to, actor, event)
     tell(session, job.id, event, level=level)
     await webhooks.announce(session, job, to)
@@ -227,7 +231,9 @@ def replay(transitions: Sequence[Transition]) -> tuple[str, str, int]:
     for before, after in pairwise(transitions):
         stays = before.observed == after.observed
         if after.version != before.version + 1 or not (stays or before.observed in MOVES.get(after.observed, ())):
-            raise ValueError(f"{after.job_id}: no rule leads from {before.observed} to {after.observed}.")
+            raise ValueError(
+                f"The job {after.job_id} went from {before.observed} to {after.observed}, which no rule allows."
+            )
     last = transitions[-1]
     return last.desired, last.observed, last.version
 
@@ -245,7 +251,11 @@ async def place_of(session: AsyncSession, job_id: str, event_id: str) -> int:
     """
     place = await session.scalar(select(Event.id).where(Event.public_id == event_id, Event.job_id == job_id))
     if place is None:
-        raise InvalidRequest(f"{job_id} has no event '{event_id:.80}' to resume after.", param="Last-Event-ID")
+        raise InvalidRequest(
+            f"Last-Event-ID is '{event_id:.80}', but the job {job_id} has no such event; "
+            "leave the header out to read from the start.",
+            param="Last-Event-ID",
+        )
     return place
 
 
@@ -271,7 +281,9 @@ def unreadable(job: Job) -> dict[str, str | None] | None:
     try:
         JobSpec.model_validate(job.spec)
     except ValidationError as error:
-        message = f"This release cannot read what the job asks for ({first_error(error)}); submit it again."
+        message = (
+            f"This release of the service cannot read the stored job ({first_error(error)}); submit the job again."
+        )
         return {"code": "unreadable_job", "message": storable(message), "param": None}
     return None
 

@@ -33,7 +33,9 @@ def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> 
     """Returns the number and token lengths of the rows that the job would train on, and the source of these numbers."""
     if file is None or file.report is None:
         half = max(2, spec.config.max_length // 2)
-        return Rows(groups=0, prompt=half, completion=half), "nothing is known of the file; rows as long as allowed"
+        return Rows(groups=0, prompt=half, completion=half), (
+            "the file was not read, so the plan assumes rows as long as max_length"
+        )
     groups = max(1, round(file.report["num_groups"] * (1 - spec.validation_share)))
     completions = 1 if file.report["kind"] in ("demonstrations", "unpaired") else 2
     lengths = ((counted and counted.report) or {}).get("tokens", {}).get("lengths")
@@ -47,9 +49,9 @@ def rows_of(file: File | None, counted: SideJobResult | None, spec: JobSpec) -> 
             completions=completions,
             longest=sum(lengths[side]["longest"] for side in lengths),
         )
-        return rows, "counted by a check of the file with this model"
+        return rows, "token counts come from a check of the file with this model"
     part = max(2, min(file.num_bytes // (BYTES_OF_TOKEN * groups * (1 + completions)), spec.config.max_length // 2))
-    how = f"an estimate: {file.num_bytes} bytes, {BYTES_OF_TOKEN} for a token"
+    how = f"token counts are estimated from the file's {file.num_bytes} bytes, {BYTES_OF_TOKEN} for each token"
     return Rows(groups=groups, prompt=part, completion=part, completions=completions), how
 
 
@@ -129,15 +131,15 @@ async def refuse_hopeless(spec: JobSpec, model: NamedModel, settings: Settings, 
     parts = {name: getattr(held, name) for name in ("weights", "gradients", "masters", "moments")}
     told = ", ".join(f"{name} {in_gb(size)}" for name, size in parts.items() if size)
     if held.loading > sum(parts.values()):
-        told = "each worker loads the model whole"
+        told = "while it loads the whole model"
     largest = f"the largest {'GPU' if _device(settings) == 'cuda' else 'machine'} of the cluster has {in_gb(room)}"
-    what = f"The job cannot fit: a worker holds at least {in_gb(held.least)} ({told}), {largest}."
+    what = f"The job cannot fit: each worker needs at least {in_gb(held.least)} of memory ({told}), but {largest}."
     raise InvalidRequest(f"{what} {_remedy(found)}", param=_param(found), code="does_not_fit")
 
 
 def _remedy(found: Plan) -> str:
     if not found.changes:
-        return "No setting makes it fit; take a smaller model, or larger workers."
+        return "No setting makes the job fit; choose a smaller model, or ask the operator for workers with more memory."
     return " ".join(change.message for change in found.changes)
 
 
@@ -159,9 +161,12 @@ def plan_object(
     held = asdict(found.memory)
     notes = [f"Rows: {how}."]
     if shapes.config.get("model_type") not in MEASURED:
-        notes.append(f"Activations of {shapes.config.get('model_type')} are estimated as those of a Llama.")
+        notes.append(
+            f"The memory of activations was not measured for {shapes.config.get('model_type')}; "
+            "that of a Llama is assumed."
+        )
     if room is None:
-        notes.append("Ray does not say what memory its workers have.")
+        notes.append("Ray does not report how much memory its workers have, so whether the job fits is not known.")
     elif not found.fits:
         notes.append(_remedy(found))
     return {

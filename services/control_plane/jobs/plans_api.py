@@ -31,6 +31,12 @@ async def create(store: StorePart, settings: SettingsPart, ray_api: RayApiPart, 
             counted = await side_jobs.known(check)
         return plans.plan_object(spec, shapes, file, counted, await ray_api.nodes(), settings)
     except NoShapes as error:
-        raise InvalidRequest(f"No plan without the model: {error}", param="model", code="model_unreadable") from None
+        raise InvalidRequest(
+            f"The plan needs the model's files, which cannot be read: {error}", param="model", code="model_unreadable"
+        ) from None
     except ValueError as error:
-        raise InvalidRequest(f"No plan for '{spec.model}': {error}", param="model", code="model_unplannable") from None
+        raise InvalidRequest(
+            f"The memory of the model '{spec.model}' cannot be planned: {error}",
+            param="model",
+            code="model_unplannable",
+        ) from None

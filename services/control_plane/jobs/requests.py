@@ -125,14 +125,17 @@ class CreateJob(BaseModel):
     def spec(self) -> JobSpec:
         """Returns the spec of the job that the body asks for. Raises InvalidRequest, which names the wrong field."""
         if self.validation_file and self.validation_file == self.training_file:
-            message = f"validation_file is the training file, {self.training_file}; send one with other rows."
+            message = (
+                f"validation_file and training_file are both {self.training_file}; "
+                "send a validation file with other rows."
+            )
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
         kind = self.method.type if self.method else "supervised"
         if kind not in METHODS:
             message = f"method.type '{kind}' is not supported; it must be one of {', '.join(METHODS)}."
             raise InvalidRequest(message, param="method.type", code="unsupported_value")
         if self.method and self.hyperparameters:
-            message = "hyperparameters is the older spelling of method.<type>.hyperparameters; send one of them."
+            message = "hyperparameters is the older form of method.<type>.hyperparameters; send only one of the two."
             raise InvalidRequest(message, param="hyperparameters")
         given = self.method.hyperparameters() if self.method else self.hyperparameters or {}
         where = f"method.{kind}.hyperparameters" if self.method else "hyperparameters"
@@ -189,7 +192,10 @@ class CreateJob(BaseModel):
         extension = self.x_raydpo or {}
         if extension.get("dataset") is None and (given := READING.intersection(extension)):
             where = f"x_raydpo.{min(given)}"
-            message = f"{where} goes with the upload of a file, in x_raydpo there; in a job it needs x_raydpo.dataset."
+            message = (
+                f"{where} can be given for a job only with x_raydpo.dataset; "
+                "for an uploaded file give it with the upload."
+            )
             raise InvalidRequest(message, param=where)
         return reading(extension)
 
@@ -201,17 +207,23 @@ class CreateJob(BaseModel):
         if (given := (self.x_raydpo or {}).get("dataset")) is not None:
             uri = parse(Text, given, "x_raydpo.dataset")
             if "://" not in uri:
-                message = f"x_raydpo.dataset is '{uri:.80}', which is no URI; an uploaded file goes into training_file."
+                message = (
+                    f"x_raydpo.dataset is '{uri:.80}', which is not a URI; "
+                    "give the id of an uploaded file as training_file."
+                )
                 raise InvalidRequest(message, param="x_raydpo.dataset")
             if self.training_file not in (None, uri):
-                message = "training_file and x_raydpo.dataset differ; leave one out, or send the URI in both."
+                message = (
+                    "training_file and x_raydpo.dataset name different data; "
+                    "leave one out, or send the same URI in both."
+                )
                 raise InvalidRequest(message, param="training_file")
             return uri
         if self.training_file is None:
             message = "Missing required parameter: 'training_file'."
             raise InvalidRequest(message, param="training_file", code="missing_required_parameter")
         if "://" in self.training_file:
-            message = "training_file is a URI; send it in x_raydpo.dataset as well."
+            message = f"training_file is the URI {self.training_file:.80}; send the URI in x_raydpo.dataset as well."
             raise InvalidRequest(message, param="training_file")
         return self.training_file
 
@@ -223,7 +235,9 @@ def _adapter(given: object) -> Lora | Literal["none", "auto"]:
         return given
     options = parse(dict[str, Any], given, where)
     if (kind := options.pop("type", "lora")) != "lora":
-        message = f"{where}.type is {kind!r:.80}; it must be 'lora', or send {where} = 'none' to train all weights."
+        message = (
+            f"{where}.type is {kind!r:.80}, but only 'lora' is supported; send 'none' as {where} to train all weights."
+        )
         raise InvalidRequest(message, param=f"{where}.type", code="unsupported_value")
     refuse_unknown(options, {field.name for field in fields(Lora)}, where)
     return parse(Lora, options, where)

@@ -39,17 +39,17 @@ def in_words(weights: Weights, start: NamedModel, reference: NamedModel | None) 
     `reference` is None if the objective has no reference model.
     """
     adapter, precision = weights.adapter, weights.precision
-    over = f", on a base in {weights.quantization.upper()}" if weights.quantization else ""
+    over = f", on a base quantized to {weights.quantization.upper()}" if weights.quantization else ""
     if adapter is None:
-        merged = ", the adapter merged into its base," if start.adapter else ""
+        merged = " (its adapter is merged into the base first)" if start.adapter else ""
         what = f"Training all weights of {start.id}{merged} in {precision}{over}"
     elif start.adapter:
-        what = f"Training on with the adapter {start.id} of rank {adapter.r} in {precision}{over}"
+        what = f"Training the adapter of {start.id}, of rank {adapter.r}, further in {precision}{over}"
     else:
         targets = adapter.target_modules
         where = "all linear layers" if targets == "all-linear" else ", ".join(targets)
-        what = f"Training an adapter of rank {adapter.r} on {where} of {start.id} in {precision}{over}"
+        what = f"Training a new adapter of rank {adapter.r} on {where} of {start.id} in {precision}{over}"
     if reference is None:
         return what
-    own = ", as it is before the first step" if reference.source == start.source else ""
-    return f"{what}; the reference is {reference.id}{own}"
+    own = " as it is before the first step" if reference.source == start.source else ""
+    return f"{what}; the reference model is {reference.id}{own}"

@@ -1,4 +1,5 @@
-"""The database rows of the models that someone asked for, which all control planes share."""
+"""Stores, in the database, which models requests and jobs have asked for, and which of them are loaded. All control
+planes share these rows."""
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -36,7 +37,7 @@ async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None 
     row = row.on_conflict_do_update(index_elements=[Deployment.app_name], set_=used, where=same)
     if await session.scalar(row.returning(Deployment.app_name)) is None:
         name = named["app_name"]
-        message = f"'{model.id}' cannot be served while another model has the name {name} on the cluster."
+        message = f"The model '{model.id}' cannot be loaded while another model uses its name {name} on the cluster."
         raise Unavailable(message, retry_after=60)
 
 
@@ -75,10 +76,8 @@ def scorer_of(model: NamedModel) -> str:
 
 
 async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
-    """Marks the model as answering requests of this control plane.
-
-    Returns False, and marks nothing, if the model has no place or is about to lose it.
-    """
+    """Records that the model answers requests of this control plane, so that it stays loaded. Returns False, and
+    records nothing, if the model is not loaded or is about to be unloaded."""
     # The release before this one leaves `placed_at` empty, so an older row counts as placed without it. A new row does
     # not, because Ray Serve may still be removing an earlier application of the same name.
     old = Deployment.asked_at < func.clock_timestamp() - timedelta(seconds=SETTLED_SECONDS)
@@ -88,7 +87,8 @@ async def enter(session: AsyncSession, app_name: str, replica: str) -> bool:
 
 
 async def stay(session: AsyncSession, app_names: Collection[str], replica: str) -> set[str]:
-    """Renews this control plane's marks of the models. Returns the models that still accept new requests."""
+    """Renews the records that these models answer requests of this control plane. Returns the models that still accept
+    new requests."""
     marked = _mark(Deployment.app_name.in_(app_names), replica)
     rows = await session.execute(marked.returning(Deployment.app_name, Deployment.waits_for))
     return {app_name for app_name, waits_for in rows if waits_for is None}
@@ -102,7 +102,8 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
 
 
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
-    """Removes this control plane's marks of the models, because none of its requests to them is in flight."""
+    """Removes the records that these models answer requests of this control plane, because no such request is in
+    flight."""
     rest = Deployment.answering.op("-")(cast(replica, Text))
     values = {"answering": rest, "last_used_at": func.clock_timestamp()}
     await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(**values))
@@ -112,7 +113,7 @@ async def waits_for(session: AsyncSession, app_name: str) -> str | None:
     """Returns a phrase that tells what the model's requests wait for, or None if the model runs."""
     row = await session.get(Deployment, app_name, populate_existing=True)
     if row is None or row.waits_for or row.placed_at is None:
-        return f"waits for {(row and row.waits_for) or 'a place'}"
+        return f"waits for {(row and row.waits_for) or 'its turn to be loaded'}"
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
     return None if row.ready_at else f"has been loading for {_seconds(now, row.placed_at):.0f} seconds"
@@ -154,7 +155,7 @@ async def status(
     application = _application(asked, own, settings)
     chosen = await deployment_settings.chosen(session, model.id)
     if app is None or app.state == "stopping":
-        state, lack = ("unloaded", None) if row is None else ("waiting", row.waits_for or "a place")
+        state, lack = ("unloaded", None) if row is None else ("waiting", row.waits_for or "its turn to be loaded")
         return Status(model.id, application, own, chosen, state, lack)
     error = app.message if app.state == "failed" else None
     lack = row.waits_for if row else None
@@ -169,11 +170,19 @@ async def unload(
     if (wish := found.get(model.app_name)) is None:
         return
     if wish.model.pinned:
-        raise InvalidRequest(f"'{model.id}' is pinned; set its deployment's pinned to false first.", param="model")
+        raise InvalidRequest(
+            f"The model '{model.id}' is pinned (always loaded); set pinned of its deployment to false first.",
+            param="model",
+        )
     if wish.model.is_reference:
-        raise InvalidRequest(f"'{model.id}' is the reference of a running job, which must end first.", param="model")
+        raise InvalidRequest(
+            f"The model '{model.id}' is the reference model of a running job; unload the model when the job has ended.",
+            param="model",
+        )
     if wish.model.answers or not await _is_forgotten(session, wish.row):
-        raise InvalidRequest(f"'{model.id}' answers requests; unload it when they have ended.", param="model")
+        raise InvalidRequest(
+            f"The model '{model.id}' is answering requests; unload the model when they have ended.", param="model"
+        )
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ async def _look(ray_api: RayApi) -> ServeView:
     try:
         return await ray_api.look()
     except httpx.HTTPError:
-        message = "The Ray cluster does not answer, so that nothing is known of deployments; nothing was changed."
+        message = (
+            "The Ray cluster does not answer, so the state of models is not known. Nothing was changed; try again."
+        )
         raise Unavailable(message, retry_after=5) from None
 
 

@@ -30,7 +30,10 @@ def format_of(model: NamedModel, wanted: Format | None) -> Format:
     """Returns the format of a download. Raises InvalidRequest if a model that holds all weights is wanted as an
     adapter."""
     if wanted == "adapter" and model.adapter is None:
-        message = f"'{model.id}' is no adapter: its job trained all weights. Leave format out, or send 'merged'."
+        message = (
+            f"The model '{model.id}' has no adapter, because its job trained all weights; "
+            "leave format out, or send 'merged'."
+        )
         raise InvalidRequest(message, param="format", code="invalid_value")
     return wanted or ("adapter" if model.adapter else "merged")
 
@@ -44,7 +47,10 @@ def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) 
     files = storage.list_tree(folder)
     if not files:
         raise Unavailable(
-            f"The files of '{model.id}' are not in storage now.", retry_after=60, code="model_unavailable"
+            f"The files of the model '{model.id}' are not in storage any more; "
+            "the operator can restore them from a backup.",
+            retry_after=60,
+            code="model_unavailable",
         )
     members = [Member(name, size, storage.join(folder, *name.split("/")), mtime) for name, size, mtime in files]
     if model.adapter and not merged:
@@ -55,7 +61,8 @@ def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) 
 
 
 def _with_base(config: Member, base: str | None) -> Member:
-    """Returns an adapter's config that names a base outside the hub by its name in the service, not by its place."""
+    """Returns an adapter's config that names a base outside the hub by its name in the service, not by its path in
+    storage."""
     fields = json.loads(storage.read_bytes(str(config.source)))
     place = str(fields.get("base_model_name_or_path"))
     if "://" in place or place.startswith("/"):
@@ -101,8 +108,8 @@ async def merged(
     result = await side_jobs.result_of(job, store, ray_api, settings.max_running_checks, is_disconnected)
     if result is None:
         seconds = await side_jobs.seconds_running(job, store)
-        message = f"'{model.id}' is being merged into its base, for {seconds:.0f} seconds now"
-        message = f"{message}; ask again in {RETRY_AFTER_SECONDS} seconds."
+        message = f"The adapter of '{model.id}' is being merged into its base model, for {seconds:.0f} seconds so far"
+        message = f"{message}; send the request again in {RETRY_AFTER_SECONDS} seconds."
         raise Unavailable(message, retry_after=RETRY_AFTER_SECONDS, code="model_merging")
     if result.error and result.error.code == "merge_lost":
         raise Unavailable(result.error.message, retry_after=RETRY_AFTER_SECONDS, code=result.error.code)

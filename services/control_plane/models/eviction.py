@@ -56,7 +56,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """The room that the cluster and the settings have for models."""
+    """How many models may be loaded, and the GPUs that they may use, by the settings and the cluster."""
 
     places: int  # how many models may be loaded at a time
     gpus: float | None = None  # GPUs that running jobs do not use; None: unknown, or models need none
@@ -86,14 +86,14 @@ def decide(models: Collection[Model], room: Room) -> Plan:
         key=lambda model: (not model.is_reference, not model.pinned, -model.asked, model.app_name),
     )
     served = _Served([model for model in models if model.state != "waiting" and not model.is_unused], room)
-    served.make_way("running jobs need its GPU", beside_next_job=False)
-    served.make_way("the next job needs its GPU", beside_next_job=True)
+    served.make_way("running jobs need the GPU that it used", beside_next_job=False)
+    served.make_way("the next job needs the GPU that it used", beside_next_job=True)
     plan = Plan()
     for model in queue:
         if reason := served.take(model):
             plan.waits[model.app_name] = reason
     plan.serve = {model.app_name for model in served.models}
-    plan.waits |= {name: f"its next turn: {reason}" for name, reason in served.leaving.items()}
+    plan.waits |= {name: f"its next turn, because {reason}" for name, reason in served.leaving.items()}
     plan.forget = {model.app_name for model in models} - plan.serve - plan.waits.keys()
     return plan
 
@@ -133,13 +133,14 @@ class _Served:
         """Returns what the model lacks, and whether that is GPUs; None if the model can be loaded."""
         room = self._room
         if len(self.models) >= room.places:
-            return f"a place: {len(self.models)} models hold all {room.places} places, and load or answer", False
+            loaded = f"{len(self.models)} of at most {room.places} models are loaded"
+            return f"another model to be idle: {loaded}, and all load or answer", False
         most = room.most_gpus(beside_next_job=True)
         if model.is_reference or not _exceeds(self._gpus(leaving=True) + model.gpus, most):
             return None
         others = [other for other in self.models if other.gpus and not other.is_reference]
         jobs = f"jobs leave {most:g} GPUs to models"
-        return f"GPUs: {jobs}, {len(others)} models hold theirs, and it needs {model.gpus:g}", True
+        return f"GPUs: {jobs}, {len(others)} loaded models use some of them, and it needs {model.gpus:g}", True
 
     def _would_help(self, model: Model) -> bool:
         """Whether evicting other models could make room for this one."""

@@ -66,16 +66,20 @@ class Inference:
         await self._serve.aclose()
 
     async def run(self) -> None:
-        """Renews the marks of models with requests in flight and removes the other marks, until cancelled."""
+        """Keeps recording in the database which models have requests in flight, so that these models stay loaded, until
+        cancelled."""
         while True:
             try:
                 await self.mark()
             except (SQLAlchemyError, OSError) as error:
-                log.warning("The marks of models in use could not be renewed; the next try is in a second: %s", error)
+                log.warning(
+                    "The database could not be told which models are in use; this is tried again in a second: %s", error
+                )
             await asyncio.sleep(LEAVE_SECONDS)
 
     async def mark(self) -> None:
-        """Renews the marks that are due in the database and removes those of models without requests in flight."""
+        """Renews the database's records of models with requests in flight, where a renewal is due, and removes the
+        records of all other models."""
         async with self._marking:
             now, marked = time.monotonic(), {name: use for name, use in self._uses.items() if use.is_marked}
             stay = {name for name, use in marked.items() if use.in_flight and now - use.told_at >= STAY_SECONDS}
@@ -96,7 +100,10 @@ class Inference:
         async with caller.begin() as session:
             model = await models.find(session, self._settings, name)
         if model.num_outputs:
-            message = f"'{model.id}' is a reward model: it scores texts and writes none. Ask it by POST /v1/x/rewards."
+            message = (
+                f"The model '{model.id}' is a reward model, which scores texts and cannot write any; "
+                "send texts to POST /v1/x/rewards."
+            )
             raise InvalidRequest(message, param="model", code="invalid_value")
         return await self._forwarded(model, path, body, streams=streams)
 
@@ -122,7 +129,7 @@ class Inference:
                 raise self._refusal(model, answer)
             return Response(content, media_type="application/json")
         except httpx.PoolTimeout:
-            busy = f"has no free connection: {self._settings.max_requests} requests are being answered by models"
+            busy = f"cannot be asked now, because models are already answering {self._settings.max_requests} requests"
             raise self._unavailable(model, busy) from None
         except httpx.HTTPError as error:
             when = "did not answer" if answer is None else "stopped while it answered"
@@ -152,7 +159,7 @@ class Inference:
             try:
                 view = await self._ray_api.look()
             except httpx.HTTPError:
-                raise self._unavailable(model, "cannot be reached: the Ray cluster does not answer") from None
+                raise self._unavailable(model, "cannot be reached, because the Ray cluster does not answer") from None
             app = view.applications.get(model.app_name)
             if app and app.state == "failed":
                 async with self._store.begin() as session:
@@ -165,7 +172,7 @@ class Inference:
         async with self._store.begin() as session:
             trouble = await deployments.waits_for(session, model.app_name)
         most = f"a request waits for it at most {self._settings.model_wait_seconds:g} seconds"
-        raise self._unavailable(model, f"{trouble or 'is up only now'}; {most}")
+        raise self._unavailable(model, f"{trouble or 'finished loading only now'}; {most}")
 
     async def _ask(self, model: NamedModel) -> None:
         """Asks for the model to be served, at most once every ASK_SECONDS for all its waiting requests."""
@@ -241,7 +248,7 @@ async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
             else:
                 begun += chunk
     except httpx.HTTPError:
-        error = ApiError("The model stopped answering in the middle of the stream.", code="model_error")
+        error = ApiError("The model stopped in the middle of its answer; send the request again.", code="model_error")
         begun = f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
     if begun:
         yield begun

@@ -80,14 +80,18 @@ def _check(body: dict[str, Any]) -> None:
         where, depth, value = left.pop()
         if depth > MOST_NESTED:
             field = where.partition(".")[0]
-            raise InvalidRequest(f"'{field}' has more than {MOST_NESTED} lists or objects in one another.", param=field)
+            raise InvalidRequest(
+                f"The field '{field}' nests more than {MOST_NESTED} lists or objects in one another; nest them less.",
+                param=field,
+            )
         if isinstance(value, dict):
             left += [(f"{where}.{_text(where, key)}".lstrip("."), depth + 1, each) for key, each in value.items()]
         elif isinstance(value, list):
             left += [(f"{where}.{number}", depth + 1, each) for number, each in enumerate(value)]
         elif isinstance(value, float) and not math.isfinite(value):
             raise InvalidRequest(
-                f"'{where}' is {value}, which is no number in JSON, or too large for one.", param=where
+                f"The field '{where}' is {value}; send a finite number, because JSON has no NaN and no infinity.",
+                param=where,
             )
         elif isinstance(value, str):
             _text(where, value)
@@ -100,5 +104,9 @@ def _text(where: str, text: str) -> str:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
-            raise InvalidRequest(f"'{where}' holds {half}, half a character; send both halves.", param=where) from None
+            raise InvalidRequest(
+                f"The field '{where}' has {half}, which is half of a character (a surrogate); "
+                "send both halves or none.",
+                param=where,
+            ) from None
     return text

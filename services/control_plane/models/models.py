@@ -98,7 +98,7 @@ async def find(
             return base
     row = await session.get(Model, model_id, with_for_update={"read": True} if hold else None)
     if row is None or row.deleted_at is not None:
-        known = ", ".join(settings.models) or "none; start with --model NAME=SOURCE"
+        known = ", ".join(settings.models) or "none; the operator adds one with --model NAME=SOURCE"
         raise NotFound(
             f"The model '{model_id}' does not exist. Base models: {known}.", param=param, code="model_not_found"
         )
@@ -128,7 +128,9 @@ async def add(session: AsyncSession, model_id: str, source: str, job: Job) -> No
     )
     await session.execute(row.on_conflict_do_nothing())
     if (owner := await session.scalar(select(Model.job_id).where(Model.id == model_id))) != job.id:
-        raise NameTaken(f"'{model_id}' is the name of a policy of {owner} already; {job.id} cannot have it")
+        raise NameTaken(
+            f"The job {job.id} cannot name its policy '{model_id}', because the job {owner} has a policy of this name"
+        )
 
 
 async def find_to_download(session: AsyncSession, settings: Settings, model_id: str) -> NamedModel:
@@ -161,10 +163,13 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
     Raises Forbidden for a base model and for a model of another project.
     """
     if (await find(session, settings, model_id)).job_id is None:
-        raise Forbidden(f"'{model_id}' is a base model, which only the operator's settings change.", param="model")
+        raise Forbidden(
+            f"'{model_id}' is a base model, which only the service's operator can change, in the settings.",
+            param="model",
+        )
     row = await session.get_one(Model, model_id, with_for_update={"key_share": True}, populate_existing=True)
     if not owns(session, row):
-        message = f"'{model_id}' belongs to another project, which shares it; only that project may delete or share it."
+        message = f"The model '{model_id}' belongs to another project; only that project may delete or share the model."
         raise Forbidden(message, param="model")
     return row
 
@@ -179,17 +184,17 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
     jobs = Job.__table__.c
     using = select(jobs.id, jobs.project_id).where(jobs.observed.not_in(TERMINAL), _names(literal(model_id)))
     if (job := (await session.execute(using.limit(1))).first()) is not None:
-        name = job.id if job.project_id == row.project_id else "a job of a project that it is shared with"
+        name = f"the job {job.id}" if job.project_id == row.project_id else "a job of a project that shares the model"
         raise InvalidRequest(
-            f"'{model_id}' is the start or the reference of {name}, which has not ended; it must end first."
+            f"The model '{model_id}' is used by {name}, which has not ended; delete the model when the job has ended."
         )
     models = Model.__table__.c  # models of all projects
     standing = select(models.id, models.project_id).where(models.base_source == row.source, models.deleted_at.is_(None))
     if (other := (await session.execute(standing.limit(1))).first()) is not None:
-        name = f"'{other.id}'" if other.project_id == row.project_id else "of a project that it is shared with"
-        raise InvalidRequest(f"'{model_id}' is the base of the adapter {name}; delete that first.")
+        name = f"'{other.id}'" if other.project_id == row.project_id else "of a project that shares the model"
+        raise InvalidRequest(f"The model '{model_id}' is the base of the adapter {name}; delete the adapter first.")
     if why := await _needed_by_its_job(session, row):
-        raise InvalidRequest(f"{row.job_id} has not ended and {why}; cancel it first.")
+        raise InvalidRequest(f"The job {row.job_id} has not ended and {why}; cancel the job first.")
     await session.execute(delete(CheckpointPermission).where(CheckpointPermission.model_id == model_id))
     row.deleted_at = datetime.now(UTC)
     return _trained(row)
@@ -211,12 +216,12 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
         return None
     rows = {row.model_id: row for row in await session.scalars(select(Checkpoint).where(Checkpoint.job_id == job.id))}
     if rows and model.id == max(rows.values(), key=lambda row: row.step).model_id:
-        return f"would go on from '{model.id}', its newest checkpoint"
+        return f"would resume from '{model.id}', which is its newest checkpoint"
     if job.spec.get("policy") == "best":
         metric = JobSpec.model_validate(job.spec).config.best_metric
         top = best(evaluations(((row.step, row.metrics) for row in rows.values()), metric), metric)
         if top and model.id in rows and rows[model.id].step == top.step:
-            return f"'{model.id}' is its best checkpoint so far, which may become its policy"
+            return f"may choose '{model.id}', its best checkpoint so far, as its policy"
     return None
 
 

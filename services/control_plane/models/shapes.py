@@ -29,7 +29,9 @@ def shapes_of(source: str) -> Shapes:
         config = json.loads(storage.read_bytes(storage.join(folder, "config.json")))
         weights = dict(_weights(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise NoShapes(f"{source} has no config.json and safetensors files that can be read here: {error}") from None
+        raise NoShapes(
+            f"{source} has no config.json and *.safetensors files that the service can read: {error}"
+        ) from None
     if (method := (config.get("quantization_config") or {}).get("quant_method")) not in (None, "mxfp4"):
         raise NoShapes(f"{source} is a quantized model ({method}), which cannot be trained.")
     return Shapes(config, weights)
@@ -44,7 +46,10 @@ def _folder(source: str) -> str:
     try:
         return str(model / "snapshots" / (model / "refs" / "main").read_text().strip())
     except OSError:
-        raise NoShapes(f"{source} is no folder here, and the hub's cache on this machine does not have it.") from None
+        raise NoShapes(
+            f"{source} is not a folder on the service's machine, "
+            "and its cache of the Hugging Face hub does not have it."
+        ) from None
 
 
 def _weights(folder: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -65,7 +70,7 @@ def _header(uri: str) -> dict[str, Any]:
     with storage.open_input(uri) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_HEADER_BYTES:
-            raise ValueError(f"{uri} is no safetensors file")
+            raise ValueError(f"{uri} is not a safetensors file")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return header

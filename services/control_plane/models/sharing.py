@@ -21,9 +21,16 @@ async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str])
     """
     known = select(Project.id).where(Project.id.in_(project_ids), Project.archived_at.is_(None))
     if unknown := set(project_ids) - set(await session.scalars(known)):
-        raise InvalidRequest(f"No such project: {min(unknown)}", param="project_ids")
+        raise InvalidRequest(
+            f"project_ids names '{min(unknown)}', which is not the id of a project or is archived; "
+            "name projects that exist.",
+            param="project_ids",
+        )
     if model.project_id in project_ids:
-        raise InvalidRequest(f"The model belongs to {model.project_id}; name other projects.", param="project_ids")
+        raise InvalidRequest(
+            f"project_ids names {model.project_id}, to which the model belongs; name other projects.",
+            param="project_ids",
+        )
     rows = [
         {"id": f"cp_{secrets.token_hex(12)}", "model_id": model.id, "project_id": name} for name in set(project_ids)
     ]
@@ -38,4 +45,7 @@ async def revoke(session: AsyncSession, model: Model, permission_id: str) -> Non
     row = delete(CheckpointPermission).where(CheckpointPermission.id == permission_id)
     row = row.where(CheckpointPermission.model_id == model.id)
     if (await session.execute(row.returning(CheckpointPermission.id))).first() is None:
-        raise NotFound(f"No such permission of '{model.id}': {permission_id}", param="permission_id")
+        raise NotFound(
+            f"The model '{model.id}' has no permission '{permission_id}'; list the model's permissions for their ids.",
+            param="permission_id",
+        )

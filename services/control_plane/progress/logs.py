@@ -23,7 +23,7 @@ def page(
     if attempt is None:
         attempt = max(attempts, default=1)
     if attempts and attempt not in attempts:
-        message = f"There are logs of the attempts {attempts}, not of {attempt}; choose one of those."
+        message = f"attempt is {attempt}, but the job has logs only of its attempts {attempts}; choose one of these."
         raise InvalidRequest(message, param="attempt")
     sources = storage.list_folders(storage.join(folder, str(attempt)))
     lines: list[str] = []

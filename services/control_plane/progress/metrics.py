@@ -31,7 +31,11 @@ class Range(BaseModel):
 async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, Any]:
     """Returns the statistics of each metric in each bucket of steps; None if no step in the bucket has the metric."""
     if asked.last is not None and asked.last < asked.first:
-        raise InvalidRequest(f"to is {asked.last}, which is before from, {asked.first}; swap them.", param="to")
+        raise InvalidRequest(
+            f"to is {asked.last}, which is before from ({asked.first}); "
+            "send a range whose end is not before its start.",
+            param="to",
+        )
     within = Event.step.between(asked.first, asked.last if asked.last is not None else 2**31 - 1)
     known = select(func.min(Event.step), func.max(Event.step)).where(Event.job_id == job_id, within)
     first, last = (await session.execute(known)).one()

@@ -126,7 +126,10 @@ class Streams:
                     async for job_id in notices:
                         self._wake(self._watched if job_id is None else self._watched.keys() & {job_id})
             except Exception as error:  # nobody watches this task, so it goes on after any error
-                log.warning("No notices come from the database; watched jobs are read every few seconds: %s", error)
+                log.warning(
+                    "The database sends no notifications, so jobs that clients follow are read every few seconds: %s",
+                    error,
+                )
             await asyncio.sleep(DEAF_SECONDS)
             self._wake(self._watched)
 
@@ -144,7 +147,7 @@ class Streams:
                 for start in range(0, len(changed), JOBS_AT_ONCE):
                     await self._look_at(changed[start : start + JOBS_AT_ONCE])
             except Exception as error:
-                log.warning("Watched jobs could not be read, which is tried again: %s", error)
+                log.warning("The events of jobs that clients follow could not be read and are tried again: %s", error)
                 self._wake(changed)
                 await asyncio.sleep(DEAF_SECONDS)
             await asyncio.sleep(MERGE_SECONDS)
@@ -206,7 +209,7 @@ class Streams:
                 if frames := frames or await _news(watched):
                     yield frames
         except (SQLAlchemyError, OSError) as error:
-            log.warning("A stream ended early; its client resumes: %s", error)
+            log.warning("A stream of events ended early; the client reconnects and resumes it: %s", error)
         finally:
             self._leave(job_id, watched)
 

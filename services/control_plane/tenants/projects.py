@@ -22,14 +22,18 @@ def managed_by(caller: Caller) -> Select[Project]:
 async def find(session: AsyncSession, caller: Caller, project_id: str) -> Project:
     project = await session.scalar(managed_by(caller).where(Project.id == project_id))
     if project is None:
-        raise NotFound(f"No such project: {project_id}", param="project_id", code="project_not_found")
+        raise NotFound(
+            f"There is no project with the id '{project_id}' that your key manages; list the projects for their ids.",
+            param="project_id",
+            code="project_not_found",
+        )
     return project
 
 
 async def find_to_use(session: AsyncSession, caller: Caller, project_id: str) -> Project:
     project = await find(session, caller, project_id)
     if project.archived_at is not None:
-        raise InvalidRequest(f"Project {project_id} is archived; use another one.", param="project_id")
+        raise InvalidRequest(f"The project {project_id} is archived; use another project.", param="project_id")
     return project
 
 
@@ -42,7 +46,9 @@ async def find_to_change(session: AsyncSession, caller: Caller, project_id: str)
 
 def check_manages_all(caller: Caller) -> None:
     if not caller.manages_all:
-        message = f"Only an admin key of the default project may change projects; this one is of {caller.project_id}."
+        message = (
+            f"Only an admin key of the default project may change projects, but your key is of {caller.project_id}."
+        )
         raise Forbidden(message, code="insufficient_permissions")
 
 
@@ -84,7 +90,9 @@ async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Pro
     """
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(
-            "The default project cannot be archived: the configured key belongs to it.", param="project_id"
+            "The default project cannot be archived, because the service's configured key belongs to it; "
+            "archive another.",
+            param="project_id",
         )
     project = await find_to_change(session, caller, project_id)
     jobs = Job.__table__  # through the mapped class, the session would see its own project's jobs only

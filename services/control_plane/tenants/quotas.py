@@ -65,19 +65,21 @@ async def _admit(session: AsyncSession, project_id: str, counted: Sequence[str])
     if project.max_queued_jobs is not None or project.max_accelerator_hours is not None:
         project = await projects.lock(session, project.id)  # so that no two submissions count at the same time
     if project.archived_at is not None:  # the project was archived after the key was looked up
-        raise Forbidden(f"Project {project.id} is archived.", code="project_archived")
+        raise Forbidden(
+            f"The project {project.id} of your key is archived; use a key of another project.", code="project_archived"
+        )
     if project.max_queued_jobs is not None:
         of_project = select(func.count()).select_from(Job).where(Job.project_id == project.id)
         waiting = await session.scalar(of_project.where(Job.observed.in_(counted))) or 0
         if waiting >= project.max_queued_jobs:
-            remedy = "wait for one to start, cancel one, or ask an admin to raise max_queued_jobs"
-            what = f"{waiting} {' and '.join(counted)} jobs of {project.max_queued_jobs}"
+            remedy = "wait for a job to start, cancel one, or ask an admin to raise max_queued_jobs"
+            what = f"{waiting} {' and '.join(counted)} jobs, and the limit is {project.max_queued_jobs}"
             raise OverQuota(f"The project has {what}; {remedy}.")
     if project.max_accelerator_hours is not None:
         used = await _accelerator_hours(session, project.id)
         if used >= (limit := project.max_accelerator_hours):
             remedy = "ask an admin to raise max_accelerator_hours"
-            raise OverQuota(f"The project has used {used:.2f} of {limit:g} accelerator hours; {remedy}.")
+            raise OverQuota(f"The project has used {used:.2f} of at most {limit:g} accelerator hours; {remedy}.")
 
 
 async def shares(session: AsyncSession) -> dict[str, Share]:
@@ -104,7 +106,9 @@ async def out_of_hours(session: AsyncSession) -> dict[str, str]:
     query = query.outerjoin(Attempt, Attempt.job_id == Job.id).where(Project.max_accelerator_hours.is_not(None))
     rows = await session.execute(query.group_by(Project.id))
     return {
-        project_id: f"accelerator hours: its project has used its {limit:g}; an admin can raise max_accelerator_hours"
+        project_id: (
+            f"accelerator hours, because its project has used all {limit:g}; an admin can raise max_accelerator_hours"
+        )
         for project_id, hours, limit in rows
         if limit is not None and (hours or 0) >= limit
     }

@@ -27,7 +27,7 @@ SenderPart = Annotated[Sender, Depends(_sender)]
 
 def _event_type(name: str, info: ValidationInfo) -> str:
     if name not in webhooks.EVENT_TYPES:
-        message = f"There is no event type '{name:.80}'; choose from {', '.join(webhooks.EVENT_TYPES)}."
+        message = f"The event type '{name:.80}' does not exist; choose from {', '.join(webhooks.EVENT_TYPES)}."
         raise InvalidRequest(message, param=info.field_name, code="unsupported_value")
     return name
 
@@ -138,7 +138,9 @@ async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: Sen
     try:
         status = await sender.send(endpoint, webhooks.event(body.event_type, "ftjob-test"))
     except Unreachable as error:
-        raise InvalidRequest(f"The endpoint was not reached: {error}", code="webhook_unreachable") from None
+        raise InvalidRequest(
+            f"The webhook endpoint could not be reached: {error}", code="webhook_unreachable"
+        ) from None
     return {
         "object": "webhook_endpoint.test",
         "webhook_endpoint_id": endpoint_id,

@@ -78,7 +78,9 @@ class Sender:
                         for claim in claims:
                             sends.create_task(self._deliver(claim))
                 except Exception:  # nobody watches this task, so it goes on after any error
-                    log.exception("The outbox could not be read, which is tried again; webhooks wait")
+                    log.exception(
+                        "The webhook messages to send could not be read; this is tried again, and the messages wait"
+                    )
                     await asyncio.sleep(TICK_SECONDS)
                 await _until(self._send_ended, TICK_SECONDS)
 
@@ -95,7 +97,7 @@ class Sender:
             ):
                 return answer.status_code  # the body is not read, because it may have any size
         except TimeoutError:
-            raise Unreachable(f"no answer within {SEND_SECONDS:.0f} seconds") from None
+            raise Unreachable(f"it did not answer within {SEND_SECONDS:.0f} seconds") from None
         except (InvalidUri, httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unreachable(str(error) or type(error).__name__) from error
 
@@ -157,7 +159,11 @@ class Sender:
             outcome, again = await self._try(claim)
             await self._note(claim, outcome, again=again)
         except Exception:  # one row's error must not end the sender; the row is due again when its lease ends
-            log.exception("Webhook %s to %s was not sent or not noted", claim.body["id"], claim.endpoint.id)
+            log.exception(
+                "The webhook message %s to endpoint %s was not sent, or the result was not stored",
+                claim.body["id"],
+                claim.endpoint.id,
+            )
         finally:
             self._under_way -= Counter([claim.place])
             self._send_ended.set()
@@ -205,7 +211,9 @@ class Sender:
                 answers = update(WebhookEndpoint).where(WebhookEndpoint.id == claim.endpoint.id)
                 await session.execute(answers.values(num_failures=0, retry_at=None))
         shown = outcome.partition(":")[0]  # the rest may quote the URL, which may hold a secret of its owner
-        log.info("Webhook %s to %s, send %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown)
+        log.info(
+            "Webhook message %s to endpoint %s, try %d: %s", claim.body["id"], claim.endpoint.id, claim.num_sends, shown
+        )
 
 
 async def _close(session: AsyncSession, endpoint_ids: Sequence[str], seconds: float, **values: int) -> None:

@@ -43,7 +43,9 @@ async def create(session: AsyncSession, values: Mapping[str, Any]) -> WebhookEnd
     await projects.lock(session, project_of(session))  # so that endpoints that are created at the same time are counted
     existing = await session.scalar(select(func.count()).select_from(listed().subquery())) or 0
     if existing >= MAX_ENDPOINTS:
-        raise InvalidRequest(f"The project has {existing} webhook endpoints, which is the limit; delete one first.")
+        raise InvalidRequest(
+            f"The project has {existing} webhook endpoints, which is the limit; delete an endpoint first."
+        )
     endpoint = WebhookEndpoint(id=f"we_{secrets.token_hex(12)}", secret=_new_secret(), **values)
     session.add(endpoint)
     await session.flush()
@@ -55,7 +57,10 @@ async def find(session: AsyncSession, endpoint_id: str, *, lock: bool = False) -
     query = listed().where(WebhookEndpoint.id == endpoint_id)
     endpoint = await session.scalar(query.with_for_update() if lock else query)
     if endpoint is None:
-        raise NotFound(f"No such webhook endpoint: {endpoint_id}", param="webhook_endpoint_id")
+        raise NotFound(
+            f"There is no webhook endpoint with the id '{endpoint_id}'; list the endpoints for their ids.",
+            param="webhook_endpoint_id",
+        )
     return endpoint
 
 
@@ -90,7 +95,7 @@ def check_url(url: str, settings: Settings) -> None:
     try:
         check(url, settings.webhook_urls, SETTING)
         if not urlsplit(url).hostname:
-            raise InvalidUri(f"{url} names no host.")
+            raise InvalidUri(f"The URL {url} names no host; write the host after https://.")
         outbound.check_literal(url, settings.webhook_urls, SETTING)
     except InvalidUri as error:
         raise InvalidRequest(str(error), param="url") from None

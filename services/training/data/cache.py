@@ -85,7 +85,11 @@ def find_or_make(
         if claim := _claim(uri):
             break
         if not waiting:
-            report(Message(message="Another job is preparing the same data; this one waits for it."))
+            report(
+                Message(
+                    message=("Another job is preparing the same data; this job waits for it and then uses the result.")
+                )
+            )
         waiting = True
         time.sleep(WAIT_SECONDS)
     try:
@@ -109,7 +113,15 @@ def find(
         cached = entry.model_validate_json(storage.read_bytes(manifest))
         check(cached)
     except (DamagedPart, ValidationError) as error:
-        report(Message(level="warn", message=f"Prepared data are damaged, so they are made again: {error}"))
+        report(
+            Message(
+                level="warn",
+                message=(
+                    "The stored result of an earlier preparation of the data is damaged, "
+                    f"so the data are prepared again: {error}"
+                ),
+            )
+        )
         return None
     return cached
 

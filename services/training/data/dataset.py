@@ -179,9 +179,11 @@ def _read_bytes(uri: str, sha256: str) -> bytes:
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError:
-        raise DamagedPart(f"{uri} is missing; prepare the data again.") from None
+        raise DamagedPart(f"The file {uri} with prepared data is missing; prepare the data again.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise DamagedPart(f"{uri} does not match the sha256 in its manifest; prepare the data again.")
+        raise DamagedPart(
+            f"The file {uri} with prepared data does not have its recorded sha256; prepare the data again."
+        )
     return data
 
 

@@ -49,7 +49,7 @@ from services.training.reports.reporting import JobFailed, invalid_file, progres
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-EMPTY = "The file holds no rows; it needs at least one JSON dictionary."
+EMPTY = "The file has no rows; write at least one row, a JSON dictionary, into the file."
 NUM_FIRST = 1000  # rows that are searched for a usable row, which determines the format
 NUM_LAST = 3  # last tokens, which must have the end token: some templates write a line feed after it
 RARE = "ʘ東𓀀🫠\u2062\n\tAé"  # a tokenizer that knows these knows all characters, as byte-level tokenizers do
@@ -183,7 +183,7 @@ def _look_at_first_row(spec: AttemptSpec) -> tuple[str, str]:
         records = islice(read_records(read_lines(file), columns=spec.columns), NUM_FIRST if drops else 1)
         first = next((record for record in records if not (drops and record.problem)), None)
     if first is None:
-        unusable = f"None of the first {NUM_FIRST} rows can be used; check the file's format."
+        unusable = f"None of the file's first {NUM_FIRST} rows can be used; check the file's format."
         raise JobFailed(invalid_file(unusable if drops else EMPTY))
     if first.problem or first.format is None:
         raise JobFailed(invalid_file(str(first.problem)))
@@ -195,7 +195,10 @@ def _check_kind(spec: AttemptSpec, kind: str, format: str) -> None:
     if kind not in objective.traits.learns_from:
         needed = " or ".join(objective.traits.learns_from)
         raise JobFailed(
-            invalid_file(f"The file holds {kind} ({format} format); method {objective.type} needs {needed}.")
+            invalid_file(
+                f"The file holds {kind} ({format} format), but the method {objective.type} learns from {needed}; "
+                "use another method or another file."
+            )
         )
 
 
@@ -208,24 +211,24 @@ def refuse_unusable(spec: AttemptSpec, encoding: Encoding) -> None:
         return
     long = contents.dropped.get(TOO_LONG)
     if long and long.count == contents.num_groups:
-        shortest = f"(the shortest has {contents.shortest_too_long})"
+        shortest = f"(the shortest one has {contents.shortest_too_long} tokens)"
         remedy = _remedy(spec, encoding)
         raise JobFailed(invalid_file(f"All {long.count} {kind} are longer than {limit} tokens {shortest}; {remedy}."))
     reasons = " ".join(left_out(contents, kind, limit, _remedy(spec, encoding)))
-    raise JobFailed(invalid_file(f"None of {contents.num_groups} {kind} is left to train on. {reasons}"))
+    raise JobFailed(invalid_file(f"None of the file's {contents.num_groups} {kind} is left to train on. {reasons}"))
 
 
 def _refuse_margins(spec: AttemptSpec, contents: EncodingReport, kind: str) -> None:
     if contents.margins.count and not spec.config.objective.traits.takes_margins:
         margins = f"{contents.margins.count} {kind} have a margin ({contents.margins})"
-        sentence = f"{margins}; method '{spec.config.objective.type}' takes none. Remove them, or use dpo."
+        sentence = f"{margins}, which the method '{spec.config.objective.type}' cannot use; remove them, or use dpo."
         raise JobFailed(invalid_file(sentence))
 
 
 def _remedy(spec: AttemptSpec, encoding: Encoding) -> str:
     if encoding.limit < spec.config.max_length:
-        return "the model takes no more, so shorten them"
-    return "raise max_length, choose another truncation, or shorten them"
+        return "the model takes no longer texts, so shorten the rows"
+    return "raise max_length, choose another truncation, or shorten the rows"
 
 
 def _dataset(uri: str, parts: Iterable[Part | None]) -> Dataset:

@@ -222,19 +222,19 @@ def _distribution(lengths: Sequence[int]) -> Lengths:
 TOO_LONG, TIED, IDENTICAL = "too_long", "tied", "identical"
 # For each code: the reason why groups are left out, and the remedy.
 _REASONS = {
-    TIED: ("they rate all their completions equally, which gives no order", ""),
-    IDENTICAL: ("their completions are equal once formatted and cut", ""),
-    "template_refused": ("the chat template refuses them", "send what it takes, or use another template"),
-    "template_drops_calls": ("the chat template leaves out their tool calls", "use a template that writes them"),
-    "template_drops_tools": ("the chat template leaves out their tools", "use a template that writes them"),
-    "template_drops_text": ("the chat template leaves out a part of their text", "use a template that writes it"),
-    "template_drops_thoughts": ("the chat template leaves out their thoughts", "use a template that writes them"),
+    TIED: ("all their completions have the same rating, so none is preferred", ""),
+    IDENTICAL: ("their completions are identical after the chat template and truncation", ""),
+    "template_refused": ("the chat template refuses their messages", "change the messages or the chat template"),
+    "template_drops_calls": ("the chat template leaves out their tool calls", "use another chat template"),
+    "template_drops_tools": ("the chat template leaves out their tools", "use another chat template"),
+    "template_drops_text": ("the chat template leaves out a part of their text", "use another chat template"),
+    "template_drops_thoughts": ("the chat template leaves out their thoughts", "use another chat template"),
     "template_not_prefix": (
-        "the chat template writes their prompt differently once a completion follows",
-        "correct the template",
+        "the chat template changes the text of their prompt when an answer follows",
+        "correct the chat template",
     ),
-    "empty_prompt": ("their prompt has no tokens", "give it some text"),
-    "empty_completion": ("a completion has no tokens", "give it some text"),
+    "empty_prompt": ("their prompt has no tokens", "write some text into the prompt"),
+    "empty_completion": ("one of their completions has no tokens", "write some text into it"),
 }
 
 
@@ -265,25 +265,28 @@ def num_invalid(report: EncodingReport) -> int:
 def marked(report: EncodingReport, kind: str) -> list[str]:
     """Returns warnings for the user about groups that are kept but may be wrong."""
     marks = (
-        (report.special_tokens, "have special tokens of the model in their text, which the model reads as such", ""),
+        (
+            report.special_tokens,
+            "have special tokens of the model, such as its end token, in their text, and the model reads them as such",
+            "; remove them from the text if they are not meant",
+        ),
         (
             report.unasked,
-            "lack the words with which the chat template begins every answer, such as <think>, and are learned "
-            "without them",
-            "; give their answers such thoughts, or use a template that does not ask for them",
+            "have answers without the words with which the chat template begins every answer, such as <think>",
+            "; they are learned as they are. Add thoughts to the answers, or use another chat template",
         ),
         (
             report.unknown,
-            "have characters that the tokenizer does not know, so that the model never sees them",
-            "; use a model whose tokenizer has them",
+            "have characters that the tokenizer does not know, so the model never sees them",
+            "; use a model whose tokenizer knows these characters",
         ),
         (
             report.unended,
-            "have an answer that ends with none of the model's end tokens, so that the policy may not learn to stop",
-            "; use a template that ends answers",
+            "have an answer that does not end with an end token of the model, so the policy may not learn to stop",
+            "; use a chat template that writes an end token after each answer",
         ),
         *(
-            (lines, f"have {what}, which the chat template does not read", "; use one that does, or change the rows")
+            (lines, f"have {what}, which the chat template ignores", "; use another chat template, or change the rows")
             for what, lines in sorted(report.unread.items())
         ),
     )
@@ -304,5 +307,9 @@ def lengths_in_words(report: EncodingReport, limit: int, truncation: Truncation)
         for side, lengths in report.lengths.items()
     ]
     compared = report.chosen_longer + report.rejected_longer
-    bias = f" The chosen answer is the longer one in {report.chosen_longer / compared:.0%}." if compared else ""
-    return f"Tokens, on average: {', '.join(sides)}; limit {limit}, {truncation}.{bias}"
+    bias = (
+        (f" The chosen answer is the longer one in {report.chosen_longer / compared:.0%} of the rows.")
+        if compared
+        else ""
+    )
+    return f"Average number of tokens: {', '.join(sides)}; max_length {limit}, truncation {truncation}.{bias}"

@@ -81,7 +81,7 @@ def windows(num_rows: Sequence[int], seed: int, epoch: int) -> Iterator[tuple[in
 
 def _decided(config: TrainConfig) -> tuple[int, int]:
     if config.n_epochs is None or config.batch_size is None:
-        raise ValueError("n_epochs and batch_size are not decided yet; resolve the config.")
+        raise ValueError("n_epochs or batch_size is not decided yet; call resolved() on the config first.")
     return config.n_epochs, config.batch_size
 
 

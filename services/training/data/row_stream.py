@@ -84,7 +84,14 @@ def stream_encoder(
         arrivals = local_actor(Arrivals, max_concurrency=MOST_WAITING).remote(parts)
         stream = Stream(uri, num_rows, arrivals)
         rows = sum(piece.num_rows for piece in first)
-        report(Message(message=f"Training begins with {rows} of {sum(num_rows)} rows, while the others are encoded."))
+        report(
+            Message(
+                message=(
+                    f"Training begins with {rows} of {sum(num_rows)} rows, "
+                    "while the other rows are still being turned into tokens."
+                )
+            )
+        )
         begin(stream)
         for result in encode_pieces(rest, beside=spec.num_workers):
             yield from raise_refusals([result])

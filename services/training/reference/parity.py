@@ -31,7 +31,7 @@ class Differences(Contract):
     largest: float
 
     def __str__(self) -> str:
-        return f"mean {self.mean:.2g}, p99 {self.p99:.2g}, largest {self.largest:.2g}"
+        return f"mean {self.mean:.2g}, 99th percentile {self.p99:.2g}, largest {self.largest:.2g}"
 
 
 class Parity(Contract):
@@ -53,11 +53,11 @@ class Parity(Contract):
 
     def __str__(self) -> str:
         """Returns the differences and the tolerance as a part of a sentence."""
-        sample = f"{self.num_groups} rows, {self.num_tokens} tokens"
+        sample = f"differences in {self.num_groups} rows with {self.num_tokens} tokens, in nats"
         rewards = f"in rewards {self.rewards}, on average {self.bias:+.2g}"
-        in_bfloat16 = f"in bfloat16 mean {TOLERATED_NOISE} and on average {TOLERATED_BIAS} in rewards"
-        tolerated = in_bfloat16 if self.rounds else f"p99 {TOLERATED} per token"
-        return f"{sample}; per token {self.tokens}; per pair {self.pairs} nats; {rewards}; tolerated: {tolerated}"
+        in_bfloat16 = f"a mean of {TOLERATED_NOISE} and an average of {TOLERATED_BIAS} in rewards, as of bfloat16"
+        allowed = in_bfloat16 if self.rounds else f"a 99th percentile of {TOLERATED} per token"
+        return f"{sample}: per token {self.tokens}; per pair {self.pairs}; {rewards}; allowed is {allowed}"
 
 
 def sample(dataset: Dataset, num_groups: int = NUM_GROUPS) -> list[EncodedGroup]:

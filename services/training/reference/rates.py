@@ -40,11 +40,11 @@ def write(uri: str, rate: Rate) -> None:
 
 def in_words(trainer: Rate, engine: Rate | None, num_tokens: int) -> str:
     """Returns the times of the trainer and the engine, as a part of a sentence about the trainer's own forward pass."""
-    forward = f"it needs about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
+    forward = f"they need about {trainer.seconds(num_tokens):.0f} s for {num_tokens} tokens"
     if engine is None:
-        return f"{forward}, and loading an engine does not pay below {UNKNOWN_LOADING_SECONDS:.0f} s"
-    loading = f", of which its loading takes {engine.loading_seconds:.0f} s" if engine.loading_seconds else ""
-    return f"{forward}, the deployed engine {engine.seconds(num_tokens):.0f} s{loading}"
+        return f"{forward}, and loading vLLM is only worth it above {UNKNOWN_LOADING_SECONDS:.0f} s"
+    loading = f", of which {engine.loading_seconds:.0f} s for loading the model" if engine.loading_seconds else ""
+    return f"{forward}, and vLLM would need {engine.seconds(num_tokens):.0f} s{loading}"
 
 
 def pays(trainer: Rate, engine: Rate | None, num_tokens: int) -> bool:

@@ -100,12 +100,13 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Referenc
             handle = serve.get_app_handle(app_name)
             return Reference(handle.score.remote, handle.token_logps.remote)
         if application and status == "DEPLOY_FAILED":
-            sentence = f"The reference {app_name} could not be loaded: {application.message}"
+            sentence = f"Ray Serve could not load the reference model {app_name}: {application.message}"
             report(Message(level="error", message=sentence))
             raise RuntimeError(sentence)
         if time.monotonic() > deadline:
             raise RuntimeError(
-                f"The reference {app_name} is {status} after {LOADING_SECONDS:.0f} s; see its deployment."
+                f"The reference model {app_name} is not ready after {LOADING_SECONDS:.0f} s (its status is {status}); "
+                "see the logs of Ray Serve."
             )
         if time.monotonic() >= next_report:
             report(Progress(stage="loading reference", done=0, total=0))
@@ -187,7 +188,7 @@ def _answered(
         except RayActorError as error:  # a replica died; Serve starts another
             if sends == SENDS:
                 raise
-            logger.warning("A call to the reference is sent again: %r", error)
+            logger.warning("A request to the served reference model failed and is sent again: %r", error)
             answer = _send(connect(), groups)
     for group in groups:
         yield group, [next(answers) for _ in group.completion_ids]

@@ -25,7 +25,7 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
 
     _use_cores(alone=len(dataset.parts) == 1)
     groups = list(read_part(dataset, part))
-    with policies.unusable_models_fail_the_job():
+    with policies.unusable_models_fail_the_job(policies.REFERENCE):
         scored = score_reference(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
     return write_scores(uri, part, scored, heads=spec.config.objective.traits.needs_reference_heads)
 
@@ -34,7 +34,7 @@ def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[
     """Returns the reference's log-probability, in nats, of each learned token, by group and completion."""
     from dpo_core.policy.scorer import reference_token_logps
 
-    with policies.unusable_models_fail_the_job():
+    with policies.unusable_models_fail_the_job(policies.REFERENCE):
         return reference_token_logps(_reference(spec), groups, max_tokens_per_pack=_tokens_per_pack(spec))
 
 
@@ -48,8 +48,8 @@ def check_vocabulary(spec: AttemptSpec) -> None:
     if start != reference:
         differing = len(start.items() ^ reference.items())
         message = (
-            f"The reference has another tokenizer than the model that the job starts from: they differ in {differing} "
-            "tokens and their ids. Name a reference of the same family."
+            f"The reference model has another tokenizer than the model that the job trains: {differing} tokens or ids "
+            "differ. Name a reference model of the same family."
         )
         raise JobFailed(Failed(code="reference_mismatch", message=message, param="x_raydpo.reference.model"))
 

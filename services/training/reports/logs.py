@@ -46,7 +46,7 @@ def keep_logs(run_uri: str, attempt: int, source: str) -> None:
     links = [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)]
     files = [link for link in dict.fromkeys(links) if Path(link).is_file()]
     if not files:
-        logger.warning("The output of %s goes to %s, which are not files, so its log is not kept.", source, links)
+        logger.warning("The output of %s goes to %s, which are not files, so no log of it is stored.", source, links)
         return
     uri = storage.join(run_uri, "logs", str(attempt), source)
     command = [sys.executable, "-m", "services.forkserver.client", "--wait", "-m", "services.training.reports.logs"]
@@ -160,7 +160,7 @@ class Log:
             if len(self._later) > LAST_BYTES // SEGMENT_BYTES:
                 storage.delete(self._later.popleft())
         except OSError as error:
-            logger.warning("%s could not be written: %s", self._uri(), error)
+            logger.warning("The log %s could not be written to storage: %s", self._uri(), error)
 
     def _begin(self, first: int) -> None:
         self.store()

@@ -92,7 +92,7 @@ def progress(report: Callable[[Report], None], stage: Stage, total: int, *, star
             last_message = now
             minutes = (now - began) / (number - start) * (total - number) / 60
             share = f"{number} of {total} ({number / total:.0%})"
-            report(Message(message=f"{stage.capitalize()}: {share} done, about {minutes:.0f} min left."))
+            report(Message(message=f"{stage.capitalize()}: {share} done, about {minutes:.0f} minutes left."))
 
     done(start)
     return done
@@ -108,7 +108,7 @@ class Reporter:
         self.spool_uri = spool.folder(spec.run_uri, spec.attempt)
         if storage.list_uris(self.spool_uri):
             raise FileExistsError(
-                f"Attempt {spec.attempt} has reported before, to {self.spool_uri}; start a new attempt."
+                f"Attempt {spec.attempt} was started before and has reports in {self.spool_uri}; start a new attempt."
             )
         self._run_uri, self._attempt = spec.run_uri, spec.attempt
         self._events_url = spec.events_url
@@ -209,7 +209,9 @@ class Reporter:
             try:
                 self.flush()
             except OSError:
-                logger.exception("The spool %s could not be written; it is tried again.", self.spool_uri)
+                logger.exception(
+                    "The reports could not be written to %s in storage; this is tried again.", self.spool_uri
+                )
 
     def _post_periodically(self) -> None:
         pause = FIRST_RETRY_SECONDS
@@ -249,13 +251,17 @@ class Reporter:
             else:
                 command = Wish.model_validate_json(answer.raise_for_status().content).desired
         except DamagedSegment as error:
-            logger.error("A segment of the spool is lost; the control plane reports that when it reads it: %s", error)
+            logger.error(
+                "A file of stored reports is damaged; "
+                "the control plane adds an event about the loss when it reads the file: %s",
+                error,
+            )
             with self._changed:
                 self._unposted.popleft()
                 self._changed.notify_all()
             return True
         except (httpx.HTTPError, OSError, ValueError) as error:
-            logger.warning("%s was not posted: %r", uri or "A heartbeat", error)
+            logger.warning("%s could not be sent to the control plane: %r", uri or "A heartbeat", error)
             return False
         with self._changed:
             self._command, self._answered_at = command, time.monotonic()

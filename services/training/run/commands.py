@@ -40,7 +40,7 @@ def pause_requests(reporter: Any) -> Iterator[Callable[[], bool]]:
             try:
                 command = ray.get(reporter.command.remote())
             except RayError:
-                logger.exception("The reporter has ended, and its driver with it.")
+                logger.exception("The actor that sends the job's reports has ended, and with it the job's driver.")
                 return
             done.wait(PERIOD_SECONDS)
 
@@ -75,7 +75,9 @@ class Commands:
             try:
                 command, workers_listen = ray.get(self._reporter.beat.remote())
             except RayError as error:
-                logger.error("The reporter has ended, and the attempt with it: %s", cause_of(error))
+                logger.error(
+                    "The actor that sends the job's reports has ended, so this worker ends as well: %s", cause_of(error)
+                )
                 self._leave(1)
                 return
             self._handle(command, workers_listen)
@@ -96,7 +98,7 @@ class Commands:
     def _pause_within(self, status: int) -> None:
         """Pauses training, and ends the attempt shortly before Ray sends SIGKILL, even if the pause is not complete."""
         grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
-        logger.warning("SIGTERM: the attempt ends within %.0f s.", grace)
+        logger.warning("Ray sent SIGTERM, so this process saves a checkpoint and ends within %.0f s.", grace)
         self._reporter.pause.remote()
         time.sleep(max(0.0, grace - 3 * CLOSE_SECONDS))
         self._leave(status)
@@ -104,7 +106,7 @@ class Commands:
     def _leave(self, status: int, report: Report | None = None) -> None:
         if not self._ending.acquire(blocking=False):
             return
-        logger.warning("The attempt ends with status %d.", status)
+        logger.warning("This process ends with status %d.", status)
         try:
             if report:
                 self._reporter.report.remote(report)

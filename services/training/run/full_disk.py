@@ -30,7 +30,7 @@ def retry_while_full(write: Callable[[], Result], what: str, report: Callable[[R
             cause = error.cause if isinstance(error, RayTaskError) else error
             if not storage.is_full(cause):
                 raise
-            sentence = f"Storage is full; {what} waits for room. The operator has to free some."
+            sentence = f"The storage is full; {what} waits until there is room. The operator has to free some space."
             logger.warning("%s %s", sentence, cause)
         if not reported:
             reported = True

@@ -132,15 +132,15 @@ def explain_end(last: int, total_steps: int, evaluations: Sequence[Evaluation], 
     found, metric, early_stop = [], spec.config.best_metric, spec.config.early_stop
     if early_stop and last < total_steps:
         gain = f"by {early_stop.min_gain:g}" if early_stop.min_gain else "at all"
-        why = f"{metric} has not improved {gain} for {early_stop.patience} evaluations"
+        why = f"{metric} has not improved {gain} in {early_stop.patience} evaluations"
         found.append(Message(message=f"Stopped early after step {last}: {why}."))
     if top := best(evaluations, metric):
         if spec.policy == "best":
             why = f"{metric} {top.value:.6g} is the best of {len(evaluations)} evaluations"
-            found.append(Message(message=f"The policy is the checkpoint of step {top.step}: its {why}."))
+            found.append(Message(message=f"The job's policy is the checkpoint of step {top.step}, whose {why}."))
     elif spec.policy == "best" or early_stop:
-        what = f"No checkpoint was evaluated by {metric}, so that nothing could stop the run early"
-        found.append(Message(level="warn", message=f"{what}; the policy is the checkpoint of step {last}, the last."))
+        what = f"No checkpoint has a value of {metric}, so the job could not stop early or choose the best checkpoint"
+        found.append(Message(level="warn", message=f"{what}; its policy is the last checkpoint, of step {last}."))
     return found
 
 
@@ -168,15 +168,16 @@ def failure_of(result: StepResult, spec: AttemptSpec) -> Failed | None:
     for key, value in result.metrics.items():
         if not math.isfinite(value):
             if result.step == 1:
-                sentence = f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."
+                sentence = f"The metric {key} is {value} at step 1, before any training; check the model and the data."
                 return Failed(code="training_diverged", message=sentence)
             rate = result.metrics["lr"]
-            sentence = f"{key} is {value} at step {result.step} with the learning rate {rate:.3g}; lower it."
+            what = f"The metric {key} is {value} at step {result.step}, where the learning rate is {rate:.3g}"
+            sentence = f"{what}; lower the learning rate."
             return Failed(code="training_diverged", message=sentence, param="hyperparameters")
     if starts_at_ln2(result, spec) and abs(loss - math.log(2)) > LN2_TOLERANCE:
         sentence = (
-            f"The first loss is {loss:.6f} and not ln 2 = {math.log(2):.6f} within {LN2_TOLERANCE}: "
-            f"the reference {spec.reference} and the policy disagree; deploy the same weights in float32."
+            f"The first loss is {loss:.6f}, but must be ln 2 = {math.log(2):.6f} (within {LN2_TOLERANCE}), because the "
+            f"policy starts as its reference model {spec.reference}; use the same weights for both, in float32."
         )
         return Failed(code="reference_mismatch", message=sentence)
     return None
@@ -207,7 +208,9 @@ def newest_checkpoint(run_uri: str, cache: Path, report: Callable[[Report], None
             folder = storage.fetch(uri, cache)
             verify(folder)
         except DamagedCheckpoint as error:
-            report(Message(level="warn", message=f"A damaged checkpoint is skipped: {error}"))
+            report(
+                Message(level="warn", message=(f"A damaged checkpoint is skipped, and an older one is tried: {error}"))
+            )
         else:
             return uri
     return None
@@ -229,7 +232,10 @@ def _warn_of_slow_precision(spec: AttemptSpec, device: torch.device, reporter: A
     """
     fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
     if spec.weights.precision == "bfloat16" and not fast:
-        sentence = "bfloat16 is slower than float32 on this CPU, which has no AMX; send x_raydpo.precision 'float32'."
+        sentence = (
+            "bfloat16 is slower than float32 on this CPU (it has no AMX); "
+            "send x_raydpo.precision 'float32' to train faster."
+        )
         reporter.report.remote(Message(level="warn", message=sentence))
 
 
@@ -237,7 +243,7 @@ def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, repo
     reporter.report.remote(started)
     if resume:
         step = started.resumed_from
-        reporter.report.remote(Message(message=f"Resumed from checkpoint at step {step}."))
+        reporter.report.remote(Message(message=f"Training resumes from the checkpoint of step {step}."))
         # The attempt that saved the checkpoint may have died before its report of the checkpoint was spooled.
         metrics = read_manifest(resume).metrics
         saved = CheckpointSaved(step=step, uri=checkpoint_uri(spec, step), metrics=metrics)
@@ -246,7 +252,10 @@ def _report_start(started: Started, resume: Path | None, spec: AttemptSpec, repo
 
 def _report_step(result: StepResult, spec: AttemptSpec, reporter: Any) -> None:
     if starts_at_ln2(result, spec):
-        sentence = f"The first loss is {result.metrics['loss']:.6f}, ln 2 as it must be: reference and policy agree."
+        sentence = (
+            f"The first loss is {result.metrics['loss']:.6f}, which is ln 2, "
+            "so policy and reference model agree as they must."
+        )
         reporter.report.remote(Message(message=sentence))
     metrics = StepMetrics(step=result.step, total_steps=result.total_steps, metrics=result.metrics)
     reporter.report.remote(metrics)
@@ -283,7 +292,7 @@ def _drop_optimizers(published: int, spec: AttemptSpec, reporter: Any) -> None:
     try:
         stored_checkpoints.drop_optimizers(spec.run_uri, published=published)
     except (OSError, DamagedCheckpoint) as error:
-        sentence = f"The optimizer's state of older checkpoints could not be removed yet: {error}"
+        sentence = f"The optimizer state of older checkpoints could not be removed and is tried again later: {error}"
         reporter.report.remote(Message(level="warn", message=sentence))
 
 

@@ -43,7 +43,7 @@ def download(client: httpx.Client, url: str, arrived: Callable[[int, int], None]
                     offset += len(data)
                     if max(offset, length) > MAX_BYTES:
                         raise InvalidUri(
-                            f"{url} holds more than {MAX_BYTES // 2**30} GiB; split it into several files."
+                            f"The file at {url} is larger than {MAX_BYTES // 2**30} GiB; split the file into several."
                         )
                     digest.update(data)
                     arrived(len(data), length)
@@ -90,7 +90,7 @@ def _body_after(offset: int, digest: Any, response: httpx.Response) -> Iterator[
 
 
 def _changed(response: httpx.Response) -> OSError:
-    return OSError(f"{response.url} changed while it was read.")
+    return OSError(f"The file at {response.url} changed while it was being read.")
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[ht
                 _check_status(url, response)
                 yield response
                 return
-    raise InvalidUri(f"{url} redirects more than {MAX_REDIRECTS} times; name the file itself.")
+    raise InvalidUri(f"{url} redirects more than {MAX_REDIRECTS} times; give the URL of the file itself.")
 
 
 def _check_status(url: str, response: httpx.Response) -> None:
@@ -113,4 +113,6 @@ def _check_status(url: str, response: httpx.Response) -> None:
     if status in RETRIED_STATUSES or response.is_server_error:
         response.raise_for_status()
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-        raise InvalidUri(f"{url} answers {status} {response.reason_phrase}.")
+        raise InvalidUri(
+            f"The server of {url} answers {status} {response.reason_phrase}; check the URL and who may read it."
+        )

@@ -58,7 +58,7 @@ def find(uri: str, prefixes: Sequence[str]) -> list[Remote]:
         and (matches(pattern, name[len(folder + slash) :]) if is_folder(uri) else name == path)
     ]
     if not files:
-        raise InvalidUri(f"{uri} has no files; check the path.")
+        raise InvalidUri(f"{uri} names no file of the dataset; check the path.")
     return sorted(files)
 
 
@@ -82,7 +82,7 @@ def _with_retries(uri: str, ask: Callable[[], Answer]) -> Answer:
                     "If the dataset is private, the operator must set HF_TOKEN for the service and list the dataset's "
                     "organization as a prefix in the setting dataset_uris."
                 )
-                message = f"{uri}: the Hugging Face hub answers {status} {reason}. {remedy}"
+                message = f"The Hugging Face hub answers {status} {reason} for {uri}. {remedy}"
                 raise InvalidUri(message) from None
         except httpx2.TransportError:
             pass  # tried again, like an answer of 5xx

@@ -47,7 +47,7 @@ def as_plain_file(spec: AttemptSpec, folder_uri: str, report: Callable[[Report],
     version = storage.version(uri)
     yield spec.model_copy(update={"training_uri": uri})
     if storage.version(uri) != version:
-        raise OSError(f"{uri} changed while it was read.")
+        raise OSError(f"The file {uri} changed while it was being read.")
     storage.delete(folder_uri)
 
 
@@ -85,7 +85,10 @@ def _fetch(uri: str, prefixes: Sequence[str], folder_uri: str, report: Callable[
         files = _in_folder(uri, prefixes) if is_folder(uri) else [_File(uri, place)]
         for file in files:
             if storage.version(file.uri) is None:
-                raise InvalidUri(f"{uri} is not a file; end it with '/' if it is a folder.")
+                raise InvalidUri(
+                    f"{uri} is not a file that the service can read; "
+                    "correct the URI, or end the URI of a folder with '/'."
+                )
             storage.open_input(file.uri).close()
     except (OSError, pa.ArrowInvalid) as error:
         # If S3 refuses, Arrow raises ArrowInvalid or an OSError with ACCESS_DENIED. Other errors are of the network.
@@ -101,7 +104,7 @@ def _in_folder(uri: str, prefixes: Sequence[str]) -> list[_File]:
     folder_uri = urlunsplit(split._replace(path=f"{folder}/"))
     names = [name for name in storage.list_files(folder_uri) if matches(unquote(pattern), name)]
     if not names:
-        raise InvalidUri(f"{uri} has no files; check the path.")
+        raise InvalidUri(f"{uri} names no file in the folder; check the path.")
     return [_File(name, admitted(storage.join(folder_uri, name), prefixes)) for name in names]
 
 
@@ -135,7 +138,14 @@ def _as_one(files: Sequence[_File], uri: str, report: Callable[[Report], None]) 
     storage.write_stream(uri, io.BufferedReader(Reader(_lines(files, starts))))
     if len(files) > 1:
         more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
-        report(Message(message=f"Training file joins {len(files)} files: {', '.join(starts[:FILES_NAMED])}{more}."))
+        report(
+            Message(
+                message=(
+                    f"The training data are {len(files)} files, "
+                    f"joined in this order: {', '.join(starts[:FILES_NAMED])}{more}."
+                )
+            )
+        )
     return uri
 
 

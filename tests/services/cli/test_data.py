@@ -124,7 +124,7 @@ def test_what_the_template_says_is_quoted_with_a_remedy(write, model, tmp_path):
     assert (some.exit_code, none.exit_code) == (0, 1)
     for found in (some, none):
         assert "Line 1: the chat template refuses the messages (System role not supported); change" in found.output
-    assert "send what it takes, or use another template" in none.stderr
+    assert "change the messages or the chat template" in none.stderr
     assert "--max-length" not in none.stderr
 
 

@@ -48,6 +48,6 @@ def test_a_deployment_is_shown_set_field_by_field_and_reset(raydpo: Callable[...
 def test_a_model_is_warmed_listed_and_unloaded(raydpo: Callable[..., str]) -> None:
     told = raydpo("models", "warm", "tiny")
     assert told.splitlines()[-1] == "tiny is loaded"
-    assert "tiny is waiting: a place" in told
+    assert "tiny is waiting: its turn to be loaded" in told
     assert "running" in raydpo("deployments", "list")
     assert raydpo("models", "unload", "tiny") == "unloaded tiny\n"

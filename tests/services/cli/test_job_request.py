@@ -202,19 +202,22 @@ def test_a_job_on_a_uri_is_repeated_on_a_file(created, planned, pairs):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--set", "method.dpo.betta=1"], "Unknown parameter: 'method.dpo.hyperparameters.betta'. Known here: "),
+        (
+            ["--set", "method.dpo.betta=1"],
+            ("Unknown parameter: 'method.dpo.hyperparameters.betta'. method.dpo.hyperparameters can have: "),
+        ),
         (["--set", "x_raydpo.max_lenght=1"], "Unknown parameter: 'x_raydpo.max_lenght'."),
         (["--set", "colour=red"], "Unknown parameter: 'colour'."),
         (["--method", "simplo"], "method.type 'simplo' is not supported; it must be one of supervised, dpo,"),
         (["--method", "kto", "--set", "method.kto.beta=-1"], "method.kto.hyperparameters.beta"),
         (["--model", "nobody"], "The model 'nobody' does not exist."),
         (["--method", "supervised"], "holds pairs; method 'supervised' learns from demonstrations."),
-        (["--set", "x_raydpo.validation_share=0.1", "--validation-file", "FILE"], "send one of them"),
+        (["--set", "x_raydpo.validation_share=0.1", "--validation-file", "FILE"], "send only one of the two"),
         (
             ["--method", "kto", "--validation-file", "FILE", "--set", "validation_file=nowhere"],
             "nowhere is neither a local",
         ),
-        (["--set", "x_raydpo.columns={answer: a}"], "names 'answer', which is no role"),
+        (["--set", "x_raydpo.columns={answer: a}"], "names the role 'answer', which does not exist"),
     ],
 )
 def test_what_would_be_refused_is_refused_before_anything_is_uploaded(raydpo, folder, pairs, options, says):
@@ -286,7 +289,7 @@ def test_a_value_that_cannot_be_set_is_refused_in_one_line(raydpo, folder, given
 def test_a_file_and_a_uri_that_are_both_given_are_refused(raydpo, pairs):
     sets = ["--set", "x_raydpo.dataset=hf://datasets/org/name/rows.jsonl"]
     refused = raydpo("jobs", "create", "--model", "tiny", "--file", pairs, *sets)
-    assert "training_file and x_raydpo.dataset differ" in refused.stderr
+    assert "training_file and x_raydpo.dataset name different data" in refused.stderr
 
 
 def test_a_config_file_and_a_job_to_repeat_exclude_each_other(raydpo, folder):

@@ -128,7 +128,7 @@ def test_a_folder_with_files_a_base_model_and_a_format_that_is_not_are_refused(r
     for arguments, said in (
         ((policy, tmp_path / "full"), "is not an empty folder"),
         (("tiny", tmp_path / "out"), "'tiny' is a base model"),
-        ((policy, tmp_path / "out", "--format", "adapter"), "is no adapter: its job trained all weights"),
+        ((policy, tmp_path / "out", "--format", "adapter"), "has no adapter, because its job trained all weights"),
         (("ft:none", tmp_path / "out"), "does not exist"),
     ):
         refused = raydpo("models", "download", *arguments)

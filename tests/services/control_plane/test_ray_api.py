@@ -41,19 +41,19 @@ def test_replicas_that_answer_are_counted() -> None:
 @pytest.mark.parametrize(
     ("told", "cause"),
     [
-        ({"driver_exit_code": -9}, "it was killed by SIGKILL, as the kernel does when memory runs out"),
-        ({"driver_exit_code": 139, "message": "KeyError: 1 was logged"}, "it was killed by SIGSEGV"),
+        ({"driver_exit_code": -9}, "the signal SIGKILL killed its process (the system sends it when memory runs out)"),
+        ({"driver_exit_code": 139, "message": "KeyError: 1 was logged"}, "the signal SIGSEGV killed its process"),
         ({"driver_exit_code": -9, "message": LOST_NODE}, "a node that it ran on was lost"),
-        ({"driver_exit_code": 1}, "it ended with status 1"),
+        ({"driver_exit_code": 1}, "its process ended with exit status 1"),
         ({"driver_exit_code": 1, "message": "ValueError: no config.json"}, "ValueError: no config.json"),
-        ({}, "it died before it finished"),
+        ({}, "its process ended before it was finished"),
         (
             {"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "runtime_env setup failed: no conda"},
-            "Ray could not start it: runtime_env setup failed: no conda",
+            "Ray could not start its process: runtime_env setup failed: no conda",
         ),
         (
             {"error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "Job supervisor actor failed to start"},
-            "Ray could not start it: Job supervisor actor failed to start",
+            "Ray could not start its process: Job supervisor actor failed to start",
         ),
         (
             {

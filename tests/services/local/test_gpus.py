@@ -33,7 +33,10 @@ def machine(monkeypatch, tmp_path):
 
 def test_workers_and_models_get_a_whole_gpu_each_and_it_is_told(machine):
     machine(TWO)
-    words = "GPUs: 2; num_gpus_per_worker is 1 and num_gpus_per_model is 1, as no setting says otherwise"
+    words = (
+        "GPUs on this machine: 2, so num_gpus_per_worker is 1 and num_gpus_per_model is 1; "
+        "the settings of these names change that"
+    )
     assert gpus.defaults([]) == (BOTH, words)
 
 
@@ -41,7 +44,7 @@ def test_what_the_settings_say_stays(machine):
     machine(TWO)
     chosen, words = gpus.defaults(["num_gpus_per_worker"])
     assert chosen == {"num_gpus_per_model": 1.0}
-    assert words == "GPUs: 2; num_gpus_per_model is 1, as no setting says otherwise"
+    assert words == "GPUs on this machine: 2, so num_gpus_per_model is 1; the settings of these names change that"
     assert gpus.defaults(gpus.NAMES) == ({}, "")
 
 
@@ -66,7 +69,7 @@ def test_the_builds_for_cpus_use_no_gpu(machine, monkeypatch):
 def test_what_cuda_visible_devices_hides_is_not_there(machine, monkeypatch, visible, number):
     machine(TWO)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpus.defaults([])[1].startswith(f"GPUs: {number};" if number else "")
+    assert gpus.defaults([])[1].startswith(f"GPUs on this machine: {number}," if number else "")
     assert bool(gpus.defaults([])[0]) == bool(number)
 
 

@@ -110,12 +110,15 @@ def test_no_rows_no_scores(driver: Driver) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (rows_of((1, 1), (MODEL_LENGTH, 1)), f"Row 1 has {MODEL_LENGTH + 1} tokens; the model takes {MODEL_LENGTH}"),
+        (
+            rows_of((1, 1), (MODEL_LENGTH, 1)),
+            (f"Row 1 has {MODEL_LENGTH + 1} tokens, but the model takes at most {MODEL_LENGTH}"),
+        ),
         (([[]], [[5]]), "Row 0: 0 prompt and 1 completion tokens"),
         (([[5]], [[]]), "Row 0: 1 prompt and 0 completion tokens"),
         (([[5]], [[VOCABULARY]]), f"outside the vocabulary of {VOCABULARY}"),
         (([[-1]], [[5]]), f"outside the vocabulary of {VOCABULARY}"),
-        (([[5], [5]], [[5]]), "2 prompts came with 1 completions"),
+        (([[5], [5]], [[5]]), "The request has 2 prompts and 1 completions"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_refused(driver: Driver, rows: Rows, message: str) -> None:

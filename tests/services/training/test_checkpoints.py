@@ -47,7 +47,8 @@ def test_an_attempt_stops_early_and_leaves_the_best_checkpoint_as_the_policy_tho
     told = [report.message for report in only(Message, reports)]
     assert f"Stopped early after step {last.step}: {METRIC} has not improved at all for {PATIENCE} evaluations." in told
     assert any(
-        message.startswith(f"The policy is the checkpoint of step {top.step}: its {METRIC} ") for message in told
+        message.startswith(f"The job's policy is the checkpoint of step {top.step}, whose {METRIC} ")
+        for message in told
     )
     model = storage.join(checkpoint_uri(run_uri, top.step), "model", "model.safetensors")
     exported = storage.join(run_uri, "export", "model.safetensors")

@@ -85,8 +85,10 @@ def test_an_attempt_reports_all_its_stages_and_exports_the_policy(uninterrupted:
     assert stages == ["encoding", "scoring", "exporting"]
     messages = [report.message for report in only(Message, reports)]
     assert messages[0] == "Training file has 24 pairs (OpenAI preference format)."
-    assert messages[1].startswith("Tokens, on average: prompt 19")
-    assert messages[2].startswith("The reference's deployment agrees with the trainer: 24 rows, ")
+    assert messages[1].startswith("Average number of tokens: prompt 19")
+    assert messages[2].startswith(
+        "vLLM and the trainer compute the same log-probabilities of the reference model: differences in 24 rows with "
+    )
     assert messages[3].startswith("The first loss is 0.69314")
     (started,) = only(Started, reports)
     assert (started.num_groups, started.total_steps, started.resumed_from) == (24, NUM_STEPS, 0)
@@ -141,7 +143,7 @@ def test_a_killed_attempt_is_continued_by_the_next_bit_for_bit(
     before, after = first.reports(), second.reports()
     (started,) = only(Started, after)
     assert 0 < started.resumed_from < NUM_STEPS
-    assert Message(message=f"Resumed from checkpoint at step {started.resumed_from}.") in after
+    assert Message(message=f"Training resumes from the checkpoint of step {started.resumed_from}.") in after
     assert only(CheckpointSaved, after)[0].step == started.resumed_from, "its first report may have been lost"
     assert list(figures(after)) == list(range(started.resumed_from + 1, NUM_STEPS + 1))
     assert set(figures(before)) >= set(range(1, started.resumed_from + 1)), "what is not run again was spooled"
@@ -198,7 +200,9 @@ def test_an_integration_that_dies_costs_the_job_nothing_but_a_warning(
     follower.kill()
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     (warning,) = [report for report in only(Message, driver.reports()) if report.level == "warn"]
-    assert warning.message.startswith("An integration died and lacks the last steps: ")
+    assert warning.message.startswith(
+        "The process that sends metrics to an integration died; the last steps are missing there: "
+    )
     assert list(figures(driver.reports())) == list(range(1, NUM_STEPS + 1))
     assert isinstance(driver.reports()[-1], Succeeded)
 
@@ -224,7 +228,7 @@ def test_two_workers_equal_one_even_when_one_of_them_is_killed(
     first, second = only(Started, driver.reports())
     assert first.resumed_from == 0 < second.resumed_from
     (told,) = [m.message for m in only(Message, driver.reports()) if m.message.startswith("Workers died")]
-    assert re.match(r"Workers died \(rank [01].*\): one of its processes was killed or crashed", told)
+    assert re.match(r"Training workers died \(rank [01].*\): one of its processes was killed or crashed", told)
     one, two = figures(uninterrupted.reports()), figures(driver.reports())
     assert list(two) == list(range(1, NUM_STEPS + 1))
     for step in range(1, 41):  # later, float32 sums in another order have grown into another path
@@ -287,7 +291,7 @@ def test_a_full_disk_stops_a_job_until_there_is_room(
     driver = start(make_spec_in(small_disk.folder, config=CONFIG, reference="tiny", events_url=control_plane.url))
     driver.reported(CheckpointSaved)
     small_disk.fill()
-    driver.printed("waits for room")
+    driver.printed("waits until there is room")
     time.sleep(2)
     assert driver.process.poll() is None
     before = whole_checkpoints(driver)
@@ -296,7 +300,7 @@ def test_a_full_disk_stops_a_job_until_there_is_room(
     reports = driver.reports()
     assert before < whole_checkpoints(driver) == {report.step for report in only(CheckpointSaved, reports)}
     (warning,) = [report.message for report in only(Message, reports) if report.level == "warn"]
-    assert re.match("Storage is full; publishing the checkpoint at step [0-9]+ waits for room", warning)
+    assert re.match("The storage is full; publishing the checkpoint at step [0-9]+ waits until there is room", warning)
     assert len(only(Started, reports)) == 1
     assert figures(reports) == figures(uninterrupted.reports())
     assert control_plane.reports() == reports
@@ -323,7 +327,7 @@ def test_whenever_an_attempt_is_killed_the_next_continues_it_bit_for_bit(
     if when == "while one is published":
         first.reported(CheckpointSaved)
         small_disk.fill(leave=64 * 1024)  # room for its first files
-        first.printed("waits for room")
+        first.printed("waits until there is room")
     else:
         first.reported(StepMetrics)
     first.process.kill()
@@ -398,8 +402,10 @@ def test_data_whose_bits_flipped_in_the_cache_are_made_again_and_never_trained_o
         damaged.write_bytes(data)
     for reports, damaged in zip(found[1:], (ids, scores), strict=True):
         (warning,) = [report.message for report in only(Message, reports) if report.level == "warn"]
-        assert warning.startswith("Prepared data are damaged, so they are made again: ")
-        assert f"{damaged.parent.name}/{damaged.name} does not match the sha256" in warning
+        assert warning.startswith(
+            "The stored result of an earlier preparation of the data is damaged, so the data are prepared again: "
+        )
+        assert f"{damaged.parent.name}/{damaged.name} with prepared data does not have its recorded sha256" in warning
         assert figures(reports) == figures(found[0])
 
 
@@ -425,9 +431,9 @@ def test_a_second_job_on_the_same_bytes_finds_ids_and_scores(
     driver = start(make_spec(**given, reference="a-reference-that-never-comes"))
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     messages = [report.message for report in only(Message, driver.reports())]
-    assert messages[0] == "Training file: token ids were found in the cache."
+    assert messages[0] == "Training file: the token ids are known from an earlier job with the same data and model."
     assert messages[1] == "Training file has 24 pairs (OpenAI preference format)."
-    assert messages[3] == "The reference's scores were found in the cache."
+    assert messages[3] == "The reference model's scores of these rows are known from an earlier job."
     assert [report.stage for report in only(Progress, driver.reports())] == ["exporting"] * 2
     assert figures(driver.reports()) == figures(uninterrupted.reports())
 
@@ -456,8 +462,10 @@ def test_the_trainer_scores_where_the_deployment_departs(
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     assert ReferenceWanted() in driver.reports()
     warnings = [report.message for report in only(Message, driver.reports()) if report.level == "warn"]
-    assert warnings[0].startswith("The reference's deployment disagrees with the trainer: 24 rows, ")
-    assert warnings[1] == "The trainer's own forward scores the reference instead."
+    assert warnings[0].startswith(
+        "vLLM and the trainer compute different log-probabilities of the reference model: differences in 24 rows with "
+    )
+    assert warnings[1] == "The workers compute the reference model's scores instead."
     released = driver.reports().index(ReferenceReleased())
     assert "scoring" in {report.stage for report in only(Progress, driver.reports()[released:])}
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -470,8 +478,8 @@ def test_a_small_job_does_not_wait_for_an_engine(
     driver = start(make_spec(config=TrainConfig(batch_size=8, n_epochs=1), **given))
     assert driver.wait() == 0, driver.log.read_text()[-5000:]
     messages = [report.message for report in only(Message, driver.reports())]
-    assert messages[2].startswith("The trainer's own forward scores the reference: it needs about ")
-    assert "and loading an engine does not pay below 60 s" in messages[2]
+    assert messages[2].startswith("The workers compute the reference model's scores instead of vLLM: they need about ")
+    assert "and loading vLLM is only worth it above 60 s" in messages[2]
     assert ReferenceWanted() not in driver.reports()
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
@@ -503,7 +511,7 @@ def test_an_attempt_trains_on_rows_from_the_web(
     stages = list(dict.fromkeys(report.stage for report in only(Progress, reports)))
     assert stages == ["downloading", "encoding", "exporting"]
     messages = [report.message for report in only(Message, reports)]
-    begun = messages.index("Training file: reading it and checking its rows.")
+    begun = messages.index("Training file: the rows are being read and checked.")
     assert begun < messages.index("Training file has 24 pairs (OpenAI preference format).")
     assert len(only(StepMetrics, reports)) == 3
     assert isinstance(reports[-1], Succeeded)
@@ -544,9 +552,7 @@ def test_a_model_that_cannot_be_trained_fails_the_job_and_is_not_tried_again(
     assert driver.wait() == 1, driver.log.read_text()[-5000:]
     last = driver.reports()[-1]
     assert (last.kind, last.code, last.param) == ("failed", "invalid_model", "model")
-    assert re.search(
-        r"The model cannot be trained: .* lacks 1 weights of .*, such as model.norm.weight; ", last.message
-    )
+    assert re.search(r"The model cannot be trained: .* lacks 1 weights, such as model.norm.weight, of ", last.message)
 
 
 def test_an_attempt_that_cannot_go_on_says_why(

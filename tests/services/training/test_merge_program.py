@@ -78,7 +78,7 @@ def test_an_adapter_whose_base_is_gone_is_refused_with_the_reason(adapter: Path,
     result = answer(MergeRequest(adapter_uri=str(moved), folder_uri=str(tmp_path / "out")))
     assert result.error
     assert result.error.code == "unmergeable"
-    assert "which does not exist; restore that folder" in result.error.message
+    assert "but that folder does not exist; restore the folder" in result.error.message
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """What a job can start from and train, as the table of combinations says: each is loaded, trained and gone on with."""
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
-from dpo_core.models.model import load_tokenizer
+from dpo_core.models.model import load_policy, load_tokenizer
 from dpo_core.options import Dpo, Objective, RewardBradleyTerry, RewardGaussian, Simpo, Supervised
 from dpo_core.policy.scorer import score_reference
 from dpo_core.training.trainer import train
@@ -169,3 +170,69 @@ def test_modules_that_the_model_lacks_fail_the_job_by_their_field(
     report = failed.value.report
     assert (report.code, report.param) == ("invalid_model", "x_raydpo.adapter.target_modules")
     assert "nowhere" in report.message
+
+
+@pytest.fixture
+def adapter(model_source: str, tmp_path: Path) -> Path:
+    load_policy(model_source, adapter=Lora(r=2)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def without_a_norm(source: str, folder: Path) -> str:
+    folder.mkdir()
+    for file in Path(source).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_a_model_is_fetched_with_the_base_that_its_adapter_names(adapter: Path, model_source: str) -> None:
+    assert policies.fetch(str(adapter)) == (adapter, Path(model_source))
+    assert policies.fetch(model_source) == (Path(model_source), None)
+    assert policies.base_of(str(adapter)) == policies.base_of(model_source) == model_source
+
+
+def test_a_reference_is_frozen_whole_or_with_its_adapter(adapter: Path, model_source: str) -> None:
+    for source in (model_source, str(adapter)):
+        reference = policies.load_reference(source, Weights(), CPU)
+        assert not any(weight.requires_grad for weight in reference.parameters())
+
+
+def test_a_reference_that_lacks_weights_fails_the_job_by_name(model_source: str, tmp_path: Path) -> None:
+    damaged = without_a_norm(model_source, tmp_path / "damaged")
+    with pytest.raises(JobFailed) as failure:
+        policies.load_reference(damaged, Weights(), CPU)
+    failed = failure.value.report
+    assert failed.message.startswith(
+        f"The reference model cannot be used: {damaged} lacks 1 weights, such as model.norm"
+    )
+    assert (failed.code, failed.param) == ("invalid_model", "model")
+
+
+def test_a_reference_whose_adapter_does_not_fit_its_base_fails_the_job(adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: weight[..., :-1].contiguous() for name, weight in weights.items()}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(JobFailed, match=r"The reference model cannot be used: The adapter in .* of other shapes"):
+        policies.load_reference(str(adapter), Weights(), CPU)
+
+
+@pytest.mark.parametrize("weights", [Weights(), Weights(adapter=Lora(r=2))])
+def test_a_policy_that_lacks_weights_fails_the_job(
+    weights: Weights, make_spec_in: Callable[..., AttemptSpec], model_source: str, tmp_path: Path
+) -> None:
+    damaged = without_a_norm(model_source, tmp_path / "damaged")
+    with pytest.raises(JobFailed, match=r"The model cannot be trained: .*damaged lacks 1 weights"):
+        policies.load_policy(make_spec_in(tmp_path, model_source=damaged, weights=weights), CPU)
+
+
+def test_a_policy_merged_from_an_adapter_of_another_base_fails_the_job(
+    adapter: Path, make_spec_in: Callable[..., AttemptSpec], tmp_path: Path
+) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj"]}))
+    with pytest.raises(JobFailed, match=r"The model cannot be trained: The adapter in .* does not fit the base"):
+        policies.load_policy(make_spec_in(tmp_path, model_source=str(adapter), weights=Weights()), CPU)

@@ -71,5 +71,6 @@ def close(followers: list[Any], status: Status | None, reporter: Any) -> None:
         try:
             ray.get(closing, timeout=seconds + GRACE_SECONDS)
         except RayError as error:
-            sentence = f"An integration died and lacks the last steps: {str(error).splitlines()[0]:.200}"
+            what = "The process that sends metrics to an integration died; the last steps are missing there"
+            sentence = f"{what}: {str(error).splitlines()[0]:.200}"
             reporter.report.remote(Message(level="warn", message=sentence))

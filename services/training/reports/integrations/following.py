@@ -50,7 +50,9 @@ class Follower:
         self._closing.set()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive() and status is not None:
-            self._warn(f"it did not take the last steps within {timeout_seconds:.0f} s; they are missing there")
+            self._warn(
+                f"the metrics of the last steps could not be sent within {timeout_seconds:.0f} s and are missing there"
+            )
         self._announced = self._warned = True
 
     def _work(self) -> None:
@@ -61,13 +63,16 @@ class Follower:
                     self._follow(Path(folder))
                 return
             except ImportError as error:
-                self._warn(f"the cluster lacks the package {error.name}; its image needs raydpo's extra `cluster`")
+                self._warn(
+                    f"the Ray cluster lacks the Python package {error.name}; "
+                    "the operator must build its image with raydpo[cluster]"
+                )
                 return
             except Exception as error:  # any error, because training must not fail by an integration
                 logger.warning(
                     "%s failed: %s", self._name, _without_secrets("".join(traceback.format_exception(error)))
                 )
-                self._warn(f"{_reason(error)}; it is tried again every {RETRY_SECONDS:.0f} s")
+                self._warn(f"{_reason(error)}; sending is tried again every {RETRY_SECONDS:.0f} s")
             if last_try:
                 return
             self._closing.wait(RETRY_SECONDS)
@@ -105,7 +110,9 @@ class Follower:
 
     @contextmanager
     def _warning_if_slow(self) -> Iterator[None]:
-        timer = threading.Timer(SLOW_SECONDS, self._warn, [f"it has not answered for {SLOW_SECONDS:.0f} s"])
+        timer = threading.Timer(
+            SLOW_SECONDS, self._warn, [(f"the integration has not answered for {SLOW_SECONDS:.0f} s")]
+        )
         timer.daemon = True
         timer.start()
         try:
@@ -116,7 +123,7 @@ class Follower:
     def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            self._report(Message(level="warn", message=f"{self._name}: {reason}. Training goes on."))
+            self._report(Message(level="warn", message=f"{self._name}: {reason}. The training itself continues."))
 
 
 def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
@@ -137,7 +144,7 @@ def _spooled(spec: AttemptSpec) -> Iterator[EventBatch | None]:
                     break
                 yield None
             except DamagedSegment as error:
-                logger.warning("A damaged segment of the spool is skipped: %s", error)
+                logger.warning("A damaged file of stored reports is skipped: %s", error)
                 next_seq, lost = next_seq + 1, True
             else:
                 next_seq, lost = batch.events[-1].seq + 1, False

@@ -92,7 +92,7 @@ class MlflowSink:
 
     def _where_local(self, job_id: str) -> str:
         return (
-            "the cluster has no tracking server (MLFLOW_TRACKING_URI), so the run is written to "
+            "the cluster has no MLflow tracking server (MLFLOW_TRACKING_URI is not set), so the run is written to "
             f"runs/{job_id}/mlflow/{self._file.name} in the service's storage; "
             f"see it with `mlflow server --backend-store-uri sqlite:///{self._file.name}`"
         )

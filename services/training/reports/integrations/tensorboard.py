@@ -25,7 +25,7 @@ class TensorboardSink:
         self._uri = storage.join(spec.run_uri, "tensorboard")
         written = [int(name.split(".")[3]) for name in storage.list_files(self._uri) if name.startswith(NAME)]
         self.last_step = max(written, default=0)
-        self.where = f"event files are written to runs/{spec.job_id}/tensorboard in the service's storage"
+        self.where = f"the event files are written to runs/{spec.job_id}/tensorboard in the service's storage"
 
     def begin(self, started: Started) -> None:
         facts = {"job": self._spec.job_id, "fine_tuned_model": self._spec.fine_tuned_model, **asdict(started.config)}

@@ -68,11 +68,11 @@ class WandbSink:
             storage.write_file(storage.join(self._spec.run_uri, "wandb", self._folder_name, file.name), file)
 
     def _where_offline(self) -> str:
-        why = "WANDB_MODE is not online" if os.environ.get("WANDB_API_KEY") else "it has no WANDB_API_KEY"
+        why = "WANDB_MODE is not online" if os.environ.get("WANDB_API_KEY") else "WANDB_API_KEY is not set"
         return (
-            f"the cluster is offline ({why}), so the run is written to "
+            f"the cluster does not send to Weights & Biases ({why}), so the run is written to "
             f"runs/{self._spec.job_id}/wandb/{self._folder_name} in the service's storage; "
-            f"with a key, send it with `wandb sync {self._folder_name}`"
+            f"send it later with `wandb sync {self._folder_name}` and a key"
         )
 
 

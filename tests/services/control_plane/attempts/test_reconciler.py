@@ -499,13 +499,13 @@ def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
         ray.told[f"{job_id}-{number}"] = {"message": OUT_OF_MEMORY, "driver_exit_code": 1}
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
         ticks(settings, 2, rested=False)
-        counted = f"{number} of 5 died in a row without a new checkpoint"
+        counted = f"{number} of at most 5 attempts in a row died without a new checkpoint"
         assert state(client, job_id) == ("running", f"its next attempt, {seconds} s after the last one: {counted}")
         event = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0]
         assert (event.level, event.message) == (
             "warn",
-            f"Attempt {number} ended: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in use; "
-            f"Ray killed processes that held 0.14 GB; the next one begins {seconds} s later",
+            f"Attempt {number} at the job ended: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in "
+            f"use; Ray killed processes that held 0.14 GB; the next attempt begins {seconds} s later",
         )
         rest(settings, job_id, seconds - 3)
         ticks(settings, 1, rested=False)
@@ -526,7 +526,10 @@ def test_a_job_that_rests_for_minutes_lets_others_run_and_then_takes_its_turn(
     for number, seconds in ((1, 5), (2, 25)):  # in so short rests its place is its own
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
         ticks(settings, 2, rested=False)
-        assert state(client, other) == ("queued", "another job to end: 1 may run at once")
+        assert state(client, other) == (
+            "queued",
+            ("another job to end, because at most 1 may run at once (setting max_running_jobs)"),
+        )
         rest(settings, job_id, seconds)
         ticks(settings, 1, rested=False)
     ray.jobs[f"{job_id}-3"] = "FAILED"
@@ -535,9 +538,14 @@ def test_a_job_that_rests_for_minutes_lets_others_run_and_then_takes_its_turn(
     assert str(state(client, job_id)[1]).startswith("its next attempt, 125 s after the last one")
     rest(settings, job_id, 125)
     ticks(settings, 2, rested=False)
-    assert state(client, job_id) == ("running", "another job to end: 1 may run at once")
+    assert state(client, job_id) == (
+        "running",
+        ("another job to end, because at most 1 may run at once (setting max_running_jobs)"),
+    )
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
-    assert told.count("Waiting for another job to end: 1 may run at once") == 1
+    assert (
+        told.count("Waiting for another job to end, because at most 1 may run at once (setting max_running_jobs)") == 1
+    )
     assert f"{job_id}-4" not in ray.jobs
     spool(settings, other, 1, reports(settings, other))
     ray.jobs[f"{other}-1"] = "SUCCEEDED"
@@ -578,7 +586,7 @@ def test_a_job_that_comes_back_from_a_long_rest_waits_for_workers_that_are_there
         rest(settings, job_id, (5, 25, 125)[number - 1])
         ray.resources = {"CPU": 8.0} if number < 3 else {"CPU": 0.0}
         ticks(settings, 1, rested=False)
-    assert state(client, job_id) == ("running", "a larger cluster: it needs 1 CPU, and there are 0")
+    assert state(client, job_id) == ("running", "a larger cluster, because the job needs 1 CPU but the cluster has 0")
     ray.resources = {"CPU": 8.0}
     ticks(settings, 1, rested=False)
     assert ray.jobs[f"{job_id}-4"] == "RUNNING"
@@ -597,7 +605,9 @@ def test_an_attempt_that_left_a_new_checkpoint_begins_the_count_anew(
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
         ticks(settings, 1, rested=False)
         waits_for = state(client, job_id)[1]
-        assert waits_for.endswith(f"{number % 3 + 1 if steps else number} of 5 died in a row without a new checkpoint")
+        assert waits_for.endswith(
+            f"{number % 3 + 1 if steps else number} of at most 5 attempts in a row died without a new checkpoint"
+        )
         rest(settings, job_id, 3600)
         ticks(settings, 1, rested=False)
     client.fine_tuning.jobs.cancel(job_id)
@@ -655,7 +665,7 @@ def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
     asyncio.run(lose_twice())
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
     (over,) = [message for message in told if message.startswith("Attempt 1 ended: ")]
-    assert "killed by SIGKILL, as the kernel does when memory runs out" in over
+    assert "the signal SIGKILL killed its process (the system sends it when memory runs out)" in over
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
 
@@ -743,7 +753,9 @@ def test_a_project_out_of_accelerator_hours_opens_no_attempt_and_keeps_its_job(
     ticks(on_gpus, 2)
     assert (client.fine_tuning.jobs.retrieve(job_id).status, ray.submissions) == ("queued", [])
     waits_for = client.fine_tuning.jobs.retrieve(job_id).to_dict()["x_raydpo"]["waits_for"]  # type: ignore[index]
-    assert waits_for == "accelerator hours: its project has used its 0; an admin can raise max_accelerator_hours"
+    assert waits_for == (
+        "accelerator hours, because its project has used all 0; an admin can raise max_accelerator_hours"
+    )
     api.post("/x/projects/proj_default", json={"max_accelerator_hours": 1})
     ticks(on_gpus, 1)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
@@ -822,7 +834,7 @@ def test_a_job_that_does_not_fit_waits_and_says_for_what(
 
     ray.resources = {"CPU": 0.0}
     ticks(settings, 3)
-    assert (waits_for(), ray.submissions) == ("a larger cluster: it needs 1 CPU, and there are 0", [])
+    assert (waits_for(), ray.submissions) == ("a larger cluster, because the job needs 1 CPU but the cluster has 0", [])
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
     assert sum(message.startswith("Waiting for a larger cluster") for message in told) == 1
     ray.resources = {"CPU": 8.0}
@@ -905,7 +917,7 @@ def test_the_log_of_a_job_replays_to_what_it_is_and_refuses_what_no_rule_allows(
     ]
     assert jobs.replay(log) == (job.desired, job.observed, job.version)
     assert {line.actor for line in log} == {"key_configured", "test-0"}
-    with pytest.raises(ValueError, match="no rule leads from running to queued"):
+    with pytest.raises(ValueError, match="went from running to queued, which no rule allows"):
         jobs.replay([log[1], Transition(job_id=job_id, version=3, desired="run", observed="queued")])
 
 
@@ -1008,7 +1020,7 @@ def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
         ticks(settings, 3)
         assert list(ray.jobs)[-1] == f"{job_id}-{number + 1}"
-    assert "Attempt 1 was asked to stop, and stopped after step 1" in told(client, job_id)
+    assert "The service stopped attempt 1 at the job after step 1" in told(client, job_id)
     succeed(client, settings, ray, job_id, 6)
 
 
@@ -1037,7 +1049,9 @@ def test_an_attempt_that_does_not_pause_in_time_is_stopped_by_ray(
     assert ray.jobs[f"{job_id}-1"] == "RUNNING"
     ticks(settings, 80, apart=8.0)
     assert (status(client, job_id), ray.jobs[f"{job_id}-1"]) == ("paused", "STOPPED")
-    assert "Attempt 1 is being stopped: it did not pause in time" in told(client, job_id)
+    assert ("The service is stopping attempt 1 at the job: the job was to pause and did not do so in time") in told(
+        client, job_id
+    )
     cancelled(client, settings, job_id)
 
 
@@ -1067,7 +1081,9 @@ def test_a_silent_attempt_is_stopped_and_the_next_one_goes_on(
     assert list(ray.jobs.values()) == ["STOPPED", "RUNNING"]
     stopped = [message for message in told(client, job_id) if "is being stopped" in message]
     assert len(stopped) == 1
-    assert stopped[0].startswith("Attempt 1 is being stopped: it gave no sign of life for 36")
+    assert stopped[0].startswith(
+        "The service is stopping attempt 1 at the job: its training process sent no report for 36"
+    )
     succeed(client, settings, ray, job_id, 2)
 
 
@@ -1128,7 +1144,10 @@ def test_reports_whose_bits_flipped_are_not_told_and_those_after_them_are(
     events = list(client.fine_tuning.jobs.list_events(job_id))
     assert [event.data["step"] for event in events if event.type == "metrics"] == [3, 1]  # type: ignore[index]
     (warning,) = [event.message for event in events if event.level == "warn"]
-    assert warning == "Reports 2 to 2 of attempt 1 are lost: their part of its spool is damaged"
+    assert warning == (
+        "Reports 2 to 2 of attempt 1 are lost, "
+        "so events or metrics are missing: the file that kept these reports in storage is damaged"
+    )
 
 
 def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
@@ -1144,7 +1163,7 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
     assert told == [
         f"The last reports of attempt 1 are lost: {uri} does not match its sha256",
-        "Attempt 1 ended: it died before it finished; the next one begins 5 s later",
+        "Attempt 1 at the job ended: its process ended before it was finished; the next attempt begins 5 s later",
     ]
     spool(settings, job_id, 2, reports(settings, job_id))
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"

@@ -33,28 +33,35 @@ def starting(waits: dict[str, str | None]) -> list[str]:
 
 def test_the_highest_priority_goes_first_then_the_oldest(offline: Settings) -> None:
     waits = what_each_waits_for([job(1), job(2, priority=1), job(3, priority=1)], {}, {"CPU": 8}, offline)
-    assert waits == {"job-2": None} | dict.fromkeys(("job-3", "job-1"), "another job to end: 1 may run at once")
+    assert waits == {"job-2": None} | dict.fromkeys(
+        ("job-3", "job-1"), "another job to end, because at most 1 may run at once (setting max_running_jobs)"
+    )
 
 
 def test_a_large_job_keeps_its_place_and_one_that_never_fits_keeps_nobody(several: Settings) -> None:
     live = [job(1, workers=2, observed="running"), job(2, workers=9), job(3, workers=3), job(4)]
     waits = what_each_waits_for(live, {}, {"CPU": 64, "GPU": 4}, several)
     assert waits == {
-        "job-2": "a larger cluster: it needs 9 GPU, and there are 4",
-        "job-3": "running jobs to end: with them it needs 5 GPU, and there are 4",
-        "job-4": "its turn: job-3 goes first",
+        "job-2": "a larger cluster, because the job needs 9 GPU but the cluster has 4",
+        "job-3": "running jobs to end, because together with them the job needs 5 GPU but the cluster has 4",
+        "job-4": "its turn, because job-3 goes first",
     }
 
 
 def test_a_project_at_its_limit_keeps_no_other_project(several: Settings) -> None:
     live = [job(1, observed="running"), job(2), job(3, project_id="b")]
     waits = what_each_waits_for(live, {"a": Share(1), "b": Share()}, {"CPU": 64, "GPU": 4}, several)
-    assert waits == {"job-2": "another job of its project to end: 1 may run at once", "job-3": None}
+    assert waits == {
+        "job-2": (
+            "another job of its project to end, because at most 1 may run at once (max_running_jobs of the project)"
+        ),
+        "job-3": None,
+    }
 
 
 def test_a_job_that_comes_back_from_a_long_rest_takes_its_turn_again(offline: Settings) -> None:
     live = [job(1, observed="running"), job(2), job(3, observed="running")]
-    others = "another job to end: 1 may run at once"
+    others = "another job to end, because at most 1 may run at once (setting max_running_jobs)"
     assert what_each_waits_for(live, {}, {"CPU": 8}, offline, {"job-1"}) == {"job-1": others, "job-2": others}
     assert what_each_waits_for(live[:2], {}, {"CPU": 8}, offline, {"job-1"}) == {"job-1": None, "job-2": others}
     live[0].desired = "cancel"
@@ -84,8 +91,8 @@ def test_running_workers_are_shared_by_weight(several: Settings) -> None:
 def test_a_job_of_another_project_that_goes_first_is_not_named(several: Settings) -> None:
     live = [job(1, workers=3, project_id="b", observed="running"), job(2, workers=2), job(3), job(4, project_id="b")]
     waits = what_each_waits_for(live, {}, {"CPU": 64, "GPU": 4}, several)
-    assert waits["job-3"] == "its turn: job-2 goes first"
-    assert waits["job-4"] == "its turn: a job of another project goes first"
+    assert waits["job-3"] == "its turn, because job-2 goes first"
+    assert waits["job-4"] == "its turn, because a job of another project goes first"
 
 
 def test_where_ray_does_not_say_what_it_has_jobs_start(several: Settings) -> None:

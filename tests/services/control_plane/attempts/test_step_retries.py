@@ -144,7 +144,7 @@ def test_a_report_that_cannot_be_kept_is_told_and_those_around_it_are_kept(
     before, after = '{"kind": "message", "message": "before"}', '{"kind": "message", "message": "after"}'
     assert [post(ray, base_url, job_id, before, report, after).status_code for _ in range(2)] == [200, 200]
     told = sorted(messages(client, job_id)[:3], key=["after", "before"].__contains__)
-    assert (set(told[1:]), "could not be kept" in told[0] or "cannot read" in told[0]) == ({"before", "after"}, True)
+    assert (set(told[1:]), "could not be stored" in told[0] or "cannot read" in told[0]) == ({"before", "after"}, True)
     assert all("VALUES" not in message for message in told), "no statement is shown"
     succeed(client, settings, ray, job_id, first=3)
 
@@ -162,7 +162,7 @@ def test_a_spooled_report_of_no_date_is_told_and_those_around_it_are_kept(
     ticks(settings, 2)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
     assert any(
-        f"Report {len(before)} (message) of attempt 1 could not be kept" in each for each in messages(client, job_id)
+        f"Report {len(before)} (message) of attempt 1 could not be stored" in each for each in messages(client, job_id)
     )
 
 
@@ -201,7 +201,7 @@ def test_launches_that_ray_refuses_are_few_and_end_the_job_in_rays_words(
     assert (job.status, WORDS in (job.error.message or "")) == ("failed", True)
     assert ray.num_launches <= 2 * settings.max_attempts
     said = [each for each in messages(client, job_id) if each.startswith("Attempt ")]
-    assert said[-1].startswith(f"Attempt 1 ended: Ray refuses to launch it: ValueError: {WORDS}")
+    assert said[-1].startswith(f"Attempt 1 at the job ended: Ray refuses to start the attempt: ValueError: {WORDS}")
     ray.refusal = None
     assert client.fine_tuning.jobs.retrieve(other).status == "failed"
 
@@ -213,12 +213,17 @@ def test_a_launch_that_fails_is_repeated_with_pauses_and_given_up_after_a_while(
     ticks(settings, 60, apart=1)
     assert 4 <= ray.num_launches <= 8, "of sixty ticks"
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
-    waits = "The job's next step fails and is tried again: Ray answers 500: No available agent"
+    waits = (
+        "The service could not take the job's next step and keeps trying: Ray answered with status 500: "
+        "No available agent"
+    )
     assert sum(each.startswith(waits) for each in messages(client, job_id)) == 1
     with psycopg.connect(settings.database_url, autocommit=True) as rows:
         rows.execute("UPDATE attempts SET reported_at = now() - interval '1 hour' WHERE job_id = %s", [job_id])
     ticks(settings, 1)
-    assert messages(client, job_id)[0].startswith("Attempt 1 ended: Ray did not launch it in 900 s: No available")
+    assert messages(client, job_id)[0].startswith(
+        "Attempt 1 at the job ended: Ray did not start the attempt within 900 s: No available"
+    )
     ray.refusal = None
     rest(settings, job_id, 3600)
     ticks(settings, 2)
@@ -273,7 +278,7 @@ def test_a_policy_never_gets_the_name_of_another_jobs(
     error = client.fine_tuning.jobs.retrieve(job_id).error
     assert error is not None
     assert error.code == "internal_error"
-    assert f"'{spec.fine_tuned_model}' is the name of a policy of {other} already" in (error.message or "")
+    assert f"cannot name its policy '{spec.fine_tuned_model}', because the job {other} has" in (error.message or "")
     client.fine_tuning.jobs.cancel(other)
     ticks(settings, 3)
 
@@ -321,7 +326,7 @@ def test_storage_that_fails_is_told_once_and_fails_no_job(
     assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
     assert (
         sum(
-            each.startswith("The job's next step fails and is tried again: storage")
+            each.startswith("The service could not take the job's next step and keeps trying: the storage")
             for each in messages(client, job_id)
         )
         == 1
@@ -381,11 +386,11 @@ ASKED = httpx.Request("GET", "http://10.0.0.1:8265/api/jobs/")
         (
             DataError("SELECT secret", {}, Exception("invalid byte\nLINE 1: secret")),
             True,
-            "the database refuses a value",
+            "the database refused a value",
         ),
         (NoResultFound("No row was found"), True, "NoResultFound: No row was found"),
-        (httpx.ConnectError("10.0.0.1 is away", request=ASKED), False, "Ray does not answer"),
-        (PermissionError(13, "Permission denied", "/srv/secret"), False, "storage fails: Permission denied"),
+        (httpx.ConnectError("10.0.0.1 is away", request=ASKED), False, "the Ray cluster does not answer"),
+        (PermissionError(13, "Permission denied", "/srv/secret"), False, "the storage failed: Permission denied"),
         (KeyError("model"), True, "KeyError: 'model'"),
     ],
 )

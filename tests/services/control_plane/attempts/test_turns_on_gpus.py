@@ -125,7 +125,7 @@ def test_an_idle_model_leaves_the_gpu_to_a_job_and_the_next_model_waits_for_its_
         assert await world.tick() == (set(), 1)
         async with world.store.begin() as session:
             told = await deployments.waits_for(session, CHAT.app_name)
-        assert told == "waits for GPUs: jobs leave 0 GPUs to models, 0 models hold theirs, and it needs 1"
+        assert told == "waits for GPUs: jobs leave 0 GPUs to models, 0 loaded models use some of them, and it needs 1"
         second = await world.submit()
         await world.end(job_id)
         assert await world.tick() == (set(), 1)  # it waits for longer than the model, which is next
@@ -208,5 +208,5 @@ def test_a_job_whose_reference_has_no_place_waits_and_one_with_the_same_referenc
     running = [a_job(1, observed="running"), a_job(2, observed="running")]
     same = a_job(3, spec={"model": "m1"}, model_source="/m1")
     waits = what_each_waits_for([*running, same, a_job(4)], {}, {"CPU": 32.0, "GPU": 8.0}, several)
-    said = "a place for its reference: those of running jobs hold all 2 places for models"
+    said = "running jobs to end, because their reference models are all 2 that may be loaded (max_loaded_models)"
     assert waits == {"job-3": None, "job-4": said}

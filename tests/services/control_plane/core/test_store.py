@@ -102,7 +102,7 @@ def test_no_model_is_served_under_the_name_of_another_ones_application(
     async def use_both() -> None:
         await use(one)
         await use(one)
-        with pytest.raises(Unavailable, match="'ft:other' cannot be served while another model has the name"):
+        with pytest.raises(Unavailable, match="'ft:other' cannot be loaded while another model uses its name"):
             await use(other)
         await store.close()
 

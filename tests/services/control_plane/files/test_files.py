@@ -70,7 +70,7 @@ def test_more_of_them_than_the_share_refuse_the_file(client: openai.OpenAI) -> N
 def test_a_damaged_container_is_refused_whatever_share_may_be_left_out(client: openai.OpenAI) -> None:
     damaged = gzip.compress(pairs(2000))[:-400]
     drop = {"x_raydpo": {"invalid_rows": "drop", "max_invalid_share": 0.5}}
-    with pytest.raises(openai.BadRequestError, match=r"Truncated compressed stream; pack it again\.'?$"):
+    with pytest.raises(openai.BadRequestError, match=r"Truncated compressed stream\); write the file again\.'?$"):
         client.files.create(file=("pairs.jsonl.gz", damaged), purpose="fine-tune", extra_body=drop)
 
 

@@ -185,7 +185,11 @@ def test_a_failure_is_told_and_tried_again_when_it_is_old(ray: FakeRay, ask: Any
 @pytest.mark.parametrize(
     ("answer", "code", "words"),
     [
-        ((400, "ValueError: no such runtime_env"), "check_refused", "Ray refuses the check: ValueError: no such"),
+        (
+            (400, "ValueError: no such runtime_env"),
+            "check_refused",
+            ("The Ray cluster refuses to run the check: ValueError: no such"),
+        ),
         ((500, "No available agent"), "cluster_unavailable", "Try again in"),
     ],
 )
@@ -212,7 +216,7 @@ def test_of_one_project_a_few_checks_run_at_once(ray: FakeRay, ask: Any, monkeyp
     assert Counter(answer.status_code for answer in answers) == {200: 3, 429: 5}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert "3 checks and merges of the project are running, the limit of max_running_checks" in refused.text
+    assert "The project runs 3 checks and merges, which is the limit (max_running_checks)" in refused.text
     assert int(refused.headers["retry-after"]) > 0
     assert len(ray.submissions) == 3
     finish(ray, DONE)

@@ -159,12 +159,18 @@ def test_a_check_against_a_model_of_a_file_that_is_not_checked_is_told_how_far_t
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_training_file")
         return str(refused.json()["error"]["message"])
 
-    assert "file-first is still to be checked: 0 files of the project before it; wait" in refusal("file-first")
-    assert "file-second is still to be checked: 1 file of the project before it; wait" in refusal("file-second")
-    assert "file-third is still to be checked: 2 files of the project before it; wait" in refusal("file-third")
+    assert (
+        "The file file-first is not checked yet; 0 older files of the project must be checked first; wait"
+    ) in refusal("file-first")
+    assert (
+        "The file file-second is not checked yet; 1 older file of the project must be checked first; wait"
+    ) in refusal("file-second")
+    assert (
+        "The file file-third is not checked yet; 2 older files of the project must be checked first; wait"
+    ) in refusal("file-third")
     with psycopg.connect(settings.database_url) as rows:
         rows.execute("UPDATE files SET num_checked = 4 WHERE id = 'file-first'")
-    assert "file-first is still being checked: 4 of 9 bytes are read; wait" in refusal("file-first")
+    assert "The file file-first is still being checked, 4 of 9 bytes so far; wait" in refusal("file-first")
     no_files(settings)
 
 

@@ -301,7 +301,7 @@ def test_a_validation_file_is_echoed_and_must_not_be_the_training_file(
     held_out = client.files.create(file=("held_out.jsonl", pairs(1)), purpose="fine-tune").id
     job = create(client, training_file, validation_file=held_out)
     assert client.fine_tuning.jobs.cancel(job.id).validation_file == held_out
-    with pytest.raises(openai.BadRequestError, match=f"is the training file, {training_file}") as refused:
+    with pytest.raises(openai.BadRequestError, match=f"and training_file are both {training_file}") as refused:
         create(client, training_file, validation_file=training_file)
     assert (refused.value.param, refused.value.code) == ("validation_file", "invalid_validation_file")
 
@@ -395,9 +395,9 @@ def test_which_checkpoints_are_worth_keeping_is_shown_as_it_was_decided(
             "early_stop.patiense",
             "Unknown parameter",
         ),
-        ({"best_metric": "eval/loss"}, "best_metric", "send a validation_file, or hold rows out"),
-        ({"early_stop": {"patience": 1}}, "early_stop", "send a validation_file, or hold rows out"),
-        ({"policy": "best"}, "policy", "send a validation_file, or hold rows out"),
+        ({"best_metric": "eval/loss"}, "best_metric", "send a validation_file or"),
+        ({"early_stop": {"patience": 1}}, "early_stop", "send a validation_file or"),
+        ({"policy": "best"}, "policy", "send a validation_file or"),
     ],
 )
 def test_a_choice_of_checkpoints_that_cannot_be_made_is_refused_with_the_remedy(
@@ -426,7 +426,7 @@ def test_a_job_trains_on_a_uri_and_echoes_it(client: openai.OpenAI, uri: str) ->
     job = create_at(client, uri)
     assert (job.status, job.training_file) == ("queued", uri)
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
-    assert messages[1] == f"Files are validated when it runs, moving job to queued state: {uri}"
+    assert messages[1] == f"Files are validated when the job runs, moving job to queued state: {uri}"
     client.fine_tuning.jobs.cancel(job.id)
 
 
@@ -450,10 +450,10 @@ def test_a_local_file_must_be_admitted_and_be_there(client: openai.OpenAI, setti
     client.fine_tuning.jobs.cancel(create_at(client, f"{data.as_uri()}/rows.jsonl").id)
     client.fine_tuning.jobs.cancel(create_at(client, f"{data.as_uri()}/*.jsonl").id)
     for name, message in [
-        ("missing.jsonl", "is no file"),
-        ("../secret.jsonl", "is not admitted"),
-        ("%2e%2e/secret.jsonl", "is not admitted"),
-        ("link.jsonl", "is not admitted"),
+        ("missing.jsonl", "is not a file"),
+        ("../secret.jsonl", "is not allowed"),
+        ("%2e%2e/secret.jsonl", "is not allowed"),
+        ("link.jsonl", "is not allowed"),
     ]:
         with pytest.raises(openai.BadRequestError, match=message) as refused:
             create_at(client, f"{data.as_uri()}/{name}")
@@ -463,12 +463,12 @@ def test_a_local_file_must_be_admitted_and_be_there(client: openai.OpenAI, setti
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("s3://bucket/other.jsonl", "the setting dataset_uris admits https://, hf://datasets/, s3://bucket/rows/"),
-        ("s3://bucket/rows/a.jsonl?endpoint_override=127.0.0.1:1", "is not admitted"),
-        ("gs://bucket/a.jsonl", "is not admitted"),
-        ("file:///etc/passwd", "is not admitted"),
-        ("http://example.com/rows.jsonl", "is not admitted"),
-        ("https://user:secret@example.com/rows.jsonl", "no credentials"),
+        ("s3://bucket/other.jsonl", "the setting dataset_uris allows https://, hf://datasets/, s3://bucket/rows/"),
+        ("s3://bucket/rows/a.jsonl?endpoint_override=127.0.0.1:1", "is not allowed"),
+        ("gs://bucket/a.jsonl", "is not allowed"),
+        ("file:///etc/passwd", "is not allowed"),
+        ("http://example.com/rows.jsonl", "is not allowed"),
+        ("https://user:secret@example.com/rows.jsonl", "contains credentials"),
         ("https://example.com/rows/", "names a folder"),
         ("https://127.0.0.1/rows.jsonl", "not public"),
         ("https://2130706433/rows.jsonl", "not public"),
@@ -548,7 +548,7 @@ def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.fine_tuning.alpha.graders.validate(grader={"type": "multi"})  # type: ignore[typeddict-item]
     assert (refused.value.param, refused.value.code) == ("fine_tuning/alpha", "unsupported_value")
-    with pytest.raises(openai.BadRequestError, match="completions are not kept"):
+    with pytest.raises(openai.BadRequestError, match="the service does not store chat completions"):
         client.chat.completions.list()
 
 

@@ -120,7 +120,7 @@ def test_the_last_two_and_the_best_stay_and_the_others_go_with_all_that_they_hol
         run.save(step, loss)
     assert run.steps() == [20, 40, 50]
     assert run.told() == [
-        f"Checkpoint of step {step} dropped, as keep_checkpoints is 2: {run.name(step)}" for step in (10, 30)
+        f"Checkpoint of step {step} removed, because keep_checkpoints is 2: {run.name(step)}" for step in (10, 30)
     ]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(run.name(10))
@@ -200,7 +200,7 @@ def test_what_becomes_the_policy_is_not_deleted_before_it_is(start: Callable[...
     for each in (run, other):
         for step, loss in ((10, 0.3), (20, 0.5), (30, 0.6)):
             each.save(step, loss)
-    with pytest.raises(openai.BadRequestError, match="is its best checkpoint so far, which may become its policy"):
+    with pytest.raises(openai.BadRequestError, match="its best checkpoint so far, as its policy"):
         client.models.delete(run.name(10))
     assert client.models.delete(run.name(20)).deleted
     assert client.models.delete(other.name(10)).deleted

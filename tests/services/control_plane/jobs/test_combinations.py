@@ -95,7 +95,7 @@ def test_an_objective_takes_the_data_that_its_row_says(api: httpx.Client, files:
         assert found.status_code == 400, kind
         error = found.json()["error"]
         assert (error["param"], error["code"]) == ("training_file", "invalid_training_file")
-        assert "Choose another method" in error["message"] or "Remove them, or use dpo." in error["message"]
+        assert "Choose another method" in error["message"] or "remove them, or use dpo." in error["message"]
 
 
 def test_the_page_has_the_tables() -> None:

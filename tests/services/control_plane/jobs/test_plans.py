@@ -75,7 +75,7 @@ def test_a_plan_tells_what_a_worker_would_hold_and_that_it_fits(ask, machines):
     assert found["rows"]["groups"] == 20
     assert (found["steps"], found["checkpoint_bytes"]) == (3, 12 * numbers)  # of eight pairs each
     assert found["needed_bytes"] > sum(parts[name] for name in ("weights", "gradients", "moments"))
-    assert "an estimate" in found["notes"][0]
+    assert "estimated from" in found["notes"][0]
 
 
 @pytest.mark.parametrize("path", ["/x/plans", "/x/jobs/validate", "/fine_tuning/jobs"])
@@ -121,13 +121,15 @@ def test_whether_it_fits_is_not_known_where_ray_does_not_say(ask, machines, fake
     fake_ray.down = True
     found = ask("small")
     assert found["fits"] is None
-    assert found["notes"][-1] == "Ray does not say what memory its workers have."
+    assert found["notes"][-1] == (
+        "Ray does not report how much memory its workers have, so whether the job fits is not known."
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "code", "words"),
     [
-        ("away", "model_unreadable", "organization/away is no folder here"),
+        ("away", "model_unreadable", "organization/away is not a folder on the service's machine"),
         ("quantized", "model_unreadable", "a quantized model (gptq)"),
         ("recurrent", "model_unplannable", "config.json has no num_attention_heads"),
     ],
@@ -149,7 +151,9 @@ def test_a_job_that_cannot_fit_is_refused_with_the_figures_and_the_remedy(ask, m
     error = ask("large", "/fine_tuning/jobs", num_workers=8)["error"]
     assert (error["code"], error["param"]) == ("does_not_fit", "x_raydpo.adapter")
     parts = "(weights 4.94 GB, gradients 4.94 GB, moments 9.89 GB)"
-    assert error["message"].startswith(f"The job cannot fit: a worker holds at least 19.8 GB {parts}, the largest ")
+    assert error["message"].startswith(
+        f"The job cannot fit: each worker needs at least 19.8 GB of memory {parts}, but the largest "
+    )
     assert (
         'machine of the cluster has 18 GB. Set adapter to {"r": 32}; each worker then needs at most '
         in error["message"]
@@ -158,7 +162,9 @@ def test_a_job_that_cannot_fit_is_refused_with_the_figures_and_the_remedy(ask, m
     machines(2 * GB)
     hopeless = ask("large", "/fine_tuning/jobs", num_workers=8)["error"]
     assert hopeless["param"] == "model"
-    assert hopeless["message"].endswith("No setting makes it fit; take a smaller model, or larger workers.")
+    assert hopeless["message"].endswith(
+        "No setting makes the job fit; choose a smaller model, or ask the operator for workers with more memory."
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +199,7 @@ def test_tokens_that_a_check_has_counted_are_taken(settings, training_file, api,
     file: Any = type("File", (), {"report": {"num_groups": 10, "kind": "pairs"}, "num_bytes": 9999})()
     rows, how = plans.rows_of(file, SideJobResult(finished_at=0, report={"tokens": tokens}), spec)
     assert (rows.groups, rows.prompt, rows.completion, rows.longest) == (10, 20, 35, 140)
-    assert how == "counted by a check of the file with this model"
+    assert how == "token counts come from a check of the file with this model"
 
 
 def test_shapes_are_read_from_one_file_a_storage_uri_and_the_cache_of_the_hub(tmp_path, monkeypatch):
@@ -215,7 +221,7 @@ def test_damaged_headers_are_told(tmp_path, damage):
     folder = tmp_path / "damaged"
     storage.write_bytes(str(folder / "config.json"), b"{}")
     storage.write_bytes(str(folder / "model.safetensors"), damage)
-    with pytest.raises(NoShapes, match="that can be read here"):
+    with pytest.raises(NoShapes, match="that the service can read"):
         shapes_of(str(folder))
 
 

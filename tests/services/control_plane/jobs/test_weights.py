@@ -50,13 +50,13 @@ def told(client: openai.OpenAI, job_id: str) -> str:
 @pytest.mark.parametrize(
     ("extension", "adapter", "precision", "event"),
     [
-        ({}, LORA | PLAIN, "float32", "Training an adapter of rank 32 on all linear layers of tiny in float32"),
+        ({}, LORA | PLAIN, "float32", "Training a new adapter of rank 32 on all linear layers of tiny in float32"),
         ({"adapter": "none"}, "none", "float32", "Training all weights of tiny in float32"),
         (
             {"adapter": {"type": "lora", "r": 4, "target_modules": ["q_proj"]}, "precision": "bfloat16"},
             LORA | PLAIN | {"r": 4, "target_modules": ["q_proj"]},
             "bfloat16",
-            "Training an adapter of rank 4 on q_proj of tiny in bfloat16",
+            "Training a new adapter of rank 4 on q_proj of tiny in bfloat16",
         ),
     ],
     ids=["default", "all weights", "chosen"],
@@ -68,13 +68,13 @@ def test_what_is_trained_is_shown_and_told(
     shown = job.to_dict()["x_raydpo"]
     assert (shown["adapter"], shown["precision"]) == (adapter, precision)
     assert shown["reference"] == {"source": "auto", "model": "tiny"}
-    assert told(client, job.id) == f"{event}; the reference is tiny, as it is before the first step"
+    assert told(client, job.id) == f"{event}; the reference model is tiny as it is before the first step"
     client.fine_tuning.jobs.cancel(job.id)
 
 
 def test_a_job_without_a_reference_names_none(client: openai.OpenAI, training_file: str) -> None:
     job = create(client, training_file, method=SIMPO)
-    assert told(client, job.id) == "Training an adapter of rank 32 on all linear layers of tiny in float32"
+    assert told(client, job.id) == "Training a new adapter of rank 32 on all linear layers of tiny in float32"
     client.fine_tuning.jobs.cancel(job.id)
 
 
@@ -84,25 +84,29 @@ def test_a_job_goes_on_with_the_adapter_that_it_starts_from(
     start = trained["adapter"]
     job = create(client, training_file, model=start)
     assert job.to_dict()["x_raydpo"]["adapter"]["r"] == 8
-    assert told(client, job.id).startswith(f"Training on with the adapter {start} of rank 8 in float32; the reference")
+    assert told(client, job.id).startswith(
+        f"Training the adapter of {start}, of rank 8, further in float32; the reference"
+    )
     client.fine_tuning.jobs.cancel(job.id)
     merged = create(client, training_file, model=start, adapter="none")
-    assert told(client, merged.id).startswith(f"Training all weights of {start}, the adapter merged into its base, in")
+    assert told(client, merged.id).startswith(
+        f"Training all weights of {start} (its adapter is merged into the base first) in"
+    )
     client.fine_tuning.jobs.cancel(merged.id)
 
 
 def test_a_base_may_be_quantized(client: openai.OpenAI, training_file: str) -> None:
     job = create(client, training_file, quantization="nf4", precision="bfloat16")
     assert job.to_dict()["x_raydpo"]["quantization"] == "nf4"
-    assert "of tiny in bfloat16, on a base in NF4; the reference is tiny" in told(client, job.id)
+    assert "of tiny in bfloat16, on a base quantized to NF4; the reference model is tiny" in told(client, job.id)
     client.fine_tuning.jobs.cancel(job.id)
 
 
 def test_another_model_is_the_reference(client: openai.OpenAI, training_file: str, trained: dict[str, str]) -> None:
     job = create(client, training_file, model=trained["adapter"], reference={"model": trained["whole"]})
     assert job.to_dict()["x_raydpo"]["reference"]["model"] == trained["whole"]
-    assert told(client, job.id).endswith(f"the reference is {trained['whole']}")
-    with pytest.raises(openai.BadRequestError, match="is the start or the reference of"):
+    assert told(client, job.id).endswith(f"the reference model is {trained['whole']}")
+    with pytest.raises(openai.BadRequestError, match="is used by the job"):
         client.models.delete(trained["whole"])
     client.fine_tuning.jobs.cancel(job.id)
 
@@ -115,9 +119,9 @@ def test_another_model_is_the_reference(client: openai.OpenAI, training_file: st
             DPO,
             {"adapter": {"r": 4}},
             "adapter",
-            "or send 'none' to merge it into its base",
+            "or send 'none' to merge that adapter into its base",
         ),
-        ("tiny", DPO, {"adapter": {"type": "ia3"}}, "adapter.type", "it must be 'lora'"),
+        ("tiny", DPO, {"adapter": {"type": "ia3"}}, "adapter.type", "only 'lora' is supported"),
         ("tiny", DPO, {"adapter": {"r": 5000}}, "adapter.r", "from 1 to 1024"),
         ("tiny", DPO, {"adapter": {"rank": 4}}, "adapter.rank", "Unknown parameter"),
         ("tiny", DPO, {"adapter": {"target_modules": []}}, "adapter.target_modules", "names of modules"),
@@ -129,9 +133,9 @@ def test_another_model_is_the_reference(client: openai.OpenAI, training_file: st
             SIMPO,
             {"reference": {"model": "tiny"}},
             "reference.model",
-            "a reference for an objective",
+            "a reference model if the method uses none",
         ),
-        ("tiny", DPO, {"reference": {"model": "reward"}}, "reference.model", "a reward model as the reference"),
+        ("tiny", DPO, {"reference": {"model": "reward"}}, "reference.model", "a reward model as its reference model"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_field(
@@ -158,9 +162,7 @@ def test_what_does_not_go_together_is_refused_by_field(
 def test_a_reward_model_is_no_start_for_what_trains_another_kind(
     client: openai.OpenAI, training_file: str, trained: dict[str, str], start: str, method: str
 ) -> None:
-    with pytest.raises(
-        openai.BadRequestError, match=r"a start that is a reward model, .* start from its base model"
-    ) as refused:
+    with pytest.raises(openai.BadRequestError, match=r"a reward model as model, .* name the base model") as refused:
         create(client, training_file, trained[start], {"type": method})
     assert refused.value.param == "model"
 
@@ -173,7 +175,9 @@ def test_a_reward_model_is_trained_on_is_listed_as_one_and_does_not_chat(
     client.fine_tuning.jobs.cancel(job.id)
     kinds = {model.id: model.to_dict()["x_raydpo"]["kind"] for model in client.models.list()}
     assert (kinds[trained["reward"]], kinds[trained["whole"]], kinds["tiny"]) == ("reward", "policy", "policy")
-    with pytest.raises(openai.BadRequestError, match="is a reward model: it scores texts and writes none") as refused:
+    with pytest.raises(
+        openai.BadRequestError, match=("is a reward model, which scores texts and cannot write any")
+    ) as refused:
         client.chat.completions.create(model=trained["reward"], messages=[{"role": "user", "content": "Hi"}])
     assert refused.value.param == "model"
 

@@ -105,7 +105,9 @@ def test_references_of_jobs_do_not_evict_one_another_and_are_not_forgotten(tell:
             await cluster.pin(model)
             await cluster.place()
         assert await cluster.place() == {"a", "b"}
-        assert await cluster.waits_for(C) == "waits for a place: 2 models hold all 2 places, and load or answer"
+        assert await cluster.waits_for(C) == (
+            "waits for another model to be idle: 2 of at most 2 models are loaded, and all load or answer"
+        )
         await cluster.sql("UPDATE deployments SET last_used_at = now() - interval '3 days'")
         await cluster.release(B)
         assert await cluster.place() == {"a", "c"}
@@ -193,7 +195,7 @@ def test_a_model_that_leaves_takes_no_new_requests_and_ends_the_others(tell: Cal
         await cluster.use(B)
         await cluster.sql("UPDATE deployments SET ready_at = now() - interval '1 hour' WHERE model_id = 'a'")
         assert await cluster.place(one) == {"a"}
-        assert await cluster.waits_for(A) == "waits for its next turn: another model waits"
+        assert await cluster.waits_for(A) == "waits for its next turn, because another model waits"
         assert not await cluster.enter(A, "two")
         async with cluster.store.begin() as session:
             assert await deployments.stay(session, {A.app_name}, "one") == set()
@@ -239,7 +241,7 @@ def test_what_nobody_waits_for_is_not_loaded_again_after_the_cluster_was_lost(te
         await cluster.sql("UPDATE deployments SET last_used_at = now() - interval '1 hour' WHERE model_id = 'a'")
         cluster.loaded = {}
         assert await cluster.place() == {"b"}
-        assert await cluster.waits_for(A) == "waits for a place"
+        assert await cluster.waits_for(A) == "waits for its turn to be loaded"
 
     tell(story)
 

@@ -112,7 +112,7 @@ def test_a_download_that_broke_off_is_resumed_at_any_byte(folders: None, api: ht
     part = content(api, ADAPTER, Range="bytes=100-2000000")
     assert part.content == whole.content[100:2_000_001]
     behind = content(api, ADAPTER, Range=f"bytes={len(whole.content)}-")
-    assert "none are in" in refusal(behind, 416, None)
+    assert "asks for" in refusal(behind, 416, None)
 
 
 def test_files_that_were_written_anew_begin_the_download_anew(
@@ -143,7 +143,7 @@ def test_the_merged_model_is_made_once_and_then_streamed(
 ) -> None:
     for _ in range(2):
         waiting = content(api, ADAPTER, "?format=merged")
-        assert "is being merged into its base, for" in refusal(waiting, 503, "model_merging")
+        assert "is being merged into its base model, for" in refusal(waiting, 503, "model_merging")
         assert int(waiting.headers["retry-after"]) > 0
     (submission,) = fake_ray.submissions
     *command, uri = shlex.split(submission["entrypoint"])
@@ -196,7 +196,7 @@ def test_a_merge_that_died_is_tried_again(folders: None, api: httpx.Client, fake
 
 def test_what_cannot_be_downloaded_is_refused_by_name(folders: None, api: httpx.Client) -> None:
     assert "'tiny' is a base model" in refusal(content(api, "tiny"), 400, "invalid_value")
-    assert "is no adapter: its job trained all weights" in refusal(
+    assert "has no adapter, because its job trained all weights" in refusal(
         content(api, WHOLE, "?format=adapter"), 400, "invalid_value"
     )
     refusal(content(api, WHOLE, "?format=gguf"), 400, "invalid_value")
@@ -217,4 +217,4 @@ def test_a_project_that_a_model_is_shared_with_uses_it_and_does_not_get_its_weig
 
 def test_files_that_are_gone_are_unavailable(folders: None, api: httpx.Client, settings: Settings) -> None:
     storage.delete(storage.join(settings.storage_url, "runs", WHOLE, "export"))
-    assert "are not in storage now" in refusal(content(api, WHOLE), 503, "model_unavailable")
+    assert "are not in storage any more" in refusal(content(api, WHOLE), 503, "model_unavailable")

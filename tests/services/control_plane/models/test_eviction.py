@@ -44,7 +44,9 @@ def test_what_loads_or_answers_or_scores_is_not_evicted_and_the_others_are_told(
     for one in (LOADING, REFERENCE, PINNED, replace(IDLE, answered=False, held=STAY_SECONDS - 1)):
         plan = decide([BUSY, one, WAITING], TWO)
         assert plan.serve == {"busy", one.app_name}
-        assert plan.waits == {"waiting": "a place: 2 models hold all 2 places, and load or answer"}
+        assert plan.waits == {
+            "waiting": ("another model to be idle: 2 of at most 2 models are loaded, and all load or answer")
+        }
 
 
 def test_an_idle_model_stays_while_nobody_waits_or_as_long_as_the_settings_say() -> None:
@@ -89,7 +91,7 @@ def test_a_model_that_is_always_busy_leaves_after_its_turn_if_another_waits() ->
     always, one = replace(BUSY, held=TURN_SECONDS + 1), replace(TWO, places=1)
     plan = decide([always, WAITING], one)
     assert plan.serve == {"busy"}  # until its requests are answered
-    assert plan.waits["busy"] == "its next turn: another model waits"
+    assert plan.waits["busy"] == "its next turn, because another model waits"
     assert decide([replace(always, answers=False), WAITING], one).serve == {"waiting"}
     assert decide([always], one).waits == {}
 
@@ -101,7 +103,7 @@ def test_an_idle_reference_leaves_the_gpu_to_the_workers_of_its_job_at_once() ->
     assert decide([replace(released, is_reference=True)], room).serve == {"reference"}
     assert decide([replace(released, state="loading")], room).forget == {"reference"}
     busy = decide([replace(released, answers=True)], room)
-    assert busy.waits == {"reference": "its next turn: running jobs need its GPU"}
+    assert busy.waits == {"reference": "its next turn, because running jobs need the GPU that it used"}
 
 
 def test_idle_models_leave_their_gpus_to_the_next_job_and_no_waiting_one_takes_them() -> None:
@@ -109,7 +111,9 @@ def test_idle_models_leave_their_gpus_to_the_next_job_and_no_waiting_one_takes_t
     room = replace(TWO, gpus=2.0, gpus_of_next_job=2.0)
     plan = decide([idle, busy, waiting], room)
     assert plan.forget == {"idle"}
-    assert plan.waits == {"waiting": "GPUs: jobs leave 0 GPUs to models, 1 models hold theirs, and it needs 1"}
+    assert plan.waits == {
+        "waiting": ("GPUs: jobs leave 0 GPUs to models, 1 loaded models use some of them, and it needs 1")
+    }
     assert decide([replace(busy, held=TURN_SECONDS + 1)], room).waits.keys() == {"busy"}
 
 
@@ -120,7 +124,9 @@ def test_pinned_models_are_loaded_before_those_that_wait_and_leave_for_nobody() 
     waiting = replace(WAITING, gpus=1)
     plan = decide([always, waiting], replace(TWO, gpus=1.0, gpus_of_next_job=1.0))
     assert plan.serve == {"pinned"}
-    assert plan.waits == {"waiting": "GPUs: jobs leave 0 GPUs to models, 1 models hold theirs, and it needs 1"}
+    assert plan.waits == {
+        "waiting": ("GPUs: jobs leave 0 GPUs to models, 1 loaded models use some of them, and it needs 1")
+    }
     assert decide([replace(always, idle_seconds=1)], TWO).serve == {"pinned"}
 
 

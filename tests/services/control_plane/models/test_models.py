@@ -112,7 +112,7 @@ def test_the_checkpoint_that_a_paused_job_goes_on_from_stays(
     client: openai.OpenAI, settings: Settings, rows: psycopg.Connection
 ) -> None:
     older, newest = train(rows, settings, "ftjob-paused")
-    with pytest.raises(openai.BadRequestError, match=r"ftjob-paused has not ended and would go on from .*step-10"):
+    with pytest.raises(openai.BadRequestError, match=r"ftjob-paused has not ended and would resume from .*step-10"):
         client.models.delete(newest)
     assert storage.exists(source_of(rows, newest))
     assert client.models.delete(older).deleted

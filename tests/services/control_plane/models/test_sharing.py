@@ -97,13 +97,13 @@ def test_a_shared_model_is_seen_used_and_started_from_but_not_changed(
         lambda: permissions(other).create(model, project_ids=["proj_third"]),
         lambda: permissions(other).delete(granted.id, fine_tuned_model_checkpoint=model),
     ):
-        with pytest.raises(openai.PermissionDeniedError, match="belongs to another project, which shares it"):
+        with pytest.raises(openai.PermissionDeniedError, match="belongs to another project; only that project"):
             call()
     for call in (lambda: third.models.retrieve(model), lambda: permissions(third).list(model)):
         with pytest.raises(openai.NotFoundError):
             call()
 
-    with pytest.raises(openai.BadRequestError, match="a job of a project that it is shared with"):
+    with pytest.raises(openai.BadRequestError, match="a job of a project that shares the model"):
         owner.models.delete(model)
     assert permissions(owner).delete(granted.id, fine_tuned_model_checkpoint=model).deleted
     assert names(other) == set()

@@ -74,7 +74,10 @@ def test_a_key_does_what_its_scope_names_and_nothing_else(api: httpx.Client, bas
             else:
                 assert refusal(answer) == (403, "missing_scope")
                 assert answer.json()["error"]["type"] == "permission_error"
-                assert f"needs a key with the scope '{needed}'; this one has {scope}." in answer.text
+                assert (
+                    f"needs a key with the scope '{needed}', but your key has the scopes {scope}; "
+                    "ask an admin for a key."
+                ) in answer.text
 
 
 def test_a_revoked_key_stops_within_its_second_also_where_it_is_known(api: httpx.Client, base_url: str) -> None:
@@ -303,7 +306,7 @@ def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
     asyncio.run(check(own, 60))
     asyncio.run(check(own, None))
     asyncio.run(check(CONFIGURED, 1_000_000))
-    with pytest.raises(InvalidRequest, match="requests_per_minute is 61; a project may give its keys at most 60"):
+    with pytest.raises(InvalidRequest, match="requests_per_minute is 61, but a key may have at most 60"):
         asyncio.run(check(own, 61))
     with psycopg.connect(settings.database_url) as connection:
         columns = "id, project_id, name, sha256, hint, scopes"
@@ -315,5 +318,5 @@ def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
     with api_of(base_url, new_key(api, project_id=project, scopes=["admin"])["value"]) as admin:
         refused = admin.post("/x/keys", json={"name": "one more"})
         assert refused.status_code == 400
-        assert "The project has 100 keys, and the limit is 100; revoke one first." in refused.text
+        assert "The project has 100 keys, and the limit is 100; revoke a key first." in refused.text
     assert new_key(api, project_id=project)

@@ -97,7 +97,7 @@ def test_jobs_beyond_the_queue_are_refused_for_good_however_many_come_at_once(ap
     assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429, 429, 429]
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert (refused.json()["error"]["type"], refused.headers["x-should-retry"]) == ("insufficient_quota", "false")
-    assert "2 queued and paused jobs of 2; wait for one to start, cancel one" in refused.text
+    assert "2 queued and paused jobs, and the limit is 2; wait for a job to start, cancel one" in refused.text
 
     usage = api.get(f"/x/projects/{project}/usage").json()
     assert usage == own.get(f"/x/projects/{project}/usage").json()

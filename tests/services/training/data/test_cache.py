@@ -42,7 +42,10 @@ def test_what_is_saved_is_found_unless_it_is_damaged(tmp_path: Path) -> None:
     assert cache.find(str(tmp_path), Entry, lambda entry: None, reports.append) == Entry(words="all of it")
     assert not reports
     assert cache.find(str(tmp_path), Entry, refuse, reports.append) is None
-    sentence = "Prepared data are damaged, so they are made again: all of it is missing"
+    sentence = (
+        "The stored result of an earlier preparation of the data is damaged, "
+        "so the data are prepared again: all of it is missing"
+    )
     assert reports == [Message(level="warn", message=sentence)]
 
 

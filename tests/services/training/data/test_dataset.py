@@ -57,10 +57,10 @@ def test_a_damaged_part_is_refused_by_name(data: Dataset, tmp_path: Path, folder
     path = tmp_path / folder / "1.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DamagedPart, match=rf"{folder}/1\.parquet does not match the sha256"):
+    with pytest.raises(DamagedPart, match=rf"{folder}/1\.parquet with prepared data does not have its recorded sha256"):
         check(data)
     path.unlink()
-    with pytest.raises(DamagedPart, match=rf"{folder}/1\.parquet is missing"):
+    with pytest.raises(DamagedPart, match=rf"{folder}/1\.parquet with prepared data is missing"):
         check(data)
 
 

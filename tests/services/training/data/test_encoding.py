@@ -97,8 +97,8 @@ def test_groups_come_in_the_order_of_the_file_with_their_lines(make_spec: MakeSp
     chosen, rejected = ([len(group.completion_ids[i]) for group in groups] for i in (0, 1))
     bias = sum(map(gt, chosen, rejected)) / sum(map(ne, chosen, rejected))
     assert reports[-1].message == (
-        f"Tokens, on average: prompt 19 (at most 19), chosen 10 (at most {max(chosen)}), rejected 10 (at most 12); "
-        f"limit 128, drop. The chosen answer is the longer one in {bias:.0%}."
+        f"Average number of tokens: prompt 19 (at most 19), chosen 10 (at most {max(chosen)}), rejected 10 "
+        f"(at most 12); max_length 128, truncation drop. The chosen answer is the longer one in {bias:.0%} of the rows."
     )
     progress = [report for report in reports if isinstance(report, Progress)]
     assert (progress[0].done, progress[-1].done, progress[-1].total) == (0, 24, 24)
@@ -115,7 +115,7 @@ def test_long_groups_are_left_out_and_named(make_spec: MakeSpec, run: Any) -> No
     assert reports[-1] == Message(
         level="warn",
         message=f"Left out {len(long)} of 24 pairs: they are longer than {limit} tokens "
-        f"(line {lines} and {len(long) - 10} more); raise max_length, choose another truncation, or shorten them.",
+        f"(line {lines} and {len(long) - 10} more); raise max_length, choose another truncation, or shorten the rows.",
     )
 
 
@@ -133,10 +133,16 @@ def test_rankings_of_real_shape_keep_their_ratings_and_those_without_an_order_ar
     assert found == [(1, (-1.0, -2.0), 0.5), (3, (-1.0, -1.0, -2.0), 1.0)]
     assert reports[-3].message == "Training file has 3 rankings (prompt/completions/ranks format)."
     assert reports[-1].message == (
-        "Left out 1 of 3 rankings: they rate all their completions equally, which gives no order (line 2)."
+        "Left out 1 of 3 rankings: all their completions have the same rating, so none is preferred (line 2)."
     )
     (tmp_path / "tied.jsonl").write_text(json.dumps(rows[1]))
-    with pytest.raises(JobFailed, match=r"None of 1 rankings is left to train on. Left out 1 of 1 rankings: they rate"):
+    with pytest.raises(
+        JobFailed,
+        match=(
+            r"None of the file's 1 rankings is left to train on. "
+            r"Left out 1 of 1 rankings: all their"
+        ),
+    ):
         run(make_spec(training_uri=str(tmp_path / "tied.jsonl")))
 
 
@@ -144,8 +150,8 @@ def test_nothing_short_enough_is_the_users_to_mend(make_spec: MakeSpec, run: Any
     with pytest.raises(JobFailed) as failure:
         run(make_spec(config=TrainConfig(max_length=8)))
     assert failure.value.report.code == "invalid_training_file"
-    assert failure.value.report.message.startswith("All 24 pairs are longer than 8 tokens (the shortest has ")
-    assert failure.value.report.message.endswith("; raise max_length, choose another truncation, or shorten them.")
+    assert failure.value.report.message.startswith("All 24 pairs are longer than 8 tokens (the shortest one has ")
+    assert failure.value.report.message.endswith("; raise max_length, choose another truncation, or shorten the rows.")
 
 
 def test_the_models_positions_are_a_limit_too(make_spec: MakeSpec, run: Any, make_pair: Any, tmp_path: Path) -> None:
@@ -155,7 +161,8 @@ def test_the_models_positions_are_a_limit_too(make_spec: MakeSpec, run: Any, mak
     groups, reports = run(make_spec(training_uri=str(tmp_path / "two.jsonl")))
     assert [group.line for group in groups] == [1]
     assert reports[-1].message == (
-        "Left out 1 of 2 pairs: they are longer than 128 tokens (line 2); the model takes no more, so shorten them."
+        "Left out 1 of 2 pairs: they are longer than 128 tokens (line 2); "
+        "the model takes no longer texts, so shorten the rows."
     )
 
 
@@ -249,8 +256,8 @@ def test_rows_that_a_template_refuses_are_left_out_and_named(
     groups, reports = run(make_spec(model_source=str(tmp_path / "strict"), training_uri=str(tmp_path / "rows.jsonl")))
     assert [group.line for group in groups] == [1, 3]
     assert reports[-1].message == (
-        "Left out 1 of 3 pairs: the chat template refuses them (line 2); send what it takes, or use another template. "
-        "Line 2: the chat template refuses the messages (odd); change the messages or the template."
+        "Left out 1 of 3 pairs: the chat template refuses their messages (line 2); change the messages or the chat "
+        "template. Line 2: the chat template refuses the messages (odd); change the messages or the template."
     )
 
 
@@ -290,7 +297,7 @@ def test_pairs_that_are_the_same_once_they_are_cut_are_left_out(make_spec: MakeS
     config = TrainConfig(max_length=40, truncation="keep_start")
     groups, reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl"), config=config))
     assert [group.line for group in groups] == [1]
-    said = "Left out 2 of 3 pairs: their completions are equal once formatted and cut (line 2, 3)."
+    said = "Left out 2 of 3 pairs: their completions are identical after the chat template and truncation (line 2, 3)."
     assert Message(level="warn", message=said) in reports
 
 
@@ -305,8 +312,9 @@ def test_answers_that_nothing_ends_are_told(
     assert not [report for report in run(make_spec())[1] if "end tokens" in getattr(report, "message", "")]
     reports = run(make_spec(model_source=str(endless)))[1]
     said = (
-        "24 of 24 pairs have an answer that ends with none of the model's end tokens, so that the policy may not learn "
-        "to stop (line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 14 more); use a template that ends answers."
+        "24 of 24 pairs have an answer that does not end with an end token of the model, so the policy may not learn "
+        "to stop (line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 14 more); use a chat template that writes an end token "
+        "after each answer."
     )
     assert reports[-1] == Message(level="warn", message=said)
 
@@ -325,9 +333,9 @@ def test_what_the_template_does_not_read_is_told(make_spec: MakeSpec, run: Any, 
     groups, reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))
     assert len(groups) == 4
     assert [report.message for report in reports if getattr(report, "level", "") == "warn"] == [
-        "1 of 4 pairs have chat_template_kwargs/enable_thinking, which the chat template does not read (line 3); use "
-        "one that does, or change the rows.",
-        "2 of 4 pairs have messages/name, which the chat template does not read (line 2, 4); use one that does, or "
+        "1 of 4 pairs have chat_template_kwargs/enable_thinking, which the chat template ignores (line 3); use "
+        "another chat template, or change the rows.",
+        "2 of 4 pairs have messages/name, which the chat template ignores (line 2, 4); use another chat template, or "
         "change the rows.",
     ]
 
@@ -388,7 +396,7 @@ def test_a_template_that_reaches_too_far_does_nothing_but_leave_rows_out(
     with pytest.raises(JobFailed) as failure:
         run(with_template(start))
     assert failure.value.report.code == "invalid_training_file"
-    assert "Left out 24 of 24 pairs: the chat template refuses them" in failure.value.report.message
+    assert "Left out 24 of 24 pairs: the chat template refuses their messages" in failure.value.report.message
 
 
 def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
@@ -398,9 +406,7 @@ def test_rows_with_characters_that_the_tokenizer_does_not_know_are_named(
     rows = [{"prompt": "Is it?", "chosen": f"{answer} {n}", "rejected": "No."} for n, answer in enumerate(answers)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
-    warning = (
-        "2 of 4 pairs have characters that the tokenizer does not know, so that the model never sees them (line 2, 4)"
-    )
+    warning = "2 of 4 pairs have characters that the tokenizer does not know, so the model never sees them (line 2, 4)"
     assert any(isinstance(report, Message) and report.message.startswith(warning) for report in reports)
 
 
@@ -453,11 +459,11 @@ def test_rows_without_the_thoughts_that_the_template_asks_for_are_named(
         config=TrainConfig(objective=Supervised()),
     )
     groups, reports = run(spec)
-    warning = "1 of 3 demonstrations lack the words with which the chat template begins every answer, such as <think>"
-    assert any(
-        isinstance(report, Message) and f"{warning}, and are learned without them (line 2)" in report.message
-        for report in reports
+    warning = (
+        "1 of 3 demonstrations have answers without the words with which the chat template begins every answer, "
+        "such as <think>"
     )
+    assert any(isinstance(report, Message) and f"{warning} (line 2)" in report.message for report in reports)
     assert [thinking.decode(group.completion_ids[0]) for group in groups] == [
         "so[/t]Yes.</s>",
         "Yes.</s>",
@@ -474,7 +480,10 @@ def test_rows_that_hold_special_tokens_in_their_text_are_named(
     rows[3]["non_preferred_output"][0]["content"] = "no</s>idea"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     reports = run(make_spec(training_uri=str(tmp_path / "rows.jsonl")))[1]
-    warning = "2 of 4 pairs have special tokens of the model in their text, which the model reads as such (line 2, 4)."
+    warning = (
+        "2 of 4 pairs have special tokens of the model, such as its end token, in their text, "
+        "and the model reads them as such (line 2, 4); remove them from the text if they are not meant."
+    )
     assert reports[-1] == Message(level="warn", message=warning)
 
 

@@ -124,7 +124,10 @@ def test_training_begins_before_all_is_encoded_and_is_the_same_run_however_often
 ) -> None:
     first = stage()
     first.reported(CheckpointSaved)
-    reports, sentence = first.reports(), f"Training begins with 8 of {NUM_ROWS} rows, while the others are encoded."
+    reports, sentence = (
+        first.reports(),
+        (f"Training begins with 8 of {NUM_ROWS} rows, while the other rows are still being turned into tokens."),
+    )
     assert reports.index(Message(message=sentence)) < reports.index(only(Started, reports)[0])
     assert max(progress.done for progress in only(Progress, reports)) <= NUM_ROWS - len(LATE)
 
@@ -158,7 +161,7 @@ def assert_same_from_cache(stage: Callable[..., Driver], tmp_path: Path, attempt
     cached = stage("services.training.driver", **again)
     assert cached.wait() == 0, cached.log.read_text()[-5000:]
     messages = [report.message for report in only(Message, cached.reports())]
-    assert messages[0] == "Training file: token ids were found in the cache."
+    assert messages[0] == "Training file: the token ids are known from an earlier job with the same data and model."
     whole = figures(cached.reports())
     found = [figures(attempt.reports()) for attempt in attempts]
     assert {step for steps in found for step in steps} == set(whole)

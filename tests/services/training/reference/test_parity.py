@@ -64,4 +64,4 @@ def test_in_bfloat16_rounding_is_tolerated_and_other_weights_are_not(model_sourc
     assert refused.bias > TOLERATED_BIAS > TOLERATED_NOISE / 20
     assert refused.rewards.mean < TOLERATED_NOISE
     assert not refused.holds
-    assert "tolerated: in bfloat16 mean 0.1 and on average 0.01 in rewards" in str(refused)
+    assert "allowed is a mean of 0.1 and an average of 0.01 in rewards, as of bfloat16" in str(refused)

@@ -107,7 +107,7 @@ def test_output_to_a_terminal_or_a_pipe_is_not_kept_and_said_so(tmp_path: Path) 
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0
-    assert "its log is not kept" in done.stderr
+    assert "no log of it is stored" in done.stderr
 
 
 def test_segments_are_of_whole_lines_and_the_last_one_is_rewritten_until_it_is_full(tmp_path: Path) -> None:

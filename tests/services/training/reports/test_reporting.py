@@ -202,7 +202,7 @@ def test_an_attempt_number_is_used_once(spec: AttemptSpec, control_plane: Any) -
     reporter = Reporter(spec, control_plane.token)
     reporter.report(Message(message="one"))
     reporter.close(timeout_seconds=10)
-    with pytest.raises(FileExistsError, match="Attempt 2 has reported before"):
+    with pytest.raises(FileExistsError, match="Attempt 2 was started before"):
         Reporter(spec, control_plane.token)
 
 
@@ -237,7 +237,7 @@ def test_a_report_that_cannot_be_written_fails_its_reporter_and_leaves_no_gap(
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"wire": WIRE + 1, "config": "unlike any before"}, f"it is version {WIRE + 1}, and the cluster's image reads"),
+        ({"wire": WIRE + 1, "config": "unlike any before"}, f"its format has version {WIRE + 1}, and the image reads"),
         ({"num_workers": "many"}, "num_workers: Input should be a valid integer"),
     ],
     ids=["newer", "unreadable"],

@@ -31,7 +31,9 @@ def test_what_finds_no_room_is_told_once_and_written_when_there_is_some() -> Non
     told: list[Message] = []
     in_a_task = RayTaskError("write", "its traceback", FULL).as_instanceof_cause()
     assert retry_while_full(failing(FULL, in_a_task, FULL), "exporting the policy", told.append) == "written"
-    sentence = "Storage is full; exporting the policy waits for room. The operator has to free some."
+    sentence = (
+        "The storage is full; exporting the policy waits until there is room. The operator has to free some space."
+    )
     assert told == [Message(level="warn", message=sentence)]
     assert retry_while_full(failing(), "exporting the policy", told.append) == "written"
     assert len(told) == 1

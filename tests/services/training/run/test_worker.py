@@ -57,11 +57,13 @@ def test_figures_that_are_no_numbers_stop_the_job(make_spec: MakeSpec, key: str,
     failed = failure_of(result(step=7, **{key: value}), make_spec())
     assert failed is not None
     assert failed.code == "training_diverged"
-    assert failed.message == f"{key} is {value} at step 7 with the learning rate 1e-06; lower it."
+    assert failed.message == (
+        f"The metric {key} is {value} at step 7, where the learning rate is 1e-06; lower the learning rate."
+    )
     first = failure_of(result(step=1, **{key: value}), make_spec())
     assert first is not None
     assert first.param is None
-    assert first.message == f"{key} is {value} at step 1, before a weight was changed; look at the model and the data."
+    assert first.message == f"The metric {key} is {value} at step 1, before any training; check the model and the data."
 
 
 @pytest.fixture
@@ -120,10 +122,12 @@ def test_the_policy_is_the_last_checkpoint_or_the_best_and_an_event_says_why(mak
     assert (step_of_policy(30, found, last), step_of_policy(30, found, top)) == (30, 20)
     assert explain_end(30, 30, found, last) == []
     (why,) = explain_end(30, 30, found, top)
-    assert why.message == "The policy is the checkpoint of step 20: its eval/loss 0.25 is the best of 3 evaluations."
+    assert why.message == (
+        "The job's policy is the checkpoint of step 20, whose eval/loss 0.25 is the best of 3 evaluations."
+    )
     (warning,) = explain_end(30, 30, [], top)
     assert (step_of_policy(30, [], top), warning.level) == (30, "warn")
-    assert "No checkpoint was evaluated by eval/loss" in warning.message
+    assert "No checkpoint has a value of eval/loss" in warning.message
 
 
 @pytest.mark.parametrize(("min_gain", "words"), [(0.0, "at all"), (0.01, "by 0.01")])

@@ -90,7 +90,7 @@ def test_a_folder_means_its_files(read: Read, uri: str) -> None:
     rows, reports = read(uri)
     assert rows.encode() == ROWS * 2
     assert reports[-2]["total"] == len(ROWS) * 2
-    joined = "Training file joins 2 files: data/a.jsonl from line 1, data/b.jsonl from line 6."
+    joined = "The training data are 2 files, joined in this order: data/a.jsonl from line 1, data/b.jsonl from line 6."
     assert reports[-1]["message"] == joined
 
 
@@ -98,10 +98,10 @@ def test_a_folder_means_its_files(read: Read, uri: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("hf://datasets/org/name/missing.jsonl", "has no files"),
+        ("hf://datasets/org/name/missing.jsonl", "names no file of the dataset"),
         ("hf://datasets/org/name//rows.jsonl", "empty segments"),
         ("hf://datasets/org/name@v2/rows.jsonl", "404"),
-        ("hf://datasets/org/private/rows.jsonl", "the Hugging Face hub answers 401"),
+        ("hf://datasets/org/private/rows.jsonl", "The Hugging Face hub answers 401"),
     ],
 )
 def test_what_the_hub_does_not_give_is_the_users_to_mend(read: Read, web: Web, uri: str, said: str) -> None:

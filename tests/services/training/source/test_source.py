@@ -124,23 +124,31 @@ def test_a_folder_and_a_star_mean_all_their_files_in_order_of_name(
             storage.write_bytes(storage.join(root, name), data)
         storage.write_bytes(storage.join(root, "deeper", "d.jsonl"), b"not this one")
         assert bring(root, root) == ROWS
-        joined = "Training file joins 3 files: a.jsonl.gz from line 1, b.jsonl from line 5, c.jsonl from line 21."
+        joined = (
+            "The training data are 3 files, joined in this order: a.jsonl.gz from line 1, b.jsonl from line 5, "
+            "c.jsonl from line 21."
+        )
         assert reports.pop() == Message(message=joined)
         assert bring(root.replace("/?", "/*.jsonl?") if "?" in root else f"{root}*.jsonl", root) == b"".join(LINES[4:])
 
 
 def test_nothing_is_left_out_silently(bring: Bring, s3: S3, folder: Path) -> None:
     for root in (s3.new_folder(), f"{folder.as_uri()}/"):
-        assert failed(bring, root, root) == ("invalid_training_file", f"{root} has no files; check the path.")
+        assert failed(bring, root, root) == (
+            "invalid_training_file",
+            (f"{root} names no file in the folder; check the path."),
+        )
         storage.write_bytes(storage.join(root, "inner", "rows.jsonl"), ROWS)
         for name in ("missing.jsonl", "inner"):
             uri = storage.join(root, name)
-            message = f"{uri} is not a file; end it with '/' if it is a folder."
+            message = (
+                f"{uri} is not a file that the service can read; correct the URI, or end the URI of a folder with '/'."
+            )
             assert failed(bring, uri, root) == ("invalid_training_file", message)
     (folder / "broken.jsonl.gz").write_bytes(gzip.compress(ROWS)[:-9])
     code, message = failed(bring, f"{folder.as_uri()}/broken.jsonl.gz", folder.as_uri())
     assert code == "invalid_training_file"
-    assert "broken.jsonl.gz: The file cannot be read beyond line" in message
+    assert "broken.jsonl.gz: The file is damaged after line" in message
 
 
 def test_what_is_not_admitted_is_not_read(bring: Bring, folder: Path, tmp_path: Path) -> None:
@@ -149,7 +157,7 @@ def test_what_is_not_admitted_is_not_read(bring: Bring, folder: Path, tmp_path: 
     root = f"{folder.as_uri()}/"
     for uri in (f"{root}link.jsonl", root, f"{root}*.jsonl", f"{root}../secret.jsonl", "s3://bucket/a", "http://a/b"):
         code, message = failed(bring, uri, root, "https://")
-        assert (code, "is not admitted" in message) == ("invalid_training_file", True)
+        assert (code, "is not allowed" in message) == ("invalid_training_file", True)
 
 
 def test_a_refusal_of_s3_is_the_users_to_mend(bring: Bring, s3: S3, web: Web) -> None:
@@ -170,7 +178,7 @@ def test_a_file_that_changes_while_it_is_used_ends_the_attempt(make_spec: MakeSp
     (folder / "rows.jsonl").write_bytes(ROWS)
     spec = make_spec(training_uri=f"{folder.as_uri()}/rows.jsonl", dataset_uris=("file:///",))
     plain = as_plain_file(spec, (folder / "source").as_uri(), lambda _: None)
-    with pytest.raises(OSError, match=r"rows\.jsonl changed while it was read"), plain:
+    with pytest.raises(OSError, match=r"rows\.jsonl changed while it was being read"), plain:
         (folder / "rows.jsonl").write_bytes(ROWS + LINES[0])
 
 

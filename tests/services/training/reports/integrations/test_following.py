@@ -134,7 +134,9 @@ def test_a_sink_that_raises_is_told_of_once_and_tried_until_it_has_all(
     assert numbers(place) == list(range(1, 10))
     assert place.calls[-1] == ("close", "succeeded")
     (warning,) = [report for report in told if report.level == "warn"]
-    assert warning.message == "Place: no route to http://host; it is tried again every 0 s. Training goes on."
+    assert warning.message == (
+        "Place: no route to http://host; sending is tried again every 0 s. The training itself continues."
+    )
     assert "canary" not in caplog.text
 
 
@@ -153,7 +155,11 @@ def test_a_sink_that_hangs_is_told_of_once_and_left_behind(
     spool.add_steps(1, 9)
     follower, told = follow()
     until(lambda: told)
-    assert told == [Message(level="warn", message="Place: it has not answered for 0 s. Training goes on.")]
+    assert told == [
+        Message(
+            level="warn", message=("Place: the integration has not answered for 0 s. The training itself continues.")
+        )
+    ]
     began = time.monotonic()
     follower.close("succeeded", 0.3)
     assert time.monotonic() - began < 2
@@ -168,7 +174,7 @@ def test_what_a_sink_could_not_take_in_time_is_told(follow: Any, place: Place, s
     place.hang.clear()
     spool.add_steps(4, 5)
     follower.close("succeeded", 0.3)
-    assert "did not take the last steps within 0 s" in told[-1].message
+    assert "the metrics of the last steps could not be sent within 0 s" in told[-1].message
     place.hang.set()
 
 
@@ -192,6 +198,6 @@ def test_a_package_that_the_cluster_lacks_is_named(spec: AttemptSpec) -> None:
     told: list[Any] = []
     Follower("Place", open_sink, spec, told.append).close(None, 10)
     assert [report.message for report in told] == [
-        "Place: the cluster lacks the package a_package_that_is_not_there; its image needs raydpo's extra `cluster`. "
-        "Training goes on."
+        "Place: the Ray cluster lacks the Python package a_package_that_is_not_there; the operator must build its "
+        "image with raydpo[cluster]. The training itself continues."
     ]

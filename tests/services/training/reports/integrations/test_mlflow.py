@@ -106,7 +106,9 @@ def test_without_a_server_the_run_is_in_a_database_file_that_the_next_attempt_co
     follow(spec.model_copy(update={"attempt": 1}), None)
     spool.add_steps(4, 9, attempt=2)
     (message,) = follow(spec, "failed")
-    assert message.startswith("MLflow: the cluster has no tracking server (MLFLOW_TRACKING_URI), so the run is written")
+    assert message.startswith(
+        "MLflow: the cluster has no MLflow tracking server (MLFLOW_TRACKING_URI is not set), so the run is written"
+    )
     assert "runs/ftjob-1/mlflow/mlflow.db" in message
     client = MlflowClient(f"sqlite:///{storage.fetch(storage.join(spec.run_uri, 'mlflow', 'mlflow.db'))}")
     run = the_run(client)
@@ -129,4 +131,4 @@ def test_a_server_that_is_away_is_told_of_once(
     spool.add_steps(1, 3, attempt=2)
     (message,) = follow(spec, "succeeded")
     assert "127.0.0.1" in message
-    assert message.endswith("Training goes on.")
+    assert message.endswith("The training itself continues.")

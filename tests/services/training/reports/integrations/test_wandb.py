@@ -70,9 +70,9 @@ def test_without_a_key_the_run_is_written_and_a_message_says_how_to_send_it(spec
     spool.add_steps(1, 9, attempt=2)
     (message,) = follow(spec, "succeeded")
     assert message == (
-        "W&B: the cluster is offline (it has no WANDB_API_KEY), so the run is written to "
+        "W&B: the cluster does not send to Weights & Biases (WANDB_API_KEY is not set), so the run is written to "
         "runs/ftjob-1/wandb/offline-run-ftjob-1 in the service's storage; "
-        "with a key, send it with `wandb sync offline-run-ftjob-1`"
+        "send it later with `wandb sync offline-run-ftjob-1` and a key"
     )
     rows = history(written(spec))
     assert [row["_step"] for row in rows] == list(range(1, 10))
