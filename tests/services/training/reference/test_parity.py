@@ -38,8 +38,8 @@ def test_differences_are_of_tokens_and_of_margins() -> None:
     assert (found.pairs.mean, found.pairs.largest) == (0.125, 0.25)
     assert (found.rewards.mean, found.rewards.largest, found.bias) == (0.0625, 0.125, 0.0625)
     assert not found.holds
-    assert "in rewards mean 0.062, p99 0.12, largest 0.12, on average +0.062" in str(found)
-    assert "per token mean 0.15, p99 0.5, largest 0.5; per pair mean 0.12" in str(found)
+    assert "in rewards mean 0.062, 99th percentile 0.12, largest 0.12, on average +0.062" in str(found)
+    assert "per token mean 0.15, 99th percentile 0.5, largest 0.5; per pair mean 0.12" in str(found)
 
 
 def test_equal_weights_hold_and_slightly_different_ones_do_not(model_source: str, data: Dataset) -> None:
