@@ -48,6 +48,7 @@ from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams
 from services.control_plane.ray_api import RayApi
 from services.control_plane.rewards import api as rewards_api
+from services.control_plane.rewards.scoring import Scoring
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import api as tenants_api
 from services.control_plane.tenants import api_keys, audit_api
@@ -110,6 +111,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     ray_api = RayApi(settings, store.instance)
     app.state.store, app.state.ray_api = store, ray_api
     app.state.inference = Inference(store, ray_api, settings)
+    app.state.scoring = Scoring(app.state.inference)
     app.state.authentication, app.state.rate_limits = Authentication(store, settings), RateLimits()
     app.state.job_reader, app.state.refusals = JobReader(store), Refusals(store)
     streams = app.state.streams = Streams(store, settings)

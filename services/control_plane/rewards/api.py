@@ -2,36 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from dpo_core.data.groups import Group
 from services.control_plane.http.dependencies import SettingsPart, StorePart
-from services.control_plane.models.inference import Inference
-from services.control_plane.models.inference_api import InferencePart, while_connected
+from services.control_plane.models.inference_api import while_connected
 from services.control_plane.rewards.judges import Judge, judge_of
 from services.control_plane.rewards.preferences import Judged, probabilities, winner
 from services.control_plane.rewards.requests import RewardsBody, groups_of
-from services.control_plane.rewards.scoring import judge_groups
+from services.control_plane.rewards.scoring import Scoring
 
 router = APIRouter()
 
 
 @router.post("/x/rewards")
-async def create(
-    request: Request, inference: InferencePart, store: StorePart, settings: SettingsPart, body: RewardsBody
-) -> Response:
+async def create(request: Request, store: StorePart, settings: SettingsPart, body: RewardsBody) -> Response:
     """Scores completions with a policy and its reference, or with a reward model. Nothing is kept."""
     groups = groups_of(body)
     async with store.begin() as session:
         judge = await judge_of(session, settings, body.model, reference=body.reference, beta=body.beta)
-    return await while_connected(request, _answer(inference, judge, groups))
+    scoring = cast(Scoring, request.app.state.scoring)
+    return await while_connected(request, _answer(scoring, judge, groups))
 
 
-async def _answer(inference: Inference, judge: Judge, groups: Sequence[Group]) -> Response:
-    judgement = await judge_groups(inference, judge, groups)
+async def _answer(scoring: Scoring, judge: Judge, groups: Sequence[Group]) -> Response:
+    judgement = await scoring.judge(judge, groups)
     return JSONResponse(
         {
             "object": "list",

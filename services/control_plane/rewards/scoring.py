@@ -1,9 +1,11 @@
 """Has the models of a judge score groups, and turns their scores into rewards."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ValidationError
+from cachetools import TTLCache
+from pydantic import ValidationError
 
 from dpo_core.data.groups import Group
 from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored, TextGroup, TextsToScore, TokensToScore
@@ -12,6 +14,8 @@ from services.control_plane.models.inference import Inference
 from services.control_plane.models.models import NamedModel
 from services.control_plane.rewards.judges import Judge
 from services.control_plane.rewards.preferences import Judged, explicit, implicit
+
+MOST_KEPT_BYTES, KEPT_SECONDS = 2**26, 1800.0  # of policies' scores
 
 
 @dataclass(frozen=True)
@@ -22,37 +26,51 @@ class Judgement:
     num_tokens: int
 
 
-async def judge_groups(inference: Inference, judge: Judge, groups: Sequence[Group]) -> Judgement:
-    """Returns the rewards of the groups.
+class Scoring:
+    """Has models score groups.
 
-    The policy's application encodes the texts, as in training, and scores them. The reference scores the same token
-    ids. It is asked for at once, so that both models load at the same time if there is room for both.
+    A policy's scores are kept until its reference has scored too. So a request that is sent again while the reference
+    loads does not need the policy, which may have lost its place to the reference.
     """
-    if judge.reference:
-        await inference.want(judge.reference)
-    texts = TextsToScore(groups=list(map(_on_wire, groups)), today=judge.today)
-    scored = await _ask(inference, judge.model, SCORE_TEXTS, texts)
-    num_tokens = _count(scored)
-    if judge.reference is None or judge.beta is None:
-        return Judgement(
-            [
-                [explicit(outputs, length) for outputs, length in zip(*rows, strict=True)]
-                for rows in zip(scored.outputs, scored.num_tokens, strict=True)
-            ],
-            num_tokens,
-        )
-    tokens = TokensToScore(groups=scored.groups, vocabulary=scored.vocabulary)
-    reference = await _ask(inference, judge.reference, SCORE_TOKENS, tokens)
-    return Judgement(
-        [
-            [
-                implicit(judge.beta, logp, reference_logp, length)
-                for (logp,), (reference_logp,), length in zip(*rows, strict=True)
-            ]
-            for rows in zip(scored.outputs, reference.outputs, scored.num_tokens, strict=True)
-        ],
-        2 * num_tokens,
-    )
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+        self._kept: TTLCache[tuple[str, bytes], bytes] = TTLCache(MOST_KEPT_BYTES, KEPT_SECONDS, getsizeof=len)
+
+    async def judge(self, judge: Judge, groups: Sequence[Group]) -> Judgement:
+        """Returns the rewards of the groups.
+
+        The policy's application encodes the texts, as in training, and scores them. The reference scores the same token
+        ids. It is asked for at once, so that both models load at the same time if there is room for both.
+        """
+        texts = TextsToScore(groups=list(map(_on_wire, groups)), today=judge.today).model_dump_json().encode()
+        if judge.reference is None or judge.beta is None:
+            scored = _read(judge.model, await self._inference.ask(judge.model, SCORE_TEXTS, texts))
+            return Judgement(_explicit(scored), _count(scored))
+        await self._inference.want(judge.reference)
+        key = judge.model.app_name, hashlib.sha256(texts).digest()
+        answer = self._kept.get(key) or await self._inference.ask(judge.model, SCORE_TEXTS, texts)
+        if len(answer) < MOST_KEPT_BYTES:
+            self._kept[key] = answer
+        scored = _read(judge.model, answer)
+        tokens = TokensToScore(groups=scored.groups, vocabulary=scored.vocabulary).model_dump_json().encode()
+        reference = _read(judge.reference, await self._inference.ask(judge.reference, SCORE_TOKENS, tokens))
+        self._kept.pop(key, None)
+        return Judgement(_implicit(judge.beta, scored, reference), 2 * _count(scored))
+
+
+def _explicit(scored: Scored) -> list[list[Judged]]:
+    return [
+        [explicit(outputs, length) for outputs, length in zip(*row, strict=True)]
+        for row in zip(scored.outputs, scored.num_tokens, strict=True)
+    ]
+
+
+def _implicit(beta: float, policy: Scored, reference: Scored) -> list[list[Judged]]:
+    return [
+        [implicit(beta, logp, reference_logp, length) for (logp,), (reference_logp,), length in zip(*row, strict=True)]
+        for row in zip(policy.outputs, reference.outputs, policy.num_tokens, strict=True)
+    ]
 
 
 def _on_wire(group: Group) -> TextGroup:
@@ -64,8 +82,7 @@ def _on_wire(group: Group) -> TextGroup:
     )
 
 
-async def _ask(inference: Inference, model: NamedModel, path: str, body: BaseModel) -> Scored:
-    answer = await inference.ask(model, path, body.model_dump_json().encode())
+def _read(model: NamedModel, answer: bytes) -> Scored:
     try:
         return Scored.model_validate_json(answer)
     except ValidationError:  # JSON has no NaN

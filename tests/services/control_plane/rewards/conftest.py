@@ -35,6 +35,7 @@ from tests.services.serving.conftest import MODEL_LENGTH, make_model
 from tests.services.serving.test_scoring import TEMPLATE
 
 BETA = 0.3
+ASKED: list[str] = []  # the models that scored something, in order
 PAIR = Group("the quick", (" brown fox", " lazy dog"), 1)
 
 
@@ -44,7 +45,10 @@ def models_of(fake_ray: FakeRay) -> FastAPI:
 
     @app.post("/{name}/v1/score/{kind}")
     async def answer(name: str, request: Request) -> Response:
+        if name not in fake_ray.serve:  # it has just been removed
+            return Response(status_code=503)
         deployment = fake_ray.serve[name]["deployed_app_config"]["args"]
+        ASKED.append(deployment["model_id"])
         application = _application(deployment["source"], deployment["num_outputs"])
         return await _pass_on(application, request)
 

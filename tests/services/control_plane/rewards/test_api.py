@@ -1,5 +1,6 @@
 """Rewards through the control plane, against the trainer's scorer and plain transformers."""
 
+import re
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -19,8 +20,8 @@ from dpo_core.policy.measures import Measures
 from dpo_core.policy.scorer import Scorer, score_reference
 from services.control_plane.rewards.requests import MOST_COMPLETIONS, MOST_ROWS
 from services.control_plane.settings import Settings
-from tests.services.control_plane.conftest import api_of, new_key, new_project
-from tests.services.control_plane.rewards.conftest import BETA, PAIR, Trained, add, policy_of
+from tests.services.control_plane.conftest import FakeRay, api_of, new_key, new_project, served
+from tests.services.control_plane.rewards.conftest import ASKED, BETA, PAIR, Trained, add, policy_of
 from tests.services.serving.conftest import MODEL_LENGTH
 from tests.services.serving.test_scoring import ROWS, SYSTEM, TOOL, TURNS, USER, groups_of, said
 
@@ -176,6 +177,35 @@ def test_scores_that_are_no_numbers_are_an_error_of_the_model(
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "model_error"
     assert "its scores are no finite numbers" in answer.json()["error"]["message"]
+
+
+def test_while_the_reference_loads_the_policy_need_not_score_again(
+    api: httpx.Client, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = fake_ray.get
+
+    def get_without_the_base(path: str) -> tuple[int, Any]:
+        status, answer = get(path)
+        if path.startswith("/api/serve"):
+            told = answer["applications"]
+            bases = {name for name in told if re.search(r"raydpo-\w+-tiny-\w+$", name)}
+            answer = answer | {"applications": told | {name: served(None, status="DEPLOY_FAILED") for name in bases}}
+        return status, answer
+
+    row = [{"prompt": "the lazy", "completions": ["dog"]}]
+    monkeypatch.setattr("services.control_plane.ray_api.VIEW_SECONDS", 0.0)
+    wanted = answered(ask(api, "dpo", row, beta=1))
+    ASKED.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_ray, "get", get_without_the_base)
+        assert "'tiny' could not be loaded" in refused(ask(api, "dpo", row, beta=1), 503)[1]
+        assert ASKED == ["ft:tiny:raydpo::dpo"]
+    while (answer := ask(api, "dpo", row, beta=1)).status_code == 503:
+        pass  # the base is removed, and loaded again
+    assert answered(answer) == wanted
+    assert ASKED == ["ft:tiny:raydpo::dpo", "tiny"]
+    assert answered(ask(api, "dpo", row, beta=1)) == wanted
+    assert ASKED[2:] == ["ft:tiny:raydpo::dpo", "tiny"]
 
 
 # --- what is refused -----------------------------------------------------------------------------------
