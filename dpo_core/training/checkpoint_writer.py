@@ -1,6 +1,8 @@
 """Writes checkpoints of a policy and its optimizer in the background while training continues."""
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,7 +98,8 @@ class Writer:
             shutil.rmtree(partial, ignore_errors=True)  # frees space on a disk that may be full
             if isinstance(error, SafetensorError):
                 what = f"The checkpoint of step {manifest.step} could not be written to {self._folder} ({error})"
-                raise OSError(f"{what}; free some space, and resume from the previous checkpoint.") from error
+                sentence = f"{what}; free some space, and resume from the previous checkpoint."
+                raise OSError(_errno_of(error), sentence) from error
             raise
         if rank() == 0:
             (partial / MANIFEST).write_bytes(replace(manifest, files=files).to_json())
@@ -187,3 +190,10 @@ def _optimizer_state(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str
 def _copy(tensor: Tensor) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().to("cpu", copy=True).contiguous()
+
+
+def _errno_of(error: SafetensorError) -> int:
+    """Returns the errno that the error's text ends with, as in "No space left on device (os error 28)"; EIO if it has
+    none. A caller that waits while storage is full needs it."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else errno.EIO

@@ -51,8 +51,9 @@ def _not_empty(text: str) -> str:
     return text
 
 
-def id_argument(metavar: str = "ID") -> Any:
-    return typer.Argument(metavar=metavar, parser=_not_empty)
+def id_argument(what: str, metavar: str = "ID") -> Any:
+    """Returns a positional argument for an id or a name; `what` is its help text."""
+    return typer.Argument(metavar=metavar, parser=_not_empty, help=what)
 
 
 def default_home() -> Path:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="List, show and set how models are served.")
 
-ModelId = Annotated[str, id_argument("MODEL")]
+ModelId = Annotated[str, id_argument("Name of a base model or a trained policy.", "MODEL")]
 
 
 def _state(item: Item) -> str:

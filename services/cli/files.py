@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Upload training data, and list, read and delete files.")
 
-FileId = Annotated[str, id_argument()]
+FileId = Annotated[str, id_argument("Id of the file, such as file-1a2b….")]
 
 
 @api_command(app)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Submit training jobs and follow them.")
 
-JobId = Annotated[str, id_argument()]
+JobId = Annotated[str, id_argument("Id of the job, such as ftjob-1a2b….")]
 
 
 @api_command(app)

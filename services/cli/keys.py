@@ -20,7 +20,7 @@ DAY = 86_400
 @api_command(app)
 def create(
     client: "OpenAI",
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name by which you recognize the key.")],
     scope: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,7 +83,10 @@ list_command(
 
 
 @api_command(app)
-def revoke(client: "OpenAI", key_id: Annotated[str, id_argument()]) -> None:
+def revoke(
+    client: "OpenAI",
+    key_id: Annotated[str, id_argument("Id of the API key, which `raydpo keys list` shows; not the key itself.")],
+) -> None:
     """Revoke an API key. The key stops working within a second."""
     client.post(f"/x/keys/{key_id}/revoke", cast_to=object)
     out.print(f"revoked {key_id}")

@@ -18,7 +18,7 @@ app = typer.Typer(help="List, show, load, download, delete and share models. Wit
 
 WARM_SECONDS = 2.0  # between two looks at a model that loads
 
-ModelId = Annotated[str, id_argument()]
+ModelId = Annotated[str, id_argument("Name of the model.")]
 Format = Annotated[
     Literal["adapter", "merged"] | None,
     typer.Option(
@@ -154,7 +154,11 @@ def share(
 
 
 @api_command(app)
-def unshare(client: "OpenAI", model_id: ModelId, project_id: Annotated[str, id_argument("PROJECT")]) -> None:
+def unshare(
+    client: "OpenAI",
+    model_id: ModelId,
+    project_id: Annotated[str, id_argument("Id of the project that loses access.", "PROJECT")],
+) -> None:
     """End a project's access to a trained policy. Jobs that the project has submitted continue. Needs an admin key."""
     params = {"project_id": project_id}
     found: Any = client.get(_permissions(model_id), cast_to=object, options={"params": params})

@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Create projects and set their limi
 
 LIMITS = ("max_running_jobs", "max_queued_jobs", "max_bytes", "max_accelerator_hours")
 
-ProjectId = Annotated[str, id_argument()]
+ProjectId = Annotated[str, id_argument("Id of the project.")]
 
 
 def _number(text: str) -> str:
@@ -62,7 +62,7 @@ def _given(name: str | None, weight: float | None, *limits: str | None) -> dict[
 @api_command(app)
 def create(
     client: "OpenAI",
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new project.")],
     weight: Weight = None,
     max_running_jobs: Running = None,
     max_queued_jobs: Queued = None,

@@ -299,7 +299,7 @@ def test_a_reference_whose_weights_differ_slightly_is_caught_and_replaced(
     told = messages(client, job_id)
     (departure,) = [message for message in told if "different log-probabilities" in message]
     assert "60 rows" in departure
-    assert re.search(r"per token mean \S+, p99 \S+, largest \S+; per pair mean", departure)
+    assert re.search(r"per token mean \S+, 99th percentile \S+, largest \S+; per pair mean", departure)
     assert any(message.startswith("The first loss is 0.69314") for message in told)
 
 

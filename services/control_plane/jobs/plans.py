@@ -155,6 +155,7 @@ def plan_object(
     nodes: Sequence[Node],
     settings: Settings,
 ) -> dict[str, Any]:
+    """Returns the plan of a job as a `plan` object for the response: whether the job fits, its memory, and changes."""
     rows, how = rows_of(file, counted, spec)
     room = room_of(nodes, settings, spec.num_workers)
     found = _plan(shapes, run_of(spec, rows, nodes, settings), rows, room)

@@ -78,6 +78,7 @@ Metadata = Annotated[
 
 AskedQuantization: Any = Quantization | None
 AskedPrecision: Any = Literal["auto", "float32", "bfloat16"]
+AskedPolicy: Any = Policy
 # The types of the objectives that a sum of objectives may have.
 PARTS = [kind for kind, cls in OBJECTIVES.items() if cls not in (Mpo, *get_args(RewardObjective))]
 
@@ -146,7 +147,7 @@ class CreateJob(BaseModel):
         reference = parse(Reference, extension.get("reference", {}), "x_raydpo.reference")
         priority = parse(Priority, extension.get("priority", 0), "x_raydpo.priority")
         keep = extension.get("keep_checkpoints", KEPT)
-        policy: Any = parse(Policy, extension.get("policy", "last"), "x_raydpo.policy")  # type: ignore[arg-type]
+        policy: Any = parse(AskedPolicy, extension.get("policy", "last"), "x_raydpo.policy")
         how = self._reading()
         named = self.model_dump(include={"model", "validation_file", "suffix", "metadata"})
         return JobSpec(

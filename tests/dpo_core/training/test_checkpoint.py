@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import logging
@@ -405,8 +406,9 @@ def test_a_checkpoint_without_room_is_refused_by_step_and_folder_and_leaves_noth
     for step in (2, 3):
         shutil.rmtree(folder / f"step-00000{step}")
     sentence = f"The checkpoint of step 2 could not be written to {folder} .*; free some space, and resume"
-    with room_for_files_of(num_bytes), pytest.raises(OSError, match=sentence):
+    with room_for_files_of(num_bytes), pytest.raises(OSError, match=sentence) as refused:
         run(CONFIG, policy, tokenizer, pairs, folder, resume=checkpoint)
+    assert refused.value.errno == errno.EFBIG
     assert [path.name for path in folder.iterdir()] == ["step-000001"]
     assert latest_checkpoint(folder) == checkpoint
 
