@@ -32,8 +32,8 @@ from dpo_core.training.checkpoint import Manifest, load, resumable
 from dpo_core.training.checkpoint_writer import Publish, Writer
 from dpo_core.training.evaluation import Batches, evaluate
 from dpo_core.training.gradients import backward, check_agreement, make_packs
-from dpo_core.training.memory import checkpoint_activations, plan_memory
 from dpo_core.training.optim import learning_rate, make_optimizer
+from dpo_core.training.pack_size import checkpoint_activations, plan_memory
 from dpo_core.training.ranks import on_any_rank, rank, together
 from dpo_core.training.weights import Weights, agree_on_weights, dtypes_of, shard
 

@@ -20,7 +20,7 @@ from dpo_core.models.model import load_policy
 from dpo_core.policy.batch import Batch, collate
 from dpo_core.policy.flops import Flops
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training.memory import checkpoint_activations
+from dpo_core.training.pack_size import checkpoint_activations
 from dpo_core.training.trainer import train
 from tests.dpo_core import conftest
 

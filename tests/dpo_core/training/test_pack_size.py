@@ -14,7 +14,7 @@ from dpo_core.config import Lora, Optim, TrainConfig
 from dpo_core.encoding.encode import EncodedGroup
 from dpo_core.models.model import load_policy
 from dpo_core.policy.scorer import Scorer
-from dpo_core.training import memory
+from dpo_core.training import pack_size
 from dpo_core.training.checkpoint import read_manifest
 from dpo_core.training.trainer import train
 from tests.dpo_core import conftest
@@ -40,7 +40,7 @@ def groups_of(num_tokens: int) -> list[EncodedGroup]:
 @pytest.fixture
 def free(monkeypatch):
     def pretend(num_bytes: int | None) -> None:
-        monkeypatch.setattr(memory, "_free_bytes", lambda device: num_bytes)
+        monkeypatch.setattr(pack_size, "_free_bytes", lambda device: num_bytes)
 
     return pretend
 
@@ -49,26 +49,27 @@ def free(monkeypatch):
 def test_options_that_the_user_set_are_kept(policy, free, checkpointing):
     free(0)
     asked = replace(CONFIG, max_tokens_per_pack=777, activation_checkpointing=checkpointing)
-    assert memory.plan_memory(asked, Scorer(policy)) == asked
+    assert pack_size.plan_memory(asked, Scorer(policy)) == asked
     assert (
-        memory.plan_memory(replace(asked, activation_checkpointing="auto"), Scorer(policy)).max_tokens_per_pack == 777
+        pack_size.plan_memory(replace(asked, activation_checkpointing="auto"), Scorer(policy)).max_tokens_per_pack
+        == 777
     )
-    fitted = memory.plan_memory(replace(asked, max_tokens_per_pack=None), Scorer(policy))
+    fitted = pack_size.plan_memory(replace(asked, max_tokens_per_pack=None), Scorer(policy))
     assert fitted.activation_checkpointing == checkpointing
 
 
 @pytest.mark.parametrize("num_bytes", [64 * GB, None], ids=["plenty", "unknown"])
 def test_with_plenty_of_or_unknown_memory_a_pack_has_the_most_tokens_and_nothing_is_recomputed(policy, free, num_bytes):
     free(num_bytes)
-    fitted = memory.plan_memory(CONFIG, Scorer(policy))
-    assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (memory.MOST_TOKENS["cpu"], "off")
+    fitted = pack_size.plan_memory(CONFIG, Scorer(policy))
+    assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (pack_size.MOST_TOKENS["cpu"], "off")
 
 
 def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(policy, free, caplog):
     choices = []
     for megabytes in (512, 64, 32, 16, 8, 4, 2):
         free(megabytes * MB)
-        fitted = memory.plan_memory(CONFIG, Scorer(policy))
+        fitted = pack_size.plan_memory(CONFIG, Scorer(policy))
         choices.append((fitted.max_tokens_per_pack, fitted.activation_checkpointing))
     kept = [tokens for tokens, checkpointing in choices if checkpointing == "off"]
     assert kept == sorted(kept, reverse=True)
@@ -81,8 +82,8 @@ def test_less_memory_gives_fewer_tokens_and_finally_recomputed_activations(polic
 
 def test_a_max_length_that_does_not_fit_is_warned_of(policy, free, caplog):
     free(MB // 4)
-    with caplog.at_level(logging.WARNING, "dpo_core.training.memory"):
-        fitted = memory.plan_memory(CONFIG, Scorer(policy))
+    with caplog.at_level(logging.WARNING, "dpo_core.training.pack_size"):
+        fitted = pack_size.plan_memory(CONFIG, Scorer(policy))
     assert (fitted.max_tokens_per_pack, fitted.activation_checkpointing) == (CONFIG.max_length, "on")
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("A row of max_length (256 tokens) may not fit into memory, which has room for about ")
@@ -95,8 +96,8 @@ def test_memory_for_the_optimizer_and_a_tile_of_logits_is_reserved(policy, make_
     for dtype, state in ((torch.float32, 12), (torch.bfloat16, 16)):
         tile = rows * conftest.VOCABULARY * (4 if dtype == torch.float32 else 6)
         free(state * num_weights + tile + 10 * MB)
-        budgets.append(memory._budget(Scorer(make_policy().to(dtype)), "auto"))
-    assert budgets == [int(memory.PACK_SHARE * 10 * MB)] * 2
+        budgets.append(pack_size._budget(Scorer(make_policy().to(dtype)), "auto"))
+    assert budgets == [int(pack_size.PACK_SHARE * 10 * MB)] * 2
 
 
 @pytest.mark.parametrize("megabytes", [64, 40, 8, 4, 2])
@@ -104,9 +105,9 @@ def test_a_pack_takes_no_more_than_free_memory(make_policy, free, megabytes):
     """No less than a fifth of it either: a part is held back, and powers of two may halve the rest."""
     free(megabytes * MB)
     scorer = Scorer(make_policy(num_hidden_layers=4))
-    fitted = memory.plan_memory(CONFIG, scorer)
+    fitted = pack_size.plan_memory(CONFIG, scorer)
     if fitted.activation_checkpointing == "on":
-        memory.checkpoint_activations(scorer)
+        pack_size.checkpoint_activations(scorer)
     batch = scorer.collate(groups_of(fitted.max_tokens_per_pack))
     peak = max(accumulate(changes(lambda: scorer(batch).sum().backward())))
     assert megabytes * MB / 5 < peak <= megabytes * MB
@@ -127,7 +128,7 @@ def test_a_pack_of_groups_of_any_shape_fits(shape, megabytes, make_policy, free)
     free(megabytes * MB)
     scorer = Scorer(make_policy(num_hidden_layers=4, num_key_value_heads=4))
     groups = [of_shape(*SHAPES[shape], line=line) for line in range(64)]
-    fitted = memory.plan_memory(replace(CONFIG, activation_checkpointing="off"), scorer, groups[:4])
+    fitted = pack_size.plan_memory(replace(CONFIG, activation_checkpointing="off"), scorer, groups[:4])
     pack = groups[: max(1, fitted.max_tokens_per_pack // groups[0].num_tokens)]
     batch = scorer.collate(pack)
     assert max(accumulate(changes(lambda: scorer(batch).sum().backward()))) <= megabytes * MB
@@ -136,15 +137,15 @@ def test_a_pack_of_groups_of_any_shape_fits(shape, megabytes, make_policy, free)
 @pytest.mark.parametrize("shape", [(512, *[8] * 16), (256, 256, 256), (100, 3), (9, 500, 500)], ids=str)
 def test_an_example_in_the_shape_of_the_groups_shows_the_memory_of_a_token(shape, make_policy):
     scorer, group = Scorer(make_policy(num_key_value_heads=4, num_hidden_layers=4)), of_shape(*shape)
-    found = memory._kept_bytes(scorer, group) / scorer.count_tokens(group)
-    assert memory._bytes_per_token(scorer, [group]) == pytest.approx(found, rel=0.15)
+    found = pack_size._kept_bytes(scorer, group) / scorer.count_tokens(group)
+    assert pack_size._bytes_per_token(scorer, [group]) == pytest.approx(found, rel=0.15)
 
 
 @pytest.mark.parametrize("shape", [(63, 1), (1, 63, 63), (2, *[3] * 40), (30, 34, 1)], ids=str)
 def test_the_example_keeps_within_the_positions_of_the_model(shape):
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
     scorer = Scorer(AutoModelForCausalLM.from_config(config).eval())
-    memory.plan_memory(replace(CONFIG, max_length=64), scorer, [of_shape(*shape)])
+    pack_size.plan_memory(replace(CONFIG, max_length=64), scorer, [of_shape(*shape)])
 
 
 def test_training_sizes_packs_by_its_first_batch(make_policy, tokenizer, scored, free, tmp_path):
@@ -176,17 +177,17 @@ def test_ranks_divide_the_free_memory_of_their_machine_or_container(policy, tmp_
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory._free_bytes(policy.device) == free_bytes
+    monkeypatch.setattr(pack_size, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(pack_size, "CGROUP", tmp_path)
+    assert pack_size._free_bytes(policy.device) == free_bytes
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory._free_bytes(policy.device) == free_bytes // 4
+    assert pack_size._free_bytes(policy.device) == free_bytes // 4
 
 
 def test_memory_that_the_gpus_allocator_holds_unused_counts_as_free(monkeypatch):
     for name, value in (("mem_get_info", (10 * GB, 80 * GB)), ("memory_reserved", 60 * GB), ("memory_allocated", GB)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert memory._free_bytes(torch.device("cuda")) == 69 * GB
+    assert pack_size._free_bytes(torch.device("cuda")) == 69 * GB
 
 
 SIZES = conftest.SIZES | {"num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -226,7 +227,7 @@ def test_recomputed_activations_take_less_memory_and_change_no_bit(name, make_po
         return max(accumulate(changes(work))), found
 
     peak, kept = step()
-    memory.checkpoint_activations(scorer)
+    pack_size.checkpoint_activations(scorer)
     lower_peak, again = step()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, again, strict=True))
     assert lower_peak < 0.6 * peak
