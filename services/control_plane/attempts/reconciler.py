@@ -30,7 +30,7 @@ from services.control_plane.attempts.scheduling import FOR_MODELS, needs, refere
 from services.control_plane.attempts.step_retries import EVENT_AFTER, TRIES, Patience, in_words, is_ours
 from services.control_plane.cleanup import Sweeper
 from services.control_plane.core import log_setup, store, telemetry
-from services.control_plane.core.store import Store
+from services.control_plane.core.store import NO_ATTEMPTS, Store
 from services.control_plane.core.tables import Attempt, Job
 from services.control_plane.files import files
 from services.control_plane.jobs import jobs
@@ -147,6 +147,7 @@ class Reconciler:
         # Jobs that may start come first, so that no start waits for the ends of other jobs.
         live.sort(key=lambda job: job.observed != "queued" or waits.get(job.id) is not None)
         await asyncio.gather(*map(look_at, live))
+        await self._wait([(job, what) for job in live if job.observed == "queued" and (what := waits.get(job.id))])
         if view is None:
             raise httpx.HTTPError("the Ray cluster does not answer")
         running = [job for job in contenders if waits.get(job.id) is None]
@@ -163,12 +164,9 @@ class Reconciler:
 
         If the action fails, a later tick tries the job again, and the other jobs are not affected.
         """
-        if not self._patience.is_due(job.id, job.version):
+        if (waits_for and job.observed == "queued") or not self._patience.is_due(job.id, job.version):
             return
         try:
-            if waits_for and job.observed == "queued":
-                await self._wait(job, waits_for)
-                return
             submission = told[attempt.submission_id] if attempt else UNKNOWN
             with log_setup.about(job_id=job.id, attempt=attempt.number if attempt else None):
                 await self._reconcile(job, attempt, submission, waits_for)
@@ -222,10 +220,11 @@ class Reconciler:
         waits = back or on_gpus or any(job.observed == "queued" for job in live)
         return await self._ray_api.capacity() if waits else {}
 
-    async def _wait(self, job: Job, what: str) -> None:
-        if job.waits_for != what:
+    async def _wait(self, reasons: Sequence[tuple[Job, str]]) -> None:
+        """Writes what the jobs wait for, in one transaction, however many jobs a project has in the queue."""
+        if new := [(job, what) for job, what in reasons if job.waits_for != what]:
             async with self._store.begin() as session:
-                await jobs.wait_for(session, job, what)
+                await jobs.wait_for(session, new)
 
     async def _reconcile(
         self, job: Job, attempt: Attempt | None, submission: Submission, waits_for: str | None
@@ -234,8 +233,10 @@ class Reconciler:
         status = submission.status
         if attempt is not None and status == "running" and attempt.silent_seconds > QUIET_SECONDS:
             attempt = await self._executor.collect(job, attempt)
-        async with self._store.begin() as session:
-            history = await store.history(session, job.id)
+        history = NO_ATTEMPTS  # while an attempt is open, nothing depends on the earlier ones
+        if attempt is None:
+            async with self._store.begin() as session:
+                history = await store.history(session, job.id)
         past = Past(
             slot=waits_for is None,
             failures=history.failures,
@@ -249,7 +250,7 @@ class Reconciler:
             attempt = await self._executor.collect(job, attempt)
             decision = decide(job, attempt, status, past, collected=True)
         if decision is Decision.QUEUE and waits_for is not None:
-            await self._wait(job, waits_for)
+            await self._wait([(job, waits_for)])
             return
         if decision is not Decision.WAIT:
             log.info("Job %s: %s", job.id, decision.name.lower())

@@ -4,6 +4,7 @@ The query functions take an open session and never commit.
 """
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -67,6 +68,8 @@ from services.control_plane.core.tables import (
     Owned,
 )
 
+log = logging.getLogger(__name__)
+
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 QUEUE_HEAD = 50  # the most queued jobs of a project that a tick looks at; the jobs behind these wait
 STATEMENT_SECONDS = 30  # the server cancels a statement after this long, even if it only waits for a lock
@@ -127,11 +130,17 @@ class PoolerUrl(ValueError):
 
 
 def migrate(database_url: str) -> None:
-    """Migrates the database to the newest schema. Several replicas may call this function at the same time.
+    """Migrates the database to this release's schema. Several replicas may call this function at the same time.
 
-    Raises PoolerUrl if the URL leads to a connection pooler.
+    Leaves the schema of a newer release as it is: during an upgrade, control planes of the older release may restart
+    after the migration, and each schema serves the release before it. Raises PoolerUrl if the URL leads to a connection
+    pooler.
     """
-    if _is_newest(database_url):
+    newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
+    found = _version(database_url)
+    if found > newest:
+        log.warning("The database has schema %s of a newer release; upgrade this one, which has %s.", found, newest)
+    if found >= newest:
         return
     from alembic import command  # importing alembic takes as long as the rest of a start; few starts need it
     from alembic.config import Config
@@ -142,8 +151,8 @@ def migrate(database_url: str) -> None:
     command.upgrade(config, "head")
 
 
-def _is_newest(database_url: str) -> bool:
-    newest = max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
+def _version(database_url: str) -> str:
+    """Returns the version of the database's schema; '' if the database is empty."""
     try:
         connected = psycopg.connect(_conninfo(_url(database_url, limits=True)))
     except psycopg.OperationalError as error:
@@ -156,8 +165,9 @@ def _is_newest(database_url: str) -> bool:
         raise PoolerUrl(message) from error
     with connected as connection:
         if connection.execute("SELECT to_regclass('alembic_version')").fetchone() == (None,):
-            return False
-        return connection.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)
+            return ""
+        row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        return str(row[0]) if row else ""
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
@@ -467,6 +477,9 @@ class History:
     total: int
     failures: int  # attempts that died by themselves, since the last attempt that left a new checkpoint
     rested_seconds: float  # seconds since the last failure, by the database's clock; 0 if there was no failure
+
+
+NO_ATTEMPTS = History(total=0, failures=0, rested_seconds=0.0)
 
 
 async def history(session: AsyncSession, job_id: str) -> History:

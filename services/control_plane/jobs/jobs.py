@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, text, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import tracing
@@ -201,14 +202,22 @@ async def move(
     await webhooks.announce(session, job, to)
 
 
-async def wait_for(session: AsyncSession, job: Job, what: str) -> None:
-    """Sets the job's `waits_for`, the reason why the job or its next attempt does not start yet.
+WAIT_FOR = text(
+    "WITH changed AS (SELECT jobs.id, new.what FROM jobs"
+    " JOIN jsonb_to_recordset(:reasons) AS new(id text, observed text, what text) USING (id, observed)"
+    " WHERE waits_for IS DISTINCT FROM new.what FOR NO KEY UPDATE OF jobs SKIP LOCKED)"
+    " UPDATE jobs SET waits_for = what FROM changed WHERE jobs.id = changed.id RETURNING jobs.id, what"
+).bindparams(bindparam("reasons", type_=JSONB))
 
-    Adds an event if the reason is new.
+
+async def wait_for(session: AsyncSession, reasons: Sequence[tuple[Job, str]]) -> None:
+    """Sets the `waits_for` of jobs, the reason why a job or its next attempt does not start yet.
+
+    Adds an event to each job whose reason is new. Leaves out jobs that another transaction changes at the moment.
     """
-    changed = update(Job).where(Job.id == job.id, Job.observed == job.observed, Job.waits_for.is_distinct_from(what))
-    if (await session.execute(changed.values(waits_for=what).returning(Job.id))).first() is not None:
-        tell(session, job.id, f"Waiting for {what}")
+    given = [{"id": job.id, "observed": job.observed, "what": what} for job, what in reasons]
+    for row in await session.execute(WAIT_FOR, {"reasons": given}):
+        tell(session, row.id, f"Waiting for {row.what}")
 
 
 async def hold_back(session: AsyncSession, job: Job, what: str) -> None:

@@ -798,6 +798,34 @@ def test_a_job_that_ends_makes_room_for_the_next_one_at_once(
     ticks(settings, 4)
 
 
+def test_a_waiting_job_whose_row_is_held_delays_no_other_and_is_told_later(
+    client: openai.OpenAI, settings: Settings, ray: FakeRay
+) -> None:
+    running, held, other = (submit(client, settings) for _ in range(3))
+    ticks(settings, 1)
+    told = "another job to end: 1 may run at once"
+
+    def waits() -> list[str | None]:
+        jobs = (client.fine_tuning.jobs.retrieve(job_id) for job_id in (running, held, other))
+        return [job.model_extra["x_raydpo"]["waits_for"] for job in jobs if job.model_extra]
+
+    with psycopg.connect(settings.database_url) as rows:
+        rows.execute("UPDATE jobs SET waits_for = NULL WHERE id IN (%s, %s)", [held, other])
+        rows.commit()
+        rows.execute("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", [held])
+        began = time.monotonic()
+        ticks(settings, 1)
+        assert time.monotonic() - began < 25  # the server would end the wait for a lock after 30 seconds
+        assert waits() == [None, None, told]
+    ticks(settings, 1)
+    assert waits() == [None, told, told]
+    events = [event.message for event in client.fine_tuning.jobs.list_events(other)]
+    assert events.count(f"Waiting for {told}") == 2  # once more, as the test forgot it
+    for job_id in (held, other, running):
+        client.fine_tuning.jobs.cancel(job_id)
+    ticks(settings, 4)
+
+
 def test_jobs_start_before_others_are_ended(
     client: openai.OpenAI, settings: Settings, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import psycopg
 import pytest
@@ -46,6 +47,51 @@ def test_a_database_of_the_first_schema_keeps_its_jobs(database_url: str) -> Non
         assert moves == [("ftjob-old", 3, "run", "queued")]
         with pytest.raises(psycopg.errors.RaiseException, match="append-only"):
             connection.execute("DELETE FROM transitions")
+
+
+def schema(database_url: str) -> dict[tuple[str, str], tuple[str, bool]]:
+    """By table and column: its type, and whether a row may be inserted without it."""
+    query = (
+        "SELECT table_name, column_name, data_type, is_nullable = 'YES' OR column_default IS NOT NULL OR"
+        " is_generated = 'ALWAYS' OR is_identity = 'YES' FROM information_schema.columns WHERE table_schema = 'public'"
+    )
+    with psycopg.connect(database_url) as connection:
+        return {(table, name): (kind, optional) for table, name, kind, optional in connection.execute(query)}
+
+
+def test_each_schema_serves_the_release_before_it(database_url: str) -> None:
+    """While control planes of both work, its statements find all their columns and may leave out the new ones."""
+    migrate(database_url)
+    newest = int(store._version(database_url))
+    config = Config()
+    config.set_main_option("script_location", str(store.MIGRATIONS))
+    config.attributes["database_url"] = database_url.replace("postgresql://", "postgresql+psycopg://")
+    schemas = [schema(database_url)]
+    for _ in range(2, newest):  # 0002 changed 0001 in other ways
+        command.downgrade(config, "-1")
+        schemas.insert(0, schema(database_url))
+    assert store._version(database_url) == "0002"
+    for before, after in pairwise(schemas):
+        assert before.keys() <= after.keys()
+        for place in before:
+            assert after[place][0] == before[place][0], place
+            assert after[place][1] or not before[place][1], place
+        tables = {table for table, _ in before}
+        assert all(after[place][1] for place in after.keys() - before.keys() if place[0] in tables)
+    migrate(database_url)
+
+
+def test_a_control_plane_that_restarts_after_the_next_releases_migration_leaves_the_schema_as_it_is(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    migrate(database_url)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        before = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        migrate(database_url)
+        assert "The database has schema 9999 of a newer release" in caplog.text
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("9999",)
+        connection.execute("UPDATE alembic_version SET version_num = %s", before)
 
 
 @pytest.mark.slow
