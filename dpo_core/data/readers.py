@@ -198,11 +198,7 @@ def _ending_with_an_answer(row: Row, column: str) -> tuple[list[Message], list[M
     *prompt, last = messages_of(row, f"/{column}", row.value[column])
     pointer = f"/{column}/{len(prompt)}"
     if last["role"] != "assistant":
-        raise row.invalid(
-            pointer,
-            "invalid_completion",
-            "is the last message and must be an assistant message; end the conversation with an answer.",
-        )
+        raise row.invalid(pointer, "invalid_completion", "is the last message and must be an assistant message.")
     if not prompt or prompt[-1]["role"] == "assistant":
         raise row.invalid(
             pointer,

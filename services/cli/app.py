@@ -22,6 +22,7 @@ from services.cli import (
     projects,
     rewards,
     settings,
+    usage,
     webhooks,
 )
 from services.cli.client import default_home, fail
@@ -43,6 +44,7 @@ rewards.register(app)
 methods.register(app)
 settings.register(app)
 audit.register(app)
+usage.register(app)
 plan.register(app)
 
 

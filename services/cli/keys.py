@@ -44,9 +44,17 @@ def create(
             "Default: the service's setting requests_per_minute."
         ),
     ] = None,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum number of tokens per minute of completions with the new key, prompts included. "
+            "Default: the service's setting tokens_per_minute."
+        ),
+    ] = None,
 ) -> None:
     """Create an API key and print the key, which cannot be shown again."""
     body: dict[str, Any] = {"name": name, "project_id": project, "requests_per_minute": requests_per_minute}
+    body["tokens_per_minute"] = tokens_per_minute
     if scope:
         body["scopes"] = scope
     if days is not None:

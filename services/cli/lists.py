@@ -21,9 +21,11 @@ Limit = Annotated[int, typer.Option(min=1, help="Maximum number of items to show
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with every field, instead of a table.")]
 
 
-def show_list(client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool) -> None:
+def show_list(
+    client: "OpenAI", path: str, columns: Columns, limit: int, as_json: bool, query: Mapping[str, str] | None = None
+) -> None:
     """Prints the first `limit` items of the list at the API's `path`, and a note if the list has more items."""
-    found = list(islice(_items(client, path, limit + 1), limit + 1))
+    found = list(islice(_items(client, path, limit + 1, query or {}), limit + 1))
     if len(found) > limit:
         err.print(f"The list has more items than --limit {limit}; raise --limit to show more.")
     print_items(found[:limit], columns, as_json)
@@ -57,12 +59,12 @@ def _cell(item: Item, of: str | Callable[[Item], object]) -> object:
     return item[of] if isinstance(of, str) else of(item)
 
 
-def _items(client: "OpenAI", path: str, most: int) -> Iterator[Item]:
+def _items(client: "OpenAI", path: str, most: int, query: Mapping[str, str]) -> Iterator[Item]:
     """Yields the items of the list at the API's `path`.
 
     Requests pages of at most `most` items, and the next page only when the caller needs an item of that page.
     """
-    params: dict[str, object] = {"limit": min(most, PAGE)}
+    params: dict[str, object] = {**query, "limit": min(most, PAGE)}
     while True:
         page: Any = client.get(path, cast_to=object, options={"params": params})
         yield from page["data"]

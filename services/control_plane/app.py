@@ -51,7 +51,8 @@ from services.control_plane.rewards import api as rewards_api
 from services.control_plane.rewards.scoring import Scoring
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import api as tenants_api
-from services.control_plane.tenants import api_keys, audit_api
+from services.control_plane.tenants import api_keys, audit_api, usage_api
+from services.control_plane.tenants.usage import UsageRecorder
 from services.control_plane.webhooks import api as webhooks_api
 from services.control_plane.webhooks.outbox import Sender
 
@@ -81,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         webhooks_api,
         progress_api,
     )
-    for routes in (*owned, api_keys, tenants_api, audit_api, unsupported):
+    for routes in (*owned, api_keys, tenants_api, audit_api, usage_api, unsupported):
         app.include_router(routes.router, prefix="/v1", dependencies=checks)
     app.include_router(attempts_api.router)
     app.include_router(health.router)
@@ -113,6 +114,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.inference = Inference(store, ray_api, settings)
     app.state.scoring = Scoring(app.state.inference)
     app.state.authentication, app.state.rate_limits = Authentication(store, settings), RateLimits()
+    app.state.token_limits, app.state.usage = RateLimits("tokens"), UsageRecorder(store)
     app.state.job_reader, app.state.refusals = JobReader(store), Refusals(store)
     streams = app.state.streams = Streams(store, settings)
     sender = app.state.sender = Sender(store, settings)
@@ -127,6 +129,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.inference,
         app.state.authentication,
         app.state.refusals,
+        app.state.usage,
     )
     tasks = [asyncio.create_task(part.run(), name=type(part).__name__) for part in parts]
     for task in tasks:
@@ -139,7 +142,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await sender.close()
-        await app.state.inference.close()
         await ray_api.close()
         await store.close()
 

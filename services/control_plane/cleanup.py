@@ -27,6 +27,7 @@ from services.control_plane.files import files, uploads
 from services.control_plane.http import idempotency
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
+from services.control_plane.tenants import usage
 from services.control_plane.webhooks.outbox import give_up_old
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Sweeper:
             await session.execute(delete(Lease).where(Lease.expires_at < func.now() - timedelta(days=1)))
             await session.execute(sent)
             await give_up_old(session)
+            await usage.forget_writers(session)
             side_jobs_left = await side_jobs.forget_old(session, MOST)
         await _remove(side_jobs_left)
 

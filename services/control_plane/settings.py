@@ -136,6 +136,13 @@ class Settings(BaseSettings):
         description="Limit of a key that has none of its own. Each replica counts for itself. Without it: none.",
     )
 
+    tokens_per_minute: int | None = Field(
+        default=None,
+        gt=0,
+        description="Limit of the tokens of completions, with their prompts, of a key that has none of its own. "
+        "Each replica counts for itself. Without it: none.",
+    )
+
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
         description="Base models, by name: a local folder, a storage URI without a key in it, or a hub id; or a table "

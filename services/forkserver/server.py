@@ -290,8 +290,10 @@ def become(request: Request) -> NoReturn:
 
 
 def _take_files(files: Sequence[int], numbers: Sequence[int]) -> None:
-    """Gives each open file in this process the descriptor number that the file has in the client. Both sequences are
-    empty for a fork that becomes a server."""
+    """Moves each open file to the descriptor number that the file has in the client.
+
+    Both sequences are empty for a fork that becomes a server.
+    """
     beyond = max((*files, *numbers), default=0) + 1  # files move first above all numbers, so that none replaces another
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, beyond) for file in files]
     for file in files:

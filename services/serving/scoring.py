@@ -110,9 +110,7 @@ class Scoring:
                 total += (length := len(group.prompt_ids) + len(ids))
                 if length > self._max_length:
                     path, limit = f"rows.{number}.completions.{place}", self._max_length
-                    message = (
-                        f"{path} and its prompt have {length} tokens, but {model} takes at most {limit}; shorten them."
-                    )
+                    message = f"{path} and its prompt have {length} tokens; {model} takes {limit}: shorten them."
                     raise Refusal(message, param=path)
         if total > MOST_TOKENS:
             raise Refusal(f"rows have {total} tokens; a request can have {MOST_TOKENS}: send fewer rows.", status=413)

@@ -5,7 +5,7 @@ The database stores only the digests of keys.
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, get_args
@@ -25,13 +25,14 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 class Caller:
     """The sender of a request: the id, the project and the scopes of the key or OIDC token in the request.
 
-    If `requests_per_minute` is None, the setting of the same name limits the caller.
+    If `requests_per_minute` or `tokens_per_minute` is None, the setting of the same name limits the caller.
     """
 
     key_id: str
     project_id: str
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
     @property
     def manages_all(self) -> bool:
@@ -52,6 +53,7 @@ async def create(
     name: str,
     scopes: Sequence[Scope],
     requests_per_minute: int | None,
+    tokens_per_minute: int | None,
     expires_at: datetime | None,
 ) -> tuple[Key, str]:
     """Creates an API key. Returns its row and its text; the text is not stored and cannot be shown again."""
@@ -64,6 +66,7 @@ async def create(
         hint=text[-4:],
         scopes=sorted(set(scopes), key=SCOPES.index),
         requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
         expires_at=expires_at,
     )
     session.add(key)
@@ -72,20 +75,22 @@ async def create(
     return key, text
 
 
-async def check(session: AsyncSession, caller: Caller, requests_per_minute: int | None, usual: int | None) -> None:
-    """Raises InvalidRequest if the caller asks for more requests per minute, or more keys, than its project may have.
+Limits = Mapping[str, int | None]  # per minute: of requests_per_minute and tokens_per_minute
 
-    `usual` is the setting `requests_per_minute`, the highest limit that a project's own admin may give to a key. Admins
+
+async def check(session: AsyncSession, caller: Caller, wanted: Limits, usual: Limits) -> None:
+    """Raises InvalidRequest if the caller asks for more per minute, or for more keys, than its project may have.
+
+    `usual` are the settings of the same names, the highest limits that a project's own admin may give to a key. Admins
     of the default project have no limit.
     """
     if caller.manages_all:
         return
-    if usual is not None and requests_per_minute is not None and requests_per_minute > usual:
-        message = f"requests_per_minute is {requests_per_minute}, but a key may have at most {usual}."
-        raise InvalidRequest(
-            f"{message} Send less, or ask an admin of the project {DEFAULT_PROJECT} for a key with more.",
-            param="requests_per_minute",
-        )
+    for name, most in usual.items():
+        if most is not None and (value := wanted[name]) is not None and value > most:
+            message = f"{name} is {value}, but a key may have at most {most}."
+            remedy = f"Send less, or ask an admin of the project {DEFAULT_PROJECT} for a key with more."
+            raise InvalidRequest(f"{message} {remedy}", param=name)
     living = select(func.count()).select_from(Key).where(Key.project_id == caller.project_id, Key.revoked_at.is_(None))
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     if (count := await session.scalar(living.where(unexpired)) or 0) >= MAX_KEYS:
@@ -123,7 +128,10 @@ async def callers_of(session: AsyncSession, digests: Sequence[str]) -> dict[str,
     unexpired = or_(Key.expires_at.is_(None), Key.expires_at > func.now())
     query = select(Key).join(Project, Project.id == Key.project_id).where(Key.sha256.in_(digests), unexpired)
     living = await session.scalars(query.where(Key.revoked_at.is_(None), Project.archived_at.is_(None)))
-    return {key.sha256: Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute) for key in living}
+    return {
+        key.sha256: Caller(key.id, key.project_id, known(key.scopes), key.requests_per_minute, key.tokens_per_minute)
+        for key in living
+    }
 
 
 def known(words: Sequence[object]) -> frozenset[Scope]:

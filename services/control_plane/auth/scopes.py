@@ -3,7 +3,7 @@
 from services.control_plane.auth.keys import Caller, Scope
 from services.control_plane.core.errors import Forbidden
 
-ADMIN = ("/v1/x/keys", "/v1/x/projects", "/v1/x/audit", "/v1/fine_tuning/checkpoints")
+ADMIN = ("/v1/x/keys", "/v1/x/projects", "/v1/x/audit", "/v1/x/usage", "/v1/fine_tuning/checkpoints")
 INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/x/rewards")
 
 

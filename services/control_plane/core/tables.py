@@ -1,6 +1,6 @@
 """Defines the database's tables. All state of jobs is in these tables; constraints keep what the docs promise."""
 
-from datetime import datetime
+from datetime import date, datetime
 from functools import cache
 from typing import Any, ClassVar
 
@@ -80,6 +80,7 @@ class Key(Base):
     hint: Mapped[str]  # the last four characters of the key's text
     scopes: Mapped[list[str]]
     requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
@@ -434,6 +435,30 @@ class ModelSettings(Base):
     model_id: Mapped[str] = mapped_column(primary_key=True)
     values: Mapped[dict[str, Any]]  # the fields of DeploymentSettings that the request had
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class UsageRow(Base):
+    """What a key used of a model on a day (in UTC)."""
+
+    __tablename__ = "usage"
+    project_id: Mapped[str] = mapped_column(primary_key=True)
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    model_id: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    num_requests: Mapped[int] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+    accelerator_seconds: Mapped[float]
+    __table_args__ = (Index("usage_by_day", "day"),)
+
+
+class UsageWriter(Base):
+    """The number of the last batch of usage that a control plane has written, so that no batch counts twice."""
+
+    __tablename__ = "usage_writers"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    batch: Mapped[int] = mapped_column(BigInteger)
+    written_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Instance(Base):

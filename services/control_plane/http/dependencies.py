@@ -59,7 +59,13 @@ async def admit(request: Request, credentials: Bearer) -> Caller:
     if limit := caller.requests_per_minute or settings.requests_per_minute:
         request.state.headers |= cast(RateLimits, parts.rate_limits).take(caller.key_id, limit)
     scopes.check(caller, request.method, request.scope["route"].path)
+    if (limit := tokens_per_minute(caller, settings)) and request.scope["route"].path in scopes.INFERENCE:
+        request.state.headers |= cast(RateLimits, parts.token_limits).look(caller.key_id, limit)
     return caller
+
+
+def tokens_per_minute(caller: Caller, settings: Settings) -> int | None:
+    return caller.tokens_per_minute or settings.tokens_per_minute
 
 
 def _check_header(request: Request, what: str, keys_own: str) -> None:

@@ -1,15 +1,18 @@
-"""Limits the requests per minute of each API key. Every replica counts only its own requests.
+"""Limits the requests and the tokens per minute of each API key. Every replica counts only its own.
 
-A key may send a minute's requests at once; then one more request is allowed every 1/limit of a minute. For each key,
-the process stores one number: the time at which all requests of a minute are allowed again (the generic cell rate
-algorithm). A library's counter would start a thread with a timer for the same number.
+A key may use a minute's amount at once; then one more is allowed every 1/limit of a minute. For each key, the process
+stores one number: the time at which all of a minute's amount is allowed again (the generic cell rate algorithm). A
+library's counter would start a thread with a timer for the same number.
+
+How many tokens a request takes is known only at its end. So a request is admitted while the key has tokens left, and
+its tokens count when it has ended; a key that went beyond its limit waits until that is made up for.
 """
 
 import math
 import time
 from collections.abc import Callable
 
-from cachetools import TTLCache
+from cachetools import TLRUCache
 
 from services.control_plane.core.errors import RateLimited
 
@@ -18,38 +21,48 @@ MAX_KEYS = 100_000
 
 
 class RateLimits:
-    """Counts the requests of every API key, and refuses requests beyond a key's limit."""
+    """Counts what every API key uses, and refuses requests beyond a key's limit. `what` is requests or tokens."""
 
-    def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        # A key that sent nothing for a minute may send a minute's requests again, and need not be kept.
-        self._full_at: TTLCache[str, float] = TTLCache(MAX_KEYS, MINUTE, timer=now)
+    def __init__(self, what: str = "requests", *, now: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._now = what, now
+        # A key that may use a minute's amount again need not be kept.
+        self._full_at: TLRUCache[str, float] = TLRUCache(MAX_KEYS, lambda _, full_at, now: full_at, timer=now)
 
     def take(self, key_id: str, limit: int) -> dict[str, str]:
-        """Counts a request of a key that may send `limit` a minute. Returns the x-ratelimit headers of the response.
+        """Counts one use by a key that has `limit` a minute. Returns the x-ratelimit headers of the response.
 
-        Raises RateLimited if the key has sent too many requests.
+        Raises RateLimited if the key has used too much.
         """
-        now, each = self._now(), MINUTE / limit
-        full_at = max(now, self._full_at.get(key_id, now)) + each
-        wait = full_at - MINUTE - now
+        self._admit(key_id, limit, 1)
+        self.count(key_id, limit, 1)
+        return self._headers(key_id, limit)
+
+    def look(self, key_id: str, limit: int) -> dict[str, str]:
+        """Returns the x-ratelimit headers, and counts nothing. Raises RateLimited if the key has nothing left."""
+        self._admit(key_id, limit, 0)
+        return self._headers(key_id, limit)
+
+    def count(self, key_id: str, limit: int, amount: int) -> None:
+        """Counts what a key has used, even if that is more than it may."""
+        now = self._now()
+        self._full_at[key_id] = max(now, self._full_at.get(key_id, now)) + amount * MINUTE / limit
+
+    def _admit(self, key_id: str, limit: int, amount: int) -> None:
+        now = self._now()
+        wait = max(now, self._full_at.get(key_id, now)) + amount * MINUTE / limit - MINUTE - now
         if wait > 1e-6:  # no request is refused for a rounding error
-            headers = _headers(limit, 0, full_at - each - now)
-            message = (
-                f"Rate limit reached: {limit} requests per minute for the key {key_id}. Try again in {_duration(wait)}."
-            )
-            raise RateLimited(message, seconds=wait, headers=headers)
-        self._full_at[key_id] = full_at
-        return _headers(limit, math.floor((now + MINUTE - full_at) / each + 1e-6), full_at - now)
+            message = f"Rate limit reached: {limit} {self._what} per minute for the key {key_id}"
+            headers = self._headers(key_id, limit)
+            raise RateLimited(f"{message}. Try again in {_duration(wait)}.", seconds=wait, headers=headers)
 
-
-def _headers(limit: int, remaining: int, reset: float) -> dict[str, str]:
-    prefix = "x-ratelimit-"
-    return {
-        f"{prefix}limit-requests": str(limit),
-        f"{prefix}remaining-requests": str(remaining),
-        f"{prefix}reset-requests": _duration(reset),
-    }
+    def _headers(self, key_id: str, limit: int) -> dict[str, str]:
+        now = self._now()
+        reset = max(0.0, self._full_at.get(key_id, now) - now)
+        return {
+            f"x-ratelimit-limit-{self._what}": str(limit),
+            f"x-ratelimit-remaining-{self._what}": str(max(0, math.floor((MINUTE - reset) * limit / MINUTE + 1e-6))),
+            f"x-ratelimit-reset-{self._what}": _duration(reset),
+        }
 
 
 def _duration(seconds: float) -> str:

@@ -61,15 +61,13 @@ def _check_limits(settings: Settings, chosen: DeploymentSettings, num_gpus: floa
     limits, most = settings.project_deployments, chosen.replicas.max
     ask = f"an admin of {DEFAULT_PROJECT} may set more, or raise project_deployments in the settings."
     if most > limits.max_replicas:
-        message = f"replicas is {most}, but a project may have at most {limits.max_replicas} of a model; {ask}"
+        message = f"replicas is {most}, and a project may have {limits.max_replicas} of a model; {ask}"
         raise _invalid("replicas", message)
     if (gpus := num_gpus * most) > limits.max_gpus and gpus > settings.num_gpus_per_model:
-        message = (
-            f"all replicas need {gpus:g} GPUs, but a project may use at most {limits.max_gpus:g} for a model; {ask}"
-        )
+        message = f"num_gpus of all replicas is {gpus:g}, and a project may have {limits.max_gpus:g} for a model; {ask}"
         raise _invalid("num_gpus", message)
     if chosen.pinned and not limits.pinned:
-        raise _invalid("pinned", f"pinned is true, but projects may not keep models loaded for ever; {ask}")
+        raise _invalid("pinned", f"pinned is true, and projects may not pin models; {ask}")
 
 
 def _check_capacity(chosen: DeploymentSettings, num_gpus: float, capacity: Mapping[str, float]) -> None:
@@ -79,18 +77,16 @@ def _check_capacity(chosen: DeploymentSettings, num_gpus: float, capacity: Mappi
     needs = {"GPU": ("num_gpus", num_gpus * most), "CPU": ("replicas", float(most))}
     for kind, (field, amount) in needs.items():
         if amount > (limit := capacity.get(kind, 0.0)):
-            message = f"{most} replicas need {amount:g} {kind}s, but the cluster has, or may grow to, only {limit:g}"
-            raise _invalid(field, f"{message}; choose fewer replicas, or add nodes (max_cluster in the settings).")
+            message = f"{most} replicas need {amount:g} {kind}s, and the cluster has, or may grow to, {limit:g}"
+            raise _invalid(field, f"{message}; choose fewer, or add nodes (max_cluster in the settings).")
 
 
 async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedModel) -> None:
     others = await deployment_settings.pinned(session, settings) - {model.id}
     if len(others) >= settings.most_pinned:
-        places = f"one of the {settings.max_loaded_models} models that may be loaded must be free for others"
+        places = f"of {settings.max_loaded_models} places one stays free for others"
         message = f"pinned is true, {len(others)} other models are pinned, and {places}"
-        raise _invalid(
-            "pinned", f"{message}; set pinned of another model to false, or raise max_loaded_models in the settings."
-        )
+        raise _invalid("pinned", f"{message}; unpin one, or raise max_loaded_models in the settings.")
 
 
 async def _check_length(model: NamedModel, max_model_len: int) -> None:
@@ -100,9 +96,7 @@ async def _check_length(model: NamedModel, max_model_len: int) -> None:
         return  # the engine will say so if it is too long
     limit = own_limit(config)
     if limit is not None and max_model_len > limit:
-        message = (
-            f"max_model_len is {max_model_len}, but '{model.id}' takes at most {limit} tokens; choose at most {limit}."
-        )
+        message = f"max_model_len is {max_model_len}, and '{model.id}' takes {limit} tokens; choose at most {limit}."
         raise _invalid("max_model_len", message)
 
 

@@ -25,8 +25,7 @@ SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
 async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None) -> None:
-    """Asks for the model to be loaded, and records its use. `app_name` is the name of the model's engine that only
-    scores.
+    """Requests a place for the model and records its use. `app_name` is that of its engine which only scores.
 
     Raises Unavailable if another model has the same application name on the cluster.
     """
@@ -166,7 +165,7 @@ async def status(
 async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
-    """Unloads the model. Raises InvalidRequest if something needs the model."""
+    """Takes the model's place away. Raises InvalidRequest if something needs the model."""
     found = {wish.row.app_name: wish for wish in await wished(session, settings, applications)}
     if (wish := found.get(model.app_name)) is None:
         return
@@ -250,8 +249,7 @@ def _seconds(now: datetime, since: datetime) -> float:
 async def place(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: eviction.Room
 ) -> list[contract.Deployment]:
-    """Decides which models are loaded now, and stores the decision. Returns the deployments that Ray Serve should
-    run."""
+    """Decides which models have a place now and records the decision. Returns the deployments to serve."""
     await _ask_for_pinned(session, settings)
     while True:
         found = await wished(session, settings, applications)

@@ -5,20 +5,20 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from fastapi import Response
-from fastapi.responses import StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.types import Receive, Scope, Send
 
 from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.models import deployments, models
+from services.control_plane.models.metering import Meter
 from services.control_plane.models.models import NamedModel
+from services.control_plane.models.streaming import Stream
+from services.control_plane.models.upstream import Answer, Broken, Busy, Upstream
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 
@@ -55,15 +55,12 @@ class Inference:
 
     def __init__(self, store: Store, ray_api: RayApi, settings: Settings) -> None:
         self._store, self._ray_api, self._settings = store, ray_api, settings
-        limits = httpx.Limits(max_connections=settings.max_requests, max_keepalive_connections=100)
-        timeout = httpx.Timeout(ANSWER_SECONDS, connect=5, pool=POOL_SECONDS)
-        self._serve = httpx.AsyncClient(timeout=timeout, limits=limits)
+        self._upstream = Upstream(
+            connections=settings.max_requests, silence_seconds=ANSWER_SECONDS, wait_seconds=POOL_SECONDS
+        )
         self._replica = secrets.token_hex(4)  # the name of this control plane in its marks
         self._marking = asyncio.Lock()
         self._uses: dict[str, _Use] = {}  # by application name; `run` drops the unused ones
-
-    async def close(self) -> None:
-        await self._serve.aclose()
 
     async def run(self) -> None:
         """Keeps recording in the database which models have requests in flight, so that these models stay loaded, until
@@ -95,9 +92,14 @@ class Inference:
             kept = {name: use for name, use in self._uses.items() if use.is_marked or use.in_flight}
             self._uses = kept | {name: use for name, use in self._uses.items() if now - use.asked_at < ASK_SECONDS}
 
-    async def forward(self, caller: ProjectStore, path: str, name: str, body: bytes, *, streams: bool) -> Response:
-        """Answers `POST /v1/<path>` with the caller's model of that name. A stream stays a stream."""
-        async with caller.begin() as session:
+    async def forward(
+        self, caller: ProjectStore, path: str, name: str, body: bytes, meter: Meter, *, streams: bool
+    ) -> Response:
+        """Answers `POST /v1/<path>` with the caller's model of that name. A stream stays a stream.
+
+        The meter counts the answer's tokens.
+        """
+        async with caller.look() as session:
             model = await models.find(session, self._settings, name)
         if model.num_outputs:
             message = (
@@ -105,7 +107,7 @@ class Inference:
                 "send texts to POST /v1/x/rewards."
             )
             raise InvalidRequest(message, param="model", code="invalid_value")
-        return await self._forwarded(model, path, body, streams=streams)
+        return await self._forwarded(model, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
         """Asks for the model to be served soon, and does not wait for it."""
@@ -113,41 +115,42 @@ class Inference:
 
     async def ask(self, model: NamedModel, path: str, body: bytes) -> bytes:
         """Returns the answer of the model's application to `POST /v1/<path>`. Clients cannot reach all such paths."""
-        return bytes((await self._forwarded(model, path, body, streams=False)).body)
+        return bytes((await self._forwarded(model, path, body, None, streams=False)).body)
 
-    async def _forwarded(self, model: NamedModel, path: str, body: bytes, *, streams: bool) -> Response:
+    async def _forwarded(
+        self, model: NamedModel, path: str, body: bytes, meter: Meter | None, *, streams: bool
+    ) -> Response:
         base_url = await self._wait_until_served(model)
-        answer: httpx.Response | None = None
+        answer: Answer | None = None
         stays = False
         try:
-            answer = await self._send(f"{base_url}/{await self._ray_api.own_name(model.app_name)}/v1/{path}", body)
-            if answer.status_code == 200 and streams:
+            url = f"{base_url}/{await self._ray_api.own_name(model.app_name)}/v1/{path}"
+            answer = await self._upstream.post(url, body, {})
+            if answer.status == 200 and streams:
                 stays = True
-                return _Stream(answer, lambda: self._end(model, answer))
-            content = await answer.aread()
-            if answer.status_code != 200:
-                raise self._refusal(model, answer)
+                return Stream(answer, meter, lambda: self._end(model, answer))
+            content = await answer.body()
+            if answer.status != 200:
+                raise self._refusal(model, answer.status, content)
+            if meter:
+                meter.whole(content)
             return Response(content, media_type="application/json")
-        except httpx.PoolTimeout:
+        except Busy:
             busy = f"cannot be asked now, because models are already answering {self._settings.max_requests} requests"
             raise self._unavailable(model, busy) from None
-        except httpx.HTTPError as error:
+        except Broken as error:
             when = "did not answer" if answer is None else "stopped while it answered"
-            log.warning("The model %s %s: %r", model.id, when, error)
+            log.warning("The model %s %s: %s", model.id, when, error)
             raise self._unavailable(model, when) from None
         finally:
             if not stays:
-                await self._end(model, answer)
+                self._end(model, answer)
 
-    async def _send(self, url: str, body: bytes) -> httpx.Response:
-        request = self._serve.build_request("POST", url, content=body, headers={"content-type": "application/json"})
-        return await self._serve.send(request, stream=True)
-
-    async def _end(self, model: NamedModel, answer: httpx.Response | None) -> None:
+    def _end(self, model: NamedModel, answer: Answer | None) -> None:
         use = self._uses[model.app_name]
         use.in_flight, use.left_at = use.in_flight - 1, time.monotonic()
         if answer is not None:
-            await answer.aclose()
+            answer.close()
 
     async def _wait_until_served(self, model: NamedModel) -> str:
         """Waits until the model runs, counts the request as in flight and returns the URL of Ray Serve's proxy.
@@ -205,50 +208,18 @@ class Inference:
             code="model_unavailable",
         )
 
-    def _refusal(self, model: NamedModel, answer: httpx.Response) -> ApiError:
+    def _refusal(self, model: NamedModel, status: int, content: bytes) -> ApiError:
         """Returns the server's error in OpenAI's envelope, whatever it looks like."""
         try:
-            said = answer.json()
+            said = json.loads(content)
         except (ValueError, RecursionError):
             said = None
         error: Any = said.get("error", said) if isinstance(said, dict) else {}
         error = error if isinstance(error, dict) else {"message": error}
-        message = str(error.get("message") or answer.text[:500] or "no reason given")
+        message = str(error.get("message") or content.decode(errors="replace")[:500] or "no reason given")
         param = error.get("param") if isinstance(error.get("param"), str) else None
-        if refusal := REFUSALS.get(answer.status_code):
+        if refusal := REFUSALS.get(status):
             return refusal(message, param=param, code="invalid_value")
-        if answer.status_code in (429, 503):
+        if status in (429, 503):
             return self._unavailable(model, f"is overloaded: {message}")
         return ApiError(f"The model '{model.id}' failed: {message}", code="model_error")
-
-
-class _Stream(StreamingResponse):
-    """Passes the server's events on as they arrive. `end` is called even if the client reads none of them."""
-
-    def __init__(self, answer: httpx.Response, end: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(_lines(answer), media_type="text/event-stream")
-        self._end = end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._end()
-
-
-async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """Yields whole lines as they arrive. If the server breaks off, an error event replaces the unfinished line."""
-    begun = b""
-    try:
-        async for chunk in answer.aiter_raw():
-            whole, newline, rest = chunk.rpartition(b"\n")
-            if newline:
-                yield begun + whole + newline
-                begun = rest
-            else:
-                begun += chunk
-    except httpx.HTTPError:
-        error = ApiError("The model stopped in the middle of its answer; send the request again.", code="model_error")
-        begun = f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
-    if begun:
-        yield begun

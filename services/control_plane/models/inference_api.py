@@ -3,15 +3,19 @@
 import asyncio
 import math
 from collections.abc import Coroutine
+from functools import partial
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from services.control_plane.core.errors import InvalidRequest
-from services.control_plane.http.dependencies import StorePart
+from services.control_plane.http.dependencies import StorePart, tokens_per_minute
+from services.control_plane.http.rate_limit import RateLimits
 from services.control_plane.http.validation import Text
 from services.control_plane.models.inference import Inference
+from services.control_plane.models.metering import Meter, asking_for_usage, asks_for_usage
+from services.control_plane.tenants.usage import UsageRecorder
 
 router = APIRouter()
 
@@ -49,9 +53,27 @@ async def completions(request: Request, inference: InferencePart, store: StorePa
 async def _forward(
     request: Request, inference: Inference, store: StorePart, path: str, body: InferenceBody
 ) -> Response:
-    _check({"model": body.model} | (body.model_extra or {}))
+    fields = body.model_extra or {}
+    _check({"model": body.model} | fields)
     raw, streams = await request.body(), bool(body.stream)
-    return await while_connected(request, inference.forward(store, path, body.model, raw, streams=streams))
+    shows_usage = not streams or asks_for_usage(fields.get("stream_options"))
+    meter = Meter(partial(_note, request, body.model), shows_usage=shows_usage)
+    raw = raw if shows_usage else asking_for_usage(raw)
+    return await while_connected(request, inference.forward(store, path, body.model, raw, meter, streams=streams))
+
+
+def _note(request: Request, model_id: str, prompt_tokens: int, completion_tokens: int) -> None:
+    """Counts the tokens of an answer for its key."""
+    parts, caller = request.app.state, request.state.caller
+    if limit := tokens_per_minute(caller, parts.settings):
+        cast(RateLimits, parts.token_limits).count(caller.key_id, limit, prompt_tokens + completion_tokens)
+    cast(UsageRecorder, parts.usage).add(
+        caller.project_id,
+        caller.key_id,
+        model_id,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+    )
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -1,1 +1,1 @@
-"""Answers requests for rewards of completions: of a policy, compared with its reference model, or of a reward model."""
+"""Answers how much a policy prefers completions over what its reference does, and what a reward model gives them."""

@@ -11,6 +11,7 @@ from services.control_plane.core.responses import listing
 from services.control_plane.core.store import page
 from services.control_plane.core.tables import Key
 from services.control_plane.http.dependencies import CallerPart, IdempotentPart, Limit, SettingsPart, StorePart
+from services.control_plane.settings import Settings
 from services.control_plane.tenants import projects
 from services.control_plane.tenants.requests import CreateKey
 from services.control_plane.tenants.responses import key_object
@@ -26,18 +27,22 @@ async def create(idempotent: IdempotentPart, caller: CallerPart, settings: Setti
     async def make(session: AsyncSession) -> dict[str, Any]:
         project = await projects.find_to_use(session, caller, body.project_id or caller.project_id)
         await projects.lock(session, project.id)  # so that keys that are created at the same time are counted
-        await keys.check(session, caller, body.requests_per_minute, settings.requests_per_minute)
+        await keys.check(session, caller, _limits(body), _limits(settings))
         key, text = await keys.create(
             session,
             project.id,
             name=body.name,
             scopes=body.scopes,
-            requests_per_minute=body.requests_per_minute,
+            **_limits(body),
             expires_at=expires_at,
         )
         return {**key_object(key), "value": text}
 
     return await idempotent.act(make, secret="value")
+
+
+def _limits(given: CreateKey | Settings) -> dict[str, int | None]:
+    return {"requests_per_minute": given.requests_per_minute, "tokens_per_minute": given.tokens_per_minute}
 
 
 @router.get("")

@@ -28,6 +28,7 @@ class CreateKey(BaseModel):
     project_id: Text | None = None  # None: the caller's own project
     scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "write", "inference"]
     requests_per_minute: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
+    tokens_per_minute: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     expires_at: Annotated[int, Field(lt=2**33)] | None = None  # Unix seconds
 
     @field_validator("expires_at")

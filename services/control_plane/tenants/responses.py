@@ -49,6 +49,7 @@ def key_object(row: Key) -> dict[str, Any]:
         "redacted_value": f"rd-…{row.hint}",
         "scopes": row.scopes,
         "requests_per_minute": row.requests_per_minute,
+        "tokens_per_minute": row.tokens_per_minute,
         "expires_at": seconds(row.expires_at),
         "revoked_at": seconds(row.revoked_at),
         "last_used_at": seconds(row.last_used_at),

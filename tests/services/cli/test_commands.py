@@ -156,9 +156,9 @@ def test_a_list_asks_for_no_more_pages_than_it_shows():
             asked.append(dict(options["params"]))
             return {"data": [{"id": len(asked)}] * options["params"]["limit"], "has_more": True, "last_id": len(asked)}
 
-    assert len(list(islice(_items(Pages(), "/files", 21), 21))) == 21
+    assert len(list(islice(_items(Pages(), "/files", 21, {}), 21))) == 21
     assert asked == [{"limit": 21}]
-    assert len(list(islice(_items(Pages(), "/files", 150), 150))) == 150
+    assert len(list(islice(_items(Pages(), "/files", 150, {}), 150))) == 150
     assert asked[1:] == [{"limit": 100}, {"limit": 100, "after": 2}]
 
 

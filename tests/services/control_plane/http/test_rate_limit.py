@@ -25,7 +25,7 @@ def test_a_minute_s_requests_may_come_at_once_and_then_one_by_one() -> None:
     rates = RateLimits(now=clock)
     assert [left(rates.take("a", 3)) for _ in range(3)] == [("2", "20s"), ("1", "40s"), ("0", "1m0s")]
     for _ in range(2):  # a refusal costs nothing
-        with pytest.raises(RateLimited, match=r"3 requests per minute for a. Try again in 20s") as refused:
+        with pytest.raises(RateLimited, match=r"3 requests per minute for the key a. Try again in 20s") as refused:
             rates.take("a", 3)
         assert (refused.value.headers["retry-after"], refused.value.headers["retry-after-ms"]) == ("20", "20000")
     assert left(rates.take("b", 3)) == ("2", "20s")
@@ -64,3 +64,24 @@ def test_a_key_over_its_rate_is_told_when_to_come_back(api: httpx.Client, base_u
     assert 0 < int(third.headers["retry-after"]) <= 30
     assert third.headers["x-ratelimit-remaining-requests"] == "0"
     assert "x-ratelimit-limit-requests" not in api.get("/files").headers
+
+
+def test_tokens_count_when_they_were_used_and_a_debt_is_waited_out() -> None:
+    clock = Clock()
+    tokens = RateLimits("tokens", now=clock)
+    assert tokens.look("a", 600)["x-ratelimit-remaining-tokens"] == "600"
+    tokens.count("a", 600, 100)
+    told = tokens.look("a", 600)
+    assert (told["x-ratelimit-limit-tokens"], told["x-ratelimit-remaining-tokens"]) == ("600", "500")
+    assert told["x-ratelimit-reset-tokens"] == "10s"
+    tokens.count("a", 600, 3000)  # an answer may go beyond
+    with pytest.raises(RateLimited, match=r"600 tokens per minute for the key a. Try again in 4m10s") as refused:
+        tokens.look("a", 600)
+    assert refused.value.headers["x-ratelimit-remaining-tokens"] == "0"
+    clock.now += 249
+    with pytest.raises(RateLimited):
+        tokens.look("a", 600)
+    clock.now += 1
+    assert tokens.look("a", 600)["x-ratelimit-remaining-tokens"] == "0"
+    clock.now += 60
+    assert tokens.look("a", 600)["x-ratelimit-remaining-tokens"] == "600"

@@ -78,13 +78,9 @@ def test_deployments_are_listed_in_pages(api: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("values", "param", "said"),
     [
-        (
-            {"num_gpus": 8},
-            "num_gpus",
-            ("1 replicas need 8 GPUs, but the cluster has, or may grow to, only 4; choose fewer"),
-        ),
+        ({"num_gpus": 8}, "num_gpus", "1 replicas need 8 GPUs, and the cluster has, or may grow to, 4; choose fewer"),
         ({"num_gpus": 1, "replicas": 5}, "num_gpus", "5 replicas need 5 GPUs"),
-        ({"replicas": 9}, "replicas", "9 replicas need 9 CPUs, but the cluster has, or may grow to, only 8"),
+        ({"replicas": 9}, "replicas", "9 replicas need 9 CPUs, and the cluster has, or may grow to, 8"),
         ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization", "the model is served on CPUs; set num_gpus"),
         ({"quantization": "fp8"}, "quantization", "quantization is fp8, and the model is served on CPUs"),
         ({"quantization": "fp8", "num_gpus": 1, "dtype": "float32"}, "quantization", "set dtype to bfloat16"),
@@ -108,7 +104,7 @@ def test_one_place_stays_free_of_pinned_models(api: httpx.Client) -> None:
     change(api, "tiny", pinned=True, idle_seconds=9)  # itself is not another one
     error = refused(api, QWEN, pinned=True)
     assert error["param"] == "pinned"
-    assert "1 other models are pinned, and one of the 2 models that may be loaded must be free" in error["message"]
+    assert "1 other models are pinned, and of 2 places one stays free" in error["message"]
     api.delete("/x/deployments/tiny")
 
 
@@ -169,9 +165,9 @@ def test_a_project_sets_its_own_policy_within_the_operators_limits_and_no_base_m
     assert change(own, POLICY, replicas=2)["settings"]["replicas"]["max"] == 2
     assert deployment(own, POLICY.replace("/", "%2F"))["id"] == POLICY
     error = refused(own, POLICY, replicas=3)
-    assert "replicas is 3, but a project may have at most 2 of a model; an admin of proj_default" in error["message"]
+    assert "replicas is 3, and a project may have 2 of a model; an admin of proj_default" in error["message"]
     error = refused(own, POLICY, num_gpus=2, replicas=2)
-    assert "all replicas need 4 GPUs, but a project may use at most 2 for a model" in error["message"]
+    assert "num_gpus of all replicas is 4, and a project may have 2 for a model" in error["message"]
     assert refused(own, POLICY, pinned=True)["param"] == "pinned"
     change(api, "tiny", reasoning_parser="qwen3", replicas=2)  # its policies inherit the parser, not the replicas
     own.delete(f"/x/deployments/{POLICY}")

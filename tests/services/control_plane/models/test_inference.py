@@ -17,10 +17,12 @@ from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.store import ProjectStore, Store, migrate
 from services.control_plane.core.tables import DEFAULT_PROJECT, Deployment, Lease
 from services.control_plane.models.inference import Inference
+from services.control_plane.models.metering import Meter
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay, api_of, free_port, new_key, new_project, served
 
+ASK_TINY = ("completions", "tiny", b"{}", Meter(lambda prompt, completion: None, shows_usage=True))
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -197,6 +199,53 @@ def test_a_whole_stream_comes_as_it_was_sent(api: httpx.Client, serve: Serve) ->
     assert ask(api, stream=True).content == body
 
 
+# --- what is counted -----------------------------------------------------------------------------------
+
+DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"he"}}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"total_tokens":10,"completion_tokens":3}}\n\n'
+
+
+def used(api: httpx.Client, settings: Settings, key_id: str) -> tuple[int, int, int]:
+    """The requests, prompt tokens and completion tokens of a key, when they are written."""
+    rows = psycopg.connect(settings.database_url, autocommit=True)
+    query = "SELECT num_requests, prompt_tokens, completion_tokens FROM usage WHERE key_id = %s"
+    with rows:
+        until(lambda: rows.execute(query, [key_id]).fetchone() is not None)
+        time.sleep(0.1)
+        found = rows.execute(query, [key_id]).fetchone()
+    assert found is not None
+    return (int(found[0]), int(found[1]), int(found[2]))
+
+
+def test_plain_and_streamed_answers_are_counted_and_only_who_asked_sees_the_count(
+    api: httpx.Client, base_url: str, serve: Serve, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.control_plane.tenants.usage.FLUSH_SECONDS", 0.05)
+    key = new_key(api)
+    with api_of(base_url, key["value"]) as own:
+        serve.reply(b'{"usage": {"prompt_tokens": 5, "completion_tokens": 2}}')
+        assert ask(own).status_code == 200
+        serve.stream(DELTA + DELTA + USAGE + b"data: [DONE]\n\n")
+        serve.answer += b"0\r\n\r\n"
+        raw = b'{"model": "tiny", "stream": true, "n": 1.10}'
+        answer = own.post("/chat/completions", content=raw, headers={"content-type": "application/json"})
+        assert answer.content == DELTA + DELTA + b"data: [DONE]\n\n"
+        assert serve.bodies[-1] == raw[:-1] + b',"stream_options":{"include_usage":true}}'
+        asked = ask(own, stream=True, stream_options={"include_usage": True})
+        assert asked.content == DELTA + DELTA + USAGE + b"data: [DONE]\n\n"
+    until(lambda: used(api, settings, key["id"]) == (3, 5 + 7 + 7, 2 + 3 + 3))
+
+
+def test_a_key_over_its_tokens_is_told_when_to_come_back(api: httpx.Client, base_url: str, serve: Serve) -> None:
+    serve.reply(b'{"usage": {"prompt_tokens": 90, "completion_tokens": 60}}')
+    with api_of(base_url, new_key(api, tokens_per_minute=100)["value"]) as own:
+        first, second = ask(own), ask(own)
+        assert (first.status_code, first.headers["x-ratelimit-remaining-tokens"]) == (200, "100")
+        assert "100 tokens per minute" in refusal(second, 429)
+        assert (second.headers["x-ratelimit-remaining-tokens"], second.headers["retry-after"]) == ("0", "30")
+        assert own.get("/models").status_code == 200  # other routes take no tokens
+
+
 # --- who leaves ----------------------------------------------------------------------------------------
 
 
@@ -265,7 +314,6 @@ async def inference_of(settings: Settings) -> AsyncIterator[tuple[Inference, Sto
     try:
         yield inference, store
     finally:
-        await inference.close()
         await ray_api.close()
         await store.close()
 
@@ -281,12 +329,12 @@ def test_a_request_without_a_connection_to_the_model_is_told_so(
     async def two() -> None:
         async with inference_of(settings.model_copy(update={"max_requests": 1})) as (inference, store):
             caller = ProjectStore(store, DEFAULT_PROJECT)
-            first = asyncio.create_task(inference.forward(caller, "completions", "tiny", b"{}", streams=False))
+            first = asyncio.create_task(inference.forward(caller, *ASK_TINY, streams=False))
             await asyncio.to_thread(until, lambda: serve.num_open > 0)
             with pytest.raises(
                 Unavailable, match=("cannot be asked now, because models are already answering 1 requests")
             ):
-                await inference.forward(caller, "completions", "tiny", b"{}", streams=False)
+                await inference.forward(caller, *ASK_TINY, streams=False)
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
 
@@ -313,7 +361,7 @@ def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remember
                     ]
 
             caller = ProjectStore(store, DEFAULT_PROJECT)
-            answering = asyncio.create_task(inference.forward(caller, "completions", "tiny", b"{}", streams=False))
+            answering = asyncio.create_task(inference.forward(caller, *ASK_TINY, streams=False))
             await asyncio.to_thread(until, lambda: serve.num_open > 0)
             (first,) = await marks()
             await asyncio.sleep(0.02)
@@ -331,7 +379,7 @@ def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remember
             with pytest.raises(
                 Unavailable, match=("waits for its next turn, because another model waits; a request waits for")
             ):
-                await inference.forward(caller, "completions", "tiny", b"{}", streams=False)
+                await inference.forward(caller, *ASK_TINY, streams=False)
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
             await asyncio.sleep(0.02)

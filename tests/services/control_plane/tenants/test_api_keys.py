@@ -294,11 +294,12 @@ def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
 ) -> None:
     project = new_project(api, "many-keys")
 
-    async def check(caller: Caller, asked: int | None) -> None:
+    async def check(caller: Caller, asked: int | None, name: str = "requests_per_minute") -> None:
         store = Store(settings.database_url)
         try:
             async with store.begin() as session:
-                await keys.check(session, caller, asked, 60)
+                wanted = {"requests_per_minute": None, "tokens_per_minute": None} | {name: asked}
+                await keys.check(session, caller, wanted, {"requests_per_minute": 60, "tokens_per_minute": 60})
         finally:
             await store.close()
 
@@ -308,6 +309,8 @@ def test_a_projects_admin_makes_no_key_beyond_what_is_usual(
     asyncio.run(check(CONFIGURED, 1_000_000))
     with pytest.raises(InvalidRequest, match="requests_per_minute is 61, but a key may have at most 60"):
         asyncio.run(check(own, 61))
+    with pytest.raises(InvalidRequest, match="tokens_per_minute is 61, but a key may have at most 60"):
+        asyncio.run(check(own, 61, "tokens_per_minute"))
     with psycopg.connect(settings.database_url) as connection:
         columns = "id, project_id, name, sha256, hint, scopes"
         connection.execute(

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 from fastapi.routing import APIRoute
 
+from services import storage
 from services.control_plane.app import create_app
 from services.control_plane.auth import scopes
 from services.control_plane.http.dependencies import _idempotent
@@ -149,6 +151,11 @@ def a_has(api: httpx.Client, a: httpx.Client, settings: Settings, fake_ray: Fake
     events = a.get(f"/fine_tuning/jobs/{job_id}/events").json()["data"]
     checkpoints = a.get(f"/fine_tuning/jobs/{job_id}/checkpoints").json()["data"]
     key = a.get("/x/keys").json()["data"][0]
+    with psycopg.connect(settings.database_url) as rows:
+        used = (key["project_id"], key["id"])
+        rows.execute("INSERT INTO usage VALUES (%s, %s, 'tiny', now(), 1, 1, 1, 0)", used)
+    weights = storage.join(settings.storage_url, "runs", job_id, "export", "model.safetensors")
+    storage.write_bytes(weights, b"weights")
     sharing = f"/fine_tuning/checkpoints/{job['fine_tuned_model']}/permissions"
     shared = a.post(sharing, json={"project_ids": [new_project(api, "c")]}).json()["data"][0]
     return {

@@ -1,0 +1,41 @@
+"""The `raydpo usage` command: what projects, keys and models used."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from services.cli.client import api_command
+from services.cli.lists import AsJson, Columns, Limit, show_list
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+COLUMNS: Columns = {
+    "id": "id",
+    "requests": "num_requests",
+    "prompt tokens": "prompt_tokens",
+    "completion tokens": "completion_tokens",
+    "accelerator seconds": "accelerator_seconds",
+}
+
+
+def register(app: typer.Typer) -> None:
+    @api_command(app)
+    def usage(
+        client: "OpenAI",
+        by: Annotated[
+            Literal["project", "key", "model", "day"], typer.Option(help="What the sums are told for.")
+        ] = "day",
+        first: Annotated[
+            str | None,
+            typer.Option("--from", metavar="YYYY-MM-DD", help="First day, in UTC. Default: 29 days before the last."),
+        ] = None,
+        last: Annotated[
+            str | None, typer.Option("--to", metavar="YYYY-MM-DD", help="Last day, in UTC. Default: today.")
+        ] = None,
+        limit: Limit = 100,
+        as_json: AsJson = False,
+    ) -> None:
+        """List the requests, tokens and accelerator seconds that completions used. Needs an admin key."""
+        asked = {"group_by": by} | {name: day for name, day in (("from", first), ("to", last)) if day}
+        show_list(client, "/x/usage", COLUMNS, limit, as_json, asked)

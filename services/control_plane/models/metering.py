@@ -1,0 +1,66 @@
+"""Counts the tokens of answers as they pass. Streams are asked for that count, which only clients that asked see."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from pydantic_core import from_json
+
+NO_CHOICES = re.compile(rb'"choices":\s*\[\]')  # in the event with the count; JSON escapes quotes in texts
+EVENT_END = b"\n\n"
+ASKED = b',"stream_options":{"include_usage":true}}'
+
+Note = Callable[[int, int], None]  # takes the tokens of the prompt and of the completion
+
+
+def asks_for_usage(options: Any) -> bool:
+    """Whether the client's `stream_options` ask for the count of tokens."""
+    return isinstance(options, dict) and bool(options.get("include_usage"))
+
+
+def asking_for_usage(body: bytes) -> bytes:
+    """Returns the JSON object `body` with `stream_options` at its end that ask for the count of tokens.
+
+    The other bytes stay as they came. If the body has `stream_options` already, the last ones count.
+    """
+    return body.rstrip()[:-1] + ASKED
+
+
+class Meter:
+    """Counts the tokens of one answer, which is noted once, when the answer ends."""
+
+    def __init__(self, note: Note, *, shows_usage: bool) -> None:
+        self._note, self._shows_usage = note, shows_usage
+        self._counted: tuple[int, int] | None = None
+        self._num_events = 0
+
+    def whole(self, body: bytes) -> None:
+        """Counts and notes an answer that came at once."""
+        self._read(body)
+        self.end()
+
+    def lines(self, lines: bytes) -> bytes:
+        """Counts lines of a stream, and returns those that the client shall see."""
+        self._num_events += lines.count(EVENT_END)
+        if self._counted or not NO_CHOICES.search(lines):
+            return lines
+        kept = [event for event in lines.split(EVENT_END) if not (self._is_usage(event) and not self._shows_usage)]
+        return EVENT_END.join(kept)
+
+    def end(self) -> None:
+        """Notes the tokens. Of a stream that was left, each event so far counts as one token of the completion."""
+        prompt, completion = self._counted or (0, self._num_events)
+        if prompt or completion:
+            self._note(prompt, completion)
+
+    def _is_usage(self, event: bytes) -> bool:
+        return bool(NO_CHOICES.search(event)) and self._read(event.partition(b"data:")[2])
+
+    def _read(self, text: bytes) -> bool:
+        """Reads the count of tokens from a JSON object, and returns whether the object has one."""
+        try:
+            usage = from_json(text)["usage"]
+            self._counted = int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)
+        except (ValueError, LookupError, TypeError):
+            return False
+        return True

@@ -1,0 +1,65 @@
+"""Passes a model's stream of events on to the client."""
+
+import asyncio
+import json
+from collections.abc import Callable
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from services.control_plane.core.errors import ApiError
+from services.control_plane.models.metering import Meter
+from services.control_plane.models.upstream import Answer, Broken
+
+
+class Stream(Response):
+    """Passes whole lines on as they arrive. `end` is called even if the client reads none of them.
+
+    If the model breaks off, an event with an error replaces the unfinished line.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, meter: Meter | None, end: Callable[[], None]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._answer, self._meter, self._end = answer, meter, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        passing = asyncio.ensure_future(self._pass_on(send))
+        leaving = asyncio.ensure_future(_disconnect(receive))
+        try:
+            await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if passing.done():
+                passing.result()
+        finally:
+            for task in (passing, leaving):
+                task.cancel()
+            await asyncio.gather(passing, leaving, return_exceptions=True)
+            self._end()
+            if self._meter:
+                self._meter.end()
+
+    async def _pass_on(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        begun = b""
+        try:
+            while piece := await self._answer.piece():
+                whole, newline, rest = piece.rpartition(b"\n")
+                if not newline:
+                    begun += piece
+                    continue
+                lines, begun = begun + whole + newline, rest
+                if shown := self._meter.lines(lines) if self._meter else lines:
+                    await send({"type": "http.response.body", "body": shown, "more_body": True})
+        except Broken:
+            error = ApiError(
+                "The model stopped in the middle of its answer; send the request again.", code="model_error"
+            )
+            begun = f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
+        await send({"type": "http.response.body", "body": begun, "more_body": False})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

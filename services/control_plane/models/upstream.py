@@ -1,0 +1,165 @@
+"""A client of the engines' HTTP servers, whose answers cost little however many pieces they come in.
+
+A stream of tokens comes in one piece for each token, and general clients spend more on a piece than the rest of the
+control plane does. This one hands on whatever has arrived since it was last asked. A connection serves one request,
+and ends with it, so that the engine stops when the client has left.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+CONNECT_SECONDS = 5.0
+MOST_WAITING = 2**20  # bytes that wait for a slow client before the engine's server has to wait
+
+
+class Broken(Exception):
+    """The server cannot be reached, has broken off, has been silent for too long, or does not speak HTTP."""
+
+
+class Busy(Exception):
+    """All connections are in use."""
+
+
+class Upstream:
+    """Sends requests to engines, over at most `connections` connections at once."""
+
+    def __init__(self, *, connections: int, silence_seconds: float, wait_seconds: float) -> None:
+        self._free = asyncio.Semaphore(connections)
+        self._silence, self._wait = silence_seconds, wait_seconds
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> "Answer":
+        """Sends a JSON body, and returns the answer when its status and headers are there. The caller must close it.
+
+        Raises Busy, and Broken if the server does not answer.
+        """
+        try:
+            async with asyncio.timeout(self._wait):
+                await self._free.acquire()
+        except TimeoutError:
+            raise Busy from None
+        answer = Answer(self._silence, self._free.release)
+        try:
+            await answer.open(url, _head(url, headers, len(body)) + body)
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+
+def _head(url: str, headers: Mapping[str, str], length: int) -> bytes:
+    place = urlsplit(url)
+    fields = {"host": place.netloc, "content-type": "application/json", "content-length": str(length), **headers}
+    lines = [f"POST {place.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join([*lines, "connection: close", "", ""]).encode("latin-1")
+
+
+class Answer(asyncio.Protocol):
+    """The answer to one request."""
+
+    status: int
+    headers: dict[str, str]  # names in lower case
+
+    def __init__(self, silence_seconds: float, on_close: Callable[[], None]) -> None:
+        self._silence, self._on_close = silence_seconds, on_close
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._waiting = bytearray()
+        self._news = asyncio.Event()
+        self._begun = self._whole = self._paused = False
+        self._trouble: str | None = None
+        self._transport: asyncio.Transport | None = None
+        self.headers = {}
+
+    async def open(self, url: str, request: bytes) -> None:
+        """Connects, sends the request, and waits for the status and the headers. Raises Broken."""
+        place = urlsplit(url)
+        secure = place.scheme == "https"
+        port = place.port or (443 if secure else 80)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await loop.create_connection(lambda: self, place.hostname or "", port, ssl=secure or None)
+        except OSError as error:  # also a TimeoutError
+            raise Broken(f"it cannot be reached: {error or type(error).__name__}") from None
+        assert self._transport
+        self._transport.write(request)
+        await self._wait_for(lambda: self._begun)
+
+    def close(self) -> None:
+        """Ends the connection. Closing twice is harmless."""
+        if self._transport:
+            self._transport.abort()
+        self._on_close()
+        self._on_close = _nothing
+
+    async def piece(self) -> bytes:
+        """Returns what has arrived of the body, at least one byte; b"" at its end. Raises Broken."""
+        if self.headers.get("content-encoding", "identity") != "identity":
+            raise Broken(f"it answers in {self.headers['content-encoding']}, for which nobody asked")
+        await self._wait_for(lambda: self._waiting or self._whole)
+        piece = bytes(self._waiting)
+        self._waiting.clear()
+        if self._paused and self._transport:
+            self._paused = False
+            self._transport.resume_reading()
+        return piece
+
+    async def body(self) -> bytes:
+        """Returns the rest of the body."""
+        parts = []
+        while piece := await self.piece():
+            parts.append(piece)
+        return b"".join(parts)
+
+    async def _wait_for(self, has: Callable[[], object]) -> None:
+        while not has():
+            if self._trouble:
+                raise Broken(self._trouble)
+            self._news.clear()
+            try:
+                async with asyncio.timeout(self._silence):
+                    await self._news.wait()
+            except TimeoutError:
+                raise Broken(f"it was silent for {self._silence:g} seconds") from None
+
+    # --- what asyncio and the parser call -------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"its answer is no HTTP: {error}")
+        if len(self._waiting) > MOST_WAITING and not self._paused and self._transport:
+            self._paused = True
+            self._transport.pause_reading()
+        self._news.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._whole:
+            self._fail(f"the connection ended{f': {error}' if error else ''}")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.status, self._begun = self._parser.get_status_code(), True
+
+    def on_body(self, data: bytes) -> None:
+        self._waiting += data
+
+    def on_message_complete(self) -> None:
+        self._whole = True
+
+    def _fail(self, trouble: str) -> None:
+        self._trouble = self._trouble or trouble
+        self._news.set()
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,120 @@
+"""Counts what keys used of models: requests, tokens and accelerator seconds by project, key, model and day.
+
+Every control plane adds up the answers in memory and writes the sums every FLUSH_SECONDS, in one transaction. A crash
+loses what was not written yet, and nothing is counted twice: each batch has a number, and is written only if it is
+higher than that of the writer's last batch.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+
+from sqlalchemy import delete, func
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.control_plane.core.store import Store
+from services.control_plane.core.tables import UsageRow, UsageWriter
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 10.0
+WRITERS_KEPT = timedelta(days=1)  # a batch is tried again for less than this
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who used what, and when."""
+
+    project_id: str
+    key_id: str
+    model_id: str
+    day: date  # in UTC
+
+
+@dataclass
+class Used:
+    """What was used of a model."""
+
+    num_requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    accelerator_seconds: float = 0.0
+
+
+class UsageRecorder:
+    """Adds up what the requests of this process use, and writes it to the database."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._writer = secrets.token_hex(8)
+        self._batch = 0
+        self._sums: dict[Account, Used] = {}
+        self._unwritten: dict[Account, Used] = {}  # a batch whose writing failed, or was not confirmed
+        self._writing = asyncio.Lock()
+
+    def add(
+        self,
+        project_id: str,
+        key_id: str,
+        model_id: str,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        accelerator_seconds: float = 0.0,
+    ) -> None:
+        """Counts one answer."""
+        account = Account(project_id, key_id, model_id, datetime.now(UTC).date())
+        used = self._sums.setdefault(account, Used())
+        used.num_requests += 1
+        used.prompt_tokens += prompt_tokens
+        used.completion_tokens += completion_tokens
+        used.accelerator_seconds += accelerator_seconds
+
+    async def run(self) -> None:
+        """Writes the sums every FLUSH_SECONDS until cancelled, and once more then."""
+        try:
+            while True:
+                await asyncio.sleep(FLUSH_SECONDS)
+                await self.flush()
+        finally:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Writes what was added up. If that fails, the next call writes the same batch again."""
+        async with self._writing:
+            if not self._unwritten:
+                self._unwritten, self._sums = self._sums, {}
+                self._batch += bool(self._unwritten)
+            if not self._unwritten:
+                return
+            try:
+                async with self._store.begin() as session:
+                    await _write(session, self._writer, self._batch, self._unwritten)
+                self._unwritten = {}
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("The usage of %d accounts is written later: %s", len(self._unwritten), error)
+
+
+async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[Account, Used]) -> None:
+    """Adds the sums to the table, unless the writer's batch was written before."""
+    row = insert(UsageWriter).values(id=writer, batch=batch)
+    newer = {"batch": batch, "written_at": func.now()}
+    row = row.on_conflict_do_update(index_elements=[UsageWriter.id], set_=newer, where=UsageWriter.batch < batch)
+    if await session.scalar(row.returning(UsageWriter.batch)) is None:
+        return
+    # Sorted, so that control planes that write at the same time lock the rows in the same order.
+    accounts = sorted(sums, key=lambda account: (account.project_id, account.key_id, account.model_id, account.day))
+    added = insert(UsageRow).values([{**vars(account), **vars(sums[account])} for account in accounts])
+    names = list(vars(Used()))
+    total = {name: getattr(UsageRow, name) + added.excluded[name] for name in names}
+    await session.execute(added.on_conflict_do_update(index_elements=list(vars(accounts[0])), set_=total))
+
+
+async def forget_writers(session: AsyncSession) -> None:
+    """Deletes the numbers of the batches of control planes that have ended."""
+    await session.execute(delete(UsageWriter).where(UsageWriter.written_at < func.now() - WRITERS_KEPT))
