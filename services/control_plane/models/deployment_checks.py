@@ -15,6 +15,8 @@ from services.control_plane.models.shapes import NoShapes, shapes_of
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings
 
+OF_REWARD_MODELS = {"replicas", "pinned", "idle_seconds", "dtype", "num_gpus", "max_model_len"}
+
 
 async def check_rights(session: AsyncSession, settings: Settings, caller: Caller, model: NamedModel) -> None:
     """Raises Forbidden unless the caller may change the model's deployment.
@@ -40,6 +42,8 @@ async def check(
 
     `capacity` has the amounts of CPUs and GPUs that the cluster has or may grow to; {}: unknown.
     """
+    if model.num_outputs:
+        _check_reward_model(model, chosen)
     full = await deployment_settings.with_choice(session, settings, model.id, chosen)
     num_gpus = settings.num_gpus_of(full)
     if trouble := full.trouble(num_gpus=num_gpus, dtype=settings.dtype_of(full)):
@@ -55,6 +59,17 @@ async def check(
 
 def _invalid(field: str, message: str) -> InvalidRequest:
     return InvalidRequest(message, param=field)
+
+
+def _check_reward_model(model: NamedModel, chosen: DeploymentSettings) -> None:
+    for field in sorted(chosen.model_fields_set - OF_REWARD_MODELS):
+        what = f"{field} is a setting of vLLM, and '{model.id}' is a reward model, which runs without vLLM"
+        raise _invalid(field, f"{what}; leave {field} out.")
+    if (chosen.num_gpus or 0) > 1:
+        message = f"num_gpus is {chosen.num_gpus:g}, and a reward model is not divided; choose at most 1."
+        raise _invalid("num_gpus", message)
+    if chosen.dtype == "float16":
+        raise _invalid("dtype", "dtype is float16, which reward models do not take; choose bfloat16 or float32.")
 
 
 def _check_limits(settings: Settings, chosen: DeploymentSettings, num_gpus: float) -> None:

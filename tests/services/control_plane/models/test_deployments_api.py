@@ -140,7 +140,7 @@ def test_a_model_is_warmed_and_unloaded_on_request_and_why_it_failed_is_told(
     until(lambda: deployment(api, QWEN)["state"] == "unloaded", "it is gone")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own(api: httpx.Client, base_url: str, settings: Settings) -> Iterator[httpx.Client]:
     """The API for a project that has a policy."""
     project = new_project(api, "deploys")
@@ -180,6 +180,16 @@ def test_a_project_sets_its_own_policy_within_the_operators_limits_and_no_base_m
     with api_of(base_url, new_key(api, scopes=["read"])["value"]) as reader:
         assert reader.get("/x/deployments/tiny").status_code == 200
         assert reader.put("/x/deployments/tiny", json={}).json()["error"]["code"] == "missing_scope"
+
+
+def test_a_reward_model_takes_no_settings_of_vllm(api: httpx.Client, settings: Settings, own: httpx.Client) -> None:
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("UPDATE models SET num_outputs = 1 WHERE id = %s", [POLICY])
+    wrong = {"prefix_caching": True, "tool_call_parser": "hermes", "num_gpus": 2, "dtype": "float16"}
+    for field, value in wrong.items():
+        error = refused(own, POLICY, **{field: value})
+        assert (error["param"], field in error["message"]) == (field, True)
+    assert change(own, POLICY, num_gpus=1, dtype="bfloat16", max_model_len=128)["settings"]["num_gpus"] == 1
 
 
 def test_while_ray_is_away_nothing_is_changed(api: httpx.Client, fake_ray: FakeRay) -> None:
