@@ -1,5 +1,6 @@
 """The route /v1/x/rewards, which answers how much a model prefers completions."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -13,7 +14,7 @@ from services.control_plane.models.inference_api import while_connected
 from services.control_plane.rewards.judges import Judge, judge_of
 from services.control_plane.rewards.preferences import Judged, probabilities, winner
 from services.control_plane.rewards.requests import RewardsBody, groups_of
-from services.control_plane.rewards.scoring import Scoring
+from services.control_plane.rewards.scoring import Judgement, Scoring
 
 router = APIRouter()
 
@@ -30,6 +31,10 @@ async def create(request: Request, store: StorePart, settings: SettingsPart, bod
 
 async def _answer(scoring: Scoring, judge: Judge, groups: Sequence[Group]) -> Response:
     judgement = await scoring.judge(judge, groups)
+    return await asyncio.to_thread(_response, judge, judgement)  # many completions take a second
+
+
+def _response(judge: Judge, judgement: Judgement) -> Response:
     return JSONResponse(
         {
             "object": "list",

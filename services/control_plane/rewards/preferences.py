@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from operator import mul
 from statistics import NormalDist
 
-GRID = [i / 25 for i in range(-200, 201)]  # standard deviations at which an integral is sampled
+GRID_POINTS, DEVIATIONS = 256, 5.0  # of an integral: at least so many points, so many deviations around each mean
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,22 @@ def _gaussian(mean: float, log_variance: float) -> NormalDist:
 def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
     """Returns the probability of each reward to be the highest.
 
-    The integral of its density times the others' cumulative distributions is a sum over GRID.
+    That is the integral of the others' cumulative distributions over its own. The points of the sum lie around all
+    means, as densely as their deviations are small.
     """
-    standard = NormalDist()
-    densities = [standard.pdf(z) for z in GRID]
-    sums = []
-    for i, own in enumerate(rewards):
-        others = [*rewards[:i], *rewards[i + 1 :]]
-        values = (own.mean + z * own.stdev for z in GRID)
-        below = (math.prod(other.cdf(value) for other in others) for value in values)
-        sums.append(math.fsum(density * share for density, share in zip(densities, below, strict=True)))
-    return [each / math.fsum(sums) for each in sums]
+    each = max(8, GRID_POINTS // len(rewards))
+    steps = [DEVIATIONS * (2 * i / (each - 1) - 1) for i in range(each)]
+    points = sorted({reward.mean + step * reward.stdev for reward in rewards for step in steps})
+    below = [[reward.cdf(point) for reward in rewards] for point in points]
+    shares = [0.0] * len(rewards)
+    for (low, others_low), (high, others_high) in pairwise(zip(below, map(_all_but_one, below), strict=True)):
+        for i in range(len(rewards)):
+            shares[i] += (high[i] - low[i]) * (others_low[i] + others_high[i]) / 2
+    return [share / math.fsum(shares) for share in shares]
+
+
+def _all_but_one(factors: Sequence[float]) -> list[float]:
+    """Returns for each factor the product of all the others."""
+    before = accumulate(factors[:-1], mul, initial=1.0)
+    after = accumulate(reversed(factors[1:]), mul, initial=1.0)
+    return [one * other for one, other in zip(before, reversed(list(after)), strict=True)]
