@@ -183,11 +183,10 @@ def test_an_adapter_is_trained_through_a_death_served_and_gone_on_with(
     second = submit(client, name, **whole)
     (first,) = steps_of(client, succeeded(client, second))
     assert float(first["train_loss"]) == pytest.approx(math.log(2), abs=1e-6)
-    (said,) = [message for message in messages(client, second) if message.startswith("Training the adapter of")]
-    assert said == (
+    assert (
         f"Training the adapter of {name}, of rank 32, further in float32; "
         f"the reference model is {name} as it is before the first step"
-    )
+    ) in messages(client, second)
     for side, place in (("chosen", 0), ("rejected", 1)):
         mean = float(sum(plain_logps(policy, prompt, answers[place]).sum() for prompt, answers in rows)) / len(rows)
         assert float(first[f"logps_{side}"]) == pytest.approx(mean, abs=1e-3)
@@ -198,7 +197,7 @@ def test_an_adapter_is_trained_through_a_death_served_and_gone_on_with(
     wanted = first_loss(policy, base, rows)
     assert abs(wanted - math.log(2)) > 0.05
     assert float(first["train_loss"]) == pytest.approx(wanted, abs=1e-5)
-    assert any(message.endswith(f"the reference is {family}") for message in messages(client, third))
+    assert any(message.endswith(f"the reference model is {family}") for message in messages(client, third))
 
 
 def _one(rows: Any) -> tuple[list[int], list[int]]:
