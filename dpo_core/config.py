@@ -55,6 +55,14 @@ class Lora:
 MAX_LENGTH = 2048  # the default of max_length
 ADAPTERS_RATE = 10  # an adapter's default learning rate is ten times the objective's
 
+
+def default_learning_rate(objective: Objective, *, with_adapter: bool) -> float:
+    """Returns the learning rate of a run that does not choose one. Rounding removes the error of the product, as in
+    10 * 1e-6 = 9.999999999999999e-06."""
+    rate = objective.traits.default_learning_rate
+    return float(f"{rate * ADAPTERS_RATE:.6g}") if with_adapter else rate
+
+
 Quantization = Literal["nf4"]  # the number format of an adapter's frozen base
 Sharding = Literal["auto", "replicated", "full", "hybrid"]
 Truncation = Literal["drop", "keep_start", "keep_end"]
@@ -108,7 +116,7 @@ class TrainConfig:
         """Returns a copy of the options with the number of epochs and the learning rate decided. The default learning
         rate of an adapter is higher than that of all weights."""
         traits = self.objective.traits
-        default_rate = traits.default_learning_rate * (ADAPTERS_RATE if with_adapter else 1)
+        default_rate = default_learning_rate(self.objective, with_adapter=with_adapter)
         rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)
         optim = replace(self.optim, learning_rate=rate, learning_rate_multiplier=None)
         return replace(self, optim=optim, n_epochs=self.n_epochs or traits.default_epochs)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, fields
 from typing import Any, Literal, get_args, get_origin
 
-from dpo_core.config import ADAPTERS_RATE, Optim, TrainConfig
+from dpo_core.config import Optim, TrainConfig, default_learning_rate
 from dpo_core.options import OBJECTIVES
 
 METHODS = list(OBJECTIVES)
@@ -26,7 +26,7 @@ def described(kind: str) -> dict[str, Any]:
     common = _with_ranges(
         dict(zip(COMMON, (objective.traits.default_epochs, "auto", rate, 1), strict=True)), TrainConfig, Optim
     )
-    common["learning_rate"]["default_of_adapters"] = float(f"{rate * ADAPTERS_RATE:.6g}")
+    common["learning_rate"]["default_of_adapters"] = default_learning_rate(objective, with_adapter=True)
     return {
         "id": kind,
         "object": "method",

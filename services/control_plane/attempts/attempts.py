@@ -321,7 +321,8 @@ async def _hold(session: AsyncSession, job_id: str) -> None:
 
 def _started(report: Started) -> str:
     resumed = f", resuming after step {report.resumed_from}" if report.resumed_from else ""
-    return f"Fine-tuning job started: {report.num_groups} examples, {report.total_steps} steps{resumed}"
+    what = f"{report.num_groups} examples, {report.total_steps} steps"
+    return f"Fine-tuning job started: {what}, learning rate {report.config.optim.learning_rate:g}{resumed}"
 
 
 def _step(report: StepMetrics) -> str:
