@@ -25,7 +25,8 @@ Body = dict[str, Any]
 Assignment = tuple[tuple[str, ...], Any]
 """The path of a field in the request's body, and the field's new value. The value None removes the field."""
 
-FILES = ("training_file", "validation_file")
+OPTIONS = {"training_file": "--file", "validation_file": "--validation-file"}
+FILES = tuple(OPTIONS)
 READING = ("columns", "invalid_rows", "max_invalid_share")  # fields of x_raydpo that are sent when a file is uploaded
 FIRST_ROWS = 100
 
@@ -203,8 +204,16 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
 
     Exits with an error if the service would refuse the body or one of the first rows of a local file.
     """
+    from openai import NotFoundError
+
     names = {field: str(path) if path.is_absolute() else f"./{path}" for field, path in local.items()}
-    job: Any = client.post("/x/jobs/validate", body=body | names, cast_to=object)
+    try:
+        job: Any = client.post("/x/jobs/validate", body=body | names, cast_to=object)
+    except NotFoundError as error:
+        if error.code != "file_not_found" or error.param not in OPTIONS:
+            raise
+        what = f"There is no file {body[error.param]}. It may have been deleted"
+        fail(f"{what}; name another one with {OPTIONS[error.param]}.")
     for path in local.values():
         _check_first_rows(path, _reading(body), job["method"]["type"])
     return dict(job)

@@ -1,6 +1,7 @@
 """The `raydpo methods` command: list the training objectives and their options."""
 
 import json
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -27,8 +28,10 @@ def methods(
     ] = False,
 ) -> None:
     """List the training objectives, each with its kind of data, options, defaults, ranges and papers."""
-    if method not in (None, *METHODS):
-        fail(f"{method} is not a method; choose one of {', '.join(METHODS)}.")
+    if method is not None and method not in METHODS:
+        close = get_close_matches(method, METHODS, n=1)
+        guess = f"; did you mean {close[0]}?" if close else "."
+        fail(f"{method} is not a method{guess} Choose one of {', '.join(METHODS)}.")
     found = [described(kind) for kind in ([method] if method else METHODS)]
     if markdown:
         typer.echo(HEAD + "".join(map(_row, found)), nl=False)

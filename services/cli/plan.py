@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from services.cli.client import api_command, out, print_rows
-from services.cli.job_request import Assignments, ConfigFile, assignment, compose, local_files, read_config, upload
+from services.cli.job_request import (
+    Assignments,
+    ConfigFile,
+    assignment,
+    compose,
+    local_files,
+    read_config,
+    upload,
+    validate,
+)
 from services.cli.lists import AsJson
 
 if TYPE_CHECKING:
@@ -55,7 +64,9 @@ def plan(
     chosen = [assignment(text) for text in sets or ()]
     default = None if base else "dpo"
     body = compose(base, method=method, default=default, hyperparameters={}, others=others, sets=chosen)
-    found: Any = client.post("/x/plans", body=upload(client, body, local_files(body)), cast_to=object)
+    local = local_files(body)
+    validate(client, body, local)
+    found: Any = client.post("/x/plans", body=upload(client, body, local), cast_to=object)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

@@ -178,7 +178,9 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         message = f"The body of the request is not valid JSON: {first['ctx']['error']}."
         return JSONResponse(envelope(message, "invalid_request_error"), 400)
-    return refused(first, tuple(first["loc"][1:])).response()
+    body = getattr(request.scope.get("route"), "body_field", None)
+    kind = body.field_info.annotation if body else None
+    return refused(first, tuple(first["loc"][1:]), kind=kind).response()
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:

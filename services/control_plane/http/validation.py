@@ -4,7 +4,8 @@ Errors about a choice also list the values or names that are known there.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -32,24 +33,28 @@ def parse(kind: type[Parsed], value: Any, where: str, paths: Mapping[str, str] |
         parsed: Parsed = _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # a type is hashable
     except ValidationError as error:
         first = error.errors()[0]
-        raise refused(first, first["loc"], where, paths) from None
+        raise refused(first, first["loc"], where, paths, kind) from None
     return parsed
 
 
 def refused(
-    error: Mapping[str, Any], location: Sequence[str | int], where: str = "", paths: Mapping[str, str] | None = None
+    error: Mapping[str, Any],
+    location: Sequence[str | int],
+    where: str = "",
+    paths: Mapping[str, str] | None = None,
+    kind: Any = None,
 ) -> InvalidRequest:
     """Returns the InvalidRequest for a pydantic error: the dotted path of the field, a code, and the reason.
 
-    `where` is the path of the validated value in the body. `paths` gives the full paths of fields that came from
-    elsewhere in the body.
+    `where` is the path of the validated value in the body, and `kind` its type. `paths` gives the full paths of fields
+    that came from elsewhere in the body.
     """
     cause = error.get("ctx", {}).get("error")
     path = [cause.field] if isinstance(cause, InvalidOption) else [str(part) for part in location]
     param = (paths or {}).get(path[-1]) if path else None
     param = param or ".".join([*([where] if where else []), *path])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+        return _unknown(param, _names(kind) if len(path) == 1 else set())
     if error["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     reason = str(cause) if cause else f"{error['msg']}, but it is {error['input']!r:.80}."
@@ -59,8 +64,27 @@ def refused(
 def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in given:
         if name not in known:
-            raise InvalidRequest(
-                f"Unknown parameter: '{where}.{name}'. {where} can have: {', '.join(sorted(known))}.",
-                param=f"{where}.{name}",
-                code="unknown_parameter",
-            )
+            raise _unknown(f"{where}.{name}", known)
+
+
+def _unknown(param: str, known: set[str]) -> InvalidRequest:
+    """Returns the error for a field that is not in `known`, with the name in `known` that resembles it most."""
+    where, _, name = param.rpartition(".")
+    guess = meant(name, known)
+    listed = f" {where or 'The request'} can have: {', '.join(sorted(known))}." if known else ""
+    return InvalidRequest(f"Unknown parameter: '{param}'.{guess}{listed}", param=param, code="unknown_parameter")
+
+
+def meant(name: str, known: Collection[str]) -> str:
+    """Returns a sentence that asks whether the user meant the known name that resembles `name` most.
+
+    The result is empty if no known name resembles it.
+    """
+    close = get_close_matches(name, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _names(kind: Any) -> set[str]:
+    """Returns the names of the fields of a pydantic model or a dataclass; an empty set for any other type."""
+    fields: Mapping[str, Any] = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
+    return set(fields)

@@ -22,7 +22,7 @@ from dpo_core.options import OBJECTIVES, Mpo, Objective, RewardObjective
 from services.contract import Integrations, JobSpec, Mlflow, Policy, Reading, ReferenceSource, WandbIntegration
 from services.control_plane.core.errors import InvalidRequest
 from services.control_plane.files.requests import READING, reading
-from services.control_plane.http.validation import Text, parse, refuse_unknown
+from services.control_plane.http.validation import Text, meant, parse, refuse_unknown
 from services.control_plane.jobs.combinations import Asked
 
 # HYPERPARAMETERS are in `method.<type>.hyperparameters`, beside the objective's own; EXTENSIONS are in `x_raydpo`.
@@ -133,7 +133,8 @@ class CreateJob(BaseModel):
             raise InvalidRequest(message, param="validation_file", code="invalid_validation_file")
         kind = self.method.type if self.method else "supervised"
         if kind not in METHODS:
-            message = f"method.type '{kind}' is not supported; it must be one of {', '.join(METHODS)}."
+            what = f"method.type '{kind}' is not supported.{meant(kind, METHODS)}"
+            message = f"{what} It must be one of {', '.join(METHODS)}."
             raise InvalidRequest(message, param="method.type", code="unsupported_value")
         if self.method and self.hyperparameters:
             message = "hyperparameters is the older form of method.<type>.hyperparameters; send only one of the two."

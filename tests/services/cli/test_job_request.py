@@ -199,16 +199,30 @@ def test_a_job_on_a_uri_is_repeated_on_a_file(created, planned, pairs):
     assert ("dataset" in request["x_raydpo"], job["training_file"]) == (False, str(pairs))
 
 
+def test_a_job_whose_file_was_deleted_is_repeated_on_another(raydpo, created, planned, pairs):
+    first = created("--model", "tiny", "--file", pairs)
+    raydpo("jobs", "cancel", first["id"])
+    assert raydpo("files", "delete", first["training_file"]).exit_code == 0
+    refused = raydpo("jobs", "create", "--again", first["id"])
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        f"error: There is no file {first['training_file']}. It may have been deleted; name another one with --file.\n"
+    )
+    request, _ = planned("--again", first["id"], "--file", pairs)
+    assert request["training_file"] == str(pairs)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (
-            ["--set", "method.dpo.betta=1"],
-            ("Unknown parameter: 'method.dpo.hyperparameters.betta'. method.dpo.hyperparameters can have: "),
-        ),
-        (["--set", "x_raydpo.max_lenght=1"], "Unknown parameter: 'x_raydpo.max_lenght'."),
+        (["--set", "method.dpo.betta=1"], "parameter: 'method.dpo.hyperparameters.betta'. Did you mean 'beta'?"),
+        (["--set", "x_raydpo.max_lenght=1"], "x_raydpo.max_lenght'. Did you mean 'max_length'? x_raydpo can have: "),
+        (["--set", "modle=x"], "Unknown parameter: 'modle'. Did you mean 'model'? The request can have: "),
+        (["--set", "x_raydpo.adapter.rank=4"], "x_raydpo.adapter.rank'. x_raydpo.adapter can have: alpha, "),
+        (["--set", "x_raydpo.early_stop={patience: 2, min_gan: 1}"], "early_stop.min_gan'. Did you mean 'min_gain'?"),
+        (["--set", "x_raydpo.reference.modl=tiny"], "reference.modl'. Did you mean 'model'?"),
         (["--set", "colour=red"], "Unknown parameter: 'colour'."),
-        (["--method", "simplo"], "method.type 'simplo' is not supported; it must be one of supervised, dpo,"),
+        (["--method", "simplo"], "'simplo' is not supported. Did you mean 'simpo'? It must be one of supervised, dpo,"),
         (["--method", "kto", "--set", "method.kto.beta=-1"], "method.kto.hyperparameters.beta"),
         (["--model", "nobody"], "The model 'nobody' does not exist."),
         (["--method", "supervised"], "holds pairs; method 'supervised' learns from demonstrations."),
