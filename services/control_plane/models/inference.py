@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
 from services.control_plane.core.store import ProjectStore, Store
-from services.control_plane.models import deployments, models
+from services.control_plane.models import deployment_settings, deployments, models
 from services.control_plane.models.metering import Meter
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.streaming import Stream
@@ -44,10 +44,18 @@ class _Use:
     is_open: bool = False  # whether the model accepted new requests when the database was last read
     told_at: float = float("-inf")  # when the database was last read
     left_at: float = 0.0  # when the last request ended
+    share: float = 0.0  # seconds of the model that one request had that has been in flight since the beginning
+    shared_at: float = 0.0  # when `share` was brought up to date
 
     def must_ask(self) -> bool:
         """Returns whether the database must be read again before a request may enter."""
         return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
+
+    def change(self, in_flight: int, now: float) -> None:
+        """Adds so many requests to those in flight, which share the model's time evenly."""
+        if self.in_flight:
+            self.share += (now - self.shared_at) / self.in_flight
+        self.in_flight, self.shared_at = self.in_flight + in_flight, now
 
 
 class Inference:
@@ -101,12 +109,14 @@ class Inference:
         """
         async with caller.look() as session:
             model = await models.find(session, self._settings, name)
+            own = (await deployment_settings.of(session, self._settings, {model.id}))[model.id]
         if model.num_outputs:
             message = (
                 f"The model '{model.id}' is a reward model, which scores texts and cannot write any; "
                 "send texts to POST /v1/x/rewards."
             )
             raise InvalidRequest(message, param="model", code="invalid_value")
+        meter.num_gpus = self._settings.num_gpus_of(own)
         return await self._forwarded(model, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
@@ -121,6 +131,7 @@ class Inference:
         self, model: NamedModel, path: str, body: bytes, meter: Meter | None, *, streams: bool
     ) -> Response:
         base_url = await self._wait_until_served(model)
+        share = self._uses[model.app_name].share
         answer: Answer | None = None
         stays = False
         try:
@@ -128,7 +139,7 @@ class Inference:
             answer = await self._upstream.post(url, body, {})
             if answer.status == 200 and streams:
                 stays = True
-                return Stream(answer, meter, lambda: self._end(model, answer))
+                return Stream(answer, meter, lambda: self._end(model, answer, meter, share))
             content = await answer.body()
             if answer.status != 200:
                 raise self._refusal(model, answer.status, content)
@@ -144,13 +155,17 @@ class Inference:
             raise self._unavailable(model, when) from None
         finally:
             if not stays:
-                self._end(model, answer)
+                self._end(model, answer, meter, share)
 
-    def _end(self, model: NamedModel, answer: Answer | None) -> None:
+    def _end(self, model: NamedModel, answer: Answer | None, meter: Meter | None, share: float) -> None:
+        """Ends a request in flight. `share` is the model's share when the request began."""
         use = self._uses[model.app_name]
-        use.in_flight, use.left_at = use.in_flight - 1, time.monotonic()
+        use.left_at = time.monotonic()
+        use.change(-1, use.left_at)
         if answer is not None:
             answer.close()
+        if meter is not None:
+            meter.end(use.share - share)
 
     async def _wait_until_served(self, model: NamedModel) -> str:
         """Waits until the model runs, counts the request as in flight and returns the URL of Ray Serve's proxy.
@@ -188,7 +203,7 @@ class Inference:
     async def _enter(self, model: NamedModel) -> bool:
         """Counts a request as in flight. Returns False, and counts nothing, if the model accepts no new requests."""
         use = self._uses.setdefault(model.app_name, _Use())
-        use.in_flight += 1
+        use.change(1, time.monotonic())
         entered = False
         try:
             async with self._marking:
@@ -198,7 +213,8 @@ class Inference:
                     use.is_marked, use.told_at = use.is_marked or use.is_open, time.monotonic()
             entered = use.is_open
         finally:
-            use.in_flight -= not entered
+            if not entered:
+                use.change(-1, time.monotonic())
         return entered
 
     def _unavailable(self, model: NamedModel, trouble: str) -> Unavailable:

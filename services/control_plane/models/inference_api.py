@@ -62,8 +62,10 @@ async def _forward(
     return await while_connected(request, inference.forward(store, path, body.model, raw, meter, streams=streams))
 
 
-def _note(request: Request, model_id: str, prompt_tokens: int, completion_tokens: int) -> None:
-    """Counts the tokens of an answer for its key."""
+def _note(
+    request: Request, model_id: str, prompt_tokens: int, completion_tokens: int, accelerator_seconds: float
+) -> None:
+    """Counts what an answer took for its key."""
     parts, caller = request.app.state, request.state.caller
     if limit := tokens_per_minute(caller, parts.settings):
         cast(RateLimits, parts.token_limits).count(caller.key_id, limit, prompt_tokens + completion_tokens)
@@ -73,6 +75,7 @@ def _note(request: Request, model_id: str, prompt_tokens: int, completion_tokens
         model_id,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
+        accelerator_seconds=accelerator_seconds,
     )
 
 

@@ -10,7 +10,7 @@ NO_CHOICES = re.compile(rb'"choices":\s*\[\]')  # in the event with the count; J
 EVENT_END = b"\n\n"
 ASKED = b',"stream_options":{"include_usage":true}}'
 
-Note = Callable[[int, int], None]  # takes the tokens of the prompt and of the completion
+Note = Callable[[int, int, float], None]  # takes tokens of the prompt and of the completion, and accelerator seconds
 
 
 def asks_for_usage(options: Any) -> bool:
@@ -31,13 +31,13 @@ class Meter:
 
     def __init__(self, note: Note, *, shows_usage: bool) -> None:
         self._note, self._shows_usage = note, shows_usage
+        self.num_gpus = 0.0  # of the model's engine
         self._counted: tuple[int, int] | None = None
         self._num_events = 0
 
     def whole(self, body: bytes) -> None:
-        """Counts and notes an answer that came at once."""
+        """Counts an answer that came at once."""
         self._read(body)
-        self.end()
 
     def lines(self, lines: bytes) -> bytes:
         """Counts lines of a stream, and returns those that the client shall see."""
@@ -47,11 +47,14 @@ class Meter:
         kept = [event for event in lines.split(EVENT_END) if not (self._is_usage(event) and not self._shows_usage)]
         return EVENT_END.join(kept)
 
-    def end(self) -> None:
-        """Notes the tokens. Of a stream that was left, each event so far counts as one token of the completion."""
+    def end(self, seconds: float) -> None:
+        """Notes the tokens, and the seconds for which the answer had the engine.
+
+        Of a stream that was left, each event so far counts as one token of the completion.
+        """
         prompt, completion = self._counted or (0, self._num_events)
         if prompt or completion:
-            self._note(prompt, completion)
+            self._note(prompt, completion, seconds * self.num_gpus)
 
     def _is_usage(self, event: bytes) -> bool:
         return bool(NO_CHOICES.search(event)) and self._read(event.partition(b"data:")[2])

@@ -37,8 +37,6 @@ class Stream(Response):
                 task.cancel()
             await asyncio.gather(passing, leaving, return_exceptions=True)
             self._end()
-            if self._meter:
-                self._meter.end()
 
     async def _pass_on(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -65,7 +65,7 @@ class UsageRecorder:
         *,
         prompt_tokens: int,
         completion_tokens: int,
-        accelerator_seconds: float = 0.0,
+        accelerator_seconds: float,
     ) -> None:
         """Counts one answer."""
         account = Account(project_id, key_id, model_id, datetime.now(UTC).date())

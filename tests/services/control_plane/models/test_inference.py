@@ -16,13 +16,14 @@ from sqlalchemy import select, text, update
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.store import ProjectStore, Store, migrate
 from services.control_plane.core.tables import DEFAULT_PROJECT, Deployment, Lease
+from services.control_plane.models import inference
 from services.control_plane.models.inference import Inference
 from services.control_plane.models.metering import Meter
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay, api_of, free_port, new_key, new_project, served
 
-ASK_TINY = ("completions", "tiny", b"{}", Meter(lambda prompt, completion: None, shows_usage=True))
+ASK_TINY = ("completions", "tiny", b"{}", Meter(lambda *used: None, shows_usage=True))
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -390,3 +391,17 @@ def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remember
                 await session.execute(update(Lease).values(expires_at=text("now()")))
 
     asyncio.run(asyncio.wait_for(use(), 60))
+
+
+def test_requests_in_flight_share_the_time_of_their_model() -> None:
+    use = inference._Use()
+    use.change(1, 100.0)  # the first is alone for 3 seconds, both are there for 4, the second is alone for 5
+    first = use.share
+    use.change(1, 103.0)
+    second = use.share
+    use.change(-1, 107.0)
+    assert use.share - first == 3 + 4 / 2
+    use.change(-1, 112.0)
+    assert use.share - second == 4 / 2 + 5
+    use.change(1, 119.0)  # nobody asked for 7 seconds
+    assert use.share - second == 4 / 2 + 5

@@ -13,9 +13,9 @@ DONE = b"data: [DONE]\n\n"
 
 def metered(*pieces: bytes, shows_usage: bool = False) -> tuple[bytes, list[tuple[int, int]]]:
     noted: list[tuple[int, int]] = []
-    meter = Meter(lambda prompt, completion: noted.append((prompt, completion)), shows_usage=shows_usage)
+    meter = Meter(lambda prompt, completion, _: noted.append((prompt, completion)), shows_usage=shows_usage)
     shown = b"".join(meter.lines(piece) for piece in pieces)
-    meter.end()
+    meter.end(1.0)
     return shown, noted
 
 
@@ -43,10 +43,13 @@ def test_an_event_without_choices_that_is_no_count_is_passed_on() -> None:
 
 
 def test_a_whole_answer_is_counted() -> None:
-    noted: list[tuple[int, int]] = []
+    noted: list[tuple[int, int, float]] = []
     for body in (b'{"usage": {"prompt_tokens": 5, "completion_tokens": 2}}', b'{"usage": null}', b"[1]", b"nonsense"):
-        Meter(lambda prompt, completion: noted.append((prompt, completion)), shows_usage=True).whole(body)
-    assert noted == [(5, 2)]
+        meter = Meter(lambda *used: noted.append(used), shows_usage=True)
+        meter.num_gpus = 4
+        meter.whole(body)
+        meter.end(0.5)
+    assert noted == [(5, 2, 2.0)]
 
 
 @pytest.mark.parametrize(
