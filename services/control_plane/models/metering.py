@@ -21,8 +21,11 @@ def asks_for_usage(options: Any) -> bool:
 def asking_for_usage(body: bytes) -> bytes:
     """Returns the JSON object `body` with `stream_options` at its end that ask for the count of tokens.
 
-    The other bytes stay as they came. If the body has `stream_options` already, the last ones count.
+    The other bytes stay as they came. If the body has `stream_options` already, the last ones count. A body in UTF-16
+    or UTF-32, which is JSON as well, stays as it is.
     """
+    if b"\0" in body:
+        return body
     return body.rstrip()[:-1] + ASKED
 
 

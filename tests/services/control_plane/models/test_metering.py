@@ -66,3 +66,9 @@ def test_a_stream_is_asked_for_its_count_and_the_rest_of_the_body_stays(body: by
     changed = asking_for_usage(body)
     assert changed.startswith(body.rstrip()[:-1])
     assert json.loads(changed) == json.loads(body) | {"stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32-le"])
+def test_a_body_in_another_encoding_stays_as_it_came(encoding: str) -> None:
+    body = '{"model": "a"}'.encode(encoding)
+    assert asking_for_usage(body) == body
