@@ -67,6 +67,7 @@ from services.control_plane.core.tables import (
     Outbound,
     Owned,
 )
+from services.control_plane.core.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +209,8 @@ class Store:
         event.listen(self._engine.sync_engine, "handle_error", _drop_a_standby)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        # A tenth of the connections is the service's own, so that no project's requests keep jobs from going on.
+        self._turns = Turns(connections - connections // 10, leaves_free=True)
         self._instance: str | None = None
         self._listen_url = _url(direct_url or database_url)
 
@@ -229,7 +232,11 @@ class Store:
         The limit applies to the tables with an owner (class Owned). The transaction can also read the models that other
         projects share with the project.
         """
-        async with self._sessions(info={"project_id": project_id}) as session, session.begin():
+        async with (
+            self._turns.turn(project_id),
+            self._sessions(info={"project_id": project_id}) as session,
+            session.begin(),
+        ):
             yield session
             await _append(session)
 
@@ -239,7 +246,10 @@ class Store:
 
         Each statement is a transaction of its own, which saves two of three round trips to the database.
         """
-        async with self._sessions(bind=self._looks, info={"project_id": project_id}) as session:
+        async with (
+            self._turns.turn(project_id),
+            self._sessions(bind=self._looks, info={"project_id": project_id}) as session,
+        ):
             yield session
 
     async def listen(self, channel: str, *, quiet_seconds: float) -> AsyncGenerator[str | None]:

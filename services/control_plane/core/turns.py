@@ -11,10 +11,13 @@ class Turns:
 
     The next turn goes to the project with the least work under way; equal ones go one after the other. So a project
     alone may take all turns, and however much of its work waits, it delays another project by a turn or two.
+
+    With `leaves_free`, a project that has some work under way gets no more turns than it leaves free: half of them if
+    it is alone. So the next project need not wait at all. That is for work that may take long and costs little.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, *, leaves_free: bool = False) -> None:
+        self.most, self._leaves_free = most, leaves_free
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by project, the next project first
 
@@ -36,6 +39,8 @@ class Turns:
     def _grant(self) -> None:
         while self._waiting and self._running.total() < self.most:
             project_id = min(self._waiting, key=self._running.__getitem__)
+            if self._leaves_free and 0 < self._running[project_id] >= self.most - self._running.total():
+                return
             queue = self._waiting.pop(project_id)
             turn = queue.popleft()
             if queue:

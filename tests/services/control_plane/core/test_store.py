@@ -2,11 +2,12 @@
 
 import asyncio
 import secrets
+import time
 from datetime import UTC, datetime
 
 import psycopg
 import pytest
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import aliased
 
@@ -38,6 +39,43 @@ def store(database_url: str) -> Store:
             "INSERT INTO checkpoint_permissions (id, model_id, project_id) VALUES ('cp_1', %s, 'proj_b')", [SHARED]
         )
     return Store(database_url)
+
+
+def test_a_project_whose_transactions_take_long_leaves_connections_to_others_and_to_the_service(
+    database_url: str,
+) -> None:
+    migrate(database_url)
+    wait, look = text("SELECT pg_sleep(:seconds)"), text("SELECT 1")
+
+    async def run() -> float:
+        store = Store(database_url, connections=10)
+
+        async def write(project: str, seconds: float) -> None:
+            async with store.begin_for(project) as session:
+                await session.execute(wait, {"seconds": seconds})
+
+        async def read(project: str) -> None:
+            async with store.look_for(project) as session:
+                await session.execute(look)
+
+        async def act() -> None:
+            async with store.begin() as session:
+                await session.execute(look)
+
+        await asyncio.gather(*(write("proj_a", 0) for _ in range(20)))  # connects
+        many = [asyncio.create_task(write("proj_a", 3)) for _ in range(20)]
+        more = [asyncio.create_task(write("proj_b", 3)) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await asyncio.gather(read("proj_c"), write("proj_c", 0), act())
+        took = time.monotonic() - began
+        for task in (*many, *more):
+            task.cancel()
+        await asyncio.gather(*many, *more, return_exceptions=True)
+        await store.close()
+        return took
+
+    assert asyncio.run(run()) < 2
 
 
 def test_a_shared_model_is_read_and_only_an_own_one_changed(store: Store) -> None:

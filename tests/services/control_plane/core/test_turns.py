@@ -1,6 +1,7 @@
 """Work of several projects that waits for a few turns."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -54,6 +55,30 @@ def test_no_more_than_the_limit_runs_and_whoever_is_alone_has_all_of_it() -> Non
 
     begun(3, story)
     assert max(seen) == 3
+
+
+def test_where_turns_are_left_free_the_next_project_need_not_wait() -> None:
+    turns, running = Turns(9, leaves_free=True), Counter[str]()
+
+    async def work(project: str, seconds: float) -> None:
+        async with turns.turn(project):
+            running[project] += 1
+            await asyncio.sleep(seconds)
+
+    async def run() -> None:
+        many = [asyncio.create_task(work("a", 60)) for _ in range(20)]
+        await asyncio.sleep(0)
+        many += [asyncio.create_task(work("b", 60)) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        assert running == {"a": 5, "b": 2}  # and two are free
+        async with asyncio.timeout(30):
+            await work("c", 0)
+        for task in many:
+            task.cancel()
+        await asyncio.gather(*many, return_exceptions=True)
+        await asyncio.gather(*(work("d", 0) for _ in range(20)))  # all turns were given back
+
+    asyncio.run(run())
 
 
 def test_who_leaves_while_waiting_or_working_keeps_no_turn() -> None:
