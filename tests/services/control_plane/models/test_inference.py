@@ -132,7 +132,7 @@ def test_what_no_other_reader_of_json_would_take_is_refused_by_name(
 def test_a_body_that_is_no_utf8_is_refused(api: httpx.Client) -> None:
     raw = b'{"model": "tiny", "user": "\xff"}'
     answer = api.post("/chat/completions", content=raw, headers={"content-type": "application/json"})
-    assert "cannot be read: 'utf-8' codec can't decode byte 0xff" in refusal(answer, 400)
+    assert "cannot be read as JSON: 'utf-8' codec can't decode byte 0xff" in refusal(answer, 400)
 
 
 def test_the_model_gets_the_bytes_that_were_sent(api: httpx.Client, serve: Serve) -> None:
