@@ -95,7 +95,9 @@ def test_parts_that_are_gone_from_storage_are_to_be_sent_again(client: openai.Op
     upload_id = begin(client)
     part = send(client, upload_id, DATA)
     storage.delete(storage.join(settings.storage_url, "uploads", upload_id))  # as the database says that was restored
-    with pytest.raises(openai.BadRequestError, match=f"A part of {upload_id} is missing in storage") as refused:
+    with pytest.raises(
+        openai.BadRequestError, match=f"A part of the upload {upload_id} is missing in storage"
+    ) as refused:
         client.uploads.complete(upload_id, part_ids=[part])
     assert refused.value.param == "part_ids"
 
@@ -138,7 +140,7 @@ def test_an_upload_expires_after_an_hour_of_the_databases_clock(client: openai.O
 
 
 def test_limits_are_named(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="8589934593; the limit is 8589934592") as refused:
+    with pytest.raises(openai.BadRequestError, match="8589934593, but a file may have at most 8589934592") as refused:
         client.uploads.create(filename="a", purpose="fine-tune", bytes=2**33 + 1, mime_type="text/plain")
     assert refused.value.param == "bytes"
     with pytest.raises(openai.BadRequestError, match="purpose 'batch'"):

@@ -123,7 +123,7 @@ def test_paused_jobs_count_and_resuming_asks_the_quota(api: httpx.Client, team: 
     assert own.post(f"/fine_tuning/jobs/{paused}/pause").json()["status"] == "paused"
     refused = submit(own, file["id"])
     assert refused.status_code == 429
-    assert "1 queued and paused jobs of 1" in refused.text
+    assert "1 queued and paused jobs, and the limit is 1" in refused.text
     assert own.get(f"/x/projects/{project}/usage").json()["limits"]["max_queued_jobs"] == {"used": 1, "limit": 1}
     assert own.post(f"/fine_tuning/jobs/{paused}/resume").json()["status"] == "queued"
     with psycopg.connect(settings.database_url, autocommit=True) as connection:  # it runs, and another one is queued
@@ -132,7 +132,7 @@ def test_paused_jobs_count_and_resuming_asks_the_quota(api: httpx.Client, team: 
         connection.execute("UPDATE jobs SET observed = 'paused', desired = 'pause' WHERE id = %s", [paused])
     refused = own.post(f"/fine_tuning/jobs/{paused}/resume")
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "exceeded_quota")
-    assert "1 queued jobs of 1" in refused.text
+    assert "1 queued jobs, and the limit is 1" in refused.text
     own.post(f"/fine_tuning/jobs/{queued}/cancel")
     assert own.post(f"/fine_tuning/jobs/{paused}/resume").status_code == 200
     own.post(f"/fine_tuning/jobs/{paused}/cancel")
@@ -172,7 +172,7 @@ def test_accelerator_hours_are_counted_and_no_job_is_taken_beyond_them(
     api.post(f"/x/projects/{project}", json={"max_accelerator_hours": 2})
     refused = submit(own, file["id"])
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "exceeded_quota")
-    assert "has used 2.00 of 2 accelerator hours; ask an admin" in refused.text
+    assert "has used 2.00 of at most 2 accelerator hours; ask an admin" in refused.text
 
 
 def test_of_two_projects_that_want_one_name_at_once_one_gets_it(api: httpx.Client) -> None:
