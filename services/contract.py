@@ -156,6 +156,7 @@ class Scored(Contract):
     vocabulary: str
     outputs: list[list[list[float]]]  # by group and completion: the log-probability, or a reward model's outputs
     num_tokens: list[list[int]]  # by group and completion: the tokens that the model wrote
+    usage: dict[str, int] = Field(default_factory=dict)  # prompt_tokens: all that the model read, as vLLM tells it
 
 
 SCORE_TEXTS, SCORE_TOKENS = "score/texts", "score/tokens"

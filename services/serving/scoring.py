@@ -68,7 +68,8 @@ class Scoring:
         except ConnectionError as error:  # the engine has died
             return JSONResponse({"error": {"message": str(error)}}, 503)
         on_wire, num_tokens = list(map(_on_wire, groups)), [group.num_learned for group in groups]
-        scored = Scored(groups=on_wire, vocabulary=vocabulary, outputs=outputs, num_tokens=num_tokens)
+        usage = {"prompt_tokens": _count(groups)}
+        scored = Scored(groups=on_wire, vocabulary=vocabulary, outputs=outputs, num_tokens=num_tokens, usage=usage)
         return Response(scored.model_dump_json(), media_type="application/json")
 
     def _read(
@@ -104,15 +105,13 @@ class Scoring:
         ]
 
     def _check_lengths(self, groups: Sequence[EncodedGroup], model: str) -> None:
-        total = 0
         for number, group in enumerate(groups):
             for place, ids in enumerate(group.completion_ids):
-                total += (length := len(group.prompt_ids) + len(ids))
-                if length > self._max_length:
+                if (length := len(group.prompt_ids) + len(ids)) > self._max_length:
                     path, limit = f"rows.{number}.completions.{place}", self._max_length
                     message = f"{path} and its prompt have {length} tokens; {model} takes {limit}: shorten them."
                     raise Refusal(message, param=path)
-        if total > MOST_TOKENS:
+        if (total := _count(groups)) > MOST_TOKENS:
             raise Refusal(f"rows have {total} tokens; a request can have {MOST_TOKENS}: send fewer rows.", status=413)
 
     @cached_property
@@ -132,3 +131,8 @@ def _on_wire(group: EncodedGroup) -> TokenGroup:
         completion_ids=tuple(map(list, group.completion_ids)),
         others=group.others,
     )
+
+
+def _count(groups: Sequence[EncodedGroup]) -> int:
+    """Returns the number of tokens of the groups, each prompt counted for each of its completions."""
+    return sum(len(group.prompt_ids) + len(ids) for group in groups for ids in group.completion_ids)

@@ -123,13 +123,15 @@ class Inference:
         """Asks for the model to be served soon, and does not wait for it."""
         await self._ask(model)
 
-    async def ask(self, model: NamedModel, path: str, body: bytes) -> bytes:
+    async def ask(self, model: NamedModel, path: str, body: bytes, meter: Meter) -> bytes:
         """Returns the answer of the model's application to `POST /v1/<path>`. Clients cannot reach all such paths."""
-        return bytes((await self._forwarded(model, path, body, None, streams=False)).body)
+        async with self._store.begin() as session:
+            own = (await deployment_settings.of(session, self._settings, {model.id}))[model.id]
+        num_gpus = self._settings.num_gpus_of(own)
+        meter.num_gpus = min(num_gpus, 1) if model.num_outputs else num_gpus
+        return bytes((await self._forwarded(model, path, body, meter, streams=False)).body)
 
-    async def _forwarded(
-        self, model: NamedModel, path: str, body: bytes, meter: Meter | None, *, streams: bool
-    ) -> Response:
+    async def _forwarded(self, model: NamedModel, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
         base_url = await self._wait_until_served(model)
         share = self._uses[model.app_name].share
         answer: Answer | None = None
@@ -143,8 +145,7 @@ class Inference:
             content = await answer.body()
             if answer.status != 200:
                 raise self._refusal(model, answer.status, content)
-            if meter:
-                meter.whole(content)
+            meter.whole(content)
             return Response(content, media_type="application/json")
         except Busy:
             busy = f"cannot be asked now, because models are already answering {self._settings.max_requests} requests"
@@ -157,15 +158,14 @@ class Inference:
             if not stays:
                 self._end(model, answer, meter, share)
 
-    def _end(self, model: NamedModel, answer: Answer | None, meter: Meter | None, share: float) -> None:
+    def _end(self, model: NamedModel, answer: Answer | None, meter: Meter, share: float) -> None:
         """Ends a request in flight. `share` is the model's share when the request began."""
         use = self._uses[model.app_name]
         use.left_at = time.monotonic()
         use.change(-1, use.left_at)
         if answer is not None:
             answer.close()
-        if meter is not None:
-            meter.end(use.share - share)
+        meter.end(use.share - share)
 
     async def _wait_until_served(self, model: NamedModel) -> str:
         """Waits until the model runs, counts the request as in flight and returns the URL of Ray Serve's proxy.

@@ -57,12 +57,12 @@ async def _forward(
     _check({"model": body.model} | fields)
     raw, streams = await request.body(), bool(body.stream)
     shows_usage = not streams or asks_for_usage(fields.get("stream_options"))
-    meter = Meter(partial(_note, request, body.model), shows_usage=shows_usage)
+    meter = Meter(partial(note, request, body.model), shows_usage=shows_usage)
     raw = raw if shows_usage else asking_for_usage(raw)
     return await while_connected(request, inference.forward(store, path, body.model, raw, meter, streams=streams))
 
 
-def _note(
+def note(
     request: Request, model_id: str, prompt_tokens: int, completion_tokens: int, accelerator_seconds: float
 ) -> None:
     """Counts what an answer took for its key."""

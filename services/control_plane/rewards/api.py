@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
@@ -10,7 +11,8 @@ from fastapi.responses import JSONResponse
 
 from dpo_core.data.groups import Group
 from services.control_plane.http.dependencies import SettingsPart, StorePart
-from services.control_plane.models.inference_api import while_connected
+from services.control_plane.models.inference_api import note, while_connected
+from services.control_plane.models.metering import Meter
 from services.control_plane.rewards.judges import Judge, judge_of
 from services.control_plane.rewards.preferences import Judged, probabilities, winner
 from services.control_plane.rewards.requests import RewardsBody, groups_of
@@ -26,11 +28,14 @@ async def create(request: Request, store: StorePart, settings: SettingsPart, bod
     async with store.begin() as session:
         judge = await judge_of(session, settings, body.model, reference=body.reference, beta=body.beta)
     scoring = cast(Scoring, request.app.state.scoring)
-    return await while_connected(request, _answer(scoring, judge, groups))
+    return await while_connected(request, _answer(request, scoring, judge, groups))
 
 
-async def _answer(scoring: Scoring, judge: Judge, groups: Sequence[Group]) -> Response:
-    judgement = await scoring.judge(judge, groups)
+async def _answer(request: Request, scoring: Scoring, judge: Judge, groups: Sequence[Group]) -> Response:
+    def meter_of(model_id: str) -> Meter:
+        return Meter(partial(note, request, model_id), shows_usage=True)
+
+    judgement = await scoring.judge(judge, groups, meter_of)
     return await asyncio.to_thread(_response, judge, judgement)  # many completions take a second
 
 

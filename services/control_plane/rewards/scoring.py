@@ -1,7 +1,7 @@
 """Has the models of a judge score groups, and turns their scores into rewards."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cachetools import TTLCache
@@ -11,6 +11,7 @@ from dpo_core.data.groups import Group
 from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored, TextGroup, TextsToScore, TokensToScore
 from services.control_plane.core.errors import ApiError
 from services.control_plane.models.inference import Inference
+from services.control_plane.models.metering import Meter
 from services.control_plane.models.models import NamedModel
 from services.control_plane.rewards.judges import Judge
 from services.control_plane.rewards.preferences import Judged, explicit, implicit
@@ -37,26 +38,33 @@ class Scoring:
         self._inference = inference
         self._kept: TTLCache[tuple[str, bytes], bytes] = TTLCache(MOST_KEPT_BYTES, KEPT_SECONDS, getsizeof=len)
 
-    async def judge(self, judge: Judge, groups: Sequence[Group]) -> Judgement:
-        """Returns the rewards of the groups.
+    async def judge(self, judge: Judge, groups: Sequence[Group], meter_of: Callable[[str], Meter]) -> Judgement:
+        """Returns the rewards of the groups. `meter_of` returns a meter for the scores of a model, by the model's id.
 
         The policy's application encodes the texts, as in training, and scores them. The reference scores the same token
         ids. It is asked for at once, so that both models load at the same time if there is room for both.
         """
         texts = TextsToScore(groups=list(map(_on_wire, groups)), today=judge.today).model_dump_json().encode()
         if judge.reference is None or judge.beta is None:
-            scored = _read(judge.model, await self._inference.ask(judge.model, SCORE_TEXTS, texts))
+            scored = _read(judge.model, await self._ask(judge.model, SCORE_TEXTS, texts, meter_of))
             return Judgement(_explicit(scored), _count(scored))
         await self._inference.want(judge.reference)
         key = judge.model.app_name, hashlib.sha256(texts).digest()
-        answer = self._kept.get(key) or await self._inference.ask(judge.model, SCORE_TEXTS, texts)
+        answer = self._kept.get(key) or await self._ask(judge.model, SCORE_TEXTS, texts, meter_of)
         if len(answer) < MOST_KEPT_BYTES:
             self._kept[key] = answer
         scored = _read(judge.model, answer)
         tokens = TokensToScore(groups=scored.groups, vocabulary=scored.vocabulary).model_dump_json().encode()
-        reference = _read(judge.reference, await self._inference.ask(judge.reference, SCORE_TOKENS, tokens))
+        reference = _read(judge.reference, await self._ask(judge.reference, SCORE_TOKENS, tokens, meter_of))
         self._kept.pop(key, None)
-        return Judgement(_implicit(judge.beta, scored, reference), 2 * _count(scored))
+        return Judgement(_implicit(judge.beta, scored, reference), _count(scored) + _count(reference))
+
+    async def _ask(self, model: NamedModel, path: str, body: bytes, meter_of: Callable[[str], Meter]) -> bytes:
+        return await self._inference.ask(model, path, body, meter_of(model.id))
+
+
+def _count(scored: Scored) -> int:
+    return scored.usage["prompt_tokens"]
 
 
 def _explicit(scored: Scored) -> list[list[Judged]]:
@@ -88,8 +96,3 @@ def _read(model: NamedModel, answer: bytes) -> Scored:
     except ValidationError:  # JSON has no NaN
         message = f"The model '{model.id}' failed: its scores are no finite numbers. Its weights may be damaged."
         raise ApiError(message, code="model_error") from None
-
-
-def _count(scored: Scored) -> int:
-    """Returns the number of tokens that a model read. A policy reads a prompt once for each of its completions."""
-    return sum(len(group.prompt_ids) + len(ids) for group in scored.groups for ids in group.completion_ids)

@@ -144,7 +144,9 @@ def settings(offline: Settings, fake_ray: FakeRay, models: Trained) -> Iterator[
         "max_loaded_models": 10,
     }
     bases = {"tiny": BaseModel(source=str(models.base)), "other": BaseModel(source=str(models.other))}
-    yield offline.model_copy(update={**urls, "models": bases})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.control_plane.tenants.usage.FLUSH_SECONDS", 0.1)
+        yield offline.model_copy(update={**urls, "models": bases})
     server.should_exit = True
     thread.join()
 

@@ -179,6 +179,19 @@ def test_scores_that_are_no_numbers_are_an_error_of_the_model(
     assert "its scores are no finite numbers" in answer.json()["error"]["message"]
 
 
+def test_the_tokens_of_both_models_count_for_the_key(api: httpx.Client, base_url: str) -> None:
+    project = new_project(api, "counts")
+    key = new_key(api, project_id=project, scopes=["inference"], tokens_per_minute=5)
+    with api_of(base_url, key["value"]) as theirs:
+        read = answered(ask(theirs, "tiny", ROWS[:1], reference="tiny", beta=1))["usage"]["total_tokens"]
+        assert "tokens per minute" in refused(ask(theirs, "tiny", ROWS[:1], reference="tiny", beta=1), 429)[1]
+    told: tuple[int, int] = (0, 0)
+    while told[0] < 2:  # what was used is written every tenth of a second
+        found = answered(api.get(f"/x/usage?group_by=model&project_id={project}"))["data"]
+        told = next(((each["num_requests"], each["prompt_tokens"]) for each in found if each["id"] == "tiny"), told)
+    assert told == (2, read)
+
+
 def test_while_the_reference_loads_the_policy_need_not_score_again(
     api: httpx.Client, fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
