@@ -200,15 +200,18 @@ def _like(own: DTensor, dtype: torch.dtype) -> DTensor:
 
 
 def _as(own: Tensor, taken: Tensor, device: torch.device) -> Tensor:
-    """Returns `taken` on the device, in the dtype of `own` and sharded like it."""
-    moved = taken.to(own.dtype)
+    """Returns a copy of `taken` on the device, in the dtype of `own` and sharded like it. The copy is in memory of its
+    own, because `taken` may be a part of a mapped file."""
     if not isinstance(own, DTensor):
-        return moved.to(device)
-    if not isinstance(moved, DTensor):
-        return distribute_tensor(moved.to(device), own.device_mesh, own.placements, src_data_rank=None)
-    mesh, placements, shape, stride = own.device_mesh, own.placements, own.shape, own.stride()
-    local = moved.to_local().to(device) if own.to_local().numel() else torch.empty_like(own.to_local(), device=device)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return taken.to(device=device, dtype=own.dtype, copy=True)
+    mesh, placements = own.device_mesh, own.placements
+    if not isinstance(taken, DTensor):
+        return distribute_tensor(taken.to(device, own.dtype), mesh, placements, src_data_rank=None)
+    part = taken if own.to_local().numel() else own
+    local = torch.empty_like(part.to_local(), device=device, dtype=own.dtype)
+    if local.numel():
+        local.copy_(part.to_local())
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=own.shape, stride=own.stride())
 
 
 def _set(model: nn.Module, name: str, value: Tensor | None) -> None:

@@ -1,0 +1,180 @@
+"""Measures the memory of ranks that split a model's weights, loading included, beside each rank's share.
+
+    python benchmarks/sharded_memory.py --ranks 1 2 4
+
+The model is a Llama with 50M random weights in float32. *loading* reads the weights, *training* also takes two steps on
+small packs, without a checkpoint. A figure is the largest of any rank, minus the rank's memory after it had trained a
+small model in the same way. Pages of the mapped safetensors file count only in *with file*, the kernel's VmHWM: they
+are the page cache of the machine, shared by all ranks, and go as soon as the weights are read. `--whole` also measures
+ranks that load the whole model and then split it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from math import prod
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.memory import OwnMemory, forget_peak, peak
+from benchmarks.rows import dialogues
+
+PAIRS, PROMPT, COMPLETION = 1, 16, 8  # of a step on one rank, and their tokens
+LAYERS, SMALL_LAYERS = 16, 2
+MB = 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="Numbers of ranks. Default: 1 2 4.")
+    parser.add_argument("--whole", action="store_true", help="Also measures ranks that load the whole model first.")
+    parser.add_argument("--hidden-size", type=int, default=512, help="Width of the model. Default: %(default)s.")
+    parser.add_argument("--json", type=Path, help="A file for the figures in bytes.")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        _measure_ranks(*args.measure)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        _save(home / "model", args.hidden_size, LAYERS)
+        _save(home / "small", 64, SMALL_LAYERS)
+        rows = [measure(home, ranks, how) for how in ("parts", "whole")[: 1 + args.whole] for ranks in args.ranks]
+    if args.json:
+        args.json.write_text(json.dumps(rows))
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    for row in rows:
+        print("| " + " | ".join(f"{v / MB:.1f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+
+
+def measure(home: Path, ranks: int, how: str) -> dict[str, Any]:
+    """Returns the peak memory of `ranks` ranks, and what it is made of, in bytes."""
+    layer, outside, number = _sizes(home / "model")
+    (loading, with_file), (training, _) = (
+        _in_its_own_process(home, ranks, how, kind) for kind in ("loading", "training")
+    )
+    share = 4.0 * number / ranks
+    return {
+        "ranks": ranks,
+        "read": how,
+        "loading": float(loading),
+        "with file": float(with_file),
+        "share of weights": share,
+        "above the share": loading - share,
+        "training": float(training),
+        "share of weights, gradients, moments": 4 * share,
+        "above that share": training - 4 * share,
+        "a layer": 4.0 * layer,
+        "outside of layers": 4.0 * outside,
+        "all weights": 4.0 * number,
+    }
+
+
+def _sizes(folder: Path) -> tuple[int, int, int]:
+    """Returns the number of weights in a layer, outside of layers, and in the whole model."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        sizes = {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    inside = sum(size for name, size in sizes.items() if ".layers." in name)
+    return inside // LAYERS, sum(sizes.values()) - inside, sum(sizes.values())
+
+
+def _in_its_own_process(home: Path, ranks: int, how: str, kind: str) -> tuple[int, int]:
+    """Returns the most bytes of any rank, without and with the pages of mapped files."""
+    # With these settings large blocks are returned to the system at once, so that what is free does not count.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", str(home), str(ranks), how, kind]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    own, with_file = zip(
+        *(json.loads(path.read_text()) for path in home.glob(f"{how}-{kind}-{ranks}-*.json")), strict=True
+    )
+    return max(own), max(with_file)
+
+
+def _measure_ranks(home: str, ranks: str, how: str, kind: str) -> None:
+    from importlib import import_module
+
+    from torch.multiprocessing import start_processes
+
+    import_module("dpo_core.training.trainer")  # else each rank imports it for itself
+    start_processes(_measure_rank, (int(ranks), Path(home), how, kind), nprocs=int(ranks), start_method="fork")
+
+
+def _measure_rank(rank: int, ranks: int, home: Path, how: str, kind: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    meeting = f"file://{home}/meeting-{how}-{kind}-{ranks}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    work = _load if kind == "loading" else _train
+    work(home / "small", how)  # what the first run loads and keeps is there before anything counts
+    forget_peak()
+    before = peak()
+    with OwnMemory() as own:
+        policy = work(home / "model", how)
+    found = own.largest - own.before, peak() - before
+    Path(home, f"{how}-{kind}-{ranks}-{rank}.json").write_text(json.dumps(found))
+    del policy
+    dist.barrier()
+    os._exit(0)  # the threads of gloo do not end by themselves
+
+
+def _load(folder: Path, how: str) -> Any:
+    from dpo_core import load_policy
+    from dpo_core.models.parts import is_unread, read_parts
+    from dpo_core.policy.scorer import Scorer
+    from dpo_core.training.weights import shard
+
+    scorer = Scorer(load_policy(folder, in_parts=how == "parts"))
+    shard(scorer, "full")
+    if is_unread(scorer.model):
+        read_parts(scorer.model)
+    return scorer
+
+
+def _train(folder: Path, how: str) -> Any:
+    import torch.distributed as dist
+
+    from dpo_core import EncodedGroup, Optim, TrainConfig, load_policy, load_tokenizer, train
+
+    prompt, completion = list(range(5, 5 + PROMPT)), list(range(5, 5 + COMPLETION))
+    group = EncodedGroup(prompt, (completion, completion[::-1]), (-9.0, -9.0), 1)
+    policy, size = load_policy(folder, in_parts=how == "parts"), PAIRS * dist.get_world_size()
+    config = TrainConfig(
+        optim=Optim(learning_rate=1e-5),
+        n_epochs=1,
+        batch_size=size,
+        max_length=PROMPT + COMPLETION,
+        max_tokens_per_pack=PAIRS * (PROMPT + 2 * COMPLETION),
+        sharding="full",
+        checkpoint_steps=1000,
+        activation_checkpointing="off",
+    )
+    with tempfile.TemporaryDirectory() as checkpoints:
+        tokenizer = load_tokenizer(folder)
+        steps = train(config, policy, tokenizer, [[group] * size] * 3, total_steps=3, checkpoint_dir=checkpoints)
+        next(steps), next(steps)
+        steps.close()
+    return policy
+
+
+def _save(folder: Path, hidden_size: int, layers: int) -> None:
+    from demo.base_model import make_base_model
+
+    texts = [message["content"] for row in dialogues(50, num_completions=1) for message in row["prompt"]]
+    make_base_model(folder, texts, hidden_size=hidden_size, num_layers=layers, vocabulary=2000)
+
+
+if __name__ == "__main__":
+    main()
