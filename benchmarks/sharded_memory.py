@@ -2,7 +2,7 @@
 
     python benchmarks/sharded_memory.py --ranks 1 2 4
 
-The model is a Llama with 50M random weights in float32. *loading* reads the weights, *training* also takes two steps on
+The model is a Llama with 50M random weights, in bfloat16 on disk and trained in float32. *loading* reads the weights, *training* also takes two steps on
 small packs, without a checkpoint. A figure is the largest of any rank, minus the rank's memory after it had trained a
 small model in the same way. Pages of the mapped safetensors file count only in *with file*, the kernel's VmHWM: they
 are the page cache of the machine, shared by all ranks, and go as soon as the weights are read. `--whole` also measures
@@ -10,6 +10,7 @@ ranks that load the whole model and then split it.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="Also measures ranks that load the whole model first.")
     parser.add_argument("--hidden-size", type=int, default=512, help="Width of the model. Default: %(default)s.")
     parser.add_argument("--json", type=Path, help="A file for the figures in bytes.")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         _measure_ranks(*args.measure)
@@ -57,9 +58,7 @@ def main() -> None:
 def measure(home: Path, ranks: int, how: str) -> dict[str, Any]:
     """Returns the peak memory of `ranks` ranks, and what it is made of, in bytes."""
     layer, outside, number = _sizes(home / "model")
-    (loading, with_file), (training, _) = (
-        _in_its_own_process(home, ranks, how, kind) for kind in ("loading", "training")
-    )
+    loading, with_file, training, _ = _in_its_own_process(home, ranks, how)
     share = 4.0 * number / ranks
     return {
         "ranks": ranks,
@@ -87,50 +86,50 @@ def _sizes(folder: Path) -> tuple[int, int, int]:
     return inside // LAYERS, sum(sizes.values()) - inside, sum(sizes.values())
 
 
-def _in_its_own_process(home: Path, ranks: int, how: str, kind: str) -> tuple[int, int]:
-    """Returns the most bytes of any rank, without and with the pages of mapped files."""
+def _in_its_own_process(home: Path, ranks: int, how: str) -> list[int]:
+    """Returns the most bytes of any rank: while it loads, without and with pages of mapped files, and while it trains,
+    likewise."""
     # With these settings large blocks are returned to the system at once, so that what is free does not count.
     settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-    command = [sys.executable, "-W", "ignore", __file__, "--measure", str(home), str(ranks), how, kind]
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", str(home), str(ranks), how]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    own, with_file = zip(
-        *(json.loads(path.read_text()) for path in home.glob(f"{how}-{kind}-{ranks}-*.json")), strict=True
-    )
-    return max(own), max(with_file)
+    each = (json.loads(path.read_text()) for path in home.glob(f"{how}-{ranks}-*.json"))
+    return [max(figures) for figures in zip(*each, strict=True)]
 
 
-def _measure_ranks(home: str, ranks: str, how: str, kind: str) -> None:
+def _measure_ranks(home: str, ranks: str, how: str) -> None:
     from importlib import import_module
 
     from torch.multiprocessing import start_processes
 
     import_module("dpo_core.training.trainer")  # else each rank imports it for itself
-    start_processes(_measure_rank, (int(ranks), Path(home), how, kind), nprocs=int(ranks), start_method="fork")
+    start_processes(_measure_rank, (int(ranks), Path(home), how), nprocs=int(ranks), start_method="fork")
 
 
-def _measure_rank(rank: int, ranks: int, home: Path, how: str, kind: str) -> None:
+def _measure_rank(rank: int, ranks: int, home: Path, how: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    meeting = f"file://{home}/meeting-{how}-{kind}-{ranks}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
-    work = _load if kind == "loading" else _train
-    work(home / "small", how)  # what the first run loads and keeps is there before anything counts
-    forget_peak()
-    before = peak()
-    with OwnMemory() as own:
-        policy = work(home / "model", how)
-    found = own.largest - own.before, peak() - before
-    Path(home, f"{how}-{kind}-{ranks}-{rank}.json").write_text(json.dumps(found))
-    del policy
-    dist.barrier()
+    dist.init_process_group("gloo", f"file://{home}/meeting-{how}-{ranks}", rank=rank, world_size=ranks)
+    found = list[int]()
+    for work in (_load, _train):
+        work(home / "small", how)  # what the first run loads and keeps is there before anything counts
+        gc.collect()
+        forget_peak()
+        before = peak()
+        with OwnMemory() as own:
+            work(home / "model", how)
+        found += own.largest - own.before, peak() - before
+        gc.collect()
+        dist.barrier()
+    Path(home, f"{how}-{ranks}-{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # the threads of gloo do not end by themselves
 
 
-def _load(folder: Path, how: str) -> Any:
+def _load(folder: Path, how: str) -> None:
     from dpo_core import load_policy
     from dpo_core.models.parts import is_unread, read_parts
     from dpo_core.policy.scorer import Scorer
@@ -140,10 +139,9 @@ def _load(folder: Path, how: str) -> Any:
     shard(scorer, "full")
     if is_unread(scorer.model):
         read_parts(scorer.model)
-    return scorer
 
 
-def _train(folder: Path, how: str) -> Any:
+def _train(folder: Path, how: str) -> None:
     import torch.distributed as dist
 
     from dpo_core import EncodedGroup, Optim, TrainConfig, load_policy, load_tokenizer, train
@@ -166,14 +164,16 @@ def _train(folder: Path, how: str) -> Any:
         steps = train(config, policy, tokenizer, [[group] * size] * 3, total_steps=3, checkpoint_dir=checkpoints)
         next(steps), next(steps)
         steps.close()
-    return policy
 
 
 def _save(folder: Path, hidden_size: int, layers: int) -> None:
+    from transformers import AutoModelForCausalLM
+
     from demo.base_model import make_base_model
 
     texts = [message["content"] for row in dialogues(50, num_completions=1) for message in row["prompt"]]
     make_base_model(folder, texts, hidden_size=hidden_size, num_layers=layers, vocabulary=2000)
+    AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(folder)
 
 
 if __name__ == "__main__":

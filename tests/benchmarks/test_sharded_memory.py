@@ -1,0 +1,25 @@
+"""A rank holds its share of a model that is split, and no copy of the whole, from loading to training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOISE = 6_000_000  # bytes: buffers of gloo, and what Python allocates meanwhile
+
+
+@pytest.mark.slow
+def test_no_rank_holds_a_copy_of_the_whole_model(tmp_path):
+    found = tmp_path / "found.json"
+    command = [sys.executable, ROOT / "benchmarks" / "sharded_memory.py", "--hidden-size=256", f"--json={found}"]
+    subprocess.run([*command, "--ranks", "1", "2"], cwd=ROOT, check=True, capture_output=True)
+    one, two = json.loads(found.read_text())
+    layer, outside, pack = two["a layer"], two["outside of layers"], one["above that share"]
+    assert two["above the share"] < layer + outside + NOISE
+    # While ranks compute, two layers are whole, and so are their gradients; the reduction copies those of one.
+    assert two["above that share"] < pack + 5 * layer + 2 * outside + NOISE
+    half = two["all weights"] / 2  # a full copy would add the other rank's half
+    assert half > 5 * layer + 2 * outside + NOISE
