@@ -1,6 +1,7 @@
 """Writes model folders that transformers and vLLM can load."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy, deepcopy
 from pathlib import Path
@@ -77,6 +78,8 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
         twin._parameters = {name: copied(tensor, bare) for name, tensor in module._parameters.items()}
         twin._buffers = {name: copied(tensor, bare) for name, tensor in module._buffers.items()}
         twin._modules = {name: copied(child, of_module) for name, child in module._modules.items()}
+        # FSDP's hook would split the model's own weights again, while another thread computes with them.
+        twin._state_dict_pre_hooks = OrderedDict()
         return twin
 
     copied_model = cast(PreTrainedModel, of_module(model))

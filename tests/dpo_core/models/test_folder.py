@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dpo_core.config import Lora, Optim, TrainConfig
+from dpo_core.models.folder import skeleton
 from dpo_core.models.model import load_policy, merge_adapter
 from dpo_core.training.trainer import train
 
@@ -66,3 +67,15 @@ def test_a_missing_folder_of_the_model_is_warned_of(model, tokenizer, pairs, tmp
     with caplog.at_level(logging.WARNING, "dpo_core.models.folder"):
         list(train(CONFIG, policy, tokenizer, [pairs], total_steps=1, checkpoint_dir=tmp_path))
     assert "The model's files for images and sound, if it has any, were not found" in caplog.text
+
+
+def test_saving_a_copy_calls_no_hook_of_the_model_that_is_in_use(policy):
+    """FSDP's hooks split the weights, on which another thread computes meanwhile."""
+    called = []
+    for module in policy.modules():
+        module.register_state_dict_pre_hook(lambda *_: called.append(1))
+    twin = skeleton(policy)
+    names = twin.state_dict().keys()
+    assert called == []
+    assert names == policy.state_dict().keys()
+    assert called
