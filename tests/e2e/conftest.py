@@ -38,8 +38,8 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 900.0)
 class Service:
     """`raydpo up` in a process of its own, started, killed and started again on one home."""
 
-    def __init__(self, home: Path, models: Mapping[str, Path]) -> None:
-        self.home, self.models = home, models
+    def __init__(self, home: Path, models: Mapping[str, Path], environment: Mapping[str, str]) -> None:
+        self.home, self.models, self.environment = home, models, environment
         self.port, self.hooks_port = free_port(), free_port()
         self.log = home.parent / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -55,7 +55,7 @@ class Service:
         hooks = {"RAYDPO_WEBHOOK_URLS": json.dumps([f"http://127.0.0.1:{self.hooks_port}/"])}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, env=os.environ | hooks, stdout=log, stderr=log, start_new_session=True
+                command, env=os.environ | hooks | self.environment, stdout=log, stderr=log, start_new_session=True
             )
         wait_for(self._is_ready, f"ready, see {self.log}", seconds=START_SECONDS)
 
@@ -103,16 +103,18 @@ class Service:
 
 
 @contextmanager
-def running_service(make_models: Callable[[Path], Mapping[str, Path]]) -> Iterator[Service]:
+def running_service(make_models: Callable[[Path], Mapping[str, Path]], **environment: str) -> Iterator[Service]:
     """A service on a home of its own, with the base models that `make_models` writes into a folder."""
     # Not in pytest's folder: as root, PostgreSQL is another user and must be able to reach its data.
     with TemporaryDirectory(prefix="raydpo-e2e-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
-        service = Service(Path(folder) / "home", make_models(Path(folder)))
+        service = Service(Path(folder) / "home", make_models(Path(folder)), environment)
         service.start()
-        yield service
-        if service.process and service.process.poll() is None:
-            service.stop()
+        try:
+            yield service
+        finally:
+            if service.process and service.process.poll() is None:
+                service.stop()
 
 
 def tiny_model(folder: Path, *, hidden_size: int = 64, num_layers: int = 2) -> Path:

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest
-from services.control_plane.core.tables import DEFAULT_PROJECT
+from services.control_plane.core.tables import DEFAULT_PROJECT, Attempt
 from services.control_plane.models import deployment_settings, models
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.shapes import NoShapes, shapes_of
@@ -53,6 +54,7 @@ async def check(
     _check_capacity(chosen, num_gpus, capacity)
     if chosen.pinned:
         await _check_pinned(session, settings, model)
+    await _check_reference(session, settings, model, full)
     if chosen.max_model_len is not None:
         await _check_length(model, chosen.max_model_len)
 
@@ -102,6 +104,16 @@ async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedM
         places = f"of {settings.max_loaded_models} places one stays free for others"
         message = f"pinned is true, {len(others)} other models are pinned, and {places}"
         raise _invalid("pinned", f"{message}; unpin one, or raise max_loaded_models in the settings.")
+
+
+async def _check_reference(
+    session: AsyncSession, settings: Settings, model: NamedModel, full: DeploymentSettings
+) -> None:
+    """Raises InvalidRequest if a running job is scored by this model's engine, which would no longer score."""
+    scored = select(Attempt.job_id).where(Attempt.state != "ended", Attempt.reference == model.app_name)
+    if settings.scores_apart(full) and (job_id := await session.scalar(scored.limit(1))):
+        message = f"'{model.id}' is the reference of {job_id}, and with these settings its engine could not score"
+        raise InvalidRequest(f"{message}; set them when the job trains.", param="model")
 
 
 async def _check_length(model: NamedModel, max_model_len: int) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from services.contract import Deployment
-from services.control_plane.ray_api import _application, _config, _submission
+from services.control_plane.ray_api import Load, _application, _config, _submission, _sum
 from tests.services.test_deaths import LOST_NODE
 
 TRACEBACK = """The deployment failed to start 1 times in a row.
@@ -30,6 +30,14 @@ def test_what_an_application_was_deployed_with_is_read_under_our_own_name_for_it
     app = {"status": "RUNNING", "deployed_app_config": _config(deployment, "raydpo-1-")}
     assert _application(app, "raydpo-1-").deployment == deployment
     assert _application({"status": "RUNNING", "deployed_app_config": {"args": {}}}).deployment is None
+
+
+def test_the_load_of_replicas_is_summed_up_and_the_first_token_is_a_mean_over_all_answers() -> None:
+    one = {"requests_running": 2, "requests_waiting": 1, "seconds": 60.0, "tokens": 120}
+    busy, idle = one | {"first_tokens": 3, "first_token_seconds": 0.6}, dict.fromkeys(one, 0)
+    told = _sum([busy, busy | {"first_tokens": 1, "first_token_seconds": 0.2, "seconds": 30.0}])
+    assert told == Load(2, 6, 6.0, pytest.approx(0.2))
+    assert _sum([idle | {"first_tokens": 0, "first_token_seconds": 0.0}]) == Load(1, 0, 0.0, None)
 
 
 def test_replicas_that_answer_are_counted() -> None:

@@ -1,0 +1,119 @@
+"""One GPU, on which engines and jobs take turns. Ray counts a GPU that is not there; engines run on CPUs."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from tests.e2e.conftest import Service, running_service, tiny_model, wait_for
+from tests.e2e.test_service import finished, messages, shop_pairs, wait_for_step
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+
+PATIENT = {"RAYDPO_MODEL_WAIT_SECONDS": "900", "RAYDPO_NUM_GPUS_PER_MODEL": "1"}
+HALVES = ("one", "two", "three")
+
+
+def submit(client: openai.OpenAI, count: int, epochs: int) -> str:
+    """A DPO job whose reference an engine must score."""
+    file = client.files.create(file=("pairs.jsonl", shop_pairs(count)), purpose="fine-tune")
+    own = {"reference": {"source": "serve"}, "adapter": "none"}
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": epochs, "batch_size": 4}}},
+        extra_body={"x_raydpo": own},
+    )
+    return job.id
+
+
+def chat(client: openai.OpenAI, model: str) -> int:
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Where do I find a red saw?"}], max_tokens=4, timeout=1000
+    )
+    assert answer.usage is not None
+    return answer.usage.completion_tokens
+
+
+def models(folder: Path) -> dict[str, Path]:
+    """One model under several names."""
+    return dict.fromkeys(("tiny", *HALVES), tiny_model(folder / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    """One `tiny` fits on the GPU, or its scorer, or two of HALVES."""
+    with running_service(models, **PATIENT, RAY_OVERRIDE_RESOURCES='{"GPU": 1}') as service:
+        with service.client() as client:
+            for name in HALVES:
+                client.put(f"/x/deployments/{name}", body={"num_gpus": 0.5, "dtype": "float32"}, cast_to=object)
+            own = {"dtype": "float32", "max_model_len": 256}  # so that another engine scores
+            client.put("/x/deployments/tiny", body=own, cast_to=object)
+        yield service
+
+
+def test_a_job_with_a_served_reference_goes_through_with_chat_between_its_pause_and_its_resumption(
+    client: openai.OpenAI,
+) -> None:
+    assert chat(client, "tiny") > 0
+    job_id = submit(client, 200, 20)  # 1000 steps; its reference is scored by an engine of its own
+    wait_for_step(client, job_id, 2)
+    assert any("The reference's deployment agrees" in message for message in messages(client, job_id))
+    client.fine_tuning.jobs.pause(job_id)
+    wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "paused", "paused", seconds=600)
+    assert chat(client, "tiny") > 0
+    client.fine_tuning.jobs.resume(job_id)
+    wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running", "it goes on", seconds=600)
+    assert chat(client, "tiny") > 0
+    assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+
+
+@pytest.mark.long
+def test_three_models_with_two_places_all_answer_in_turn(client: openai.OpenAI) -> None:
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(chat, client, model) for model in HALVES]
+        assert all(answer.result() > 0 for answer in answers)
+
+
+@pytest.mark.parametrize("seconds", [20, pytest.param(360, marks=pytest.mark.long)])
+def test_a_gpu_node_that_appears_late_fails_nothing(seconds: int) -> None:
+    with running_service(models, **PATIENT, RAYDPO_MAX_CLUSTER='{"GPU": 1}') as service, service.client() as client:
+        job_id = submit(client, 40, 1)
+        stage = wait_for(lambda: stage_of(client, job_id), "its reference is awaited", seconds=600)
+        assert stage == "loading reference"
+        time.sleep(seconds)
+        assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+        with gpu_node(service):
+            assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+        assert not any("Attempt 1 ended" in message for message in messages(client, job_id))
+
+
+def stage_of(client: openai.OpenAI, job_id: str) -> str | None:
+    job = client.get(f"/fine_tuning/jobs/{job_id}", cast_to=dict[str, dict[str, dict[str, str]]])
+    stage = (job["x_raydpo"].get("progress") or {}).get("stage")
+    return stage if stage == "loading reference" else None
+
+
+@contextmanager
+def gpu_node(service: Service) -> Iterator[None]:
+    """A second node of the service's Ray, with a GPU that is not there."""
+    (gcs,) = [process for process in service.processes() if process.name() == "gcs_server"]
+    (port,) = [word.partition("=")[2] for word in gcs.cmdline() if word.startswith("--gcs_server_port=")]
+    environment = gcs.environ() | {"RAY_RAYLET_NODE_ID": ""}
+    options = ["--num-gpus=1", "--num-cpus=2", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{port}", "--block", *options]
+    node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        started = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for process in started:
+            process.terminate()
+        psutil.wait_procs(started, timeout=30)
