@@ -1,6 +1,5 @@
 """One GPU, on which engines and jobs take turns. Ray counts a GPU that is not there; engines run on CPUs."""
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -101,19 +100,27 @@ def stage_of(client: openai.OpenAI, job_id: str) -> str | None:
     return stage if stage == "loading reference" else None
 
 
+NODE = """
+import sys, time
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+resources = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 200_000_000}
+Node(RayParams(gcs_address=sys.argv[1], node_ip_address="127.0.0.1", **resources), head=False, spawn_reaper=False)
+time.sleep(3600)
+"""
+
+
 @contextmanager
 def gpu_node(service: Service) -> Iterator[None]:
-    """A second node of the service's Ray, with a GPU that is not there."""
+    """A second node of the service's Ray, with a GPU that is not there. `ray start` takes no second one on loopback."""
     (gcs,) = [process for process in service.processes() if process.name() == "gcs_server"]
     (port,) = [word.partition("=")[2] for word in gcs.cmdline() if word.startswith("--gcs_server_port=")]
-    environment = gcs.environ() | {"RAY_RAYLET_NODE_ID": ""}
-    options = ["--num-gpus=1", "--num-cpus=2", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{port}", "--block", *options]
-    node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    node = psutil.Popen([sys.executable, "-c", NODE, f"127.0.0.1:{port}"], env=gcs.environ())
     try:
         yield
     finally:
-        started = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        started = [*node.children(recursive=True), node]
         for process in started:
             process.terminate()
         psutil.wait_procs(started, timeout=30)
