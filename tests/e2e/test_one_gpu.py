@@ -1,14 +1,9 @@
 """One GPU, on which engines and jobs take turns. Ray counts a GPU that is not there; engines run on CPUs."""
 
-import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 
 from tests.e2e.conftest import Service, running_service, tiny_model, wait_for
@@ -72,55 +67,3 @@ def test_a_job_with_a_served_reference_goes_through_with_chat_between_its_pause_
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running", "it goes on", seconds=600)
     assert chat(client, "tiny") > 0
     assert finished(client, job_id).status == "succeeded", messages(client, job_id)
-
-
-@pytest.mark.long
-def test_three_models_with_two_places_all_answer_in_turn(client: openai.OpenAI) -> None:
-    with ThreadPoolExecutor() as pool:
-        answers = [pool.submit(chat, client, model) for model in HALVES]
-        assert all(answer.result() > 0 for answer in answers)
-
-
-@pytest.mark.parametrize("seconds", [20, pytest.param(360, marks=pytest.mark.long)])
-def test_a_gpu_node_that_appears_late_fails_nothing(seconds: int) -> None:
-    with running_service(models, **PATIENT, RAYDPO_MAX_CLUSTER='{"GPU": 1}') as service, service.client() as client:
-        job_id = submit(client, 40, 1)
-        stage = wait_for(lambda: stage_of(client, job_id), "its reference is awaited", seconds=600)
-        assert stage == "loading reference"
-        time.sleep(seconds)
-        assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
-        with gpu_node(service):
-            assert finished(client, job_id).status == "succeeded", messages(client, job_id)
-        assert not any("Attempt 1 ended" in message for message in messages(client, job_id))
-
-
-def stage_of(client: openai.OpenAI, job_id: str) -> str | None:
-    job = client.get(f"/fine_tuning/jobs/{job_id}", cast_to=dict[str, dict[str, dict[str, str]]])
-    stage = (job["x_raydpo"].get("progress") or {}).get("stage")
-    return stage if stage == "loading reference" else None
-
-
-NODE = """
-import sys, time
-from ray._private.node import Node
-from ray._private.parameter import RayParams
-
-resources = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 200_000_000}
-Node(RayParams(gcs_address=sys.argv[1], node_ip_address="127.0.0.1", **resources), head=False, spawn_reaper=False)
-time.sleep(3600)
-"""
-
-
-@contextmanager
-def gpu_node(service: Service) -> Iterator[None]:
-    """A second node of the service's Ray, with a GPU that is not there. `ray start` takes no second one on loopback."""
-    (gcs,) = [process for process in service.processes() if process.name() == "gcs_server"]
-    (port,) = [word.partition("=")[2] for word in gcs.cmdline() if word.startswith("--gcs_server_port=")]
-    node = psutil.Popen([sys.executable, "-c", NODE, f"127.0.0.1:{port}"], env=gcs.environ())
-    try:
-        yield
-    finally:
-        started = [*node.children(recursive=True), node]
-        for process in started:
-            process.terminate()
-        psutil.wait_procs(started, timeout=30)
