@@ -203,8 +203,8 @@ def test_a_job_on_a_file_that_is_still_being_checked_waits_for_the_check(
         now = client.fine_tuning.jobs.retrieve(job.id)
         told = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
         assert now.status == "queued"
-        assert now.model_extra["x_raydpo"]["waits_for"].startswith(f"the check of {file_id}, of ")
-        assert sum(message.startswith(f"Waiting for the check of {file_id}") for message in told) == 1
+        assert now.model_extra["x_raydpo"]["waits_for"].startswith(f"the check of its file {file_id} (")
+        assert sum(message.startswith(f"Waiting for the check of its file {file_id}") for message in told) == 1
         assert any(message.startswith("Files are still being validated, moving job to queued") for message in told)
     assert client.fine_tuning.jobs.retrieve(behind).status == "running"
     client.fine_tuning.jobs.cancel(behind)
@@ -222,7 +222,7 @@ def test_a_job_on_a_file_that_is_still_being_checked_waits_for_the_check(
         ("failed", ("invalid_n_examples", "training_file")),
         ("failed", ("invalid_validation_file", "validation_file")),
     ]
-    assert ends[0].error.message == f"{files[0]} cannot be used: Line 7 is not a dictionary; mend it."
+    assert ends[0].error.message == f"The file {files[0]} cannot be used: Line 7 is not a dictionary; mend it."
     assert not any(name.startswith(job.id) for name in ray.jobs for job in waiting)  # nothing was launched for them
 
     found(settings, files[0])
@@ -803,7 +803,7 @@ def test_a_waiting_job_whose_row_is_held_delays_no_other_and_is_told_later(
 ) -> None:
     running, held, other = (submit(client, settings) for _ in range(3))
     ticks(settings, 1)
-    told = "another job to end: 1 may run at once"
+    told = "another job to end, because at most 1 may run at once (setting max_running_jobs)"
 
     def waits() -> list[str | None]:
         jobs = (client.fine_tuning.jobs.retrieve(job_id) for job_id in (running, held, other))
