@@ -329,7 +329,9 @@ def _step(report: StepMetrics) -> str:
     metrics = report.metrics
     words = [f"training loss={metrics['loss']:.4f}"]
     if "rewards/margins" in metrics:
-        words += [f"margin={metrics['rewards/margins']:.4f}", f"accuracy={metrics['rewards/accuracies']:.3f}"]
+        words.append(f"margin={metrics['rewards/margins']:.4f}")
+    if "rewards/accuracies" in metrics:  # rows of a single answer have a margin, but no pair to be right about
+        words.append(f"accuracy={metrics['rewards/accuracies']:.3f}")
     if "eval/loss" in metrics:
         words.append(f"full validation loss={metrics['eval/loss']:.4f}")
     return f"Step {report.step}/{report.total_steps}: {', '.join(words)}"
