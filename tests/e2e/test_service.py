@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +88,62 @@ def wait_for_step(client: openai.OpenAI, job_id: str, step: int) -> None:
     wait_for(reached, f"step {step}")
 
 
-def test_openai_fine_tuning_round_with_the_unmodified_client(client: openai.OpenAI) -> None:
+def check_usage(client: openai.OpenAI, policy: str, answers: list[Any]) -> None:
+    """The tokens of these answers are counted, once they are written."""
+
+    def counted() -> Any:
+        found: Any = client.get("/x/usage?group_by=model", cast_to=object)
+        return next((each for each in found["data"] if each["id"] == policy), None)
+
+    sums = wait_for(lambda: (found := counted()) and found["num_requests"] == len(answers) and found, "usage")
+    assert sums["prompt_tokens"] == sum(each.prompt_tokens for each in answers)
+    assert sums["completion_tokens"] == sum(each.completion_tokens for each in answers)
+
+
+# What a user runs elsewhere: transformers and peft, without this project.
+ELSEWHERE = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, merged, messages = sys.argv[1:]
+load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+for folder, model in {adapter: PeftModel.from_pretrained(load(base), adapter), merged: load(merged)}.items():
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = json.loads(messages)
+    ids = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    print(json.dumps(tokenizer.decode(tokens, skip_special_tokens=True)))
+assert not {"services", "dpo_core"} & sys.modules.keys()
+"""
+
+
+def check_downloads(service: Service, policy: str, asked: Any, answer: str) -> None:
+    """The downloaded adapter and the downloaded merged model answer elsewhere as the service does."""
+    folders = {format: service.home.parent / format for format in ("adapter", "merged")}
+    environment = os.environ | {"RAYDPO_HOME": str(service.home)}
+    for format, folder in folders.items():
+        command = [sys.executable, "-c", "from services.cli.app import app; app()", "models", "download", policy]
+        done = subprocess.run([*command, folder, "--format", format], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((folder / "raydpo.json").read_text())["format"] == format
+    about = json.loads((folders["merged"] / "raydpo.json").read_text())
+    assert about["merge"]["largest_difference"] < 1e-3
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        ELSEWHERE,
+        str(service.models["tiny"]),
+        *map(str, folders.values()),
+        json.dumps(asked),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()[-2:]] == [answer, answer]
+
+
+def test_openai_fine_tuning_round_with_the_unmodified_client(service: Service, client: openai.OpenAI) -> None:
     data = REAL_PAIRS.read_bytes() if REAL_PAIRS.exists() else shop_pairs(300)
     job_id = submit(client, data, workers=2, every=4, n_epochs=1, batch_size=32, learning_rate=1e-4)
     job = finished(client, job_id)
@@ -123,6 +180,13 @@ def test_openai_fine_tuning_round_with_the_unmodified_client(client: openai.Open
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
     assert text == (plain.choices[0].message.content or "")
     assert streamed[-1].usage is not None
+    silent = list(
+        client.chat.completions.create(model=policy, messages=asked, max_tokens=8, temperature=0, stream=True)
+    )
+    assert all(chunk.choices and chunk.usage is None for chunk in silent)  # its count is for the service alone
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in silent) == text
+    check_usage(client, policy, [plain.usage, streamed[-1].usage, plain.usage])
+    check_downloads(service, policy, asked, plain.choices[0].message.content or "")
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=policy, messages=asked, temperature=-1)
     assert isinstance(refused.value.message, str)
