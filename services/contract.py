@@ -103,6 +103,17 @@ class Deployment(Contract):
         return self.num_gpus * self.engine.replicas.max
 
 
+class Adapter(Contract):
+    """A LoRA adapter, which the engine of its base model attaches when a request first needs it."""
+
+    id: str  # the public id of the model, which no other model ever has
+    source: str  # storage URI or local folder in PEFT's format
+
+
+ADAPTER_HEADER = "x-raydpo-adapter"
+ADAPTER_SOURCE_HEADER = "x-raydpo-adapter-source"
+"""The HTTP headers, percent-encoded, by which the control plane names an `Adapter` to the engine of its base model."""
+
 LOAD_ROUTE = "/load"
 """The path of a replica's load: what `services.serving.load` counts, below the route of its application."""
 

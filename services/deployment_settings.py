@@ -28,6 +28,9 @@ ReasoningParser = Literal[
     "openai_gptoss", "poolside_v1", "qwen3", "seed_oss", "step3", "step3p5",
 ]
 # fmt: on
+LoraRank = Literal[0, 1, 8, 16, 32, 64, 128, 256, 320, 512]  # those that vLLM's kernels know, and 0
+
+Mode = Literal["auto", "merged"]
 
 
 class Replicas(BaseModel):
@@ -60,11 +63,15 @@ class EngineSettings(BaseModel):
     tool_call_parser: ToolCallParser | None = None  # reads tool calls from the model's answers
     reasoning_parser: ReasoningParser | None = None  # parts the model's reasoning from its answers
     prefix_caching: bool = True
+    max_lora_rank: LoraRank = 32  # largest rank of adapters that the engine attaches; 0: it attaches none
+    max_loras: Annotated[int, Field(ge=1, le=1000)] = 4  # most adapters in one step; requests for others wait
+    max_cpu_loras: Annotated[int, Field(ge=1, le=100_000)] = 64  # most adapters that stay attached
 
 
 class DeploymentSettings(EngineSettings):
     """How a model is served."""
 
+    mode: Mode = "auto"  # of an adapter: attached to its base's engine if it can be (auto), or merged into its base
     pinned: bool = False  # whether the model is loaded without a request, and never evicted
     idle_seconds: Annotated[float, Field(gt=0)] | None = None  # how long an unused model stays loaded
     dtype: Dtype | None = None
@@ -86,6 +93,9 @@ class DeploymentSettings(EngineSettings):
         for name in ("gpu_memory_utilization", "quantization"):
             if (value := getattr(self, name)) is not None and not num_gpus:
                 return name, f"{name} is {value}, and the model is served on CPUs; set num_gpus, or leave {name} out"
+        if self.max_cpu_loras < self.max_loras:
+            most = f"max_loras, which is {self.max_loras}"
+            return "max_cpu_loras", f"max_cpu_loras is {self.max_cpu_loras}, below {most}; raise it, or lower max_loras"
         if self.quantization is not None and dtype == "float32":
             return "quantization", f"quantization is {self.quantization}, and dtype is float32; set dtype to bfloat16"
         return None

@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -81,6 +81,7 @@ class Application:
     deployment: Deployment | None = None  # what it was deployed with; None: in a form that this release cannot read
     num_ready: int = 0  # replicas that answer
     num_replicas: int = 0
+    deleted_adapters: frozenset[str] = frozenset()  # the adapters that it was told to stop answering with
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,12 @@ class RayApi:
     async def _prefix(self) -> str:
         return f"raydpo-{await self._instance()}-"
 
-    async def serve(self, deployments: Sequence[Deployment]) -> None:
+    async def serve(
+        self, deployments: Sequence[Deployment], deleted_adapters: Mapping[str, Collection[str]] | None = None
+    ) -> None:
         """Makes Serve run these applications, and no other applications of this service.
+
+        Each application stops answering with its `deleted_adapters`, by application name, without a restart.
 
         A PUT to Serve removes every application that the request leaves out, if a PUT has deployed it. So the request
         repeats the applications of other services as they were submitted; Serve leaves unchanged applications alone.
@@ -261,7 +266,10 @@ class RayApi:
         status = await self._serve_status()
         others = _configs_of_others(status["applications"], prefix)
         body = {
-            "applications": [*others, *(_config(deployment, prefix) for deployment in deployments)],
+            "applications": [
+                *others,
+                *(_config(each, prefix, (deleted_adapters or {}).get(each.app_name, ())) for each in deployments),
+            ],
             "proxy_location": "HeadOnly",
             "http_options": self._http_options(),
             "target_capacity": status.get("target_capacity"),  # holds for all applications, so the value stays
@@ -351,13 +359,15 @@ def _submission(job: dict[str, Any]) -> Submission:
     return Submission(status, job.get("error_type"), job.get("driver_exit_code"), job.get("message") or "")
 
 
-def _config(deployment: Deployment, prefix: str) -> dict[str, Any]:
+def _config(deployment: Deployment, prefix: str, deleted_adapters: Collection[str]) -> dict[str, Any]:
     name = f"{prefix}{deployment.app_name}"
     return {
         "name": name,
         "route_prefix": f"/{name}",
         "import_path": "services.serving.app:build",
         "args": deployment.model_copy(update={"app_name": name}).model_dump(mode="json"),
+        # Serve passes a changed user_config to the running replicas; a change of `args` would replace them.
+        "deployments": [{"name": "policy", "user_config": {"deleted_adapters": sorted(deleted_adapters)}}],
     }
 
 
@@ -395,7 +405,14 @@ def _application(app: dict[str, Any], prefix: str = "") -> Application:
         _deployed(app, prefix),
         num_ready=replicas.count("RUNNING"),
         num_replicas=len(replicas),
+        deleted_adapters=_deleted_adapters(app),
     )
+
+
+def _deleted_adapters(app: dict[str, Any]) -> frozenset[str]:
+    configs = (app.get("deployed_app_config") or {}).get("deployments") or []
+    told = [(config.get("user_config") or {}).get("deleted_adapters", ()) for config in configs]
+    return frozenset(name for names in told for name in names)
 
 
 def _deployed(app: dict[str, Any], prefix: str) -> Deployment | None:

@@ -10,9 +10,10 @@ import importlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from fastapi import FastAPI
@@ -22,9 +23,12 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_core.models.adapter_folder import base_of, is_adapter
 from services import storage
-from services.contract import Deployment, Score, Spans
+from services.contract import Adapter, Deployment, Score, Spans
 from services.deployment_settings import Replicas
 from services.forkserver.client import preload
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
 
@@ -89,26 +93,60 @@ class Policy:
         The replica is ready when this method returns.
         """
         _import_policy()
-        source = await asyncio.to_thread(_local, self._deployment)
+        source, deployment = await asyncio.to_thread(_local, self._deployment)
         from services.serving import policy
 
-        self._server = await policy.start(self._deployment, source)
+        self._server = await policy.start(deployment, source)
         return await self._server.__serve_build_asgi_app__()
 
     async def check_health(self) -> None:
         await self._server.check_health()
 
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Stops answering with deleted adapters. Serve calls this at the start and when the list changes.
+
+        `user_config` has the ids of the adapters of this model that were deleted recently, under `deleted_adapters`.
+        """
+        self._server.adapters.forget_deleted(user_config["deleted_adapters"])
+
     async def score(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        others: Sequence[Spans] = (),
+        adapter: Adapter | None = None,
     ) -> list[Score]:
-        """Returns the log-probability of each completion given its prompt, summed over the completion's tokens."""
-        return await self._server.reference.score(prompt_ids, completion_ids, others)
+        """Returns the log-probability of each completion given its prompt, summed over the completion's tokens.
+
+        With `adapter`, the log-probabilities are those of this model with that adapter.
+        """
+        async with self._attached(adapter) as request:
+            return await self._server.reference.score(prompt_ids, completion_ids, others, request)
 
     async def token_logps(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        others: Sequence[Spans] = (),
+        adapter: Adapter | None = None,
     ) -> list[list[float]]:
         """Returns the log-probability of each token of each completion, given the completion's prompt."""
-        return await self._server.reference.token_logps(prompt_ids, completion_ids, others)
+        async with self._attached(adapter) as request:
+            return await self._server.reference.token_logps(prompt_ids, completion_ids, others, request)
+
+    @asynccontextmanager
+    async def _attached(self, adapter: Adapter | None) -> "AsyncIterator[LoRARequest | None]":
+        """Attaches the adapter while the block runs. Raises ValueError if the adapter cannot be attached."""
+        if adapter is None:
+            yield None
+            return
+        from services.serving.adapters import AdapterRefused
+
+        try:
+            async with self._server.adapters.using(adapter) as (_, request):
+                yield request
+        except AdapterRefused as refusal:  # replaced, because the driver would have to import vLLM to receive it
+            raise ValueError(str(refusal)) from None
 
 
 @serve.ingress()
@@ -120,10 +158,13 @@ class RewardModel:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Loads the model and returns its HTTP server. The replica is ready when this method returns."""
-        source = await asyncio.to_thread(_local, self._deployment)
+        source, _ = await asyncio.to_thread(_local, self._deployment)
         reward_model = importlib.import_module(REWARD_MODEL)
         app: FastAPI = await asyncio.to_thread(reward_model.start, self._deployment, source)
         return app
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Does nothing, because a reward model has no adapters. Serve insists on the method."""
 
 
 def _import_policy() -> None:
@@ -142,18 +183,19 @@ def _import_policy() -> None:
             logger.warning("The import of vLLM failed and is tried again: %s", error)
 
 
-def _local(deployment: Deployment) -> str:
+def _local(deployment: Deployment) -> tuple[str, Deployment]:
     """Returns the local folder of the deployment's weights, or the source itself if it is a hub id.
 
-    An adapter is merged into its base model. Raises FileNotFoundError or ValueError for missing or damaged files,
-    because Serve's status does not say why an engine failed to load files.
+    An adapter is merged into its base model, and the deployment then attaches no others. Raises FileNotFoundError or
+    ValueError for missing or damaged files, because Serve's status does not say why an engine failed to load files.
     """
     source = deployment.source
     folder = storage.fetch(source)
     if not folder.is_absolute():
-        return source
+        return source, deployment
     if is_adapter(folder):
-        return str(_merged(folder, deployment.dtype))
+        engine = deployment.engine.model_copy(update={"max_lora_rank": 0})
+        return str(_merged(folder, deployment.dtype)), deployment.model_copy(update={"engine": engine})
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -167,7 +209,7 @@ def _local(deployment: Deployment) -> str:
             raise ValueError(
                 f"The file {file.name} of the model in {source} is damaged ({error}); store the model again."
             ) from error
-    return str(folder)
+    return str(folder), deployment
 
 
 def _merged(adapter: Path, dtype: str) -> Path:

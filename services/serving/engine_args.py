@@ -3,6 +3,7 @@
 from typing import Any
 
 from services.contract import Deployment
+from services.deployment_settings import EngineSettings
 
 # Most tokens of one request in one step. Scoring holds the logits of these tokens in float32, 2 GB with a vocabulary of
 # 128k, which vLLM's memory profile does not count.
@@ -26,12 +27,18 @@ def engine_args(deployment: Deployment, *, on_cpus: bool) -> dict[str, Any]:
         **({"quantization": engine.quantization} if engine.quantization else {}),
         **({"reasoning_parser": engine.reasoning_parser} if engine.reasoning_parser else {}),
         **(_tools(engine.tool_call_parser) if engine.tool_call_parser else {}),
+        **(_lora(engine) if engine.max_lora_rank else {}),
         **(_cpus() if on_cpus else _gpus(deployment)),
     }
 
 
 def _tools(parser: str) -> dict[str, Any]:
     return {"enable_auto_tool_choice": True, "tool_call_parser": parser}
+
+
+def _lora(engine: EngineSettings) -> dict[str, Any]:
+    names = ("max_lora_rank", "max_loras", "max_cpu_loras")
+    return {"enable_lora": True, **{name: getattr(engine, name) for name in names}}
 
 
 def _cpus() -> dict[str, Any]:

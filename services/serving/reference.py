@@ -9,6 +9,7 @@ from uuid import uuid4
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -31,20 +32,28 @@ class Reference:
         self._released = asyncio.Event()
 
     async def score(
-        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
+        self,
+        prompt_ids: Sequence[list[int]],
+        completion_ids: Sequence[list[int]],
+        others: Sequence[Spans] = (),
+        adapter: LoRARequest | None = None,
     ) -> list[Score]:
         """Returns the log-probability of each completion: the sum over the tokens that `token_logps` returns."""
-        rows = await self.token_logps(prompt_ids, completion_ids, others)
+        rows = await self.token_logps(prompt_ids, completion_ids, others, adapter)
         return [Score(math.fsum(row), len(row)) for row in rows]
 
     async def token_logps(
-        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], others: Sequence[Spans] = ()
+        self,
+        prompt_ids: Sequence[list[int]],
+        completion_ids: Sequence[list[int]],
+        others: Sequence[Spans] = (),
+        adapter: LoRARequest | None = None,
     ) -> list[list[float]]:
         """Returns the log-probabilities, in nats, of each completion's tokens given the completion's prompt.
 
-        A prompt and its completion together must not be longer than the model's limit. Tokens in a row's spans [start,
-        stop) of `others` are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the
-        engine has died.
+        They are those of the engine's model, or of the model with the `adapter`. A prompt and its completion together
+        must not be longer than the model's limit. Tokens in a row's spans [start, stop) of `others` are left out.
+        Raises ValueError for a row that cannot be scored, and ConnectionError if the engine has died.
         """
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(
@@ -60,7 +69,7 @@ class Reference:
                 for prompt, completion in rows:
                     num_tokens = len(prompt) + len(completion)
                     await self._reserve(num_tokens)
-                    tasks.append(group.create_task(self._score_row(prompt, completion)))
+                    tasks.append(group.create_task(self._score_row(prompt, completion, adapter)))
                     tasks[-1].add_done_callback(partial(self._release, num_tokens))
         except ExceptionGroup as errors:
             if errors.subgroup(EngineDeadError) is None:
@@ -101,7 +110,7 @@ class Reference:
         self._tokens_in_flight -= num_tokens
         self._released.set()
 
-    async def _score_row(self, prompt: list[int], completion: list[int]) -> list[float]:
+    async def _score_row(self, prompt: list[int], completion: list[int], adapter: LoRARequest | None) -> list[float]:
         """Returns the log-probabilities of one completion's tokens. vLLM has to generate at least one token.
 
         A bias makes vLLM generate the completion's last token, so that the row takes no more tokens than its own. vLLM
@@ -118,8 +127,11 @@ class Reference:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        (answer,) = [it async for it in self._engine.generate(tokens_input([*prompt, *head]), params, uuid4().hex)]
+        tokens = tokens_input([*prompt, *head])
+        (answer,) = [it async for it in self._engine.generate(tokens, params, uuid4().hex, lora_request=adapter)]
         (output,) = answer.outputs
+        if output.finish_reason == "abort":
+            raise ValueError("The model was deleted while it scored these rows.")
         assert list(output.token_ids) == [last]
         token_logps = answer.prompt_logprobs.logprobs[-len(head) :] if head else []
         return [*token_logps, output.cumulative_logprob]

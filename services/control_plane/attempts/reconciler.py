@@ -312,17 +312,22 @@ class Reconciler:
         )
 
     async def _serve_models(self, view: ServeView, room: eviction.Room) -> None:
-        """Makes Ray Serve run exactly those of this service's models that have a place, each with its settings."""
-        present = {name: app.deployment for name, app in view.applications.items() if app.state != "stopping"}
+        """Makes Ray Serve run exactly those of this service's models that have a place, each with its settings.
+
+        Each stops answering with its deleted adapters.
+        """
+        present = {name: app for name, app in view.applications.items() if app.state != "stopping"}
         async with self._store.begin() as session:
             wanted = await deployments.place(session, self._settings, view.applications, room)
-        if {deployment.app_name: deployment for deployment in wanted} == present:
+            deleted = await deployments.deleted_adapters(session, wanted)
+        is_served = {each.app_name: each for each in wanted} == {name: app.deployment for name, app in present.items()}
+        if is_served and all(names <= present[app_name].deleted_adapters for app_name, names in deleted.items()):
             return
-        version = hash(frozenset(deployment.model_dump_json() for deployment in wanted))
+        version = hash((frozenset(each.model_dump_json() for each in wanted), frozenset(deleted.items())))
         if not self._patience.is_due(MODELS, version):
             return
         self._patience.fail(MODELS, version)  # counted as a failure until Ray accepts the models
-        await self._ray_api.serve(wanted)
+        await self._ray_api.serve(wanted, deleted)
         self._patience.forget(MODELS)
 
 

@@ -47,7 +47,7 @@ async def create(
     async def submit(session: AsyncSession) -> dict[str, Any]:
         admitted = await admission.admit(session, settings, spec, asked)
         await plans.refuse_hopeless(admitted.spec, admitted.model, settings, ray_api)
-        job = await jobs.submit(session, *admitted[:3], caller.key_id, are_checked=admitted.are_checked)
+        job = await jobs.submit(session, *admitted[:3], caller.key_id, settings, are_checked=admitted.are_checked)
         return job_object(job, settings)
 
     with tracing.span("submit job"):

@@ -26,6 +26,7 @@ from services.control_plane.core.errors import InvalidRequest, NotFound
 from services.control_plane.core.store import append, now
 from services.control_plane.core.tables import TERMINAL, Event, Job, Transition
 from services.control_plane.jobs import weights
+from services.control_plane.models import engines
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
 from services.control_plane.tenants import quotas
@@ -64,6 +65,7 @@ async def submit(
     model: NamedModel,
     reference: NamedModel | None,
     actor: str,
+    settings: Settings,
     *,
     are_checked: bool = True,
 ) -> Job:
@@ -80,8 +82,18 @@ async def submit(
     validated = "Files are validated when the job runs" if spec.is_at_uri else "Files validated"
     validated = validated if are_checked else "Files are still being validated"
     tell(session, job.id, f"{validated}, moving job to queued state: {spec.training_file}")
-    tell(session, job.id, weights.in_words(spec.weights, model, reference))
+    own_engine = await _own_engine(session, settings, spec, model)
+    tell(session, job.id, f"{weights.in_words(spec.weights, model, reference)}{own_engine}")
     return job
+
+
+async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
+    """Returns the part of an event that says why the engine of the base cannot answer for the policy; '' if it can."""
+    adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
+    if adapter is None or is_reward_model:  # a reward model does not answer
+        return ""
+    why = await engines.why_merged_on(session, settings, start, adapter, spec.weights.quantization)
+    return f"; the policy will be merged into its base and answer from an engine of its own: {why}" if why else ""
 
 
 async def find(session: AsyncSession, job_id: str) -> Job:

@@ -11,6 +11,7 @@ from services.control_plane.auth.keys import Caller
 from services.control_plane.core.errors import Forbidden, InvalidRequest
 from services.control_plane.core.tables import DEFAULT_PROJECT, Attempt
 from services.control_plane.models import deployment_settings, models
+from services.control_plane.models.engines import engine_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.shapes import NoShapes, shapes_of
 from services.control_plane.settings import Settings
@@ -55,6 +56,8 @@ async def check(
     if chosen.pinned:
         await _check_pinned(session, settings, model)
     await _check_reference(session, settings, model, full)
+    if full.mode != "merged":
+        await _check_attached(session, settings, model, chosen)
     if chosen.max_model_len is not None:
         await _check_length(model, chosen.max_model_len)
 
@@ -114,6 +117,17 @@ async def _check_reference(
     if settings.scores_apart(full) and (job_id := await session.scalar(scored.limit(1))):
         message = f"'{model.id}' is the reference of {job_id}, and with these settings its engine could not score"
         raise InvalidRequest(f"{message}; set them when the job trains.", param="model")
+
+
+async def _check_attached(
+    session: AsyncSession, settings: Settings, model: NamedModel, chosen: DeploymentSettings
+) -> None:
+    """Raises InvalidRequest for settings of an engine of its own, if the model is attached to another's engine."""
+    engine, fields = await engine_of(session, settings, model), sorted(chosen.model_fields_set - {"mode"})
+    if engine.adapter and fields:
+        base = engine.loaded.id
+        message = f"{fields[0]} is set, and '{model.id}' is attached to the engine of '{base}', which has its own"
+        raise _invalid(fields[0], f"{message}; set mode to merged as well, or set {fields[0]} of '{base}'.")
 
 
 async def _check_length(model: NamedModel, max_model_len: int) -> None:

@@ -1,6 +1,7 @@
 """Stores, in the database, which models requests and jobs have asked for, and which of them are loaded. All control
 planes share these rows."""
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import contract
 from services.control_plane.core.errors import InvalidRequest, NotFound, Unavailable
-from services.control_plane.core.tables import Attempt, Deployment
+from services.control_plane.core.tables import Attempt, Deployment, Model
 from services.control_plane.models import deployment_settings, eviction, models
+from services.control_plane.models.engines import engine_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings, EngineSettings
 
 MARK_SECONDS = 30.0  # a mark that its control plane does not renew expires after this time
+DELETED_SECONDS = 3600.0  # a request that began before its adapter was deleted has reached the engine by then
 SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
@@ -143,29 +146,38 @@ class Status:
     waits_for: str | None = None
     error: str | None = None
     num_ready: int = 0  # replicas
+    attached_to: str | None = None  # the base model whose engine an adapter is attached to
 
 
 async def status(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> Status:
-    own = (await deployment_settings.of(session, settings, [model.id]))[model.id]
-    row, app = await session.get(Deployment, model.app_name), applications.get(model.app_name)
-    named = {"app_name": model.app_name, "model_id": model.id, "source": model.source}
-    asked = row or Deployment(**named, num_outputs=model.num_outputs)
+    """Returns the state of the engine that answers for the model."""
+    engine = await engine_of(session, settings, model)
+    loaded, attached_to = engine.loaded, engine.loaded.id if engine.adapter else None
+    found = await deployment_settings.of(session, settings, {model.id, loaded.id})
+    own = found[loaded.id].model_copy(update={"mode": found[model.id].mode})
+    row, app = await session.get(Deployment, loaded.app_name), applications.get(loaded.app_name)
+    named = {"app_name": loaded.app_name, "model_id": loaded.id, "source": loaded.source}
+    asked = row or Deployment(**named, num_outputs=loaded.num_outputs)
     application = _application(asked, own, settings)
     chosen = await deployment_settings.chosen(session, model.id)
     if app is None or app.state == "stopping":
         state, lack = ("unloaded", None) if row is None else ("waiting", row.waits_for or "its turn to be loaded")
-        return Status(model.id, application, own, chosen, state, lack)
+        return Status(model.id, application, own, chosen, state, lack, attached_to=attached_to)
     error = app.message if app.state == "failed" else None
     lack = row.waits_for if row else None
-    return Status(model.id, application, own, chosen, app.state, lack, error, app.num_ready)
+    return Status(model.id, application, own, chosen, app.state, lack, error, app.num_ready, attached_to)
 
 
 async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
     """Takes the model's place away. Raises InvalidRequest if something needs the model."""
+    engine = await engine_of(session, settings, model)
+    if engine.adapter:
+        message = f"'{model.id}' is attached to the engine of '{engine.loaded.id}'; unload '{engine.loaded.id}'."
+        raise InvalidRequest(message, param="model")
     found = {wish.row.app_name: wish for wish in await wished(session, settings, applications)}
     if (wish := found.get(model.app_name)) is None:
         return
@@ -270,8 +282,9 @@ async def _ask_for_pinned(session: AsyncSession, settings: Settings) -> None:
     for model_id in await deployment_settings.pinned(session, settings):
         with suppress(NotFound):  # it was deleted
             model = await models.find(session, settings, model_id)
-            if model.app_name not in asked:
-                await use(session, model)
+            loaded = (await engine_of(session, settings, model)).loaded
+            if loaded.app_name not in asked:
+                await use(session, loaded)
 
 
 async def _is_forgotten(session: AsyncSession, row: Deployment) -> bool:
@@ -315,6 +328,20 @@ def _application(row: Deployment, own: DeploymentSettings, settings: Settings) -
     )
     if not row.scores:
         return served
-    engine = EngineSettings(gpu_memory_utilization=own.gpu_memory_utilization)
+    kept = ("gpu_memory_utilization", "max_lora_rank", "max_loras", "max_cpu_loras")
+    engine = EngineSettings(**{name: getattr(own, name) for name in kept})
     changed = {"dtype": settings.reference_dtype, "max_model_len": None, "engine": engine, "purpose": "scores"}
     return served.model_copy(update=changed)
+
+
+async def deleted_adapters(
+    session: AsyncSession, deployments: Collection[contract.Deployment]
+) -> dict[str, frozenset[str]]:
+    """Returns the ids of each model's adapters that were deleted within DELETED_SECONDS, by application name."""
+    sources = {deployment.source for deployment in deployments}
+    recently = Model.deleted_at > func.clock_timestamp() - timedelta(seconds=DELETED_SECONDS)
+    query = select(Model.id, Model.base_source).where(recently, Model.base_source.in_(sources))
+    ids: defaultdict[str | None, set[str]] = defaultdict(set)
+    for adapter_id, source in await session.execute(query):
+        ids[source].add(adapter_id)
+    return {deployment.app_name: frozenset(ids[deployment.source]) for deployment in deployments}

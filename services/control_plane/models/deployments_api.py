@@ -21,6 +21,7 @@ from services.control_plane.http.dependencies import (
     StorePart,
 )
 from services.control_plane.models import deployment_checks, deployment_settings, deployments, models
+from services.control_plane.models.engines import engine_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.responses import deployment_object
 from services.control_plane.ray_api import RayApi, ServeView
@@ -98,7 +99,7 @@ async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayA
 
     async def ask(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, model_id)
-        await deployments.use(session, model)
+        await deployments.use(session, (await engine_of(session, settings, model)).loaded)
         return deployment_object(await _status(session, settings, view, model), None)
 
     return await idempotent.act(ask, changes=model_id)

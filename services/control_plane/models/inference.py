@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
 from services.control_plane.core.store import ProjectStore, Store
 from services.control_plane.models import deployment_settings, deployments, models
+from services.control_plane.models.engines import Engine, engine_of
 from services.control_plane.models.metering import Meter
 from services.control_plane.models.models import NamedModel
 from services.control_plane.models.streaming import Stream
@@ -109,7 +110,8 @@ class Inference:
         """
         async with caller.look() as session:
             model = await models.find(session, self._settings, name)
-            own = (await deployment_settings.of(session, self._settings, {model.id}))[model.id]
+            engine = await engine_of(session, self._settings, model)
+            own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
         if model.num_outputs:
             message = (
                 f"The model '{model.id}' is a reward model, which scores texts and cannot write any; "
@@ -117,57 +119,60 @@ class Inference:
             )
             raise InvalidRequest(message, param="model", code="invalid_value")
         meter.num_gpus = self._settings.num_gpus_of(own)
-        return await self._forwarded(model, path, body, meter, streams=streams)
+        return await self._forwarded(engine, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
         """Asks for the model to be served soon, and does not wait for it."""
-        await self._ask(model)
+        async with self._store.begin() as session:
+            engine = await engine_of(session, self._settings, model)
+        await self._ask(engine)
 
     async def ask(self, model: NamedModel, path: str, body: bytes, meter: Meter) -> bytes:
         """Returns the answer of the model's application to `POST /v1/<path>`. Clients cannot reach all such paths."""
         async with self._store.begin() as session:
-            own = (await deployment_settings.of(session, self._settings, {model.id}))[model.id]
+            engine = await engine_of(session, self._settings, model)
+            own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
         num_gpus = self._settings.num_gpus_of(own)
         meter.num_gpus = min(num_gpus, 1) if model.num_outputs else num_gpus
-        return bytes((await self._forwarded(model, path, body, meter, streams=False)).body)
+        return bytes((await self._forwarded(engine, path, body, meter, streams=False)).body)
 
-    async def _forwarded(self, model: NamedModel, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
-        base_url = await self._wait_until_served(model)
-        share = self._uses[model.app_name].share
+    async def _forwarded(self, engine: Engine, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
+        base_url = await self._wait_until_served(engine)
+        share = self._uses[engine.app_name].share
         answer: Answer | None = None
         stays = False
         try:
-            url = f"{base_url}/{await self._ray_api.own_name(model.app_name)}/v1/{path}"
-            answer = await self._upstream.post(url, body, {})
+            url = f"{base_url}/{await self._ray_api.own_name(engine.app_name)}/v1/{path}"
+            answer = await self._upstream.post(url, body, engine.headers)
             if answer.status == 200 and streams:
                 stays = True
-                return Stream(answer, meter, lambda: self._end(model, answer, meter, share))
+                return Stream(answer, meter, lambda: self._end(engine, answer, meter, share))
             content = await answer.body()
             if answer.status != 200:
-                raise self._refusal(model, answer.status, content)
+                raise self._refusal(engine, answer.status, content)
             meter.whole(content)
             return Response(content, media_type="application/json")
         except Busy:
             busy = f"cannot be asked now, because models are already answering {self._settings.max_requests} requests"
-            raise self._unavailable(model, busy) from None
+            raise self._unavailable(engine, busy) from None
         except Broken as error:
             when = "did not answer" if answer is None else "stopped while it answered"
-            log.warning("The model %s %s: %s", model.id, when, error)
-            raise self._unavailable(model, when) from None
+            log.warning("The model %s %s: %s", engine.id, when, error)
+            raise self._unavailable(engine, when) from None
         finally:
             if not stays:
-                self._end(model, answer, meter, share)
+                self._end(engine, answer, meter, share)
 
-    def _end(self, model: NamedModel, answer: Answer | None, meter: Meter, share: float) -> None:
+    def _end(self, engine: Engine, answer: Answer | None, meter: Meter, share: float) -> None:
         """Ends a request in flight. `share` is the model's share when the request began."""
-        use = self._uses[model.app_name]
+        use = self._uses[engine.app_name]
         use.left_at = time.monotonic()
         use.change(-1, use.left_at)
         if answer is not None:
             answer.close()
         meter.end(use.share - share)
 
-    async def _wait_until_served(self, model: NamedModel) -> str:
+    async def _wait_until_served(self, engine: Engine) -> str:
         """Waits until the model runs, counts the request as in flight and returns the URL of Ray Serve's proxy.
 
         Raises Unavailable after `model_wait_seconds`, or if the model cannot be loaded.
@@ -177,39 +182,39 @@ class Inference:
             try:
                 view = await self._ray_api.look()
             except httpx.HTTPError:
-                raise self._unavailable(model, "cannot be reached, because the Ray cluster does not answer") from None
-            app = view.applications.get(model.app_name)
+                raise self._unavailable(engine, "cannot be reached, because the Ray cluster does not answer") from None
+            app = view.applications.get(engine.app_name)
             if app and app.state == "failed":
                 async with self._store.begin() as session:
-                    await deployments.forget(session, model.app_name)  # so that the next request loads it again
-                raise self._unavailable(model, f"could not be loaded: {app.message}")
-            if app and app.state == "running" and view.base_url and await self._enter(model):
+                    await deployments.forget(session, engine.app_name)  # so that the next request loads it again
+                raise self._unavailable(engine, f"could not be loaded: {app.message}")
+            if app and app.state == "running" and view.base_url and await self._enter(engine):
                 return view.base_url
-            await self._ask(model)
+            await self._ask(engine)
             await asyncio.sleep(LOOK_SECONDS)
         async with self._store.begin() as session:
-            trouble = await deployments.waits_for(session, model.app_name)
+            trouble = await deployments.waits_for(session, engine.app_name)
         most = f"a request waits for it at most {self._settings.model_wait_seconds:g} seconds"
-        raise self._unavailable(model, f"{trouble or 'finished loading only now'}; {most}")
+        raise self._unavailable(engine, f"{trouble or 'finished loading only now'}; {most}")
 
-    async def _ask(self, model: NamedModel) -> None:
+    async def _ask(self, engine: Engine) -> None:
         """Asks for the model to be served, at most once every ASK_SECONDS for all its waiting requests."""
-        use = self._uses.setdefault(model.app_name, _Use())
+        use = self._uses.setdefault(engine.app_name, _Use())
         if time.monotonic() - use.asked_at >= ASK_SECONDS:
             use.asked_at = time.monotonic()
             async with self._store.begin() as session:
-                await deployments.use(session, model)
+                await deployments.use(session, engine.loaded)
 
-    async def _enter(self, model: NamedModel) -> bool:
+    async def _enter(self, engine: Engine) -> bool:
         """Counts a request as in flight. Returns False, and counts nothing, if the model accepts no new requests."""
-        use = self._uses.setdefault(model.app_name, _Use())
+        use = self._uses.setdefault(engine.app_name, _Use())
         use.change(1, time.monotonic())
         entered = False
         try:
             async with self._marking:
                 if use.must_ask():
                     async with self._store.begin() as session:
-                        use.is_open = await deployments.enter(session, model.app_name, self._replica)
+                        use.is_open = await deployments.enter(session, engine.app_name, self._replica)
                     use.is_marked, use.told_at = use.is_marked or use.is_open, time.monotonic()
             entered = use.is_open
         finally:
@@ -217,14 +222,14 @@ class Inference:
                 use.change(-1, time.monotonic())
         return entered
 
-    def _unavailable(self, model: NamedModel, trouble: str) -> Unavailable:
+    def _unavailable(self, engine: Engine, trouble: str) -> Unavailable:
         return Unavailable(
-            f"The model '{model.id}' {trouble}. Try again in {RETRY_AFTER_SECONDS} seconds.",
+            f"The model '{engine.id}' {trouble}. Try again in {RETRY_AFTER_SECONDS} seconds.",
             retry_after=RETRY_AFTER_SECONDS,
             code="model_unavailable",
         )
 
-    def _refusal(self, model: NamedModel, status: int, content: bytes) -> ApiError:
+    def _refusal(self, engine: Engine, status: int, content: bytes) -> ApiError:
         """Returns the server's error in OpenAI's envelope, whatever it looks like."""
         try:
             said = json.loads(content)
@@ -234,8 +239,10 @@ class Inference:
         error = error if isinstance(error, dict) else {"message": error}
         message = str(error.get("message") or content.decode(errors="replace")[:500] or "no reason given")
         param = error.get("param") if isinstance(error.get("param"), str) else None
+        if error.get("code") == "model_not_found":
+            return NotFound(message, param="model", code="model_not_found")  # deleted while the request was on its way
         if refusal := REFUSALS.get(status):
             return refusal(message, param=param, code="invalid_value")
         if status in (429, 503):
-            return self._unavailable(model, f"is overloaded: {message}")
-        return ApiError(f"The model '{model.id}' failed: {message}", code="model_error")
+            return self._unavailable(engine, f"is overloaded: {message}")
+        return ApiError(f"The model '{engine.id}' failed: {message}", code="model_error")

@@ -41,6 +41,7 @@ def deployment_object(status: Status, load: Load | None) -> dict[str, Any]:
         "object": "deployment",
         "chosen": status.chosen,
         "settings": status.own.model_dump(mode="json") | used,
+        "attached_to": status.attached_to,
         "state": status.state,
         "waits_for": status.waits_for,
         "error": status.error,

@@ -91,7 +91,7 @@ async def new_job(store: Store, settings: Settings) -> str:
         row = await files.add(session, stored, **named, report={"kind": "pairs", "num_rows": 12})
         body = CreateJob.model_validate({"model": "tiny", "training_file": row.id, "method": {"type": "dpo"}})
         model = await models.find(session, settings, "tiny")
-        return (await jobs.submit(session, body.spec(), model, None, "key")).id
+        return (await jobs.submit(session, body.spec(), model, None, "key", settings)).id
 
 
 def live(ray: FakeRay, job_id: str) -> list[str]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from services.contract import Score, Spans
 from services.local.ray_head import RayHead, start_ray, stop_ray
 
 POLICY = {"app_name": "policy-1", "model_id": "ft:tiny:raydpo::ab12cd34"}
+LORA = {"max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 4}  # of an engine
 PLAIN = {"app_name": "plain", "model_id": "plain"}
 MODEL_LENGTH = 256
 VOCABULARY = 384
@@ -43,9 +44,14 @@ class Serving:
     head: RayHead
     token: str
     applications: dict[str, dict[str, Any]]
+    deleted_adapters: list[str] = field(default_factory=list)
 
     def deploy(self, deployment: dict[str, Any]) -> None:
         self.applications[deployment["app_name"]] = deployment
+        self._put()
+
+    def delete_adapter(self, adapter_id: str) -> None:
+        self.deleted_adapters.append(adapter_id)
         self._put()
 
     def remove(self, app_name: str) -> None:
@@ -71,7 +77,18 @@ class Serving:
             "proxy_location": "HeadOnly",
             "http_options": {"host": "127.0.0.1", "port": self.head.serve_port},
             "applications": [
-                {"name": name, "route_prefix": f"/{name}", "import_path": "services.serving.app:build", "args": args}
+                {
+                    "name": name,
+                    "route_prefix": f"/{name}",
+                    "import_path": "services.serving.app:build",
+                    "args": args,
+                    "deployments": [
+                        {
+                            "name": "policy",
+                            "user_config": {"deleted_adapters": self.deleted_adapters},
+                        }
+                    ],
+                }
                 for name, args in self.applications.items()
             ],
         }
@@ -86,9 +103,10 @@ class Serving:
         return {"Authorization": f"Bearer {self.token}"}
 
 
-def make_adapter(base: Path, folder: Path) -> Path:
+def make_adapter(base: Path, folder: Path, *, seed: int = 0, adapter: Lora = Lora(r=4)) -> Path:  # noqa: B008 - frozen
     """A random adapter that changes what its base says."""
-    policy = load_policy(base, adapter=Lora(r=4))
+    torch.manual_seed(seed)
+    policy = load_policy(base, adapter=adapter)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.1)
@@ -148,7 +166,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, adapte
     token.write_text(secrets.token_hex(32))
     try:
         serving = Serving(start_ray(home, token, say=print), token.read_text(), {})
-        serving.deploy(POLICY | {"source": model_folder.as_uri(), "dtype": "float32"})
+        serving.deploy(POLICY | {"engine": LORA, "source": model_folder.as_uri(), "dtype": "float32"})
         serving.deploy(PLAIN | {"source": str(adapter_folder), "dtype": "float32"})
         serving.wait(lambda apps: all(app["status"] == "RUNNING" for app in apps.values()))
         yield serving

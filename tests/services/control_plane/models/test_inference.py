@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -13,6 +15,7 @@ import psycopg
 import pytest
 from sqlalchemy import select, text, update
 
+from services import storage
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.store import ProjectStore, Store, migrate
 from services.control_plane.core.tables import DEFAULT_PROJECT, Deployment, Lease
@@ -35,6 +38,7 @@ class Serve(threading.Thread):
         self.port = free_port()
         self.answer = b""
         self.holds = False
+        self.heads: list[str] = []
         self.bodies: list[bytes] = []
         self.num_open = 0
         self.started = threading.Event()
@@ -60,6 +64,7 @@ class Serve(threading.Thread):
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_open += 1
         head = await reader.readuntil(b"\r\n\r\n")
+        self.heads.append(head.decode().lower())
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         self.bodies.append(await reader.readexactly(length))
         writer.write(self.answer)
@@ -141,6 +146,68 @@ def test_the_model_gets_the_bytes_that_were_sent(api: httpx.Client, serve: Serve
     answer = api.post("/chat/completions", content=raw, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()) == (200, {"id": "one"})
     assert serve.bodies[-1] == raw
+
+
+# --- adapters --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(api: httpx.Client, settings: Settings) -> str:
+    """An adapter on the base model tiny."""
+    name, job_id = f"ft:tiny:raydpo:é:{secrets.token_hex(12)}", f"ftjob-{secrets.token_hex(4)}"
+    columns = "id, project_id, spec, model_source, model_root, priority, desired, observed, version"
+    columns += ", fine_tuned_model, finished_at"
+    values = f"'{job_id}', 'proj_default', '{{}}', '/m', 'tiny', 0, 'run', 'succeeded', 1, '{name}', now()"
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute(f"INSERT INTO jobs ({columns}) VALUES ({values})")
+        rows.execute(
+            "INSERT INTO models (id, project_id, source, root, base_source, adapter, job_id) "
+            "VALUES (%s, 'proj_default', %s, 'tiny', %s, '{\"r\": 8}', %s)",
+            [name, storage.join(settings.storage_url, "runs", "é"), settings.models["tiny"].source, job_id],
+        )
+    return name
+
+
+def test_the_base_models_engine_is_told_of_the_adapter_and_of_nothing_that_the_client_says(
+    api: httpx.Client, serve: Serve, fake_ray: FakeRay, settings: Settings, adapter: str
+) -> None:
+    serve.reply(b'{"id": "one"}')
+    theirs = {"x-raydpo-adapter": "theirs", "x-raydpo-adapter-source": "s3://theirs"}
+    for model in (adapter, "tiny"):
+        body = json.dumps(ASK | {"model": model})
+        answer = api.post("/chat/completions", content=body, headers=theirs | {"content-type": "application/json"})
+        assert (answer.status_code, serve.bodies[-1]) == (200, body.encode())
+    named, base = serve.heads[-2:]
+    assert f"x-raydpo-adapter: {quote(adapter).lower()}\r\n" in named
+    assert f"x-raydpo-adapter-source: {quote(storage.join(settings.storage_url, 'runs', 'é')).lower()}\r\n" in named
+    assert "theirs" not in named
+    assert "x-raydpo" not in base.partition("\r\n")[2]
+    assert [name.split("-")[2] for name in fake_ray.applications] == ["tiny"]
+
+
+def test_a_deleted_adapter_is_told_to_the_engine_and_refused(
+    api: httpx.Client, serve: Serve, fake_ray: FakeRay, adapter: str
+) -> None:
+    serve.reply(b"{}")
+    assert ask(api, model=adapter).status_code == 200
+    before = {name: app["deployed_app_config"]["args"] for name, app in fake_ray.serve.items()}
+    api.delete(f"/models/{adapter}").raise_for_status()
+    assert "does not exist" in refusal(ask(api, model=adapter), 404)
+
+    def told() -> set[str]:
+        (app,) = fake_ray.serve.values()
+        return set(app["deployed_app_config"]["deployments"][0]["user_config"]["deleted_adapters"])
+
+    until(lambda: adapter in told())
+    assert {name: app["deployed_app_config"]["args"] for name, app in fake_ray.serve.items()} == before
+
+
+def test_an_adapter_that_was_deleted_on_the_way_does_not_exist(api: httpx.Client, serve: Serve, adapter: str) -> None:
+    gone = {"message": "The model 'x' was deleted.", "type": "e", "param": "model", "code": "model_not_found"}
+    serve.reply(json.dumps({"error": gone}).encode(), status=404)
+    answer = ask(api, model=adapter)
+    assert refusal(answer, 404) == gone["message"]
+    assert answer.json()["error"]["code"] == "model_not_found"
 
 
 # --- what comes back -----------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Finds the engine that answers for a model: the model's own, or its base model's with the model as an adapter."""
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dpo_core.config import Lora, Quantization
+from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter
+from services.control_plane.core.tables import Model
+from services.control_plane.models import deployment_settings
+from services.control_plane.models.models import STARTED_AT, NamedModel, bases
+from services.control_plane.settings import Settings
+from services.deployment_settings import DeploymentSettings, Mode
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine that answers for a model."""
+
+    id: str  # of the model that the client named
+    loaded: NamedModel  # the model that the engine loads: the named model, or its base
+    adapter: Adapter | None = None  # the named model, if the engine attaches it to its base
+    why_merged: str | None = None  # why an adapter has an engine of its own
+
+    @property
+    def app_name(self) -> str:
+        return self.loaded.app_name
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Returns the HTTP headers that name the adapter to the engine."""
+        if self.adapter is None:
+            return {}
+        return {ADAPTER_HEADER: quote(self.adapter.id), ADAPTER_SOURCE_HEADER: quote(self.adapter.source)}
+
+
+async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel) -> Engine:
+    """Returns the engine that answers for the model."""
+    if model.adapter is None or model.base_source is None or model.num_outputs:
+        return Engine(model.id, model)
+    base = await _base(session, settings, model.base_source, model.root)
+    own = await deployment_settings.of(session, settings, {model.id, base.id})
+    if why := why_merged(model.adapter, model.quantization, own[model.id].mode, own[base.id]):
+        return Engine(model.id, model, why_merged=why)
+    return Engine(model.id, base, Adapter(id=model.id, source=model.source))
+
+
+async def _base(session: AsyncSession, settings: Settings, source: str, root: str) -> NamedModel:
+    """Returns the model with these weights, of any project: a base model of the settings, or a trained model.
+
+    If the settings have no such base model any more, it keeps the name `root`.
+    """
+    for base in bases(settings):
+        if base.source == source:
+            return base
+    rows = Model.__table__.c
+    trained = select(rows.id, rows.created_at).where(rows.source == source).order_by(rows.created_at).limit(1)
+    row = (await session.execute(trained)).first()
+    return NamedModel(row.id if row else root, source, root, row.created_at if row else STARTED_AT)
+
+
+async def why_merged_on(
+    session: AsyncSession, settings: Settings, start: NamedModel, adapter: Lora, quantization: Quantization | None
+) -> str | None:
+    """Returns the reason why the engine of a job's base cannot attach the job's policy; None if it can."""
+    base = start.root if start.adapter else start.id
+    own = (await deployment_settings.of(session, settings, {base}))[base]
+    return why_merged(adapter, quantization, own.mode, own)  # the policy inherits the mode
+
+
+def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, base: DeploymentSettings) -> str | None:
+    """Returns the reason why an adapter is merged into its base and has an engine of its own; None if it has not.
+
+    `mode` is a setting of the adapter's deployment, and `base` has the settings of its base's.
+    """
+    if mode == "merged":
+        return "its deployment's mode is merged"
+    if not base.max_lora_rank:
+        return "the base's max_lora_rank is 0"
+    if adapter.r > base.max_lora_rank:
+        return f"its rank is {adapter.r}, and the base's max_lora_rank is {base.max_lora_rank}"
+    if adapter.use_dora:
+        return "it uses DoRA"
+    if quantization:
+        return f"its base is in {quantization.upper()}"
+    return None

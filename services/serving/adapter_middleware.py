@@ -1,0 +1,89 @@
+"""Answers HTTP requests that name an adapter in their headers with that adapter."""
+
+import json
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.lora.request import LoRARequest
+
+from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter
+from services.serving.adapters import AdapterDeleted, AdapterRefused, Adapters
+
+of_request: ContextVar[LoRARequest | None] = ContextVar("of_request", default=None)
+"""The adapter that the current HTTP request names."""
+
+
+class AttachAdapter:
+    """ASGI middleware that attaches a request's adapter before vLLM reads the request's body.
+
+    The body names the adapter as its model. If the adapter is deleted, the answer ends at once with an error.
+    """
+
+    def __init__(self, app: ASGIApp, *, adapters: Adapters) -> None:
+        self._app, self._adapters = app, adapters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        adapter = _adapter(scope)
+        if adapter is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with self._adapters.using(adapter) as (attachment, request):
+                of_request.set(request)
+                answer = _Answer(scope, receive, send, adapter.id, lambda: attachment.is_deleted)
+                await self._app(scope, receive, answer.send)
+        except AdapterRefused as refusal:
+            await _refuse(refusal, scope, receive, send)
+
+
+def _adapter(scope: Scope) -> Adapter | None:
+    if scope["type"] != "http":
+        return None
+    headers = Headers(scope=scope)
+    names = headers.get(ADAPTER_HEADER), headers.get(ADAPTER_SOURCE_HEADER)
+    return Adapter(id=unquote(names[0]), source=unquote(names[1])) if names[0] and names[1] else None
+
+
+async def _refuse(refusal: AdapterRefused, scope: Scope, receive: Receive, send: Send) -> None:
+    await JSONResponse(_body(refusal), status_code=refusal.status)(scope, receive, send)
+
+
+def _body(refusal: AdapterRefused) -> dict[str, object]:
+    return {"error": {"message": str(refusal), "type": "invalid_request_error", "param": "model", "code": refusal.code}}
+
+
+@dataclass
+class _Answer:
+    """The answer to one request, which an error replaces from the moment at which the adapter is deleted."""
+
+    scope: Scope
+    receive: Receive
+    to_client: Send
+    adapter_id: str
+    is_deleted: Callable[[], bool]
+    streams: bool | None = None  # None: the answer has not begun
+    has_ended: bool = False
+
+    async def send(self, message: Message) -> None:
+        if self.has_ended:
+            return
+        if self.is_deleted() and self.streams is not False:
+            self.has_ended = True
+            await self._end()
+            return
+        if message["type"] == "http.response.start":
+            self.streams = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+        await self.to_client(message)
+
+    async def _end(self) -> None:
+        refusal = AdapterDeleted(self.adapter_id)
+        if self.streams is None:
+            await _refuse(refusal, self.scope, self.receive, self.to_client)
+        else:
+            event = f"\n\ndata: {json.dumps(_body(refusal))}\n\n".encode()
+            await self.to_client({"type": "http.response.body", "body": event, "more_body": False})

@@ -1,0 +1,191 @@
+"""Attaches LoRA adapters to the running engine of their base model, and detaches them.
+
+An adapter is attached when a request first needs it, once, however many requests need it at the same time. vLLM forgets
+an adapter's name, but keeps its weights and its files; detaching here removes all three. Each attachment has an integer
+id of its own in vLLM, and each adapter a public id that no other adapter ever has, so no cache can mix up two adapters.
+"""
+
+import asyncio
+import atexit
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import vllm
+from packaging.version import Version
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from dpo_core.models.adapter_folder import CONFIG, is_adapter
+from services import storage
+from services.contract import Adapter
+
+logger = logging.getLogger(__name__)
+
+LEAST_VLLM = "0.29"  # older ones answered requests in flight with another adapter (vllm#47724)
+ABORT_SECONDS = 0.02  # how often the requests of a deleted adapter are aborted until all of them have ended
+UNUSED = ("modules_to_save", "use_dora", "target_parameters", "rank_pattern", "alpha_pattern")  # vLLM ignores these
+
+
+def check_version(installed: str = vllm.__version__) -> None:
+    """Raises RuntimeError if vLLM may mix adapters up."""
+    if Version(installed) < Version(LEAST_VLLM):
+        raise RuntimeError(
+            f"vLLM {installed} may answer requests for one adapter with another; "
+            f"install vLLM {LEAST_VLLM} or newer, or set max_lora_rank to 0."
+        )
+
+
+class AdapterRefused(Exception):
+    """The engine does not answer with an adapter. `status` is the HTTP status."""
+
+    status, code = 503, "model_unavailable"
+
+
+class AdapterDeleted(AdapterRefused):
+    """The adapter was deleted."""
+
+    status, code = 404, "model_not_found"
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(f"The model '{adapter_id}' was deleted.")
+
+
+class AdapterUnusable(AdapterRefused):
+    """The adapter cannot be attached, now or later."""
+
+    status, code = 409, "adapter_unusable"
+
+
+@dataclass(eq=False)
+class Attachment:
+    """An adapter that the engine holds or loads, and its use."""
+
+    folder: Path  # of the local copy, if the source is remote
+    loading: "asyncio.Task[LoRARequest]"
+    num_uses: int = 0
+    used_at: float = field(default_factory=time.monotonic)
+    is_deleted: bool = False  # requests in flight must get no more of its answer
+
+
+class Adapters:
+    """The adapters of one engine.
+
+    At most `max_cpu_loras` of the engine's settings stay attached: those beyond, least recently used first, are
+    detached once no request uses them.
+    """
+
+    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels) -> None:
+        self._engine, self._models = engine, models
+        config = engine.vllm_config.lora_config
+        self._most: int = config.max_cpu_loras if config else 0  # 0: the engine attaches none
+        self._attached: dict[str, Attachment] = {}  # least recently used first
+        self._deleted: frozenset[str] = frozenset()
+        self._detaching: set[asyncio.Task[None]] = set()
+        self._folder = Path(tempfile.mkdtemp(prefix="raydpo-adapters-"))
+        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+
+    @asynccontextmanager
+    async def using(self, adapter: Adapter) -> AsyncIterator[tuple[Attachment, LoRARequest]]:
+        """Attaches the adapter unless it is attached, and keeps it attached while the block runs.
+
+        Raises AdapterRefused.
+        """
+        if adapter.id in self._deleted:
+            raise AdapterDeleted(adapter.id)
+        if not self._most:
+            raise AdapterUnusable(f"The engine cannot attach '{adapter.id}': it attaches no adapters.")
+        attachment = self._attached.pop(adapter.id, None) or self._begin(adapter)
+        self._attached[adapter.id] = attachment  # now the most recently used one
+        attachment.num_uses += 1
+        try:
+            request = await asyncio.shield(attachment.loading)  # a client that leaves does not stop the loading
+            if attachment.is_deleted:
+                raise AdapterDeleted(adapter.id)
+            yield attachment, request
+        finally:
+            attachment.num_uses -= 1
+            attachment.used_at = time.monotonic()
+            self._shrink()
+
+    def forget_deleted(self, deleted: Collection[str]) -> None:
+        """Detaches these adapters, ends the requests that use them, and attaches none of them from now on."""
+        self._deleted = frozenset(deleted)
+        for adapter_id in self._deleted & self._attached.keys():
+            self._attached[adapter_id].is_deleted = True
+            self._detach(adapter_id)
+
+    def _begin(self, adapter: Adapter) -> Attachment:
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        attachment = Attachment(folder, asyncio.create_task(self._load(adapter, folder)))
+        attachment.loading.add_done_callback(lambda loading: self._note(adapter.id, attachment, loading))
+        return attachment
+
+    def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
+        """Forgets an adapter that could not be loaded, so that the next request tries again."""
+        if (loading.cancelled() or loading.exception()) and self._attached.get(adapter_id) is attachment:
+            self._detach(adapter_id)
+
+    async def _load(self, adapter: Adapter, folder: Path) -> LoRARequest:
+        local = await asyncio.to_thread(_fetch, adapter, folder)
+        request = LoadLoRAAdapterRequest(lora_name=adapter.id, lora_path=str(local))
+        answer = await self._models.load_lora_adapter(request)
+        if isinstance(answer, ErrorResponse):
+            refused = AdapterRefused if self._engine.errored else AdapterUnusable
+            raise refused(f"The engine cannot attach the adapter '{adapter.id}': {answer.error.message}")
+        return self._models.lora_requests[adapter.id]
+
+    def _shrink(self) -> None:
+        idle = [name for name, attachment in self._attached.items() if not attachment.num_uses]
+        for name in idle[: max(0, len(self._attached) - self._most)]:
+            self._detach(name)
+
+    def _detach(self, adapter_id: str) -> None:
+        """Forgets the adapter at once, and removes it from the engine when its requests have ended."""
+        attachment = self._attached.pop(adapter_id)
+        self._models.lora_requests.pop(adapter_id, None)  # now, because the next request may attach it again
+        self._models.lora_resolver_lock.pop(adapter_id, None)
+        task = asyncio.create_task(self._remove(adapter_id, attachment))
+        self._detaching.add(task)
+        task.add_done_callback(self._detaching.discard)
+
+    async def _remove(self, adapter_id: str, attachment: Attachment) -> None:
+        try:
+            await asyncio.wait({attachment.loading})
+            while attachment.num_uses:
+                await self._abort(adapter_id)
+                await asyncio.sleep(ABORT_SECONDS)
+            if attachment.is_deleted:
+                self._models.lora_requests.pop(adapter_id, None)  # it was loading when it was deleted
+            if attachment.loading.exception() is None:
+                await self._engine.remove_lora(attachment.loading.result().lora_int_id)
+        finally:
+            shutil.rmtree(attachment.folder, ignore_errors=True)
+
+    async def _abort(self, adapter_id: str) -> None:
+        states = self._engine.output_processor.request_states
+        names = [name for name, state in states.items() if state.lora_name == adapter_id]
+        await self._engine.abort(names, internal=True)
+
+
+def _fetch(adapter: Adapter, cache: Path) -> Path:
+    """Returns the local folder of the adapter. Raises AdapterUnusable if vLLM would apply it not at all or in part."""
+    try:
+        folder = storage.fetch(adapter.source, cache=cache)
+    except OSError as error:
+        raise AdapterRefused(f"The files of the adapter '{adapter.id}' cannot be read: {error}") from error
+    if not is_adapter(folder):
+        raise AdapterRefused(f"The files of the adapter '{adapter.id}' are gone: {adapter.source} lacks {CONFIG}.")
+    config = json.loads((folder / CONFIG).read_text())
+    if unused := [name for name in UNUSED if config.get(name)]:
+        raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': it has {', '.join(unused)}.")
+    return folder

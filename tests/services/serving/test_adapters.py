@@ -1,0 +1,186 @@
+"""Adapters on the running engines of their base model, over HTTP."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import psutil
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dpo_core.models.model import load_tokenizer
+from tests.services.serving.conftest import LORA, MODEL_LENGTH, VOCABULARY, Serving, make_adapter
+
+pytestmark = pytest.mark.ray
+
+PROMPT = [5, 9, 200, 31, 77]
+NUM_ADAPTERS = 6
+QWEN = {"app_name": "qwen", "model_id": "qwen"}
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen")
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=MODEL_LENGTH,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(model_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    home = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(qwen_folder, home / f"adapter-{seed}", seed=seed) for seed in range(NUM_ADAPTERS)]
+
+
+@pytest.fixture(scope="module")
+def qwen(serving: Serving, qwen_folder: Path) -> Iterator[Serving]:
+    """Two replicas of one base."""
+    engine = LORA | {"replicas": 2}
+    serving.deploy(QWEN | {"engine": engine, "source": str(qwen_folder), "dtype": "float32"})
+    serving.wait(lambda apps: apps["qwen"]["status"] == "RUNNING")
+    yield serving
+    serving.remove("qwen")
+
+
+@pytest.fixture(scope="module")
+def likeliest(folders: list[Path]) -> list[float]:
+    """The log-probability of each adapter's likeliest next token, by PEFT's own forward."""
+    return [forward(folder) for folder in folders]
+
+
+@torch.inference_mode()
+def forward(folder: Path) -> float:
+    logits = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor([PROMPT])).logits
+    return float(logits[0, -1].log_softmax(-1).max())
+
+
+def headers_of(adapter_id: str, folder: Path) -> dict[str, str]:
+    return {"x-raydpo-adapter": quote(adapter_id), "x-raydpo-adapter-source": quote(folder.as_uri())}
+
+
+def ask(serving: Serving, adapter_id: str, folder: Path, **change: Any) -> httpx.Response:
+    body = {"model": adapter_id, "prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "temperature": 0} | change
+    url, headers = f"{serving.route('qwen')}/v1/completions", headers_of(adapter_id, folder)
+    return httpx.post(url, json=body, headers=headers, timeout=60)
+
+
+def logp(answer: httpx.Response) -> float:
+    assert answer.status_code == 200, answer.text
+    (likeliest,) = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+    return float(likeliest)
+
+
+def pids(serving: Serving) -> set[int]:
+    return {replica["pid"] for replica in serving.status()["qwen"]["deployments"]["policy"]["replicas"]}
+
+
+def test_each_adapter_answers_as_in_peft_under_load(qwen: Serving, folders: list[Path], likeliest: list[float]) -> None:
+    """Six adapters, of which four stay attached and two fit one step, are asked at random at the same time."""
+    numbers = [number % NUM_ADAPTERS for number in range(120)]
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda number: ask(qwen, f"ft:load:{number}", folders[number]), numbers))
+    assert [logp(answer) for answer in answers] == pytest.approx([likeliest[it] for it in numbers], abs=1e-4)
+
+
+def test_fifty_first_requests_at_once_all_get_an_answer(
+    qwen: Serving, folders: list[Path], likeliest: list[float]
+) -> None:
+    with ThreadPoolExecutor(50) as threads:
+        answers = list(threads.map(lambda _: ask(qwen, "ft:fifty", folders[0]), range(50)))
+    assert [logp(answer) for answer in answers] == pytest.approx([likeliest[0]] * 50, abs=1e-4)
+
+
+def stream(serving: Serving, adapter_id: str, folder: Path, ended: dict[int, tuple[float, str]], number: int) -> None:
+    body = {"model": adapter_id, "prompt": PROMPT, "max_tokens": 240, "stream": True, "ignore_eos": True}
+    url, headers = f"{serving.route('qwen')}/v1/completions", headers_of(adapter_id, folder)
+    while number not in ended:  # a stream of a small model ends soon, so the next one begins
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
+            last = answer.read().decode() if answer.status_code != 200 else [*answer.iter_lines()][-2]
+        if "error" in last:
+            ended[number] = time.monotonic(), last
+
+
+def test_a_deleted_adapter_stops_answering_on_every_replica_within_two_seconds(
+    qwen: Serving, folders: list[Path], likeliest: list[float]
+) -> None:
+    before, ended = pids(qwen), dict[int, tuple[float, str]]()
+    threads = [
+        threading.Thread(target=stream, args=(qwen, "ft:gone", folders[1], ended, number), daemon=True)
+        for number in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    assert not ended
+    qwen.delete_adapter("ft:gone")
+    deleted_at = time.monotonic()
+    for thread in threads:
+        thread.join(10)
+    assert len(ended) == 12
+    assert max(at for at, _ in ended.values()) - deleted_at < 2
+    errors = [json.loads(said.removeprefix("data: "))["error"] for _, said in ended.values()]
+    assert {error["code"] for error in errors} == {"model_not_found"}
+    answers = [ask(qwen, "ft:gone", folders[1]) for _ in range(8)]
+    assert {answer.status_code for answer in answers} == {404}
+    assert logp(ask(qwen, "ft:stays", folders[1])) == pytest.approx(likeliest[1], abs=1e-4)
+    assert pids(qwen) == before
+    assert len(before) == 2
+
+
+def test_other_clients_get_answers_while_a_replica_dies(
+    qwen: Serving, folders: list[Path], likeliest: list[float]
+) -> None:
+    """Those whose replica died get a 500 or nothing; the new replica attaches again, and no deleted adapter."""
+    killed = threading.Event()
+
+    def ask_on() -> list[httpx.Response]:
+        answers = []
+        while not killed.is_set() or len(answers) < 20:
+            with suppress(httpx.RemoteProtocolError):
+                answers.append(ask(qwen, "ft:dies", folders[2], max_tokens=40))
+        return answers
+
+    with ThreadPoolExecutor(8) as threads:
+        running = [threads.submit(ask_on) for _ in range(8)]
+        time.sleep(1)
+        psutil.Process(next(iter(pids(qwen)))).kill()
+        time.sleep(1)
+        killed.set()
+        said = [answer for clients in running for answer in clients.result()]
+    whole = [answer for answer in said if answer.status_code == 200]
+    assert {answer.status_code for answer in said} <= {200, 500, 503}
+    assert len(whole) > len(said) - 16
+    firsts = [answer.json()["choices"][0]["logprobs"]["token_logprobs"][0] for answer in whole]
+    assert firsts == pytest.approx([likeliest[2]] * len(whole), abs=1e-4)
+    qwen.wait(lambda apps: len(healthy(apps)) == 2)
+    assert {ask(qwen, "ft:gone", folders[1]).status_code for _ in range(8)} == {404}
+    assert [logp(ask(qwen, "ft:dies", folders[2])) for _ in range(8)] == pytest.approx([likeliest[2]] * 8, abs=1e-4)
+
+
+def healthy(apps: dict[str, Any]) -> list[int]:
+    replicas = apps["qwen"]["deployments"]["policy"]["replicas"]
+    return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
