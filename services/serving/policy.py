@@ -4,16 +4,19 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.interfaces import supports_lora
 from vllm.platforms import current_platform
 
 from dpo_core.encoding.encode import EncodedGroup
+from dpo_core.models.adapter import linears_in
 from services.contract import LOAD_ROUTE, Deployment
 from services.forkserver.client import spawn_forks
 from services.serving.adapter_middleware import AttachAdapter, of_request
@@ -79,12 +82,14 @@ class Engine(VLLMEngine):  # type: ignore[misc]
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
-        scheduler = vllm_engine_config.scheduler_config
+        model_config, scheduler = vllm_engine_config.model_config, vllm_engine_config.scheduler_config
         if scheduler.enable_chunked_prefill:
-            longest = vllm_engine_config.model_config.max_model_len
-            scheduler.long_prefill_token_threshold = min(MOST_SCORED_TOKENS, longest)
-        if not supports_lora(get_model_cls(vllm_engine_config.model_config)):
-            vllm_engine_config.lora_config = None  # otherwise vLLM refuses to start
+            scheduler.long_prefill_token_threshold = min(MOST_SCORED_TOKENS, model_config.max_model_len)
+        if vllm_engine_config.lora_config and supports_lora(get_model_cls(model_config)):
+            # Without this list vLLM would also adapt the head, and then could not compute log-probabilities of prompts.
+            vllm_engine_config.lora_config.target_modules = linear_layers(model_config.hf_config)
+        else:
+            vllm_engine_config.lora_config = None  # otherwise vLLM would refuse to start
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
@@ -94,6 +99,14 @@ class EngineOnCpus(Engine):
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         vllm_engine_config.parallel_config.distributed_executor_backend = ExecutorOnCpus
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
+def linear_layers(config: PretrainedConfig) -> list[str]:
+    """Returns the names of a model's linear layers without the head, which are those that jobs adapt."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    return sorted({name.rpartition(".")[2] for layer, name in linears_in(model).items() if layer is not head})
 
 
 async def start(deployment: Deployment, source: str) -> PolicyServer:
