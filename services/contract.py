@@ -27,10 +27,11 @@ from pydantic import (
 from dpo_core.config import Lora, Quantization, TrainConfig, Truncation
 from services.deployment_settings import Dtype, EngineSettings
 
-WIRE = 2
+WIRE = 3
 """The version of AttemptSpec. A driver refuses a spec of a newer version than its own and reports the reason.
 
-Version 2 added `Weights`, a choice of the reference model, early stops, and the best checkpoint as the policy.
+Version 2 added `Weights`, a choice of the reference model, early stops, and the best checkpoint as the policy. Version
+3 added references that are adapters on the engine of their base.
 """
 
 OWN_TOKEN_HEADER = "x-raydpo-own-token"
@@ -323,6 +324,7 @@ class AttemptSpec(AttemptAddress):
     policy: Policy = "last"
     reference_model_source: str | None = None  # location of the reference; None: the model of model_source
     reference: str | None = None  # app_name of the reference's deployment; None: it has none
+    reference_adapter: Adapter | None = None  # the adapter with which that deployment scores; None: without one
     reference_source: ReferenceSource = "auto"
     reference_dtype: str = "float32"  # in which the reference's deployment computes
     cache_uri: str  # folder of prepared data, shared by a project's jobs; may be deleted at any time

@@ -289,7 +289,7 @@ def _by_deployment(
     """
 
     def connect() -> Reference:
-        return await_reference(app_name, report)
+        return await_reference(app_name, report, spec.reference_adapter)
 
     report(ReferenceWanted())
     groups, asked_at = parity.sample(encoding.training), time.monotonic()

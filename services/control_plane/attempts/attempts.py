@@ -214,9 +214,10 @@ async def _record_one(session: AsyncSession, attempt: Attempt, event: JobEvent, 
         case Progress():
             await _set_progress(session, attempt, report.stage, report.done, report.total, event.created_at)
         case ReferenceWanted():
-            reference = models.reference_of(await session.get_one(Job, attempt.job_id))
-            attempt.reference = (await deployments.reference(session, settings, reference)).app_name
-            await deployments.use(session, reference, app_name=attempt.reference)
+            model = models.reference_of(await session.get_one(Job, attempt.job_id))
+            reference = await deployments.reference(session, settings, model)
+            attempt.reference = reference.app_name
+            await deployments.use(session, reference.loaded, app_name=reference.app_name)
         case ReferenceReleased():
             attempt.reference = None
         case Started():

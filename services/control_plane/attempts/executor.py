@@ -11,7 +11,7 @@ import httpx
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services import spool, storage, tracing
-from services.contract import WIRE, AttemptSpec, JobEvent, JobSpec, Message, Reading, Weights
+from services.contract import WIRE, Adapter, AttemptSpec, JobEvent, JobSpec, Message, Reading, Weights
 from services.control_plane.attempts import attempts
 from services.control_plane.attempts.decision import Decision, rest_seconds
 from services.control_plane.core import telemetry
@@ -102,15 +102,16 @@ class Executor:
         If vLLM must serve the job's reference model, the same transaction asks for this. If the attempt may choose
         between vLLM and its own workers, it asks later, once it knows that vLLM is faster.
         """
-        reference, spec = models.reference_of(job), JobSpec.model_validate(job.spec)
+        spec = JobSpec.model_validate(job.spec)
         insists = spec.config.objective.traits.needs_reference and spec.reference_source == "serve"
         accelerators = spec.num_workers * self._settings.num_gpus_per_worker
         async with self._store.begin() as session:
             await jobs.confirm(session, job)
             app_name = None
             if insists:
-                app_name = (await deployments.reference(session, self._settings, reference)).app_name
-                await deployments.use(session, reference, app_name=app_name)
+                reference = await deployments.reference(session, self._settings, models.reference_of(job))
+                app_name = reference.app_name
+                await deployments.use(session, reference.loaded, app_name=app_name)
             attempt = await attempts.begin(session, job.id, number, app_name, num_accelerators=accelerators)
             if job.observed == "queued":
                 started = "The job is starting on the cluster"
@@ -131,13 +132,16 @@ class Executor:
                 training_uri = (await session.get_one(File, spec.training_file)).uri
             held_out = await session.get_one(File, spec.validation_file) if spec.validation_file else None
             token = await attempts.give_token(session, attempt)
-            scorer = (await deployments.reference(session, self._settings, models.reference_of(job))).app_name
+            scorer = await deployments.reference(session, self._settings, models.reference_of(job))
         run_uri = self._run_uri(job)
         by_trainer = spec.reference_source == "trainer" or spec.weights.quantization  # no engine has the base in NF4
         may_be_served = spec.config.objective.traits.needs_reference and not by_trainer
-        reference = await self._ray_api.own_name(attempt.reference or scorer) if may_be_served else None
+        # Settings may have changed since the attempt asked for its reference; the adapter goes with the application.
+        app_name = attempt.reference or scorer.app_name
+        reference = await self._ray_api.own_name(app_name) if may_be_served else None
+        adapter = scorer.adapter if app_name == scorer.app_name else None
         attempt_spec = AttemptSpec(
-            wire=_wire_of(spec),
+            wire=_wire_of(spec, adapter),
             job_id=job.id,
             attempt=attempt.number,
             config=spec.config,
@@ -156,6 +160,7 @@ class Executor:
             policy=spec.policy,
             reference_model_source=job.reference_source,
             reference=reference,
+            reference_adapter=adapter,
             reference_source=spec.reference_source,
             reference_dtype=self._settings.reference_dtype,
             traceparent=job.traceparent and tracing.child(job.traceparent, attempt.submission_id),
@@ -341,13 +346,15 @@ class Executor:
             await jobs.move(session, job, "failed", {"error": error}, actor=self._holder, event=event, level="error")
 
 
-def _wire_of(spec: JobSpec) -> int:
+def _wire_of(spec: JobSpec, reference_adapter: Adapter | None) -> int:
     """Returns the version of the contract that the training driver must know to train this job.
 
     The version is 1 if the first release can train the job.
     """
+    if reference_adapter is not None:
+        return WIRE
     asks_more = spec.weights != Weights() or spec.reference_model or spec.config.early_stop or spec.policy != "last"
-    return WIRE if asks_more else 1
+    return 2 if asks_more else 1
 
 
 def _segments_from(segments: list[tuple[int, str]], next_seq: int) -> list[tuple[int, str]]:

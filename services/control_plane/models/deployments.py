@@ -16,7 +16,7 @@ from services import contract
 from services.control_plane.core.errors import InvalidRequest, NotFound, Unavailable
 from services.control_plane.core.tables import Attempt, Deployment, Model
 from services.control_plane.models import deployment_settings, eviction, models
-from services.control_plane.models.engines import engine_of
+from services.control_plane.models.engines import Engine, engine_of, engines_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import Application
 from services.control_plane.settings import Settings
@@ -50,6 +50,8 @@ class Reference:
 
     app_name: str
     num_gpus: float
+    loaded: NamedModel  # the model that the application loads: the reference, or the base of an adapter
+    adapter: contract.Adapter | None  # the reference, if it is attached to `loaded`
 
 
 async def references(
@@ -59,18 +61,21 @@ async def references(
 
     A model whose own engine cannot score, because of its precision or its length, has another one for that.
     """
-    chosen = await deployment_settings.of(session, settings, {model.id for model in wanted.values()})
-    return {key: _reference(model, chosen[model.id], settings) for key, model in wanted.items()}
+    engines = await engines_of(session, settings, {model.id: model for model in wanted.values()})
+    chosen = await deployment_settings.of(session, settings, {engine.loaded.id for engine in engines.values()})
+    found = {name: _reference(engine, chosen[engine.loaded.id], settings) for name, engine in engines.items()}
+    return {key: found[model.id] for key, model in wanted.items()}
 
 
 async def reference(session: AsyncSession, settings: Settings, model: NamedModel) -> Reference:
     return (await references(session, settings, {"": model}))[""]
 
 
-def _reference(model: NamedModel, own: DeploymentSettings, settings: Settings) -> Reference:
+def _reference(engine: Engine, own: DeploymentSettings, settings: Settings) -> Reference:
     if settings.scores_apart(own):
-        return Reference(scorer_of(model), settings.num_gpus_of(own))
-    return Reference(model.app_name, settings.num_gpus_of(own) * own.replicas.max)
+        return Reference(scorer_of(engine.loaded), settings.num_gpus_of(own), engine.loaded, engine.adapter)
+    num_gpus = settings.num_gpus_of(own) * own.replicas.max
+    return Reference(engine.app_name, num_gpus, engine.loaded, engine.adapter)
 
 
 def scorer_of(model: NamedModel) -> str:

@@ -1,5 +1,6 @@
 """Finds the engine that answers for a model: the model's own, or its base model's with the model as an adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -10,7 +11,7 @@ from dpo_core.config import Lora, Quantization
 from services.contract import ADAPTER_HEADER, ADAPTER_SOURCE_HEADER, Adapter
 from services.control_plane.core.tables import Model
 from services.control_plane.models import deployment_settings
-from services.control_plane.models.models import STARTED_AT, NamedModel, bases
+from services.control_plane.models.models import STARTED_AT, NamedModel, bases, trained
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings, Mode
 
@@ -47,6 +48,16 @@ async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel
     return Engine(model.id, base, Adapter(id=model.id, source=model.source))
 
 
+async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]) -> dict[str, Engine]:
+    """Returns the engines that score the references of jobs, by the ids of the models.
+
+    Jobs keep of a reference only its id and its source, so the rest is read from its row.
+    """
+    rows = await session.scalars(select(Model).where(Model.id.in_(list(wanted))))
+    models = {**wanted, **{row.id: trained(row) for row in rows}}
+    return {model_id: await engine_of(session, settings, model) for model_id, model in models.items()}
+
+
 async def _base(session: AsyncSession, settings: Settings, source: str, root: str) -> NamedModel:
     """Returns the model with these weights, of any project: a base model of the settings, or a trained model.
 
@@ -56,8 +67,8 @@ async def _base(session: AsyncSession, settings: Settings, source: str, root: st
         if base.source == source:
             return base
     rows = Model.__table__.c
-    trained = select(rows.id, rows.created_at).where(rows.source == source).order_by(rows.created_at).limit(1)
-    row = (await session.execute(trained)).first()
+    query = select(rows.id, rows.created_at).where(rows.source == source).order_by(rows.created_at).limit(1)
+    row = (await session.execute(query)).first()
     return NamedModel(row.id if row else root, source, root, row.created_at if row else STARTED_AT)
 
 

@@ -56,7 +56,7 @@ def bases(settings: Settings) -> list[NamedModel]:
     return [NamedModel(name, model.source, name, STARTED_AT) for name, model in settings.models.items()]
 
 
-def _trained(row: Model) -> NamedModel:
+def trained(row: Model) -> NamedModel:
     options = dict(row.adapter or {})
     quantization = options.pop("quantization", None)
     return NamedModel(
@@ -82,7 +82,7 @@ async def list_page(
         after = None
     query, keys = select(Model).where(Model.deleted_at.is_(None)), [Model.created_at, Model.id]
     rows, more = await page(session, query, keys, after=after, limit=max(0, limit - len(first)))
-    return [*first, *map(_trained, rows)][:limit], more or len(first) > limit
+    return [*first, *map(trained, rows)][:limit], more or len(first) > limit
 
 
 async def find(
@@ -102,7 +102,7 @@ async def find(
         raise NotFound(
             f"The model '{model_id}' does not exist. Base models: {known}.", param=param, code="model_not_found"
         )
-    return _trained(row)
+    return trained(row)
 
 
 class NameTaken(ValueError):
@@ -153,8 +153,8 @@ async def name_of_base(session: AsyncSession, settings: Settings, model: NamedMo
     for base in bases(settings):
         if base.source == model.base_source:
             return base.id
-    trained = select(Model.id).where(Model.source == model.base_source).order_by(Model.created_at).limit(1)
-    return await session.scalar(trained) or model.root
+    query = select(Model.id).where(Model.source == model.base_source).order_by(Model.created_at).limit(1)
+    return await session.scalar(query) or model.root
 
 
 async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> Model:
@@ -197,7 +197,7 @@ async def remove(session: AsyncSession, settings: Settings, model_id: str) -> Na
         raise InvalidRequest(f"The job {row.job_id} has not ended and {why}; cancel the job first.")
     await session.execute(delete(CheckpointPermission).where(CheckpointPermission.model_id == model_id))
     row.deleted_at = datetime.now(UTC)
-    return _trained(row)
+    return trained(row)
 
 
 def _names(model_id: ColumnElement[str]) -> ColumnElement[bool]:

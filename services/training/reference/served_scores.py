@@ -10,13 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 
 from dpo_core.encoding.encode import EncodedGroup
-from services.contract import Message, Progress, Report, Score, Spans
+from services.contract import Adapter, Message, Progress, Report, Score, Spans
 from services.training.data.dataset import Dataset, Part, find_scores, read_part, write_scores
 from services.training.reports.reporting import progress
 
@@ -84,8 +85,8 @@ def score(encoded: Dataset, uri: str, score_parts: ScoreParts, report: Callable[
 # --- by a deployment ---------------------------------------------------------------------------------
 
 
-def await_reference(app_name: str, report: Callable[[Report], None]) -> Reference:
-    """Waits until the deployment is ready, and returns its functions.
+def await_reference(app_name: str, report: Callable[[Report], None], adapter: Adapter | None = None) -> Reference:
+    """Waits until the deployment is ready, and returns its functions, which score with the adapter.
 
     Raises RuntimeError if the deployment cannot be loaded, or not within LOADING_SECONDS.
     """
@@ -98,7 +99,8 @@ def await_reference(app_name: str, report: Callable[[Report], None]) -> Referenc
         status = application.status if application else None
         if status == "RUNNING":
             handle = serve.get_app_handle(app_name)
-            return Reference(handle.score.remote, handle.token_logps.remote)
+            named = {"adapter": adapter} if adapter else {}
+            return Reference(partial(handle.score.remote, **named), partial(handle.token_logps.remote, **named))
         if application and status == "DEPLOY_FAILED":
             sentence = f"Ray Serve could not load the reference model {app_name}: {application.message}"
             report(Message(level="error", message=sentence))

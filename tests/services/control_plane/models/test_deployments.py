@@ -126,7 +126,7 @@ def test_a_model_that_is_served_in_another_precision_is_scored_by_an_engine_of_i
             scorer = await deployments.reference(session, on_gpus, A)
             await deployments.use(session, A)
             await deployments.use(session, A, app_name=scorer.app_name)
-        assert scorer == Reference(deployments.scorer_of(A), 1.0)
+        assert scorer == Reference(deployments.scorer_of(A), 1.0, A, None)
         await cluster.pin(A, scorer.app_name)
         async with cluster.store.begin() as session:
             placed = await deployments.place(session, on_gpus, {}, TWO)

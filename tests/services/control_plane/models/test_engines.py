@@ -10,6 +10,7 @@ import pytest
 from dpo_core.config import Lora, Quantization
 from services.contract import Adapter
 from services.control_plane.core.store import Store, migrate
+from services.control_plane.models.deployments import Reference, references
 from services.control_plane.models.engines import Engine, engine_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.settings import Settings
@@ -107,3 +108,29 @@ def test_what_cannot_be_attached_is_merged(
     found = engine(settings, model)
     assert found.why_merged == why
     assert (found.loaded == model) == (found.adapter is None) == (why is not None)
+
+
+def test_the_reference_of_a_job_that_goes_on_from_an_adapter_is_scored_with_it_by_the_engine_of_the_base(
+    settings: Settings,
+) -> None:
+    """A job keeps only the id and the source of its reference."""
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute(
+            "UPDATE models SET base_source = %s, adapter = '{\"r\": 8}' WHERE id = 'ft:1'",
+            [settings.models["tiny"].source],
+        )
+
+    async def find() -> dict[str, Reference]:
+        store = Store(settings.database_url)
+        try:
+            async with store.begin() as session:
+                adapter, base = NamedModel("ft:1", "s3://b/1", "tiny", AT), NamedModel("tiny", "/m", "tiny", AT)
+                return await references(session, settings, {"one": adapter, "other": base})
+        finally:
+            await store.close()
+
+    found = asyncio.run(find())
+    base = NamedModel("tiny", settings.models["tiny"].source, "tiny", AT)
+    assert (found["one"].app_name, found["one"].adapter) == (base.app_name, Adapter(id="ft:1", source="s3://b/1"))
+    assert found["one"].loaded.id == "tiny"
+    assert found["other"].adapter is None
