@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_VLLM = "0.29"  # older ones answered requests in flight with another adapter (vllm#47724)
 ABORT_SECONDS = 0.02  # how often the requests of a deleted adapter are aborted until all of them have ended
+REMEDY = "set the mode of its deployment to merged"
 UNUSED = ("modules_to_save", "use_dora", "target_parameters", "rank_pattern", "alpha_pattern")  # vLLM ignores these
 
 
@@ -103,7 +104,7 @@ class Adapters:
         if adapter.id in self._deleted:
             raise AdapterDeleted(adapter.id)
         if not self._most:
-            raise AdapterUnusable(f"The engine cannot attach '{adapter.id}': it attaches no adapters.")
+            raise AdapterUnusable(f"The engine cannot attach '{adapter.id}': it attaches no adapters; {REMEDY}.")
         attachment = self._attached.pop(adapter.id, None) or self._begin(adapter)
         self._attached[adapter.id] = attachment  # now the most recently used one
         attachment.num_uses += 1
@@ -141,7 +142,7 @@ class Adapters:
         answer = await self._models.load_lora_adapter(request)
         if isinstance(answer, ErrorResponse):
             refused = AdapterRefused if self._engine.errored else AdapterUnusable
-            raise refused(f"The engine cannot attach the adapter '{adapter.id}': {answer.error.message}")
+            raise refused(f"The engine cannot attach '{adapter.id}' ({answer.error.message}); {REMEDY}.")
         return self._models.lora_requests[adapter.id]
 
     def _shrink(self) -> None:
@@ -187,5 +188,5 @@ def _fetch(adapter: Adapter, cache: Path) -> Path:
         raise AdapterRefused(f"The files of the adapter '{adapter.id}' are gone: {adapter.source} lacks {CONFIG}.")
     config = json.loads((folder / CONFIG).read_text())
     if unused := [name for name in UNUSED if config.get(name)]:
-        raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': it has {', '.join(unused)}.")
+        raise AdapterUnusable(f"The engine cannot attach '{adapter.id}', which has {', '.join(unused)}; {REMEDY}.")
     return folder

@@ -98,6 +98,14 @@ def pids(serving: Serving) -> set[int]:
     return {replica["pid"] for replica in serving.status()["qwen"]["deployments"]["policy"]["replicas"]}
 
 
+def test_an_older_vllm_is_refused_because_it_mixes_adapters_up() -> None:
+    from services.serving.adapters import check_version
+
+    check_version("0.29.0")
+    with pytest.raises(RuntimeError, match="or newer, or set max_lora_rank to 0"):
+        check_version("0.28.1")
+
+
 def test_each_adapter_answers_as_in_peft_under_load(qwen: Serving, folders: list[Path], likeliest: list[float]) -> None:
     """Six adapters, of which four stay attached and two fit one step, are asked at random at the same time."""
     numbers = [number % NUM_ADAPTERS for number in range(120)]
