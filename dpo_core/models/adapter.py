@@ -34,7 +34,8 @@ def attach(
 ) -> None:
     """Puts a new adapter on the model, and freezes all other weights except those of the modules `trained_whole`.
 
-    `like` is needed if the model cannot compute yet: a model with weights and with the same kinds of layers. Raises InvalidOption for target modules that the model does not have, or whose adapters would not learn.
+    `like` is needed if the model cannot compute yet: a model with weights and with the same kinds of layers. Raises
+    InvalidOption for target modules that the model does not have, or whose adapters would not learn.
     """
     from peft import LoraConfig
 

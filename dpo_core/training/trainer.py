@@ -75,8 +75,8 @@ def train(
     `resume`. Every rank must be given the same batches, and computes its share of them. The loss is a mean over the
     groups of a batch. Therefore a list is refused if one of its batches has more than `batch_size` groups, or if the
     list has not `total_steps` batches. A batch may have fewer groups. The batches of a function are not checked. A
-    group longer than `max_length` is refused, and so is a `max_length` beyond the model's positions. `n_epochs` and `truncation` only record how the batches were made; so
-    does `seed`, which also draws an adapter's dropout.
+    group longer than `max_length` is refused, and so is a `max_length` beyond the model's positions. `n_epochs`
+    and `truncation` only record how the batches were made; so does `seed`, which also draws an adapter's dropout.
 
     If a checkpoint is due at a step, the call for the next result starts to write it to `checkpoint_dir/step-000012`
     while training continues. `publish` is then called with the step and the folder. All checkpoints are written when

@@ -55,7 +55,7 @@ def compare(load: Any, folder: Path, **options: Any) -> list[str]:
     scorer = Scorer(policy)
     shard(scorer, "full")
     together(lambda: read_parts(policy), torch.device("cpu"))
-    own, theirs = ({n: p for n, p in model.named_parameters(remove_duplicate=False)} for model in (policy, whole))
+    own, theirs = (dict(model.named_parameters(remove_duplicate=False)) for model in (policy, whole))
     assert own.keys() == theirs.keys()
     different = [
         name

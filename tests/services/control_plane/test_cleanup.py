@@ -193,7 +193,8 @@ def test_models_whose_files_cannot_be_removed_keep_no_others(
     gone = storage.join(settings.storage_url, "runs", job.id, "export")
     add = (
         "INSERT INTO models (id, project_id, source, root, job_id, deleted_at) "
-        "SELECT 'ft:' || n, 'proj_default', %s, 'tiny', %s, now() - n * interval '1 day' FROM generate_series(%s::int, %s::int) n"
+        "SELECT 'ft:' || n, 'proj_default', %s, 'tiny', %s, now() - n * interval '1 day' "
+        "FROM generate_series(%s::int, %s::int) n"
     )
     rows.execute(add, ["elsewhere://bucket/export", job.id, 1, MOST])
     rows.execute(add, [gone, job.id, 0, 0])  # the last one that was deleted

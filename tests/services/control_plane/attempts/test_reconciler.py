@@ -786,7 +786,7 @@ def test_a_job_that_ends_makes_room_for_the_next_one_at_once(
         ray_api = RayApi(settings, store.instance)
         task = asyncio.create_task(Reconciler(store, ray_api, settings, holder="test-0").run())
         async with asyncio.timeout(60):
-            while f"{second}-1" not in ray.jobs:
+            while f"{second}-1" not in ray.jobs:  # noqa: ASYNC110 - another thread's list
                 await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -218,7 +218,7 @@ def test_uploads_of_one_project_delay_the_check_of_anothers_by_a_turn_or_two(
 
     async def check(uri: str, *_: Any) -> dict[str, Any]:
         begun.append(uri)
-        while not waits.is_set():
+        while not waits.is_set():  # noqa: ASYNC110 - the test's thread sets it
             await asyncio.sleep(0.01)
         return {"report": {"kind": "pairs", "num_rows": 12}, "refusal": None}
 
