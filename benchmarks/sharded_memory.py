@@ -3,10 +3,10 @@
     python benchmarks/sharded_memory.py --ranks 1 2 4
 
 The model is a Llama with 50M random weights, in bfloat16 on disk and trained in float32. *loading* reads the weights,
-*training* also takes two steps on small packs, without a checkpoint. A figure is the largest of any
-rank, minus the rank's memory after it had trained a small model in the same way. Pages of the mapped safetensors file count only in *with file*, the kernel's VmHWM: they
-are the page cache of the machine, shared by all ranks, and go as soon as the weights are read. `--whole` also measures
-ranks that load the whole model and then split it.
+*training* also takes two steps on small packs, without a checkpoint. A figure is the largest of any rank, minus the
+rank's memory after it had trained a small model in the same way. Pages of the mapped safetensors file count only in
+*with file*, the kernel's VmHWM: they are the page cache of the machine, shared by all ranks, and go as soon as the
+weights are read. `--whole` also measures ranks that load the whole model and then split it.
 """
 
 import argparse

@@ -55,6 +55,7 @@ BODIES: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
         ("model", {"model": "model_id", "rows": ROWS}),
         ("reference", {"model": "tiny", "reference": "model_id", "beta": 1, "rows": ROWS}),
     ],
+    "PUT /v1/x/deployments/{model_id}": [(None, {"pinned": True})],
     "POST /v1/x/keys": [("project_id", {"name": "a key", "project_id": "project_id"})],
     "POST /v1/x/projects/{project_id}": [(None, {"name": "taken over"})],
     "POST /v1/fine_tuning/checkpoints/{model_id}/permissions": [(None, {"project_ids": ["proj_default"]})],
