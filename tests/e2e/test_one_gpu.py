@@ -1,9 +1,13 @@
 """One GPU, on which engines and jobs take turns. Ray counts a GPU that is not there; engines run on CPUs."""
 
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 from tests.e2e.conftest import Service, running_service, tiny_model, wait_for
@@ -12,7 +16,6 @@ from tests.e2e.test_service import finished, messages, shop_pairs, wait_for_step
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 
 PATIENT = {"RAYDPO_MODEL_WAIT_SECONDS": "900", "RAYDPO_NUM_GPUS_PER_MODEL": "1"}
-HALVES = ("one", "two", "three")
 
 
 def submit(client: openai.OpenAI, count: int, epochs: int) -> str:
@@ -37,17 +40,14 @@ def chat(client: openai.OpenAI, model: str) -> int:
 
 
 def models(folder: Path) -> dict[str, Path]:
-    """One model under several names."""
-    return dict.fromkeys(("tiny", *HALVES), tiny_model(folder / "tiny"))
+    return {"tiny": tiny_model(folder / "tiny")}
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    """One `tiny` fits on the GPU, or its scorer, or two of HALVES."""
+    """`tiny` fits on the GPU, or its scorer."""
     with running_service(models, **PATIENT, RAY_OVERRIDE_RESOURCES='{"GPU": 1}') as service:
         with service.client() as client:
-            for name in HALVES:
-                client.put(f"/x/deployments/{name}", body={"num_gpus": 0.5, "dtype": "float32"}, cast_to=object)
             own = {"dtype": "float32", "max_model_len": 256}  # so that another engine scores
             client.put("/x/deployments/tiny", body=own, cast_to=object)
         yield service
@@ -67,3 +67,48 @@ def test_a_job_with_a_served_reference_goes_through_with_chat_between_its_pause_
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running", "it goes on", seconds=600)
     assert chat(client, "tiny") > 0
     assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+
+
+@pytest.mark.parametrize("seconds", [20, pytest.param(360, marks=pytest.mark.long)])
+def test_a_gpu_node_that_appears_late_fails_nothing(seconds: int) -> None:
+    with running_service(models, **PATIENT, RAYDPO_MAX_CLUSTER='{"GPU": 1}') as service, service.client() as client:
+        job_id = submit(client, 40, 1)
+        stage = wait_for(lambda: stage_of(client, job_id), "its reference is awaited", seconds=600)
+        assert stage == "loading reference"
+        time.sleep(seconds)
+        assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
+        with gpu_node(service):
+            assert finished(client, job_id).status == "succeeded", messages(client, job_id)
+        assert not any("Attempt 1 ended" in message for message in messages(client, job_id))
+
+
+def stage_of(client: openai.OpenAI, job_id: str) -> str | None:
+    job = client.get(f"/fine_tuning/jobs/{job_id}", cast_to=dict[str, dict[str, dict[str, str]]])
+    stage = (job["x_raydpo"].get("progress") or {}).get("stage")
+    return stage if stage == "loading reference" else None
+
+
+NODE = """
+import sys, time
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+resources = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 200_000_000}
+Node(RayParams(gcs_address=sys.argv[1], node_ip_address="127.0.0.1", **resources), head=False, spawn_reaper=False)
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def gpu_node(service: Service) -> Iterator[None]:
+    """A second node of the service's Ray, with a GPU that is not there. `ray start` takes no second one on loopback."""
+    (gcs,) = [process for process in service.processes() if process.name() == "gcs_server"]
+    (port,) = [word.partition("=")[2] for word in gcs.cmdline() if word.startswith("--gcs_server_port=")]
+    node = psutil.Popen([sys.executable, "-c", NODE, f"127.0.0.1:{port}"], env=gcs.environ())
+    try:
+        yield
+    finally:
+        started = [*node.children(recursive=True), node]
+        for process in started:
+            process.terminate()
+        psutil.wait_procs(started, timeout=30)
