@@ -34,7 +34,7 @@ Mode = Literal["auto", "merged"]
 
 
 class Replicas(BaseModel):
-    """The number of replicas. Ray Serve keeps it between `min` and `max`, by the load."""
+    """The number of replicas of a model. Ray Serve adapts the number to the load, between `min` and `max`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     min: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -44,17 +44,19 @@ class Replicas(BaseModel):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.min > self.max:
-            raise ValueError(f"min is {self.min}, above max, which is {self.max}; lower min, or raise max")
+            raise ValueError(
+                f"replicas.min is {self.min}, which is more than replicas.max, {self.max}; lower min, or raise max"
+            )
         return self
 
 
 def _as_range(value: object) -> object:
-    """A number of replicas is short for as many at least and at most."""
+    """Returns a single number n of replicas as the range from n to n. Returns any other value unchanged."""
     return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class EngineSettings(BaseModel):
-    """The settings that a replica and its engine take as they are."""
+    """The settings that are passed unchanged to a model's replicas and their engines."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     replicas: Annotated[Replicas, BeforeValidator(_as_range)] = Replicas()
@@ -69,7 +71,7 @@ class EngineSettings(BaseModel):
 
 
 class DeploymentSettings(EngineSettings):
-    """How a model is served."""
+    """The settings of a model's deployment."""
 
     mode: Mode = "auto"  # of an adapter: attached to its base's engine if it can be (auto), or merged into its base
     pinned: bool = False  # whether the model is loaded without a request, and never evicted
@@ -82,22 +84,33 @@ class DeploymentSettings(EngineSettings):
     @classmethod
     def _whole_or_share(cls, num_gpus: float | None) -> float | None:
         if num_gpus is not None and num_gpus > 1 and num_gpus % 1:
-            raise ValueError(f"{num_gpus:g} is neither a share below 1 nor a whole number of GPUs; round it")
+            raise ValueError(f"num_gpus is {num_gpus:g}; it must be a share below 1 or a whole number")
         return num_gpus
 
     def trouble(self, *, num_gpus: float, dtype: Dtype) -> tuple[str, str] | None:
-        """Returns the name of a field that cannot work, and the reason; None if all can.
+        """Returns the name of the first field whose value cannot work, and the reason; None if all values can work.
 
-        `num_gpus` and `dtype` are those of a replica.
+        `num_gpus` is the number of GPUs for each replica, `dtype` the number type in which the model is served.
         """
         for name in ("gpu_memory_utilization", "quantization"):
             if (value := getattr(self, name)) is not None and not num_gpus:
-                return name, f"{name} is {value}, and the model is served on CPUs; set num_gpus, or leave {name} out"
+                return (
+                    name,
+                    f"{name} is {value}, which only GPUs support, but the model is served on CPUs; set num_gpus, or "
+                    f"leave {name} out",
+                )
         if self.max_cpu_loras < self.max_loras:
             most = f"max_loras, which is {self.max_loras}"
-            return "max_cpu_loras", f"max_cpu_loras is {self.max_cpu_loras}, below {most}; raise it, or lower max_loras"
+            return (
+                "max_cpu_loras",
+                f"max_cpu_loras is {self.max_cpu_loras}, less than {most}; raise max_cpu_loras, or lower max_loras",
+            )
         if self.quantization is not None and dtype == "float32":
-            return "quantization", f"quantization is {self.quantization}, and dtype is float32; set dtype to bfloat16"
+            return (
+                "quantization",
+                f"quantization is {self.quantization}, which does not work with the dtype float32; set dtype to "
+                "bfloat16",
+            )
         return None
 
     def engine(self) -> EngineSettings:

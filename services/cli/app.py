@@ -110,8 +110,8 @@ def up(
 ) -> None:
     """Run the service in the foreground until Ctrl-C.
 
-    The command also starts PostgreSQL and Ray, unless DATABASE_URL and --ray-address name running ones.
-    `raydpo settings` lists all settings of the service; docs/operate/settings.md explains each setting.
+    The command also starts PostgreSQL, unless DATABASE_URL is set, and Ray, unless --ray-address is given. `raydpo
+    settings` lists all settings of the service; docs/operate/settings.md explains each setting.
     """
     # Imported objects live until the process ends. Collecting garbage among them takes a tenth of the start.
     gc.disable()

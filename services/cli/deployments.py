@@ -47,11 +47,12 @@ def change(
         list[str],
         typer.Argument(
             metavar="FIELD=VALUE...",
-            help="Settings such as replicas=2, replicas.max=4 or pinned=true. VALUE is YAML; null sets the default.",
+            help="Settings such as replicas=2, replicas.max=4 or pinned=true. VALUE is YAML; null resets the "
+            "setting to its default.",
         ),
     ],
 ) -> None:
-    """Set how a model is served, and print the deployment as JSON. Settings that are not named stay as they are."""
+    """Set how a model is served, and print the deployment as JSON. All other settings keep their values."""
     found: Any = client.get(path_of(model_id), cast_to=object)
     body = dict(found["chosen"])
     for text in values:
@@ -61,7 +62,7 @@ def change(
 
 @api_command(app)
 def reset(client: "OpenAI", model_id: ModelId) -> None:
-    """Give a model's deployment its defaults again, and print the deployment as JSON."""
+    """Reset all settings of a model's deployment to their defaults, and print the deployment as JSON."""
     out.print_json(data=client.delete(path_of(model_id), cast_to=object))
 
 
@@ -70,7 +71,9 @@ def path_of(model_id: str) -> str:
 
 
 def _assign(body: dict[str, Any], text: str) -> None:
-    """Sets the field of a FIELD=VALUE text. `replicas.max` is a field of `replicas`."""
+    """Sets the field that a FIELD=VALUE text names in a request body. The field `replicas.max` is the field `max` of
+    `replicas`.
+    """
     field, found, value = text.partition("=")
     if not found or not field:
         fail(f"{text}: write FIELD=VALUE, such as replicas=2.")

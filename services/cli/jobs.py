@@ -113,7 +113,8 @@ def create(
         ),
     ] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show the job's progress until the job ends, instead of exiting at once.")
+        bool,
+        typer.Option("--watch", help="Show the job's progress until the job ends, instead of exiting immediately."),
     ] = False,
 ) -> None:
     """Submit a training job and print the job's id. The service checks the request before any file is uploaded."""

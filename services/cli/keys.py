@@ -20,7 +20,7 @@ DAY = 86_400
 @api_command(app)
 def create(
     client: "OpenAI",
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name by which you recognize the key.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new key in lists of keys.")],
     scope: Annotated[
         list[str] | None,
         typer.Option(

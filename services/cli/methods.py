@@ -21,10 +21,12 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(
-    method: Annotated[str | None, typer.Argument(help="Objective to show in full. Default: list all.")] = None,
+    method: Annotated[
+        str | None, typer.Argument(help="Name of the objective to show in full. Default: list all objectives.")
+    ] = None,
     as_json: AsJson = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the objectives as the Markdown table of docs/use/objectives.md.")
+        bool, typer.Option("--markdown", help="Print the objectives as a Markdown table, as in docs/use/objectives.md.")
     ] = False,
 ) -> None:
     """List the training objectives, each with its kind of data, options, defaults, ranges and papers."""

@@ -22,8 +22,9 @@ ModelId = Annotated[str, id_argument("Name of the model.")]
 Format = Annotated[
     Literal["adapter", "merged"] | None,
     typer.Option(
-        help="adapter: the adapter alone. merged: one model with all weights; the service merges an adapter into its "
-        "base first, in float32. Default: the adapter, or all weights if the policy is no adapter."
+        help="Form of the weights. adapter: only the adapter. merged: one model with all weights; the service "
+        "first merges the adapter into its base model, in float32. Default: adapter if the policy has one, "
+        "else all weights."
     ),
 ]
 
@@ -53,13 +54,14 @@ def download(
     client: "OpenAI",
     model_id: ModelId,
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder to write the model to. It must be empty or not exist.")
+        Path, typer.Argument(metavar="DIR", help="Folder to write the model to. The folder must be empty or not exist.")
     ],
     format: Format = None,
 ) -> None:
     """Download the weights of a trained policy as a Hugging Face folder.
 
-    A download that broke off goes on when the command runs again. What arrives is checked before it is unpacked.
+    If the download is interrupted, run the command again to continue it. The command verifies the download before it
+    unpacks the files.
     """
     from services.cli.weights import Download
 
@@ -71,16 +73,25 @@ def download(
 def push(
     client: "OpenAI",
     model_id: ModelId,
-    target: Annotated[str, typer.Argument(metavar="hf://ORG/NAME", help="Repository on the Hugging Face hub.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="hf://ORG/NAME",
+            help="Repository on the Hugging Face hub to upload to, such as hf://organization/name.",
+        ),
+    ],
     format: Format = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Let everybody read the repository, if it is new. Default: private.")
+        bool,
+        typer.Option(
+            "--public", help="Let everybody read the repository, if the command creates it. Default: private."
+        ),
     ] = False,
 ) -> None:
     """Upload the weights of a trained policy to the Hugging Face hub.
 
-    The weights go through this machine, with the token in HF_TOKEN or of `hf auth login`. The service does not see the
-    token.
+    The command downloads the weights to this machine and uploads them with the token in HF_TOKEN or from `hf auth
+    login`. The service does not see the token.
     """
     from services.cli.weights import Download, hub_name, push
 
@@ -92,7 +103,7 @@ def push(
 
 
 def _tell(about: dict[str, Any]) -> None:
-    """Prints what a downloaded model is."""
+    """Prints the name, the form and the origin of a downloaded model."""
     if about["merge"]:
         difference, of = about["merge"]["largest_difference"], about["merge"]["difference_of"]
         err.print(f"merged into {about['base']}; {of} differ from the adapter's by at most {difference:.1e}")
@@ -109,7 +120,7 @@ def delete(client: "OpenAI", model_id: ModelId) -> None:
 
 @api_command(app)
 def warm(client: "OpenAI", model_id: ModelId) -> None:
-    """Load a model now, and wait until it runs. What it waits for is printed meanwhile."""
+    """Load a model now, and wait until it can answer. Meanwhile the command prints what the model waits for."""
     told = ""
     while True:
         found: Any = client.post(f"{path_of(model_id)}/warm", cast_to=object)

@@ -1,4 +1,6 @@
-"""Counts how often rewards agree with the ratings of a file, and by how much the better completions lead."""
+"""Counts how often rewards agree with the ratings in a file, and by how much the rewards of better completions exceed
+those of worse ones.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """The accuracy and the margins of some rows."""
+    """The number of rows, the accuracy and the margins of a set of rows."""
 
     num_rows: int = 0
     num_correct: int = 0
@@ -20,7 +22,7 @@ class Tally:
 
     @property
     def accuracy(self) -> float:
-        """The share of rows in which every best completion has a higher reward than every other one."""
+        """The share of rows in which every best-rated completion has a higher reward than every other completion."""
         return self.num_correct / self.num_rows
 
     def line(self) -> str:
@@ -29,13 +31,15 @@ class Tally:
 
 @dataclass
 class Summary:
-    """The tallies of all rows, and of each subset. Rows that say of no completion that it is better are left out."""
+    """The tallies of all rows, and of the rows of each subset. Rows whose completions all have the same rating are left
+    out.
+    """
 
     all: Tally = field(default_factory=Tally)
     subsets: dict[str, Tally] = field(default_factory=dict)
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Adds a line of results of `raydpo rewards`."""
+        """Adds one line of results from `raydpo rewards` to the tallies."""
         ratings, rewards = result["ratings"], [each["reward"] for each in result["completions"]]
         if ratings is None or len(set(ratings)) < 2:
             return

@@ -38,18 +38,26 @@ def register(app: typer.Typer) -> None:
                 "in RewardBench 2's, or with `prompt` and `completions`; or the id of an uploaded file."
             ),
         ],
-        model: Annotated[str, typer.Option(help="Name of the policy or reward model.")],
+        model: Annotated[str, typer.Option(help="Name of the policy or the reward model that scores the rows.")],
         reference: Annotated[
-            str | None, typer.Option(help="Model to compare with. Default: the reference of the policy's job.")
+            str | None,
+            typer.Option(
+                help="Name of the reference model, with which the policy is compared. Default: the reference model of "
+                "the job that trained the policy."
+            ),
         ] = None,
         beta: Annotated[
-            float | None, typer.Option(help="Scale of rewards. Default: the beta of the policy's job.")
+            float | None,
+            typer.Option(
+                help="Factor by which log-ratios are multiplied to give rewards. Default: the hyperparameter beta of "
+                "the job that trained the policy."
+            ),
         ] = None,
         out: Annotated[
             Path | None,
             typer.Option(
-                help="File for the rewards, one JSON object a line. If the file has some already, the command goes on "
-                "after them. Default: standard output."
+                help="File to write the rewards to, one JSON object per line. If the file already holds rewards, the "
+                "command continues after the last one. Default: standard output."
             ),
         ] = None,
         columns: Columns = None,
@@ -78,7 +86,9 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A group to score, and its place in the file: a line, and a number from 1 among the groups of the line."""
+    """A group (a prompt and its completions) to score, and its position in the file: its line, and its number, from 1,
+    among the groups of this line.
+    """
 
     line: int
     number: int
@@ -87,14 +97,14 @@ class Task:
     subset: str | None
 
     def row(self) -> dict[str, Any]:
-        """Returns the row of the request."""
+        """Returns the group as a row of the request body."""
         extras = {"tools": self.group.tools, "chat_template_kwargs": self.group.template_arguments}
         row = {"prompt": self.group.prompt, "completions": self.group.completions}
         return row | {name: value for name, value in extras.items() if value}
 
 
 def _tasks(rows: BinaryIO, columns: Mapping[str, str]) -> Iterator[Task]:
-    """Yields the groups of the file. Exits with an error at the first row that cannot be read."""
+    """Yields a task for each group of the file. Exits with an error at the first row that cannot be read."""
     from dpo_core.data.feedback import read_records
     from dpo_core.data.jsonl import InvalidRow
     from dpo_core.data.scored_formats import SCORED_FORMATS
@@ -114,7 +124,9 @@ def _tasks(rows: BinaryIO, columns: Mapping[str, str]) -> Iterator[Task]:
 
 @contextmanager
 def _local(client: "OpenAI", file: str) -> Iterator[Path]:
-    """Yields the path of the file. A file of the service is downloaded while the block runs."""
+    """Yields the path of the file on this machine. A file of the service is downloaded first, and its copy is deleted
+    at the end of the block.
+    """
     if Path(file).is_file() or not file.startswith("file-"):
         yield Path(file)
         return
@@ -137,9 +149,11 @@ def _opened(out: Path | None) -> Iterator[BinaryIO]:
 
 
 def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tuple[int, int]:
-    """Reads the results that the file has, and returns the place of the last one; (0, 0) if there is none.
+    """Reads the results that an earlier call wrote to the file. Returns the position (line, number) of the last result;
+    (0, 0) if there is none.
 
-    Removes a line that was cut off. Exits with an error if the results are of another model, reference or beta.
+    Removes an incomplete last line. Exits with an error if the results come from another model, reference model or
+    beta.
     """
     last, end = (0, 0), 0
     for line in results:
@@ -162,7 +176,9 @@ def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tupl
 
 
 class _Voice:
-    """Says what the command does: in place on a terminal, or in a line every PLAIN_SECONDS."""
+    """Shows the progress of the command: a line that changes on a terminal, or a new line every PLAIN_SECONDS in a
+    pipe.
+    """
 
     def __init__(self, status: Status) -> None:
         self._status = status
@@ -176,7 +192,7 @@ class _Voice:
 
 
 def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -> Iterator[dict[str, Any]]:
-    """Yields a line of results for each task, in order, and shows the progress."""
+    """Yields the line of results for each task, in the order of the tasks, and shows the progress."""
     began, count = time.monotonic(), 0
     with err.status("reading") as status:
         voice = _Voice(status)
@@ -188,7 +204,7 @@ def _scored(client: "OpenAI", asked: Mapping[str, Any], tasks: Iterator[Task]) -
 
 
 def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
-    """Yields the tasks of one request at a time."""
+    """Yields lists of tasks, each of which fits into one request."""
     chunk: list[Task] = []
     num_bytes = 0
     for task in tasks:
@@ -203,7 +219,9 @@ def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
 
 
 def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _Voice) -> list[dict[str, Any]]:
-    """Returns the results of the tasks. A request that is too large is divided; a model that loads is waited for."""
+    """Requests the rewards of the tasks and returns the results. Divides a request that is too large, and waits while
+    the model loads.
+    """
     from openai import APIStatusError
 
     deadline = time.monotonic() + WAIT_SECONDS
@@ -234,7 +252,7 @@ def _message(error: "APIStatusError") -> str:
 
 
 def _at_line(error: "APIStatusError", chunk: Sequence[Task]) -> str:
-    """Returns the error with the line of the file in place of the number of the request's row."""
+    """Returns the error's message with the row's line in the file in place of the row's index in the request."""
     message, rows = _message(error), (error.param or "").split(".")
     if len(rows) < 2 or rows[0] != "rows":
         return message

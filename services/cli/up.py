@@ -146,7 +146,10 @@ def _model(argument: str) -> tuple[str, str]:
             raise Refused(f"{folder} holds no config.json; set --model to the folder of a Hugging Face model.")
         return name, str(folder.resolve())
     if source.startswith((".", "/", "~")):
-        raise Refused(f"{source}, the source of model {name}, is not a folder; name a folder or a hub id.")
+        raise Refused(
+            f"the source {source} of model {name!r} is not a folder; give an existing folder or an id on the "
+            "Hugging Face hub."
+        )
     return name, source
 
 

@@ -1,4 +1,4 @@
-"""The `raydpo usage` command: what projects, keys and models used."""
+"""The `raydpo usage` command: list how many requests, tokens and accelerator seconds projects, keys and models used."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,14 +24,22 @@ def register(app: typer.Typer) -> None:
     def usage(
         client: "OpenAI",
         by: Annotated[
-            Literal["project", "key", "model", "day"], typer.Option(help="What the sums are told for.")
+            Literal["project", "key", "model", "day"],
+            typer.Option(help="What each row of the report sums up: a project, a key, a model or a day."),
         ] = "day",
         first: Annotated[
             str | None,
-            typer.Option("--from", metavar="YYYY-MM-DD", help="First day, in UTC. Default: 29 days before the last."),
+            typer.Option(
+                "--from",
+                metavar="YYYY-MM-DD",
+                help="First day of the report (inclusive, in UTC). Default: 29 days before the last day.",
+            ),
         ] = None,
         last: Annotated[
-            str | None, typer.Option("--to", metavar="YYYY-MM-DD", help="Last day, in UTC. Default: today.")
+            str | None,
+            typer.Option(
+                "--to", metavar="YYYY-MM-DD", help="Last day of the report (inclusive, in UTC). Default: today."
+            ),
         ] = None,
         limit: Limit = 100,
         as_json: AsJson = False,

@@ -44,9 +44,11 @@ list_command(
 @api_command(app)
 def create(
     client: "OpenAI",
-    receiver: Annotated[str, typer.Argument(metavar="URL", help="The https:// URL to which the service posts events.")],
+    receiver: Annotated[
+        str, typer.Argument(metavar="URL", help="URL to which the service posts events; it begins with https://.")
+    ],
     event: Events = None,
-    name: Annotated[str, typer.Option(help="Name by which you recognize the endpoint.")] = "raydpo",
+    name: Annotated[str, typer.Option(help="Name of the endpoint in lists of endpoints.")] = "raydpo",
 ) -> None:
     """Add a webhook endpoint. Prints the endpoint's id, and once only the secret that signs the endpoint's events."""
     body = {"name": name, "url": receiver, "event_types": event or _event_types(client)}

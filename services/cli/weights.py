@@ -32,7 +32,9 @@ HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 
 class Download:
-    """A download of one model. What has arrived is kept beside the folder, so that the same command goes on with it."""
+    """A download of one model. The bytes received so far are kept in a file beside the folder, so that a repeated
+    command continues the download.
+    """
 
     def __init__(self, client: "OpenAI", model_id: str, format: str | None, folder: Path) -> None:
         self._url = f"{client.base_url}models/{model_id}/content"
@@ -42,7 +44,7 @@ class Download:
         self._received = 0  # bytes
 
     def run(self) -> dict[str, Any]:
-        """Downloads, checks and unpacks the model. Returns the content of its raydpo.json."""
+        """Downloads, verifies and unpacks the model. Returns the content of the model's file raydpo.json."""
         if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
             fail(f"{self._folder} is not an empty folder; name another one.")
         self._folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ class Download:
         return about
 
     def _try(self, step: Callable[[], Value]) -> Value:
-        """Calls `step` again while the service asks for it, or the connection breaks."""
+        """Calls `step` until it succeeds: again if the service asks for a later try, or if the connection breaks."""
         tries, received, told = 0, self._received, ""
         while tries < MOST_TRIES:
             try:
@@ -78,7 +80,9 @@ class Download:
         return fail(f"the weights did not come in {MOST_TRIES} tries; the same command goes on where this one stopped.")
 
     def _fetch(self, bar: Progress) -> Path:
-        """Appends the rest of the tar to what has arrived. Begins anew if the service's tar has another ETag."""
+        """Appends the rest of the tar to the bytes received so far. Starts again from the beginning if the service's
+        tar has another ETag.
+        """
         part, headers = self._part(), dict(self._key)
         if part and (size := part.stat().st_size):
             headers |= {"Range": f"bytes={size}-", "If-Range": f'"{part.suffixes[-2][1:]}"'}
@@ -98,7 +102,7 @@ class Download:
             return part
 
     def _part(self) -> Path | None:
-        """Returns the file with what has arrived so far. Its name holds the ETag of the tar."""
+        """Returns the path of the file with the bytes received so far. The file's name contains the ETag of the tar."""
         return next(self._folder.parent.glob(f".{glob.escape(self._folder.name)}.*.part"), None)
 
     def _append(self, answer: httpx.Response, part: Path, bar: Progress) -> None:
@@ -115,7 +119,7 @@ class Download:
             bar.remove_task(task)
 
     def _digest(self) -> str:
-        """Returns the SHA-256 of the whole tar, as the service writes it."""
+        """Returns the SHA-256 of the whole tar in the form in which the service states it."""
         asked = self._key | {"Want-Repr-Digest": "sha-256=1", "Range": "bytes=0-0"}
         answer = httpx.get(self._url, params=self._params, headers=asked, timeout=DIGEST_SECONDS)
         if answer.is_error:
@@ -124,7 +128,7 @@ class Download:
 
 
 class _TryLater(Exception):
-    """The service asks for the request to be sent again."""
+    """Raised if the service asks the client to send the request again later."""
 
     def __init__(self, message: str, code: str | None, seconds: float) -> None:
         super().__init__(message)
@@ -132,7 +136,7 @@ class _TryLater(Exception):
 
 
 def _refusal(answer: httpx.Response) -> _TryLater:
-    """Returns the exception to raise for a refused request. Ends the command if a further try would not help."""
+    """Returns the exception to raise for a refused request. Ends the command if another try would not help."""
     try:
         error = answer.json()["error"]
     except (ValueError, LookupError, TypeError):
@@ -150,7 +154,9 @@ def _bar() -> Iterator[Progress]:
 
 
 def _unpack(tar: Path, folder: Path) -> None:
-    """Unpacks a tar of plain files. Fails, and leaves nothing, if a file would lie outside the folder."""
+    """Unpacks a tar of plain files into a folder. Fails, and leaves no files behind, if a file's path leads outside the
+    folder.
+    """
     beside = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -172,7 +178,7 @@ def _unpack(tar: Path, folder: Path) -> None:
 
 
 def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
-    """Uploads a folder to the hub with the user's own token. Returns the URL of the commit."""
+    """Uploads a folder to the Hugging Face hub with the user's own token. Returns the URL of the hub's commit."""
     name = hub_name(target)
     try:
         from huggingface_hub import HfApi, get_token
@@ -180,23 +186,29 @@ def push(folder: Path, target: str, *, public: bool, summary: str) -> str:
     except ImportError:
         fail("raydpo models push needs the package huggingface-hub; install it with `pip install huggingface-hub`.")
     if get_token() is None:
-        fail("there is no token of the hub; set HF_TOKEN to a token that may write, or run `hf auth login`.")
+        fail(
+            "there is no token for the Hugging Face hub; set HF_TOKEN to a token with write access, or run `hf "
+            "auth login`."
+        )
     api = HfApi()
     try:
         api.create_repo(name, private=not public, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=summary))
     except HFValidationError as error:
-        fail(f"'{target}' is no name on the hub: {error}")
+        fail(f"'{target}' is not a valid repository name on the Hugging Face hub: {error}")
     except HfHubHTTPError as error:
         status = error.response.status_code
         needs = "; its token needs the right to write there" if status in (401, 403, 404) else ""
-        fail(f"the hub refuses {name} with {status}: {error.server_message or error}{needs}.")
+        fail(
+            f"the Hugging Face hub refuses the repository {name} with status {status}: "
+            f"{error.server_message or error}{needs}."
+        )
     except httpx.HTTPError as error:
         fail(f"the hub at {api.endpoint} does not answer: {error}")
 
 
 def hub_name(target: str) -> str:
-    """Returns the repository's name in `hf://organization/name`."""
+    """Returns the repository's name, `organization/name`, in a text such as `hf://organization/name`."""
     if not (found := HUB.fullmatch(target)):
         fail(f"'{target}' must be hf://organization/name, such as hf://my-team/my-policy.")
     return found[1]

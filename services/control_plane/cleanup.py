@@ -1,7 +1,7 @@
 """Removes expired and deleted objects from storage and the database. Runs beside the reconciler that has the lease.
 
-A sweep is one pass over the objects of one sort. A sweep may run twice, or in two processes at once, without harm. Each
-sweep removes a limited number of objects; the next one goes on.
+A sweep is one pass over the objects of one kind. A sweep may run twice, or in two processes at the same time, without
+harm. Each sweep removes a limited number of objects; the next sweep continues with the rest.
 """
 
 import asyncio
@@ -97,9 +97,9 @@ class Sweeper:
         await _remove(side_jobs_left)
 
     async def _put_away(self) -> None:
-        """Moves files in storage that no database row names to the trash.
+        """Moves files that no database row names from the storage folder to the trash folder.
 
-        Deletes instead the files whose rows are marked as deleted, and the remains of interrupted writes.
+        Files whose rows are marked as deleted, and the remains of interrupted writes, are deleted immediately instead.
         """
         ages = await self._ages("files")
         old = [name for name, seconds in ages.items() if seconds > GRACE_SECONDS]
@@ -142,7 +142,8 @@ class Sweeper:
     async def _remove_models(self) -> None:
         """Deletes the files of deleted models from storage; for a checkpoint's model, all files of the checkpoint.
 
-        The order is random, so that models whose files cannot be deleted keep no others from being deleted.
+        Deletes them in random order, so that models whose files cannot be deleted do not block the deletion of other
+        models.
         """
         place = func.coalesce(Checkpoint.uri, Model.source)
         left = select(Model.id, place).outerjoin(Checkpoint, Checkpoint.model_id == Model.id)
@@ -191,7 +192,7 @@ async def stop_orphans(store: Store, ray_api: RayApi) -> list[str]:
 
 
 async def _stop(ray_api: RayApi, submission_id: str) -> bool:
-    """Asks Ray to stop a job. Returns False if Ray fails to; the next sweep asks again."""
+    """Asks Ray to stop a job. Returns False if Ray does not accept the request; the next sweep asks again."""
     try:
         await ray_api.stop(submission_id)
     except httpx.HTTPError as error:

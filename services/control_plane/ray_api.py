@@ -95,7 +95,7 @@ class ServeView:
 
 @dataclass(frozen=True)
 class Load:
-    """What the replicas of an application do, as their engines measure it."""
+    """The load of an application's replicas, as their engines measure it."""
 
     num_replicas: int  # that answered
     requests_in_flight: int

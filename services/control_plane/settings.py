@@ -18,14 +18,20 @@ from services.uri import check_prefix
 
 def _model_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError(f"model name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
+        raise ValueError(
+            f"the model name {name!r} is not valid; write 1 to 64 letters, digits, dots, dashes or underscores, "
+            "and begin with a letter or digit"
+        )
     return name
 
 
 def _without_key(place: str) -> str:
     """Raises ValueError if a storage URI holds a key, because Ray's list of jobs, rows and logs show the URI."""
     if "@" in urlsplit(place).netloc:
-        raise ValueError("holds a key before its '@'; leave that out, and give it as AWS_ACCESS_KEY_ID or the like")
+        raise ValueError(
+            "the URI contains credentials before its '@'; remove them, and set them in the environment, for "
+            "example as AWS_ACCESS_KEY_ID"
+        )
     return place
 
 
@@ -39,7 +45,7 @@ def _webhook_prefix(prefix: str) -> str:
 
 
 class BaseModel(pydantic.BaseModel):
-    """A base model, which jobs can start from."""
+    """A base model, which users can query and jobs can train."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     source: Annotated[str, AfterValidator(_without_key)]  # local folder, storage URI or hub id
@@ -48,7 +54,7 @@ class BaseModel(pydantic.BaseModel):
 
 
 class DeploymentLimits(pydantic.BaseModel):
-    """What a project may choose for the deployments of its own models."""
+    """The limits on how a project may serve its own models."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     max_replicas: int = Field(default=1, ge=1)
@@ -71,170 +77,204 @@ class Settings(BaseSettings):
     )
 
     home: Path = Field(
-        default=Path("~/.raydpo"), description="Folder of all that `raydpo up` keeps, and of the file `raydpo.toml`."
+        default=Path("~/.raydpo"),
+        description="Folder in which `raydpo up` keeps all its files, and which may hold the settings file "
+        "`raydpo.toml`.",
     )
     settings_file: Path | None = Field(
-        default=None, description="The settings file, in TOML. Without it: `raydpo.toml` in `home`."
+        default=None, description="Path of the settings file, in TOML. If unset: `raydpo.toml` in `home`."
     )
     database_url: str = Field(
         validation_alias="DATABASE_URL",
-        description="The database, `postgresql://user:password@host/name`. Without it `raydpo up` starts one.",
+        description="URL of the PostgreSQL database, `postgresql://user:password@host/name`. If unset, `raydpo "
+        "up` starts a database.",
     )
     database_direct_url: str | None = Field(
         default=None,
         validation_alias="DATABASE_DIRECT_URL",
-        description="The server's own URL, if `database_url` leads to a PgBouncer in transaction mode.",
+        description="URL that leads to the PostgreSQL server itself. Needed if `database_url` leads to a "
+        "PgBouncer in transaction mode.",
     )
     database_connections: int = Field(
         default=30,
         gt=4,
-        description="Most connections of one process, beside one that listens. "
-        "Each upload that is being joined holds one.",
+        description="Maximum number of database connections of one process; one more connection listens for "
+        "notifications. Each upload whose parts are being joined holds one connection.",
     )
     storage_url: Annotated[str, AfterValidator(_without_key)] = Field(
-        description="Folder of files, runs and models: `file://`, `s3://` or `gs://`. "
-        "Without it `raydpo up` uses `storage` in `home`."
+        description="Folder in which files, runs and models are stored: a `file://`, `s3://` or `gs://` URI. If "
+        "unset, `raydpo up` uses the folder `storage` in `home`."
     )
     api_key: SecretStr = Field(
-        description="The first key: an admin of the default project. "
-        "Without it `raydpo up` makes one and keeps it in `api.key` in `home`."
+        description="First API key, which has admin rights in the default project. If unset, `raydpo up` "
+        "creates a key and keeps it in the file `api.key` in `home`."
     )
     advertised_url: str = Field(
-        description="Where attempts inside the cluster reach this service. "
-        "Without it `raydpo up` uses the address where it listens."
+        description="URL of this service as attempts at jobs reach it from inside the cluster. If unset, "
+        "`raydpo up` uses the address that it listens on."
     )
     ray_url: str = Field(
-        description="Ray's dashboard, `http://host:8265`. `raydpo up` sets it: `--ray-address`, or that of its own Ray."
+        description="URL of the Ray cluster's dashboard, such as `http://host:8265`. `raydpo up` sets it to the "
+        "value of `--ray-address`, or to the dashboard of the cluster that it starts."
     )
     ray_token: SecretStr | None = Field(
-        default=None, description="Ray's token. `raydpo up` sets it if it starts Ray itself."
+        default=None,
+        description="Token with which the service logs in to the Ray cluster. `raydpo up` sets it if it starts "
+        "the cluster itself.",
     )
     serve_url: str | None = Field(
         default=None,
-        description="Ray Serve's proxy. Without it: the host of `ray_url`, and the port that Serve reports.",
+        description="URL of Ray Serve's HTTP proxy. If unset: the host of `ray_url`, and the port that Ray "
+        "Serve reports.",
     )
 
     log_format: LogFormat = Field(
         default="text",
-        description="`text` writes sentences to `raydpo.log` in `home`, `json` an object a line to standard error.",
+        description="Format of the service's logs: `text` writes sentences to the file `raydpo.log` in `home`, "
+        "`json` writes one JSON object per line to standard error.",
     )
     oidc_issuer: str | None = Field(
         default=None,
         pattern=r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])",
-        description="The OpenID Connect issuer whose tokens are accepted in place of keys. Without it: none.",
+        description="URL of the OpenID Connect issuer whose tokens are accepted in place of API keys. If unset, "
+        "only API keys are accepted.",
     )
     oidc_audience: str | None = Field(
-        default=None, description="The audience that those tokens must name. It goes with `oidc_issuer`."
+        default=None, description="Audience that an OpenID Connect token must name. Set it together with `oidc_issuer`."
     )
-    oidc_project_claim: str = Field(default="project", description="The claim that holds the id of a project.")
+    oidc_project_claim: str = Field(
+        default="project", description="Name of the claim that holds the project's id in an OpenID Connect token."
+    )
     oidc_scopes_claim: str = Field(
-        default="scope", description="The claim that holds the scopes: a list, or a text with spaces."
+        default="scope",
+        description="Name of the claim that holds the scopes in an OpenID Connect token: a list of strings, or "
+        "one string with spaces between the scopes.",
     )
     requests_per_minute: int | None = Field(
         default=None,
         gt=0,
-        description="Limit of a key that has none of its own. Each replica counts for itself. Without it: none.",
+        description="Maximum number of requests per minute with an API key that has no limit of its own. Each "
+        "replica of the service counts separately. If unset, there is no limit.",
     )
 
     tokens_per_minute: int | None = Field(
         default=None,
         gt=0,
-        description="Limit of the tokens of completions, with their prompts, of a key that has none of its own. "
-        "Each replica counts for itself. Without it: none.",
+        description="Maximum number of tokens per minute of completions, prompts included, with an API key that "
+        "has no limit of its own. Each replica of the service counts separately. If unset, there is "
+        "no limit.",
     )
 
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
-        description="Base models, by name: a local folder, a storage URI without a key in it, or a hub id; or a table "
-        "of `source`, `adapter`, which is what jobs train that do not say it, and `deployment`, which is how it is "
-        "served ([fields](../use/deployments.md#settings)).",
+        description="Base models by name. Each value is a local folder, a storage URI without a key in it, or "
+        "an id on the Hugging Face hub; or a table with `source` (one of these), `adapter` (the "
+        "default for jobs that do not choose an adapter) and `deployment` (how the model is served, "
+        "[fields](../use/deployments.md#settings)).",
     )
     organization: str = Field(
-        default="raydpo", pattern=r"^[A-Za-z0-9_-]+$", description="The second part of the names of policies, `ft:…`."
+        default="raydpo",
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Name of the organization: the third part of the names of trained policies, "
+        "`ft:base:organization:…`.",
     )
 
     dataset_uris: list[Annotated[str, AfterValidator(check_prefix)]] = Field(
         default=["https://", "hf://datasets/"],
-        description="Prefixes of the URIs that a job may train on. "
-        "The service reads `s3://`, `gs://` and `file://` with its own rights.",
+        description="Prefixes of the URIs from which jobs may read training data. The service reads `s3://`, "
+        "`gs://` and `file://` URIs with its own rights.",
     )
     webhook_urls: list[Annotated[str, AfterValidator(_webhook_prefix)]] = Field(
-        default=["https://"], description="Prefixes of the URLs that webhooks may be sent to."
+        default=["https://"], description="Prefixes of the URLs to which webhooks may be sent."
     )
-    max_upload_bytes: int = Field(default=512 * 2**20, gt=0, description="Size of a file that comes in one request.")
-    max_file_bytes: int = Field(default=8 * 2**30, gt=0, description="Size of a file that comes in parts.")
-    max_json_bytes: int = Field(default=4 * 2**20, gt=0, description="Size of any other body of a request.")
+    max_upload_bytes: int = Field(
+        default=512 * 2**20, gt=0, description="Largest file that can be uploaded in one request, in bytes."
+    )
+    max_file_bytes: int = Field(
+        default=8 * 2**30, gt=0, description="Largest file that can be uploaded in parts, in bytes."
+    )
+    max_json_bytes: int = Field(
+        default=4 * 2**20, gt=0, description="Largest body of a request that uploads no file, in bytes."
+    )
     max_spool_bytes: int = Field(
         default=4 * 2**30,
         gt=0,
-        description="What uploads that are being received may take of `TMPDIR`. One that is alone may take more.",
+        description="Maximum disk space in `TMPDIR` for uploads that are being received, in bytes. An upload "
+        "that is received alone may take more.",
     )
     max_requests: int = Field(
         default=1000,
         gt=0,
-        description="Requests that one process answers at once. Open event streams, reports of attempts and `/metrics` "
-        "do not count.",
+        description="Maximum number of requests that one process answers at the same time. Open event streams, "
+        "reports from attempts at jobs and requests for `/metrics` do not count.",
     )
     stall_seconds: float = Field(
-        default=30, gt=0, description="How long a client may send or read nothing before the service cuts it off."
+        default=30,
+        gt=0,
+        description="Seconds for which a client may send or read nothing; then the service closes the connection.",
     )
-    max_running_jobs: int = Field(default=1, gt=0, description="Jobs that run at once; the others wait.")
+    max_running_jobs: int = Field(
+        default=1, gt=0, description="Maximum number of jobs that run at the same time; further jobs wait in the queue."
+    )
     max_running_checks: int = Field(
         default=2,
         gt=0,
-        description="Checks of files with a model, and merges of adapters, that run at once for one project. "
-        "Each is a Ray job.",
+        description="Maximum number of file checks with a model, and merges of adapters, that run at the same "
+        "time in one project. Each of them is a Ray job.",
     )
     max_cluster: dict[Literal["CPU", "GPU"], float] = Field(
         default_factory=dict,
-        description="What an autoscaling cluster may grow to, such as `{CPU = 64, GPU = 8}`. "
-        "Without it, jobs, and models on GPUs, wait until the nodes that are there are enough.",
+        description="Largest size of an autoscaling cluster, in CPUs and GPUs, such as `{CPU = 64, GPU = 8}`. "
+        "If unset, jobs, and models on GPUs, wait until the existing nodes have enough free CPUs "
+        "and GPUs.",
     )
     max_attempts: int = Field(
         default=5,
         gt=0,
-        description="Attempts in a row that die without a new checkpoint before their job fails.",
+        description="Number of attempts in a row that may die without a new checkpoint; then their job fails.",
     )
     max_loaded_models: int = Field(
         default=2,
         gt=0,
-        description="Models that are loaded at once; others wait for the least recently used one that is idle.",
+        description="Maximum number of models that are loaded at the same time. A further model waits until the "
+        "least recently used model is idle, and replaces it.",
     )
     model_idle_seconds: float | None = Field(
         default=None,
         gt=0,
-        description="How long a model stays loaded that nobody uses. "
-        "Without it: until another one, or a job, needs its place.",
+        description="Seconds for which an unused model stays loaded. If unset, the model stays loaded until "
+        "another model or a job needs its memory.",
     )
     model_wait_seconds: float = Field(
-        default=180, gt=0, description="How long a request waits for a model that loads, or waits for a place."
+        default=180, gt=0, description="Maximum number of seconds for which a request waits until its model is loaded."
     )
     project_deployments: DeploymentLimits = Field(
         default=DeploymentLimits(),
-        description="What a project may choose for the deployments of its own models: `max_replicas`, `max_gpus` of "
-        "all replicas of a model, and whether it may keep models loaded (`pinned`). Admins of the default project may "
-        "choose more.",
+        description="Limits on how a project may serve its own models: `max_replicas` of one model, `max_gpus` "
+        "of all replicas of one model, and whether it may keep models loaded (`pinned`). Admins of "
+        "the default project may exceed these limits.",
     )
     dtype: Dtype | None = Field(
         default=None,
-        description="The type in which models are served. Without it: `bfloat16` on GPUs, `float32` on CPUs.",
+        description="Number type in which models are served. If unset: `bfloat16` on GPUs, `float32` on CPUs.",
     )
     reference_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="The type in which references of jobs are scored. "
-        "Where a model is served in another one, its reference has an engine of its own.",
+        description="Number type in which jobs' reference models compute log-probabilities. If a model is "
+        "served in another type, the service loads the reference model separately.",
     )
     num_gpus_per_worker: float = Field(
         default=0,
         ge=0,
-        description="GPUs of each training worker; 0 trains on CPUs. "
-        "Without it `raydpo up` gives it 1 where it starts Ray on a machine with GPUs.",
+        description="Number of GPUs for each training worker; 0 trains on CPUs. If unset, `raydpo up` sets it "
+        "to 1 when it starts Ray on a machine with GPUs.",
     )
     num_gpus_per_model: float = Field(
         default=0,
         ge=0,
-        description="GPUs of each loaded model: a share below 1, or a whole number; 0 serves on CPUs. "
-        "Without it `raydpo up` gives it 1, likewise.",
+        description="Number of GPUs for each replica of a loaded model: a share below 1, or a whole number; 0 "
+        "serves on CPUs. If unset, `raydpo up` sets it to 1 when it starts Ray on a machine with "
+        "GPUs.",
     )
 
     @model_validator(mode="after")
@@ -252,27 +292,29 @@ class Settings(BaseSettings):
         pinned = [name for name, model in self.models.items() if model.deployment.pinned]
         if len(pinned) > self.most_pinned:
             raise ValueError(
-                f"{', '.join(pinned)} are pinned, and of {self.max_loaded_models} places for models one stays free; "
-                "unpin one, or raise max_loaded_models"
+                f"the models {', '.join(pinned)} are pinned, but at most {self.most_pinned} models can be pinned, "
+                "one fewer than max_loaded_models; unpin a model, or raise max_loaded_models"
             )
         return self
 
     def num_gpus_of(self, own: DeploymentSettings) -> float:
-        """Returns the GPUs of each replica of a deployment."""
+        """Returns the number of GPUs for each replica of the deployment with the settings `own`."""
         return self.num_gpus_per_model if own.num_gpus is None else own.num_gpus
 
     def dtype_of(self, own: DeploymentSettings) -> Dtype:
-        """Returns the type in which a deployment is served."""
+        """Returns the number type in which the deployment with the settings `own` is served."""
         return own.dtype or self.dtype or ("bfloat16" if self.num_gpus_of(own) else "float32")
 
     def scores_apart(self, own: DeploymentSettings) -> bool:
-        """Whether a deployment's engine cannot score references, so that they have an engine of their own."""
+        """Whether the deployment's engine cannot compute a reference model's log-probabilities. If true, a separate
+        engine computes them.
+        """
         changed = own.quantization is not None or own.max_model_len is not None
         return changed or self.dtype_of(own) != self.reference_dtype
 
     @property
     def most_pinned(self) -> int:
-        """Returns how many models may be pinned: one place stays free for all others."""
+        """Returns the maximum number of pinned models: at least one other model can always be loaded."""
         return self.max_loaded_models - 1
 
     @classmethod
@@ -288,6 +330,8 @@ class Settings(BaseSettings):
         home = Path(given.get("home") or os.environ.get("RAYDPO_HOME") or "~/.raydpo").expanduser()
         named = given.get("settings_file") or os.environ.get("RAYDPO_SETTINGS_FILE")
         if named and not Path(named).is_file():
-            raise FileNotFoundError(f"settings file {named} does not exist; RAYDPO_SETTINGS_FILE names it")
+            raise FileNotFoundError(
+                f"the settings file {named} does not exist; set RAYDPO_SETTINGS_FILE to an existing file, or unset it"
+            )
         file = TomlConfigSettingsSource(settings_cls, toml_file=named or home / "raydpo.toml")
         return (init_settings, env_settings, file)

@@ -1,9 +1,9 @@
-"""Runs programs in Ray jobs that are no attempts at training: checks of files, and merges of adapters.
+"""Runs side jobs: programs in Ray jobs that do not train, such as checks of files and merges of adapters.
 
-A side job has a folder in storage. A digest of everything that the result depends on is the folder's name, so the same
-content is worked on once. The folder has a subfolder for each attempt, numbered from 1, with `request.json` and, when
-the attempt is done, `report.json`. A row of the table `checks` names the project of each attempt. A project may run
-only a few side jobs at once.
+A side job has a folder in storage. The folder's name is a digest of everything that the result depends on, so the same
+work is done only once. The folder has a subfolder for each attempt, numbered from 1, with `request.json` and, when the
+attempt is done, `report.json`. A row of the table `checks` names the project of each attempt. A project may run only a
+few side jobs at the same time.
 """
 
 import asyncio

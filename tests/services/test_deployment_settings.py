@@ -17,9 +17,12 @@ def test_a_number_of_replicas_is_short_for_as_many_at_least_and_at_most() -> Non
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"replicas": {"min": 2, "max": 1}}, "min is 2, above max, which is 1; lower min, or raise max"),
+        (
+            {"replicas": {"min": 2, "max": 1}},
+            "replicas.min is 2, which is more than replicas.max, 1; lower min, or raise max",
+        ),
         ({"replicas": {"min": 0}}, "greater than or equal to 1"),
-        ({"num_gpus": 1.5}, "1.5 is neither a share below 1 nor a whole number of GPUs; round it"),
+        ({"num_gpus": 1.5}, "num_gpus is 1.5; it must be a share below 1 or a whole number"),
         ({"quantization": "awq"}, "'fp8'"),
         ({"tool_call_parser": "none"}, "'hermes'"),
         ({"nonsense": 1}, "not permitted"),

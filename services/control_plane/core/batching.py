@@ -1,4 +1,4 @@
-"""Batches look-ups by key: callers that ask at the same moment share one database query."""
+"""Batches look-ups by key: callers that request values at the same time share one database query."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,8 +10,8 @@ Value = TypeVar("Value")
 class Batcher(Generic[Value]):
     """Looks up keys with the function `find`: one call at a time, with all keys that are waiting.
 
-    A key that arrives during a call waits for the next call. So the value includes everything that was committed before
-    the key was asked for.
+    A key that arrives during a call waits for the next call. Every value therefore includes all changes that were
+    committed before its key was requested.
     """
 
     def __init__(self, find: Callable[[list[str]], Awaitable[Mapping[str, Value]]]) -> None:
@@ -20,7 +20,7 @@ class Batcher(Generic[Value]):
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self, key: str) -> Value | None:
-        """Returns the value that `find` gives for the key; None if it gives none.
+        """Returns the value that `find` returns for the key; None if `find` returns no value for it.
 
         Raises the error that `find` raises.
         """

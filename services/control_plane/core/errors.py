@@ -79,7 +79,9 @@ class Fenced(ApiError):
 
 
 class InFlight(ApiError):
-    """Another send of the same request is being answered now. OpenAI's clients send the request again by themselves."""
+    """The same request was sent before and is still being answered. OpenAI's clients repeat the request
+    automatically.
+    """
 
     status, kind = 409, "invalid_request_error"
 

@@ -1,4 +1,6 @@
-"""Defines the database's tables. All state of jobs is in these tables; constraints keep what the docs promise."""
+"""Defines the database's tables. All state of jobs is in these tables; constraints in the database enforce the
+guarantees in the docs.
+"""
 
 from datetime import date, datetime
 from functools import cache
@@ -438,7 +440,7 @@ class ModelSettings(Base):
 
 
 class UsageRow(Base):
-    """What a key used of a model on a day (in UTC)."""
+    """The usage of one model with one key on one day (in UTC): requests, tokens and accelerator seconds."""
 
     __tablename__ = "usage"
     project_id: Mapped[str] = mapped_column(primary_key=True)
@@ -453,7 +455,9 @@ class UsageRow(Base):
 
 
 class UsageWriter(Base):
-    """The number of the last batch of usage that a control plane has written, so that no batch counts twice."""
+    """The number of the last batch of usage that a control plane has written. It prevents that a batch is counted
+    twice.
+    """
 
     __tablename__ = "usage_writers"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -472,7 +476,8 @@ class Instance(Base):
 
 
 class Lease(Base):
-    """A lease: the right of one process, until `expires_at`, to do a piece of work such as the reconciler's.
+    """A lease: the right of one process, until `expires_at`, to do work that only one process may do, such as the
+    reconciler's.
 
     All times are by the database's clock.
     """

@@ -1,4 +1,4 @@
-"""Lets a few pieces of work run at the same time, while the projects whose work waits take turns."""
+"""Limits how many tasks, such as checks of files, run at the same time. Projects whose tasks wait take turns."""
 
 import asyncio
 from collections import Counter, deque
@@ -7,13 +7,15 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """A limit on the work that runs at the same time.
+    """A limit on the number of tasks that run at the same time.
 
-    The next turn goes to the project with the least work under way; equal ones go one after the other. So a project
-    alone may take all turns, and however much of its work waits, it delays another project by a turn or two.
+    The next task to run belongs to the project with the fewest running tasks; projects with equally many take turns. A
+    project without competitors may therefore run as many tasks as the limit allows. Many waiting tasks of one project
+    delay a task of another project by one or two tasks only.
 
-    With `leaves_free`, a project that has some work under way gets no more turns than it leaves free: half of them if
-    it is alone. So the next project need not wait at all. That is for work that may take long and costs little.
+    With `leaves_free`, a project may run at most as many tasks as it leaves free for other projects: half of the limit
+    if no other project runs tasks. The next project then need not wait at all. This suits tasks that may take long and
+    cost little.
     """
 
     def __init__(self, most: int, *, leaves_free: bool = False) -> None:
@@ -23,7 +25,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, project_id: str) -> AsyncIterator[None]:
-        """Waits for a turn of the project, and holds it until the end of the `with` block."""
+        """Waits until the project may run a task, and counts the task as running until the end of the `with` block."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(project_id, deque()).append(turn)
         self._grant()

@@ -1,4 +1,6 @@
-"""Answers requests for stored bytes, whole or in part, so that a download that broke off can be resumed."""
+"""Answers requests for the bytes of a stored file, or for a range of them, so that clients can resume interrupted
+downloads.
+"""
 
 import base64
 import hashlib
@@ -75,7 +77,9 @@ def read_file(uri: str, span: range) -> Iterator[bytes]:
 
 
 def _is_same(request: Request, content: Content) -> bool:
-    """Whether the client's earlier part of a download is of this content, judged by the header `If-Range`."""
+    """Whether the part that the client has already downloaded belongs to this content, judged by the header
+    `If-Range`.
+    """
     return request.headers.get("if-range") in (None, f'"{content.etag}"')
 
 
@@ -93,7 +97,7 @@ def _part(asked: re.Match[str], num_bytes: int) -> range:
 
 
 async def _digest(content: Content) -> bytes:
-    """Returns the SHA-256 of the content, which is read for it unless the digest is known."""
+    """Returns the SHA-256 of the content. Reads the content if the digest is not known yet."""
     if found := content.sha256 or _digests.get(content.etag):
         return found
     try:
@@ -110,7 +114,7 @@ def _exhaust(chunks: Iterator[bytes]) -> None:
 
 
 def _noting_digest(content: Content) -> Iterator[bytes]:
-    """Yields the whole content, and keeps its digest if it was read to its end."""
+    """Yields the whole content. If the content is read to its end, stores its digest for later requests."""
     digest = hashlib.sha256()
     for chunk in content.read(range(content.num_bytes)):
         digest.update(chunk)
@@ -119,7 +123,7 @@ def _noting_digest(content: Content) -> Iterator[bytes]:
 
 
 async def _in_threads(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Yields the first chunk, and then the others, each of which is read in a thread."""
+    """Yields `first`, the first chunk of bytes, and then all further chunks. Reads each further chunk in a thread."""
     yield first
     while chunk := await anyio.to_thread.run_sync(next, chunks, b""):
         yield chunk

@@ -1,7 +1,8 @@
-"""Limits on requests: how large a body may be, how slowly it may come, and how many requests are answered at once.
+"""Limits requests: the size of a body, the time for which a body may stall, and the number of requests that are
+answered at the same time.
 
-No project can take all of what requests share. A refused request is answered at once; the server reads and drops what
-the client still sends, so that the connection is not reset.
+No project can use up the amounts that all requests share. A refused request is answered immediately; the server reads
+and drops the rest of the request, so that the connection is not reset.
 """
 
 import asyncio
@@ -29,9 +30,10 @@ ProjectOf = Callable[[str], Awaitable[str | None]]  # finds a bearer token's pro
 class Room:
     """A limited amount that requests share, such as memory.
 
-    Each request belongs to a holder, such as a project, or to the service itself. A holder's only request may take all
-    that it needs. Several requests of one holder may together take at most as much as they leave free for others. So
-    one busy holder gets half, two get a third each, and some is always left.
+    Each request belongs to a holder, which is a project or the service itself. A holder's only request may take all
+    that it needs. Several requests of one holder may together take at most as much as they leave free for other
+    holders. One busy holder therefore gets half of the amount, two busy holders get a third each, and some of the
+    amount is always left.
     """
 
     def __init__(self, most: int, what: str) -> None:
@@ -40,8 +42,9 @@ class Room:
         self._held: Counter[str] = Counter()
 
     def take(self, amount: int, holder: str | None = None, *, has: int = 0) -> None:
-        """Takes `amount` for a request, or raises Unavailable if too little is left. `has` is the amount that the
-        request has already. A request that is alone may take any amount."""
+        """Reserves `amount` for a request. Raises Unavailable if too little is left. `has` is the amount that the
+        request has reserved already. If no other request holds a reservation, the request may take any amount.
+        """
         if self.taken and self.taken + amount > self.most:
             raise self._full(f"The service is full: requests use {self.taken} of at most {self.most} {self._what}")
         if holder is not None:
@@ -67,8 +70,9 @@ class Room:
 
 
 class Bounds:
-    """The limited amounts that all requests of users share: requests at once, open streams and memory. Reports of
-    training processes share amounts of their own."""
+    """The limited amounts that all requests of users share: requests at the same time, open streams and memory. Reports
+    of training processes share separate amounts.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.places = Room(settings.max_requests, "requests at once")
@@ -78,19 +82,20 @@ class Bounds:
 
 
 class Place:
-    """One request's slot under the limit on requests that are answered at the same time.
+    """A request's slot: its share of the limit on requests that are answered at the same time.
 
-    The request holds the slot until it is answered. A streamed answer exchanges it for a slot among the open streams.
+    The request holds the slot until it is answered. For a streamed answer, the request exchanges this slot for a slot
+    under the limit on open streams.
     """
 
     def __init__(self, bounds: Bounds, holder: str | None) -> None:
-        """Takes a slot. Raises Unavailable if none is left for the holder."""
+        """Takes a slot. Raises Unavailable if no slot is left for the holder, such as a project, of the request."""
         bounds.places.take(1, holder)
         self.bounds, self.holder = bounds, holder
         self._room = bounds.places
 
     def become_stream(self) -> None:
-        """Exchanges the slot for one among the open streams. Raises Unavailable if none is left."""
+        """Exchanges the slot for a slot under the limit on open streams. Raises Unavailable if no such slot is left."""
         self.bounds.streams.take(1, self.holder)
         self.leave()
         self._room = self.bounds.streams
@@ -100,7 +105,9 @@ class Place:
 
 
 class Body:
-    """The body of a request as it comes. It is held in memory; routes that take files call `spool` first."""
+    """The body of a request while it is being received. The body is held in memory; routes that take files call `spool`
+    first.
+    """
 
     def __init__(self, receive: Receive, headers: Mapping[str, str], settings: Settings, place: Place) -> None:
         self._receive, self._stall, self._place = receive, settings.stall_seconds, place
@@ -112,12 +119,16 @@ class Body:
         self._complete = False
 
     def spool(self, most: int, remedy: str) -> None:
-        """Lets the body go to disk and have up to `most` bytes. Reserves room for it before it is read."""
+        """Lets the body have up to `most` bytes, which the route writes to disk. Reserves the disk space before the
+        body is read.
+        """
         self._most, self._remedy, self._room = most, remedy, self._place.bounds.disk
         self._hold(self._declared)
 
     async def receive(self) -> Message:
-        """Receives the next part of the body, like ASGI's `receive`. Raises TooLarge, Stalled and Unavailable."""
+        """Returns the next part of the body, like ASGI's `receive`. Raises TooLarge for a body above the limit, Stalled
+        if the client stops sending, and Unavailable if too little space is left.
+        """
         if self._complete:
             return await self._receive()
         if self._began is None:
@@ -128,9 +139,7 @@ class Body:
             async with asyncio.timeout(min(self._stall, left)):
                 message = await self._receive()
         except TimeoutError:
-            raise Stalled(
-                f"No more of the request's body came after {self._received} bytes; send the request again."
-            ) from None
+            raise Stalled(f"The request's body stopped after {self._received} bytes; send the request again.") from None
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             self._hold(self._received)
@@ -154,7 +163,7 @@ class Body:
 
 
 class Limits:
-    """The middleware that applies the limits. It sets `request.state.body`, the request's Body."""
+    """The middleware that applies the limits. Sets `request.state.body` to the request's Body."""
 
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
         self._app, self._settings, self._project_of = app, settings, project_of
@@ -189,8 +198,9 @@ class Limits:
             place.leave()
 
     async def _enter(self, scope: Scope) -> Place:
-        """Counts the request against the limit on requests that are answered at once, before its body is read. Raises
-        Unavailable if the limit is reached."""
+        """Counts the request against the limit on requests that are answered at the same time, before the request's
+        body is read. Raises Unavailable if the limit is reached.
+        """
         if scope["path"].startswith(INTERNAL):
             return Place(self.attempts, None)
         return Place(self.users, await self._holder(scope))
@@ -198,7 +208,8 @@ class Limits:
     async def _holder(self, scope: Scope) -> str:
         """Returns the holder of the request: its key's project.
 
-        A project's completions are a holder of their own, so other requests are answered while they wait for models.
+        The completions of a project have a holder of their own. Therefore the project's other requests are answered
+        while its completions wait for models.
         """
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
@@ -212,13 +223,16 @@ class Limits:
 
 
 def _declared(headers: Mapping[str, str]) -> int:
-    """Returns the length that the headers give, 0 if they give none. Bytes are counted as they come, too."""
+    """Returns the body's length in bytes according to the headers; 0 if the headers do not state it. The received bytes
+    are counted as well.
+    """
     length = headers.get("content-length", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
 
 
 def _is_stream(scope: Scope, message: Message) -> bool:
-    """Whether the answer streams a job's events. A streamed completion does not count as such a stream, because a model
-    works for it all the time."""
+    """Whether the answer streams a job's events. A streamed completion is not such a stream, because a model works on
+    it all the time.
+    """
     kinds = (value for name, value in message["headers"] if name == b"content-type")
     return scope["path"] not in ASKING_MODELS and any(kind.startswith(b"text/event-stream") for kind in kinds)

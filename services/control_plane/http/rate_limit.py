@@ -1,11 +1,13 @@
-"""Limits the requests and the tokens per minute of each API key. Every replica counts only its own.
+"""Limits the requests and the tokens per minute of each API key. Every replica of the service counts only its own
+requests.
 
-A key may use a minute's amount at once; then one more is allowed every 1/limit of a minute. For each key, the process
-stores one number: the time at which all of a minute's amount is allowed again (the generic cell rate algorithm). A
-library's counter would start a thread with a timer for the same number.
+A key may use the amount of a whole minute in a burst; afterwards one further unit (a request or a token) is allowed
+every 1/limit of a minute. For each key, the process stores one number: the time at which the whole amount is allowed
+again (the generic cell rate algorithm). A library's counter would start a thread with a timer for the same number.
 
-How many tokens a request takes is known only at its end. So a request is admitted while the key has tokens left, and
-its tokens count when it has ended; a key that went beyond its limit waits until that is made up for.
+The number of a request's tokens is known only at its end. A request is therefore admitted while the key has tokens
+left, and its tokens are counted when it has ended. A key that exceeded its limit must wait until the excess is
+balanced.
 """
 
 import math
@@ -21,7 +23,9 @@ MAX_KEYS = 100_000
 
 
 class RateLimits:
-    """Counts what every API key uses, and refuses requests beyond a key's limit. `what` is requests or tokens."""
+    """Counts the requests or tokens of every API key, and refuses requests beyond a key's limit. `what` is the counted
+    unit: requests or tokens.
+    """
 
     def __init__(self, what: str = "requests", *, now: Callable[[], float] = time.monotonic) -> None:
         self._what, self._now = what, now
@@ -29,21 +33,23 @@ class RateLimits:
         self._full_at: TLRUCache[str, float] = TLRUCache(MAX_KEYS, lambda _, full_at, now: full_at, timer=now)
 
     def take(self, key_id: str, limit: int) -> dict[str, str]:
-        """Counts one use by a key that has `limit` a minute. Returns the x-ratelimit headers of the response.
+        """Counts one unit for a key whose limit is `limit` per minute. Returns the x-ratelimit headers of the response.
 
-        Raises RateLimited if the key has used too much.
+        Raises RateLimited if the key has reached its limit.
         """
         self._admit(key_id, limit, 1)
         self.count(key_id, limit, 1)
         return self._headers(key_id, limit)
 
     def look(self, key_id: str, limit: int) -> dict[str, str]:
-        """Returns the x-ratelimit headers, and counts nothing. Raises RateLimited if the key has nothing left."""
+        """Returns the x-ratelimit headers without counting a unit. Raises RateLimited if the key has reached its
+        limit.
+        """
         self._admit(key_id, limit, 0)
         return self._headers(key_id, limit)
 
     def count(self, key_id: str, limit: int, amount: int) -> None:
-        """Counts what a key has used, even if that is more than it may."""
+        """Counts the units that a key has used, even beyond the key's limit."""
         now = self._now()
         self._full_at[key_id] = max(now, self._full_at.get(key_id, now)) + amount * MINUTE / limit
 

@@ -1,4 +1,6 @@
-"""Refuses settings of a deployment that cannot work, or that the caller may not choose."""
+"""Checks the settings of a deployment (how a model is served), and refuses settings that cannot work or that the caller
+may not choose.
+"""
 
 import asyncio
 from collections.abc import Mapping
@@ -23,7 +25,8 @@ OF_REWARD_MODELS = {"replicas", "pinned", "idle_seconds", "dtype", "num_gpus", "
 async def check_rights(session: AsyncSession, settings: Settings, caller: Caller, model: NamedModel) -> None:
     """Raises Forbidden unless the caller may change the model's deployment.
 
-    Admins of the default project change those of base models; a project changes those of its own trained models.
+    Admins of the default project may change the deployments of base models; a project may change the deployments of its
+    own trained models.
     """
     if model.job_id is not None:
         await models.find_own(session, settings, model.id)
@@ -40,9 +43,9 @@ async def check(
     chosen: DeploymentSettings,
     capacity: Mapping[str, float],
 ) -> None:
-    """Raises InvalidRequest, with the field, the limit and the remedy, if the settings cannot be as `chosen`.
+    """Raises InvalidRequest, with the field, the limit and the remedy, if the settings `chosen` cannot work.
 
-    `capacity` has the amounts of CPUs and GPUs that the cluster has or may grow to; {}: unknown.
+    `capacity` holds the numbers of CPUs and GPUs that the cluster has or may grow to; {} means that they are unknown.
     """
     if model.num_outputs:
         _check_reward_model(model, chosen)
@@ -71,7 +74,9 @@ def _check_reward_model(model: NamedModel, chosen: DeploymentSettings) -> None:
         what = f"{field} is a setting of vLLM, and '{model.id}' is a reward model, which runs without vLLM"
         raise _invalid(field, f"{what}; leave {field} out.")
     if (chosen.num_gpus or 0) > 1:
-        message = f"num_gpus is {chosen.num_gpus:g}, and a reward model is not divided; choose at most 1."
+        message = (
+            f"num_gpus is {chosen.num_gpus:g}, but a reward model cannot be split over several GPUs; choose at most 1."
+        )
         raise _invalid("num_gpus", message)
     if chosen.dtype == "float16":
         raise _invalid("dtype", "dtype is float16, which reward models do not take; choose bfloat16 or float32.")
@@ -142,7 +147,9 @@ async def _check_length(model: NamedModel, max_model_len: int) -> None:
 
 
 def own_limit(config: Mapping[str, Any]) -> int | None:
-    """Returns the most tokens that a model of this config.json takes; None if the config does not say it plainly."""
+    """Returns the maximum number of tokens that a model with this config.json takes; None if the config does not state
+    it.
+    """
     text = config.get("text_config") or config
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     limit = text.get("max_position_embeddings")

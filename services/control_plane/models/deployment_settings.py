@@ -1,6 +1,7 @@
-"""The settings of models' deployments: those of the settings file, and those that someone chose through the API.
+"""Reads and stores the settings of models' deployments. They come from the settings file or were chosen through the
+API.
 
-A trained model inherits the settings of its base model, except how many replicas there are and whether it is pinned.
+A trained model inherits the settings of its base model, except the number of replicas and `pinned`.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,7 +20,9 @@ OWN = {"replicas", "pinned"}  # what a trained model does not inherit
 async def of(
     session: AsyncSession, settings: Settings, model_ids: Collection[str], *, without_choice: bool = False
 ) -> dict[str, DeploymentSettings]:
-    """Returns the settings of these models, by id. With `without_choice`, as if nobody had chosen any for them."""
+    """Returns the deployment settings of these models, by id. With `without_choice`, ignores settings chosen through
+    the API.
+    """
     models = Model.__table__.c  # models of all projects
     trained = select(models.id, models.root).where(models.id.in_(model_ids))
     roots: dict[str, str] = dict((await session.execute(trained)).all())
@@ -45,7 +48,7 @@ def _of(
 async def with_choice(
     session: AsyncSession, settings: Settings, model_id: str, chosen: DeploymentSettings
 ) -> DeploymentSettings:
-    """Returns what the model's settings would be with this choice."""
+    """Returns the deployment settings that the model would have with these chosen settings."""
     inherited = (await of(session, settings, [model_id], without_choice=True))[model_id]
     return DeploymentSettings.model_validate(
         inherited.model_dump(exclude_unset=True) | chosen.model_dump(exclude_unset=True)
@@ -53,7 +56,7 @@ async def with_choice(
 
 
 async def pinned(session: AsyncSession, settings: Settings) -> set[str]:
-    """Returns the ids of the models that their settings keep loaded."""
+    """Returns the ids of the pinned models, which their settings keep loaded."""
     rows = await session.execute(select(ModelSettings.model_id, ModelSettings.values["pinned"].as_boolean()))
     chosen = {model_id: is_pinned for model_id, is_pinned in rows if is_pinned is not None}
     configured = {name: model.deployment.pinned for name, model in settings.models.items()}
@@ -61,20 +64,20 @@ async def pinned(session: AsyncSession, settings: Settings) -> set[str]:
 
 
 async def chosen(session: AsyncSession, model_id: str) -> dict[str, Any]:
-    """Returns the settings that someone chose for the model through the API."""
+    """Returns the settings that were chosen for the model through the API."""
     query = select(ModelSettings.values).where(ModelSettings.model_id == model_id)
     return await session.scalar(query) or {}
 
 
 async def choose(session: AsyncSession, model_id: str, values: Mapping[str, Any] | None) -> None:
-    """Stores the settings that someone chose for the model, in place of earlier ones. None: the defaults."""
+    """Stores the settings chosen for the model in place of earlier ones. None resets the model to the defaults."""
     await session.execute(delete(ModelSettings).where(ModelSettings.model_id == model_id))
     if values is not None:
         await session.execute(insert(ModelSettings).values(model_id=model_id, values=dict(values)))
 
 
 async def use_gpus(session: AsyncSession, settings: Settings) -> bool:
-    """Whether any model may be served on GPUs."""
+    """Whether the settings of at least one model place it on GPUs."""
     configured = (settings.num_gpus_of(model.deployment) for model in settings.models.values())
     if settings.num_gpus_per_model or any(configured):
         return True

@@ -28,7 +28,8 @@ SETTLED_SECONDS = 5.0  # Ray Serve removes an application within this time
 
 
 async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None = None) -> None:
-    """Requests a place for the model and records its use. `app_name` is that of its engine which only scores.
+    """Requests that the model is loaded, and records that it is in use. `app_name` is the application of the model's
+    engine that only scores, if that engine is meant.
 
     Raises Unavailable if another model has the same application name on the cluster.
     """
@@ -46,7 +47,9 @@ async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None 
 
 @dataclass(frozen=True)
 class Reference:
-    """The application that scores a job's reference, and its GPUs."""
+    """The application that computes the log-probabilities of a job's reference model, and the application's number of
+    GPUs.
+    """
 
     app_name: str
     num_gpus: float
@@ -57,9 +60,10 @@ class Reference:
 async def references(
     session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]
 ) -> dict[str, Reference]:
-    """Returns the applications of these models that score, by the keys of `wanted`.
+    """Returns the application that scores with each model in `wanted`, under the same keys.
 
-    A model whose own engine cannot score, because of its precision or its length, has another one for that.
+    If a model's own engine cannot score, because of its precision or its maximum length, the model has a separate
+    engine for scoring.
     """
     engines = await engines_of(session, settings, {model.id: model for model in wanted.values()})
     chosen = await deployment_settings.of(session, settings, {engine.loaded.id for engine in engines.values()})
@@ -79,7 +83,7 @@ def _reference(engine: Engine, own: DeploymentSettings, settings: Settings) -> R
 
 
 def scorer_of(model: NamedModel) -> str:
-    """Returns the application name of the model's engine that only scores."""
+    """Returns the application name of the model's separate engine that only scores."""
     return f"{model.app_name}-scores"
 
 
@@ -110,15 +114,16 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
 
 
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
-    """Removes the records that these models answer requests of this control plane, because no such request is in
-    flight."""
+    """Removes the records that these models answer requests of this control plane. The caller must know that no such
+    request is in flight.
+    """
     rest = Deployment.answering.op("-")(cast(replica, Text))
     values = {"answering": rest, "last_used_at": func.clock_timestamp()}
     await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(**values))
 
 
 async def waits_for(session: AsyncSession, app_name: str) -> str | None:
-    """Returns a phrase that tells what the model's requests wait for, or None if the model runs."""
+    """Returns a phrase that states what the model's requests wait for; None if the model runs."""
     row = await session.get(Deployment, app_name, populate_existing=True)
     if row is None or row.waits_for or row.placed_at is None:
         return f"waits for {(row and row.waits_for) or 'its turn to be loaded'}"
@@ -141,7 +146,7 @@ def _is_reference() -> ColumnElement[bool]:
 
 @dataclass(frozen=True)
 class Status:
-    """What becomes of a model's deployment."""
+    """The state of a model's deployment."""
 
     model_id: str
     application: contract.Deployment  # as it is to be served
@@ -178,7 +183,9 @@ async def status(
 async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
-    """Takes the model's place away. Raises InvalidRequest if something needs the model."""
+    """Unloads the model. Raises InvalidRequest if the model is pinned, is the reference model of a running job, or is
+    answering requests.
+    """
     engine = await engine_of(session, settings, model)
     if engine.adapter:
         message = f"'{model.id}' is attached to the engine of '{engine.loaded.id}'; unload '{engine.loaded.id}'."
@@ -188,7 +195,7 @@ async def unload(
         return
     if wish.model.pinned:
         raise InvalidRequest(
-            f"The model '{model.id}' is pinned (always loaded); set pinned of its deployment to false first.",
+            f"The model '{model.id}' is pinned (always loaded); first set 'pinned' of its deployment to false.",
             param="model",
         )
     if wish.model.is_reference:
@@ -204,7 +211,7 @@ async def unload(
 
 @dataclass(frozen=True)
 class Wish:
-    """A model that someone asked for: its row, its state, and the application that serves it."""
+    """A model that a request or a job needs: the model's row, its state, and the application that serves it."""
 
     row: Deployment
     model: eviction.Model
@@ -266,7 +273,9 @@ def _seconds(now: datetime, since: datetime) -> float:
 async def place(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: eviction.Room
 ) -> list[contract.Deployment]:
-    """Decides which models have a place now and records the decision. Returns the deployments to serve."""
+    """Decides which models stay loaded or are loaded now, and records the decision. Returns the deployments to
+    serve.
+    """
     await _ask_for_pinned(session, settings)
     while True:
         found = await wished(session, settings, applications)
@@ -282,7 +291,7 @@ async def place(
 
 
 async def _ask_for_pinned(session: AsyncSession, settings: Settings) -> None:
-    """Requests places for the pinned models that have none."""
+    """Requests the loading of pinned models that are not loaded."""
     asked = set(await session.scalars(select(Deployment.app_name)))
     for model_id in await deployment_settings.pinned(session, settings):
         with suppress(NotFound):  # it was deleted

@@ -1,4 +1,4 @@
-"""The routes below /v1/x/deployments: how models are served, and what their engines do.
+"""The routes below /v1/x/deployments, which show and change how models are served.
 
 Ids of models may contain slashes, raw or encoded.
 """
@@ -35,7 +35,7 @@ router = APIRouter(prefix="/x/deployments")
 async def list_deployments(
     store: StorePart, settings: SettingsPart, ray_api: RayApiPart, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
-    """Lists the deployments of base models, then of trained models, newest first."""
+    """Lists deployments: first those of base models, then those of trained models, newest first."""
     view = await _look(ray_api)
     async with store.look() as session:
         page, more = await models.list_page(session, settings, after=after, limit=limit)
@@ -60,9 +60,9 @@ async def change(
     model_id: str,
     body: DeploymentSettings,
 ) -> Response:
-    """Sets how a model is served. Fields that the body leaves out have their defaults.
+    """Sets how a model is served. Fields that the body leaves out are reset to their defaults.
 
-    If the model is loaded, Ray Serve replaces its replicas; each ends its answers first.
+    If the model is loaded, Ray Serve replaces its replicas; each replica first finishes its answers.
     """
     view, capacity = await asyncio.gather(_look(ray_api), ray_api.capacity())
 
@@ -80,7 +80,7 @@ async def change(
 async def reset(
     idempotent: IdempotentPart, settings: SettingsPart, caller: CallerPart, ray_api: RayApiPart, model_id: str
 ) -> Response:
-    """Gives a model's deployment its defaults again. The model itself stays."""
+    """Resets the settings of a model's deployment to their defaults. The model itself is kept."""
     view = await _look(ray_api)
 
     async def forget(session: AsyncSession) -> dict[str, Any]:
@@ -94,7 +94,7 @@ async def reset(
 
 @router.post("/{model_id:path}/warm")
 async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayApiPart, model_id: str) -> Response:
-    """Asks for a model to be loaded, as a completion does. Send it again while the model waits."""
+    """Requests that a model is loaded, as a completion request does. Repeat the request until the model is loaded."""
     view = await _look(ray_api)
 
     async def ask(session: AsyncSession) -> dict[str, Any]:
@@ -109,7 +109,7 @@ async def warm(idempotent: IdempotentPart, settings: SettingsPart, ray_api: RayA
 async def unload(
     idempotent: IdempotentPart, settings: SettingsPart, caller: CallerPart, ray_api: RayApiPart, model_id: str
 ) -> Response:
-    """Unloads a model that is idle."""
+    """Unloads a model that answers no requests."""
     view = await _look(ray_api)
 
     async def remove(session: AsyncSession) -> dict[str, Any]:

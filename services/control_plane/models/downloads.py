@@ -1,4 +1,6 @@
-"""Hands out the weights of trained models: as tars of Hugging Face folders, adapters also merged into their bases."""
+"""Provides the weights of trained models for download, as tars of Hugging Face folders. An adapter can also be
+downloaded merged into its base model.
+"""
 
 import hashlib
 import json
@@ -27,8 +29,9 @@ RETRY_AFTER_SECONDS = 5
 
 
 def format_of(model: NamedModel, wanted: Format | None) -> Format:
-    """Returns the format of a download. Raises InvalidRequest if a model that holds all weights is wanted as an
-    adapter."""
+    """Returns the format of a download: `adapter` or `merged`. Raises InvalidRequest if the user asks for an adapter of
+    a model that has none.
+    """
     if wanted == "adapter" and model.adapter is None:
         message = (
             f"The model '{model.id}' has no adapter, because its job trained all weights; "
@@ -61,8 +64,9 @@ def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) 
 
 
 def _with_base(config: Member, base: str | None) -> Member:
-    """Returns an adapter's config that names a base outside the hub by its name in the service, not by its path in
-    storage."""
+    """Returns an adapter's config for the download. A base model that is not on the hub appears with its name in the
+    service, not with its path in storage.
+    """
     fields = json.loads(storage.read_bytes(str(config.source)))
     place = str(fields.get("base_model_name_or_path"))
     if "://" in place or place.startswith("/"):

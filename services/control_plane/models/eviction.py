@@ -1,9 +1,11 @@
-"""Decides which models are loaded and what the other requested models wait for. These are pure functions.
+"""Decides which models are loaded, and what the other requested models wait for. The functions depend only on their
+arguments.
 
-Models that open attempts need as their reference are loaded first, then pinned ones; neither is ever evicted. A model
-that is loading or answering is not evicted either; an idle model is, after its own `idle_seconds`, or to make room for
-other models or for jobs. Waiting models are loaded in the order in which they were first requested. A model that is
-always busy has a turn: after TURN_SECONDS, and if others wait, it finishes its answers and gets no new requests.
+Reference models of running jobs are loaded first, then pinned models; neither are ever evicted (unloaded). A model that
+is loading or answering is not evicted either. An idle model is evicted after its own `idle_seconds`, or to make room
+for other models or for jobs. Waiting models are loaded in the order in which they were first requested. A model that is
+always busy may run for TURN_SECONDS while other models wait; afterwards it finishes its answers and gets no new
+requests.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,7 +19,7 @@ LOADING_SECONDS = 3600.0  # after this time a model that is still loading may be
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A requested model, and how it has been used. All durations are in seconds and end now."""
+    """A requested model and its recent use. All durations are in seconds, up to now."""
 
     app_name: str
     state: Literal["waiting", "loading", "running", "failed"]
@@ -46,7 +48,7 @@ class Model:
 
     @property
     def is_unused(self) -> bool:
-        """Whether the model is evicted although nobody needs its place."""
+        """Whether the model has been unused for so long that it is evicted even if no other model needs its memory."""
         return self.is_idle and self.idle_seconds is not None and self.used > self.idle_seconds
 
     @property
@@ -56,7 +58,9 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """How many models may be loaded, and the GPUs that they may use, by the settings and the cluster."""
+    """The number of models that may be loaded, and the number of GPUs that they may use, according to the settings and
+    the cluster.
+    """
 
     places: int  # how many models may be loaded at a time
     gpus: float | None = None  # GPUs that running jobs do not use; None: unknown, or models need none
@@ -64,7 +68,7 @@ class Room:
     wait_seconds: float  # a model whose last request is older than this is not loaded
 
     def most_gpus(self, *, beside_next_job: bool) -> float:
-        """Returns the GPUs of the models that are no reference. A reference uses its job's GPUs."""
+        """Returns the number of GPUs for models other than reference models. A reference model uses its job's GPUs."""
         if self.gpus is None:
             return float("inf")
         return max(0.0, self.gpus - self.gpus_of_next_job * beside_next_job)
@@ -72,7 +76,7 @@ class Room:
 
 @dataclass
 class Plan:
-    """The decision: the models to serve, those to forget, and what each of the others waits for."""
+    """The decision: the models to serve, the models whose rows are deleted, and what each other model waits for."""
 
     serve: set[str] = field(default_factory=set)
     forget: set[str] = field(default_factory=set)
@@ -99,7 +103,7 @@ def decide(models: Collection[Model], room: Room) -> Plan:
 
 
 class _Served:
-    """The set of models to serve, while `decide` changes the set."""
+    """The set of models to serve, which `decide` builds step by step."""
 
     def __init__(self, models: Sequence[Model], room: Room) -> None:
         self._room = room
@@ -107,10 +111,10 @@ class _Served:
         self.leaving: dict[str, str] = {}
 
     def make_way(self, why: str, *, beside_next_job: bool) -> None:
-        """Evicts idle models until the models that are no reference fit the room.
+        """Evicts idle models until the models other than reference models fit into the room.
 
-        If too few models are idle, busy ones stop getting requests: after their turn, or at once if running jobs need
-        the GPUs.
+        If too few models are idle, busy models get no further requests: after their turn, or immediately if running
+        jobs need the GPUs.
         """
         most = self._room.most_gpus(beside_next_job=beside_next_job)
         while (few := len(self._others()) > self._room.places) or _exceeds(self._gpus(), most):
@@ -118,7 +122,7 @@ class _Served:
                 return
 
     def take(self, model: Model) -> str | None:
-        """Adds the model to the served ones, or returns what the model waits for."""
+        """Adds the model to the models to serve and returns None, or returns what the model waits for."""
         while lack := self._lacks(model):
             reason, on_gpus = lack
             if not self._would_help(model):
@@ -130,7 +134,9 @@ class _Served:
         return None
 
     def _lacks(self, model: Model) -> tuple[str, bool] | None:
-        """Returns what the model lacks, and whether that is GPUs; None if the model can be loaded."""
+        """Returns a phrase for the resource that the model waits for, and whether the resource is GPUs; None if the
+        model can be loaded.
+        """
         room = self._room
         if len(self.models) >= room.places:
             loaded = f"{len(self.models)} of at most {room.places} models are loaded"
@@ -148,7 +154,7 @@ class _Served:
         return model.is_reference or not _exceeds(pinned + model.gpus, self._room.most_gpus(beside_next_job=True))
 
     def _others(self) -> list[Model]:
-        """Returns the models that are no reference and are not about to leave."""
+        """Returns the models other than reference models that are not being unloaded."""
         return [model for model in self.models if not model.is_reference and model.app_name not in self.leaving]
 
     def _gpus(self, *, leaving: bool = False) -> float:
@@ -156,9 +162,10 @@ class _Served:
         return sum(model.gpus for model in models)
 
     def _evict(self, *, on_gpus: bool) -> bool:
-        """Removes one idle model, a failed one if there is one, else the least recently used. False: none is idle.
+        """Removes one idle model: a failed one if there is one, else the least recently used one. Returns False if no
+        model is idle.
 
-        With `on_gpus`, only a model that holds GPUs counts.
+        With `on_gpus`, considers only models that hold GPUs.
         """
         idle = [model for model in self.models if model.is_idle and (model.gpus or not on_gpus)]
         idle.sort(key=lambda model: (model.state != "failed", -model.used, model.app_name))
@@ -168,10 +175,11 @@ class _Served:
         return bool(idle)
 
     def _ask_to_leave(self, why: str, *, at_once: bool = False) -> bool:
-        """Stops new requests to the busy model that has run longest, which then waits with the reason `why`.
+        """Stops new requests to the busy model that has run longest. Requests for this model then wait, with the reason
+        `why`.
 
-        Only a model whose turn is over is chosen; with `at_once`, any running model. References and pinned models are
-        never chosen. Returns False if there is none.
+        Only models whose turn is over are considered or, with `at_once`, all running models. Reference models and
+        pinned models are never chosen. Returns False if there is no such model.
         """
         busy = [model for model in self._others() if not model.stays]
         busy = [model for model in busy if model.had_its_turn or (at_once and model.state == "running")]
@@ -186,7 +194,7 @@ def _exceeds(gpus: float, most: float) -> bool:
 
 @dataclass(frozen=True)
 class Engines:
-    """What the scheduler of jobs must know about models."""
+    """The use of GPUs by models, as the scheduler of jobs needs it."""
 
     gpus: float = 0.0  # GPUs of models that no job needs as its reference
     pinned_gpus: float = 0.0  # those that the models' settings keep loaded
@@ -199,10 +207,10 @@ NO_ENGINES = Engines()
 def engines(
     models: Collection[Model], stopping_gpus: float, room: Room, *, capacity: float, since_last_job: float
 ) -> Engines:
-    """Returns what the scheduler of jobs must know about models.
+    """Returns how many GPUs models use or wait for, for the scheduler of jobs.
 
-    `stopping_gpus` are the GPUs of models that Ray Serve is removing, `capacity` is the number of the cluster's GPUs,
-    `since_last_job` the seconds since the last job began.
+    `stopping_gpus` is the number of GPUs of models that Ray Serve is removing, `capacity` is the number of GPUs in the
+    cluster, and `since_last_job` is the number of seconds since the last job began.
     """
     loaded = [model for model in models if model.state != "waiting"]
     others = [model for model in loaded if not model.is_reference]

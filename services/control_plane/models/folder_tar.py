@@ -1,4 +1,4 @@
-"""Writes a folder in storage as a tar, any part of which can be read without the parts before."""
+"""Presents a folder in storage as a tar. Any range of the tar can be read without reading the bytes before it."""
 
 import hashlib
 import tarfile
@@ -12,7 +12,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Member:
-    """A file of the tar."""
+    """A file in the tar: its name, size and source."""
 
     name: str
     num_bytes: int
@@ -27,7 +27,8 @@ class Member:
 class FolderTar:
     """A tar of files, sorted by their names. The same files always give the same bytes.
 
-    `etag` is a digest of the contents in memory, and of the names, sizes and modification times of the others.
+    `etag` is a digest of the contents of files held in memory, and of the names, sizes and modification times of all
+    other files.
     """
 
     def __init__(self, members: Iterable[Member]) -> None:

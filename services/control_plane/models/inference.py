@@ -1,4 +1,4 @@
-"""Forwards completions to Ray Serve. A model is loaded on first use. Errors come back in OpenAI's envelope."""
+"""Forwards requests for completions to Ray Serve. A model is loaded on first use. Errors have OpenAI's JSON form."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ REFUSALS: dict[int, type[InvalidRequest | NotFound | TooLarge]] = {400: InvalidR
 
 @dataclass
 class _Use:
-    """How this control plane uses one model. Times are seconds of the monotonic clock."""
+    """The requests of this control plane to one model. Times are in seconds of the monotonic clock."""
 
     in_flight: int = 0
     asked_at: float = float("-inf")
@@ -49,11 +49,13 @@ class _Use:
     shared_at: float = 0.0  # when `share` was brought up to date
 
     def must_ask(self) -> bool:
-        """Returns whether the database must be read again before a request may enter."""
+        """Whether the database must be read again before another request may be sent to the model."""
         return time.monotonic() - self.told_at >= (STAY_SECONDS if self.is_open else LOOK_SECONDS)
 
     def change(self, in_flight: int, now: float) -> None:
-        """Adds so many requests to those in flight, which share the model's time evenly."""
+        """Adds a number of requests (negative to remove) to the requests in flight, which share the model's time
+        evenly.
+        """
         if self.in_flight:
             self.share += (now - self.shared_at) / self.in_flight
         self.in_flight, self.shared_at = self.in_flight + in_flight, now
@@ -104,9 +106,10 @@ class Inference:
     async def forward(
         self, caller: ProjectStore, path: str, name: str, body: bytes, meter: Meter, *, streams: bool
     ) -> Response:
-        """Answers `POST /v1/<path>` with the caller's model of that name. A stream stays a stream.
+        """Forwards the request `POST /v1/<path>` to the model that its body names, and returns the model's response. A
+        streamed answer is streamed to the client.
 
-        The meter counts the answer's tokens.
+        `meter` counts the answer's tokens.
         """
         async with caller.look() as session:
             model = await models.find(session, self._settings, name)
@@ -122,13 +125,15 @@ class Inference:
         return await self._forwarded(engine, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
-        """Asks for the model to be served soon, and does not wait for it."""
+        """Requests that the model is loaded, and returns without waiting for it."""
         async with self._store.begin() as session:
             engine = await engine_of(session, self._settings, model)
         await self._ask(engine)
 
     async def ask(self, model: NamedModel, path: str, body: bytes, meter: Meter) -> bytes:
-        """Returns the answer of the model's application to `POST /v1/<path>`. Clients cannot reach all such paths."""
+        """Sends `POST /v1/<path>` to the model's application and returns the answer. Some of these paths are internal:
+        clients cannot reach them.
+        """
         async with self._store.begin() as session:
             engine = await engine_of(session, self._settings, model)
             own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
@@ -164,7 +169,9 @@ class Inference:
                 self._end(engine, answer, meter, share)
 
     def _end(self, engine: Engine, answer: Answer | None, meter: Meter, share: float) -> None:
-        """Ends a request in flight. `share` is the model's share when the request began."""
+        """Records the end of a request in flight. `share` is the value of the model's shared time when the request
+        began.
+        """
         use = self._uses[engine.app_name]
         use.left_at = time.monotonic()
         use.change(-1, use.left_at)
@@ -198,7 +205,7 @@ class Inference:
         raise self._unavailable(engine, f"{trouble or 'finished loading only now'}; {most}")
 
     async def _ask(self, engine: Engine) -> None:
-        """Asks for the model to be served, at most once every ASK_SECONDS for all its waiting requests."""
+        """Requests that the model is loaded, at most once every ASK_SECONDS for all waiting requests to the model."""
         use = self._uses.setdefault(engine.app_name, _Use())
         if time.monotonic() - use.asked_at >= ASK_SECONDS:
             use.asked_at = time.monotonic()
@@ -230,7 +237,9 @@ class Inference:
         )
 
     def _refusal(self, engine: Engine, status: int, content: bytes) -> ApiError:
-        """Returns the server's error in OpenAI's envelope, whatever it looks like."""
+        """Returns an error of the model's server in OpenAI's JSON form, also if the server's own error has another
+        form.
+        """
         try:
             said = json.loads(content)
         except (ValueError, RecursionError):

@@ -31,7 +31,7 @@ InferencePart = Annotated[Inference, Depends(_inference)]
 
 
 class InferenceBody(BaseModel):
-    """The part of a completion's body that the control plane reads. The model's server checks the rest."""
+    """The fields of a completion's body that the control plane reads. The model's server checks all other fields."""
 
     model_config = ConfigDict(extra="allow")
     model: Text
@@ -65,7 +65,7 @@ async def _forward(
 def note(
     request: Request, model_id: str, prompt_tokens: int, completion_tokens: int, accelerator_seconds: float
 ) -> None:
-    """Counts what an answer took for its key."""
+    """Adds the tokens and seconds of an answer to the usage of the request's key."""
     parts, caller = request.app.state, request.state.caller
     if limit := tokens_per_minute(caller, parts.settings):
         cast(RateLimits, parts.token_limits).count(caller.key_id, limit, prompt_tokens + completion_tokens)
@@ -99,14 +99,16 @@ async def _disconnect(request: Request) -> None:
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Raises InvalidRequest, naming the field, for values that Python's JSON parser accepts and others refuse."""
+    """Raises InvalidRequest, with the name of the field, for values that Python's JSON parser accepts but other parsers
+    refuse.
+    """
     left: list[tuple[str, int, Any]] = [("", 0, body)]
     while left:
         where, depth, value = left.pop()
         if depth > MOST_NESTED:
             field = where.partition(".")[0]
             raise InvalidRequest(
-                f"The field '{field}' nests more than {MOST_NESTED} lists or objects in one another; nest them less.",
+                f"The field '{field}' nests lists or objects more than {MOST_NESTED} levels deep; use fewer levels.",
                 param=field,
             )
         if isinstance(value, dict):

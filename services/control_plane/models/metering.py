@@ -1,4 +1,6 @@
-"""Counts the tokens of answers as they pass. Streams are asked for that count, which only clients that asked see."""
+"""Counts the tokens of answers while the answers pass through. The service asks the model's server for the count of a
+stream, and removes the count from the stream unless the client also asked for it.
+"""
 
 import re
 from collections.abc import Callable
@@ -19,10 +21,10 @@ def asks_for_usage(options: Any) -> bool:
 
 
 def asking_for_usage(body: bytes) -> bytes:
-    """Returns the JSON object `body` with `stream_options` at its end that ask for the count of tokens.
+    """Returns the JSON object `body` with an added field `stream_options` that asks for the count of tokens.
 
-    The other bytes stay as they came. If the body has `stream_options` already, the last ones count. A body in UTF-16
-    or UTF-32, which is JSON as well, stays as it is.
+    All other bytes are unchanged. If the body already has the field `stream_options`, the added field at the end
+    overrides it. A body in UTF-16 or UTF-32, which is JSON as well, stays as it is.
     """
     if b"\0" in body:
         return body
@@ -30,7 +32,7 @@ def asking_for_usage(body: bytes) -> bytes:
 
 
 class Meter:
-    """Counts the tokens of one answer, which is noted once, when the answer ends."""
+    """Counts the tokens of one answer, and records the count once, when the answer ends."""
 
     def __init__(self, note: Note, *, shows_usage: bool) -> None:
         self._note, self._shows_usage = note, shows_usage
@@ -39,11 +41,11 @@ class Meter:
         self._num_events = 0
 
     def whole(self, body: bytes) -> None:
-        """Counts an answer that came at once."""
+        """Counts the tokens of an answer that is not a stream."""
         self._read(body)
 
     def lines(self, lines: bytes) -> bytes:
-        """Counts lines of a stream, and returns those that the client shall see."""
+        """Counts the tokens in lines of a stream, and returns the lines to send to the client."""
         self._num_events += lines.count(EVENT_END)
         if self._counted or not NO_CHOICES.search(lines):
             return lines
@@ -51,9 +53,9 @@ class Meter:
         return EVENT_END.join(kept)
 
     def end(self, seconds: float) -> None:
-        """Notes the tokens, and the seconds for which the answer had the engine.
+        """Records the answer's tokens, and the engine seconds that the answer used.
 
-        Of a stream that was left, each event so far counts as one token of the completion.
+        If the client left a stream before its end, each event so far counts as one token of the completion.
         """
         prompt, completion = self._counted or (0, self._num_events)
         if prompt or completion:

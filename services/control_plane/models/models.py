@@ -100,7 +100,9 @@ async def find(
     if row is None or row.deleted_at is not None:
         known = ", ".join(settings.models) or "none; the operator adds one with --model NAME=SOURCE"
         raise NotFound(
-            f"The model '{model_id}' does not exist. Base models: {known}.", param=param, code="model_not_found"
+            f"The model '{model_id}' does not exist; use the name of a base model ({known}) or of a trained model.",
+            param=param,
+            code="model_not_found",
         )
     return trained(row)
 
@@ -140,10 +142,16 @@ async def find_to_download(session: AsyncSession, settings: Settings, model_id: 
     """
     model = await find(session, settings, model_id)
     if model.job_id is None:
-        message = f"'{model_id}' is a base model, which the service does not hand out: take it from where it came from."
+        message = (
+            f"The model '{model_id}' is a base model, and only trained models can be downloaded; download it "
+            "from its original source."
+        )
         raise InvalidRequest(message, param="model", code="invalid_value")
     if not owns(session, await session.get_one(Model, model_id)):
-        message = f"'{model_id}' belongs to another project, which shares its use; only that project may download it."
+        message = (
+            f"The model '{model_id}' belongs to another project. Your project may use it but not download it; "
+            "ask its owner for the files."
+        )
         raise Forbidden(message, param="model")
     return model
 
@@ -164,12 +172,15 @@ async def find_own(session: AsyncSession, settings: Settings, model_id: str) -> 
     """
     if (await find(session, settings, model_id)).job_id is None:
         raise Forbidden(
-            f"'{model_id}' is a base model, which only the service's operator can change, in the settings.",
+            f"The model '{model_id}' is a base model, which only the operator can change, in the service's settings.",
             param="model",
         )
     row = await session.get_one(Model, model_id, with_for_update={"key_share": True}, populate_existing=True)
     if not owns(session, row):
-        message = f"The model '{model_id}' belongs to another project; only that project may delete or share the model."
+        message = (
+            f"The model '{model_id}' belongs to another project. Only that project may delete or share the "
+            "model; ask its owner."
+        )
         raise Forbidden(message, param="model")
     return row
 

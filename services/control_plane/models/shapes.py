@@ -1,4 +1,6 @@
-"""Reads the shapes of a model's weights from config.json and the headers of its safetensors files, not the weights."""
+"""Reads the shapes of a model's weights from config.json and the headers of its safetensors files, without reading the
+weights.
+"""
 
 import json
 import os
@@ -15,7 +17,7 @@ MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 
 
 class NoShapes(ValueError):
-    """The shapes of the model's weights cannot be read on this machine. The message gives the reason."""
+    """Raised if the shapes of the model's weights cannot be read on this machine. The message gives the reason."""
 
 
 @lru_cache(maxsize=64)

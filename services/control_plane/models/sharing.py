@@ -1,6 +1,6 @@
 """Grants and revokes checkpoint permissions, by which a project shares a model with others.
 
-`core.store` applies them.
+`core.store` enforces the permissions.
 """
 
 import secrets
@@ -22,13 +22,14 @@ async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str])
     known = select(Project.id).where(Project.id.in_(project_ids), Project.archived_at.is_(None))
     if unknown := set(project_ids) - set(await session.scalars(known)):
         raise InvalidRequest(
-            f"project_ids names '{min(unknown)}', which is not the id of a project or is archived; "
-            "name projects that exist.",
+            f"The field 'project_ids' contains '{min(unknown)}', which is not the id of an active project; send "
+            "ids of active projects.",
             param="project_ids",
         )
     if model.project_id in project_ids:
         raise InvalidRequest(
-            f"project_ids names {model.project_id}, to which the model belongs; name other projects.",
+            f"The field 'project_ids' contains {model.project_id}, the project that owns the model; send ids of "
+            "other projects.",
             param="project_ids",
         )
     rows = [
@@ -41,7 +42,7 @@ async def grant(session: AsyncSession, model: Model, project_ids: Sequence[str])
 
 
 async def revoke(session: AsyncSession, model: Model, permission_id: str) -> None:
-    """Deletes a permission to use the model. Jobs that were submitted before go on."""
+    """Deletes a permission to use the model. Jobs that were submitted before the deletion continue."""
     row = delete(CheckpointPermission).where(CheckpointPermission.id == permission_id)
     row = row.where(CheckpointPermission.model_id == model.id)
     if (await session.execute(row.returning(CheckpointPermission.id))).first() is None:

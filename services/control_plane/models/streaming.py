@@ -1,4 +1,4 @@
-"""Passes a model's stream of events on to the client."""
+"""Forwards the stream of events of a model's answer to the client."""
 
 import asyncio
 import json
@@ -13,9 +13,9 @@ from services.control_plane.models.upstream import Answer, Broken
 
 
 class Stream(Response):
-    """Passes whole lines on as they arrive. `end` is called even if the client reads none of them.
+    """Forwards whole lines as they arrive. Calls `end` when the stream ends, even if the client reads no line.
 
-    If the model breaks off, an event with an error replaces the unfinished line.
+    If the model stops in the middle of its answer, an event with an error replaces the incomplete line.
     """
 
     media_type = "text/event-stream"

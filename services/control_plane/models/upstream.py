@@ -1,8 +1,8 @@
-"""A client of the engines' HTTP servers, whose answers cost little however many pieces they come in.
+"""An HTTP client for the engines' servers. Forwarding an answer costs little even if it arrives in many small chunks.
 
-A stream of tokens comes in one piece for each token, and general clients spend more on a piece than the rest of the
-control plane does. This one hands on whatever has arrived since it was last asked. A connection serves one request,
-and ends with it, so that the engine stops when the client has left.
+A stream of tokens arrives in one chunk per token, and a general HTTP client takes more time per chunk than the rest of
+the control plane. This client returns all bytes that have arrived since the last call. Each connection serves one
+request and is closed at its end, so that the engine stops generating when the user's client has left.
 """
 
 import asyncio
@@ -17,22 +17,25 @@ MOST_WAITING = 2**20  # bytes that wait for a slow client before the engine's se
 
 
 class Broken(Exception):
-    """The server cannot be reached, has broken off, has been silent for too long, or does not speak HTTP."""
+    """Raised if the server cannot be reached, closes the connection early, is silent for too long, or does not speak
+    HTTP.
+    """
 
 
 class Busy(Exception):
-    """All connections are in use."""
+    """Raised if all connections are in use."""
 
 
 class Upstream:
-    """Sends requests to engines, over at most `connections` connections at once."""
+    """Sends requests to engines, over at most `connections` connections at the same time."""
 
     def __init__(self, *, connections: int, silence_seconds: float, wait_seconds: float) -> None:
         self._free = asyncio.Semaphore(connections)
         self._silence, self._wait = silence_seconds, wait_seconds
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> "Answer":
-        """Sends a JSON body, and returns the answer when its status and headers are there. The caller must close it.
+        """Sends a JSON body to an engine, and returns the answer once its status and headers have arrived. The caller
+        must close the answer.
 
         Raises Busy, and Broken if the server does not answer.
         """
@@ -58,7 +61,7 @@ def _head(url: str, headers: Mapping[str, str], length: int) -> bytes:
 
 
 class Answer(asyncio.Protocol):
-    """The answer to one request."""
+    """An engine's answer to one request."""
 
     status: int
     headers: dict[str, str]  # names in lower case
@@ -96,7 +99,9 @@ class Answer(asyncio.Protocol):
         self._on_close = _nothing
 
     async def piece(self) -> bytes:
-        """Returns what has arrived of the body, at least one byte; b"" at its end. Raises Broken."""
+        """Returns the bytes of the body that have arrived since the last call, at least one byte; b"" at the end.
+        Raises Broken.
+        """
         if self.headers.get("content-encoding", "identity") != "identity":
             raise Broken(f"it answers in {self.headers['content-encoding']}, for which nobody asked")
         await self._wait_for(lambda: self._waiting or self._whole)

@@ -1,1 +1,1 @@
-"""Answers how much a policy prefers completions over what its reference does, and what a reward model gives them."""
+"""Computes the rewards of completions: from a policy and its reference model, or from a reward model."""

@@ -1,4 +1,4 @@
-"""The route /v1/x/rewards, which answers how much a model prefers completions."""
+"""The route /v1/x/rewards, which returns the rewards of completions."""
 
 import asyncio
 from collections.abc import Sequence
@@ -23,7 +23,9 @@ router = APIRouter()
 
 @router.post("/x/rewards")
 async def create(request: Request, store: StorePart, settings: SettingsPart, body: RewardsBody) -> Response:
-    """Scores completions with a policy and its reference, or with a reward model. Nothing is kept."""
+    """Scores completions with a policy and its reference model, or with a reward model. The service does not store the
+    rows.
+    """
     groups = groups_of(body)
     async with store.begin() as session:
         judge = await judge_of(session, settings, body.model, reference=body.reference, beta=body.beta)

@@ -1,4 +1,4 @@
-"""Finds what a request for rewards compares: a policy with its reference, or a reward model alone."""
+"""Finds the models that score a request's completions: a policy and its reference model, or a reward model."""
 
 from dataclasses import dataclass
 from datetime import date
@@ -18,7 +18,9 @@ from services.control_plane.settings import Settings
 
 @dataclass(frozen=True)
 class Judge:
-    """A policy with its reference and beta, or a reward model, which has neither."""
+    """The models that score completions: a policy with its reference model and beta, or a reward model, which has
+    neither.
+    """
 
     model: NamedModel
     reference: NamedModel | None = None
@@ -29,9 +31,10 @@ class Judge:
 async def judge_of(
     session: AsyncSession, settings: Settings, name: str, *, reference: str | None, beta: float | None
 ) -> Judge:
-    """Returns the judge for the model `name`. `reference` and `beta` override those of the policy's job.
+    """Returns the judge (the models that score) for the model `name`. `reference` and `beta` override the values of the
+    policy's job.
 
-    Raises InvalidRequest for values that do not go together, and if neither the request nor the job has them.
+    Raises InvalidRequest for values that exclude each other, and for values that neither the request nor the job gives.
     """
     model = await models.find(session, settings, name)
     job = await _job_of(session, model)
@@ -39,7 +42,9 @@ async def judge_of(
     if model.num_outputs:
         for param, given in (("reference", reference), ("beta", beta)):
             if given is not None:
-                message = f"'{name}' is a reward model, which takes no {param}; leave '{param}' out."
+                message = (
+                    f"The model '{name}' is a reward model, which takes no {param}; leave the field '{param}' out."
+                )
                 raise InvalidRequest(message, param=param)
         return Judge(model, today=today)
     objective = job and JobSpec.model_validate(job.spec).config.objective
@@ -50,7 +55,10 @@ async def judge_of(
     else:
         found = await models.find(session, settings, reference, param="reference")
     if found.num_outputs:
-        raise InvalidRequest(f"'{found.id}' is a reward model; name a policy or a base model.", param="reference")
+        raise InvalidRequest(
+            f"The model '{found.id}' is a reward model; set the field 'reference' to a policy or a base model.",
+            param="reference",
+        )
     return Judge(model, found, beta, today)
 
 

@@ -1,4 +1,6 @@
-"""Turns log-probabilities, and outputs of reward models, into rewards and preferences. These are pure functions."""
+"""Computes rewards and preferences from log-probabilities and from the outputs of reward models. The functions depend
+only on their arguments.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +14,9 @@ GRID_POINTS, DEVIATIONS = 256, 5.0  # of an integral: at least so many points, s
 
 @dataclass(frozen=True)
 class Judged:
-    """A completion and its reward. A reward model has `outputs`; a policy has the three fields that follow."""
+    """A completion and its reward. `outputs` is set for a reward model; the three fields after it are set for a
+    policy.
+    """
 
     reward: float
     num_tokens: int
@@ -24,7 +28,8 @@ class Judged:
 
 def implicit(beta: float, logp: float, reference_logp: float, num_tokens: int) -> Judged:
     """Returns a completion with DPO's implicit reward, beta (log pi(y|x) - log pi_ref(y|x)): arXiv 2305.18290, section
-    5.1. Its part that depends only on the prompt is left out."""
+    5.1. The term of the reward that depends only on the prompt is left out.
+    """
     log_ratio = logp - reference_logp
     return Judged(beta * log_ratio, num_tokens, log_ratio=log_ratio, logp=logp, reference_logp=reference_logp)
 
@@ -35,15 +40,15 @@ def explicit(outputs: Sequence[float], num_tokens: int) -> Judged:
 
 
 def winner(judged: Sequence[Judged]) -> int:
-    """Returns the index of the completion with the highest reward; of equal ones, the first."""
+    """Returns the index of the completion with the highest reward; the first index if several completions have it."""
     return max(range(len(judged)), key=lambda i: (judged[i].reward, -i))
 
 
 def probabilities(judged: Sequence[Judged]) -> list[float]:
     """Returns for each completion the probability that it is preferred to all the others.
 
-    If rewards are numbers, the probability is the softmax of Plackett and Luce, which for two completions is that of
-    Bradley and Terry. If a reward model gives a mean and the logarithm of a variance, it is the probability that the
+    If rewards are numbers, the probability is that of the Plackett-Luce model (a softmax), which for two completions is
+    the Bradley-Terry model. If a reward model gives a mean and the logarithm of a variance, the probability is that the
     completion's Gaussian reward is the highest.
     """
     gaussians = [_gaussian(*each.outputs) for each in judged if each.outputs and len(each.outputs) == 2]
@@ -61,8 +66,9 @@ def _gaussian(mean: float, log_variance: float) -> NormalDist:
 def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
     """Returns the probability of each reward to be the highest.
 
-    That is the integral of the others' cumulative distributions over its own. The points of the sum lie around all
-    means, as densely as their deviations are small.
+    This probability is the integral of the product of the other rewards' cumulative distributions over the reward's own
+    distribution. The points of the numerical sum lie around all means; they are dense where standard deviations are
+    small.
     """
     each = max(8, GRID_POINTS // len(rewards))
     steps = [DEVIATIONS * (2 * i / (each - 1) - 1) for i in range(each)]
@@ -76,7 +82,7 @@ def _of_gaussians(rewards: Sequence[NormalDist]) -> list[float]:
 
 
 def _all_but_one(factors: Sequence[float]) -> list[float]:
-    """Returns for each factor the product of all the others."""
+    """Returns for each factor the product of all other factors."""
     before = accumulate(factors[:-1], mul, initial=1.0)
     after = accumulate(reversed(factors[1:]), mul, initial=1.0)
     return [one * other for one, other in zip(before, reversed(list(after)), strict=True)]

@@ -50,6 +50,9 @@ def groups_of(body: RewardsBody) -> list[Group]:
     for number, group in enumerate(groups):
         if (count := len(group.completions)) > MOST_COMPLETIONS:
             path = f"rows.{number}.completions"
-            message = f"{path} has {count} completions; a row can have {MOST_COMPLETIONS}: send more rows."
+            message = (
+                f"The field '{path}' has {count} completions, but a row can have at most {MOST_COMPLETIONS}; send "
+                "the completions in several rows."
+            )
             raise InvalidRequest(message, param=path)
     return groups

@@ -1,4 +1,6 @@
-"""Has the models of a judge score groups, and turns their scores into rewards."""
+"""Sends groups (prompts with their completions) to the models of a judge, and computes rewards from the models'
+scores.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -28,10 +30,10 @@ class Judgement:
 
 
 class Scoring:
-    """Has models score groups.
+    """Sends groups to the models that score them.
 
-    A policy's scores are kept until its reference has scored too. So a request that is sent again while the reference
-    loads does not need the policy, which may have lost its place to the reference.
+    Keeps a policy's scores until its reference model has scored as well. A request that is repeated while the reference
+    model loads therefore does not need the policy, which may have been unloaded for the reference model.
     """
 
     def __init__(self, inference: Inference) -> None:
@@ -41,8 +43,9 @@ class Scoring:
     async def judge(self, judge: Judge, groups: Sequence[Group], meter_of: Callable[[str], Meter]) -> Judgement:
         """Returns the rewards of the groups. `meter_of` returns a meter for the scores of a model, by the model's id.
 
-        The policy's application encodes the texts, as in training, and scores them. The reference scores the same token
-        ids. It is asked for at once, so that both models load at the same time if there is room for both.
+        The policy's application encodes the texts, as in training, and scores them. The reference model scores the same
+        token ids. Its loading is requested at the start, so that both models load at the same time if there is room for
+        both.
         """
         texts = TextsToScore(groups=list(map(_on_wire, groups)), today=judge.today).model_dump_json().encode()
         if judge.reference is None or judge.beta is None:
@@ -94,5 +97,8 @@ def _read(model: NamedModel, answer: bytes) -> Scored:
     try:
         return Scored.model_validate_json(answer)
     except ValidationError:  # JSON has no NaN
-        message = f"The model '{model.id}' failed: its scores are no finite numbers. Its weights may be damaged."
+        message = (
+            f"The model '{model.id}' returned scores that are not finite numbers. Its weights may be damaged; "
+            "use another checkpoint."
+        )
         raise ApiError(message, code="model_error") from None

@@ -1,8 +1,8 @@
-"""Counts what keys used of models: requests, tokens and accelerator seconds by project, key, model and day.
+"""Counts the requests, tokens and accelerator seconds of completions, by project, key, model and day.
 
-Every control plane adds up the answers in memory and writes the sums every FLUSH_SECONDS, in one transaction. A crash
-loses what was not written yet, and nothing is counted twice: each batch has a number, and is written only if it is
-higher than that of the writer's last batch.
+Every control plane adds up its answers in memory and writes the sums to the database every FLUSH_SECONDS, in one
+transaction. A crash loses the sums that were not written yet. Nothing is counted twice: each batch of sums has a
+number, and is written only if this number is higher than the number of the last batch from the same control plane.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ WRITERS_KEPT = timedelta(days=1)  # a batch is tried again for less than this
 
 @dataclass(frozen=True)
 class Account:
-    """Who used what, and when."""
+    """The project, key, model and day to which usage is charged."""
 
     project_id: str
     key_id: str
@@ -38,7 +38,7 @@ class Account:
 
 @dataclass
 class Used:
-    """What was used of a model."""
+    """The numbers of requests and tokens, and the accelerator seconds, that completions used."""
 
     num_requests: int = 0
     prompt_tokens: int = 0
@@ -47,7 +47,7 @@ class Used:
 
 
 class UsageRecorder:
-    """Adds up what the requests of this process use, and writes it to the database."""
+    """Adds up the usage of this process's requests, and writes the sums to the database."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -67,7 +67,7 @@ class UsageRecorder:
         completion_tokens: int,
         accelerator_seconds: float,
     ) -> None:
-        """Counts one answer."""
+        """Adds the usage of one answer to the sums."""
         account = Account(project_id, key_id, model_id, datetime.now(UTC).date())
         used = self._sums.setdefault(account, Used())
         used.num_requests += 1
@@ -76,7 +76,7 @@ class UsageRecorder:
         used.accelerator_seconds += accelerator_seconds
 
     async def run(self) -> None:
-        """Writes the sums every FLUSH_SECONDS until cancelled, and once more then."""
+        """Writes the sums every FLUSH_SECONDS until cancelled, and one last time when cancelled."""
         try:
             while True:
                 await asyncio.sleep(FLUSH_SECONDS)
@@ -85,7 +85,9 @@ class UsageRecorder:
             await self.flush()
 
     async def flush(self) -> None:
-        """Writes what was added up. If that fails, the next call writes the same batch again."""
+        """Writes the sums to the database as one batch. If the write fails, the next call writes the same batch
+        again.
+        """
         async with self._writing:
             if not self._unwritten:
                 self._unwritten, self._sums = self._sums, {}
@@ -101,7 +103,7 @@ class UsageRecorder:
 
 
 async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[Account, Used]) -> None:
-    """Adds the sums to the table, unless the writer's batch was written before."""
+    """Adds the batch's sums to the table, unless this batch was written before."""
     row = insert(UsageWriter).values(id=writer, batch=batch)
     newer = {"batch": batch, "written_at": func.now()}
     row = row.on_conflict_do_update(index_elements=[UsageWriter.id], set_=newer, where=UsageWriter.batch < batch)
@@ -116,5 +118,5 @@ async def _write(session: AsyncSession, writer: str, batch: int, sums: Mapping[A
 
 
 async def forget_writers(session: AsyncSession) -> None:
-    """Deletes the numbers of the batches of control planes that have ended."""
+    """Deletes the stored batch numbers of control planes that have ended."""
     await session.execute(delete(UsageWriter).where(UsageWriter.written_at < func.now() - WRITERS_KEPT))

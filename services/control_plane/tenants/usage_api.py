@@ -1,4 +1,4 @@
-"""The route /v1/x/usage, which tells what projects and keys used of models."""
+"""The route /v1/x/usage, which lists how many requests, tokens and accelerator seconds projects and keys used."""
 
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -35,11 +35,17 @@ async def list_usage(
     after: str | None = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Lists sums by project, key, model or day. Both days are included; days are in UTC."""
+    """Lists the usage of completions, summed up by project, key, model or day. The first and the last day are included;
+    days are in UTC.
+    """
     last = to or datetime.now(UTC).date()
     first = begin or last - timedelta(days=DAYS - 1)
     if first > last:
-        raise InvalidRequest(f"from is {first}, after to, which is {last}; send an earlier day.", param="from")
+        raise InvalidRequest(
+            f"The query parameter 'from' is {first}, which is after 'to', {last}; send a first day that is not "
+            "after the last day.",
+            param="from",
+        )
     group = cast(GROUPS[group_by], Text)
     query = select(group, *(func.sum(column) for column in SUMS)).where(UsageRow.day.between(first, last))
     if not caller.manages_all:
@@ -48,7 +54,11 @@ async def list_usage(
         query = query.where(UsageRow.project_id == project_id)
     async with store.look() as session:
         if after is not None and await session.scalar(query.where(group == after).group_by(group)) is None:
-            raise InvalidRequest(f"No such item to list after: {after}", param="after")
+            raise InvalidRequest(
+                f"The query parameter 'after' is '{after}', but the list has no item with this id; send the id of "
+                "an item that you have listed.",
+                param="after",
+            )
         query = query if after is None else query.where(group > after)
         rows = (await session.execute(query.group_by(group).order_by(group).limit(limit + 1))).all()
     return listing([_usage_object(group_by, first, last, row) for row in rows[:limit]], len(rows) > limit)

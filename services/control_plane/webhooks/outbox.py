@@ -1,7 +1,8 @@
 """Sends webhook messages from the outbox. A sender runs in every control plane; one of the senders claims each row.
 
-A claim is a lease: the row is due again when the lease ends. So if a sender dies before it stored the result of a send,
-the send is repeated with the same webhook-id. Receivers should drop ids that they have seen.
+A claim is a lease: the row is due again when the lease ends. If a sender dies before it has stored the result of a
+send, the send is therefore repeated with the same webhook-id. Receivers should ignore messages with an id that they
+have already received.
 """
 
 import asyncio
@@ -54,7 +55,7 @@ class Claim(NamedTuple):
 
 
 class Sender:
-    """Sends due messages to many endpoints at once.
+    """Sends due messages to many endpoints at the same time.
 
     A slow or dead endpoint delays only the messages of its own project.
     """
@@ -140,9 +141,9 @@ class Sender:
     def _with_places(self, claims: Iterable[Claim]) -> list[Claim]:
         """Returns the claims that are sent now, and counts them as under way.
 
-        In all, AT_ONCE sends may be under way. A project may have at most as many of them as are still free. So if one
-        project's endpoints are slow, half of the sends stay free for other projects; if two projects' endpoints are
-        slow, a third.
+        At most AT_ONCE sends may be under way. A project may have at most as many sends under way as are still free. If
+        the endpoints of one project are slow, half of the sends therefore stay free for other projects; if the
+        endpoints of two projects are slow, a third stays free.
         """
         sent, per_project = [], Counter[str]()
         for (project, _), count in self._under_way.items():

@@ -254,8 +254,8 @@ def test_weights_are_pushed_with_the_users_token(policy, service, tmp_path):
     ("target", "token", "said"),
     [
         ("mine/polite", "hf_x", "must be hf://organization/name"),
-        ("hf://mine/polite", None, "there is no token of the hub; set HF_TOKEN"),
-        ("hf://theirs/polite", "hf_x", "refuses theirs/polite with 403: You don't have the rights"),
+        ("hf://mine/polite", None, "there is no token for the Hugging Face hub; set HF_TOKEN"),
+        ("hf://theirs/polite", "hf_x", "refuses the repository theirs/polite with status 403: You don't have the rights"),
     ],
 )
 def test_a_refused_push_names_what_is_missing(policy, service, tmp_path, target, token, said):

@@ -176,7 +176,7 @@ def test_a_place_in_storage_holds_no_key_and_its_refusal_does_not_tell_it(offlin
     """Ray shows where the spec of an attempt lies, and Serve where a model does."""
     place = "s3://AKIAEXAMPLE:hush-hush@bucket/raydpo"
     given = {"storage_url": place} if where == "storage_url" else {"models": {"tiny": place}}
-    with pytest.raises(ValidationError, match="holds a key before its '@'; leave that out") as refusal:
+    with pytest.raises(ValidationError, match="the URI contains credentials before its '@'; remove them") as refusal:
         Settings(**{**offline.model_dump(), **given})
     assert "hush-hush" not in str(refusal.value)
     Settings(**{**offline.model_dump(), "storage_url": "s3://bucket/raydpo?region=eu-west-1"})

@@ -176,7 +176,7 @@ def test_scores_that_are_no_numbers_are_an_error_of_the_model(
         answer = ask(api, "broken", ROWS[:1])
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "model_error"
-    assert "its scores are no finite numbers" in answer.json()["error"]["message"]
+    assert "returned scores that are not finite numbers" in answer.json()["error"]["message"]
 
 
 def test_the_tokens_of_both_models_count_for_the_key(api: httpx.Client, base_url: str) -> None:
@@ -231,9 +231,9 @@ def test_while_the_reference_loads_the_policy_need_not_score_again(
         ("tiny", {"beta": 1}, "reference", "'tiny' is a base model, which has no reference; name one in 'reference'."),
         ("simpo", {"beta": 1}, "reference", "was trained by simpo, whose rewards are no log-ratios"),
         ("simpo", {"reference": "tiny"}, "beta", "so its beta is not known; give 'beta'."),
-        ("reward", {"beta": 1}, "beta", "is a reward model, which takes no beta; leave 'beta' out."),
-        ("reward", {"reference": "tiny"}, "reference", "which takes no reference; leave 'reference' out."),
-        ("dpo", {"reference": "ft:tiny:raydpo::reward"}, "reference", "is a reward model; name a policy"),
+        ("reward", {"beta": 1}, "beta", "is a reward model, which takes no beta; leave the field 'beta' out."),
+        ("reward", {"reference": "tiny"}, "reference", "which takes no reference; leave the field 'reference' out."),
+        ("dpo", {"reference": "ft:tiny:raydpo::reward"}, "reference", "is a reward model; set the field 'reference' to a policy"),
         ("dpo", {"reference": "other"}, "reference", "has another tokenizer than the policy"),
         ("dpo", {"beta": 0}, "beta", "greater than 0"),
         ("dpo", {"beta": 101}, "beta", "less than or equal to 100"),
@@ -261,7 +261,7 @@ def test_models_that_do_not_exist_are_named(api: httpx.Client) -> None:
         ({"prompt": "a", "completions": []}, "rows.1.completions", "at least one completion"),
         ({"prompt": [USER], "completions": [[USER]]}, "rows.1.completions.0.0", "must be an assistant message"),
         ({"prompt": [USER], "completions": ["b"]}, "rows.1.completions.0", "must be a list"),
-        ({"prompt": "a", "completions": ["b"] * (MOST_COMPLETIONS + 1)}, "rows.1.completions", "a row can have 64"),
+        ({"prompt": "a", "completions": ["b"] * (MOST_COMPLETIONS + 1)}, "rows.1.completions", "a row can have at most 64"),
         ({"prompt": "x", "completions": ["y", "x" * MODEL_LENGTH]}, "rows.1.completions.1", "the model takes 256"),
         (
             {"prompt": "a", "completions": ["b"], "tools": [TOOL]},
