@@ -100,7 +100,7 @@ class Deployment(Contract):
 
     @property
     def most_gpus(self) -> float:
-        """Returns the GPUs of all replicas, when there are as many as there may be."""
+        """Returns the number of GPUs for all replicas at the maximum number of replicas."""
         return self.num_gpus * self.engine.replicas.max
 
 
@@ -124,7 +124,9 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Score(NamedTuple):
-    """The reference model's log-probability of one completion. A tuple is used, because one call returns thousands."""
+    """The reference model's log-probability of one completion. The class is a tuple, because one call returns thousands
+    of scores.
+    """
 
     logp: float  # sum over the completion's tokens, in nats
     num_tokens: int
@@ -162,7 +164,7 @@ class TokensToScore(Contract):
 
 
 class Scored(Contract):
-    """The answer of a model to both kinds of requests."""
+    """A model's answer to TextsToScore and TokensToScore."""
 
     groups: list[TokenGroup]
     vocabulary: str

@@ -61,7 +61,7 @@ def template_arguments(row: Row) -> dict[str, object] | None:
     if says_nothing(arguments):
         return None
     if not isinstance(arguments, dict):
-        raise row.invalid("/chat_template_kwargs", "wrong_type", f"is {shown(arguments)}; it must be a dictionary.")
+        raise row.invalid("/chat_template_kwargs", "wrong_type", f"is {shown(arguments)}; it must be an object.")
     for key, value in arguments.items():
         if key in RESERVED_ARGUMENTS or not key.isidentifier():
             what = "is an argument of the chat template that the service sets itself; remove the argument."

@@ -115,7 +115,7 @@ def items(row: Row, column: str, *keys: str) -> Iterator[dict[str, object]]:
     with these keys."""
     for number, item in enumerate(completions_of(row, column)):
         if not isinstance(item, dict) or not item.keys() >= set(keys):
-            what = f"must be a dictionary with the keys {' and '.join(keys)}."
+            what = f"must be an object with the keys {' and '.join(keys)}."
             raise row.invalid(f"/{column}/{number}", "wrong_type", what)
         yield item
 

@@ -13,7 +13,7 @@ from typing import BinaryIO, NoReturn
 MAX_LINE_BYTES = 32 * 2**20
 POINTER_SHOWN, REASON_SHOWN = 200, 1000  # most characters in an error; a key may be as long as a line
 MAX_DEPTH = 64  # levels of nested arrays and objects; a message with a tool call needs eight
-_TOO_DEEP = f"nests lists and dictionaries more than {MAX_DEPTH} levels deep; nest them less."
+_TOO_DEEP = f"nests lists and objects more than {MAX_DEPTH} levels deep; nest them less."
 
 
 class InvalidRow(ValueError):
@@ -58,7 +58,8 @@ class Row:
                 raise self.invalid(
                     "",
                     "missing_column",
-                    f"has no column {column[:40]!r} to read the {role} from; name a column that the row has.",
+                    f"has no column {column[:40]!r} to read the {role} "
+                    "from; give the name of a column that the row has.",
                 )
             if role in others:
                 what = f"and column {column[:40]!r} would both be read as the {role}; leave one of the columns out."
@@ -187,7 +188,7 @@ def _object(pairs: list[tuple[str, object]]) -> "dict[str, object] | _Flaw":
         return value
     seen: set[str] = set()
     repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-    return _Flaw("duplicate_key", "is given twice in one dictionary; keep one.", repeated)
+    return _Flaw("duplicate_key", "is given twice in one object; keep one.", repeated)
 
 
 def _constant(name: str) -> "float | _Flaw":

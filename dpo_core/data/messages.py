@@ -125,7 +125,7 @@ def _list_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 def _message(row: Row, pointer: str, value: object) -> Message:
     if not isinstance(value, dict):
-        raise row.invalid(pointer, "wrong_type", "must be a message, that is, a dictionary with role and content.")
+        raise row.invalid(pointer, "wrong_type", "must be a message: an object with the keys 'role' and 'content'.")
     role, content = value.get("role"), value.get("content")
     if len(value) == 2 and isinstance(role, str) and isinstance(content, str) and role in _ROLES:
         return {"role": _ROLES[role], "content": content}  # nearly all messages; nothing else must be checked
@@ -214,7 +214,7 @@ def _refuse_keys(row: Row, pointer: str, value: dict[str, object], role: str) ->
             raise row.invalid(f"{pointer}/{key}", "unsupported", _REMEDIES[key])
         if _OWNERS.get(key, role) != role:
             raise row.invalid(
-                f"{pointer}/{key}", "unknown_key", f"is no key that a message of role {role} can have; remove the key."
+                f"{pointer}/{key}", "unknown_key", f"is not a key of a message with the role '{role}'; remove the key."
             )
 
 
@@ -233,7 +233,7 @@ def _content(row: Row, pointer: str, value: object) -> str:
             )
         for key, item in part.items():
             if key not in ("type", "text") and not says_nothing(item):
-                what = "is no key of a part of type 'text', of which models see only the text; remove the key."
+                what = "is not a key of a part of type 'text', of which models see only the text; remove the key."
                 raise row.invalid(f"{pointer}/{index}{pointer_to((key,))}", "unknown_key", what)
         texts.append(string_of(row, f"{pointer}/{index}/text", part.get("text")))
     return "\n".join(texts)

@@ -119,7 +119,7 @@ def read_summaries(row: Row) -> Iterator[Group]:
     answers = []
     for number, item in enumerate(summaries):
         if not isinstance(item, dict) or "text" not in item:
-            raise row.invalid(f"/summaries/{number}", "wrong_type", "must be a dictionary with the key text.")
+            raise row.invalid(f"/summaries/{number}", "wrong_type", "must be an object with the key 'text'.")
         answers.append(answer(row, f"/summaries/{number}/text", item["text"]))
     lead = choice("choice", 0, 1)(row)
     yield best_first(row, [{"role": "user", "content": _to_summarize(row, info)}], answers, _ratings(lead))
@@ -147,7 +147,7 @@ def read_vertex(row: Row) -> Iterator[Group]:
     """Reads rows of Google's Vertex AI: contents with parts, and completions with scores."""
     prompt = [_of_parts(row, f"/contents/{number}", item) for number, item in enumerate(_list(row, "contents"))]
     if prompt[-1]["role"] != "user":
-        raise row.invalid("/contents", "invalid_order", "must end with a message of the role user.")
+        raise row.invalid("/contents", "invalid_order", "must end with a message of the role 'user'.")
     for key in VERTEX_SYSTEM_KEYS:
         if not says_nothing(value := row.value.get(key)):
             system = {"role": "system", **value} if isinstance(value, dict) else value
@@ -171,11 +171,11 @@ def _of_parts(row: Row, pointer: str, value: object) -> Message:
     role = _VERTEX_ROLES.get(str(value.get("role"))) if isinstance(value, dict) else None
     if role is None or not isinstance(parts, list):
         raise row.invalid(
-            pointer, "wrong_type", "must be a dictionary with the keys role (user or model) and parts (a list)."
+            pointer, "wrong_type", "must be an object with the keys 'role' (user or model) and 'parts' (a list)."
         )
     for number, part in enumerate(parts):
         if not isinstance(part, dict) or part.keys() != {"text"}:
-            what = "must be a dictionary with only the key text, because other parts are not supported; remove it."
+            what = "must be an object with only the key 'text', because other parts are not supported; remove the part."
             raise row.invalid(f"{pointer}/parts/{number}", "unsupported", what)
     texts = [string_of(row, f"{pointer}/parts/{number}/text", part["text"]) for number, part in enumerate(parts)]
     return {"role": role, "content": "\n".join(texts)}

@@ -73,13 +73,13 @@ def read_preference(row: Row) -> Iterator[Group]:
     output."""
     fields = row.value.get("input")
     if not isinstance(fields, dict):
-        raise row.invalid("/input", "wrong_type", "must be a dictionary with the key messages.")
+        raise row.invalid("/input", "wrong_type", "must be an object with the key 'messages'.")
     for key in fields:
         if key not in TOOL_KEYS | {"messages"}:
             raise row.invalid(
                 pointer_to(("input", key)),
                 "unknown_key",
-                "is no key that the dictionary /input can have; remove the key.",
+                "is not a key of the object /input; remove the key.",
             )
     prompt = prompt_of(row, "/input/messages", fields.get("messages"))
     outputs = [_either(row, f"{side}_output", f"{side}_completion") for side in ("preferred", "non_preferred")]

@@ -77,7 +77,7 @@ def survey(lines: Iterable[bytes], *, columns: Mapping[str, str] | None = None) 
     duplicates = find_duplicates(counts.groups(read_records(lines, columns=columns)))
     if not counts.rows and not counts.problems:
         empty = InvalidRow(
-            1, "", "empty_file", "The file has no rows; write at least one row, a JSON dictionary, into the file."
+            1, "", "empty_file", "The file has no rows; write at least one row, a JSON object, into the file."
         )
         counts.add_problem(empty)
     return counts.report(duplicates)

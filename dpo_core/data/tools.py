@@ -59,7 +59,7 @@ def _tool(row: Row, pointer: str, value: object) -> Tool:
         )
     parameters = function.get("parameters")
     if not isinstance(parameters, dict | None):
-        raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be a dictionary that is a JSON Schema.")
+        raise row.invalid(f"{pointer}/function/parameters", "wrong_type", "must be an object: a JSON Schema.")
     properties = (parameters or {}).get("properties")
     for key, schema in properties.items() if isinstance(properties, dict) else ():
         if schema is None:
@@ -134,13 +134,13 @@ def _dictionary(row: Row, pointer: str, value: object, keys: Set[str]) -> dict[s
     """Returns `value`, which must be a dictionary with keys only from `keys`. Raises InvalidRow for any other value."""
     known = ", ".join(sorted(keys))
     if not isinstance(value, dict):
-        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a dictionary with the keys {known}.")
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be an object with the keys {known}.")
     for key in value:
         if key not in keys:
             raise row.invalid(
                 pointer + pointer_to((key,)),
                 "unknown_key",
-                f"is no key that this dictionary can have ({known}); remove the key.",
+                f"is not a key of this object, which can have {known}; remove the key.",
             )
     return value
 

@@ -25,7 +25,7 @@ def is_finite(value: object) -> bool:
 def string_of(row: Row, pointer: str, value: object) -> str:
     """Returns `value`, which must be a string. Raises InvalidRow for a value of another type."""
     if not isinstance(value, str):
-        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a text.")
+        raise row.invalid(pointer, "wrong_type", f"is {shown(value)}; it must be a string.")
     return value
 
 

@@ -1,5 +1,6 @@
-"""Turns groups of texts into token ids, separately for prompt and completions. Each group is encoded once; later steps
-read only ids."""
+"""Turns groups of texts into token ids, separately for prompt and completions. A group is a prompt and its completions.
+Each group is encoded once; later steps read only ids.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,18 +50,21 @@ class EncodedGroup:
                 counts = f"{len(values)} {name} for {len(self.completion_ids)} completions"
                 raise ValueError(f"Line {self.line} has {counts}; give one value for each completion.")
         if self.others is not None and not all(self.num_learned):
-            raise ValueError(f"Line {self.line} has a completion without any token to learn; leave the completion out.")
+            raise ValueError(
+                f"Line {self.line} has a completion without any token in the loss; leave the completion out."
+            )
 
     def learned(self, completion: int) -> Sequence[int]:
-        """Returns the positions of the learned ids in completion number `completion`: all positions except those of
-        messages by a tool or a user."""
+        """Returns the positions of the tokens in the loss in completion number `completion`: all positions except those
+        of messages by a tool or a user.
+        """
         places = range(len(self.completion_ids[completion]))
         spans = self.others[completion] if self.others else ()
         return [i for i in places if not any(start <= i < stop for start, stop in spans)] if spans else places
 
     @property
     def num_learned(self) -> list[int]:
-        """The number of learned tokens of each completion."""
+        """The number of tokens in the loss of each completion."""
         lengths = [len(ids) for ids in self.completion_ids]
         if self.others is None:
             return lengths
@@ -69,7 +73,9 @@ class EncodedGroup:
 
     @property
     def head_length(self) -> int:
-        """The smallest number of learned tokens of any completion in the group."""
+        """The length of the group's heads. A head is the first tokens in the loss of a completion, as many as the
+        group's shortest completion has.
+        """
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
@@ -213,8 +219,9 @@ def _behind(
 def _tokens_of(
     span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int]:
-    """Returns the range of the completion's ids that belongs to the range `span` of its characters. A token that spans
-    a border of the range counts as after the border."""
+    """Returns the range of the completion's token ids that belongs to `span`, a range of the completion's characters. A
+    token that crosses a border of `span` counts as after the border.
+    """
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
     start, stop = (len(commonprefix([list(part), list(ids)])) for part in starts)  # noqa: RUF071 (ids are meant)

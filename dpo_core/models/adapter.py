@@ -74,9 +74,10 @@ def fingerprint(model: nn.Module) -> str:
     """Returns a digest that identifies a base model. The digest is the same with or without an adapter on the base, and
     in any precision, also in NF4.
 
-    The digest covers some numbers of each frozen weight except those of the head: a reward model has another head than
-    the policy whose adapter it goes on with. The names of weights do not count, because releases of transformers rename
-    weights. All ranks must call this together for a sharded model, of which one weight at a time is gathered.
+    The digest covers some numbers of each frozen weight except those of the head: a reward model that continues to
+    train a policy's adapter has another head than this policy. The names of weights do not count, because releases of
+    transformers rename weights. All ranks must call this together for a sharded model, of which one weight at a time is
+    gathered.
     """
     if before := getattr(model, BEFORE_NF4, None):
         return str(before)
@@ -156,8 +157,9 @@ def options_of(folder: Path) -> Lora:
 
 
 def put_weights(model: Any, folder: Path) -> None:
-    """Loads the weights of the adapter saved in `folder` into the model's adapter. A reward model that goes on with a
-    policy's adapter keeps its new head. Raises UnusableModel if the weights do not fit."""
+    """Loads the weights of the adapter saved in `folder` into the model's adapter. A reward model that continues to
+    train a policy's adapter keeps its new head. Raises UnusableModel if the weights do not fit.
+    """
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 

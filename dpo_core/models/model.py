@@ -48,10 +48,10 @@ def load_policy(
 ) -> PreTrainedModel:
     """Loads a causal language model from a Hugging Face folder or hub id, ready to train. Its dropout is off.
 
-    With an `adapter`, all weights but the adapter's are frozen. The adapter is a new one, whose first weights `seed`
-    draws, or the folder of a trained one, which training continues. With `quantization`, the frozen base is in NF4 and
-    its products are computed in `dtype`. A multimodal model for which transformers has no class for texts is loaded as
-    its text model. A model in MXFP4 is expanded.
+    With an `adapter`, all weights but the adapter's are frozen. `adapter` is either the options of a new adapter, whose
+    first weights depend on `seed`, or the folder of a trained adapter that training continues. With `quantization`, the
+    frozen base is in NF4 and its products are computed in `dtype`. A multimodal model for which transformers has no
+    class for texts is loaded as its text model. A model in MXFP4 is expanded.
 
     With `in_parts`, the model has no weights until `train` has divided it over ranks: then each rank reads only its
     part. All ranks must be able to read `source`. A model that cannot be loaded so is loaded whole, with a warning.

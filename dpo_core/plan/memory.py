@@ -39,7 +39,9 @@ class Memory:
 
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
     """Returns the run with the pack size and the recomputation of activations that training would choose, the number of
-    shards of each weight, and the memory of a worker. `room` is the bytes of a device's memory; None: unknown."""
+    shards of each weight, and the memory of a worker. `room` is the memory of a device in bytes; None means that it is
+    unknown.
+    """
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
     shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
     if run.sharding == "auto" and run.device == "cuda":

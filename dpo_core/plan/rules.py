@@ -30,9 +30,10 @@ def choose_pack(
     """Returns the number of tokens in a pack (the rows of one forward pass), whether backward recomputes layers, and
     the number of tokens that fit into memory.
 
-    `budget` is the bytes that a pack may take; None: unknown. Autograd keeps `kept` bytes for each token, or `borders`
-    bytes if layers are recomputed. `given` and `wanted` are the user's choices; `least` and `most` bound the tokens.
-    The number of tokens is a power of two, so that a little more or less free memory does not change it.
+    `budget` is the memory in bytes that a pack may take; None means that it is unknown. Autograd keeps `kept` bytes for
+    each token, or `borders` bytes if layers are recomputed. `given` and `wanted` are the user's choices; `least` and
+    `most` bound the tokens. The number of tokens is a power of two, so that a little more or less free memory does not
+    change it.
     """
     recompute = budget is not None and budget // kept < (given or least)
     choice: Literal["on", "off"] = "on" if wanted == "on" or (wanted == "auto" and recompute) else "off"

@@ -1,8 +1,8 @@
 """Computes attention over a stream of segments, in which a completion sees only its prompt and itself.
 
-The module registers this attention with transformers under a name of its own. So every architecture that calls
-attention through `ALL_ATTENTION_FUNCTIONS` can use it, and transformers builds no mask, because it does not know the
-name.
+The module registers this attention with transformers under a name of its own. Every architecture that calls attention
+through `ALL_ATTENTION_FUNCTIONS` can therefore use this attention. transformers builds no mask for it, because
+transformers does not know the name.
 """
 
 from collections.abc import Iterator
@@ -104,8 +104,9 @@ def _at_once(
 def _lay_out(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Returns the arguments that one call of flash attention needs for the S segments.
 
-    They are the places in the stream of the keys that each segment sees; the borders between the segments' queries and
-    between their keys, [S + 1] int32 each; and the largest number of queries and of keys in a segment.
+    The arguments are the positions, in the stream, of the keys that each segment sees; the borders between the
+    segments' queries and between their keys, [S + 1] int32 each; and the largest number of queries and of keys in a
+    segment.
     """
     ranges = [torch.arange(*ends) for segment in segments for ends in (segment[:2], segment[2:])]
     num_queries = [stop - start for _, _, start, stop in segments]

@@ -93,7 +93,8 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one pack (the rows of one forward pass): T tokens in the stream, R learned tokens, K completions.
+    """The tensors of one pack (the rows of one forward pass): T tokens in the stream, R tokens in the loss, K
+    completions.
 
     The last token of a completion predicts nothing, so the stream leaves it out. A batch made `with_ends` includes it,
     because a reward model's reward is read there.

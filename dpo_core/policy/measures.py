@@ -131,7 +131,7 @@ class Measures:
         return self.by_group(values, 0.0).sum(1)
 
     def places(self, places: Sequence[int]) -> Tensor:
-        """Returns `places`, row numbers of the table, as an index tensor on the table's device."""
+        """Returns `places`, a list of row numbers of the table, as an index tensor on the table's device."""
         return torch.tensor(places).to(self.table.device, non_blocking=True)
 
     @cached_property

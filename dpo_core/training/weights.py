@@ -144,7 +144,7 @@ def num_shards(scorer: Scorer, sharding: Sharding) -> int:
 
 def state_bytes(policy: PreTrainedModel, shards: int, dtype: torch.dtype | None = None) -> int:
     """Returns the bytes of the policy's weights, gradients and AdamW's moments on one rank. `dtype` is the dtype that
-    the policy computes in; None: that of its weights.
+    the policy computes in; None means the dtype of its weights.
 
     With several shards, a rank also holds some whole weights while it computes, and the gradients of the trained ones:
     the weights outside the layers, and the weights of two layers, because the next layer is fetched ahead.

@@ -66,7 +66,7 @@ def check(
     config = _config({name: value for name, value in given.items() if value is not None}, model)
     roles = roles_of(columns)
     if file.is_dir():
-        fail(f"{file} is a folder; name a file.")
+        fail(f"{file} is a folder; give the path of a file.")
     with err.status(f"reading {file.name}"), file.open("rb") as lines:
         found = survey(json_lines(lines), columns=roles)
     is_refused = found.refusal_beyond(max_invalid_share or 0.0) is not None

@@ -64,7 +64,7 @@ def read_config(path: Path) -> Body:
         ".json": _json,
     }
     if (read := readers.get(path.suffix.lower())) is None:
-        fail(f"--config {path} has no known format; name a file that ends with {', '.join(readers)}.")
+        fail(f"--config {path} has no known format; give a file whose name ends with {', '.join(readers)}.")
     try:
         body = read(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # all readers raise ValueError, and so does text that is not UTF-8
@@ -213,7 +213,7 @@ def validate(client: "OpenAI", body: Body, local: Mapping[str, Path]) -> Body:
         if error.code != "file_not_found" or error.param not in OPTIONS:
             raise
         what = f"There is no file {body[error.param]}. It may have been deleted"
-        fail(f"{what}; name another one with {OPTIONS[error.param]}.")
+        fail(f"{what}; choose another one with {OPTIONS[error.param]}.")
     for path in local.values():
         _check_first_rows(path, _reading(body), job["method"]["type"])
     return dict(job)

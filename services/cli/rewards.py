@@ -162,7 +162,10 @@ def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tupl
         result = json.loads(line)
         for name, value in asked.items():
             if result[name] != value:
-                fail(f"{results.name} has rewards of {name} {result[name]}, not {value}; name another file for --out.")
+                fail(
+                    f"the file {results.name} already has rewards with the {name} {result[name]}, not {value}; choose "
+                    "another file with --out."
+                )
         found.add(result)
         last, end = (result["line"], result["group"]), results.tell()
     results.seek(end)

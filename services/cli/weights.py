@@ -46,7 +46,7 @@ class Download:
     def run(self) -> dict[str, Any]:
         """Downloads, verifies and unpacks the model. Returns the content of the model's file raydpo.json."""
         if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
-            fail(f"{self._folder} is not an empty folder; name another one.")
+            fail(f"{self._folder} is not an empty folder; choose another folder.")
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         with _bar() as bar:
             part = self._try(lambda: self._fetch(bar))
@@ -55,7 +55,7 @@ class Download:
             found = base64.b64encode(hashlib.file_digest(file, "sha256").digest()).decode()
         if expected != f"sha-256=:{found}:":
             part.unlink()
-            fail("what arrived is not what the service sent, and was deleted; run the command again.")
+            fail("the download was damaged on its way and was deleted; run the command again.")
         _unpack(part, self._folder)
         part.unlink()
         about: dict[str, Any] = json.loads((self._folder / "raydpo.json").read_text())
@@ -77,7 +77,7 @@ class Download:
             tries = 0 if later.code in WORTH_WAITING or self._received > received else tries + 1
             received = self._received
             time.sleep(later.seconds)
-        return fail(f"the weights did not come in {MOST_TRIES} tries; the same command goes on where this one stopped.")
+        return fail(f"the download was not complete after {MOST_TRIES} tries; run the command again to continue it.")
 
     def _fetch(self, bar: Progress) -> Path:
         """Appends the rest of the tar to the bytes received so far. Starts again from the beginning if the service's

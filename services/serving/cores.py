@@ -1,4 +1,4 @@
-"""Says how many threads a replica may use."""
+"""Computes how many threads a replica may use."""
 
 import os
 

@@ -14,8 +14,8 @@ MEMORY_SHARE = 0.85  # of a GPU; the rest is for those logits
 def engine_args(deployment: Deployment, *, on_cpus: bool) -> dict[str, Any]:
     """Returns the arguments for vLLM's engine and for its HTTP server.
 
-    An engine that answers has vLLM's own batch sizes. One that only scores keeps no prefixes, because vLLM computes the
-    log-probabilities of prompts without them.
+    An engine that answers users has vLLM's own batch sizes. An engine that only scores has no prefix cache, because
+    vLLM does not use the cache when it computes log-probabilities of prompts.
     """
     only_scores, engine = deployment.purpose == "scores", deployment.engine
     return {
@@ -46,7 +46,7 @@ def _cpus() -> dict[str, Any]:
 
 
 def _gpus(deployment: Deployment) -> dict[str, Any]:
-    """One worker for each GPU, or one worker on a share of a GPU."""
+    """Returns the arguments for GPUs: one worker for each GPU, or one worker on a share of a GPU."""
     memory = deployment.engine.gpu_memory_utilization or MEMORY_SHARE
     return {
         "tensor_parallel_size": max(1, int(deployment.num_gpus)),

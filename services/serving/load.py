@@ -1,4 +1,4 @@
-"""Counts what an engine does, from the statistics that vLLM records after each step."""
+"""Measures the load of an engine, from the statistics that vLLM records after each step."""
 
 import time
 from collections import deque
@@ -11,7 +11,9 @@ WINDOW_SECONDS = 60.0
 
 
 class Load(AggregateStatLoggerBase):  # type: ignore[misc]
-    """The requests in an engine, and its tokens and first tokens of the last WINDOW_SECONDS."""
+    """The requests in an engine, and the numbers of tokens and first tokens that it generated in the last
+    WINDOW_SECONDS.
+    """
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -40,7 +42,9 @@ class Load(AggregateStatLoggerBase):  # type: ignore[misc]
             self._steps.popleft()
 
     def as_json(self) -> dict[str, float]:
-        """Returns counts that can be summed over replicas, and the seconds that they cover."""
+        """Returns the counts as JSON, in a form that can be summed over replicas, and the seconds that the counts
+        cover.
+        """
         self._forget()
         first = [seconds for _, _, step in self._steps for seconds in step]
         return {

@@ -49,7 +49,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         client.logger_manager.stat_loggers.append(self.load)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns vLLM's HTTP server with the paths in ROUTES, those of `Scoring`, and the load.
+        """Returns vLLM's HTTP server with the paths in ROUTES, the paths of `Scoring`, and the path that returns the
+        load.
 
         The paths that control the engine are left out. A request's headers may name the adapter that answers it.
         """
@@ -61,7 +62,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return app
 
     async def _tell_load(self) -> dict[str, Any]:
-        """Runs in the event loop, as the engine's statistics do."""
+        """Answers with the engine's load. Runs in the event loop, in which the statistics are also recorded."""
         return {"replica": serve.get_replica_context().replica_id.unique_id, **self.load.as_json()}
 
     async def _logps(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:

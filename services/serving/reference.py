@@ -52,13 +52,14 @@ class Reference:
         """Returns the log-probabilities, in nats, of each completion's tokens given the completion's prompt.
 
         They are those of the engine's model, or of the model with the `adapter`. A prompt and its completion together
-        must not be longer than the model's limit. Tokens in a row's spans [start, stop) of `others` are left out.
-        Raises ValueError for a row that cannot be scored, and ConnectionError if the engine has died.
+        must not be longer than the model's limit. `others` holds ranges [start, stop) of tokens for each row; tokens in
+        these ranges are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the engine
+        has died.
         """
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(
-                f"The request has {len(prompt_ids)} prompts and {len(completion_ids)} completions; "
-                "send as many of both."
+                f"The request has {len(prompt_ids)} prompts and {len(completion_ids)} completions; send one prompt "
+                "for each completion."
             )
         rows = list(zip(prompt_ids, completion_ids, strict=True))
         for index, row in enumerate(rows):

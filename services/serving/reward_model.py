@@ -1,8 +1,8 @@
 """Runs a reward model in plain torch.
 
-vLLM would need another engine for it, of another runner, and gains nothing here: there is nothing to generate and no
-cache to keep. The trainer's own scorer computes each prompt once for all its completions, reads every family that can
-be trained, and gives the trainer's numbers.
+vLLM would need a separate engine for a reward model and would bring no speed, because a reward model generates no text
+and keeps no cache. The trainer's own scorer computes each prompt once for all its completions, reads every kind of
+model that can be trained, and gives the same numbers as the trainer.
 """
 
 import asyncio
@@ -42,14 +42,14 @@ def start(deployment: Deployment, folder: str) -> FastAPI:
 
 
 class Rewards:
-    """Computes a reward model's outputs, one forward pass at a time for all requests."""
+    """Computes a reward model's outputs. Requests share the model: only one forward pass runs at a time."""
 
     def __init__(self, scorer: Scorer, num_outputs: int) -> None:
         self._scorer, self._num_outputs = scorer, num_outputs
         self._computing = asyncio.Lock()
 
     async def score(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the outputs of the head, unchanged, by group and completion."""
+        """Returns the outputs of the reward model's head, unchanged, by group and completion."""
         parts = [(i, part) for i, group in enumerate(groups) for part in self._parts(group)]
         outputs_by_part: list[list[list[float]]] = [[] for _ in parts]
         packs = self._scorer.plan([part for _, part in parts], num_ranks=1, max_tokens_per_pack=MAX_TOKENS_PER_PACK)[0]
@@ -64,7 +64,9 @@ class Rewards:
         return outputs
 
     def _parts(self, group: EncodedGroup) -> Iterator[EncodedGroup]:
-        """Yields groups of some completions each, so that a pack holds a part."""
+        """Splits a group into smaller groups with the same prompt, each of which fits into a pack (the rows of one
+        forward pass).
+        """
         ids = list(group.completion_ids)
         while ids:
             count = len(ids)

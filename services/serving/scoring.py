@@ -1,4 +1,5 @@
-"""Defines the routes by which the control plane has a model score completions. No client can reach these routes.
+"""Defines the routes through which the control plane asks a model to score completions. Clients cannot reach these
+routes.
 
 The model's application encodes texts, because the control plane has no tokenizer. The reference gets the policy's
 token ids and no texts, so that both models score the same ids, as in training.
@@ -33,7 +34,7 @@ Score = Callable[[Sequence[EncodedGroup]], Awaitable[list[list[list[float]]]]]
 
 
 class Refusal(Exception):
-    """The rows cannot be scored. The message is for the user."""
+    """Raised if rows cannot be scored. The message is for the user."""
 
     def __init__(self, message: str, *, param: str = "rows", status: int = 400) -> None:
         super().__init__(message)
@@ -41,7 +42,9 @@ class Refusal(Exception):
 
 
 class Scoring:
-    """Encodes rows and has them scored by `score`. A prompt and a completion have at most `max_length` tokens."""
+    """Encodes rows and scores them with the function `score`. A prompt and a completion together may have at most
+    `max_length` tokens.
+    """
 
     def __init__(self, folder: str | Path, max_length: int, score: Score) -> None:
         self._folder, self._max_length, self._score = folder, max_length, score
@@ -97,7 +100,9 @@ class Scoring:
     def _of_same_vocabulary(self, asked: TokensToScore) -> list[EncodedGroup]:
         if asked.vocabulary != self._vocabulary:
             raise Refusal(
-                "The reference has another tokenizer than the policy; name one of the same family.", param="reference"
+                "The reference model has another tokenizer than the policy; choose a reference model of the same "
+                "family.",
+                param="reference",
             )
         return [
             EncodedGroup(group.prompt_ids, group.completion_ids, None, line, others=group.others)
@@ -112,7 +117,10 @@ class Scoring:
                     message = f"{path} and its prompt have {length} tokens; {model} takes {limit}: shorten them."
                     raise Refusal(message, param=path)
         if (total := _count(groups)) > MOST_TOKENS:
-            raise Refusal(f"rows have {total} tokens; a request can have {MOST_TOKENS}: send fewer rows.", status=413)
+            raise Refusal(
+                f"The rows have {total} tokens, but a request can have at most {MOST_TOKENS}; send fewer rows.",
+                status=413,
+            )
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -120,7 +128,7 @@ class Scoring:
 
     @cached_property
     def _vocabulary(self) -> str:
-        """The digest of the tokens and their ids."""
+        """Returns a digest of the tokenizer's tokens and their ids."""
         words = json.dumps(sorted(self._tokenizer.get_vocab().items()))
         return hashlib.sha256(words.encode()).hexdigest()
 

@@ -58,7 +58,8 @@ def in_turn(work: Callable[[Item], Result], items: Sequence[Item], result: type[
 
 
 def check(recipe: Recipe, folder_uri: str, each: CallEach) -> Check:
-    """Checks the training file of a recipe and returns the result.
+    """Checks the training file of a recipe (the settings that determine how rows become token ids), and returns the
+    result.
 
     `folder_uri` is the folder for the unpacked lines of a compressed file. `each` makes the calls that encode the file.
     Raises JobFailed for a file or model that cannot be used.

@@ -100,7 +100,7 @@ async def find(
     if row is None or row.deleted_at is not None:
         known = ", ".join(settings.models) or "none; the operator adds one with --model NAME=SOURCE"
         raise NotFound(
-            f"The model '{model_id}' does not exist; use the name of a base model ({known}) or of a trained model.",
+            f"The model '{model_id}' does not exist. Use the name of a base model ({known}) or of a trained model.",
             param=param,
             code="model_not_found",
         )

@@ -1,4 +1,4 @@
-"""Reads and writes prepared data: encoded groups, and the reference model's scores for them, in Parquet files.
+"""Reads and writes prepared data in Parquet files: encoded groups, and their scores from the reference model.
 
 A group is a prompt with its completions. A part is a file with the groups of one piece (a range of lines) of the
 training file. A manifest lists the parts with their sha256.

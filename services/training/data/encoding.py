@@ -49,7 +49,7 @@ from services.training.reports.reporting import JobFailed, invalid_file, progres
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-EMPTY = "The file has no rows; write at least one row, a JSON dictionary, into the file."
+EMPTY = "The file has no rows; write at least one row, a JSON object, into the file."
 NUM_FIRST = 1000  # rows that are searched for a usable row, which determines the format
 NUM_LAST = 3  # last tokens, which must have the end token: some templates write a line feed after it
 RARE = "ʘ東𓀀🫠\u2062\n\tAé"  # a tokenizer that knows these knows all characters, as byte-level tokenizers do

@@ -45,7 +45,9 @@ class Ask(Protocol):
     def __call__(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> Answer:
-        """Sends rows to the deployment. `others` are the spans of each completion's tokens that are not learned."""
+        """Sends rows to the deployment. `others` holds, for each completion, the ranges of its tokens that do not count
+        in the loss.
+        """
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def await_reference(app_name: str, report: Callable[[Report], None], adapter: Ad
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
     """Returns a function that scores parts with the deployment. A call is sent again if its replica dies.
 
-    With `heads`, the first learned tokens of each completion, as many as the shortest completion has, get a score of
-    their own. Without `heads`, the replica sums up the tokens.
+    With `heads`, the head of each completion (its first tokens in the loss, as many as the group's shortest completion
+    has) gets a separate score. Without `heads`, the replica sums up the tokens.
     """
     score_groups = _scored_with_heads if heads else _scored
 
@@ -150,7 +152,7 @@ def _scored_with_heads(groups: Iterator[EncodedGroup], connect: Connect) -> Iter
 
 
 def served_token_logps(groups: Iterable[EncodedGroup], connect: Connect) -> list[list[list[float]]]:
-    """Returns the deployment's log-probability, in nats, of each learned token, by group and completion."""
+    """Returns the deployment's log-probability, in nats, of each token in the loss, by group and completion."""
     return [answers for _, answers in _ask_all(iter(groups), connect, lambda reference: reference.token_logps)]
 
 

@@ -31,7 +31,7 @@ def score_part(spec: AttemptSpec, dataset: Dataset, uri: str, part: Part) -> Par
 
 
 def token_logps(spec: AttemptSpec, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-    """Returns the reference's log-probability, in nats, of each learned token, by group and completion."""
+    """Returns the reference's log-probability, in nats, of each token in the loss, by group and completion."""
     from dpo_core.policy.scorer import reference_token_logps
 
     with policies.unusable_models_fail_the_job(policies.REFERENCE):

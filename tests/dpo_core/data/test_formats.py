@@ -1071,7 +1071,9 @@ def test_a_column_repeats_what_is_read_only_with_whole_words_and_all_its_texts(k
 
 
 def test_a_number_that_is_no_text_is_shown():
-    assert survey(lines({**TEXTS_OF_ASK, "prompt": 7})).refusal == "Line 1: the field /prompt is 7; it must be a text."
+    assert (
+        survey(lines({**TEXTS_OF_ASK, "prompt": 7})).refusal == "Line 1: the field /prompt is 7; it must be a string."
+    )
     assert survey(lines({**KTO, "label": 1})).refusal == "Line 1: the field /label is 1; it must be true or false."
     assert "missing or null" in survey(lines({**TEXTS_OF_ASK, "rejected": math.nan})).refusal
 

@@ -53,9 +53,9 @@ def test_a_system_prompt_makes_messages_of_texts():
 @pytest.mark.parametrize(
     ("row", "path", "what"),
     [
-        ({"prompt": 5, "completions": ["a"]}, "rows.1.prompt", "is 5; it must be a text."),
+        ({"prompt": 5, "completions": ["a"]}, "rows.1.prompt", "is 5; it must be a string."),
         ({"prompt": "a", "completions": []}, "rows.1.completions", "must be a list of at least one completion."),
-        ({"prompt": "a", "completions": ["b", 1]}, "rows.1.completions.1", "is 1; it must be a text."),
+        ({"prompt": "a", "completions": ["b", 1]}, "rows.1.completions.1", "is 1; it must be a string."),
         ({"prompt": [USER], "completions": ["b"]}, "rows.1.completions.0", "must be a list of at least one message."),
         (
             {"prompt": "a\0", "completions": ["b"]},

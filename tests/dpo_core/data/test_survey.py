@@ -28,7 +28,7 @@ def test_every_problem_is_counted_with_its_first_row():
         ("unknown_format", "", Named(1, (5,))),
     ]
     assert report.refusal.startswith(
-        "Line 2: the field /chosen is 7; it must be a text. In all, 6 rows cannot be used: 2 with wrong"
+        "Line 2: the field /chosen is 7; it must be a string. In all, 6 rows cannot be used: 2 with wrong"
     )
 
 
@@ -37,7 +37,7 @@ def test_a_good_file_is_not_refused():
 
 
 def test_a_single_bad_row_is_reported_in_one_sentence():
-    assert survey(lines(PAIR, {**PAIR, "chosen": 7})).refusal == "Line 2: the field /chosen is 7; it must be a text."
+    assert survey(lines(PAIR, {**PAIR, "chosen": 7})).refusal == "Line 2: the field /chosen is 7; it must be a string."
 
 
 def test_no_more_than_ten_lines_are_named():

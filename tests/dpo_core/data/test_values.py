@@ -13,8 +13,8 @@ ROW = Row(3, {})
 @pytest.mark.parametrize(
     ("read", "sentence"),
     [
-        (lambda: string_of(ROW, "/a", 7), "Line 3: the field /a is 7; it must be a text."),
-        (lambda: string_of(ROW, "/a", None), "Line 3: the field /a is missing or null; it must be a text."),
+        (lambda: string_of(ROW, "/a", 7), "Line 3: the field /a is 7; it must be a string."),
+        (lambda: string_of(ROW, "/a", None), "Line 3: the field /a is missing or null; it must be a string."),
         (lambda: refuse_empty(ROW, "/a", " \n"), "Line 3: the field /a is an empty completion; "),
         (lambda: number_of(ROW, "/a", True), "Line 3: the field /a is true; it must be a number."),
         (lambda: number_of(ROW, "/a", 2e9), "Line 3: the field /a is 2000000000.0; it must be from -1e+09 to 1e+09."),

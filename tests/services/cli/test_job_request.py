@@ -206,7 +206,7 @@ def test_a_job_whose_file_was_deleted_is_repeated_on_another(raydpo, created, pl
     refused = raydpo("jobs", "create", "--again", first["id"])
     assert refused.exit_code == 1
     assert refused.stderr == (
-        f"error: There is no file {first['training_file']}. It may have been deleted; name another one with --file.\n"
+        f"error: There is no file {first['training_file']}. It may have been deleted; choose another one with --file.\n"
     )
     request, _ = planned("--again", first["id"], "--file", pairs)
     assert request["training_file"] == str(pairs)
@@ -269,7 +269,7 @@ def test_the_first_rows_are_looked_into_before_they_are_uploaded(raydpo, pairs, 
         ("job.json", '{"seed": NaN}', "cannot be written as JSON"),
         ("job.toml", "model = ", "cannot be read"),
         ("job.toml", "[metadata]\nday = 2026-01-01", "Put dates in quotes"),
-        ("job.txt", "", "name a file that ends with .yaml, .yml, .toml, .json"),
+        ("job.txt", "", "give a file whose name ends with .yaml, .yml, .toml, .json"),
         ("job.json", "\xff", "cannot be read"),
     ],
 )

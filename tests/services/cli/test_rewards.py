@@ -137,14 +137,14 @@ def test_a_command_that_ended_early_goes_on_after_what_it_wrote(run: Callable[..
     assert [each["line"] for each in results(out.read_text())] == [1, 2, 3, 4]
     other = run([PAIR] * 4, "--out", out, "--beta", 1)
     assert other.exit_code == 1
-    assert f"has rewards of beta {BETA}, not 1.0; name another file for --out" in other.stderr
+    assert f"already has rewards with the beta {BETA}, not 1.0; choose another file with --out" in other.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "x", "chosen": "y", "rejected": 5}, "Line 2: the field /rejected is 5; it must be a text."),
+        ({"prompt": "x", "chosen": "y", "rejected": 5}, "Line 2: the field /rejected is 5; it must be a string."),
         ({"prompt": "x", "chosen": "y", "rejected": "x" * MODEL_LENGTH}, "Line 2, completions.1 and its prompt have"),
     ],
 )

@@ -148,7 +148,10 @@ def test_too_many_tokens_are_refused_with_their_number(app: FastAPI, monkeypatch
     scored(app, "texts", {"groups": ROWS})
     monkeypatch.setattr(scoring, "MOST_TOKENS", sum(lengths) - 1)
     message, _ = refused(post(app, "texts", {"groups": ROWS}), 413)
-    assert message == f"rows have {sum(lengths)} tokens; a request can have {sum(lengths) - 1}: send fewer rows."
+    assert (
+        message
+        == f"The rows have {sum(lengths)} tokens, but a request can have at most {sum(lengths) - 1}; send fewer rows."
+    )
 
 
 def test_ids_of_another_vocabulary_are_refused(app: FastAPI) -> None:

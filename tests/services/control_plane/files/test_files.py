@@ -147,7 +147,7 @@ HOSTILE = {
     "broken UTF-8": (b'{"prompt": "\xff"}', "Line 2 is not UTF-8"),
     "NUL": (b'{"prompt": "a\\u0000b"}', "Line 2: the field /prompt contains a NUL"),
     "half a surrogate pair": (b'{"prompt": "\\ud83d"}', "Line 2: the field /prompt contains half of a surrogate pair"),
-    "nesting": (b'{"prompt": ' + b"[" * 10**5, "Line 2 nests lists and dictionaries more than 64 levels"),
+    "nesting": (b'{"prompt": ' + b"[" * 10**5, "Line 2 nests lists and objects more than 64 levels"),
     "a key twice": (b'{"prompt": "a", "prompt": "b"}', "Line 2: the field /prompt is given twice"),
     "infinity": (b'{"prompt": Infinity}', "Line 2: the field /prompt is Infinity, which is not a number in JSON"),
     "a long line": (b"x" * (33 * 2**20), "Line 2 is longer than 32 MiB"),

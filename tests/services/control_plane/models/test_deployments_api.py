@@ -83,7 +83,11 @@ def test_deployments_are_listed_in_pages(api: httpx.Client) -> None:
         ({"num_gpus": 1, "replicas": 5}, "num_gpus", "5 replicas need 5 GPUs"),
         ({"replicas": 9}, "replicas", "9 replicas need 9 CPUs, and the cluster has, or may grow to, 8"),
         ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization", "but the model is served on CPUs; set num_gpus"),
-        ({"quantization": "fp8"}, "quantization", "quantization is fp8, which only GPUs support, but the model is served on CPUs"),
+        (
+            {"quantization": "fp8"},
+            "quantization",
+            "quantization is fp8, which only GPUs support, but the model is served on CPUs",
+        ),
         ({"quantization": "fp8", "num_gpus": 1, "dtype": "float32"}, "quantization", "set dtype to bfloat16"),
         ({"quantization": "awq"}, "quantization", "'awq'"),
         ({"tool_call_parser": "hermess"}, "tool_call_parser", "'hermes'"),

@@ -233,7 +233,12 @@ def test_while_the_reference_loads_the_policy_need_not_score_again(
         ("simpo", {"reference": "tiny"}, "beta", "so its beta is not known; give 'beta'."),
         ("reward", {"beta": 1}, "beta", "is a reward model, which takes no beta; leave the field 'beta' out."),
         ("reward", {"reference": "tiny"}, "reference", "which takes no reference; leave the field 'reference' out."),
-        ("dpo", {"reference": "ft:tiny:raydpo::reward"}, "reference", "is a reward model; set the field 'reference' to a policy"),
+        (
+            "dpo",
+            {"reference": "ft:tiny:raydpo::reward"},
+            "reference",
+            "is a reward model; set the field 'reference' to a policy",
+        ),
         ("dpo", {"reference": "other"}, "reference", "has another tokenizer than the policy"),
         ("dpo", {"beta": 0}, "beta", "greater than 0"),
         ("dpo", {"beta": 101}, "beta", "less than or equal to 100"),
@@ -261,7 +266,11 @@ def test_models_that_do_not_exist_are_named(api: httpx.Client) -> None:
         ({"prompt": "a", "completions": []}, "rows.1.completions", "at least one completion"),
         ({"prompt": [USER], "completions": [[USER]]}, "rows.1.completions.0.0", "must be an assistant message"),
         ({"prompt": [USER], "completions": ["b"]}, "rows.1.completions.0", "must be a list"),
-        ({"prompt": "a", "completions": ["b"] * (MOST_COMPLETIONS + 1)}, "rows.1.completions", "a row can have at most 64"),
+        (
+            {"prompt": "a", "completions": ["b"] * (MOST_COMPLETIONS + 1)},
+            "rows.1.completions",
+            "a row can have at most 64",
+        ),
         ({"prompt": "x", "completions": ["y", "x" * MODEL_LENGTH]}, "rows.1.completions.1", "the model takes 256"),
         (
             {"prompt": "a", "completions": ["b"], "tools": [TOOL]},
