@@ -336,6 +336,7 @@ class Model(Owned, Base):
         server_default="0"
     )  # outputs of a reward model's head; 0: the model is no reward model
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attached_at: Mapped[datetime | None]  # when it was last seen in use on the engine of its base; written now and then
     deleted_at: Mapped[datetime | None]
     removed_at: Mapped[datetime | None]  # when the deleted model's files were removed from storage
     __table_args__ = (

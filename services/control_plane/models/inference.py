@@ -122,6 +122,7 @@ class Inference:
             )
             raise InvalidRequest(message, param="model", code="invalid_value")
         meter.num_gpus = self._settings.num_gpus_of(own)
+        await self._note_use(model, engine)
         return await self._forwarded(engine, path, body, meter, streams=streams)
 
     async def want(self, model: NamedModel) -> None:
@@ -139,7 +140,14 @@ class Inference:
             own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
         num_gpus = self._settings.num_gpus_of(own)
         meter.num_gpus = min(num_gpus, 1) if model.num_outputs else num_gpus
+        await self._note_use(model, engine)
         return bytes((await self._forwarded(engine, path, body, meter, streams=False)).body)
+
+    async def _note_use(self, model: NamedModel, engine: Engine) -> None:
+        """Records now and then that an adapter is used, because only its base has a row in `deployments`."""
+        if engine.adapter and models.must_note_use(model):
+            async with self._store.begin() as session:
+                await models.note_use(session, model)
 
     async def _forwarded(self, engine: Engine, path: str, body: bytes, meter: Meter, *, streams: bool) -> Response:
         base_url = await self._wait_until_served(engine)

@@ -7,9 +7,9 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import ColumnElement, delete, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, delete, false, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -20,6 +20,9 @@ from services.control_plane.core.errors import Forbidden, InvalidRequest, NotFou
 from services.control_plane.core.store import owns, page
 from services.control_plane.core.tables import TERMINAL, Checkpoint, CheckpointPermission, Deployment, Job, Model
 from services.control_plane.settings import Settings
+
+ATTACHED_FOR = timedelta(hours=1)  # how long an adapter counts as attached after its last use
+USE_NOTED_EVERY = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class NamedModel:
     adapter: Lora | None = None  # the options of an adapter
     quantization: Quantization | None = None  # quantization of the base that the adapter was trained on
     num_outputs: int = 0  # outputs of a reward model's head; 0: the model is no reward model
+    attached_at: datetime | None = None  # when it was last seen in use on the engine of its base
 
     @property
     def app_name(self) -> str:
@@ -69,6 +73,7 @@ def trained(row: Model) -> NamedModel:
         adapter=Lora(**options) if options else None,
         quantization=quantization,
         num_outputs=row.num_outputs,
+        attached_at=row.attached_at,
     )
 
 
@@ -236,6 +241,21 @@ async def _needed_by_its_job(session: AsyncSession, model: Model) -> str | None:
     return None
 
 
+async def note_use(session: AsyncSession, model: NamedModel) -> None:
+    """Records that an adapter is used on the engine of its base.
+
+    Raises NotFound if the adapter was deleted after `model` was read.
+    """
+    used = update(Model).where(Model.id == model.id, Model.deleted_at.is_(None)).values(attached_at=func.now())
+    if await session.scalar(used.returning(Model.id)) is None:
+        raise NotFound(f"The model '{model.id}' was deleted.", param="model", code="model_not_found")
+
+
+def must_note_use(model: NamedModel) -> bool:
+    """Whether the last record of the model's use is missing or old."""
+    return model.attached_at is None or datetime.now(UTC) - model.attached_at > USE_NOTED_EVERY
+
+
 async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> set[str]:
     """Marks models as deleted that are not shared, not loaded, and named by no job. Returns the ids of these models.
 
@@ -249,6 +269,7 @@ async def withdraw_unused(session: AsyncSession, model_ids: Sequence[str]) -> se
         select(Deployment.app_name).where(Deployment.model_id == Model.id),
         select(Job.__table__.c.id).where(_names(Model.__table__.c.id)),
     )
-    unused = update(Model).where(Model.id.in_(model_ids), *(~use.exists() for use in uses))
+    is_attached = func.coalesce(Model.attached_at > func.now() - ATTACHED_FOR, false())
+    unused = update(Model).where(Model.id.in_(model_ids), ~is_attached, *(~use.exists() for use in uses))
     withdrawn = await session.scalars(unused.values(deleted_at=func.now()).returning(Model.id))
     return set(withdrawn)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services import storage
 from services.contract import CheckpointSaved, JobEvent
 from services.control_plane.attempts import attempts
+from services.control_plane.core.errors import NotFound
 from services.control_plane.core.store import Store
 from services.control_plane.core.tables import Job, Model
 from services.control_plane.models import deployments, models
@@ -86,7 +88,7 @@ class Run:
 
     def told(self) -> list[str]:
         events = self.client.fine_tuning.jobs.list_events(self.id, limit=100)
-        return [event.message for event in events if "dropped" in event.message][::-1]
+        return [event.message for event in events if "removed, because" in event.message][::-1]
 
 
 @pytest.fixture
@@ -193,6 +195,37 @@ def test_what_is_shared_or_loaded_or_named_by_a_job_stays_as_long_as_it_is(
     act(lambda session: deployments.forget(session, app_name))
     run.save(70)
     assert run.steps() == [30, 40, 70]
+
+
+def test_what_is_attached_to_its_base_stays_for_an_hour_after_its_last_use(
+    start: Callable[..., Run], settings: Settings, act: Act
+) -> None:
+    run = start(keep_checkpoints=1, validates=False)
+
+    async def use(session: AsyncSession) -> None:
+        await models.note_use(session, await models.find(session, settings, run.name(10)))
+
+    async def used_earlier(session: AsyncSession) -> None:
+        (await session.get_one(Model, run.name(10))).attached_at = datetime.now(UTC) - timedelta(hours=1, minutes=1)
+
+    run.save(10)
+    act(use)
+    run.save(20)
+    assert run.steps() == [10, 20]
+    act(used_earlier)
+    run.save(30)
+    assert run.steps() == [30]
+
+
+def test_an_adapter_that_was_dropped_on_the_way_is_not_used(
+    start: Callable[..., Run], settings: Settings, act: Act
+) -> None:
+    run = start(keep_checkpoints=1, validates=False)
+    run.save(10)
+    found = act(lambda session: models.find(session, settings, run.name(10)))
+    run.save(20)
+    with pytest.raises(NotFound, match="was deleted"):
+        act(lambda session: models.note_use(session, found))
 
 
 def test_what_becomes_the_policy_is_not_deleted_before_it_is(start: Callable[..., Run], client: openai.OpenAI) -> None:

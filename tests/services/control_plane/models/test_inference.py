@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
 
 import httpx
@@ -183,6 +184,26 @@ def test_the_base_models_engine_is_told_of_the_adapter_and_of_nothing_that_the_c
     assert "theirs" not in named
     assert "x-raydpo" not in base.partition("\r\n")[2]
     assert [name.split("-")[2] for name in fake_ray.applications] == ["tiny"]
+
+
+def test_the_use_of_an_adapter_is_noted_once_in_ten_minutes(
+    api: httpx.Client, serve: Serve, settings: Settings, adapter: str
+) -> None:
+    serve.reply(b"{}")
+
+    def noted() -> datetime:
+        assert ask(api, model=adapter).status_code == 200
+        with psycopg.connect(settings.database_url) as rows:
+            (row,) = rows.execute("SELECT attached_at FROM models WHERE id = %s", [adapter]).fetchall()
+        found: datetime = row[0]
+        return found
+
+    first = noted()
+    assert first > datetime.now(UTC) - timedelta(minutes=1)
+    assert noted() == first
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute("UPDATE models SET attached_at = now() - interval '11 minutes' WHERE id = %s", [adapter])
+    assert noted() > first
 
 
 def test_a_deleted_adapter_is_told_to_the_engine_and_refused(
