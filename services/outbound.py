@@ -1,8 +1,8 @@
 """Makes HTTP clients for hosts that users name.
 
 The clients connect to public IP addresses only, unless a prefix in the service's settings names the host. A host name
-may resolve to another address each time. So each request resolves its host once, checks the addresses, and connects to
-one of the checked addresses.
+may resolve to another address each time. Therefore each request resolves its host once, checks the addresses, and
+connects to one of the checked addresses.
 """
 
 import ipaddress
@@ -65,7 +65,7 @@ def async_client(prefixes: Sequence[str], setting: str, *, max_lookups: int) -> 
 def check_literal(url: str, prefixes: Sequence[str], setting: str = DATASETS) -> None:
     """Raises InvalidUri if the URL's host is a private IP address, in any notation, that no prefix names.
 
-    A host that is a name passes, and no name server is asked.
+    Accepts a host that is a name, without a request to a name server.
     """
     split = urlsplit(url)
     host, port = split.hostname or "", split.port or PORTS[split.scheme]

@@ -1,7 +1,7 @@
 """Decides whether the service may read a URI that a user names.
 
-The service may read more than its users may. So a user's URI must begin with a prefix that the operator lists in a
-setting: `dataset_uris` for training files, another setting for webhooks. The prefix `https://` admits every host;
+The service may read more than its users may. Therefore a user's URI must begin with a prefix that the operator lists in
+a setting: `dataset_uris` for training files, another setting for webhooks. The prefix `https://` admits every host;
 `services.outbound` decides to which IP addresses a request may go.
 """
 

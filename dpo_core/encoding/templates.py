@@ -104,8 +104,8 @@ def render(groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", today:
 
 
 def _others(apply: Callable[..., list[str]], group: Group, completion: Text, dialogue: str) -> Spans:
-    """Returns the ranges of `dialogue`, after the prompt, in which a tool or a user speaks between the assistant's
-    answers.
+    """Returns the ranges of the text `dialogue`, after the prompt, that messages of a tool or a user take up between
+    the assistant's answers.
 
     The words that ask for an answer belong to these ranges, because a served policy is given them and does not write
     them. Raises InvalidRow for a template that writes a message differently once other messages follow.
@@ -268,7 +268,7 @@ def _written(group: Group, rendered: _Rendered, tokenizer: "PreTrainedTokenizerB
 def _taken_apart(group: Group, rendered: _Rendered) -> WrittenGroup | InvalidRow:
     """Cuts the rendered texts of the group into its prompt and its completions.
 
-    The prompt ends with the words that ask for an answer, as far as all completions follow them.
+    The prompt ends with the words that ask for an answer, as far as these words precede all completions.
     """
     prompt, dialogues = rendered.prompt, rendered.dialogues
     if rendered.bare_prompt is None:

@@ -46,8 +46,8 @@ class Unread:
 
 
 def load_structure(found: Found, device: str | torch.device, adapter: Lora | Path | None) -> PreTrainedModel:
-    """Returns the model without weights: its parameters are on the meta device until `read_parts`. Those of a new
-    adapter and of a reward model's new head are drawn from torch's generator on the CPU, as for a whole model.
+    """Returns the model without weights: its parameters are on the meta device until `read_parts`. The parameters of a
+    new adapter and of a reward model's new head are drawn from torch's generator on the CPU, as for a whole model.
 
     Raises NeedsWeights for a model whose structure depends on its weights, or that transformers changes while loading.
     """

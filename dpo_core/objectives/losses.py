@@ -237,8 +237,8 @@ def _coupling(u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Te
     """Pairs equal quantiles of u and v, which is optimal transport on a line. Element i of both belongs to group i and
     has its weight, [G].
 
-    Returns three tensors of [2G]: places in u, places in v, and the share of the weight at the place in u that goes to
-    the place in v.
+    Returns three tensors of [2G]: indices into u, indices into v, and the share of the weight at the index into u that
+    goes to the index into v.
     """
     weights = weights.double()
     u_order, v_order = u.argsort(), v.argsort()

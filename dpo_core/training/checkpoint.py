@@ -9,9 +9,9 @@
 An older checkpoint may be kept without the optimizer's files; its manifest then names none of them.
 
 No file is a pickle. The only random numbers of a step are an adapter's dropout, which the step's number seeds, and the
-learning rate is a function of the step. So a resumed run needs only weights, moments and the step to repeat a run. The
-results are equal bit by bit on CPUs; on GPUs some sums of the backward pass have no fixed order. A run may resume on
-another number of ranks.
+learning rate is a function of the step. A resumed run therefore needs only weights, moments and the step to repeat a
+run. The results are equal bit by bit on CPUs; on GPUs some sums of the backward pass have no fixed order. A run may
+resume on another number of ranks.
 """
 
 import hashlib
@@ -274,8 +274,9 @@ class _Saved:
 
 
 def _check_adapter(folder: Path, policy: Any) -> None:
-    """Raises ValueError if the options of the saved adapter differ from those of the policy's adapter: the same weights
-    would then have another effect."""
+    """Raises ValueError if the options of the saved adapter differ from the options of the policy's adapter, because
+    the same weights would have another effect with other options.
+    """
     from peft import PeftConfig
 
     (current,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")

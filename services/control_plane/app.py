@@ -188,9 +188,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error.__cause__, ApiError):  # the ApiError was raised while FastAPI read the body
         return await _on_api_error(request, error.__cause__)
     if isinstance(error.__cause__, RecursionError):
-        return InvalidRequest(
-            "The body of the request nests too many lists or objects in one another; nest them less."
-        ).response()
+        return InvalidRequest("The body of the request nests lists or objects too deeply; use fewer levels.").response()
     if isinstance(error.__cause__, ValueError):  # a byte that is no UTF-8, a number of thousands of digits
         return InvalidRequest(f"The body of the request cannot be read as JSON: {error.__cause__}.").response()
     message = f"{error.detail}: {request.method} {request.url.path}"

@@ -1,4 +1,4 @@
-"""The default GPU settings of `raydpo up`, chosen from the GPUs of its machine."""
+"""Chooses the default GPU settings of `raydpo up` from the GPUs of its machine."""
 
 import os
 import subprocess

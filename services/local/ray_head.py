@@ -1,7 +1,7 @@
 """Runs a Ray head node on this machine. The head outlives the process that started it, until `stop_ray` ends the head.
 
-Every process of the head inherits a random mark in its environment. A process with the mark belongs to the head, even
-if the process has detached itself. Processes without the mark are never touched.
+Every process of the head inherits a random identifier in its environment. A process with this identifier belongs to the
+head, even if the process has detached itself. Processes without the identifier are never stopped.
 """
 
 import getpass

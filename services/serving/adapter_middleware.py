@@ -1,4 +1,4 @@
-"""Answers HTTP requests that name an adapter in their headers with that adapter."""
+"""Attaches the adapter that the headers of an HTTP request name, and answers the request with this adapter."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ of_request: ContextVar[LoRARequest | None] = ContextVar("of_request", default=No
 class AttachAdapter:
     """ASGI middleware that attaches a request's adapter before vLLM reads the request's body.
 
-    The body names the adapter as its model. If the adapter is deleted, the answer ends at once with an error.
+    The body names the adapter as its model. If the adapter is deleted, the answer ends immediately with an error.
     """
 
     def __init__(self, app: ASGIApp, *, adapters: Adapters) -> None:
@@ -59,7 +59,7 @@ def _body(refusal: AdapterRefused) -> dict[str, object]:
 
 @dataclass
 class _Answer:
-    """The answer to one request, which an error replaces from the moment at which the adapter is deleted."""
+    """The answer to one request. If the adapter is deleted meanwhile, an error replaces the rest of the answer."""
 
     scope: Scope
     receive: Receive

@@ -1,8 +1,9 @@
 """Attaches LoRA adapters to the running engine of their base model, and detaches them.
 
-An adapter is attached when a request first needs it, once, however many requests need it at the same time. vLLM forgets
-an adapter's name, but keeps its weights and its files; detaching here removes all three. Each attachment has an integer
-id of its own in vLLM, and each adapter a public id that no other adapter ever has, so no cache can mix up two adapters.
+An adapter is attached when a request first needs it, and only once even if many requests need it at the same time. vLLM
+forgets an adapter's name, but keeps its weights and its files; detaching here removes all three. Each attachment has a
+unique integer id in vLLM, and each adapter has a public id that no other adapter ever has. Therefore no cache can mix
+up two adapters.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ UNUSED = ("modules_to_save", "use_dora", "target_parameters", "rank_pattern", "a
 
 
 def check_version(installed: str = vllm.__version__) -> None:
-    """Raises RuntimeError if vLLM may mix adapters up."""
+    """Raises RuntimeError if this version of vLLM may answer a request with another request's adapter."""
     if Version(installed) < Version(LEAST_VLLM):
         raise RuntimeError(
             f"vLLM {installed} may answer requests for one adapter with another; "
@@ -47,13 +48,13 @@ def check_version(installed: str = vllm.__version__) -> None:
 
 
 class AdapterRefused(Exception):
-    """The engine does not answer with an adapter. `status` is the HTTP status."""
+    """Raised if the engine cannot answer with an adapter. `status` is the HTTP status of the response."""
 
     status, code = 503, "model_unavailable"
 
 
 class AdapterDeleted(AdapterRefused):
-    """The adapter was deleted."""
+    """Raised for a request to an adapter that was deleted."""
 
     status, code = 404, "model_not_found"
 
@@ -62,14 +63,14 @@ class AdapterDeleted(AdapterRefused):
 
 
 class AdapterUnusable(AdapterRefused):
-    """The adapter cannot be attached, now or later."""
+    """Raised for an adapter that the engine can never attach."""
 
     status, code = 409, "adapter_unusable"
 
 
 @dataclass(eq=False)
 class Attachment:
-    """An adapter that the engine holds or loads, and its use."""
+    """An adapter that the engine has attached or is loading, and the number of requests that use it."""
 
     folder: Path  # of the local copy, if the source is remote
     loading: "asyncio.Task[LoRARequest]"
@@ -79,10 +80,10 @@ class Attachment:
 
 
 class Adapters:
-    """The adapters of one engine.
+    """Attaches and detaches the adapters of one engine.
 
-    At most `max_cpu_loras` of the engine's settings stay attached: those beyond, least recently used first, are
-    detached once no request uses them.
+    At most `max_cpu_loras` adapters (a setting of the engine) stay attached. Beyond this number, the least recently
+    used adapters are detached as soon as no request uses them.
     """
 
     def __init__(self, engine: AsyncLLM, models: OpenAIServingModels) -> None:
@@ -97,14 +98,17 @@ class Adapters:
 
     @asynccontextmanager
     async def using(self, adapter: Adapter) -> AsyncIterator[tuple[Attachment, LoRARequest]]:
-        """Attaches the adapter unless it is attached, and keeps it attached while the block runs.
+        """Attaches the adapter unless it is attached already, and keeps it attached until the end of the block.
 
-        Raises AdapterRefused.
+        Raises AdapterRefused if the engine cannot answer with the adapter.
         """
         if adapter.id in self._deleted:
             raise AdapterDeleted(adapter.id)
         if not self._most:
-            raise AdapterUnusable(f"The engine cannot attach '{adapter.id}': it attaches no adapters; {REMEDY}.")
+            raise AdapterUnusable(
+                f"The engine cannot attach the adapter '{adapter.id}', because max_lora_rank is 0 or the model "
+                f"takes no adapters; {REMEDY}."
+            )
         attachment = self._attached.pop(adapter.id, None) or self._begin(adapter)
         self._attached[adapter.id] = attachment  # now the most recently used one
         attachment.num_uses += 1
@@ -142,7 +146,7 @@ class Adapters:
         answer = await self._models.load_lora_adapter(request)
         if isinstance(answer, ErrorResponse):
             refused = AdapterRefused if self._engine.errored else AdapterUnusable
-            raise refused(f"The engine cannot attach '{adapter.id}' ({answer.error.message}); {REMEDY}.")
+            raise refused(f"The engine cannot attach the adapter '{adapter.id}' ({answer.error.message}); {REMEDY}.")
         return self._models.lora_requests[adapter.id]
 
     def _shrink(self) -> None:
@@ -151,7 +155,7 @@ class Adapters:
             self._detach(name)
 
     def _detach(self, adapter_id: str) -> None:
-        """Forgets the adapter at once, and removes it from the engine when its requests have ended."""
+        """Removes the adapter from the list immediately, and from the engine when its requests have ended."""
         attachment = self._attached.pop(adapter_id)
         self._models.lora_requests.pop(adapter_id, None)  # now, because the next request may attach it again
         self._models.lora_resolver_lock.pop(adapter_id, None)
@@ -179,14 +183,22 @@ class Adapters:
 
 
 def _fetch(adapter: Adapter, cache: Path) -> Path:
-    """Returns the local folder of the adapter. Raises AdapterUnusable if vLLM would apply it not at all or in part."""
+    """Returns the local folder of the adapter. Raises AdapterUnusable if vLLM would ignore the adapter or a part of
+    it.
+    """
     try:
         folder = storage.fetch(adapter.source, cache=cache)
     except OSError as error:
         raise AdapterRefused(f"The files of the adapter '{adapter.id}' cannot be read: {error}") from error
     if not is_adapter(folder):
-        raise AdapterRefused(f"The files of the adapter '{adapter.id}' are gone: {adapter.source} lacks {CONFIG}.")
+        raise AdapterRefused(
+            f"The files of the adapter '{adapter.id}' are missing: the folder {adapter.source} has no {CONFIG}; "
+            "restore the folder from a backup."
+        )
     config = json.loads((folder / CONFIG).read_text())
     if unused := [name for name in UNUSED if config.get(name)]:
-        raise AdapterUnusable(f"The engine cannot attach '{adapter.id}', which has {', '.join(unused)}; {REMEDY}.")
+        raise AdapterUnusable(
+            f"The engine cannot attach the adapter '{adapter.id}', because its config sets {', '.join(unused)}, "
+            f"which vLLM does not support; {REMEDY}."
+        )
     return folder

@@ -103,7 +103,8 @@ class Policy:
         await self._server.check_health()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Stops answering with deleted adapters. Serve calls this at the start and when the list changes.
+        """Stops answering with deleted adapters. Serve calls this method at the start and when the list of deleted
+        adapters changes.
 
         `user_config` has the ids of the adapters of this model that were deleted recently, under `deleted_adapters`.
         """
@@ -118,7 +119,7 @@ class Policy:
     ) -> list[Score]:
         """Returns the log-probability of each completion given its prompt, summed over the completion's tokens.
 
-        With `adapter`, the log-probabilities are those of this model with that adapter.
+        With `adapter`, the model computes the log-probabilities with this adapter.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.score(prompt_ids, completion_ids, others, request)
@@ -164,7 +165,7 @@ class RewardModel:
         return app
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Does nothing, because a reward model has no adapters. Serve insists on the method."""
+        """Does nothing, because a reward model has no adapters. Serve requires the method."""
 
 
 def _import_policy() -> None:

@@ -51,10 +51,10 @@ class Reference:
     ) -> list[list[float]]:
         """Returns the log-probabilities, in nats, of each completion's tokens given the completion's prompt.
 
-        They are those of the engine's model, or of the model with the `adapter`. A prompt and its completion together
-        must not be longer than the model's limit. `others` holds ranges [start, stop) of tokens for each row; tokens in
-        these ranges are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the engine
-        has died.
+        The engine's model computes them, with `adapter` if one is given. A prompt and its completion together must not
+        be longer than the model's limit. `others` holds ranges [start, stop) of tokens for each row; tokens in these
+        ranges are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the engine has
+        died.
         """
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(

@@ -183,7 +183,7 @@ async def record(
 async def _record_all(session: AsyncSession, attempt: Attempt, events: Sequence[JobEvent], settings: Settings) -> None:
     """Records the reports.
 
-    A report that the database refuses is skipped with an event, so that later ones are recorded.
+    A report that the database refuses is skipped, and an event says so; later reports are still recorded.
     """
     if not events:
         return

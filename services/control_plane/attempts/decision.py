@@ -1,7 +1,7 @@
 """Decides which action the executor takes next for a job.
 
 The functions depend only on their arguments, and change nothing. An attempt is one execution of a job on the Ray
-cluster. A rest is the pause between a failed attempt and the next one.
+cluster. A rest is the waiting time between a failed attempt and the next one.
 """
 
 from collections.abc import Callable
@@ -128,7 +128,7 @@ class Stopwatches:
     def seconds(self, what: str, holds: bool | None) -> float:
         """Returns for how many seconds the condition named `what` has held. `holds` says whether it holds now.
 
-        If `holds` is None (unknown), a running measurement goes on, and no measurement starts.
+        If `holds` is None (unknown), a running measurement continues, and no measurement starts.
         """
         self._asked.add(what)
         if holds:

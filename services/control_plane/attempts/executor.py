@@ -192,7 +192,7 @@ class Executor:
     async def _refuse(self, job: Job, attempt: Attempt, reason: str) -> None:
         """Ends an attempt that Ray does not launch.
 
-        The end counts as a failure, or the job would be launched for ever.
+        The end counts as a failure; otherwise the job would be launched again and again without end.
         """
         async with self._store.begin() as session:
             await self._close(session, job, attempt, reason, failed=True)
@@ -238,7 +238,7 @@ class Executor:
     async def _rest(self, job: Job, attempt: Attempt) -> None:
         """Ends an attempt that stopped on request.
 
-        Pauses the job if the user still wants a pause; otherwise the job goes on.
+        Pauses the job if the user still wants a pause; otherwise the job continues with its next attempt.
         """
         step = (attempt.outcome or {})["step"]
         where = f" after step {step}" if step else ""
@@ -273,8 +273,9 @@ class Executor:
             jobs.tell(session, job.id, f"Attempt {attempt.number} at the job ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
-        """Stores in the job's `waits_for` when its next attempt begins. Returns the same as text for an event; an empty
-        text if no attempt follows."""
+        """Stores in the job's `waits_for` the time at which its next attempt begins. Returns this time as text for an
+        event; an empty text if no attempt follows.
+        """
         failures = (await history(session, job.id)).failures
         if failures >= self._settings.max_attempts:
             return ""

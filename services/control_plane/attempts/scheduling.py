@@ -47,8 +47,9 @@ def what_each_waits_for(
 ) -> dict[str, str | None]:
     """Returns, for each queued job, the reason why the job waits, or None if the job may start now.
 
-    `back` has the ids of running jobs whose long rest is over; these jobs take their turn like queued ones. `scorers`
-    has the applications that would score the jobs' references, by job id.
+    `back` holds the ids of running jobs whose long rest (the wait after a failed attempt) is over; these jobs take
+    turns like queued jobs. `scorers` holds, by job id, the applications that would score with the jobs' reference
+    models.
     """
     running = [job for job in live if job.observed == "running" and job.id not in back]
     per_project = Counter(job.project_id for job in running)

@@ -1,4 +1,6 @@
-"""Refuses jobs whose options do not go together. `RULES` holds every such combination; the documents print it."""
+"""Refuses jobs whose options exclude each other. `RULES` lists all forbidden combinations; the documentation prints the
+list.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Combination:
-    """The parts of a request that must go together. `reference` is None if the objective has no reference model."""
+    """The parts of a request that are checked together. `reference` is None if the objective has no reference model."""
 
     spec: JobSpec  # with the decided weights
     asked: Asked
@@ -43,7 +45,9 @@ class Combination:
         return self.spec.weights.quantization is not None
 
     def compares(self, name: str) -> bool:
-        """Whether the request gives the field `name`, which compares checkpoints, to a job that evaluates none."""
+        """Whether the request sets the field `name`, which needs evaluated checkpoints, for a job that evaluates no
+        checkpoints.
+        """
         return name in self.asked.comparing and not self.spec.validates
 
 

@@ -4,7 +4,7 @@
        ├── paused ──┤
        └────────────┴────► cancelled
 
-A resumed job goes back from paused to queued. Each change of the observed state is one UPDATE, whose WHERE names the
+A resumed job changes from paused to queued. Each change of the observed state is one UPDATE, whose WHERE names the
 states from which the change is allowed and the job's version at the time of the decision. The change, its event and its
 row in the table `transitions` share a transaction.
 """
@@ -88,7 +88,9 @@ async def submit(
 
 
 async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
-    """Returns the part of an event that says why the engine of the base cannot answer for the policy; '' if it can."""
+    """Returns the part of an event that says why the engine of the base model cannot answer requests for the policy; ''
+    if it can.
+    """
     adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
     if adapter is None or is_reward_model:  # a reward model does not answer
         return ""
@@ -156,7 +158,7 @@ async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
 
 
 async def resume(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Sets the job's desired state to `run`. A paused job is queued again; a job that has not paused yet goes on.
+    """Sets the job's desired state to `run`. A paused job is queued again; a job that has not paused yet continues.
 
     Raises InvalidRequest if the user has not paused the job, and OverQuota if the project may not queue another job.
     """

@@ -97,7 +97,7 @@ def room_of(nodes: Sequence[Node], settings: Settings, num_workers: int) -> int 
 
 
 def most_of(nodes: Sequence[Node], settings: Settings) -> int | None:
-    """Returns the most bytes of memory that a worker may have; None if they are unknown, or the cluster may grow."""
+    """Returns the maximum memory of a worker, in bytes; None if it is unknown, or the cluster may grow."""
     if settings.max_cluster:
         return None
     if _device(settings) == "cuda":

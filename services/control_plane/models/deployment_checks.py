@@ -31,7 +31,10 @@ async def check_rights(session: AsyncSession, settings: Settings, caller: Caller
     if model.job_id is not None:
         await models.find_own(session, settings, model.id)
     elif not (caller.manages_all and "admin" in caller.scopes):
-        message = f"'{model.id}' is a base model; only an admin key of {DEFAULT_PROJECT} may change its deployment."
+        message = (
+            f"The model '{model.id}' is a base model; only an admin key of the project {DEFAULT_PROJECT} may "
+            "change its deployment."
+        )
         raise Forbidden(message, param="model", code="insufficient_permissions")
 
 
@@ -71,7 +74,7 @@ def _invalid(field: str, message: str) -> InvalidRequest:
 
 def _check_reward_model(model: NamedModel, chosen: DeploymentSettings) -> None:
     for field in sorted(chosen.model_fields_set - OF_REWARD_MODELS):
-        what = f"{field} is a setting of vLLM, and '{model.id}' is a reward model, which runs without vLLM"
+        what = f"{field} is a setting of vLLM, but the model '{model.id}' is a reward model, which runs without vLLM"
         raise _invalid(field, f"{what}; leave {field} out.")
     if (chosen.num_gpus or 0) > 1:
         message = (
@@ -79,20 +82,23 @@ def _check_reward_model(model: NamedModel, chosen: DeploymentSettings) -> None:
         )
         raise _invalid("num_gpus", message)
     if chosen.dtype == "float16":
-        raise _invalid("dtype", "dtype is float16, which reward models do not take; choose bfloat16 or float32.")
+        raise _invalid("dtype", "dtype is float16, which reward models do not support; choose bfloat16 or float32.")
 
 
 def _check_limits(settings: Settings, chosen: DeploymentSettings, num_gpus: float) -> None:
     limits, most = settings.project_deployments, chosen.replicas.max
     ask = f"an admin of {DEFAULT_PROJECT} may set more, or raise project_deployments in the settings."
     if most > limits.max_replicas:
-        message = f"replicas is {most}, and a project may have {limits.max_replicas} of a model; {ask}"
+        message = f"replicas is {most}, but a project may have at most {limits.max_replicas} replicas of a model; {ask}"
         raise _invalid("replicas", message)
     if (gpus := num_gpus * most) > limits.max_gpus and gpus > settings.num_gpus_per_model:
-        message = f"num_gpus of all replicas is {gpus:g}, and a project may have {limits.max_gpus:g} for a model; {ask}"
+        message = (
+            f"num_gpus of all replicas is {gpus:g}, but a project may use at most {limits.max_gpus:g} GPUs for "
+            f"a model; {ask}"
+        )
         raise _invalid("num_gpus", message)
     if chosen.pinned and not limits.pinned:
-        raise _invalid("pinned", f"pinned is true, and projects may not pin models; {ask}")
+        raise _invalid("pinned", f"pinned is true, but projects may not pin models; {ask}")
 
 
 def _check_capacity(chosen: DeploymentSettings, num_gpus: float, capacity: Mapping[str, float]) -> None:
@@ -127,7 +133,9 @@ async def _check_reference(
 async def _check_attached(
     session: AsyncSession, settings: Settings, model: NamedModel, chosen: DeploymentSettings
 ) -> None:
-    """Raises InvalidRequest for settings of an engine of its own, if the model is attached to another's engine."""
+    """Raises InvalidRequest for settings that need a separate engine, if the model is attached to the engine of its
+    base model.
+    """
     engine, fields = await engine_of(session, settings, model), sorted(chosen.model_fields_set - {"mode"})
     if engine.adapter and fields:
         base = engine.loaded.id
@@ -142,7 +150,10 @@ async def _check_length(model: NamedModel, max_model_len: int) -> None:
         return  # the engine will say so if it is too long
     limit = own_limit(config)
     if limit is not None and max_model_len > limit:
-        message = f"max_model_len is {max_model_len}, and '{model.id}' takes {limit} tokens; choose at most {limit}."
+        message = (
+            f"max_model_len is {max_model_len}, but the model '{model.id}' takes at most {limit} tokens; choose "
+            f"at most {limit}."
+        )
         raise _invalid("max_model_len", message)
 
 

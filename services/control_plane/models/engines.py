@@ -1,4 +1,6 @@
-"""Finds the engine that answers for a model: the model's own, or its base model's with the model as an adapter."""
+"""Finds the engine that answers requests to a model: the model's own engine, or the engine of its base model, which
+attaches the model as an adapter.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from services.deployment_settings import DeploymentSettings, Mode
 
 @dataclass(frozen=True)
 class Engine:
-    """The engine that answers for a model."""
+    """The engine that answers requests to a model."""
 
     id: str  # of the model that the client named
     loaded: NamedModel  # the model that the engine loads: the named model, or its base
@@ -38,7 +40,7 @@ class Engine:
 
 
 async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel) -> Engine:
-    """Returns the engine that answers for the model."""
+    """Returns the engine that answers requests to the model."""
     if model.adapter is None or model.base_source is None or model.num_outputs:
         return Engine(model.id, model)
     base = await _base(session, settings, model.base_source, model.root)
@@ -49,9 +51,9 @@ async def engine_of(session: AsyncSession, settings: Settings, model: NamedModel
 
 
 async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[str, NamedModel]) -> dict[str, Engine]:
-    """Returns the engines that score the references of jobs, by the ids of the models.
+    """Returns the engines that score with the reference models of jobs, by the ids of these models.
 
-    Jobs keep of a reference only its id and its source, so the rest is read from its row.
+    A job stores only the id and the source of its reference model; the other values are read from the model's row.
     """
     rows = await session.scalars(select(Model).where(Model.id.in_(list(wanted))))
     models = {**wanted, **{row.id: trained(row) for row in rows}}
@@ -59,7 +61,7 @@ async def engines_of(session: AsyncSession, settings: Settings, wanted: Mapping[
 
 
 async def _base(session: AsyncSession, settings: Settings, source: str, root: str) -> NamedModel:
-    """Returns the model with these weights, of any project: a base model of the settings, or a trained model.
+    """Returns the model with these weights: a base model from the settings, or a trained model of any project.
 
     If the settings have no such base model any more, it keeps the name `root`.
     """
@@ -82,9 +84,10 @@ async def why_merged_on(
 
 
 def why_merged(adapter: Lora, quantization: Quantization | None, mode: Mode, base: DeploymentSettings) -> str | None:
-    """Returns the reason why an adapter is merged into its base and has an engine of its own; None if it has not.
+    """Returns the reason why an adapter is merged into its base model and served by a separate engine; None if the
+    engine of the base model attaches the adapter.
 
-    `mode` is a setting of the adapter's deployment, and `base` has the settings of its base's.
+    `mode` is a setting of the adapter's deployment; `base` holds the settings of the base model's deployment.
     """
     if mode == "merged":
         return "its deployment's mode is merged"

@@ -29,7 +29,7 @@ class EventStream(StreamingResponse):
     """A response that sends server-sent events in the request's own task.
 
     (Starlette would use two more tasks, sse-starlette four.) After each pause without events, the response checks
-    whether the client has left, and ends if so.
+    whether the client has left; if it has, the response ends.
     """
 
     media_type = "text/event-stream"

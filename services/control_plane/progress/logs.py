@@ -23,7 +23,10 @@ def page(
     if attempt is None:
         attempt = max(attempts, default=1)
     if attempts and attempt not in attempts:
-        message = f"attempt is {attempt}, but the job has logs only of its attempts {attempts}; choose one of these."
+        message = (
+            f"The query parameter 'attempt' is {attempt}, but the job has logs only of the attempts {attempts}; "
+            "choose one of these attempts."
+        )
         raise InvalidRequest(message, param="attempt")
     sources = storage.list_folders(storage.join(folder, str(attempt)))
     lines: list[str] = []

@@ -32,8 +32,8 @@ async def series(session: AsyncSession, job_id: str, asked: Range) -> dict[str, 
     """Returns the statistics of each metric in each bucket of steps; None if no step in the bucket has the metric."""
     if asked.last is not None and asked.last < asked.first:
         raise InvalidRequest(
-            f"to is {asked.last}, which is before from ({asked.first}); "
-            "send a range whose end is not before its start.",
+            f"The query parameter 'to' is {asked.last}, which is less than 'from', {asked.first}; send a range "
+            "whose end is not before its start.",
             param="to",
         )
     within = Event.step.between(asked.first, asked.last if asked.last is not None else 2**31 - 1)

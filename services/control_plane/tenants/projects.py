@@ -47,7 +47,8 @@ async def find_to_change(session: AsyncSession, caller: Caller, project_id: str)
 def check_manages_all(caller: Caller) -> None:
     if not caller.manages_all:
         message = (
-            f"Only an admin key of the default project may change projects, but your key is of {caller.project_id}."
+            "Only an admin key of the default project may change projects, but your key belongs to the project "
+            f"{caller.project_id}; ask an admin of the default project."
         )
         raise Forbidden(message, code="insufficient_permissions")
 
@@ -91,13 +92,13 @@ async def archive(session: AsyncSession, caller: Caller, project_id: str) -> Pro
     if project_id == DEFAULT_PROJECT:
         raise InvalidRequest(
             "The default project cannot be archived, because the service's configured key belongs to it; "
-            "archive another.",
+            "archive another project.",
             param="project_id",
         )
     project = await find_to_change(session, caller, project_id)
     jobs = Job.__table__  # through the mapped class, the session would see its own project's jobs only
     living = select(func.count()).where(jobs.c.project_id == project_id, jobs.c.observed.not_in(TERMINAL))
     if count := await session.scalar(living):
-        raise InvalidRequest(f"Project {project_id} has {count} jobs that have not ended; cancel them first.")
+        raise InvalidRequest(f"The project {project_id} has {count} jobs that have not ended; cancel these jobs first.")
     project.archived_at = datetime.now(UTC)
     return project

@@ -35,7 +35,7 @@ class CreateKey(BaseModel):
     @classmethod
     def _is_to_come(cls, value: int | None) -> int | None:
         if value is not None and value <= time.time():
-            raise ValueError(f"{value} is in the past; send Unix seconds in the future.")
+            raise ValueError(f"{value} is in the past; send a time in the future, in Unix seconds.")
         return value
 
 

@@ -139,7 +139,8 @@ async def test(store: StorePart, sender: SenderPart, endpoint_id: str, body: Sen
         status = await sender.send(endpoint, webhooks.event(body.event_type, "ftjob-test"))
     except Unreachable as error:
         raise InvalidRequest(
-            f"The webhook endpoint could not be reached: {error}", code="webhook_unreachable"
+            f"The webhook endpoint could not be reached: {error}; check its URL and its server.",
+            code="webhook_unreachable",
         ) from None
     return {
         "object": "webhook_endpoint.test",

@@ -95,7 +95,7 @@ def check_url(url: str, settings: Settings) -> None:
     try:
         check(url, settings.webhook_urls, SETTING)
         if not urlsplit(url).hostname:
-            raise InvalidUri(f"The URL {url} names no host; write the host after https://.")
+            raise InvalidUri(f"The URL {url} has no host; write the host after https://.")
         outbound.check_literal(url, settings.webhook_urls, SETTING)
     except InvalidUri as error:
         raise InvalidRequest(str(error), param="url") from None

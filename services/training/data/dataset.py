@@ -102,8 +102,9 @@ def write_part(uri: str, name: str, groups: Sequence[EncodedGroup], *, num_rows:
 def write_scores(uri: str, part: Part, groups: Sequence[EncodedGroup], *, heads: bool = False) -> Part:
     """Writes the reference's scores of a part's groups to the folder `uri`.
 
-    Returns the part with the sha256 of the scores. With `heads`, the scores of the completions' beginnings are written,
-    too. The sha256 is also written to a file of its own, because the manifest is written much later.
+    Returns the part with the sha256 of the scores. With `heads`, also writes the scores of the completions' heads
+    (their first tokens in the loss, as many as the group's shortest completion has). The sha256 is also written to a
+    file of its own, because the manifest is written much later.
     """
     columns = {
         "ref_logps": [group.ref_logps for group in groups],
@@ -220,7 +221,7 @@ class _Lists:
         self._offsets = lists.offsets.to_pylist()
 
     def places(self, row: int) -> range:
-        """Returns the positions in `values` of the list in the given row."""
+        """Returns the range of positions in `values` that holds the list of the given row."""
         return range(self._offsets[row], self._offsets[row + 1])
 
     def ids(self, row: int) -> list[int]:

@@ -147,7 +147,7 @@ def _refuse_many_invalid(recipe: Recipe, file_report: EncodingReport) -> None:
 
 
 def raise_refusals(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Yields the results of pieces that can be used. Raises JobFailed at once for a model that cannot be used.
+    """Yields the results of pieces that can be used. Raises JobFailed immediately for a model that cannot be used.
 
     Raises JobFailed after the last result for the first line that cannot be used.
     """

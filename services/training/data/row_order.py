@@ -23,7 +23,7 @@ PIECES_PER_WINDOW = 8  # a window's ids are in memory: with common text, 15 mill
 
 
 def num_places(data: Data, seed: int) -> int:
-    """Returns the number of places for groups in an epoch.
+    """Returns the number of places (positions for groups) in an epoch.
 
     This is about the number of groups, or exactly that number if there is a single window (eight pieces). Waits until
     the first window that has groups is encoded.

@@ -49,7 +49,7 @@ def check_vocabulary(spec: AttemptSpec) -> None:
         differing = len(start.items() ^ reference.items())
         message = (
             f"The reference model has another tokenizer than the model that the job trains: {differing} tokens or ids "
-            "differ. Name a reference model of the same family."
+            "differ. Choose a reference model of the same family."
         )
         raise JobFailed(Failed(code="reference_mismatch", message=message, param="x_raydpo.reference.model"))
 

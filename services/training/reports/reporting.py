@@ -1,6 +1,6 @@
 """Sends the reports of an attempt: numbers them, writes them to storage, and posts them to the control plane.
 
-The reports in storage, called the spool, are the truth. Posts only make reports arrive sooner, so training never waits
+The reports in storage, called the spool, are complete. Posts only make reports arrive sooner, so training never waits
 for the control plane. Each answer to a post has the state that the user wants for the job (run, pause or cancel). If
 there is nothing to post, an empty post every few seconds asks for this state.
 """

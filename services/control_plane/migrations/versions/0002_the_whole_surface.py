@@ -1,4 +1,4 @@
-"""Projects and keys, uploads in parts, transitions, webhooks: what the whole surface needs"""
+"""Adds the tables of projects, API keys, uploads in parts, job transitions and webhooks"""
 
 from collections.abc import Sequence
 
@@ -237,10 +237,10 @@ def upgrade() -> None:
 
 
 def _tell_of_jobs() -> None:
-    """Whoever listens on the channel `jobs` hears the id of every job that changed or has new events.
+    """Creates triggers that send the id of every changed job, and of every job with new events, to the channel `jobs`.
 
-    Events of one job get their ids under its lock: they are seen in the order of their ids, so that a reader who
-    asks for those above the last he saw misses none.
+    The events of a job get their ids while the job's row is locked, so they become visible in the order of their ids. A
+    reader that asks for events after the last id that it has seen therefore misses none.
     """
     op.execute(
         "CREATE FUNCTION order_event() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -264,7 +264,7 @@ def _allow(column: str, *values: str) -> None:
 
 
 def downgrade() -> None:
-    """Jobs that are paused, or wished so, must end first."""
+    """Removes what this migration added. Jobs that are paused, or that users want to pause, must end first."""
     op.execute("DROP TRIGGER told ON jobs")
     op.execute("DROP TRIGGER in_order ON events")
     op.execute("DROP FUNCTION tell_of_job, order_event")

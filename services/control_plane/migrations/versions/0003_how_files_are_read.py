@@ -1,4 +1,4 @@
-"""How the rows of a file are read: columns of roles, and what becomes of rows that cannot be used"""
+"""Adds the options for reading a file's rows: the columns of the roles, and the treatment of unusable rows"""
 
 from collections.abc import Sequence
 

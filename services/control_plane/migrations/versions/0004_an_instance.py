@@ -1,4 +1,4 @@
-"""The id by which a service knows what is its own on a shared cluster"""
+"""Adds the id of the service, by which it recognizes its own applications on a shared cluster"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Answers name the object that was changed, so that a resend is told from a change of mind"""
+"""Adds the id of the changed object to stored responses, to distinguish a resent request from a new change"""
 
 from collections.abc import Sequence
 

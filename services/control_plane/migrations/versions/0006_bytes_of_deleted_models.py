@@ -1,4 +1,4 @@
-"""Which deleted models still have bytes in storage"""
+"""Adds a column that marks deleted models whose files are still in storage"""
 
 import sqlalchemy as sa
 from alembic import op

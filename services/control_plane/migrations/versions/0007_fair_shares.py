@@ -1,4 +1,4 @@
-"""Fair shares: weights of projects, and what is looked at to find whose turn it is"""
+"""Adds the weights of projects, and the columns that decide which project's job starts next"""
 
 from collections.abc import Sequence
 

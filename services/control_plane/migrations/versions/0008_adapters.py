@@ -1,4 +1,4 @@
-"""Adapters: the base that a trained one stands on, its options, and a reference of the user's choice"""
+"""Adds the base model and the options of trained adapters, and the reference model that a user chose"""
 
 from collections.abc import Sequence
 

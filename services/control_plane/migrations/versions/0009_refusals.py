@@ -1,4 +1,4 @@
-"""Refused requests in the audit log"""
+"""Adds refused requests to the audit log"""
 
 from collections.abc import Sequence
 

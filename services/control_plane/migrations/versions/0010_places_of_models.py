@@ -1,4 +1,4 @@
-"""Which models have places, who uses them, and what the others wait for"""
+"""Adds which models are loaded, which control planes use them, and what other models wait for"""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ TIMES = ("placed_at", "ready_at", "answered_at")
 
 
 def upgrade() -> None:
-    """The defaults are for the release before, which writes none of these."""
+    """Adds the columns. Their defaults serve the previous release, which does not write these columns."""
     op.add_column(
         "deployments",
         sa.Column("asked_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),

@@ -1,4 +1,4 @@
-"""The settings of deployments that someone chose through the API"""
+"""Adds the table of deployment settings that were chosen through the API"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The deployments of reward models"""
+"""Adds the deployments of reward models"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Engines that only compute the log-probabilities of references"""
+"""Adds the engines that only compute log-probabilities with reference models"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What keys used of models, and how many tokens a minute they may"""
+"""Adds the usage of models by API keys, and the keys' limits of tokens per minute"""
 
 from collections.abc import Sequence
 

@@ -166,13 +166,16 @@ def test_a_project_sets_its_own_policy_within_the_operators_limits_and_no_base_m
     api: httpx.Client, own: httpx.Client, base_url: str
 ) -> None:
     error = refused(own, "tiny", 403, replicas=1)
-    assert "only an admin key of proj_default" in error["message"]
+    assert "only an admin key of the project proj_default" in error["message"]
     assert change(own, POLICY, replicas=2)["settings"]["replicas"]["max"] == 2
     assert deployment(own, POLICY.replace("/", "%2F"))["id"] == POLICY
     error = refused(own, POLICY, replicas=3)
-    assert "replicas is 3, and a project may have 2 of a model; an admin of proj_default" in error["message"]
+    assert (
+        "replicas is 3, but a project may have at most 2 replicas of a model; an admin of proj_default"
+        in error["message"]
+    )
     error = refused(own, POLICY, num_gpus=2, replicas=2)
-    assert "num_gpus of all replicas is 4, and a project may have 2 for a model" in error["message"]
+    assert "num_gpus of all replicas is 4, but a project may use at most 2 GPUs for a model" in error["message"]
     assert refused(own, POLICY, pinned=True)["param"] == "pinned"
     change(api, "tiny", reasoning_parser="qwen3", replicas=2)  # its policies inherit the parser, not the replicas
     own.delete(f"/x/deployments/{POLICY}")

@@ -212,7 +212,7 @@ def test_a_project_that_a_model_is_shared_with_uses_it_and_does_not_get_its_weig
         refusal(content(friends, WHOLE), 404, "model_not_found")
         api.post(f"/fine_tuning/checkpoints/{WHOLE}/permissions", json={"project_ids": [project]})
         assert friends.get(f"/models/{WHOLE}").is_success
-        assert "only that project may download it" in refusal(content(friends, WHOLE), 403, None)
+        assert "Your project may use it but not download it" in refusal(content(friends, WHOLE), 403, None)
 
 
 def test_files_that_are_gone_are_unavailable(folders: None, api: httpx.Client, settings: Settings) -> None:

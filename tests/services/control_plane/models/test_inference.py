@@ -120,8 +120,8 @@ def refusal(answer: httpx.Response, status: int) -> str:
         ('"seed": -1e400', "'seed' is -inf; send a finite number"),
         ('"a": [{"b": "x\\ud800"}]', r"'a.0.b' has \ud800, which is half of a character"),
         ('"a": {"\\udc00": 1}', r"'a' has \udc00, which is half of a character"),
-        (f'"tools": {"[" * 300}{"]" * 300}', "'tools' nests more than 100 lists or objects in one another"),
-        (f'"tools": {"[" * 200_000}{"]" * 200_000}', "too many lists or objects in one another"),
+        (f'"tools": {"[" * 300}{"]" * 300}', "'tools' nests lists or objects more than 100 levels deep"),
+        (f'"tools": {"[" * 200_000}{"]" * 200_000}', "nests lists or objects too deeply"),
         (f'"seed": {"9" * 5000}', "The body of the request cannot be read as JSON: Exceeds the limit"),
     ],
 )

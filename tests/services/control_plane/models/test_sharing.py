@@ -97,7 +97,7 @@ def test_a_shared_model_is_seen_used_and_started_from_but_not_changed(
         lambda: permissions(other).create(model, project_ids=["proj_third"]),
         lambda: permissions(other).delete(granted.id, fine_tuned_model_checkpoint=model),
     ):
-        with pytest.raises(openai.PermissionDeniedError, match="belongs to another project; only that project"):
+        with pytest.raises(openai.PermissionDeniedError, match=r"belongs to another project\. Only that project"):
             call()
     for call in (lambda: third.models.retrieve(model), lambda: permissions(third).list(model)):
         with pytest.raises(openai.NotFoundError):

@@ -77,7 +77,8 @@ def test_the_newest_attempt_and_the_driver_are_shown_unless_others_are_named(
     for param, error in refused.items():
         assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert refused["attempt"]["message"] == (
-        "attempt is 3, but the job has logs only of its attempts [1, 2]; choose one of these."
+        "The query parameter 'attempt' is 3, but the job has logs only of the attempts [1, 2]; "
+        "choose one of these attempts."
     )
     later = read(source="worker-1")
     assert (later["data"], later["sources"]) == ([], ["driver", "worker-0"]), "it may not have printed yet"

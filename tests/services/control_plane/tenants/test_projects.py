@@ -106,7 +106,7 @@ def test_jobs_beyond_the_queue_are_refused_for_good_however_many_come_at_once(ap
     assert usage["limits"]["max_bytes"] == {"used": file["bytes"], "limit": None}
 
     refused = api.post(f"/x/projects/{project}/archive")
-    assert "2 jobs that have not ended; cancel them first" in refused.text
+    assert "2 jobs that have not ended; cancel these jobs first" in refused.text
     for job in own.get("/fine_tuning/jobs").json()["data"]:
         own.post(f"/fine_tuning/jobs/{job['id']}/cancel")
     assert submit(own, file["id"]).status_code == 200
