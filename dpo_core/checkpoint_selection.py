@@ -38,7 +38,8 @@ def stalls(found: Sequence[Evaluation], metric: Metric, early_stop: EarlyStop | 
     """Whether the run should stop early: at least `early_stop.patience` evaluations have passed since the last gain.
     Always false if `early_stop` is None.
 
-    A gain is a value better than that of the previous gain by at least `early_stop.min_gain`, and not equal to it.
+    A gain is a value that is better than the value of the previous gain by at least `early_stop.min_gain`, and not
+    equal to it.
     """
     if early_stop is None:
         return False

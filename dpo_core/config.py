@@ -114,7 +114,7 @@ class TrainConfig:
 
     def settled(self, *, with_adapter: bool = False) -> "TrainConfig":
         """Returns a copy of the options with the number of epochs and the learning rate decided. The default learning
-        rate of an adapter is higher than that of all weights."""
+        rate for an adapter is higher than the default for all weights."""
         traits = self.objective.traits
         default_rate = default_learning_rate(self.objective, with_adapter=with_adapter)
         rate = self.optim.learning_rate or default_rate * (self.optim.learning_rate_multiplier or 1)

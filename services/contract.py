@@ -125,8 +125,7 @@ Spans = Sequence[tuple[int, int]]
 
 class Score(NamedTuple):
     """The reference model's log-probability of one completion. The class is a tuple, because one call returns thousands
-    of scores.
-    """
+    of scores."""
 
     logp: float  # sum over the completion's tokens, in nats
     num_tokens: int

@@ -60,7 +60,7 @@ def prompt_of(row: Row, pointer: str, value: object) -> list[Message]:
 
 
 def completion_of(row: Row, pointer: str, value: object, *, may_be_empty: bool = False) -> list[Message]:
-    """Returns the messages of a completion: those of the assistant, and those of tools or users between them."""
+    """Returns the messages of a completion: messages of the assistant, and messages of tools or users between them."""
     messages = _list_of(row, pointer, value)
     if len(messages) > 1:
         _unanswered(row, pointer, messages)

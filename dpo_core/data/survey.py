@@ -18,8 +18,8 @@ KEYS_NAMED, KEY_SHOWN = 100, 100  # a hostile file may have other keys in every 
 
 @dataclass(frozen=True)
 class Problem:
-    """The rows of a file that cannot be used for one reason. `pointer` and `message` are those of the first such
-    row."""
+    """The rows of a file that cannot be used for one reason. `pointer` and `message` describe the error in the first
+    such row."""
 
     code: str
     pointer: str  # RFC 6901

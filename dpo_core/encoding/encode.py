@@ -1,6 +1,5 @@
 """Turns groups of texts into token ids, separately for prompt and completions. A group is a prompt and its completions.
-Each group is encoded once; later steps read only ids.
-"""
+Each group is encoded once; later steps read only ids."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,8 +55,7 @@ class EncodedGroup:
 
     def learned(self, completion: int) -> Sequence[int]:
         """Returns the positions of the tokens in the loss in completion number `completion`: all positions except those
-        of messages by a tool or a user.
-        """
+        of messages by a tool or a user."""
         places = range(len(self.completion_ids[completion]))
         spans = self.others[completion] if self.others else ()
         return [i for i in places if not any(start <= i < stop for start, stop in spans)] if spans else places
@@ -74,8 +72,7 @@ class EncodedGroup:
     @property
     def head_length(self) -> int:
         """The length of the group's heads. A head is the first tokens in the loss of a completion, as many as the
-        group's shortest completion has.
-        """
+        group's shortest completion has."""
         return min(self.num_learned)
 
     def ranked(self) -> tuple[float, ...]:
@@ -208,8 +205,8 @@ def _behind(
 ) -> Sequence[int]:
     """Returns the ids of the completion: the part of `continued_ids` after `tail_ids`.
 
-    If a token spans the border, the completion is encoded by itself, because a served policy always has the prompt's
-    own ids before its answer.
+    If a token crosses the border between prompt and completion, the completion is encoded by itself, because a served
+    policy always has the prompt's own ids before its answer.
     """
     if continued_ids[: len(tail_ids)] == tail_ids:
         return continued_ids[len(tail_ids) :]
@@ -220,8 +217,7 @@ def _tokens_of(
     span: tuple[int, int], text: str, ids: Sequence[int], tail: _Tail, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int]:
     """Returns the range of the completion's token ids that belongs to `span`, a range of the completion's characters. A
-    token that crosses a border of `span` counts as after the border.
-    """
+    token that crosses a border of `span` counts as after the border."""
     befores = _ids([tail.text + text[:place] for place in span], tokenizer)
     starts = (_behind(tail.ids, before, text[:place], tokenizer) for before, place in zip(befores, span, strict=True))
     start, stop = (len(commonprefix([list(part), list(ids)])) for part in starts)  # noqa: RUF071 (ids are meant)

@@ -158,8 +158,7 @@ def options_of(folder: Path) -> Lora:
 
 def put_weights(model: Any, folder: Path) -> None:
     """Loads the weights of the adapter saved in `folder` into the model's adapter. A reward model that continues to
-    train a policy's adapter keeps its new head. Raises UnusableModel if the weights do not fit.
-    """
+    train a policy's adapter keeps its new head. Raises UnusableModel if the weights do not fit."""
     from peft import set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 

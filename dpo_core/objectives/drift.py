@@ -17,8 +17,8 @@ class Drift:
         self._has_warned = False
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """Returns a warning for the user, or None. `metrics` are those of the latest step. The warning depends on means
-        over the last WINDOW steps, because single batches differ."""
+        """Returns a warning for the user, or None. `metrics` holds the metrics of the latest step. The warning depends
+        on means over the last WINDOW steps, because single batches differ."""
         if self._has_warned or not {"logratios/chosen", "rewards/margins"} <= metrics.keys():
             return None
         self._chosen.append(metrics["logratios/chosen"])

@@ -474,8 +474,7 @@ def mpo(objective: o.Mpo, measures: Measures, statistics: Statistics) -> Tensor:
 
 def denominator(objective: o.Objective, groups: Sequence[EncodedGroup]) -> int:
     """Returns the number that divides the sum of the losses of a global batch: for `supervised` the number of tokens in
-    the loss, for all other objectives the number of groups.
-    """
+    the loss, for all other objectives the number of groups."""
     if isinstance(objective, o.Supervised):
         return sum(sum(group.num_learned) for group in groups)
     return len(groups)

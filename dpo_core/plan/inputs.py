@@ -20,7 +20,7 @@ class Shapes:
 
     @property
     def text(self) -> dict[str, Any]:
-        """The config of the text model: the values of `text_config`, if there are any, override those of the whole
+        """The config of the text model. Values in `text_config`, if there are any, override values of the whole
         config."""
         return {**self.config, **(self.config.get("text_config") or {})}
 

@@ -40,8 +40,7 @@ class Memory:
 def settle(model: Shapes, run: Run, rows: Rows, room: int | None) -> tuple[Run, int, Memory]:
     """Returns the run with the pack size and the recomputation of activations that training would choose, the number of
     shards of each weight, and the memory of a worker. `room` is the memory of a device in bytes; None means that it is
-    unknown.
-    """
+    unknown."""
     local, layers = min(run.num_workers, run.workers_per_node), model.number("num_hidden_layers")
     shards = {"replicated": 1, "hybrid": local, "full": run.num_workers, "auto": 1}[run.sharding]
     if run.sharding == "auto" and run.device == "cuda":
@@ -138,7 +137,8 @@ def _frozen_bytes(model: Shapes, run: Run) -> int:
 
 
 def count_trained(model: Shapes, run: Run) -> int:
-    """Returns the number of trained parameters: those of the adapter, or all of the model's if there is no adapter."""
+    """Returns the number of trained parameters: the adapter's parameters, or all parameters of the model if there is no
+    adapter."""
     if run.adapter is None:
         return model.numbers
     return run.adapter * sum(sum(model.weights[name]) for name in _adapted(model, run))

@@ -60,8 +60,8 @@ def plan(
 def _changes(model: Shapes, run: Run, rows: Rows, room: int, settable: Collection[str]) -> tuple[Change, ...]:
     """Returns the first single change in CHANGES that makes the run fit.
 
-    If no single change does, returns the first changes that together make the run fit, without unneeded ones; empty if
-    even all changes together do not.
+    If no single change is enough, returns the first changes that together make the run fit, without unneeded changes.
+    Returns an empty list if even all changes together are not enough.
     """
 
     def total(values: Mapping[str, Any]) -> int:

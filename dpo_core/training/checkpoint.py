@@ -275,8 +275,7 @@ class _Saved:
 
 def _check_adapter(folder: Path, policy: Any) -> None:
     """Raises ValueError if the options of the saved adapter differ from the options of the policy's adapter, because
-    the same weights would have another effect with other options.
-    """
+    the same weights would have another effect with other options."""
     from peft import PeftConfig
 
     (current,), before = policy.peft_config.values(), PeftConfig.from_pretrained(folder / "model")

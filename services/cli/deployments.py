@@ -72,8 +72,7 @@ def path_of(model_id: str) -> str:
 
 def _assign(body: dict[str, Any], text: str) -> None:
     """Sets the field that a FIELD=VALUE text names in a request body. The field `replicas.max` is the field `max` of
-    `replicas`.
-    """
+    `replicas`."""
     field, found, value = text.partition("=")
     if not found or not field:
         fail(f"{text}: write FIELD=VALUE, such as replicas=2.")

@@ -1,6 +1,5 @@
 """Counts how often rewards agree with the ratings in a file, and by how much the rewards of better completions exceed
-those of worse ones.
-"""
+those of worse ones."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,8 +31,7 @@ class Tally:
 @dataclass
 class Summary:
     """The tallies of all rows, and of the rows of each subset. Rows whose completions all have the same rating are left
-    out.
-    """
+    out."""
 
     all: Tally = field(default_factory=Tally)
     subsets: dict[str, Tally] = field(default_factory=dict)

@@ -87,8 +87,7 @@ def register(app: typer.Typer) -> None:
 @dataclass(frozen=True)
 class Task:
     """A group (a prompt and its completions) to score, and its position in the file: its line, and its number, from 1,
-    among the groups of this line.
-    """
+    among the groups of this line."""
 
     line: int
     number: int
@@ -125,8 +124,7 @@ def _tasks(rows: BinaryIO, columns: Mapping[str, str]) -> Iterator[Task]:
 @contextmanager
 def _local(client: "OpenAI", file: str) -> Iterator[Path]:
     """Yields the path of the file on this machine. A file of the service is downloaded first, and its copy is deleted
-    at the end of the block.
-    """
+    at the end of the block."""
     if Path(file).is_file() or not file.startswith("file-"):
         yield Path(file)
         return
@@ -180,8 +178,7 @@ def _resume(results: BinaryIO, asked: Mapping[str, Any], found: Summary) -> tupl
 
 class _Voice:
     """Shows the progress of the command: a line that changes on a terminal, or a new line every PLAIN_SECONDS in a
-    pipe.
-    """
+    pipe."""
 
     def __init__(self, status: Status) -> None:
         self._status = status
@@ -223,8 +220,7 @@ def _chunks(tasks: Iterator[Task]) -> Iterator[list[Task]]:
 
 def _ask(client: "OpenAI", asked: Mapping[str, Any], chunk: list[Task], voice: _Voice) -> list[dict[str, Any]]:
     """Requests the rewards of the tasks and returns the results. Divides a request that is too large, and waits while
-    the model loads.
-    """
+    the model loads."""
     from openai import APIStatusError
 
     deadline = time.monotonic() + WAIT_SECONDS

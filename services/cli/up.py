@@ -156,7 +156,7 @@ def _model(argument: str) -> tuple[str, str]:
 def _listen(host: str, port: int) -> socket.socket:
     """Returns a socket that listens at `host` and `port`. Raises Refused if the address cannot be used.
 
-    Call this before the slow parts of the start, so that the user learns of a taken port at once.
+    Call this before the slow parts of the start, so that the user learns immediately that a port is in use.
     """
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -33,8 +33,7 @@ HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 class Download:
     """A download of one model. The bytes received so far are kept in a file beside the folder, so that a repeated
-    command continues the download.
-    """
+    command continues the download."""
 
     def __init__(self, client: "OpenAI", model_id: str, format: str | None, folder: Path) -> None:
         self._url = f"{client.base_url}models/{model_id}/content"
@@ -81,8 +80,7 @@ class Download:
 
     def _fetch(self, bar: Progress) -> Path:
         """Appends the rest of the tar to the bytes received so far. Starts again from the beginning if the service's
-        tar has another ETag.
-        """
+        tar has another ETag."""
         part, headers = self._part(), dict(self._key)
         if part and (size := part.stat().st_size):
             headers |= {"Range": f"bytes={size}-", "If-Range": f'"{part.suffixes[-2][1:]}"'}
@@ -155,8 +153,7 @@ def _bar() -> Iterator[Progress]:
 
 def _unpack(tar: Path, folder: Path) -> None:
     """Unpacks a tar of plain files into a folder. Fails, and leaves no files behind, if a file's path leads outside the
-    folder.
-    """
+    folder."""
     beside = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(beside, ignore_errors=True)
     try:

@@ -176,7 +176,7 @@ class RayApi:
     async def submissions(self, submission_ids: Sequence[str]) -> dict[str, Submission]:
         """Returns the states of these jobs in Ray; UNKNOWN for each job if Ray does not answer.
 
-        Asks Ray for all jobs at once, then for each job that is missing in the list.
+        Asks Ray for the list of all jobs, then for each job that is missing in the list.
         """
         if not submission_ids:
             return {}
@@ -257,10 +257,12 @@ class RayApi:
     ) -> None:
         """Makes Serve run these applications, and no other applications of this service.
 
-        Each application stops answering with its `deleted_adapters`, by application name, without a restart.
+        `deleted_adapters` holds, by application name, the ids of deleted adapters. The applications stop answering with
+        these adapters, without a restart.
 
-        A PUT to Serve removes every application that the request leaves out, if a PUT has deployed it. So the request
-        repeats the applications of other services as they were submitted; Serve leaves unchanged applications alone.
+        A PUT to Serve removes every application that the request leaves out, if a PUT has deployed it. Therefore the
+        request repeats the applications of other services as they were submitted; Serve leaves unchanged applications
+        alone.
         """
         prefix = await self._prefix()
         status = await self._serve_status()

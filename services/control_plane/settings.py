@@ -307,8 +307,7 @@ class Settings(BaseSettings):
 
     def scores_apart(self, own: DeploymentSettings) -> bool:
         """Whether the deployment's engine cannot compute a reference model's log-probabilities. If true, a separate
-        engine computes them.
-        """
+        engine computes them."""
         changed = own.quantization is not None or own.max_model_len is not None
         return changed or self.dtype_of(own) != self.reference_dtype
 

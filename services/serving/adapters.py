@@ -184,8 +184,7 @@ class Adapters:
 
 def _fetch(adapter: Adapter, cache: Path) -> Path:
     """Returns the local folder of the adapter. Raises AdapterUnusable if vLLM would ignore the adapter or a part of
-    it.
-    """
+    it."""
     try:
         folder = storage.fetch(adapter.source, cache=cache)
     except OSError as error:

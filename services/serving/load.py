@@ -12,8 +12,7 @@ WINDOW_SECONDS = 60.0
 
 class Load(AggregateStatLoggerBase):  # type: ignore[misc]
     """The requests in an engine, and the numbers of tokens and first tokens that it generated in the last
-    WINDOW_SECONDS.
-    """
+    WINDOW_SECONDS."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -43,8 +42,7 @@ class Load(AggregateStatLoggerBase):  # type: ignore[misc]
 
     def as_json(self) -> dict[str, float]:
         """Returns the counts as JSON, in a form that can be summed over replicas, and the seconds that the counts
-        cover.
-        """
+        cover."""
         self._forget()
         first = [seconds for _, _, step in self._steps for seconds in step]
         return {

@@ -65,8 +65,7 @@ class Rewards:
 
     def _parts(self, group: EncodedGroup) -> Iterator[EncodedGroup]:
         """Splits a group into smaller groups with the same prompt, each of which fits into a pack (the rows of one
-        forward pass).
-        """
+        forward pass)."""
         ids = list(group.completion_ids)
         while ids:
             count = len(ids)

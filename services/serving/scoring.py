@@ -43,8 +43,7 @@ class Refusal(Exception):
 
 class Scoring:
     """Encodes rows and scores them with the function `score`. A prompt and a completion together may have at most
-    `max_length` tokens.
-    """
+    `max_length` tokens."""
 
     def __init__(self, folder: str | Path, max_length: int, score: Score) -> None:
         self._folder, self._max_length, self._score = folder, max_length, score

@@ -274,8 +274,7 @@ class Executor:
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
         """Stores in the job's `waits_for` the time at which its next attempt begins. Returns this time as text for an
-        event; an empty text if no attempt follows.
-        """
+        event; an empty text if no attempt follows."""
         failures = (await history(session, job.id)).failures
         if failures >= self._settings.max_attempts:
             return ""

@@ -75,9 +75,9 @@ class Reconciler:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Runs a tick every second, and at once after a tick that ended an attempt, until cancelled.
+        """Runs a tick every second, and immediately after a tick that ended an attempt, until cancelled.
 
-        Then releases the lease.
+        When cancelled, releases the lease.
         """
         try:
             while True:
@@ -312,7 +312,7 @@ class Reconciler:
         )
 
     async def _serve_models(self, view: ServeView, room: eviction.Room) -> None:
-        """Makes Ray Serve run exactly those of this service's models that have a place, each with its settings.
+        """Makes Ray Serve run exactly the models of this service that should be loaded, each with its settings.
 
         Each stops answering with its deleted adapters.
         """

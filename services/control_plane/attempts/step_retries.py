@@ -22,7 +22,7 @@ TRIES = 15  # after this many failed tries (about ten minutes), the job fails
 class Patience:
     """Counts the failed steps of each job, in this process only.
 
-    A job whose version has changed is tried again at once.
+    A job whose version has changed is tried again immediately.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:

@@ -80,8 +80,7 @@ class Fenced(ApiError):
 
 class InFlight(ApiError):
     """The same request was sent before and is still being answered. OpenAI's clients repeat the request
-    automatically.
-    """
+    automatically."""
 
     status, kind = 409, "invalid_request_error"
 

@@ -1,6 +1,5 @@
 """Defines the database's tables. All state of jobs is in these tables; constraints in the database enforce the
-guarantees in the docs.
-"""
+guarantees in the docs."""
 
 from datetime import date, datetime
 from functools import cache
@@ -457,8 +456,7 @@ class UsageRow(Base):
 
 class UsageWriter(Base):
     """The number of the last batch of usage that a control plane has written. It prevents that a batch is counted
-    twice.
-    """
+    twice."""
 
     __tablename__ = "usage_writers"
     id: Mapped[str] = mapped_column(primary_key=True)

@@ -1,7 +1,8 @@
 """Checks the rows of training files: small files before the response, large files in the background.
 
 A large file is stored unchecked. Every control plane looks for unchecked files; the one that gets a file's lease checks
-the file. So another control plane repeats the check if the first one dies, and no two check a file at once.
+the file. If this control plane dies, another one therefore repeats the check, and no two control planes check a file at
+the same time.
 """
 
 import asyncio

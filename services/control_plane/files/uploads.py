@@ -31,7 +31,8 @@ def folder(upload_id: str, settings: Settings) -> str:
 
 
 async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) -> Upload:
-    """Adds the row of a new upload. The upload's bytes count towards the project's limit at once. Raises OverQuota."""
+    """Adds the row of a new upload. The upload's bytes count towards the project's limit from now on. Raises OverQuota
+    if they would exceed the limit."""
     await files.reserve(session, project_id, wanted["num_bytes"], param="bytes")
     now = await session.scalar(select(func.clock_timestamp()))
     assert now is not None
@@ -43,7 +44,7 @@ async def begin(session: AsyncSession, wanted: dict[str, Any], project_id: str) 
 
 
 async def find(session: AsyncSession, upload_id: str, *, lock: bool = False) -> tuple[Upload, str]:
-    """Returns the upload, and its state by the database's clock. Raises NotFound.
+    """Returns the upload, and its state by the database's clock. Raises NotFound if the project has no such upload.
 
     With `lock`, no one else can end the upload before the session's transaction ends.
     """

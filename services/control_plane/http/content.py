@@ -1,6 +1,5 @@
 """Answers requests for the bytes of a stored file, or for a range of them, so that clients can resume interrupted
-downloads.
-"""
+downloads."""
 
 import base64
 import hashlib
@@ -78,8 +77,7 @@ def read_file(uri: str, span: range) -> Iterator[bytes]:
 
 def _is_same(request: Request, content: Content) -> bool:
     """Whether the part that the client has already downloaded belongs to this content, judged by the header
-    `If-Range`.
-    """
+    `If-Range`."""
     return request.headers.get("if-range") in (None, f'"{content.etag}"')
 
 

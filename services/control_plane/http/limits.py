@@ -43,8 +43,7 @@ class Room:
 
     def take(self, amount: int, holder: str | None = None, *, has: int = 0) -> None:
         """Reserves `amount` for a request. Raises Unavailable if too little is left. `has` is the amount that the
-        request has reserved already. If no other request holds a reservation, the request may take any amount.
-        """
+        request has reserved already. If no other request holds a reservation, the request may take any amount."""
         if self.taken and self.taken + amount > self.most:
             raise self._full(f"The service is full: requests use {self.taken} of at most {self.most} {self._what}")
         if holder is not None:
@@ -71,8 +70,7 @@ class Room:
 
 class Bounds:
     """The limited amounts that all requests of users share: requests at the same time, open streams and memory. Reports
-    of training processes share separate amounts.
-    """
+    of training processes share separate amounts."""
 
     def __init__(self, settings: Settings) -> None:
         self.places = Room(settings.max_requests, "requests at once")
@@ -106,8 +104,7 @@ class Place:
 
 class Body:
     """The body of a request while it is being received. The body is held in memory; routes that take files call `spool`
-    first.
-    """
+    first."""
 
     def __init__(self, receive: Receive, headers: Mapping[str, str], settings: Settings, place: Place) -> None:
         self._receive, self._stall, self._place = receive, settings.stall_seconds, place
@@ -120,15 +117,13 @@ class Body:
 
     def spool(self, most: int, remedy: str) -> None:
         """Lets the body have up to `most` bytes, which the route writes to disk. Reserves the disk space before the
-        body is read.
-        """
+        body is read."""
         self._most, self._remedy, self._room = most, remedy, self._place.bounds.disk
         self._hold(self._declared)
 
     async def receive(self) -> Message:
         """Returns the next part of the body, like ASGI's `receive`. Raises TooLarge for a body above the limit, Stalled
-        if the client stops sending, and Unavailable if too little space is left.
-        """
+        if the client stops sending, and Unavailable if too little space is left."""
         if self._complete:
             return await self._receive()
         if self._began is None:
@@ -199,8 +194,7 @@ class Limits:
 
     async def _enter(self, scope: Scope) -> Place:
         """Counts the request against the limit on requests that are answered at the same time, before the request's
-        body is read. Raises Unavailable if the limit is reached.
-        """
+        body is read. Raises Unavailable if the limit is reached."""
         if scope["path"].startswith(INTERNAL):
             return Place(self.attempts, None)
         return Place(self.users, await self._holder(scope))
@@ -224,15 +218,13 @@ class Limits:
 
 def _declared(headers: Mapping[str, str]) -> int:
     """Returns the body's length in bytes according to the headers; 0 if the headers do not state it. The received bytes
-    are counted as well.
-    """
+    are counted as well."""
     length = headers.get("content-length", "")
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
 
 
 def _is_stream(scope: Scope, message: Message) -> bool:
     """Whether the answer streams a job's events. A streamed completion is not such a stream, because a model works on
-    it all the time.
-    """
+    it all the time."""
     kinds = (value for name, value in message["headers"] if name == b"content-type")
     return scope["path"] not in ASKING_MODELS and any(kind.startswith(b"text/event-stream") for kind in kinds)

@@ -24,8 +24,7 @@ MAX_KEYS = 100_000
 
 class RateLimits:
     """Counts the requests or tokens of every API key, and refuses requests beyond a key's limit. `what` is the counted
-    unit: requests or tokens.
-    """
+    unit: requests or tokens."""
 
     def __init__(self, what: str = "requests", *, now: Callable[[], float] = time.monotonic) -> None:
         self._what, self._now = what, now
@@ -43,8 +42,7 @@ class RateLimits:
 
     def look(self, key_id: str, limit: int) -> dict[str, str]:
         """Returns the x-ratelimit headers without counting a unit. Raises RateLimited if the key has reached its
-        limit.
-        """
+        limit."""
         self._admit(key_id, limit, 0)
         return self._headers(key_id, limit)
 

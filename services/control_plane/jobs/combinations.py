@@ -1,6 +1,5 @@
 """Refuses jobs whose options exclude each other. `RULES` lists all forbidden combinations; the documentation prints the
-list.
-"""
+list."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,8 +45,7 @@ class Combination:
 
     def compares(self, name: str) -> bool:
         """Whether the request sets the field `name`, which needs evaluated checkpoints, for a job that evaluates no
-        checkpoints.
-        """
+        checkpoints."""
         return name in self.asked.comparing and not self.spec.validates
 
 

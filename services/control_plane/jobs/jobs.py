@@ -89,8 +89,7 @@ async def submit(
 
 async def _own_engine(session: AsyncSession, settings: Settings, spec: JobSpec, start: NamedModel) -> str:
     """Returns the part of an event that says why the engine of the base model cannot answer requests for the policy; ''
-    if it can.
-    """
+    if it can."""
     adapter, is_reward_model = spec.weights.adapter, spec.config.objective.traits.num_outputs
     if adapter is None or is_reward_model:  # a reward model does not answer
         return ""
@@ -126,7 +125,7 @@ async def confirm(session: AsyncSession, job: Job) -> None:
 
 
 async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Sets the job's desired state to `cancel`. Cancels the job at once if it is not running.
+    """Sets the job's desired state to `cancel`. Cancels the job immediately if it is not running.
 
     Raises InvalidRequest if the job has ended.
     """
@@ -142,7 +141,7 @@ async def cancel(session: AsyncSession, job_id: str, actor: str) -> Job:
 
 
 async def pause(session: AsyncSession, job_id: str, actor: str) -> Job:
-    """Sets the job's desired state to `pause`. Pauses the job at once if it is queued.
+    """Sets the job's desired state to `pause`. Pauses the job immediately if it is queued.
 
     Raises InvalidRequest if the job is neither queued nor running, or is being cancelled.
     """

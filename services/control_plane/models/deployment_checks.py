@@ -1,6 +1,5 @@
 """Checks the settings of a deployment (how a model is served), and refuses settings that cannot work or that the caller
-may not choose.
-"""
+may not choose."""
 
 import asyncio
 from collections.abc import Mapping
@@ -134,8 +133,7 @@ async def _check_attached(
     session: AsyncSession, settings: Settings, model: NamedModel, chosen: DeploymentSettings
 ) -> None:
     """Raises InvalidRequest for settings that need a separate engine, if the model is attached to the engine of its
-    base model.
-    """
+    base model."""
     engine, fields = await engine_of(session, settings, model), sorted(chosen.model_fields_set - {"mode"})
     if engine.adapter and fields:
         base = engine.loaded.id
@@ -159,8 +157,7 @@ async def _check_length(model: NamedModel, max_model_len: int) -> None:
 
 def own_limit(config: Mapping[str, Any]) -> int | None:
     """Returns the maximum number of tokens that a model with this config.json takes; None if the config does not state
-    it.
-    """
+    it."""
     text = config.get("text_config") or config
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     limit = text.get("max_position_embeddings")

@@ -21,8 +21,7 @@ async def of(
     session: AsyncSession, settings: Settings, model_ids: Collection[str], *, without_choice: bool = False
 ) -> dict[str, DeploymentSettings]:
     """Returns the deployment settings of these models, by id. With `without_choice`, ignores settings chosen through
-    the API.
-    """
+    the API."""
     models = Model.__table__.c  # models of all projects
     trained = select(models.id, models.root).where(models.id.in_(model_ids))
     roots: dict[str, str] = dict((await session.execute(trained)).all())

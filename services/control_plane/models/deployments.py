@@ -48,8 +48,7 @@ async def use(session: AsyncSession, model: NamedModel, *, app_name: str | None 
 @dataclass(frozen=True)
 class Reference:
     """The application that computes the log-probabilities of a job's reference model, and the application's number of
-    GPUs.
-    """
+    GPUs."""
 
     app_name: str
     num_gpus: float
@@ -115,8 +114,7 @@ def _mark(which: ColumnElement[bool], replica: str) -> Any:
 
 async def leave(session: AsyncSession, app_names: Collection[str], replica: str) -> None:
     """Removes the records that these models answer requests of this control plane. The caller must know that no such
-    request is in flight.
-    """
+    request is in flight."""
     rest = Deployment.answering.op("-")(cast(replica, Text))
     values = {"answering": rest, "last_used_at": func.clock_timestamp()}
     await session.execute(update(Deployment).where(Deployment.app_name.in_(app_names)).values(**values))
@@ -184,8 +182,7 @@ async def unload(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], model: NamedModel
 ) -> None:
     """Unloads the model. Raises InvalidRequest if the model is pinned, is the reference model of a running job, or is
-    answering requests.
-    """
+    answering requests."""
     engine = await engine_of(session, settings, model)
     if engine.adapter:
         message = f"'{model.id}' is attached to the engine of '{engine.loaded.id}'; unload '{engine.loaded.id}'."
@@ -274,8 +271,7 @@ async def place(
     session: AsyncSession, settings: Settings, applications: Mapping[str, Application], room: eviction.Room
 ) -> list[contract.Deployment]:
     """Decides which models stay loaded or are loaded now, and records the decision. Returns the deployments to
-    serve.
-    """
+    serve."""
     await _ask_for_pinned(session, settings)
     while True:
         found = await wished(session, settings, applications)

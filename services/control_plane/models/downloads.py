@@ -1,6 +1,5 @@
 """Provides the weights of trained models for download, as tars of Hugging Face folders. An adapter can also be
-downloaded merged into its base model.
-"""
+downloaded merged into its base model."""
 
 import hashlib
 import json
@@ -30,8 +29,7 @@ RETRY_AFTER_SECONDS = 5
 
 def format_of(model: NamedModel, wanted: Format | None) -> Format:
     """Returns the format of a download: `adapter` or `merged`. Raises InvalidRequest if the user asks for an adapter of
-    a model that has none.
-    """
+    a model that has none."""
     if wanted == "adapter" and model.adapter is None:
         message = (
             f"The model '{model.id}' has no adapter, because its job trained all weights; "
@@ -65,8 +63,7 @@ def content_of(model: NamedModel, base: str | None, merged: MergeReport | None) 
 
 def _with_base(config: Member, base: str | None) -> Member:
     """Returns an adapter's config for the download. A base model that is not on the hub appears with its name in the
-    service, not with its path in storage.
-    """
+    service, not with its path in storage."""
     fields = json.loads(storage.read_bytes(str(config.source)))
     place = str(fields.get("base_model_name_or_path"))
     if "://" in place or place.startswith("/"):

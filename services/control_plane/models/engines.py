@@ -1,6 +1,5 @@
 """Finds the engine that answers requests to a model: the model's own engine, or the engine of its base model, which
-attaches the model as an adapter.
-"""
+attaches the model as an adapter."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

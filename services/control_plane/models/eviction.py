@@ -59,8 +59,7 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Room:
     """The number of models that may be loaded, and the number of GPUs that they may use, according to the settings and
-    the cluster.
-    """
+    the cluster."""
 
     places: int  # how many models may be loaded at a time
     gpus: float | None = None  # GPUs that running jobs do not use; None: unknown, or models need none
@@ -135,8 +134,7 @@ class _Served:
 
     def _lacks(self, model: Model) -> tuple[str, bool] | None:
         """Returns a phrase for the resource that the model waits for, and whether the resource is GPUs; None if the
-        model can be loaded.
-        """
+        model can be loaded."""
         room = self._room
         if len(self.models) >= room.places:
             loaded = f"{len(self.models)} of at most {room.places} models are loaded"

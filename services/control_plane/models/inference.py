@@ -54,8 +54,7 @@ class _Use:
 
     def change(self, in_flight: int, now: float) -> None:
         """Adds a number of requests (negative to remove) to the requests in flight, which share the model's time
-        evenly.
-        """
+        evenly."""
         if self.in_flight:
             self.share += (now - self.shared_at) / self.in_flight
         self.in_flight, self.shared_at = self.in_flight + in_flight, now
@@ -133,8 +132,7 @@ class Inference:
 
     async def ask(self, model: NamedModel, path: str, body: bytes, meter: Meter) -> bytes:
         """Sends `POST /v1/<path>` to the model's application and returns the answer. Some of these paths are internal:
-        clients cannot reach them.
-        """
+        clients cannot reach them."""
         async with self._store.begin() as session:
             engine = await engine_of(session, self._settings, model)
             own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
@@ -178,8 +176,7 @@ class Inference:
 
     def _end(self, engine: Engine, answer: Answer | None, meter: Meter, share: float) -> None:
         """Records the end of a request in flight. `share` is the value of the model's shared time when the request
-        began.
-        """
+        began."""
         use = self._uses[engine.app_name]
         use.left_at = time.monotonic()
         use.change(-1, use.left_at)
@@ -246,8 +243,7 @@ class Inference:
 
     def _refusal(self, engine: Engine, status: int, content: bytes) -> ApiError:
         """Returns an error of the model's server in OpenAI's JSON form, also if the server's own error has another
-        form.
-        """
+        form."""
         try:
             said = json.loads(content)
         except (ValueError, RecursionError):

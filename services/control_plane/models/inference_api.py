@@ -100,8 +100,7 @@ async def _disconnect(request: Request) -> None:
 
 def _check(body: dict[str, Any]) -> None:
     """Raises InvalidRequest, with the name of the field, for values that Python's JSON parser accepts but other parsers
-    refuse.
-    """
+    refuse."""
     left: list[tuple[str, int, Any]] = [("", 0, body)]
     while left:
         where, depth, value = left.pop()

@@ -1,6 +1,5 @@
 """Counts the tokens of answers while the answers pass through. The service asks the model's server for the count of a
-stream, and removes the count from the stream unless the client also asked for it.
-"""
+stream, and removes the count from the stream unless the client also asked for it."""
 
 import re
 from collections.abc import Callable

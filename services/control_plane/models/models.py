@@ -95,8 +95,8 @@ async def find(
 ) -> NamedModel:
     """Returns the model with this name. Raises NotFound, whose message lists the base models.
 
-    Most unknown names are misspelled names of base models. With `hold`, no one can delete the model before this
-    transaction ends.
+    The list helps because most unknown names are misspelled names of base models. With `hold`, locks the model, so that
+    it cannot be deleted before this transaction ends.
     """
     for base in bases(settings):
         if base.id == model_id:

@@ -30,7 +30,8 @@ def model_object(model: NamedModel, settings: Settings) -> dict[str, Any]:
 
 
 def deployment_object(status: Status, load: Load | None) -> dict[str, Any]:
-    """Returns a deployment: the settings that someone chose through the API, all settings, the state and the load.
+    """Returns the JSON object of a deployment: the settings chosen through the API, all settings, the state and the
+    load.
 
     The load is null while it is unknown.
     """

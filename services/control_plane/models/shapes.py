@@ -1,6 +1,5 @@
 """Reads the shapes of a model's weights from config.json and the headers of its safetensors files, without reading the
-weights.
-"""
+weights."""
 
 import json
 import os

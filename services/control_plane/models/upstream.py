@@ -18,8 +18,7 @@ MOST_WAITING = 2**20  # bytes that wait for a slow client before the engine's se
 
 class Broken(Exception):
     """Raised if the server cannot be reached, closes the connection early, is silent for too long, or does not speak
-    HTTP.
-    """
+    HTTP."""
 
 
 class Busy(Exception):
@@ -100,8 +99,7 @@ class Answer(asyncio.Protocol):
 
     async def piece(self) -> bytes:
         """Returns the bytes of the body that have arrived since the last call, at least one byte; b"" at the end.
-        Raises Broken.
-        """
+        Raises Broken."""
         if self.headers.get("content-encoding", "identity") != "identity":
             raise Broken(f"it answers in {self.headers['content-encoding']}, for which nobody asked")
         await self._wait_for(lambda: self._waiting or self._whole)

@@ -19,8 +19,7 @@ from services.control_plane.settings import Settings
 @dataclass(frozen=True)
 class Judge:
     """The models that score completions: a policy with its reference model and beta, or a reward model, which has
-    neither.
-    """
+    neither."""
 
     model: NamedModel
     reference: NamedModel | None = None

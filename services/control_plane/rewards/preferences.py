@@ -1,6 +1,5 @@
 """Computes rewards and preferences from log-probabilities and from the outputs of reward models. The functions depend
-only on their arguments.
-"""
+only on their arguments."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +14,7 @@ GRID_POINTS, DEVIATIONS = 256, 5.0  # of an integral: at least so many points, s
 @dataclass(frozen=True)
 class Judged:
     """A completion and its reward. `outputs` is set for a reward model; the three fields after it are set for a
-    policy.
-    """
+    policy."""
 
     reward: float
     num_tokens: int
@@ -28,8 +26,7 @@ class Judged:
 
 def implicit(beta: float, logp: float, reference_logp: float, num_tokens: int) -> Judged:
     """Returns a completion with DPO's implicit reward, beta (log pi(y|x) - log pi_ref(y|x)): arXiv 2305.18290, section
-    5.1. The term of the reward that depends only on the prompt is left out.
-    """
+    5.1. The term of the reward that depends only on the prompt is left out."""
     log_ratio = logp - reference_logp
     return Judged(beta * log_ratio, num_tokens, log_ratio=log_ratio, logp=logp, reference_logp=reference_logp)
 

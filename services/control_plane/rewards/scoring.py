@@ -1,6 +1,5 @@
 """Sends groups (prompts with their completions) to the models of a judge, and computes rewards from the models'
-scores.
-"""
+scores."""
 
 import hashlib
 from collections.abc import Callable, Sequence

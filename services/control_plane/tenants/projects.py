@@ -56,7 +56,7 @@ def check_manages_all(caller: Caller) -> None:
 async def lock(session: AsyncSession, project_id: str) -> Project:
     """Locks the project's row and returns the current row.
 
-    Until the transaction ends, no one else can add anything that counts against the project's limits.
+    Until the transaction ends, no other transaction can add objects that count against the project's limits.
     """
     return await session.get_one(Project, project_id, with_for_update={"key_share": True}, populate_existing=True)
 

@@ -86,8 +86,7 @@ class UsageRecorder:
 
     async def flush(self) -> None:
         """Writes the sums to the database as one batch. If the write fails, the next call writes the same batch
-        again.
-        """
+        again."""
         async with self._writing:
             if not self._unwritten:
                 self._unwritten, self._sums = self._sums, {}

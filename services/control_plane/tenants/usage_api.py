@@ -36,8 +36,7 @@ async def list_usage(
     limit: Limit = 20,
 ) -> dict[str, Any]:
     """Lists the usage of completions, summed up by project, key, model or day. The first and the last day are included;
-    days are in UTC.
-    """
+    days are in UTC."""
     last = to or datetime.now(UTC).date()
     first = begin or last - timedelta(days=DAYS - 1)
     if first > last:

@@ -20,8 +20,7 @@ MOST_CHARACTERS = 2000  # most characters of a prompt or completion; a longer te
 
 class Preview(Contract):
     """The first group of a row, as the model sees it. Training uses the tokens of the group's completions in the
-    loss.
-    """
+    loss."""
 
     line: int
     dropped: str | None = None  # code of the reason why the group is left out; None: it is kept

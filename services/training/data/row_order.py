@@ -1,14 +1,14 @@
 """Decides which groups (prompts with their completions) each training step has.
 
 The order depends only on the seed and the number of rows of each piece (a range of lines of the file). An epoch
-shuffles the pieces, and then the groups of eight pieces at a time: a window. So the first window is known before any
-piece is encoded, and workers train on the first window while later pieces are encoded. Every worker reads the whole
+shuffles the pieces, and then the groups of eight pieces at a time: a window. Therefore the first window is known before
+any piece is encoded, and workers train on the first window while later pieces are encoded. Every worker reads the whole
 order, so that global batches do not depend on the number of workers, and resuming means starting at a later step.
 
 The number of steps must be known at the first step, but the number of groups is known only when all rows are encoded.
-So the first window gives the number of groups per row, which, for all rows, gives the number of places in an epoch. The
-groups of each window are spread evenly over the window's share of the places, and a step has the groups on its
-`batch_size` places. If there is a single window, every place has one group.
+Therefore the first window gives the number of groups per row, which, for all rows, gives the number of places in an
+epoch. The groups of each window are spread evenly over the window's share of the places, and a step has the groups on
+its `batch_size` places. If there is a single window, every place has one group.
 """
 
 import random

@@ -46,8 +46,7 @@ class Ask(Protocol):
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], others: Sequence[Spans] = ()
     ) -> Answer:
         """Sends rows to the deployment. `others` holds, for each completion, the ranges of its tokens that do not count
-        in the loss.
-        """
+        in the loss."""
 
 
 @dataclass(frozen=True)
