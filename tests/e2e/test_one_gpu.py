@@ -79,7 +79,7 @@ def test_a_gpu_node_that_appears_late_fails_nothing(seconds: int) -> None:
         assert client.fine_tuning.jobs.retrieve(job_id).status == "running"
         with gpu_node(service):
             assert finished(client, job_id).status == "succeeded", messages(client, job_id)
-        assert not any("Attempt 1 ended" in message for message in messages(client, job_id))
+        assert not any("Attempt 1 of the job ended" in message for message in messages(client, job_id))
 
 
 def stage_of(client: openai.OpenAI, job_id: str) -> str | None:

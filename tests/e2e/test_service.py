@@ -316,7 +316,7 @@ def test_a_killed_driver_is_followed_by_an_attempt_that_resumes(service: Service
         message for message in messages(client, job_id) if message.startswith("Training resumes from the checkpoint")
     ]
     assert len(resumed) == 1
-    (over,) = [message for message in messages(client, job_id) if message.startswith("Attempt 1 ended: ")]
+    (over,) = [message for message in messages(client, job_id) if message.startswith("Attempt 1 of the job ended: ")]
     assert over.startswith("Attempt 1 at the job ended: the signal SIGKILL killed its process")
 
 

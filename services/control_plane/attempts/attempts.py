@@ -113,7 +113,7 @@ async def note_stop(session: AsyncSession, attempt: Attempt, reason: str) -> Non
         jobs.tell(
             session,
             attempt.job_id,
-            f"The service is stopping attempt {attempt.number} at the job: {reason}",
+            f"The service is stopping attempt {attempt.number} of the job: {reason}",
             level="warn",
         )
 
@@ -137,7 +137,7 @@ async def authorize(session: AsyncSession, job_id: str, number: int, token: str,
 
 def _not_its_own(job_id: str, number: int) -> Fenced:
     return Fenced(
-        f"Attempt {number} at job {job_id} has ended, or the token is of another attempt; "
+        f"Attempt {number} of job {job_id} has ended, or the token is of another attempt; "
         "this training process must stop."
     )
 
@@ -160,7 +160,7 @@ async def record(
     await _hold(session, job_id)
     attempt = await session.get(Attempt, (job_id, number), with_for_update=True, populate_existing=True)
     if attempt is None or attempt.state == "ended":
-        raise Fenced(f"Attempt {number} at job {job_id} has ended; this training process must stop.")
+        raise Fenced(f"Attempt {number} of job {job_id} has ended; this training process must stop.")
     new, expected = list[JobEvent](), attempt.next_seq
     for event in events:
         if event.seq < expected:

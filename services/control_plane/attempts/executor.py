@@ -248,7 +248,7 @@ class Executor:
             if job.desired == "pause":
                 await jobs.move(session, job, "paused", actor=self._holder, event=f"The job is paused{where}")
             else:
-                jobs.tell(session, job.id, f"The service stopped attempt {attempt.number} at the job{where}")
+                jobs.tell(session, job.id, f"The service stopped attempt {attempt.number} of the job{where}")
 
     async def _lose(self, job: Job, attempt: Attempt, submission: Submission) -> None:
         """Ends an attempt that died without reporting an outcome.
@@ -270,7 +270,7 @@ class Executor:
         """Ends an attempt that reported no outcome. Adds one event, even if several control planes end the attempt."""
         if await attempts.end(session, attempt, reason, failed=failed) and job.desired == "run":
             rest = await self._rest_after_failure(session, job) if failed else ""
-            jobs.tell(session, job.id, f"Attempt {attempt.number} at the job ended: {reason}{rest}", level="warn")
+            jobs.tell(session, job.id, f"Attempt {attempt.number} of the job ended: {reason}{rest}", level="warn")
 
     async def _rest_after_failure(self, session: AsyncSession, job: Job) -> str:
         """Stores in the job's `waits_for` the time at which its next attempt begins. Returns this time as text for an

@@ -108,7 +108,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
         replace(CONFIG, objective=Dpo(beta=0.2)),
         replace(CONFIG, optim=Optim(learning_rate=2e-3)),
         replace(CONFIG, batch_size=16),
-        replace(CONFIG, max_length=2**14),
+        replace(CONFIG, max_length=CONFIG.max_length // 2),
         replace(CONFIG, truncation="keep_end"),
         replace(CONFIG, seed=1),
     ],

@@ -27,7 +27,7 @@ def test_of_a_traceback_only_the_error_is_told() -> None:
 
 def test_what_an_application_was_deployed_with_is_read_under_our_own_name_for_it() -> None:
     deployment = Deployment(app_name="tiny", model_id="tiny", source="/m", dtype="float32", num_gpus=1)
-    app = {"status": "RUNNING", "deployed_app_config": _config(deployment, "raydpo-1-")}
+    app = {"status": "RUNNING", "deployed_app_config": _config(deployment, "raydpo-1-", [])}
     assert _application(app, "raydpo-1-").deployment == deployment
     assert _application({"status": "RUNNING", "deployed_app_config": {"args": {}}}).deployment is None
 

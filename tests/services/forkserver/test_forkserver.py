@@ -269,7 +269,7 @@ def test_without_a_server_the_client_becomes_the_command(folder: Path, variable:
         out, said = client.communicate(timeout=SECONDS)
     shown = json.loads(out)
     assert (shown["pid"], shown["imported"]) == (client.pid, False)
-    assert (b"The fork server does not answer" in said) == bool(variable)
+    assert (b"The server that forks processes does not answer" in said) == bool(variable)
 
 
 def test_a_server_with_threads_does_not_fork(folder: Path) -> None:

@@ -504,7 +504,7 @@ def test_what_killed_an_attempt_is_told_and_waited_out_longer_each_time(
         event = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0]
         assert (event.level, event.message) == (
             "warn",
-            f"Attempt {number} at the job ended: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in "
+            f"Attempt {number} of the job ended: memory ran out on the node 192.0.2.2: 22.41 GB of 23.54 GB were in "
             f"use; Ray killed processes that held 0.14 GB; the next attempt begins {seconds} s later",
         )
         rest(settings, job_id, seconds - 3)
@@ -624,7 +624,9 @@ def test_an_attempt_says_itself_why_it_dies(
     ray.jobs[f"{job_id}-1"] = "FAILED"
     ticks(settings, 1)
     told = client.fine_tuning.jobs.list_events(job_id, limit=1).data[0].message
-    assert told.startswith("Attempt 1 ended: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; ")
+    assert told.startswith(
+        "Attempt 1 of the job ended: memory ran out on the node 192.0.2.2: 22 GB of 24 GB were in use; "
+    )
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
 
@@ -664,7 +666,7 @@ def test_the_end_of_an_attempt_is_told_once_by_however_many_control_planes(
 
     asyncio.run(lose_twice())
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
-    (over,) = [message for message in told if message.startswith("Attempt 1 ended: ")]
+    (over,) = [message for message in told if message.startswith("Attempt 1 of the job ended: ")]
     assert "the signal SIGKILL killed its process (the system sends it when memory runs out)" in over
     client.fine_tuning.jobs.cancel(job_id)
     ticks(settings, 3)
@@ -1048,7 +1050,7 @@ def test_a_pause_that_is_withdrawn_leaves_the_attempt_running_or_is_followed_by_
         ray.jobs[f"{job_id}-{number}"] = "FAILED"
         ticks(settings, 3)
         assert list(ray.jobs)[-1] == f"{job_id}-{number + 1}"
-    assert "The service stopped attempt 1 at the job after step 1" in told(client, job_id)
+    assert "The service stopped attempt 1 of the job after step 1" in told(client, job_id)
     succeed(client, settings, ray, job_id, 6)
 
 
@@ -1077,7 +1079,7 @@ def test_an_attempt_that_does_not_pause_in_time_is_stopped_by_ray(
     assert ray.jobs[f"{job_id}-1"] == "RUNNING"
     ticks(settings, 80, apart=8.0)
     assert (status(client, job_id), ray.jobs[f"{job_id}-1"]) == ("paused", "STOPPED")
-    assert ("The service is stopping attempt 1 at the job: the job was to pause and did not do so in time") in told(
+    assert ("The service is stopping attempt 1 of the job: the job was to pause and did not do so in time") in told(
         client, job_id
     )
     cancelled(client, settings, job_id)
@@ -1110,7 +1112,7 @@ def test_a_silent_attempt_is_stopped_and_the_next_one_goes_on(
     stopped = [message for message in told(client, job_id) if "is being stopped" in message]
     assert len(stopped) == 1
     assert stopped[0].startswith(
-        "The service is stopping attempt 1 at the job: its training process sent no report for 36"
+        "The service is stopping attempt 1 of the job: its training process sent no report for 36"
     )
     succeed(client, settings, ray, job_id, 2)
 
@@ -1191,7 +1193,7 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
     assert told == [
         f"The last reports of attempt 1 are lost: {uri} does not match its sha256",
-        "Attempt 1 at the job ended: its process ended before it was finished; the next attempt begins 5 s later",
+        "Attempt 1 of the job ended: its process ended before it was finished; the next attempt begins 5 s later",
     ]
     spool(settings, job_id, 2, reports(settings, job_id))
     ray.jobs[f"{job_id}-2"] = "SUCCEEDED"

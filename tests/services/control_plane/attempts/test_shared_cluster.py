@@ -13,10 +13,11 @@ from dpo_core.config import TrainConfig
 from services.contract import Deployment
 from services.control_plane.core.store import Store, migrate
 from services.control_plane.core.tables import File
-from services.control_plane.files.model_check import Check, check_of
+from services.control_plane.files.model_check import check_of
 from services.control_plane.models.models import NamedModel
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
+from services.control_plane.side_jobs import SideJob
 from tests.services.control_plane.conftest import FakeRay, served
 
 pytestmark = pytest.mark.slow
@@ -116,8 +117,8 @@ def test_a_check_of_the_same_file_is_another_ray_job_in_another_service(settings
     file: Any = File(id="file-1", sha256="00", uri="file:///f")
     model = NamedModel("tiny", "/m", "tiny", None)  # type: ignore[arg-type]
 
-    def check(instance: str) -> Check:
+    def check(instance: str) -> SideJob:
         return check_of(file, model, TrainConfig(), settings, instance)
 
-    assert check("one") == check("one")
+    assert check("one").submission_id(1) == check("one").submission_id(1)
     assert check("one").submission_id(1) != check("other").submission_id(1)

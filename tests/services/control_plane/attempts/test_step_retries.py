@@ -201,7 +201,7 @@ def test_launches_that_ray_refuses_are_few_and_end_the_job_in_rays_words(
     assert (job.status, WORDS in (job.error.message or "")) == ("failed", True)
     assert ray.num_launches <= 2 * settings.max_attempts
     said = [each for each in messages(client, job_id) if each.startswith("Attempt ")]
-    assert said[-1].startswith(f"Attempt 1 at the job ended: Ray refuses to start the attempt: ValueError: {WORDS}")
+    assert said[-1].startswith(f"Attempt 1 of the job ended: Ray refuses to start the attempt: ValueError: {WORDS}")
     ray.refusal = None
     assert client.fine_tuning.jobs.retrieve(other).status == "failed"
 
@@ -222,7 +222,7 @@ def test_a_launch_that_fails_is_repeated_with_pauses_and_given_up_after_a_while(
         rows.execute("UPDATE attempts SET reported_at = now() - interval '1 hour' WHERE job_id = %s", [job_id])
     ticks(settings, 1)
     assert messages(client, job_id)[0].startswith(
-        "Attempt 1 at the job ended: Ray did not start the attempt within 900 s: No available"
+        "Attempt 1 of the job ended: Ray did not start the attempt within 900 s: No available"
     )
     ray.refusal = None
     rest(settings, job_id, 3600)

@@ -184,7 +184,7 @@ def test_a_file_without_a_usable_row_is_refused(make_spec: MakeSpec, run: Any, t
 
 
 def test_the_method_must_fit_the_rows(make_spec: MakeSpec, run: Any) -> None:
-    with pytest.raises(JobFailed, match=r"holds pairs .* method supervised needs demonstrations"):
+    with pytest.raises(JobFailed, match=r"holds pairs .* the method supervised learns from demonstrations"):
         run(make_spec(config=TrainConfig(objective=Supervised())))
 
 
@@ -349,7 +349,7 @@ def test_margins_are_refused_by_line_where_the_objective_takes_none(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     spec = make_spec(training_uri=str(tmp_path / "rows.jsonl"))
     assert [group.margin for group in run(spec)[0]] == [None, 2.0, None, None, None, 2.0]
-    with pytest.raises(JobFailed, match=r"2 pairs have a margin \(line 2, 6\); method 'simpo' takes none"):
+    with pytest.raises(JobFailed, match=r"2 pairs have a margin \(line 2, 6\), which the method 'simpo' cannot use"):
         run(spec.model_copy(update={"config": TrainConfig(objective=Simpo())}))
 
 

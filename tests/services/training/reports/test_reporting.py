@@ -263,6 +263,6 @@ def test_progress_is_told_in_a_sentence_once_a_minute(monkeypatch: pytest.Monkey
         done(number)
     assert [report.done for report in reports if isinstance(report, Progress)] == list(range(10, 101))
     assert [report.message for report in reports if isinstance(report, Message)][:2] == [
-        "Scoring: 25 of 100 (25%) done, about 5 min left.",
-        "Scoring: 40 of 100 (40%) done, about 4 min left.",
+        "Scoring: 25 of 100 (25%) done, about 5 minutes left.",
+        "Scoring: 40 of 100 (40%) done, about 4 minutes left.",
     ]

@@ -135,7 +135,7 @@ def test_an_event_says_why_a_run_stopped_early(make_spec: MakeSpec, min_gain: fl
     spec = make_spec(config=TrainConfig(early_stop=EarlyStop(patience=2, min_gain=min_gain)))
     found = [Evaluation(10, 0.5), Evaluation(20, 0.5), Evaluation(30, 0.5)]
     (why,) = explain_end(30, 90, found, spec)
-    assert why.message == f"Stopped early after step 30: eval/loss has not improved {words} for 2 evaluations."
+    assert why.message == f"Stopped early after step 30: eval/loss has not improved {words} in 2 evaluations."
     assert explain_end(90, 90, found, spec) == []
 
 

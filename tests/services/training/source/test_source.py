@@ -209,7 +209,10 @@ def test_a_file_from_the_web_is_downloaded_and_told_in_bytes(
 
 def test_the_webs_refusals_are_the_users_to_mend_and_its_failures_are_not(bring: Bring, web: Web) -> None:
     uri = f"{web.url}/rows.jsonl"
-    assert failed(bring, uri, web.url) == ("invalid_training_file", f"{uri} answers 404 Not Found.")
+    assert failed(bring, uri, web.url) == (
+        "invalid_training_file",
+        f"The server of {uri} answers 404 Not Found; check the URL and who may read it.",
+    )
     assert "not public" in failed(bring, uri, "http://")[1]
     web.statuses["/rows.jsonl"] = [503] * 9
     with pytest.raises(httpx.HTTPStatusError):

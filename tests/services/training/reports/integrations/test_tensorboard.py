@@ -36,7 +36,7 @@ def test_a_resumed_run_is_one_run_with_each_step_once(spec: AttemptSpec, spool: 
     first = spec.model_copy(update={"attempt": 1})
     spool.add_steps(1, 5)
     assert follow(first, None) == [
-        Message(message="TensorBoard: event files are written to runs/ftjob-1/tensorboard in the service's storage")
+        Message(message="TensorBoard: the event files are written to runs/ftjob-1/tensorboard in the service's storage")
     ]
     spool.add_steps(4, 9, attempt=2)
     follow(spec, "succeeded")
