@@ -68,7 +68,7 @@ def test_a_taken_port_is_refused_before_anything_starts(up, home, service):
     ("model", "reason"),
     [
         ("tiny", "must be NAME=SOURCE"),
-        ("tiny=./nowhere", "the source of model tiny, is not a folder"),
+        ("tiny=./nowhere", "of model 'tiny' is not a folder"),
         ("tiny=/", "holds no config.json"),
         ("ti/ny=Qwen/Qwen3-0.6B", "model name 'ti/ny' must be"),
     ],
