@@ -275,7 +275,7 @@ def test_a_job_is_paused_resumed_and_stopped_through_ray_without_losing_a_step(
     wait_for(lambda: len(resumed()) == 2, "resumed again")
     said = messages(client, job_id)
     assert f"The job is paused after step {resumed()[0]}" in said
-    assert f"The service stopped attempt 2 at the job after step {resumed()[1]}" in said
+    assert f"The service stopped attempt 2 of the job after step {resumed()[1]}" in said
     wait_for_step(client, job_id, int(resumed()[1]) + 1)
 
     def logs() -> dict[str, Any]:
@@ -317,7 +317,7 @@ def test_a_killed_driver_is_followed_by_an_attempt_that_resumes(service: Service
     ]
     assert len(resumed) == 1
     (over,) = [message for message in messages(client, job_id) if message.startswith("Attempt 1 of the job ended: ")]
-    assert over.startswith("Attempt 1 at the job ended: the signal SIGKILL killed its process")
+    assert over.startswith("Attempt 1 of the job ended: the signal SIGKILL killed its process")
 
 
 @pytest.mark.long
@@ -338,7 +338,7 @@ def test_a_job_waits_for_a_ray_that_died_and_goes_on_when_it_is_back(service: Se
         assert finished(client, job_id).status == "succeeded", messages(client, job_id)
         assert steps(client, job_id) == list(range(1, 121))
         told = messages(client, job_id)
-        assert told.count("Attempt 1 at the job ended: the Ray cluster that it ran on is gone") == 1
+        assert told.count("Attempt 1 of the job ended: the Ray cluster that it ran on is gone") == 1
         assert len([message for message in told if message.startswith("Training resumes from the checkpoint")]) == 1
 
 

@@ -1109,7 +1109,7 @@ def test_a_silent_attempt_is_stopped_and_the_next_one_goes_on(
     silence(settings, job_id)
     ticks(settings, 45, apart=8.0)
     assert list(ray.jobs.values()) == ["STOPPED", "RUNNING"]
-    stopped = [message for message in told(client, job_id) if "is being stopped" in message]
+    stopped = [message for message in told(client, job_id) if "The service is stopping attempt" in message]
     assert len(stopped) == 1
     assert stopped[0].startswith(
         "The service is stopping attempt 1 of the job: its training process sent no report for 36"
@@ -1192,7 +1192,8 @@ def test_an_outcome_whose_bits_flipped_is_told_by_another_attempt(
     told = [event.message for event in client.fine_tuning.jobs.list_events(job_id) if event.level == "warn"][::-1]
     uri = segment_uri(storage.join(settings.storage_url, "runs", job_id), 1, 0)
     assert told == [
-        f"The last reports of attempt 1 are lost: {uri} does not match its sha256",
+        "The last reports of attempt 1 are lost, so events or metrics are missing: "
+        f"the file {uri} is damaged: it does not match its sha256",
         "Attempt 1 of the job ended: its process ended before it was finished; the next attempt begins 5 s later",
     ]
     spool(settings, job_id, 2, reports(settings, job_id))
