@@ -116,11 +116,28 @@ def quantization_of(folder: Path) -> str | None:
     return json.loads(file.read_bytes()).get("quantization") if file.is_file() else None
 
 
+def saved_base(folder: Path) -> str | None:
+    """Returns the fingerprint of the base that the adapter in `folder` was trained on; None if the folder does not
+    tell."""
+    file = folder / BASE
+    return str(json.loads(file.read_bytes())["sha256_of_samples"]) if file.is_file() else None
+
+
+def has_learned(folder: Path) -> bool:
+    """Whether the adapter saved in `folder` changes its base at all: a new LoRA adapter has only zeros in its B
+    matrices. Raises UnusableModel for numbers that are not finite."""
+    weights = load_file(folder / WEIGHTS)
+    if broken := sorted(name for name, weight in weights.items() if not weight.isfinite().all()):
+        what = f"The adapter in {folder} has numbers that are not finite, such as in {broken[0]}"
+        raise UnusableModel(f"{what}; use an earlier checkpoint, or train a new adapter.")
+    return any(bool(weight.any()) for name, weight in weights.items() if ".lora_A." not in name)
+
+
 def check_base(folder: Path, model: PreTrainedModel) -> None:
     """Raises UnusableModel if the adapter in `folder` was trained on another base than `model`. Does nothing if the
     folder does not identify its base: folders written by other programs do not."""
-    file = folder / BASE
-    if file.is_file() and json.loads(file.read_bytes())["sha256_of_samples"] != fingerprint(model):
+    saved = saved_base(folder)
+    if saved and saved != fingerprint(model):
         what = f"The adapter in {folder} was trained on a base with other weights than {model.name_or_path} has now"
         raise UnusableModel(f"{what}; restore the base's earlier weights, or train a new adapter.")
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from dpo_core.config import Lora, Quantization
-from dpo_core.models.adapter import attach, check_base, options_of, put_weights, quantization_of
+from dpo_core.models.adapter import attach, check_base, fingerprint, options_of, put_weights, quantization_of
 from dpo_core.models.adapter_folder import base_of
 from dpo_core.models.architecture import UnusableModel, count_outputs, is_reward_model
 from dpo_core.models.folder import processors_of, save_model
@@ -232,6 +232,12 @@ def load_attached(
     if quantization_of(adapter):
         round_to_nf4(loaded)
     return _put_on(loaded, adapter, weights.keys()).eval()
+
+
+def fingerprint_of(source: str | Path) -> str:
+    """Returns the fingerprint of the base model in a folder or of a hub id. The weights stay in mapped files, unless
+    transformers has to convert them. Raises ValueError for a model that cannot be loaded."""
+    return fingerprint(_load(AutoModelForCausalLM, source, "auto", "cpu", None, 0, None, False).requires_grad_(False))
 
 
 def _put_on(base: PreTrainedModel, adapter: Path, names: Set[str]) -> Any:

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
@@ -26,11 +27,14 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from dpo_core.models.adapter_folder import CONFIG, is_adapter
+from dpo_core.models.adapter import has_learned, saved_base
+from dpo_core.models.adapter_folder import CONFIG, WEIGHTS, is_adapter
+from dpo_core.models.architecture import UnusableModel
+from dpo_core.models.model import fingerprint_of
 from services import storage
 from services.contract import Adapter
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # other loggers of a replica write nowhere
 
 LEAST_VLLM = "0.29"  # older ones answered requests in flight with another adapter (vllm#47724)
 ABORT_SECONDS = 0.02  # how often the requests of a deleted adapter are aborted until all of them have ended
@@ -68,6 +72,35 @@ class AdapterUnusable(AdapterRefused):
     status, code = 409, "adapter_unusable"
 
 
+class Base:
+    """The engine's model, on which adapters must have been trained."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._fingerprint: str | None = None  # computed for the first adapter that tells its base's
+        self._computing = threading.Lock()
+
+    def check(self, adapter: Adapter, folder: Path) -> None:
+        """Raises AdapterUnusable if the adapter in `folder` was trained on other weights than the engine has.
+
+        Adapters of other programs do not tell their base's weights. Reads the whole model at the first call.
+        """
+        saved = saved_base(folder)
+        if saved and saved != self._computed(adapter):
+            what = f"it was trained on a base with other weights than {self._source} has now"
+            remedy = "restore the base's earlier weights, or train a new adapter"
+            raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': {what}; {remedy}.")
+
+    def _computed(self, adapter: Adapter) -> str:
+        with self._computing:
+            try:
+                self._fingerprint = self._fingerprint or fingerprint_of(self._source)
+            except (OSError, ValueError) as error:
+                what = f"the weights of its base {self._source} cannot be compared with those of its training"
+                raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': {what} ({error}).") from error
+            return self._fingerprint
+
+
 @dataclass(eq=False)
 class Attachment:
     """An adapter that the engine has attached or is loading, and the number of requests that use it."""
@@ -86,8 +119,10 @@ class Adapters:
     used adapters are detached as soon as no request uses them.
     """
 
-    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels) -> None:
+    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, source: str) -> None:
+        """`source` is the folder or hub id of the engine's model."""
         self._engine, self._models = engine, models
+        self._base = Base(source)
         config = engine.vllm_config.lora_config
         self._most: int = config.max_cpu_loras if config else 0  # 0: the engine attaches none
         self._attached: dict[str, Attachment] = {}  # least recently used first
@@ -142,6 +177,7 @@ class Adapters:
 
     async def _load(self, adapter: Adapter, folder: Path) -> LoRARequest:
         local = await asyncio.to_thread(_fetch, adapter, folder)
+        await asyncio.to_thread(self._base.check, adapter, local)
         request = LoadLoRAAdapterRequest(lora_name=adapter.id, lora_path=str(local))
         answer = await self._models.load_lora_adapter(request)
         if isinstance(answer, ErrorResponse):
@@ -200,4 +236,16 @@ def _fetch(adapter: Adapter, cache: Path) -> Path:
             f"The engine cannot attach the adapter '{adapter.id}', because its config sets {', '.join(unused)}, "
             f"which vLLM does not support; {REMEDY}."
         )
+    _check_numbers(adapter, folder)
     return folder
+
+
+def _check_numbers(adapter: Adapter, folder: Path) -> None:
+    """Raises AdapterUnusable for numbers that are not finite. Warns of an adapter that changes nothing."""
+    if not (folder / WEIGHTS).is_file():
+        return  # vLLM reads or refuses other files
+    try:
+        if not has_learned(folder):
+            logger.warning("The adapter '%s' has learned nothing: it answers as its base.", adapter.id)
+    except UnusableModel as error:
+        raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': {error}") from None

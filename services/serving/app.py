@@ -30,7 +30,7 @@ from services.forkserver.client import preload
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # other loggers of a replica write nowhere
 
 IMPORT_TRIES = 3
 POLICY, REWARD_MODEL = "services.serving.policy", "services.serving.reward_model"

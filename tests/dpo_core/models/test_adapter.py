@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from dpo_core.config import Lora, Optim, TrainConfig
-from dpo_core.models.adapter import BASE, fingerprint
-from dpo_core.models.model import load_policy, load_reward_model, merge_adapter
+from dpo_core.models.adapter import BASE, fingerprint, has_learned
+from dpo_core.models.architecture import UnusableModel
+from dpo_core.models.model import fingerprint_of, load_policy, load_reward_model, merge_adapter
 from dpo_core.options import InvalidOption
 from dpo_core.policy.scorer import score_reference
 from dpo_core.training.trainer import train
@@ -311,9 +312,24 @@ def test_the_fingerprint_of_a_base_depends_neither_on_precision_nor_on_an_adapte
     known = fingerprint(load_policy(tmp_path).requires_grad_(False))
     assert fingerprint(policy) == known
     assert fingerprint(load_policy(tmp_path, adapter=Lora(r=2), dtype=torch.bfloat16)) == known
+    assert fingerprint_of(tmp_path) == known
     name, weight = next((n, p) for n, p in policy.named_parameters() if "q_proj" in n and not p.requires_grad)
     weight.data *= 1.1
     assert fingerprint(policy) != known, name
+
+
+def test_a_new_adapter_has_learned_nothing_and_one_with_broken_numbers_is_refused(base, tmp_path):
+    policy = load_policy(base, adapter=Lora(r=2))
+    weight = next(weight for name, weight in policy.named_parameters() if "lora_B" in name)
+    policy.save_pretrained(tmp_path / "new")
+    assert not has_learned(tmp_path / "new")
+    weight.data[0, 0] = 1e-6
+    policy.save_pretrained(tmp_path / "trained")
+    assert has_learned(tmp_path / "trained")
+    weight.data[0, 0] = torch.inf
+    policy.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UnusableModel, match=r"not finite, such as in base_model.*lora_B.*; use an earlier checkpoint"):
+        has_learned(tmp_path / "broken")
 
 
 def test_the_fingerprint_of_a_base_does_not_depend_on_a_reward_models_new_head(base):

@@ -1,9 +1,10 @@
 """Adapters on the running engines of their base model, over HTTP."""
 
 import json
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +16,12 @@ import psutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dpo_core.models.model import load_tokenizer
+from dpo_core.models.adapter import BASE, fingerprint
+from dpo_core.models.adapter_folder import WEIGHTS
+from dpo_core.models.model import load_policy, load_tokenizer
 from tests.services.serving.conftest import LORA, MODEL_LENGTH, VOCABULARY, Serving, make_adapter
 
 pytestmark = pytest.mark.ray
@@ -112,6 +116,49 @@ def test_each_adapter_answers_as_in_peft_under_load(qwen: Serving, folders: list
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda number: ask(qwen, f"ft:load:{number}", folders[number]), numbers))
     assert [logp(answer) for answer in answers] == pytest.approx([likeliest[it] for it in numbers], abs=1e-4)
+
+
+def changed(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object], base: str = "") -> Path:
+    """A copy of the adapter with other weights, and with the fingerprint `base` if it is not empty."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / WEIGHTS)
+    change(weights)
+    save_file(weights, to / WEIGHTS, {"format": "pt"})
+    if base:
+        (to / BASE).write_text(json.dumps({"sha256_of_samples": base}))
+    return to
+
+
+def test_an_adapter_of_other_weights_than_the_bases_is_refused(
+    qwen: Serving, folders: list[Path], qwen_folder: Path, likeliest: list[float], tmp_path: Path
+) -> None:
+    same = changed(folders[0], tmp_path / "same", len, fingerprint(load_policy(qwen_folder).requires_grad_(False)))
+    other = changed(folders[0], tmp_path / "other", len, "of another base")
+    for _ in range(4):  # on both replicas
+        assert logp(ask(qwen, "ft:same", same)) == pytest.approx(likeliest[0], abs=1e-4)
+        refused = ask(qwen, "ft:other", other)
+        assert refused.status_code == 409
+        said = refused.json()["error"]["message"]
+        assert f"'ft:other': it was trained on a base with other weights than {qwen_folder} has now; restore" in said
+
+
+def test_an_adapter_with_numbers_that_are_not_finite_is_refused_and_one_of_zeros_is_told(
+    qwen: Serving, folders: list[Path], tmp_path: Path
+) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights[max(weights)][0, 0] = torch.nan
+
+    def empty(weights: dict[str, torch.Tensor]) -> None:
+        for name in weights:
+            weights[name].mul_(".lora_B." not in name)
+
+    refused = ask(qwen, "ft:spoiled", changed(folders[0], tmp_path / "spoiled", spoil))
+    assert refused.status_code == 409
+    assert "are not finite, such as in base_model.model." in refused.json()["error"]["message"]
+    assert ask(qwen, "ft:empty", changed(folders[0], tmp_path / "empty", empty)).status_code == 200
+    logs = Path(qwen.head.folder).glob("ray/session_latest/logs/**/*")
+    told = b"The adapter 'ft:empty' has learned nothing: it answers as its base."
+    assert any(told in log.read_bytes() for log in logs if log.is_file())
 
 
 def test_fifty_first_requests_at_once_all_get_an_answer(
