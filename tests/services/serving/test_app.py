@@ -63,7 +63,7 @@ def test_a_damaged_model_fails_with_the_files_name(serving: Serving, model_folde
     serving.deploy({"app_name": "broken", "model_id": "broken", "source": source, "dtype": "float32"})
     apps = serving.wait(lambda apps: apps["broken"]["status"] == "DEPLOY_FAILED")
     serving.remove("broken")
-    assert "model.safetensors in file://" in apps["broken"]["deployments"]["policy"]["message"]
+    assert "model.safetensors of the model in file://" in apps["broken"]["deployments"]["policy"]["message"]
     assert apps["policy-1"]["status"] == "RUNNING"
     serving.wait(lambda apps: "broken" not in apps)
 
