@@ -97,7 +97,9 @@ class Base:
                 self._fingerprint = self._fingerprint or fingerprint_of(self._source)
             except (OSError, ValueError) as error:
                 what = f"the weights of its base {self._source} cannot be compared with those of its training"
-                raise AdapterUnusable(f"The engine cannot attach the adapter '{adapter.id}': {what} ({error}).") from error
+                raise AdapterUnusable(
+                    f"The engine cannot attach the adapter '{adapter.id}': {what} ({error})."
+                ) from error
             return self._fingerprint
 
 
