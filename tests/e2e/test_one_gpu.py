@@ -59,7 +59,9 @@ def test_a_job_with_a_served_reference_goes_through_with_chat_between_its_pause_
     assert chat(client, "tiny") > 0
     job_id = submit(client, 200, 20)  # 1000 steps; its reference is scored by an engine of its own
     wait_for_step(client, job_id, 2)
-    assert any("The reference's deployment agrees" in message for message in messages(client, job_id))
+    assert any(
+        "vLLM and the trainer compute the same log-probabilities" in message for message in messages(client, job_id)
+    )
     client.fine_tuning.jobs.pause(job_id)
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "paused", "paused", seconds=600)
     assert chat(client, "tiny") > 0

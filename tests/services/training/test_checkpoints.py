@@ -45,7 +45,7 @@ def test_an_attempt_stops_early_and_leaves_the_best_checkpoint_as_the_policy_tho
     assert [each.step for each in found] == list(range(EVERY, last.step + 1, EVERY))
     assert top.step + PATIENCE * EVERY == last.step < last.total_steps
     told = [report.message for report in only(Message, reports)]
-    assert f"Stopped early after step {last.step}: {METRIC} has not improved at all for {PATIENCE} evaluations." in told
+    assert f"Stopped early after step {last.step}: {METRIC} has not improved at all in {PATIENCE} evaluations." in told
     assert any(
         message.startswith(f"The job's policy is the checkpoint of step {top.step}, whose {METRIC} ")
         for message in told
