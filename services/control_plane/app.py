@@ -38,12 +38,13 @@ from services.control_plane.http.limits import Limits
 from services.control_plane.http.rate_limit import RateLimits
 from services.control_plane.http.refusals import Refusals
 from services.control_plane.http.validation import refused
+from services.control_plane.inference import api as inference_api
+from services.control_plane.inference.inference import Inference
 from services.control_plane.jobs import api as jobs_api
 from services.control_plane.jobs import plans_api, validation_api
 from services.control_plane.jobs.lookups import JobReader
 from services.control_plane.models import api as models_api
-from services.control_plane.models import deployments_api, inference_api, sharing_api
-from services.control_plane.models.inference import Inference
+from services.control_plane.models import deployments_api, sharing_api
 from services.control_plane.progress import api as progress_api
 from services.control_plane.progress.streams import Streams
 from services.control_plane.ray_api import RayApi

@@ -14,12 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
 from services.control_plane.core.store import ProjectStore, Store
+from services.control_plane.inference.metering import Meter
+from services.control_plane.inference.streaming import Stream
+from services.control_plane.inference.upstream import Answer, Broken, Busy, Upstream
 from services.control_plane.models import deployment_settings, deployments, models
 from services.control_plane.models.engines import Engine, engine_of
-from services.control_plane.models.metering import Meter
 from services.control_plane.models.models import NamedModel
-from services.control_plane.models.streaming import Stream
-from services.control_plane.models.upstream import Answer, Broken, Busy, Upstream
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 

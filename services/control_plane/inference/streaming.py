@@ -8,8 +8,8 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from services.control_plane.core.errors import ApiError
-from services.control_plane.models.metering import Meter
-from services.control_plane.models.upstream import Answer, Broken
+from services.control_plane.inference.metering import Meter
+from services.control_plane.inference.upstream import Answer, Broken
 
 
 class Stream(Response):

@@ -1,1 +1,1 @@
-"""Finds, shares, deploys and queries base models and trained models."""
+"""Finds, lists, shares, deploys and downloads base models and trained models."""

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 
 from dpo_core.data.groups import Group
 from services.control_plane.http.dependencies import SettingsPart, StorePart
-from services.control_plane.models.inference_api import note, while_connected
-from services.control_plane.models.metering import Meter
+from services.control_plane.inference.api import note, while_connected
+from services.control_plane.inference.metering import Meter
 from services.control_plane.rewards.judges import Judge, judge_of
 from services.control_plane.rewards.preferences import Judged, probabilities, winner
 from services.control_plane.rewards.requests import RewardsBody, groups_of

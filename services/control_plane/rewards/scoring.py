@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from dpo_core.data.groups import Group
 from services.contract import SCORE_TEXTS, SCORE_TOKENS, Scored, TextGroup, TextsToScore, TokensToScore
 from services.control_plane.core.errors import ApiError
-from services.control_plane.models.inference import Inference
-from services.control_plane.models.metering import Meter
+from services.control_plane.inference.inference import Inference
+from services.control_plane.inference.metering import Meter
 from services.control_plane.models.models import NamedModel
 from services.control_plane.rewards.judges import Judge
 from services.control_plane.rewards.preferences import Judged, explicit, implicit

@@ -20,9 +20,9 @@ from services import storage
 from services.control_plane.core.errors import Unavailable
 from services.control_plane.core.store import ProjectStore, Store, migrate
 from services.control_plane.core.tables import DEFAULT_PROJECT, Deployment, Lease
-from services.control_plane.models import inference
-from services.control_plane.models.inference import Inference
-from services.control_plane.models.metering import Meter
+from services.control_plane.inference import inference
+from services.control_plane.inference.inference import Inference
+from services.control_plane.inference.metering import Meter
 from services.control_plane.ray_api import RayApi
 from services.control_plane.settings import Settings
 from tests.services.control_plane.conftest import FakeRay, api_of, free_port, new_key, new_project, served
@@ -410,7 +410,7 @@ async def inference_of(settings: Settings) -> AsyncIterator[tuple[Inference, Sto
 def test_a_request_without_a_connection_to_the_model_is_told_so(
     settings: Settings, api: httpx.Client, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.control_plane.models.inference.POOL_SECONDS", 0.2)
+    monkeypatch.setattr("services.control_plane.inference.inference.POOL_SECONDS", 0.2)
     serve.reply(b"{}")
     assert ask(api).status_code == 200  # it is loaded
     serve.answer, serve.holds = b"", True
@@ -434,7 +434,7 @@ def test_a_model_is_marked_while_it_answers_and_what_nobody_uses_is_not_remember
     settings: Settings, api: httpx.Client, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("STAY_SECONDS", "LEAVE_SECONDS", "ASK_SECONDS", "LOOK_SECONDS"):
-        monkeypatch.setattr(f"services.control_plane.models.inference.{name}", 0.01)
+        monkeypatch.setattr(f"services.control_plane.inference.inference.{name}", 0.01)
     serve.reply(b"{}")
     assert ask(api).status_code == 200  # it is loaded
     serve.answer, serve.holds = b"", True

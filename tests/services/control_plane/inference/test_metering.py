@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from services.control_plane.models.metering import Meter, asking_for_usage, asks_for_usage
+from services.control_plane.inference.metering import Meter, asking_for_usage, asks_for_usage
 
 DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"a \\"choices\\":[] b"}}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"total_tokens":10,"completion_tokens":3}}\n\n'

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from services.control_plane.models import upstream
-from services.control_plane.models.upstream import Answer, Broken, Busy, Upstream
+from services.control_plane.inference import upstream
+from services.control_plane.inference.upstream import Answer, Broken, Busy, Upstream
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
