@@ -76,11 +76,11 @@ def is_unread(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def read_parts(model: PreTrainedModel, checkpoint: Path | None = None) -> None:
-    """Reads the weights of a model without weights; of a sharded parameter, only this rank's shard. All ranks must call
-    this together.
+    """Reads the weights into a model that was built without them. Of a sharded parameter, each rank reads only its own
+    shard. All ranks must call this together.
 
-    `checkpoint` is the folder of a saved model whose weights are read in place of those that the model was made for.
-    Raises UnusableModel if the weights do not match the model.
+    The weights come from the folder or hub id for which the model was built, or from the folder of a saved model if
+    `checkpoint` names one. Raises UnusableModel if the weights do not match the model.
     """
     unread: Unread = getattr(model, UNREAD)
     found = unread.found if checkpoint is None else replace(unread.found, source=checkpoint)

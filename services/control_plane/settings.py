@@ -167,7 +167,7 @@ class Settings(BaseSettings):
 
     models: dict[ModelName, Annotated[BaseModel, BeforeValidator(_base_model)]] = Field(
         default_factory=dict,
-        description="Base models by name. Each value is a local folder, a storage URI without a key in it, or "
+        description="Base models by name. Each value is a local folder, a storage URI without credentials in it, or "
         "an id on the Hugging Face hub; or a table with `source` (one of these), `adapter` (the "
         "default for jobs that do not choose an adapter) and `deployment` (how the model is served, "
         "[fields](../use/deployments.md#settings)).",

@@ -49,9 +49,10 @@ class Launch:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command in a fork of the fork server and returns its exit status, or 0 at once for a Ray worker.
+    """Runs the command in a fork of the fork server, and returns the exit status of the command.
 
-    If the command is not one for a fork server, or none answers, replaces this process with the command.
+    If the command starts a Ray worker, returns 0 without waiting for it. If the fork server cannot run the command, or
+    does not answer, replaces this process with the command.
     """
     path = os.environ.get(VARIABLE)
     launch = _launch_of(arguments)

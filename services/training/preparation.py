@@ -210,7 +210,7 @@ def _score(spec: AttemptSpec, encoding: Encoding, report: Callable[[Report], Non
                     f"({figures}); set reference_dtype to float32, or send x_raydpo.reference.source 'auto'."
                 )
                 raise JobFailed(Failed(code="reference_mismatch", message=message)) from None
-            report(Message(level="warn", message="The workers compute the reference model's scores instead."))
+            report(Message(level="warn", message="The workers compute the reference model's scores instead of vLLM."))
         except _Slower:
             pass
     return _score_once(trainer_uri, encoding, lambda: _by_trainer(spec, report), report)

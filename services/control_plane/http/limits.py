@@ -158,7 +158,10 @@ class Body:
 
 
 class Limits:
-    """The middleware that applies the limits. Sets `request.state.body` to the request's Body."""
+    """The middleware that limits how large and how slow a request may be, and how many run at the same time.
+
+    Stores the request's body, as a Body, in `request.state.body`.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings, project_of: ProjectOf) -> None:
         self._app, self._settings, self._project_of = app, settings, project_of

@@ -75,9 +75,9 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
 
 
 async def _within_positions(spec: JobSpec, model: NamedModel) -> JobSpec:
-    """Returns the spec with a `max_length` that the model can read. Raises InvalidRequest for one that it cannot.
+    """Checks that `max_length` is within the model's positions; lowers its default to them, and returns the spec.
 
-    If the model's config cannot be read here, the job itself makes this check.
+    Raises InvalidRequest if `max_length` is larger. If the model's config cannot be read here, the job itself makes this check.
     """
     try:
         positions = positions_of((await plans.look_at(model)).config)

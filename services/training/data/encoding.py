@@ -367,7 +367,9 @@ def _encode(
 
 
 def _with_others(groups: Sequence[EncodedGroup], limit: int) -> list[EncodedGroup]:
-    """Adds to each group the best answer to the next different prompt, rated nan and cut to the limit.
+    """Adds to each group the best completion of the next group that has another prompt, cut to `limit` tokens.
+
+    The rating of the added completion is nan, which marks it as an answer to another prompt.
 
     From these added answers, KTO estimates how far the policy is from its reference (arXiv 2402.01306, section 4.1).
     """

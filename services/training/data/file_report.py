@@ -13,7 +13,7 @@ from services.contract import Contract
 
 
 class Lines(Contract):
-    """The number of some groups or rows of a file, and the line numbers of the first ten of these."""
+    """How many groups or rows of a file something applies to, and the line numbers of the first ten."""
 
     count: int = 0
     first: tuple[int, ...] = ()

@@ -118,10 +118,11 @@ def await_reference(app_name: str, report: Callable[[Report], None], adapter: Ad
 
 
 def by_deployment(connect: Connect, *, heads: bool = False) -> ScoreParts:
-    """Returns a function that scores parts with the deployment. A call is sent again if its replica dies.
+    """Returns a function that scores parts (files of groups) with the deployment. A call is sent again if its replica
+    dies.
 
-    With `heads`, the head of each completion (its first tokens in the loss, as many as the group's shortest completion
-    has) gets a separate score. Without `heads`, the replica sums up the tokens.
+    With `heads`, each completion also gets a separate score of its head. A head is the first tokens in the loss, as
+    many as the group's shortest completion has. Without `heads`, the replica returns only sums of log-probabilities.
     """
     score_groups = _scored_with_heads if heads else _scored
 

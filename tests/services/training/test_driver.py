@@ -465,7 +465,7 @@ def test_the_trainer_scores_where_the_deployment_departs(
     assert warnings[0].startswith(
         "vLLM and the trainer compute different log-probabilities of the reference model: differences in 24 rows with "
     )
-    assert warnings[1] == "The workers compute the reference model's scores instead."
+    assert warnings[1] == "The workers compute the reference model's scores instead of vLLM."
     released = driver.reports().index(ReferenceReleased())
     assert "scoring" in {report.stage for report in only(Progress, driver.reports()[released:])}
     assert figures(driver.reports())[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
