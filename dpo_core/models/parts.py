@@ -66,7 +66,15 @@ def load_structure(found: Found, device: str | torch.device, adapter: Lora | Pat
         model._init_weights(head)
     if adapter is not None:
         _attach(model, adapter, has_head=has_head)
+    _move_drawn(model, device)
     return model
+
+
+def _move_drawn(model: PreTrainedModel, device: str | torch.device) -> None:
+    """Moves what was drawn on the CPU to the device, on which ranks exchange weights: NCCL takes no CPU tensors."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
 
 
 def is_unread(model: nn.Module) -> bool:

@@ -139,7 +139,7 @@ class Executor:
         # Settings may have changed since the attempt asked for its reference; the adapter goes with the application.
         app_name = attempt.reference or scorer.app_name
         reference = await self._ray_api.own_name(app_name) if may_be_served else None
-        adapter = scorer.adapter if app_name == scorer.app_name else None
+        adapter = scorer.adapter if reference and app_name == scorer.app_name else None
         attempt_spec = AttemptSpec(
             wire=_wire_of(spec, adapter),
             job_id=job.id,

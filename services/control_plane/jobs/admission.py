@@ -77,7 +77,8 @@ async def check_files(session: AsyncSession, spec: JobSpec) -> None:
 async def _within_positions(spec: JobSpec, model: NamedModel) -> JobSpec:
     """Checks that `max_length` is within the model's positions; lowers its default to them, and returns the spec.
 
-    Raises InvalidRequest if `max_length` is larger. If the model's config cannot be read here, the job itself makes this check.
+    Raises InvalidRequest if `max_length` is larger. If the model's config cannot be read here, the job itself makes
+    this check.
     """
     try:
         positions = positions_of((await plans.look_at(model)).config)

@@ -67,7 +67,7 @@ class Room:
     wait_seconds: float  # a model whose last request is older than this is not loaded
 
     def most_gpus(self, *, beside_next_job: bool) -> float:
-        """Returns how many GPUs the models may use together. Reference models do not count: each uses its job's GPUs."""
+        """Returns how many GPUs the models may use together, without reference models, which use their jobs' GPUs."""
         if self.gpus is None:
             return float("inf")
         return max(0.0, self.gpus - self.gpus_of_next_job * beside_next_job)
