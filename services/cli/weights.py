@@ -1,7 +1,6 @@
 """Downloads the weights of a trained policy into a folder, and uploads them to the Hugging Face hub."""
 
 import base64
-import glob
 import hashlib
 import json
 import re
@@ -101,7 +100,8 @@ class Download:
 
     def _part(self) -> Path | None:
         """Returns the path of the file with the bytes received so far. The file's name contains the ETag of the tar."""
-        return next(self._folder.parent.glob(f".{glob.escape(self._folder.name)}.*.part"), None)
+        name = re.compile(rf"\.{re.escape(self._folder.name)}\.[^.]+\.part")
+        return next((path for path in self._folder.parent.glob(".*.part") if name.fullmatch(path.name)), None)
 
     def _append(self, answer: httpx.Response, part: Path, bar: Progress) -> None:
         begun = part.stat().st_size if part.exists() else 0

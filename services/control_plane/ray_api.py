@@ -288,8 +288,11 @@ class RayApi:
             return self._view
 
     async def load(self, app_name: str) -> Load | None:
-        """Returns the load of the application's replicas that answer; None if none answers."""
-        view = await self.look()
+        """Returns the load of the application's replicas that answer; None if none answers, or Ray does not."""
+        try:
+            view = await self.look()
+        except httpx.HTTPError:
+            return None
         app = view.applications.get(app_name)
         if app is None or not app.num_ready or view.base_url is None:
             return None

@@ -120,7 +120,7 @@ async def _launch(job: SideJob, attempt: int, store: ProjectStore, ray_api: RayA
     """
     attempt = max(1, attempt)
     status = await ray_api.status(job.submission_id(attempt))
-    if status == "ended" and await _read(job, attempt) is None:
+    while status == "ended" and await _read(job, attempt) is None:  # Ray keeps the ids of attempts long forgotten
         attempt += 1
         status = await ray_api.status(job.submission_id(attempt))
     if status == "absent":
@@ -164,7 +164,11 @@ async def _admit(submission_id: str, folder: str, store: ProjectStore, ray_api: 
             if any(each.submission_id == submission_id for each, _ in running):
                 return
             if len(running) < most:
-                session.add(SideJobAttempt(submission_id=submission_id, folder=folder))
+                # Ray may have lost an attempt that has a row already; it runs again.
+                again = update(SideJobAttempt).where(SideJobAttempt.submission_id == submission_id)
+                again = again.values(created_at=func.clock_timestamp(), ended_at=None)
+                if await session.scalar(again.returning(SideJobAttempt.submission_id)) is None:
+                    session.add(SideJobAttempt(submission_id=submission_id, folder=folder))
                 return
         if not is_last_try:
             ended = [each.submission_id for each, age in running if not await _lives(each, age, ray_api)]

@@ -36,7 +36,12 @@ class AttachAdapter:
             async with self._adapters.using(adapter) as (attachment, request):
                 of_request.set(request)
                 answer = _Answer(scope, receive, send, adapter.id, lambda: attachment.is_deleted)
-                await self._app(scope, receive, answer.send)
+                try:
+                    await self._app(scope, receive, answer.send)
+                except Exception:
+                    if not attachment.is_deleted or answer.streams is not None:
+                        raise
+                    raise AdapterDeleted(adapter.id) from None  # its requests were aborted
         except AdapterRefused as refusal:
             await _refuse(refusal, scope, receive, send)
 

@@ -173,9 +173,10 @@ class Adapters:
         return attachment
 
     def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
-        """Forgets an adapter that could not be loaded, so that the next request tries again."""
+        """Forgets an adapter that could not be loaded, so that the next request tries again. Detaches surplus ones."""
         if (loading.cancelled() or loading.exception()) and self._attached.get(adapter_id) is attachment:
             self._detach(adapter_id)
+        self._shrink()
 
     async def _load(self, adapter: Adapter, folder: Path) -> LoRARequest:
         local = await asyncio.to_thread(_fetch, adapter, folder)
@@ -188,7 +189,8 @@ class Adapters:
         return self._models.lora_requests[adapter.id]
 
     def _shrink(self) -> None:
-        idle = [name for name, attachment in self._attached.items() if not attachment.num_uses]
+        # One that loads stays until it is loaded: vLLM would enter its name after it was removed.
+        idle = [name for name, each in self._attached.items() if not each.num_uses and each.loading.done()]
         for name in idle[: max(0, len(self._attached) - self._most)]:
             self._detach(name)
 

@@ -340,6 +340,9 @@ class Model(Owned, Base):
     removed_at: Mapped[datetime | None]  # when the deleted model's files were removed from storage
     __table_args__ = (
         Index("models_by_time", "project_id", "created_at", "id"),
+        Index("models_by_source", "source"),
+        Index("models_by_base", "base_source"),
+        Index("models_by_deletion", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
         Index("models_to_remove", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL AND removed_at IS NULL")),
     )
 

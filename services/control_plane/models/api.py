@@ -52,8 +52,11 @@ async def content(
     async with store.look() as session:
         model = await models.find_to_download(session, settings, model_id)
         base = await models.name_of_base(session, settings, model) if model.adapter else None
+        must_merge = downloads.format_of(model, format) == "merged" and model.adapter is not None
+        if must_merge:
+            await models.check_merged(session, model)
     merged = None
-    if downloads.format_of(model, format) == "merged" and model.adapter:
+    if must_merge:
         merged = await downloads.merged(model, store, ray_api, settings, request.is_disconnected)
     return await answer(request, await anyio.to_thread.run_sync(downloads.content_of, model, base, merged))
 

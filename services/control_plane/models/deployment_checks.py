@@ -60,7 +60,7 @@ async def check(
     _check_capacity(chosen, num_gpus, capacity)
     if chosen.pinned:
         await _check_pinned(session, settings, model)
-    await _check_reference(session, settings, model, full)
+    await check_reference(session, settings, model, full)
     if full.mode != "merged":
         await _check_attached(session, settings, model, chosen)
     if chosen.max_model_len is not None:
@@ -119,13 +119,13 @@ async def _check_pinned(session: AsyncSession, settings: Settings, model: NamedM
         raise _invalid("pinned", f"{message}; unpin one, or raise max_loaded_models in the settings.")
 
 
-async def _check_reference(
+async def check_reference(
     session: AsyncSession, settings: Settings, model: NamedModel, full: DeploymentSettings
 ) -> None:
     """Raises InvalidRequest if a running job is scored by this model's engine, which would no longer score."""
     scored = select(Attempt.job_id).where(Attempt.state != "ended", Attempt.reference == model.app_name)
-    if settings.scores_apart(full) and (job_id := await session.scalar(scored.limit(1))):
-        message = f"'{model.id}' is the reference of {job_id}, and with these settings its engine could not score"
+    if settings.scores_apart(full) and await session.scalar(scored.limit(1)):
+        message = f"'{model.id}' is the reference of a running job, and with these settings its engine could not score"
         raise InvalidRequest(f"{message}; set them when the job trains.", param="model")
 
 

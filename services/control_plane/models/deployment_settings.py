@@ -4,15 +4,19 @@ API.
 A trained model inherits the settings of its base model, except the number of replicas and `pinned`.
 """
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.tables import Model, ModelSettings
 from services.control_plane.settings import Settings
 from services.deployment_settings import DeploymentSettings
+
+log = logging.getLogger(__name__)
 
 OWN = {"replicas", "pinned"}  # what a trained model does not inherit
 
@@ -40,8 +44,19 @@ def _of(
     if root is not None:
         given |= chosen.get(root, {})
         given = {name: value for name, value in given.items() if name not in OWN}
-    # A field that an earlier release wrote, and this one does not know, has no effect.
-    return DeploymentSettings.model_validate(given | chosen.get(model_id, {}), extra="ignore")
+    return _readable(given | chosen.get(model_id, {}))
+
+
+def _readable(values: Mapping[str, Any]) -> DeploymentSettings:
+    """Returns the settings. Leaves out fields and values that another release stored and this one does not know."""
+    try:
+        return DeploymentSettings.model_validate(values, extra="ignore")
+    except ValidationError as error:
+        unknown = {str(each["loc"][0]) for each in error.errors() if each["loc"]}
+        if not unknown:
+            raise
+        log.warning("Stored settings of a deployment have no effect, because this release refuses them: %s", error)
+        return _readable({name: value for name, value in values.items() if name not in unknown})
 
 
 async def with_choice(

@@ -161,6 +161,18 @@ async def find_to_download(session: AsyncSession, settings: Settings, model_id: 
     return model
 
 
+async def check_merged(session: AsyncSession, model: NamedModel) -> None:
+    """Raises Forbidden if a merged download of the adapter would contain the weights of another project's model."""
+    rows = Model.__table__.c  # models of all projects
+    bases = select(rows.project_id).where(rows.source == model.base_source)
+    own = await session.scalar(select(Model.project_id).where(Model.id == model.id))
+    if {own} < {own, *await session.scalars(bases)}:
+        message = (
+            f"The base of '{model.id}' is a model of another project, and a merged download would hold its weights"
+        )
+        raise Forbidden(f"{message}; send format=adapter.", param="format")
+
+
 async def name_of_base(session: AsyncSession, settings: Settings, model: NamedModel) -> str:
     """Returns the name of the model that an adapter was trained on: a base model, or a trained one."""
     for base in bases(settings):

@@ -83,6 +83,8 @@ class UsageRecorder:
                 await self.flush()
         finally:
             await self.flush()
+            if not self._unwritten:  # a batch that had failed before is written; what came since follows
+                await self.flush()
 
     async def flush(self) -> None:
         """Writes the sums to the database as one batch. If the write fails, the next call writes the same batch

@@ -38,7 +38,7 @@ async def list_usage(
     """Lists the usage of completions, summed up by project, key, model or day. The first and the last day are included;
     days are in UTC."""
     last = to or datetime.now(UTC).date()
-    first = begin or last - timedelta(days=DAYS - 1)
+    first = begin or max(last, date.min + timedelta(days=DAYS)) - timedelta(days=DAYS - 1)
     if first > last:
         raise InvalidRequest(
             f"The query parameter 'from' is {first}, which is after 'to', {last}; send a first day that is not "

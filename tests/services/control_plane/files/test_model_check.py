@@ -158,6 +158,23 @@ def test_a_job_that_dies_is_told_and_tried_again_under_a_new_id(ray: FakeRay, as
     assert ask(model="tiny").json()["status"] == "completed"
 
 
+def test_jobs_that_ray_still_knows_and_nobody_else_are_passed_over(ray: FakeRay, ask: Any, settings: Settings) -> None:
+    """Ray keeps the ids of jobs whose folders were removed after a week."""
+    check_id = ask(model="tiny").json()["id"]
+    ray.jobs |= {f"{check_id}-{attempt}": "SUCCEEDED" for attempt in (1, 2, 3)}
+    assert ask(model="tiny").json()["status"] == "running"
+    assert ray.submissions[-1]["submission_id"] == f"{check_id}-4"
+
+
+def test_a_job_that_a_restarted_ray_has_lost_runs_again(ray: FakeRay, ask: Any, settings: Settings) -> None:
+    check_id = ask(model="tiny").json()["id"]
+    sql(settings, "UPDATE checks SET ended_at = now()")
+    del ray.jobs[f"{check_id}-1"]
+    assert ask(model="tiny").json()["status"] == "running"
+    assert [each["submission_id"] for each in ray.submissions] == [f"{check_id}-1"] * 2
+    assert sql(settings, "SELECT ended_at FROM checks") == [(None,)]
+
+
 def test_a_job_that_dies_while_somebody_waits_is_a_failure(
     ray: FakeRay, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

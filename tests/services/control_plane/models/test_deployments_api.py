@@ -209,12 +209,22 @@ def test_an_engine_that_scores_for_a_running_job_keeps_its_precision(api: httpx.
         values = "'ftjob-scored', 1, 'launching', '', 0, 0, false"
         name = bases(settings)[0].app_name
         connection.execute(f"INSERT INTO attempts ({columns}) VALUES ({values}, %s)", (name,))
-    assert "is the reference of ftjob-scored" in refused(api, "tiny", dtype="bfloat16")["message"]
+    assert "is the reference of a running job" in refused(api, "tiny", dtype="bfloat16")["message"]
     change(api, "tiny", reasoning_parser="qwen3")
     with psycopg.connect(settings.database_url) as connection:
         connection.execute("UPDATE attempts SET state = 'ended', ended_at = now() WHERE job_id = 'ftjob-scored'")
         connection.execute("UPDATE jobs SET observed = 'cancelled', finished_at = now() WHERE id = 'ftjob-scored'")
     change(api, "tiny", dtype="bfloat16")
+    api.delete("/x/deployments/tiny")
+
+
+def test_stored_settings_that_this_release_does_not_know_have_no_effect(api: httpx.Client, settings: Settings) -> None:
+    change(api, "tiny", max_model_len=64)
+    with psycopg.connect(settings.database_url) as connection:
+        later = """values || '{"tool_call_parser": "of-a-later-release", "of_a_later_release": 1}'"""
+        connection.execute(f"UPDATE model_settings SET values = {later} WHERE model_id = 'tiny'")
+    found = deployment(api, "tiny")["settings"]
+    assert (found["max_model_len"], found["tool_call_parser"]) == (64, None)
     api.delete("/x/deployments/tiny")
 
 

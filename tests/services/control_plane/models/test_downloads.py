@@ -215,6 +215,16 @@ def test_a_project_that_a_model_is_shared_with_uses_it_and_does_not_get_its_weig
         assert "Your project may use it but not download it" in refusal(content(friends, WHOLE), 403, None)
 
 
+def test_a_merged_download_does_not_hold_the_weights_of_another_project(
+    folders: None, api: httpx.Client, settings: Settings
+) -> None:
+    project = new_project(api, "lenders")
+    with psycopg.connect(settings.database_url, autocommit=True) as rows:
+        rows.execute("UPDATE models SET source = '/nowhere/tiny', project_id = %s WHERE id = %s", (project, WHOLE))
+    assert "send format=adapter" in refusal(content(api, ADAPTER, "?format=merged"), 403, None)
+    assert content(api, ADAPTER, "?format=adapter").is_success
+
+
 def test_files_that_are_gone_are_unavailable(folders: None, api: httpx.Client, settings: Settings) -> None:
     storage.delete(storage.join(settings.storage_url, "runs", WHOLE, "export"))
     assert "are not in storage any more" in refusal(content(api, WHOLE), 503, "model_unavailable")

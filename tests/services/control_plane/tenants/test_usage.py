@@ -191,6 +191,10 @@ def test_what_cannot_be_asked_is_refused_by_name(api: httpx.Client, query: str, 
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_the_first_days_of_the_calendar_can_be_asked_for(api: httpx.Client) -> None:
+    assert api.get("/x/usage?to=0001-01-05").json()["data"] == []
+
+
 def test_old_numbers_of_batches_are_forgotten(empty: None, settings: Settings) -> None:
     async def use() -> None:
         async with recorder_of(settings) as recorder:
