@@ -72,9 +72,7 @@ def load_structure(found: Found, device: str | torch.device, adapter: Lora | Pat
 
 def _move_drawn(model: PreTrainedModel, device: str | torch.device) -> None:
     """Moves what was drawn on the CPU to the device, on which ranks exchange weights: NCCL takes no CPU tensors."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def is_unread(model: nn.Module) -> bool:

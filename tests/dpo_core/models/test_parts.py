@@ -154,6 +154,14 @@ def test_a_model_that_needs_its_weights_at_once_is_loaded_whole_and_says_why(
     torch.testing.assert_close(policy.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
+def test_a_new_head_is_on_the_models_device_before_the_weights_are_read(make_policy, tmp_path):
+    """Ranks exchange new weights by NCCL, which takes no tensors of the CPU. The meta device stands for a GPU."""
+    make_policy().save_pretrained(tmp_path)
+    policy = load_reward_model(tmp_path, in_parts=True, device="meta")
+    assert policy.score.weight.device.type == "meta"
+    assert load_reward_model(tmp_path, in_parts=True).score.weight.device.type == "cpu"
+
+
 def test_a_folder_with_both_of_two_tied_weights_is_loaded_whole(make_policy, tmp_path, caplog):
     make_policy().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}

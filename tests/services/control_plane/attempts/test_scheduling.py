@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.control_plane.attempts.scheduling import needs, what_each_waits_for
+from dpo_core.config import Lora, TrainConfig
+from services.contract import JobSpec, Weights
+from services.control_plane.attempts.scheduling import needs, reference_model, what_each_waits_for
 from services.control_plane.core.tables import Job
 from services.control_plane.settings import Settings
 from services.control_plane.tenants.quotas import Share
@@ -46,6 +48,17 @@ def test_a_large_job_keeps_its_place_and_one_that_never_fits_keeps_nobody(severa
         "job-3": "running jobs to end, because together with them the job needs 5 GPU but the cluster has 4",
         "job-4": "its turn, because job-3 goes first",
     }
+
+
+def test_a_job_on_an_nf4_base_waits_for_no_engine() -> None:
+    weights = Weights(adapter=Lora(), quantization="nf4")
+    spec = JobSpec(model="tiny", training_file="file-1", config=TrainConfig(), weights=weights)
+    nf4, plain = (
+        Job(id="job", model_source="/m", model_root="tiny", created_at=START, spec=each.model_dump(mode="json"))
+        for each in (spec, spec.model_copy(update={"weights": Weights(adapter=Lora())}))
+    )
+    assert reference_model(nf4) is None
+    assert reference_model(plain) is not None
 
 
 def test_a_project_at_its_limit_keeps_no_other_project(several: Settings) -> None:
