@@ -50,7 +50,7 @@ def test_a_second_up_on_the_same_home_is_refused(up, service):
     second = up(home=service.home)
     said, _ = second.child.communicate(timeout=300)
     assert second.child.returncode == 1
-    owner = f"{service.home} is used by process {service.child.pid}"
+    owner = f"The folder {service.home} is used by process {service.child.pid}"
     assert said == f"error: {owner}; stop that process, or choose another --home.\n"
 
 
@@ -70,7 +70,7 @@ def test_a_taken_port_is_refused_before_anything_starts(up, home, service):
         ("tiny", "must be NAME=SOURCE"),
         ("tiny=./nowhere", "of model 'tiny' is not a folder"),
         ("tiny=/", "holds no config.json"),
-        ("ti/ny=Qwen/Qwen3-0.6B", "model name 'ti/ny' must be"),
+        ("ti/ny=Qwen/Qwen3-0.6B", "the model name 'ti/ny' is not valid"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_by_name(up, home, model, reason):

@@ -27,4 +27,4 @@ def test_usage_is_shown_by_model_and_day(raydpo, today):
     assert [(each["id"], each["num_requests"]) for each in days] == [(str(today), 1)]
     refused = raydpo("usage", "--from", today, "--to", today - timedelta(days=1))
     assert refused.exit_code == 1
-    assert "send an earlier day" in refused.stderr
+    assert "send a first day that is not after the last day" in refused.stderr
