@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import psutil
 
@@ -41,16 +42,17 @@ def below(*titles: str) -> Iterator[int]:
                 yield process.pid
 
 
-class OwnMemory:
-    """Records the largest memory of this process without the pages of mapped files, which the kernel can drop at any
-    time and which processes share. A thread reads it every millisecond, because Linux keeps no peak of it."""
+class _Sampler:
+    """Records the largest memory that `_sample` returns while the `with` block runs. A thread calls it repeatedly."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is the time between two samples."""
+        self._seconds = seconds
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self.before = self.largest = _own()  # bytes
+        self.largest = 0  # bytes
 
-    def __enter__(self) -> "OwnMemory":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -59,35 +61,35 @@ class OwnMemory:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._over.wait(0.001):
-            self.largest = max(self.largest, _own())
+        while not self._over.wait(self._seconds):
+            self.largest = max(self.largest, self._sample())
+
+    def _sample(self) -> int:
+        raise NotImplementedError
 
 
-def _own() -> int:
-    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
-    return (resident - of_files) * resource.getpagesize()
+class OwnMemory(_Sampler):
+    """Records the largest memory of this process without the pages of mapped files, which the kernel can drop at any
+    time and which processes share. It is read every millisecond, because Linux keeps no peak of it."""
+
+    def __init__(self) -> None:
+        super().__init__(0.001)
+        self.before = self.largest = self._sample()
+
+    def _sample(self) -> int:
+        _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident - of_files) * resource.getpagesize()
 
 
-class Watch:
-    """Records the largest peak memory of this process's descendants whose command line contains one of `titles`.
+class Watch(_Sampler):
+    """Records the largest peak memory of a descendant of this process whose command line contains one of `titles`.
 
-    A thread reads the peaks every WATCH_SECONDS, because the processes may end before the `with` block does.
+    The peaks are read every WATCH_SECONDS, because the processes may end before the `with` block does.
     """
 
     def __init__(self, *titles: str) -> None:
+        super().__init__(WATCH_SECONDS)
         self._titles = titles
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self.largest = 0  # the largest peak memory of a single process
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(WATCH_SECONDS):
-            self.largest = max(self.largest, *map(peak, below(*self._titles)), 0)
+    def _sample(self) -> int:
+        return max(map(peak, below(*self._titles)), default=0)

@@ -288,6 +288,12 @@ class JobSpec(Contract):
         return bool(self.validation_file or self.validation_share)
 
     @property
+    def may_be_served(self) -> bool:
+        """Whether vLLM may score the job's rows with the reference model. No engine has a base model in NF4."""
+        by_trainer = self.reference_source == "trainer" or self.weights.quantization is not None
+        return self.config.objective.traits.needs_reference and not by_trainer
+
+    @property
     def is_at_uri(self) -> bool:
         """Whether the training file is at the user's own URI and is not an uploaded file."""
         return "://" in self.training_file

@@ -13,10 +13,9 @@ import logging
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import vllm
@@ -110,7 +109,6 @@ class Attachment:
     folder: Path  # of the local copy, if the source is remote
     loading: "asyncio.Task[LoRARequest]"
     num_uses: int = 0
-    used_at: float = field(default_factory=time.monotonic)
     is_deleted: bool = False  # requests in flight must get no more of its answer
 
 
@@ -156,7 +154,6 @@ class Adapters:
             yield attachment, request
         finally:
             attachment.num_uses -= 1
-            attachment.used_at = time.monotonic()
             self._shrink()
 
     def forget_deleted(self, deleted: Collection[str]) -> None:

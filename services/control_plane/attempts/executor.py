@@ -134,11 +134,9 @@ class Executor:
             token = await attempts.give_token(session, attempt)
             scorer = await deployments.reference(session, self._settings, models.reference_of(job))
         run_uri = self._run_uri(job)
-        by_trainer = spec.reference_source == "trainer" or spec.weights.quantization  # no engine has the base in NF4
-        may_be_served = spec.config.objective.traits.needs_reference and not by_trainer
         # Settings may have changed since the attempt asked for its reference; the adapter goes with the application.
         app_name = attempt.reference or scorer.app_name
-        reference = await self._ray_api.own_name(app_name) if may_be_served else None
+        reference = await self._ray_api.own_name(app_name) if spec.may_be_served else None
         adapter = scorer.adapter if reference and app_name == scorer.app_name else None
         attempt_spec = AttemptSpec(
             wire=_wire_of(spec, adapter),

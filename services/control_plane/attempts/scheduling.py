@@ -160,9 +160,7 @@ def reference_model(job: Job) -> NamedModel | None:
         spec = JobSpec.model_validate(job.spec)
     except ValidationError:
         return None
-    by_trainer = spec.reference_source == "trainer" or spec.weights.quantization  # no engine has the base in NF4
-    may_be_served = spec.config.objective.traits.needs_reference and not by_trainer
-    return reference_of(job) if may_be_served else None
+    return reference_of(job) if spec.may_be_served else None
 
 
 def _reference(job: Job, scorers: Mapping[str, Reference]) -> str | None:

@@ -1,6 +1,5 @@
 """The routes /v1/chat/completions and /v1/completions, which forward requests to Ray Serve."""
 
-import asyncio
 import math
 from collections.abc import Coroutine
 from functools import partial
@@ -15,6 +14,7 @@ from services.control_plane.http.rate_limit import RateLimits
 from services.control_plane.http.validation import Text
 from services.control_plane.inference.inference import Inference
 from services.control_plane.inference.metering import Meter, asking_for_usage, asks_for_usage
+from services.control_plane.inference.streaming import while_connected
 from services.control_plane.tenants.usage import UsageRecorder
 
 router = APIRouter()
@@ -59,7 +59,7 @@ async def _forward(
     shows_usage = not streams or asks_for_usage(fields.get("stream_options"))
     meter = Meter(partial(note, request, body.model), shows_usage=shows_usage)
     raw = raw if shows_usage else asking_for_usage(raw)
-    return await while_connected(request, inference.forward(store, path, body.model, raw, meter, streams=streams))
+    return await answered(request, inference.forward(store, path, body.model, raw, meter, streams=streams))
 
 
 def note(
@@ -79,23 +79,9 @@ def note(
     )
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def answered(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """Returns the response of `work`, which is cancelled as soon as the client disconnects."""
-    answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            return answering.result()
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    finally:
-        for task in (answering, leaving):
-            task.cancel()
-        await asyncio.gather(answering, leaving, return_exceptions=True)
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    return await while_connected(request.receive, work) or Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def _check(body: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from fastapi import Response
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.control_plane.core.errors import ApiError, InvalidRequest, NotFound, TooLarge, Unavailable
 from services.control_plane.core.store import ProjectStore, Store
@@ -112,15 +113,13 @@ class Inference:
         """
         async with caller.look() as session:
             model = await models.find(session, self._settings, name)
-            engine = await engine_of(session, self._settings, model)
-            own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
+            engine = await self._engine_of(session, model, meter)
         if model.num_outputs:
             message = (
                 f"The model '{model.id}' is a reward model, which scores texts and cannot write any; "
                 "send texts to POST /v1/x/rewards."
             )
             raise InvalidRequest(message, param="model", code="invalid_value")
-        meter.num_gpus = self._settings.num_gpus_of(own)
         await self._note_use(model, engine)
         return await self._forwarded(engine, path, body, meter, streams=streams)
 
@@ -134,12 +133,17 @@ class Inference:
         """Sends `POST /v1/<path>` to the model's application and returns the answer. Some of these paths are internal:
         clients cannot reach them."""
         async with self._store.begin() as session:
-            engine = await engine_of(session, self._settings, model)
-            own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
-        num_gpus = self._settings.num_gpus_of(own)
-        meter.num_gpus = min(num_gpus, 1) if model.num_outputs else num_gpus
+            engine = await self._engine_of(session, model, meter)
         await self._note_use(model, engine)
         return bytes((await self._forwarded(engine, path, body, meter, streams=False)).body)
+
+    async def _engine_of(self, session: AsyncSession, model: NamedModel, meter: Meter) -> Engine:
+        """Returns the engine that answers for the model. Tells the meter the number of the engine's GPUs."""
+        engine = await engine_of(session, self._settings, model)
+        own = (await deployment_settings.of(session, self._settings, {engine.loaded.id}))[engine.loaded.id]
+        num_gpus = self._settings.num_gpus_of(own)
+        meter.num_gpus = min(num_gpus, 1) if model.num_outputs else num_gpus
+        return engine
 
     async def _note_use(self, model: NamedModel, engine: Engine) -> None:
         """Records now and then that an adapter is used, because only its base has a row in `deployments`."""

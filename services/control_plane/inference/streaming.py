@@ -1,8 +1,9 @@
-"""Forwards the stream of events of a model's answer to the client."""
+"""Answers a client as long as the client stays connected, and forwards the stream of events of a model's answer."""
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -10,6 +11,25 @@ from starlette.types import Receive, Scope, Send
 from services.control_plane.core.errors import ApiError
 from services.control_plane.inference.metering import Meter
 from services.control_plane.inference.upstream import Answer, Broken
+
+Result = TypeVar("Result")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """Returns the result of `work`. Cancels `work` and returns None if the client disconnects first."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Stream(Response):
@@ -20,22 +40,15 @@ class Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, meter: Meter | None, end: Callable[[], None]) -> None:
+    def __init__(self, answer: Answer, meter: Meter, end: Callable[[], None]) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._answer, self._meter, self._end = answer, meter, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        passing = asyncio.ensure_future(self._pass_on(send))
-        leaving = asyncio.ensure_future(_disconnect(receive))
         try:
-            await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if passing.done():
-                passing.result()
+            await while_connected(receive, self._pass_on(send))
         finally:
-            for task in (passing, leaving):
-                task.cancel()
-            await asyncio.gather(passing, leaving, return_exceptions=True)
             self._end()
 
     async def _pass_on(self, send: Send) -> None:
@@ -48,7 +61,7 @@ class Stream(Response):
                     begun += piece
                     continue
                 lines, begun = begun + whole + newline, rest
-                if shown := self._meter.lines(lines) if self._meter else lines:
+                if shown := self._meter.lines(lines):
                     await send({"type": "http.response.body", "body": shown, "more_body": True})
         except Broken:
             error = ApiError(
@@ -56,8 +69,3 @@ class Stream(Response):
             )
             begun = f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
         await send({"type": "http.response.body", "body": begun, "more_body": False})
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

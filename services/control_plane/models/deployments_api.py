@@ -86,8 +86,8 @@ async def reset(
     async def forget(session: AsyncSession) -> dict[str, Any]:
         model = await models.find(session, settings, model_id)
         await deployment_checks.check_rights(session, settings, caller, model)
-        inherited = (await deployment_settings.of(session, settings, [model.id], without_choice=True))[model.id]
-        await deployment_checks.check_reference(session, settings, model, inherited)
+        defaults = await deployment_settings.with_choice(session, settings, model.id, DeploymentSettings())
+        await deployment_checks.check_reference(session, settings, model, defaults)
         await deployment_settings.choose(session, model.id, None)
         return deployment_object(await _status(session, settings, view, model), None)
 

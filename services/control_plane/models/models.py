@@ -166,7 +166,7 @@ async def check_merged(session: AsyncSession, model: NamedModel) -> None:
     rows = Model.__table__.c  # models of all projects
     bases = select(rows.project_id).where(rows.source == model.base_source)
     own = await session.scalar(select(Model.project_id).where(Model.id == model.id))
-    if {own} < {own, *await session.scalars(bases)}:
+    if any(owner != own for owner in await session.scalars(bases)):
         message = (
             f"The base of '{model.id}' is a model of another project, and a merged download would hold its weights"
         )

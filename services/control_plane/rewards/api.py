@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from dpo_core.data.groups import Group
 from services.control_plane.http.dependencies import SettingsPart, StorePart
-from services.control_plane.inference.api import note, while_connected
+from services.control_plane.inference.api import answered, note
 from services.control_plane.inference.metering import Meter
 from services.control_plane.rewards.judges import Judge, judge_of
 from services.control_plane.rewards.preferences import Judged, probabilities, winner
@@ -29,7 +29,7 @@ async def create(request: Request, store: StorePart, settings: SettingsPart, bod
     async with store.begin() as session:
         judge = await judge_of(session, settings, body.model, reference=body.reference, beta=body.beta)
     scoring = cast(Scoring, request.app.state.scoring)
-    return await while_connected(request, _answer(request, scoring, judge, groups))
+    return await answered(request, _answer(request, scoring, judge, groups))
 
 
 async def _answer(request: Request, scoring: Scoring, judge: Judge, groups: Sequence[Group]) -> Response:

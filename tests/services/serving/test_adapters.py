@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dpo_core.models.adapter import BASE, fingerprint
 from dpo_core.models.adapter_folder import WEIGHTS
 from dpo_core.models.model import load_policy, load_tokenizer
-from tests.services.serving.conftest import LORA, MODEL_LENGTH, VOCABULARY, Serving, make_adapter
+from tests.services.serving.conftest import LORA, SIZES, Serving, make_adapter
 
 pytestmark = pytest.mark.ray
 
@@ -35,21 +35,7 @@ QWEN = {"app_name": "qwen", "model_id": "qwen"}
 def qwen_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qwen")
     torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=MODEL_LENGTH,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)).save_pretrained(folder)
     load_tokenizer(model_folder).save_pretrained(folder)
     return folder
 
