@@ -1,4 +1,8 @@
-"""Attaches the adapter that the headers of an HTTP request name, and answers the request with this adapter."""
+"""Has a request for a LoRA adapter answered with that adapter.
+
+One vLLM engine serves a base model and the adapters trained on it. The control plane names the adapter of a request in
+two HTTP headers. The middleware in this module attaches that adapter to the engine before the request is answered.
+"""
 
 import json
 from collections.abc import Callable
@@ -19,9 +23,11 @@ of_request: ContextVar[LoRARequest | None] = ContextVar("of_request", default=No
 
 
 class AttachAdapter:
-    """ASGI middleware that attaches a request's adapter before vLLM reads the request's body.
+    """ASGI middleware that attaches the adapter that a request's headers name, before vLLM reads the request's body.
 
-    The body names the adapter as its model. If the adapter is deleted, the answer ends immediately with an error.
+    The body names the same adapter as its `model`. Requests without these headers pass unchanged. If the engine refuses
+    the adapter, the client gets an error in OpenAI's format. If the adapter is deleted while the engine answers, the
+    answer ends immediately with such an error.
     """
 
     def __init__(self, app: ASGIApp, *, adapters: Adapters) -> None:
@@ -64,7 +70,11 @@ def _body(refusal: AdapterRefused) -> dict[str, object]:
 
 @dataclass
 class _Answer:
-    """The answer to one request. If the adapter is deleted meanwhile, an error replaces the rest of the answer."""
+    """Passes the messages of one HTTP response on to the client, until the response's adapter is deleted.
+
+    After the deletion, an error replaces the rest of the response. A response that has begun and is no event stream is
+    still sent as a whole.
+    """
 
     scope: Scope
     receive: Receive

@@ -1,9 +1,9 @@
-"""Attaches LoRA adapters to the running engine of their base model, and detaches them.
+"""Attaches LoRA adapters to the running vLLM engine of their base model, and detaches them again.
 
-An adapter is attached when a request first needs it, and only once even if many requests need it at the same time. vLLM
-forgets an adapter's name, but keeps its weights and its files; detaching here removes all three. Each attachment has a
-unique integer id in vLLM, and each adapter has a public id that no other adapter ever has. Therefore no cache can mix
-up two adapters.
+The first request for an adapter attaches the adapter. Other requests for the same adapter wait for that one attachment.
+vLLM's own detaching removes only an adapter's name; `Adapters` also removes the weights from the engine, and the local
+copy of the files. Each attachment has a new integer id in vLLM, and each adapter has a public id that no other adapter
+ever gets. Therefore no cache can mix up two adapters.
 """
 
 import asyncio
@@ -42,7 +42,10 @@ UNUSED = ("modules_to_save", "use_dora", "target_parameters", "rank_pattern", "a
 
 
 def check_version(installed: str = vllm.__version__) -> None:
-    """Raises RuntimeError if this version of vLLM may answer a request with another request's adapter."""
+    """Raises RuntimeError if this release of vLLM is too old to keep adapters apart.
+
+    Before LEAST_VLLM, vLLM may answer a request for one adapter with another adapter.
+    """
     if Version(installed) < Version(LEAST_VLLM):
         raise RuntimeError(
             f"vLLM {installed} may answer requests for one adapter with another; "
@@ -51,7 +54,8 @@ def check_version(installed: str = vllm.__version__) -> None:
 
 
 class AdapterRefused(Exception):
-    """Raised if the engine cannot answer with an adapter. `status` is the HTTP status of the response."""
+    """Raised if the engine cannot answer with an adapter. `status` and `code` are the HTTP status and the error code of
+    the response."""
 
     status, code = 503, "model_unavailable"
 
@@ -66,13 +70,13 @@ class AdapterDeleted(AdapterRefused):
 
 
 class AdapterUnusable(AdapterRefused):
-    """Raised for an adapter that the engine can never attach."""
+    """Raised for an adapter that this engine cannot attach, now or later."""
 
     status, code = 409, "adapter_unusable"
 
 
 class Base:
-    """The engine's model, on which adapters must have been trained."""
+    """The model that the engine has loaded. Compares its weights with those that an adapter was trained on."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -80,9 +84,10 @@ class Base:
         self._computing = threading.Lock()
 
     def check(self, adapter: Adapter, folder: Path) -> None:
-        """Raises AdapterUnusable if the adapter in `folder` was trained on other weights than the engine has.
+        """Raises AdapterUnusable if the adapter in `folder` was trained on other weights than the engine has loaded.
 
-        Adapters of other programs do not tell their base's weights. Reads the whole model at the first call.
+        An adapter that this service trained records a fingerprint of its base model's weights. An adapter without a
+        fingerprint is accepted. The first comparison reads all weights of the engine's model.
         """
         saved = saved_base(folder)
         if saved and saved != self._computed(adapter):
@@ -113,14 +118,14 @@ class Attachment:
 
 
 class Adapters:
-    """Attaches and detaches the adapters of one engine.
+    """Attaches adapters to one vLLM engine, and detaches them.
 
     At most `max_cpu_loras` adapters (a setting of the engine) stay attached. Beyond this number, the least recently
     used adapters are detached as soon as no request uses them.
     """
 
     def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, source: str) -> None:
-        """`source` is the folder or hub id of the engine's model."""
+        """Takes the engine, the list in which vLLM's HTTP server keeps its models, and the model's folder or hub id."""
         self._engine, self._models = engine, models
         self._base = Base(source)
         config = engine.vllm_config.lora_config
@@ -135,7 +140,8 @@ class Adapters:
     async def using(self, adapter: Adapter) -> AsyncIterator[tuple[Attachment, LoRARequest]]:
         """Attaches the adapter unless it is attached already, and keeps it attached until the end of the block.
 
-        Raises AdapterRefused if the engine cannot answer with the adapter.
+        The block gets the attachment, and the value that selects the adapter in a request to vLLM. Raises
+        AdapterRefused if the engine cannot answer with the adapter.
         """
         if adapter.id in self._deleted:
             raise AdapterDeleted(adapter.id)
@@ -157,7 +163,10 @@ class Adapters:
             self._shrink()
 
     def forget_deleted(self, deleted: Collection[str]) -> None:
-        """Detaches these adapters, ends the requests that use them, and attaches none of them from now on."""
+        """Takes the ids of all adapters that were deleted recently, and stops answering with them.
+
+        Detaches those that are attached, aborts the requests that use them, and refuses further requests for them.
+        """
         self._deleted = frozenset(deleted)
         for adapter_id in self._deleted & self._attached.keys():
             self._attached[adapter_id].is_deleted = True
@@ -170,7 +179,11 @@ class Adapters:
         return attachment
 
     def _note(self, adapter_id: str, attachment: Attachment, loading: "asyncio.Task[LoRARequest]") -> None:
-        """Forgets an adapter that could not be loaded, so that the next request tries again. Detaches surplus ones."""
+        """Handles the end of an adapter's loading.
+
+        If the loading failed, the adapter is forgotten, so that the next request for it loads it again. In either case,
+        adapters beyond the limit are detached.
+        """
         if (loading.cancelled() or loading.exception()) and self._attached.get(adapter_id) is attachment:
             self._detach(adapter_id)
         self._shrink()
@@ -186,13 +199,14 @@ class Adapters:
         return self._models.lora_requests[adapter.id]
 
     def _shrink(self) -> None:
-        # One that loads stays until it is loaded: vLLM would enter its name after it was removed.
+        # An adapter that is loading stays until it is loaded, because vLLM would enter its name after the removal.
         idle = [name for name, each in self._attached.items() if not each.num_uses and each.loading.done()]
         for name in idle[: max(0, len(self._attached) - self._most)]:
             self._detach(name)
 
     def _detach(self, adapter_id: str) -> None:
-        """Removes the adapter from the list immediately, and from the engine when its requests have ended."""
+        """Takes the adapter out of the list of attached adapters now, and out of the engine when its requests have
+        ended."""
         attachment = self._attached.pop(adapter_id)
         self._models.lora_requests.pop(adapter_id, None)  # now, because the next request may attach it again
         self._models.lora_resolver_lock.pop(adapter_id, None)
@@ -220,8 +234,11 @@ class Adapters:
 
 
 def _fetch(adapter: Adapter, cache: Path) -> Path:
-    """Returns the local folder of the adapter. Raises AdapterUnusable if vLLM would ignore the adapter or a part of
-    it."""
+    """Returns the local folder of the adapter, and downloads the adapter to `cache` if its source is remote.
+
+    Raises AdapterUnusable if vLLM would ignore the adapter or a part of it, and AdapterRefused if its files cannot be
+    read.
+    """
     try:
         folder = storage.fetch(adapter.source, cache=cache)
     except OSError as error:
@@ -242,7 +259,10 @@ def _fetch(adapter: Adapter, cache: Path) -> Path:
 
 
 def _check_numbers(adapter: Adapter, folder: Path) -> None:
-    """Raises AdapterUnusable for numbers that are not finite. Warns of an adapter that changes nothing."""
+    """Raises AdapterUnusable if a weight of the adapter is not a finite number.
+
+    Logs a warning if all its weights leave the base model unchanged.
+    """
     if not (folder / WEIGHTS).is_file():
         return  # vLLM reads or refuses other files
     try:

@@ -1,7 +1,7 @@
 """Defines the Ray Serve application of one model: the resources of a replica, and the requests that a replica answers.
 
-Serve builds an application in a separate process before a replica starts. Importing vLLM takes ten seconds and 700 MB,
-so only the replica imports vLLM.
+Serve builds an application in a separate process before a replica starts. Importing vLLM takes ten seconds and 700 MB.
+Therefore this module does not import vLLM; a replica does when it starts.
 """
 
 import asyncio
@@ -40,7 +40,8 @@ IMPORTS = (POLICY, "vllm.v1.engine.core", "vllm.entrypoints.openai.api_server", 
 def build(args: dict[str, Any]) -> Application:
     """Returns the Ray Serve application of a model.
 
-    Serve calls this function by its import path; `args` are the fields of a `Deployment`.
+    Serve calls this function by its import path. `args` are the fields of a `Deployment`, which says how a model is
+    served.
     """
     deployment = Deployment.model_validate(args)
     replica, imports = (RewardModel, (REWARD_MODEL,)) if deployment.num_outputs else (Policy, IMPORTS)
@@ -69,7 +70,11 @@ def _scale(replicas: Replicas) -> dict[str, Any]:
 
 
 def _bundles(num_gpus: float) -> list[dict[str, float]]:
-    """Returns the resources that a replica reserves: one CPU for itself, and one GPU for each worker of its engine."""
+    """Returns the resources that a replica reserves, as the bundles of a placement group.
+
+    The first bundle has the replica's CPU. Each worker of the engine has a GPU, or the only worker a share of one.
+    Raises ValueError if `num_gpus` is above 1 and not a whole number.
+    """
     if num_gpus == 0:
         return [{"CPU": 1}]
     if num_gpus > 1 and num_gpus % 1:
@@ -79,9 +84,9 @@ def _bundles(num_gpus: float) -> list[dict[str, float]]:
 
 @serve.ingress()
 class Policy:
-    """A replica of a model.
+    """A replica of a model in vLLM.
 
-    It answers OpenAI's routes over HTTP, and `score` and `token_logps` through Serve's handle.
+    It answers OpenAI's routes over HTTP. Training calls its methods `score` and `token_logps` through Serve's handle.
     """
 
     def __init__(self, deployment: Deployment) -> None:
@@ -103,10 +108,10 @@ class Policy:
         await self._server.check_health()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Stops answering with deleted adapters. Serve calls this method at the start and when the list of deleted
-        adapters changes.
+        """Stops answering with the LoRA adapters that were deleted.
 
-        `user_config` has the ids of the adapters of this model that were deleted recently, under `deleted_adapters`.
+        Serve calls this method when the replica starts, and when the list of deleted adapters changes.
+        `user_config["deleted_adapters"]` has the ids of this model's adapters that were deleted recently.
         """
         self._server.adapters.forget_deleted(user_config["deleted_adapters"])
 
@@ -119,7 +124,8 @@ class Policy:
     ) -> list[Score]:
         """Returns the log-probability of each completion given its prompt, summed over the completion's tokens.
 
-        With `adapter`, the model computes the log-probabilities with this adapter.
+        Prompts, completions and `others` are in the same order; `others` has the token ranges that the sum leaves out.
+        The model computes with `adapter`, if one is given.
         """
         async with self._attached(adapter) as request:
             return await self._server.reference.score(prompt_ids, completion_ids, others, request)
@@ -131,13 +137,19 @@ class Policy:
         others: Sequence[Spans] = (),
         adapter: Adapter | None = None,
     ) -> list[list[float]]:
-        """Returns the log-probability of each token of each completion, given the completion's prompt."""
+        """Returns the log-probability of each token of each completion, given the completion's prompt.
+
+        Takes what `score` takes.
+        """
         async with self._attached(adapter) as request:
             return await self._server.reference.token_logps(prompt_ids, completion_ids, others, request)
 
     @asynccontextmanager
     async def _attached(self, adapter: Adapter | None) -> "AsyncIterator[LoRARequest | None]":
-        """Attaches the adapter while the block runs. Raises ValueError if the adapter cannot be attached."""
+        """Attaches the adapter while the block runs, and gives the block the value that selects the adapter in vLLM.
+
+        The block gets None if `adapter` is None. Raises ValueError if the adapter cannot be attached.
+        """
         if adapter is None:
             yield None
             return
@@ -152,7 +164,10 @@ class Policy:
 
 @serve.ingress()
 class RewardModel:
-    """A replica of a reward model, which answers only the control plane's requests to score completions."""
+    """A replica of a reward model (a language model whose head returns numbers instead of text).
+
+    It answers only the control plane's requests to score completions.
+    """
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -169,7 +184,7 @@ class RewardModel:
 
 
 def _import_policy() -> None:
-    """Imports the module of the vLLM engine, in at most IMPORT_TRIES tries.
+    """Imports the module that starts vLLM, in at most IMPORT_TRIES tries.
 
     On import, Ray registers connectors for the whole cluster. If two replicas import the module at the same time, one
     import fails. At the next try, the connectors are registered already.
@@ -185,10 +200,11 @@ def _import_policy() -> None:
 
 
 def _local(deployment: Deployment) -> tuple[str, Deployment]:
-    """Returns the local folder of the deployment's weights, or the source itself if it is a hub id.
+    """Returns the local folder of the deployment's weights, and the deployment as it is to be started.
 
-    An adapter is merged into its base model, and the deployment then attaches no others. Raises FileNotFoundError or
-    ValueError for missing or damaged files, because Serve's status does not say why an engine failed to load files.
+    If the source is a hub id, the first value is the hub id itself. If the source is an adapter, it is merged into its
+    base model, and the deployment then attaches no adapters. Raises FileNotFoundError or ValueError for missing or
+    damaged files, because Serve's status does not say why an engine failed to load files.
     """
     source = deployment.source
     folder = storage.fetch(source)
@@ -214,7 +230,7 @@ def _local(deployment: Deployment) -> tuple[str, Deployment]:
 
 
 def _merged(adapter: Path, dtype: str) -> Path:
-    """Returns the folder of the adapter and its base merged to one model.
+    """Merges the adapter into its base model, and returns the folder of the merged model.
 
     The folder is deleted when this process ends.
     """

@@ -1,4 +1,4 @@
-"""Computes how many threads a replica may use."""
+"""Computes how many CPU threads a replica of a model may use."""
 
 import os
 
@@ -6,9 +6,9 @@ import ray
 
 
 def num_threads() -> int:
-    """Returns the number of CPUs that this node gives to Ray.
+    """Returns the number of threads for a replica: the CPUs of this node that Ray may use.
 
-    Ray itself gives an actor one thread for each CPU that the actor reserves, here one.
+    Ray itself would give an actor one thread for each CPU that the actor reserves, and a replica reserves only one.
     """
     node_id = ray.get_runtime_context().get_node_id()
     reserved = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)

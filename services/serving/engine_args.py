@@ -1,4 +1,4 @@
-"""Turns a deployment into the arguments of its vLLM engine."""
+"""Translates a deployment (how a model is served) to arguments of vLLM's engine."""
 
 from typing import Any
 
@@ -12,10 +12,11 @@ MEMORY_SHARE = 0.85  # of a GPU; the rest is for those logits
 
 
 def engine_args(deployment: Deployment, *, on_cpus: bool) -> dict[str, Any]:
-    """Returns the arguments for vLLM's engine and for its HTTP server.
+    """Returns the arguments for vLLM's engine and for its HTTP server, by name.
 
-    An engine that answers users has vLLM's own batch sizes. An engine that only scores has no prefix cache, because
-    vLLM does not use the cache when it computes log-probabilities of prompts.
+    An engine that answers users has vLLM's own batch sizes. An engine that only computes log-probabilities of given
+    texts takes at most MOST_SCORED_TOKENS tokens in a step. It has no prefix cache, because vLLM does not use the cache
+    for this.
     """
     only_scores, engine = deployment.purpose == "scores", deployment.engine
     return {

@@ -1,4 +1,4 @@
-"""Runs a model on CPUs in the same process as the scheduler of its vLLM engine."""
+"""Defines how vLLM runs a model on CPUs: in one process with the scheduler, without compilation."""
 
 import torch._dynamo.config
 from vllm.v1.executor.uniproc_executor import UniProcExecutor

@@ -1,4 +1,4 @@
-"""Measures the load of an engine, from the statistics that vLLM records after each step."""
+"""Measures the load of a vLLM engine, from the statistics that vLLM records after each step."""
 
 import time
 from collections import deque
@@ -11,8 +11,10 @@ WINDOW_SECONDS = 60.0
 
 
 class Load(AggregateStatLoggerBase):  # type: ignore[misc]
-    """The requests in an engine, and the numbers of tokens and first tokens that it generated in the last
-    WINDOW_SECONDS."""
+    """Counts the requests that are now in an engine, and what the engine has generated in the last WINDOW_SECONDS.
+
+    It counts the generated tokens, the requests that got their first token, and how long they waited for that token.
+    """
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -41,8 +43,10 @@ class Load(AggregateStatLoggerBase):  # type: ignore[misc]
             self._steps.popleft()
 
     def as_json(self) -> dict[str, float]:
-        """Returns the counts as JSON, in a form that can be summed over replicas, and the seconds that the counts
-        cover."""
+        """Returns the counts, and `seconds`, the length of the period that they cover.
+
+        Waiting times are returned as a sum (`first_token_seconds`), so that values of several replicas can be added.
+        """
         self._forget()
         first = [seconds for _, _, step in self._steps for seconds in step]
         return {

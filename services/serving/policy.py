@@ -1,4 +1,7 @@
-"""Starts the vLLM engine of a served model on CPUs or GPUs. Only replicas of Ray Serve import this module."""
+"""Starts the vLLM engine of a model, on CPUs or GPUs, with its HTTP server.
+
+Only replicas of Ray Serve import this module, because it imports vLLM.
+"""
 
 import os
 from collections.abc import Sequence
@@ -32,7 +35,8 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 
 
 class PolicyServer(LLMServer):  # type: ignore[misc]
-    """Ray's LLM server with one vLLM engine, which generates text and scores completions."""
+    """Ray's LLM server with one vLLM engine, which generates text and scores given completions by their
+    log-probabilities."""
 
     reference: Reference
     adapters: Adapters
@@ -40,7 +44,10 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     folder: str  # of the model and its tokenizer, or a hub id
 
     async def _start_engine(self) -> None:
-        """Starts only the engine. The base class also starts an actor of 400 MB for Ray's usage statistics."""
+        """Starts the engine, and the parts of this service that use it.
+
+        Replaces a method of the base class, which would also start an actor of 400 MB for Ray's usage statistics.
+        """
         await self.engine.start()
         client = self.engine._engine_client
         self.reference = Reference(client, max_tokens_in_flight=2 * MOST_SCORED_TOKENS)
@@ -49,10 +56,10 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         client.logger_manager.stat_loggers.append(self.load)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns vLLM's HTTP server with the paths in ROUTES, the paths of `Scoring`, and the path that returns the
+        """Returns the HTTP server: vLLM's own paths in ROUTES, the paths of `Scoring`, and the path of the engine's
         load.
 
-        The paths that control the engine are left out. A request's headers may name the adapter that answers it.
+        vLLM's paths that control the engine are left out. A request's headers may name the adapter that answers it.
         """
         app: FastAPI = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
@@ -62,11 +69,17 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return app
 
     async def _tell_load(self) -> dict[str, Any]:
-        """Answers with the engine's load. Runs in the event loop, in which the statistics are also recorded."""
+        """Answers a request for the engine's load with the replica's id and the counts of `Load`.
+
+        It is a coroutine, so that it runs in the event loop, in which the counts are also recorded.
+        """
         return {"replica": serve.get_replica_context().replica_id.unique_id, **self.load.as_json()}
 
     async def _logps(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the log-probability of each completion, as its only output."""
+        """Returns the log-probability of each completion, as a list of one number, by group (prompt) and completion.
+
+        The adapter that the current HTTP request names computes them, if it names one.
+        """
         prompts = [list(group.prompt_ids) for group in groups for _ in group.completion_ids]
         completions = [list(ids) for group in groups for ids in group.completion_ids]
         others = [spans for group in groups for spans in group.others or ((),) * len(group.completion_ids)]
@@ -75,11 +88,10 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 
 
 class Engine(VLLMEngine):  # type: ignore[misc]
-    """A vLLM engine that attaches adapters if the family of its model can.
+    """A vLLM engine that attaches adapters, if vLLM can do this for the model's architecture.
 
-    It computes at most MOST_SCORED_TOKENS tokens of one request in a step.
-
-    LLMServer accepts an engine class, but Ray has no public name for the base of such classes.
+    It computes at most MOST_SCORED_TOKENS tokens of one request in a step. The base class is private in Ray: LLMServer
+    accepts an engine class, but Ray has no public base class for one.
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
@@ -95,7 +107,7 @@ class Engine(VLLMEngine):  # type: ignore[misc]
 
 
 class EngineOnCpus(Engine):
-    """A vLLM engine that runs in `ExecutorOnCpus`."""
+    """A vLLM engine on CPUs, with scheduler and worker in one process (`ExecutorOnCpus`)."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         vllm_engine_config.parallel_config.distributed_executor_backend = ExecutorOnCpus
@@ -103,7 +115,10 @@ class EngineOnCpus(Engine):
 
 
 def linear_layers(config: PretrainedConfig) -> list[str]:
-    """Returns the names of a model's linear layers without the head, which are those that jobs adapt."""
+    """Returns the names of a model's linear layers, without the head. Jobs train adapters on these layers.
+
+    A name is the last part of a module's path, such as `q_proj`.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
@@ -111,9 +126,10 @@ def linear_layers(config: PretrainedConfig) -> list[str]:
 
 
 async def start(deployment: Deployment, source: str) -> PolicyServer:
-    """Starts the server of the deployment. `source` is a local folder or a hub id.
+    """Starts the engine of the deployment, and returns its server. `source` is the model's local folder or hub id.
 
-    vLLM's build for CPUs runs on CPUs, also in a replica that reserves GPUs.
+    vLLM's build for CPUs runs on CPUs, also in a replica that reserves GPUs. Raises ValueError if vLLM's build for GPUs
+    is to run without a GPU.
     """
     on_cpus = current_platform.is_cpu()
     if not on_cpus and not deployment.num_gpus:

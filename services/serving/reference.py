@@ -1,4 +1,7 @@
-"""Computes the log-probabilities of given completions with the model of a vLLM engine."""
+"""Computes the log-probabilities of given completions with a vLLM engine.
+
+Training uses them for its reference, the frozen model with which the trained model is compared.
+"""
 
 import asyncio
 import math
@@ -19,10 +22,10 @@ CERTAIN = 1e9  # a bias that outweighs every logit
 
 
 class Reference:
-    """Computes the log-probabilities of completions with an engine that also answers users' requests.
+    """Computes the log-probabilities of completions with a vLLM engine that also answers users' requests.
 
-    All calls together keep at most `max_tokens_in_flight` tokens in the engine, so that a user's request never waits
-    for more tokens.
+    All calls together keep at most `max_tokens_in_flight` tokens in the engine, or one row if it is longer. So a user's
+    request waits for this number of tokens at most.
     """
 
     def __init__(self, engine: EngineClient, *, max_tokens_in_flight: int) -> None:
@@ -38,7 +41,10 @@ class Reference:
         others: Sequence[Spans] = (),
         adapter: LoRARequest | None = None,
     ) -> list[Score]:
-        """Returns the log-probability of each completion: the sum over the tokens that `token_logps` returns."""
+        """Returns the log-probability of each completion, summed over its tokens, and the number of these tokens.
+
+        Takes, and raises, what `token_logps` does.
+        """
         rows = await self.token_logps(prompt_ids, completion_ids, others, adapter)
         return [Score(math.fsum(row), len(row)) for row in rows]
 
@@ -49,12 +55,12 @@ class Reference:
         others: Sequence[Spans] = (),
         adapter: LoRARequest | None = None,
     ) -> list[list[float]]:
-        """Returns the log-probabilities, in nats, of each completion's tokens given the completion's prompt.
+        """Returns the log-probability, in nats, of each token of each completion, given the completion's prompt.
 
-        The engine's model computes them, with `adapter` if one is given. A prompt and its completion together must not
-        be longer than the model's limit. `others` holds ranges [start, stop) of tokens for each row; tokens in these
-        ranges are left out. Raises ValueError for a row that cannot be scored, and ConnectionError if the engine has
-        died.
+        A row is a prompt and its completion; together they may have as many tokens as the model's limit. `others` holds
+        ranges [start, stop) of each completion's tokens, which the result leaves out. The engine computes with
+        `adapter`, if one is given. Raises ValueError for a row that cannot be scored, and ConnectionError if the engine
+        has died.
         """
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(
@@ -112,10 +118,11 @@ class Reference:
         self._released.set()
 
     async def _score_row(self, prompt: list[int], completion: list[int], adapter: LoRARequest | None) -> list[float]:
-        """Returns the log-probabilities of one completion's tokens. vLLM has to generate at least one token.
+        """Returns the log-probability of each token of one completion.
 
-        A bias makes vLLM generate the completion's last token, so that the row takes no more tokens than its own. vLLM
-        reports the log-probabilities before the bias is added.
+        vLLM reports log-probabilities of the prompt, and must generate at least one token. Here the prompt of vLLM's
+        request ends before the completion's last token, and a bias makes vLLM generate this token. So the request takes
+        no more tokens than the row has. vLLM reports the log-probabilities as they were before the bias.
         """
         *head, last = completion
         params = SamplingParams(

@@ -1,4 +1,4 @@
-"""Runs a reward model in plain torch.
+"""Runs a reward model (a language model whose head returns numbers instead of text) in plain torch.
 
 vLLM would need a separate engine for a reward model and would bring no speed, because a reward model generates no text
 and keeps no cache. The trainer's own scorer computes each prompt once for all its completions, reads every kind of
@@ -42,14 +42,17 @@ def start(deployment: Deployment, folder: str) -> FastAPI:
 
 
 class Rewards:
-    """Computes a reward model's outputs. Requests share the model: only one forward pass runs at a time."""
+    """Computes the outputs of a reward model for completions.
+
+    Several requests may call it at the same time, but only one forward pass runs at a time.
+    """
 
     def __init__(self, scorer: Scorer, num_outputs: int) -> None:
         self._scorer, self._num_outputs = scorer, num_outputs
         self._computing = asyncio.Lock()
 
     async def score(self, groups: Sequence[EncodedGroup]) -> list[list[list[float]]]:
-        """Returns the outputs of the reward model's head, unchanged, by group and completion."""
+        """Returns the numbers that the model's head gives each completion, by group (prompt) and completion."""
         parts = [(i, part) for i, group in enumerate(groups) for part in self._parts(group)]
         outputs_by_part: list[list[list[float]]] = [[] for _ in parts]
         packs = self._scorer.plan([part for _, part in parts], num_ranks=1, max_tokens_per_pack=MAX_TOKENS_PER_PACK)[0]
@@ -64,8 +67,10 @@ class Rewards:
         return outputs
 
     def _parts(self, group: EncodedGroup) -> Iterator[EncodedGroup]:
-        """Splits a group into smaller groups with the same prompt, each of which fits into a pack (the rows of one
-        forward pass)."""
+        """Splits the completions of a group over smaller groups with the same prompt, in the same order.
+
+        Each smaller group fits into one forward pass of MAX_TOKENS_PER_PACK tokens, or has only one completion.
+        """
         ids = list(group.completion_ids)
         while ids:
             count = len(ids)

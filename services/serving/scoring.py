@@ -1,8 +1,8 @@
-"""Defines the routes through which the control plane asks a model to score completions. Clients cannot reach these
-routes.
+"""Defines the HTTP routes through which the control plane has completions scored by a model.
 
-The model's application encodes texts, because the control plane has no tokenizer. The reference gets the policy's
-token ids and no texts, so that both models score the same ids, as in training.
+Clients cannot reach these routes. One route takes texts, because the control plane has no tokenizer, and returns token
+ids with the scores. The other route takes these ids. A reference model scores them, so that both models score the same
+ids, as in training.
 """
 
 import asyncio
@@ -34,7 +34,8 @@ Score = Callable[[Sequence[EncodedGroup]], Awaitable[list[list[list[float]]]]]
 
 
 class Refusal(Exception):
-    """Raised if rows cannot be scored. The message is for the user."""
+    """Raised if rows cannot be scored. The message is for the user; `param` names the field of the request that is
+    wrong."""
 
     def __init__(self, message: str, *, param: str = "rows", status: int = 400) -> None:
         super().__init__(message)
@@ -42,8 +43,10 @@ class Refusal(Exception):
 
 
 class Scoring:
-    """Encodes rows and scores them with the function `score`. A prompt and a completion together may have at most
-    `max_length` tokens."""
+    """Answers the two routes: turns prompts and completions into token ids, and scores them with the function `score`.
+
+    `folder` has the tokenizer. A prompt and a completion together may have at most `max_length` tokens.
+    """
 
     def __init__(self, folder: str | Path, max_length: int, score: Score) -> None:
         self._folder, self._max_length, self._score = folder, max_length, score
@@ -127,7 +130,7 @@ class Scoring:
 
     @cached_property
     def _vocabulary(self) -> str:
-        """Returns a digest of the tokenizer's tokens and their ids."""
+        """Returns a digest of the tokenizer's tokens and their ids. Models with equal digests share a vocabulary."""
         words = json.dumps(sorted(self._tokenizer.get_vocab().items()))
         return hashlib.sha256(words.encode()).hexdigest()
 
@@ -141,5 +144,5 @@ def _on_wire(group: EncodedGroup) -> TokenGroup:
 
 
 def _count(groups: Sequence[EncodedGroup]) -> int:
-    """Returns the number of tokens of the groups, each prompt counted for each of its completions."""
+    """Returns the number of tokens of the groups. A prompt counts once for each of its completions."""
     return sum(len(group.prompt_ids) + len(ids) for group in groups for ids in group.completion_ids)
